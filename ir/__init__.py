@@ -1,0 +1,1 @@
+"""The intermediate representation: graph, operator records, axis algebra, and the analyses derived from them."""

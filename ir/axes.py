@@ -1,0 +1,146 @@
+"""The axis analysis: one walk over a graph that gives every value its extents, every node its roles and derived sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from regauge.ir.errors import AxisError
+from regauge.ir.extents import Dim, Extent, format_extent, fresh, leaves, pin, resolve, size_of, unify
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.operator import Operator
+from regauge.ir.rules import Axes, Call
+from regauge.ir.sizes import same
+
+
+@dataclass
+class Analysis:
+    """What the axis algebra knows about a graph.
+
+    ``of[value]`` are the extents of a value, one per axis (read them through ``axes(value)``); ``calls[node]`` holds the
+    roles a node gives to axes and the attributes that are sizes; ``problems`` the nodes whose rule did not fit.
+    """
+
+    of: dict[Value, Axes] = field(default_factory=dict)
+    calls: dict[Node, Call] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def axes(self, value: Value) -> list[Extent]:
+        """The extents of a value in normal form."""
+        return [resolve(extent) for extent in self.of[value]]
+
+    def describe(self, value: Value) -> str:
+        return "[" + ", ".join(format_extent(extent) for extent in self.of[value]) + "]"
+
+
+def analyse(graph: Graph, *, strict: bool = False) -> Analysis:
+    """Infer the extents of every value. With ``strict`` a rule that does not fit raises; otherwise the node is opaque."""
+    analysis = Analysis()
+    for value in graph.inputs:
+        axes = [fresh(size) for size in value.shape]
+        for extent in axes:
+            pin(extent, "it is an axis of a graph input", value.name)
+        analysis.of[value] = axes
+    _walk(graph, analysis, strict)
+    for value in graph.outputs:
+        if isinstance(value, Value):
+            for extent in analysis.of[value]:
+                pin(extent, "it is an axis of a graph output", value.name)
+    _name_dims(graph, analysis)
+    return analysis
+
+
+def _walk(graph: Graph, analysis: Analysis, strict: bool) -> None:
+    """Analyse parameters, nodes and states of a graph or region whose inputs already have extents."""
+    for parameter in graph.parameters.values():
+        analysis.of[parameter] = [fresh(size) for size in parameter.shape]
+    for node in graph.nodes:
+        _visit(node, analysis, strict)
+    for state in graph.states:
+        for before, after in zip(analysis.of[state.before], analysis.of[state.after], strict=True):
+            unify(before, after)
+
+
+def _visit(node: Node, analysis: Analysis, strict: bool) -> None:
+    call = RegionCall(
+        node, [_operand_axes(operand, analysis) for operand in node.inputs], analysis=analysis, strict=strict
+    )
+    operator = node.operator
+    try:
+        results = apply_rule(operator, call)
+        _check_results(node, results)
+    except AxisError as error:
+        if strict:
+            raise
+        analysis.problems.append(str(error))
+        results = call.opaque(f"the axis rule of {node.op} does not fit: {error}")
+    analysis.calls[node] = call
+    for value, axes in zip(node.outputs, results, strict=True):
+        analysis.of[value] = axes
+
+
+def apply_rule(operator: Operator, call: Call) -> list[Axes]:
+    """The extents of a node's results, by its operator's rule."""
+    rule = operator.rule if isinstance(operator.rule, str) else operator.rule(call)
+    if isinstance(rule, str):
+        return call.apply(rule)
+    if rule and not isinstance(rule[0], list):
+        return [list(rule)]
+    return [[]] if not rule and len(call.node.outputs) == 1 else list(rule)
+
+
+def _check_results(node: Node, results: Sequence[Axes]) -> None:
+    if len(results) != len(node.outputs):
+        raise AxisError(f"{node.label}: the rule gives {len(results)} results, the node has {len(node.outputs)}")
+    for value, axes in zip(node.outputs, results, strict=True):
+        sizes = [size_of(extent) for extent in axes]
+        if len(sizes) != value.rank or not all(same(a, b) for a, b in zip(sizes, value.shape, strict=True)):
+            raise AxisError(f"{node.label}: the rule gives the shape {sizes}, the node has {list(value.shape)}")
+
+
+def _operand_axes(operand: Any, analysis: Analysis) -> Axes | None:
+    if operand is None:
+        return None
+    return analysis.of[operand] if isinstance(operand, Value) else []
+
+
+@dataclass
+class RegionCall(Call):
+    """A Call that can also analyse the regions of its node (If, Loop, Scan, cond)."""
+
+    analysis: Analysis = field(default_factory=Analysis)
+    strict: bool = False
+
+    def region(self, index: int, inputs: Sequence[Axes]) -> list[Axes]:
+        """The extents of a region's outputs when its inputs have the given extents."""
+        region = self.node.regions[index]
+        if len(inputs) != len(region.inputs):
+            raise AxisError(f"{self.where}: region {index} takes {len(region.inputs)} inputs, got {len(inputs)}")
+        for value, axes in zip(region.inputs, inputs, strict=True):
+            self.analysis.of[value] = axes
+        _walk(region, self.analysis, self.strict)
+        return [_operand_axes(output, self.analysis) or [] for output in region.outputs]
+
+
+def _name_dims(graph: Graph, analysis: Analysis) -> None:
+    """Name each Dim after the first parameter axis (else value axis) in which it occurs: ``conv1.weight:0``.
+
+    Where an axis has several Dims, they are counted from the left: ``attn.qkv.weight:0.1``.
+    """
+    named: set[Dim] = set()
+
+    def name(value: Value) -> None:
+        for axis, extent in enumerate(analysis.of.get(value, ())):
+            found = list(leaves(extent))
+            for place, dim in enumerate(found):
+                if dim not in named:
+                    named.add(dim)
+                    dim.name = f"{value.name}:{axis}" + (f".{place}" if len(found) > 1 else "")
+
+    ordered = sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter")
+    for parameter in ordered:
+        name(parameter)
+    for value in analysis.of:
+        if not isinstance(value, Parameter):
+            name(value)

@@ -1,0 +1,47 @@
+"""Every error Regauge raises on purpose: one line that names the place, what was expected, and what to do."""
+
+from __future__ import annotations
+
+
+class RegaugeError(Exception):
+    """Base of every error that Regauge raises on purpose; the command line prints it as one line and exits with 2."""
+
+
+class AxisError(RegaugeError):
+    """Two axes that must have the same indices cannot (different sizes), or an axis rule does not fit its operands."""
+
+
+class RuleSyntaxError(RegaugeError):
+    """An axis rule is not written in the rule notation."""
+
+
+class GraphError(RegaugeError):
+    """A graph is structurally wrong: a dangling value, a cycle, a duplicate name, a wrong shape."""
+
+
+class OperatorError(RegaugeError):
+    """An operator is unknown, registered twice, or called with arguments it does not take."""
+
+
+class CaptureError(RegaugeError):
+    """A model could not be captured, or the captured graph does not compute what the model computes."""
+
+
+class LoadError(RegaugeError):
+    """A file could not be read: truncated, missing external data, a path that leaves its folder."""
+
+
+class EmitError(RegaugeError):
+    """A graph could not be written as a torch module or as an ONNX model."""
+
+
+class PassError(RegaugeError):
+    """A pass was given a wrong option, cannot meet its budget, or broke its contract."""
+
+
+class ExplainError(RegaugeError):
+    """Something that was asked about (a Dim, a value, a parameter) does not exist in the graph."""
+
+
+class EquivalenceError(RegaugeError):
+    """Two graphs that must compute the same function do not."""

@@ -1,0 +1,319 @@
+"""The graph: values, nodes and regions. This module is the read side; :mod:`regauge.ir.edit` is the only one that mutates.
+
+A Graph owns its nodes and parameters. Values are connected by identity, never by name; names are unique and only serve
+people, files and tests. Nodes are kept in a set and sorted on demand, so that an edit never has to find a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import sympy
+import torch
+
+from regauge.ir.errors import GraphError
+from regauge.ir.operator import Operator, get_operator
+from regauge.ir.sizes import Size, simplify
+from regauge.ir.weights import Weight, dense
+
+if TYPE_CHECKING:
+    from regauge.ir.axes import Analysis
+
+Dtype = torch.dtype | str  # a string names a type torch does not have, such as "string"
+Number = bool | int | float | complex
+Kind = Literal["parameter", "buffer", "constant"]
+
+
+class Value:
+    """A tensor that flows through the graph: a graph input, a parameter, or one result of a node."""
+
+    def __init__(self, *, name: str, shape: Sequence[Size], dtype: Dtype, producer: Node | None = None, index: int = 0):
+        self.name = name
+        self.shape: tuple[Size, ...] = tuple(simplify(size) for size in shape)
+        self.dtype = dtype
+        self.producer = producer
+        self.index = index
+        self.uses: dict[tuple[Node, int], None] = {}
+        self.origin: Any = None  # what the frontend needs to find its own value again
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    def consumers(self) -> list[Node]:
+        """Nodes that read the value, each once, in order of use."""
+        return list(dict.fromkeys(node for node, _ in self.uses))
+
+    @property
+    def signature(self) -> str:
+        """``f32[64,3,7,7]``"""
+        return f"{dtype_name(self.dtype)}[{','.join(str(s).replace(' ', '') for s in self.shape)}]"
+
+    def __repr__(self) -> str:
+        return f"%{self.name}: {self.signature}"
+
+
+class Parameter(Value):
+    """A tensor the graph owns: a trained parameter, a buffer, or a constant; possibly known under several names (tied)."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        weight: Weight | torch.Tensor,
+        kind: Kind = "parameter",
+        aliases: Sequence[str] = (),
+        trainable: bool | None = None,
+        persistent: bool = True,
+    ):
+        weight = dense(weight) if isinstance(weight, torch.Tensor) else weight
+        super().__init__(name=name, shape=weight.shape, dtype=weight.dtype)
+        self.weight: Weight = weight
+        self.kind: Kind = kind
+        self.aliases = tuple(aliases)
+        self.trainable = kind == "parameter" if trainable is None else trainable
+        self.persistent = persistent
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The data, read now; never write into it: it may be the user's own tensor or a file."""
+        return self.weight.load()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+
+Operand = Value | Number | sympy.Expr | None
+
+
+class Node:
+    """One operator call."""
+
+    def __init__(
+        self,
+        *,
+        op: str,
+        inputs: Sequence[Operand],
+        attributes: Mapping[str, Any],
+        scope: Sequence[tuple[str, str]] = (),
+        source: str = "",
+        regions: Sequence[Graph] = (),
+        origin: Any = None,
+    ):
+        self.op = op
+        self.inputs: tuple[Operand, ...] = tuple(inputs)
+        self.attributes: dict[str, Any] = dict(attributes)
+        self.outputs: tuple[Value, ...] = ()
+        self.scope = tuple(scope)  # module path and class name from the root down: (("", "ResNet"), ("layer1", ...))
+        self.source = source  # "file.py:12 in forward", where the user called it
+        self.regions = tuple(regions)
+        self.origin = origin  # what the frontend needs to find its own node again
+        self.metadata: dict[str, str] = {}
+
+    @property
+    def operator(self) -> Operator:
+        return get_operator(self.op)
+
+    @property
+    def output(self) -> Value:
+        if len(self.outputs) != 1:
+            raise GraphError(f"{self.label} has {len(self.outputs)} results, not one")
+        return self.outputs[0]
+
+    @property
+    def name(self) -> str:
+        return self.outputs[0].name if self.outputs else self.op
+
+    @property
+    def label(self) -> str:
+        """What messages call this node: its name, its operator, and the module path where it has one."""
+        path = self.scope[-1][0] if self.scope else ""
+        return f"{self.name} = {self.op}" + (f" in {path}" if path else "")
+
+    def operands(self) -> Iterator[tuple[int, Value]]:
+        for slot, operand in enumerate(self.inputs):
+            if isinstance(operand, Value):
+                yield slot, operand
+
+    def __repr__(self) -> str:
+        from regauge.ir.text import format_node
+
+        return format_node(self)
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor carried from one run to the next: read as ``before``, written as ``after`` (caches, running statistics)."""
+
+    name: str
+    before: Value
+    after: Value
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One line of a graph's history."""
+
+    by: str
+    what: str
+
+
+@dataclass(eq=False)
+class Graph:
+    """A program over tensors. Create one with :func:`regauge.capture`, :func:`regauge.load` or a Builder."""
+
+    name: str = "graph"
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Operand] = field(default_factory=list)
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    states: list[State] = field(default_factory=list)
+    history: list[Edit] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    symbols: dict[sympy.Symbol, tuple[int, int | None]] = field(default_factory=dict)  # dynamic sizes and their ranges
+    version: int = 0
+    _nodes: dict[Node, None] = field(default_factory=dict)
+    _sorted: tuple[int, list[Node]] | None = None
+    _analysis: tuple[int, Analysis] | None = None
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Nodes in a stable topological order; raises GraphError on a cycle."""
+        if self._sorted is None or self._sorted[0] != self.version:
+            self._sorted = (self.version, _sorted_nodes(list(self._nodes)))
+        return self._sorted[1]
+
+    @property
+    def axes(self) -> Analysis:
+        """The axis analysis of the graph as it is now; computed once per version."""
+        from regauge.ir.axes import analyse
+
+        if self._analysis is None or self._analysis[0] != self.version:
+            self._analysis = (self.version, analyse(self))
+        return self._analysis[1]
+
+    def groups(self) -> list[Any]:
+        """Dependency groups: every Dim that occurs in a parameter, with its members; see :mod:`regauge.ir.groups`."""
+        from regauge.ir.groups import dependency_groups
+
+        return dependency_groups(self)
+
+    def explain(self, what: str) -> str:
+        """Why a Dim, a parameter axis or a value is as it is, in words; see :mod:`regauge.ir.explain`."""
+        from regauge.ir.explain import explain
+
+        return explain(self, what)
+
+    def find(self, name: str) -> Value:
+        """The input, parameter (under any of its names) or node result called ``name``; raises GraphError."""
+        if name in self.parameters:
+            return self.parameters[name]
+        for value in self.values():
+            if value.name == name or (isinstance(value, Parameter) and name in value.aliases):
+                return value
+        raise GraphError(f"nothing in graph {self.name!r} is called {name!r}")
+
+    def values(self) -> Iterator[Value]:
+        yield from self.inputs
+        yield from self.parameters.values()
+        for node in self._nodes:
+            yield from node.outputs
+
+    def walk(self) -> Iterator[tuple[Graph, Node]]:
+        """Every node with the graph or region that owns it, outer nodes before those of their regions."""
+        for node in self.nodes:
+            yield self, node
+            for region in node.regions:
+                yield from region.walk()
+
+    def all_parameters(self) -> Iterator[Parameter]:
+        """Parameters of the graph and of every region inside it."""
+        yield from self.parameters.values()
+        for node in self._nodes:
+            for region in node.regions:
+                yield from region.all_parameters()
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __str__(self) -> str:
+        from regauge.ir.text import format_graph
+
+        return format_graph(self)
+
+    def __repr__(self) -> str:
+        return f"<Graph {self.name}: {len(self._nodes)} nodes, {len(self.parameters)} parameters>"
+
+    def copy(self) -> Graph:
+        """An independent graph that shares the weights; edits of one never show in the other."""
+        from regauge.ir.edit import copy_graph
+
+        return copy_graph(self)
+
+    def to_torch(self, **options: Any) -> torch.nn.Module:
+        """An ``nn.Module`` that computes this graph; see :mod:`regauge.backends.to_torch`."""
+        return _edge("regauge.backends.to_torch").to_torch(self, **options)
+
+    def to_onnx(self, path: Any, **options: Any) -> Any:
+        """Write the graph as an ONNX model; see :mod:`regauge.backends.to_onnx`."""
+        return _edge("regauge.backends.to_onnx").to_onnx(self, path, **options)
+
+    def apply_to(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+        """Put the graph's shrunk weights and sizes into the user's own module; see :mod:`regauge.backends.apply_to`."""
+        return _edge("regauge.backends.apply_to").apply_to(self, model, **options)
+
+    def write(self, folder: Any, **options: Any) -> Any:
+        """Write readable torch source and a safetensors file; see :mod:`regauge.backends.to_torch`."""
+        return _edge("regauge.backends.to_torch").write(self, folder, **options)
+
+
+def _edge(module: str) -> Any:
+    """A backend, imported on use: ``ir`` knows the names of the backends for the sake of ``graph.to_torch()`` only."""
+    import importlib
+
+    return importlib.import_module(module)
+
+
+def _sorted_nodes(nodes: list[Node]) -> list[Node]:
+    """Depth-first from each node in insertion order: a new node lands just before its first consumer."""
+    done: set[Node] = set()
+    open_nodes: set[Node] = set()
+    order: list[Node] = []
+    for root in nodes:
+        stack: list[tuple[Node, bool]] = [(root, False)]
+        while stack:
+            node, expanded = stack.pop()
+            if node in done:
+                continue
+            if expanded:
+                open_nodes.discard(node)
+                done.add(node)
+                order.append(node)
+                continue
+            if node in open_nodes:
+                raise GraphError(f"{node.label} depends on its own result: the graph has a cycle")
+            open_nodes.add(node)
+            stack.append((node, True))
+            for _, value in reversed(list(node.operands())):
+                if value.producer is not None and value.producer not in done:
+                    stack.append((value.producer, False))
+    return order
+
+
+_DTYPE_NAMES = {
+    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+def dtype_name(dtype: Dtype) -> str:
+    """``f32`` for torch.float32; other types keep torch's name."""
+    return dtype if isinstance(dtype, str) else _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def dtype_from_name(name: str) -> Dtype:
+    return _DTYPES.get(name) or getattr(torch, name, name)

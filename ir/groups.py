@@ -1,0 +1,89 @@
+"""Dependency groups: each free or pinned Dim that occurs in a parameter, with every place where it occurs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from regauge.ir.errors import ExplainError
+from regauge.ir.extents import Dim, Pin, leaves
+from regauge.ir.graph import Graph, Node, Parameter
+from regauge.ir.sizes import Size
+
+
+@dataclass(frozen=True)
+class Member:
+    """One occurrence of a Dim: in which parameter, on which axis, and what the node that reads it does with that axis."""
+
+    parameter: Parameter
+    axis: int
+
+    def __str__(self) -> str:
+        return f"{self.parameter.name}:{self.axis}"
+
+
+@dataclass
+class Group:
+    """Axes that are cut together: one Dim and its members."""
+
+    dim: Dim
+    members: list[Member] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.dim.name
+
+    @property
+    def size(self) -> Size:
+        return self.dim.size
+
+    @property
+    def pins(self) -> list[Pin]:
+        return self.dim.pins
+
+    @property
+    def free(self) -> bool:
+        """Whether indices of the Dim may be removed."""
+        return not self.dim.pins and isinstance(self.dim.size, int) and self.dim.size > 1
+
+    def __repr__(self) -> str:
+        state = "free" if self.free else f"pinned: {self.pins[0]}" if self.pins else "size 1"
+        return f"<Group {self.name} of {self.size}, {len(self.members)} members, {state}>"
+
+
+def dependency_groups(graph: Graph) -> list[Group]:
+    """All groups of a graph, in the order in which their Dims first occur in its parameters."""
+    analysis = graph.axes
+    groups: dict[Dim, Group] = {}
+    for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
+        for axis, extent in enumerate(analysis.of[parameter]):
+            for dim in dict.fromkeys(leaves(extent)):
+                groups.setdefault(dim, Group(dim)).members.append(Member(parameter, axis))
+    return list(groups.values())
+
+
+def free_groups(graph: Graph) -> list[Group]:
+    return [group for group in graph.groups() if group.free]
+
+
+def find_group(graph: Graph, name: str) -> Group:
+    """The group of a Dim given by its name, or by a parameter axis such as ``conv1.weight:0``; raises ExplainError."""
+    groups: Iterable[Group] = graph.groups()
+    for group in groups:
+        if group.name == name:
+            return group
+    at = [group for group in groups if any(f"{n}:{m.axis}" == name for m in group.members for n in m.parameter.names)]
+    if len(at) == 1:
+        return at[0]
+    if at:
+        choices = ", ".join(group.name for group in at)
+        raise ExplainError(f"the axis {name} has several Dims: name one of {choices}")
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, [group.name for group in groups], 3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; `regauge groups` lists them"
+    raise ExplainError(f"no Dim or parameter axis is called {name!r}{hint}")
+
+
+def reading_nodes(member: Member) -> list[Node]:
+    return member.parameter.consumers()

@@ -1,0 +1,134 @@
+"""The reference interpreter: runs a graph node by node on torch tensors, with hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from regauge.ir.errors import GraphError, RegaugeError
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.sizes import evaluate, solve_bindings
+
+Hook = Callable[[Node, tuple[Any, ...]], tuple[Any, ...] | None]
+"""Called after each node with its results; may return other results in their place."""
+
+
+class Interpreter:
+    """Runs one graph. ``hook`` sees every node's results and may replace them; ``weights`` overrides parameters by name.
+
+    States (running statistics, caches) start from their parameters or inputs at every run; the new values are in
+    ``states`` after a run, and nothing is written back.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        hook: Hook | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.graph = graph
+        self.hook = hook
+        self.weights = dict(weights or {})
+        self.device = device
+        self.states: dict[str, torch.Tensor] = {}
+
+    def run(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+        """Results of the graph for inputs given in order or by name; raises RegaugeError naming the node that failed."""
+        arguments = self._arguments(inputs)
+        bindings: dict[sympy.Symbol, int] = {}
+        for value, tensor in zip(self.graph.inputs, arguments, strict=True):
+            if isinstance(tensor, torch.Tensor):
+                _check_rank(value, tensor)
+                solve_bindings(value.shape, tensor.shape, bindings)
+        environment: dict[Value, Any] = dict(zip(self.graph.inputs, arguments, strict=True))
+        with torch.no_grad():
+            results = self._run_graph(self.graph, environment, bindings)
+            self.states = {s.name: environment[s.after] for s in self.graph.states}
+        return results
+
+    def _arguments(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+        names = [value.name for value in self.graph.inputs]
+        if isinstance(inputs, Mapping):
+            missing = [name for name in names if name not in inputs]
+            if missing:
+                raise GraphError(f"no value is given for the graph input {missing[0]!r}: inputs are {', '.join(names)}")
+            inputs = [inputs[name] for name in names]
+        if len(inputs) != len(names):
+            raise GraphError(f"the graph takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
+        return [torch.as_tensor(x) if not isinstance(x, torch.Tensor) and hasattr(x, "__array__") else x for x in inputs]
+
+    def _run_graph(self, graph: Graph, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> list[Any]:
+        last_use = _last_uses(graph)
+        for step, node in enumerate(graph.nodes):
+            results = self._run_node(node, environment, bindings)
+            environment.update(zip(node.outputs, results, strict=True))
+            for value in last_use.get(step, ()):
+                del environment[value]
+        return [self._read(output, environment, bindings) for output in graph.outputs]
+
+    def _read(self, operand: Any, environment: dict[Value, Any], bindings: Mapping[sympy.Symbol, int]) -> Any:
+        if isinstance(operand, Parameter) and operand not in environment:
+            tensor = self.weights.get(operand.name)
+            tensor = operand.tensor if tensor is None else tensor
+            return tensor if self.device is None else tensor.to(self.device)
+        if isinstance(operand, Value):
+            return environment[operand]
+        return evaluate(operand, bindings)
+
+    def _run_node(self, node: Node, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> tuple[Any, ...]:
+        operands = [self._read(operand, environment, bindings) for operand in node.inputs]
+        attributes = {key: evaluate(value, bindings) for key, value in node.attributes.items()}
+        if node.regions:
+            attributes["regions"] = tuple(self._region(region, bindings) for region in node.regions)
+        try:
+            raw = node.operator.evaluate(*operands, **attributes)
+        except RegaugeError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(str(tuple(o.shape)) if isinstance(o, torch.Tensor) else repr(o) for o in operands)
+            where = f", called at {node.source}" if node.source else ""
+            raise RegaugeError(f"{node.label} failed on operands {shapes}{where}: {error}") from error
+        results = tuple(raw) if isinstance(raw, tuple | list) else (raw,)
+        if len(results) < len(node.outputs):
+            raise RegaugeError(f"{node.label} gave {len(results)} results, the graph expects {len(node.outputs)}")
+        results = results[: len(node.outputs)]
+        replaced = self.hook(node, results) if self.hook is not None else None
+        return results if replaced is None else replaced
+
+    def _region(self, region: Graph, bindings: dict[sympy.Symbol, int]) -> Callable[..., list[Any]]:
+        def call(*arguments: Any) -> list[Any]:
+            inner = dict(bindings)
+            for value, tensor in zip(region.inputs, arguments, strict=True):
+                if isinstance(tensor, torch.Tensor) and tensor.dim() == value.rank:
+                    solve_bindings(value.shape, tensor.shape, inner)
+            return self._run_graph(region, dict(zip(region.inputs, arguments, strict=True)), inner)
+
+        return call
+
+
+def _check_rank(value: Value, tensor: torch.Tensor) -> None:
+    if tensor.dim() != value.rank:
+        raise GraphError(f"the input {value} got a tensor of shape {tuple(tensor.shape)}")
+
+
+def _last_uses(graph: Graph) -> dict[int, list[Value]]:
+    """Values that can be dropped after each step, so that a run holds no more tensors than it needs."""
+    position = {node: step for step, node in enumerate(graph.nodes)}
+    protected = {o for o in graph.outputs if isinstance(o, Value)} | {s.after for s in graph.states}
+    result: dict[int, list[Value]] = {}
+    for node in graph.nodes:
+        for value in node.outputs:
+            if value not in protected:
+                steps = [position[user] for user, _ in value.uses if user in position]
+                result.setdefault(max(steps, default=position[node]), []).append(value)
+    return result
+
+
+def run(graph: Graph, inputs: Sequence[Any] | Mapping[str, Any], **options: Any) -> list[Any]:
+    """Run a graph once; options are those of :class:`Interpreter`."""
+    return Interpreter(graph, **options).run(inputs)

@@ -1,0 +1,259 @@
+"""The notation in which operators state their axis rules: parser and printer.
+
+    linear       ... i, o i, o?                                   -> ... o
+    conv         n (g i) s..., (g o) i k..., (g o)?               -> n (g o) t...    ; window s k t ; groups = g
+    layer_norm   ... c..., c...?, c...?                           -> ... c...        ; normalise c ; normalized_shape = c
+    embedding    ..., v e                                         -> ... e           ; indexed v
+
+One comma-separated pattern per operand and per result; a pattern is a row of terms, one per axis:
+
+    name        an axis; the same name is the same axis wherever it stands
+    name...     a run of zero or more axes
+    ...         the leading axes, broadcast against each other as numpy does
+    (a b)       one axis that is the row-major product of a and b
+    (a + b)     one axis that is a followed by b
+    1           an axis of size one
+
+A pattern that ends with ``?`` belongs to an operand that may be absent. After ``;`` follow annotations: ``window a b``,
+``normalise a``, ``indexed a``, ``whole a`` give axes a special role (see :mod:`regauge.ir.roles`), and
+``attribute = name`` says that a size-valued attribute of the operator is the size of that axis.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from regauge.ir.errors import RuleSyntaxError
+
+ROLES_IN_WORDS = ("window", "normalise", "indexed", "whole", "reduce", "scan")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A named axis."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Run:
+    """A named run of axes; the empty name is the broadcast run ``...``."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name}..."
+
+
+@dataclass(frozen=True)
+class Composite:
+    """One axis made of several: a product (``kind`` is a blank) or a concatenation (``kind`` is a plus)."""
+
+    kind: str
+    parts: tuple[Axis | Composite, ...]
+
+    def __str__(self) -> str:
+        return "(" + (" + " if self.kind == "+" else " ").join(map(str, self.parts)) + ")"
+
+
+@dataclass(frozen=True)
+class One:
+    """An axis of size one."""
+
+    def __str__(self) -> str:
+        return "1"
+
+
+Term = Axis | Run | Composite | One
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The axes of one operand or result."""
+
+    terms: tuple[Term, ...]
+    optional: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.terms)) + ("?" if self.optional else "")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A parsed axis rule; ``str(rule)`` is canonical notation that parses back to an equal rule."""
+
+    operands: tuple[Pattern, ...]
+    results: tuple[Pattern, ...]
+    roles: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    derived: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        text = ", ".join(map(str, self.operands)) + " -> " + ", ".join(map(str, self.results))
+        text += "".join(f" ; {role} {' '.join(names)}" for role, names in self.roles)
+        return text + "".join(f" ; {attribute} = {name}" for attribute, name in self.derived)
+
+
+_TOKEN = re.compile(r"\s*(?:(?P<arrow>->)|(?P<dots>\.\.\.)|(?P<name>[A-Za-z_][A-Za-z0-9_']*)|(?P<mark>[(),;?+=1]))")
+
+
+class _Reader:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.position = 0
+        self.tokens: list[tuple[str, int, bool]] = []  # text, position, whether blanks precede it
+        at = 0
+        stripped = len(text.rstrip())
+        while at < stripped:
+            match = _TOKEN.match(text, at)
+            if match is None:
+                raise self.error("this character does not belong to the rule notation", at + _blanks(text, at))
+            start = match.start(match.lastgroup or 0)
+            self.tokens.append((match.group(match.lastgroup or 0), start, start > at))
+            at = match.end()
+
+    def error(self, reason: str, at: int | None = None) -> RuleSyntaxError:
+        if at is None:
+            at = self.tokens[self.position][1] if self.position < len(self.tokens) else len(self.text)
+        return RuleSyntaxError(f"{reason}\n  {self.text}\n  {' ' * at}^")
+
+    def peek(self) -> str:
+        return self.tokens[self.position][0] if self.position < len(self.tokens) else ""
+
+    def glued(self) -> bool:
+        """Whether the next token follows the last one without a blank."""
+        return self.position < len(self.tokens) and not self.tokens[self.position][2]
+
+    def take(self, expected: str | None = None) -> str:
+        token = self.peek()
+        if not token or (expected is not None and token != expected):
+            raise self.error(f"expected {expected!r}" if expected else "the rule ends too early")
+        self.position += 1
+        return token
+
+    def name(self) -> str:
+        token = self.peek()
+        if not (token[:1].isalpha() or token[:1] == "_"):
+            raise self.error("expected the name of an axis")
+        return self.take()
+
+
+def _blanks(text: str, at: int) -> int:
+    return len(text[at:]) - len(text[at:].lstrip())
+
+
+@lru_cache(maxsize=None)
+def parse_rule(text: str) -> Rule:
+    """Parse a rule; raises RuleSyntaxError with a caret under the place."""
+    reader = _Reader(text)
+    operands = _patterns(reader, stop="->")
+    reader.take("->")
+    results = _patterns(reader, stop=";")
+    roles: list[tuple[str, tuple[str, ...]]] = []
+    derived: list[tuple[str, str]] = []
+    while reader.peek() == ";":
+        reader.take(";")
+        word = reader.name()
+        if reader.peek() == "=":
+            reader.take("=")
+            derived.append((word, reader.name()))
+            continue
+        if word not in ROLES_IN_WORDS:
+            raise reader.error(f"unknown annotation {word!r}: expected one of {', '.join(ROLES_IN_WORDS)}")
+        names = []
+        while reader.peek() not in (";", ""):
+            names.append(reader.name())
+        roles.append((word, tuple(names)))
+    if reader.peek():
+        raise reader.error("nothing may follow here")
+    rule = Rule(operands, results, tuple(roles), tuple(derived))
+    _check_names(rule, reader)
+    return rule
+
+
+def _patterns(reader: _Reader, stop: str) -> tuple[Pattern, ...]:
+    patterns = [_pattern(reader, stop)]
+    while reader.peek() == ",":
+        reader.take(",")
+        patterns.append(_pattern(reader, stop))
+    return tuple(patterns)
+
+
+def _pattern(reader: _Reader, stop: str) -> Pattern:
+    terms: list[Term] = []
+    optional = False
+    while reader.peek() not in (",", stop, ";", ""):
+        if optional:
+            raise reader.error("'?' ends an operand: a ',' or '->' must follow")
+        if reader.peek() == "?":
+            reader.take("?")
+            optional = True
+            continue
+        terms.append(_term(reader))
+    if sum(isinstance(term, Run) for term in terms) > 1:
+        raise reader.error("an operand can hold one run of axes only")
+    return Pattern(tuple(terms), optional)
+
+
+def _term(reader: _Reader) -> Term:
+    match reader.peek():
+        case "...":
+            reader.take()
+            return Run("")
+        case "1":
+            reader.take()
+            return One()
+        case "(":
+            return _composite(reader)
+    name = reader.name()
+    if reader.peek() == "..." and reader.glued():
+        reader.take()
+        return Run(name)
+    return Axis(name)
+
+
+def _composite(reader: _Reader) -> Composite:
+    reader.take("(")
+    parts: list[Axis | Composite] = []
+    kind = ""
+    while reader.peek() != ")":
+        if parts:
+            separator = "+" if reader.peek() == "+" else " "
+            if separator == "+":
+                reader.take("+")
+            if kind not in ("", separator):
+                raise reader.error("products and sums may not be mixed: add parentheses")
+            kind = separator
+        parts.append(_composite(reader) if reader.peek() == "(" else Axis(reader.name()))
+    reader.take(")")
+    if not parts:
+        raise reader.error("empty parentheses")
+    return Composite(kind or " ", tuple(parts))
+
+
+def names_of(pattern: Pattern) -> tuple[str, ...]:
+    """Names in a pattern from left to right, runs included."""
+    return tuple(name for term in pattern.terms for name in _term_names(term))
+
+
+def _term_names(term: Term) -> tuple[str, ...]:
+    if isinstance(term, Axis | Run):
+        return (term.name,) if term.name else ()
+    if isinstance(term, Composite):
+        return tuple(name for part in term.parts for name in _term_names(part))
+    return ()
+
+
+def _check_names(rule: Rule, reader: _Reader) -> None:
+    known = {name for pattern in (*rule.operands, *rule.results) for name in names_of(pattern)}
+    for role, names in rule.roles:
+        for name in names:
+            if name not in known:
+                raise reader.error(f"{role} names the axis {name!r}, which no operand or result has", len(reader.text))
+    for attribute, name in rule.derived:
+        if name not in known:
+            raise reader.error(f"{attribute} = {name}: no operand or result has that axis", len(reader.text))

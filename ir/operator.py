@@ -1,0 +1,257 @@
+"""One record per operator, and the registry of records.
+
+A record states once everything Regauge knows about an operator: its signature and semantics (a plain Python function
+over torch tensors), its axis rule, which ATen overloads and ONNX operators it stands for, its cost, how values pass
+through it (symmetry), and sample inputs from which its law tests are generated. Shape inference, dependency groups,
+roles, gauge classes, cost, emitted torch source and the tests are all derived from the record.
+
+    @operator(
+        rule="... i, o i, o? -> ... o",
+        aten={"linear": None},
+        macs=lambda call: call.count(0) * call.size(1, 0),
+        samples=lambda: [sample(randn(2, 3, 6), randn(4, 6), randn(4))],
+    )
+    def linear(x, weight, bias=None):
+        return F.linear(x, weight, bias)
+
+Positional parameters of the function are the operand slots (``None`` for an absent optional operand; Python numbers
+and sizes may stand where a tensor may); keyword-only parameters are the attributes. The function may only use the names
+``torch``, ``F`` (torch.nn.functional) and ``math``: a one-expression body is inlined into emitted source, a longer one is
+copied there as a function.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from regauge.ir.errors import OperatorError
+from regauge.ir.notation import parse_rule
+from regauge.ir.sizes import Size
+
+if TYPE_CHECKING:
+    from regauge.ir.graph import Node
+    from regauge.ir.rules import Call
+
+    RuleFunction = Callable[[Call], Any]
+
+Adapter = Callable[..., Any]
+"""``adapter(build, ...)``: emits the nodes that an operator of another framework stands for, and returns their values.
+
+An ATen adapter gets the call's arguments as its schema names them, tensors as Values. An ONNX adapter gets one
+:class:`regauge.frontends.onnx_call.OnnxCall`.
+"""
+
+
+class Symmetry(enum.Enum):
+    """How an operator treats the values on an axis that it only maps over (axis-algebra.md, section 5)."""
+
+    LINEAR = "linear"  # f(A x + B y) = A f(x) + B f(y): adds, scalings by constants, layout
+    HOMOGENEOUS = "homogeneous"  # f(s x) = s f(x) for s > 0: relu, abs, max
+    ODD = "odd"  # f(-x) = -f(x): tanh
+    PRODUCT = "product"  # bilinear per index: mul of two values
+    POINTWISE = "pointwise"  # any other function of one index: only permutation commutes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an operator for its law tests: operands (tensors, numbers or None) and attributes."""
+
+    operands: tuple[Any, ...]
+    attributes: Mapping[str, Any]
+
+
+def sample(*operands: Any, **attributes: Any) -> Sample:
+    return Sample(operands, attributes)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a cost function may ask about a node: sizes of operands and results, and attributes."""
+
+    node: Node
+
+    def size(self, operand: int, axis: int) -> Size:
+        value = self.node.inputs[operand]
+        return value.shape[axis]  # type: ignore[union-attr]
+
+    def count(self, operand: int) -> Size:
+        """Number of elements of an operand."""
+        from regauge.ir.sizes import count
+
+        value = self.node.inputs[operand]
+        return count(value.shape) if hasattr(value, "shape") else 1
+
+    def out(self, axis: int | None = None, result: int = 0) -> Size:
+        """Number of elements of a result, or the size of one of its axes."""
+        from regauge.ir.sizes import count
+
+        shape = self.node.outputs[result].shape
+        return count(shape) if axis is None else shape[axis]
+
+    def rank(self, operand: int) -> int:
+        return len(getattr(self.node.inputs[operand], "shape", ()))
+
+    def __getitem__(self, attribute: str) -> Any:
+        return self.node.attributes[attribute]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxForm:
+    """How an ONNX operator maps to a record.
+
+    ``read(build, call)`` emits the IR; ``write(nodes, patch)`` puts changed size-valued attributes of the IR nodes that
+    stand for one carried ONNX node back into it (only operators with such attributes need it).
+    """
+
+    read: Adapter | None = None
+    write: Callable[..., None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """Everything known about one operator; see the module docstring."""
+
+    name: str
+    evaluate: Callable[..., Any]
+    rule: str | RuleFunction
+    aten: Mapping[str, Adapter | None] = field(default_factory=dict)
+    onnx: Mapping[str, Adapter | OnnxForm | None] = field(default_factory=dict)
+    macs: Callable[[Cost], Size] | None = None
+    samples: Callable[[], Iterable[Sample]] | None = None
+    symmetry: Symmetry = Symmetry.POINTWISE
+    layer: Callable[[Node], str | None] | None = None
+    random: bool = False
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.evaluate)
+
+    @cached_property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the operand slots; a variadic one comes last and starts with a star."""
+        kinds = inspect.Parameter
+        names = []
+        for parameter in self.signature.parameters.values():
+            if parameter.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD):
+                names.append(parameter.name)
+            elif parameter.kind is kinds.VAR_POSITIONAL:
+                names.append("*" + parameter.name)
+        return tuple(names)
+
+    @cached_property
+    def attributes(self) -> Mapping[str, Any]:
+        """Attribute names with their defaults (``inspect.Parameter.empty`` where one must be given)."""
+        return {
+            parameter.name: parameter.default
+            for parameter in self.signature.parameters.values()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "regions"
+        }
+
+    def bind(self, operands: Sequence[Any], attributes: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Check a call against the signature and fill in default attributes; raises OperatorError."""
+        unknown = [name for name in attributes if name not in self.attributes]
+        if unknown:
+            raise OperatorError(
+                f"{self.name} has no attribute {unknown[0]!r}: it takes {', '.join(self.attributes) or 'none'}"
+            )
+        full: dict[str, Any] = {}
+        for name, default in self.attributes.items():
+            value = attributes.get(name, default)
+            if value is inspect.Parameter.empty:
+                raise OperatorError(f"{self.name} needs the attribute {name!r}")
+            full[name] = _frozen(value)
+        variadic = bool(self.slots) and self.slots[-1].startswith("*")
+        if not variadic and len(operands) > len(self.slots):
+            raise OperatorError(f"{self.name} takes {len(self.slots)} operands ({', '.join(self.slots)}), got {len(operands)}")
+        given = tuple(operands)
+        if not variadic:
+            while given and given[-1] is None:
+                given = given[:-1]
+        return given, full
+
+
+def _frozen(value: Any) -> Any:
+    """Attributes are values: lists become tuples, so that nodes can be compared, hashed and shared."""
+    if isinstance(value, list | tuple | torch.Size):
+        return tuple(_frozen(v) for v in value)
+    return value
+
+
+_BY_NAME: dict[str, Operator] = {}
+_BY_ATEN: dict[str, tuple[Operator, Adapter | None]] = {}
+_BY_ONNX: dict[tuple[str, str], tuple[Operator, OnnxForm]] = {}
+
+
+def register_operator(record: Operator, *, replace: bool = False) -> Operator:
+    """Add an operator to the registry; raises OperatorError when its name, an ATen or an ONNX name is taken."""
+    if not replace and record.name in _BY_NAME:
+        raise OperatorError(f"operator {record.name!r} is registered already: pass replace=True to replace it")
+    if isinstance(record.rule, str):
+        parse_rule(record.rule)  # a malformed rule is an error of whoever registers it, not of the first graph
+    _BY_NAME[record.name] = record
+    for name, adapter in record.aten.items():
+        _claim(_BY_ATEN, name, (record, adapter), replace)
+    for full_name, form in record.onnx.items():
+        domain, _, op_type = full_name.rpartition("::")
+        entry = form if isinstance(form, OnnxForm) else OnnxForm(read=form)
+        _claim(_BY_ONNX, (domain, op_type), (record, entry), replace)
+    return record
+
+
+def _claim(table: dict[Any, Any], key: Any, entry: tuple[Operator, Any], replace: bool) -> None:
+    if key in table and table[key][0].name != entry[0].name and not replace:
+        raise OperatorError(f"{key} is mapped to operator {table[key][0].name!r} already, not to {entry[0].name!r}")
+    table[key] = entry
+
+
+def operator(
+    function: Callable[..., Any] | None = None, *, name: str | None = None, **fields: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator form of :func:`register_operator`: the decorated function is the operator's semantics."""
+
+    def register(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        register_operator(Operator(name=name or evaluate.__name__, evaluate=evaluate, **fields))
+        return evaluate
+
+    if function is not None:
+        raise OperatorError("use @operator(rule=...), with at least a rule")
+    return register
+
+
+def get_operator(name: str) -> Operator:
+    _load_operators()
+    try:
+        return _BY_NAME[name]
+    except KeyError:
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, _BY_NAME, 1)
+        raise OperatorError(f"no operator is called {name!r}" + (f": did you mean {close[0]!r}?" if close else "")) from None
+
+
+def find_aten(name: str) -> tuple[Operator, Adapter | None] | None:
+    """The record for an ATen overload such as ``add.Tensor``; the name without the overload serves all overloads."""
+    _load_operators()
+    return _BY_ATEN.get(name) or _BY_ATEN.get(name.partition(".")[0])
+
+
+def find_onnx(domain: str, op_type: str) -> tuple[Operator, OnnxForm] | None:
+    _load_operators()
+    return _BY_ONNX.get(("" if domain == "ai.onnx" else domain, op_type))
+
+
+def all_operators() -> Mapping[str, Operator]:
+    _load_operators()
+    return dict(_BY_NAME)
+
+
+def _load_operators() -> None:
+    """The built-in records register themselves when their modules are imported."""
+    import regauge.ir.ops  # noqa: F401

@@ -1,0 +1,78 @@
+"""Removing indices from Dims: the one operation behind every kind of structured pruning.
+
+    before   w1: f32[64,3,3,3]  ->  relu  ->  w2: f32[10,64]      resize(graph, {dim 64: [0, 2, 5]})
+    after    w1: f32[3,3,3,3]   ->  relu  ->  w2: f32[10,3]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from regauge.ir.edit import copy_graph, record
+from regauge.ir.errors import GraphError
+from regauge.ir.extents import Concat, Dim, Extent, Product, flat_indices, size_after, touches
+from regauge.ir.graph import Graph, Value
+from regauge.ir.groups import find_group
+from regauge.ir.weights import cut
+
+
+def resize(graph: Graph, keep: Mapping[Dim | str, Iterable[int]], *, by: str = "resize") -> Graph:
+    """A new graph in which each given Dim keeps only the given indices; the input graph is not changed.
+
+    Every parameter is sliced by the positions its extents give, every size-valued attribute is derived anew. A Dim is
+    given as an object of ``graph.axes`` or by name. Raises GraphError for a pinned Dim (its reasons are in the message),
+    an empty or out-of-range selection.
+    """
+    kept = {_dim(graph, dim): np.unique(np.asarray(list(indices), dtype=np.int64)) for dim, indices in keep.items()}
+    for dim, indices in kept.items():
+        _check(dim, indices)
+    analysis = graph.axes
+    mapping: dict[Value, Value] = {}
+    result = copy_graph(graph, mapping)
+    for parameter in graph.all_parameters():
+        axes = analysis.of[parameter]
+        if any(touches(extent, kept) for extent in axes):
+            selection = [flat_indices(extent, kept) if touches(extent, kept) else None for extent in axes]
+            mapping[parameter].weight = cut(parameter.weight, selection)  # type: ignore[attr-defined]
+    for value, axes in analysis.of.items():
+        if value in mapping:
+            mapping[value].shape = tuple(size_after(extent, kept) for extent in axes)
+    for node, call in analysis.calls.items():
+        if call.derived:
+            copied = mapping[node.outputs[0]].producer
+            assert copied is not None
+            for attribute, extents in call.derived.items():
+                copied.attributes[attribute] = sizes_after(extents, kept)
+    for dim, indices in kept.items():
+        record(result, by, f"{dim.name}: {dim.size} -> {len(indices)}")
+    return result
+
+
+def sizes_after(derived: Any, keep: Mapping[Dim, np.ndarray]) -> Any:
+    """The sizes of a (nested tuple or list of) extents after a cut; numbers stay as they are."""
+    if isinstance(derived, Dim | Product | Concat):
+        return size_after(derived, keep)
+    if isinstance(derived, tuple | list):
+        return tuple(sizes_after(part, keep) for part in derived)
+    return derived
+
+
+def _dim(graph: Graph, dim: Dim | str) -> Dim:
+    if isinstance(dim, str):
+        return find_group(graph, dim).dim
+    found: Extent | None = dim.bound
+    if found is not None:
+        raise GraphError(f"{dim.name} has been refined by the analysis: use the Dims of graph.groups()")
+    return dim
+
+
+def _check(dim: Dim, indices: np.ndarray) -> None:
+    if dim.pins:
+        raise GraphError(f"{dim.name} cannot be cut: {'; '.join(map(str, dim.pins))}")
+    if not isinstance(dim.size, int):
+        raise GraphError(f"{dim.name} has the dynamic size {dim.size}: it cannot be cut")
+    if not len(indices) or indices[0] < 0 or indices[-1] >= dim.size:
+        raise GraphError(f"{dim.name} has the indices 0..{dim.size - 1}: keep at least one of them, and no other")

@@ -1,0 +1,351 @@
+"""Applying an axis rule to the extents of a node's operands.
+
+A rule is a string in the notation of :mod:`regauge.ir.notation`, or a function of a :class:`Call` that returns such a
+string (when attributes decide) or the extents of the results (the layout primitives: reshape, concat, slice ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from regauge.ir import extents as ext
+from regauge.ir.errors import AxisError
+from regauge.ir.extents import ONE, Extent, fresh, size_of, unify
+from regauge.ir.notation import Axis, Composite, One, Pattern, Rule, Run, Term, parse_rule
+from regauge.ir.sizes import Size, divide, product, same
+
+if TYPE_CHECKING:
+    from regauge.ir.graph import Node
+
+Axes = list[Extent]
+
+
+@dataclass
+class Call:
+    """One node being analysed: what its rule may read, and the verbs with which it states what it knows.
+
+    ``axes[i]`` are the extents of operand i: a list with one extent per axis, ``[]`` for a number, None when absent.
+    """
+
+    node: Node
+    axes: list[Axes | None]
+    roles: list[tuple[str, Extent]] = field(default_factory=list)
+    derived: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return self.node.label
+
+    def __getitem__(self, attribute: str) -> Any:
+        return self.node.attributes[attribute]
+
+    def operand(self, index: int) -> Axes:
+        """Extents of an operand that must be there."""
+        found = self.axes[index] if index < len(self.axes) else None
+        if found is None:
+            raise AxisError(f"{self.where}: operand {index} is missing")
+        return found
+
+    def has(self, index: int) -> bool:
+        return index < len(self.axes) and self.axes[index] is not None
+
+    def rank(self, index: int) -> int:
+        return len(self.operand(index))
+
+    def constant(self, index: int) -> Any:
+        """The tensor of an operand that is a constant of the graph, else None; for rules that depend on index tables."""
+        from regauge.ir.graph import Parameter
+
+        value = self.node.inputs[index] if index < len(self.node.inputs) else None
+        return value.tensor if isinstance(value, Parameter) and value.kind == "constant" else None
+
+    def normal(self, axis: int, rank: int) -> int:
+        """A non-negative axis number; raises AxisError outside the rank."""
+        if not -rank <= axis < rank:
+            raise AxisError(f"{self.where}: axis {axis} does not exist in a tensor of rank {rank}")
+        return axis % rank
+
+    # -- what a rule states ------------------------------------------------------------------------------------------
+
+    def unify(self, a: Extent, b: Extent) -> None:
+        unify(a, b)
+
+    def pin(self, extent: Extent, reason: str) -> None:
+        ext.pin(extent, reason, self.where)
+
+    def role(self, role: str, extent: Extent) -> None:
+        """Record what the node does to an axis; ``window``, ``indexed``, ``whole`` and ``scan`` also pin it."""
+        self.roles.append((role, extent))
+        if role in PINNING_ROLES:
+            self.pin(extent, PINNING_ROLES[role].format(operator=self.node.op))
+
+    def derive(self, **attributes: Any) -> None:
+        """State that attributes are the sizes of extents (nested tuples allowed): they follow when a Dim is cut."""
+        self.derived.update(attributes)
+
+    def fresh(self, size: Size) -> Extent:
+        return fresh(size)
+
+    def reshape(self, axes: Sequence[Extent], sizes: Sequence[Size]) -> Axes:
+        return ext.reshape(axes, sizes, self.where)
+
+    def split(self, extent: Extent, sizes: Sequence[Size]) -> Axes:
+        """Cut an extent into segments of the given sizes; where it has no such layout, pinned fresh Dims."""
+        parts: Axes = []
+        rest = extent
+        for size in sizes:
+            cut = ext.split_at(rest, size)
+            if cut is None:
+                self.pin(extent, "it is cut where it has no boundary (entangled)")
+                parts = [fresh(s) for s in sizes]
+                for part in parts:
+                    self.pin(part, "it is cut out of an axis that has no boundary there (entangled)")
+                return parts
+            parts.append(cut[0])
+            rest = cut[1]
+        return parts
+
+    def broadcast(self, operands: Sequence[Axes]) -> Axes:
+        """Extents of the broadcast of several runs of axes, as numpy aligns them."""
+        rank = max((len(axes) for axes in operands), default=0)
+        result: Axes = [ONE] * rank
+        for axes in operands:
+            offset = rank - len(axes)
+            for position, extent in enumerate(axes):
+                if same(size_of(extent), 1):
+                    continue
+                current = result[offset + position]
+                if same(size_of(current), 1):
+                    result[offset + position] = extent
+                else:
+                    unify(current, extent)
+        return result
+
+    def pointwise(self) -> Axes:
+        """The broadcast of all operands: the rule of every elementwise operator."""
+        return self.broadcast([axes for axes in self.axes if axes is not None])
+
+    def opaque(self, reason: str) -> list[Axes]:
+        """The rule of what has no rule: everything it touches keeps its indices."""
+        for axes in self.axes:
+            for extent in axes or ():
+                self.pin(extent, reason)
+        results: list[Axes] = []
+        for value in self.node.outputs:
+            axes = [fresh(size) for size in value.shape]
+            for extent in axes:
+                self.pin(extent, reason)
+            results.append(axes)
+        return results
+
+    def apply(self, rule: str, **sizes: Size) -> list[Axes]:
+        """Apply a rule in notation; ``sizes`` gives the sizes of names that no operand fixes."""
+        return _Application(self, parse_rule(rule), sizes).run()
+
+
+PINNING_ROLES = {
+    "window": "{operator} slides a window over it",
+    "indexed": "{operator} looks entries up by position in it",
+    "whole": "{operator} needs all of it at once",
+    "scan": "{operator} runs along it in order",
+}
+
+
+class _Application:
+    """One application of a parsed rule: binds names to extents, solves composites, builds the results."""
+
+    def __init__(self, call: Call, rule: Rule, sizes: dict[str, Size]) -> None:
+        self.call = call
+        self.rule = rule
+        self.names: dict[str, Extent] = {}
+        self.runs: dict[str, Axes] = {}
+        self.sizes: dict[str, Size] = dict(sizes)
+        self.batch: list[Axes] = []
+        for attribute, name in rule.derived:
+            given = call.node.attributes.get(attribute)
+            if name not in self.sizes and given is not None and not isinstance(given, tuple):
+                self.sizes[name] = given
+
+    def run(self) -> list[Axes]:
+        composites: list[tuple[Composite, Extent]] = []
+        used: list[set[str]] = []
+        for index, pattern in enumerate(self.rule.operands):
+            axes = self.call.axes[index] if index < len(self.call.axes) else None
+            if axes is None:
+                if not pattern.optional:
+                    raise AxisError(f"{self.call.where}: operand {index} is missing; the rule is {self.rule}")
+                used.append(set())
+                continue
+            used.append(self._match(pattern, axes, index, composites))
+        if len(self.call.axes) > len(self.rule.operands):
+            raise AxisError(f"{self.call.where}: more operands than the rule has: {self.rule}")
+        self._solve(composites)
+        batch = self.call.broadcast(self.batch)
+        results = [self._result(pattern, batch, index) for index, pattern in enumerate(self.rule.results)]
+        self._state_roles(used)
+        for attribute, name in self.rule.derived:
+            self.call.derived[attribute] = tuple(self.runs[name]) if name in self.runs else self.names.get(name, ONE)
+        return results
+
+    def _match(
+        self, pattern: Pattern, axes: Axes, index: int, composites: list[tuple[Composite, Extent]]
+    ) -> set[str]:
+        terms = list(pattern.terms)
+        runs = sum(isinstance(term, Run) for term in terms)
+        fixed = len(terms) - runs
+        if len(axes) < fixed or (not runs and len(axes) != fixed):
+            raise AxisError(
+                f"{self.call.where}: operand {index} has {len(axes)} axes, but the rule {self.rule} wants "
+                f"'{pattern}'"
+            )
+        seen: set[str] = set()
+        position = 0
+        for term in terms:
+            if isinstance(term, Run):
+                length = len(axes) - fixed
+                run = axes[position : position + length]
+                position += length
+                self._bind_run(term.name, run)
+                seen.add(term.name)
+                continue
+            self._bind_term(term, axes[position], composites, seen)
+            position += 1
+        return seen
+
+    def _bind_run(self, name: str, run: Axes) -> None:
+        if not name:
+            self.batch.append(run)
+        elif name not in self.runs:
+            self.runs[name] = run
+        elif len(self.runs[name]) != len(run):
+            raise AxisError(f"{self.call.where}: '{name}...' stands for {len(self.runs[name])} and for {len(run)} axes")
+        else:
+            for a, b in zip(self.runs[name], run, strict=True):
+                unify(a, b)
+
+    def _bind_term(
+        self, term: Term, extent: Extent, composites: list[tuple[Composite, Extent]], seen: set[str]
+    ) -> None:
+        if isinstance(term, Composite):
+            composites.append((term, extent))
+            seen.update(_composite_names(term))
+        elif isinstance(term, Axis):
+            seen.add(term.name)
+            self._bind_name(term.name, extent)
+        elif isinstance(term, One) and not same(size_of(extent), 1):
+            raise AxisError(f"{self.call.where}: an axis of size 1 is expected, got {extent}; the rule is {self.rule}")
+
+    def _bind_name(self, name: str, extent: Extent) -> None:
+        if name in self.names:
+            unify(self.names[name], extent)
+        else:
+            self.names[name] = extent
+
+    def _known_size(self, part: Axis | Composite) -> Size | None:
+        if isinstance(part, Composite):
+            sizes = [self._known_size(p) for p in part.parts]
+            if any(s is None for s in sizes):
+                return None
+            return product(s for s in sizes if s is not None) if part.kind == " " else sum(s for s in sizes if s is not None)
+        if part.name in self.names:
+            return size_of(self.names[part.name])
+        return self.sizes.get(part.name)
+
+    def _solve(self, composites: list[tuple[Composite, Extent]]) -> None:
+        """Refine axes that the rule calls composite; repeated, because one may give the size another needs."""
+        pending = list(composites)
+        while pending:
+            postponed = []
+            for term, extent in pending:
+                if not self._solve_one(term, extent):
+                    postponed.append((term, extent))
+            if len(postponed) == len(pending):
+                unknown = ", ".join(str(term) for term, _ in postponed)
+                raise AxisError(f"{self.call.where}: the sizes inside {unknown} are not determined by {self.rule}")
+            pending = postponed
+
+    def _solve_one(self, term: Composite, extent: Extent) -> bool:
+        sizes = [self._known_size(part) for part in term.parts]
+        missing = [i for i, size in enumerate(sizes) if size is None]
+        if len(missing) > 1:
+            return False
+        known = [size for size in sizes if size is not None]
+        if missing:
+            if term.kind == " ":
+                size = divide(size_of(extent), product(known))
+            else:
+                size = size_of(extent) - sum(known)
+            if size is None:
+                raise AxisError(f"{self.call.where}: {extent} is not divisible as {term}; the rule is {self.rule}")
+            sizes[missing[0]] = size
+        full = [size for size in sizes if size is not None]
+        if not same(product(full) if term.kind == " " else sum(full), size_of(extent)):
+            raise AxisError(f"{self.call.where}: {extent} is not laid out as {term} with sizes {full}")
+        parts = self.call.reshape([extent], full) if term.kind == " " else self.call.split(extent, full)
+        for part, piece in zip(term.parts, parts, strict=True):
+            if isinstance(part, Composite):
+                self._solve_one(part, piece)
+            else:
+                self._bind_name(part.name, piece)
+        return True
+
+    def _result(self, pattern: Pattern, batch: Axes, index: int) -> Axes:
+        axes: Axes = []
+        fixed = sum(not isinstance(term, Run) for term in pattern.terms)
+        for term in pattern.terms:
+            if isinstance(term, Run):
+                if not term.name:
+                    axes.extend(batch)
+                    continue
+                if term.name not in self.runs:  # a run born here, such as the spatial axes after a window
+                    shape = self.call.node.outputs[index].shape
+                    start = len(axes)
+                    self.runs[term.name] = [fresh(size) for size in shape[start : start + len(shape) - fixed]]
+                axes.extend(self.runs[term.name])
+            else:
+                axes.append(self._build(term, index, len(axes)))
+        return axes
+
+    def _build(self, term: Term, index: int, position: int) -> Extent:
+        if isinstance(term, One):
+            return ONE
+        if isinstance(term, Composite):
+            parts = [self._build(part, index, -1) for part in term.parts]
+            return ext.resolve(ext.Product(parts) if term.kind == " " else ext.Concat(parts))
+        assert isinstance(term, Axis)
+        if term.name not in self.names:
+            size = self.sizes.get(term.name)
+            if size is None and position >= 0:
+                size = self.call.node.outputs[index].shape[position]
+            if size is None:
+                raise AxisError(f"{self.call.where}: the size of {term.name!r} is not determined by {self.rule}")
+            self.names[term.name] = fresh(size)
+        return self.names[term.name]
+
+    def _state_roles(self, used: list[set[str]]) -> None:
+        stated = {name: role for role, names in self.rule.roles for name in names}
+        results = {name for pattern in self.rule.results for term in pattern.terms for name in _names(term)}
+        for name in [*self.names, *self.runs]:
+            role = stated.get(name) or _derived_role(name, used, results)
+            for extent in self.runs.get(name) or [self.names[name]] if name in self.names or self.runs.get(name) else []:
+                self.call.role(role, extent)
+
+
+def _derived_role(name: str, used: list[set[str]], results: set[str]) -> str:
+    """The role a name has by where it stands: in operands and result, in several operands only, in one only."""
+    holders = [i for i, names in enumerate(used) if name in names]
+    if name in results:
+        return "map" if 0 in holders else "produce"
+    return "contract" if len(holders) > 1 else "reduce"
+
+
+def _names(term: Term) -> tuple[str, ...]:
+    if isinstance(term, Axis | Run):
+        return (term.name,)
+    return _composite_names(term) if isinstance(term, Composite) else ()
+
+
+def _composite_names(term: Composite) -> tuple[str, ...]:
+    return tuple(name for part in term.parts for name in _names(part))

@@ -1,0 +1,153 @@
+"""Shapes and dtypes of an operator's results, from the operator's own semantics.
+
+Static calls are evaluated on meta tensors; calls with dynamic sizes on torch's fake tensors with symbolic sizes, so that
+torch itself says what a convolution or an interpolation makes of a symbolic height.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from regauge.ir.errors import OperatorError, RegaugeError
+from regauge.ir.operator import Operator
+from regauge.ir.sizes import Size, prime_hints, simplify
+
+Result = tuple[tuple[Size, ...], torch.dtype]
+
+
+def infer_results(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result]:
+    """Shape and dtype of each result; operands are Values, numbers, sizes or None. Raises OperatorError."""
+    symbols = _symbols([getattr(o, "shape", o) for o in operands]) | _symbols(list(attributes.values()))
+    try:
+        if not symbols:
+            with torch.no_grad():
+                raw = operator.evaluate(*[_meta(o) for o in operands], **attributes)
+            return _results(raw, {})
+        return _SymbolicShapes(symbols).infer(operator, operands, attributes)
+    except RegaugeError:
+        raise
+    except Exception as error:
+        shown = ", ".join(repr(o) for o in operands)
+        raise OperatorError(f"{operator.name}({shown}) cannot be evaluated: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _symbols(value: Any) -> set[sympy.Symbol]:
+    if isinstance(value, sympy.Basic):
+        return set(value.free_symbols)
+    if isinstance(value, list | tuple):
+        return set().union(*(_symbols(v) for v in value)) if value else set()
+    return set()
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype):
+        raise OperatorError(f"tensors of type {dtype} cannot be computed with")
+    return dtype
+
+
+def _meta(operand: Any) -> Any:
+    if hasattr(operand, "shape"):
+        return torch.empty(operand.shape, dtype=_torch_dtype(operand.dtype), device="meta")
+    return operand
+
+
+def _results(raw: Any, back: Mapping[sympy.Symbol, sympy.Symbol]) -> list[Result]:
+    tensors = raw if isinstance(raw, tuple | list) else (raw,)
+    return [(tuple(_size(s, back) for s in t.shape), t.dtype) for t in tensors]
+
+
+def _size(size: Any, back: Mapping[sympy.Symbol, sympy.Symbol]) -> Size:
+    if isinstance(size, int):
+        return size
+    return size_from_symint(size, back)
+
+
+def size_from_symint(size: Any, back: Mapping[sympy.Symbol, sympy.Symbol]) -> Size:
+    """A torch SymInt as one of our sizes: torch's own function classes become sympy's, its symbols ours."""
+    if isinstance(size, int):
+        return int(size)
+    return simplify(plain_sympy(size.node.expr).subs(dict(back), simultaneous=True))
+
+
+def plain_sympy(expression: Any) -> Any:
+    """Replace torch's integer functions (FloorDiv, CleanDiv, ModularIndexing ...) by sympy's floor and Mod."""
+    if not isinstance(expression, sympy.Basic) or not expression.args:
+        return expression
+    args = [plain_sympy(a) for a in expression.args]
+    match type(expression).__name__:
+        case "FloorDiv":
+            return sympy.floor(args[0] / args[1])
+        case "CleanDiv" | "IntTrueDiv":
+            return args[0] / args[1]
+        case "CeilDiv":
+            return sympy.ceiling(args[0] / args[1])
+        case "PythonMod" | "Mod":
+            return sympy.Mod(args[0], args[1])
+        case "ModularIndexing":
+            return sympy.Mod(sympy.floor(args[0] / args[1]), args[2])
+        case "FloorToInt" | "TruncToInt":
+            return sympy.floor(args[0])
+        case "CeilToInt":
+            return sympy.ceiling(args[0])
+        case "ToFloat" | "Identity":
+            return args[0]
+        case "Max":
+            return sympy.Max(*args)
+        case "Min":
+            return sympy.Min(*args)
+    return expression.func(*args)
+
+
+class _SymbolicShapes:
+    """A fake-tensor world in which each of our symbols is a torch SymInt."""
+
+    def __init__(self, symbols: set[sympy.Symbol]) -> None:
+        from torch._dynamo.source import ConstantSource
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+        environment = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
+        self.sizes: dict[sympy.Symbol, Any] = {}
+        self.back: dict[sympy.Symbol, sympy.Symbol] = {}
+        for symbol, hint in prime_hints(symbols).items():
+            source = ConstantSource(str(symbol))
+            inner = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            self.sizes[symbol] = environment.create_symintnode(inner, hint=hint, source=source)
+            if isinstance(inner, sympy.Symbol):
+                self.back[inner] = symbol
+
+    def infer(self, operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result]:
+        with self.mode, torch.no_grad():
+            arguments = [self._fake(o) for o in operands]
+            raw = operator.evaluate(*arguments, **{k: self.symint(v) for k, v in attributes.items()})
+        return _results(raw, self.back)
+
+    def _fake(self, operand: Any) -> Any:
+        if hasattr(operand, "shape"):
+            return torch.empty([self.symint(s) for s in operand.shape], dtype=_torch_dtype(operand.dtype))
+        return self.symint(operand)
+
+    def symint(self, value: Any) -> Any:
+        if isinstance(value, sympy.Basic):
+            names = sorted(value.free_symbols, key=str)
+            function = sympy.lambdify(names, value, modules=[{"floor": _floor, "Min": torch.sym_min,
+                                                              "Max": torch.sym_max}, "math"])  # fmt: skip
+            return function(*[self.sizes[n] for n in names])
+        if isinstance(value, tuple | list):
+            return type(value)(self.symint(v) for v in value)
+        return value
+
+
+def _floor(value: Any) -> Any:
+    import math
+
+    return math.floor(value)

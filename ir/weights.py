@@ -1,0 +1,100 @@
+"""Weights: where the data of a parameter is, read only when asked for, never written in place.
+
+A Weight has a shape and a dtype and can be loaded. Cutting one gives a weight that remembers what to keep, so that a
+model on disk is pruned by streaming: each tensor is read, sliced, written and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class Weight(Protocol):
+    """Anything with a shape and a dtype that can be read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype | str: ...
+
+    def load(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeight:
+    """A tensor in memory, possibly the user's own: shared, never written."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LazyWeight:
+    """A tensor behind a function, such as a memory-mapped region of a file; nothing is kept after a read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    read: Callable[[], torch.Tensor]
+
+    def load(self) -> torch.Tensor:
+        return self.read()
+
+
+@dataclass(frozen=True, eq=False)
+class CutWeight:
+    """Another weight of which some axes keep only some indices (``None`` keeps all)."""
+
+    base: Weight
+    keep: tuple[np.ndarray | None, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(
+            size if kept is None else len(kept) for size, kept in zip(self.base.shape, self.keep, strict=True)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype | str:
+        return self.base.dtype
+
+    def load(self) -> torch.Tensor:
+        tensor = self.base.load()
+        for axis, kept in enumerate(self.keep):
+            if kept is not None:
+                tensor = tensor.index_select(axis, torch.as_tensor(kept, dtype=torch.long, device=tensor.device))
+        return tensor
+
+
+def dense(tensor: torch.Tensor) -> DenseWeight:
+    return DenseWeight(tensor.detach())
+
+
+def cut(weight: Weight, keep: Sequence[np.ndarray | None]) -> Weight:
+    """``weight`` with only the kept indices; cuts of cuts are composed, so that the data is read once."""
+    if all(kept is None for kept in keep):
+        return weight
+    if isinstance(weight, CutWeight):
+        composed = tuple(
+            inner if outer is None else (outer if inner is None else inner[outer])
+            for inner, outer in zip(weight.keep, keep, strict=True)
+        )
+        return CutWeight(weight.base, composed)
+    result = CutWeight(weight, tuple(keep))
+    # In memory the slice is made now and the original may go; a file stays where it is until the slice is written.
+    return dense(result.load()) if isinstance(weight, DenseWeight) else result
