@@ -1,4 +1,4 @@
-"""The axis analysis: one walk over a graph that gives every value its extents, every node its roles and derived sizes."""
+"""The axis analysis: one walk over a graph gives every value its extents, every node its roles and derived sizes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regauge.ir.errors import AxisError
-from regauge.ir.extents import Dim, Extent, format_extent, fresh, leaves, pin, resolve, size_of, unify
+from regauge.ir.extents import Dim, Extent, format_extent, fresh, leaves, pin, resolve, size_of
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Operator
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import same
+from regauge.ir.unify import unify
 
 
 @dataclass
 class Analysis:
     """What the axis algebra knows about a graph.
 
-    ``of[value]`` are the extents of a value, one per axis (read them through ``axes(value)``); ``calls[node]`` holds the
-    roles a node gives to axes and the attributes that are sizes; ``problems`` the nodes whose rule did not fit.
+    ``of[value]`` are the extents of a value, one per axis (read them through ``axes(value)``); ``calls[node]`` holds
+    the roles a node gives to axes and the attributes that are sizes; ``problems`` the nodes whose rule did not fit.
     """
 
     of: dict[Value, Axes] = field(default_factory=dict)
@@ -35,7 +36,7 @@ class Analysis:
 
 
 def analyse(graph: Graph, *, strict: bool = False) -> Analysis:
-    """Infer the extents of every value. With ``strict`` a rule that does not fit raises; otherwise the node is opaque."""
+    """Infer the extents of every value. With ``strict`` a rule that does not fit raises, else its node is opaque."""
     analysis = Analysis()
     for value in graph.inputs:
         axes = [fresh(size) for size in value.shape]
@@ -43,10 +44,10 @@ def analyse(graph: Graph, *, strict: bool = False) -> Analysis:
             pin(extent, "it is an axis of a graph input", value.name)
         analysis.of[value] = axes
     _walk(graph, analysis, strict)
-    for value in graph.outputs:
-        if isinstance(value, Value):
-            for extent in analysis.of[value]:
-                pin(extent, "it is an axis of a graph output", value.name)
+    for output in graph.outputs:
+        if isinstance(output, Value):
+            for extent in analysis.of[output]:
+                pin(extent, "it is an axis of a graph output", output.name)
     _name_dims(graph, analysis)
     return analysis
 

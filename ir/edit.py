@@ -61,9 +61,7 @@ class Builder:
         self.graph.version += 1
         return value
 
-    def parameter(
-        self, name: str, weight: Weight | torch.Tensor, kind: Kind = "parameter", **fields: Any
-    ) -> Parameter:
+    def parameter(self, name: str, weight: Weight | torch.Tensor, kind: Kind = "parameter", **fields: Any) -> Parameter:
         """Add a parameter under exactly this name; raises GraphError where it is taken."""
         if name in self.graph.parameters:
             raise GraphError(f"two parameters are called {name!r}")
@@ -90,11 +88,23 @@ class Builder:
         given, full = operator.bind(operands, attributes)
         found = infer_results(operator, given, full) if results is None else results
         node = Node(
-            op=op, inputs=given, attributes=full, scope=self.scope, source=self.source, regions=regions, origin=self.origin
+            op=op,
+            inputs=given,
+            attributes=full,
+            scope=self.scope,
+            source=self.source,
+            regions=regions,
+            origin=self.origin,
         )
         base = name or op
         node.outputs = tuple(
-            Value(name=self.unique(base if len(found) == 1 else f"{base}.{i}"), shape=shape, dtype=dtype, producer=node, index=i)
+            Value(
+                name=self.unique(base if len(found) == 1 else f"{base}.{i}"),
+                shape=shape,
+                dtype=dtype,
+                producer=node,
+                index=i,
+            )
             for i, (shape, dtype) in enumerate(found)
         )
         for slot, value in node.operands():
@@ -136,7 +146,8 @@ def replace_uses(graph: Graph, old: Value, new: Operand) -> None:
     graph.outputs = [new if output is old else output for output in graph.outputs]
     if isinstance(new, Value):
         graph.states = [
-            State(s.name, new if s.before is old else s.before, new if s.after is old else s.after) for s in graph.states
+            State(s.name, new if s.before is old else s.before, new if s.after is old else s.after)
+            for s in graph.states
         ]
     graph.version += 1
 
@@ -153,7 +164,7 @@ def remove_node(graph: Graph, node: Node) -> None:
 
 
 def remove_dead(graph: Graph, *, parameters: bool = True) -> int:
-    """Remove nodes, and optionally constants and parameters, that no output or state depends on; returns how many nodes."""
+    """Remove nodes, and optionally constants and parameters, no output or state depends on; returns how many nodes."""
     live: set[Value] = {o for o in graph.outputs if isinstance(o, Value)} | {s.after for s in graph.states}
     stack = list(live)
     keep: set[Node] = set()
@@ -174,7 +185,12 @@ def remove_dead(graph: Graph, *, parameters: bool = True) -> int:
     if parameters:
         states = {s.before for s in graph.states}
         for name, parameter in list(graph.parameters.items()):
-            if parameter.kind == "constant" and not parameter.uses and parameter not in live and parameter not in states:
+            if (
+                parameter.kind == "constant"
+                and not parameter.uses
+                and parameter not in live
+                and parameter not in states
+            ):
                 del graph.parameters[name]
     graph.version += 1
     return len(dead)
@@ -188,7 +204,9 @@ def record(graph: Graph, by: str, what: str) -> None:
 def copy_graph(graph: Graph, mapping: dict[Value, Value] | None = None) -> Graph:
     """A graph with its own values and nodes that shares weights; ``mapping`` receives old value -> new value."""
     to_new: dict[Value, Value] = {} if mapping is None else mapping
-    result = Graph(name=graph.name, metadata=dict(graph.metadata), symbols=dict(graph.symbols), history=list(graph.history))
+    result = Graph(
+        name=graph.name, metadata=dict(graph.metadata), symbols=dict(graph.symbols), history=list(graph.history)
+    )
     for value in graph.inputs:
         to_new[value] = Value(name=value.name, shape=value.shape, dtype=value.dtype)
         to_new[value].origin = value.origin

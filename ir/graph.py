@@ -1,4 +1,4 @@
-"""The graph: values, nodes and regions. This module is the read side; :mod:`regauge.ir.edit` is the only one that mutates.
+"""The graph: values, nodes and regions. This module is the read side; :mod:`regauge.ir.edit` alone mutates.
 
 A Graph owns its nodes and parameters. Values are connected by identity, never by name; names are unique and only serve
 people, files and tests. Nodes are kept in a set and sorted on demand, so that an edit never has to find a position.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import sympy
 import torch
@@ -21,9 +21,9 @@ from regauge.ir.weights import Weight, dense
 if TYPE_CHECKING:
     from regauge.ir.axes import Analysis
 
-Dtype = torch.dtype | str  # a string names a type torch does not have, such as "string"
-Number = bool | int | float | complex
-Kind = Literal["parameter", "buffer", "constant"]
+Dtype: TypeAlias = torch.dtype | str  # a string names a type torch does not have, such as "string"
+Number: TypeAlias = bool | int | float | complex
+Kind: TypeAlias = Literal["parameter", "buffer", "constant"]
 
 
 class Value:
@@ -56,7 +56,7 @@ class Value:
 
 
 class Parameter(Value):
-    """A tensor the graph owns: a trained parameter, a buffer, or a constant; possibly known under several names (tied)."""
+    """A tensor the graph owns: a trained parameter, a buffer or a constant; tied ones have several names."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Parameter(Value):
         return (self.name, *self.aliases)
 
 
-Operand = Value | Number | sympy.Expr | None
+Operand: TypeAlias = Value | Number | sympy.Expr | None
 
 
 class Node:
@@ -146,7 +146,7 @@ class Node:
 
 @dataclass(frozen=True)
 class State:
-    """A tensor carried from one run to the next: read as ``before``, written as ``after`` (caches, running statistics)."""
+    """A tensor carried from one run to the next: read as ``before``, written as ``after`` (caches, statistics)."""
 
     name: str
     before: Value
@@ -316,4 +316,5 @@ def dtype_name(dtype: Dtype) -> str:
 
 
 def dtype_from_name(name: str) -> Dtype:
-    return _DTYPES.get(name) or getattr(torch, name, name)
+    found: Dtype = _DTYPES.get(name) or getattr(torch, name, name)
+    return found

@@ -13,7 +13,7 @@ from regauge.ir.sizes import Size
 
 @dataclass(frozen=True)
 class Member:
-    """One occurrence of a Dim: in which parameter, on which axis, and what the node that reads it does with that axis."""
+    """One occurrence of a Dim: in which parameter, and on which axis."""
 
     parameter: Parameter
     axis: int

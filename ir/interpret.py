@@ -17,7 +17,7 @@ Hook = Callable[[Node, tuple[Any, ...]], tuple[Any, ...] | None]
 
 
 class Interpreter:
-    """Runs one graph. ``hook`` sees every node's results and may replace them; ``weights`` overrides parameters by name.
+    """Runs one graph. ``hook`` sees every node's results and may replace them; ``weights`` overrides parameters.
 
     States (running statistics, caches) start from their parameters or inputs at every run; the new values are in
     ``states`` after a run, and nothing is written back.
@@ -38,7 +38,7 @@ class Interpreter:
         self.states: dict[str, torch.Tensor] = {}
 
     def run(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
-        """Results of the graph for inputs given in order or by name; raises RegaugeError naming the node that failed."""
+        """Results of the graph for inputs in order or by name; raises RegaugeError naming the node that failed."""
         arguments = self._arguments(inputs)
         bindings: dict[sympy.Symbol, int] = {}
         for value, tensor in zip(self.graph.inputs, arguments, strict=True):
@@ -60,7 +60,9 @@ class Interpreter:
             inputs = [inputs[name] for name in names]
         if len(inputs) != len(names):
             raise GraphError(f"the graph takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
-        return [torch.as_tensor(x) if not isinstance(x, torch.Tensor) and hasattr(x, "__array__") else x for x in inputs]
+        return [
+            torch.as_tensor(x) if not isinstance(x, torch.Tensor) and hasattr(x, "__array__") else x for x in inputs
+        ]
 
     def _run_graph(self, graph: Graph, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> list[Any]:
         last_use = _last_uses(graph)
@@ -80,7 +82,9 @@ class Interpreter:
             return environment[operand]
         return evaluate(operand, bindings)
 
-    def _run_node(self, node: Node, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> tuple[Any, ...]:
+    def _run_node(
+        self, node: Node, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]
+    ) -> tuple[Any, ...]:
         operands = [self._read(operand, environment, bindings) for operand in node.inputs]
         attributes = {key: evaluate(value, bindings) for key, value in node.attributes.items()}
         if node.regions:

@@ -2,7 +2,7 @@
 
     linear       ... i, o i, o?                                   -> ... o
     conv         n (g i) s..., (g o) i k..., (g o)?               -> n (g o) t...    ; window s k t ; groups = g
-    layer_norm   ... c..., c...?, c...?                           -> ... c...        ; normalise c ; normalized_shape = c
+    layer_norm   ... c..., c...?, c...?                           -> ... c...       ; normalise c ; normalized_shape = c
     embedding    ..., v e                                         -> ... e           ; indexed v
 
 One comma-separated pattern per operand and per result; a pattern is a row of terms, one per axis:
@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from typing import TypeAlias
 
 from regauge.ir.errors import RuleSyntaxError
 
@@ -69,7 +70,7 @@ class One:
         return "1"
 
 
-Term = Axis | Run | Composite | One
+Term: TypeAlias = Axis | Run | Composite | One
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _blanks(text: str, at: int) -> int:
     return len(text[at:]) - len(text[at:].lstrip())
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_rule(text: str) -> Rule:
     """Parse a rule; raises RuleSyntaxError with a caret under the place."""
     reader = _Reader(text)

@@ -15,9 +15,9 @@ roles, gauge classes, cost, emitted torch source and the tests are all derived f
         return F.linear(x, weight, bias)
 
 Positional parameters of the function are the operand slots (``None`` for an absent optional operand; Python numbers
-and sizes may stand where a tensor may); keyword-only parameters are the attributes. The function may only use the names
-``torch``, ``F`` (torch.nn.functional) and ``math``: a one-expression body is inlined into emitted source, a longer one is
-copied there as a function.
+and sizes may stand where a tensor may); keyword-only parameters are the attributes. The function may only use the
+names ``torch``, ``F`` (torch.nn.functional) and ``math``: a one-expression body is inlined into emitted source, a longer one
+is copied there as a function.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Cost:
     node: Node
 
     def size(self, operand: int, axis: int) -> Size:
-        value = self.node.inputs[operand]
-        return value.shape[axis]  # type: ignore[union-attr]
+        size: Size = getattr(self.node.inputs[operand], "shape", ())[axis]
+        return size
 
     def count(self, operand: int) -> Size:
         """Number of elements of an operand."""
@@ -169,7 +169,9 @@ class Operator:
             full[name] = _frozen(value)
         variadic = bool(self.slots) and self.slots[-1].startswith("*")
         if not variadic and len(operands) > len(self.slots):
-            raise OperatorError(f"{self.name} takes {len(self.slots)} operands ({', '.join(self.slots)}), got {len(operands)}")
+            raise OperatorError(
+                f"{self.name} takes {len(self.slots)} operands ({', '.join(self.slots)}), got {len(operands)}"
+            )
         given = tuple(operands)
         if not variadic:
             while given and given[-1] is None:
@@ -233,7 +235,9 @@ def get_operator(name: str) -> Operator:
         from difflib import get_close_matches
 
         close = get_close_matches(name, _BY_NAME, 1)
-        raise OperatorError(f"no operator is called {name!r}" + (f": did you mean {close[0]!r}?" if close else "")) from None
+        raise OperatorError(
+            f"no operator is called {name!r}" + (f": did you mean {close[0]!r}?" if close else "")
+        ) from None
 
 
 def find_aten(name: str) -> tuple[Operator, Adapter | None] | None:

@@ -1,7 +1,7 @@
 """Removing indices from Dims: the one operation behind every kind of structured pruning.
 
-    before   w1: f32[64,3,3,3]  ->  relu  ->  w2: f32[10,64]      resize(graph, {dim 64: [0, 2, 5]})
-    after    w1: f32[3,3,3,3]   ->  relu  ->  w2: f32[10,3]
+before   w1: f32[64,3,3,3]  ->  relu  ->  w2: f32[10,64]      resize(graph, {dim 64: [0, 2, 5]})
+after    w1: f32[3,3,3,3]   ->  relu  ->  w2: f32[10,3]
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def resize(graph: Graph, keep: Mapping[Dim | str, Iterable[int]], *, by: str = "
     """A new graph in which each given Dim keeps only the given indices; the input graph is not changed.
 
     Every parameter is sliced by the positions its extents give, every size-valued attribute is derived anew. A Dim is
-    given as an object of ``graph.axes`` or by name. Raises GraphError for a pinned Dim (its reasons are in the message),
-    an empty or out-of-range selection.
+    given as an object of ``graph.axes`` or by name. Raises GraphError for a pinned Dim (its reasons are in the
+    message), an empty or out-of-range selection.
     """
     kept = {_dim(graph, dim): np.unique(np.asarray(list(indices), dtype=np.int64)) for dim, indices in keep.items()}
     for dim, indices in kept.items():

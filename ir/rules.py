@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from regauge.ir import extents as ext
+from regauge.ir import unify as algebra
 from regauge.ir.errors import AxisError
-from regauge.ir.extents import ONE, Extent, fresh, size_of, unify
+from regauge.ir.extents import ONE, Extent, fresh, size_of
 from regauge.ir.notation import Axis, Composite, One, Pattern, Rule, Run, Term, parse_rule
 from regauge.ir.sizes import Size, divide, product, same
+from regauge.ir.unify import unify
 
 if TYPE_CHECKING:
     from regauge.ir.graph import Node
 
-Axes = list[Extent]
+Axes: TypeAlias = list[Extent]
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Call:
         return len(self.operand(index))
 
     def constant(self, index: int) -> Any:
-        """The tensor of an operand that is a constant of the graph, else None; for rules that depend on index tables."""
+        """The tensor of an operand that is a constant of the graph, else None; for rules that read index tables."""
         from regauge.ir.graph import Parameter
 
         value = self.node.inputs[index] if index < len(self.node.inputs) else None
@@ -89,14 +91,14 @@ class Call:
         return fresh(size)
 
     def reshape(self, axes: Sequence[Extent], sizes: Sequence[Size]) -> Axes:
-        return ext.reshape(axes, sizes, self.where)
+        return algebra.reshape(axes, sizes, self.where)
 
     def split(self, extent: Extent, sizes: Sequence[Size]) -> Axes:
         """Cut an extent into segments of the given sizes; where it has no such layout, pinned fresh Dims."""
         parts: Axes = []
         rest = extent
         for size in sizes:
-            cut = ext.split_at(rest, size)
+            cut = algebra.split_at(rest, size)
             if cut is None:
                 self.pin(extent, "it is cut where it has no boundary (entangled)")
                 parts = [fresh(s) for s in sizes]
@@ -189,16 +191,13 @@ class _Application:
             self.call.derived[attribute] = tuple(self.runs[name]) if name in self.runs else self.names.get(name, ONE)
         return results
 
-    def _match(
-        self, pattern: Pattern, axes: Axes, index: int, composites: list[tuple[Composite, Extent]]
-    ) -> set[str]:
+    def _match(self, pattern: Pattern, axes: Axes, index: int, composites: list[tuple[Composite, Extent]]) -> set[str]:
         terms = list(pattern.terms)
         runs = sum(isinstance(term, Run) for term in terms)
         fixed = len(terms) - runs
         if len(axes) < fixed or (not runs and len(axes) != fixed):
             raise AxisError(
-                f"{self.call.where}: operand {index} has {len(axes)} axes, but the rule {self.rule} wants "
-                f"'{pattern}'"
+                f"{self.call.where}: operand {index} has {len(axes)} axes, but the rule {self.rule} wants '{pattern}'"
             )
         seen: set[str] = set()
         position = 0
@@ -248,7 +247,11 @@ class _Application:
             sizes = [self._known_size(p) for p in part.parts]
             if any(s is None for s in sizes):
                 return None
-            return product(s for s in sizes if s is not None) if part.kind == " " else sum(s for s in sizes if s is not None)
+            return (
+                product(s for s in sizes if s is not None)
+                if part.kind == " "
+                else sum(s for s in sizes if s is not None)
+            )
         if part.name in self.names:
             return size_of(self.names[part.name])
         return self.sizes.get(part.name)
@@ -329,7 +332,9 @@ class _Application:
         results = {name for pattern in self.rule.results for term in pattern.terms for name in _names(term)}
         for name in [*self.names, *self.runs]:
             role = stated.get(name) or _derived_role(name, used, results)
-            for extent in self.runs.get(name) or [self.names[name]] if name in self.names or self.runs.get(name) else []:
+            for extent in (
+                self.runs.get(name) or [self.names[name]] if name in self.names or self.runs.get(name) else []
+            ):
                 self.call.role(role, extent)
 
 

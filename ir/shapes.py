@@ -1,7 +1,7 @@
 """Shapes and dtypes of an operator's results, from the operator's own semantics.
 
-Static calls are evaluated on meta tensors; calls with dynamic sizes on torch's fake tensors with symbolic sizes, so that
-torch itself says what a convolution or an interpolation makes of a symbolic height.
+Static calls are evaluated on meta tensors; calls with dynamic sizes on torch's fake tensors with symbolic sizes, so
+that torch itself says what a convolution or an interpolation makes of a symbolic height.
 """
 
 from __future__ import annotations

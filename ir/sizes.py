@@ -1,6 +1,6 @@
 """Sizes of axes: ints, or sympy expressions over the dynamic sizes a user named (batch, sequence).
 
-A size is an ``int`` wherever it can be: every helper has a fast path for ints and returns an int when the result is one.
+A size is an ``int`` wherever it can be: helpers have a fast path for ints and return an int when the result is one.
 Symbols are created with :func:`symbol` so that two frontends that name a size alike mean the same sympy symbol.
 """
 
@@ -9,18 +9,18 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, TypeAlias
 
 import sympy
 
 from regauge.ir.errors import RegaugeError
 
-Size = int | sympy.Expr
-Bindings = Mapping[sympy.Symbol, int]
+Size: TypeAlias = int | sympy.Expr
+Bindings: TypeAlias = Mapping[sympy.Symbol, int]
 
 
-@lru_cache(maxsize=None)
+@cache
 def symbol(name: str) -> sympy.Symbol:
     """The symbol of a dynamic size; sizes are positive integers."""
     return sympy.Symbol(name, integer=True, positive=True)

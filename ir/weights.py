@@ -65,9 +65,7 @@ class CutWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(
-            size if kept is None else len(kept) for size, kept in zip(self.base.shape, self.keep, strict=True)
-        )
+        return tuple(size if kept is None else len(kept) for size, kept in zip(self.base.shape, self.keep, strict=True))
 
     @property
     def dtype(self) -> torch.dtype | str:
