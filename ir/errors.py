@@ -45,3 +45,7 @@ class ExplainError(RegaugeError):
 
 class EquivalenceError(RegaugeError):
     """Two graphs that must compute the same function do not."""
+
+
+class RegaugeWarning(UserWarning):
+    """Something works, but not as well as it could: an operator is kept opaque, a size that should vary is fixed."""
