@@ -11,7 +11,7 @@ import torch
 
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Dtype, Edit, Graph, Kind, Node, Operand, Parameter, State, Value
-from regauge.ir.operator import get_operator
+from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
 from regauge.ir.sizes import Size
 from regauge.ir.weights import Weight
@@ -86,7 +86,7 @@ class Builder:
         """Add a node; returns its result, or a tuple of them. Shapes are inferred unless ``results`` states them."""
         operator = get_operator(op)
         given, full = operator.bind(operands, attributes)
-        found = infer_results(operator, given, full) if results is None else results
+        found = self.infer(operator, given, full) if results is None else results
         node = Node(
             op=op,
             inputs=given,
@@ -116,6 +116,10 @@ class Builder:
             node.metadata["regauge.added_by"] = self.by
         single = len(found) == 1 and results is None or (results is not None and len(results) == 1)
         return node.outputs[0] if single else node.outputs
+
+    def infer(self, operator: Operator, operands: Sequence[Operand], attributes: Mapping[str, Any]) -> Results:
+        """Shapes and dtypes of the results of a call; frontends that know them already override this."""
+        return infer_results(operator, operands, attributes)
 
     def __getattr__(self, op: str) -> Any:
         if op.startswith("_"):

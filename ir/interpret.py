@@ -66,9 +66,12 @@ class Interpreter:
 
     def _run_graph(self, graph: Graph, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> list[Any]:
         last_use = _last_uses(graph)
+        late = _born_inside(graph)
         for step, node in enumerate(graph.nodes):
             results = self._run_node(node, environment, bindings)
             environment.update(zip(node.outputs, results, strict=True))
+            for value in late.get(node, ()):
+                solve_bindings(value.shape, environment[value].shape, bindings)
             for value in last_use.get(step, ()):
                 del environment[value]
         return [self._read(output, environment, bindings) for output in graph.outputs]
@@ -118,6 +121,17 @@ class Interpreter:
 def _check_rank(value: Value, tensor: torch.Tensor) -> None:
     if tensor.dim() != value.rank:
         raise GraphError(f"the input {value} got a tensor of shape {tuple(tensor.shape)}")
+
+
+def _born_inside(graph: Graph) -> dict[Node, list[Value]]:
+    """Results whose shapes hold sizes that no input fixes, such as the number of hits of a ``nonzero``."""
+    known = {size for value in graph.inputs for size in value.shape}
+    result: dict[Node, list[Value]] = {}
+    for node in graph.nodes:
+        for value in node.outputs:
+            if any(isinstance(size, sympy.Symbol) and size not in known for size in value.shape):
+                result.setdefault(node, []).append(value)
+    return result
 
 
 def _last_uses(graph: Graph) -> dict[int, list[Value]]:
