@@ -45,6 +45,18 @@ class Builder:
         finally:
             self.scope, self.source, self.origin = before
 
+    def region(self, graph: Graph) -> Builder:
+        """A Builder for a region of a node of this graph: it shares the names, so that none is used twice."""
+        inner = Builder(graph, by=self.by)
+        self._taken |= inner._taken
+        inner._taken, inner._counters = self._taken, self._counters
+        inner.scope, inner.source, inner.origin = self.scope, self.source, self.origin
+        return inner
+
+    def free(self, name: str) -> bool:
+        """Whether no value has this name yet."""
+        return name not in self._taken
+
     def unique(self, name: str) -> str:
         """``name`` if no value has it, else ``name_1``, ``name_2`` ..."""
         name = re.sub(r"[^A-Za-z0-9_.:/-]", "_", name) or "v"
