@@ -1,0 +1,390 @@
+"""Arithmetic on equal or broadcast shapes: every result index depends on the same index of each operand.
+
+The rule of all of them is the numpy broadcast of the operands' extents; an axis of size one spreads over a Dim and
+leaves it as it is. A Python number may stand in any operand slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, rand, randint, randn
+
+from regauge.ir.extents import Extent
+from regauge.ir.graph import Node, Parameter, Value
+from regauge.ir.operator import Adapter, OnnxForm, Operator, Sample, Symmetry, register_operator, sample
+from regauge.ir.rules import Call
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Samples = Callable[[], list[Sample]]
+
+
+def broadcast(call: Call) -> list[list[Extent]]:
+    """The axis rule of every pointwise operator: the broadcast of all operands."""
+    return [call.pointwise()]
+
+
+def pointwise(
+    *,
+    samples: Samples,
+    aten: Mapping[str, Adapter | None] | Sequence[str] = (),
+    onnx: Mapping[str, Adapter | OnnxForm | None] | Sequence[str] = (),
+    **fields: Any,
+) -> Callable[[Function], Function]:
+    """Register the decorated function as a pointwise operator; plain name lists mean direct mappings."""
+
+    def register(evaluate: Function) -> Function:
+        register_operator(
+            Operator(
+                name=evaluate.__name__,
+                evaluate=evaluate,
+                rule=broadcast,
+                aten=_mapping(aten),
+                onnx=_mapping(onnx),
+                samples=samples,
+                **fields,
+            )
+        )
+        return evaluate
+
+    return register
+
+
+def _mapping(names: Mapping[str, Any] | Sequence[str]) -> Mapping[str, Any]:
+    return names if isinstance(names, Mapping) else dict.fromkeys(names)
+
+
+# -- two operands ------------------------------------------------------------------------------------------------------
+
+
+def aten_binary(op: str) -> Adapter:
+    """The adapter of ATen overloads ``op(x, y)`` in which either side may be a number."""
+
+    def adapter(build: Any, x: Any, y: Any) -> Any:
+        return build(op, x, y)
+
+    return adapter
+
+
+def onnx_binary(op: str, **attributes: Any) -> Adapter:
+    """The reader of ``Op(A, B)``: constants without axes become numbers, opset 6 broadcasting is made explicit."""
+
+    def reader(build: Any, call: Any) -> Any:
+        x, y = onnx_pair(build, call)
+        return build(op, x, y, **attributes)
+
+    return reader
+
+
+def onnx_pair(build: Any, call: Any) -> tuple[Any, Any]:
+    x, y = call.operand(0), call.operand(1)
+    if call.opset < 7 and call.attribute("broadcast", 0):
+        y = _aligned(build, x, y, call.attribute("axis"))
+    left, right = _number(call, 0), _number(call, 1)
+    if right is not None:
+        return x, right
+    return (x, y) if left is None else (left, y)
+
+
+def _number(call: Any, slot: int) -> Any:
+    """An operand as a number where it is a constant without axes, which then cannot change the result's rank."""
+    return call.number(slot) if call.operand(slot).rank == 0 and call.constant(slot) is not None else None
+
+
+def _aligned(build: Any, x: Value, y: Value, axis: int | None) -> Value:
+    """Before opset 7 ``axis`` says where the axes of ``y`` stand in ``x``; trailing axes of size one say the same."""
+    if axis is None:
+        return y
+    for _ in range(x.rank - axis % x.rank - y.rank):
+        y = build.unsqueeze(y, dim=y.rank)
+    return y
+
+
+def _pairs(left: Callable[..., Tensor], right: Callable[..., Tensor], *numbers: tuple[Any, Any]) -> Samples:
+    """Samples of a binary operator: equal shapes, axes of size one on either side, missing axes, numbers."""
+
+    def draw() -> list[Sample]:
+        shapes = [((2, 3, 4), (2, 3, 4)), ((2, 3, 4), (3, 1)), ((4,), (2, 3, 4)), ((2, 1, 4), (3, 1)), ((3,), (1,))]
+        calls = [sample(left(*a), right(*b)) for a, b in shapes]
+        return calls + [sample(left(2, 3) if a is None else a, right(2, 3) if b is None else b) for a, b in numbers]
+
+    return draw
+
+
+def positive(*shape: int) -> Tensor:
+    return rand(*shape) + 0.5
+
+
+def integers(*shape: int) -> Tensor:
+    return randint(1, 9, shape)
+
+
+def scaled_by_alpha(op: str) -> Adapter:
+    """ATen's ``x + alpha * y`` and ``x - alpha * y``."""
+
+    def adapter(build: Any, x: Any, y: Any, alpha: Any = 1) -> Any:
+        return build(op, x, y if alpha == 1 else build.mul(y, alpha))
+
+    return adapter
+
+
+def _reversed_subtraction(build: Any, x: Any, y: Any, alpha: Any = 1) -> Any:
+    return build.sub(y, x if alpha == 1 else build.mul(x, alpha))
+
+
+def _folded(op: str) -> Adapter:
+    """Sum, Max and Min of ONNX take any number of operands."""
+
+    def reader(build: Any, call: Any) -> Any:
+        result = call.operand(0)
+        for i in range(1, len(call.inputs)):
+            result = build(op, result, call.operand(i))
+        return result
+
+    return reader
+
+
+def _add_many(build: Any, call: Any) -> Any:
+    return _folded("add")(build, call)
+
+
+def _mean_of_many(build: Any, call: Any) -> Any:
+    return build.div(_add_many(build, call), len(call.inputs))
+
+
+@pointwise(
+    aten={"add": scaled_by_alpha("add")},
+    onnx={"Add": onnx_binary("add"), "Sum": _add_many},
+    samples=_pairs(randn, randn, (None, 2.5), (1, None)),
+    symmetry=Symmetry.LINEAR,
+)
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+@pointwise(
+    aten={
+        "sub": scaled_by_alpha("sub"),
+        "subtract": scaled_by_alpha("sub"),
+        "rsub": _reversed_subtraction,
+    },
+    onnx={"Sub": onnx_binary("sub")},
+    samples=_pairs(randn, randn, (None, 2.5), (1, None)),
+    symmetry=Symmetry.LINEAR,
+)
+def sub(x: Tensor, y: Tensor) -> Tensor:
+    return x - y
+
+
+def _addcmul(build: Any, x: Any, a: Any, b: Any, *, value: Any = 1) -> Any:
+    product = build.mul(a, b)
+    return build.add(x, product if value == 1 else build.mul(product, value))
+
+
+def _addcdiv(build: Any, x: Any, a: Any, b: Any, *, value: Any = 1) -> Any:
+    quotient = build.div(a, b)
+    return build.add(x, quotient if value == 1 else build.mul(quotient, value))
+
+
+@pointwise(
+    aten={"mul": aten_binary("mul"), "multiply": aten_binary("mul"), "addcmul": _addcmul},
+    onnx={"Mul": onnx_binary("mul")},
+    samples=_pairs(randn, randn, (None, 2.5), (3, None)),
+    symmetry=Symmetry.PRODUCT,
+)
+def mul(x: Tensor, y: Tensor) -> Tensor:
+    return x * y
+
+
+def _divide(build: Any, x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
+    return build.div(x, y, rounding_mode=rounding_mode)
+
+
+def _floor_divide(build: Any, x: Any, y: Any) -> Any:
+    return build.div(x, y, rounding_mode="floor")
+
+
+def _onnx_divide(build: Any, call: Any) -> Any:
+    """Div of ONNX cuts off towards zero where its operands are integers."""
+    x, y = onnx_pair(build, call)
+    whole = not (call.operand(0).dtype.is_floating_point or call.operand(0).dtype.is_complex)
+    if whole and isinstance(x, int):
+        x = call.operand(0)  # torch rounds only where the dividend is a tensor
+    return build.div(x, y, rounding_mode="trunc" if whole else None)
+
+
+def _division_symmetry(node: Node) -> Symmetry:
+    """Linear in the dividend; a Dim that the divisor alone holds is inverted, which nothing commutes with."""
+    x, y = node.inputs
+    if node.attributes["rounding_mode"] is not None or not isinstance(x, Value) or isinstance(x, Parameter):
+        return Symmetry.POINTWISE
+    if isinstance(y, Value) and x.shape != node.output.shape:
+        return Symmetry.POINTWISE
+    return Symmetry.PRODUCT
+
+
+@pointwise(
+    aten={
+        "div": _divide,
+        "divide": _divide,
+        "true_divide": aten_binary("div"),
+        "floor_divide": _floor_divide,
+        "addcdiv": _addcdiv,
+    },
+    onnx={"Div": _onnx_divide, "Mean": _mean_of_many},
+    samples=lambda: [
+        *_pairs(randn, positive, (None, 2.5), (1, None))(),
+        sample(randn(2, 3), positive(3), rounding_mode="floor"),
+        sample(randn(2, 3), 0.7, rounding_mode="trunc"),
+        sample(integers(2, 3), integers(3), rounding_mode="floor"),
+    ],
+    symmetry=_division_symmetry,
+)
+def div(x: Tensor, y: Tensor, *, rounding_mode: str | None = None) -> Tensor:
+    return x / y if rounding_mode is None else torch.div(x, y, rounding_mode=rounding_mode)
+
+
+def _onnx_pow(build: Any, call: Any) -> Any:
+    """Pow of ONNX has the type of its base, whatever the exponent is."""
+    x, y = onnx_pair(build, call)
+    result = build.pow(x, y)
+    wanted = call.operand(0).dtype
+    return result if result.dtype == wanted else build.cast(result, dtype=wanted)
+
+
+def _square(build: Any, x: Any) -> Any:
+    return build.pow(x, 2)
+
+
+@pointwise(
+    aten={"pow": aten_binary("pow"), "square": _square},
+    onnx={"Pow": _onnx_pow},
+    samples=_pairs(positive, randn, (None, 2), (2, None), (None, 0.5)),
+)
+def pow(x: Tensor, y: Tensor) -> Tensor:
+    return x**y
+
+
+def _onnx_mod(build: Any, call: Any) -> Any:
+    """Mod has the sign of the divisor, or of the dividend where ``fmod`` is set."""
+    x, y = onnx_pair(build, call)
+    if not call.attribute("fmod", 0):
+        return build.remainder(x, y)
+    return build.fmod(x if isinstance(x, Value) else call.operand(0), y)
+
+
+@pointwise(
+    aten={"remainder": aten_binary("remainder")},
+    onnx={"Mod": _onnx_mod},
+    samples=_pairs(randn, positive, (None, 0.7), (2.0, None)),
+)
+def remainder(x: Tensor, y: Tensor) -> Tensor:
+    return x % y
+
+
+@pointwise(aten={"fmod": aten_binary("fmod")}, samples=_pairs(randn, positive, (None, 0.7)))
+def fmod(x: Tensor, y: Tensor) -> Tensor:
+    return torch.fmod(x, y)
+
+
+def _like_shapes(node: Node) -> Symmetry:
+    """A larger or smaller of two values scales with both; a value that is spread over a Dim does not."""
+    x, y = node.inputs[:2]
+    alike = isinstance(x, Value) and isinstance(y, Value) and x.shape == y.shape
+    return Symmetry.HOMOGENEOUS if alike else Symmetry.POINTWISE
+
+
+@pointwise(
+    aten={"maximum": aten_binary("maximum"), "max.other": aten_binary("maximum")},
+    onnx={"Max": _folded("maximum")},
+    samples=_pairs(randn, randn),
+    symmetry=_like_shapes,
+)
+def maximum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x, y)
+
+
+@pointwise(
+    aten={"minimum": aten_binary("minimum"), "min.other": aten_binary("minimum")},
+    onnx={"Min": _folded("minimum")},
+    samples=_pairs(randn, randn),
+    symmetry=_like_shapes,
+)
+def minimum(x: Tensor, y: Tensor) -> Tensor:
+    return torch.minimum(x, y)
+
+
+@pointwise(aten={"atan2": aten_binary("atan2"), "arctan2": aten_binary("atan2")}, samples=_pairs(randn, randn))
+def atan2(x: Tensor, y: Tensor) -> Tensor:
+    return torch.atan2(x, y)
+
+
+@pointwise(aten={"logaddexp": aten_binary("logaddexp")}, samples=_pairs(randn, randn))
+def logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    return torch.logaddexp(x, y)
+
+
+@pointwise(aten={"hypot": aten_binary("hypot")}, samples=_pairs(randn, randn))
+def hypot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y)
+
+
+# -- three operands ----------------------------------------------------------------------------------------------------
+
+
+def _clamp(build: Any, x: Any, min: Any = None, max: Any = None) -> Any:
+    if isinstance(min, Value) != isinstance(max, Value) and min is not None and max is not None:
+        return build.clamp(build.clamp(x, min), None, max)  # torch takes two tensors or two numbers
+    return build.clamp(x, min, max)
+
+
+def _onnx_clip(build: Any, call: Any) -> Any:
+    """Clip keeps its bounds in attributes up to opset 6 and in optional inputs from opset 11 on."""
+    if call.opset < 11:
+        low, high = call.attribute("min"), call.attribute("max")
+        lowest, highest = -3.4028234663852886e38, 3.4028234663852886e38  # the defaults of opset 6: no bound at all
+        return _clamp(
+            build, call.operand(0), None if low in (None, lowest) else low, None if high in (None, highest) else high
+        )
+    bounds = [call.number(i) if call.has(i) else None for i in (1, 2)]
+    low, high = (
+        call.operand(i) if call.has(i) and bound is None else bound for i, bound in zip((1, 2), bounds, strict=True)
+    )
+    return _clamp(build, call.operand(0), low, high)
+
+
+def _clamp_symmetry(node: Node) -> Symmetry:
+    """Cutting off at zero commutes with positive scales, like relu."""
+    bounds = node.inputs[1:]
+    zero = all(bound is None or (isinstance(bound, int | float) and bound == 0) for bound in bounds)
+    return Symmetry.HOMOGENEOUS if zero else Symmetry.POINTWISE
+
+
+@pointwise(
+    aten={
+        "clamp": _clamp,
+        "clip": _clamp,
+        "clamp_min": lambda build, x, min: build.clamp(x, min),
+        "clamp_max": lambda build, x, max: build.clamp(x, None, max),
+    },
+    onnx={"Clip": _onnx_clip},
+    samples=lambda: [
+        sample(randn(2, 3), -0.5, 0.5),
+        sample(randn(2, 3), 0),
+        sample(randn(2, 3), None, 0.3),
+        sample(randn(2, 3, 4), randn(3, 1) - 1, randn(4) + 2),
+    ],
+    symmetry=_clamp_symmetry,
+)
+def clamp(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
+    return x if min is None and max is None else torch.clamp(x, min, max)
+
+
+@pointwise(
+    aten={"lerp": None, "lerp.Scalar": lambda build, x, end, weight: build.lerp(x, end, weight)},
+    samples=lambda: [sample(randn(2, 3), randn(2, 3), 0.3), sample(randn(2, 3), randn(2, 3), rand(3))],
+)
+def lerp(x: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    return torch.lerp(x, end, weight)
