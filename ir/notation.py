@@ -8,7 +8,7 @@
 One comma-separated pattern per operand and per result; a pattern is a row of terms, one per axis:
 
     name        an axis; the same name is the same axis wherever it stands
-    name...     a run of zero or more axes
+    name...     a run of zero or more axes; of two in one operand, another operand or an attribute fixes one length
     ...         the leading axes, broadcast against each other as numpy does
     (a b)       one axis that is the row-major product of a and b
     (a + b)     one axis that is a followed by b
@@ -195,8 +195,8 @@ def _pattern(reader: _Reader, stop: str) -> Pattern:
             optional = True
             continue
         terms.append(_term(reader))
-    if sum(isinstance(term, Run) for term in terms) > 1:
-        raise reader.error("an operand can hold one run of axes only")
+    if sum(isinstance(term, Run) for term in terms) > 2:
+        raise reader.error("an operand can hold two runs of axes at most")
     return Pattern(tuple(terms), optional)
 
 

@@ -15,8 +15,8 @@ roles, gauge classes, cost, emitted torch source and the tests are all derived f
         return F.linear(x, weight, bias)
 
 Positional parameters of the function are the operand slots (``None`` for an absent optional operand; Python numbers
-and sizes may stand where a tensor may); keyword-only parameters are the attributes. The function may only use the
-names ``torch``, ``F`` (torch.nn.functional) and ``math``: a one-expression body is inlined into emitted source, a longer one
+and sizes may stand where a tensor may); keyword-only parameters are the attributes. The function may only use the names
+``torch``, ``F`` (torch.nn.functional) and ``math``: a one-expression body is inlined into emitted source, a longer one
 is copied there as a function.
 """
 
@@ -56,6 +56,7 @@ class Symmetry(enum.Enum):
     HOMOGENEOUS = "homogeneous"  # f(s x) = s f(x) for s > 0: relu, abs, max
     ODD = "odd"  # f(-x) = -f(x): tanh
     PRODUCT = "product"  # bilinear per index: mul of two values
+    AFFINE = "affine"  # a gain and a shift per index: batch norm, grouped contractions
     POINTWISE = "pointwise"  # any other function of one index: only permutation commutes
 
 
@@ -125,7 +126,7 @@ class Operator:
     onnx: Mapping[str, Adapter | OnnxForm | None] = field(default_factory=dict)
     macs: Callable[[Cost], Size] | None = None
     samples: Callable[[], Iterable[Sample]] | None = None
-    symmetry: Symmetry = Symmetry.POINTWISE
+    symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE  # a function where operands decide
     layer: Callable[[Node], str | None] | None = None
     random: bool = False
 

@@ -192,26 +192,41 @@ class _Application:
         return results
 
     def _match(self, pattern: Pattern, axes: Axes, index: int, composites: list[tuple[Composite, Extent]]) -> set[str]:
-        terms = list(pattern.terms)
-        runs = sum(isinstance(term, Run) for term in terms)
-        fixed = len(terms) - runs
-        if len(axes) < fixed or (not runs and len(axes) != fixed):
-            raise AxisError(
-                f"{self.call.where}: operand {index} has {len(axes)} axes, but the rule {self.rule} wants '{pattern}'"
-            )
+        lengths = self._run_lengths(pattern, axes, index)
         seen: set[str] = set()
         position = 0
-        for term in terms:
+        for term in pattern.terms:
             if isinstance(term, Run):
-                length = len(axes) - fixed
-                run = axes[position : position + length]
-                position += length
+                run = axes[position : position + lengths[term.name]]
+                position += lengths[term.name]
                 self._bind_run(term.name, run)
                 seen.add(term.name)
                 continue
             self._bind_term(term, axes[position], composites, seen)
             position += 1
         return seen
+
+    def _run_lengths(self, pattern: Pattern, axes: Axes, index: int) -> dict[str, int]:
+        """How many axes each run of the pattern stands for; at most one may be unknown, and takes what is left."""
+        runs = [term.name for term in pattern.terms if isinstance(term, Run)]
+        left = len(axes) - (len(pattern.terms) - len(runs))
+        known = {name: length for name in runs if (length := self._known_length(name)) is not None} if runs[1:] else {}
+        unknown = [name for name in runs if name not in known]
+        left -= sum(known.values())
+        if left < 0 or len(unknown) > 1 or (left and not unknown):
+            raise AxisError(
+                f"{self.call.where}: operand {index} has {len(axes)} axes, but the rule {self.rule} wants '{pattern}'"
+            )
+        return {**known, **dict.fromkeys(unknown, left)}
+
+    def _known_length(self, name: str) -> int | None:
+        if name in self.runs:
+            return len(self.runs[name])
+        for attribute, derived in self.rule.derived:
+            given = self.call.node.attributes.get(attribute)
+            if derived == name and isinstance(given, tuple):
+                return len(given)
+        return None
 
     def _bind_run(self, name: str, run: Axes) -> None:
         if not name:

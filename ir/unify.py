@@ -89,7 +89,7 @@ def _shorter(a: Size, b: Size) -> bool:
 
 
 def split_minor(extent: Extent, minor: Size) -> tuple[Extent, Extent] | None:
-    """Refine ``extent`` into (major, minor) with a minor part of the given size, or None where it has no such layout."""
+    """Refine ``extent`` into (major, minor), the minor part of the given size; None where it has no such layout."""
     extent = resolve(extent)
     size = size_of(extent)
     if same(minor, size):

@@ -1,0 +1,29 @@
+"""Settings for the whole suite: hypothesis without deadlines (shared machines stall), goldens that can be rewritten."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("regauge", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("regauge")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files from what the tests print")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> object:
+    """``golden("name", text)`` compares text with tests/golden/name.txt; ``--update-golden`` rewrites the file."""
+    folder = Path(__file__).parent / "golden"
+
+    def compare(name: str, text: str) -> None:
+        file = folder / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text + "\n", encoding="utf-8")
+        assert file.exists(), f"{file.name} is missing: run pytest with --update-golden"
+        assert text + "\n" == file.read_text(encoding="utf-8")
+
+    return compare
