@@ -25,7 +25,7 @@ def elementary(
     """Register a function of one tensor; ATen calls it by the same name and by ``aliases``."""
 
     def register(evaluate: Function) -> Function:
-        names = {name: None for name in (evaluate.__name__, *aliases)}
+        names = {name: None for name in (evaluate.__name__.rstrip("_"), *aliases)}
         return pointwise(
             aten={**names, **(aten or {})},
             onnx=onnx,
@@ -53,7 +53,7 @@ def neg(x: Tensor) -> Tensor:
 
 
 @elementary(onnx=["Abs"], aliases=["absolute"], symmetry=Symmetry.HOMOGENEOUS)
-def abs(x: Tensor) -> Tensor:
+def abs_(x: Tensor) -> Tensor:
     return torch.abs(x)
 
 
@@ -217,7 +217,7 @@ def frac(x: Tensor) -> Tensor:
     samples=lambda: [sample(randn(2, 3)), sample(randn(2, 3), decimals=1)],
     symmetry=Symmetry.ODD,
 )
-def round(x: Tensor, *, decimals: int = 0) -> Tensor:
+def round_(x: Tensor, *, decimals: int = 0) -> Tensor:
     return torch.round(x, decimals=decimals)
 
 

@@ -33,12 +33,15 @@ def pointwise(
     onnx: Mapping[str, Adapter | OnnxForm | None] | Sequence[str] = (),
     **fields: Any,
 ) -> Callable[[Function], Function]:
-    """Register the decorated function as a pointwise operator; plain name lists mean direct mappings."""
+    """Register the decorated function as a pointwise operator; plain name lists mean direct mappings.
+
+    An underscore at the end of its name, which keeps Python's own name usable in the module, is not part of the name.
+    """
 
     def register(evaluate: Function) -> Function:
         register_operator(
             Operator(
-                name=evaluate.__name__,
+                name=evaluate.__name__.rstrip("_"),
                 evaluate=evaluate,
                 rule=broadcast,
                 aten=_mapping(aten),
@@ -263,7 +266,7 @@ def _square(build: Any, x: Any) -> Any:
     onnx={"Pow": _onnx_pow},
     samples=_pairs(positive, randn, (None, 2), (2, None), (None, 0.5)),
 )
-def pow(x: Tensor, y: Tensor) -> Tensor:
+def pow_(x: Tensor, y: Tensor) -> Tensor:
     return x**y
 
 

@@ -1,0 +1,271 @@
+"""Order along an axis: running sums, sorting, the largest entries and where they stand.
+
+Positions are results here, so the axis keeps all its indices: it is ``scan`` for running sums and ``whole`` elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, randn
+
+from regauge.ir.errors import OperatorError
+from regauge.ir.extents import ONE, Extent
+from regauge.ir.graph import Value
+from regauge.ir.operator import Adapter, Operator, Sample, Symmetry, operator, register_operator, sample
+from regauge.ir.ops.conversion import as_dtype
+from regauge.ir.ops.elementwise import Function
+from regauge.ir.ops.layout import axis_number
+from regauge.ir.rules import Axes, Call
+
+
+def _along(call: Call, role: str) -> Axes:
+    """The operand's axes, of which the one the node runs along gets the role; a tensor without axes has none."""
+    axes = list(call.operand(0))
+    if axes:
+        call.role(role, axes[call.normal(call["dim"], len(axes))])
+    return axes
+
+
+def _axis(x: Value, dim: int) -> int:
+    return axis_number(dim, x.rank)
+
+
+# -- running sums ------------------------------------------------------------------------------------------------------
+
+
+def _scan_rule(call: Call) -> list[Axes]:
+    return [_along(call, "scan")]
+
+
+def _aten_scan(op: str) -> Adapter:
+    def adapter(build: Any, x: Any, dim: int, *, dtype: Any = None) -> Any:
+        return build(op, as_dtype(build, x, dtype), dim=_axis(x, dim))
+
+    return adapter
+
+
+def _onnx_running_sum(build: Any, call: Any) -> Any:
+    """CumSum may run from the end and may leave out the entry itself."""
+    x, axis = call.operand(0), call.number(1)
+    if not isinstance(axis, int):
+        raise OperatorError("the axis of CumSum is computed when it runs: the node is kept as it is")
+    axis = _axis(x, axis)
+    backwards, exclusive = call.attribute("reverse", 0), call.attribute("exclusive", 0)
+    ordered = build.flip(x, dims=(axis,)) if backwards else x
+    result = as_dtype(build, build.cumsum(ordered, dim=axis), x.dtype)
+    result = build.sub(result, ordered) if exclusive else result
+    return build.flip(result, dims=(axis,)) if backwards else result
+
+
+def _scanned() -> list[Sample]:
+    return [sample(randn(2, 3, 4), dim=1), sample(randn(2, 3), dim=-1), sample(randn(4), dim=0)]
+
+
+def _running(**fields: Any) -> Callable[[Function], Function]:
+    """Register a running reduction along one axis."""
+
+    def register(evaluate: Function) -> Function:
+        name = evaluate.__name__
+        aten = {name: _aten_scan(name)}
+        register_operator(
+            Operator(name=name, evaluate=evaluate, rule=_scan_rule, aten=aten, samples=_scanned, **fields)
+        )
+        return evaluate
+
+    return register
+
+
+@_running(onnx={"CumSum": _onnx_running_sum}, symmetry=Symmetry.LINEAR)
+def cumsum(x: Tensor, *, dim: int) -> Tensor:
+    return torch.cumsum(x, dim)
+
+
+@_running()
+def cumprod(x: Tensor, *, dim: int) -> Tensor:
+    return torch.cumprod(x, dim)
+
+
+@_running()
+def logcumsumexp(x: Tensor, *, dim: int) -> Tensor:
+    return torch.logcumsumexp(x, dim)
+
+
+# -- the position of an extreme ----------------------------------------------------------------------------------------
+
+
+def _position_rule(call: Call) -> list[Axes]:
+    axes = call.operand(0)
+    chosen = range(len(axes)) if call["dim"] is None else [call.normal(call["dim"], max(len(axes), 1))]
+    for position in chosen:
+        if position < len(axes):
+            call.role("whole", axes[position])
+    if call["keepdim"]:
+        return [[ONE if i in chosen else extent for i, extent in enumerate(axes)]]
+    return [[extent for i, extent in enumerate(axes) if i not in chosen]]
+
+
+def _aten_position(op: str) -> Adapter:
+    def adapter(build: Any, x: Any, dim: int | None = None, keepdim: bool = False) -> Any:
+        return build(op, x, dim=None if dim is None else _axis(x, dim), keepdim=keepdim)
+
+    return adapter
+
+
+def _onnx_position(op: str) -> Adapter:
+    def reader(build: Any, call: Any) -> Any:
+        if call.attribute("select_last_index", 0):
+            raise OperatorError(f"{call.op_type} with select_last_index differs from torch: the node is kept as it is")
+        x = call.operand(0)
+        return build(op, x, dim=_axis(x, call.attribute("axis", 0)), keepdim=bool(call.attribute("keepdims", 1)))
+
+    return reader
+
+
+def _positioned() -> list[Sample]:
+    return [
+        sample(randn(2, 3, 4), dim=1, keepdim=True),
+        sample(randn(2, 3, 4), dim=-1),
+        sample(randn(2, 3), dim=None),
+        sample(randn(4), dim=0),
+    ]
+
+
+@operator(
+    rule=_position_rule,
+    aten={"argmax": _aten_position("argmax")},
+    onnx={"ArgMax": _onnx_position("argmax")},
+    samples=_positioned,
+)
+def argmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    return torch.argmax(x, dim, keepdim)
+
+
+@operator(
+    rule=_position_rule,
+    aten={"argmin": _aten_position("argmin")},
+    onnx={"ArgMin": _onnx_position("argmin")},
+    samples=_positioned,
+)
+def argmin(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    return torch.argmin(x, dim, keepdim)
+
+
+# -- sorting -----------------------------------------------------------------------------------------------------------
+
+
+def _sort_rule(call: Call) -> list[Axes]:
+    axes = _along(call, "whole")
+    return [list(axes) for _ in call.node.outputs]
+
+
+def _sort(build: Any, x: Any, *given: Any, **named: Any) -> Any:
+    """``sort(x, dim, descending)`` and ``sort.stable(x, *, stable, dim, descending)``."""
+    defaults: tuple[Any, ...] = (-1, False)
+    dim, descending = given + defaults[len(given) :]
+    return build.sort(
+        x, dim=_axis(x, named.get("dim", dim)), descending=bool(named.get("descending", descending)),
+        stable=bool(named.get("stable", False)),
+    )  # fmt: skip
+
+
+def _argsort(build: Any, x: Any, *given: Any, **named: Any) -> Any:
+    return _sort(build, x, *given, **named)[1]
+
+
+def _msort(build: Any, x: Any) -> Any:
+    return build.sort(x, dim=0)[0]
+
+
+@operator(
+    rule=_sort_rule,
+    aten={"sort": _sort, "argsort": _argsort, "msort": _msort},
+    samples=lambda: [
+        sample(randn(2, 5, 3), dim=1),
+        sample(randn(2, 5), dim=-1, descending=True, stable=True),
+        sample(randn(4), dim=0),
+    ],
+)
+def sort(x: Tensor, *, dim: int = -1, descending: bool = False, stable: bool = False) -> tuple[Tensor, Tensor]:
+    return torch.sort(x, dim=dim, descending=descending, stable=stable)
+
+
+def _topk_rule(call: Call) -> list[Axes]:
+    axes: list[Extent] = _along(call, "whole")
+    if not axes:
+        return [[], []]
+    taken = call.fresh(call["k"])
+    call.role("whole", taken)
+    axes[call.normal(call["dim"], len(axes))] = taken
+    return [list(axes), list(axes)]
+
+
+def _topk(build: Any, x: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    return build.topk(x, k=k, dim=_axis(x, dim), largest=largest, sorted=sorted)
+
+
+def _onnx_topk(build: Any, call: Any) -> Any:
+    """The number of entries is an attribute up to opset 9 and an input from 10 on."""
+    k = call.attribute("k") if call.opset < 10 else call.number(1)
+    if k is None:
+        raise OperatorError("the number of entries of TopK is computed when it runs: the node is kept as it is")
+    largest, ordered = bool(call.attribute("largest", 1)), bool(call.attribute("sorted", 1))
+    return _topk(build, call.operand(0), k, call.attribute("axis", -1), largest, ordered)
+
+
+@operator(
+    rule=_topk_rule,
+    aten={"topk": _topk},
+    onnx={"TopK": _onnx_topk},
+    samples=lambda: [
+        sample(randn(2, 5, 3), k=2, dim=1),
+        sample(randn(2, 5), k=3, dim=-1, largest=False),
+        sample(randn(4), k=1, dim=0),
+    ],
+)
+def topk(x: Tensor, *, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
+    return torch.topk(x, k, dim, largest, sorted)
+
+
+# -- counting and placing ----------------------------------------------------------------------------------------------
+
+
+def _whole_into(call: Call, size: Any) -> list[Axes]:
+    for extent in call.operand(0):
+        call.role("whole", extent)
+    result = call.fresh(size)
+    call.role("whole", result)
+    return [[result]]
+
+
+@operator(
+    rule=lambda call: _whole_into(call, call["bins"]),
+    aten={"histc": None},
+    samples=lambda: [sample(randn(2, 5), bins=4, min=-2, max=2), sample(randn(7), bins=3)],
+)
+def histc(x: Tensor, *, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    return torch.histc(x, bins, min, max)
+
+
+def _bucket_rule(call: Call) -> list[Axes]:
+    for extent in call.operand(1):
+        call.role("whole", extent)
+    return [call.operand(0)]
+
+
+@operator(
+    rule=_bucket_rule,
+    aten={
+        "bucketize": lambda build, x, boundaries, *, out_int32=False, right=False: as_dtype(
+            build, build.bucketize(x, boundaries, right=right), torch.int32 if out_int32 else None
+        )
+    },
+    samples=lambda: [
+        sample(randn(2, 5), torch.tensor([-1.0, 0.0, 1.0])),
+        sample(randn(3), torch.arange(3.0), right=True),
+    ],
+)
+def bucketize(x: Tensor, boundaries: Tensor, *, right: bool = False) -> Tensor:
+    return torch.bucketize(x, boundaries, right=right)
