@@ -113,7 +113,7 @@ def _same_value(build: Any, x: Any, *_: Any, **__: Any) -> Any:
 
 @pointwise(
     aten=dict.fromkeys(
-        ("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh", "resolve_conj", "resolve_neg"),
+        ("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh", "resolve_neg"),
         _same_value,
     ),
     onnx=["Identity"],
