@@ -1,0 +1,211 @@
+"""Is a pruned module its masked original? An oracle that knows nothing of the tool that pruned.
+
+Every weight has unique float64 values, so the kept indices of a parameter are found by value. In a copy of the original
+everything that was not kept is set to zero. What normalises over a cut axis sees fewer entries in the pruned module, so
+in the masked original every normaliser (layer, group and batch statistics, mean, variance, maximum) is computed over
+the positions that are not zero everywhere: this too is read off the values, not off anybody's axis analysis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+def kept_indices(original: Tensor, pruned: Tensor) -> list[Tensor | None] | None:
+    """Per axis the kept indices (None: all) of the box of ``original`` that is ``pruned``; None where it is no box."""
+    if original.shape == pruned.shape and torch.equal(original, pruned):
+        return [None] * original.dim()
+    if original.dim() != pruned.dim():
+        return None
+    found = torch.isin(original, pruned)
+    kept: list[Tensor] = []
+    for axis in range(original.dim()):
+        others = [a for a in range(original.dim()) if a != axis]
+        indices = (found.any(dim=others) if others else found).nonzero().view(-1)
+        if len(indices) != pruned.shape[axis]:
+            return None
+        kept.append(indices)
+    box = original
+    for axis, indices in enumerate(kept):
+        box = box.index_select(axis, indices)
+    return list(kept) if torch.equal(box, pruned) else None
+
+
+def mask_parameters(model: nn.Module, pruned: nn.Module) -> list[str]:
+    """Zero in ``model`` whatever ``pruned`` does not hold; returns the parameters that are no box of the original."""
+    small = dict(pruned.named_parameters(remove_duplicate=False))
+    strange = []
+    masks: dict[int, tuple[Tensor, Tensor]] = {}
+    for name, original in model.named_parameters(remove_duplicate=False):
+        kept = kept_indices(original.data, small[name].data) if name in small else None
+        if kept is None:
+            strange.append(name)
+            continue
+        mask = torch.ones_like(original.data)
+        for axis, indices in enumerate(kept):
+            if indices is not None:
+                gone = torch.ones(original.shape[axis], dtype=torch.bool)
+                gone[indices] = False
+                mask.index_fill_(axis, gone.nonzero().view(-1), 0)
+        previous = masks.get(id(original))
+        masks[id(original)] = (original.data, mask if previous is None else mask * previous[1])
+    for data, mask in masks.values():
+        data.mul_(mask)
+    return strange
+
+
+def _present(x: Tensor, axes: Iterable[int]) -> Tensor:
+    """1 where a position on ``axes`` is not zero for every index of the other axes, else 0; broadcast against ``x``."""
+    keep = {axis % x.dim() for axis in axes}
+    others = [axis for axis in range(x.dim()) if axis not in keep]
+    found = x != 0
+    return (found.any(dim=others, keepdim=True) if others else found).to(x.dtype)
+
+
+class KeptStatistics(TorchFunctionMode):
+    """Within this mode normalisers see only the positions that are not zero everywhere."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        handler = _HANDLERS.get(name)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not None:
+                return result
+        return func(*args, **kwargs)
+
+
+def _normalised(x: Tensor, axes: list[int], eps: float, present: Tensor) -> Tensor:
+    count = present.expand_as(x).sum(dim=axes, keepdim=True).clamp_min(1)
+    mean = x.sum(dim=axes, keepdim=True) / count
+    centred = (x - mean) * present
+    variance = centred.square().sum(dim=axes, keepdim=True) / count
+    return centred / (variance + eps).sqrt()
+
+
+def _layer_norm(
+    x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Tensor | None:
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    present = _present(x, axes)
+    if present.all():
+        return None
+    y = _normalised(x, axes, eps, present)
+    y = y * weight if weight is not None else y
+    return (y + bias) * present if bias is not None else y
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    count = _present(x, axes).expand_as(x).sum(dim=axes, keepdim=True).clamp_min(1)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    y = x * (x.square().sum(dim=axes, keepdim=True) / count + eps).rsqrt()
+    return y * weight if weight is not None else y
+
+
+def _group_norm(
+    x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Tensor | None:
+    present = _present(x, [1])
+    if present.all():
+        return None
+    parts = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+    here = present.expand(1, *x.shape[1:]).reshape(1, groups, -1, *x.shape[2:])
+    y = _normalised(parts, list(range(2, parts.dim())), eps, here).reshape(x.shape)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    y = y * weight.reshape(shape) if weight is not None else y
+    return (y + bias.reshape(shape)) * present if bias is not None else y
+
+
+def _batch_norm(
+    x: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5, *_: Any,
+) -> Tensor | None:  # fmt: skip
+    if not training:
+        return None
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    present = (x != 0).to(x.dtype) if x.shape[0] == 1 else _present(x, axes)  # a weight's own statistics: no batch
+    if present.all():
+        return None
+    y = _normalised(x, axes, eps, present)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    y = y * weight.reshape(shape) if weight is not None else y
+    return (y + bias.reshape(shape)) * present if bias is not None else y
+
+
+def _axes(x: Tensor, dim: Any) -> list[int]:
+    if dim is None or dim == ():
+        return list(range(x.dim()))
+    return [d % x.dim() for d in (dim if isinstance(dim, list | tuple) else [dim])]
+
+
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor | None:
+    axes = _axes(x, dim)
+    present = _present(x, axes)
+    if present.all():
+        return None
+    count = present.sum(dim=[a for a in axes], keepdim=True).clamp_min(1)
+    y = x.sum(dim=axes, keepdim=True) / count
+    return y if keepdim else y.squeeze(axes)
+
+
+def _var(
+    x: Tensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *, correction: Any = None
+) -> Any:
+    axes = _axes(x, dim)
+    present = _present(x, axes)
+    if present.all():
+        return None
+    count = present.sum(dim=axes, keepdim=True)
+    mean = x.sum(dim=axes, keepdim=True) / count.clamp_min(1)
+    offset = correction if correction is not None else 0 if unbiased is False else 1
+    y = ((x - mean) * present).square().sum(dim=axes, keepdim=True) / (count - offset).clamp_min(1)
+    return y if keepdim else y.squeeze(axes)
+
+
+def _std(*args: Any, **kwargs: Any) -> Any:
+    variance = _var(*args, **kwargs)
+    return None if variance is None else variance.sqrt()
+
+
+def _amax(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | None:
+    axes = _axes(x, dim)
+    present = _present(x, axes)
+    if present.all():
+        return None
+    return x.masked_fill(present == 0, -math.inf).amax(dim=axes, keepdim=keepdim)
+
+
+_HANDLERS: dict[str, Callable[..., Any]] = {
+    "layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm, "batch_norm": _batch_norm,
+    "mean": _mean, "var": _var, "std": _std, "amax": _amax,
+}  # fmt: skip
+
+
+def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest relative error over outputs; inf when a shape differs or a value is not finite."""
+    worst = 0.0
+    for a, b in zip(actual, expected, strict=True):
+        if a.shape != b.shape or not torch.isfinite(a).all():
+            return math.inf
+        worst = max(worst, float((a - b).norm() / (b.norm() + 1e-300)))
+    return worst
+
+
+def masked_error(
+    original: nn.Module, pruned: nn.Module, call: Callable[[nn.Module], list[Tensor]]
+) -> tuple[float, list[str]]:
+    """Relative error of ``pruned`` against the masked ``original`` (overwritten), and parameters that are no box."""
+    strange = mask_parameters(original, pruned)
+    with torch.no_grad():
+        actual = call(pruned)
+        with KeptStatistics():
+            expected = call(original)
+    return relative_error(actual, expected), strange
