@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import randn
 
-from regauge.ir.operator import OnnxForm, operator, sample
+from regauge.ir.edit import Builder
+from regauge.ir.graph import Node, Value
+from regauge.ir.operator import Cost, operator, sample
+from regauge.ir.rules import Call
+from regauge.ir.sizes import Size, product, same
+
+# -- linear ------------------------------------------------------------------------------------------------------------
 
 
-def _linear_layer(node):  # type: ignore[no-untyped-def]
+def _linear_layer(node: Node) -> str | None:
     weight = node.inputs[1]
-    return f"nn.Linear({weight.shape[1]}, {weight.shape[0]}, bias={len(node.inputs) > 2})"
+    if not isinstance(weight, Value) or weight.rank != 2:
+        return None
+    bias = "" if len(node.inputs) > 2 else ", bias=False"
+    return f"nn.Linear({weight.shape[1]}, {weight.shape[0]}{bias})"
 
 
 @operator(
     rule="... i, o i, o? -> ... o",
     aten={"linear": None},
     macs=lambda call: call.out() * call.size(1, 1),
-    samples=lambda: [sample(randn(2, 3, 6), randn(4, 6), randn(4)), sample(randn(5, 6), randn(4, 6))],
+    samples=lambda: [
+        sample(randn(2, 3, 6), randn(4, 6), randn(4)),
+        sample(randn(5, 6), randn(4, 6)),
+        sample(randn(6), randn(4, 6), randn(4)),
+    ],
     layer=_linear_layer,
 )
-def linear(x, weight, bias=None):
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return F.linear(x, weight, bias)
 
 
-def _matmul_rule(call):  # type: ignore[no-untyped-def]
+# -- matmul ------------------------------------------------------------------------------------------------------------
+
+
+def _matmul_rule(call: Call) -> str:
     left, right = call.rank(0), call.rank(1)
     if left == 1 and right == 1:
         return "k, k -> "
@@ -36,47 +54,85 @@ def _matmul_rule(call):  # type: ignore[no-untyped-def]
     return "... n k, ... k m -> ... n m"
 
 
-@operator(
-    rule=_matmul_rule,
-    aten={"matmul": None, "bmm": None, "mm": None, "mv": None, "dot": None},
-    onnx={"MatMul": None},
-    macs=lambda call: call.out() * call.size(0, -1),
-    samples=lambda: [
-        sample(randn(2, 3, 4), randn(2, 4, 5)),
-        sample(randn(3, 4), randn(4, 5)),
-        sample(randn(2, 1, 3, 4), randn(5, 4, 3)),
-        sample(randn(4), randn(4, 3)),
-        sample(randn(2, 3, 4), randn(4)),
-        sample(randn(4), randn(4)),
-    ],
-)
-def matmul(x, y):
-    return torch.matmul(x, y)
+def _accumulated(equation: str | None = None) -> Any:
+    """``beta * bias + alpha * (x @ y)``: addmm, baddbmm, addmv; with an equation, products that are no plain matmul."""
+
+    def adapt(build: Builder, bias: Any, x: Value, y: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+        result = build.matmul(x, y) if equation is None else build.einsum(x, y, equation=equation)
+        result = result if alpha == 1 else build.mul(result, alpha)
+        if beta == 0:
+            return result  # type: ignore[no-any-return]
+        return build.add(bias if beta == 1 else build.mul(bias, beta), result)  # type: ignore[no-any-return]
+
+    return adapt
 
 
-def _addmm(build, bias, x, y, *, beta=1, alpha=1):  # type: ignore[no-untyped-def]
-    product = build.matmul(x, y)
-    if alpha != 1:
-        product = build.mul(product, alpha)
-    if beta != 1:
-        bias = build.mul(bias, beta)
-    return build.add(product, bias)
-
-
-def _gemm(build, call):  # type: ignore[no-untyped-def]
+def _gemm(build: Builder, call: Any) -> Value:
     """Gemm(A, B, C) = alpha A' B' + beta C: a linear layer when B is stored (out, in), else a matmul."""
     x, weight = call.operand(0), call.operand(1)
     bias = call.operand(2) if call.has(2) else None
     alpha, beta = call.attribute("alpha", 1.0), call.attribute("beta", 1.0)
     if call.attribute("transA", 0):
         x = build.permute(x, dims=(1, 0))
-    if call.attribute("transB", 0) and alpha == 1 and (bias is None or (beta == 1 and bias.rank == 1)):
-        return build.linear(x, weight, bias)
-    if call.attribute("transB", 0):
+    transposed = bool(call.attribute("transB", 0))
+    plain_bias = bias is None or (beta == 1 and bias.rank == 1 and same(bias.shape[0], weight.shape[0]))
+    if transposed and alpha == 1 and plain_bias:
+        return build.linear(x, weight, bias)  # type: ignore[no-any-return]
+    if transposed:
         weight = build.permute(weight, dims=(1, 0))
-    product = build.matmul(x, weight)
-    if alpha != 1:
-        product = build.mul(product, alpha)
-    if bias is None or beta == 0:
-        return product
-    return build.add(product, bias if beta == 1 else build.mul(bias, beta))
+    if bias is None:
+        bias, beta = 0, 0
+    return _accumulated()(build, bias, x, weight, beta=beta, alpha=alpha)  # type: ignore[no-any-return]
+
+
+@operator(
+    rule=_matmul_rule,
+    aten={
+        "matmul": None, "bmm": None, "mm": None, "mv": None, "dot": None, "linalg_matmul": None,
+        "vdot": lambda build, x, y: build.matmul(build.conj(x) if x.dtype.is_complex else x, y),
+        "addmm": _accumulated(), "baddbmm": _accumulated(), "addmv": _accumulated(),
+        "addbmm": _accumulated("bij,bjk->ik"), "addr": _accumulated("i,j->ij"),
+    },
+    onnx={"MatMul": None, "Gemm": _gemm},
+    macs=lambda call: call.out() * call.size(0, -1),
+    samples=lambda: [
+        sample(randn(2, 3, 4), randn(2, 4, 5)),
+        sample(randn(3, 4), randn(4, 5)),
+        sample(randn(2, 1, 3, 4), randn(5, 4, 3)),
+        sample(randn(4), randn(4, 3)),
+        sample(randn(4), randn(2, 4, 3)),
+        sample(randn(2, 3, 4), randn(4)),
+        sample(randn(4), randn(4)),
+    ],
+)  # fmt: skip
+def matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(x, y)
+
+
+# -- bilinear ----------------------------------------------------------------------------------------------------------
+
+
+def _bilinear_layer(node: Node) -> str | None:
+    weight = node.inputs[2]
+    if not isinstance(weight, Value):
+        return None
+    outputs, left, right = weight.shape
+    return f"nn.Bilinear({left}, {right}, {outputs}{'' if len(node.inputs) > 3 else ', bias=False'})"
+
+
+def _bilinear_macs(call: Cost) -> Size:
+    return product((call.out(), call.size(2, 1), call.size(2, 2))) + product((call.out(), call.size(2, 2)))
+
+
+@operator(
+    rule="... i, ... j, o i j, o? -> ... o",
+    aten={"bilinear": None},
+    macs=_bilinear_macs,
+    samples=lambda: [
+        sample(randn(2, 3), randn(2, 4), randn(5, 3, 4), randn(5)),
+        sample(randn(2, 6, 3), randn(2, 6, 4), randn(5, 3, 4)),
+    ],
+    layer=_bilinear_layer,
+)
+def bilinear(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return F.bilinear(x, y, weight, bias)

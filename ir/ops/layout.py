@@ -1,101 +1,281 @@
-"""Layout: operators that move, split and join axes without computing. Their rules are the primitives of the algebra."""
+"""Layout: operators that regroup and reorder axes. Their rules are the primitives of the algebra."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import randn
 
-from regauge.ir.extents import Concat, resolve
-from regauge.ir.operator import Symmetry, operator, sample
+from regauge.ir.edit import Builder
+from regauge.ir.errors import OperatorError
+from regauge.ir.extents import size_of
+from regauge.ir.graph import Node, Value
+from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
+from regauge.ir.rules import Axes, Call
+from regauge.ir.sizes import Size, floor_divide, product, same
+
+# -- reshape -----------------------------------------------------------------------------------------------------------
 
 
-def _reshape_rule(call):  # type: ignore[no-untyped-def]
+def explicit_shape(shape: Sequence[Size], target: Sequence[Size]) -> tuple[Size, ...]:
+    """A reshape target with its -1 replaced by the size it stands for."""
+    sizes = list(target)
+    holes = [i for i, size in enumerate(sizes) if size == -1]
+    if not holes:
+        return tuple(sizes)
+    if len(holes) > 1:
+        raise OperatorError(f"the target shape {tuple(target)} leaves more than one size open: give all but one")
+    rest = product(size for i, size in enumerate(sizes) if i != holes[0])
+    sizes[holes[0]] = 0 if rest == 0 else floor_divide(product(shape), rest)
+    return tuple(sizes)
+
+
+def axis_number(dim: int, rank: int) -> int:
+    """A non-negative axis number, as torch counts axes: a scalar has an axis 0 of size one."""
+    rank = max(rank, 1)
+    if not -rank <= dim < rank:
+        raise OperatorError(
+            f"axis {dim} does not exist in a tensor of rank {rank}: give one from {-rank} to {rank - 1}"
+        )
+    return dim % rank
+
+
+def _reshape_rule(call: Call) -> Axes:
     axes = call.reshape(call.operand(0), call.node.outputs[0].shape)
     call.derive(shape=tuple(axes))
     return axes
 
 
-def _view(build, x, size):  # type: ignore[no-untyped-def]
-    return build.reshape(x, shape=explicit_shape(x.shape, size))
+def _view(build: Builder, x: Value, size: Sequence[Size]) -> Value:
+    return build.reshape(x, shape=explicit_shape(x.shape, size))  # type: ignore[no-any-return]
 
 
-def explicit_shape(shape, target):  # type: ignore[no-untyped-def]
-    """A reshape target with its -1 replaced by the size it stands for."""
-    from regauge.ir.sizes import divide, product
+def _view_as(build: Builder, x: Value, other: Value) -> Value:
+    return build.reshape(x, shape=other.shape)  # type: ignore[no-any-return]
 
-    target = list(target)
-    if -1 in [t for t in target if isinstance(t, int)]:
-        hole = target.index(-1)
-        rest = product(t for i, t in enumerate(target) if i != hole)
-        target[hole] = divide(product(shape), rest)
-    return tuple(target)
+
+def _view_dtype(build: Builder, x: Value, dtype: Any) -> Value:
+    raise OperatorError(f"view({dtype}) reads the bytes of {x} as another type: that has no rule")
+
+
+def _merged(build: Builder, x: Value, start: int, end: int) -> Value:
+    """``x`` with its axes start..end merged into one."""
+    shape = (*x.shape[:start], product(x.shape[start : end + 1]), *x.shape[end + 1 :])
+    return x if shape == x.shape else build.reshape(x, shape=shape)
+
+
+def _flatten(build: Builder, x: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
+    return _merged(build, x, axis_number(start_dim, x.rank), axis_number(end_dim, x.rank))
+
+
+def _unflatten(build: Builder, x: Value, dim: int, sizes: Sequence[Size]) -> Value:
+    dim = axis_number(dim, x.rank)
+    parts = explicit_shape(x.shape[dim : dim + 1], sizes)
+    return build.reshape(x, shape=(*x.shape[:dim], *parts, *x.shape[dim + 1 :]))  # type: ignore[no-any-return]
+
+
+def _channel_shuffle(build: Builder, x: Value, groups: int) -> Value:
+    """``n (g c) ... -> n (c g) ...``"""
+    n, channels, *rest = x.shape
+    split = build.reshape(x, shape=(n, groups, floor_divide(channels, groups), *rest))
+    return build.reshape(build.permute(split, dims=(0, 2, 1, *range(3, split.rank))), shape=x.shape)  # type: ignore[no-any-return]
+
+
+def raise_rank(build: Builder, x: Value, rank: int) -> Value:
+    """numpy's ``atleast_1d/2d/3d``: a vector becomes a row, a third axis comes last."""
+    shape = (1,) + x.shape if x.rank == 1 and rank > 1 else x.shape
+    return x if x.rank >= rank else build.reshape(x, shape=shape + (1,) * (rank - len(shape)))
+
+
+def _at_least(rank: int) -> Any:
+    def adapt(build: Builder, x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return tuple(raise_rank(build, one, rank) for one in x)
+        return raise_rank(build, x, rank)
+
+    return adapt
+
+
+def _onnx_reshape(build: Builder, call: Any) -> Value:
+    x = call.operand(0)
+    target = call.attribute("shape") if call.opset < 5 else call.sizes(1)
+    if target is None:
+        raise OperatorError("the target shape of Reshape is computed from data")
+    if not call.attribute("allowzero", 0):
+        target = [x.shape[i] if size == 0 else size for i, size in enumerate(target)]
+    return build.reshape(x, shape=explicit_shape(x.shape, target))  # type: ignore[no-any-return]
+
+
+def _write_reshape(nodes: Sequence[Node], patch: Any) -> None:
+    """Dynamic sizes are written as 0 (copied from the input) or -1 where ONNX can say it that way."""
+    x, sizes = nodes[0].inputs[0], list(nodes[0].attributes["shape"])
+    assert isinstance(x, Value)
+    if 0 not in sizes:
+        for i, size in enumerate(sizes):
+            if not isinstance(size, int) and i < x.rank and same(size, x.shape[i]):
+                sizes[i] = 0
+        dynamic = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
+        if len(dynamic) == 1:
+            sizes[dynamic[0]] = -1
+    if "allowzero" in nodes[0].origin.attributes and 0 in sizes:
+        patch.attribute("allowzero", int(0 in nodes[0].attributes["shape"]))
+    patch.set_sizes(1, sizes)
+
+
+def _onnx_flatten(build: Builder, call: Any) -> Value:
+    x = call.operand(0)
+    axis = call.attribute("axis", 1)
+    axis += x.rank if axis < 0 else 0
+    return build.reshape(x, shape=(product(x.shape[:axis]), product(x.shape[axis:])))  # type: ignore[no-any-return]
+
+
+def holds_no_sizes(nodes: Sequence[Node], patch: Any) -> None:
+    """The ``write`` of ONNX operators whose results have derived sizes, but whose nodes store none of them."""
+
+
+def _flatten_layer(node: Node) -> str | None:
+    """``nn.Flatten`` where the reshape merges neighbouring axes and does nothing else."""
+    x, shape = node.inputs[0], node.attributes["shape"]
+    if not isinstance(x, Value) or len(shape) >= x.rank:
+        return None
+    start = 0
+    while start < len(shape) and same(shape[start], x.shape[start]):
+        start += 1
+    end = start + x.rank - len(shape)
+    if end >= x.rank or not same(product(x.shape[start : end + 1]), shape[start]):
+        return None
+    if not all(same(a, b) for a, b in zip(x.shape[end + 1 :], shape[start + 1 :], strict=True)):
+        return None
+    stop = "" if end == x.rank - 1 else f", {end}"
+    return "nn.Flatten()" if start == 1 and not stop else f"nn.Flatten({start}{stop})"
 
 
 @operator(
     rule=_reshape_rule,
-    aten={"view": _view, "reshape": _view, "_unsafe_view": _view},
+    aten={
+        "view": _view, "reshape": _view, "_unsafe_view": _view, "_reshape_alias": lambda build, x, size, stride: _view(build, x, size),
+        "view.dtype": _view_dtype, "view_as": _view_as, "reshape_as": _view_as, "flatten": _flatten, "unflatten": _unflatten,
+        "ravel": _flatten, "channel_shuffle": _channel_shuffle, "native_channel_shuffle": _channel_shuffle,
+        "atleast_1d": _at_least(1), "atleast_2d": _at_least(2), "atleast_3d": _at_least(3),
+    },
+    onnx={
+        "Reshape": OnnxForm(read=_onnx_reshape, write=_write_reshape),
+        "Flatten": OnnxForm(read=_onnx_flatten, write=holds_no_sizes),
+    },
     samples=lambda: [
         sample(randn(2, 3, 8), shape=(2, 3, 2, 4)),
         sample(randn(2, 3, 4), shape=(2, 12)),
         sample(randn(6, 4), shape=(2, 3, 4)),
+        sample(randn(6, 4), shape=(3, 8)),
+        sample(randn(4, 6), shape=(3, 8)),
+        sample(randn(1, 1, 6), shape=(6,)),
+        sample(randn(()), shape=(1, 1)),
     ],
     symmetry=Symmetry.LINEAR,
-)
-def reshape(x, *, shape):
+    layer=_flatten_layer,
+)  # fmt: skip
+def reshape(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
     return x.reshape(shape)
 
 
-def _permute_rule(call):  # type: ignore[no-untyped-def]
+# -- permute -----------------------------------------------------------------------------------------------------------
+
+
+def _permute_rule(call: Call) -> Axes:
     axes = call.operand(0)
-    return [axes[d] for d in call["dims"]]
+    return [axes[call.normal(d, len(axes))] for d in call["dims"]]
 
 
-def _transpose(build, x, dim0, dim1):  # type: ignore[no-untyped-def]
+def _permute(build: Builder, x: Value, dims: Sequence[int]) -> Value:
+    dims = tuple(axis_number(d, x.rank) for d in dims)
+    return x if dims == tuple(range(x.rank)) else build.permute(x, dims=dims)
+
+
+def _transpose(build: Builder, x: Value, dim0: int, dim1: int) -> Value:
     dims = list(range(x.rank))
-    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
-    return build.permute(x, dims=dims)
+    if dims:
+        dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
+    return _permute(build, x, dims)
+
+
+def _reversed(build: Builder, x: Value) -> Value:
+    return _permute(build, x, range(x.rank)[::-1])
+
+
+def _movedim(build: Builder, x: Value, source: int | Sequence[int], destination: int | Sequence[int]) -> Value:
+    taken = [axis_number(d, x.rank) for d in ([source] if isinstance(source, int) else source)]
+    places = [axis_number(d, x.rank) for d in ([destination] if isinstance(destination, int) else destination)]
+    rest = iter(d for d in range(x.rank) if d not in taken)
+    at = dict(zip(places, taken, strict=True))
+    return _permute(build, x, [at[i] if i in at else next(rest) for i in range(x.rank)])
+
+
+def _onnx_transpose(build: Builder, call: Any) -> Value:
+    x = call.operand(0)
+    return build.permute(x, dims=call.attribute("perm") or tuple(range(x.rank))[::-1])  # type: ignore[no-any-return]
 
 
 @operator(
     rule=_permute_rule,
     aten={
-        "permute": lambda build, x, dims: build.permute(x, dims=[d % x.rank for d in dims]),
-        "transpose.int": _transpose,
-        "t": lambda build, x: build.permute(x, dims=list(range(x.rank))[::-1]),
+        "permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "swapdims": _transpose, "t": _reversed,
+        "numpy_T": _reversed, "mT": lambda build, x: _transpose(build, x, -2, -1), "movedim": _movedim, "moveaxis": _movedim,
     },
-    samples=lambda: [sample(randn(2, 3, 4), dims=(2, 0, 1))],
+    onnx={"Transpose": _onnx_transpose},
+    samples=lambda: [sample(randn(2, 3, 4), dims=(2, 0, 1)), sample(randn(2, 3), dims=(-1, 0)), sample(randn(3), dims=(0,))],
     symmetry=Symmetry.LINEAR,
-)
-def permute(x, *, dims):
+)  # fmt: skip
+def permute(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
     return x.permute(dims)
 
 
-def _concat_rule(call):  # type: ignore[no-untyped-def]
-    operands = [axes for axes in call.axes if axes is not None]
-    rank = len(operands[0])
-    axis = call.normal(call["dim"], rank)
-    result = []
-    for position in range(rank):
-        if position == axis:
-            result.append(resolve(Concat([axes[position] for axes in operands])))
-            continue
-        for axes in operands[1:]:
-            call.unify(operands[0][position], axes[position])
-        result.append(operands[0][position])
-    return result
+# -- reorderings of one axis -------------------------------------------------------------------------------------------
 
 
-def _cat(build, tensors, dim=0):  # type: ignore[no-untyped-def]
-    # torch skips legacy empty tensors of shape (0,)
-    full = [t for t in tensors if t.shape != (0,)]
-    return build.concat(*full, dim=dim)
+def _reordered(call: Call, dims: Sequence[int]) -> Axes:
+    """Axes whose indices change places: both sides keep all of them."""
+    axes = list(call.operand(0))
+    for dim in {call.normal(d, len(axes)) for d in dims}:
+        moved = call.fresh(size_of(axes[dim]))
+        call.role("whole", axes[dim])
+        call.role("whole", moved)
+        axes[dim] = moved
+    return axes
 
 
 @operator(
-    rule=_concat_rule,
-    aten={"cat": _cat, "concat": _cat, "concatenate": _cat},
-    samples=lambda: [sample(randn(2, 3, 4), randn(2, 5, 4), dim=1), sample(randn(2, 3), randn(2, 3), dim=-1)],
+    rule=lambda call: _reordered(call, call["dims"]),
+    aten={
+        "flip": lambda build, x, dims: build.flip(x, dims=tuple(axis_number(d, x.rank) for d in dims)),
+        "fliplr": lambda build, x: build.flip(x, dims=(1,)),
+        "flipud": lambda build, x: build.flip(x, dims=(0,)),
+    },
+    samples=lambda: [sample(randn(2, 3, 4), dims=(1,)), sample(randn(2, 3), dims=(0, -1))],
     symmetry=Symmetry.LINEAR,
 )
-def concat(*tensors, dim):
-    return torch.cat(tensors, dim)
+def flip(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
+    return x.flip(dims)
+
+
+def _roll(build: Builder, x: Value, shifts: Size | Sequence[Size], dims: int | Sequence[int] = ()) -> Value:
+    amounts = tuple(shifts) if isinstance(shifts, list | tuple) else (shifts,)
+    axes = tuple(axis_number(d, x.rank) for d in ([dims] if isinstance(dims, int) else dims))
+    if axes:
+        return build.roll(x, shifts=amounts, dims=axes)  # type: ignore[no-any-return]
+    flat = build.roll(build.reshape(x, shape=(product(x.shape),)), shifts=amounts, dims=(0,))
+    return build.reshape(flat, shape=x.shape)  # type: ignore[no-any-return]
+
+
+@operator(
+    rule=lambda call: _reordered(call, call["dims"]),
+    aten={"roll": _roll},
+    samples=lambda: [
+        sample(randn(2, 3, 4), shifts=(1,), dims=(1,)),
+        sample(randn(2, 5, 5), shifts=(2, -1), dims=(1, 2)),
+    ],
+    symmetry=Symmetry.LINEAR,
+)
+def roll(x: torch.Tensor, *, shifts: tuple[int, ...], dims: tuple[int, ...]) -> torch.Tensor:
+    return torch.roll(x, shifts, dims)

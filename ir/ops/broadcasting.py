@@ -1,0 +1,174 @@
+"""Broadcasting: axes of size one, put in, taken out and expanded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import randn
+
+from regauge.ir.edit import Builder
+from regauge.ir.errors import AxisError, OperatorError
+from regauge.ir.extents import ONE, size_of
+from regauge.ir.graph import Node, Value
+from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
+from regauge.ir.rules import Axes, Call
+from regauge.ir.sizes import Size, product, same, simplify
+
+# -- axes of size one --------------------------------------------------------------------------------------------------
+
+
+def _unsqueeze_rule(call: Call) -> Axes:
+    axes = list(call.operand(0))
+    axes.insert(call.normal(call["dim"], len(axes) + 1), ONE)
+    return axes
+
+
+def _onnx_unsqueeze(build: Builder, call: Any) -> Value:
+    x = call.operand(0)
+    axes = call.sizes(1) if call.has(1) else call.attribute("axes")
+    if axes is None:
+        raise OperatorError("the axes of Unsqueeze are computed from data")
+    rank = x.rank + len(axes)
+    for axis in sorted(int(a) % rank for a in axes):
+        x = build.unsqueeze(x, dim=axis)
+    return x
+
+
+@operator(
+    rule=_unsqueeze_rule,
+    aten={"unsqueeze": lambda build, x, dim: build.unsqueeze(x, dim=dim % (x.rank + 1))},
+    onnx={"Unsqueeze": _onnx_unsqueeze},
+    samples=lambda: [
+        sample(randn(2, 3), dim=0),
+        sample(randn(2, 3), dim=-1),
+        sample(randn(2, 3), dim=1),
+        sample(randn(()), dim=0),
+    ],
+    symmetry=Symmetry.LINEAR,
+)
+def unsqueeze(x: torch.Tensor, *, dim: int) -> torch.Tensor:
+    return x.unsqueeze(dim)
+
+
+def _squeeze_rule(call: Call) -> Axes:
+    axes = call.operand(0)
+    dims = {call.normal(d, len(axes)) for d in call["dims"]}
+    for d in dims:
+        if not same(size_of(axes[d]), 1):
+            raise AxisError(
+                f"{call.where}: axis {d} has the size {size_of(axes[d])}, only axes of size 1 can be squeezed"
+            )
+    return [extent for i, extent in enumerate(axes) if i not in dims]
+
+
+def squeeze_ones(build: Builder, x: Value, dim: int | Sequence[int] | None = None) -> Value:
+    """Remove those of the given axes (all, when None) that have the size one; torch ignores the others."""
+    dims = range(x.rank) if dim is None else [dim] if isinstance(dim, int) else dim
+    ones = tuple(sorted({d % x.rank for d in dims if x.rank and x.shape[d] == 1}))
+    return build.squeeze(x, dims=ones) if ones else x
+
+
+def _onnx_squeeze(build: Builder, call: Any) -> Value:
+    axes = call.sizes(1) if call.has(1) else call.attribute("axes")
+    if axes is None and call.has(1):
+        raise OperatorError("the axes of Squeeze are computed from data")
+    return squeeze_ones(build, call.operand(0), None if axes is None else [int(a) for a in axes])
+
+
+@operator(
+    rule=_squeeze_rule,
+    aten={"squeeze": squeeze_ones},
+    onnx={"Squeeze": _onnx_squeeze},
+    samples=lambda: [
+        sample(randn(2, 1, 3, 1), dims=(1, 3)),
+        sample(randn(2, 3, 1), dims=(-1,)),
+        sample(randn(1), dims=(0,)),
+    ],
+    symmetry=Symmetry.LINEAR,
+)
+def squeeze(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
+    return x.squeeze(dims)
+
+
+# -- expand ------------------------------------------------------------------------------------------------------------
+
+
+def _expand_rule(call: Call) -> Axes:
+    """An axis of size one becomes a fresh Dim, free to be cut: all its entries are the same."""
+    axes, shape = call.operand(0), call.node.outputs[0].shape
+    padded = [ONE] * (len(shape) - len(axes)) + list(axes)
+    result = [a if same(size_of(a), size) else call.fresh(size) for a, size in zip(padded, shape, strict=True)]
+    call.derive(shape=tuple(result))
+    return result
+
+
+def expand_to(build: Builder, x: Value, size: Sequence[Size], *, implicit: bool = False) -> Value:
+    """torch's ``expand``: -1 keeps a size, new axes come first."""
+    offset = len(size) - x.rank
+    shape = tuple(x.shape[i - offset] if i >= offset and s == -1 else simplify(s) for i, s in enumerate(size))
+    return x if shape == x.shape else build.expand(x, shape=shape)
+
+
+def broadcast_shape(*shapes: Sequence[Size]) -> tuple[Size, ...]:
+    """The shape of a broadcast; of two sizes that cannot be compared the first counts."""
+    rank = max((len(shape) for shape in shapes), default=0)
+    result: list[Size] = [1] * rank
+    for shape in shapes:
+        for i, size in enumerate(shape, rank - len(shape)):
+            if result[i] == 1:
+                result[i] = size
+    return tuple(result)
+
+
+def _broadcast_tensors(build: Builder, tensors: Sequence[Value]) -> tuple[Value, ...]:
+    shape = broadcast_shape(*[t.shape for t in tensors])
+    return tuple(expand_to(build, t, shape) for t in tensors)
+
+
+def _meshgrid(build: Builder, tensors: Sequence[Value], *, indexing: str = "ij") -> tuple[Value, ...]:
+    """Every vector on its own axis, expanded over the others; ``xy`` swaps the first two axes."""
+    swap = indexing == "xy" and len(tensors) > 1
+    order = [1, 0, *range(2, len(tensors))] if swap else list(range(len(tensors)))
+    sizes = [product(t.shape) for t in tensors]
+    shape = [sizes[i] for i in order]
+    grids = []
+    for i, tensor in enumerate(tensors):
+        own = [sizes[i] if j == i else 1 for j in order]
+        grids.append(expand_to(build, build.reshape(tensor, shape=own), shape))
+    return tuple(grids)
+
+
+def _onnx_expand(build: Builder, call: Any) -> Value:
+    """ONNX broadcasts both ways: where the target says 1, the input's size stays."""
+    x, target = call.operand(0), call.sizes(1)
+    if target is None:
+        raise OperatorError("the target shape of Expand is computed from data")
+    return expand_to(build, x, broadcast_shape(x.shape, target))
+
+
+def _write_expand(nodes: Sequence[Node], patch: Any) -> None:
+    x, shape = nodes[0].inputs[0], nodes[0].attributes["shape"]
+    assert isinstance(x, Value)
+    old = (1,) * (len(shape) - x.rank) + x.shape
+    patch.set_sizes(1, [1 if same(a, b) else b for a, b in zip(old, shape, strict=True)])
+
+
+@operator(
+    rule=_expand_rule,
+    aten={
+        "expand": expand_to, "broadcast_to": expand_to, "expand_as": lambda build, x, other: expand_to(build, x, other.shape),
+        "broadcast_tensors": _broadcast_tensors, "meshgrid": _meshgrid,
+    },
+    onnx={"Expand": OnnxForm(read=_onnx_expand, write=_write_expand)},
+    samples=lambda: [
+        sample(randn(2, 1, 4), shape=(2, 3, 4)),
+        sample(randn(3), shape=(2, 3)),
+        sample(randn(1, 3), shape=(4, 2, 3)),
+        sample(randn(()), shape=(2,)),
+    ],
+    symmetry=Symmetry.LINEAR,
+)  # fmt: skip
+def expand(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
+    return x.expand(shape)

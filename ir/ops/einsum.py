@@ -1,0 +1,138 @@
+"""Einsum: its equation is its axis rule."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import randn
+
+from regauge.ir.edit import Builder
+from regauge.ir.errors import AxisError, OperatorError
+from regauge.ir.extents import size_of
+from regauge.ir.graph import Value
+from regauge.ir.operator import Cost, operator, sample
+from regauge.ir.rules import Call
+from regauge.ir.sizes import Size, product, same
+
+DOTS = "."  # an ellipsis as one character
+
+
+def explicit_equation(equation: str) -> str:
+    """The equation with its result written out: without ``->`` that is every letter that occurs once, in order."""
+    equation = "".join(equation.split())
+    if "->" in equation:
+        return equation
+    letters = equation.replace("...", "").replace(",", "")
+    once = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    return f"{equation}->{'...' if '...' in equation else ''}{once}"
+
+
+def terms_of(equation: str) -> tuple[list[str], str]:
+    """Operand and result terms, with ``.`` for the ellipsis."""
+    left, _, right = equation.replace("...", DOTS).partition("->")
+    return left.split(","), right
+
+
+def place(term: str, letter_at: int, rank: int) -> int:
+    """The axis at which a letter of a term stands, in a tensor of the given rank."""
+    dots = term.find(DOTS)
+    return letter_at if dots < 0 or letter_at < dots else letter_at + rank - len(term)
+
+
+def _rule(call: Call) -> str:
+    """``bhid,bhjd->bhij`` becomes ``b h i d, b h j d -> b h i j``; an axis of size one that is broadcast becomes 1."""
+    operands, result = terms_of(call["equation"])
+    if len(operands) != len(call.axes):
+        raise AxisError(f"{call.where}: the equation {call['equation']} has {len(operands)} operands")
+    sizes = [[_size(call, i, term, at) for at in range(len(term))] for i, term in enumerate(operands)]
+    broadcast = {
+        letter for term, found in zip(operands, sizes, strict=True) for letter, size in zip(term, found, strict=True)
+        if not same(size, 1)
+    }  # fmt: skip
+    patterns = [
+        " ".join(
+            "..." if c == DOTS else "1" if same(s, 1) and c in broadcast else c
+            for c, s in zip(term, found, strict=True)
+        )
+        for term, found in zip(operands, sizes, strict=True)
+    ]
+    return ", ".join(patterns) + " -> " + " ".join("..." if c == DOTS else c for c in result)
+
+
+def _size(call: Call, index: int, term: str, at: int) -> Size:
+    axes = call.operand(index)
+    if term[at] == DOTS:
+        return 0
+    axis = place(term, at, len(axes))
+    if not 0 <= axis < len(axes):
+        raise AxisError(f"{call.where}: operand {index} has {len(axes)} axes, the equation says {term!r}")
+    return size_of(axes[axis])
+
+
+def _macs(call: Cost) -> Size:
+    """One multiplication per combination of all letters; an einsum of one operand only adds and moves."""
+    operands, _ = terms_of(call["equation"])
+    if len(operands) < 2:
+        return 0
+    sizes: dict[str, Size] = {}
+    dots: list[Size] = []
+    for index, term in enumerate(operands):
+        rank = call.rank(index)
+        for at, letter in enumerate(term):
+            if letter == DOTS:
+                extra = [call.size(index, axis) for axis in range(at, at + rank - len(term) + 1)]
+                dots = extra if len(extra) > len(dots) else dots
+            elif same(sizes.get(letter, 1), 1):
+                sizes[letter] = call.size(index, place(term, at, rank))
+    return product([*sizes.values(), *dots])
+
+
+def _einsum(build: Builder, equation: str, operands: Sequence[Value], *_: Any, **_options: Any) -> Value:
+    return build.einsum(*operands, equation=explicit_equation(equation))  # type: ignore[no-any-return]
+
+
+def _onnx_einsum(build: Builder, call: Any) -> Value:
+    return _einsum(build, call.attribute("equation"), [call.operand(i) for i in range(len(call.inputs))])
+
+
+def _inner(build: Builder, x: Value, y: Value) -> Value:
+    if not x.rank or not y.rank:
+        return build.mul(x, y)  # type: ignore[no-any-return]
+    left, right = string.ascii_lowercase[: x.rank - 1], string.ascii_uppercase[: y.rank - 1]
+    return build.einsum(x, y, equation=f"{left}z,{right}z->{left}{right}")  # type: ignore[no-any-return]
+
+
+def _outer(build: Builder, x: Value, y: Value) -> Value:
+    return build.einsum(x, y, equation="i,j->ij")  # type: ignore[no-any-return]
+
+
+def _tensordot(build: Builder, x: Value, y: Value, dims_self: Sequence[int], dims_other: Sequence[int]) -> Value:
+    if x.rank > 26 or y.rank > 26:
+        raise OperatorError("tensordot of tensors with more than 26 axes has no rule")
+    left, right = list(string.ascii_lowercase[: x.rank]), list(string.ascii_uppercase[: y.rank])
+    for a, b in zip(dims_self, dims_other, strict=True):
+        right[b] = left[a]
+    kept = [c for c in left if c not in right] + [c for c in right if c not in left]
+    return build.einsum(x, y, equation=f"{''.join(left)},{''.join(right)}->{''.join(kept)}")  # type: ignore[no-any-return]
+
+
+@operator(
+    rule=_rule,
+    aten={"einsum": _einsum, "inner": _inner, "outer": _outer, "ger": _outer, "tensordot": _tensordot},
+    onnx={"Einsum": _onnx_einsum},
+    macs=_macs,
+    samples=lambda: [
+        sample(randn(2, 3, 4, 5), randn(2, 3, 6, 5), equation="bhid,bhjd->bhij"),
+        sample(randn(2, 3, 4), randn(4, 5), equation="...d,de->...e"),
+        sample(randn(2, 3, 4), randn(2, 5), equation="b...,bd->bd..."),
+        sample(randn(3, 3), equation="ii->i"),
+        sample(randn(3, 4), equation="ij->ji"),
+        sample(randn(3, 4), randn(4), randn(3), equation="ij,j,i->"),
+        sample(randn(2, 1, 4), randn(2, 3, 4), equation="bij,bij->bi"),
+    ],
+)
+def einsum(*operands: torch.Tensor, equation: str) -> torch.Tensor:
+    return torch.einsum(equation, *operands)

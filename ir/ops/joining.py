@@ -1,0 +1,193 @@
+"""Joining: concatenation, stacking and repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import randn
+
+from regauge.ir.edit import Builder
+from regauge.ir.errors import OperatorError
+from regauge.ir.extents import Concat, Product, resolve
+from regauge.ir.graph import Node, Parameter, Value
+from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
+from regauge.ir.ops.layout import axis_number, raise_rank
+from regauge.ir.rules import Axes, Call
+from regauge.ir.sizes import Size, product
+
+# -- concat ------------------------------------------------------------------------------------------------------------
+
+
+def _concat_rule(call: Call) -> Axes:
+    operands = [axes for axes in call.axes if axes is not None]
+    rank = len(operands[0])
+    axis = call.normal(call["dim"], rank)
+    result: Axes = []
+    for position in range(rank):
+        if position == axis:
+            result.append(resolve(Concat([axes[position] for axes in operands])))
+            continue
+        for axes in operands[1:]:
+            call.unify(operands[0][position], axes[position])
+        result.append(operands[0][position])
+    return result
+
+
+def _cat(build: Builder, tensors: Sequence[Value], dim: int = 0) -> Value:
+    # torch skips legacy empty tensors of shape (0,)
+    full = [t for t in tensors if t.shape != (0,)] or list(tensors)[:1]
+    return build.concat(*full, dim=axis_number(dim, full[0].rank))  # type: ignore[no-any-return]
+
+
+def _hstack(build: Builder, tensors: Sequence[Value]) -> Value:
+    raised = [raise_rank(build, t, 1) for t in tensors]
+    return _cat(build, raised, dim=0 if raised[0].rank == 1 else 1)
+
+
+def _vstack(build: Builder, tensors: Sequence[Value]) -> Value:
+    return _cat(build, [raise_rank(build, t, 2) for t in tensors], dim=0)
+
+
+def _dstack(build: Builder, tensors: Sequence[Value]) -> Value:
+    return _cat(build, [raise_rank(build, t, 3) for t in tensors], dim=2)
+
+
+def _column_stack(build: Builder, tensors: Sequence[Value]) -> Value:
+    columns = [t if t.rank > 1 else build.reshape(t, shape=(product(t.shape), 1)) for t in tensors]
+    return _cat(build, columns, dim=1)
+
+
+def _onnx_concat(build: Builder, call: Any) -> Value:
+    tensors = [call.operand(i) for i in range(len(call.inputs))]
+    # opset 1 had a default axis of 1
+    return build.concat(*tensors, dim=axis_number(call.attribute("axis", 1), tensors[0].rank))  # type: ignore[no-any-return]
+
+
+@operator(
+    rule=_concat_rule,
+    aten={
+        "cat": _cat, "concat": _cat, "concatenate": _cat, "hstack": _hstack, "vstack": _vstack, "row_stack": _vstack,
+        "dstack": _dstack, "column_stack": _column_stack,
+    },
+    onnx={"Concat": _onnx_concat},
+    samples=lambda: [
+        sample(randn(2, 3, 4), randn(2, 5, 4), dim=1),
+        sample(randn(2, 3), randn(2, 3), dim=-1),
+        sample(randn(2, 3), dim=0),
+        sample(randn(2), randn(1), randn(3), dim=0),
+    ],
+    symmetry=Symmetry.LINEAR,
+)  # fmt: skip
+def concat(*tensors: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.cat(tensors, dim)
+
+
+# -- stack -------------------------------------------------------------------------------------------------------------
+
+
+def _stack_rule(call: Call) -> Axes:
+    operands = [axes for axes in call.axes if axes is not None]
+    for axes in operands[1:]:
+        for a, b in zip(operands[0], axes, strict=True):
+            call.unify(a, b)
+    result = list(operands[0])
+    stacked = call.fresh(len(operands))
+    call.role("whole", stacked)
+    result.insert(call.normal(call["dim"], len(result) + 1), stacked)
+    return result
+
+
+def _stack(build: Builder, tensors: Sequence[Value], dim: int = 0) -> Value:
+    return build.stack(*tensors, dim=dim % (tensors[0].rank + 1))  # type: ignore[no-any-return]
+
+
+@operator(
+    rule=_stack_rule,
+    aten={"stack": _stack},
+    samples=lambda: [
+        sample(randn(2, 3), randn(2, 3), dim=0),
+        sample(randn(2, 3), randn(2, 3), randn(2, 3), dim=-1),
+        sample(randn(4), dim=1),
+    ],
+    symmetry=Symmetry.LINEAR,
+)
+def stack(*tensors: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.stack(tensors, dim)
+
+
+# -- repetition --------------------------------------------------------------------------------------------------------
+
+
+def _repeat_rule(call: Call) -> Axes:
+    """``a -> (r a)`` per axis, with r a fresh Dim whose size is the number of repeats."""
+    axes, repeats = call.operand(0), [call.fresh(r) for r in call["repeats"]]
+    call.derive(repeats=tuple(repeats))
+    new = len(repeats) - len(axes)
+    return [*repeats[:new], *(resolve(Product((r, a))) for r, a in zip(repeats[new:], axes, strict=True))]
+
+
+def _tile(build: Builder, x: Value, dims: Sequence[Size]) -> Value:
+    return build.repeat(x, repeats=(1,) * (x.rank - len(dims)) + tuple(dims))  # type: ignore[no-any-return]
+
+
+def _onnx_tile(build: Builder, call: Any) -> Value:
+    repeats = call.sizes(1)
+    if repeats is None:
+        raise OperatorError("the repeats of Tile are computed from data")
+    return build.repeat(call.operand(0), repeats=tuple(repeats))  # type: ignore[no-any-return]
+
+
+def _write_tile(nodes: Sequence[Node], patch: Any) -> None:
+    patch.set_sizes(1, nodes[0].attributes["repeats"])
+
+
+@operator(
+    rule=_repeat_rule,
+    aten={"repeat": lambda build, x, repeats: build.repeat(x, repeats=tuple(repeats)), "tile": _tile},
+    onnx={"Tile": OnnxForm(read=_onnx_tile, write=_write_tile)},
+    samples=lambda: [
+        sample(randn(2, 3), repeats=(1, 2)),
+        sample(randn(3), repeats=(2, 2)),
+        sample(randn(1, 4), repeats=(3, 1)),
+        sample(randn(()), repeats=(3,)),
+    ],
+    symmetry=Symmetry.LINEAR,
+)
+def repeat(x: torch.Tensor, *, repeats: tuple[int, ...]) -> torch.Tensor:
+    return x.repeat(repeats)
+
+
+def _repeat_interleave_rule(call: Call) -> Axes:
+    """``a -> (a r)``: every entry is followed by its copies."""
+    axes, copies = list(call.operand(0)), call.fresh(call["repeats"])
+    call.derive(repeats=copies)
+    dim = call.normal(call["dim"], len(axes))
+    axes[dim] = resolve(Product((axes[dim], copies)))
+    return axes
+
+
+def _repeat_interleave(
+    build: Builder, x: Value, repeats: Any, dim: int | None = None, *, output_size: Size | None = None
+) -> Value:
+    if dim is None:
+        x, dim = build.reshape(x, shape=(product(x.shape),)), 0
+    dim = axis_number(dim, x.rank)
+    if not isinstance(repeats, Value):
+        return build.repeat_interleave(x, repeats=repeats, dim=dim)  # type: ignore[no-any-return]
+    size = x.shape[dim]
+    if not isinstance(repeats, Parameter) or repeats.kind != "constant" or not isinstance(size, int):
+        raise OperatorError("repeat_interleave with computed repeats has a size that depends on data")
+    table = torch.repeat_interleave(torch.arange(size), repeats.tensor.expand(size))
+    return build.index_select(x, build.constant(table, "repeats"), dim=dim)  # type: ignore[no-any-return]
+
+
+@operator(
+    rule=_repeat_interleave_rule,
+    aten={"repeat_interleave.self_int": _repeat_interleave, "repeat_interleave.self_Tensor": _repeat_interleave},
+    samples=lambda: [sample(randn(2, 3), repeats=2, dim=1), sample(randn(2, 3, 4), repeats=3, dim=-2)],
+    symmetry=Symmetry.LINEAR,
+)
+def repeat_interleave(x: torch.Tensor, *, repeats: int, dim: int) -> torch.Tensor:
+    return x.repeat_interleave(repeats, dim)
