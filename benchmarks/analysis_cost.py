@@ -2,7 +2,7 @@
 
     python benchmarks/analysis_cost.py [--write]
 
-First table: from a captured graph to all its dependency groups, against torch-pruning's ``build_dependency`` plus listing
+First table: from a captured graph to all dependency groups, against torch-pruning's ``build_dependency`` plus listing
 all groups, on models where the peer finishes; medians of interleaved runs. Second: a residual stack of 1k, 4k and 16k
 nodes (convolution, batch norm, relu, add); the last column is the growth over the row above, 4 being linear.
 """

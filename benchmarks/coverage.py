@@ -5,8 +5,8 @@
     python benchmarks/coverage.py --write                also append the table to docs/benchmarks.md
 
 Each model runs in a process of its own with a time limit (the peer does not end on some). Columns: error of the
-captured and of the emitted module against the model in float32, whether state_dict keys are equal, error of the pruned module
-against the masked original in float64 (see mask_oracle.py), share of the parameters left, seconds.
+captured and of the emitted module against the model in float32, whether state_dict keys are equal, error of the pruned
+module against the masked original in float64 (see mask_oracle.py), share of the parameters left, seconds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,109 @@
+"""Gauge classes, straight from the table of factorize-share-kv.md 0.1: insert a map, undo it in the consumer.
+
+Each case is a producer ``W``, an operator between, and a consumer ``V`` over one Dim. The analysis says which maps the
+Dim admits; a map that is admitted must leave the function unchanged, one that is not must change it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regauge.ir.edit import Builder
+from regauge.ir.gauge import Gauge, gauges
+from regauge.ir.graph import Graph, Value
+from regauge.ir.groups import find_group
+from regauge.ir.interpret import run
+
+WIDTH = 6
+Between = Callable[[Builder, Value], Value]
+
+
+def swiglu(build: Builder, up: Value) -> Value:
+    gate = build.linear(build.graph.inputs[0], build.parameter("gate", torch.randn(WIDTH, 5, dtype=torch.float64)))
+    return build.mul(build.silu(gate), up)
+
+
+NOTHING = Gauge.PERMUTE | Gauge.SIGN | Gauge.SCALE | Gauge.ORTHOGONAL | Gauge.GENERAL
+TABLE: dict[str, tuple[Between, Gauge]] = {
+    "nothing": (lambda build, x: x, NOTHING),
+    "reshape": (lambda build, x: build.reshape(x, shape=(4, 1, WIDTH)), NOTHING),
+    "times a number": (lambda build, x: build.mul(x, 3.0), NOTHING),
+    "residual add": (lambda build, x: build.add(x, x), NOTHING),
+    "plus a number": (lambda build, x: build.add(x, 3.0), Gauge.PERMUTE),
+    "rms_norm": (lambda build, x: build.rms_norm(x, normalized_shape=(WIDTH,), eps=1e-6),
+                 Gauge.PERMUTE | Gauge.SIGN | Gauge.ORTHOGONAL),
+    "relu": (lambda build, x: build.relu(x), Gauge.PERMUTE | Gauge.SCALE),
+    "leaky_relu": (lambda build, x: build.leaky_relu(x, negative_slope=0.1), Gauge.PERMUTE | Gauge.SCALE),
+    "tanh": (lambda build, x: build.tanh(x), Gauge.PERMUTE | Gauge.SIGN),
+    "gelu": (lambda build, x: build.gelu(x), Gauge.PERMUTE),
+    "silu": (lambda build, x: build.silu(x), Gauge.PERMUTE),
+    "softmax": (lambda build, x: build.softmax(x, dim=-1), Gauge.PERMUTE),
+    "layer_norm": (lambda build, x: build.layer_norm(x, normalized_shape=(WIDTH,), eps=1e-6), Gauge.PERMUTE),
+    "swiglu": (swiglu, Gauge.PERMUTE),
+}  # fmt: skip
+FLAGS = [Gauge.PERMUTE, Gauge.SIGN, Gauge.SCALE, Gauge.ORTHOGONAL, Gauge.GENERAL]
+
+
+def network(between: Between) -> Graph:
+    torch.manual_seed(0)
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (4, 5), torch.float64)
+    hidden = build.linear(x, build.parameter("producer", torch.randn(WIDTH, 5, dtype=torch.float64)))
+    hidden = between(build, hidden)
+    graph.outputs = [build.linear(hidden, build.parameter("consumer", torch.randn(3, WIDTH, dtype=torch.float64)))]
+    return graph
+
+
+def draw_map(flag: Gauge, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+    eye = torch.eye(WIDTH, dtype=torch.float64)
+    if flag is Gauge.PERMUTE:
+        return eye[torch.arange(WIDTH).roll(1 + seed % (WIDTH - 1))]
+    if flag is Gauge.SIGN:
+        return torch.diag(torch.where(torch.arange(WIDTH) % 2 == seed % 2, -1.0, 1.0).double())
+    if flag is Gauge.SCALE:
+        return torch.diag(0.5 + 1.5 * torch.rand(WIDTH, generator=generator, dtype=torch.float64))
+    if flag is Gauge.ORTHOGONAL:
+        return torch.linalg.qr(noise)[0]
+    return noise + 3 * eye
+
+
+@given(st.sampled_from(sorted(TABLE)), st.sampled_from(FLAGS), st.integers(0, 99))
+def test_admitted_maps_change_nothing_and_others_do(case: str, flag: Gauge, seed: int) -> None:
+    between, expected = TABLE[case]
+    graph = network(between)
+    dim = find_group(graph, "producer:0").dim
+    assert gauges(graph)[dim] == expected, case
+    change = draw_map(flag, seed)
+    weights = {
+        "producer": change @ graph.parameters["producer"].tensor,
+        "consumer": graph.parameters["consumer"].tensor @ torch.linalg.inv(change),
+    }
+    if case == "swiglu":  # the Dim runs through the gate too, so a map of the Dim moves both
+        weights["gate"] = change @ graph.parameters["gate"].tensor
+    x = torch.randn(4, 5, dtype=torch.float64)
+    difference = (run(graph, [x])[0] - run(graph, [x], weights=weights)[0]).abs().max()
+    assert (difference < 1e-8) == (flag in expected), f"{flag} across {case}: {difference}"
+
+
+def test_pinned_dims_have_no_gauge() -> None:
+    graph = network(lambda build, x: x)
+    found = gauges(graph)
+    assert found[find_group(graph, "consumer:0").dim] is Gauge.FIXED
+    assert "gauge: general linear" in graph.explain("producer:0")
+
+
+def test_batch_norm_leaves_diagonal_maps() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 3, 5, 5), torch.float32)
+    h = build.conv(x, build.parameter("conv", torch.randn(8, 3, 3, 3)))
+    statistics = [build.parameter(n, torch.ones(8), k) for n, k in
+                  [("gain", "parameter"), ("shift", "parameter"), ("mean", "buffer"), ("var", "buffer")]]  # fmt: skip
+    h = build.batch_norm(h, *statistics, training=False, momentum=0.1, eps=1e-5)
+    graph.outputs = [build.conv(h, build.parameter("next", torch.randn(4, 8, 1, 1)))]
+    assert gauges(graph)[find_group(graph, "conv:0").dim] == Gauge.PERMUTE | Gauge.SIGN | Gauge.SCALE
