@@ -173,6 +173,7 @@ class Graph:
     history: list[Edit] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     symbols: dict[sympy.Symbol, tuple[int, int | None]] = field(default_factory=dict)  # dynamic sizes and their ranges
+    report: Any = None  # what the passes that made this graph did; see regauge.passes.report
     version: int = 0
     _nodes: dict[Node, None] = field(default_factory=dict)
     _sorted: tuple[int, list[Node]] | None = None

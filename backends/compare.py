@@ -1,0 +1,211 @@
+"""Do two models compute the same? Graphs, torch modules, ONNX files and plain functions, in any combination."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten
+
+from regauge.backends.run_onnxruntime import Session
+from regauge.ir.errors import EquivalenceError, RegaugeError
+from regauge.ir.graph import Graph
+from regauge.ir.interpret import run
+from regauge.ir.sample_inputs import sample_inputs
+
+Runner = Callable[[Any], Any]
+
+_FLOATS = {"float": torch.float32, "double": torch.float64, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models are apart in one output; ``relative`` is to the greatest magnitude in the first model's."""
+
+    name: str
+    shape: tuple[int, ...]
+    absolute: float
+    relative: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outputs of two models side by side; print it, or ask ``equal(tolerance)``."""
+
+    outputs: tuple[Difference, ...]
+    runs: int
+
+    @property
+    def absolute(self) -> float:
+        """The greatest absolute difference of any output."""
+        return max((output.absolute for output in self.outputs), default=0.0)
+
+    @property
+    def relative(self) -> float:
+        """The greatest relative difference of any output."""
+        return max((output.relative for output in self.outputs), default=0.0)
+
+    def equal(self, tolerance: float = 1e-5) -> bool:
+        """Whether every output differs by at most ``tolerance``, relative to its greatest magnitude."""
+        return self.relative <= tolerance
+
+    def rows(self) -> list[list[str]]:
+        """A header and one row per output."""
+        rows = [["output", "shape", "max abs", "max rel", ""]]
+        for output in self.outputs:
+            shape = "x".join(map(str, output.shape)) or "scalar"
+            rows.append([output.name, shape, f"{output.absolute:.2e}", f"{output.relative:.2e}", output.note])
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines)
+
+
+def compare(a: Any, b: Any, inputs: Any = None, *, seeds: Sequence[int] = (0,)) -> Comparison:
+    """Run two models on the same inputs and measure how far their outputs are apart.
+
+    ``a`` and ``b`` are each a Graph, an ``nn.Module`` (run in eval mode, which is put back), the path of an ONNX file
+    (run in onnxruntime without its optimisations) or a function. ``inputs`` is a tensor, a sequence or a mapping by
+    name; without it inputs are drawn for each of ``seeds`` from the signature of whichever model has one.
+
+        regauge.compare(model, graph, (images,)).equal(1e-5)
+
+    Raises RegaugeError where a model cannot be run on the inputs, or none are given and none can be made up.
+    """
+    runners = [_runner(a), _runner(b)]
+    batches = [inputs] if inputs is not None else [_made_up(a, b, seed) for seed in seeds]
+    worst: list[Difference] = []
+    for batch in batches:
+        arguments = (
+            batch if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+        )
+        found = list(_differences(runners[0](arguments), runners[1](arguments), _names(a) or _names(b)))
+        worst = found if not worst else [max(p, key=lambda d: d.relative) for p in zip(worst, found, strict=True)]
+    return Comparison(tuple(worst), len(batches))
+
+
+def check_equal(a: Any, b: Any, inputs: Any = None, *, tolerance: float = 1e-5) -> Comparison:
+    """:func:`compare`, raising EquivalenceError where an output differs by more than ``tolerance``."""
+    found = compare(a, b, inputs)
+    if not found.equal(tolerance):
+        worst = max(found.outputs, key=lambda output: output.relative)
+        note = f" ({worst.note})" if worst.note else ""
+        raise EquivalenceError(
+            f"output {worst.name} differs by {worst.relative:.1e} of its range, {tolerance:g} allowed{note}"
+        )
+    return found
+
+
+def _runner(model: Any) -> Runner:
+    if isinstance(model, Graph):
+        return lambda inputs: run(model, inputs)
+    if isinstance(model, torch.nn.Module):
+        return lambda inputs: _run_module(model, inputs)
+    if isinstance(model, str | os.PathLike):
+        session = Session(model, optimisation="off")
+        return session.run
+    if callable(model):
+        return lambda inputs: model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    raise RegaugeError(
+        f"a {type(model).__name__} cannot be run: give a Graph, an nn.Module, an ONNX path or a function"
+    )
+
+
+def _run_module(model: torch.nn.Module, inputs: Any) -> Any:
+    with _evaluating(model), torch.no_grad():
+        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode for a while: a run in train mode would change the statistics of the user's BatchNorms."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _names(model: Any) -> list[str]:
+    if isinstance(model, Graph):
+        return [getattr(output, "name", str(output)) for output in model.outputs]
+    return []
+
+
+def _made_up(a: Any, b: Any, seed: int) -> Any:
+    graph = next((model for model in (a, b) if isinstance(model, Graph)), None)
+    if graph is not None:
+        return tuple(sample_inputs(graph, seed=seed))
+    path = next((model for model in (a, b) if isinstance(model, str | os.PathLike)), None)
+    if path is not None:
+        return _made_up_for(Session(path, optimisation="off"), seed)
+    raise RegaugeError(
+        "no inputs are given, and neither model is a Graph or an ONNX file whose inputs could be made up"
+    )
+
+
+def _made_up_for(session: Session, seed: int) -> dict[str, torch.Tensor]:
+    """Normal numbers, zeros and ones, or true masks, by the types and shapes that an ONNX file declares."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes: dict[Any, int] = {}
+    result = {}
+    for name, kind in session.input_types.items():
+        shape = [s if isinstance(s, int) else sizes.setdefault(s, len(sizes) + 2) for s in session.input_shapes[name]]
+        kind = kind.removeprefix("tensor(").removesuffix(")")
+        if kind in _FLOATS:
+            result[name] = torch.randn(shape, generator=generator).to(_FLOATS[kind])
+        elif kind == "bool":
+            result[name] = torch.ones(shape, dtype=torch.bool)
+        elif kind.removeprefix("u").startswith("int"):
+            result[name] = torch.randint(0, 2, shape, generator=generator).to(getattr(torch, kind))
+        else:
+            raise RegaugeError(f"no input of type {kind} can be made up for {name!r}: give inputs")
+    return result
+
+
+def _differences(a: Any, b: Any, names: Sequence[str]) -> Iterator[Difference]:
+    left, right = _tensors(a), _tensors(b)
+    for index in range(max(len(left), len(right))):
+        name = names[index] if index < len(names) else f"output {index}"
+        if index >= len(left) or index >= len(right):
+            only = "second" if index >= len(left) else "first"
+            shape = tuple((right if only == "second" else left)[index].shape)
+            yield Difference(name, shape, float("inf"), float("inf"), f"only the {only} model has it")
+            continue
+        yield _difference(name, left[index], right[index])
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    found = []
+    for leaf in tree_flatten(outputs)[0]:
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf.detach().cpu())
+        elif isinstance(leaf, bool | int | float | complex):
+            found.append(torch.as_tensor(leaf))
+    return found
+
+
+def _difference(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference:
+    if a.shape != b.shape:
+        note = f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}"
+        return Difference(name, tuple(a.shape), float("inf"), float("inf"), note)
+    if not a.numel():
+        return Difference(name, tuple(a.shape), 0.0, 0.0)
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    x, y = a.to(wide), b.to(wide)
+    same = (x == y) | (x.isnan() & y.isnan())
+    absolute = float(torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=float("inf")).max())
+    finite = x.abs()[x.abs().isfinite()]
+    scale = float(finite.max()) if finite.numel() else 0.0
+    relative = absolute / max(scale, 1e-12) if absolute else 0.0
+    return Difference(name, tuple(a.shape), absolute, relative)

@@ -1,0 +1,68 @@
+"""Inputs made up from the signature of a graph: to check a rewrite or compare two graphs where no data is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+
+from regauge.ir.errors import GraphError
+from regauge.ir.graph import Graph, Value
+from regauge.ir.sizes import evaluate
+
+_FOLLOWED = {"cast", "identity", "reshape", "unsqueeze", "squeeze", "expand", "slice", "select", "permute", "clamp"}
+
+
+def sample_inputs(graph: Graph, *, seed: int = 0, sizes: dict[sympy.Symbol, int] | None = None) -> list[torch.Tensor]:
+    """One tensor per graph input: normal numbers, integers that are valid indices where they are looked up, true masks.
+
+    Dynamic sizes get small values inside their ranges, unless ``sizes`` gives them. Raises GraphError for an input of
+    a type that torch does not have.
+    """
+    bindings = {**_small_sizes(graph), **(sizes or {})}
+    generator = torch.Generator().manual_seed(seed)
+    return [_sample(value, bindings, generator) for value in graph.inputs]
+
+
+def _small_sizes(graph: Graph) -> dict[sympy.Symbol, int]:
+    symbols = set(graph.symbols)
+    for value in graph.inputs:
+        for size in value.shape:
+            symbols |= getattr(size, "free_symbols", set())
+    found, number = {}, 1
+    for symbol in sorted(symbols, key=str):
+        number += 1
+        low, high = graph.symbols.get(symbol, (1, None))
+        found[symbol] = min(max(number, low), number if high is None else high)
+        found[symbol] = max(found[symbol], low)
+    return found
+
+
+def _sample(value: Value, bindings: dict[sympy.Symbol, int], generator: torch.Generator) -> torch.Tensor:
+    dtype = value.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise GraphError(f"no sample can be made of the input {value}: give inputs of type {dtype}")
+    shape: Any = evaluate(value.shape, bindings)
+    if dtype is torch.bool:
+        return torch.ones(shape, dtype=dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    if dtype.is_complex:
+        return torch.complex(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)).to(dtype)
+    return torch.randint(0, _index_bound(value), shape, generator=generator).to(dtype)
+
+
+def _index_bound(value: Value) -> int:
+    """The entries of the smallest table in which the value is looked up; 2, as for a mask, where none is found."""
+    pending, seen, bounds = [value], {value}, []
+    while pending:
+        for node, slot in pending.pop().uses:
+            table = node.inputs[0] if node.inputs else None
+            if node.op == "embedding" and slot > 0 and isinstance(table, Value) and isinstance(table.shape[0], int):
+                bounds.append(table.shape[0])
+            if node.op in _FOLLOWED:
+                new = [output for output in node.outputs if output not in seen]
+                seen.update(new)
+                pending.extend(new)
+    return max(2, min(bounds)) if bounds else 2

@@ -1,0 +1,151 @@
+"""What a pass is: a frozen dataclass whose fields are its options, and thereby its command line.
+
+    @dataclass(frozen=True, kw_only=True)
+    class DropDropout(Pass):
+        \"\"\"Remove dropout.
+
+        before  y = dropout(x)   ->   after  y = x
+        \"\"\"
+
+        name = "drop-dropout"
+        contract = "exact"
+
+        def call(self, graph: Graph, context: Context) -> Graph: ...
+
+A pass never changes the graph it is given: it returns another one, or the same object when there is nothing to do. The
+runner (:mod:`regauge.passes.pipeline`) checks that, and verifies the result.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph
+from regauge.passes.options import check_options, describe, hints, unknown_option
+
+Contract: TypeAlias = Literal["exact", "bounded", "approximate"]
+"""``exact``: the same function up to rounding, which the runner checks; ``bounded``: within a bound that the pass
+states; ``approximate``: another function."""
+
+Need: TypeAlias = Literal["data", "gradients"]
+
+
+class Cut(NamedTuple):
+    """One Dim that a pass changed, and its sizes before and after."""
+
+    dim: str
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        return f"{self.dim}: {self.before} -> {self.after}"
+
+
+@dataclass
+class Context:
+    """What a pass gets beside the graph, and where it says what it did."""
+
+    data: Any = None  # batches to calibrate on, as given to optimize()
+    cuts: list[Cut] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    left: Counter[str] = field(default_factory=Counter)  # why things were left alone: reason -> how many
+
+    def note(self, text: str) -> None:
+        """Add a line to the report."""
+        self.notes.append(text)
+
+
+class OptionInfo(NamedTuple):
+    """One option as ``regauge passes NAME`` shows it."""
+
+    name: str
+    kind: str
+    default: str
+    help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """Base of every pass; see the module docstring. Options are checked when a pass is made (PassError)."""
+
+    name: ClassVar[str] = ""
+    contract: ClassVar[Contract] = "approximate"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+    def __post_init__(self) -> None:
+        _check_declaration(type(self))
+        check_options(self)
+
+    def requires(self, graph: Graph) -> None:  # noqa: B027
+        """Raise PassError where the graph does not have what the pass needs."""
+
+    @abstractmethod
+    def call(self, graph: Graph, context: Context) -> Graph:
+        """The transformed graph, or ``graph`` itself when nothing changed; never writes into ``graph``."""
+
+    def ensures(self, before: Graph, after: Graph) -> None:  # noqa: B027
+        """Raise PassError where the result does not keep the promise of the pass."""
+
+    @classmethod
+    def option_table(cls) -> list[OptionInfo]:
+        annotations = hints(cls)
+        return [
+            OptionInfo(
+                entry.name,
+                describe(annotations[entry.name]),
+                "" if entry.default in (None, MISSING) else str(entry.default),
+                entry.metadata.get("help", ""),
+            )
+            for entry in fields(cls)
+        ]
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """A pass from a mapping of options; raises PassError for an unknown one, naming those that exist."""
+        valid = [entry.name for entry in fields(cls)]
+        for name in options:
+            if name.replace("-", "_") not in valid:
+                raise unknown_option(cls.name, name, valid)
+        required = [e.name for e in fields(cls) if e.default is MISSING and e.default_factory is MISSING]
+        given = {name.replace("-", "_"): value for name, value in options.items()}
+        missing = [name for name in required if name not in given]
+        if missing:
+            raise PassError(f"{cls.name} needs the option {missing[0]!r}: write {cls.name}{{{missing[0]}=...}}")
+        return cls(**given)
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the docstring."""
+        return (cls.__doc__ or "").strip().partition("\n")[0]
+
+    def given_options(self) -> dict[str, Any]:
+        """Options that differ from their defaults."""
+        return {e.name: getattr(self, e.name) for e in fields(self) if getattr(self, e.name) != e.default}
+
+    def __str__(self) -> str:
+        from regauge.passes.pipeline_text import format_stage
+
+        return format_stage(self.name, self.given_options())
+
+
+def _check_declaration(cls: type[Pass]) -> None:
+    """An annotation that dataclass() never saw would be silently no option: say so to whoever wrote the pass."""
+    declared = {entry.name for entry in fields(cls)}
+    lost = [
+        name
+        for name, annotation in cls.__dict__.get("__annotations__", {}).items()
+        if name not in declared and "ClassVar" not in str(annotation)
+    ]
+    if lost:
+        raise PassError(f"pass {cls.__name__} is not a dataclass: write @dataclass(frozen=True, kw_only=True) above it")

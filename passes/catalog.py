@@ -1,0 +1,65 @@
+"""Which passes there are: the built-in ones, and those of installed packages (entry point group ``regauge.passes``).
+
+A pass is imported when it is asked for, so that listing names costs nothing and a broken plug-in breaks only itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeAlias
+
+from regauge.ir.errors import PassError
+from regauge.passes.base import Pass
+from regauge.passes.pipeline_text import parse_pipeline
+
+GROUP = "regauge.passes"
+
+BUILT_IN = {
+    "prune": "regauge.passes.pruning.prune:Prune",
+}
+
+Passes: TypeAlias = str | Pass | Sequence["str | Pass"]
+
+
+def pass_names() -> list[str]:
+    """Names of all passes, sorted."""
+    return sorted({*BUILT_IN, *(point.name for point in entry_points(group=GROUP))})
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The class of a pass; raises PassError for an unknown name, with those that are like it."""
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        found: type[Pass] = getattr(importlib.import_module(module), attribute)
+        return found
+    for point in entry_points(group=GROUP, name=name):
+        return _load(point)
+    close = get_close_matches(name, pass_names(), 1)
+    hint = f": did you mean {close[0]!r}?" if close else f": there are {', '.join(pass_names())}"
+    raise PassError(f"no pass is called {name!r}{hint}")
+
+
+def _load(point: EntryPoint) -> type[Pass]:
+    try:
+        found = point.load()
+    except Exception as error:
+        raise PassError(f"pass {point.name!r} of {point.value} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise PassError(f"entry point {point.name!r} of {point.value} is not a subclass of regauge.Pass")
+    return found
+
+
+def as_passes(passes: Passes) -> list[Pass]:
+    """Passes from a pipeline text, a Pass, or a sequence of either; raises PassError for anything else."""
+    if isinstance(passes, Pass):
+        return [passes]
+    if isinstance(passes, str):
+        return [find_pass(stage.name).from_options(stage.options) for stage in parse_pipeline(passes)]
+    if isinstance(passes, Sequence):
+        return [one for entry in passes for one in as_passes(entry)]
+    if isinstance(passes, type) and issubclass(passes, Pass):
+        raise PassError(f"{passes.__name__} is the class of a pass: write {passes.__name__}()")
+    raise PassError(f"passes are a text such as 'prune{{ratio=0.5}}', a Pass or a list of them, not {passes!r}")

@@ -1,0 +1,144 @@
+"""Running passes: requirements before, verification after, a numeric check of what promises to be exact, a report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from regauge.ir.cost import Figures, figures
+from regauge.ir.edit import record
+from regauge.ir.errors import EquivalenceError, PassError, RegaugeError
+from regauge.ir.graph import Graph
+from regauge.ir.interpret import run
+from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.verify import verify
+from regauge.passes.base import Context, Pass
+from regauge.passes.report import PassReport, Report
+from regauge.settings import current
+
+EXACT_TOLERANCE = {torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+FLOAT_TOLERANCE = 1e-4
+
+AfterPass = Callable[[int, Graph], None]
+
+
+def run_passes(graph: Graph, passes: Sequence[Pass], data: Any = None, *, after: AfterPass | None = None) -> Graph:
+    """The graph after all passes, with its ``report``; the given graph is not changed.
+
+    ``after(index, graph)`` is called with the result of each pass. Raises PassError where a pass lacks what it needs
+    or breaks its contract, naming the pass.
+    """
+    result, entries = graph, []
+    known = figures(graph)
+    for index, one in enumerate(passes):
+        result, entry = _run_pass(result, one, data, known)
+        known = entry.after
+        entries.append(entry)
+        if after is not None:
+            after(index, result)
+    if result is graph:
+        result = graph.copy()
+    result.report = Report(tuple(entries))
+    return result
+
+
+def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures) -> tuple[Graph, PassReport]:
+    _check_needs(one, data)
+    _trace(f"{one}: starts")
+    context, version, start = Context(data=data), graph.version, time.perf_counter()
+    try:
+        one.requires(graph)
+        result = one.call(graph, context)
+        _check_result(one, graph, version, result)
+        one.ensures(graph, result)
+    except PassError as reason:
+        raise reason if one.name in str(reason) else PassError(f"{one.name}: {reason}") from reason
+    seconds = time.perf_counter() - start
+    changed = result is not graph
+    error = _verify(one, graph, result, data) if changed else None
+    if changed:
+        record(result, one.name, str(one))
+    after = figures(result) if changed else before
+    _trace(f"{one}: ends after {seconds:.2f} s" + ("" if changed else ", nothing changed"))
+    if changed and current().print_after:
+        print(f"after {one}:\n{result}", file=sys.stderr)
+    cuts, notes, left = tuple(context.cuts), tuple(context.notes), dict(context.left.most_common())
+    return result, PassReport(str(one), one.contract, before, after, seconds, changed, error, cuts, notes, left)
+
+
+def _trace(line: str) -> None:
+    if current().trace:
+        print(f"regauge: {line}", file=sys.stderr)
+
+
+def _check_needs(one: Pass, data: Any) -> None:
+    if one.needs and data is None:
+        needs = " and ".join(sorted(one.needs))
+        raise PassError(f"{one.name} needs {needs}: give batches, optimize(graph, passes, data=...)")
+
+
+def _check_result(one: Pass, graph: Graph, version: int, result: Any) -> None:
+    if not isinstance(result, Graph):
+        raise PassError(f"{one.name} returned {type(result).__name__}: its call() must return a Graph")
+    if graph.version != version:
+        raise PassError(f"{one.name} changed the graph it was given: let it edit graph.copy() and return that")
+
+
+def _verify(one: Pass, before: Graph, after: Graph, data: Any) -> float | None:
+    """Structural verification, and the numeric error of a pass that is exact or bounded."""
+    level = current().verify
+    if level == "off":
+        return None
+    try:
+        verify(after)
+    except RegaugeError as reason:
+        raise PassError(f"{one.name} left a graph that does not verify: {reason}") from reason
+    if one.contract == "approximate" or level == "structure":
+        return None
+    inputs = _first_batch(before, data)
+    error = _relative_error(before, after, inputs)
+    if one.contract == "exact" and not error <= _tolerance(before):
+        raise EquivalenceError(
+            f"{one.name} promises to be exact, but outputs differ by {error:.1e} of their range: "
+            "find the first bad change with regauge.passes.bisect, or switch the pass off"
+        )
+    return error
+
+
+def _tolerance(graph: Graph) -> float:
+    dtypes = {value.dtype for value in graph.values() if isinstance(value.dtype, torch.dtype)}
+    return max([FLOAT_TOLERANCE if torch.float32 in dtypes else 0.0, *(EXACT_TOLERANCE.get(d, 0.0) for d in dtypes)])
+
+
+def _first_batch(graph: Graph, data: Any) -> Any:
+    if data is None:
+        return sample_inputs(graph)
+    batches = data() if callable(data) else data
+    batch = next(iter(batches), None) if isinstance(batches, Iterable) else None
+    if batch is None:
+        raise PassError(
+            "data has no batch: give an iterable of batches, each a tensor, a tuple or a mapping of tensors"
+        )
+    return batch if isinstance(batch, Mapping | tuple | list) else (batch,)
+
+
+def _relative_error(before: Graph, after: Graph, inputs: Any) -> float:
+    """Greatest difference of an output, relative to that output's greatest magnitude."""
+    worst = 0.0
+    torch.manual_seed(0)
+    expected = run(before, inputs)
+    torch.manual_seed(0)
+    for a, b in zip(expected, run(after, inputs), strict=True):
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            continue
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel():
+            wide = torch.complex128 if a.is_complex() else torch.float64
+            difference = (a.to(wide) - b.to(wide)).abs().nan_to_num(0.0).max()
+            worst = max(worst, float(difference / a.to(wide).abs().nan_to_num(0.0).max().clamp_min(1e-12)))
+    return worst

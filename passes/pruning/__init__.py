@@ -1,0 +1,1 @@
+"""Structured pruning: removing indices of Dims by importance."""

@@ -1,0 +1,114 @@
+"""``prune``: remove the least important indices of every kind of Dim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from regauge.ir.cost import Metric, cost
+from regauge.ir.errors import PassError
+from regauge.ir.extents import Dim, leaves
+from regauge.ir.graph import Graph
+from regauge.ir.groups import Group
+from regauge.ir.resize import resize
+from regauge.passes.base import Context, Contract, Cut, Pass
+from regauge.passes.budget import Choice, Counts, allocate, parse_amount, ranked_plan, uniform_plan
+from regauge.passes.options import option
+from regauge.passes.pruning.scores import Criterion, Scores, score
+from regauge.passes.pruning.selection import select
+
+_BUDGETS: Mapping[str, Metric] = {"params": "parameters", "macs": "macs", "bytes": "bytes"}
+_MOST_GOES = 0.9  # ranked together, a Dim still keeps a tenth of its indices: no layer vanishes
+_RECOMPUTED = {"normalise", "reduce"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Pass):
+    """Remove the least important channels, widths, heads, head dims and hidden units, wherever axes are free to shrink.
+
+    before  h = relu(conv(x, w1: f32[64,3,3,3]))     y = conv(h, w2: f32[128,64,3,3])
+    after   h = relu(conv(x, w1: f32[32,3,3,3]))     y = conv(h, w2: f32[128,32,3,3])
+
+    Every axis that must shrink with another one does: all of a Dim's members are cut at the same indices. Inputs and
+    outputs of the graph keep their sizes. The result equals the original with the removed entries set to zero, except
+    where something normalises over a Dim that was cut (LayerNorm, softmax, a mean): that is computed over what is
+    kept, and the report says so. Give exactly one of ratio, params, macs and bytes; a budget is what is kept, and is
+    met within 1 % where single indices are that fine.
+    """
+
+    name: ClassVar[str] = "prune"
+    contract: ClassVar[Contract] = "approximate"
+
+    ratio: float | None = option(None, "share of the indices that is removed", at_least=0, below=1)
+    params: float | str | None = option(None, "parameters kept: a share (0.5) or a number (1.2M)")
+    macs: float | str | None = option(None, "multiply-accumulates kept: a share or a number (300M)")
+    bytes: float | str | None = option(None, "bytes of weights kept: a share or a number (5MB)")
+    scope: Literal["uniform", "global"] = option("uniform", "the same share of every Dim, or one ranking of all")
+    score: Criterion = option("l2", "importance: norms of weights, BatchNorm gains, or chance")
+    round_to: int = option(1, "counts are multiples of this where a Dim is large enough", at_least=1)
+    minimum: int = option(1, "indices that every Dim keeps", at_least=1)
+    include: tuple[str, ...] = option((), "globs on names of Dims or parameters: cut only these")
+    exclude: tuple[str, ...] = option((), "globs on names of Dims or parameters: leave these alone")
+    seed: int = option(0, "seed of score=random", at_least=0)
+    limit: int | None = option(None, "cut only the first so many Dims (to find one that does harm)", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("ratio", *_BUDGETS) if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = f"{' and '.join(given)} are given" if given else "none is given"
+            raise PassError(
+                f"prune takes exactly one of ratio, params, macs and bytes, but {found}: write prune{{ratio=0.5}}"
+            )
+        for name in _BUDGETS:
+            if getattr(self, name) is not None:
+                parse_amount(getattr(self, name), name)
+
+    def call(self, graph: Graph, context: Context) -> Graph:
+        groups = select(graph.groups(), self.include, self.exclude, context.left)
+        scores = score(graph, groups, self.score, self.seed)
+        counts = self._counts(graph, groups, scores)
+        cut = [group for group in groups if counts[group.dim] < group.dim.size]
+        cut = cut if self.limit is None else cut[: self.limit]
+        if not cut:
+            return graph
+        keep: dict[Dim | str, np.ndarray] = {group.dim: best(scores[group.dim], counts[group.dim]) for group in cut}
+        context.cuts += [Cut(group.name, int(group.dim.size), counts[group.dim]) for group in cut]
+        _note_recomputed(graph, [group.dim for group in cut], context)
+        return resize(graph, keep, by=self.name)
+
+    def _counts(self, graph: Graph, groups: Sequence[Group], scores: Scores) -> Counts:
+        choices = [self._choice(group, scores[group.dim]) for group in groups]
+        plan = uniform_plan(choices) if self.scope == "uniform" else ranked_plan(choices)
+        if self.ratio is not None:
+            return plan(self.ratio)
+        option_name = next(name for name in _BUDGETS if getattr(self, name) is not None)
+        amount = getattr(self, option_name)
+        running = cost(graph).running(_BUDGETS[option_name])
+        target = parse_amount(amount, option_name).of(running.original)
+        return allocate(choices, plan, running, target, f"prune{{{option_name}={amount}}}")
+
+    def _choice(self, group: Group, scores: np.ndarray) -> Choice:
+        size = len(scores)
+        floor = self.minimum if self.scope == "uniform" else max(self.minimum, int(np.ceil((1 - _MOST_GOES) * size)))
+        return Choice(group.dim, scores, min(floor, size), self.round_to)
+
+
+def best(scores: np.ndarray, count: int) -> np.ndarray:
+    """The sorted indices of the ``count`` highest scores; of equals the first."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def _note_recomputed(graph: Graph, dims: Sequence[Dim], context: Context) -> None:
+    """Say where the result is not the masked original: something normalises or averages over a Dim that was cut."""
+    cut, found = set(dims), dict[str, set[Dim]]()
+    for node, call in graph.axes.calls.items():
+        for role, extent in call.roles:
+            if role in _RECOMPUTED and node.op != "sum":
+                found.setdefault(node.op, set()).update(dim for dim in leaves(extent) if dim in cut)
+    for op, over in found.items():
+        if over:
+            context.note(f"{op} is computed over the kept indices of {len(over)} Dim{'s' if len(over) > 1 else ''}")

@@ -1,0 +1,70 @@
+"""Regauge: a compiler for neural networks that already exist.
+
+    graph = regauge.capture(model, (images,))           # or regauge.load("model.onnx")
+    small = regauge.optimize(graph, "prune{ratio=0.5}")
+    small.to_torch()                                    # or small.to_onnx("small.onnx")
+
+Everything public is listed here and loaded on first use: ``import regauge`` imports none of the libraries it stands on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from regauge.optimize import optimize as optimize
+
+if TYPE_CHECKING:
+    from regauge import settings as settings
+    from regauge.backends.compare import Comparison as Comparison
+    from regauge.backends.compare import compare as compare
+    from regauge.frontends.capture import capture as capture
+    from regauge.frontends.examine import examine as examine
+    from regauge.frontends.from_onnx import load as load
+    from regauge.ir.edit import Builder as Builder
+    from regauge.ir.errors import RegaugeError as RegaugeError
+    from regauge.ir.graph import Graph as Graph
+    from regauge.ir.operator import Operator as Operator
+    from regauge.ir.operator import operator as operator
+    from regauge.ir.operator import register_operator as register_operator
+    from regauge.ir.operator import sample as sample
+    from regauge.passes.base import Context as Context
+    from regauge.passes.base import Pass as Pass
+    from regauge.passes.bisect import bisect as bisect
+    from regauge.passes.options import option as option
+
+_HOME = {
+    "Builder": "regauge.ir.edit",
+    "Comparison": "regauge.backends.compare",
+    "Context": "regauge.passes.base",
+    "Graph": "regauge.ir.graph",
+    "Operator": "regauge.ir.operator",
+    "Pass": "regauge.passes.base",
+    "RegaugeError": "regauge.ir.errors",
+    "bisect": "regauge.passes.bisect",
+    "capture": "regauge.frontends.capture",
+    "compare": "regauge.backends.compare",
+    "examine": "regauge.frontends.examine",
+    "load": "regauge.frontends.from_onnx",
+    "operator": "regauge.ir.operator",
+    "option": "regauge.passes.options",
+    "register_operator": "regauge.ir.operator",
+    "sample": "regauge.ir.operator",
+    "settings": "regauge.settings",
+}
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "optimize", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'regauge' has no attribute {name!r}")
+    module = importlib.import_module(_HOME[name])
+    found = module if module.__name__ == f"regauge.{name}" else getattr(module, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
