@@ -25,7 +25,7 @@ def _unsqueeze_rule(call: Call) -> Axes:
     return axes
 
 
-def _onnx_unsqueeze(build: Builder, call: Any) -> Value:
+def _onnx_unsqueeze(build: Builder, call: Any) -> Any:
     x = call.operand(0)
     axes = call.sizes(1) if call.has(1) else call.attribute("axes")
     if axes is None:
@@ -63,14 +63,14 @@ def _squeeze_rule(call: Call) -> Axes:
     return [extent for i, extent in enumerate(axes) if i not in dims]
 
 
-def squeeze_ones(build: Builder, x: Value, dim: int | Sequence[int] | None = None) -> Value:
+def squeeze_ones(build: Builder, x: Value, dim: int | Sequence[int] | None = None) -> Any:
     """Remove those of the given axes (all, when None) that have the size one; torch ignores the others."""
     dims = range(x.rank) if dim is None else [dim] if isinstance(dim, int) else dim
     ones = tuple(sorted({d % x.rank for d in dims if x.rank and x.shape[d] == 1}))
     return build.squeeze(x, dims=ones) if ones else x
 
 
-def _onnx_squeeze(build: Builder, call: Any) -> Value:
+def _onnx_squeeze(build: Builder, call: Any) -> Any:
     axes = call.sizes(1) if call.has(1) else call.attribute("axes")
     if axes is None and call.has(1):
         raise OperatorError("the axes of Squeeze are computed from data")
@@ -104,7 +104,7 @@ def _expand_rule(call: Call) -> Axes:
     return result
 
 
-def expand_to(build: Builder, x: Value, size: Sequence[Size], *, implicit: bool = False) -> Value:
+def expand_to(build: Builder, x: Value, size: Sequence[Size], *, implicit: bool = False) -> Any:
     """torch's ``expand``: -1 keeps a size, new axes come first."""
     offset = len(size) - x.rank
     shape = tuple(x.shape[i - offset] if i >= offset and s == -1 else simplify(s) for i, s in enumerate(size))
@@ -140,7 +140,7 @@ def _meshgrid(build: Builder, tensors: Sequence[Value], *, indexing: str = "ij")
     return tuple(grids)
 
 
-def _onnx_expand(build: Builder, call: Any) -> Value:
+def _onnx_expand(build: Builder, call: Any) -> Any:
     """ONNX broadcasts both ways: where the target says 1, the input's size stays."""
     x, target = call.operand(0), call.sizes(1)
     if target is None:
@@ -158,8 +158,11 @@ def _write_expand(nodes: Sequence[Node], patch: Any) -> None:
 @operator(
     rule=_expand_rule,
     aten={
-        "expand": expand_to, "broadcast_to": expand_to, "expand_as": lambda build, x, other: expand_to(build, x, other.shape),
-        "broadcast_tensors": _broadcast_tensors, "meshgrid": _meshgrid,
+        "expand": expand_to,
+        "broadcast_to": expand_to,
+        "expand_as": lambda build, x, other: expand_to(build, x, other.shape),
+        "broadcast_tensors": _broadcast_tensors,
+        "meshgrid": _meshgrid,
     },
     onnx={"Expand": OnnxForm(read=_onnx_expand, write=_write_expand)},
     samples=lambda: [

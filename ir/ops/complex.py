@@ -60,11 +60,11 @@ def polar(abs: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:  # noqa: A002
     return torch.polar(abs, angle)
 
 
-def _real(build: Builder, x: Value) -> Value:
+def _real(build: Builder, x: Value) -> Any:
     return build.real(x) if _is_complex(x) else x
 
 
-def _conj(build: Builder, x: Value) -> Value:
+def _conj(build: Builder, x: Value) -> Any:
     return build.conj(x) if _is_complex(x) else x
 
 
@@ -128,14 +128,14 @@ def _fourier_rule(call: Call) -> Axes:
 def _fourier(transform: str, default: int | None) -> Any:
     """``default`` is how many trailing axes are transformed when none are named; None stands for all."""
 
-    def adapt(build: Builder, x: Value, s: Any = None, dim: Any = None, norm: str | None = None) -> Value:
+    def adapt(build: Builder, x: Value, s: Any = None, dim: Any = None, norm: str | None = None) -> Any:
         count = x.rank if default is None else default
         if dim is None:
             dim = range(-(len(s) if isinstance(s, Sequence) else count), 0)
         dims = (dim,) if isinstance(dim, int) else tuple(dim)
         sizes = None if s is None else tuple(s) if isinstance(s, Sequence) else (s,)
         dims = tuple(axis_number(d, x.rank) for d in dims)
-        return build.fourier(x, transform=transform, sizes=sizes, dims=dims, norm=norm or "backward")  # type: ignore[no-any-return]
+        return build.fourier(x, transform=transform, sizes=sizes, dims=dims, norm=norm or "backward")
 
     return adapt
 
@@ -167,4 +167,5 @@ def fourier(
     sizes: tuple[int, ...] | None = None,
     norm: str = "backward",
 ) -> torch.Tensor:
-    return getattr(torch.fft, transform)(x, sizes, dims, norm)  # type: ignore[no-any-return]
+    result: torch.Tensor = getattr(torch.fft, transform)(x, sizes, dims, norm)
+    return result

@@ -57,17 +57,17 @@ def _matmul_rule(call: Call) -> str:
 def _accumulated(equation: str | None = None) -> Any:
     """``beta * bias + alpha * (x @ y)``: addmm, baddbmm, addmv; with an equation, products that are no plain matmul."""
 
-    def adapt(build: Builder, bias: Any, x: Value, y: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    def adapt(build: Builder, bias: Any, x: Value, y: Value, *, beta: float = 1, alpha: float = 1) -> Any:
         result = build.matmul(x, y) if equation is None else build.einsum(x, y, equation=equation)
         result = result if alpha == 1 else build.mul(result, alpha)
         if beta == 0:
-            return result  # type: ignore[no-any-return]
-        return build.add(bias if beta == 1 else build.mul(bias, beta), result)  # type: ignore[no-any-return]
+            return result
+        return build.add(bias if beta == 1 else build.mul(bias, beta), result)
 
     return adapt
 
 
-def _gemm(build: Builder, call: Any) -> Value:
+def _gemm(build: Builder, call: Any) -> Any:
     """Gemm(A, B, C) = alpha A' B' + beta C: a linear layer when B is stored (out, in), else a matmul."""
     x, weight = call.operand(0), call.operand(1)
     bias = call.operand(2) if call.has(2) else None
@@ -77,12 +77,12 @@ def _gemm(build: Builder, call: Any) -> Value:
     transposed = bool(call.attribute("transB", 0))
     plain_bias = bias is None or (beta == 1 and bias.rank == 1 and same(bias.shape[0], weight.shape[0]))
     if transposed and alpha == 1 and plain_bias:
-        return build.linear(x, weight, bias)  # type: ignore[no-any-return]
+        return build.linear(x, weight, bias)
     if transposed:
         weight = build.permute(weight, dims=(1, 0))
     if bias is None:
         bias, beta = 0, 0
-    return _accumulated()(build, bias, x, weight, beta=beta, alpha=alpha)  # type: ignore[no-any-return]
+    return _accumulated()(build, bias, x, weight, beta=beta, alpha=alpha)
 
 
 @operator(

@@ -52,7 +52,7 @@ def _spatial_rule(call: Call, channels: str, unmoved: Sequence[tuple[str, int]])
 
 
 def same_padding(size: Size, kernel: int, stride: int, dilation: int, *, upper: bool = True) -> tuple[Size, Size]:
-    """Zeros before and after an axis that give an output of ``ceil(size / stride)``; ``upper`` puts the odd one last."""
+    """Zeros before and after an axis for an output of ``ceil(size / stride)``; ``upper`` puts the odd one last."""
     reach = dilation * (kernel - 1)
     if stride == 1:
         amount: Size = reach
@@ -69,19 +69,19 @@ def same_padding(size: Size, kernel: int, stride: int, dilation: int, *, upper: 
 
 def padded_conv(
     build: Builder, x: Value, weight: Value, bias: Value | None, pads: Sequence[tuple[Size, Size]], **attributes: Any
-) -> Value:
+) -> Any:
     """A convolution with padding per side: where the sides differ, the excess is a pad node before it."""
     if all(same(before, after) for before, after in pads):
-        return build.conv(x, weight, bias, padding=tuple(before for before, _ in pads), **attributes)  # type: ignore[no-any-return]
+        return build.conv(x, weight, bias, padding=tuple(before for before, _ in pads), **attributes)
     leading = x.rank - len(pads)
     x = pad_by(build, x, [(0, 0)] * leading + list(pads))
-    return build.conv(x, weight, bias, padding=(0,) * len(pads), **attributes)  # type: ignore[no-any-return]
+    return build.conv(x, weight, bias, padding=(0,) * len(pads), **attributes)
 
 
 def _conv(
-    build: Builder, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: int = 1,
-) -> Value:  # fmt: skip
+    build: Builder, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Any:  # fmt: skip
     rank = weight.rank - 2
     stride, dilation = _each(stride, rank), _each(dilation, rank)
     if padding == "valid":
@@ -103,16 +103,16 @@ def _static(size: Size) -> int:
 def _convolution(
     build: Builder, x: Value, weight: Value, bias: Value | None, stride: Any, padding: Any, dilation: Any,
     transposed: bool, output_padding: Any, groups: int, *_flags: bool,
-) -> Value:  # fmt: skip
+) -> Any:  # fmt: skip
     if transposed:
         return _conv_transpose(build, x, weight, bias, stride, padding, output_padding, groups, dilation)
     return _conv(build, x, weight, bias, stride, padding, dilation, groups)
 
 
-def _conv_tbc(build: Builder, x: Value, weight: Value, bias: Value, pad: int = 0) -> Value:
+def _conv_tbc(build: Builder, x: Value, weight: Value, bias: Value, pad: int = 0) -> Any:
     """``t b i, k i o, o -> t b o``"""
     moved, kernel = build.permute(x, dims=(1, 2, 0)), build.permute(weight, dims=(2, 1, 0))
-    return build.permute(_conv(build, moved, kernel, bias, 1, pad), dims=(2, 0, 1))  # type: ignore[no-any-return]
+    return build.permute(_conv(build, moved, kernel, bias, 1, pad), dims=(2, 0, 1))
 
 
 def _onnx_geometry(call: Any) -> tuple[Value, Value, Value | None, dict[str, Any]]:
@@ -131,7 +131,7 @@ def _onnx_pairs(call: Any, rank: int) -> list[tuple[int, int]]:
     return [(pads[i], pads[i + rank]) for i in range(rank)]
 
 
-def _onnx_conv(build: Builder, call: Any) -> Value:
+def _onnx_conv(build: Builder, call: Any) -> Any:
     x, weight, bias, geometry = _onnx_geometry(call)
     rank = weight.rank - 2
     automatic = call.attribute("auto_pad", "NOTSET")
@@ -217,9 +217,9 @@ def conv(
 def _conv_transpose(
     build: Builder, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
     output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-) -> Value:  # fmt: skip
+) -> Any:  # fmt: skip
     rank = weight.rank - 2
-    return build.conv_transpose(  # type: ignore[no-any-return]
+    return build.conv_transpose(
         x, weight, bias, stride=_each(stride, rank), padding=_each(padding, rank),
         output_padding=_each(output_padding, rank), groups=groups, dilation=_each(dilation, rank),
     )  # fmt: skip
@@ -246,7 +246,7 @@ def _transposed_pads(
     return pairs
 
 
-def _onnx_conv_transpose(build: Builder, call: Any) -> Value:
+def _onnx_conv_transpose(build: Builder, call: Any) -> Any:
     x, weight, bias, geometry = _onnx_geometry(call)
     rank = weight.rank - 2
     extra = tuple(call.attribute("output_padding") or (0,) * rank)
@@ -256,7 +256,7 @@ def _onnx_conv_transpose(build: Builder, call: Any) -> Value:
     for i, (before, after) in enumerate(pairs):
         end = simplify(result.shape[2 + i] - (after - padding[i]))
         result = slice_axis(build, result, 2 + i, before - padding[i], end)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def _conv_transpose_layer(node: Node) -> str | None:

@@ -38,62 +38,62 @@ def _dtype_of(value: Any) -> torch.dtype:
     return torch.get_default_dtype() if isinstance(value, float) else torch.int64
 
 
-def filled(build: Builder, shape: Sequence[Size], value: Any, dtype: Any) -> Value:
+def filled(build: Builder, shape: Sequence[Size], value: Any, dtype: Any) -> Any:
     """A tensor of one number; an empty or absent ``dtype`` follows the number."""
     if isinstance(value, Value):
         return expand_to(build, as_dtype(build, value, dtype), shape)
     dtype = _dtype_of(value) if dtype is None else dtype
-    return build.full(shape=tuple(shape), value=value, dtype=dtype)  # type: ignore[no-any-return]
+    return build.full(shape=tuple(shape), value=value, dtype=dtype)
 
 
 def _factory(value: float) -> Any:
     """``zeros(size)``, ``ones(size)``, ``empty(size)``: what an empty tensor holds is unspecified, so zeros will do."""
 
-    def adapt(build: Builder, size: Sequence[Size], *_: Any, dtype: Any = None, **_options: Any) -> Value:
+    def adapt(build: Builder, size: Sequence[Size], *_: Any, dtype: Any = None, **_options: Any) -> Any:
         return filled(build, size, value, dtype or torch.get_default_dtype())
 
     return adapt
 
 
 def _like(value: float) -> Any:
-    def adapt(build: Builder, x: Value, *, dtype: Any = None, **_options: Any) -> Value:
+    def adapt(build: Builder, x: Value, *, dtype: Any = None, **_options: Any) -> Any:
         return filled(build, x.shape, value, dtype or x.dtype)
 
     return adapt
 
 
 def _new(value: float) -> Any:
-    def adapt(build: Builder, x: Value, size: Sequence[Size], *_: Any, dtype: Any = None, **_options: Any) -> Value:
+    def adapt(build: Builder, x: Value, size: Sequence[Size], *_: Any, dtype: Any = None, **_options: Any) -> Any:
         return filled(build, size, value, dtype or x.dtype)
 
     return adapt
 
 
-def _full(build: Builder, size: Sequence[Size], fill_value: Any, *, dtype: Any = None, **_options: Any) -> Value:
+def _full(build: Builder, size: Sequence[Size], fill_value: Any, *, dtype: Any = None, **_options: Any) -> Any:
     return filled(build, size, fill_value, dtype)
 
 
-def _full_like(build: Builder, x: Value, fill_value: Any, *, dtype: Any = None, **_options: Any) -> Value:
+def _full_like(build: Builder, x: Value, fill_value: Any, *, dtype: Any = None, **_options: Any) -> Any:
     return filled(build, x.shape, fill_value, dtype or x.dtype)
 
 
 def _new_full(
     build: Builder, x: Value, size: Sequence[Size], fill_value: Any, *, dtype: Any = None, **_options: Any
-) -> Value:
+) -> Any:
     return filled(build, size, fill_value, dtype or x.dtype)
 
 
-def _scalar_tensor(build: Builder, s: Any, *, dtype: Any = None, **_options: Any) -> Value:
+def _scalar_tensor(build: Builder, s: Any, *, dtype: Any = None, **_options: Any) -> Any:
     return filled(build, (), s, dtype or torch.get_default_dtype())
 
 
-def _onnx_constant_of_shape(build: Builder, call: Any) -> Value:
+def _onnx_constant_of_shape(build: Builder, call: Any) -> Any:
     shape = call.sizes(0)
     if shape is None:
         raise OperatorError("the shape of ConstantOfShape is computed from data")
     value = call.attribute("value")
     value = torch.zeros(1) if value is None else torch.as_tensor(value)
-    return build.full(shape=tuple(shape), value=value.reshape(-1)[0].item(), dtype=value.dtype)  # type: ignore[no-any-return]
+    return build.full(shape=tuple(shape), value=value.reshape(-1)[0].item(), dtype=value.dtype)
 
 
 def _write_constant_of_shape(nodes: Sequence[Node], patch: Any) -> None:
@@ -103,10 +103,11 @@ def _write_constant_of_shape(nodes: Sequence[Node], patch: Any) -> None:
 @operator(
     rule=_fresh_rule,
     aten={
-        "zeros": _factory(0), "ones": _factory(1), "empty": _factory(0), "empty_permuted": _factory(0), "empty_strided": _factory(0),
-        "zeros_like": _like(0), "ones_like": _like(1), "empty_like": _like(0), "zero": _like(0),
-        "new_zeros": _new(0), "new_ones": _new(1), "new_empty": _new(0), "new_empty_strided": _new(0),
-        "full": _full, "full_like": _full_like, "fill": _full_like, "new_full": _new_full, "scalar_tensor": _scalar_tensor,
+        "zeros": _factory(0), "ones": _factory(1), "empty": _factory(0), "empty_permuted": _factory(0),
+        "empty_strided": _factory(0), "zeros_like": _like(0), "ones_like": _like(1), "empty_like": _like(0),
+        "zero": _like(0), "new_zeros": _new(0), "new_ones": _new(1), "new_empty": _new(0), "new_empty_strided": _new(0),
+        "full": _full, "full_like": _full_like, "fill": _full_like, "new_full": _new_full,
+        "scalar_tensor": _scalar_tensor,
     },
     onnx={"ConstantOfShape": OnnxForm(read=_onnx_constant_of_shape, write=_write_constant_of_shape)},
     samples=lambda: [
@@ -122,7 +123,7 @@ def full(*, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> torch.T
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _table(build: Builder, tensor: torch.Tensor, name: str) -> Value:
+def _table(build: Builder, tensor: torch.Tensor, name: str) -> Any:
     return build.constant(tensor, name)
 
 
@@ -134,7 +135,7 @@ def _counted_rule(call: Call) -> list[Axes]:
     return [axes]
 
 
-def numbers_from(build: Builder, start: Any, end: Any, step: Any, dtype: Any) -> Value:
+def numbers_from(build: Builder, start: Any, end: Any, step: Any, dtype: Any) -> Any:
     """``arange``: a constant where its bounds are known and it is not large."""
     if isinstance(start, Value) or isinstance(end, Value) or isinstance(step, Value):
         raise OperatorError("a range with computed bounds has a size that depends on data")
@@ -144,16 +145,16 @@ def numbers_from(build: Builder, start: Any, end: Any, step: Any, dtype: Any) ->
     numbers = all(isinstance(number, int | float) for number in (start, end, step))
     if numbers and step != 0 and math.ceil((end - start) / step) <= LARGEST_TABLE:
         return _table(build, torch.arange(start, end, step, dtype=dtype), "arange")
-    return build.arange(start=start, end=end, step=step, dtype=dtype)  # type: ignore[no-any-return]
+    return build.arange(start=start, end=end, step=step, dtype=dtype)
 
 
-def _arange(build: Builder, *bounds: Any, dtype: Any = None, **_options: Any) -> Value:
+def _arange(build: Builder, *bounds: Any, dtype: Any = None, **_options: Any) -> Any:
     """``arange(end)``, ``arange(start, end)`` and ``arange(start, end, step)``."""
     start, end, step = (0, bounds[0], 1) if len(bounds) == 1 else (*bounds, 1)[:3]
     return numbers_from(build, start, end, step, dtype)
 
 
-def _onnx_range(build: Builder, call: Any) -> Value:
+def _onnx_range(build: Builder, call: Any) -> Any:
     numbers = []
     for i in range(3):
         sizes = call.sizes(i)
@@ -161,7 +162,8 @@ def _onnx_range(build: Builder, call: Any) -> Value:
         if number is None:
             raise OperatorError("the bounds of Range are computed from data")
         numbers.append(number)
-    return numbers_from(build, *numbers, call.operand(0).dtype)
+    start, limit, delta = numbers
+    return numbers_from(build, start, limit, delta, call.operand(0).dtype)
 
 
 @operator(
@@ -174,13 +176,13 @@ def arange(*, end: float, start: float = 0, step: float = 1, dtype: torch.dtype 
     return torch.arange(start, end, step, dtype=dtype)
 
 
-def _linspace(build: Builder, start: Any, end: Any, steps: Size, *, dtype: Any = None, **_options: Any) -> Value:
+def _linspace(build: Builder, start: Any, end: Any, steps: Size, *, dtype: Any = None, **_options: Any) -> Any:
     if isinstance(start, Value) or isinstance(end, Value):
         raise OperatorError("linspace between computed bounds has no rule")
     dtype = dtype or torch.get_default_dtype()
     if isinstance(steps, int) and steps <= LARGEST_TABLE and is_number(start) and is_number(end):
         return _table(build, torch.linspace(start, end, steps, dtype=dtype), "linspace")
-    return build.linspace(start=start, end=end, steps=steps, dtype=dtype)  # type: ignore[no-any-return]
+    return build.linspace(start=start, end=end, steps=steps, dtype=dtype)
 
 
 def is_number(value: Any) -> bool:
@@ -196,14 +198,14 @@ def linspace(*, start: float, end: float, steps: int, dtype: torch.dtype = torch
     return torch.linspace(start, end, steps, dtype=dtype)
 
 
-def _eye(build: Builder, n: Size, m: Size | None = None, *, dtype: Any = None, **_options: Any) -> Value:
+def _eye(build: Builder, n: Size, m: Size | None = None, *, dtype: Any = None, **_options: Any) -> Any:
     m, dtype = n if m is None else m, dtype or torch.get_default_dtype()
     if isinstance(n, int) and isinstance(m, int) and n * m <= LARGEST_TABLE:
         return _table(build, torch.eye(n, m, dtype=dtype), "eye")
-    return build.eye(n=n, m=m, dtype=dtype)  # type: ignore[no-any-return]
+    return build.eye(n=n, m=m, dtype=dtype)
 
 
-def _onnx_eye_like(build: Builder, call: Any) -> Value:
+def _onnx_eye_like(build: Builder, call: Any) -> Any:
     x = call.operand(0)
     code = call.attribute("dtype")
     dtype = x.dtype if code is None else onnx_dtype(code)

@@ -24,14 +24,14 @@ def _triangle_rule(call: Call) -> Axes:
 
 
 def _triangle(name: str) -> Any:
-    def adapt(build: Builder, x: Value, diagonal: Size = 0) -> Value:
-        return build(name, x, diagonal=diagonal)  # type: ignore[no-any-return]
+    def adapt(build: Builder, x: Value, diagonal: Size = 0) -> Any:
+        return build(name, x, diagonal=diagonal)
 
     return adapt
 
 
 def _triangle_indices(upper: bool) -> Any:
-    def adapt(build: Builder, row: Size, col: Size, offset: int = 0, *, dtype: Any = None, **_options: Any) -> Value:
+    def adapt(build: Builder, row: Size, col: Size, offset: int = 0, *, dtype: Any = None, **_options: Any) -> Any:
         if not isinstance(row, int) or not isinstance(col, int):
             raise OperatorError("the indices of a triangle of dynamic size depend on the input")
         found = torch.triu_indices(row, col, offset) if upper else torch.tril_indices(row, col, offset)
@@ -40,12 +40,12 @@ def _triangle_indices(upper: bool) -> Any:
     return adapt
 
 
-def _onnx_trilu(build: Builder, call: Any) -> Value:
+def _onnx_trilu(build: Builder, call: Any) -> Any:
     sizes = call.sizes(1) if call.has(1) else (0,)
     diagonal = sizes[0] if sizes is not None else call.number(1)
     if diagonal is None:
         raise OperatorError("the diagonal of Trilu is computed from data")
-    return build("triu" if call.attribute("upper", 1) else "tril", call.operand(0), diagonal=diagonal)  # type: ignore[no-any-return]
+    return build("triu" if call.attribute("upper", 1) else "tril", call.operand(0), diagonal=diagonal)
 
 
 @operator(
@@ -78,12 +78,12 @@ def _diagonal_rule(call: Call) -> Axes:
     return [*(extent for d, extent in enumerate(axes) if d not in pair), taken]
 
 
-def _diagonal(build: Builder, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Value:
+def _diagonal(build: Builder, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
     dims = {"dim1": axis_number(dim1, x.rank), "dim2": axis_number(dim2, x.rank)}
-    return build.diagonal(x, offset=offset, **dims)  # type: ignore[no-any-return]
+    return build.diagonal(x, offset=offset, **dims)
 
 
-def _linalg_diagonal(build: Builder, A: Value, *, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Value:  # noqa: N803
+def _linalg_diagonal(build: Builder, A: Value, *, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:  # noqa: N803
     return _diagonal(build, A, offset, dim1, dim2)
 
 
@@ -112,12 +112,12 @@ def _diag_embed_rule(call: Call) -> Axes:
     return axes
 
 
-def _diag_embed(build: Builder, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Value:
+def _diag_embed(build: Builder, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Any:
     dims = {"dim1": axis_number(dim1, x.rank + 1), "dim2": axis_number(dim2, x.rank + 1)}
-    return build.diag_embed(x, offset=offset, **dims)  # type: ignore[no-any-return]
+    return build.diag_embed(x, offset=offset, **dims)
 
 
-def _diag(build: Builder, x: Value, diagonal: int = 0) -> Value:
+def _diag(build: Builder, x: Value, diagonal: int = 0) -> Any:
     return _diag_embed(build, x, diagonal) if x.rank == 1 else _diagonal(build, x, diagonal)
 
 

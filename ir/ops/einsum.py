@@ -47,19 +47,19 @@ def _rule(call: Call) -> str:
     operands, result = terms_of(call["equation"])
     if len(operands) != len(call.axes):
         raise AxisError(f"{call.where}: the equation {call['equation']} has {len(operands)} operands")
-    sizes = [[_size(call, i, term, at) for at in range(len(term))] for i, term in enumerate(operands)]
-    broadcast = {
-        letter for term, found in zip(operands, sizes, strict=True) for letter, size in zip(term, found, strict=True)
-        if not same(size, 1)
-    }  # fmt: skip
-    patterns = [
-        " ".join(
-            "..." if c == DOTS else "1" if same(s, 1) and c in broadcast else c
-            for c, s in zip(term, found, strict=True)
-        )
-        for term, found in zip(operands, sizes, strict=True)
-    ]
-    return ", ".join(patterns) + " -> " + " ".join("..." if c == DOTS else c for c in result)
+    wide = {
+        letter
+        for index, term in enumerate(operands)
+        for at, letter in enumerate(term)
+        if not same(_size(call, index, term, at), 1)
+    }
+
+    def pattern(index: int, term: str) -> str:
+        ones = [letter in wide and same(_size(call, index, term, at), 1) for at, letter in enumerate(term)]
+        return " ".join("1" if one else letter for one, letter in zip(ones, term, strict=True))
+
+    rule = ", ".join(pattern(index, term) for index, term in enumerate(operands)) + " -> " + " ".join(result)
+    return rule.replace(DOTS, "...")
 
 
 def _size(call: Call, index: int, term: str, at: int) -> Size:
@@ -90,33 +90,33 @@ def _macs(call: Cost) -> Size:
     return product([*sizes.values(), *dots])
 
 
-def _einsum(build: Builder, equation: str, operands: Sequence[Value], *_: Any, **_options: Any) -> Value:
-    return build.einsum(*operands, equation=explicit_equation(equation))  # type: ignore[no-any-return]
+def _einsum(build: Builder, equation: str, operands: Sequence[Value], *_: Any, **_options: Any) -> Any:
+    return build.einsum(*operands, equation=explicit_equation(equation))
 
 
-def _onnx_einsum(build: Builder, call: Any) -> Value:
+def _onnx_einsum(build: Builder, call: Any) -> Any:
     return _einsum(build, call.attribute("equation"), [call.operand(i) for i in range(len(call.inputs))])
 
 
-def _inner(build: Builder, x: Value, y: Value) -> Value:
+def _inner(build: Builder, x: Value, y: Value) -> Any:
     if not x.rank or not y.rank:
-        return build.mul(x, y)  # type: ignore[no-any-return]
+        return build.mul(x, y)
     left, right = string.ascii_lowercase[: x.rank - 1], string.ascii_uppercase[: y.rank - 1]
-    return build.einsum(x, y, equation=f"{left}z,{right}z->{left}{right}")  # type: ignore[no-any-return]
+    return build.einsum(x, y, equation=f"{left}z,{right}z->{left}{right}")
 
 
-def _outer(build: Builder, x: Value, y: Value) -> Value:
-    return build.einsum(x, y, equation="i,j->ij")  # type: ignore[no-any-return]
+def _outer(build: Builder, x: Value, y: Value) -> Any:
+    return build.einsum(x, y, equation="i,j->ij")
 
 
-def _tensordot(build: Builder, x: Value, y: Value, dims_self: Sequence[int], dims_other: Sequence[int]) -> Value:
+def _tensordot(build: Builder, x: Value, y: Value, dims_self: Sequence[int], dims_other: Sequence[int]) -> Any:
     if x.rank > 26 or y.rank > 26:
         raise OperatorError("tensordot of tensors with more than 26 axes has no rule")
     left, right = list(string.ascii_lowercase[: x.rank]), list(string.ascii_uppercase[: y.rank])
     for a, b in zip(dims_self, dims_other, strict=True):
         right[b] = left[a]
     kept = [c for c in left if c not in right] + [c for c in right if c not in left]
-    return build.einsum(x, y, equation=f"{''.join(left)},{''.join(right)}->{''.join(kept)}")  # type: ignore[no-any-return]
+    return build.einsum(x, y, equation=f"{''.join(left)},{''.join(right)}->{''.join(kept)}")
 
 
 @operator(

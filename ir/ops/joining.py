@@ -35,34 +35,34 @@ def _concat_rule(call: Call) -> Axes:
     return result
 
 
-def _cat(build: Builder, tensors: Sequence[Value], dim: int = 0) -> Value:
+def _cat(build: Builder, tensors: Sequence[Value], dim: int = 0) -> Any:
     # torch skips legacy empty tensors of shape (0,)
     full = [t for t in tensors if t.shape != (0,)] or list(tensors)[:1]
-    return build.concat(*full, dim=axis_number(dim, full[0].rank))  # type: ignore[no-any-return]
+    return build.concat(*full, dim=axis_number(dim, full[0].rank))
 
 
-def _hstack(build: Builder, tensors: Sequence[Value]) -> Value:
+def _hstack(build: Builder, tensors: Sequence[Value]) -> Any:
     raised = [raise_rank(build, t, 1) for t in tensors]
     return _cat(build, raised, dim=0 if raised[0].rank == 1 else 1)
 
 
-def _vstack(build: Builder, tensors: Sequence[Value]) -> Value:
+def _vstack(build: Builder, tensors: Sequence[Value]) -> Any:
     return _cat(build, [raise_rank(build, t, 2) for t in tensors], dim=0)
 
 
-def _dstack(build: Builder, tensors: Sequence[Value]) -> Value:
+def _dstack(build: Builder, tensors: Sequence[Value]) -> Any:
     return _cat(build, [raise_rank(build, t, 3) for t in tensors], dim=2)
 
 
-def _column_stack(build: Builder, tensors: Sequence[Value]) -> Value:
+def _column_stack(build: Builder, tensors: Sequence[Value]) -> Any:
     columns = [t if t.rank > 1 else build.reshape(t, shape=(product(t.shape), 1)) for t in tensors]
     return _cat(build, columns, dim=1)
 
 
-def _onnx_concat(build: Builder, call: Any) -> Value:
+def _onnx_concat(build: Builder, call: Any) -> Any:
     tensors = [call.operand(i) for i in range(len(call.inputs))]
     # opset 1 had a default axis of 1
-    return build.concat(*tensors, dim=axis_number(call.attribute("axis", 1), tensors[0].rank))  # type: ignore[no-any-return]
+    return build.concat(*tensors, dim=axis_number(call.attribute("axis", 1), tensors[0].rank))
 
 
 @operator(
@@ -99,8 +99,8 @@ def _stack_rule(call: Call) -> Axes:
     return result
 
 
-def _stack(build: Builder, tensors: Sequence[Value], dim: int = 0) -> Value:
-    return build.stack(*tensors, dim=dim % (tensors[0].rank + 1))  # type: ignore[no-any-return]
+def _stack(build: Builder, tensors: Sequence[Value], dim: int = 0) -> Any:
+    return build.stack(*tensors, dim=dim % (tensors[0].rank + 1))
 
 
 @operator(
@@ -128,15 +128,15 @@ def _repeat_rule(call: Call) -> Axes:
     return [*repeats[:new], *(resolve(Product((r, a))) for r, a in zip(repeats[new:], axes, strict=True))]
 
 
-def _tile(build: Builder, x: Value, dims: Sequence[Size]) -> Value:
-    return build.repeat(x, repeats=(1,) * (x.rank - len(dims)) + tuple(dims))  # type: ignore[no-any-return]
+def _tile(build: Builder, x: Value, dims: Sequence[Size]) -> Any:
+    return build.repeat(x, repeats=(1,) * (x.rank - len(dims)) + tuple(dims))
 
 
-def _onnx_tile(build: Builder, call: Any) -> Value:
+def _onnx_tile(build: Builder, call: Any) -> Any:
     repeats = call.sizes(1)
     if repeats is None:
         raise OperatorError("the repeats of Tile are computed from data")
-    return build.repeat(call.operand(0), repeats=tuple(repeats))  # type: ignore[no-any-return]
+    return build.repeat(call.operand(0), repeats=tuple(repeats))
 
 
 def _write_tile(nodes: Sequence[Node], patch: Any) -> None:
@@ -170,17 +170,17 @@ def _repeat_interleave_rule(call: Call) -> Axes:
 
 def _repeat_interleave(
     build: Builder, x: Value, repeats: Any, dim: int | None = None, *, output_size: Size | None = None
-) -> Value:
+) -> Any:
     if dim is None:
         x, dim = build.reshape(x, shape=(product(x.shape),)), 0
     dim = axis_number(dim, x.rank)
     if not isinstance(repeats, Value):
-        return build.repeat_interleave(x, repeats=repeats, dim=dim)  # type: ignore[no-any-return]
+        return build.repeat_interleave(x, repeats=repeats, dim=dim)
     size = x.shape[dim]
     if not isinstance(repeats, Parameter) or repeats.kind != "constant" or not isinstance(size, int):
         raise OperatorError("repeat_interleave with computed repeats has a size that depends on data")
     table = torch.repeat_interleave(torch.arange(size), repeats.tensor.expand(size))
-    return build.index_select(x, build.constant(table, "repeats"), dim=dim)  # type: ignore[no-any-return]
+    return build.index_select(x, build.constant(table, "repeats"), dim=dim)
 
 
 @operator(

@@ -48,42 +48,42 @@ def _reshape_rule(call: Call) -> Axes:
     return axes
 
 
-def _view(build: Builder, x: Value, size: Sequence[Size]) -> Value:
-    return build.reshape(x, shape=explicit_shape(x.shape, size))  # type: ignore[no-any-return]
+def _view(build: Builder, x: Value, size: Sequence[Size]) -> Any:
+    return build.reshape(x, shape=explicit_shape(x.shape, size))
 
 
-def _view_as(build: Builder, x: Value, other: Value) -> Value:
-    return build.reshape(x, shape=other.shape)  # type: ignore[no-any-return]
+def _view_as(build: Builder, x: Value, other: Value) -> Any:
+    return build.reshape(x, shape=other.shape)
 
 
-def _view_dtype(build: Builder, x: Value, dtype: Any) -> Value:
+def _view_dtype(build: Builder, x: Value, dtype: Any) -> Any:
     raise OperatorError(f"view({dtype}) reads the bytes of {x} as another type: that has no rule")
 
 
-def _merged(build: Builder, x: Value, start: int, end: int) -> Value:
+def _merged(build: Builder, x: Value, start: int, end: int) -> Any:
     """``x`` with its axes start..end merged into one."""
     shape = (*x.shape[:start], product(x.shape[start : end + 1]), *x.shape[end + 1 :])
     return x if shape == x.shape else build.reshape(x, shape=shape)
 
 
-def _flatten(build: Builder, x: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
+def _flatten(build: Builder, x: Value, start_dim: int = 0, end_dim: int = -1) -> Any:
     return _merged(build, x, axis_number(start_dim, x.rank), axis_number(end_dim, x.rank))
 
 
-def _unflatten(build: Builder, x: Value, dim: int, sizes: Sequence[Size]) -> Value:
+def _unflatten(build: Builder, x: Value, dim: int, sizes: Sequence[Size]) -> Any:
     dim = axis_number(dim, x.rank)
     parts = explicit_shape(x.shape[dim : dim + 1], sizes)
-    return build.reshape(x, shape=(*x.shape[:dim], *parts, *x.shape[dim + 1 :]))  # type: ignore[no-any-return]
+    return build.reshape(x, shape=(*x.shape[:dim], *parts, *x.shape[dim + 1 :]))
 
 
-def _channel_shuffle(build: Builder, x: Value, groups: int) -> Value:
+def _channel_shuffle(build: Builder, x: Value, groups: int) -> Any:
     """``n (g c) ... -> n (c g) ...``"""
     n, channels, *rest = x.shape
     split = build.reshape(x, shape=(n, groups, floor_divide(channels, groups), *rest))
-    return build.reshape(build.permute(split, dims=(0, 2, 1, *range(3, split.rank))), shape=x.shape)  # type: ignore[no-any-return]
+    return build.reshape(build.permute(split, dims=(0, 2, 1, *range(3, split.rank))), shape=x.shape)
 
 
-def raise_rank(build: Builder, x: Value, rank: int) -> Value:
+def raise_rank(build: Builder, x: Value, rank: int) -> Any:
     """numpy's ``atleast_1d/2d/3d``: a vector becomes a row, a third axis comes last."""
     shape = (1,) + x.shape if x.rank == 1 and rank > 1 else x.shape
     return x if x.rank >= rank else build.reshape(x, shape=shape + (1,) * (rank - len(shape)))
@@ -98,14 +98,14 @@ def _at_least(rank: int) -> Any:
     return adapt
 
 
-def _onnx_reshape(build: Builder, call: Any) -> Value:
+def _onnx_reshape(build: Builder, call: Any) -> Any:
     x = call.operand(0)
     target = call.attribute("shape") if call.opset < 5 else call.sizes(1)
     if target is None:
         raise OperatorError("the target shape of Reshape is computed from data")
     if not call.attribute("allowzero", 0):
         target = [x.shape[i] if size == 0 else size for i, size in enumerate(target)]
-    return build.reshape(x, shape=explicit_shape(x.shape, target))  # type: ignore[no-any-return]
+    return build.reshape(x, shape=explicit_shape(x.shape, target))
 
 
 def _write_reshape(nodes: Sequence[Node], patch: Any) -> None:
@@ -124,11 +124,11 @@ def _write_reshape(nodes: Sequence[Node], patch: Any) -> None:
     patch.set_sizes(1, sizes)
 
 
-def _onnx_flatten(build: Builder, call: Any) -> Value:
+def _onnx_flatten(build: Builder, call: Any) -> Any:
     x = call.operand(0)
     axis = call.attribute("axis", 1)
     axis += x.rank if axis < 0 else 0
-    return build.reshape(x, shape=(product(x.shape[:axis]), product(x.shape[axis:])))  # type: ignore[no-any-return]
+    return build.reshape(x, shape=(product(x.shape[:axis]), product(x.shape[axis:])))
 
 
 def holds_no_sizes(nodes: Sequence[Node], patch: Any) -> None:
@@ -155,9 +155,10 @@ def _flatten_layer(node: Node) -> str | None:
 @operator(
     rule=_reshape_rule,
     aten={
-        "view": _view, "reshape": _view, "_unsafe_view": _view, "_reshape_alias": lambda build, x, size, stride: _view(build, x, size),
-        "view.dtype": _view_dtype, "view_as": _view_as, "reshape_as": _view_as, "flatten": _flatten, "unflatten": _unflatten,
-        "ravel": _flatten, "channel_shuffle": _channel_shuffle, "native_channel_shuffle": _channel_shuffle,
+        "view": _view, "reshape": _view, "_unsafe_view": _view, "view.dtype": _view_dtype, "view_as": _view_as,
+        "_reshape_alias": lambda build, x, size, stride: _view(build, x, size),
+        "reshape_as": _view_as, "flatten": _flatten, "ravel": _flatten, "unflatten": _unflatten,
+        "channel_shuffle": _channel_shuffle, "native_channel_shuffle": _channel_shuffle,
         "atleast_1d": _at_least(1), "atleast_2d": _at_least(2), "atleast_3d": _at_least(3),
     },
     onnx={
@@ -188,23 +189,23 @@ def _permute_rule(call: Call) -> Axes:
     return [axes[call.normal(d, len(axes))] for d in call["dims"]]
 
 
-def _permute(build: Builder, x: Value, dims: Sequence[int]) -> Value:
+def _permute(build: Builder, x: Value, dims: Sequence[int]) -> Any:
     dims = tuple(axis_number(d, x.rank) for d in dims)
     return x if dims == tuple(range(x.rank)) else build.permute(x, dims=dims)
 
 
-def _transpose(build: Builder, x: Value, dim0: int, dim1: int) -> Value:
+def _transpose(build: Builder, x: Value, dim0: int, dim1: int) -> Any:
     dims = list(range(x.rank))
     if dims:
         dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
     return _permute(build, x, dims)
 
 
-def _reversed(build: Builder, x: Value) -> Value:
+def _reversed(build: Builder, x: Value) -> Any:
     return _permute(build, x, range(x.rank)[::-1])
 
 
-def _movedim(build: Builder, x: Value, source: int | Sequence[int], destination: int | Sequence[int]) -> Value:
+def _movedim(build: Builder, x: Value, source: int | Sequence[int], destination: int | Sequence[int]) -> Any:
     taken = [axis_number(d, x.rank) for d in ([source] if isinstance(source, int) else source)]
     places = [axis_number(d, x.rank) for d in ([destination] if isinstance(destination, int) else destination)]
     rest = iter(d for d in range(x.rank) if d not in taken)
@@ -212,19 +213,24 @@ def _movedim(build: Builder, x: Value, source: int | Sequence[int], destination:
     return _permute(build, x, [at[i] if i in at else next(rest) for i in range(x.rank)])
 
 
-def _onnx_transpose(build: Builder, call: Any) -> Value:
+def _onnx_transpose(build: Builder, call: Any) -> Any:
     x = call.operand(0)
-    return build.permute(x, dims=call.attribute("perm") or tuple(range(x.rank))[::-1])  # type: ignore[no-any-return]
+    return build.permute(x, dims=call.attribute("perm") or tuple(range(x.rank))[::-1])
 
 
 @operator(
     rule=_permute_rule,
     aten={
         "permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "swapdims": _transpose, "t": _reversed,
-        "numpy_T": _reversed, "mT": lambda build, x: _transpose(build, x, -2, -1), "movedim": _movedim, "moveaxis": _movedim,
+        "numpy_T": _reversed, "mT": lambda build, x: _transpose(build, x, -2, -1),
+        "movedim": _movedim, "moveaxis": _movedim,
     },
     onnx={"Transpose": _onnx_transpose},
-    samples=lambda: [sample(randn(2, 3, 4), dims=(2, 0, 1)), sample(randn(2, 3), dims=(-1, 0)), sample(randn(3), dims=(0,))],
+    samples=lambda: [
+        sample(randn(2, 3, 4), dims=(2, 0, 1)),
+        sample(randn(2, 3), dims=(-1, 0)),
+        sample(randn(3), dims=(0,)),
+    ],
     symmetry=Symmetry.LINEAR,
 )  # fmt: skip
 def permute(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
@@ -259,13 +265,13 @@ def flip(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
     return x.flip(dims)
 
 
-def _roll(build: Builder, x: Value, shifts: Size | Sequence[Size], dims: int | Sequence[int] = ()) -> Value:
+def _roll(build: Builder, x: Value, shifts: Size | Sequence[Size], dims: int | Sequence[int] = ()) -> Any:
     amounts = tuple(shifts) if isinstance(shifts, list | tuple) else (shifts,)
     axes = tuple(axis_number(d, x.rank) for d in ([dims] if isinstance(dims, int) else dims))
     if axes:
-        return build.roll(x, shifts=amounts, dims=axes)  # type: ignore[no-any-return]
+        return build.roll(x, shifts=amounts, dims=axes)
     flat = build.roll(build.reshape(x, shape=(product(x.shape),)), shifts=amounts, dims=(0,))
-    return build.reshape(flat, shape=x.shape)  # type: ignore[no-any-return]
+    return build.reshape(flat, shape=x.shape)
 
 
 @operator(

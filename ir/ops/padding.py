@@ -25,7 +25,7 @@ Pads = Sequence[tuple[Size, Size]]
 def _pad_rule(call: Call) -> Axes:
     """Constant padding is ``a -> (before + a + after)`` with two fresh Dims; the other modes mix entries and pin."""
     result: Axes = []
-    derived = []
+    derived: list[tuple[Any, Any]] = []
     for axis, (before, after) in zip(call.operand(0), call["pads"], strict=True):
         if same(before, 0) and same(after, 0):
             result.append(axis)
@@ -51,7 +51,7 @@ def _negative(size: Size) -> bool:
     return size < 0 if isinstance(size, int) else bool(size.is_negative)
 
 
-def pad_by(build: Builder, x: Value, pads: Pads, mode: str = "constant", value: Any = 0) -> Value:
+def pad_by(build: Builder, x: Value, pads: Pads, mode: str = "constant", value: Any = 0) -> Any:
     """Pad every axis of ``x`` by (before, after); negative amounts cut entries off instead."""
     for dim, (before, after) in enumerate(pads):
         start = simplify(-before) if _negative(before) else 0
@@ -62,7 +62,7 @@ def pad_by(build: Builder, x: Value, pads: Pads, mode: str = "constant", value: 
         return x
     if mode != "constant":
         _check_mode(x, grown, mode)
-    return build.pad(x, pads=grown, mode=mode, value=0 if value is None else value)  # type: ignore[no-any-return]
+    return build.pad(x, pads=grown, mode=mode, value=0 if value is None else value)
 
 
 def _check_mode(x: Value, pads: Pads, mode: str) -> None:
@@ -78,7 +78,7 @@ def _trailing(x: Value, padding: Sequence[Size]) -> list[tuple[Size, Size]]:
     return [(0, 0)] * (x.rank - len(pairs)) + pairs[::-1]
 
 
-def _pad(build: Builder, x: Value, pad: Sequence[Size], mode: str = "constant", value: Any = None) -> Value:
+def _pad(build: Builder, x: Value, pad: Sequence[Size], mode: str = "constant", value: Any = None) -> Any:
     return pad_by(build, x, _trailing(x, pad), mode, value)
 
 
@@ -89,7 +89,7 @@ def _pad_mode(mode: str) -> Any:
 _ONNX_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 
 
-def _onnx_pad(build: Builder, call: Any) -> Value:
+def _onnx_pad(build: Builder, call: Any) -> Any:
     x = call.operand(0)
     as_attribute = call.opset < 11
     pads = (call.attribute("pads") or call.attribute("paddings")) if as_attribute else call.sizes(1)

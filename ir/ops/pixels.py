@@ -49,10 +49,10 @@ def pixel_unshuffle(x: torch.Tensor, *, factor: int) -> torch.Tensor:
     return F.pixel_unshuffle(x, factor)
 
 
-def _onnx_depth_to_space(build: Builder, call: Any) -> Value:
+def _onnx_depth_to_space(build: Builder, call: Any) -> Any:
     """Mode CRD is torch's pixel shuffle; DCR keeps the channels minor."""
     name = "pixel_shuffle" if call.attribute("mode", "DCR") == "CRD" else "depth_to_space"
-    return build(name, call.operand(0), factor=call.attribute("blocksize"))  # type: ignore[no-any-return]
+    return build(name, call.operand(0), factor=call.attribute("blocksize"))
 
 
 @operator(
@@ -62,7 +62,9 @@ def _onnx_depth_to_space(build: Builder, call: Any) -> Value:
     symmetry=Symmetry.LINEAR,
 )
 def depth_to_space(x: torch.Tensor, *, factor: int) -> torch.Tensor:
-    return x.unflatten(1, (factor, factor, -1)).permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)
+    n, c, h, w = x.shape
+    blocks = x.reshape(n, factor, factor, c // factor**2, h, w)
+    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(n, c // factor**2, h * factor, w * factor)
 
 
 @operator(
@@ -74,7 +76,9 @@ def depth_to_space(x: torch.Tensor, *, factor: int) -> torch.Tensor:
     symmetry=Symmetry.LINEAR,
 )
 def space_to_depth(x: torch.Tensor, *, factor: int) -> torch.Tensor:
-    return x.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+    n, c, h, w = x.shape
+    blocks = x.reshape(n, c, h // factor, factor, w // factor, factor)
+    return blocks.permute(0, 3, 5, 1, 2, 4).reshape(n, c * factor**2, h // factor, w // factor)
 
 
 # -- columns -----------------------------------------------------------------------------------------------------------
@@ -89,8 +93,8 @@ def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def _im2col(build: Builder, x: Value, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> Value:
-    return build.im2col(  # type: ignore[no-any-return]
+def _im2col(build: Builder, x: Value, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+    return build.im2col(
         x, kernel_size=_pair(kernel_size), dilation=_pair(dilation), padding=_pair(padding), stride=_pair(stride)
     )
 
@@ -134,21 +138,21 @@ def _col2im_rule(call: Call) -> list[Axes]:
 
 def _col2im(
     build: Builder, x: Value, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any
-) -> Value:
-    return build.col2im(  # type: ignore[no-any-return]
+) -> Any:
+    return build.col2im(
         x, output_size=tuple(output_size), kernel_size=_pair(kernel_size), dilation=_pair(dilation),
         padding=_pair(padding), stride=_pair(stride),
     )  # fmt: skip
 
 
-def _onnx_col2im(build: Builder, call: Any) -> Value:
+def _onnx_col2im(build: Builder, call: Any) -> Any:
     image, block = call.sizes(1), call.sizes(2)
     if image is None or block is None:
         raise OperatorError("the shapes that Col2Im takes are computed from data")
     pads = tuple(call.attribute("pads") or (0, 0, 0, 0))
     if len(image) != 2 or pads[:2] != pads[2:]:
         raise OperatorError("Col2Im has a rule for two-dimensional images with symmetric padding only")
-    return build.col2im(  # type: ignore[no-any-return]
+    return build.col2im(
         call.operand(0), output_size=tuple(image), kernel_size=tuple(int(s) for s in block), padding=pads[:2],
         dilation=tuple(call.attribute("dilations") or (1, 1)), stride=tuple(call.attribute("strides") or (1, 1)),
     )  # fmt: skip

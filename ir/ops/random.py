@@ -24,20 +24,20 @@ def _drawn_rule(call: Call) -> list[Axes]:
 
 
 def _draw(name: str) -> Any:
-    def adapt(build: Builder, size: Sequence[Size], *_: Any, dtype: Any = None, **_options: Any) -> Value:
-        return build(name, shape=tuple(size), dtype=dtype or torch.get_default_dtype())  # type: ignore[no-any-return]
+    def adapt(build: Builder, size: Sequence[Size], *_: Any, dtype: Any = None, **_options: Any) -> Any:
+        return build(name, shape=tuple(size), dtype=dtype or torch.get_default_dtype())
 
     return adapt
 
 
 def _draw_like(name: str) -> Any:
-    def adapt(build: Builder, x: Value, *_: Any, dtype: Any = None, **_options: Any) -> Value:
-        return build(name, shape=x.shape, dtype=dtype or x.dtype)  # type: ignore[no-any-return]
+    def adapt(build: Builder, x: Value, *_: Any, dtype: Any = None, **_options: Any) -> Any:
+        return build(name, shape=x.shape, dtype=dtype or x.dtype)
 
     return adapt
 
 
-def _scaled(build: Builder, x: Value, scale: float, shift: float) -> Value:
+def _scaled(build: Builder, x: Value, scale: float, shift: float) -> Any:
     x = x if scale == 1 else build.mul(x, scale)
     return x if shift == 0 else build.add(x, shift)
 
@@ -45,7 +45,7 @@ def _scaled(build: Builder, x: Value, scale: float, shift: float) -> Value:
 def _onnx_draw(name: str) -> Any:
     """RandomNormal(mean, scale) and RandomUniform(low, high); ``Like`` takes the shape of its input."""
 
-    def adapt(build: Builder, call: Any) -> Value:
+    def adapt(build: Builder, call: Any) -> Any:
         like = call.operand(0) if call.op_type.endswith("Like") else None
         shape = call.attribute("shape") if like is None else like.shape
         code = call.attribute("dtype")
@@ -59,11 +59,11 @@ def _onnx_draw(name: str) -> Any:
     return adapt
 
 
-def _uniform(build: Builder, x: Value, start: float = 0.0, to: float = 1.0, **_options: Any) -> Value:
+def _uniform(build: Builder, x: Value, start: float = 0.0, to: float = 1.0, **_options: Any) -> Any:
     return _scaled(build, build.rand(shape=x.shape, dtype=x.dtype), to - start, start)
 
 
-def _normal(build: Builder, x: Value, mean: float = 0.0, std: float = 1.0, **_options: Any) -> Value:
+def _normal(build: Builder, x: Value, mean: float = 0.0, std: float = 1.0, **_options: Any) -> Any:
     return _scaled(build, build.randn(shape=x.shape, dtype=x.dtype), std, mean)
 
 
@@ -89,10 +89,10 @@ def randn(*, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torc
     return torch.randn(shape, dtype=dtype)
 
 
-def _randint(build: Builder, *arguments: Any, dtype: Any = None, **_options: Any) -> Value:
+def _randint(build: Builder, *arguments: Any, dtype: Any = None, **_options: Any) -> Any:
     """``randint(high, size)`` and ``randint(low, high, size)``."""
     low, high, size = (0, *arguments) if len(arguments) == 2 else arguments
-    return build.randint(low=low, high=high, shape=tuple(size), dtype=dtype or torch.int64)  # type: ignore[no-any-return]
+    return build.randint(low=low, high=high, shape=tuple(size), dtype=dtype or torch.int64)
 
 
 @operator(
@@ -102,8 +102,8 @@ def randint(*, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype =
     return torch.randint(low, high, shape, dtype=dtype)
 
 
-def _randperm(build: Builder, n: Size, *, dtype: Any = None, **_options: Any) -> Value:
-    return build.randperm(n=n, dtype=dtype or torch.int64)  # type: ignore[no-any-return]
+def _randperm(build: Builder, n: Size, *, dtype: Any = None, **_options: Any) -> Any:
+    return build.randperm(n=n, dtype=dtype or torch.int64)
 
 
 @operator(rule=_drawn_rule, aten={"randperm": _randperm}, samples=lambda: [sample(n=5)], random=True)
@@ -111,19 +111,19 @@ def randperm(*, n: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.randperm(n, dtype=dtype)
 
 
-def _bernoulli(build: Builder, x: Value, p: Any = None, **_options: Any) -> Value:
+def _bernoulli(build: Builder, x: Value, p: Any = None, **_options: Any) -> Any:
     """With ``p`` the values of ``x`` do not matter, only its shape and type."""
     if p is None:
-        return build.bernoulli(x)  # type: ignore[no-any-return]
+        return build.bernoulli(x)
     if isinstance(p, Value):
-        return as_dtype(build, build.bernoulli(p), x.dtype)  # type: ignore[no-any-return]
+        return build.cast(build.bernoulli(p), dtype=x.dtype)
     draw = build.rand(shape=x.shape, dtype=torch.float32)
-    return build.cast(build.lt(draw, p), dtype=x.dtype)  # type: ignore[no-any-return]
+    return build.cast(build.lt(draw, p), dtype=x.dtype)
 
 
-def _onnx_bernoulli(build: Builder, call: Any) -> Value:
-    code = call.attribute("dtype")
-    return as_dtype(build, build.bernoulli(call.operand(0)), None if code is None else onnx_dtype(code))  # type: ignore[no-any-return]
+def _onnx_bernoulli(build: Builder, call: Any) -> Any:
+    x, code = call.operand(0), call.attribute("dtype")
+    return as_dtype(build, build.bernoulli(x), None if code is None else onnx_dtype(code))
 
 
 def _bernoulli_rule(call: Call) -> list[Axes]:

@@ -40,7 +40,7 @@ def bound(value: Size, size: Size) -> Size:
 
 def slice_axis(
     build: Builder, x: Value, dim: int, start: Size | None = None, end: Size | None = None, step: int = 1
-) -> Value:
+) -> Any:
     """``x[start:end:step]`` on one axis, as Python reads it, with all bounds normalised; the whole axis is ``x``."""
     dim = axis_number(dim, x.rank)
     size = x.shape[dim]
@@ -50,7 +50,7 @@ def slice_axis(
         last = max(first, last)
     if step == 1 and same(first, 0) and same(last, size):
         return x
-    return build.slice(x, dim=dim, start=first, end=last, step=step)  # type: ignore[no-any-return]
+    return build.slice(x, dim=dim, start=first, end=last, step=step)
 
 
 def _between(call: Call, axis: Extent) -> Extent:
@@ -85,14 +85,14 @@ def _slice_rule(call: Call) -> Axes:
     return axes
 
 
-def _narrow(build: Builder, x: Value, dim: int, start: Size, length: Size) -> Value:
+def _narrow(build: Builder, x: Value, dim: int, start: Size, length: Size) -> Any:
     if isinstance(start, Value):
         raise OperatorError("narrow from a computed place: that place depends on data")
     first = bound(start, x.shape[axis_number(dim, x.rank)])
     return slice_axis(build, x, dim, first, simplify(first + length))
 
 
-def _diff(build: Builder, x: Value, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Value:
+def _diff(build: Builder, x: Value, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
     dim = axis_number(dim, x.rank)
     pieces = [piece for piece in (prepend, x, append) if piece is not None]
     x = build.concat(*pieces, dim=dim) if len(pieces) > 1 else x
@@ -102,7 +102,7 @@ def _diff(build: Builder, x: Value, n: int = 1, dim: int = -1, prepend: Any = No
     return x
 
 
-def _onnx_slice(build: Builder, call: Any) -> Value:
+def _onnx_slice(build: Builder, call: Any) -> Any:
     x = call.operand(0)
     if call.opset < 10:
         starts, ends, axes, steps = call.attribute("starts"), call.attribute("ends"), call.attribute("axes"), None
@@ -184,9 +184,9 @@ def _entry(x: Value, dim: int, index: Size) -> Size:
     return simplify(index + x.shape[dim]) if negative else index
 
 
-def _select(build: Builder, x: Value, dim: int, index: Size) -> Value:
+def _select(build: Builder, x: Value, dim: int, index: Size) -> Any:
     dim = axis_number(dim, x.rank)
-    return build.select(x, dim=dim, index=_entry(x, dim, index))  # type: ignore[no-any-return]
+    return build.select(x, dim=dim, index=_entry(x, dim, index))
 
 
 @operator(
@@ -232,14 +232,14 @@ def _slice_scatter(
     start: Size | None = None,
     end: Size | None = None,
     step: int = 1,
-) -> Value:
+) -> Any:
     dim = axis_number(dim, x.rank)
     size = x.shape[dim]
     first = bound(0 if start is None else start, size)
     last = bound(size if end is None else end, size)
     if step == 1 and same(first, 0) and same(last, size) and src.dtype == x.dtype:
         return src
-    return build.slice_scatter(x, src, dim=dim, start=first, end=last, step=step)  # type: ignore[no-any-return]
+    return build.slice_scatter(x, src, dim=dim, start=first, end=last, step=step)
 
 
 @operator(
@@ -264,9 +264,9 @@ def _select_scatter_rule(call: Call) -> Axes:
     return axes
 
 
-def _select_scatter(build: Builder, x: Value, src: Value, dim: int, index: Size) -> Value:
+def _select_scatter(build: Builder, x: Value, src: Value, dim: int, index: Size) -> Any:
     dim = axis_number(dim, x.rank)
-    return build.select_scatter(x, src, dim=dim, index=_entry(x, dim, index))  # type: ignore[no-any-return]
+    return build.select_scatter(x, src, dim=dim, index=_entry(x, dim, index))
 
 
 @operator(

@@ -126,7 +126,7 @@ def _write_split(nodes: Sequence[Node], patch: Any) -> None:
     symmetry=Symmetry.LINEAR,
 )  # fmt: skip
 def split(x: torch.Tensor, *, sizes: tuple[int, ...], dim: int) -> tuple[torch.Tensor, ...]:
-    return torch.split(x, sizes, dim)
+    return torch.split(x, list(sizes), dim)
 
 
 # -- unbind ------------------------------------------------------------------------------------------------------------
