@@ -1,0 +1,364 @@
+"""Normalisation: batch, layer, RMS, group, instance and local response norms, and weight normalisation.
+
+What a norm averages over has the role ``normalise``: it may be cut, and the norm is then one of what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, rand, randn
+
+from regauge.ir.errors import OperatorError
+from regauge.ir.graph import Node, Value
+from regauge.ir.operator import Symmetry, operator, sample
+from regauge.ir.ops.layout import axis_number
+from regauge.ir.ops.onnx_normalisation import GROUP_NORM_FORMS, LAYER_NORM_FORMS, RMS_NORM_FORMS
+from regauge.ir.rules import Axes, Call
+from regauge.ir.sizes import Size
+
+# -- batch norm --------------------------------------------------------------------------------------------------------
+
+
+def _batch_norm_rule(call: Call) -> str:
+    """In training the statistics are those of the batch, and the running ones come out changed."""
+    operands = "n c s..., c?, c?, c?, c?"
+    if not call["training"]:
+        return f"{operands} -> n c s..."
+    statistics = ", c, c" if len(call.node.outputs) == 3 else ""
+    return f"{operands} -> n c s...{statistics} ; normalise n s"
+
+
+def _batch_norm(
+    build: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> Any:
+    """``batch_norm`` itself writes its running statistics in place, so a functional call never sees them change."""
+    result = build.batch_norm(x, weight, bias, mean, var, training=training, momentum=momentum, eps=eps)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _batch_norm_functional(build: Any, x: Any, *arguments: Any) -> Any:
+    """Results: y, saved mean and inverse deviation (for the backward pass only), new running mean and variance."""
+    weight, bias, mean, var, training, momentum, eps = arguments
+    result = build.batch_norm(x, weight, bias, mean, var, training=training, momentum=momentum, eps=eps)
+    if isinstance(result, tuple):
+        return result[0], None, None, result[1], result[2]
+    return result, None, None, mean, var
+
+
+def _batch_norm_with_update(build: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Any:
+    y, _, _, new_mean, new_var = _batch_norm_functional(build, x, weight, bias, mean, var, True, *rest)
+    return y, None, None, None, new_mean, new_var
+
+
+def _batch_norm_inference(build: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Any:
+    momentum, eps = rest
+    y = build.batch_norm(x, weight, bias, mean, var, training=False, momentum=momentum, eps=eps)
+    return y, None, None
+
+
+def _batch_norm_saving(build: Any, *arguments: Any) -> Any:
+    """The forms that also return what the backward pass saves."""
+    return _batch_norm(build, *arguments), None, None, None
+
+
+def _batch_norm_without_statistics(build: Any, x: Any, weight: Any, bias: Any, training: bool, *rest: Any) -> Any:
+    return _batch_norm(build, x, weight, bias, None, None, training, *rest), None, None
+
+
+def _onnx_batch_norm(build: Any, call: Any) -> Any:
+    """ONNX keeps the population variance while training, torch the sample variance: only y agrees then."""
+    training = bool(call.attribute("training_mode", 0)) or (call.opset < 7 and not call.attribute("is_test", 0))
+    if call.attribute("spatial", 1) == 0 or (training and (call.wanted(1) or call.wanted(2))):
+        raise OperatorError("this form of BatchNormalization has no counterpart in torch: the node is kept as it is")
+    x, weight, bias, mean, var = (call.operand(i) for i in range(5))
+    if training:
+        mean = var = None
+    eps, momentum = call.attribute("epsilon", 1e-5), 1 - call.attribute("momentum", 0.9)
+    return build.batch_norm(x, weight, bias, mean, var, training=training, momentum=momentum, eps=eps)
+
+
+def _batch_norm_layer(node: Node) -> str | None:
+    """BatchNorm1d takes ranks 2 and 3, BatchNorm2d rank 4, BatchNorm3d rank 5; weight and bias come together."""
+    x = node.inputs[0]
+    if not isinstance(x, Value) or not 2 <= x.rank <= 5 or not isinstance(x.shape[1], int):
+        return None
+    weight, bias, mean, var = given(node, 5)
+    if (weight is None) != (bias is None) or (mean is None) != (var is None):
+        return None
+    options = f"eps={node.attributes['eps']}, momentum={node.attributes['momentum']}"
+    options += ", affine=False" if weight is None else ""
+    options += ", track_running_stats=False" if mean is None else ""
+    return f"nn.BatchNorm{max(x.rank - 2, 1)}d({x.shape[1]}, {options})"
+
+
+def given(node: Node, count: int) -> list[Any]:
+    """Operands 1 to ``count - 1``, None where one is absent."""
+    return [node.inputs[i] if i < len(node.inputs) else None for i in range(1, count)]
+
+
+@operator(
+    rule=_batch_norm_rule,
+    aten={
+        "batch_norm": _batch_norm,
+        "_native_batch_norm_legit_functional": _batch_norm_functional,
+        "_native_batch_norm_legit_no_training": _batch_norm_inference,
+        "_native_batch_norm_legit": _batch_norm_saving,
+        "_native_batch_norm_legit.no_stats": _batch_norm_without_statistics,
+        "_batch_norm_with_update_functional": _batch_norm_with_update,
+        "_batch_norm_no_update": lambda build, x, *rest: (*_batch_norm_inference(build, x, *rest), None),
+        "native_batch_norm": _batch_norm_saving,
+        "cudnn_batch_norm": _batch_norm_saving,
+        "miopen_batch_norm": _batch_norm_saving,
+    },
+    onnx={"BatchNormalization": _onnx_batch_norm},
+    samples=lambda: [
+        sample(randn(2, 3, 4, 4), randn(3), randn(3), randn(3), rand(3) + 0.5),
+        sample(randn(2, 3), None, None, randn(3), rand(3) + 0.5, eps=1e-3),
+        sample(randn(2, 3, 4), randn(3), randn(3), randn(3), rand(3) + 0.5, training=True),
+        sample(randn(2, 3, 4, 4), randn(3), None, training=True),
+    ],
+    symmetry=Symmetry.AFFINE,
+    layer=_batch_norm_layer,
+)
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    if not training or mean is None:
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    results = torch.ops.aten._native_batch_norm_legit_functional(x, weight, bias, mean, var, True, momentum, eps)
+    return results[0], results[3], results[4]
+
+
+# -- layer and RMS norm ------------------------------------------------------------------------------------------------
+
+
+def _saving(operation: Any, count: int) -> Any:
+    """The adapter of a form that also returns ``count`` results for the backward pass."""
+    return lambda build, *arguments: (operation(build, *arguments), *(None,) * count)
+
+
+def _layer_norm(
+    build: Any,
+    x: Any,
+    normalized_shape: Sequence[Size],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
+    return build.layer_norm(x, weight, bias, normalized_shape=normalized_shape, eps=eps)
+
+
+def _rms_norm(
+    build: Any, x: Any, normalized_shape: Sequence[Size], weight: Any = None, eps: float | None = None
+) -> Any:
+    return build.rms_norm(x, weight, normalized_shape=normalized_shape, eps=eps)
+
+
+def _layer_norm_layer(node: Node) -> str | None:
+    weight, bias = given(node, 3)
+    shape = node.attributes["normalized_shape"]
+    if not all(isinstance(size, int) for size in shape) or (weight is None and bias is not None):
+        return None
+    options = ", elementwise_affine=False" if weight is None else ", bias=False" if bias is None else ""
+    return f"nn.LayerNorm({_one_or_many(shape)}, eps={node.attributes['eps']}{options})"
+
+
+def _rms_norm_layer(node: Node) -> str | None:
+    shape = node.attributes["normalized_shape"]
+    if not all(isinstance(size, int) for size in shape):
+        return None
+    options = ", elementwise_affine=False" if given(node, 2) == [None] else ""
+    return f"nn.RMSNorm({_one_or_many(shape)}, eps={node.attributes['eps']}{options})"
+
+
+def _one_or_many(shape: Sequence[Size]) -> Any:
+    return shape[0] if len(shape) == 1 else tuple(shape)
+
+
+@operator(
+    rule="... c..., c...?, c...? -> ... c... ; normalise c ; normalized_shape = c",
+    aten={"layer_norm": _layer_norm, "native_layer_norm": _saving(_layer_norm, 2)},
+    onnx=LAYER_NORM_FORMS,
+    samples=lambda: [
+        sample(randn(2, 3, 4), randn(4), randn(4), normalized_shape=(4,)),
+        sample(randn(2, 3, 4), randn(3, 4), None, normalized_shape=(3, 4), eps=1e-3),
+        sample(randn(2, 5), normalized_shape=(5,)),
+        sample(randn(5), None, randn(5), normalized_shape=(5,)),
+    ],
+    layer=_layer_norm_layer,
+)
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    normalized_shape: tuple[int, ...],
+    eps: float = 1e-5,
+) -> Tensor:
+    return F.layer_norm(x, normalized_shape, weight, bias, eps)
+
+
+@operator(
+    rule="... c..., c...? -> ... c... ; normalise c ; normalized_shape = c",
+    aten={"rms_norm": _rms_norm, "_fused_rms_norm": _saving(_rms_norm, 1)},
+    onnx=RMS_NORM_FORMS,
+    samples=lambda: [
+        sample(randn(2, 3, 4), randn(4), normalized_shape=(4,), eps=1e-6),
+        sample(randn(2, 3, 4), normalized_shape=(3, 4)),
+    ],
+    layer=_rms_norm_layer,
+)
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, normalized_shape: tuple[int, ...], eps: float | None = None
+) -> Tensor:
+    return F.rms_norm(x, normalized_shape, weight, eps)
+
+
+# -- group and instance norm -------------------------------------------------------------------------------------------
+
+
+def _group_norm(
+    build: Any, x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    return build.group_norm(x, weight, bias, num_groups=num_groups, eps=eps)
+
+
+def _native_group_norm(build: Any, x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
+    num_groups, eps = rest[-2:]  # the sizes N, C and HxW before them are those of x
+    return build.group_norm(x, weight, bias, num_groups=num_groups, eps=eps), None, None
+
+
+def _group_norm_layer(node: Node) -> str | None:
+    weight, bias = given(node, 3)
+    channels, groups = getattr(node.inputs[0], "shape", (0, None))[1], node.attributes["num_groups"]
+    if (weight is None) != (bias is None) or not isinstance(channels, int):
+        return None
+    return f"nn.GroupNorm({groups}, {channels}, eps={node.attributes['eps']}, affine={weight is not None})"
+
+
+@operator(
+    rule="n (g c) s..., (g c)?, (g c)? -> n (g c) s... ; normalise c s ; num_groups = g",
+    aten={"group_norm": _group_norm, "native_group_norm": _native_group_norm},
+    onnx=GROUP_NORM_FORMS,
+    samples=lambda: [
+        sample(randn(2, 6, 4), randn(6), randn(6), num_groups=2),
+        sample(randn(2, 6), None, None, num_groups=3),
+        sample(randn(2, 4, 3, 3), randn(4), None, num_groups=1),
+        sample(randn(2, 4, 3), randn(4), randn(4), num_groups=4, eps=1e-3),
+    ],
+    layer=_group_norm_layer,
+)
+def group_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int, eps: float = 1e-5
+) -> Tensor:
+    return F.group_norm(x, num_groups, weight, bias, eps)
+
+
+def _instance_norm(
+    build: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool, *rest: Any
+) -> Any:
+    """With running statistics in use it is a batch norm in evaluation."""
+    momentum, eps = rest[:2]
+    if not use_input_stats and mean is not None:
+        return build.batch_norm(x, weight, bias, mean, var, training=False, momentum=momentum, eps=eps)
+    return build.instance_norm(x, weight, bias, eps=eps)
+
+
+def _instance_norm_layer(node: Node) -> str | None:
+    weight, bias = given(node, 3)
+    x = node.inputs[0]
+    if not isinstance(x, Value) or not 3 <= x.rank <= 5 or not isinstance(x.shape[1], int):
+        return None
+    if (weight is None) != (bias is None):
+        return None
+    affine = ", affine=True" if weight is not None else ""
+    return f"nn.InstanceNorm{x.rank - 2}d({x.shape[1]}, eps={node.attributes['eps']}{affine})"
+
+
+@operator(
+    rule="n c s..., c?, c? -> n c s... ; normalise s",
+    aten={"instance_norm": _instance_norm},
+    onnx={
+        "InstanceNormalization": lambda build, call: build.instance_norm(
+            *(call.operand(i) for i in range(3)), eps=call.attribute("epsilon", 1e-5)
+        )
+    },
+    samples=lambda: [sample(randn(2, 3, 5), randn(3), randn(3)), sample(randn(2, 3, 4, 4), eps=1e-3)],
+    layer=_instance_norm_layer,
+)
+def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    return F.instance_norm(x, None, None, weight, bias, True, 0.1, eps)
+
+
+# -- local response and weight norm ------------------------------------------------------------------------------------
+
+
+def _local_response(build: Any, call: Any) -> Any:
+    size = call.attribute("size")
+    if size % 2 == 0:
+        raise OperatorError(f"LRN over {size} channels is centred unlike torch's: the node is kept as it is")
+    named = {"alpha": ("alpha", 1e-4), "beta": ("beta", 0.75), "k": ("bias", 1.0)}
+    attributes = {ours: call.attribute(theirs, default) for ours, (theirs, default) in named.items()}
+    return build.local_response_norm(call.operand(0), size=size, **attributes)
+
+
+@operator(
+    rule="n c s... -> n c s... ; window c",
+    onnx={"LRN": _local_response},
+    samples=lambda: [sample(randn(2, 5, 3), size=3), sample(randn(2, 4, 3, 3), size=2, alpha=0.1, k=2.0)],
+    layer=lambda node: "nn.LocalResponseNorm({size}, alpha={alpha}, beta={beta}, k={k})".format(**node.attributes),
+)
+def local_response_norm(x: Tensor, *, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+    return F.local_response_norm(x, size, alpha, beta, k)
+
+
+def _weight_norm_rule(call: Call) -> list[Axes]:
+    """``v`` is scaled to the lengths ``g``, one per index of axis ``dim``; -1 means one length for all of ``v``."""
+    v, g = call.operand(0), call.operand(1)
+    kept = None if call["dim"] == -1 else call.normal(call["dim"], len(v))
+    for axis, extent in enumerate(v):
+        if axis == kept:
+            call.unify(extent, g[axis])
+            call.role("map", extent)
+        else:
+            call.role("normalise", extent)
+    return [v]
+
+
+def _weight_norm(build: Any, v: Any, g: Any, dim: int = 0) -> Any:
+    return build.weight_norm(v, g, dim=-1 if dim == -1 else axis_number(dim, v.rank))
+
+
+@operator(
+    rule=_weight_norm_rule,
+    aten={"_weight_norm": _weight_norm, "_weight_norm_interface": _saving(_weight_norm, 1)},
+    samples=lambda: [
+        sample(randn(4, 3), randn(4, 1), dim=0),
+        sample(randn(4, 3, 2), randn(1, 3, 1), dim=1),
+        sample(randn(4, 3), randn(()), dim=-1),
+    ],
+)
+def weight_norm(v: Tensor, g: Tensor, *, dim: int = 0) -> Tensor:
+    return torch._weight_norm(v, g, dim)

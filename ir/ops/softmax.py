@@ -1,0 +1,92 @@
+"""Softmax and its logarithm: every entry is weighed against all others on one axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, randn
+
+from regauge.ir.operator import Adapter, OnnxForm, operator, sample
+from regauge.ir.ops.conversion import as_dtype
+from regauge.ir.ops.layout import axis_number, holds_no_sizes
+from regauge.ir.rules import Axes, Call
+from regauge.ir.sizes import product, same
+
+
+def _softmax_rule(call: Call) -> list[Axes]:
+    axes = call.operand(0)
+    if axes:
+        call.role("normalise", axes[call.normal(call["dim"], len(axes))])
+    return [axes]
+
+
+def _aten_softmax(op: str) -> Adapter:
+    def adapter(build: Any, x: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
+        return build(op, as_dtype(build, x, dtype), dim=axis_number(dim, x.rank))
+
+    return adapter
+
+
+def _aten_inner(op: str) -> Adapter:
+    """``_softmax(x, dim, half_to_float)``, the form that decompositions reach."""
+
+    def adapter(build: Any, x: Any, dim: int, half_to_float: bool) -> Any:
+        return build(op, as_dtype(build, x, torch.float32 if half_to_float else None), dim=axis_number(dim, x.rank))
+
+    return adapter
+
+
+def _softmin(build: Any, x: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
+    return build.softmax(build.neg(as_dtype(build, x, dtype)), dim=axis_number(dim, x.rank))
+
+
+def _onnx_softmax(op: str) -> OnnxForm:
+    """Up to opset 12 the axes from ``axis`` on (1 by default) are one; from 13 on ``axis`` (-1) is the only one."""
+
+    def reader(build: Any, call: Any) -> Any:
+        x = call.operand(0)
+        if call.opset >= 13:
+            return build(op, x, dim=axis_number(call.attribute("axis", -1), x.rank))
+        axis = call.attribute("axis", 1)
+        axis = axis_number(axis, x.rank) if axis < x.rank else x.rank
+        joined = [position for position in range(axis, x.rank) if not same(x.shape[position], 1)]
+        if len(joined) == 1:
+            return build(op, x, dim=joined[0])
+        if axis == x.rank - 1:
+            return build(op, x, dim=axis)
+        flat = build.reshape(x, shape=(product(x.shape[:axis]), product(x.shape[axis:])))
+        return build.reshape(build(op, flat, dim=1), shape=x.shape)
+
+    return OnnxForm(read=reader, write=holds_no_sizes)
+
+
+@operator(
+    rule=_softmax_rule,
+    aten={
+        "softmax": _aten_softmax("softmax"),
+        "_softmax": _aten_inner("softmax"),
+        "special_softmax": _aten_softmax("softmax"),
+        "softmin": _softmin,
+    },
+    onnx={"Softmax": _onnx_softmax("softmax")},
+    samples=lambda: [sample(randn(2, 3, 4), dim=-1), sample(randn(2, 3), dim=0), sample(randn(4), dim=0)],
+    layer=lambda node: f"nn.Softmax({node.attributes['dim']})",
+)
+def softmax(x: Tensor, *, dim: int) -> Tensor:
+    return torch.softmax(x, dim)
+
+
+@operator(
+    rule=_softmax_rule,
+    aten={
+        "log_softmax": _aten_softmax("log_softmax"),
+        "_log_softmax": _aten_inner("log_softmax"),
+        "special_log_softmax": _aten_softmax("log_softmax"),
+    },
+    onnx={"LogSoftmax": _onnx_softmax("log_softmax")},
+    samples=lambda: [sample(randn(2, 3, 4), dim=1), sample(randn(2, 3), dim=-1)],
+    layer=lambda node: f"nn.LogSoftmax({node.attributes['dim']})",
+)
+def log_softmax(x: Tensor, *, dim: int) -> Tensor:
+    return torch.log_softmax(x, dim)
