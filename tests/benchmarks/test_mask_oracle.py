@@ -1,0 +1,78 @@
+"""The oracle itself: it accepts a correct cut, and rejects each kind of wrong one."""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.mask_oracle import kept_indices, masked_error
+
+
+class Network(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, width)
+        self.norm = nn.LayerNorm(width)
+        self.second = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.norm(self.first(x))))
+
+
+def original() -> Network:
+    torch.manual_seed(0)
+    model = Network(8).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
+def cut(model: Network, rows: list[int], columns: list[int]) -> Network:
+    """``model`` with the hidden units ``rows`` kept where they are produced and ``columns`` where they are read."""
+    small = Network(len(rows)).double()
+    with torch.no_grad():
+        small.first.weight.copy_(model.first.weight[rows])
+        small.first.bias.copy_(model.first.bias[rows])
+        small.norm.weight.copy_(model.norm.weight[rows])
+        small.norm.bias.copy_(model.norm.bias[rows])
+        small.second.weight.copy_(model.second.weight[:, columns])
+        small.second.bias.copy_(model.second.bias)
+    return small
+
+
+def error(rows: list[int], columns: list[int]) -> float:
+    x = torch.randn(4, 5, dtype=torch.float64)
+    return masked_error(copy.deepcopy(original()), cut(original(), rows, columns), lambda m: [m(x)])[0]
+
+
+def test_a_consistent_cut_is_exact() -> None:
+    assert error([0, 2, 3, 7], [0, 2, 3, 7]) < 1e-12
+
+
+def test_a_cut_that_differs_between_producer_and_consumer_is_wrong() -> None:
+    assert error([0, 2, 3, 7], [0, 2, 3, 6]) > 1e-3
+
+
+def test_another_scale_is_wrong() -> None:
+    model = cut(original(), [0, 1], [0, 1])
+    model.norm.eps = 0.5
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert masked_error(original(), model, lambda m: [m(x)])[0] > 1e-3
+
+
+def test_changed_values_are_no_box_of_the_original() -> None:
+    model = cut(original(), [0, 1], [0, 1])
+    model.second.weight.data[0, 0] += 1
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert masked_error(original(), model, lambda m: [m(x)])[1] == ["second.weight"]
+
+
+def test_kept_indices_are_found_by_value() -> None:
+    tensor = torch.arange(24.0).reshape(4, 6)
+    found = kept_indices(tensor, tensor[[0, 3]][:, [1, 2, 5]])
+    assert found is not None and [f.tolist() for f in found if f is not None] == [[0, 3], [1, 2, 5]]
+    assert kept_indices(tensor, tensor[:, [2, 1]]) is None
