@@ -6,7 +6,9 @@ that torch itself says what a convolution or an interpolation makes of a symboli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import sympy
@@ -27,12 +29,26 @@ def infer_results(operator: Operator, operands: Sequence[Any], attributes: Mappi
             with torch.no_grad():
                 raw = operator.evaluate(*[_meta(o) for o in operands], **attributes)
             return _results(raw, {})
-        return _SymbolicShapes(symbols).infer(operator, operands, attributes)
+        return _infer_symbolic(symbols, operator, operands, attributes)
     except RegaugeError:
         raise
     except Exception as error:
         shown = ", ".join(repr(o) for o in operands)
         raise OperatorError(f"{operator.name}({shown}) cannot be evaluated: {_first_line(error)}") from error
+
+
+HINTS = (64, 4096, 131072)  # stand-ins for dynamic sizes; larger ones where a window does not fit into a smaller one
+
+
+def _infer_symbolic(
+    symbols: set[sympy.Symbol], operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]
+) -> list[Result]:
+    for least in HINTS[:-1]:
+        try:
+            return _SymbolicShapes(symbols, least).infer(operator, operands, attributes)
+        except Exception:  # the last attempt says what is wrong
+            continue
+    return _SymbolicShapes(symbols, HINTS[-1]).infer(operator, operands, attributes)
 
 
 def _first_line(error: Exception) -> str:
@@ -109,7 +125,7 @@ def plain_sympy(expression: Any) -> Any:
 class _SymbolicShapes:
     """A fake-tensor world in which each of our symbols is a torch SymInt."""
 
-    def __init__(self, symbols: set[sympy.Symbol]) -> None:
+    def __init__(self, symbols: set[sympy.Symbol], least: int) -> None:
         from torch._dynamo.source import ConstantSource
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -118,7 +134,7 @@ class _SymbolicShapes:
         self.mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
         self.sizes: dict[sympy.Symbol, Any] = {}
         self.back: dict[sympy.Symbol, sympy.Symbol] = {}
-        for symbol, hint in prime_hints(symbols).items():
+        for symbol, hint in prime_hints(symbols, least).items():
             source = ConstantSource(str(symbol))
             inner = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
             self.sizes[symbol] = environment.create_symintnode(inner, hint=hint, source=source)
@@ -138,16 +154,38 @@ class _SymbolicShapes:
 
     def symint(self, value: Any) -> Any:
         if isinstance(value, sympy.Basic):
-            names = sorted(value.free_symbols, key=str)
-            function = sympy.lambdify(names, value, modules=[{"floor": _floor, "Min": torch.sym_min,
-                                                              "Max": torch.sym_max}, "math"])  # fmt: skip
-            return function(*[self.sizes[n] for n in names])
+            return self._integer(value)
         if isinstance(value, tuple | list):
             return type(value)(self.symint(v) for v in value)
         return value
 
-
-def _floor(value: Any) -> Any:
-    import math
-
-    return math.floor(value)
+    def _integer(self, value: Any) -> Any:
+        """A size expression over torch's SymInts, without leaving the integers: torch's algebra loses track of floats."""
+        if isinstance(value, sympy.Symbol):
+            return self.sizes[value]
+        if value.is_Integer:
+            return int(value)
+        parts = value.args
+        match type(value).__name__:
+            case "floor":
+                top, bottom = sympy.together(parts[0]).as_numer_denom()
+                return self._integer(sympy.expand(top)) // self._integer(bottom)
+            case "ceiling":
+                top, bottom = sympy.together(parts[0]).as_numer_denom()
+                return -(-self._integer(sympy.expand(top)) // self._integer(bottom))
+            case "Mod":
+                return self._integer(parts[0]) % self._integer(parts[1])
+            case "Min":
+                return reduce(torch.sym_min, [self._integer(p) for p in parts])
+            case "Max":
+                return reduce(torch.sym_max, [self._integer(p) for p in parts])
+        top, bottom = sympy.together(value).as_numer_denom()
+        if bottom != 1:
+            return self._integer(sympy.expand(top)) // self._integer(bottom)
+        if value.is_Add:
+            return sum(self._integer(p) for p in parts)
+        if value.is_Mul:
+            return math.prod(self._integer(p) for p in parts)
+        if value.is_Pow and parts[1].is_Integer and parts[1] > 0:
+            return self._integer(parts[0]) ** int(parts[1])
+        raise OperatorError(f"the size {value} is no integer arithmetic")

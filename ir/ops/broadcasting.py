@@ -74,7 +74,18 @@ def _onnx_squeeze(build: Builder, call: Any) -> Any:
     axes = call.sizes(1) if call.has(1) else call.attribute("axes")
     if axes is None and call.has(1):
         raise OperatorError("the axes of Squeeze are computed from data")
-    return squeeze_ones(build, call.operand(0), None if axes is None else [int(a) for a in axes])
+    x = call.operand(0)
+    if axes is None:
+        return squeeze_ones(build, x)
+    # ONNX removes an axis that is named: if its size is dynamic, it is 1 whenever the model runs
+    named = sorted({int(a) % x.rank for a in axes}, reverse=True)
+    for dim in [d for d in named if x.shape[d] != 1]:
+        if isinstance(x.shape[dim], int):
+            raise OperatorError(f"axis {dim} has the size {x.shape[dim]}, only axes of size 1 can be squeezed")
+        x = build.select(x, dim=dim, index=0)
+    left = tuple(sorted(d - sum(o < d for o in named if call.operand(0).shape[o] != 1) for d in named
+                        if call.operand(0).shape[d] == 1))  # fmt: skip
+    return build.squeeze(x, dims=left) if left else x
 
 
 @operator(
