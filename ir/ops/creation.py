@@ -155,15 +155,12 @@ def _arange(build: Builder, *bounds: Any, dtype: Any = None, **_options: Any) ->
 
 
 def _onnx_range(build: Builder, call: Any) -> Any:
-    numbers = []
-    for i in range(3):
-        sizes = call.sizes(i)
-        number = sizes[0] if sizes is not None and len(sizes) == 1 else call.number(i)
-        if number is None:
-            raise OperatorError("the bounds of Range are computed from data")
-        numbers.append(number)
+    numbers = [call.number(i) for i in range(3)]
+    if any(number is None for number in numbers):
+        raise OperatorError("the bounds of Range are computed from data")
+    known = [tensor.dtype for tensor in map(call.constant, range(3)) if tensor is not None]
     start, limit, delta = numbers
-    return numbers_from(build, start, limit, delta, call.operand(0).dtype)
+    return numbers_from(build, start, limit, delta, known[0] if known else torch.int64)
 
 
 @operator(

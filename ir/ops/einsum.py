@@ -95,7 +95,7 @@ def _einsum(build: Builder, equation: str, operands: Sequence[Value], *_: Any, *
 
 
 def _onnx_einsum(build: Builder, call: Any) -> Any:
-    return _einsum(build, call.attribute("equation"), [call.operand(i) for i in range(len(call.inputs))])
+    return _einsum(build, call.attribute("equation"), [call.operand(i) for i in range(call.count)])
 
 
 def _inner(build: Builder, x: Value, y: Value) -> Any:

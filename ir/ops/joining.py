@@ -60,7 +60,7 @@ def _column_stack(build: Builder, tensors: Sequence[Value]) -> Any:
 
 
 def _onnx_concat(build: Builder, call: Any) -> Any:
-    tensors = [call.operand(i) for i in range(len(call.inputs))]
+    tensors = [call.operand(i) for i in range(call.count)]
     # opset 1 had a default axis of 1
     return build.concat(*tensors, dim=axis_number(call.attribute("axis", 1), tensors[0].rank))
 

@@ -109,19 +109,11 @@ def _onnx_reshape(build: Builder, call: Any) -> Any:
 
 
 def _write_reshape(nodes: Sequence[Node], patch: Any) -> None:
-    """Dynamic sizes are written as 0 (copied from the input) or -1 where ONNX can say it that way."""
-    x, sizes = nodes[0].inputs[0], list(nodes[0].attributes["shape"])
-    assert isinstance(x, Value)
-    if 0 not in sizes:
-        for i, size in enumerate(sizes):
-            if not isinstance(size, int) and i < x.rank and same(size, x.shape[i]):
-                sizes[i] = 0
-        dynamic = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
-        if len(dynamic) == 1:
-            sizes[dynamic[0]] = -1
-    if "allowzero" in nodes[0].origin.attributes and 0 in sizes:
-        patch.attribute("allowzero", int(0 in nodes[0].attributes["shape"]))
-    patch.set_sizes(1, sizes)
+    shape = nodes[0].attributes["shape"]
+    if "shape" in nodes[0].origin.attributes:
+        patch.attribute("shape", shape)
+    else:
+        patch.set_sizes(1, shape)
 
 
 def _onnx_flatten(build: Builder, call: Any) -> Any:

@@ -108,7 +108,7 @@ def _onnx_slice(build: Builder, call: Any) -> Any:
         starts, ends, axes, steps = call.attribute("starts"), call.attribute("ends"), call.attribute("axes"), None
     else:
         starts, ends, axes, steps = [call.sizes(i) if call.has(i) else None for i in range(1, 5)]
-    computed = any(call.has(i) and call.sizes(i) is None for i in range(1, len(call.inputs)))
+    computed = any(call.has(i) and call.sizes(i) is None for i in range(1, call.count))
     if starts is None or ends is None or computed:
         raise OperatorError("the bounds of Slice are computed from data")
     axes = range(len(starts)) if axes is None else [int(a) for a in axes]
