@@ -10,7 +10,7 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
-from regauge.ir.operator import Cost, operator, sample
+from regauge.ir.operator import Cost, Symmetry, operator, sample
 from regauge.ir.rules import Call
 from regauge.ir.sizes import Size, product, same
 
@@ -29,6 +29,7 @@ def _linear_layer(node: Node) -> str | None:
     rule="... i, o i, o? -> ... o",
     aten={"linear": None},
     macs=lambda call: call.out() * call.size(1, 1),
+    symmetry=Symmetry.PRODUCT,
     samples=lambda: [
         sample(randn(2, 3, 6), randn(4, 6), randn(4)),
         sample(randn(5, 6), randn(4, 6)),
@@ -95,6 +96,7 @@ def _gemm(build: Builder, call: Any) -> Any:
     },
     onnx={"MatMul": None, "Gemm": _gemm},
     macs=lambda call: call.out() * call.size(0, -1),
+    symmetry=Symmetry.PRODUCT,
     samples=lambda: [
         sample(randn(2, 3, 4), randn(2, 4, 5)),
         sample(randn(3, 4), randn(4, 5)),
@@ -128,6 +130,7 @@ def _bilinear_macs(call: Cost) -> Size:
     rule="... i, ... j, o i j, o? -> ... o",
     aten={"bilinear": None},
     macs=_bilinear_macs,
+    symmetry=Symmetry.PRODUCT,
     samples=lambda: [
         sample(randn(2, 3), randn(2, 4), randn(5, 3, 4), randn(5)),
         sample(randn(2, 6, 3), randn(2, 6, 4), randn(5, 3, 4)),

@@ -13,7 +13,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import size_of
 from regauge.ir.graph import Node, Value
-from regauge.ir.operator import OnnxForm, operator, sample
+from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.padding import pad_by
 from regauge.ir.ops.slicing import slice_axis
 from regauge.ir.rules import Call
@@ -187,6 +187,7 @@ def _conv_layer(node: Node) -> str | None:
     },
     onnx={"Conv": OnnxForm(read=_onnx_conv, write=_write_groups)},
     macs=lambda call: call.out() * product(call.size(1, axis) for axis in range(1, call.rank(1))),
+    symmetry=Symmetry.PRODUCT,
     samples=lambda: [
         sample(randn(2, 6, 5, 5), randn(8, 3, 3, 3), randn(8), padding=(1, 1), groups=2),
         sample(randn(2, 4, 7), randn(4, 1, 3), None, stride=(2,), groups=4),
@@ -277,6 +278,7 @@ def _conv_transpose_layer(node: Node) -> str | None:
     },
     onnx={"ConvTranspose": OnnxForm(read=_onnx_conv_transpose, write=_write_groups)},
     macs=lambda call: call.count(0) * product(call.size(1, axis) for axis in range(1, call.rank(1))),
+    symmetry=Symmetry.PRODUCT,
     samples=lambda: [
         sample(randn(2, 4, 3, 3), randn(4, 5, 2, 2), randn(5), stride=(2, 2)),
         sample(randn(2, 6, 4), randn(6, 2, 3), randn(4), stride=(2,), padding=(1,), output_padding=(1,), groups=2),

@@ -13,7 +13,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import AxisError, OperatorError
 from regauge.ir.extents import size_of
 from regauge.ir.graph import Value
-from regauge.ir.operator import Cost, operator, sample
+from regauge.ir.operator import Cost, Symmetry, operator, sample
 from regauge.ir.rules import Call
 from regauge.ir.sizes import Size, product, same
 
@@ -124,6 +124,7 @@ def _tensordot(build: Builder, x: Value, y: Value, dims_self: Sequence[int], dim
     aten={"einsum": _einsum, "inner": _inner, "outer": _outer, "ger": _outer, "tensordot": _tensordot},
     onnx={"Einsum": _onnx_einsum},
     macs=_macs,
+    symmetry=Symmetry.PRODUCT,
     samples=lambda: [
         sample(randn(2, 3, 4, 5), randn(2, 3, 6, 5), equation="bhid,bhjd->bhij"),
         sample(randn(2, 3, 4), randn(4, 5), equation="...d,de->...e"),
