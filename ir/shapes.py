@@ -6,6 +6,7 @@ that torch itself says what a convolution or an interpolation makes of a symboli
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -43,12 +44,18 @@ HINTS = (64, 4096, 131072)  # stand-ins for dynamic sizes; larger ones where a w
 def _infer_symbolic(
     symbols: set[sympy.Symbol], operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]
 ) -> list[Result]:
-    for least in HINTS[:-1]:
-        try:
-            return _SymbolicShapes(symbols, least).infer(operator, operands, attributes)
-        except Exception:  # the last attempt says what is wrong
-            continue
-    return _SymbolicShapes(symbols, HINTS[-1]).infer(operator, operands, attributes)
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it prints the trace of every failed attempt
+    try:
+        for least in HINTS[:-1]:
+            try:
+                return _SymbolicShapes(symbols, least).infer(operator, operands, attributes)
+            except Exception:  # the last attempt says what is wrong
+                continue
+        return _SymbolicShapes(symbols, HINTS[-1]).infer(operator, operands, attributes)
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:
@@ -160,7 +167,7 @@ class _SymbolicShapes:
         return value
 
     def _integer(self, value: Any) -> Any:
-        """A size expression over torch's SymInts, without leaving the integers: torch's algebra loses track of floats."""
+        """A size over torch's SymInts, without leaving the integers: torch's algebra loses track of floats."""
         if isinstance(value, sympy.Symbol):
             return self.sizes[value]
         if value.is_Integer:
