@@ -1,0 +1,137 @@
+"""Graphs as torch modules: ``to_torch(graph)`` gives a living nn.Module, ``write(graph, folder)`` source and weights.
+
+graph.to_torch()              an nn.Module with the original hierarchy and state_dict keys, in shrunk shapes
+graph.write("pruned")         pruned/model.py (readable, needs torch and safetensors only), pruned/model.safetensors
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from regauge.backends.torch_forward import Forward
+from regauge.backends.torch_frames import frame_tree
+from regauge.backends.torch_modules import Classes
+from regauge.backends.torch_places import Places
+from regauge.backends.torch_runtime import import_source
+from regauge.backends.torch_source import assemble
+from regauge.ir.errors import EmitError
+from regauge.ir.graph import Graph, Parameter
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The source of a graph: the text, the name of its root class, and where each tensor goes."""
+
+    source: str
+    root: str
+    tensors: dict[str, Parameter]
+
+
+def emit(graph: Graph) -> Emitted:
+    """Source without weights; raises EmitError naming the node that has no torch form."""
+    frame = frame_tree(graph)
+    places = Places(graph, frame)
+    forward = Forward(graph, places)
+    code = forward.root(frame)
+    classes = Classes(graph, forward, code)
+    source = assemble(f"{classes.root}, written by Regauge.", forward.helpers.sources, classes.texts, classes.imports)
+    return Emitted(source, classes.root, dict(places.tensors))
+
+
+def to_torch(graph: Graph, *, device: torch.device | str | None = None) -> nn.Module:
+    """A module of its own that computes the graph: importable, trainable, picklable, exportable again.
+
+    Its tensors are copies. It takes the arguments the captured module took, or the graph's inputs in order, and gives
+    the same structure of results. Raises EmitError where a node has no torch form.
+    """
+    emitted = emit(graph)
+    python = import_source(emitted.source, _module_name(graph))
+    with torch.device("meta"):
+        module: nn.Module = getattr(python, emitted.root)()
+    _fill(module, emitted.tensors, device)
+    module.train(bool(graph.metadata.get("torch", {}).get("training", False)))
+    return module
+
+
+def _fill(module: nn.Module, tensors: dict[str, Parameter], device: torch.device | str | None) -> None:
+    """Give every name its tensor; a tensor under several names stays one tensor."""
+    made: dict[Parameter, torch.Tensor] = {}
+    for name, parameter in tensors.items():
+        if parameter not in made:
+            data = parameter.tensor.detach().clone()
+            data = data if device is None else data.to(device)
+            is_parameter = parameter.kind == "parameter"
+            made[parameter] = nn.Parameter(data, requires_grad=parameter.trainable) if is_parameter else data
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf.isidentifier():
+            setattr(owner, leaf, made[parameter])
+        else:
+            owner._parameters[leaf] = made[parameter]  # type: ignore[assignment]
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_meta:
+            raise EmitError(f"the emitted module has a tensor {name!r} that the graph does not have: report this")
+
+
+def write(graph: Graph, folder: str | os.PathLike[str]) -> Path:
+    """Write ``model.py`` and ``model.safetensors`` into a folder, both or nothing; returns the folder.
+
+    Files of these names are replaced, others stay. Raises EmitError where the graph has no torch form.
+    """
+    from safetensors.torch import save_file
+
+    emitted = emit(graph)
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise EmitError(f"{target} is a file: give the path of a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        (staging / "model.py").write_text(emitted.source + _loader(graph, emitted))
+        save_file(_stored(graph), staging / "model.safetensors", metadata={"format": "pt"})
+        if not target.exists():
+            staging.chmod(0o755)
+            staging.rename(target)
+            return target
+        for name in ("model.safetensors", "model.py"):
+            os.replace(staging / name, target / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _stored(graph: Graph) -> dict[str, torch.Tensor]:
+    """Every tensor once, under the first of its names in the module, as ``load()`` of the source asks for it."""
+    module = to_torch(graph)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _loader(graph: Graph, emitted: Emitted) -> str:
+    training = bool(graph.metadata.get("torch", {}).get("training", False))
+    return f'''
+
+def load(folder=None):
+    """The model with its weights, from the folder of this file or another one."""
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    weights = load_file(Path(folder or Path(__file__).parent) / "model.safetensors")
+    model = {emitted.root}()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor.data = weights[name]
+    return model.train({training})
+'''
+
+
+def _module_name(graph: Graph) -> str:
+    return re.sub(r"\W", "_", str(graph.metadata.get("torch", {}).get("root_class") or graph.name)).lower()

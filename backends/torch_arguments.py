@@ -1,0 +1,107 @@
+"""Arguments of torch calls as people write them: defaults left out, options by keyword.
+
+before   F.conv2d(x, self.weight, None, (2, 2), (1, 1), (1, 1), 4)
+after    F.conv2d(x, self.weight, stride=(2, 2), padding=(1, 1), groups=4)
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+
+from regauge.backends.torch_literals import is_literal, literal_value
+
+_EMPTY = inspect.Parameter.empty
+
+
+def tidy_calls(expression: ast.expr) -> ast.expr:
+    """Tidy every call of a ``torch.`` or ``F.`` function inside an expression, in place."""
+    for node in ast.walk(expression):
+        if isinstance(node, ast.Call):
+            _tidy(node)
+    return expression
+
+
+_SPREAD = frozenset({"reshape", "permute", "expand", "repeat", "view", "tile", "flip"})
+
+
+def _tidy(call: ast.Call) -> None:
+    match call:
+        case ast.Call(func=ast.Attribute(value=owner, attr=name), args=[ast.Tuple(elts=sizes)], keywords=[]):
+            if sizes and _is_method(owner, name):
+                call.args = sizes  # x.reshape((2, 3)) is x.reshape(2, 3)
+                return
+    match call.func:
+        case ast.Attribute(value=ast.Name(id="torch" | "F" as module), attr=name):
+            parameters = _parameters(module, name)
+        case _:
+            return
+    if parameters is None or any(isinstance(argument, ast.Starred) for argument in call.args):
+        return
+    if len(call.args) > len(parameters):
+        return
+    while call.args and _is_default(call.args[-1], parameters[len(call.args) - 1][1]):
+        call.args.pop()
+    defaults = dict(parameters)
+    _name_options(call, parameters)
+    call.keywords = [k for k in call.keywords if k.arg is None or not _is_default(k.value, defaults.get(k.arg, _EMPTY))]
+
+
+def _is_method(owner: ast.expr, name: str) -> bool:
+    """True for a method of a value, not a function of the torch modules."""
+    return name in _SPREAD and not (isinstance(owner, ast.Name) and owner.id in ("torch", "F"))
+
+
+def _name_options(call: ast.Call, parameters: list[tuple[str, Any]]) -> None:
+    """Literal arguments from the fourth on, or after an absent one, are given by keyword."""
+    for position, argument in enumerate(call.args):
+        if parameters[position][1] is _EMPTY or not is_literal(argument):
+            continue
+        if position < 3 and not _is_default(argument, parameters[position][1]):
+            continue
+        rest = zip(parameters[position:], call.args[position:], strict=False)
+        named = [ast.keyword(name, value) for (name, _), value in rest]
+        call.args, call.keywords = call.args[:position], [*named, *call.keywords]
+        return
+
+
+def _is_default(argument: ast.expr, default: Any) -> bool:
+    if default is _EMPTY or not is_literal(argument):
+        return False
+    value = literal_value(argument)
+    if isinstance(default, list | tuple):
+        default = tuple(default)
+    if isinstance(value, list | tuple) and not isinstance(default, tuple):
+        return bool(value) and all(type(part) is type(default) and part == default for part in value)
+    return type(value) is type(default) and bool(value == default)
+
+
+@cache
+def _parameters(module: str, name: str) -> list[tuple[str, Any]] | None:
+    """Parameter names and defaults of a torch function, from its Python signature or its only ATen schema."""
+    function = getattr(torch if module == "torch" else torch.nn.functional, name, None)
+    if function is None:
+        return None
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return _schema_parameters(name)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds:
+        return _schema_parameters(name)
+    return [(parameter.name, parameter.default) for parameter in signature.parameters.values()]
+
+
+def _schema_parameters(name: str) -> list[tuple[str, Any]] | None:
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or "default" not in packet.overloads():
+        return None
+    arguments = packet.default._schema.arguments
+    return [
+        ("input" if a.name == "self" else a.name, a.default_value if a.has_default_value() else _EMPTY)
+        for a in arguments
+    ]

@@ -1,0 +1,103 @@
+"""From frames to code: which modules stay modules, and the statements of each forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from regauge.backends.torch_code import Code, Flowing, operands_of
+from regauge.backends.torch_expressions import Helpers
+from regauge.backends.torch_frames import Frame, inside
+from regauge.backends.torch_layers import flowing_operands, frame_layer, owned_layer
+from regauge.backends.torch_places import Places
+from regauge.backends.torch_statements import Statements
+from regauge.ir.graph import Graph, Node, Parameter, Value
+
+
+class Forward:
+    """Writes the code of every frame, innermost first. ``modules`` holds the code of each module path."""
+
+    def __init__(self, graph: Graph, places: Places) -> None:
+        self.graph = graph
+        self.places = places
+        self.helpers = Helpers()
+        self.modules: dict[str, Code] = {}
+        self.needed: set[Value] = {o for o in graph.outputs if isinstance(o, Value)} | {s.after for s in graph.states}
+
+    def root(self, frame: Frame) -> Code:
+        """The code of the whole graph: its arguments are the graph's inputs, its results the graph's outputs."""
+        items = self._items(frame, "")
+        code = Code("", frame.class_name, items, list(self.graph.inputs), [])
+        Statements(self, code).write(self.graph.outputs)
+        return code
+
+    def _items(self, frame: Frame, path: str) -> list[Node | Code]:
+        """The frame's nodes and calls as the module at ``path`` runs them; calls it cannot make are dissolved."""
+        items: list[Node | Code] = []
+        for item in frame.items:
+            if isinstance(item, Node):
+                items.append(self._lifted(item, path))
+            elif not inside(item.path, path):
+                items.extend(self._items(item, path))  # a module of another branch, called from here
+            else:
+                child = self._code(item)
+                known = self.modules.setdefault(child.path, child)
+                items.extend([child] if known.key() == child.key() else child.items)
+        return items
+
+    def _lifted(self, node: Node, path: str) -> Node | Code:
+        found = owned_layer(node, path, self.places)
+        if found is None:
+            return node
+        child = self._layer_code(*found, node)
+        return child if self.modules.setdefault(child.path, child).key() == child.key() else node
+
+    def _code(self, frame: Frame) -> Code:
+        items = self._items(frame, frame.path)
+        if len(items) == 1 and isinstance(items[0], Node):
+            text = frame_layer(items[0], frame.path, self.places)
+            if text is not None:
+                return self._layer_code(frame.path, text, items[0])
+        arguments, results = self._flow(items, frame.path)
+        code = Code(frame.path, frame.class_name, items, arguments, results)
+        Statements(self, code).write(results)
+        return code
+
+    def _layer_code(self, path: str, text: str, node: Node) -> Code:
+        operands = flowing_operands(node, path, self.places)
+        arguments: list[Flowing | None] = [o if isinstance(o, Value) else None for o in operands]
+        return Code(path, "", [node], arguments, list(node.outputs), layer=text)
+
+    def _flow(self, items: Sequence[Node | Code], path: str) -> tuple[list[Flowing | None], list[Value]]:
+        """What the items read from outside, in order of first use, and what others read of theirs."""
+        inner = set(_nodes(items))
+        produced = {value for node in inner for value in node.outputs}
+        used: dict[Flowing, None] = {}
+        for item in items:
+            for value in self.reads(item, path):
+                if value not in produced:
+                    used[value] = None
+        results = [
+            value
+            for item in items
+            for value in (item.results if isinstance(item, Code) else item.outputs)
+            if value in self.needed or any(user not in inner for user, _ in value.uses)
+        ]
+        return list(used), results
+
+    def reads(self, item: Node | Code, path: str) -> list[Flowing]:
+        """Tensors an item needs as variables. Sizes are read off them; see :meth:`Statements.symbol`."""
+        if isinstance(item, Code):
+            return [value for value in item.arguments if value is not None and not self.is_reachable(value, path)]
+        return [value for value in operands_of(item) if not self.is_reachable(value, path)]
+
+    def is_reachable(self, value: Flowing, path: str) -> bool:
+        """True for a parameter that the module at ``path`` can read as its own or its children's."""
+        return isinstance(value, Parameter) and self.places.name_under(value, path) is not None
+
+
+def _nodes(items: Sequence[Node | Code]) -> Iterator[Node]:
+    for item in items:
+        if isinstance(item, Code):
+            yield from _nodes(item.items)
+        else:
+            yield item

@@ -1,0 +1,203 @@
+"""The statements of one forward: a line per node and per call of a child module."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import sympy
+
+from regauge.backends.torch_code import Code, Flowing, Line, parse_access, symbols_of, variable
+from regauge.backends.torch_expressions import expression
+from regauge.backends.torch_folding import tensor
+from regauge.backends.torch_literals import literal
+from regauge.backends.torch_results import gives_sequence
+from regauge.backends.torch_sizes import size_expression, solve_for
+from regauge.ir.errors import EmitError
+from regauge.ir.graph import Node, Operand, Parameter, Value
+
+if TYPE_CHECKING:
+    from regauge.backends.torch_forward import Forward
+
+
+class Statements:
+    """Writes the lines of one :class:`Code` into it."""
+
+    def __init__(self, forward: Forward, code: Code) -> None:
+        self.forward = forward
+        self.code = code
+        self.numbers: dict[Flowing, int] = {}
+        self.alias: dict[Value, ast.expr] = {}
+        self.training = bool(forward.graph.metadata.get("torch", {}).get("training", False))
+
+    def write(self, results: Sequence[Operand]) -> None:
+        """Write all lines, then what is returned."""
+        self._add_symbol_arguments()
+        for argument in self.code.arguments:
+            if argument is not None:
+                self.number(argument)
+        live = self._live_items(results)
+        for item in self.code.items:
+            if id(item) not in live:
+                continue
+            if isinstance(item, Code):
+                self._call(item)
+            else:
+                self.node(item)
+        for state in self.forward.graph.states if not self.code.path else ():
+            if isinstance(state.before, Parameter):
+                text = f"{self.text(state.before)}.copy_({self.text(state.after)})"
+                self.code.lines.append(Line((), text))
+        self.code.returned = [self.text(result) for result in results]
+        self.code.chain = self._is_chain()
+
+    def _live_items(self, results: Sequence[Operand]) -> set[int]:
+        """Items that a result, a state or a later live item needs; dead code is not written."""
+        needed = {result for result in results if isinstance(result, Value)} | self.forward.needed
+        live: set[int] = set()
+        for item in reversed(self.code.items):
+            outputs = item.results if isinstance(item, Code) else item.outputs
+            if any(value in needed for value in outputs):
+                live.add(id(item))
+                needed.update(v for v in self.forward.reads(item, self.code.path) if isinstance(v, Value))
+        return live
+
+    def _is_chain(self) -> bool:
+        """Only calls of direct children, one tensor passed along: what nn.Sequential does."""
+        if len(self.code.arguments) != 1 or not self.code.lines or len(self.code.calls) != len(self.code.lines):
+            return False
+        current = variable(0)
+        for line in self.code.lines:
+            if not line.expression.endswith(f"({current})") or len(line.targets) != 1 or line.targets[0] is None:
+                return False
+            current = variable(line.targets[0])
+        return self.code.returned == [current]
+
+    # Variables -----------------------------------------------------------------------------------------------
+
+    def number(self, value: Flowing) -> int:
+        number = self.numbers.setdefault(value, len(self.numbers))
+        self.code.hints.setdefault(number, _hint(getattr(value, "name", "")))
+        return number
+
+    def fresh(self, hint: str) -> int:
+        """A variable that stands for no value, such as a local function."""
+        return self.number(sympy.Dummy(hint))
+
+    def reference(self, operand: Operand) -> ast.expr:
+        """The expression of an operand: a variable, a tensor of the module, a number or a size."""
+        if not isinstance(operand, Value):
+            return literal(operand, self.symbol)
+        if operand in self.alias:
+            return self.alias[operand]
+        if isinstance(operand, Parameter):
+            name = self.forward.places.name_under(operand, self.code.path)
+            if name is not None:
+                return tensor(parse_access(self.forward.places.access(self.code.path, name)), operand)
+        if operand not in self.numbers:
+            raise EmitError(f"{operand} is read in {self.code.path or 'the root'} before it is computed")
+        return tensor(ast.Name(variable(self.numbers[operand])), operand)
+
+    def text(self, operand: Operand) -> str:
+        return ast.unparse(self.reference(operand))
+
+    # Dynamic sizes -------------------------------------------------------------------------------------------
+
+    def _add_symbol_arguments(self) -> None:
+        """Sizes that no argument of this frame shows are passed in as numbers."""
+        for item in self.code.items:
+            for symbol in symbols_of(item):
+                if symbol in self.code.arguments or self._shown(symbol, self.code.arguments) is not None:
+                    continue
+                if self.code.path:
+                    self.code.arguments.append(symbol)
+
+    def symbol(self, symbol: sympy.Symbol) -> ast.expr:
+        """How this forward reads a dynamic size, such as ``x.shape[0]``."""
+        if symbol in self.numbers:
+            return ast.Name(variable(self.numbers[symbol]))
+        found = self._shown(symbol, self.code.arguments) or self._shown(symbol, list(self.numbers))
+        if found is None:
+            raise EmitError(f"the dynamic size {symbol} cannot be read off any input: make it static at capture")
+        return found
+
+    def _shown(self, symbol: sympy.Symbol, values: Sequence[Flowing | None]) -> ast.expr | None:
+        tensors = [value for value in values if isinstance(value, Value)]
+        for value in tensors:
+            if symbol in value.shape:
+                return self._axis(value, value.shape.index(symbol))
+        for value in tensors:
+            for axis, size in enumerate(value.shape):
+                solved = solve_for(symbol, size)
+                if solved is not None:
+                    return size_expression(solved, lambda _, v=value, a=axis: self._axis(v, a))  # type: ignore[misc]
+        return None
+
+    def _axis(self, value: Value, axis: int) -> ast.expr:
+        shape = ast.Attribute(tensor(ast.Name(variable(self.number(value))), value), "shape")
+        return ast.Subscript(shape, ast.Constant(axis))
+
+    # Lines ---------------------------------------------------------------------------------------------------
+
+    def targets(self, outputs: Sequence[Value]) -> tuple[int | None, ...]:
+        return tuple(self.number(v) if v.uses or v in self.forward.needed else None for v in outputs)
+
+    def _call(self, child: Code) -> None:
+        places = self.forward.places
+        arguments = ["None" if a is None else ast.unparse(self._argument(a)) for a in child.arguments]
+        callee = places.access(self.code.path, child.path)
+        self.code.calls.append(child.path)
+        line = Line(self.targets(child.results), f"{callee}({', '.join(arguments)})", hint=_call_hint(child))
+        self.code.lines.append(line)
+
+    def _argument(self, argument: Flowing) -> ast.expr:
+        return self.symbol(argument) if isinstance(argument, sympy.Symbol) else self.reference(argument)
+
+    def node(self, node: Node) -> None:
+        from regauge.backends.torch_regions import special_lines
+
+        lines = special_lines(self, node)
+        if lines is not None:
+            self.code.lines.extend(lines)
+            return
+        found = self.expression(node)
+        if isinstance(found, ast.Name | ast.Attribute) and len(node.outputs) == 1:
+            self.alias[node.outputs[0]] = tensor(_copy_of(found), node.outputs[0])
+            return
+        unpacks = len(node.outputs) > 1 or gives_sequence(node)
+        flowing = [v for _, v in node.operands() if not self.forward.is_reachable(v, self.code.path)]
+        renews = len(flowing) == 1 and len(node.outputs) == 1
+        self.code.lines.append(Line(self.targets(node.outputs), ast.unparse(found), unpacks, renews))
+
+    def expression(self, node: Node) -> ast.expr:
+        """The node's own expression over this frame's variables; raises EmitError naming the node."""
+        try:
+            if node.op == "dropout" and node.attributes.get("p") == 0:
+                return self.reference(node.inputs[0])
+            operands = [self.reference(operand) for operand in node.inputs]
+            attributes: dict[str, Any] = {k: literal(v, self.symbol) for k, v in node.attributes.items()}
+            if node.attributes.get("training", None) == self.training and node.op == "dropout":
+                attributes["training"] = parse_access("self.training")
+            return expression(node.operator, operands, attributes, self.forward.helpers)
+        except EmitError as error:
+            raise EmitError(f"{node.label} cannot be written as torch source: {error}") from error
+
+
+def _copy_of(found: ast.expr) -> ast.expr:
+    return ast.parse(ast.unparse(found), mode="eval").body
+
+
+def _hint(name: str) -> str:
+    """A readable base for a local name: ``layer1.0/relu_3`` gives ``relu``."""
+    base = re.sub(r"\W", "_", re.split(r"[./:]", re.sub(r"\.\d+$", "", name))[-1])
+    return re.sub(r"(_?\d+)+$", "", base).strip("_").lower()
+
+
+def _call_hint(child: Code) -> str:
+    """``query = self.query(x)``, but ``x = self.conv1(x)``: convolutions and norms only pass a tensor along."""
+    name = child.path.rpartition(".")[2]
+    if child.layer is not None and not child.layer.startswith(("nn.Linear", "nn.Embedding")):
+        return ""
+    return name if name.isidentifier() else ""
