@@ -68,16 +68,22 @@ def free_groups(graph: Graph) -> list[Group]:
 
 def find_group(graph: Graph, name: str) -> Group:
     """The group of a Dim given by its name, or by a parameter axis such as ``conv1.weight:0``; raises ExplainError."""
+    found = find_groups(graph, name)
+    if len(found) == 1:
+        return found[0]
+    choices = ", ".join(group.name for group in found)
+    raise ExplainError(f"the axis {name} has several Dims: name one of {choices}")
+
+
+def find_groups(graph: Graph, name: str) -> list[Group]:
+    """The group of the Dim of this name, or those of all Dims of this parameter axis; raises ExplainError."""
     groups: Iterable[Group] = graph.groups()
     for group in groups:
         if group.name == name:
-            return group
+            return [group]
     at = [group for group in groups if any(f"{n}:{m.axis}" == name for m in group.members for n in m.parameter.names)]
-    if len(at) == 1:
-        return at[0]
     if at:
-        choices = ", ".join(group.name for group in at)
-        raise ExplainError(f"the axis {name} has several Dims: name one of {choices}")
+        return at
     from difflib import get_close_matches
 
     close = get_close_matches(name, [group.name for group in groups], 3)

@@ -18,6 +18,7 @@ runner (:mod:`regauge.passes.pipeline`) checks that, and verifies the result.
 
 from __future__ import annotations
 
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -144,7 +145,7 @@ def _check_declaration(cls: type[Pass]) -> None:
     declared = {entry.name for entry in fields(cls)}
     lost = [
         name
-        for name, annotation in cls.__dict__.get("__annotations__", {}).items()
+        for name, annotation in inspect.get_annotations(cls).items()
         if name not in declared and "ClassVar" not in str(annotation)
     ]
     if lost:

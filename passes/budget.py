@@ -58,7 +58,7 @@ def parse_amount(given: float | int | str, option: str) -> Amount:
 
 @dataclass(frozen=True)
 class Choice:
-    """A Dim that may be cut: its scores (higher is kept longer), the least it keeps, what its counts are multiples of."""
+    """A Dim that may be cut: its scores (high ones are kept), the least it keeps, what its counts are multiples of."""
 
     dim: Dim
     scores: np.ndarray
@@ -125,8 +125,9 @@ def allocate(choices: Sequence[Choice], plan: Plan, running: Running, target: fl
     least = {choice.dim: choice.least for choice in choices}
     if running.set_sizes(least) > target:
         raise PassError(
-            f"{what} cannot be met: with every Dim as small as it may be, {running.total:.4g} of {running.original:.4g} "
-            f"are left, and {target:.4g} are wanted; raise the budget, or allow more (exclude, minimum, round_to)"
+            f"{what} cannot be met: with every Dim as small as it may be, {running.total:.4g} of "
+            f"{running.original:.4g} are left, and {target:.4g} are wanted; "
+            "raise the budget, or allow more (exclude, minimum, round_to)"
         )
     fits, exceeds = _bisect(plan, running, target, least)
     running.set_sizes(fits)

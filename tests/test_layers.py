@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "backends": ("backends", "ir", "settings"),
     "optimize": ("frontends", "passes", "backends", "ir", "settings"),
     "__init__": ("optimize", "frontends", "passes", "backends", "ir", "settings"),
+    "demo": ("optimize", "frontends", "passes", "backends", "ir", "settings"),
     "cli": ("*",),
     "__main__": ("cli",),
 }

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from regauge.frontends.from_onnx import load as load
     from regauge.ir.edit import Builder as Builder
     from regauge.ir.errors import RegaugeError as RegaugeError
+    from regauge.ir.errors import RegaugeWarning as RegaugeWarning
     from regauge.ir.graph import Graph as Graph
     from regauge.ir.operator import Operator as Operator
     from regauge.ir.operator import operator as operator
     from regauge.ir.operator import register_operator as register_operator
     from regauge.ir.operator import sample as sample
+    from regauge.ir.resize import resize as resize
     from regauge.passes.base import Context as Context
     from regauge.passes.base import Pass as Pass
     from regauge.passes.bisect import bisect as bisect
@@ -41,6 +43,7 @@ _HOME = {
     "Operator": "regauge.ir.operator",
     "Pass": "regauge.passes.base",
     "RegaugeError": "regauge.ir.errors",
+    "RegaugeWarning": "regauge.ir.errors",
     "bisect": "regauge.passes.bisect",
     "capture": "regauge.frontends.capture",
     "compare": "regauge.backends.compare",
@@ -49,6 +52,7 @@ _HOME = {
     "operator": "regauge.ir.operator",
     "option": "regauge.passes.options",
     "register_operator": "regauge.ir.operator",
+    "resize": "regauge.ir.resize",
     "sample": "regauge.ir.operator",
     "settings": "regauge.settings",
 }

@@ -1,0 +1,318 @@
+"""The command line: what the Python interface does, for files.
+
+Tables are drawn on a terminal and plain in a pipe (NO_COLOR is respected). Exit status 0: done; 1: a comparison found a
+difference; 2: an error, told in one line on stderr, with nothing written.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regauge.ir.errors import RegaugeError
+
+if TYPE_CHECKING:
+    from regauge.ir.graph import Graph
+
+# Errors are printed by main(), in one line; docstrings are shown as they are written.
+app = typer.Typer(
+    name="regauge",
+    help="Prune and rewrite neural networks that already exist.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[Path, typer.Argument(metavar="IN", help="an ONNX file, or a program saved by torch.export (.pt2)")]
+Data = Annotated[list[Path] | None, typer.Option(help="a batch: an .npz file, one array per input; may be repeated")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    warnings.showwarning = _show_warning
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = app(args=given or ["--help"], standalone_mode=False, prog_name="regauge")
+        sys.stdout.flush()
+        return int(status or 0)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (RegaugeError, OSError) as error:
+        return _failed(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return _failed("stopped")
+    except Exception as error:
+        if hasattr(error, "format_message"):  # wrong usage; typer carries a click of its own, so no class can be named
+            return _failed(error.format_message())
+        raise
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"regauge: warning: {str(message).splitlines()[0]}", file=sys.stderr)
+
+
+def _failed(message: str) -> int:
+    lines = message.strip().splitlines() or ["failed"]
+    print(f"regauge: {lines[0]}", file=sys.stderr)
+    return 2
+
+
+@app.command()
+def optimize(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="OUT", help="an .onnx file, or a folder for torch source")
+    ],
+    passes: Annotated[str, typer.Option(help="a pipeline, such as 'prune{ratio=0.5}'")] = "",
+    data: Data = None,
+) -> None:
+    """Run passes over a model and write the result.
+
+    \b
+    regauge optimize model.onnx -o small.onnx --passes "prune{ratio=0.5}"
+    regauge optimize model.onnx -o small.onnx --passes "prune{macs=300M,scope=global,exclude=[head.*]}"
+    regauge optimize model.pt2 -o small_model --passes "prune{params=0.4,round_to=8}"
+    """
+    from regauge.optimize import optimize as run_optimize
+
+    result = run_optimize(_open(model), passes or [], [_read_npz(path) for path in data] if data else None)
+    if output.suffix.lower() == ".onnx":
+        result.to_onnx(output)
+    else:
+        result.write(output)
+    if result.report.passes:
+        _print_table(result.report.rows())
+        for entry in result.report.passes:
+            for line in entry.lines():
+                print(f"  {line}")
+    print(f"wrote {output}")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    text: Annotated[bool, typer.Option("--text", help="print the whole graph, as text that parses back")] = False,
+) -> None:
+    """Show what a model is made of, what it costs, and which of its axes can be cut.
+
+    \b
+    regauge inspect model.onnx
+    regauge inspect model.onnx --text > model.txt
+    """
+    graph = _open(model)
+    if text:
+        print(graph)
+        return
+    _print_table([["model", str(model)], *_summary(graph)])
+
+
+def _summary(graph: Graph) -> list[list[str]]:
+    from regauge.ir.cost import activation_bytes, figures
+    from regauge.passes.report import short
+
+    cost, (_, peak) = figures(graph), activation_bytes(graph)
+    nodes = Counter(node.op for _, node in graph.walk())
+    groups = graph.groups()
+    free = sum(group.free for group in groups)
+    opaque = nodes["torch_call"] + nodes["onnx_call"] + len(graph.axes.problems)
+    return [
+        *(["input", repr(value)] for value in graph.inputs),
+        *(["output", repr(value)] for value in graph.outputs),
+        ["nodes", f"{sum(nodes.values())}: " + ", ".join(f"{n} {op}" for op, n in nodes.most_common(8))],
+        [
+            "parameters",
+            f"{short(cost.parameters)} in {len(list(graph.all_parameters()))} tensors, {short(cost.bytes)}B",
+        ],
+        ["MACs", short(cost.macs)],
+        ["activations", f"{short(peak)}B at the peak"],
+        ["Dims", f"{len(groups)} in parameters, {free} of them free"],
+        ["without a rule", str(opaque)],
+    ]
+
+
+@app.command()
+def groups(
+    model: Model,
+    of: Annotated[str | None, typer.Option(help="only the Dims of this parameter axis, such as conv1.weight:0")] = None,
+    free: Annotated[bool, typer.Option("--free", help="only Dims that can be cut")] = False,
+) -> None:
+    """List the Dims of a model: axes of parameters that are cut together, and why others are not cut.
+
+    \b
+    regauge groups model.onnx
+    regauge groups model.onnx --of conv1.weight:0
+    """
+    from regauge.ir.groups import find_groups
+
+    graph = _open(model)
+    found = find_groups(graph, of) if of else graph.groups()
+    rows = [["Dim", "size", "members", "state"]]
+    for group in found:
+        if group.free or not free:
+            state = "free" if group.free else str(group.pins[0]) if group.pins else "nothing to cut"
+            members = ", ".join(map(str, group.members)) if of else str(len(group.members))
+            rows.append([group.name, str(group.size), members, state])
+    _print_table(rows)
+
+
+@app.command()
+def explain(
+    model: Model,
+    what: Annotated[str, typer.Argument(metavar="DIM", help="a Dim, a parameter axis (conv1.weight:0) or a value")],
+) -> None:
+    """Say in words what a Dim, a parameter axis or a value is, and why it can or cannot be cut.
+
+    \b
+    regauge explain model.onnx conv1.weight:0
+    """
+    print(_open(model).explain(what))
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="an ONNX file or a .pt2 file")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="an ONNX file or a .pt2 file")],
+    data: Data = None,
+    tolerance: Annotated[float, typer.Option(help="difference allowed, relative to the greatest output", min=0)] = 1e-5,
+    seeds: Annotated[int, typer.Option(help="how many times inputs are made up where no data is given", min=1)] = 1,
+) -> int:
+    """Run two models on the same inputs and show how far their outputs are apart; exit status 1 if too far.
+
+    \b
+    regauge compare model.onnx small.onnx --data images.npz --tolerance 1e-3
+    """
+    from regauge.backends.compare import compare as run_compare
+    from regauge.ir.sample_inputs import sample_inputs
+
+    models: list[Any] = [path if _is_onnx(path) else _open(path) for path in (first, second)]
+    if data:
+        batches: list[Any] = [_read_npz(path) for path in data]
+    else:
+        graph = _open(first) if _is_onnx(first) else models[0]
+        batches = [sample_inputs(graph, seed=seed) for seed in range(seeds)]
+    equal = True
+    for batch in batches:
+        found = run_compare(models[0], models[1], batch)
+        _print_table(found.rows())
+        equal = equal and found.equal(tolerance)
+    print("equal" if equal else "different", f"within {tolerance:g}")
+    return 0 if equal else 1
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="a pass, to see its options")] = None,
+) -> None:
+    """List the passes, or describe one of them and its options.
+
+    \b
+    regauge passes
+    regauge passes prune
+    """
+    from regauge.passes.catalog import find_pass, pass_names
+
+    if name is None:
+        _print_table([["pass", "contract", "what it does"], *_pass_rows(pass_names())])
+        return
+    import inspect as python_inspect
+
+    one = find_pass(name)
+    print(f"{one.name} ({one.contract})\n\n{python_inspect.getdoc(one)}\n")
+    rows = [["option", "value", "default", ""]]
+    _print_table(rows + [[info.name, info.kind, info.default, info.help] for info in one.option_table()])
+
+
+def _pass_rows(names: Sequence[str]) -> list[list[str]]:
+    from regauge.passes.catalog import find_pass
+
+    rows = []
+    for name in names:
+        try:
+            one = find_pass(name)
+            rows.append([name, one.contract, one.summary()])
+        except RegaugeError as error:  # a broken plug-in must not hide the others
+            rows.append([name, "-", f"cannot be used: {error}"])
+    return rows
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="train for a few seconds only")] = False,
+    save: Annotated[Path | None, typer.Option(help="keep the trained network as this ONNX file")] = None,
+) -> None:
+    """Train a small network, prune it to half its MACs, fine-tune it, and measure it before and after.
+
+    \b
+    regauge demo
+    regauge demo --quick --save digits.onnx
+    """
+    from regauge.demo import run_demo
+
+    rows = run_demo(quick=quick, save=save)
+    _print_table(rows)
+    if save is not None:
+        print(f"wrote {save}")
+
+
+def _is_onnx(path: Path) -> bool:
+    return path.suffix.lower() in (".onnx", ".textproto", ".pb")
+
+
+def _open(path: Path) -> Graph:
+    """The graph of a file; raises RegaugeError for a file of another kind."""
+    if not path.exists():
+        raise RegaugeError(f"there is no file {path}")
+    if path.suffix.lower() == ".pt2":
+        import torch
+
+        from regauge.frontends.capture import capture
+
+        try:
+            program = torch.export.load(path)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RegaugeError(f"{path} is not a program that torch.export saved: {reason}") from error
+        return capture(program, program.example_inputs[0] if program.example_inputs else ())
+    from regauge.frontends.from_onnx import load
+
+    return load(path)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    """Arrays by name; raises RegaugeError for anything that is not a plain .npz file."""
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RegaugeError(f"{path} is not an .npz file of arrays: {error}") from error
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal, aligned text in a pipe."""
+    if not sys.stdout.isatty():
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in rows[0]:
+        table.add_column(Text(title), overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*[Text(cell) for cell in row])
+    Console().print(table)
