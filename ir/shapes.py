@@ -38,7 +38,8 @@ def infer_results(operator: Operator, operands: Sequence[Any], attributes: Mappi
         raise OperatorError(f"{operator.name}({shown}) cannot be evaluated: {_first_line(error)}") from error
 
 
-HINTS = (64, 4096, 131072)  # stand-ins for dynamic sizes; larger ones where a window does not fit into a smaller one
+HINTS = (64, 256, 1024, 4096, 16384, 131072)
+"""Least stand-ins for dynamic sizes; larger ones where a window does not fit or a derived size comes out small."""
 
 
 def _infer_symbolic(
@@ -47,15 +48,31 @@ def _infer_symbolic(
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it prints the trace of every failed attempt
+    sizes = _expressions([getattr(o, "shape", o) for o in operands]) | _expressions(list(attributes.values()))
+    fitting = [least for least in HINTS if _telling(sizes, prime_hints(symbols, least))] or [HINTS[-1]]
     try:
-        for least in HINTS[:-1]:
+        for least in fitting[:-1]:
             try:
                 return _SymbolicShapes(symbols, least).infer(operator, operands, attributes)
             except Exception:  # the last attempt says what is wrong
                 continue
-        return _SymbolicShapes(symbols, HINTS[-1]).infer(operator, operands, attributes)
+        return _SymbolicShapes(symbols, fitting[-1]).infer(operator, operands, attributes)
     finally:
         logger.setLevel(level)
+
+
+def _expressions(value: Any) -> set[Any]:
+    """The sizes inside operands' shapes and attributes, numbers included."""
+    if isinstance(value, list | tuple):
+        return set().union(*(_expressions(v) for v in value)) if value else set()
+    return {value} if isinstance(value, sympy.Expr) or type(value) is int else set()
+
+
+def _telling(sizes: set[Any], hints: Mapping[sympy.Symbol, int]) -> bool:
+    """Whether no size comes out so small, or equal to a fixed one, that it would be taken for special."""
+    fixed = {size for size in sizes if isinstance(size, int)}
+    found = [size.subs(hints) for size in sizes if isinstance(size, sympy.Expr)]
+    return all(not number.is_Integer or number > 4 and int(number) not in fixed for number in found)
 
 
 def _first_line(error: Exception) -> str:

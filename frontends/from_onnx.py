@@ -1,0 +1,321 @@
+"""Loading ONNX models: each node is read onto the operator it stands for; the onnx_ir model itself is carried along.
+
+    model.onnx ── onnx_ir.Model (carried, never changed) ── Graph: nodes and values point back with ``origin``
+
+Whatever cannot be read becomes an ``onnx_call``: kept as it is, run by onnxruntime, a barrier to passes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+import onnx_ir
+
+from regauge.frontends.onnx_call import OnnxCall
+from regauge.frontends.onnx_file import in_order, open_model
+from regauge.frontends.onnx_folding import Question, fold
+from regauge.frontends.onnx_functions import expand_function
+from regauge.frontends.onnx_opaque import emit_opaque
+from regauge.frontends.onnx_regions import read_cond, read_loop, read_scan
+from regauge.frontends.onnx_scope import Entry, Scope, tensor_entry
+from regauge.frontends.onnx_sizes import Unknown, as_type, content, of_shape
+from regauge.frontends.onnx_weights import data_type_of, dtype_of, weight_of
+from regauge.ir.edit import Builder, remove_node
+from regauge.ir.errors import LoadError, OperatorError, RegaugeError, RegaugeWarning
+from regauge.ir.graph import Dtype, Graph, Value
+from regauge.ir.operator import Operator, find_onnx
+from regauge.ir.sizes import Size, count, parse_size, symbol
+
+OVERRIDABLE = "overridable initializer: pass freeze=True to treat it as a weight"
+_CONTROL = {"If": read_cond, "Loop": read_loop, "Scan": read_scan}
+
+
+def load(source: Any, *, freeze: bool = False) -> Graph:
+    """Load an ONNX model from a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; the source is not changed.
+
+    Weights stay in the file until they are read. Initializers that are also graph inputs can be overridden by whoever
+    runs the model: they stay inputs, pinned, unless ``freeze`` is given. In files of old exporters, which listed every
+    weight as an input (IR version below 4, or below 7 with nine in ten initializers listed), they are weights.
+    ``graph.metadata`` holds the carried model under "onnx", contents that were folded under "onnx_folded", branches of
+    an If that were taken at import under "onnx_branches" and notes on what was changed under "onnx_notes".
+    Raises LoadError, in one line, when the file is broken.
+    """
+    model, notes = open_model(source)
+    importer = _Importer(model, freeze=freeze or _lists_every_weight(model))
+    graph = importer.run()
+    graph.metadata["onnx_notes"] = (*notes, *importer.notes)
+    importer.warn()
+    return graph
+
+
+def _lists_every_weight(model: onnx_ir.Model) -> bool:
+    weights = model.graph.initializers.values()
+    listed = sum(value.is_graph_input() for value in weights)
+    version = model.ir_version or 0
+    return version < 4 or (version < 7 and listed > 0 and listed >= 0.9 * len(weights))
+
+
+class _Importer:
+    """One import: walks the nodes of the main graph, and through the scopes those of nested graphs and functions."""
+
+    def __init__(self, model: onnx_ir.Model, *, freeze: bool) -> None:
+        self.model = model
+        self.freeze = freeze
+        self.label = model.graph.name or "the model"
+        self.graph = Graph(name=model.graph.name or "graph")
+        self.scope = Scope(Builder(self.graph), dict(model.opset_imports))
+        self.scope.emit = self._emit
+        self.opaque: list[tuple[str, str]] = []  # (operator, which node and why)
+        self.branches: dict[onnx_ir.Node, int] = {}
+        self.notes: list[str] = []
+
+    def run(self) -> Graph:
+        self.graph.metadata["onnx"] = self.model
+        self._inputs()
+        self.initializers(self.scope, self.model.graph)
+        self.nodes(self.scope, self.model.graph)
+        self.graph.outputs = [self.scope.operand(value) for value in self.model.graph.outputs]
+        self.graph.metadata["onnx_folded"] = self.scope.folded
+        self.graph.metadata["onnx_branches"] = self.branches
+        return self.graph
+
+    # -- inputs and initializers -------------------------------------------------------------------------------------
+
+    def _inputs(self) -> None:
+        defaults, reasons = {}, {}
+        for onnx_value in self.model.graph.inputs:
+            if onnx_value.is_initializer() and self.freeze:
+                continue
+            shape, dtype = self._input_type(onnx_value)
+            value = self.scope.build.input(onnx_value.name or "input", shape, dtype)
+            value.origin = onnx_value
+            self.scope.entries[onnx_value] = Entry(onnx_value, self.scope, value=value)
+            if onnx_value.const_value is not None:
+                defaults[value.name] = weight_of(onnx_value.const_value)
+                reasons[value.name] = OVERRIDABLE
+        if defaults:
+            self.graph.metadata["input_defaults"] = defaults
+            self.graph.metadata["input_reasons"] = reasons
+
+    def _input_type(self, value: onnx_ir.Value) -> tuple[tuple[Size, ...], Dtype]:
+        if isinstance(value.type, onnx_ir.SequenceType | onnx_ir.OptionalType):
+            return (), "sequence" if isinstance(value.type, onnx_ir.SequenceType) else "optional"
+        if value.shape is None:
+            raise LoadError(
+                f"{self.label}: the input {value.name!r} has no rank; give it a shape and save the model again"
+            )
+        sizes = tuple(_input_size(d, f"{value.name}_{axis}") for axis, d in enumerate(value.shape))
+        for size in sizes:
+            if not isinstance(size, int):
+                self.graph.symbols.update({s: (1, None) for s in size.free_symbols})
+        return sizes, dtype_of(value.dtype)
+
+    def initializers(self, scope: Scope, graph: onnx_ir.Graph) -> None:
+        for value in graph.initializers.values():
+            if value not in scope.entries and value.const_value is not None:
+                scope.entries[value] = tensor_entry(value, scope, value.const_value)
+
+    # -- nodes -------------------------------------------------------------------------------------------------------
+
+    def nodes(self, scope: Scope, graph: onnx_ir.Graph | onnx_ir.Function) -> None:
+        """Read the nodes of a graph, each after what it reads."""
+        for node in in_order(graph, self.label):
+            self.node(scope, node)
+
+    def node(self, scope: Scope, node: onnx_ir.Node) -> None:
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            self._constant(scope, node)
+        elif not self._fold(scope, node):
+            self._emit(scope, node)
+
+    def _constant(self, scope: Scope, node: onnx_ir.Node) -> None:
+        output = node.outputs[0]
+        tensor = onnx_ir.convenience.get_const_tensor(output)
+        if tensor is None:
+            call = OnnxCall(node, scope)
+            name = call.attribute_names[0] if call.attribute_names else ""
+            if name == "sparse_value" or not name:
+                self._keep(scope, node, "a sparse constant is kept as it is")
+                return
+            raw = call._attributes[name]
+            tensor = raw.value if name == "value" else onnx_ir.tensor(raw.value)
+        scope.entries[output] = tensor_entry(output, scope, tensor)
+
+    def _fold(self, scope: Scope, node: onnx_ir.Node) -> bool:
+        """Whether the contents of a node's outputs are known without running it; they are noted, no node is made."""
+        if node.domain not in ("", "ai.onnx") or not node.outputs:
+            return False
+        call = OnnxCall(node, scope)
+        entries = [call.entry(i) for i in range(len(node.inputs))]
+        try:
+            if node.op_type in ("Shape", "Size") and entries[0] is not None:
+                found = [_shape_content(call, entries[0])]
+            elif node.op_type == "CastLike" and entries[0] is not None and entries[1] is not None:
+                found = [as_type(entries[0].content, data_type_of(entries[1].dtype))]
+            elif entries and all(e is None or e.content is not None for e in entries) and any(entries):
+                known = [None if e is None else e.content for e in entries]
+                found = fold(Question(node.op_type, call.opset, known, call.attribute, len(node.outputs)))
+            else:
+                return False
+        except Unknown:
+            return False
+        for output, known_content in zip(node.outputs, found, strict=False):
+            entry = Entry(output, scope, content=known_content, producer=node)
+            scope.entries[output] = entry
+            scope.note(entry, None)
+        return True
+
+    def _emit(self, scope: Scope, node: onnx_ir.Node) -> None:
+        """Make nodes of our own for an ONNX node."""
+        build = scope.build
+        before = (build.origin, build.scope)
+        build.origin, build.scope = node, _module_path(node)
+        start = len(build.added)
+        try:
+            self._read(scope, node)
+        except LoadError as error:
+            if "external data" in str(error):
+                raise
+            self._give_up(scope, node, start, error)
+        except Exception as error:
+            self._give_up(scope, node, start, error)
+        finally:
+            build.origin, build.scope = before
+
+    def _give_up(self, scope: Scope, node: onnx_ir.Node, start: int, error: Exception) -> None:
+        for added in reversed(scope.build.added[start:]):
+            if added.origin is node and not any(value.uses for value in added.outputs):
+                remove_node(scope.build.graph, added)
+        del scope.build.added[start:]
+        kind = "" if isinstance(error, RegaugeError) else f"{type(error).__name__}: "
+        self._keep(scope, node, kind + (str(error).strip() or "no reason given").splitlines()[0])
+
+    def _read(self, scope: Scope, node: onnx_ir.Node) -> None:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        function = self.model.functions.get(node.op_identifier())
+        if domain == "" and node.op_type in _CONTROL:
+            _CONTROL[node.op_type](self, scope, node)
+        elif function is not None:
+            expand_function(self, scope, node, function)
+        else:
+            found = find_onnx(domain, node.op_type)
+            if found is None:
+                raise OperatorError("there is no record for it")
+            operator, form = found
+            call = OnnxCall(node, scope)
+            results = form.read(scope.build, call) if form.read is not None else _direct(scope.build, call, operator)
+            self.bind(scope, node, results if isinstance(results, tuple | list) else (results,))
+
+    def bind(self, scope: Scope, node: onnx_ir.Node, results: Sequence[Value | None]) -> None:
+        """Let the node's outputs stand for the results of the reader, under the ONNX names."""
+        if any(value.name and value.uses() for value in node.outputs[len(results) :]):
+            raise OperatorError(f"its reader gives {len(results)} of {len(node.outputs)} results")
+        for onnx_value, value in zip(node.outputs, results, strict=False):
+            if not onnx_value.name:
+                continue
+            if value is None:
+                if onnx_value.uses() or onnx_value.is_graph_output():
+                    raise OperatorError(f"its reader does not give the result {onnx_value.name!r}")
+                continue
+            if value.origin is None and value.producer is not None and value.producer.origin is node:
+                value.name = scope.build.unique(onnx_value.name)
+                value.origin = onnx_value
+            existing = scope.entries.get(onnx_value)
+            if existing is None:
+                scope.entries[onnx_value] = Entry(onnx_value, scope, value=value)
+            else:
+                existing.value = value
+
+    def _keep(self, scope: Scope, node: onnx_ir.Node, reason: str) -> None:
+        self.opaque.append((node.op_type, f"{node.name or node.outputs[0].name}: {reason}"))
+        results = emit_opaque(self.model, scope, node, reason)
+        named = iter(results)
+        self.bind(scope, node, [next(named) if value.name else None for value in node.outputs])
+        for value in results:
+            for size in value.shape:
+                if not isinstance(size, int):
+                    self.graph.symbols.update({s: (1, None) for s in size.free_symbols if s not in self.graph.symbols})
+
+    def assume(self, node: onnx_ir.Node) -> None:
+        """Note that a branch is taken although its condition depends on a dynamic size."""
+        name = node.name or node.outputs[0].name
+        self.notes.append(
+            f"If {name!r}: the first branch is taken to be the one that runs, for the other differs in form"
+        )
+
+    def warn(self) -> None:
+        """One warning for all nodes that are kept as they are."""
+        if self.opaque:
+            counts = Counter(op_type for op_type, _ in self.opaque)
+            kinds = ", ".join(f"{op_type} ({number})" for op_type, number in sorted(counts.items()))
+            first = self.opaque[0][1]
+            warnings.warn(
+                f"{self.label}: kept as they are, and nothing they touch can be cut: {kinds}; the first is {first}",
+                RegaugeWarning,
+                stacklevel=3,
+            )
+
+
+def _input_size(dimension: Any, default: str) -> Size:
+    """The size of an input's axis; a name that is no arithmetic (``?``) gets a symbol of its own."""
+    if isinstance(dimension, int):
+        return dimension
+    try:
+        return parse_size(dimension.value) if dimension.value else symbol(default)
+    except RegaugeError:
+        return symbol(default)
+
+
+def _shape_content(call: OnnxCall, entry: Entry) -> Any:
+    shape = entry.shape
+    if entry.dtype in ("unknown", "sequence", "optional"):
+        raise Unknown
+    if call.op_type == "Size":
+        return content(count(shape), onnx_ir.DataType.INT64)
+    return of_shape(shape[call.attribute("start", 0) : call.attribute("end", len(shape))])
+
+
+def _direct(build: Builder, call: OnnxCall, operator: Operator) -> Any:
+    """The mapping ``None``: inputs are the operands, attributes those of the same name."""
+    attributes = {}
+    for name in call.attribute_names:
+        value = call.attribute(name)
+        if name in operator.attributes:
+            attributes[name] = value
+        elif value != _schema_default(call, name):
+            raise OperatorError(f"its attribute {name}={value!r} is not supported")
+    inputs = call.inputs
+    while inputs and inputs[-1] is None:
+        inputs.pop()
+    return build(operator.name, *inputs, **attributes)
+
+
+def _schema_default(call: OnnxCall, name: str) -> Any:
+    try:
+        schema = onnx.defs.get_schema(call.op_type, call.opset, call.domain)
+    except onnx.defs.SchemaError:
+        return None
+    attribute = schema.attributes.get(name)
+    if attribute is None or not attribute.default_value.name:
+        return None
+    found = onnx.helper.get_attribute_value(attribute.default_value)
+    return found.decode() if isinstance(found, bytes) else found
+
+
+def _module_path(node: onnx_ir.Node) -> tuple[tuple[str, str], ...]:
+    """The module path that torch's exporter notes on its nodes, root first; empty for other exporters."""
+    import ast
+
+    paths = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    classes = node.metadata_props.get("pkg.torch.onnx.class_hierarchy")
+    if not paths or not classes:
+        return ()
+    try:
+        pairs = list(zip(ast.literal_eval(paths), ast.literal_eval(classes), strict=True))
+    except (ValueError, SyntaxError):
+        return ()
+    return tuple((str(path), str(name).rpartition(".")[2]) for path, name in pairs[:-1])

@@ -1,0 +1,205 @@
+"""What is known of the values of one ONNX scope (main graph, nested graph, function call) while it is being read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import sympy
+
+from regauge.frontends.onnx_sizes import LIMIT, Content
+from regauge.frontends.onnx_weights import dtype_of, is_float, torch_from_array, weight_of
+from regauge.ir.edit import Builder
+from regauge.ir.errors import LoadError
+from regauge.ir.graph import Dtype, Value
+from regauge.ir.sizes import Size
+
+VECTOR_LIMIT = 64  # a vector of dynamic sizes is stacked from scalars; exporters never need more than a rank's worth
+
+
+@dataclass(eq=False)
+class Entry:
+    """One ONNX value: its counterpart in our graph, made on demand, and what is known of its content."""
+
+    onnx: onnx_ir.Value
+    scope: Scope
+    value: Value | None = None
+    content: Content | None = None
+    tensor: onnx_ir.TensorProtocol | None = None  # an initializer, or the value of a Constant node
+    producer: onnx_ir.Node | None = None  # the node that was folded into ``content``
+    outer: Entry | None = None  # the same value in the scope around a nested graph
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        if self.value is not None:
+            return self.value.shape
+        if self.content is not None:
+            return self.content.array.shape
+        if self.tensor is not None:
+            return tuple(self.tensor.shape.numpy())
+        assert self.outer is not None
+        return self.outer.shape
+
+    @property
+    def dtype(self) -> Dtype:
+        if self.value is not None:
+            return self.value.dtype
+        if self.content is not None:
+            return dtype_of(self.content.data_type)
+        if self.tensor is not None:
+            return dtype_of(self.tensor.dtype)
+        assert self.outer is not None
+        return self.outer.dtype
+
+
+def tensor_entry(onnx: onnx_ir.Value, scope: Scope, tensor: onnx_ir.TensorProtocol) -> Entry:
+    """An entry for constant data; integers and scalars of moderate size are known contents as well."""
+    known = None
+    small = tensor.size <= LIMIT and tensor.dtype != onnx_ir.DataType.STRING
+    if small and (len(tensor.shape) == 0 or not is_float(tensor.dtype)) and tensor.dtype.bitwidth >= 8:
+        known = Content(np.array(tensor.numpy()), tensor.dtype)
+    return Entry(onnx, scope, content=known, tensor=tensor)
+
+
+class Scope:
+    """Names in sight while the nodes of one ONNX graph are read into the graph of one Builder.
+
+    A nested graph has its own Builder: what it reads from around it becomes an input of its region, listed in
+    ``captures``. A function call has the caller's Builder and its own entries.
+    """
+
+    def __init__(
+        self,
+        build: Builder,
+        opsets: dict[str, int],
+        *,
+        parent: Scope | None = None,
+        attributes: dict[str, onnx_ir.Attr] | None = None,
+        fixed: str = "",
+    ) -> None:
+        self.build = build
+        self.opsets = opsets
+        self.parent = parent
+        self.attributes = attributes or {}
+        self.fixed = fixed  # why nothing that is written in the nodes may change: they are the body of a function
+        self.entries: dict[onnx_ir.Value, Entry] = {}
+        self.captures: dict[Value, Value] = {}
+        self.folded: dict[onnx_ir.Value, Any] = {} if parent is None else parent.folded
+        self.emit: Callable[[Scope, onnx_ir.Node], None] | None = None if parent is None else parent.emit
+
+    def find(self, onnx: onnx_ir.Value) -> Entry:
+        """The entry of a value defined here or in a scope around; raises LoadError where there is none."""
+        entry = self.entries.get(onnx)
+        if entry is not None:
+            return entry
+        if self.parent is None:
+            raise LoadError(
+                f"the value {onnx.name!r} is read before anything defines it: check the model with onnx.checker"
+            )
+        found = self.parent.find(onnx)
+        if self.parent.build is self.build:
+            return found
+        entry = Entry(onnx, self, content=found.content, tensor=found.tensor, outer=found)
+        self.entries[onnx] = entry
+        return entry
+
+    def operand(self, onnx: onnx_ir.Value) -> Value:
+        """The value in our graph that stands for an ONNX value, made now if it was only known by content."""
+        return self.value_of(self.find(onnx))
+
+    def value_of(self, entry: Entry) -> Value:
+        if entry.scope is not self and entry.scope.build is not self.build:
+            return self.operand(entry.onnx)
+        if entry.value is None:
+            entry.value = entry.scope._make(entry)
+            if entry.value.origin is None:
+                entry.value.origin = entry.onnx
+        return entry.value
+
+    def _make(self, entry: Entry) -> Value:
+        is_weight = entry.tensor is not None and is_float(entry.tensor.dtype) and len(entry.tensor.shape) > 0
+        if entry.outer is not None and (is_weight or entry.tensor is None and not _static(entry.content)):
+            return self._capture(entry)
+        if entry.tensor is not None:
+            return self._parameter(entry, is_weight)
+        assert entry.content is not None
+        if entry.content.static:
+            return self._constant(entry)
+        return self._dynamic(entry)
+
+    def _capture(self, entry: Entry) -> Value:
+        assert entry.outer is not None and self.parent is not None
+        outside = self.parent.value_of(entry.outer)
+        if outside in self.captures:
+            return self.captures[outside]
+        inner = self.build.input(outside.name, outside.shape, outside.dtype)
+        self.captures[outside] = inner
+        return inner
+
+    def _parameter(self, entry: Entry, is_weight: bool) -> Value:
+        assert entry.tensor is not None
+        name = entry.onnx.name or "constant"
+        if name in self.build.graph.parameters or not self.build.free(name):
+            name = self.build.unique(name)
+        kind: Any = "parameter" if is_weight and not self.fixed else "constant"
+        return self.build.parameter(name, weight_of(entry.tensor), kind)
+
+    def _constant(self, entry: Entry) -> Value:
+        """A constant for content that was folded: it is frozen as of now."""
+        assert entry.content is not None
+        tensor = torch_from_array(np.array(entry.content.array), dtype_of(entry.content.data_type))
+        made = self.build.constant(tensor, entry.onnx.name or "folded")
+        self.note(entry, made.name)
+        return made
+
+    def _dynamic(self, entry: Entry) -> Value:
+        """Content with dynamic sizes in it: the folded node is emitted after all, or the sizes are stacked."""
+        assert entry.content is not None
+        array = entry.content.array
+        if array.size > VECTOR_LIMIT or not all(_is_size(e) for e in array.reshape(-1)):
+            if self.emit is None or entry.producer is None:
+                raise LoadError(f"{entry.onnx.name!r} depends on dynamic sizes and cannot be built from them")
+            self.emit(self, entry.producer)
+            assert entry.value is not None
+            return entry.value
+        dtype = dtype_of(entry.content.data_type)
+        scalars = [self.build.full(shape=(), value=element, dtype=dtype) for element in array.reshape(-1).tolist()]
+        if array.ndim == 0:
+            return scalars[0]  # type: ignore[no-any-return]
+        made = self.build.stack(*scalars, dim=0)
+        return made if array.ndim == 1 else self.build.reshape(made, shape=array.shape)  # type: ignore[no-any-return]
+
+    def note(self, entry: Entry, parameter: str | None) -> None:
+        """Tell whoever emits the graph that this value was folded, and which parameter stands for it."""
+        assert entry.content is not None
+        self.folded[entry.onnx] = Folded(entry.content, parameter)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The record in ``graph.metadata["onnx_folded"]`` of an ONNX value whose content was known at import.
+
+    ``parameter`` names the constant of the graph that stands for it where the content is used as data: emission must
+    freeze such a value. Where it is None the content only gave sizes, which are derived anew.
+    """
+
+    known: Content
+    parameter: str | None
+
+    @property
+    def content(self) -> Any:
+        """A torch tensor, or where dynamic sizes occur the tuple of sizes."""
+        if self.known.static:
+            return torch_from_array(np.array(self.known.array), dtype_of(self.known.data_type))
+        return self.known.sizes()
+
+
+def _static(known: Content | None) -> bool:
+    return known is not None and known.static
+
+
+def _is_size(element: Any) -> bool:
+    return isinstance(element, int) or isinstance(element, sympy.Expr) and bool(element.is_integer)

@@ -1,0 +1,137 @@
+"""Tensors of ONNX models as weights: element types, memory-mapped external data, small contents."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import torch
+
+from regauge.ir.errors import LoadError
+from regauge.ir.graph import Dtype
+from regauge.ir.weights import DenseWeight, LazyWeight, Weight
+
+_TYPES = onnx_ir.DataType
+
+_TORCH: dict[onnx_ir.DataType, torch.dtype] = {
+    _TYPES.FLOAT: torch.float32, _TYPES.DOUBLE: torch.float64, _TYPES.FLOAT16: torch.float16,
+    _TYPES.BFLOAT16: torch.bfloat16, _TYPES.INT8: torch.int8, _TYPES.INT16: torch.int16, _TYPES.INT32: torch.int32,
+    _TYPES.INT64: torch.int64, _TYPES.UINT8: torch.uint8, _TYPES.UINT16: torch.uint16, _TYPES.UINT32: torch.uint32,
+    _TYPES.UINT64: torch.uint64, _TYPES.BOOL: torch.bool, _TYPES.COMPLEX64: torch.complex64,
+    _TYPES.COMPLEX128: torch.complex128, _TYPES.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    _TYPES.FLOAT8E4M3FNUZ: torch.float8_e4m3fnuz, _TYPES.FLOAT8E5M2: torch.float8_e5m2,
+    _TYPES.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz, _TYPES.FLOAT8E8M0: torch.float8_e8m0fnu,
+}  # fmt: skip
+_ONNX = {dtype: data_type for data_type, dtype in _TORCH.items()}
+
+# Types that numpy has only through ml_dtypes: torch takes them over as bits of the same width.
+_AS_BITS = {
+    torch.bfloat16: np.int16, torch.float8_e4m3fn: np.uint8, torch.float8_e4m3fnuz: np.uint8,
+    torch.float8_e5m2: np.uint8, torch.float8_e5m2fnuz: np.uint8, torch.float8_e8m0fnu: np.uint8,
+}  # fmt: skip
+
+DENSE_BYTES = 1024  # a tensor up to this size is simply kept
+
+
+def dtype_of(data_type: onnx_ir.DataType | None) -> Dtype:
+    """The torch dtype of an ONNX element type, or its lower-case name where torch has none (``string``, ``int4``)."""
+    if data_type is None or data_type == _TYPES.UNDEFINED:
+        return "unknown"
+    return _TORCH.get(data_type) or data_type.name.lower()
+
+
+def data_type_of(dtype: Dtype) -> onnx_ir.DataType:
+    """The ONNX element type of a dtype of ours."""
+    if isinstance(dtype, torch.dtype):
+        return _ONNX[dtype]
+    return _TYPES[dtype.upper()] if dtype.upper() in _TYPES.__members__ else _TYPES.UNDEFINED
+
+
+def is_float(data_type: onnx_ir.DataType) -> bool:
+    return bool(data_type.is_floating_point()) or data_type in (_TYPES.COMPLEX64, _TYPES.COMPLEX128)
+
+
+def torch_from_array(array: np.ndarray, dtype: Dtype) -> Any:
+    """A torch tensor that shares the array's memory where it can; types torch lacks stay numpy arrays."""
+    if not isinstance(dtype, torch.dtype):
+        return array
+    if not array.flags.c_contiguous or array.dtype.byteorder == ">":
+        array = np.ascontiguousarray(array)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        if dtype in _AS_BITS:
+            return torch.from_numpy(array.view(_AS_BITS[dtype])).view(dtype)
+        return torch.from_numpy(array) if array.ndim else torch.from_numpy(array.reshape(1)).reshape(())
+
+
+def array_from_torch(tensor: Any) -> np.ndarray:
+    """The numpy array of a tensor; types numpy lacks come as ml_dtypes arrays, as onnx_ir expects them."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype in _AS_BITS:
+        bits = torch.int16 if tensor.dtype is torch.bfloat16 else torch.uint8
+        return np.asarray(tensor.view(bits).numpy().view(_ONNX[tensor.dtype].numpy()))
+    return np.asarray(tensor.numpy())
+
+
+def read_tensor(tensor: onnx_ir.TensorProtocol) -> Any:
+    """The data of an ONNX tensor: a copy for external data, so that no file stays mapped; shared memory otherwise."""
+    dtype = dtype_of(tensor.dtype)
+    if not isinstance(tensor, onnx_ir.ExternalTensor):
+        return torch_from_array(np.asarray(tensor.numpy()), dtype)
+    fresh = onnx_ir.ExternalTensor(
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name or "",
+        base_dir=tensor.base_dir,
+    )
+    try:
+        array = np.array(fresh.numpy())
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"external data of {tensor.name!r} cannot be read from {Path(tensor.path).name}: {error}; "
+            f"put the file back beside the model"
+        ) from error
+    fresh.release()
+    return torch_from_array(array, dtype)
+
+
+def weight_of(tensor: onnx_ir.TensorProtocol) -> Weight:
+    """An ONNX tensor as a weight: read on demand, except for small ones in memory."""
+    dtype = dtype_of(tensor.dtype)
+    if (
+        not isinstance(tensor, onnx_ir.ExternalTensor)
+        and isinstance(dtype, torch.dtype)
+        and tensor.nbytes <= DENSE_BYTES
+    ):
+        return DenseWeight(read_tensor(tensor).clone())
+    return LazyWeight(tuple(tensor.shape.numpy()), dtype, lambda: read_tensor(tensor))
+
+
+def tensors_of(graph: onnx_ir.Graph | onnx_ir.Function) -> Iterator[onnx_ir.TensorProtocol]:
+    """Every tensor a graph holds: initializers and tensor attributes, those of nested graphs included."""
+    if isinstance(graph, onnx_ir.Graph):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+    for node in graph:
+        for attribute in node.attributes.values():
+            if attribute.is_ref():
+                continue
+            if attribute.type == onnx_ir.AttributeType.TENSOR:
+                yield attribute.value
+            elif attribute.type == onnx_ir.AttributeType.TENSORS:
+                yield from attribute.value
+            elif attribute.type == onnx_ir.AttributeType.GRAPH:
+                yield from tensors_of(attribute.value)
+            elif attribute.type == onnx_ir.AttributeType.GRAPHS:
+                for inner in attribute.value:
+                    yield from tensors_of(inner)
