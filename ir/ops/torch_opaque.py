@@ -90,6 +90,16 @@ def _number(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
+def _as_torch_calls_it(region: Callable[..., Any]) -> Callable[..., Any]:
+    """A region gives a list of results; torch's higher-order operators expect one result bare."""
+
+    def call(*arguments: Any) -> Any:
+        results = tuple(region(*arguments))
+        return results[0] if len(results) == 1 else results
+
+    return call
+
+
 def _rule(call: Call) -> list[Axes]:
     return call.opaque(f"{call['target']} has no axis rule and is kept as it is")
 
@@ -106,7 +116,7 @@ def torch_call(
     function = find_target(target)
 
     def fill(sign: str, index: int) -> Any:
-        return tensors[index] if sign == OPERAND else regions[index]
+        return tensors[index] if sign == OPERAND else _as_torch_calls_it(regions[index])
 
     positional = list(replace_slots(arguments, fill))
     named = {name: replace_slots(value, fill) for name, value in options}

@@ -1,0 +1,141 @@
+"""Torch's exporters tried in turn: non-strict, strict, and fx tracing; the first refusal is what is reported."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from regauge.frontends.from_fx import trace
+from regauge.frontends.provenance import source_of_error
+from regauge.ir.errors import CaptureError
+
+_ADVICE = (
+    (("DynamicCache", "EncoderDecoderCache"),
+     "return no cache object: pass use_cache=False or set config.use_cache=False"),
+    (("not a known type", "Unsupported input type", "register_pytree", "unsupported output", "should be a pytree"),
+     "take and return tensors in tuples, lists or dicts, or register the class with torch.utils._pytree"),
+    (("data-dependent", "DataDependent", "data dependent", "bool(u", "Could not guard", "Eq(u"),
+     "a Python branch or size depends on tensor values: use torch.cond for it, or state the fact by torch._check"),
+    (("missing a required argument", "missing 1 required", "unexpected keyword", "positional argument"),
+     "check the example inputs against forward's signature"),
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def in_mode(module: torch.nn.Module, training: bool) -> Iterator[None]:
+    """The module in train or eval mode inside; every sub-module's own flag is restored after."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        if training:
+            for member, flag in flags:
+                member.training = flag  # the user's own mixture of frozen and training parts
+        else:
+            module.eval()
+        yield
+    finally:
+        for member, flag in flags:
+            member.training = flag
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs and warns about attempts of which only the last one counts."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _explicit_signature(module: torch.nn.Module, bound: Mapping[str, Any]) -> Iterator[None]:
+    """Names in place of ``**kwargs``: torch.export cannot say that an axis inside ``**kwargs`` varies."""
+    original = module.forward
+    parameters = inspect.signature(original).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()) or all(name in parameters for name in bound):
+        yield
+        return
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    named = [p for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named += [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in bound if n not in parameters]
+    forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    had = "forward" in module.__dict__
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had:
+            module.forward = original
+        else:
+            del module.__dict__["forward"]
+
+
+def bind_arguments(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The call's arguments by name as torch.export sees them, and how leaf names of each begin.
+
+    Raises CaptureError where the call does not fit forward's signature.
+    """
+    signature = inspect.signature(module.forward)
+    try:
+        bound = dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        name = type(module).__name__
+        raise CaptureError(f"the example inputs do not fit {name}.forward{signature}: {error}") from None
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound.update(bound.pop(parameter.name, {}))
+    return bound, {name: name for name in bound}
+
+
+def export_module(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: dict[str, Any] | None
+) -> ExportedProgram:
+    """The module as a program of ATen calls; raises CaptureError that names the source line and says what to do."""
+
+    def attempt(target: torch.nn.Module, strict: bool) -> ExportedProgram:
+        with _explicit_signature(target, shapes or {}):
+            return torch.export.export(target, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
+
+    attempts: list[Callable[[], ExportedProgram]] = [
+        lambda: attempt(module, False),
+        lambda: attempt(module, True),
+        lambda: attempt(trace(module), False),
+    ]
+    first: Exception | None = None
+    for step in attempts:
+        try:
+            with _quiet(), torch.no_grad():
+                return step()
+        except Exception as error:  # every exporter fails in its own ways; the last word is CaptureError
+            first = first or error
+    assert first is not None
+    raise CaptureError(explain(type(module).__name__, first)) from first
+
+
+def explain(name: str, error: BaseException) -> str:
+    """One line: what could not be captured, where, why and what to do."""
+    text = str(error).strip()
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    place = source_of_error(error)
+    advice = "rewrite that line for tracing, or capture the parts of the model around it"
+    for keys, remedy in _ADVICE:
+        if any(key in text or key in type(error).__name__ for key in keys):
+            advice = remedy
+            break
+    return f"{name} cannot be captured: {reason[:300].rstrip('.')}" + (f", at {place}" if place else "") + f"; {advice}"
