@@ -1,0 +1,294 @@
+"""Pooling: the largest, the mean or the p-norm of windows that slide over the last axes.
+
+How many axes are spatial follows from the number of window sizes; all axes before them are mapped over. An axis pooled
+into a single entry as a whole is a reduction, which may be cut; every other spatial axis is a window, which may not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, randn
+
+from regauge.ir.extents import ONE
+from regauge.ir.graph import Node, Value
+from regauge.ir.operator import Adapter, Symmetry, operator, sample
+from regauge.ir.ops.onnx_pooling import (
+    read_average_pool,
+    read_global_average_pool,
+    read_global_max_pool,
+    read_lp_pool,
+    read_max_pool,
+)
+from regauge.ir.rules import Axes, Call
+from regauge.ir.sizes import same
+
+
+def window_rule(call: Call, spatial: int) -> list[Axes]:
+    """The last ``spatial`` axes are windows on both sides; every result has the same axes."""
+    axes = call.operand(0)
+    kept, slid = list(axes[: len(axes) - spatial]), axes[len(axes) - spatial :]
+    made = [call.fresh(size) for size in call.node.outputs[0].shape[len(axes) - spatial :]]
+    for extent in (*slid, *made):
+        call.role("window", extent)
+    return [kept + made for _ in call.node.outputs]
+
+
+def _pool_rule(call: Call) -> list[Axes]:
+    return window_rule(call, len(call["kernel_size"]))
+
+
+def _adaptive_rule(call: Call) -> list[Axes]:
+    """An axis pooled to size one is reduced as a whole, unless the position of its largest entry is asked for."""
+    axes, sizes = list(call.operand(0)), call["output_size"]
+    whole = len(call.node.outputs) == 1
+    for position, size in zip(range(len(axes) - len(sizes), len(axes)), sizes, strict=True):
+        alone = same(size, 1)
+        call.role("reduce" if alone and whole else "window", axes[position])
+        axes[position] = ONE if alone else call.fresh(size)
+        call.role("window", axes[position])
+    return [list(axes) for _ in call.node.outputs]
+
+
+def per_axis(value: Any, count: int) -> tuple[Any, ...]:
+    """A window option as one number per spatial axis: ATen writes one number, or a list of one, for all of them."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    return values * count if len(values) == 1 else values
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def _short(sizes: Sequence[Any]) -> Any:
+    """One number where all axes have the same."""
+    return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
+
+
+def _layer(name: str, *options: str) -> Any:
+    """The layer of a pool over 1 to 3 axes with a batch axis; ``options`` are attributes with non-default values."""
+
+    def text(node: Node) -> str | None:
+        count = len(node.attributes["kernel_size"])
+        x = node.inputs[0]
+        if not isinstance(x, Value) or x.rank != count + 2 or len(node.outputs) != 1:
+            return None
+        attributes = dict(node.attributes)
+        given = [f"{_short(attributes['kernel_size'])}", f"stride={_short(attributes['stride'])}"]
+        for option in options:
+            value = attributes[option]
+            if value != node.operator.attributes[option] and not (
+                isinstance(value, tuple) and set(value) <= _NEUTRAL[option]
+            ):
+                given.append(f"{option}={_short(value) if isinstance(value, tuple) else value}")
+        return f"nn.{name}{count}d({', '.join(given)})"
+
+    return text
+
+
+def _adaptive_layer(name: str) -> Any:
+    def text(node: Node) -> str | None:
+        sizes = node.attributes["output_size"]
+        x = node.inputs[0]
+        if not isinstance(x, Value) or x.rank != len(sizes) + 2 or len(node.outputs) != 1:
+            return None
+        return f"nn.{name}{len(sizes)}d({_short(sizes)})" if all(isinstance(size, int) for size in sizes) else None
+
+    return text
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+def _max_pool(count: int, *, with_indices: bool = False) -> Adapter:
+    """The indices are a node of their own, so that a graph that never reads them has plain pools only."""
+
+    def adapter(
+        build: Any,
+        x: Any,
+        kernel_size: Any,
+        stride: Any = (),
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+    ) -> Any:
+        kernel = per_axis(kernel_size, count)
+        options = {
+            "kernel_size": kernel,
+            "stride": per_axis(stride, count) if stride else kernel,
+            "padding": per_axis(padding, count),
+            "dilation": per_axis(dilation, count),
+            "ceil_mode": ceil_mode,
+        }
+        values = build.max_pool(x, **options)
+        return (values, build.max_pool(x, **options, return_indices=True)[1]) if with_indices else values
+
+    return adapter
+
+
+@operator(
+    rule=_pool_rule,
+    aten={f"max_pool{n}d": _max_pool(n) for n in (1, 2, 3)}
+    | {f"max_pool{n}d_with_indices": _max_pool(n, with_indices=True) for n in (1, 2, 3)},
+    onnx={"MaxPool": read_max_pool},
+    samples=lambda: [
+        sample(randn(2, 3, 8, 8), kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)),
+        sample(randn(2, 3, 9), kernel_size=(2,), stride=(2,), ceil_mode=True),
+        sample(randn(3, 8, 6), kernel_size=(2, 3), stride=(1, 2), dilation=(2, 1)),
+        sample(randn(2, 2, 4, 4, 4), kernel_size=(2, 2, 2), stride=(2, 2, 2)),
+        sample(randn(2, 3, 6, 6), kernel_size=(2, 2), stride=(2, 2), return_indices=True),
+    ],
+    symmetry=lambda node: Symmetry.HOMOGENEOUS if len(node.outputs) == 1 else Symmetry.POINTWISE,
+    layer=_layer("MaxPool", "padding", "dilation", "ceil_mode"),
+)
+def max_pool(
+    x: Tensor,
+    *,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | int = 0,
+    dilation: tuple[int, ...] | int = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    return (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel_size) - 1](  # type: ignore[call-overload, no-any-return]
+        x, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode, return_indices=return_indices
+    )
+
+
+def _avg_pool(count: int) -> Adapter:
+    def adapter(
+        build: Any,
+        x: Any,
+        kernel_size: Any,
+        stride: Any = (),
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Any:
+        kernel = per_axis(kernel_size, count)
+        return build.avg_pool(
+            x,
+            kernel_size=kernel,
+            stride=per_axis(stride, count) if stride else kernel,
+            padding=per_axis(padding, count),
+            ceil_mode=ceil_mode,
+            count_include_pad=count_include_pad,
+            divisor_override=divisor_override,
+        )
+
+    return adapter
+
+
+@operator(
+    rule=_pool_rule,
+    aten={f"avg_pool{n}d": _avg_pool(n) for n in (1, 2, 3)},
+    onnx={"AveragePool": read_average_pool},
+    samples=lambda: [
+        sample(randn(2, 3, 8, 8), kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), count_include_pad=False),
+        sample(randn(2, 3, 9), kernel_size=(2,), stride=(2,), ceil_mode=True),
+        sample(randn(3, 8, 6), kernel_size=(2, 3), stride=(1, 2), divisor_override=5),
+        sample(randn(2, 2, 4, 4, 4), kernel_size=(2, 2, 2), stride=(2, 2, 2)),
+    ],
+    symmetry=Symmetry.LINEAR,
+    layer=_layer("AvgPool", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+)
+def avg_pool(
+    x: Tensor,
+    *,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | int = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    if len(kernel_size) == 1:
+        y = F.avg_pool1d(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+        return y if divisor_override is None else y * (kernel_size[0] / divisor_override)
+    return (F.avg_pool2d, F.avg_pool3d)[len(kernel_size) - 2](
+        x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
+
+
+@operator(
+    rule=_pool_rule,
+    onnx={"LpPool": read_lp_pool},
+    samples=lambda: [
+        sample(randn(2, 3, 8, 8), norm_type=2, kernel_size=(3, 3), stride=(2, 2)),
+        sample(randn(2, 3, 9), norm_type=3, kernel_size=(2,), stride=(2,)),
+    ],
+    symmetry=Symmetry.HOMOGENEOUS,
+)
+def lp_pool(
+    x: Tensor, *, norm_type: float, kernel_size: tuple[int, ...], stride: tuple[int, ...], ceil_mode: bool = False
+) -> Tensor:
+    powers = torch.abs(x) ** norm_type
+    means = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(kernel_size) - 1](powers, kernel_size, stride, 0, ceil_mode)
+    return (means * math.prod(kernel_size)) ** (1 / norm_type)
+
+
+# -- adaptive windows --------------------------------------------------------------------------------------------------
+
+
+def _adaptive(op: str, count: int) -> Adapter:
+    def adapter(build: Any, x: Any, output_size: Any) -> Any:
+        return build(op, x, output_size=per_axis(output_size, count))
+
+    return adapter
+
+
+def _adaptive_max(count: int) -> Adapter:
+    """Values and indices, each from a node of its own."""
+
+    def adapter(build: Any, x: Any, output_size: Any) -> Any:
+        sizes = per_axis(output_size, count)
+        values = build.adaptive_max_pool(x, output_size=sizes)
+        return values, build.adaptive_max_pool(x, output_size=sizes, return_indices=True)[1]
+
+    return adapter
+
+
+@operator(
+    rule=_adaptive_rule,
+    aten={f"adaptive_avg_pool{n}d": _adaptive("adaptive_avg_pool", n) for n in (1, 2, 3)}
+    | {f"_adaptive_avg_pool{n}d": _adaptive("adaptive_avg_pool", n) for n in (2, 3)},
+    onnx={"GlobalAveragePool": read_global_average_pool},
+    samples=lambda: [
+        sample(randn(2, 3, 5, 4), output_size=(1, 1)),
+        sample(randn(2, 3, 8, 8), output_size=(3, 1)),
+        sample(randn(2, 3, 7), output_size=(3,)),
+        sample(randn(3, 4, 4, 4), output_size=(2, 2, 2)),
+    ],
+    symmetry=Symmetry.LINEAR,
+    layer=_adaptive_layer("AdaptiveAvgPool"),
+)
+def adaptive_avg_pool(x: Tensor, *, output_size: tuple[int, ...]) -> Tensor:
+    return (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(output_size) - 1](
+        x,
+        output_size,  # type: ignore[arg-type]
+    )
+
+
+@operator(
+    rule=_adaptive_rule,
+    aten={f"adaptive_max_pool{n}d": _adaptive_max(n) for n in (1, 2, 3)},
+    onnx={"GlobalMaxPool": read_global_max_pool},
+    samples=lambda: [
+        sample(randn(2, 3, 5, 4), output_size=(1, 1)),
+        sample(randn(2, 3, 7), output_size=(3,)),
+        sample(randn(2, 3, 5, 4), output_size=(1, 2), return_indices=True),
+    ],
+    symmetry=lambda node: Symmetry.HOMOGENEOUS if len(node.outputs) == 1 else Symmetry.POINTWISE,
+    layer=_adaptive_layer("AdaptiveMaxPool"),
+)
+def adaptive_max_pool(
+    x: Tensor, *, output_size: tuple[int, ...], return_indices: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    return (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[  # type: ignore[call-overload, no-any-return]
+        len(output_size) - 1
+    ](x, output_size, return_indices=return_indices)
