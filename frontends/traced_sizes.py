@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 
 from regauge.ir.edit import Builder, Results
 from regauge.ir.graph import Graph, Operand, Value
@@ -99,7 +100,7 @@ class TracedBuilder(Builder):
         found = list(_expressions([getattr(o, "shape", o) for o in operands], attributes.values()))
         if self.mode is None or not found or not all(self.sizes.known(expression) for expression in found):
             return infer_results(operator, operands, attributes)
-        with self.mode, torch.no_grad():
+        with self.mode, enable_python_dispatcher(), torch.no_grad():  # C++ kernels would fix symbolic sizes
             arguments = [self._fake(operand) for operand in operands]
             raw = operator.evaluate(*arguments, **{name: self.sizes.symint(v) for name, v in attributes.items()})
         tensors = raw if isinstance(raw, tuple | list) else (raw,)

@@ -14,6 +14,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 
 from regauge.ir.errors import OperatorError, RegaugeError
 from regauge.ir.operator import Operator
@@ -166,7 +167,7 @@ class _SymbolicShapes:
                 self.back[inner] = symbol
 
     def infer(self, operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result]:
-        with self.mode, torch.no_grad():
+        with self.mode, enable_python_dispatcher(), torch.no_grad():  # C++ kernels would fix symbolic sizes
             arguments = [self._fake(o) for o in operands]
             raw = operator.evaluate(*arguments, **{k: self.symint(v) for k, v in attributes.items()})
         return _results(raw, self.back)

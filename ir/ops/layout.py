@@ -243,9 +243,17 @@ def _reordered(call: Call, dims: Sequence[int]) -> Axes:
     return axes
 
 
+def _rot90(build: Builder, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -> Any:
+    first, second = axis_number(dims[0], x.rank), axis_number(dims[1], x.rank)
+    turned = {0: (), 1: (second,), 2: (first, second), 3: (first,)}[k % 4]
+    x = build.flip(x, dims=turned) if turned else x
+    return _transpose(build, x, first, second) if k % 2 else x
+
+
 @operator(
     rule=lambda call: _reordered(call, call["dims"]),
     aten={
+        "rot90": _rot90,
         "flip": lambda build, x, dims: build.flip(x, dims=tuple(axis_number(d, x.rank) for d in dims)),
         "fliplr": lambda build, x: build.flip(x, dims=(1,)),
         "flipud": lambda build, x: build.flip(x, dims=(0,)),

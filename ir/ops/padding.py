@@ -172,7 +172,10 @@ def _pad_layer(node: Node) -> str | None:
 def pad(
     x: torch.Tensor, *, pads: tuple[tuple[int, int], ...], mode: str = "constant", value: float = 0
 ) -> torch.Tensor:
+    first = min(x.dim() - 1, 2)  # the other modes want the batch and the channels left out
     if mode == "constant":
-        return F.pad(x, [size for pair in reversed(pads) for size in pair], mode, value)
-    spatial = pads[min(x.dim() - 1, 2) :]
-    return F.pad(x, [size for pair in reversed(spatial) for size in pair], mode)
+        first = 0
+        while first < x.dim() - 1 and pads[first] == (0, 0):
+            first += 1
+    amounts = [size for pair in reversed(pads[first:]) for size in pair]
+    return F.pad(x, amounts, mode, value if mode == "constant" else None)
