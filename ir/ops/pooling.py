@@ -79,11 +79,9 @@ def _layer(name: str, *options: str) -> Any:
         attributes = dict(node.attributes)
         given = [f"{_short(attributes['kernel_size'])}", f"stride={_short(attributes['stride'])}"]
         for option in options:
-            value = attributes[option]
-            if value != node.operator.attributes[option] and not (
-                isinstance(value, tuple) and set(value) <= _NEUTRAL[option]
-            ):
-                given.append(f"{option}={_short(value) if isinstance(value, tuple) else value}")
+            value = _short(attributes[option]) if isinstance(attributes[option], tuple) else attributes[option]
+            if value != node.operator.attributes[option]:
+                given.append(f"{option}={value}")
         return f"nn.{name}{count}d({', '.join(given)})"
 
     return text
