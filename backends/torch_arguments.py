@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from regauge.backends.torch_folding import follows
 from regauge.backends.torch_literals import is_literal, literal_value
 
 _EMPTY = inspect.Parameter.empty
@@ -23,7 +24,30 @@ def tidy_calls(expression: ast.expr) -> ast.expr:
     for node in ast.walk(expression):
         if isinstance(node, ast.Call):
             _tidy(node)
-    return expression
+        elif isinstance(node, ast.Subscript):
+            node.slice = _as_slices(node.slice)
+    return _Following().visit(expression)  # type: ignore[no-any-return]
+
+
+class _Following(ast.NodeTransformer):
+    """Writes flags that follow the module, such as ``self.training``, as what they follow."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        source = follows(node)
+        return node if source is None else ast.parse(source, mode="eval").body
+
+
+def _as_slices(index: ast.expr) -> ast.expr:
+    """``x[(slice(None, None, None), slice(0, 8, 1))]`` is ``x[:, 0:8]``."""
+    match index:
+        case ast.Tuple(elts=parts):
+            return ast.Tuple([_as_slices(part) for part in parts], ast.Load())
+        case ast.Call(func=ast.Name(id="slice"), args=[start, stop, step], keywords=[]):
+            bounds = [None if isinstance(b, ast.Constant) and b.value is None else b for b in (start, stop, step)]
+            if isinstance(step, ast.Constant) and step.value == 1:
+                bounds[2] = None
+            return ast.Slice(*bounds)
+    return index
 
 
 _SPREAD = frozenset({"reshape", "permute", "expand", "repeat", "view", "tile", "flip"})
@@ -36,7 +60,7 @@ def _tidy(call: ast.Call) -> None:
                 call.args = sizes  # x.reshape((2, 3)) is x.reshape(2, 3)
                 return
     match call.func:
-        case ast.Attribute(value=ast.Name(id="torch" | "F" as module), attr=name):
+        case ast.Attribute(value=ast.Name(id="torch" | "F" | "nn" as module), attr=name):
             parameters = _parameters(module, name)
         case _:
             return
@@ -70,7 +94,7 @@ def _name_options(call: ast.Call, parameters: list[tuple[str, Any]]) -> None:
 
 
 def _is_default(argument: ast.expr, default: Any) -> bool:
-    if default is _EMPTY or not is_literal(argument):
+    if default is _EMPTY or not is_literal(argument) or follows(argument) is not None:
         return False
     value = literal_value(argument)
     if isinstance(default, list | tuple):
@@ -83,7 +107,7 @@ def _is_default(argument: ast.expr, default: Any) -> bool:
 @cache
 def _parameters(module: str, name: str) -> list[tuple[str, Any]] | None:
     """Parameter names and defaults of a torch function, from its Python signature or its only ATen schema."""
-    function = getattr(torch if module == "torch" else torch.nn.functional, name, None)
+    function = getattr({"torch": torch, "F": torch.nn.functional, "nn": torch.nn}[module], name, None)
     if function is None:
         return None
     try:

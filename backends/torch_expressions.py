@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from regauge.backends.torch_arguments import tidy_calls
-from regauge.backends.torch_folding import Folder
+from regauge.backends.torch_folding import Folder, follows
 from regauge.backends.torch_literals import is_literal, literal, literal_value
 from regauge.ir.errors import EmitError
 from regauge.ir.operator import Operator
@@ -155,11 +155,16 @@ def expression(
     keywords = [
         ast.keyword(key, value) for key, value in attributes.items() if not _is_default(value, defaults.get(key))
     ]
-    return ast.Call(ast.Name(name), list(operands), keywords)
+    return tidy_calls(ast.Call(ast.Name(name), list(operands), keywords))
 
 
 def _is_default(value: ast.expr, default: Any) -> bool:
-    return is_literal(value) and literal_value(value) == default and type(literal_value(value)) is type(default)
+    return (
+        follows(value) is None
+        and is_literal(value)
+        and literal_value(value) == default
+        and type(literal_value(value)) is type(default)
+    )
 
 
 def _arguments_by_name(

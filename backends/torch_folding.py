@@ -21,6 +21,17 @@ _LIBRARIES = ("torch", "F", "nn")
 _FOLDED = (ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.IfExp, ast.Subscript, ast.Call, ast.ListComp)
 
 
+def following(value: bool, source: str) -> ast.expr:
+    """A flag that is known while folding, and that is written as ``source`` where it survives."""
+    flag = ast.Constant(value)
+    flag.source = source  # type: ignore[attr-defined]
+    return flag
+
+
+def follows(expression: ast.AST) -> str | None:
+    return getattr(expression, "source", None)
+
+
 def tensor(expression: ast.expr, value: Value) -> ast.expr:
     """Remember which Value an expression stands for, so that its rank, type and sizes can be folded."""
     expression.tensor = value  # type: ignore[attr-defined]
@@ -160,6 +171,10 @@ def _choice(node: ast.expr) -> ast.expr | None:
                 return picked
         case ast.BoolOp(op=operator, values=values):
             return _shortened(operator, values)
+        case ast.BinOp(left=ast.Tuple(elts=first), op=ast.Add(), right=ast.Tuple(elts=second)):
+            return ast.Tuple([*first, *second], ast.Load())
+        case ast.BinOp(left=ast.Tuple(elts=parts), op=ast.Mult(), right=ast.Constant(value=int(count))):
+            return ast.Tuple(parts * count, ast.Load())
         case ast.Call(func=ast.Name(id="len"), args=[ast.Tuple(elts=parts) | ast.List(elts=parts)]):
             return ast.Constant(len(parts))
         case ast.Call(func=ast.Name(id="list"), args=[ast.Tuple(elts=parts)], keywords=[]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from regauge.backends.torch_arguments import tidy_calls
 from regauge.backends.torch_frames import inside
 from regauge.backends.torch_places import Places
 from regauge.ir.graph import Node, Operand, Parameter, Value
 
+_REPEATED = ("kernel_size", "stride", "padding", "dilation", "output_padding")  # one number serves all axes
 _SLOT_NAMES = {"weight": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
@@ -25,7 +28,19 @@ def frame_layer(node: Node, path: str, places: Places) -> str | None:
     if not flowing or not all(operand is None or isinstance(operand, Value) for operand in flowing):
         return None
     text = node.operator.layer(node)
-    return text if text is not None and _fits(text, node, path, places) else None
+    return _tidy(text) if text is not None and _fits(text, node, path, places) else None
+
+
+@cache
+def _tidy(text: str) -> str:
+    """``nn.Conv2d(64, 64, kernel_size=(3, 3), stride=(1, 1))`` as ``nn.Conv2d(64, 64, kernel_size=3)``."""
+    call = ast.parse(text, mode="eval").body
+    for keyword in call.keywords if isinstance(call, ast.Call) else ():
+        match keyword.value:
+            case ast.Tuple(elts=[ast.Constant(value=int(first)), *_] as parts) if keyword.arg in _REPEATED:
+                if all(isinstance(part, ast.Constant) and part.value == first for part in parts):
+                    keyword.value = ast.Constant(first)
+    return ast.unparse(tidy_calls(call))
 
 
 def owned_layer(node: Node, path: str, places: Places) -> tuple[str, str] | None:

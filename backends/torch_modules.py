@@ -106,11 +106,13 @@ class Classes:
 
     def _written(self, name: str, base: str, init: list[str], path: str, code: Code | None) -> str:
         lines = [f"class {name}({base}):"]
-        lines += [f"{INDENT}def __init__(self):", *indented(init, 2)]
+        if len(init) > 1 or base != "nn.Module":
+            lines += [f"{INDENT}def __init__(self):", *indented(init, 2)]
         if code is None:
-            return "\n".join(lines)
+            return "\n".join(lines if len(lines) > 1 else [*lines, f"{INDENT}pass"])
         parameters, body = self._forward_lines(path, code)
-        lines += ["", *indented([f"def forward({', '.join(['self', *parameters])}):"], 1), *indented(body, 2)]
+        lines += [""] * (len(lines) > 1)
+        lines += [*indented([f"def forward({', '.join(['self', *parameters])}):"], 1), *indented(body, 2)]
         return "\n".join(lines)
 
     def _forward_lines(self, path: str, code: Code) -> tuple[list[str], list[str]]:

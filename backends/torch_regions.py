@@ -9,7 +9,7 @@ from regauge.backends.torch_code import Line, variable
 from regauge.backends.torch_expressions import expression
 from regauge.backends.torch_literals import literal
 from regauge.ir.errors import EmitError
-from regauge.ir.graph import Graph, Node
+from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.ops.torch_opaque import OPERAND, find_target, replace_slots, written_arguments
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def _local_function(statements: Statements, region: Graph, hint: str) -> tuple[s
     """The name and the lines of a function inside forward that runs a region."""
     name = variable(statements.fresh(hint))
     parameters = ", ".join(variable(statements.number(value)) for value in region.inputs)
+    statements.forward.needed.update(output for output in region.outputs if isinstance(output, Value))
     outer, statements.code.lines = statements.code.lines, []
     for node in region.nodes:
         statements.node(node)

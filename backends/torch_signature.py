@@ -10,6 +10,8 @@ from typing import Any
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
 
+Leaves = Iterator[tuple[str | None, Any]]
+
 
 @dataclass
 class Signature:
@@ -41,40 +43,42 @@ def signature(graph: Graph) -> Signature:
     return result
 
 
-def _leaf_names(graph: Graph, count: int) -> list[str | None]:
-    """A name per leaf of the arguments; None for a leaf that is no tensor (a None, a flag fixed at capture)."""
-    stated = graph.metadata["torch"].get("leaf_names")
-    if stated is not None:
-        return list(stated)
-    if count != len(graph.inputs):
+def _leaf_names(graph: Graph, count: int) -> list[tuple[str | None, Any]]:
+    """A name per leaf of the arguments, or None and the value of a leaf that is no tensor but was fixed at capture."""
+    torch_born = graph.metadata["torch"]
+    leaves = torch_born.get("leaves") or [(name, None) for name in torch_born["input_names"]]
+    tensors = set(torch_born["input_names"])
+    if count != len(leaves) or len(tensors) != len(graph.inputs):
         raise EmitError(
-            f"the captured module takes {count} values but the graph has {len(graph.inputs)} inputs: "
-            "capture it again with tensors only"
+            f"the captured module takes {len(tensors)} tensors but the graph has {len(graph.inputs)} inputs: "
+            "restore graph.inputs, or drop graph.metadata['torch'] to get a module of the graph's own inputs"
         )
-    return list(_unique([value.name for value in graph.inputs]))
+    names = _unique([name for name, _ in leaves])
+    return [(name if leaf in tensors else None, value) for name, (leaf, value) in zip(names, leaves, strict=True)]
 
 
 def _parameter(
-    spec: Any, key: str | None, leaves: Iterator[str | None], result: Signature, plain: list[str], optional: list[str]
+    spec: Any, key: str | None, leaves: Leaves, result: Signature, plain: list[str], optional: list[str]
 ) -> None:
+    """Add one argument; those after an argument with a default need one too."""
     if not _is_leaf(spec):
         assert key is not None
-        (plain if not optional else optional).append(key)
+        plain.append(key) if not optional else optional.append(f"{key}=None")
         _unpack(spec, key, leaves, result)
         return
-    leaf = next(leaves)
+    leaf, value = next(leaves)
     if leaf is None:
-        optional.append(f"{key or f'unused_{len(optional)}'}=None")
+        optional.append(f"{key or f'unused_{len(optional)}'}={value!r}")
         return
     name = key or leaf
     result.names.append(name)
-    (plain if not optional else optional).append(name if not optional else f"{name}=None")
+    plain.append(name) if not optional else optional.append(f"{name}=None")
 
 
-def _unpack(spec: Any, text: str, leaves: Iterator[str | None], result: Signature) -> None:
+def _unpack(spec: Any, text: str, leaves: Leaves, result: Signature) -> None:
     """Lines that read the tensors out of a nested argument."""
     if _is_leaf(spec):
-        leaf = next(leaves)
+        leaf, _ = next(leaves)
         if leaf is not None:
             result.names.append(leaf)
             result.prologue.append(f"{leaf} = {text}")

@@ -11,7 +11,7 @@ import sympy
 
 from regauge.backends.torch_code import Code, Flowing, Line, parse_access, symbols_of, variable
 from regauge.backends.torch_expressions import expression
-from regauge.backends.torch_folding import tensor
+from regauge.backends.torch_folding import following, tensor
 from regauge.backends.torch_literals import literal
 from regauge.backends.torch_results import gives_sequence
 from regauge.backends.torch_sizes import size_expression, solve_for
@@ -47,9 +47,7 @@ class Statements:
             else:
                 self.node(item)
         for state in self.forward.graph.states if not self.code.path else ():
-            if isinstance(state.before, Parameter):
-                text = f"{self.text(state.before)}.copy_({self.text(state.after)})"
-                self.code.lines.append(Line((), text))
+            self.code.lines.append(Line((), f"{self.text(state.before)}.copy_({self.text(state.after)})"))
         self.code.returned = [self.text(result) for result in results]
         self.code.chain = self._is_chain()
 
@@ -178,8 +176,8 @@ class Statements:
                 return self.reference(node.inputs[0])
             operands = [self.reference(operand) for operand in node.inputs]
             attributes: dict[str, Any] = {k: literal(v, self.symbol) for k, v in node.attributes.items()}
-            if node.attributes.get("training", None) == self.training and node.op == "dropout":
-                attributes["training"] = parse_access("self.training")
+            if node.attributes.get("training", None) == self.training:
+                attributes["training"] = following(self.training, "self.training")
             return expression(node.operator, operands, attributes, self.forward.helpers)
         except EmitError as error:
             raise EmitError(f"{node.label} cannot be written as torch source: {error}") from error
