@@ -7,6 +7,7 @@ Whatever cannot be read becomes an ``onnx_call``: kept as it is, run by onnxrunt
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -17,16 +18,17 @@ import onnx_ir
 
 from regauge.frontends.onnx_call import OnnxCall
 from regauge.frontends.onnx_file import in_order, open_model
-from regauge.frontends.onnx_folding import Question, fold
 from regauge.frontends.onnx_functions import expand_function
 from regauge.frontends.onnx_opaque import emit_opaque
 from regauge.frontends.onnx_regions import read_cond, read_loop, read_scan
 from regauge.frontends.onnx_scope import Entry, Scope, tensor_entry
-from regauge.frontends.onnx_sizes import Unknown, as_type, content, of_shape
+from regauge.frontends.onnx_sequences import SEQUENCE_OPERATORS, read_sequence
 from regauge.frontends.onnx_weights import data_type_of, dtype_of, weight_of
 from regauge.ir.edit import Builder, remove_node
 from regauge.ir.errors import LoadError, OperatorError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Dtype, Graph, Value
+from regauge.ir.onnx_folding import Question, fold
+from regauge.ir.onnx_sizes import Unknown, as_type, content, of_shape
 from regauge.ir.operator import Operator, find_onnx
 from regauge.ir.sizes import Size, count, parse_size, symbol
 
@@ -40,14 +42,19 @@ def load(source: Any, *, freeze: bool = False) -> Graph:
     Weights stay in the file until they are read. Initializers that are also graph inputs can be overridden by whoever
     runs the model: they stay inputs, pinned, unless ``freeze`` is given. In files of old exporters, which listed every
     weight as an input (IR version below 4, or below 7 with nine in ten initializers listed), they are weights.
-    ``graph.metadata`` holds the carried model under "onnx", contents that were folded under "onnx_folded", branches of
-    an If that were taken at import under "onnx_branches" and notes on what was changed under "onnx_notes".
+    ``graph.metadata`` holds the carried model under "onnx", the graph as it was read under "onnx_imported", the file with
+    its size and time under "onnx_source", contents that were folded under "onnx_folded", branches of an If that were
+    taken at import under "onnx_branches" and notes on what was changed under "onnx_notes".
     Raises LoadError, in one line, when the file is broken.
     """
     model, notes = open_model(source)
     importer = _Importer(model, freeze=freeze or _lists_every_weight(model))
     graph = importer.run()
     graph.metadata["onnx_notes"] = (*notes, *importer.notes)
+    if isinstance(source, str | os.PathLike):
+        state = os.stat(source)
+        graph.metadata["onnx_source"] = (os.path.abspath(source), state.st_size, state.st_mtime_ns)
+    graph.metadata["onnx_imported"] = graph.copy()
     importer.warn()
     return graph
 
@@ -69,6 +76,7 @@ class _Importer:
         self.graph = Graph(name=model.graph.name or "graph")
         self.scope = Scope(Builder(self.graph), dict(model.opset_imports))
         self.scope.emit = self._emit
+        self.scope.keep = self._keep
         self.opaque: list[tuple[str, str]] = []  # (operator, which node and why)
         self.branches: dict[onnx_ir.Node, int] = {}
         self.notes: list[str] = []
@@ -199,6 +207,8 @@ class _Importer:
         function = self.model.functions.get(node.op_identifier())
         if domain == "" and node.op_type in _CONTROL:
             _CONTROL[node.op_type](self, scope, node)
+        elif domain == "" and node.op_type in SEQUENCE_OPERATORS:
+            read_sequence(scope, node)
         elif function is not None:
             expand_function(self, scope, node, function)
         else:

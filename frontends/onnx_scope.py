@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir
 import sympy
 
-from regauge.frontends.onnx_sizes import LIMIT, Content
 from regauge.frontends.onnx_weights import dtype_of, is_float, torch_from_array, weight_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import LoadError
 from regauge.ir.graph import Dtype, Value
+from regauge.ir.onnx_sizes import LIMIT, Content
 from regauge.ir.sizes import Size
 
 VECTOR_LIMIT = 64  # a vector of dynamic sizes is stacked from scalars; exporters never need more than a rank's worth
@@ -29,7 +29,8 @@ class Entry:
     value: Value | None = None
     content: Content | None = None
     tensor: onnx_ir.TensorProtocol | None = None  # an initializer, or the value of a Constant node
-    producer: onnx_ir.Node | None = None  # the node that was folded into ``content``
+    producer: onnx_ir.Node | None = None  # the node that was folded into ``content`` or ``sequence``
+    sequence: list[Value] | None = None  # the pieces of a sequence of known length
     outer: Entry | None = None  # the same value in the scope around a nested graph
 
     @property
@@ -40,6 +41,8 @@ class Entry:
             return self.content.array.shape
         if self.tensor is not None:
             return tuple(self.tensor.shape.numpy())
+        if self.sequence is not None:
+            return ()
         assert self.outer is not None
         return self.outer.shape
 
@@ -51,6 +54,8 @@ class Entry:
             return dtype_of(self.content.data_type)
         if self.tensor is not None:
             return dtype_of(self.tensor.dtype)
+        if self.sequence is not None:
+            return "sequence"
         assert self.outer is not None
         return self.outer.dtype
 
@@ -88,6 +93,7 @@ class Scope:
         self.entries: dict[onnx_ir.Value, Entry] = {}
         self.captures: dict[Value, Value] = {}
         self.folded: dict[onnx_ir.Value, Any] = {} if parent is None else parent.folded
+        self.keep: Callable[[Scope, onnx_ir.Node, str], None] | None = None if parent is None else parent.keep
         self.emit: Callable[[Scope, onnx_ir.Node], None] | None = None if parent is None else parent.emit
 
     def find(self, onnx: onnx_ir.Value) -> Entry:
@@ -114,12 +120,23 @@ class Scope:
         if entry.scope is not self and entry.scope.build is not self.build:
             return self.operand(entry.onnx)
         if entry.value is None:
-            entry.value = entry.scope._make(entry)
+            made = entry.scope._make(entry)
+            entry.value = made
             if entry.value.origin is None:
                 entry.value.origin = entry.onnx
         return entry.value
 
+    def sequence(self, entry: Entry) -> list[Value] | None:
+        """The pieces of a sequence of known length, as values that nodes of this scope may read."""
+        if entry.sequence is None and entry.outer is not None and self.parent is not None:
+            outside = self.parent.sequence(entry.outer)
+            entry.sequence = None if outside is None else [self._captured(value) for value in outside]
+        return entry.sequence
+
     def _make(self, entry: Entry) -> Value:
+        if entry.sequence is not None and entry.producer is not None and self.keep is not None:
+            self.keep(self, entry.producer, "its sequence is read as a whole")
+            return self.entries[entry.onnx].value  # type: ignore[return-value]
         is_weight = entry.tensor is not None and is_float(entry.tensor.dtype) and len(entry.tensor.shape) > 0
         if entry.outer is not None and (is_weight or entry.tensor is None and not _static(entry.content)):
             return self._capture(entry)
@@ -132,7 +149,9 @@ class Scope:
 
     def _capture(self, entry: Entry) -> Value:
         assert entry.outer is not None and self.parent is not None
-        outside = self.parent.value_of(entry.outer)
+        return self._captured(self.parent.value_of(entry.outer))
+
+    def _captured(self, outside: Value) -> Value:
         if outside in self.captures:
             return self.captures[outside]
         inner = self.build.input(outside.name, outside.shape, outside.dtype)

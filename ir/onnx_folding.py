@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir
 import sympy
 
-from regauge.frontends.onnx_sizes import LIMIT, Content, Unknown, as_type, content, equal, map_elements, negated
+from regauge.ir.onnx_sizes import LIMIT, Content, Unknown, as_type, content, equal, map_elements, negated
 from regauge.ir.sizes import Size, floor_divide
 
 _INT64, _BOOL = onnx_ir.DataType.INT64, onnx_ir.DataType.BOOL

@@ -1,0 +1,215 @@
+"""Putting the changes of a graph into a copy of the ONNX model it was loaded from; nothing else is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import torch
+
+from regauge.backends.onnx_carrier import Carrier
+from regauge.backends.onnx_changes import Changes
+from regauge.backends.onnx_contents import Contents, equal_contents
+from regauge.backends.onnx_patch import OnnxPatch
+from regauge.backends.onnx_rewiring import rewire
+from regauge.backends.onnx_size_nodes import SizeSource
+from regauge.backends.onnx_write import ChangedTensor
+from regauge.ir.errors import EmitError
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.operator import find_onnx
+
+
+def patched_model(graph: Graph, changes: Changes) -> onnx_ir.Model:
+    """The carried model with the changes in it; raises EmitError naming the node that cannot be written."""
+    carried: onnx_ir.Model = graph.metadata["onnx"]
+    carrier = Carrier(carried)
+    _check_interface(graph, changes)
+    _write_weights(changes.weights, carrier)
+    values = list(all_values(graph))
+    shapes = {value.origin: value.shape for value in values if isinstance(value.origin, onnx_ir.Value)}
+    contents = Contents(shapes, carried.opset_imports)
+    sources = SizeSource.of(carrier, values, graph.inputs)
+    _write_sizes(graph, changes, carrier, contents, sources)
+    _freeze(graph, carrier, contents)
+    _freeze_branches(graph, carrier, contents)
+    rewire(graph, changes, carrier)
+    _write_shapes(changes, carrier)
+    return carrier.model
+
+
+def all_values(graph: Graph) -> Iterator[Value]:
+    """Values of a graph and of its regions."""
+    yield from graph.values()
+    for _, node in graph.walk():
+        for region in node.regions:
+            yield from region.values()
+
+
+def _check_interface(graph: Graph, changes: Changes) -> None:
+    edge = {*graph.inputs, *(o for o in graph.outputs if isinstance(o, Value))}
+    for before, after in changes.shapes:
+        if after in edge:
+            change = f"{before.signature} to {after.signature}"
+            raise EmitError(f"{after.name} went from {change}: the interface of an ONNX model must stay as it is")
+
+
+def _write_weights(parameters: Iterable[Parameter], carrier: Carrier) -> None:
+    """Let initializers and Constant nodes hold the changed data; it is read while the file is written."""
+    for parameter in parameters:
+        value = carrier.copy_of(parameter.origin)
+        if value is None:
+            continue  # it stands for shape arithmetic or is new: frozen or added further on
+        producer = value.producer()
+        before = onnx_ir.convenience.get_const_tensor(value)
+        if before is None:
+            continue
+        if value.graph in carrier.function_graphs:
+            raise EmitError(
+                f"{parameter.name} is written inside a function, which cannot be cut: inline functions first"
+            )
+        tensor = changed_tensor(parameter, before)
+        if producer is None:
+            value.const_value = tensor
+        else:
+            _set_constant_node(producer, tensor)
+
+
+def _set_constant_node(node: onnx_ir.Node, tensor: Any) -> None:
+    """A Constant node keeps its form only if it is the tensor form: numbers in other forms cannot say their shape."""
+    for name in list(node.attributes):
+        node.attributes.pop(name)
+    node.attributes["value"] = onnx_ir.AttrTensor("value", tensor)
+    node.outputs[0].const_value = None
+
+
+def changed_tensor(parameter: Parameter, before: Any = None) -> ChangedTensor:
+    """A parameter as an ONNX tensor that reads its weight when it is written; named and laid out like ``before``."""
+    dtype = onnx_type(parameter)
+
+    def read() -> Any:
+        return onnx_ir.tensor_adapters.TorchTensor(parameter.weight.load().contiguous())
+
+    return ChangedTensor(
+        read,
+        dtype=dtype,
+        shape=onnx_ir.Shape(parameter.weight.shape),
+        name=before.name if before is not None else parameter.name,
+        doc_string=before.doc_string if before is not None else None,
+        metadata_props=dict(before.metadata_props) if before is not None else None,
+        source=before if isinstance(before, onnx_ir.ExternalTensor) else None,
+    )
+
+
+def onnx_type(value: Value) -> onnx_ir.DataType:
+    if not isinstance(value.dtype, torch.dtype):
+        raise EmitError(f"{value.name} has the type {value.dtype}: changed data of that type cannot be written")
+    return onnx_ir.tensor_adapters.from_torch_dtype(value.dtype)
+
+
+def _write_sizes(graph: Graph, changes: Changes, carrier: Carrier, contents: Contents, sources: SizeSource) -> None:
+    """Call the writers of the ONNX nodes whose sizes are other ones now, or whose shape arithmetic now gives others."""
+    changed = {node.origin for node in changes.attributes if isinstance(node.origin, onnx_ir.Node)}
+    for origin, (owner, nodes) in _by_origin(graph).items():
+        if origin not in changed and not _drifted(graph, origin, nodes, contents):
+            continue
+        if carrier.nodes[origin].graph in carrier.function_graphs:
+            continue  # bodies of functions stay as they are: the check of the written file decides
+        found = find_onnx(origin.domain, origin.op_type)
+        if found is None or found[1].write is None:
+            name = origin.name or origin.outputs[0].name
+            raise EmitError(
+                f"{nodes[0].label}: new sizes cannot be put back into the {origin.op_type} node {name}, "
+                f"the record of that operator has no OnnxForm.write: keep that axis"
+            )
+        patch = OnnxPatch(carrier, origin, owner, nodes, sources, contents)
+        found[1].write(nodes, patch)
+        patch.finish()
+
+
+def _by_origin(graph: Graph) -> dict[onnx_ir.Node, tuple[Graph, list[Node]]]:
+    """The nodes that stand for each ONNX node, in order, with the graph or region that owns them."""
+    found: dict[onnx_ir.Node, tuple[Graph, list[Node]]] = {}
+    for owner, node in graph.walk():
+        if isinstance(node.origin, onnx_ir.Node):
+            found.setdefault(node.origin, (owner, []))[1].append(node)
+    return found
+
+
+def _drifted(graph: Graph, origin: onnx_ir.Node, nodes: list[Node], contents: Contents) -> bool:
+    """Whether an input that was folded into sizes would be computed to something else by the model as it is."""
+    folded = graph.metadata.get("onnx_folded", {})
+    data = {operand.origin for node in nodes for _, operand in node.operands()}
+    for value in origin.inputs:
+        record = folded.get(value)
+        if record is not None and value not in data and not equal_contents(record.known, contents.of(value)):
+            return True
+    return False
+
+
+def _freeze(graph: Graph, carrier: Carrier, contents: Contents) -> None:
+    """Constants that were folded from shapes keep their value (or what it was cut to) where the model gives another."""
+    folded = graph.metadata.get("onnx_folded", {})
+    for _, node in graph.walk():
+        for _, operand in node.operands():
+            record = folded.get(operand.origin)
+            if record is None or not isinstance(operand, Parameter) or not isinstance(node.origin, onnx_ir.Node):
+                continue
+            if carrier.nodes[node.origin].graph in carrier.function_graphs:
+                continue
+            content = operand.tensor
+            present = contents.of(operand.origin)
+            if present is not None and present.static and _is_content(present.array, content):
+                continue
+            _freeze_in(carrier.nodes[node.origin], operand, content, carrier)
+
+
+def _is_content(array: np.ndarray, tensor: torch.Tensor) -> bool:
+    if array.shape != tuple(tensor.shape):
+        return False
+    return bool(torch.equal(torch.as_tensor(np.array(array)).to(tensor.dtype), tensor))
+
+
+def _freeze_branches(graph: Graph, carrier: Carrier, contents: Contents) -> None:
+    """An If whose branch was known at import keeps taking that branch."""
+    for origin, branch in graph.metadata.get("onnx_branches", {}).items():
+        condition = origin.inputs[0]
+        present = contents.of(condition)
+        if present is not None and present.static and bool(present.array) == (branch == 0):
+            continue
+        node = carrier.nodes[origin]
+        before = node.inputs[0]
+        base = f"{condition.name}_frozen"
+        node.replace_input_with(
+            0, carrier.insert_constant(node, np.full(() if present is None else present.array.shape, branch == 0), base)
+        )
+        carrier.drop_unused([before])
+
+
+def _freeze_in(node: onnx_ir.Node, parameter: Parameter, content: torch.Tensor, carrier: Carrier) -> None:
+    before = carrier.copy_of(parameter.origin)
+    for index, value in enumerate(node.inputs):
+        if value is None or value is not before:
+            continue
+        base = f"{before.name or parameter.name}_frozen"
+        node.replace_input_with(index, carrier.insert_constant(node, content.detach().cpu().numpy(), base))
+        carrier.drop_unused([before])
+
+
+def _write_shapes(changes: Changes, carrier: Carrier) -> None:
+    """Declared shapes inside the model follow the cut; what cannot be said as a number is left open."""
+    for before, after in changes.shapes:
+        value = carrier.copy_of(after.origin)
+        if value is None or value.shape is None or value.is_graph_output():
+            continue
+        if value.is_graph_input() and not value.is_initializer():
+            continue
+        if value.graph in carrier.function_graphs or len(value.shape) != len(after.shape):
+            value.shape = None
+            continue
+        dims = [
+            dim if old == new else (new if isinstance(new, int) else None)
+            for dim, old, new in zip(value.shape, before.shape, after.shape, strict=True)
+        ]
+        value.shape = onnx_ir.Shape(dims)

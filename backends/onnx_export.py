@@ -1,0 +1,123 @@
+"""Graphs that were captured from torch: the emitted module goes through torch's ONNX exporter, names and axes kept."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import onnx_ir
+import sympy
+import torch
+from torch.utils import _pytree as pytree
+
+from regauge.ir.errors import EmitError, RegaugeError
+from regauge.ir.graph import Graph, Value
+from regauge.ir.sample_inputs import sample_inputs
+
+_PREFIX = "module."
+
+
+def exported_model(graph: Graph) -> onnx_ir.Model:
+    """The graph as an ONNX model, by way of ``to_torch`` and ``torch.onnx.export``; raises EmitError when it fails."""
+    from regauge.backends.to_torch import to_torch
+
+    module = to_torch(graph)
+    described = graph.metadata.get("torch") or {}
+    module.train(bool(described.get("training", False)))
+    inputs = sample_inputs(graph)
+    flat = _FlatModule(module, described.get("in_spec"), len(inputs))
+    axes = tuple(_dynamic_axes(value) for value in graph.inputs)
+    program = _export(flat, tuple(inputs), axes, graph)
+    model: onnx_ir.Model = program.model
+    _restore_names(model, graph)
+    return model
+
+
+class _FlatModule(torch.nn.Module):
+    """The emitted module with one positional argument per tensor and a flat tuple of results."""
+
+    def __init__(self, module: torch.nn.Module, in_spec: Any, count: int) -> None:
+        super().__init__()
+        self.module = module
+        self.in_spec = in_spec if in_spec is not None and in_spec.num_leaves == count else None
+
+    def forward(self, *tensors: Any) -> Any:
+        if self.in_spec is None:
+            result = self.module(*tensors)
+        else:
+            args, kwargs = pytree.tree_unflatten(list(tensors), self.in_spec)
+            result = self.module(*args, **kwargs)
+        return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+
+
+def _dynamic_axes(value: Value) -> dict[int, Any]:
+    """What the exporter is told of each dynamic axis: its name, or to find out by itself for an expression of names."""
+    axes: dict[int, Any] = {}
+    for axis, size in enumerate(value.shape):
+        if isinstance(size, sympy.Symbol):
+            axes[axis] = str(size)
+        elif isinstance(size, sympy.Basic):
+            axes[axis] = torch.export.Dim.AUTO
+    return axes
+
+
+def _export(module: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[dict[int, Any], ...], graph: Graph) -> Any:
+    names = [value.name for value in graph.inputs]
+    options: dict[str, Any] = {"input_names": names, "output_names": _output_names(graph)}
+    if any(axes):
+        options["dynamic_shapes"] = (axes,)
+    try:
+        with _quiet():
+            return torch.onnx.export(module, inputs, dynamo=True, verbose=False, **options)
+    except RegaugeError:
+        raise
+    except Exception as error:  # the exporter raises one type per stage
+        raise EmitError(f"torch's ONNX exporter refused the emitted module: {_reason(error)}") from error
+
+
+def _output_names(graph: Graph) -> list[str]:
+    """Names of the results; one that would name two of them, or an input, is numbered."""
+    taken = {value.name for value in graph.inputs}
+    names = []
+    for place, output in enumerate(graph.outputs):
+        if output is None:
+            continue
+        name = output.name if isinstance(output, Value) else f"output_{place}"
+        names.append(f"{name}_{place}" if name in taken else name)
+        taken.add(names[-1])
+    return names
+
+
+def _restore_names(model: onnx_ir.Model, graph: Graph) -> None:
+    """Initializers are called by their state_dict keys again, without the wrapper's prefix."""
+    for value in list(model.graph.initializers.values()):
+        name = value.name or ""
+        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in model.graph.initializers:
+            value.name = name.removeprefix(_PREFIX)
+    model.graph.name = graph.name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress and logs through several libraries; errors reach us as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        sink = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause says what is wrong; the outer ones only which stage it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines: Sequence[str] = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

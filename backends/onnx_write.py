@@ -1,0 +1,328 @@
+"""Writing ONNX files: all or nothing, with external data laid out as the source had it.
+
+Everything is first written to a hidden folder beside the target, flushed to disk, checked, and only then renamed into
+place, data files before the model. Whatever fails, no new file is left and every file that was there stays as it was.
+Tensors are read one at a time while they are written, so that memory never holds more than the largest of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+import onnx_ir
+
+from regauge.ir.errors import EmitError
+
+MOST_INLINE_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; the graph itself needs room too
+LEAST_EXTERNAL_BYTES = 1024  # smaller tensors stay in the model file, as onnx and torch do
+
+Check = Callable[[Path], None]
+
+
+@dataclass
+class TensorSlot:
+    """A place of a model that holds a tensor: an initializer or a tensor attribute of a node."""
+
+    tensor: Any  # an onnx_ir tensor
+    put: Callable[[Any], None]
+    initializer: bool
+
+
+def all_graphs(model: onnx_ir.Model) -> Iterator[onnx_ir.Graph]:
+    """The graph of a model, the bodies of its functions, and every graph nested in them."""
+    yield from model.graphs()
+    for function in model.functions.values():
+        yield function.graph
+        yield from function.subgraphs()
+
+
+def tensor_slots(model: onnx_ir.Model) -> Iterator[TensorSlot]:
+    """Every tensor of a model, those of nested graphs and of functions included, in file order."""
+    for graph in all_graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield TensorSlot(value.const_value, _initializer_setter(value), initializer=True)
+        for node in graph:
+            for name, attribute in node.attributes.items():
+                if not attribute.is_ref() and attribute.type == onnx_ir.AttributeType.TENSOR:
+                    yield TensorSlot(attribute.value, _attribute_setter(node, name), initializer=False)
+
+
+def _initializer_setter(value: onnx_ir.Value) -> Callable[[Any], None]:
+    def put(tensor: Any) -> None:
+        value.const_value = tensor
+
+    return put
+
+
+def _attribute_setter(node: onnx_ir.Node, name: str) -> Callable[[Any], None]:
+    def put(tensor: Any) -> None:
+        node.attributes[name] = onnx_ir.AttrTensor(name, tensor, node.attributes[name].doc_string)
+
+    return put
+
+
+def external_locations(model: onnx_ir.Model) -> list[str]:
+    """Data files a model refers to, relative to its folder, each once."""
+    found = (slot.tensor.location for slot in tensor_slots(model) if isinstance(slot.tensor, onnx_ir.ExternalTensor))
+    return list(dict.fromkeys(os.fspath(location) for location in found))
+
+
+@dataclass
+class Staging:
+    """A hidden folder beside the target in which files come to be; ``publish`` renames them into place together.
+
+    Raises EmitError where the target cannot be a file: its folder is missing, it is a folder, or it exists and may not
+    be overwritten.
+    """
+
+    target: Path
+    overwrite: bool = True
+    folder: Path = field(init=False)
+
+    def __enter__(self) -> Staging:
+        parent = self.target.parent
+        if not parent.is_dir():
+            raise EmitError(f"cannot write {self.target}: the folder {parent} does not exist, make it first")
+        if self.target.is_dir():
+            raise EmitError(f"cannot write {self.target}: it is a folder, name a file in it")
+        if self.target.exists() and not self.overwrite:
+            raise EmitError(f"cannot write {self.target}: it exists, pass overwrite=True to replace it")
+        try:
+            self.folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{self.target.name}."))
+        except OSError as error:
+            raise EmitError(f"cannot write {self.target}: {error.strerror}") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise EmitError(f"cannot write {self.target}: {error.strerror or error}") from error
+
+    @property
+    def model(self) -> Path:
+        return self.folder / self.target.name
+
+    def place(self, location: str) -> Path:
+        """Where the data file ``location`` is to be written, its folders made; raises EmitError if it would escape."""
+        check_location(location)
+        path = self.folder / location
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def publish(self) -> None:
+        """Rename every staged file into place, the model last; when one fails, those before it are put back."""
+        staged = sorted((p for p in self.folder.rglob("*") if p.is_file()), key=lambda p: (p == self.model, p))
+        for path in staged:
+            _flush(path)
+        backups = Path(tempfile.mkdtemp(dir=self.folder, prefix=".before."))
+        moved: list[tuple[Path, Path | None]] = []
+        try:
+            for number, path in enumerate(staged):
+                moved.append(self._move(path, backups / str(number)))
+        except BaseException:
+            for destination, backup in reversed(moved):
+                destination.unlink() if backup is None else os.replace(backup, destination)
+            raise
+        _flush(self.target.parent)
+
+    def _move(self, path: Path, backup: Path) -> tuple[Path, Path | None]:
+        destination = self.target.parent / path.relative_to(self.folder)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        existed = destination.exists()
+        if existed:
+            shutil.copymode(destination, path)
+        if existed and path != self.model:
+            os.replace(destination, backup)
+        try:
+            os.replace(path, destination)
+        except OSError:
+            if existed and path != self.model:
+                os.replace(backup, destination)
+            raise
+        return destination, backup if existed else None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some file systems cannot flush a folder
+    finally:
+        os.close(descriptor)
+
+
+def check_location(location: str) -> None:
+    """Raise EmitError for a data file outside the folder of its model."""
+    pure = PurePosixPath(location.replace("\\", "/"))
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
+        raise EmitError(f"external data cannot be in {location!r}: name a file inside the folder of the model")
+
+
+def copy_model(source: Path, target: Path, locations: Sequence[str], *, overwrite: bool = True) -> None:
+    """Copy a model file byte by byte, and its data files when it goes to another folder."""
+    if target.exists() and os.path.samefile(source, target):
+        return
+    with Staging(target, overwrite) as staging:
+        shutil.copyfile(source, staging.model)
+        if not os.path.samefile(source.parent, target.parent):
+            for location in locations:
+                shutil.copyfile(source.parent / location, staging.place(location))
+        staging.publish()
+
+
+def write_model(
+    model: onnx_ir.Model,
+    target: Path,
+    *,
+    external_data: bool | str | None = None,
+    overwrite: bool = True,
+    check: Check | None = None,
+) -> None:
+    """Write ``model``; its tensors become the written ones. ``check`` sees the finished file before it is published.
+
+    ``external_data``: None keeps each tensor where it was (in the file or beside it), True or a file name puts all but
+    small ones beside it, False puts all into the file. More than 1.8 GB never go into one file.
+    """
+    with Staging(target, overwrite) as staging:
+        plan = _plan(model, target, external_data)
+        for location, slots in plan.items():
+            _write_data(slots, staging, location)
+        _serialize(model, staging.model)
+        if check is not None:
+            check(staging.model)
+        staging.publish()
+
+
+def _plan(model: onnx_ir.Model, target: Path, external_data: bool | str | None) -> Mapping[str, list[TensorSlot]]:
+    """Which tensors go to which data file, in the order they had in the source; loads those that go inside."""
+    slots = list(tensor_slots(model))
+    inline = sum(s.tensor.nbytes for s in slots if external_data is False or source_location(s.tensor) is None)
+    taken = {os.path.realpath(external.path) for s in slots if (external := _external(s.tensor)) is not None}
+    if isinstance(external_data, str):
+        check_location(external_data)
+        if os.path.realpath(target.parent / external_data) in taken:
+            raise EmitError(
+                f"external data cannot be in {external_data!r}: the graph still reads its weights from there"
+            )
+    elif external_data is not True and inline > MOST_INLINE_BYTES:
+        external_data = True
+    names = _Names(target, taken)
+    plan: dict[str, list[TensorSlot]] = {}
+    for slot in sorted(slots, key=lambda s: _position(s.tensor)):
+        location = _destination(slot, external_data, names)
+        if location is not None:
+            plan.setdefault(location, []).append(slot)
+        elif isinstance(slot.tensor, onnx_ir.ExternalTensor):
+            slot.put(_in_memory(slot.tensor))
+    return plan
+
+
+def _destination(slot: TensorSlot, external_data: bool | str | None, names: _Names) -> str | None:
+    if external_data is False:
+        return None
+    if external_data is None:
+        location = source_location(slot.tensor)
+        return None if location is None else names.keeping(location)
+    small = slot.tensor.nbytes < LEAST_EXTERNAL_BYTES
+    if small or not slot.initializer or slot.tensor.dtype == onnx_ir.DataType.STRING:
+        return None
+    return external_data if isinstance(external_data, str) else names.keeping(f"{names.target.name}.data")
+
+
+@dataclass
+class _Names:
+    """Names of data files that do not overwrite a file the graph still reads from."""
+
+    target: Path
+    taken: set[str]
+    chosen: dict[str, str] = field(default_factory=dict)
+
+    def keeping(self, location: str) -> str:
+        if location not in self.chosen:
+            check_location(location)
+            candidate, number = location, 0
+            while os.path.realpath(self.target.parent / candidate) in self.taken or candidate in self.chosen.values():
+                number += 1
+                name = f"{self.target.name}.data" if number == 1 else f"{self.target.name}.{number}.data"
+                candidate = str(PurePosixPath(location).with_name(name))
+            self.chosen[location] = candidate
+        return self.chosen[location]
+
+
+class ChangedTensor(onnx_ir.LazyTensor):
+    """A tensor that is made while it is written; it remembers the external tensor whose place it takes."""
+
+    __slots__ = ("source",)
+
+    def __init__(self, *args: Any, source: onnx_ir.ExternalTensor | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.source = source
+
+
+def _external(tensor: Any) -> onnx_ir.ExternalTensor | None:
+    if isinstance(tensor, ChangedTensor):
+        return tensor.source
+    return tensor if isinstance(tensor, onnx_ir.ExternalTensor) else None
+
+
+def source_location(tensor: Any) -> str | None:
+    """The data file a tensor belongs to, or None for one inside the model file."""
+    external = _external(tensor)
+    return None if external is None else os.fspath(external.location)
+
+
+def _position(tensor: Any) -> tuple[int, int]:
+    external = _external(tensor)
+    return (0, 0) if external is None else (1, external.offset or 0)
+
+
+def _in_memory(tensor: onnx_ir.ExternalTensor) -> Any:
+    """The content of an external tensor, detached from its file."""
+    array = tensor.numpy().copy()
+    tensor.release()
+    return onnx_ir.Tensor(array, dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+
+
+def _write_data(slots: list[TensorSlot], staging: Staging, location: str) -> None:
+    """Stream tensors into one data file, aligned as they were in the source, and let the model refer to it."""
+    staging.place(location)
+    written = onnx_ir.external_data.convert_tensors_to_external(
+        [slot.tensor for slot in slots], staging.folder, location, alignment=_alignment(slots)
+    )
+    for slot, tensor in zip(slots, written, strict=True):
+        tensor.doc_string = slot.tensor.doc_string
+        tensor.metadata_props.update(slot.tensor.metadata_props)
+        slot.put(tensor)
+
+
+def _alignment(slots: list[TensorSlot]) -> int | None:
+    """The alignment that the large tensors of the source have, if they have one."""
+    sources = [s for slot in slots if (s := _external(slot.tensor)) is not None]
+    offsets = [s.offset or 0 for s in sources if s.nbytes > 1 << 20 and s.offset]
+    for alignment in (65536, 4096):
+        if offsets and all(offset % alignment == 0 for offset in offsets):
+            # Tensors that fill whole blocks are aligned without any padding: only a gap shows that it was meant.
+            return alignment if _has_gap(sources) else None
+    return None
+
+
+def _has_gap(sources: list[onnx_ir.ExternalTensor]) -> bool:
+    ends = sorted((s.offset or 0, (s.offset or 0) + s.nbytes) for s in sources)
+    return any(start > end for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+
+
+def _serialize(model: onnx_ir.Model, path: Path) -> None:
+    try:
+        data = onnx_ir.to_proto(model).SerializeToString()
+    except Exception as error:  # protobuf raises its own types; a model past 2 GiB ends here
+        raise EmitError(f"the model cannot be serialised: {error}") from error
+    path.write_bytes(data)

@@ -1,0 +1,129 @@
+"""Running ONNX models in onnxruntime: the oracle that written files are held to, and a fair measurement of latency."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from regauge.ir.errors import RegaugeError
+
+Optimisation = Literal["off", "all"]
+Inputs = Sequence[Any] | Mapping[str, Any]
+
+
+class Session:
+    """A model loaded into onnxruntime on the CPU.
+
+    ``model`` is a path, serialised bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model`` (data files are found for a
+    path only). With ``optimisation="off"`` onnxruntime computes the graph as it is written, which is what a comparison
+    wants; ``"all"`` is its default and what a user gets. Raises RegaugeError when onnxruntime refuses the model.
+    """
+
+    def __init__(self, model: Any, *, optimisation: Optimisation = "all", threads: int | None = None) -> None:
+        if optimisation not in ("off", "all"):
+            raise RegaugeError(f"optimisation is {optimisation!r}: say 'off' or 'all'")
+        source = _source(model)
+        self._session = _open(source, optimisation, threads)
+        self.inputs: list[str] = [i.name for i in self._session.get_inputs()]
+        self.overridable: list[str] = [i.name for i in self._session.get_overridable_initializers()]
+        self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
+        self.input_types: dict[str, str] = {i.name: i.type for i in self._session.get_inputs()}
+        self.input_shapes: dict[str, list[Any]] = {i.name: list(i.shape) for i in self._session.get_inputs()}
+
+    def run(self, inputs: Inputs) -> list[Any]:
+        """Results in order, as torch tensors (numpy arrays for strings); inputs in order or by name."""
+        feeds = self.feeds(inputs)
+        try:
+            return [_to_torch(result) for result in self._session.run(None, feeds)]
+        except Exception as error:  # onnxruntime raises its own types, one per status code
+            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
+            raise RegaugeError(f"onnxruntime failed on inputs {shapes}: {_first_line(error)}") from error
+
+    def feeds(self, inputs: Inputs) -> dict[str, Any]:
+        """Inputs as onnxruntime wants them; raises RegaugeError when one is missing or unknown."""
+        if not isinstance(inputs, Mapping):
+            if len(inputs) != len(self.inputs):
+                names = ", ".join(self.inputs)
+                raise RegaugeError(f"the model takes {len(self.inputs)} inputs ({names}), got {len(inputs)}")
+            inputs = dict(zip(self.inputs, inputs, strict=True))
+        wrong = (set(inputs) - set(self.overridable)) ^ set(self.inputs)
+        if wrong:
+            raise RegaugeError(f"inputs differ in {sorted(wrong)[0]!r}: the model takes {', '.join(self.inputs)}")
+        return {name: _to_numpy(value) for name, value in inputs.items()}
+
+    def milliseconds(self, feeds: Mapping[str, Any]) -> float:
+        """Wall time of one run on prepared feeds."""
+        start = time.perf_counter()
+        self._session.run(None, feeds)
+        return (time.perf_counter() - start) * 1e3
+
+
+def latency(sessions: Mapping[str, Session], inputs: Inputs, *, repeats: int = 50, warmup: int = 5) -> dict[str, float]:
+    """Median milliseconds per run of each session, measured in turns so that a busy machine slows all of them alike."""
+    feeds = {name: session.feeds(inputs) for name, session in sessions.items()}
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for turn in range(warmup + repeats):
+        for name, session in sessions.items():
+            elapsed = session.milliseconds(feeds[name])
+            if turn >= warmup:
+                times[name].append(elapsed)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def _source(model: Any) -> str | bytes:
+    if isinstance(model, bytes):
+        return model
+    if isinstance(model, str | os.PathLike):
+        path = os.fspath(model)
+        if not os.path.isfile(path):
+            raise RegaugeError(f"there is no file {path}")
+        return path
+    if hasattr(model, "SerializeToString"):
+        return bytes(model.SerializeToString())
+    import onnx_ir
+
+    if isinstance(model, onnx_ir.Model):
+        return bytes(onnx_ir.to_proto(model).SerializeToString())
+    raise RegaugeError(f"a {type(model).__name__} is no ONNX model: give a path, bytes, ModelProto or onnx_ir.Model")
+
+
+def _open(source: str | bytes, optimisation: Optimisation, threads: int | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_DISABLE_ALL if optimisation == "off" else level.ORT_ENABLE_ALL
+    options.log_severity_level = 4  # errors reach us as exceptions
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    if optimisation == "off":
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own types, one per status code
+        raise RegaugeError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _to_numpy(value: Any) -> Any:
+    import numpy as np
+
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def _to_torch(result: Any) -> Any:
+    if isinstance(result, list):  # a sequence of tensors
+        return [_to_torch(part) for part in result]
+    if getattr(result, "dtype", None) is None or result.dtype.kind in "OUS":
+        return result
+    return torch.as_tensor(result)

@@ -1,0 +1,102 @@
+"""Writing a graph as an ONNX model.
+
+A graph that was loaded from ONNX is written by patching the carried model: what no pass touched stays as it was, to the
+byte where nothing was touched at all. A graph that was captured from torch goes through torch's own exporter.
+
+    load("m.onnx") ── prune ── to_onnx("p.onnx")     same nodes, names, metadata, opsets, data layout; smaller weights
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+
+from regauge.backends.onnx_changes import Changes, find_changes
+from regauge.backends.onnx_check import Checker
+from regauge.backends.onnx_emit import patched_model
+from regauge.backends.onnx_write import copy_model, external_locations, write_model
+from regauge.ir.errors import EmitError
+from regauge.ir.graph import Graph
+
+Inputs = Sequence[Any] | Mapping[str, Any]
+
+
+def to_onnx(
+    graph: Graph,
+    path: str | os.PathLike[str],
+    *,
+    external_data: bool | str | None = None,
+    verify: bool = True,
+    overwrite: bool = True,
+    inputs: Inputs | None = None,
+) -> Path:
+    """Write ``graph`` as an ONNX model at ``path`` and return the path.
+
+    ``external_data``: None keeps the layout of the source, True puts the weights into ``<name>.data`` beside the model,
+    a text names that file, False puts them into the model; more than 1.8 GB always go beside it. With ``verify`` the
+    finished file is run in onnxruntime and compared with the graph, on ``inputs`` or on made-up ones. The file appears
+    whole or not at all. Raises EmitError when something cannot be expressed, written, or computes something else.
+    """
+    target = Path(path)
+    if external_data is not None and not isinstance(external_data, bool | str):
+        raise EmitError(f"external_data is {external_data!r}: give True, False, or the name of a file beside the model")
+    check = Checker(graph, inputs) if verify else None
+    if "onnx" not in graph.metadata:
+        from regauge.backends.onnx_export import exported_model
+
+        model = exported_model(graph)
+        _note_passes(model, graph)
+        write_model(model, target, external_data=external_data, overwrite=overwrite, check=check)
+        return target
+    changes = find_changes(_imported(graph), graph)
+    source = _unchanged_source(graph)
+    if not changes and external_data is None and source is not None:
+        copy_model(source, target, external_locations(graph.metadata["onnx"]), overwrite=overwrite)
+        return target
+    model = _changed_model(graph, changes)
+    check = check if changes else None
+    write_model(model, target, external_data=external_data, overwrite=overwrite, check=check)
+    return target
+
+
+def _imported(graph: Graph) -> Graph:
+    imported = graph.metadata.get("onnx_imported")
+    if not isinstance(imported, Graph):
+        raise EmitError(f"graph {graph.name!r} carries an ONNX model but not the graph read from it: load it again")
+    return imported
+
+
+def _changed_model(graph: Graph, changes: Changes) -> onnx_ir.Model:
+    model = patched_model(graph, changes)
+    if changes:
+        _note_passes(model, graph)
+    return model
+
+
+def _note_passes(model: onnx_ir.Model, graph: Graph) -> None:
+    """Say in the model what was done to it."""
+    try:
+        model.metadata_props["regauge.version"] = version("regauge")
+    except PackageNotFoundError:  # run from a checkout
+        model.metadata_props["regauge.version"] = "unreleased"
+    passes = list(dict.fromkeys(edit.by for edit in graph.history))
+    if passes:
+        model.metadata_props["regauge.passes"] = ",".join(passes)
+
+
+def _unchanged_source(graph: Graph) -> Path | None:
+    """The file the graph was loaded from, if it still is that file."""
+    recorded = graph.metadata.get("onnx_source")
+    if recorded is None:
+        return None
+    path, size, modified = recorded
+    try:
+        now = os.stat(path)
+    except OSError:
+        return None
+    return Path(path) if (now.st_size, now.st_mtime_ns) == (size, modified) else None
