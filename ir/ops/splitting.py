@@ -107,6 +107,27 @@ def _write_split(nodes: Sequence[Node], patch: Any) -> None:
     patch.set_sizes(1, sizes)
 
 
+def _onnx_split_to_sequence(build: Builder, call: Any) -> tuple[Value, ...]:
+    """The pieces in order; the frontend makes the sequence of them. The sizes are a list, or one size for all."""
+    x = call.operand(0)
+    dim = axis_number(call.attribute("axis", 0), x.rank)
+    if not call.has(1):
+        pieces = split_into(build, x, _equal_parts(x.shape[dim], 1), dim)
+        return pieces if call.attribute("keepdims", 1) else tuple(build.squeeze(p, dims=(dim,)) for p in pieces)
+    sizes = call.sizes(1)
+    if sizes is None:
+        raise OperatorError("the sizes of SplitToSequence are computed from data")
+    one = call.entry(1).shape == ()
+    return split_into(build, x, _equal_parts(x.shape[dim], sizes[0]) if one else sizes, dim)
+
+
+def _write_split_to_sequence(nodes: Sequence[Node], patch: Any) -> None:
+    sizes = nodes[0].attributes["sizes"]
+    shape = nodes[0].origin.inputs[1].shape
+    equal = all(same(size, sizes[0]) for size in sizes)
+    patch.set_sizes(1, sizes[0] if equal and shape is not None and len(shape) == 0 else sizes)
+
+
 @operator(
     rule=_split_rule,
     aten={
@@ -116,7 +137,10 @@ def _write_split(nodes: Sequence[Node], patch: Any) -> None:
         "vsplit": lambda build, x, at: _tensor_split(build, x, at, 0),
         "dsplit": lambda build, x, at: _tensor_split(build, x, at, 2),
     },
-    onnx={"Split": OnnxForm(read=_onnx_split, write=_write_split)},
+    onnx={
+        "Split": OnnxForm(read=_onnx_split, write=_write_split),
+        "SplitToSequence": OnnxForm(read=_onnx_split_to_sequence, write=_write_split_to_sequence),
+    },
     samples=lambda: [
         sample(randn(2, 7), sizes=(3, 4), dim=1),
         sample(randn(6, 3), sizes=(2, 2, 2), dim=-2),
