@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from regauge.frontends import numeric_check
-from regauge.frontends.capture import capture, import_traced, trace_program
+from regauge.frontends.capture import import_traced, trace_program
+from regauge.frontends.outputs import plain_outputs
 from regauge.frontends.pytrees import flatten_outputs, tensors_of
 
 
@@ -39,14 +40,14 @@ def survey(name: str, model: torch.nn.Module, inputs: Any) -> tuple[str, bool]:
     start = time.perf_counter()
     graph = import_traced(traced).graph
     imported = time.perf_counter() - start
-    expected = flatten_outputs(numeric_check.run_module(model, traced.args, traced.kwargs, protect=False))
+    result = numeric_check.run_module(model, traced.args, traced.kwargs, protect=False)
+    expected = flatten_outputs(plain_outputs(result) if traced.plain else result)
     actual = numeric_check.run_graph(graph, tensors_of(traced.leaves))
     error = max(relative_error(a, b) for a, b in zip(actual, expected, strict=True))
     opaque = sorted({node.attributes["target"] for _, node in graph.walk() if node.op == "torch_call"})
-    graph.axes  # noqa: B018
-    problems = len(graph.axes.problems)
+    problems = graph.axes.problems
     line = f"{name:44} nodes {len(graph):5} error {error:8.1e} export {exported:6.2f} s import {imported:6.2f} s"
-    line += f" rule problems {problems}" if problems else ""
+    line += f" rule problems {len(problems)}: {problems[0]}" if problems else ""
     return line + (f" opaque: {', '.join(opaque)}" if opaque else ""), not opaque and error < 1e-5
 
 
@@ -76,8 +77,6 @@ def main(arguments: list[str]) -> int:
     print(f"{good} of {len(names)} captured with equal results and no opaque operator")
     return 0 if good == len(names) else 1
 
-
-__all__ = ["capture", "main", "survey"]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

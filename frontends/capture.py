@@ -22,6 +22,7 @@ from regauge.frontends.aliasing import NeedsDecomposition
 from regauge.frontends.aten_call import Refusal
 from regauge.frontends.dynamic import Requests, export_spec, read_requests, widen_examples
 from regauge.frontends.from_export import Imported, from_export
+from regauge.frontends.outputs import plain_outputs, unknown_outputs
 from regauge.frontends.pytrees import Leaf, argument_names, flatten_call, flatten_outputs, tensors_of
 from regauge.frontends.tracing import bind_arguments, export_module, in_mode
 from regauge.ir.errors import CaptureError, RegaugeWarning
@@ -44,6 +45,7 @@ class Traced:
     requests: Requests
     training: bool = False
     module: torch.nn.Module | None = None
+    plain: bool = False  # results that torch.export does not take are left out
 
 
 def capture(
@@ -89,10 +91,19 @@ def trace_program(
     args, keywords, leaves = widen_examples(args, keywords, leaves, requests)
     bound, heads = bind_arguments(module, args, keywords)
     with in_mode(module, train):
-        program = export_module(module, args, keywords, export_spec(bound, heads, requests))
-    training = train and any(m.training for m in module.modules())
+        program, plain = export_module(module, args, keywords, export_spec(bound, heads, requests))
     return Traced(
-        program, type(module).__name__, tuple(args), dict(keywords), names, leaves, in_spec, requests, training, module
+        program,
+        type(module).__name__,
+        tuple(args),
+        dict(keywords),
+        names,
+        leaves,
+        in_spec,
+        requests,
+        training=train and any(m.training for m in module.modules()),
+        module=module,
+        plain=plain,
     )
 
 
@@ -206,7 +217,12 @@ def _reference(traced: Traced, graph: Graph, flat: list[Any]) -> list[Any]:
         return check.run_program(traced.program, flat)
     with in_mode(traced.module, traced.training):
         protect = traced.training or bool(graph.states)
-        return flatten_outputs(check.run_module(traced.module, traced.args, traced.kwargs, protect=protect))
+        result = check.run_module(traced.module, traced.args, traced.kwargs, protect=protect)
+    if traced.plain:
+        left_out = ", ".join(unknown_outputs(result)) or "nothing"
+        _warn(f"the graph leaves out what is no tensor, tuple, list or dict in the model's result: {left_out}")
+        result = plain_outputs(result)
+    return flatten_outputs(result)
 
 
 def _compare(graph: Graph, inputs: list[torch.Tensor], expected: list[Any]) -> tuple[float, str]:

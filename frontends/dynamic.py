@@ -19,6 +19,7 @@ from torch import fx
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from regauge.frontends.provenance import is_users
 from regauge.frontends.pytrees import Leaf, step_name
 from regauge.ir.errors import CaptureError, RegaugeWarning
 from regauge.ir.sizes import symbol
@@ -217,6 +218,8 @@ def _where_fixed(node: fx.Node, leaf: Leaf, axis: int) -> str:
             continue
         place = environment.replacements_slocs.get(inner)
         frame: Any = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
+        if hasattr(frame, "filename") and not is_users(frame.filename):
+            return f"torch ({frame.name})"
         if hasattr(frame, "filename"):
             return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
         if frame:

@@ -50,19 +50,20 @@ def source_of_error(error: BaseException) -> str:
         current = current.__cause__ or current.__context__
     for link in reversed(chain):
         frames = traceback.extract_tb(link.__traceback__)
-        user = [f for f in frames if _is_users(f.filename)]
+        user = [f for f in frames if is_users(f.filename)]
         if user:
             return f"{Path(user[-1].filename).name}:{user[-1].lineno} in {user[-1].name}"
     return ""
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether a source file is neither torch's nor ours nor made up by a tracer."""
     return not file.startswith((_TORCH, _OURS, "<")) and "/contextlib.py" not in file
 
 
 def _pick(frames: Iterable[tuple[str, int, str]]) -> str:
     found = ""
     for file, line, function in frames:
-        if _is_users(file) or not found:
+        if is_users(file) or not found:
             found = f"{Path(file).name}:{line} in {function}"
     return found

@@ -13,6 +13,7 @@ import torch
 from torch.export import ExportedProgram
 
 from regauge.frontends.from_fx import trace
+from regauge.frontends.outputs import plain_outputs
 from regauge.frontends.provenance import source_of_error
 from regauge.ir.errors import CaptureError
 
@@ -59,19 +60,26 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explicit_signature(module: torch.nn.Module, bound: Mapping[str, Any]) -> Iterator[None]:
-    """Names in place of ``**kwargs``: torch.export cannot say that an axis inside ``**kwargs`` varies."""
+def _forward(module: torch.nn.Module, bound: Mapping[str, Any], change: Callable[[Any], Any] | None) -> Iterator[None]:
+    """The module with a forward that torch.export can take, restored after.
+
+    Names stand in place of ``**kwargs`` where axes inside them vary, which torch.export cannot be told otherwise;
+    ``change`` is applied to the result.
+    """
     original = module.forward
     parameters = inspect.signature(original).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()) or all(name in parameters for name in bound):
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    more = [name for name in bound if takes_more and name not in parameters]
+    if not more and change is None:
         yield
         return
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        return result if change is None else change(result)
 
-    named = [p for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
-    named += [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in bound if n not in parameters]
+    named = [p for p in parameters.values() if not more or p.kind is not p.VAR_KEYWORD]
+    named += [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in more]
     forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
     had = "forward" in module.__dict__
     module.forward = forward
@@ -105,26 +113,28 @@ def bind_arguments(
 
 def export_module(
     module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: dict[str, Any] | None
-) -> ExportedProgram:
-    """The module as a program of ATen calls; raises CaptureError that names the source line and says what to do."""
+) -> tuple[ExportedProgram, bool]:
+    """The module as a program of ATen calls, and whether its results had to be made plain to get it.
 
-    def attempt(target: torch.nn.Module, strict: bool) -> ExportedProgram:
-        with _explicit_signature(target, shapes or {}):
+    Raises CaptureError that names the source line and says what to do.
+    """
+
+    def attempt(target: torch.nn.Module, strict: bool, change: Callable[[Any], Any] | None = None) -> ExportedProgram:
+        with _quiet(), torch.no_grad(), _forward(target, shapes or {}, change):
             return torch.export.export(target, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
 
-    attempts: list[Callable[[], ExportedProgram]] = [
-        lambda: attempt(module, False),
-        lambda: attempt(module, True),
-        lambda: attempt(trace(module), False),
-    ]
-    first: Exception | None = None
-    for step in attempts:
-        try:
-            with _quiet(), torch.no_grad():
-                return step()
-        except Exception as error:  # every exporter fails in its own ways; the last word is CaptureError
-            first = first or error
-    assert first is not None
+    try:
+        return attempt(module, False), False
+    except Exception as error:  # every exporter fails in its own ways; the last word is CaptureError
+        first = error
+    with contextlib.suppress(Exception):
+        if "not a known type" in str(first):
+            program = attempt(module, False, plain_outputs)
+            if any(isinstance(n.meta.get("val"), torch.Tensor) for n in program.graph.output_node().all_input_nodes):
+                return program, True
+    for step in (lambda: attempt(module, True), lambda: attempt(trace(module), False)):
+        with contextlib.suppress(Exception):
+            return step(), False
     raise CaptureError(explain(type(module).__name__, first)) from first
 
 
