@@ -10,7 +10,7 @@ import onnx_ir
 
 from regauge.ir.errors import RegaugeError
 from regauge.ir.onnx_folding import Question, fold
-from regauge.ir.onnx_sizes import LIMIT, Content, Unknown, content, of_shape
+from regauge.ir.onnx_sizes import LIMIT, Content, Unknown, constant_tensor, content, of_shape
 from regauge.ir.sizes import Size, divide, product, same
 
 
@@ -46,7 +46,7 @@ class Contents:
     def _compute(self, value: onnx_ir.Value) -> Content | None:
         if value.is_graph_input():
             return None
-        constant = onnx_ir.convenience.get_const_tensor(value)
+        constant = constant_tensor(value)
         if constant is not None:
             if constant.size > LIMIT or constant.dtype == onnx_ir.DataType.STRING or constant.dtype.bitwidth < 8:
                 return None

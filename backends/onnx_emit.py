@@ -18,6 +18,7 @@ from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_write import ChangedTensor
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.onnx_sizes import constant_tensor
 from regauge.ir.operator import find_onnx
 
 
@@ -62,7 +63,7 @@ def _write_weights(parameters: Iterable[Parameter], carrier: Carrier) -> None:
         if value is None:
             continue  # it stands for shape arithmetic or is new: frozen or added further on
         producer = value.producer()
-        before = onnx_ir.convenience.get_const_tensor(value)
+        before = constant_tensor(value)
         if before is None:
             continue
         if value.graph in carrier.function_graphs:

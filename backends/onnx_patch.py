@@ -15,6 +15,7 @@ from regauge.backends.onnx_contents import Contents, gives_sizes
 from regauge.backends.onnx_size_nodes import SizeSource, build_vector
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node
+from regauge.ir.onnx_sizes import constant_tensor
 from regauge.ir.sizes import Size
 
 
@@ -150,7 +151,7 @@ def _plain(value: Any, what: str) -> Any:
 
 def _holds(value: onnx_ir.Value, array: np.ndarray) -> bool:
     """Whether a value is a constant with exactly this content."""
-    tensor = onnx_ir.convenience.get_const_tensor(value)
+    tensor = constant_tensor(value)
     if tensor is None or value.is_graph_input() or tensor.nbytes > 1 << 16:
         return False
     content = tensor.numpy()

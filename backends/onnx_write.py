@@ -169,9 +169,9 @@ def check_location(location: str) -> None:
 
 def copy_model(source: Path, target: Path, locations: Sequence[str], *, overwrite: bool = True) -> None:
     """Copy a model file byte by byte, and its data files when it goes to another folder."""
-    if target.exists() and os.path.samefile(source, target):
-        return
     with Staging(target, overwrite) as staging:
+        if target.exists() and os.path.samefile(source, target):
+            return
         shutil.copyfile(source, staging.model)
         if not os.path.samefile(source.parent, target.parent):
             for location in locations:

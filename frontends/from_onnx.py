@@ -28,7 +28,7 @@ from regauge.ir.edit import Builder, remove_node
 from regauge.ir.errors import LoadError, OperatorError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Dtype, Graph, Value
 from regauge.ir.onnx_folding import Question, fold
-from regauge.ir.onnx_sizes import Unknown, as_type, content, of_shape
+from regauge.ir.onnx_sizes import Unknown, as_type, constant_tensor, content, of_shape
 from regauge.ir.operator import Operator, find_onnx
 from regauge.ir.sizes import Size, count, parse_size, symbol
 
@@ -42,8 +42,8 @@ def load(source: Any, *, freeze: bool = False) -> Graph:
     Weights stay in the file until they are read. Initializers that are also graph inputs can be overridden by whoever
     runs the model: they stay inputs, pinned, unless ``freeze`` is given. In files of old exporters, which listed every
     weight as an input (IR version below 4, or below 7 with nine in ten initializers listed), they are weights.
-    ``graph.metadata`` holds the carried model under "onnx", the graph as it was read under "onnx_imported", the file with
-    its size and time under "onnx_source", contents that were folded under "onnx_folded", branches of an If that were
+    ``graph.metadata`` holds the carried model under "onnx", the graph as it was read under "onnx_imported", the file
+    with its size and time under "onnx_source", contents that were folded under "onnx_folded", branches of an If that were
     taken at import under "onnx_branches" and notes on what was changed under "onnx_notes".
     Raises LoadError, in one line, when the file is broken.
     """
@@ -142,7 +142,7 @@ class _Importer:
 
     def _constant(self, scope: Scope, node: onnx_ir.Node) -> None:
         output = node.outputs[0]
-        tensor = onnx_ir.convenience.get_const_tensor(output)
+        tensor = constant_tensor(output)
         if tensor is None:
             call = OnnxCall(node, scope)
             name = call.attribute_names[0] if call.attribute_names else ""

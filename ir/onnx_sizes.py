@@ -51,6 +51,26 @@ class Content:
         return tuple(simplify(e) if isinstance(e, sympy.Basic) else int(e) for e in self.array.reshape(-1).tolist())
 
 
+def constant_tensor(value: onnx_ir.Value) -> Any:
+    """The onnx_ir tensor of an initializer or of a Constant node's output; None for any other value.
+
+    (onnx_ir's own ``get_const_tensor`` renames the tensor it finds, and with it the model that is only to be read.)
+    """
+    if value.const_value is not None:
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.attributes) != 1:
+        return None
+    ((name, attribute),) = node.attributes.items()
+    if attribute.is_ref() or name == "sparse_value":
+        return None
+    if name == "value":
+        return attribute.value
+    if name.startswith("value_string"):
+        return onnx_ir.tensor(attribute.value)
+    return onnx_ir.Tensor(np.array(attribute.value, dtype=np.float32 if name.startswith("value_float") else np.int64))
+
+
 def content(elements: Any, data_type: onnx_ir.DataType) -> Content:
     """Content from elements of any kind: a plain numpy array where all are numbers."""
     array = np.asarray(elements)

@@ -118,9 +118,8 @@ def test_every_kind_of_tensor_survives_a_cut_elsewhere(tmp_path: Path) -> None:
     path = pruned(load(model)).to_onnx(tmp_path / "small.onnx")
     written = {i.name: i for i in onnx.load(path).graph.initializer}
     for tensor in odd:
-        assert onnx_ir.from_proto(written[tensor.name]).tobytes() == onnx_ir.from_proto(tensor).tobytes() or (
-            tensor.data_type == TensorProto.STRING
-        )
+        if tensor.data_type != TensorProto.STRING:
+            assert onnx_ir.from_proto(written[tensor.name]).tobytes() == onnx_ir.from_proto(tensor).tobytes()
         assert written[tensor.name].data_type == tensor.data_type and written[tensor.name].dims == tensor.dims
     assert written["text"].string_data == odd[4].string_data
 
