@@ -11,14 +11,14 @@ import onnx_ir
 
 from regauge.frontends.onnx_call import OnnxCall
 from regauge.frontends.onnx_scope import Entry, Scope
-from regauge.ir.onnx_sizes import content
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Value
+from regauge.ir.onnx_sizes import content
 from regauge.ir.operator import find_onnx
 
 
 def read_sequence(scope: Scope, node: onnx_ir.Node) -> None:
-    """Note the pieces of a sequence, or what is taken out of one; raises OperatorError where the length is not known."""
+    """Note the pieces of a sequence, or what is taken out; raises OperatorError where the length is not known."""
     call = OnnxCall(node, scope)
     result = _READERS[node.op_type](call)
     output = node.outputs[0]

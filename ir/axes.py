@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from regauge.ir.errors import AxisError
-from regauge.ir.extents import Dim, Extent, format_extent, fresh, leaves, pin, resolve, size_of
+from regauge.ir.extents import Concat, Dim, Extent, Product, format_extent, fresh, leaves, pin, resolve, size_of
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Operator
 from regauge.ir.rules import Axes, Call
@@ -38,10 +38,11 @@ class Analysis:
 def analyse(graph: Graph, *, strict: bool = False) -> Analysis:
     """Infer the extents of every value. With ``strict`` a rule that does not fit raises, else its node is opaque."""
     analysis = Analysis()
+    reasons = graph.metadata.get("input_reasons", {})
     for value in graph.inputs:
         axes = [fresh(size) for size in value.shape]
         for extent in axes:
-            pin(extent, "it is an axis of a graph input", value.name)
+            pin(extent, reasons.get(value.name, "it is an axis of a graph input"), value.name)
         analysis.of[value] = axes
     _walk(graph, analysis, strict)
     for output in graph.outputs:
@@ -76,9 +77,29 @@ def _visit(node: Node, analysis: Analysis, strict: bool) -> None:
             raise
         analysis.problems.append(str(error))
         results = call.opaque(f"the axis rule of {node.op} does not fit: {error}")
+    if "fixed" in node.metadata:
+        _fix(call, node.metadata["fixed"])
     analysis.calls[node] = call
     for value, axes in zip(node.outputs, results, strict=True):
         analysis.of[value] = axes
+
+
+def _fix(call: Call, reason: str) -> None:
+    """The node cannot be rewritten: sizes in its attributes and the constants it reads stay as they are."""
+    for operand, axes in zip(call.node.inputs, call.axes, strict=True):
+        if isinstance(operand, Parameter) and operand.kind == "constant":
+            for extent in axes or ():
+                call.pin(extent, reason)
+    for extent in _extents_in(list(call.derived.values())):
+        call.pin(extent, reason)
+
+
+def _extents_in(derived: Any) -> Iterator[Extent]:
+    if isinstance(derived, Dim | Product | Concat):
+        yield derived
+    elif isinstance(derived, tuple | list):
+        for part in derived:
+            yield from _extents_in(part)
 
 
 def apply_rule(operator: Operator, call: Call) -> list[Axes]:

@@ -53,16 +53,18 @@ class Interpreter:
 
     def _arguments(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
         names = [value.name for value in self.graph.inputs]
+        defaults = {name: weight.load() for name, weight in self.graph.metadata.get("input_defaults", {}).items()}
+        if not isinstance(inputs, Mapping) and len(inputs) == len(names) - len(defaults):
+            inputs = dict(zip([name for name in names if name not in defaults], inputs, strict=True))
         if isinstance(inputs, Mapping):
+            inputs = {**defaults, **inputs}
             missing = [name for name in names if name not in inputs]
             if missing:
                 raise GraphError(f"no value is given for the graph input {missing[0]!r}: inputs are {', '.join(names)}")
             inputs = [inputs[name] for name in names]
         if len(inputs) != len(names):
             raise GraphError(f"the graph takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
-        return [
-            torch.as_tensor(x) if not isinstance(x, torch.Tensor) and hasattr(x, "__array__") else x for x in inputs
-        ]
+        return [_tensor(x) for x in inputs]
 
     def _run_graph(self, graph: Graph, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> list[Any]:
         last_use = _last_uses(graph)
@@ -116,6 +118,13 @@ class Interpreter:
             return self._run_graph(region, dict(zip(region.inputs, arguments, strict=True)), inner)
 
         return call
+
+
+def _tensor(given: Any) -> Any:
+    """Arrays become tensors; arrays of types torch lacks (strings) stay arrays."""
+    if isinstance(given, torch.Tensor) or not hasattr(given, "__array__"):
+        return given
+    return given if getattr(given, "dtype", None) is not None and given.dtype.kind in "OUSV" else torch.as_tensor(given)
 
 
 def _check_rank(value: Value, tensor: torch.Tensor) -> None:

@@ -41,9 +41,22 @@ def _pinned(call: Any, sizes: Any, reason: str) -> list[Extent]:
     return axes
 
 
+def _region(call: Any, index: int, operands: list[list[Extent]]) -> list[list[Extent]]:
+    """The axes a region gives; an axis that enters with another size than it has inside is pinned on both sides."""
+    reason = "it changes its size from one iteration to the next"
+    entering = [
+        _join(call, axes, [fresh(size) for size in value.shape], value.shape, reason)
+        if not all(same(size_of(a), size) for a, size in zip(axes, value.shape, strict=True))
+        else axes
+        for axes, value in zip(operands, call.node.regions[index].inputs, strict=True)
+    ]
+    found: list[list[Extent]] = call.region(index, entering)
+    return found
+
+
 def _cond_rule(call: Any) -> Any:
     operands = [axes or [] for axes in call.axes[1:]]
-    branches = [call.region(index, operands) for index in range(len(call.node.regions))]
+    branches = [_region(call, index, operands) for index in range(len(call.node.regions))]
     results = branches[0]
     for branch in branches[1:]:
         results = [
@@ -70,8 +83,8 @@ def _carry(call: Any, before: list[list[Extent]], after: list[list[Extent]], val
 def _while_rule(call: Any) -> Any:
     operands = [axes or [] for axes in call.axes]
     carried = call["carried"]
-    call.region(0, operands)
-    after = call.region(1, operands)
+    _region(call, 0, operands)
+    after = _region(call, 1, operands)
     return _carry(call, operands[:carried], after[:carried], call.node.outputs)
 
 
@@ -88,7 +101,7 @@ def _loop_rule(call: Any) -> Any:
     """Body: iteration number, condition, carried..., captured... -> condition, carried..., stacked..."""
     carried = call["carried"]
     operands = [axes or [] for axes in call.axes[2:]]
-    after = call.region(0, [[], [], *operands])
+    after = _region(call, 0, [[], [], *operands])
     outputs = call.node.outputs
     finals = _carry(call, operands[:carried], after[1 : 1 + carried], outputs[:carried])
     stacked = [
@@ -123,7 +136,7 @@ def _scan_rule(call: Any) -> Any:
         position = call.normal(axis, len(axes))
         call.role("scan", axes[position])
         entries.append([extent for i, extent in enumerate(axes) if i != position])
-    after = call.region(0, [*operands[:carried], *entries, *operands[carried + len(axes_in) :]])
+    after = _region(call, 0, [*operands[:carried], *entries, *operands[carried + len(axes_in) :]])
     outputs = call.node.outputs
     results = _carry(call, operands[:carried], after[:carried], outputs[:carried])
     for axes, axis, value in zip(after[carried:], axes_out, outputs[carried:], strict=True):
