@@ -43,8 +43,8 @@ def load(source: Any, *, freeze: bool = False) -> Graph:
     runs the model: they stay inputs, pinned, unless ``freeze`` is given. In files of old exporters, which listed every
     weight as an input (IR version below 4, or below 7 with nine in ten initializers listed), they are weights.
     ``graph.metadata`` holds the carried model under "onnx", the graph as it was read under "onnx_imported", the file
-    with its size and time under "onnx_source", contents that were folded under "onnx_folded", branches of an If that were
-    taken at import under "onnx_branches" and notes on what was changed under "onnx_notes".
+    with its size and time under "onnx_source", contents that were folded under "onnx_folded", branches of an If taken
+    at import under "onnx_branches" and notes on what was changed under "onnx_notes".
     Raises LoadError, in one line, when the file is broken.
     """
     model, notes = open_model(source)
