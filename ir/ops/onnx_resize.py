@@ -128,20 +128,18 @@ def _torch_mode(call: Any, target: Target, where: str, rounding: str) -> tuple[s
     if where not in ("half_pixel", "align_corners"):
         raise _refuse(f"a {kind} Resize with {where} coordinates")
     corners, antialias = where == "align_corners", bool(call.attribute("antialias", 0))
+    if bool(call.attribute("exclude_outside", 0)) != antialias:
+        raise _refuse(
+            "such a treatment of what lies outside"
+        )  # torch leaves it out where it antialiases, and only there
     if antialias and len(spatial) != 2:
         raise _refuse("antialiasing over other than two axes")
     if kind == "linear":
         return ("linear", "bilinear", "trilinear")[len(spatial) - 1], corners
-    if kind != "cubic" or len(spatial) != 2 or not _is_torch_cubic(call, antialias):
+    slope = -0.5 if antialias else -0.75  # torch fixes the coefficient of the cubic kernel
+    if kind != "cubic" or len(spatial) != 2 or not math.isclose(call.attribute("cubic_coeff_a", -0.75), slope):
         raise _refuse(f"this {kind} Resize")
     return "bicubic", corners
-
-
-def _is_torch_cubic(call: Any, antialias: bool) -> bool:
-    """torch fixes the coefficient of the cubic kernel: -0.75, but -0.5 where it antialiases, and then drops what lies
-    outside."""
-    outside = bool(call.attribute("exclude_outside", 0))
-    return math.isclose(call.attribute("cubic_coeff_a", -0.75), -0.5 if antialias else -0.75) and outside == antialias
 
 
 # -- nearest entries ---------------------------------------------------------------------------------------------------
