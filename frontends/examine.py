@@ -42,7 +42,7 @@ def examine(obj: Any, example_inputs: Any = None, kwargs: Mapping[str, Any] | No
     all gives one finding that says so.
     """
     if _is_onnx(obj):
-        return list(importlib.import_module("regauge.frontends.from_onnx").examine_onnx(obj))
+        return list(importlib.import_module("regauge.frontends.examine_onnx").examine_onnx(obj))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RegaugeWarning)
         try:
