@@ -21,7 +21,7 @@ import torch
 
 from regauge.backends.torch_arguments import tidy_calls
 from regauge.backends.torch_folding import Folder, follows
-from regauge.backends.torch_literals import is_literal, literal, literal_value
+from regauge.backends.torch_literals import is_literal, literal, literal_value, read_attribute, read_name
 from regauge.ir.errors import EmitError
 from regauge.ir.operator import Operator
 
@@ -86,19 +86,19 @@ class Helpers:
 
     def _meaning(self, name: str, names: Mapping[str, Any]) -> ast.expr:
         if name in ("torch", "F", "math", "nn"):
-            return ast.Name(name)
+            return read_name(name)
         if name not in names:
-            return ast.Name(name)
+            return read_name(name)
         value = names[name]
         if getattr(builtins, name, None) is value:
-            return ast.Name(name)
+            return read_name(name)
         if isinstance(value, ModuleType):
             raise EmitError(f"an operator's body uses the module {value.__name__}: it may only use torch, F and math")
         found = _torch_name(value)
         if found is not None:
             return found
         if isinstance(value, FunctionType):
-            return ast.Name(self.add(value))
+            return read_name(self.add(value))
         return literal(value)
 
 
@@ -117,7 +117,7 @@ def _torch_name(value: Any) -> ast.expr | None:
     name = getattr(value, "__name__", "")
     for module, prefix in ((torch, "torch"), (torch.nn.functional, "F")):
         if name and getattr(module, name, None) is value:
-            return ast.Attribute(ast.Name(prefix), name)
+            return read_attribute(read_name(prefix), name)
     return None
 
 
@@ -155,7 +155,7 @@ def expression(
     keywords = [
         ast.keyword(key, value) for key, value in attributes.items() if not _is_default(value, defaults.get(key))
     ]
-    return tidy_calls(ast.Call(ast.Name(name), list(operands), keywords))
+    return tidy_calls(ast.Call(read_name(name), list(operands), keywords))
 
 
 def _is_default(value: ast.expr, default: Any) -> bool:

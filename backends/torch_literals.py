@@ -13,6 +13,14 @@ from regauge.backends.torch_sizes import Read, size_expression
 from regauge.ir.errors import EmitError
 
 
+def read_name(identifier: str) -> ast.Name:
+    return ast.Name(identifier, ast.Load())
+
+
+def read_attribute(owner: ast.expr, name: str) -> ast.Attribute:
+    return ast.Attribute(owner, name, ast.Load())
+
+
 def literal(value: Any, read: Read | None = None) -> ast.expr:
     """The expression of an attribute; ``read`` spells the symbols of sizes. Raises EmitError for other objects."""
     if isinstance(value, sympy.Basic):
@@ -24,7 +32,7 @@ def literal(value: Any, read: Read | None = None) -> ast.expr:
     if isinstance(value, float):
         return _number(value)
     if isinstance(value, complex):
-        return ast.Call(ast.Name("complex"), [_number(value.real), _number(value.imag)], [])
+        return ast.Call(read_name("complex"), [_number(value.real), _number(value.imag)], [])
     if isinstance(value, tuple):
         return ast.Tuple([literal(part, read) for part in value], ast.Load())
     if isinstance(value, list):
@@ -32,7 +40,7 @@ def literal(value: Any, read: Read | None = None) -> ast.expr:
     if isinstance(value, dict):
         return ast.Dict([literal(key) for key in value], [literal(part, read) for part in value.values()])
     if isinstance(value, slice):
-        return ast.Call(ast.Name("slice"), [literal(v, read) for v in (value.start, value.stop, value.step)], [])
+        return ast.Call(read_name("slice"), [literal(v, read) for v in (value.start, value.stop, value.step)], [])
     return _torch_object(value)
 
 
@@ -46,16 +54,16 @@ def _number(value: float) -> ast.expr:
     if math.isfinite(value):
         return ast.UnaryOp(ast.USub(), ast.Constant(-value)) if value < 0 else ast.Constant(value)
     if math.isnan(value):
-        return ast.Attribute(ast.Name("math"), "nan")
-    infinity = ast.Attribute(ast.Name("math"), "inf")
+        return read_attribute(read_name("math"), "nan")
+    infinity = read_attribute(read_name("math"), "inf")
     return ast.UnaryOp(ast.USub(), infinity) if value < 0 else infinity
 
 
 def _torch_object(value: Any) -> ast.expr:
     if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
-        return ast.Attribute(ast.Name("torch"), str(value).removeprefix("torch."))
+        return read_attribute(read_name("torch"), str(value).removeprefix("torch."))
     if isinstance(value, torch.device):
-        return ast.Call(ast.Attribute(ast.Name("torch"), "device"), [ast.Constant(str(value))], [])
+        return ast.Call(read_attribute(read_name("torch"), "device"), [ast.Constant(str(value))], [])
     raise EmitError(f"{value!r} of type {type(value).__name__} cannot be written as source: use a plain Python value")
 
 

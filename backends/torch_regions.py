@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regauge.backends.torch_code import Line, variable
 from regauge.backends.torch_expressions import expression
-from regauge.backends.torch_literals import literal
+from regauge.backends.torch_literals import literal, read_name
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.ops.torch_opaque import OPERAND, find_target, replace_slots, written_arguments
@@ -32,7 +32,7 @@ def special_lines(statements: Statements, node: Node) -> list[Line] | None:
         text = f"torch.cond({ast.unparse(operands[0])}, {names[0]}, {names[1]}, {passed})"
     else:
         attributes: dict[str, Any] = {k: literal(v, statements.symbol) for k, v in node.attributes.items()}
-        attributes["regions"] = ast.Tuple([ast.Name(name) for name in names], ast.Load())
+        attributes["regions"] = ast.Tuple([read_name(name) for name in names], ast.Load())
         text = ast.unparse(expression(node.operator, operands, attributes, statements.forward.helpers))
     bodies = [line for _, lines in functions for line in lines]
     return [Line(statements.targets(node.outputs), text, unpacks=True, functions=bodies)]
@@ -72,11 +72,11 @@ def _torch_call(statements: Statements, node: Node) -> list[Line]:
             clone = statements.fresh("updated")
             index = int(arguments[place][1:])
             clones.append(Line((clone,), f"{ast.unparse(operands[index])}.clone()"))
-            operands[index] = ast.Name(variable(clone))
+            operands[index] = read_name(variable(clone))
             clone_names.append(variable(clone))
 
     def fill(sign: str, index: int) -> Any:
-        return _Marker(operands[index] if sign == OPERAND else ast.Name(functions[index][0]))
+        return _Marker(operands[index] if sign == OPERAND else read_name(functions[index][0]))
 
     positional = [_written(replace_slots(value, fill), statements) for value in arguments]
     named = [f"{k}={_written(replace_slots(v, fill), statements)}" for k, v in node.attributes["options"]]

@@ -70,7 +70,7 @@ def _function(size: sympy.Expr, read: Read) -> ast.expr:
             return ast.BinOp(size_expression(size.args[0], read), ast.Mod(), size_expression(size.args[1], read))
         case sympy.Min() | sympy.Max():
             name = "min" if isinstance(size, sympy.Min) else "max"
-            return ast.Call(ast.Name(name), [size_expression(a, read) for a in size.args], [])
+            return ast.Call(ast.Name(name, ast.Load()), [size_expression(a, read) for a in size.args], [])
     raise EmitError(f"the size {size} has no Python spelling: make the dynamic size it depends on static at capture")
 
 

@@ -12,7 +12,7 @@ import sympy
 from regauge.backends.torch_code import Code, Flowing, Line, parse_access, symbols_of, variable
 from regauge.backends.torch_expressions import expression
 from regauge.backends.torch_folding import following, tensor
-from regauge.backends.torch_literals import literal
+from regauge.backends.torch_literals import literal, read_attribute, read_name
 from regauge.backends.torch_results import gives_sequence
 from regauge.backends.torch_sizes import size_expression, solve_for
 from regauge.ir.errors import EmitError
@@ -96,7 +96,7 @@ class Statements:
                 return tensor(parse_access(self.forward.places.access(self.code.path, name)), operand)
         if operand not in self.numbers:
             raise EmitError(f"{operand} is read in {self.code.path or 'the root'} before it is computed")
-        return tensor(ast.Name(variable(self.numbers[operand])), operand)
+        return tensor(read_name(variable(self.numbers[operand])), operand)
 
     def text(self, operand: Operand) -> str:
         return ast.unparse(self.reference(operand))
@@ -115,7 +115,7 @@ class Statements:
     def symbol(self, symbol: sympy.Symbol) -> ast.expr:
         """How this forward reads a dynamic size, such as ``x.shape[0]``."""
         if symbol in self.numbers:
-            return ast.Name(variable(self.numbers[symbol]))
+            return read_name(variable(self.numbers[symbol]))
         found = self._shown(symbol, self.code.arguments) or self._shown(symbol, list(self.numbers))
         if found is None:
             raise EmitError(f"the dynamic size {symbol} cannot be read off any input: make it static at capture")
@@ -134,8 +134,8 @@ class Statements:
         return None
 
     def _axis(self, value: Value, axis: int) -> ast.expr:
-        shape = ast.Attribute(tensor(ast.Name(variable(self.number(value))), value), "shape")
-        return ast.Subscript(shape, ast.Constant(axis))
+        shape = read_attribute(tensor(read_name(variable(self.number(value))), value), "shape")
+        return ast.Subscript(shape, ast.Constant(axis), ast.Load())
 
     # Lines ---------------------------------------------------------------------------------------------------
 

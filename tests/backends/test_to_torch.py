@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from regauge.backends.to_torch import emit, to_torch, write
 from regauge.backends.torch_runtime import source_of
 from regauge.ir.edit import Builder
