@@ -26,7 +26,7 @@ from regauge.frontends.onnx_sequences import SEQUENCE_OPERATORS, read_sequence
 from regauge.frontends.onnx_weights import data_type_of, dtype_of, weight_of
 from regauge.ir.edit import Builder, remove_node
 from regauge.ir.errors import LoadError, OperatorError, RegaugeError, RegaugeWarning
-from regauge.ir.graph import Dtype, Graph, Value
+from regauge.ir.graph import Dtype, Graph, Node, Parameter, Value
 from regauge.ir.onnx_folding import Question, fold
 from regauge.ir.onnx_sizes import Unknown, as_type, constant_tensor, content, of_shape
 from regauge.ir.operator import Operator, find_onnx
@@ -185,6 +185,7 @@ class _Importer:
         start = len(build.added)
         try:
             self._read(scope, node)
+            _fix_constants(build.added[start:], node)
         except LoadError as error:
             if "external data" in str(error):
                 raise
@@ -268,6 +269,19 @@ class _Importer:
                 RegaugeWarning,
                 stacklevel=3,
             )
+
+
+def _fix_constants(added: Sequence[Node], node: onnx_ir.Node) -> None:
+    """Tables that a reader made up are in no file, so they cannot be cut there; what is uniform needs no cutting."""
+    for made in added:
+        for _, value in made.operands():
+            if isinstance(value, Parameter) and value.origin is None and value.rank and not _uniform(value):
+                made.metadata["fixed_constants"] = f"{node.op_type} counts its entries by position"
+
+
+def _uniform(parameter: Parameter) -> bool:
+    tensor = parameter.tensor
+    return bool(tensor.numel() and (tensor == tensor.reshape(-1)[0]).all())
 
 
 def _input_size(dimension: Any, default: str) -> Size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,21 +77,27 @@ def _visit(node: Node, analysis: Analysis, strict: bool) -> None:
             raise
         analysis.problems.append(str(error))
         results = call.opaque(f"the axis rule of {node.op} does not fit: {error}")
-    if "fixed" in node.metadata:
-        _fix(call, node.metadata["fixed"])
+    _pin_fixed(call, node.metadata)
     analysis.calls[node] = call
     for value, axes in zip(node.outputs, results, strict=True):
         analysis.of[value] = axes
 
 
-def _fix(call: Call, reason: str) -> None:
-    """The node cannot be rewritten: sizes in its attributes and the constants it reads stay as they are."""
+def _pin_fixed(call: Call, metadata: Mapping[str, str]) -> None:
+    """Where a node cannot be rewritten (``fixed``), the sizes in its attributes and the constants it reads stay.
+
+    ``fixed_constants`` says so of the constants only: those that a frontend made up and no file holds.
+    """
+    reason = metadata.get("fixed", metadata.get("fixed_constants"))
+    if reason is None:
+        return
     for operand, axes in zip(call.node.inputs, call.axes, strict=True):
         if isinstance(operand, Parameter) and operand.kind == "constant":
             for extent in axes or ():
                 call.pin(extent, reason)
-    for extent in _extents_in(list(call.derived.values())):
-        call.pin(extent, reason)
+    if "fixed" in metadata:
+        for extent in _extents_in(list(call.derived.values())):
+            call.pin(extent, reason)
 
 
 def _extents_in(derived: Any) -> Iterator[Extent]:
