@@ -1,4 +1,4 @@
-"""The law behind every kind of pruning: a cut graph computes what the whole one does with the removed entries zeroed."""
+"""The law behind every kind of pruning: a cut graph computes what the whole one computes with those entries zeroed."""
 
 from collections.abc import Sequence
 
