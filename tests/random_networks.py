@@ -1,7 +1,7 @@
-"""Random small networks for property tests: convolutions, skips, concatenations, shuffles, gates, attention, tied weights.
+"""Random small networks for property tests: convolutions, skips, concatenations, shuffles, gates, attention, tying.
 
-Weights are float64 and drawn so that every path matters; each value occurs once, so that what a pass kept can be read off
-the values themselves.
+Weights are float64 and drawn so that every path matters; each value occurs once, so that what a pass kept can be read
+off the values themselves.
 """
 
 from collections.abc import Callable
@@ -88,7 +88,9 @@ class Drawn:
     def gate(self) -> Value:
         x, build = self.any_map(), self.build
         c = int(x.shape[1])
-        squeezed = build.relu(build.linear(build.mean(x, dims=(2, 3), keepdim=False), self.weight(5, c), self.weight(5)))
+        squeezed = build.relu(
+            build.linear(build.mean(x, dims=(2, 3), keepdim=False), self.weight(5, c), self.weight(5))
+        )
         scale = build.sigmoid(build.linear(squeezed, self.weight(c, 5)))
         return build.mul(x, build.reshape(scale, shape=(2, c, 1, 1)))
 

@@ -50,8 +50,8 @@ class Prune(Pass):
     score: Criterion = option("l2", "importance: norms of weights, BatchNorm gains, or chance")
     round_to: int = option(1, "counts are multiples of this where a Dim is large enough", at_least=1)
     minimum: int = option(1, "indices that every Dim keeps", at_least=1)
-    include: tuple[str, ...] = option((), "globs on names of Dims or parameters: cut only these")
-    exclude: tuple[str, ...] = option((), "globs on names of Dims or parameters: leave these alone")
+    include: tuple[str, ...] = option((), "globs on names of Dims or parameters: cut nothing else")
+    exclude: tuple[str, ...] = option((), "globs on names of Dims or parameters: these keep their shape")
     seed: int = option(0, "seed of score=random", at_least=0)
     limit: int | None = option(None, "cut only the first so many Dims (to find one that does harm)", at_least=0)
 

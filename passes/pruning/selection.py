@@ -14,8 +14,9 @@ from regauge.ir.groups import Group
 def select(groups: Sequence[Group], include: Sequence[str], exclude: Sequence[str], left: Counter[str]) -> list[Group]:
     """Free groups that the patterns allow; ``left`` counts the others by reason.
 
-    A pattern is a glob on the name of a Dim (``layer1.*:0``) or of a parameter in its group (``layer1.*``). Raises
-    PassError for a pattern that matches nothing.
+    A pattern is a glob on names of Dims (``layer1.*:0``) or of parameters (``layer1.*``). A parameter that ``exclude``
+    matches keeps its shape: every Dim in it stays. A Dim is included by its own name, or when all parameters it occurs
+    in are, so that ``include`` never reaches beyond what it names. Raises PassError for a pattern that matches nothing.
     """
     names = {group.dim: _names(group) for group in groups}
     for option, patterns in (("include", include), ("exclude", exclude)):
@@ -40,17 +41,25 @@ def _names(group: Group) -> set[str]:
 def _check_pattern(option: str, pattern: str, names: set[str]) -> None:
     if any(fnmatchcase(name, pattern) for name in names):
         return
-    close = get_close_matches(pattern, names, 2)
+    parts = {name.rpartition(".")[0] for name in names} | names  # modules count too: haed.* is near head
+    close = get_close_matches(pattern.rstrip("*.:?"), sorted(parts - {""}), 2)
     hint = f"did you mean {' or '.join(close)}?" if close else "`regauge groups` lists the names"
     raise PassError(f"{option}={pattern} matches no parameter and no Dim: {hint}")
 
 
 def _reason(group: Group, names: set[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
     """Why a group is left alone: None when it is not, empty when there is nothing to cut in it."""
-    if include and not any(fnmatchcase(name, pattern) for name in names for pattern in include):
+    if include and not _included(group, include):
         return "not included"
     if any(fnmatchcase(name, pattern) for name in names for pattern in exclude):
         return "excluded"
     if group.pins:
         return group.pins[0].reason
     return None if group.free else ""
+
+
+def _included(group: Group, patterns: Sequence[str]) -> bool:
+    if any(fnmatchcase(group.name, pattern) for pattern in patterns):
+        return True
+    members = [member.parameter.names for member in group.members]
+    return all(any(fnmatchcase(name, pattern) for name in names for pattern in patterns) for names in members)

@@ -7,8 +7,8 @@ trusted.
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from random_networks import networks
 
+from random_networks import networks
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
 from regauge.ir.sample_inputs import sample_inputs

@@ -1,0 +1,72 @@
+"""Comparing graphs, modules, ONNX files and functions with one another."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from regauge.backends.compare import check_equal, compare
+from regauge.ir.errors import EquivalenceError, RegaugeError
+from regauge.ir.interpret import run
+from small_graphs import multilayer_perceptron, residual_network
+
+
+def onnx_file(model: nn.Module, path: Path) -> Path:
+    torch.onnx.export(model, (torch.randn(2, 4),), path, dynamo=True, external_data=False, verbose=False)
+    return path
+
+
+def test_graph_and_function() -> None:
+    graph = multilayer_perceptron(4, 8, 3)
+    found = compare(graph, lambda x: run(graph, [x])[0] + 1e-3)
+    assert found.absolute == pytest.approx(1e-3) and not found.equal(1e-6) and found.equal(1)
+    assert "max abs" in str(found) and "1.00e-03" in str(found)
+
+
+def test_graph_with_itself_over_several_seeds() -> None:
+    graph = residual_network()
+    found = compare(graph, graph.copy(), seeds=(0, 1, 2))
+    assert found.runs == 3 and found.absolute == 0 and found.outputs[0].name == "logits"
+
+
+def test_module_is_put_back_into_its_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
+    model[2].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert compare(model, model, torch.randn(3, 4)).absolute == 0
+    assert [module.training for module in model] == [True, True, False]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_module_and_onnx_file_by_name_and_in_order(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    path = onnx_file(model, tmp_path / "model.onnx")
+    assert compare(model, path, (torch.randn(2, 4),)).equal(1e-5)
+    assert compare(path, str(path)).absolute == 0, "inputs are made up from the file's own signature"
+
+
+def test_shapes_and_counts_that_differ() -> None:
+    found = compare(lambda x: (x, x), lambda x: x[:1], torch.ones(2, 3))
+    assert not found.equal(1e9)
+    assert found.outputs[0].note == "shapes differ: (2, 3) and (1, 3)"
+    assert found.outputs[1].note == "only the first model has it"
+
+
+def test_not_a_number_equals_itself_and_nothing_else() -> None:
+    nan = torch.tensor([1.0, float("nan")])
+    assert compare(lambda x: x, lambda x: x.clone(), nan).equal(0)
+    assert not compare(lambda x: x, lambda x: x.nan_to_num(), nan).equal(1e9)
+
+
+def test_check_equal_names_the_output() -> None:
+    graph = multilayer_perceptron(4, 8, 3)
+    with pytest.raises(EquivalenceError, match=f"output {graph.outputs[0].name} differs by"):  # type: ignore[union-attr]
+        check_equal(graph, lambda x: run(graph, [x])[0] * 2)
+
+
+def test_what_cannot_be_run_or_made_up() -> None:
+    with pytest.raises(RegaugeError, match="a int cannot be run"):
+        compare(3, 4, torch.ones(1))
+    with pytest.raises(RegaugeError, match="no inputs are given"):
+        compare(lambda x: x, lambda x: x)

@@ -1,0 +1,106 @@
+"""Passes as dataclasses: names, options, their checks and their printed form."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph
+from regauge.passes.base import Context, Pass
+from regauge.passes.catalog import as_passes
+from regauge.passes.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldAllConstants(Pass):
+    """Fold constants.
+
+    before -> after
+    """
+
+    rounds: int = option(3, "how often", at_least=1, at_most=9)
+    share: float | None = None
+    mode: Literal["fast", "full"] = "fast"
+    names: tuple[str, ...] = ()
+    keep: Mapping[str, int] = option(None, "per name")
+    loud: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep is None:
+            object.__setattr__(self, "keep", {})
+        super().__post_init__()
+
+    def call(self, graph: Graph, context: Context) -> Graph:
+        return graph
+
+
+def test_name_comes_from_the_class() -> None:
+    assert FoldAllConstants.name == "fold-all-constants"
+    assert FoldAllConstants.summary() == "Fold constants."
+
+
+def test_values_are_brought_to_their_types() -> None:
+    one = FoldAllConstants.from_options({"share": 1, "names": "a.*", "keep": {"x": 2}, "loud": True})
+    assert (one.share, one.names, one.keep, one.loud) == (1.0, ("a.*",), {"x": 2}, True)
+    assert isinstance(one.share, float)
+
+
+def test_printed_form_holds_what_was_given() -> None:
+    text = str(FoldAllConstants(rounds=5, names=("a", "b c")))
+    assert text == 'fold-all-constants{rounds=5,names=[a,"b c"],keep={}}'
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"round": 2}, r"fold-all-constants has no option 'round': did you mean 'rounds'\? options are rounds, share"),
+        ({"rounds": 0}, "must be at least 1 and at most 9, not 0"),
+        ({"rounds": 2.5}, "'rounds' of fold-all-constants must be an integer, not 2.5"),
+        ({"rounds": True}, "must be an integer, not True"),
+        ({"share": "x"}, "must be a number, not 'x'"),
+        ({"mode": "slow"}, "must be one of fast, full, not 'slow'"),
+        ({"names": [1]}, "must be a word, not 1"),
+        ({"keep": 3}, r"must be a mapping \{name=value\}, not 3"),
+        ({"loud": 1}, "must be true or false, not 1"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        FoldAllConstants.from_options(options)
+
+
+def test_option_that_must_be_given() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Needy(FoldAllConstants):
+        size: int
+
+    with pytest.raises(PassError, match=r"needy needs the option 'size': write needy\{size=...\}"):
+        Needy.from_options({})
+
+
+def test_class_that_is_no_dataclass_is_refused() -> None:
+    class Forgotten(FoldAllConstants):
+        depth: int = 2
+
+    with pytest.raises(PassError, match="Forgotten is not a dataclass: write @dataclass"):
+        Forgotten()
+
+
+def test_catalog_and_sequences() -> None:
+    one = FoldAllConstants()
+    passes = as_passes(["prune{ratio=0.5},prune{macs=0.5}", one])
+    assert [p.name for p in passes] == ["prune", "prune", "fold-all-constants"] and passes[2] is one
+    with pytest.raises(PassError, match=r"no pass is called 'prun': did you mean 'prune'\?"):
+        as_passes("prun{ratio=0.5}")
+    with pytest.raises(PassError, match=r"FoldAllConstants is the class of a pass: write FoldAllConstants\(\)"):
+        as_passes(FoldAllConstants)  # type: ignore[arg-type]
+    with pytest.raises(PassError, match="passes are a text such as"):
+        as_passes(3)  # type: ignore[arg-type]
+
+
+def test_option_table() -> None:
+    table = {info.name: info for info in FoldAllConstants.option_table()}
+    assert table["rounds"] == ("rounds", "an integer", "3", "how often")
+    assert table["mode"].kind == "one of fast, full"

@@ -1,0 +1,120 @@
+"""The runner: what it checks before and after a pass, and what it reports."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import regauge
+from regauge.ir.edit import Builder, replace_uses
+from regauge.ir.errors import EquivalenceError, PassError
+from regauge.ir.graph import Graph
+from regauge.ir.weights import dense
+from regauge.optimize import optimize
+from regauge.passes.base import Context, Contract, Need, Pass
+from small_graphs import multilayer_perceptron
+
+
+@dataclass(frozen=True)
+class Probe(Pass):
+    """A pass that does what a test says."""
+
+    action: Any = None
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    contract: ClassVar[Contract] = "exact"
+
+    def call(self, graph: Graph, context: Context) -> Graph:
+        result: Graph = self.action(graph)
+        return result
+
+
+def scaled(by: float) -> Callable[[Graph], Graph]:
+    def action(graph: Graph) -> Graph:
+        result = graph.copy()
+        weight = result.parameters["layer0.weight"]
+        weight.weight = dense(weight.tensor * by)
+        return result
+
+    return action
+
+
+def test_exact_pass_is_checked_by_numbers() -> None:
+    graph = multilayer_perceptron(4, 8, 3)
+    fine = optimize(graph, Probe(action=scaled(1 + 1e-12)))
+    assert 0 < fine.report.passes[0].error < 1e-10
+    with pytest.raises(EquivalenceError, match="probe promises to be exact, but outputs differ by 1.0e-03"):
+        optimize(graph, Probe(action=scaled(1.001)))
+
+
+def test_verification_can_be_switched_off() -> None:
+    with regauge.settings.using(verify="structure"):
+        assert optimize(multilayer_perceptron(4, 8, 3), Probe(action=scaled(2))).report.passes[0].error is None
+
+
+def test_pass_that_changes_its_input_is_caught() -> None:
+    def action(graph: Graph) -> Graph:
+        build = Builder(graph)
+        replace_uses(graph, graph.inputs[0], build.relu(graph.inputs[0]))
+        return graph
+
+    with pytest.raises(PassError, match="probe changed the graph it was given"):
+        optimize(multilayer_perceptron(4, 8, 3), Probe(action=action))
+
+
+def test_pass_must_return_a_graph() -> None:
+    with pytest.raises(PassError, match="probe returned NoneType"):
+        optimize(multilayer_perceptron(4, 8, 3), Probe(action=lambda graph: None))
+
+
+def test_malformed_result_is_caught() -> None:
+    def action(graph: Graph) -> Graph:
+        result = graph.copy()
+        result.nodes[1].outputs[0].name = result.nodes[0].outputs[0].name
+        return result
+
+    with pytest.raises(PassError, match="probe left a graph that does not verify"):
+        optimize(multilayer_perceptron(4, 8, 3), Probe(action=action))
+
+
+def test_missing_data_is_told() -> None:
+    class Hungry(Probe):
+        needs = frozenset({"data"})
+
+    with pytest.raises(PassError, match="hungry needs data: give batches"):
+        optimize(multilayer_perceptron(4, 8, 3), Hungry(action=lambda graph: graph))
+
+
+def test_exact_pass_is_checked_on_the_given_data() -> None:
+    seen = []
+
+    def batches() -> Any:
+        seen.append(1)
+        yield torch.ones(4, 4, dtype=torch.float64)
+
+    optimize(multilayer_perceptron(4, 8, 3), Probe(action=scaled(1)), data=batches)
+    assert seen
+
+
+def test_no_passes_give_a_copy_with_an_empty_report() -> None:
+    graph = multilayer_perceptron(4, 8, 3)
+    result = optimize(graph, [])
+    assert result is not graph and str(result) == str(graph) and str(result.report) == "no passes"
+
+
+def test_report_has_a_row_per_pass_and_history_tells_who() -> None:
+    result = optimize(multilayer_perceptron(4, 8, 3), "prune{ratio=0.5},prune{ratio=0.25}")
+    assert [entry.text for entry in result.report.passes] == ["prune{ratio=0.5}", "prune{ratio=0.25}"]
+    assert result.report.before.parameters == 4 * 8 + 8 * 3
+    assert result.report.after.parameters == 4 * 3 + 3 * 3
+    assert [edit.by for edit in result.history] == ["prune"] * 4
+    table = str(result.report)
+    assert "pass" in table and "prune{ratio=0.25}" in table and "28 -> 21 (75.0%)" in table
+
+
+def test_print_after_shows_the_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    with regauge.settings.using(print_after=True, trace=True):
+        optimize(multilayer_perceptron(4, 8, 3), "prune{ratio=0.5}")
+    shown = capsys.readouterr().err
+    assert "after prune{ratio=0.5}:" in shown and "linear" in shown and "prune{ratio=0.5}: ends after" in shown
