@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regauge.frontends.capture import Traced, import_traced, trace_program
+from regauge.frontends.capture import import_traced, trace_program
 from regauge.ir.errors import CaptureError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Graph
 
@@ -57,7 +57,7 @@ def examine(obj: Any, example_inputs: Any = None, kwargs: Mapping[str, Any] | No
     findings += [
         Finding("input", 1, "", str(w.message), "the graph is less general than asked for") for w in _ours(caught)
     ]
-    return findings + _left_out(traced)
+    return findings
 
 
 def _is_onnx(obj: Any) -> bool:
@@ -83,10 +83,3 @@ def opaque_findings(graph: Graph, reasons: Mapping[str, str]) -> list[Finding]:
 def rule_findings(graph: Graph) -> list[Finding]:
     """Nodes whose axis rule did not fit them."""
     return [Finding("axis rule", 1, "", problem, KEPT) for problem in graph.axes.problems]
-
-
-def _left_out(traced: Traced) -> list[Finding]:
-    if not traced.plain:
-        return []
-    reason = "the model returns objects that are no tensor, tuple, list or dict"
-    return [Finding("output", 1, "", reason, "they are left out of the graph's results")]

@@ -77,10 +77,10 @@ def run_graph(graph: Graph, inputs: Sequence[torch.Tensor], hook: Any = None) ->
         return Interpreter(graph, hook=hook).run([x.clone() for x in inputs])
 
 
-def run_module(module: torch.nn.Module, args: Any, kwargs: Any, *, protect: bool) -> Any:
+def run_module(module: torch.nn.Module, args: Any, kwargs: Any, *, protect: bool, seed: int = 0) -> Any:
     """The model's own result. With ``protect`` its buffers are copies, so that a run changes nothing of the user's."""
     args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-    with seeded(), torch.no_grad():
+    with seeded(seed), torch.no_grad():
         if not protect:
             return module(*args, **kwargs)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -88,7 +88,11 @@ def run_module(module: torch.nn.Module, args: Any, kwargs: Any, *, protect: bool
 
 
 def run_program(
-    program: ExportedProgram, inputs: Sequence[Any], see: Callable[[fx.Node, Any], None] | None = None
+    program: ExportedProgram,
+    inputs: Sequence[Any],
+    see: Callable[[fx.Node, Any], None] | None = None,
+    *,
+    seed: int = 0,
 ) -> list[Any]:
     """An exported program run node by node on copies of its buffers; ``see`` is shown every result."""
     given = iter(inputs)
@@ -101,7 +105,7 @@ def run_program(
         else:
             value = program.constants[str(spec.target)]
         arguments.append(value.detach().clone() if isinstance(value, torch.Tensor) else value)
-    with seeded(), torch.no_grad():
+    with seeded(seed), torch.no_grad():
         results = _Watched(program.graph_module, see).run(*arguments)
     outputs = list(results) if isinstance(results, tuple | list) else [results]
     return outputs[len(outputs) - len(program.graph_signature.user_outputs) :]

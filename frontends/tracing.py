@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,12 +48,12 @@ def in_mode(module: torch.nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch logs and warns about attempts of which only the last one counts."""
+    """Torch logs, prints and warns about attempts of which only the last one counts."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -113,8 +114,8 @@ def bind_arguments(
 
 def export_module(
     module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: dict[str, Any] | None
-) -> tuple[ExportedProgram, bool]:
-    """The module as a program of ATen calls, and whether its results had to be made plain to get it.
+) -> tuple[ExportedProgram, list[str]]:
+    """The module as a program of ATen calls, and what of its results had to be changed to get it, in words.
 
     Raises CaptureError that names the source line and says what to do.
     """
@@ -124,17 +125,19 @@ def export_module(
             return torch.export.export(target, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
 
     try:
-        return attempt(module, False), False
+        return attempt(module, False), []
     except Exception as error:  # every exporter fails in its own ways; the last word is CaptureError
         first = error
     with contextlib.suppress(Exception):
         if "not a known type" in str(first):
-            program = attempt(module, False, plain_outputs)
+            changes: list[str] = []
+            program = attempt(module, False, lambda result: plain_outputs(result, changes))
             if any(isinstance(n.meta.get("val"), torch.Tensor) for n in program.graph.output_node().all_input_nodes):
-                return program, True
-    for step in (lambda: attempt(module, True), lambda: attempt(trace(module), False)):
-        with contextlib.suppress(Exception):
-            return step(), False
+                return program, changes
+    with contextlib.suppress(Exception):
+        return attempt(module, True), []
+    with contextlib.suppress(Exception):
+        return attempt(trace(module), False), []
     raise CaptureError(explain(type(module).__name__, first)) from first
 
 

@@ -140,6 +140,12 @@ def plain_sympy(expression: Any) -> Any:
             return sympy.ceiling(args[0])
         case "ToFloat" | "Identity":
             return args[0]
+        case "FloatTrueDiv":
+            return args[0] / args[1]
+        case "FloatPow" | "PowByNatural":
+            return args[0] ** args[1]
+        case "OpaqueUnaryFn_sqrt":
+            return args[0] ** sympy.Float(0.5)
         case "Max":
             return sympy.Max(*args)
         case "Min":

@@ -81,9 +81,14 @@ def is_static(size: Size) -> bool:
 
 
 def evaluate(value: Any, bindings: Bindings) -> Any:
-    """Replace every size expression inside (nested tuples and lists of) attributes by its integer value."""
+    """Replace every size expression inside (nested tuples and lists of) attributes by its value.
+
+    That is an integer, or a float for a number computed from sizes such as ``seq**0.5``.
+    """
     if isinstance(value, sympy.Basic):
         result = value.subs(dict(bindings))
+        if result.is_real and result.is_number and not result.is_Integer:
+            return float(result)
         if not result.is_Integer:
             missing = ", ".join(sorted(str(s) for s in result.free_symbols)) or str(result)
             raise RegaugeError(f"size {value} has no value: bind {missing} (give inputs whose shapes fix it)")
@@ -124,6 +129,8 @@ def _parse_node(node: ast.expr) -> Any:
     match node:
         case ast.Constant(value=int(number)) if not isinstance(number, bool):
             return sympy.Integer(number)
+        case ast.Constant(value=float(number)):
+            return sympy.Float(number)
         case ast.Name(id=name):
             return symbol(name)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -143,7 +150,7 @@ def _parse_node(node: ast.expr) -> Any:
                     return a / b
                 case ast.Mod():
                     return sympy.Mod(a, b)
-                case ast.Pow() if b.is_Integer and 0 <= b <= 8:
+                case ast.Pow() if b.is_Float or (b.is_Integer and 0 <= b <= 8):
                     return a**b
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
             return _FUNCTIONS[name](*[_parse_node(arg) for arg in args])
