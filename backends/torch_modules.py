@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import torch
 
 from regauge.backends.torch_code import Code
+from regauge.backends.torch_families import Draft, Family, families
 from regauge.backends.torch_forward import Forward
 from regauge.backends.torch_naming import named_lines
 from regauge.backends.torch_places import Places
 from regauge.backends.torch_signature import result_expression, signature
 from regauge.backends.torch_source import INDENT, indented
-from regauge.ir.errors import EmitError
-from regauge.ir.graph import Graph, Parameter
+from regauge.backends.torch_tensors import parameter_text, tensor_line
+from regauge.ir.graph import Graph
 
 _LIBRARY_NAMES = frozenset({"F", "nn", "torch", "math", "Sequential", "ModuleList", "ModuleDict", *keyword.kwlist})
 
@@ -27,35 +28,52 @@ class Classes:
         self.graph = graph
         self.forward = forward
         self.places: Places = forward.places
-        self.names: dict[str, str] = {}  # what a class does -> its name
+        self.codes: dict[str, Code] = {**forward.modules, "": root}
+        self.existing = _prefixes([*forward.modules, *(n.rpartition(".")[0] for n in self.places.tensors)])
+        self.position = {parameter: i for i, parameter in enumerate(graph.parameters.values())}
+        self.built: dict[str, str] = {}  # path of each module with a class of its own -> how it is made
+        self.names: set[str] = set(forward.helpers.sources)
+        self.known: dict[str, list[str]] = {}  # class name -> its constructor's parameters
         self.texts: list[str] = []
         self.imports: set[str] = set()
-        self.position = {parameter: i for i, parameter in enumerate(graph.parameters.values())}
-        self.existing = _prefixes([*forward.modules, *(n.rpartition(".")[0] for n in self.places.tensors)])
-        self.root = self._class("", root)
+        for paths in self._levels():
+            self._write_level(paths)
+        self.root = self.built[""].partition("(")[0]
+
+    # -- constructors ---------------------------------------------------------------------------------------------
 
     def _construct(self, path: str) -> str:
         """The expression that builds the module at a path."""
-        code = self.forward.modules.get(path)
-        if code is not None and code.layer is not None:
-            return code.layer
-        children = self._children(path, code)
-        own = self.places.own(path)
-        if code is not None:
-            if code.chain and not own and self._is_sequence(path, code):
-                return f"nn.Sequential({_listed(self._filled(path, children), star=True)})"
-            return f"{self._class(path, code)}()"
-        if self.places.is_parameter_list(path):
-            return f"nn.ParameterList([{', '.join(_parameter_text(p) for p in own.values())}])"
-        if not own and self.places.is_list(path):
-            return f"nn.ModuleList({_listed(self._filled(path, children), star=False)})"
-        if not own and children and all(_is_plain_key(child) for child in children):
+        kind = self._kind(path)
+        if kind == "class":
+            return self.built[path]
+        if kind == "layer":
+            return str(self.codes[path].layer)
+        children = self._children(path)
+        if kind == "nn.ParameterList":
+            return f"nn.ParameterList([{', '.join(parameter_text(p) for p in self.places.own(path).values())}])"
+        if kind == "nn.ModuleDict":
             items = [f'"{child}": {self._construct(_join(path, child))}' for child in children]
             return "nn.ModuleDict({" + ", ".join(items) + "})"
-        return f"{self._class(path, None)}()"
+        return f"{kind}({_listed(self._filled(path, children), star=kind == 'nn.Sequential')})"
 
-    def _children(self, path: str, code: Code | None) -> list[str]:
+    def _kind(self, path: str) -> str:
+        """What the module at a path becomes: ``layer``, a container of torch's, or a ``class`` of its own."""
+        code, own = self.codes.get(path), self.places.own(path)
+        if code is not None:
+            if code.layer is not None:
+                return "layer"
+            return "nn.Sequential" if path and code.chain and not own and self._is_sequence(path, code) else "class"
+        if self.places.is_parameter_list(path):
+            return "nn.ParameterList"
+        if not own and self.places.is_list(path):
+            return "nn.ModuleList"
+        children = self._children(path)
+        return "nn.ModuleDict" if not own and children and all(map(_is_plain_key, children)) else "class"
+
+    def _children(self, path: str) -> list[str]:
         """Names of the modules below a path: those with tensors in the order of these, others where they are called."""
+        code = self.codes.get(path)
         calls = [call[len(path) :].lstrip(".").partition(".")[0] for call in code.calls] if code is not None else []
         names = [name for name in self.places.children(path) if _join(path, name) in self.existing]
         called = {name: i for i, name in reversed(list(enumerate(calls)))}
@@ -84,33 +102,63 @@ class Classes:
         present = {int(child): self._construct(_join(path, child)) for child in sorted(children, key=int)}
         return [present.get(i, "nn.Identity()") for i in range(max(present, default=-1) + 1)]
 
-    def _class(self, path: str, code: Code | None) -> str:
-        """The name of the class of a module, written now if no equal class is."""
-        children = self._children(path, code)
+    # -- classes --------------------------------------------------------------------------------------------------
+
+    def _levels(self) -> list[list[str]]:
+        """Paths with a class of their own, those without such modules inside first."""
+        height: dict[str, int] = {}
+
+        def visit(path: str) -> int:
+            below = max((visit(_join(path, child)) for child in self._children(path)), default=0)
+            if self._kind(path) != "class":
+                return 0 if self._kind(path) == "layer" else below
+            height[path] = below
+            return below + 1
+
+        visit("")
+        levels: list[list[str]] = [[] for _ in range(max(height.values()) + 1)]
+        for path, level in height.items():
+            levels[level].append(path)
+        return levels
+
+    def _write_level(self, paths: Sequence[str]) -> None:
+        """Write one class for all modules that differ in numbers only."""
+        drafts = [self._draft(path) for path in paths]
+        groups: dict[str, list[Draft]] = {}
+        for draft in drafts:
+            groups.setdefault(draft.skeleton, []).append(draft)
+        for group in groups.values():
+            for shared in families(group, self.known):
+                name = self._class_name(shared.drafts[0])
+                self.known[name] = shared.parameters
+                self.texts.append(self._written(name, shared))
+                for draft in shared.drafts:
+                    self.built[draft.path] = f"{name}({shared.arguments(draft)})"
+
+    def _draft(self, path: str) -> Draft:
+        children, code = self._children(path), self.codes.get(path)
         is_list = self.places.is_list(path)
         arguments = _listed(self._filled(path, children), star=True) if is_list else ""
         init = [f"super().__init__({arguments})"]
         if not is_list:
             init.extend(_assignment(child, self._construct(_join(path, child))) for child in children)
-        init.extend(_tensor_line(name, parameter) for name, parameter in self.places.own(path).items())
+        init.extend(tensor_line(name, parameter) for name, parameter in self.places.own(path).items())
         if not path:
             init.extend(self._ties())
-        key = "\n".join([str(is_list), *init, code.key() if code is not None else ""])
-        if path and key in self.names:
-            return self.names[key]
-        name = self._class_name(path, code)
-        self.names[key] = name
-        base = "nn.Sequential" if is_list else "nn.Module"
-        self.texts.append(self._written(name, base, init, path, code))
-        return name
+            assert code is not None
+            code.returned = [result_expression(self.graph, code.returned, self.imports)]
+        return Draft(path, "nn.Sequential" if is_list else "nn.Module", init, code)
 
-    def _written(self, name: str, base: str, init: list[str], path: str, code: Code | None) -> str:
-        lines = [f"class {name}({base}):"]
-        if len(init) > 1 or base != "nn.Module":
-            lines += [f"{INDENT}def __init__(self):", *indented(init, 2)]
-        if code is None:
+    def _written(self, name: str, shared: Family) -> str:
+        first = shared.drafts[0]
+        lines = [f"class {name}({first.base}):"]
+        init = shared.init_lines()
+        if len(init) > 1 or first.base != "nn.Module":
+            head = f"def __init__({', '.join(['self', *shared.parameters])}):"
+            lines += [*indented([head], 1), *indented(init, 2)]
+        if first.code is None:
             return "\n".join(lines if len(lines) > 1 else [*lines, f"{INDENT}pass"])
-        parameters, body = self._forward_lines(path, code)
+        parameters, body = self._forward_lines(first.path, shared.code())
         lines += [""] * (len(lines) > 1)
         lines += [*indented([f"def forward({', '.join(['self', *parameters])}):"], 1), *indented(body, 2)]
         return "\n".join(lines)
@@ -120,7 +168,6 @@ class Classes:
         if path:
             return named_lines(code, {}, reserved)
         form = signature(self.graph)
-        code.returned = [result_expression(self.graph, code.returned, self.imports)]
         _, body = named_lines(code, dict(enumerate(form.names)), reserved)
         return form.parameters, [*form.prologue, *body]
 
@@ -132,17 +179,17 @@ class Classes:
                 lines.append(f"{self.places.access('', alias)} = {self.places.access('', names[0])}")
         return lines
 
-    def _class_name(self, path: str, code: Code | None) -> str:
-        name = re.sub(r"\W", "_", (code.class_name if code is not None else "").rpartition(".")[2])
+    def _class_name(self, draft: Draft) -> str:
+        name = re.sub(r"\W", "_", (draft.code.class_name if draft.code is not None else "").rpartition(".")[2])
         if not name or name in _LIBRARY_NAMES:
-            words = re.split(r"[._]", path) if path else ["model"]
+            words = re.split(r"[._]", draft.path) if draft.path else ["model"]
             name = "".join(word[:1].upper() + word[1:] for word in words[-2:] if word)
         name = name if name[:1].isalpha() or name[:1] == "_" else f"Block{name}"
-        taken = set(self.names.values()) | set(self.forward.helpers.sources)
         candidate, count = name, 1
-        while candidate in taken or candidate in _LIBRARY_NAMES:
+        while candidate in self.names or candidate in _LIBRARY_NAMES:
             count += 1
             candidate = f"{name}{count}" if not name[-1].isdigit() else f"{name}_{count}"
+        self.names.add(candidate)
         return candidate
 
 
@@ -175,26 +222,3 @@ def _assignment(name: str, constructor: str) -> str:
 
 def _is_plain_key(name: str) -> bool:
     return name.isidentifier() and not hasattr(torch.nn.ModuleDict, name)
-
-
-def _parameter_text(parameter: Parameter) -> str:
-    options = "" if parameter.trainable else ", requires_grad=False"
-    return f"nn.Parameter({_blank('torch.empty', parameter)}{options})"
-
-
-def _tensor_line(name: str, parameter: Parameter) -> str:
-    if parameter.kind == "parameter":
-        if name.isidentifier():
-            return f"self.{name} = {_parameter_text(parameter)}"
-        return f'self.register_parameter("{name}", {_parameter_text(parameter)})'
-    persistent = parameter.persistent and parameter.kind == "buffer"
-    options = "" if persistent else ", persistent=False"
-    return f'self.register_buffer("{name}", {_blank("torch.zeros", parameter)}{options})'
-
-
-def _blank(function: str, parameter: Parameter) -> str:
-    if not isinstance(parameter.dtype, torch.dtype):
-        raise EmitError(f"{parameter} holds {parameter.dtype} values, which torch tensors cannot: use to_onnx()")
-    dtype = "" if parameter.dtype == torch.float32 else f", dtype={parameter.dtype}"
-    sizes = ", ".join(str(size) for size in parameter.shape) or "()"
-    return f"{function}({sizes}{dtype})"
