@@ -148,7 +148,7 @@ class Importer:
 
     def _getitem(self, node: fx.Node) -> None:
         whole, index = self.argument(node.args[0]), node.args[1]
-        if whole[index] is None and isinstance(node.meta.get("val"), torch.Tensor):
+        if whole[index] is None and node.users and isinstance(node.meta.get("val"), torch.Tensor):
             raise CaptureError(f"{node.args[0]} at {self.build.source} has no result {index} in its operator record")
         self.bind(node, whole[index])
 

@@ -1,6 +1,6 @@
 """Attention as ONNX writes it: ai.onnx Attention (opset 23), and Attention and MultiHeadAttention of com.microsoft.
 
-All of them are read as: split into heads, ``attention``, join the heads. Head counts live in attributes of the ONNX node,
+All of them are read as: split into heads, ``attention``, join the heads. Head counts live in attributes of the node,
 and so must the scale once a head has been cut: without it a runtime derives the scale from the smaller head.
 """
 
@@ -63,7 +63,12 @@ def _attend(
     if causal and (mask is not None or not same(past, 0)):
         mask = _masked_by(build, causal_keep(build, q.shape[2], k.shape[2], past), mask, lowest)
         causal = False
-    options = {"scale": scale, "is_causal": causal, "enable_gqa": not same(q.shape[1], k.shape[1]), "head_size": q.shape[3]}
+    options = {
+        "scale": scale,
+        "is_causal": causal,
+        "enable_gqa": not same(q.shape[1], k.shape[1]),
+        "head_size": q.shape[3],
+    }
     if softcap:
         return build.capped_attention(q, k, v, mask, softcap=softcap, **options)  # type: ignore[no-any-return]
     return build.attention(q, k, v, mask, **options)  # type: ignore[no-any-return]

@@ -16,7 +16,12 @@ from regauge.ir.operator import Symmetry, operator, sample
 
 
 def _aten_grouped_mm(
-    build: Builder, x: Value, weight: Value, offsets: Value | None = None, bias: Value | None = None, out_dtype: torch.dtype | None = None
+    build: Builder,
+    x: Value,
+    weight: Value,
+    offsets: Value | None = None,
+    bias: Value | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Value:
     if bias is not None or (out_dtype is not None and out_dtype != x.dtype):
         raise OperatorError("_grouped_mm with a bias or another result type has no rule")

@@ -1,7 +1,7 @@
 """Advanced indexing: several index tensors at once, for reading and for writing, with numpy's layout of the result.
 
-    x[:, i, j]      n h w e, i..., j...   -> n (broadcast of i and j)... e      neighbours: they stand where the first stood
-    x[i, :, j]      n h w e, i..., j...   -> (broadcast of i and j)... h e      apart: they come first
+    x[:, i, j]      n h w e, i..., j...   -> n (broadcast of i and j)... e      side by side: in place of the first
+    x[i, :, j]      n h w e, i..., j...   -> (broadcast of i and j)... h e      apart: in front
 
 Axes that are looked up keep their indices; the others are carried, and stay free.
 """
@@ -18,7 +18,7 @@ from torch import randint, randn
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import size_of
-from regauge.ir.graph import Parameter, Value
+from regauge.ir.graph import Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import holds_no_sizes
 from regauge.ir.rules import Axes, Call
@@ -47,26 +47,18 @@ def _index_rule(call: Call) -> Axes:
     return _layout(call, call.axes[1:])[0]
 
 
-def _known_mask(build: Builder, mask: Value) -> list[Value]:
-    """A mask that is a constant says which entries are taken: one index tensor per axis of it."""
-    if not isinstance(mask, Parameter) or mask.kind != "constant":
-        raise OperatorError("indexing with a computed mask has a size that depends on data")
-    return [build.constant(place, "places") for place in mask.tensor.bool().nonzero(as_tuple=True)]
-
-
-def as_positions(build: Builder, indices: Indices) -> list[Value | None]:
-    """Indices without masks and without trailing absent ones."""
-    result: list[Value | None] = []
-    for index in indices:
-        is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-        result.extend(_known_mask(build, index) if is_mask and index is not None else [index])
+def positions_only(indices: Indices) -> list[Value | None]:
+    """Indices without trailing absent ones; raises OperatorError for a mask, whose hits decide the result's size."""
+    result = list(indices)
     while result and result[-1] is None:
         result.pop()
+    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in result):
+        raise OperatorError("indexing with a mask has a size that depends on data")
     return result
 
 
 def _index(build: Builder, x: Value, indices: Indices) -> Value:
-    indices = as_positions(build, indices)
+    indices = positions_only(indices)
     places = [place for place, index in enumerate(indices) if index is not None]
     if not places:
         return x
@@ -121,7 +113,7 @@ def _onnx_gather_nd(build: Builder, call: Any) -> Value:
     symmetry=Symmetry.LINEAR,
 )
 def gather_nd(x: torch.Tensor, indices: torch.Tensor, *, batch_dims: int = 0) -> torch.Tensor:
-    """The last axis of ``indices`` holds one position for each looked-up axis, which follow ``batch_dims`` shared ones."""
+    """The last axis of ``indices`` holds one position per looked-up axis; ``batch_dims`` shared axes precede those."""
     shared = []
     for axis in range(batch_dims):
         place = torch.arange(x.shape[axis], device=x.device)
@@ -166,7 +158,7 @@ def _index_put(
     first = indices[given[0]] if len(given) == 1 else None
     if first is not None and first.dtype == torch.bool and not accumulate:
         return _put_masked(build, x, first, given[0], values)
-    positions = as_positions(build, indices)
+    positions = positions_only(indices)
     if not positions:
         return build.add(x, values) if accumulate else build.expand(values, shape=x.shape)  # type: ignore[no-any-return]
     return build.index_put(x, values, *positions, accumulate=accumulate)  # type: ignore[no-any-return]

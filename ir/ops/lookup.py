@@ -135,7 +135,7 @@ def _onnx_gather(build: Builder, call: Any) -> Value:
         start = int(known[0])
         return build.slice(x, dim=axis, start=start, end=start + len(known))  # type: ignore[no-any-return]
     is_table = isinstance(x, Parameter) and x.kind == "parameter" and x.rank == 2 and axis == 0
-    if is_table and (known is None or int(known.min() if known.numel() else 0) >= 0):
+    if is_table and (call.constant(1) is None or bool((call.constant(1) >= 0).all())):
         return build.embedding(x, call.operand(1))  # type: ignore[no-any-return]
     return build.index_select(x, call.operand(1), dim=axis)  # type: ignore[no-any-return]
 
@@ -216,7 +216,9 @@ def _take_along_dim(build: Builder, x: Value, indices: Value, dim: int | None = 
         x = build.reshape(x, shape=(product(x.shape),))
         return build.gather(x, build.reshape(indices, shape=(product(indices.shape),)), dim=0)  # type: ignore[no-any-return]
     dim = axis_number(dim, x.rank)
-    others = broadcast_shape((*x.shape[:dim], 1, *x.shape[dim + 1 :]), (*indices.shape[:dim], 1, *indices.shape[dim + 1 :]))
+    others = broadcast_shape(
+        (*x.shape[:dim], 1, *x.shape[dim + 1 :]), (*indices.shape[:dim], 1, *indices.shape[dim + 1 :])
+    )
     x = expand_to(build, x, (*others[:dim], x.shape[dim], *others[dim + 1 :]))
     indices = expand_to(build, indices, (*others[:dim], indices.shape[dim], *others[dim + 1 :]))
     return build.gather(x, indices, dim=dim)  # type: ignore[no-any-return]

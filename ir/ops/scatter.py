@@ -97,7 +97,10 @@ def scatter(x: torch.Tensor, index: torch.Tensor, src: torch.Tensor | float, *, 
 @operator(
     rule=_scatter_rule,
     aten={"scatter_add": _scatter_add},
-    samples=lambda: [sample(randn(2, 5), _places(), randn(2, 3), dim=1), sample(randn(5, 3), _places(), randn(2, 3), dim=0)],
+    samples=lambda: [
+        sample(randn(2, 5), _places(), randn(2, 3), dim=1),
+        sample(randn(5, 3), _places(), randn(2, 3), dim=0),
+    ],
     symmetry=Symmetry.LINEAR,
 )
 def scatter_add(x: torch.Tensor, index: torch.Tensor, src: torch.Tensor, *, dim: int) -> torch.Tensor:
@@ -198,7 +201,10 @@ def _fill_symmetry(node: Node) -> Symmetry:
 @operator(
     rule=_fill_rule,
     aten={"index_fill": _index_fill},
-    samples=lambda: [sample(randn(5, 3), torch.tensor([4, 0]), dim=0, value=0.0), sample(randn(2, 5), torch.tensor([1]), dim=-1, value=2.0)],
+    samples=lambda: [
+        sample(randn(5, 3), torch.tensor([4, 0]), dim=0, value=0.0),
+        sample(randn(2, 5), torch.tensor([1]), dim=-1, value=2.0),
+    ],
     symmetry=_fill_symmetry,
 )
 def index_fill(x: torch.Tensor, index: torch.Tensor, *, dim: int, value: float) -> torch.Tensor:
@@ -229,7 +235,10 @@ def _masked_scatter_rule(call: Call) -> Axes:
     axes = call.broadcast([x, mask])
     rows = _carried_axes(call.node.inputs[1], len(axes))
     rows = rows if len(source) > rows and len(x) == len(mask) == len(axes) else 0
-    if any(not same(size_of(a), size_of(b)) for a, b in zip(axes[len(axes) - rows :], source[len(source) - rows :], strict=True)):
+    if any(
+        not same(size_of(a), size_of(b))
+        for a, b in zip(axes[len(axes) - rows :], source[len(source) - rows :], strict=True)
+    ):
         rows = 0
     for a, b in zip(axes[len(axes) - rows :], source[len(source) - rows :], strict=True):
         call.unify(a, b)
