@@ -17,6 +17,12 @@ from regauge.ir.graph import Dtype, Value
 from regauge.ir.operator import get_operator
 from regauge.ir.sizes import Bindings, Size, evaluate, format_size, parse_size, prime_hints, symbol
 
+_TYPES = onnx_ir.DataType
+CARRIED_AS = {
+    "int4": _TYPES.INT8, "uint4": _TYPES.UINT8, "int2": _TYPES.INT8, "uint2": _TYPES.UINT8, "float4e2m1": _TYPES.FLOAT,
+}  # fmt: skip
+"""Types that enter onnxruntime from Python only as a wider one, followed by a Cast."""
+
 SMALL = 4096  # bytes; constants up to this size take part in the shape inference of a node kept as it is
 
 
@@ -45,14 +51,19 @@ def _one_node_model(
     node_proto = onnx_ir.to_proto(node)
     del node_proto.attribute[:]
     node_proto.attribute.extend(onnx_ir.to_proto(a) for a in resolved_attributes(node, scope).values())
-    inputs = []
+    inputs, casts = [], []
     for onnx_value, value in zip(onnx_operands, operands, strict=True):
         info = onnx.helper.make_tensor_value_info(onnx_value.name or "", int(data_type_of(value.dtype)), None)
         if value.dtype in ("sequence", "optional") and onnx_value.type is not None:
             info = onnx_ir.to_proto(onnx_ir.Value(name=onnx_value.name, type=onnx_value.type))
+        if value.dtype in CARRIED_AS:
+            info.name = f"{onnx_value.name}__held"
+            info.type.tensor_type.elem_type = int(CARRIED_AS[str(value.dtype)])
+            cast_to = int(data_type_of(value.dtype))
+            casts.append(onnx.helper.make_node("Cast", [info.name], [onnx_value.name or ""], to=cast_to))
         inputs.append(info)
     outputs = [onnx.ValueInfoProto(name=name) for name in node_proto.output if name]
-    graph = onnx.helper.make_graph([node_proto], node.op_type, inputs, outputs)
+    graph = onnx.helper.make_graph([*casts, node_proto], node.op_type, inputs, outputs)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in scope.opsets.items()]
     functions = [onnx_ir.to_proto(function) for function in model.functions.values()]
     return onnx.helper.make_model(
@@ -158,7 +169,7 @@ def _infer(scope: Scope, proto: Any, onnx_operands: list[onnx_ir.Value]) -> dict
                 dimension.dim_param = format_size(size)
         if not entry.shape:
             shape.SetInParent()
-        if entry.tensor is not None and entry.tensor.nbytes <= SMALL:
+        if entry.tensor is not None and entry.tensor.nbytes <= SMALL and info.name == onnx_value.name:
             tensor = onnx_ir.to_proto(
                 onnx_ir.Tensor(entry.tensor.numpy(), dtype=entry.tensor.dtype, name=onnx_value.name)
             )

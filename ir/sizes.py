@@ -55,6 +55,14 @@ def same(a: Size, b: Size) -> bool:
     return a == b or simplify(a - b) == 0
 
 
+def may_be_same(a: Size, b: Size) -> bool:
+    """True when the sizes are equal for some values of their symbols, as far as can be told."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    difference = sympy.sympify(simplify(a - b))
+    return difference == 0 or not (difference.is_number or difference.is_positive or difference.is_negative)
+
+
 def divide(a: Size, b: Size) -> Size | None:
     """``a / b`` when that is an integer for every value of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):

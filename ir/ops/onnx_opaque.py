@@ -57,7 +57,10 @@ def _to_runtime(operand: Any) -> Any:
         operand = operand.numpy()
     if isinstance(operand, list):
         return [_to_runtime(part) for part in operand]
-    return np.asarray(operand)
+    array = np.asarray(operand)
+    # types below eight bits come as ml_dtypes arrays; the model takes them as bytes, or as float32, and casts
+    wider = {"int4": np.int8, "int2": np.int8, "uint4": np.uint8, "uint2": np.uint8, "float4_e2m1fn": np.float32}
+    return array.astype(wider[array.dtype.name]) if array.dtype.name in wider else array
 
 
 def _from_runtime(result: Any) -> Any:
