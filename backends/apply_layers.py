@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from regauge.ir.graph import Graph, Node
 
+Changed = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""Name of each tensor that has a new shape, with the old and the new one."""
 
-def set_layer_sizes(graph: Graph, model: nn.Module, changed: Iterable[str]) -> None:
+
+def set_layer_sizes(graph: Graph, model: nn.Module, changed: Changed) -> None:
     """Set ``in_features``, ``out_channels``, ``groups``, ``normalized_shape`` ... of layers with changed tensors."""
     readers = _readers(graph)
     for path in dict.fromkeys(name.rpartition(".")[0] for name in changed):
@@ -22,7 +25,31 @@ def set_layer_sizes(graph: Graph, model: nn.Module, changed: Iterable[str]) -> N
             if isinstance(module, kind):
                 setter(module, nodes)
                 break
+        else:
+            _set_own_sizes(module, path, changed)
     _set_groups(model, readers)
+
+
+def _set_own_sizes(module: nn.Module, path: str, changed: Changed) -> None:
+    """Attributes of the user's layer that are the size of an axis of its tensors, where that is one size only now."""
+    now = own_sizes(module, path, changed)
+    for attribute, value in list(module.__dict__.items()):
+        if isinstance(value, int) and not isinstance(value, bool) and len(now.get(value, ())) == 1:
+            module.__dict__[attribute] = next(iter(now[value]))
+
+
+def own_sizes(module: nn.Module, path: str, changed: Changed) -> dict[int, set[int]]:
+    """What became of each size that an axis of the module's own tensors had."""
+    own = {name: getattr(module, name) for name in (*module._parameters, *module._buffers)}
+    now: dict[int, set[int]] = {}
+    for name, tensor in own.items():
+        if tensor is None:
+            continue
+        # The tensors are the new ones already.
+        old, new = changed.get(f"{path}.{name}" if path else name, (tuple(tensor.shape), tuple(tensor.shape)))
+        for before, after in zip(old, new, strict=False):
+            now.setdefault(before, set()).add(after)
+    return now
 
 
 def _readers(graph: Graph) -> dict[str, list[Node]]:

@@ -6,7 +6,8 @@ modules of one class the value that the change of their tensors suggests; at mos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
@@ -15,6 +16,8 @@ from typing import Any
 from torch import nn
 
 from regauge.backends.apply_check import Check
+from regauge.backends.apply_layers import Changed, own_sizes
+from regauge.ir.graph import Graph
 
 MOST_MOVES = 3
 _OWN = frozenset({"training", "call_super_init", "dump_patches"})
@@ -34,11 +37,9 @@ class Move:
         return undo
 
 
-def search(
-    model: nn.Module, changed: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], check: Check, tries: int
-) -> bool:
+def search(model: nn.Module, changed: Changed, check: Check, tries: int, dims: Changed) -> bool:
     """Leave the model with the first combination of moves that makes it agree with the graph; False where none does."""
-    moves = list(possible_moves(model, changed))
+    moves = list(possible_moves(model, changed, dims))
     for combination in _combinations(moves, tries):
         undo = [step for move in combination for step in move.apply()]
         if check.failure(model) is None:
@@ -62,17 +63,24 @@ def _combinations(moves: list[Move], tries: int) -> Iterator[tuple[Move, ...]]:
             yield chosen
 
 
-def possible_moves(model: nn.Module, changed: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> Iterator[Move]:
+def cut_dims(graph: Graph) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Dims that were cut, by the parameter they are named after: a count of heads shows in no tensor's shape alone."""
+    found = (re.fullmatch(r"(.+):[\d.]+: (\d+) -> (\d+)", edit.what) for edit in graph.history)
+    return {f"{m[1]}:{i}": ((int(m[2]),), (int(m[3]),)) for i, m in enumerate(found) if m}
+
+
+def possible_moves(model: nn.Module, changed: Changed, dims: Changed) -> Iterator[Move]:
     """Moves for every integer attribute of modules that own or enclose changed tensors, the likeliest values first."""
     choices: dict[tuple[type, str], list[tuple[nn.Module, list[Any]]]] = {}
     for path, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn."):
+        pairs = _pairs({**changed, **dims}, path)
+        if not pairs or type(module).__module__.startswith("torch.nn."):
             continue
-        pairs = _pairs(changed, path)
-        if not pairs:
-            continue
+        sizes = own_sizes(module, path, changed)
+        settled = {new for now in sizes.values() for new in now} - {old for old, now in sizes.items() if len(now) > 1}
         for attribute, value in list(module.__dict__.items()):
-            found = [] if attribute in _OWN or attribute.startswith("_") else _proposals(value, pairs)
+            hidden = attribute in _OWN or attribute.startswith("_") or (isinstance(value, int) and value in settled)
+            found = [] if hidden else _proposals(value, pairs)
             if found:
                 choices.setdefault((type(module), attribute), []).append((module, found))
     ranked = sorted(choices.items(), key=lambda item: _likelihood(item[0][1]))
@@ -84,7 +92,7 @@ def possible_moves(model: nn.Module, changed: Mapping[str, tuple[tuple[int, ...]
                 yield Move(attribute, picked)
 
 
-def _pairs(changed: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], path: str) -> list[tuple[int, int]]:
+def _pairs(changed: Changed, path: str) -> list[tuple[int, int]]:
     """Old and new sizes of the axes that changed at or below a path, each pair once."""
     prefix = path + "." if path else ""
     pairs = {

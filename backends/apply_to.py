@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from regauge.backends.apply_check import Check
-from regauge.backends.apply_layers import set_layer_sizes
-from regauge.backends.apply_search import search
+from regauge.backends.apply_layers import Changed, set_layer_sizes
+from regauge.backends.apply_search import cut_dims, search
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Parameter
 
@@ -44,7 +44,7 @@ def apply_to(
         changed = replace_tensors(graph, model)
         set_layer_sizes(graph, model, changed)
         failure = check.failure(model)
-        if failure is not None and search(model, changed, check, tries):
+        if failure is not None and search(model, changed, check, tries, cut_dims(graph)):
             failure = None
     except BaseException:
         before.restore()
@@ -54,10 +54,6 @@ def apply_to(
         raise EmitError(_refusal(graph, model, changed, failure))
     before.restore_modes()
     return model
-
-
-Changed = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-"""Name of each tensor that has a new shape, with the old and the new one."""
 
 
 def replace_tensors(graph: Graph, model: nn.Module) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -134,6 +130,6 @@ def _refusal(graph: Graph, model: nn.Module, changed: Changed, failure: str) -> 
     names = cut or [f"{name}: {list(old)} -> {list(new)}" for name, (old, new) in changed.items()]
     shown = "; ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return (
-        f"{type(model).__name__} cannot express these sizes: {shown}. With all tensors replaced and "
-        f"its integer attributes searched, {failure}. The model is as it was; use graph.to_torch() to get a module of its own"
+        f"{type(model).__name__} cannot express these sizes: {shown}. With all tensors replaced and its integer "
+        f"attributes searched, {failure}. The model is as it was; use graph.to_torch() to get a module of its own"
     )
