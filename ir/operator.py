@@ -108,11 +108,13 @@ class OnnxForm:
     """How an ONNX operator maps to a record.
 
     ``read(build, call)`` emits the IR; ``write(nodes, patch)`` puts changed size-valued attributes of the IR nodes that
-    stand for one carried ONNX node back into it (only operators with such attributes need it).
+    stand for one carried ONNX node back into it (only operators with such attributes need it). Where the ONNX node
+    ``stores_shape``, the sizes even of axes that the record only maps over (Resize), it is also called for a new shape.
     """
 
     read: Adapter | None = None
     write: Callable[..., None] | None = None
+    stores_shape: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from regauge.ir.sizes import divide, same
 
 
 def activation(
-    layer: str,
+    layer: str | Callable[[Node], str],
     *variants: Mapping[str, Any],
     onnx: Mapping[str, Adapter | OnnxForm | None] | Sequence[str] = (),
     aten: Mapping[str, Adapter | None] | None = None,
@@ -28,13 +28,18 @@ def activation(
     """Register an activation; ``layer`` is its module in ``torch.nn`` with attributes in braces, ``variants`` are
     the attributes of its samples."""
 
+    def text(node: Node) -> str:
+        if not isinstance(layer, str):
+            return layer(node)
+        return "nn." + layer.format(**{k: repr(v) for k, v in node.attributes.items()})
+
     def register(evaluate: Function) -> Function:
         return pointwise(
             aten={evaluate.__name__: None, **(aten or {})},
             onnx=onnx,
             samples=lambda: [sample(randn(2, 3, 4) * 2, **attributes) for attributes in variants or ({},)],
             symmetry=symmetry,
-            layer=lambda node: "nn." + layer.format(**{k: repr(v) for k, v in node.attributes.items()}),
+            layer=text,
         )(evaluate)
 
     return register
@@ -94,11 +99,10 @@ def _onnx_prelu(build: Any, call: Any) -> Any:
     x, slope = call.operand(0), call.operand(1)
     aligned = (1,) * (x.rank - slope.rank) + tuple(slope.shape)
     singles = [axis for axis in range(slope.rank) if same(slope.shape[axis], 1)]
-    if all(same(size, 1) for axis, size in enumerate(aligned) if axis != 1):
-        channel = slope.rank - x.rank + 1
-        dims = tuple(axis for axis in singles if axis != channel)
-        if slope.rank and len(dims) < slope.rank:
-            return build.prelu(x, build.squeeze(slope, dims=dims) if dims else slope)
+    if slope.rank and all(same(size, 1) for axis, size in enumerate(aligned) if axis != 1):
+        kept = max(slope.rank - x.rank + 1, 0)  # the channels, or any axis where there is one slope for all
+        dims = tuple(axis for axis in singles if axis != kept)
+        return build.prelu(x, build.squeeze(slope, dims=dims) if dims else slope)
     return build.where(build.lt(x, 0), build.mul(x, slope), x)
 
 
@@ -252,13 +256,18 @@ def hardsigmoid(x: Tensor) -> Tensor:
     return F.hardsigmoid(x)
 
 
+def _clip_layer(node: Node) -> str:
+    bounds = node.attributes["min_val"], node.attributes["max_val"]
+    return "nn.ReLU6()" if bounds == (0, 6) else f"nn.Hardtanh{bounds}"
+
+
 def _clip_symmetry(node: Node) -> Symmetry:
     low, high = node.attributes["min_val"], node.attributes["max_val"]
     return Symmetry.ODD if low == -high else Symmetry.POINTWISE
 
 
 @activation(
-    "Hardtanh({min_val}, {max_val})",
+    _clip_layer,
     {},
     {"min_val": 0.0, "max_val": 6.0},
     aten={"relu6": lambda build, x: build.hardtanh(x, min_val=0.0, max_val=6.0)},

@@ -128,7 +128,9 @@ def scaled_by_alpha(op: str) -> Adapter:
     """ATen's ``x + alpha * y`` and ``x - alpha * y``."""
 
     def adapter(build: Any, x: Any, y: Any, alpha: Any = 1) -> Any:
-        return build(op, x, y if alpha == 1 else build.mul(y, alpha))
+        if alpha != 1:
+            y = build.mul(y, alpha) if isinstance(y, Value) else y * alpha
+        return build(op, x, y)
 
     return adapter
 

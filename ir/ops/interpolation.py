@@ -84,7 +84,7 @@ def _interpolate_layer(node: Node) -> str | None:
     rule="n c s... -> n c t... ; window s t",
     aten=_names(),
     onnx={
-        "Resize": OnnxForm(read=read_resize, write=write_resize),
+        "Resize": OnnxForm(read=read_resize, write=write_resize, stores_shape=True),
         "Upsample": OnnxForm(read=read_upsample, write=write_resize),
     },
     samples=lambda: [
