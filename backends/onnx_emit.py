@@ -112,21 +112,36 @@ def onnx_type(value: Value) -> onnx_ir.DataType:
 def _write_sizes(graph: Graph, changes: Changes, carrier: Carrier, contents: Contents, sources: SizeSource) -> None:
     """Call the writers of the ONNX nodes whose sizes are other ones now, or whose shape arithmetic now gives others."""
     changed = {node.origin for node in changes.attributes if isinstance(node.origin, onnx_ir.Node)}
+    reshaped = {value.producer.origin for _, value in changes.shapes if value.producer is not None}
+    changed |= {origin for origin in reshaped if isinstance(origin, onnx_ir.Node) and _stores_shape(origin)}
     for origin, (owner, nodes) in _by_origin(graph).items():
-        if origin not in changed and not _drifted(graph, origin, nodes, contents):
+        drifted = _drifted(graph, origin, nodes, contents)
+        if origin not in changed and not drifted:
             continue
         if carrier.nodes[origin].graph in carrier.function_graphs:
             continue  # bodies of functions stay as they are: the check of the written file decides
-        found = find_onnx(origin.domain, origin.op_type)
-        if found is None or found[1].write is None:
-            name = origin.name or origin.outputs[0].name
-            raise EmitError(
-                f"{nodes[0].label}: new sizes cannot be put back into the {origin.op_type} node {name}, "
-                f"the record of that operator has no OnnxForm.write: keep that axis"
-            )
         patch = OnnxPatch(carrier, origin, owner, nodes, sources, contents)
-        found[1].write(nodes, patch)
+        if origin in changed:
+            _writer(origin, nodes)(nodes, patch)
+        for index, known in drifted.items():
+            patch.keep_content(index, known)
         patch.finish()
+
+
+def _stores_shape(origin: onnx_ir.Node) -> bool:
+    found = find_onnx(origin.domain, origin.op_type)
+    return found is not None and found[1].stores_shape
+
+
+def _writer(origin: onnx_ir.Node, nodes: list[Node]) -> Any:
+    found = find_onnx(origin.domain, origin.op_type)
+    if found is None or found[1].write is None:
+        name = origin.name or origin.outputs[0].name
+        raise EmitError(
+            f"{nodes[0].label}: new sizes cannot be put back into the {origin.op_type} node {name}, "
+            f"the record of that operator has no OnnxForm.write: keep that axis"
+        )
+    return found[1].write
 
 
 def _by_origin(graph: Graph) -> dict[onnx_ir.Node, tuple[Graph, list[Node]]]:
@@ -138,15 +153,17 @@ def _by_origin(graph: Graph) -> dict[onnx_ir.Node, tuple[Graph, list[Node]]]:
     return found
 
 
-def _drifted(graph: Graph, origin: onnx_ir.Node, nodes: list[Node], contents: Contents) -> bool:
-    """Whether an input that was folded into sizes would be computed to something else by the model as it is."""
+def _drifted(graph: Graph, origin: onnx_ir.Node, nodes: list[Node], contents: Contents) -> dict[int, Any]:
+    """Contents at import of the inputs that were folded into numbers and that the model as it is would now compute to
+    something else."""
     folded = graph.metadata.get("onnx_folded", {})
     data = {operand.origin for node in nodes for _, operand in node.operands()}
-    for value in origin.inputs:
+    found = {}
+    for index, value in enumerate(origin.inputs):
         record = folded.get(value)
         if record is not None and value not in data and not equal_contents(record.known, contents.of(value)):
-            return True
-    return False
+            found[index] = record.known
+    return found
 
 
 def _freeze(graph: Graph, carrier: Carrier, contents: Contents) -> None:

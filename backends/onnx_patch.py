@@ -43,6 +43,7 @@ class OnnxPatch:
         self._sources = sources
         self._contents = contents
         self._replaced: list[onnx_ir.Value | None] = []
+        self._written: set[int] = set()
 
     @property
     def label(self) -> str:
@@ -66,6 +67,7 @@ class OnnxPatch:
 
     def set_constant(self, index: int, tensor: Any) -> None:
         """Let input ``index`` be a constant with this content (a torch tensor, an array or numbers)."""
+        self._written.add(index)
         array = tensor.detach().cpu().numpy() if isinstance(tensor, torch.Tensor) else np.asarray(tensor)
         before = self._input(index)
         if before is not None and _holds(before, array):
@@ -78,6 +80,7 @@ class OnnxPatch:
         Where the model as it is arrives at these sizes by itself, it stays. Raises EmitError where a dynamic size
         cannot be computed from the graph's inputs or the node's operands.
         """
+        self._written.add(index)
         scalar = not isinstance(sizes, list | tuple)
         wanted: list[Size] = [sizes] if scalar else list(sizes)  # type: ignore[arg-type]
         if self._arrives(index, wanted):
@@ -94,6 +97,19 @@ class OnnxPatch:
             zero = self.carrier.insert_constant(self.node, np.array(0, dtype=np.int64), f"{base}_zero")
             vector = self.carrier.insert(self.node, "Gather", [vector, zero], f"{base}_scalar")
         self._replace(index, vector)
+
+    def keep_content(self, index: int, known: Any) -> None:
+        """Let input ``index`` keep the content it had at import, unless the operator's writer has set it."""
+        if index in self._written:
+            return
+        if known.static:
+            self.set_constant(index, known.array)
+        elif known.integral:
+            self.set_sizes(index, known.sizes() if known.array.ndim else known.sizes()[0])
+        else:
+            raise EmitError(
+                f"{self.label}: input {index} follows from sizes that were cut, and cannot be kept: keep that axis"
+            )
 
     def finish(self) -> None:
         """Remove the nodes and constants that nothing reads any more."""
