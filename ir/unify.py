@@ -6,15 +6,24 @@ from collections.abc import Iterable, Sequence
 
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import ONE, ZERO, Concat, Dim, Extent, Product, bind, fresh, pin, resolve, size_of
-from regauge.ir.sizes import Size, divide, product, same, simplify
+from regauge.ir.sizes import Size, divide, may_be_same, same, simplify, total
+
+MOST_PIECES = 16  # a concatenation is cut into so many equal pieces at most; more would leave little to cut in each
 
 
 def unify(a: Extent, b: Extent) -> None:
-    """State that two axes always have the same indices. Raises AxisError when their sizes differ."""
+    """State that two axes always have the same indices. Raises AxisError when their sizes differ for all inputs.
+
+    Dynamic sizes that may be equal or not (two batch sizes of different names) leave the axes apart, and pinned.
+    """
     a, b = resolve(a), resolve(b)
     if a is b:
         return
     if not same(size_of(a), size_of(b)):
+        if may_be_same(size_of(a), size_of(b)):
+            pin(a, "its size is equal to another only for some inputs")
+            pin(b, "its size is equal to another only for some inputs")
+            return
         raise AxisError(f"axes of sizes {size_of(a)} and {size_of(b)} cannot be the same: {a} and {b}")
     if isinstance(a, Dim):
         bind(a, b)
@@ -132,20 +141,53 @@ def _split_product_minor(extent: Product, minor: Size) -> tuple[Extent, Extent] 
 
 
 def _split_concat_minor(extent: Concat, minor: Size) -> tuple[Extent, Extent] | None:
-    if any(divide(size_of(segment), minor) is None for segment in extent.segments):
-        return None  # checked before anything is refined, so that a failed split leaves no trace
+    """Every segment gives its own major part; the minor part is one and the same."""
+    runs = _whole_runs(extent.segments, minor)
+    if runs is None:
+        return None  # found out before anything is refined, so that a failed split leaves no trace
     majors: list[Extent] = []
     shared: Extent | None = None
-    for segment in extent.segments:
-        parts = split_minor(segment, minor)
+    for run in runs:
+        parts = _minor_parts(run, minor)
         if parts is None:
             return None
-        majors.append(parts[0])
-        if shared is None:
-            shared = parts[1]
-        else:
-            unify(shared, parts[1])
+        for major, part in parts:
+            majors.append(major)
+            if shared is None:
+                shared = part
+            else:
+                unify(shared, part)
     return (resolve(Concat(majors)), resolve(shared)) if shared is not None else None
+
+
+def _whole_runs(segments: Sequence[Extent], minor: Size) -> list[Extent] | None:
+    """Neighbouring segments gathered into the shortest runs whose lengths are multiples of ``minor``."""
+    runs: list[Extent] = []
+    open_run: list[Extent] = []
+    for segment in segments:
+        open_run.append(segment)
+        if divide(total(size_of(s) for s in open_run), minor) is not None:
+            runs.append(resolve(Concat(open_run)))
+            open_run = []
+    return None if open_run else runs
+
+
+def _minor_parts(run: Extent, minor: Size) -> list[tuple[Extent, Extent]] | None:
+    """One (major, minor) for a run of one segment; a run of several is cut into pieces of ``minor``, one entry each."""
+    if not isinstance(run, Concat):
+        parts = split_minor(run, minor)
+        return None if parts is None else [parts]
+    count = divide(size_of(run), minor)
+    if not isinstance(count, int) or count > MOST_PIECES:
+        return None
+    pieces: list[tuple[Extent, Extent]] = []
+    for _ in range(count):
+        cut = split_at(run, minor)
+        if cut is None:
+            return None
+        pieces.append((ONE, cut[0]))
+        run = cut[1]
+    return pieces
 
 
 def split_at(extent: Extent, offset: Size) -> tuple[Extent, Extent] | None:
@@ -164,12 +206,32 @@ def split_at(extent: Extent, offset: Size) -> tuple[Extent, Extent] | None:
         return first, second
     if isinstance(extent, Concat):
         return _split_concat_at(extent, offset)
-    head, rest = extent.factors[0], extent.factors[1:]
-    inner = divide(offset, product(size_of(f) for f in rest))
-    parts = split_at(head, inner) if inner is not None else None
+    head, rest = extent.factors[0], Product(extent.factors[1:])
+    inner = divide(offset, size_of(rest))
+    if inner is None:
+        return _split_inside(head, rest, offset)
+    parts = split_at(head, inner)
     if parts is None:
         return None
-    return resolve(Product((parts[0], *rest))), resolve(Product((parts[1], *rest)))
+    return resolve(Product((parts[0], rest))), resolve(Product((parts[1], rest)))
+
+
+def _split_inside(head: Extent, rest: Extent, offset: Size) -> tuple[Extent, Extent] | None:
+    """Cut ``(head rest)`` between two multiples of ``rest``: head becomes (a + 1 + b), and the entry between is cut.
+
+    ShuffleNet halves channels that earlier shuffles have interleaved: the entry in the middle stays, others are free.
+    """
+    block = size_of(rest)
+    if not isinstance(offset, int) or not isinstance(block, int):
+        return None
+    middle = split_at(rest, offset % block)
+    parts = split_at(head, offset // block) if middle is not None else None
+    tail = split_at(parts[1], 1) if parts is not None else None
+    if middle is None or parts is None or tail is None:
+        return None
+    first = Concat((Product((parts[0], rest)), Product((tail[0], middle[0]))))
+    second = Concat((Product((tail[0], middle[1])), Product((tail[1], rest))))
+    return resolve(first), resolve(second)
 
 
 def _split_concat_at(extent: Concat, offset: Size) -> tuple[Extent, Extent] | None:

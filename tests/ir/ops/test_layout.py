@@ -92,6 +92,25 @@ def test_channel_shuffle_frees_groups_and_channels() -> None:
     assert small.parameters["last"].shape == (5, 4)
 
 
+def test_a_cut_inside_an_entry_of_a_product_pins_that_entry_only() -> None:
+    """Channels (h=6 d=2) that are halved after five entries: h is (2 + 1 + 3), and the entry in the middle stays."""
+    net = Network(12)
+    h = net.build.reshape(net.build.reshape(net.h, shape=(2, 6, 2)), shape=(2, 12))
+    small = net.check(net.build.slice(h, dim=1, start=5, end=12))
+    assert free_sizes(net.graph) == {"first:0.0": 2, "first:0.1": 3}
+    assert small.parameters["first"].shape == (2 * (1 + 1 + 2), 3)
+    assert node(small, "slice").attributes["start"] == 3
+
+
+def test_uneven_segments_are_gathered_before_they_are_interleaved() -> None:
+    """A shuffle of (1 + 3 + 4) channels in two groups: the first two segments together are as long as the third."""
+    net = Network()
+    parts = net.aten("split_with_sizes", net.h, [1, 3, 4], 1)
+    h = net.build.unsqueeze(net.build.concat(*parts, dim=1), dim=2)  # type: ignore[misc]
+    net.check(net.build.squeeze(net.aten("channel_shuffle", h, 2), dims=(2,)))  # type: ignore[arg-type]
+    assert free_sizes(net.graph) == {"first:0.0": 3}
+
+
 def test_repeated_kv_heads_have_a_free_repeat_dim() -> None:
     net = Network()
     heads = net.build.reshape(net.h, shape=(2, 2, 4))  # two heads of four
