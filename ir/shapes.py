@@ -18,7 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from regauge.ir.errors import OperatorError, RegaugeError
 from regauge.ir.operator import Operator
-from regauge.ir.sizes import Size, prime_hints, simplify
+from regauge.ir.sizes import Size, evaluate, prime_hints, simplify
 
 Result = tuple[tuple[Size, ...], torch.dtype]
 
@@ -52,6 +52,9 @@ def _infer_symbolic(
     sizes = _expressions([getattr(o, "shape", o) for o in operands]) | _expressions(list(attributes.values()))
     fitting = [least for least in HINTS if _telling(sizes, prime_hints(symbols, least))] or [HINTS[-1]]
     try:
+        moved = _infer_from_numbers(symbols, operator, operands, attributes, sizes, fitting)
+        if moved is not None:
+            return moved
         for least in fitting[:-1]:
             try:
                 return _SymbolicShapes(symbols, least).infer(operator, operands, attributes)
@@ -60,6 +63,46 @@ def _infer_symbolic(
         return _SymbolicShapes(symbols, fitting[-1]).infer(operator, operands, attributes)
     finally:
         logger.setLevel(level)
+
+
+def _infer_from_numbers(
+    symbols: set[sympy.Symbol],
+    operator: Operator,
+    operands: Sequence[Any],
+    attributes: Mapping[str, Any],
+    sizes: set[Any],
+    fitting: Sequence[int],
+) -> list[Result] | None:
+    """The results of an operator that only moves dynamic sizes around, which is most of them and costs little to see.
+
+    It is evaluated with two sets of numbers for the symbols; where every size of the results is the number of the same
+    expression both times, or the same number, that is the answer. None means that sizes are computed, or depend.
+    """
+    expressions = [size for size in sizes | symbols if isinstance(size, sympy.Expr)]
+    found: list[list[Result]] = []
+    for least in fitting:
+        hints = prime_hints(symbols, least)
+        names = {int(expression.subs(hints)): expression for expression in expressions}
+        if len(names) < len(expressions):
+            return None
+        try:
+            with torch.no_grad():
+                raw = operator.evaluate(
+                    *[_meta_number(o, hints) for o in operands],
+                    **{k: evaluate(v, hints) for k, v in attributes.items()},
+                )
+        except Exception:  # a window that does not fit: larger numbers may
+            continue
+        found.append([(tuple(names.get(s, s) for s in shape), dtype) for shape, dtype in _results(raw, {})])
+        if len(found) == 2:
+            return found[0] if found[0] == found[1] else None
+    return None
+
+
+def _meta_number(operand: Any, hints: Mapping[sympy.Symbol, int]) -> Any:
+    if hasattr(operand, "shape"):
+        return torch.empty(evaluate(operand.shape, hints), dtype=_torch_dtype(operand.dtype), device="meta")
+    return evaluate(operand, hints)
 
 
 def _expressions(value: Any) -> set[Any]:
