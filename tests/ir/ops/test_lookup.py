@@ -27,21 +27,21 @@ class Call(nn.Module):
         return self.function(*tensors)
 
 
-X, I, J = randn(4, 5, 6), torch.tensor([3, 0, -1]), torch.tensor([[1], [-2]])
+X, FIRST, SECOND = randn(4, 5, 6), torch.tensor([3, 0, -1]), torch.tensor([[1], [-2]])
 PLACES = torch.tensor([[[1, 0, 3]]]).expand(4, 5, 3)
-ROWS = torch.tensor([2, 0])
+ROWS, SOURCE = torch.tensor([2, 0]), randn(4, 5, 3)
 
 CALLS = {
-    "one index": (lambda x, i: x[:, i], X, I),
+    "one index": (lambda x, i: x[:, i], X, FIRST),
     "scalar tensor": (lambda x: x[torch.tensor(2)], X),
-    "apart": (lambda x, i, j: x[i, :, j], X, I, J),
-    "side by side": (lambda x, i, j: x[:, i, j], X, I, J),
-    "three": (lambda x, i, j: x[i, j, i], X, I, J),
+    "apart": (lambda x, i, j: x[i, :, j], X, FIRST, SECOND),
+    "side by side": (lambda x, i, j: x[:, i, j], X, FIRST, SECOND),
+    "three": (lambda x, i, j: x[i, j, i], X, FIRST, SECOND),
     "computed mask": (lambda x: x[x > 0], X),
     "put": (lambda x, v: x.index_put((ROWS,), v), X, randn(2, 5, 6)),
     "put and add": (lambda x, v: x.index_put((torch.tensor([1, 1]),), v, accumulate=True), X, randn(2, 5, 6)),
     "put by mask": (lambda x: torch.index_put(x, (x[:, :, 0] > 0,), torch.tensor(2.0)), X),
-    "assigned": (lambda x, i: x.clone().index_put_((i,), torch.tensor(0.0)), X, I),
+    "assigned": (lambda x, i: x.clone().index_put_((i,), torch.tensor(0.0)), X, FIRST),
     "index_select": (lambda x, i: x.index_select(2, i), X, ROWS),
     "take": (lambda x, i: torch.take(x, i), X, torch.tensor([[7, 100], [3, -1]])),
     "take_along_dim": (lambda x, i: torch.take_along_dim(x, i, 1), X, torch.tensor([[[1], [4]]])),
@@ -52,13 +52,13 @@ CALLS = {
     "scatter and add": (lambda x, i, s: x.scatter(2, i, s, reduce="add"), X, PLACES, randn(4, 5, 3)),
     "scatter number and multiply": (lambda x, i: x.scatter(2, i, 0.5, reduce="multiply"), X, PLACES),
     "scatter_add": (lambda x, i, s: x.scatter_add(2, i, s), X, PLACES, randn(4, 5, 3)),
-    "scatter_reduce": (lambda x, i, s: x.scatter_reduce(2, i, s, "mean", include_self=False), X, PLACES, randn(4, 5, 3)),
+    "scatter_reduce": (lambda x, i, s: x.scatter_reduce(2, i, s, "mean", include_self=False), X, PLACES, SOURCE),
     "index_add": (lambda x, s: x.index_add(0, ROWS, s, alpha=2), X, randn(2, 5, 6)),
     "index_copy": (lambda x, s: x.index_copy(0, ROWS, s), X, randn(2, 5, 6)),
     "index_fill": (lambda x: x.index_fill(1, ROWS, 1.5), X),
     "masked_scatter": (lambda x, s: x.masked_scatter(x > 0, s), X, randn(120)),
-    "one_hot": (lambda i: nn.functional.one_hot(i, 5), I.abs()),
-    "embedding": (lambda i, w: nn.functional.embedding(i, w, padding_idx=1), I.abs(), randn(5, 3)),
+    "one_hot": (lambda i: nn.functional.one_hot(i, 5), FIRST.abs()),
+    "embedding": (lambda i, w: nn.functional.embedding(i, w, padding_idx=1), FIRST.abs(), randn(5, 3)),
 }  # fmt: skip
 OPAQUE = {"computed mask"}
 
@@ -140,6 +140,7 @@ def test_an_embedding_is_a_standard_layer() -> None:
 # -- ONNX forms against onnxruntime ------------------------------------------------------------------------------------
 
 TABLE, DATA, IDS = normal(7, 4), normal(3, 7, 4), np.array([[1, 6], [0, 3]])
+PLACED = np.array([[1, -1, 0, 5]])
 
 NODES: list[tuple[str, list[Any], dict[str, Any], list[str]]] = [
     ("Gather", [TABLE, IDS], {"constants": [0]}, ["embedding"]),
@@ -159,10 +160,10 @@ NODES: list[tuple[str, list[Any], dict[str, Any], list[str]]] = [
     ("Compress", [DATA, np.array([True, False, True])], {"axis": 1, "constants": [1]}, ["index_select"]),
     ("Compress", [DATA, np.array([True, False, True])], {"constants": [1]}, ["reshape", "index_select"]),
     ("Compress", [DATA, np.array([True, False, True])], {"axis": 1}, ["onnx_call"]),
-    ("ScatterElements", [TABLE, np.array([[1, -1, 0, 5]]), normal(1, 4)], {}, ["remainder", "scatter"]),
-    ("ScatterElements", [TABLE, np.array([[1, -1, 0, 5]]), normal(1, 4)], {"reduction": "add"}, ["remainder", "scatter_add"]),
-    *[("ScatterElements", [TABLE, np.array([[1, 1], [1, 0]]), normal(2, 2)], {"reduction": how, "constants": [1], "opset": 18},
-       ["scatter_reduce"]) for how in ("mul", "max", "min")],
+    ("ScatterElements", [TABLE, PLACED, normal(1, 4)], {}, ["remainder", "scatter"]),
+    ("ScatterElements", [TABLE, PLACED, normal(1, 4)], {"reduction": "add"}, ["remainder", "scatter_add"]),
+    *[("ScatterElements", [TABLE, np.array([[1, 1], [1, 0]]), normal(2, 2)],
+       {"reduction": how, "constants": [1], "opset": 18}, ["scatter_reduce"]) for how in ("mul", "max", "min")],
     ("ScatterND", [TABLE, np.array([[1], [-1]]), normal(2, 4)], {}, ["scatter_nd"]),
     ("ScatterND", [TABLE, np.array([[1, 2], [-1, 0]]), normal(2)], {"reduction": "add"}, ["scatter_nd"]),
     *[("ScatterND", [TABLE, np.array([[1], [1]]), normal(2, 4)], {"reduction": how, "opset": 18}, ["scatter_nd"])
