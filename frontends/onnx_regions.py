@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import onnx_ir
 
 from regauge.frontends.onnx_call import OnnxCall
+from regauge.frontends.onnx_file import captured_values
 from regauge.frontends.onnx_scope import Entry, Scope
+from regauge.frontends.onnx_weights import is_float, tensors_of
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Dtype, Graph, Operand, Value
 from regauge.ir.sizes import Size, same, symbol
@@ -41,8 +43,9 @@ def read_cond(importer: _Importer, scope: Scope, node: onnx_ir.Node) -> None:
     """If: both branches are regions.
 
     Exporters leave checks of ranks and sizes in the file, with branches that differ in form. Where such a condition is
-    known, the branch taken is read in place, since the other never runs. Where it depends on a dynamic size, the
-    first branch is taken, with a note: it is the case the exporter singled out (``squeeze`` of an axis of size 1).
+    known, the branch taken is read in place, unless the other, which never runs, has weights that must stay valid.
+    Where it depends on a dynamic size and the branches differ in form, the first is taken, with a note: it is the case
+    that the exporter singled out (``squeeze`` of an axis of size 1).
     """
     call = OnnxCall(node, scope)
     graphs = [call.attribute("then_branch"), call.attribute("else_branch")]
@@ -50,6 +53,9 @@ def read_cond(importer: _Importer, scope: Scope, node: onnx_ir.Node) -> None:
     known = isinstance(taken, bool | int)
     entry = call.entry(0)
     assumed = entry is not None and entry.content is not None and entry.content.undecided
+    if known and not _reads_weights(scope, node, graphs[1 if taken else 0]):
+        _inline(importer, scope, node, graphs[0 if taken else 1], 0 if taken else 1)
+        return
     before = importer.opaque.copy()
     try:
         inners = [_scope_of(scope, graph) for graph in graphs]
@@ -69,6 +75,14 @@ def read_cond(importer: _Importer, scope: Scope, node: onnx_ir.Node) -> None:
         region.inputs = [inner.captures.get(o) or inner.build.input(o.name, o.shape, o.dtype) for o in outside]
     found = scope.build("cond", call.operand(0), *outside, regions=regions, results=types)
     importer.bind(scope, node, found if isinstance(found, tuple) else (found,))
+
+
+def _reads_weights(scope: Scope, node: onnx_ir.Node, graph: onnx_ir.Graph) -> bool:
+    """Whether a branch that never runs must still follow when weights are cut: it holds some, or reads some."""
+    if any(is_float(tensor.dtype) and len(tensor.shape) for tensor in tensors_of(graph)):
+        return True
+    entries = [scope.find(value) for value in captured_values(node)]
+    return any(e.tensor is not None and is_float(e.tensor.dtype) and len(e.shape) > 0 for e in entries)
 
 
 def _inline(importer: _Importer, scope: Scope, node: onnx_ir.Node, graph: onnx_ir.Graph, branch: int) -> None:
