@@ -21,6 +21,7 @@ from regauge.ir.extents import size_of
 from regauge.ir.graph import Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import holds_no_sizes
+from regauge.ir.ops.lookup import carried
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import same
 
@@ -34,17 +35,19 @@ def _layout(call: Call, indices: Sequence[Axes | None]) -> tuple[Axes, Axes]:
     for place in places:
         call.role("indexed", axes[place])
     found = call.broadcast([index for index in indices if index is not None])
-    carried = [extent for place, extent in enumerate(axes) if place not in places]
+    rest = [extent for place, extent in enumerate(axes) if place not in places]
     neighbours = places == list(range(places[0], places[-1] + 1))
     at = places[0] if neighbours else 0
-    return [*carried[:at], *found, *carried[at:]], found
+    return [*rest[:at], *found, *rest[at:]], found
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def _index_rule(call: Call) -> Axes:
-    return _layout(call, call.axes[1:])[0]
+    result, found = _layout(call, call.axes[1:])
+    carried(call, [extent for extent in result if not any(extent is other for other in found)])
+    return result
 
 
 def positions_only(indices: Indices) -> list[Value | None]:
@@ -91,7 +94,7 @@ def _gather_nd_rule(call: Call) -> Axes:
         call.unify(a, b)
     for extent in axes[shared : shared + depth]:
         call.role("indexed", extent)
-    return [*indices, *axes[shared + depth :]]
+    return [*indices, *carried(call, axes[shared + depth :])]
 
 
 def _onnx_gather_nd(build: Builder, call: Any) -> Value:
@@ -131,6 +134,7 @@ def _write_values(call: Call, values: Axes, target: Axes, places: Axes) -> None:
     for own, other in zip(reversed(values), reversed(target), strict=False):
         if not same(size_of(own), 1):
             call.unify(own, other)
+            call.role("produce", own)
 
 
 def _index_put_rule(call: Call) -> Axes:
@@ -193,6 +197,7 @@ def _scatter_nd_rule(call: Call) -> Axes:
         call.role("whole", extent)
     for own, other in zip(updates, [*indices, *axes[depth:]], strict=True):
         call.unify(own, other)
+    carried(call, axes[depth:])
     return list(axes)
 
 

@@ -36,8 +36,21 @@ def _embedding_layer(node: Node) -> str:
     return f"nn.Embedding({entries}, {width}{'' if padding is None else f', padding_idx={padding}'})"
 
 
+def carried(call: Call, axes: Sequence[Extent]) -> Axes:
+    """Axes that are read as they are, whole vectors at once: any linear map of them commutes with the lookup."""
+    for extent in axes:
+        call.role("produce", extent)
+    return list(axes)
+
+
+def _embedding_rule(call: Call) -> Axes:
+    entries, width = call.operand(0)
+    call.role("indexed", entries)
+    return [*call.operand(1), *carried(call, [width])]
+
+
 @operator(
-    rule="v e, i... -> i... e ; indexed v",
+    rule=_embedding_rule,
     aten={"embedding": _embedding},
     samples=lambda: [
         sample(randn(7, 4), randint(0, 7, (2, 3))),
@@ -109,7 +122,7 @@ def _index_select_rule(call: Call) -> Axes:
     axes, indices = call.operand(0), call.operand(1)
     dim = call.normal(call["dim"], len(axes))
     call.role("indexed", axes[dim])
-    return [*axes[:dim], *indices, *axes[dim + 1 :]]
+    return [*carried(call, axes[:dim]), *indices, *carried(call, axes[dim + 1 :])]
 
 
 def _index_select(build: Builder, x: Value, dim: int, index: Value) -> Value:
@@ -259,7 +272,7 @@ def _onnx_gather_elements(build: Builder, call: Any) -> Value:
         sample(randn(4, 5), randint(0, 5, (2, 5)), dim=-1),
         sample(randn(4), randint(0, 4, (6,)), dim=0),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.AFFINE,  # each index of a carried axis is looked up for itself
 )
 def gather(x: torch.Tensor, index: torch.Tensor, *, dim: int) -> torch.Tensor:
     return torch.gather(x, dim, index)

@@ -74,6 +74,12 @@ def _onnx_scatter_elements(build: Builder, call: Any) -> Value:
     return build.scatter_reduce(x, index, updates, dim=dim, reduce=_ONNX_REDUCTIONS[reduction])  # type: ignore[no-any-return]
 
 
+def _scatter_symmetry(node: Node) -> Symmetry:
+    """Each index of a carried axis is written for itself; a number other than zero does not scale with it."""
+    source = node.inputs[2]
+    return Symmetry.AFFINE if isinstance(source, Value) or source == 0 else Symmetry.POINTWISE
+
+
 def _places() -> torch.Tensor:
     return torch.tensor([[4, 1, 0], [2, 2, 3]])
 
@@ -88,7 +94,7 @@ def _places() -> torch.Tensor:
         sample(randn(2, 5), torch.tensor([[4, 1, 0], [2, 0, 3]]), 1.5, dim=1),
         sample(randn(3, 5), torch.tensor([[4, 1, 0], [2, 0, 3]]), randn(2, 4), dim=1),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=_scatter_symmetry,
 )
 def scatter(x: torch.Tensor, index: torch.Tensor, src: torch.Tensor | float, *, dim: int) -> torch.Tensor:
     return torch.scatter(x, dim, index, src)
@@ -101,7 +107,7 @@ def scatter(x: torch.Tensor, index: torch.Tensor, src: torch.Tensor | float, *, 
         sample(randn(2, 5), _places(), randn(2, 3), dim=1),
         sample(randn(5, 3), _places(), randn(2, 3), dim=0),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.AFFINE,
 )
 def scatter_add(x: torch.Tensor, index: torch.Tensor, src: torch.Tensor, *, dim: int) -> torch.Tensor:
     return torch.scatter_add(x, dim, index, src)
@@ -133,6 +139,7 @@ def _slices_rule(call: Call) -> Axes:
     for position, (own, other) in enumerate(zip(axes, source, strict=bool(source))):
         if position != dim:
             call.unify(own, other)
+            call.role("produce", own)
         elif written is not None:
             call.unify(written, other)
     if axes:
@@ -242,6 +249,7 @@ def _masked_scatter_rule(call: Call) -> Axes:
         rows = 0
     for a, b in zip(axes[len(axes) - rows :], source[len(source) - rows :], strict=True):
         call.unify(a, b)
+        call.role("produce", a)
     for extent in (*axes[: len(axes) - rows], *source[: len(source) - rows]):
         call.role("scan", extent)
     return axes

@@ -12,7 +12,9 @@ from onnx_node import check_node, normal, operators
 from regauge.frontends.capture import capture
 from regauge.ir.edit import Builder
 from regauge.ir.extents import leaves
+from regauge.ir.gauge import Gauge, gauges
 from regauge.ir.graph import Graph, Value
+from regauge.ir.groups import find_group
 from regauge.ir.operator import get_operator
 
 
@@ -178,3 +180,19 @@ def test_onnx_forms_give_what_onnxruntime_gives(case: int) -> None:
     graph = check_node(op, inputs, **options)
     if expected:
         assert operators(graph) == expected
+
+
+# -- gauge classes -----------------------------------------------------------------------------------------------------
+
+
+def test_vectors_that_are_read_whole_may_be_mapped_and_those_read_index_by_index_may_not() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    table, last = build.parameter("table", randn(7, 4)), build.parameter("last", randn(3, 4))
+    rows = build.embedding(table, build.constant(randint(0, 7, (5,)), "ids"))
+    graph.outputs = [build.linear(rows, last)]
+    assert Gauge.GENERAL in gauges(graph)[find_group(graph, "table:1").dim]
+    sorted_rows = build.gather(rows, build.constant(randint(0, 5, (5, 4)), "order"), dim=0)
+    graph.outputs = [build.linear(sorted_rows, last)]
+    found = gauges(graph)[find_group(graph, "table:1").dim]
+    assert Gauge.SCALE in found and Gauge.ORTHOGONAL not in found
