@@ -82,8 +82,11 @@ def optimize(
     regauge optimize model.pt2 -o small_model --passes "prune{params=0.4,round_to=8}"
     """
     from regauge.optimize import optimize as run_optimize
+    from regauge.passes.catalog import as_passes
 
-    result = run_optimize(_open(model), passes or [], [_read_npz(path) for path in data] if data else None)
+    pipeline = as_passes(passes or [])  # a wrong option is told before a large file is read
+    batches = [_read_npz(path) for path in data] if data else None
+    result = run_optimize(_open(model), pipeline, batches)
     if output.suffix.lower() == ".onnx":
         result.to_onnx(output)
     else:

@@ -1,0 +1,144 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from regauge.cli import main
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
+    path = tmp_path_factory.mktemp("models") / "model.onnx"
+    torch.onnx.export(model, (torch.randn(2, 6),), path, dynamo=True, external_data=False, verbose=False)
+    return path
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_optimize_writes_a_smaller_model_and_says_what_it_did(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "small.onnx"
+    assert run("optimize", model_file, "-o", target, "--passes", "prune{ratio=0.5}") == 0
+    shown = capsys.readouterr().out
+    assert "prune{ratio=0.5}" in shown and "32 -> 16" in shown and f"wrote {target}" in shown
+    assert target.stat().st_size < model_file.stat().st_size
+
+
+def test_optimize_without_passes_gives_an_equal_model(model_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "same.onnx"
+    assert run("optimize", model_file, "-o", target) == 0
+    assert run("compare", model_file, target, "--tolerance", 0) == 0
+
+
+def test_optimize_writes_torch_source_into_a_folder(model_file: Path, tmp_path: Path) -> None:
+    assert run("optimize", model_file, "-o", tmp_path / "small", "--passes", "prune{params=0.5}") == 0
+    assert {"model.py", "model.safetensors"} <= {path.name for path in (tmp_path / "small").iterdir()}
+
+
+def test_compare_tells_a_difference_by_its_status(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, data = tmp_path / "small.onnx", tmp_path / "data.npz"
+    run("optimize", model_file, "-o", small, "--passes", "prune{ratio=0.5}")
+    name = _input_name(model_file)
+    np.savez(data, **{name: np.ones((2, 6), dtype=np.float32)})
+    assert run("compare", model_file, small, "--data", data) == 1
+    assert run("compare", model_file, model_file, "--data", data) == 0
+    assert "different within 1e-05" in capsys.readouterr().out
+
+
+def _input_name(path: Path) -> str:
+    from regauge.backends.run_onnxruntime import Session
+
+    return Session(path).inputs[0]
+
+
+def test_inspect_groups_and_explain(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", model_file) == 0
+    assert "parameters" in capsys.readouterr().out
+    assert run("inspect", model_file, "--text") == 0
+    assert "linear" in capsys.readouterr().out
+    assert run("groups", model_file, "--free") == 0
+    lines = capsys.readouterr().out.splitlines()
+    name = lines[1].split()[0]
+    assert len(lines) == 3 and "free" in lines[1]
+    assert run("groups", model_file, "--of", name) == 0
+    assert name in capsys.readouterr().out
+    assert run("explain", model_file, name) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("passes") == 0
+    assert "prune" in capsys.readouterr().out
+    assert run("passes", "prune") == 0
+    shown = capsys.readouterr().out
+    assert "before" in shown and "round_to" in shown and "one of l1, l2, bn, random" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{ratio=2}"), "'ratio' of prune must be at least 0"),
+        (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{rato=0.5}"), "did you mean 'ratio'"),
+        (("optimize", "MODEL", "-o", "OUT", "--passes", "prun"), "did you mean 'prune'"),
+        (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{ratio="), "column 13: expected a value"),
+        (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{params=1,exclude=x}"), "matches no parameter"),
+        (("optimize", "MODEL", "-o", "OUT", "--data", "MODEL"), "is not an .npz file"),
+        (("optimize", "missing.onnx", "-o", "OUT"), "there is no file missing.onnx"),
+        (("optimize", "MODEL"), "Missing option '-o'"),
+        (("optimize", "MODEL", "-o", "OUT", "--pases", "x"), "No such option: --pases"),
+        (("optimise", "MODEL"), "No such command 'optimise'"),
+        (("groups", "MODEL", "--of", "nothing:0"), "no Dim or parameter axis is called 'nothing:0'"),
+        (("explain", "MODEL", "nothing"), "nothing"),
+        (("passes", "prun"), "did you mean 'prune'"),
+        (("compare", "MODEL", "BROKEN"), ""),
+        (("inspect", "BROKEN"), ""),
+    ],
+)
+def test_errors_take_one_line_and_leave_nothing(
+    arguments: tuple[str, ...], message: str, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(model_file.read_bytes()[:200])
+    files = {"MODEL": model_file, "OUT": tmp_path / "out.onnx", "BROKEN": broken}
+    assert run(*[files.get(argument, argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("regauge: ") and len(error.splitlines()) == 1 and message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.onnx"]
+
+
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("optimize", "inspect", "groups", "explain", "compare", "passes", "demo"):
+        assert run(command, "--help") == 0
+        assert f"regauge {command}" in capsys.readouterr().out.partition("\n")[2]
+
+
+def test_as_a_program(model_file: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "regauge", "groups", str(model_file), "--of", "x"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    piped = f"'{sys.executable}' -m regauge groups '{model_file}' | head -n 1"
+    done = subprocess.run(piped, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("Dim") and "Traceback" not in done.stderr and "\x1b" not in done.stdout
+
+
+def test_demo_makes_the_network_smaller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    assert run("demo", "--quick", "--save", tmp_path / "digits.onnx") == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("accuracy", "parameters", "MACs", "ONNX file", "onnxruntime"))
+    sizes = [(tmp_path / name).stat().st_size for name in ("digits.pruned.onnx", "digits.onnx")]
+    assert sizes[0] < sizes[1]
