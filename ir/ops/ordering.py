@@ -42,7 +42,8 @@ def _scan_rule(call: Call) -> list[Axes]:
 
 def _aten_scan(op: str) -> Adapter:
     def adapter(build: Any, x: Any, dim: int, *, dtype: Any = None) -> Any:
-        return build(op, as_dtype(build, x, dtype), dim=_axis(x, dim))
+        result = build(op, as_dtype(build, x, dtype), dim=_axis(x, dim))
+        return as_dtype(build, result, dtype)  # running sums of small integers have 64 bits unless told otherwise
 
     return adapter
 
