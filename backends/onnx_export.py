@@ -80,16 +80,29 @@ def _export(module: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[dict[i
 
 
 def _output_names(graph: Graph) -> list[str]:
-    """Names of the results; one that would name two of them, or an input, is numbered."""
+    """Names of the results: the key or field under which the module returns one, else the name of the value; one that
+    would name two of them, or an input, is numbered."""
+    keys = _output_keys(graph)
     taken = {value.name for value in graph.inputs}
     names = []
     for place, output in enumerate(graph.outputs):
         if output is None:
             continue
-        name = output.name if isinstance(output, Value) else f"output_{place}"
+        name = keys[place] or (output.name if isinstance(output, Value) else f"output_{place}")
         names.append(f"{name}_{place}" if name in taken else name)
         taken.add(names[-1])
     return names
+
+
+def _output_keys(graph: Graph) -> list[str]:
+    """The key of each result in the dictionary or dataclass that the module returns; empty where it has none."""
+    out_spec = (graph.metadata.get("torch") or {}).get("out_spec")
+    count = len(graph.outputs)
+    if out_spec is None or out_spec.num_leaves != count:
+        return [""] * count
+    tree = pytree.tree_unflatten(list(range(count)), out_spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    return [str(getattr(path[-1], "key", getattr(path[-1], "name", ""))) if path else "" for path in paths]
 
 
 def _restore_names(model: onnx_ir.Model, graph: Graph) -> None:

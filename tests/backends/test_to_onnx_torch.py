@@ -1,0 +1,87 @@
+"""Graphs captured from torch, written through torch's exporter: names, dynamic axes and results are kept."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from onnx_models import pruned
+from regauge.backends.run_onnxruntime import Session
+from regauge.frontends.capture import capture
+from regauge.ir.errors import EmitError
+from regauge.ir.graph import Graph
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, *, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        hidden = torch.relu(self.norm(self.embed(x)))
+        if mask is not None:
+            hidden = hidden * mask.unsqueeze(-1)
+        return {"logits": self.head(hidden), "hidden": hidden.sum(-1)}
+
+
+@pytest.fixture(scope="module")
+def module() -> Network:
+    torch.manual_seed(0)
+    return Network().eval()
+
+
+@pytest.fixture(scope="module")
+def graph(module: Network) -> Graph:
+    inputs = {"mask": torch.ones(2, 5)}
+    dynamic = {"x": {0: "batch", 1: "time"}, "mask": {0: "batch", 1: "time"}}
+    return capture(module, (torch.randn(2, 5, 6),), inputs, dynamic=dynamic)
+
+
+def test_file_computes_what_the_module_does(module: Network, graph: Graph, tmp_path: Path) -> None:
+    path = graph.to_onnx(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
+    assert shapes == {"x": ["batch", "time", 6], "mask": ["batch", "time"]}
+    assert [v.name for v in model.graph.output] == ["logits", "hidden"]
+    assert {"embed.bias", "norm.weight", "head.bias"} <= {i.name for i in model.graph.initializer}
+    for batch, time in ((1, 1), (3, 4)):
+        x, mask = torch.randn(batch, time, 6), torch.rand(batch, time)
+        with torch.no_grad():
+            expected = module(x, mask=mask)
+        found = Session(path).run({"x": x, "mask": mask})
+        torch.testing.assert_close(found, [expected["logits"], expected["hidden"]], rtol=1e-4, atol=1e-5)
+
+
+def test_pruned_graph_is_written_with_its_history(graph: Graph, tmp_path: Path) -> None:
+    small = pruned(graph)
+    model = onnx.load(small.to_onnx(tmp_path / "p.onnx"))
+    noted = {entry.key: entry.value for entry in model.metadata_props}
+    assert noted["regauge.passes"] == "prune" and noted["regauge.version"]
+    (bias,) = [i for i in model.graph.initializer if i.name == "embed.bias"]
+    assert list(bias.dims) == [4]
+
+
+def test_weights_go_beside_the_model_on_request(graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regauge.backends.onnx_write.LEAST_EXTERNAL_BYTES", 96)
+    graph.to_onnx(tmp_path / "m.onnx", external_data=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+
+
+def test_what_the_exporter_refuses_is_one_line(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("stage 2 failed\nwith a long story") from ValueError(
+            "no decomposition for aten.strange\nmore"
+        )
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(EmitError, match="refused the emitted module: no decomposition for aten.strange$"):
+        graph.to_onnx(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr().out == ""
