@@ -154,6 +154,68 @@ def argmin(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tenso
     return torch.argmin(x, dim, keepdim)
 
 
+# -- an entry and its position -----------------------------------------------------------------------------------------
+
+
+def _entry_rule(call: Call) -> list[Axes]:
+    """Values and positions, without the axis they were found on."""
+    (axes,) = _position_rule(call)
+    return [list(axes), list(axes)]
+
+
+def _entry(op: str) -> Adapter:
+    def adapter(build: Any, x: Any, dim: int = -1, keepdim: bool = False) -> Any:
+        return build(op, x, dim=_axis(x, dim), keepdim=keepdim)
+
+    return adapter
+
+
+def _kth_value(build: Any, x: Any, k: int, dim: int = -1, keepdim: bool = False) -> Any:
+    return build.kthvalue(x, k=k, dim=_axis(x, dim), keepdim=keepdim)
+
+
+def _found() -> list[Sample]:
+    return [sample(randn(2, 5, 3), dim=1), sample(randn(2, 5), dim=-1, keepdim=True)]
+
+
+@operator(rule=_entry_rule, aten={"median.dim": _entry("median")}, samples=_found)
+def median(x: Tensor, *, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return torch.median(x, dim, keepdim)
+
+
+@operator(rule=_entry_rule, aten={"mode": _entry("mode")}, samples=_found)
+def mode(x: Tensor, *, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return torch.mode(x, dim, keepdim)
+
+
+@operator(
+    rule=_entry_rule,
+    aten={"kthvalue": _kth_value},
+    samples=lambda: [sample(randn(2, 5, 3), k=2, dim=1), sample(randn(2, 5), k=1, keepdim=True)],
+)
+def kthvalue(x: Tensor, *, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return torch.kthvalue(x, k, dim, keepdim)
+
+
+def _running_extreme_rule(call: Call) -> list[Axes]:
+    axes = _along(call, "scan")
+    return [list(axes), list(axes)]
+
+
+def _running_extreme(op: str) -> Adapter:
+    return lambda build, x, dim: build(op, x, dim=_axis(x, dim))
+
+
+@operator(rule=_running_extreme_rule, aten={"cummax": _running_extreme("cummax")}, samples=_scanned)
+def cummax(x: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
+    return torch.cummax(x, dim)
+
+
+@operator(rule=_running_extreme_rule, aten={"cummin": _running_extreme("cummin")}, samples=_scanned)
+def cummin(x: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
+    return torch.cummin(x, dim)
+
+
 # -- sorting -----------------------------------------------------------------------------------------------------------
 
 

@@ -57,7 +57,8 @@ def dims_of(x: Any, dim: Dims) -> tuple[int, ...] | None:
 
 def _aten_reduce(op: str) -> Adapter:
     def adapter(build: Any, x: Any, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-        return build(op, as_dtype(build, x, dtype), dims=dims_of(x, dim), keepdim=keepdim)
+        result = build(op, as_dtype(build, x, dtype), dims=dims_of(x, dim), keepdim=keepdim)
+        return as_dtype(build, result, dtype)  # sums of small integers have 64 bits unless told otherwise
 
     return adapter
 

@@ -77,6 +77,9 @@ TORCH = {
     "orders": lambda x: (*x.sort(1), *torch.sort(x, stable=True, dim=1, descending=True), x.argsort(1), *x.topk(2, 1)),
     "scans": lambda x: (x.cumsum(1), x.cumsum(1, dtype=torch.float64), x.cumprod(1), torch.logcumsumexp(x, 1)),
     "counts": lambda x: (torch.histc(x, 5), torch.bucketize(x, torch.tensor([0.0, 1.0]))),
+    "small integers": lambda x: (x.int().cumsum(1, dtype=torch.int32), x.int().sum(1, dtype=torch.int32)),
+    "entries": lambda x: (*x.median(1), *x.kthvalue(2, 1, True), *x.cummax(1), *x.int().mode(1)),
+    "distances": lambda x: (torch.cdist(x, x + 1, 1.0), torch.nn.functional.pairwise_distance(x, x + 1)),
     "positions": lambda x: (x.argmax(), x.argmin(1, True), x.argmax(-1)),
 }  # fmt: skip
 
