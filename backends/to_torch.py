@@ -22,17 +22,18 @@ from regauge.backends.torch_modules import Classes
 from regauge.backends.torch_places import Places
 from regauge.backends.torch_runtime import import_source
 from regauge.backends.torch_source import assemble
+from regauge.backends.torch_tensors import needs_gradient
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Parameter
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """The source of a graph: the text, the name of its root class, and where each tensor goes."""
+    """The source of a graph: the text, the name of its root class, and where its tensors live."""
 
     source: str
     root: str
-    tensors: dict[str, Parameter]
+    places: Places
 
 
 def emit(graph: Graph) -> Emitted:
@@ -43,7 +44,7 @@ def emit(graph: Graph) -> Emitted:
     code = forward.root(frame)
     classes = Classes(graph, forward, code)
     source = assemble(f"{classes.root}, written by Regauge.", forward.helpers.sources, classes.texts, classes.imports)
-    return Emitted(source, classes.root, dict(places.tensors))
+    return Emitted(source, classes.root, places)
 
 
 def to_torch(graph: Graph, *, device: torch.device | str | None = None) -> nn.Module:
@@ -56,20 +57,20 @@ def to_torch(graph: Graph, *, device: torch.device | str | None = None) -> nn.Mo
     python = import_source(emitted.source, _module_name(graph))
     with torch.device("meta"):
         module: nn.Module = getattr(python, emitted.root)()
-    _fill(module, emitted.tensors, device)
+    _fill(module, emitted.places, device)
     module.train(bool(graph.metadata.get("torch", {}).get("training", False)))
     return module
 
 
-def _fill(module: nn.Module, tensors: dict[str, Parameter], device: torch.device | str | None) -> None:
+def _fill(module: nn.Module, places: Places, device: torch.device | str | None) -> None:
     """Give every name its tensor; a tensor under several names stays one tensor."""
     made: dict[Parameter, torch.Tensor] = {}
-    for name, parameter in tensors.items():
+    for name, parameter in places.tensors.items():
         if parameter not in made:
             data = parameter.tensor.detach().clone()
             data = data if device is None else data.to(device)
-            is_parameter = parameter.kind == "parameter"
-            made[parameter] = nn.Parameter(data, requires_grad=parameter.trainable) if is_parameter else data
+            trained = places.is_trained(parameter)
+            made[parameter] = nn.Parameter(data, requires_grad=needs_gradient(parameter)) if trained else data
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         if leaf.isidentifier():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from regauge.backends.torch_folding import follows
-from regauge.backends.torch_literals import is_literal, literal_value
+from regauge.backends.torch_literals import is_literal, literal_value, parse_expression
 
 _EMPTY = inspect.Parameter.empty
 
@@ -29,12 +29,29 @@ def tidy_calls(expression: ast.expr) -> ast.expr:
     return _Following().visit(expression)  # type: ignore[no-any-return]
 
 
+_MAKERS = frozenset(
+    {"full", "arange", "linspace", "eye", "zeros", "ones", "empty", "rand", "randn", "randint", "tensor"}
+)
+
+
+def place_new_tensors(expression: ast.expr, device: str | None) -> ast.expr:
+    """Let tensors that are made from nothing be made where the module runs; ``device`` is source."""
+    if device is None:
+        return expression
+    for node in ast.walk(expression):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)) if name in _MAKERS:
+                if not any(keyword.arg == "device" for keyword in node.keywords):
+                    node.keywords.append(ast.keyword("device", parse_expression(device)))
+    return expression
+
+
 class _Following(ast.NodeTransformer):
     """Writes flags that follow the module, such as ``self.training``, as what they follow."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         source = follows(node)
-        return node if source is None else ast.parse(source, mode="eval").body
+        return node if source is None else parse_expression(source)
 
 
 def _as_slices(index: ast.expr) -> ast.expr:

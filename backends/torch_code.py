@@ -6,7 +6,6 @@ and two equal blocks, have equal code in this form.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -93,7 +92,3 @@ def symbols_of(item: Node | Code) -> list[sympy.Symbol]:
         for node in region.nodes:
             found.extend(symbols_of(node))
     return list(dict.fromkeys(found))
-
-
-def parse_access(text: str) -> ast.expr:
-    return ast.parse(text, mode="eval").body

@@ -72,9 +72,8 @@ class Helpers:
 
     def _copied(self, name: str, body: Body) -> str:
         tree = copy.deepcopy(body.function)
-        tree.name, tree.decorator_list, tree.returns = name, [], None
-        for argument in _arguments(tree.args):
-            argument.annotation = None
+        tree.name, tree.decorator_list = name, []
+        tree = _Unannotated().visit(tree)
         self.resolve_names(tree, body.names, _local_names(tree))
         return ast.unparse(ast.fix_missing_locations(tree))
 
@@ -100,6 +99,23 @@ class Helpers:
         if isinstance(value, FunctionType):
             return read_name(self.add(value))
         return literal(value)
+
+
+class _Unannotated(ast.NodeTransformer):
+    """A function without type annotations: they name types that the emitted module does not import."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.returns = None
+        self.generic_visit(node)
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
+        self.generic_visit(node)
+        return None if node.value is None else ast.Assign([node.target], node.value)
 
 
 def _become(node: ast.Name, meaning: ast.expr) -> None:

@@ -83,7 +83,7 @@ def _fits(text: str, node: Node, path: str, places: Places) -> bool:
             wanted = f"{path}.{_SLOT_NAMES[slot]}" if path else _SLOT_NAMES[slot]
             if places.name_under(operand, path) != wanted:
                 return False
-    present = {name: (tuple(p.shape), p.kind == "parameter") for name, p in places.below(path).items()}
+    present = {name: (tuple(p.shape), places.is_trained(p)) for name, p in places.below(path).items()}
     return present == expected
 
 

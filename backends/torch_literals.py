@@ -13,6 +13,10 @@ from regauge.backends.torch_sizes import Read, size_expression
 from regauge.ir.errors import EmitError
 
 
+def parse_expression(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
+
+
 def read_name(identifier: str) -> ast.Name:
     return ast.Name(identifier, ast.Load())
 

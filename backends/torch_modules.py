@@ -142,7 +142,10 @@ class Classes:
         init = [f"super().__init__({arguments})"]
         if not is_list:
             init.extend(_assignment(child, self._construct(_join(path, child))) for child in children)
-        init.extend(tensor_line(name, parameter) for name, parameter in self.places.own(path).items())
+        init.extend(
+            tensor_line(name, parameter, self.places.is_trained(parameter))
+            for name, parameter in self.places.own(path).items()
+        )
         if not path:
             init.extend(self._ties())
             assert code is not None

@@ -6,12 +6,12 @@ Trained tensors live where their names say (tied ones at several places); consta
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from regauge.backends.torch_frames import Frame, inside, module_path, scope_of
-from regauge.ir.graph import Graph, Node, Parameter
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.weights import Weight
 
 LARGEST_COMPARED = 1 << 22  # elements
@@ -27,6 +27,7 @@ class Places:
         self.tensors: dict[str, Parameter] = {}
         self._below: dict[str, dict[str, Parameter]] = {}
         self._children: dict[str, dict[str, None]] = {}
+        self.statistics = set(_statistics(graph))
         constants: list[Parameter] = []
         for parameter in dict.fromkeys(graph.all_parameters()):
             if parameter.kind == "constant" or not _is_path(parameter.name):
@@ -72,6 +73,10 @@ class Places:
 
     def _taken(self, name: str) -> bool:
         return name in self.tensors or name in self._below or name in self.called
+
+    def is_trained(self, parameter: Parameter) -> bool:
+        """True for what becomes an ``nn.Parameter``; running statistics never do, whatever a file calls them."""
+        return parameter.kind == "parameter" and parameter not in self.statistics
 
     def _note_children(self, path: str) -> None:
         while path:
@@ -138,6 +143,24 @@ def _content(weight: Weight) -> object:
     if tensor.numel() > LARGEST_COMPARED:
         return id(weight)
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def _statistics(graph: Graph) -> Iterator[Parameter]:
+    """Running means and variances: an ONNX file keeps them among the weights."""
+    for _, node in graph.walk():
+        for slot, operand in enumerate(node.inputs):
+            names = node.operator.slots
+            if isinstance(operand, Value) and slot < len(names) and names[slot] in ("mean", "var"):
+                yield from _sources(operand)
+
+
+def _sources(value: Value) -> Iterator[Parameter]:
+    """The parameter a value is, or those it is computed from and from nothing else."""
+    if isinstance(value, Parameter):
+        yield value
+    elif value.producer is not None:
+        for _, operand in value.producer.operands():
+            yield from _sources(operand)
 
 
 def _homes(root: Frame) -> dict[Parameter, str]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 
-from regauge.backends.torch_code import Code, Flowing, Line, parse_access, symbols_of, variable
+from regauge.backends.torch_arguments import place_new_tensors
+from regauge.backends.torch_code import Code, Flowing, Line, symbols_of, variable
 from regauge.backends.torch_expressions import expression
 from regauge.backends.torch_folding import following, tensor
-from regauge.backends.torch_literals import literal, read_attribute, read_name
+from regauge.backends.torch_literals import literal, parse_expression, read_attribute, read_name
 from regauge.backends.torch_results import gives_sequence
 from regauge.backends.torch_sizes import size_expression, solve_for
 from regauge.ir.errors import EmitError
@@ -93,7 +94,7 @@ class Statements:
         if isinstance(operand, Parameter):
             name = self.forward.places.name_under(operand, self.code.path)
             if name is not None:
-                return tensor(parse_access(self.forward.places.access(self.code.path, name)), operand)
+                return tensor(parse_expression(self.forward.places.access(self.code.path, name)), operand)
         if operand not in self.numbers:
             raise EmitError(f"{operand} is read in {self.code.path or 'the root'} before it is computed")
         return tensor(read_name(variable(self.numbers[operand])), operand)
@@ -137,6 +138,15 @@ class Statements:
         shape = read_attribute(tensor(read_name(variable(self.number(value))), value), "shape")
         return ast.Subscript(shape, ast.Constant(axis), ast.Load())
 
+    def _device(self) -> str | None:
+        """Where this forward runs, read off its first tensor argument or its first own tensor."""
+        for argument in self.code.arguments:
+            if isinstance(argument, Value):
+                return f"{variable(self.number(argument))}.device"
+        places, path = self.forward.places, self.code.path
+        own = next(iter(places.below(path)), None)
+        return None if own is None else f"{places.access(path, f'{path}.{own}'.lstrip('.'))}.device"
+
     # Lines ---------------------------------------------------------------------------------------------------
 
     def targets(self, outputs: Sequence[Value]) -> tuple[int | None, ...]:
@@ -178,7 +188,8 @@ class Statements:
             attributes: dict[str, Any] = {k: literal(v, self.symbol) for k, v in node.attributes.items()}
             if node.attributes.get("training", None) == self.training:
                 attributes["training"] = following(self.training, "self.training")
-            return expression(node.operator, operands, attributes, self.forward.helpers)
+            found = expression(node.operator, operands, attributes, self.forward.helpers)
+            return place_new_tensors(found, self._device())
         except EmitError as error:
             raise EmitError(f"{node.label} cannot be written as torch source: {error}") from error
 

@@ -8,17 +8,22 @@ from regauge.ir.errors import EmitError
 from regauge.ir.graph import Parameter
 
 
+def needs_gradient(parameter: Parameter) -> bool:
+    dtype = parameter.dtype
+    return parameter.trainable and isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+
+
 def parameter_text(parameter: Parameter) -> str:
-    options = "" if parameter.trainable else ", requires_grad=False"
+    options = "" if needs_gradient(parameter) else ", requires_grad=False"
     return f"nn.Parameter({_blank('torch.empty', parameter)}{options})"
 
 
-def tensor_line(name: str, parameter: Parameter) -> str:
-    if parameter.kind == "parameter":
+def tensor_line(name: str, parameter: Parameter, trained: bool) -> str:
+    if trained:
         if name.isidentifier():
             return f"self.{name} = {parameter_text(parameter)}"
         return f'self.register_parameter("{name}", {parameter_text(parameter)})'
-    persistent = parameter.persistent and parameter.kind == "buffer"
+    persistent = parameter.persistent and parameter.kind != "constant"
     options = "" if persistent else ", persistent=False"
     return f'self.register_buffer("{name}", {_blank("torch.zeros", parameter)}{options})'
 
