@@ -33,6 +33,7 @@ def patched_model(graph: Graph, changes: Changes) -> onnx_ir.Model:
     contents = Contents(shapes, carried.opset_imports)
     sources = SizeSource.of(carrier, values, graph.inputs)
     _write_sizes(graph, changes, carrier, contents, sources)
+    _bypass(graph, changes, carrier)
     _freeze(graph, carrier, contents)
     _freeze_branches(graph, carrier, contents)
     rewire(graph, changes, carrier)
@@ -164,6 +165,26 @@ def _drifted(graph: Graph, origin: onnx_ir.Node, nodes: list[Node], contents: Co
         if record is not None and value not in data and not equal_contents(record.known, contents.of(value)):
             found[index] = record.known
     return found
+
+
+# ONNX operators that a reader may leave out, because the sizes written in them change nothing about their input.
+_MAY_DO_NOTHING = {"Expand", "Slice", "Tile", "Pad"}
+
+
+def _bypass(graph: Graph, changes: Changes, carrier: Carrier) -> None:
+    """Nodes that did nothing at import, and so have no counterpart, must not do anything on a cut input either."""
+    resized = {after.origin for _, after in changes.shapes}
+    present = {node.origin for _, node in graph.walk()} | set(graph.metadata.get("onnx_folded", {}))
+    for origin, copied in carrier.nodes.items():
+        if origin.op_type not in _MAY_DO_NOTHING or origin in present or origin.outputs[0] in present:
+            continue
+        if origin.inputs[0] in resized and copied.graph not in carrier.function_graphs:
+            resized.add(origin.outputs[0])
+            others = copied.inputs[1:]
+            copied.op_type = "Identity"
+            copied.attributes.clear()
+            copied.resize_inputs(1)
+            carrier.drop_unused(others)
 
 
 def _freeze(graph: Graph, carrier: Carrier, contents: Contents) -> None:

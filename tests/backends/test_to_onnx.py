@@ -128,6 +128,94 @@ def test_weights_in_constant_nodes_and_branches_are_cut(tmp_path: Path) -> None:
         torch.testing.assert_close(Session(path, optimisation="off").run(inputs), expected)
 
 
+def assert_masked(model: onnx.ModelProto, tmp_path: Path) -> onnx.ModelProto:
+    """Cut all that is free and hold the file to the masked original; gives the file back."""
+    graph = load(model)
+    keep = halves(graph)
+    assert keep
+    path = pruned(graph, keep).to_onnx(tmp_path / "pruned.onnx")
+    inputs = inputs_of(model)
+    weights = {i.name for i in model.graph.initializer}
+    inputs = {name: tensor for name, tensor in inputs.items() if name not in weights}
+    expected = Session(masked(model, graph, keep), optimisation="off").run(inputs)
+    torch.testing.assert_close(Session(path, optimisation="off").run(inputs), expected, rtol=1e-4, atol=1e-4)
+    return onnx.load(path)
+
+
+def test_nodes_that_did_nothing_do_nothing_on_the_cut_input(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    idle (float[n, 4] x) => (float[n, 2] y) {
+      h = MatMul (x, w)
+      target = Constant <value = int64[2] {1, 6}> ()
+      same = Expand (h, target)
+      zero = Constant <value = int64[1] {0}> ()
+      six = Constant <value = int64[1] {6}> ()
+      one = Constant <value = int64[1] {1}> ()
+      whole = Slice (same, zero, six, one)
+      y = MatMul (whole, v)
+    }
+    """
+    assert_masked(model_of(text, {"w": (4, 6), "v": (6, 2)}), tmp_path)
+
+
+def test_numbers_counted_from_sizes_stay_what_they_were(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    counted (float[n, 4] x) => (float[n, 2] y) {
+      h = MatMul (x, w)
+      shape = Shape (h)
+      one = Constant <value = int64 {1}> ()
+      width = Gather (shape, one)
+      number = Cast <to = 1> (width)
+      scaled = Div (h, number)
+      half = Sqrt (number)
+      again = Mul (half, scaled)
+      y = MatMul (again, v)
+    }
+    """
+    assert_masked(model_of(text, {"w": (4, 6), "v": (6, 2)}), tmp_path)
+
+
+def test_weights_that_are_declared_as_inputs_follow_the_cut(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 3, opset_import: ["" : 9]>
+    old (float[n, 4] x, float[4, 6] w, float[6, 2] v) => (float[n, 2] y) {
+      h = MatMul (x, w)
+      y = MatMul (h, v)
+    }
+    """
+    written = assert_masked(model_of(text, {"w": (4, 6), "v": (6, 2)}), tmp_path)
+    declared = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in written.graph.input}
+    assert declared == {"x": [0, 4], "w": [4, 3], "v": [3, 2]}
+
+
+def test_weights_that_callers_may_override_are_left_alone(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    open (float[n, 4] x, float[4, 6] w) => (float[n, 2] y) { h = MatMul (x, w)  r = MatMul (h, u)  y = MatMul (r, v) }
+    """
+    model = model_of(text, {"w": (4, 6), "u": (6, 6), "v": (6, 2)})
+    written = assert_masked(model, tmp_path)
+    assert {i.name: list(i.dims) for i in written.graph.initializer} == {"w": [4, 6], "u": [6, 3], "v": [3, 2]}
+
+
+def test_functions_are_kept_and_their_operands_cut(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+    calls (float[n, 4] x) => (float[n, 2] y) {
+      h = local.layer (x, w)
+      y = local.layer (h, v)
+    }
+    <domain: "local", opset_import: ["" : 17]>
+    layer (a, weight) => (c) { b = MatMul (a, weight)  c = Relu (b) }
+    """
+    model = model_of(text, {"w": (4, 6), "v": (6, 2)})
+    written = assert_masked(model, tmp_path)
+    assert [f.name for f in written.functions] == ["layer"]
+    assert [n.op_type for n in written.graph.node] == ["layer", "layer"]
+
+
 def test_added_nodes_are_written(tmp_path: Path) -> None:
     from regauge.ir.edit import Builder, replace_uses, set_input
 
