@@ -120,7 +120,11 @@ def _mapped_gauge(node: Node, symmetry: Symmetry, holders: list[int], operands: 
                 s for s, dims in enumerate(operands) if dims is not None and s not in holders and not _zero(node, s)
             ]
             return Gauge.PERMUTE if spread else ANY
+        case Symmetry.LAYOUT:
+            return ANY if holders else Gauge.PERMUTE  # repeated and filled entries must stay equal
         case Symmetry.PRODUCT:
+            if _bias_elsewhere(node, holders):
+                return Gauge.PERMUTE
             if len(holders) <= 1:
                 return ANY  # every index is multiplied by the same factor
             others = [slot for slot in holders if isinstance(node.inputs[slot], Parameter)]
@@ -128,6 +132,12 @@ def _mapped_gauge(node: Node, symmetry: Symmetry, holders: list[int], operands: 
         case Symmetry.AFFINE:
             return DIAGONAL
     return Gauge.PERMUTE
+
+
+def _bias_elsewhere(node: Node, holders: list[int]) -> bool:
+    """Whether a contraction adds a bias that does not have the Dim, the same at each of its indices."""
+    slots = node.operator.slots[: len(node.inputs)]
+    return "bias" in slots and slots.index("bias") not in holders
 
 
 def _zero(node: Node, slot: int) -> bool:

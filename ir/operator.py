@@ -52,7 +52,8 @@ An ATen adapter gets the call's arguments as its schema names them, tensors as V
 class Symmetry(enum.Enum):
     """How an operator treats the values on an axis that it only maps over (axis-algebra.md, section 5)."""
 
-    LINEAR = "linear"  # f(A x + B y) = A f(x) + B f(y): adds, scalings by constants, layout
+    LINEAR = "linear"  # f(A x + B y) = A f(x) + B f(y): adds, scalings by constants
+    LAYOUT = "layout"  # entries are moved, nothing is added to them: reshape, concat, slice
     HOMOGENEOUS = "homogeneous"  # f(s x) = s f(x) for s > 0: relu, abs, max
     ODD = "odd"  # f(-x) = -f(x): tanh
     PRODUCT = "product"  # bilinear per index: mul of two values

@@ -46,7 +46,7 @@ def _onnx_unsqueeze(build: Builder, call: Any) -> Any:
         sample(randn(2, 3), dim=1),
         sample(randn(()), dim=0),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def unsqueeze(x: torch.Tensor, *, dim: int) -> torch.Tensor:
     return x.unsqueeze(dim)
@@ -97,7 +97,7 @@ def _onnx_squeeze(build: Builder, call: Any) -> Any:
         sample(randn(2, 3, 1), dims=(-1,)),
         sample(randn(1), dims=(0,)),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def squeeze(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
     return x.squeeze(dims)
@@ -182,7 +182,7 @@ def _write_expand(nodes: Sequence[Node], patch: Any) -> None:
         sample(randn(1, 3), shape=(4, 2, 3)),
         sample(randn(()), shape=(2,)),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )  # fmt: skip
 def expand(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
     return x.expand(shape)

@@ -52,7 +52,7 @@ def _onnx_trilu(build: Builder, call: Any) -> Any:
     rule=_triangle_rule,
     aten={"tril": _triangle("tril"), "tril_indices": _triangle_indices(upper=False)},
     samples=lambda: [sample(randn(4, 4)), sample(randn(2, 3, 5), diagonal=-1)],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def tril(x: torch.Tensor, *, diagonal: int = 0) -> torch.Tensor:
     return torch.tril(x, diagonal)
@@ -63,7 +63,7 @@ def tril(x: torch.Tensor, *, diagonal: int = 0) -> torch.Tensor:
     aten={"triu": _triangle("triu"), "triu_indices": _triangle_indices(upper=True)},
     onnx={"Trilu": _onnx_trilu},
     samples=lambda: [sample(randn(4, 4)), sample(randn(2, 3, 5), diagonal=1)],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def triu(x: torch.Tensor, *, diagonal: int = 0) -> torch.Tensor:
     return torch.triu(x, diagonal)
@@ -95,7 +95,7 @@ def _linalg_diagonal(build: Builder, A: Value, *, offset: int = 0, dim1: int = -
         sample(randn(2, 4, 3), offset=-1, dim1=1, dim2=-1),
         sample(randn(3, 2, 3), dim2=2),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def diagonal(x: torch.Tensor, *, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:
     return torch.diagonal(x, offset, dim1, dim2)
@@ -125,7 +125,7 @@ def _diag(build: Builder, x: Value, diagonal: int = 0) -> Any:
     rule=_diag_embed_rule,
     aten={"diag_embed": _diag_embed, "diag": _diag},
     samples=lambda: [sample(randn(2, 3)), sample(randn(3), offset=1), sample(randn(2, 3), dim1=0, dim2=2)],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def diag_embed(x: torch.Tensor, *, offset: int = 0, dim1: int = -2, dim2: int = -1) -> torch.Tensor:
     return torch.diag_embed(x, offset, dim1, dim2)

@@ -12,7 +12,7 @@ from torch import randn
 from regauge.ir.edit import Builder
 from regauge.ir.errors import AxisError, OperatorError
 from regauge.ir.extents import size_of
-from regauge.ir.graph import Value
+from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Cost, Symmetry, operator, sample
 from regauge.ir.rules import Call
 from regauge.ir.sizes import Size, product, same
@@ -59,7 +59,9 @@ def _rule(call: Call) -> str:
         return " ".join("1" if one else letter for one, letter in zip(ones, term, strict=True))
 
     rule = ", ".join(pattern(index, term) for index, term in enumerate(operands)) + " -> " + " ".join(result)
-    return rule.replace(DOTS, "...")
+    # Summed over three factors, an axis allows no more than a sum over one: the order of its entries is free.
+    shared = [c for c in sorted(wide) if c != DOTS and c not in result and sum(c in term for term in operands) > 2]
+    return (rule + (f" ; reduce {' '.join(shared)}" if shared else "")).replace(DOTS, "...")
 
 
 def _size(call: Call, index: int, term: str, at: int) -> Size:
@@ -88,6 +90,13 @@ def _macs(call: Cost) -> Size:
             elif same(sizes.get(letter, 1), 1):
                 sizes[letter] = call.size(index, place(term, at, rank))
     return product([*sizes.values(), *dots])
+
+
+def _symmetry(node: Node) -> Symmetry:
+    """A diagonal reads one axis at two places."""
+    operands, _ = terms_of(node.attributes["equation"])
+    diagonal = any(len(set(term)) < len(term) for term in operands)
+    return Symmetry.POINTWISE if diagonal else Symmetry.PRODUCT
 
 
 def _einsum(build: Builder, equation: str, operands: Sequence[Value], *_: Any, **_options: Any) -> Any:
@@ -124,7 +133,7 @@ def _tensordot(build: Builder, x: Value, y: Value, dims_self: Sequence[int], dim
     aten={"einsum": _einsum, "inner": _inner, "outer": _outer, "ger": _outer, "tensordot": _tensordot},
     onnx={"Einsum": _onnx_einsum},
     macs=_macs,
-    symmetry=Symmetry.PRODUCT,
+    symmetry=_symmetry,
     samples=lambda: [
         sample(randn(2, 3, 4, 5), randn(2, 3, 6, 5), equation="bhid,bhjd->bhij"),
         sample(randn(2, 3, 4), randn(4, 5), equation="...d,de->...e"),

@@ -78,7 +78,7 @@ def _onnx_concat(build: Builder, call: Any) -> Any:
         sample(randn(2, 3), dim=0),
         sample(randn(2), randn(1), randn(3), dim=0),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )  # fmt: skip
 def concat(*tensors: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat(tensors, dim)
@@ -111,7 +111,7 @@ def _stack(build: Builder, tensors: Sequence[Value], dim: int = 0) -> Any:
         sample(randn(2, 3), randn(2, 3), randn(2, 3), dim=-1),
         sample(randn(4), dim=1),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def stack(*tensors: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.stack(tensors, dim)
@@ -153,7 +153,7 @@ def _write_tile(nodes: Sequence[Node], patch: Any) -> None:
         sample(randn(1, 4), repeats=(3, 1)),
         sample(randn(()), repeats=(3,)),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def repeat(x: torch.Tensor, *, repeats: tuple[int, ...]) -> torch.Tensor:
     return x.repeat(repeats)
@@ -187,7 +187,7 @@ def _repeat_interleave(
     rule=_repeat_interleave_rule,
     aten={"repeat_interleave.self_int": _repeat_interleave, "repeat_interleave.self_Tensor": _repeat_interleave},
     samples=lambda: [sample(randn(2, 3), repeats=2, dim=1), sample(randn(2, 3, 4), repeats=3, dim=-2)],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def repeat_interleave(x: torch.Tensor, *, repeats: int, dim: int) -> torch.Tensor:
     return x.repeat_interleave(repeats, dim)

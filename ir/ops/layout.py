@@ -166,7 +166,7 @@ def _flatten_layer(node: Node) -> str | None:
         sample(randn(1, 1, 6), shape=(6,)),
         sample(randn(()), shape=(1, 1)),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
     layer=_flatten_layer,
 )  # fmt: skip
 def reshape(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
@@ -223,7 +223,7 @@ def _onnx_transpose(build: Builder, call: Any) -> Any:
         sample(randn(2, 3), dims=(-1, 0)),
         sample(randn(3), dims=(0,)),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )  # fmt: skip
 def permute(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
     return x.permute(dims)
@@ -259,7 +259,7 @@ def _rot90(build: Builder, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -
         "flipud": lambda build, x: build.flip(x, dims=(0,)),
     },
     samples=lambda: [sample(randn(2, 3, 4), dims=(1,)), sample(randn(2, 3), dims=(0, -1))],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def flip(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
     return x.flip(dims)
@@ -281,7 +281,7 @@ def _roll(build: Builder, x: Value, shifts: Size | Sequence[Size], dims: int | S
         sample(randn(2, 3, 4), shifts=(1,), dims=(1,)),
         sample(randn(2, 5, 5), shifts=(2, -1), dims=(1, 2)),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def roll(x: torch.Tensor, *, shifts: tuple[int, ...], dims: tuple[int, ...]) -> torch.Tensor:
     return torch.roll(x, shifts, dims)

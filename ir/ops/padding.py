@@ -146,6 +146,12 @@ def _pad_layer(node: Node) -> str | None:
     return f"nn.{name}Pad{rank}d({amounts})"
 
 
+def _symmetry(node: Node) -> Symmetry:
+    """A border of another number than zero is the same for every index of the other axes."""
+    filled = node.attributes["mode"] == "constant" and node.attributes["value"] != 0
+    return Symmetry.POINTWISE if filled else Symmetry.LAYOUT
+
+
 @operator(
     rule=_pad_rule,
     aten={
@@ -166,7 +172,7 @@ def _pad_layer(node: Node) -> str | None:
         sample(randn(2, 3, 4), pads=((0, 0), (0, 0), (2, 1)), mode="circular"),
         sample(randn(3, 4), pads=((0, 0), (2, 1)), mode="reflect"),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=_symmetry,
     layer=_pad_layer,
 )
 def pad(

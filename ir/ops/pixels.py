@@ -31,7 +31,7 @@ def _blocks(rule: str) -> Any:
     rule=_blocks("... (c p q) h w -> ... c (h p) (w q)"),
     aten={"pixel_shuffle": lambda build, x, factor: build.pixel_shuffle(x, factor=factor)},
     samples=lambda: [sample(randn(2, 12, 3, 2), factor=2), sample(randn(18, 2, 3), factor=3)],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
     layer=lambda node: f"nn.PixelShuffle({node.attributes['factor']})",
 )
 def pixel_shuffle(x: torch.Tensor, *, factor: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ def pixel_shuffle(x: torch.Tensor, *, factor: int) -> torch.Tensor:
     rule=_blocks("... c (h p) (w q) -> ... (c p q) h w"),
     aten={"pixel_unshuffle": lambda build, x, factor: build.pixel_unshuffle(x, factor=factor)},
     samples=lambda: [sample(randn(2, 3, 4, 6), factor=2), sample(randn(3, 3, 6), factor=3)],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
     layer=lambda node: f"nn.PixelUnshuffle({node.attributes['factor']})",
 )
 def pixel_unshuffle(x: torch.Tensor, *, factor: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def _onnx_depth_to_space(build: Builder, call: Any) -> Any:
     rule=_blocks("n (p q c) h w -> n c (h p) (w q)"),
     onnx={"DepthToSpace": _onnx_depth_to_space},
     samples=lambda: [sample(randn(2, 12, 3, 2), factor=2)],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def depth_to_space(x: torch.Tensor, *, factor: int) -> torch.Tensor:
     n, c, h, w = x.shape
@@ -73,7 +73,7 @@ def depth_to_space(x: torch.Tensor, *, factor: int) -> torch.Tensor:
         "SpaceToDepth": lambda build, call: build.space_to_depth(call.operand(0), factor=call.attribute("blocksize"))
     },
     samples=lambda: [sample(randn(2, 3, 4, 6), factor=2)],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def space_to_depth(x: torch.Tensor, *, factor: int) -> torch.Tensor:
     n, c, h, w = x.shape
@@ -117,7 +117,7 @@ def _columns_layer(name: str, first: Sequence[str]) -> Any:
         sample(randn(2, 3, 6, 6), kernel_size=(2, 2), stride=(2, 2)),
         sample(randn(3, 5, 5), kernel_size=(3, 3), padding=(1, 1), dilation=(2, 2)),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
     layer=_columns_layer("Unfold", ("kernel_size",)),
 )
 def im2col(
@@ -166,7 +166,7 @@ def _onnx_col2im(build: Builder, call: Any) -> Any:
         sample(randn(2, 18, 9), output_size=(5, 4), kernel_size=(3, 2)),
         sample(randn(12, 9), output_size=(6, 6), kernel_size=(2, 2), stride=(2, 2)),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
     layer=_columns_layer("Fold", ("output_size", "kernel_size")),
 )
 def col2im(

@@ -162,7 +162,7 @@ def _axis_size(node: Node) -> Size:
         sample(randn(2, 7), dim=1, start=0, end=7, step=2),
         sample(randn(5), dim=0, start=2, end=2),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def _slice(x: torch.Tensor, *, dim: int, start: int, end: int, step: int = 1) -> torch.Tensor:
     return x[(slice(None),) * (dim % x.dim()) + (slice(start, end, step),)]
@@ -197,7 +197,7 @@ def _select(build: Builder, x: Value, dim: int, index: Size) -> Any:
         sample(randn(2, 3), dim=-1, index=0),
         sample(randn(3), dim=0, index=1),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def select(x: torch.Tensor, *, dim: int, index: int) -> torch.Tensor:
     return x.select(dim, index)
@@ -250,7 +250,7 @@ def _slice_scatter(
         sample(randn(6, 3), randn(4, 3), dim=-2, start=0, end=4),
         sample(randn(2, 8), randn(2, 4), dim=1, start=1, end=8, step=2),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def slice_scatter(x: torch.Tensor, src: torch.Tensor, *, dim: int, start: int, end: int, step: int = 1) -> torch.Tensor:
     return torch.slice_scatter(x, src, dim, start, end, step)
@@ -276,7 +276,7 @@ def _select_scatter(build: Builder, x: Value, src: Value, dim: int, index: Size)
         sample(randn(2, 3, 4), randn(2, 4), dim=1, index=2),
         sample(randn(3, 2), randn(3), dim=-1, index=0),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def select_scatter(x: torch.Tensor, src: torch.Tensor, *, dim: int, index: int) -> torch.Tensor:
     return torch.select_scatter(x, src, dim, index)
@@ -310,7 +310,7 @@ def _unfold_rule(call: Call) -> Axes:
         sample(randn(6, 3), dim=0, size=2, step=2),
         sample(randn(2, 8, 3), dim=-2, size=4, step=1),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def unfold(x: torch.Tensor, *, dim: int, size: int, step: int) -> torch.Tensor:
     return x.unfold(dim, size, step)

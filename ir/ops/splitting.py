@@ -147,7 +147,7 @@ def _write_split_to_sequence(nodes: Sequence[Node], patch: Any) -> None:
         sample(randn(4), sizes=(4,), dim=0),
         sample(randn(2, 5, 3), sizes=(1, 4), dim=1),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )  # fmt: skip
 def split(x: torch.Tensor, *, sizes: tuple[int, ...], dim: int) -> tuple[torch.Tensor, ...]:
     return torch.split(x, list(sizes), dim)
@@ -174,7 +174,7 @@ def _unbind(build: Builder, x: Value, dim: int = 0) -> tuple[Value, ...]:
     rule=_unbind_rule,
     aten={"unbind": _unbind},
     samples=lambda: [sample(randn(2, 3, 4), dim=0), sample(randn(2, 3), dim=-1), sample(randn(2), dim=0)],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.LAYOUT,
 )
 def unbind(x: torch.Tensor, *, dim: int) -> tuple[torch.Tensor, ...]:
     return torch.unbind(x, dim)

@@ -6,7 +6,9 @@ from torch import randn
 
 from cutting import cut_all, free_sizes
 from regauge.ir.edit import Builder
+from regauge.ir.gauge import Gauge, gauges
 from regauge.ir.graph import Graph, Value
+from regauge.ir.groups import find_group
 from regauge.ir.interpret import run
 from regauge.ir.operator import Cost, find_aten
 from regauge.ir.ops.einsum import explicit_equation
@@ -111,3 +113,23 @@ def test_linear_layers_are_written_as_torch_prints_them() -> None:
     _, build, x = network(2, 3)
     h = build.linear(x, build.parameter("w", randn(4, 3)))
     assert h.producer.operator.layer(h.producer) == "nn.Linear(3, 4, bias=False)"
+
+
+def test_a_bias_fixes_what_a_linear_layer_maps_over() -> None:
+    """Mixing tokens with a linear layer: its bias is the same for every channel, so channels can only be permuted."""
+    found = []
+    for bias in (True, False):
+        graph, build, x = network(2, 5, 3)
+        h = build.linear(x, build.parameter("a", randn(8, 3)))
+        h = build.permute(h, dims=(0, 2, 1))
+        h = build.linear(h, build.parameter("t", randn(5, 5)), *([build.parameter("t.bias", randn(5))] if bias else []))
+        graph.outputs = [build.linear(build.permute(h, dims=(0, 2, 1)), build.parameter("b", randn(4, 8)))]
+        found.append(gauges(graph)[find_group(graph, "a:0").dim])
+    assert found[0] == Gauge.PERMUTE and Gauge.GENERAL in found[1]
+
+
+def test_concatenated_channels_keep_the_gauge_of_their_own_producer() -> None:
+    graph, build, x = network(2, 3)
+    h = build.concat(*(build.linear(x, build.parameter(name, randn(8, 3))) for name in "ab"), dim=1)
+    graph.outputs = [build.linear(h, build.parameter("c", randn(4, 16)))]
+    assert all(Gauge.GENERAL in gauges(graph)[find_group(graph, f"{name}:0").dim] for name in "ab")
