@@ -1,0 +1,59 @@
+"""Amounts, counts and the allocator on its own."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regauge.ir.errors import PassError
+from regauge.ir.extents import Dim
+from regauge.passes.budget import Amount, Choice, parse_amount, ranked_plan, uniform_plan
+
+
+@pytest.mark.parametrize(
+    ("given_amount", "expected"),
+    [
+        (0.5, Amount(0.5, True)),
+        (1, Amount(1, True)),
+        (1200, Amount(1200, False)),
+        ("1.2M", Amount(1.2e6, False)),
+        ("300k", Amount(3e5, False)),
+        ("5MB", Amount(5e6, False)),
+        ("2MiB", Amount(2 * 2**20, False)),
+        ("100B", Amount(100, False)),
+    ],
+)
+def test_amounts(given_amount: float | str, expected: Amount) -> None:
+    assert parse_amount(given_amount, "bytes") == expected
+
+
+@pytest.mark.parametrize("wrong", ["5", "M", "5 apples", "-3M", 0, -1, float("nan"), float("inf")])
+def test_wrong_amounts(wrong: float | str) -> None:
+    with pytest.raises(PassError, match="bytes="):
+        parse_amount(wrong, "bytes")
+
+
+CHOICES = st.builds(
+    lambda size, floor, multiple: Choice(
+        Dim(size), np.random.default_rng(size).random(size), min(floor, size), multiple
+    ),
+    st.integers(2, 70),
+    st.integers(1, 20),
+    st.sampled_from([1, 2, 4, 8, 16]),
+)
+
+
+@given(CHOICES, st.floats(0, 100))
+def test_counts_are_allowed_ones(choice: Choice, wanted: float) -> None:
+    count = choice.rounded(wanted)
+    assert 1 <= choice.least <= count <= choice.size
+    assert count == choice.size or (count % choice.multiple == 0 and count >= choice.floor)
+    assert choice.below(count) <= count <= choice.above(count) <= choice.size
+
+
+@given(st.lists(CHOICES, min_size=1, max_size=5), st.floats(0, 1), st.floats(0, 1))
+def test_counts_fall_as_the_level_rises(choices: list[Choice], a: float, b: float) -> None:
+    low, high = sorted((a, b))
+    for plan in (uniform_plan(choices), ranked_plan(choices)):
+        assert all(plan(low)[choice.dim] >= plan(high)[choice.dim] for choice in choices)
+        assert all(count == choice.size for choice, count in zip(choices, plan(0).values(), strict=True))
