@@ -2,8 +2,9 @@
 
 Every weight has unique float64 values, so the kept indices of a parameter are found by value. In a copy of the original
 everything that was not kept is set to zero. What normalises over a cut axis sees fewer entries in the pruned module, so
-in the masked original every normaliser (layer, group and batch statistics, mean, variance, maximum) is computed over
-the positions that are not zero everywhere: this too is read off the values, not off anybody's axis analysis.
+in the masked original every normaliser (layer, group and batch statistics, mean, variance, maximum, softmax) is
+computed over the positions that were kept: those whose gain is not zero, or, where there is no gain, those that are not
+zero everywhere. This too is read off the values, not off anybody's axis analysis.
 """
 
 from __future__ import annotations
@@ -68,8 +69,16 @@ def _present(x: Tensor, axes: Iterable[int]) -> Tensor:
     return (found.any(dim=others, keepdim=True) if others else found).to(x.dtype)
 
 
+def _gained(x: Tensor, axes: list[int], weight: Tensor | None) -> Tensor:
+    """Like :func:`_present`, from a gain over ``axes`` where there is one: biases may fill what was removed."""
+    if weight is None:
+        return _present(x, axes)
+    shape = [x.shape[axis] if axis in axes else 1 for axis in range(x.dim())]
+    return (weight != 0).to(x.dtype).reshape(shape)
+
+
 class KeptStatistics(TorchFunctionMode):
-    """Within this mode normalisers see only the positions that are not zero everywhere."""
+    """Within this mode normalisers see only the positions that were kept."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -84,7 +93,7 @@ class KeptStatistics(TorchFunctionMode):
 
 def _normalised(x: Tensor, axes: list[int], eps: float, present: Tensor) -> Tensor:
     count = present.expand_as(x).sum(dim=axes, keepdim=True).clamp_min(1)
-    mean = x.sum(dim=axes, keepdim=True) / count
+    mean = (x * present).sum(dim=axes, keepdim=True) / count
     centred = (x - mean) * present
     variance = centred.square().sum(dim=axes, keepdim=True) / count
     return centred / (variance + eps).sqrt()
@@ -94,7 +103,7 @@ def _layer_norm(
     x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Tensor | None:
     axes = list(range(x.dim() - len(shape), x.dim()))
-    present = _present(x, axes)
+    present = _gained(x, axes, weight)
     if present.all():
         return None
     y = _normalised(x, axes, eps, present)
@@ -104,8 +113,10 @@ def _layer_norm(
 
 def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
     axes = list(range(x.dim() - len(shape), x.dim()))
-    count = _present(x, axes).expand_as(x).sum(dim=axes, keepdim=True).clamp_min(1)
+    present = _gained(x, axes, weight)
+    count = present.expand_as(x).sum(dim=axes, keepdim=True).clamp_min(1)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
+    x = x * present
     y = x * (x.square().sum(dim=axes, keepdim=True) / count + eps).rsqrt()
     return y * weight if weight is not None else y
 
@@ -113,7 +124,7 @@ def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = Non
 def _group_norm(
     x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Tensor | None:
-    present = _present(x, [1])
+    present = _gained(x, [1], weight)
     if present.all():
         return None
     parts = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
@@ -183,9 +194,16 @@ def _amax(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | None:
     return x.masked_fill(present == 0, -math.inf).amax(dim=axes, keepdim=keepdim)
 
 
+def _softmax(x: Tensor, dim: int = -1, *_: Any, **__: Any) -> Tensor | None:
+    present = _present(x, [dim])
+    if present.all():
+        return None
+    return torch.exp(torch.log_softmax(x.masked_fill(present == 0, -math.inf), dim))
+
+
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm, "batch_norm": _batch_norm,
-    "mean": _mean, "var": _var, "std": _std, "amax": _amax,
+    "mean": _mean, "var": _var, "std": _std, "amax": _amax, "softmax": _softmax,
 }  # fmt: skip
 
 
