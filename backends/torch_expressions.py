@@ -10,7 +10,7 @@ import ast
 import builtins
 import copy
 import inspect
-import textwrap
+import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -39,15 +39,23 @@ class Body:
 @cache
 def parse_body(function: Callable[..., Any]) -> Body:
     """Raises EmitError where the source is not a plain function."""
+    found = [node for node in _functions_of(inspect.getsourcefile(function) or "") if node.name == function.__name__]
+    if not found:
+        raise EmitError(f"the source of {function.__name__} cannot be read: define the operator with def in a file")
+    # By name, and by line only among equals: the file may have been edited since it was imported.
+    first = function.__code__.co_firstlineno
+    closest = min(found, key=lambda node: abs(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - first))
+    closure = inspect.getclosurevars(function)
+    return Body(closest, {**closure.builtins, **function.__globals__, **closure.nonlocals})
+
+
+@cache
+def _functions_of(filename: str) -> list[ast.FunctionDef]:
+    source = "".join(linecache.getlines(filename))
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError) as error:
-        raise EmitError(f"the source of {function!r} cannot be read: define the operator with def in a file") from error
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == function.__name__:
-            closure = inspect.getclosurevars(function)
-            return Body(node, {**closure.builtins, **function.__globals__, **closure.nonlocals})
-    raise EmitError(f"the source of {function.__name__} is not a plain function: define the operator with def")
+        return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    except SyntaxError:
+        return []
 
 
 class Helpers:
