@@ -147,13 +147,19 @@ def max_pool(
     *,
     kernel_size: tuple[int, ...],
     stride: tuple[int, ...],
-    padding: tuple[int, ...] | int = 0,
-    dilation: tuple[int, ...] | int = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    return (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel_size) - 1](  # type: ignore[call-overload, no-any-return]
-        x, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode, return_indices=return_indices
+    return (
+        (F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices)[len(kernel_size) - 1](
+            x, kernel_size, stride, padding, dilation, ceil_mode
+        )
+        if return_indices
+        else (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel_size) - 1](
+            x, kernel_size, stride, padding, dilation, ceil_mode
+        )
     )
 
 
@@ -205,11 +211,12 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    if len(kernel_size) == 1:
-        y = F.avg_pool1d(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
-        return y if divisor_override is None else y * (kernel_size[0] / divisor_override)
-    return (F.avg_pool2d, F.avg_pool3d)[len(kernel_size) - 2](
-        x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    return (
+        F.avg_pool1d(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+        if len(kernel_size) == 1  # which takes no other divisor
+        else (F.avg_pool2d, F.avg_pool3d)[len(kernel_size) - 2](
+            x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
     )
 
 
@@ -265,11 +272,8 @@ def _adaptive_max(count: int) -> Adapter:
     symmetry=Symmetry.LINEAR,
     layer=_adaptive_layer("AdaptiveAvgPool"),
 )
-def adaptive_avg_pool(x: Tensor, *, output_size: tuple[int, ...]) -> Tensor:
-    return (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(output_size) - 1](
-        x,
-        output_size,  # type: ignore[arg-type]
-    )
+def adaptive_avg_pool(x: Tensor, *, output_size: Any) -> Tensor:
+    return (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(output_size) - 1](x, output_size)
 
 
 @operator(
@@ -284,9 +288,11 @@ def adaptive_avg_pool(x: Tensor, *, output_size: tuple[int, ...]) -> Tensor:
     symmetry=lambda node: Symmetry.HOMOGENEOUS if len(node.outputs) == 1 else Symmetry.POINTWISE,
     layer=_adaptive_layer("AdaptiveMaxPool"),
 )
-def adaptive_max_pool(
-    x: Tensor, *, output_size: tuple[int, ...], return_indices: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    return (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[  # type: ignore[call-overload, no-any-return]
-        len(output_size) - 1
-    ](x, output_size, return_indices=return_indices)
+def adaptive_max_pool(x: Tensor, *, output_size: Any, return_indices: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    return (
+        (F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices)[
+            len(output_size) - 1
+        ](x, output_size)
+        if return_indices
+        else (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[len(output_size) - 1](x, output_size)
+    )
