@@ -41,7 +41,7 @@ def _value(graph: Graph, name: str) -> Value | None:
 def _explain_axis(graph: Graph, value: Value, axis: int, groups: dict[str, Group]) -> str:
     axes = graph.axes.axes(value)
     if axis >= len(axes):
-        raise ExplainError(f"{value} has no axis {axis}: it has {len(axes)}")
+        raise ExplainError(f"{value.name}:{axis} does not exist: {value} has the axes 0 to {len(axes) - 1}")
     head = f"axis {axis} of {value} is {format_extent(axes[axis])}"
     return "\n".join([head, *_dim_texts(graph, list(leaves(axes[axis])), groups)])
 
