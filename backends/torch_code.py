@@ -7,7 +7,7 @@ and two equal blocks, have equal code in this form.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -31,6 +31,7 @@ class Line:
     renews: bool = False  # the result is a new version of its only operand, and may take over its name
     functions: list[str] = field(default_factory=list)
     hint: str = ""
+    nested: bool = False  # the second and third result come as a pair
 
     def reads(self) -> list[int]:
         text = "\n".join([*self.functions, self.expression])
@@ -40,8 +41,13 @@ class Line:
         if not self.targets:
             return self.expression
         names = ["_" if target is None else variable(target) for target in self.targets]
-        left = ", ".join(names) + ("," if self.unpacks and len(names) == 1 else "")
-        return f"{left} = {self.expression}"
+        return f"{self.left(names)} = {self.expression}"
+
+    def left(self, names: Sequence[str]) -> str:
+        """The left side of the statement with these names for the targets."""
+        if self.nested:
+            return f"{names[0]}, _" if set(names[1:]) == {"_"} else f"{names[0]}, ({', '.join(names[1:])})"
+        return ", ".join(names) + ("," if self.unpacks and len(names) == 1 else "")
 
 
 def variable(number: int) -> str:
@@ -58,6 +64,7 @@ class Code:
     arguments: list[Flowing | None]
     results: list[Value]
     layer: str | None = None
+    recurrent: bool = False  # a layer that takes and gives its states as one tuple where there are two
     lines: list[Line] = field(default_factory=list)
     returned: list[str] = field(default_factory=list)
     hints: dict[int, str] = field(default_factory=dict)

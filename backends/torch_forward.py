@@ -9,6 +9,7 @@ from regauge.backends.torch_expressions import Helpers
 from regauge.backends.torch_frames import Frame, inside
 from regauge.backends.torch_layers import flowing_operands, frame_layer, owned_layer
 from regauge.backends.torch_places import Places
+from regauge.backends.torch_recurrent import recurrent_layer
 from regauge.backends.torch_statements import Statements
 from regauge.ir.graph import Graph, Node, Parameter, Value
 
@@ -53,12 +54,17 @@ class Forward:
 
     def _code(self, frame: Frame) -> Code:
         items = self._items(frame, frame.path)
+        recurrent = recurrent_layer(items, frame.path, self.places)
+        if recurrent is not None:
+            arguments: list[Flowing | None] = list(recurrent.arguments)
+            outputs = list(recurrent.node.outputs)
+            return Code(frame.path, "", items, arguments, outputs, layer=recurrent.text, recurrent=True)
         if len(items) == 1 and isinstance(items[0], Node):
             text = frame_layer(items[0], frame.path, self.places)
             if text is not None:
                 return self._layer_code(frame.path, text, items[0])
-        arguments, results = self._flow(items, frame.path)
-        code = Code(frame.path, frame.class_name, items, arguments, results)
+        reads, results = self._flow(items, frame.path)
+        code = Code(frame.path, frame.class_name, items, reads, results)
         Statements(self, code).write(results)
         return code
 

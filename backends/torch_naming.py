@@ -59,8 +59,7 @@ class _Namer:
         targets = [self._target(target, line, dying) for target in line.targets]
         if not line.targets:
             return [*functions, right]
-        left = ", ".join(targets) + ("," if line.unpacks and len(targets) == 1 else "")
-        return [*functions, f"{left} = {right}"]
+        return [*functions, f"{line.left(targets)} = {right}"]
 
     def _target(self, number: int | None, line: Line, dying: list[int]) -> str:
         if number is None:

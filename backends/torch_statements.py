@@ -155,9 +155,12 @@ class Statements:
     def _call(self, child: Code) -> None:
         places = self.forward.places
         arguments = ["None" if a is None else ast.unparse(self._argument(a)) for a in child.arguments]
+        if child.recurrent and len(arguments) == 3:
+            arguments = [arguments[0], f"({arguments[1]}, {arguments[2]})"]
         callee = places.access(self.code.path, child.path)
         self.code.calls.append(child.path)
         line = Line(self.targets(child.results), f"{callee}({', '.join(arguments)})", hint=_call_hint(child))
+        line.nested = child.recurrent and len(child.results) == 3
         self.code.lines.append(line)
 
     def _argument(self, argument: Flowing) -> ast.expr:
