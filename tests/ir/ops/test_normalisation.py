@@ -1,15 +1,21 @@
 """Norms and softmax: what they average over may be cut, groups go as wholes, training writes running statistics."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn, rand, randn
 
 from cutting import cut_all, free_sizes
 from onnx_node import check_node, normal, operators
 from regauge.frontends.capture import capture
+from regauge.frontends.from_onnx import load
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
 from regauge.ir.interpret import run
@@ -214,3 +220,57 @@ def test_onnx_batch_and_instance_norm() -> None:
 )
 def test_onnx_norms(op: str, inputs: list[np.ndarray], options: dict[str, Any]) -> None:
     assert "onnx_call" not in operators(check_node(op, inputs, **options))
+
+
+NORMS = {
+    "layer": "h = LayerNormalization <axis = -1> (t, gain)",
+    "rms": "h = SimplifiedLayerNormalization <axis = -1> (t, gain)",
+    "old softmax": "h = Softmax (t)",
+}
+
+
+@pytest.mark.parametrize("name", ["layer", "rms", "old softmax"])
+def test_a_cut_norm_is_written_back(name: str, tmp_path: Path) -> None:
+    opset = 12 if name == "old softmax" else 17
+    text = f"""
+    <ir_version: 8, opset_import: ["" : {opset}]>
+    norm (float[batch, 5, 6] x) => (float[batch, 5, 4] y) {{
+      t = MatMul (x, a)
+      {NORMS[name]}
+      y = MatMul (h, b)
+    }}
+    """
+    weights = {"a": (6, 8), "b": (8, 4)} | ({} if name == "old softmax" else {"gain": (8,)})
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(numpy_helper.from_array(normal(*shape), key) for key, shape in weights.items())
+    graph = load(model)
+    assert free_sizes(graph) == {"a:1": 8}
+    small = halved(graph)
+    small.to_onnx(tmp_path / "small.onnx")
+    feed = {"x": normal(3, 5, 6)}
+    session = onnxruntime.InferenceSession(tmp_path / "small.onnx", providers=["CPUExecutionProvider"])
+    expected = run(small, [torch.from_numpy(feed["x"])])[0]
+    torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_the_number_of_groups_is_written_back(opset: int, tmp_path: Path) -> None:
+    text = f"""
+    <ir_version: 10, opset_import: ["" : {opset}]>
+    norm (float[batch, 3, 4, 4] x) => (float[batch, 5, 4, 4] y) {{
+      t = Conv (x, a)
+      h = GroupNormalization <num_groups = 4> (t, gain, shift)
+      y = Conv (h, b)
+    }}
+    """
+    width = 4 if opset == 18 else 8
+    weights = {"a": (8, 3, 1, 1), "b": (5, 8, 1, 1), "gain": (width,), "shift": (width,)}
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(numpy_helper.from_array(normal(*shape), key) for key, shape in weights.items())
+    graph = load(model)
+    assert sorted(free_sizes(graph).values()) == [2, 4]
+    small = halved(graph)
+    small.to_onnx(tmp_path / "small.onnx")
+    written = onnx.load(tmp_path / "small.onnx")
+    assert [a.i for node in written.graph.node for a in node.attribute if a.name == "num_groups"] == [2]
+    assert operators(load(written)).count("group_norm") == 1
