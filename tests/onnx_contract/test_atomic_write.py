@@ -22,7 +22,7 @@ def fail(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["_serialize", "_write_data", "_flush"])
+@pytest.mark.parametrize("step", ["onnx_write._serialize", "onnx_write._write_data", "staged_files._flush"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_failure_leaves_the_folder_as_it_was(
     step: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -33,7 +33,7 @@ def test_failure_leaves_the_folder_as_it_was(
         (tmp_path / "p.onnx.data").write_bytes(b"precious too")
     before = contents(tmp_path)
     graph = pruned(load(MODEL))
-    monkeypatch.setattr(writing, step, fail)
+    monkeypatch.setattr(f"regauge.backends.{step}", fail)
     monkeypatch.setattr(writing, "LEAST_EXTERNAL_BYTES", 0)
     with pytest.raises(EmitError, match="No space left"):
         graph.to_onnx(target, external_data=True)

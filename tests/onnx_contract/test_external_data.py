@@ -127,6 +127,12 @@ def test_data_never_leaves_the_folder(name: str, tmp_path: Path) -> None:
     assert not list(folder.iterdir()) and list(tmp_path.iterdir()) == [folder]
 
 
+def test_data_is_not_written_over_its_own_model(tmp_path: Path) -> None:
+    with pytest.raises(EmitError, match="that is the model itself"):
+        pruned(load(MODEL)).to_onnx(tmp_path / "p.onnx", external_data="./p.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_data_the_graph_still_reads_is_not_overwritten_by_name(source: Path) -> None:
     with pytest.raises(EmitError, match="still reads its weights from"):
         pruned(load(source)).to_onnx(source.parent / "p.onnx", external_data="m.data")
