@@ -28,7 +28,7 @@ def _each(value: Any, rank: int) -> tuple[int, ...]:
     return numbers * rank if len(numbers) == 1 else numbers
 
 
-def _dense_kernel(call: Call, axis: int, unmoved: Sequence[tuple[str, int]]) -> bool:
+def _slides(call: Call, axis: int, unmoved: Sequence[tuple[str, int]]) -> bool:
     """Whether the kernel slides over a spatial axis; a kernel of one entry that stays in step with it does not."""
     spatial = call.rank(1) - 2
     still = all(_each(call[name], spatial)[axis] == number for name, number in unmoved)
@@ -38,7 +38,7 @@ def _dense_kernel(call: Call, axis: int, unmoved: Sequence[tuple[str, int]]) -> 
 def _spatial_rule(call: Call, channels: str, unmoved: Sequence[tuple[str, int]]) -> str:
     """A rule with one name per spatial axis: s -> t where a window slides (pinned), s -> s where it does not."""
     spatial = call.rank(1) - 2
-    slides = [_dense_kernel(call, axis, unmoved) for axis in range(spatial)]
+    slides = [_slides(call, axis, unmoved) for axis in range(spatial)]
     before = " ".join(f"s{i}" for i in range(spatial))
     kernel = " ".join(f"k{i}" for i in range(spatial))
     after = " ".join(f"t{i}" if slides[i] else f"s{i}" for i in range(spatial))
