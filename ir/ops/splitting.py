@@ -40,9 +40,7 @@ def _equal_parts(size: Size, part: Size) -> list[Size]:
     if isinstance(count, int):
         return [part] * count
     if not isinstance(size, int) or not isinstance(part, int):
-        raise OperatorError(
-            f"an axis of size {size} is split into parts of {part}: their number depends on the input"
-        )
+        raise OperatorError(f"an axis of size {size} is split into parts of {part}: their number depends on the input")
     return [part] * (size // part) + [size % part]
 
 
