@@ -165,7 +165,7 @@ def differences(rows: list[Row]) -> list[str]:
 
 
 def folded(rows: list[Row]) -> list[str]:
-    """Where exports hold different numbers although their Dims are the same: in tables, or in tied weights held twice."""
+    """Where exports hold different numbers although their Dims are the same: in tables, or tied weights held twice."""
     most = max(row.numbers for row in rows)
     return [
         f"{row.name}: {row.export} has {most - row.numbers} numbers fewer (folded tables, or tied weights held once)"

@@ -144,12 +144,13 @@ def _onnx_gather(build: Builder, call: Any) -> Value:
         known = known + size * (known < 0)
     if known is not None and known.dim() == 0 and (known >= 0 or isinstance(size, int)):
         return build.select(x, dim=axis, index=int(known))  # type: ignore[no-any-return]
+    is_table = isinstance(x, Parameter) and x.kind == "parameter" and x.rank == 2 and axis == 0
+    # a table stays one where the positions are known, so that all exports of it have the same groups
+    if is_table and (call.constant(1) is None or bool((call.constant(1) >= 0).all())):
+        return build.embedding(x, call.operand(1))  # type: ignore[no-any-return]
     if known is not None and known.dim() == 1 and _is_run(known):
         start = int(known[0])
         return build.slice(x, dim=axis, start=start, end=start + len(known))  # type: ignore[no-any-return]
-    is_table = isinstance(x, Parameter) and x.kind == "parameter" and x.rank == 2 and axis == 0
-    if is_table and (call.constant(1) is None or bool((call.constant(1) >= 0).all())):
-        return build.embedding(x, call.operand(1))  # type: ignore[no-any-return]
     return build.index_select(x, call.operand(1), dim=axis)  # type: ignore[no-any-return]
 
 
