@@ -11,6 +11,7 @@ from regauge.backends.torch_layers import flowing_operands, frame_layer, owned_l
 from regauge.backends.torch_places import Places
 from regauge.backends.torch_recurrent import recurrent_layer
 from regauge.backends.torch_statements import Statements
+from regauge.backends.torch_statistics import counter_state, updating_norms
 from regauge.ir.graph import Graph, Node, Parameter, Value
 
 
@@ -22,7 +23,10 @@ class Forward:
         self.places = places
         self.helpers = Helpers()
         self.modules: dict[str, Code] = {}
-        self.needed: set[Value] = {o for o in graph.outputs if isinstance(o, Value)} | {s.after for s in graph.states}
+        self.norms = updating_norms(graph)
+        left_to_norms = {id(state) for states in self.norms.values() for state in states}
+        self.states = [state for state in graph.states if id(state) not in left_to_norms]
+        self.needed: set[Value] = {o for o in graph.outputs if isinstance(o, Value)} | {s.after for s in self.states}
 
     def root(self, frame: Frame) -> Code:
         """The code of the whole graph: its arguments are the graph's inputs, its results the graph's outputs."""
@@ -59,19 +63,41 @@ class Forward:
             arguments: list[Flowing | None] = list(recurrent.arguments)
             outputs = list(recurrent.node.outputs)
             return Code(frame.path, "", items, arguments, outputs, layer=recurrent.text, recurrent=True)
-        if len(items) == 1 and isinstance(items[0], Node):
-            text = frame_layer(items[0], frame.path, self.places)
-            if text is not None:
-                return self._layer_code(frame.path, text, items[0])
+        layer = self._counting_norm(items, frame.path) or self._only_layer(items, frame.path)
+        if layer is not None:
+            return layer
         reads, results = self._flow(items, frame.path)
         code = Code(frame.path, frame.class_name, items, reads, results)
         Statements(self, code).write(results)
         return code
 
+    def _only_layer(self, items: Sequence[Node | Code], path: str) -> Code | None:
+        if len(items) != 1 or not isinstance(items[0], Node):
+            return None
+        text = frame_layer(items[0], path, self.places)
+        return None if text is None else self._layer_code(path, text, items[0])
+
+    def _counting_norm(self, items: Sequence[Node | Code], path: str) -> Code | None:
+        """A batch norm in training mode with the node that counts its batches: the layer does both."""
+        found = counter_state(items, self.states, path)
+        if found is None:
+            return None
+        state, counter = found
+        rest = [item for item in items if item is not counter]
+        layer = self._only_layer(rest, path) if rest and rest[0] in self.norms else None
+        if layer is not None:
+            self.states.remove(state)
+            self.needed.discard(state.after)
+        return layer
+
+    def results_of(self, node: Node) -> list[Value]:
+        """The results of a node that its source gives; a batch norm that updates its buffers gives one."""
+        return list(node.outputs[:1] if node in self.norms else node.outputs)
+
     def _layer_code(self, path: str, text: str, node: Node) -> Code:
         operands = flowing_operands(node, path, self.places)
         arguments: list[Flowing | None] = [o if isinstance(o, Value) else None for o in operands]
-        return Code(path, "", [node], arguments, list(node.outputs), layer=text)
+        return Code(path, "", [node], arguments, self.results_of(node), layer=text)
 
     def _flow(self, items: Sequence[Node | Code], path: str) -> tuple[list[Flowing | None], list[Value]]:
         """What the items read from outside, in order of first use, and what others read of theirs."""

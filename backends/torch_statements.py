@@ -47,7 +47,7 @@ class Statements:
                 self._call(item)
             else:
                 self.node(item)
-        for state in self.forward.graph.states if not self.code.path else ():
+        for state in self.forward.states if not self.code.path else ():
             self.code.lines.append(Line((), f"{self.text(state.before)}.copy_({self.text(state.after)})"))
         self.code.returned = [self.text(result) for result in results]
         self.code.chain = self._is_chain()
@@ -174,13 +174,14 @@ class Statements:
             self.code.lines.extend(lines)
             return
         found = self.expression(node)
-        if isinstance(found, ast.Name | ast.Attribute) and len(node.outputs) == 1:
-            self.alias[node.outputs[0]] = tensor(_copy_of(found), node.outputs[0])
+        results = self.forward.results_of(node)
+        if isinstance(found, ast.Name | ast.Attribute) and len(results) == 1:
+            self.alias[results[0]] = tensor(_copy_of(found), results[0])
             return
-        unpacks = len(node.outputs) > 1 or gives_sequence(node)
+        unpacks = len(results) > 1 or (node not in self.forward.norms and gives_sequence(node))
         flowing = [v for _, v in node.operands() if not self.forward.is_reachable(v, self.code.path)]
-        renews = len(flowing) == 1 and len(node.outputs) == 1
-        self.code.lines.append(Line(self.targets(node.outputs), ast.unparse(found), unpacks, renews))
+        renews = len(flowing) == 1 and len(results) == 1
+        self.code.lines.append(Line(self.targets(results), ast.unparse(found), unpacks, renews))
 
     def expression(self, node: Node) -> ast.expr:
         """The node's own expression over this frame's variables; raises EmitError naming the node."""
@@ -189,7 +190,9 @@ class Statements:
                 return self.reference(node.inputs[0])
             operands = [self.reference(operand) for operand in node.inputs]
             attributes: dict[str, Any] = {k: literal(v, self.symbol) for k, v in node.attributes.items()}
-            if node.attributes.get("training", None) == self.training:
+            if node in self.forward.norms:
+                attributes["training"] = following(False, "self.training")
+            elif node.attributes.get("training", None) == self.training:
                 attributes["training"] = following(self.training, "self.training")
             found = expression(node.operator, operands, attributes, self.forward.helpers)
             return place_new_tensors(found, self._device())

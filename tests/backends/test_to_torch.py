@@ -333,3 +333,55 @@ def test_source_is_clean(tmp_path):
     graph, _ = _small()
     (tmp_path / "model.py").write_text(emit(graph).source)
     subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", str(tmp_path)], check=True)
+
+
+class Normed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.drop = torch.nn.Dropout(0.5)
+        self.rnn = torch.nn.GRU(4, 5, batch_first=True)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, *, scale):
+        self.calls += 1
+        x = self.drop(torch.relu(self.norm(self.conv(x)))).flatten(2).transpose(1, 2)
+        x, state = self.rnn(x)
+        return {"x": x * scale[0], "rest": (state, [scale[1]["shift"] + x.mean()])}
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_captured_module_switches_modes_and_keeps_its_form(train):
+    from regauge.frontends.capture import capture
+
+    model = Normed().train(train)
+    inputs, scale = torch.randn(2, 3, 6, 6), [torch.tensor(2.0), {"shift": torch.ones(3)}]
+    graph = capture(model, (inputs,), {"scale": scale}, train=train, verify=False)
+    module = to_torch(graph)
+    assert module.training is train
+    assert set(module.state_dict()) == set(model.state_dict())
+    source = source_of(module)
+    assert "nn.BatchNorm2d(4)" in source and "nn.GRU(4, 5, batch_first=True)" in source
+    for mode in (True, False):
+        module.train(mode), model.train(mode)
+        torch.manual_seed(1)
+        actual = module(inputs, scale=scale)
+        torch.manual_seed(1)
+        expected = model(inputs, scale=scale)
+        torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(dict(module.named_buffers()), dict(model.named_buffers()))
+
+
+def test_dynamic_batch_survives_emission():
+    from regauge.frontends.capture import capture
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Unflatten(1, (2, 3)), torch.nn.Flatten()
+    )
+    graph = capture(model, (torch.randn(3, 4),), dynamic={"input": {0: "batch"}})
+    module = to_torch(graph)
+    other = torch.randn(7, 4)
+    torch.testing.assert_close(module(other), model(other))
+    again = capture(module, (torch.randn(3, 4),), dynamic={"input": {0: "batch"}})
+    torch.testing.assert_close(to_torch(again)(other), model(other))
