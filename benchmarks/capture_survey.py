@@ -63,10 +63,10 @@ def main(arguments: list[str]) -> int:
     good = 0
     for name in names:
         torch.manual_seed(0)
-        model, inputs, *_ = models.build(name)
-        if hasattr(models, "randomize"):
-            models.randomize(model)
         try:
+            model, inputs, *_ = models.build(name)
+            if hasattr(models, "randomize"):
+                models.randomize(model)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 line, fine = survey(name, model, inputs)

@@ -24,6 +24,7 @@ from regauge.frontends.dynamic import Requests, export_spec, read_requests, wide
 from regauge.frontends.from_export import Imported, from_export
 from regauge.frontends.outputs import plain_outputs
 from regauge.frontends.pytrees import Leaf, argument_names, flatten_call, flatten_outputs, tensors_of
+from regauge.frontends.recurrent_shapes import stated_shapes
 from regauge.frontends.tracing import bind_arguments, export_module, in_mode
 from regauge.ir.errors import CaptureError, RegaugeWarning
 from regauge.ir.graph import Graph
@@ -164,7 +165,7 @@ def _given_program(
 def import_traced(traced: Traced, avoid: Mapping[str, str] | None = None, *, fold: bool = True) -> Imported:
     """Import the program; one that writes in ways we do not follow is functionalised by torch first."""
     device = _device(traced)
-    with nullcontext() if device.type == "cpu" else device:
+    with nullcontext() if device.type == "cpu" else device, stated_shapes():
         try:
             return from_export(traced.program, traced.leaves, traced.requests, name=traced.name, avoid=avoid, fold=fold)
         except NeedsDecomposition as reason:

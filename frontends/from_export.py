@@ -147,7 +147,10 @@ class _ProgramImport:
 
     def _add_written(self, name: str, before: Value, after: Any) -> None:
         if isinstance(before, Parameter) and before.kind == "parameter":
-            raise CaptureError(f"the model writes into its parameter {name!r} while it runs: make it a buffer")
+            raise CaptureError(
+                f"the model writes into its parameter {name!r} while it runs: make it a buffer, or run the model once "
+                f"before it is captured if it only prepares its weights"
+            )
         if isinstance(after, Value):
             self.graph.states.append(State(name, before, after))
 

@@ -13,7 +13,7 @@ import torch
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).resolve().parent)
+_OURS = (str(Path(__file__).parent), str(Path(__file__).resolve().parent))  # the package is reached through a link
 Scope = tuple[tuple[str, str], ...]
 
 
@@ -58,7 +58,7 @@ def source_of_error(error: BaseException) -> str:
 
 def is_users(file: str) -> bool:
     """Whether a source file is neither torch's nor ours nor made up by a tracer."""
-    return not file.startswith((_TORCH, _OURS, "<")) and "/contextlib.py" not in file
+    return not file.startswith((_TORCH, *_OURS, "<")) and "/contextlib.py" not in file
 
 
 def _pick(frames: Iterable[tuple[str, int, str]]) -> str:

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from regauge.frontends.from_fx import trace
 from regauge.frontends.outputs import plain_outputs
 from regauge.frontends.provenance import source_of_error
+from regauge.frontends.recurrent_shapes import stated_shapes
 from regauge.ir.errors import CaptureError
 
 _ADVICE = (
@@ -121,7 +122,7 @@ def export_module(
     """
 
     def attempt(target: torch.nn.Module, strict: bool, change: Callable[[Any], Any] | None = None) -> ExportedProgram:
-        with _quiet(), torch.no_grad(), _forward(target, shapes or {}, change):
+        with _quiet(), torch.no_grad(), stated_shapes(), _forward(target, shapes or {}, change):
             return torch.export.export(target, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
 
     try:

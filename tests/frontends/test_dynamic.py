@@ -110,3 +110,19 @@ def test_wrong_requests(dynamic: Any, message: str) -> None:
 
     with pytest.raises(CaptureError, match=message):
         capture(Model(), torch.randn(3, 4), dynamic=dynamic)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True),
+        nn.LSTM(4, 6, proj_size=2, batch_first=True),
+        nn.GRU(4, 3, batch_first=True),
+        nn.RNN(4, 3, batch_first=True),
+    ],
+)
+def test_recurrent_layers_take_any_length(layer: nn.Module) -> None:
+    graph = capture(layer, torch.randn(5, 7, 4), dynamic={"input": {0: "batch", 1: "length"}})
+    assert graph.inputs[0].shape == (symbol("batch"), symbol("length"), 4)
+    x = torch.randn(2, 11, 4)
+    torch.testing.assert_close(run(graph, [x])[0], layer(x)[0].detach())
