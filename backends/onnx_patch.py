@@ -74,6 +74,12 @@ class OnnxPatch:
             return
         self._replace(index, self.carrier.insert_constant(self.node, array, self._name(index)))
 
+    def remove_input(self, index: int) -> None:
+        """Let an optional input be absent."""
+        self._written.add(index)
+        if self._input(index) is not None:
+            self._replace(index, None)
+
     def set_sizes(self, index: int, sizes: Sequence[Size] | Size) -> None:
         """Let input ``index`` be the vector of these sizes, a scalar for one size; dynamic ones are computed when run.
 
@@ -139,7 +145,7 @@ class OnnxPatch:
     def _input(self, index: int) -> onnx_ir.Value | None:
         return self.node.inputs[index] if index < len(self.node.inputs) else None
 
-    def _replace(self, index: int, value: onnx_ir.Value) -> None:
+    def _replace(self, index: int, value: onnx_ir.Value | None) -> None:
         if index >= len(self.node.inputs):
             self.node.resize_inputs(index + 1)
         self._replaced.append(self._input(index))

@@ -105,16 +105,23 @@ def _options(
     }
 
 
+def _emit(build: Builder, op: str, x: Value, states: Sequence[Value], weights: Sequence[Value], **options: Any) -> Any:
+    """The node, with its shapes stated: torch would find them by unrolling the layer over the sequence."""
+    width = states[0].shape[2] * (2 if options["bidirectional"] else 1)
+    shapes = [(*x.shape[:2], width), *(state.shape for state in states)]
+    return build(op, x, *states, *weights, results=[(shape, x.dtype) for shape in shapes], **options)
+
+
 def _lstm(build: Builder, x: Value, hx: Sequence[Value], params: Sequence[Value], *options: Any) -> Any:
     h0, c0 = hx
     if not same(h0.shape[2], c0.shape[2]):
         raise OperatorError("an LSTM whose state is projected (proj_size) has no rule")
-    return build.lstm(x, h0, c0, *params, **_options(*options))
+    return _emit(build, "lstm", x, hx, params, **_options(*options))
 
 
 def _plain(op: str, **attributes: Any) -> Adapter:
     def adapter(build: Builder, x: Value, hx: Value, params: Sequence[Value], *options: Any) -> Any:
-        return build(op, x, hx, *params, **_options(*options), **attributes)
+        return _emit(build, op, x, [hx], params, **_options(*options), **attributes)
 
     return adapter
 

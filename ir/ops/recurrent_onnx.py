@@ -17,7 +17,7 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
-from regauge.ir.graph import Node, Value
+from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Cost, OnnxForm, Sample, operator, sample
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import Size
@@ -61,6 +61,33 @@ def _lengths(call: Any, steps: Size) -> Value | None:
     return call.operand(4)  # type: ignore[no-any-return]
 
 
+def _initial_state(call: Any, slot: int) -> Value | None:
+    """An initial state; one of zeros is what an absent one stands for.
+
+    Exporters give one tensor of zeros to all layers, which would tie their hidden Dims for no reason.
+    """
+    if not call.has(slot):
+        return None
+    known = call.constant(slot)
+    if known is not None:
+        return call.operand(slot) if bool(known.any()) else None
+    state: Value = call.operand(slot)
+    return None if _holds_zeros(state) else state
+
+
+def _holds_zeros(value: Any) -> bool:
+    """Whether a value is zero for certain: filled, or made of one constant by layout alone."""
+    while isinstance(value, Value) and value.producer is not None and value.producer.op in _LAYOUT:
+        value = value.producer.inputs[0]
+    if isinstance(value, Parameter):
+        return all(size == 1 for size in value.shape) and not bool(value.tensor.any())
+    node = value.producer if isinstance(value, Value) else None
+    return node is not None and node.op == "full" and node.attributes["value"] == 0
+
+
+_LAYOUT = ("expand", "reshape", "unsqueeze", "squeeze", "permute", "identity", "cast", "slice")
+
+
 def _check(call: Any, activations: tuple[str, ...]) -> None:
     directions = 2 if call.attribute("direction", "forward") == "bidirectional" else 1
     default = _ACTIVATIONS[call.op_type] * directions
@@ -83,7 +110,7 @@ def _read(build: Builder, call: Any, op: str, states: int, **attributes: Any) ->
     x = _swapped(build, call.operand(0), (1, 0, 2), batch_first)
     w, r = call.operand(1), call.operand(2)
     bias = call.operand(3) if call.has(3) else None
-    initial = [call.operand(i) if call.has(i) else None for i in range(5, 5 + states)]
+    initial = [_initial_state(call, slot) for slot in range(5, 5 + states)]
     initial = [None if state is None else _swapped(build, state, (1, 0, 2), batch_first) for state in initial]
     hidden = r.shape[2]
     shapes = [(x.shape[0], w.shape[0], x.shape[1], hidden)] + [(w.shape[0], x.shape[1], hidden)] * states
@@ -117,8 +144,12 @@ def _read_rnn(build: Builder, call: Any) -> tuple[Value, ...]:
 
 
 def _write(nodes: Sequence[Node], patch: Any) -> None:
+    """The hidden size; initial states of zeros, which were not read, are left out where their size was the old one."""
     node = next(node for node in nodes if node.op.startswith("onnx_"))
     patch.attribute("hidden_size", node.attributes["hidden_size"])
+    for slot, operand in zip((5, 6), (*node.inputs[5:7], None, None), strict=False):
+        if operand is None:
+            patch.remove_input(slot)
 
 
 # -- semantics ---------------------------------------------------------------------------------------------------------

@@ -212,3 +212,27 @@ def test_a_cut_layer_is_written_back(op: str, gates: int, direction: str, tmp_pa
     expected = Session(tmp_path / "masked.onnx").run({"x": x})
     actual = Session(tmp_path / "small.onnx").run({"x": x})
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_initial_states_of_zeros_do_not_tie_layers(tmp_path: Path) -> None:
+    """Exporters give the same zeros to every layer; each has a hidden Dim of its own, and is written without them."""
+    weights = {"w0": normal(1, 24, 5), "r0": normal(1, 24, 6), "w1": normal(1, 24, 6), "r1": normal(1, 24, 6)}
+    weights |= {"zeros": np.zeros((1, 2, 6), np.float32), "o": normal(6, 3), "one": np.array([1])}
+    nodes = []
+    for i, source in enumerate(["x", "s0"]):
+        nodes.append(
+            helper.make_node("LSTM", [source, f"w{i}", f"r{i}", "", "", "zeros", "zeros"], [f"y{i}"], hidden_size=6)
+        )
+        nodes.append(helper.make_node("Squeeze", [f"y{i}", "one"], [f"s{i}"]))
+    nodes.append(helper.make_node("MatMul", ["s1", "o"], ["z"]))
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, (4, 2, size)) for n, size in (("x", 5), ("z", 3))]
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    body = helper.make_graph(nodes, "layers", ends[:1], ends[1:], tensors)
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    graph = load(model)
+    assert list(free_sizes(graph).values()) == [6, 6]
+    keep = halves(graph)
+    pruned(graph, keep).to_onnx(tmp_path / "small.onnx")
+    x = normal(4, 2, 5)
+    expected = Session(masked(model, graph, keep)).run({"x": x})
+    torch.testing.assert_close(Session(tmp_path / "small.onnx").run({"x": x}), expected, rtol=1e-4, atol=1e-4)
