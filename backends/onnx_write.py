@@ -116,7 +116,9 @@ def _plan(model: onnx_ir.Model, target: Path, external_data: bool | str | None) 
     if isinstance(external_data, str):
         check_location(external_data)
         if os.path.normpath(external_data) == target.name:
-            raise EmitError(f"external data cannot be in {external_data!r}: that is the model itself, name another file")
+            raise EmitError(
+                f"external data cannot be in {external_data!r}: that is the model itself, take another name"
+            )
         if os.path.realpath(target.parent / external_data) in taken:
             raise EmitError(
                 f"external data cannot be in {external_data!r}: the graph still reads its weights from there"

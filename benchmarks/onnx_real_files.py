@@ -115,6 +115,20 @@ def masked(model: onnx.ModelProto, small: onnx.ModelProto) -> onnx.ModelProto:
     return copied
 
 
+def results(model: onnx.ModelProto, feeds: Feeds) -> list[Any]:
+    """Outputs, by onnxruntime; of one that is squashed to 0..1, what goes into that, where differences still show."""
+    from regauge.backends.run_onnxruntime import Session
+
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    producers = {name: node for node in model.graph.node for name in node.output}
+    for output in model.graph.output:
+        node = producers[output.name]
+        if node.op_type in ("Softmax", "Sigmoid") and node.input[0] not in {o.name for o in copied.graph.output}:
+            copied.graph.output.add(name=node.input[0])
+    return Session(copied, optimisation="off").run(feeds)
+
+
 def difference(found: list[Any], expected: list[Any]) -> float:
     pairs = zip(found, expected, strict=True)
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in pairs)
@@ -142,8 +156,8 @@ def recomputed(graph: Any) -> list[str]:
     return [group.name for group in graph.groups() if group.dim in seen]
 
 
-def measure(path: Path, feeds: Feeds, ratio: float) -> tuple[list[str], list[list[int]]]:
-    """The row of one file, and the shapes its convolutions were left with."""
+def measure(path: Path, feeds: Feeds, ratio: float) -> tuple[list[str], list[list[int]], float]:
+    """The row of one file, the shapes its convolutions were left with, and the larger of the two differences."""
     import regauge
     from regauge.backends.run_onnxruntime import Session
     from regauge.ir.interpret import run
@@ -154,16 +168,19 @@ def measure(path: Path, feeds: Feeds, ratio: float) -> tuple[list[str], list[lis
         identical = copy.read_bytes() == path.read_bytes()
         model = onnx.load(path)
         redraw(model)
-        prune(model, small, ratio, exact_only=True)
+        part = prune(model, small, ratio, exact_only=True)
         zeros = masked(model, onnx.load(small))
-        exact = difference(Session(small, optimisation="off").run(feeds), Session(zeros, optimisation="off").run(feeds))
+        exact = difference(results(onnx.load(small), feeds), results(zeros, feeds))
+        cut = [len(part.history)]
         graph = prune(model, small, ratio, exact_only=False)
+        cut.append(len(graph.history))
         expected = run(graph, {name: torch.as_tensor(array) for name, array in feeds.items()})
         every = difference(Session(small, optimisation="off").run(feeds), expected)
         pruned = float_weights(onnx.load(small))
     sizes = [sum(int(np.prod(t.dims)) for t in found.values()) for found in (pruned, float_weights(model))]
-    row = [path.name, "yes" if identical else "no", f"{sizes[0] / sizes[1]:.3f}", f"{exact:.1e}", f"{every:.1e}"]
-    return row, sorted(list(t.dims) for t in pruned.values() if len(t.dims) == 4)
+    masked_cell = f"{exact:.1e}, {cut[0]} of {cut[1]} Dims" if cut[0] else "every Dim is normalised over"
+    row = [path.name, "yes" if identical else "no", f"{sizes[0] / sizes[1]:.3f}", masked_cell, f"{every:.1e}"]
+    return row, sorted(list(t.dims) for t in pruned.values() if len(t.dims) == 4), max(exact, every)
 
 
 def main() -> int:
@@ -176,10 +193,10 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(environment())
-    rows, convolutions = [], {}
+    rows, convolutions, worst = [], {}, {}
     for name, feeds in inputs().items():
         if options.only in name:
-            row, convolutions[name] = measure(options.folder / name, feeds, options.ratio)
+            row, convolutions[name], worst[name] = measure(options.folder / name, feeds, options.ratio)
             rows.append(row)
             print("  ".join(row), flush=True)
     if options.write:
@@ -187,7 +204,7 @@ def main() -> int:
         append_table(f"Real ONNX files, ratio {options.ratio}", heads, rows)
     alike = convolutions.get(FACE) == convolutions.get(FACE_SIMPLE)
     print("the two face detectors are cut alike" if alike else "the two face detectors are cut differently")
-    good = alike and all(row[1] == "yes" and float(row[3]) < 1e-3 and float(row[4]) < 1e-3 for row in rows)
+    good = alike and all(row[1] == "yes" and worst[row[0]] < 1e-3 for row in rows)
     return 0 if good else 1
 
 
