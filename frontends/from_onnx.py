@@ -47,8 +47,8 @@ def load(source: Any, *, freeze: bool = False) -> Graph:
     at import under "onnx_branches" and notes on what was changed under "onnx_notes".
     Raises LoadError, in one line, when the file is broken.
     """
-    model, notes = open_model(source)
-    importer = _Importer(model, freeze=freeze or _lists_every_weight(model))
+    model, label, notes = open_model(source)
+    importer = _Importer(model, label, freeze=freeze or _lists_every_weight(model))
     graph = importer.run()
     graph.metadata["onnx_notes"] = (*notes, *importer.notes)
     if isinstance(source, str | os.PathLike):
@@ -69,10 +69,10 @@ def _lists_every_weight(model: onnx_ir.Model) -> bool:
 class _Importer:
     """One import: walks the nodes of the main graph, and through the scopes those of nested graphs and functions."""
 
-    def __init__(self, model: onnx_ir.Model, *, freeze: bool) -> None:
+    def __init__(self, model: onnx_ir.Model, label: str, *, freeze: bool) -> None:
         self.model = model
         self.freeze = freeze
-        self.label = model.graph.name or "the model"
+        self.label = label
         self.graph = Graph(name=model.graph.name or "graph")
         self.scope = Scope(Builder(self.graph), dict(model.opset_imports))
         self.scope.emit = self._emit

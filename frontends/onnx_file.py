@@ -14,8 +14,8 @@ from regauge.frontends.onnx_weights import tensors_of
 from regauge.ir.errors import LoadError
 
 
-def open_model(source: Any) -> tuple[onnx_ir.Model, list[str]]:
-    """The model behind a path, an onnx.ModelProto or an onnx_ir.Model, checked, with notes on what had to be changed.
+def open_model(source: Any) -> tuple[onnx_ir.Model, str, list[str]]:
+    """The model behind a path, an onnx.ModelProto or an onnx_ir.Model, checked; what messages call it; notes on it.
 
     External data is not read. Raises LoadError for a missing or truncated file, missing external data, a path that
     leaves the folder, an unknown element type, duplicate names, undefined values and cycles.
@@ -44,7 +44,7 @@ def open_model(source: Any) -> tuple[onnx_ir.Model, list[str]]:
         raise LoadError(f"cannot load a {type(source).__name__}: give a path, an onnx.ModelProto or an onnx_ir.Model")
     _check_external(model, label)
     check_names(model.graph, label, set())
-    return model, notes
+    return model, label, notes
 
 
 def _read_proto(path: Path) -> Any:

@@ -48,7 +48,7 @@ def data_type_of(dtype: Dtype) -> onnx_ir.DataType:
     """The ONNX element type of a dtype of ours."""
     if isinstance(dtype, torch.dtype):
         return _ONNX[dtype]
-    return _TYPES[dtype.upper()] if dtype.upper() in _TYPES.__members__ else _TYPES.UNDEFINED
+    return _TYPES.__members__.get(dtype.upper(), _TYPES.UNDEFINED)
 
 
 def is_float(data_type: onnx_ir.DataType) -> bool:

@@ -23,8 +23,29 @@ from regauge.ir.sizes import Size, evaluate, prime_hints, simplify
 Result = tuple[tuple[Size, ...], torch.dtype]
 
 
+_known: dict[Any, list[Result]] = {}  # calls seen before: networks repeat their blocks, so most nodes are
+KNOWN_CALLS = 10_000
+
+
 def infer_results(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result]:
     """Shape and dtype of each result; operands are Values, numbers, sizes or None. Raises OperatorError."""
+    key = (
+        operator.evaluate,
+        tuple((o.shape, o.dtype) if hasattr(o, "shape") else (type(o), o) for o in operands),
+        tuple((name, type(value), value) for name, value in attributes.items()),
+    )
+    try:
+        known = _known.get(key)
+    except TypeError:  # an attribute that is no plain value
+        return _infer(operator, operands, attributes)
+    if known is None:
+        if len(_known) >= KNOWN_CALLS:
+            _known.clear()
+        known = _known[key] = _infer(operator, operands, attributes)
+    return known
+
+
+def _infer(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result]:
     symbols = _symbols([getattr(o, "shape", o) for o in operands]) | _symbols(list(attributes.values()))
     try:
         if not symbols:

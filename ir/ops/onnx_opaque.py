@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 
 from regauge.ir.errors import OperatorError
 from regauge.ir.operator import operator
@@ -84,7 +85,7 @@ def _run(session: Any, feeds: dict[str, Any]) -> list[Any]:
     }
     results = session.run_with_ort_values(None, values)
     return [
-        torch.from_dlpack(result) if kind in _FROM_TYPE else _from_runtime(result.numpy())
+        torch.utils.dlpack.from_dlpack(result) if kind in _FROM_TYPE else _from_runtime(result.numpy())
         for result, kind in zip(results, described, strict=True)
     ]
 
