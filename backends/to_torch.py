@@ -98,6 +98,8 @@ def write(graph: Graph, folder: str | os.PathLike[str]) -> Path:
     try:
         (staging / "model.py").write_text(emitted.source + _loader(graph, emitted))
         save_file(_stored(graph), staging / "model.safetensors", metadata={"format": "pt"})
+        for file in staging.iterdir():
+            file.chmod(0o644)
         if not target.exists():
             staging.chmod(0o755)
             staging.rename(target)

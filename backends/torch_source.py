@@ -17,8 +17,13 @@ def indented(lines: Iterable[str], depth: int) -> list[str]:
     result: list[str] = []
     for line in lines:
         own = len(line) - len(line.lstrip())
-        result.extend(broken(double_quoted(line.strip()), INDENT * depth + " " * own))
+        result.extend(broken(_spaced(double_quoted(line.strip())), INDENT * depth + " " * own))
     return result
+
+
+def _spaced(text: str) -> str:
+    """Powers of plain operands without spaces, as formatters write them: ``x**2``."""
+    return text if '"' in text else re.sub(r"(?<![\w.)\]])([\w.]+) \*\* ([\w.]+)(?![\w.(\[])", r"\1**\2", text)
 
 
 def broken(text: str, indent: str) -> list[str]:
@@ -121,5 +126,5 @@ def _formatted(source: str) -> str:
     lines: list[str] = []
     for line in source.splitlines():
         own = len(line) - len(line.lstrip())
-        lines.extend(broken(double_quoted(line.strip()), " " * own) if line.strip() else [""])
+        lines.extend(broken(_spaced(double_quoted(line.strip())), " " * own) if line.strip() else [""])
     return "\n".join(lines)
