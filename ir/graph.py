@@ -255,7 +255,8 @@ class Graph:
 
     def to_torch(self, **options: Any) -> torch.nn.Module:
         """An ``nn.Module`` that computes this graph; see :mod:`regauge.backends.to_torch`."""
-        return _edge("regauge.backends.to_torch").to_torch(self, **options)
+        module: torch.nn.Module = _edge("regauge.backends.to_torch").to_torch(self, **options)
+        return module
 
     def to_onnx(self, path: Any, **options: Any) -> Any:
         """Write the graph as an ONNX model; see :mod:`regauge.backends.to_onnx`."""
@@ -263,7 +264,8 @@ class Graph:
 
     def apply_to(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
         """Put the graph's shrunk weights and sizes into the user's own module; see :mod:`regauge.backends.apply_to`."""
-        return _edge("regauge.backends.apply_to").apply_to(self, model, **options)
+        module: torch.nn.Module = _edge("regauge.backends.apply_to").apply_to(self, model, **options)
+        return module
 
     def write(self, folder: Any, **options: Any) -> Any:
         """Write readable torch source and a safetensors file; see :mod:`regauge.backends.to_torch`."""
@@ -317,5 +319,5 @@ def dtype_name(dtype: Dtype) -> str:
 
 
 def dtype_from_name(name: str) -> Dtype:
-    found: Dtype = _DTYPES.get(name) or getattr(torch, name, name)
-    return found
+    found = _DTYPES.get(name, getattr(torch, name, None))
+    return found if isinstance(found, torch.dtype) else name

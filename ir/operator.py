@@ -87,8 +87,7 @@ class Cost:
         """Number of elements of an operand."""
         from regauge.ir.sizes import count
 
-        value = self.node.inputs[operand]
-        return count(value.shape) if hasattr(value, "shape") else 1
+        return count(getattr(self.node.inputs[operand], "shape", ()))
 
     def out(self, axis: int | None = None, result: int = 0) -> Size:
         """Number of elements of a result, or the size of one of its axes."""
