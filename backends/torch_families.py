@@ -20,6 +20,7 @@ from regauge.backends.torch_code import Code
 
 MOST_PARAMETERS = 8  # a class with more reads worse than one class each
 _TOKEN = re.compile(r"""("[^"]*"|'[^']*'|[A-Za-z_]\w*)|(\d+\.\d*(?:e[-+]?\d+)?|\d+e[-+]?\d+|\d+)""")
+_MODULE_NAMES = frozenset(dir(nn.Module()))  # a parameter may be kept as an attribute
 _PLAIN_NAMES = {"normalized_shape": "width", "num_features": "width", "size": "size"}
 
 
@@ -149,6 +150,7 @@ def _can_vary(draft: Draft, places: object) -> bool:
 def _named(draft: Draft, groups: list[list[int]], known: Known) -> dict[str, list[int]]:
     """A readable name per parameter, from the argument it is first given as."""
     contexts = _contexts(draft.init, known)
+    taken = _MODULE_NAMES | {name for line in draft.init for name in re.findall(r'^self\.(?:\w+\(")?(\w+)', line)}
     columns: dict[str, list[int]] = {}
     for places in groups:
         owner, argument = contexts.get(places[0], ("", "size"))
@@ -157,7 +159,7 @@ def _named(draft: Draft, groups: list[list[int]], known: Known) -> dict[str, lis
         if argument in columns and owner:
             argument = f"{owner}_{argument}"
         candidate, count = argument, 1
-        while candidate in columns:
+        while candidate in columns or candidate in taken:
             count += 1
             candidate = f"{argument}_{count}"
         columns[candidate] = places
