@@ -58,7 +58,7 @@ class _ProgramImport:
         names, ranges = name_symbols(self.inputs, requests)
         self.graph = Graph(name=name)
         self.graph.symbols = dict(ranges)
-        self.build = TracedBuilder(self.graph, TracedSizes(names), _fake_mode(self.nodes.values()) if names else None)
+        self.build = TracedBuilder(self.graph, TracedSizes(names), _fake_mode(self.nodes.values()))
         self.trail = Trail()
         self.before: dict[fx.Node, Value] = {}  # what a placeholder stands for before the program writes into it
         self.importer = Importer(self.build, program.graph_module, self.trail, avoid)

@@ -59,7 +59,7 @@ class Importer:
         if self.aliases.active:
             self.aliases.fresh(node)
         fake = node.meta.get("val")
-        if isinstance(value, Value) and isinstance(fake, torch.Tensor) and self.build.sizes.names:
+        if isinstance(value, Value) and isinstance(fake, torch.Tensor):
             self.build.remember(value, fake)
 
     def read(self, node: fx.Node) -> Any:
@@ -222,6 +222,8 @@ class Importer:
         if isinstance(val, bool | int | float):
             self.bind(node, val)
             return
+        if isinstance(val, torch.SymInt):
+            self.build.sizes.of(val)  # what data decides is known by its symbol from here on
         args, kwargs = self._arguments(node)
         computed = [a for a in (*args, *kwargs.values()) if isinstance(a, Value)]
         from_data = any(str(s).startswith(("u", "zuf")) for s in val.node.expr.free_symbols)
