@@ -66,6 +66,14 @@ def _lists_every_weight(model: onnx_ir.Model) -> bool:
     return version < 4 or (version < 7 and listed > 0 and listed >= 0.9 * len(weights))
 
 
+def _mark_statistics(graph: Graph) -> None:
+    """Running means and variances are buffers, as in torch: nobody trained them, and they count as no parameters."""
+    for _, node in graph.walk():
+        for value in node.inputs[3:5] if node.op == "batch_norm" else ():
+            if isinstance(value, Parameter) and all(n.op == "batch_norm" and slot in (3, 4) for n, slot in value.uses):
+                value.kind, value.trainable = "buffer", False
+
+
 class _Importer:
     """One import: walks the nodes of the main graph, and through the scopes those of nested graphs and functions."""
 
@@ -89,6 +97,7 @@ class _Importer:
         self.graph.outputs = [self.scope.operand(value) for value in self.model.graph.outputs]
         self.graph.metadata["onnx_folded"] = self.scope.folded
         self.graph.metadata["onnx_branches"] = self.branches
+        _mark_statistics(self.graph)
         return self.graph
 
     # -- inputs and initializers -------------------------------------------------------------------------------------
