@@ -16,7 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from regauge.ir.edit import Builder, Results
 from regauge.ir.graph import Graph, Operand, Value
 from regauge.ir.operator import Operator
-from regauge.ir.shapes import infer_results, size_from_symint
+from regauge.ir.shapes import infer_results, size_from_symint, traced_size
 from regauge.ir.sizes import Size, symbol
 
 Shape = tuple[Size, ...]
@@ -59,22 +59,11 @@ class TracedSizes:
         """Sizes inside (nested tuples of) attributes as SymInts of the program."""
         if isinstance(value, sympy.Basic):
             if value not in self._expressions:
-                self._expressions[value] = self._compute(value)
+                self._expressions[value] = traced_size(value, self._symints)
             return self._expressions[value]
         if isinstance(value, tuple | list):
             return type(value)(self.symint(part) for part in value)
         return value
-
-    def _compute(self, expression: sympy.Basic) -> Any:
-        names = sorted(expression.free_symbols, key=str)
-        functions = {"floor": _floor, "Min": torch.sym_min, "Max": torch.sym_max}
-        return sympy.lambdify(names, expression, modules=[functions, "math"])(*[self._symints[n] for n in names])
-
-
-def _floor(value: Any) -> Any:
-    import math
-
-    return math.floor(value)
 
 
 class TracedBuilder(Builder):

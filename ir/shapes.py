@@ -217,6 +217,44 @@ def plain_sympy(expression: Any) -> Any:
     return expression.func(*args)
 
 
+def traced_size(value: Any, sizes: Mapping[sympy.Symbol, Any]) -> Any:
+    """A size over the SymInts of its symbols, without leaving the integers: torch's algebra loses track of floats."""
+
+    def of(part: Any) -> Any:
+        return traced_size(part, sizes)
+
+    if isinstance(value, sympy.Symbol):
+        return sizes[value]
+    if value.is_Integer:
+        return int(value)
+    if value.is_Float:
+        return float(value)
+    parts = value.args
+    match type(value).__name__:
+        case "floor":
+            top, bottom = sympy.together(parts[0]).as_numer_denom()
+            return of(sympy.expand(top)) // of(bottom)
+        case "ceiling":
+            top, bottom = sympy.together(parts[0]).as_numer_denom()
+            return -(-of(sympy.expand(top)) // of(bottom))
+        case "Mod":
+            return of(parts[0]) % of(parts[1])
+        case "Min":
+            return reduce(torch.sym_min, [of(p) for p in parts])
+        case "Max":
+            return reduce(torch.sym_max, [of(p) for p in parts])
+    top, bottom = sympy.together(value).as_numer_denom()
+    if bottom != 1:
+        return of(sympy.expand(top)) // of(bottom)
+    if value.is_Add:
+        return sum(of(p) for p in parts)
+    if value.is_Mul:
+        return math.prod(of(p) for p in parts)
+    if value.is_Pow and (parts[1].is_Float or (parts[1].is_Integer and parts[1] > 0)):
+        return of(parts[0]) ** of(parts[1])
+    raise OperatorError(f"the size {value} is no integer arithmetic")
+
+
 class _SymbolicShapes:
     """A fake-tensor world in which each of our symbols is a torch SymInt."""
 
@@ -249,38 +287,7 @@ class _SymbolicShapes:
 
     def symint(self, value: Any) -> Any:
         if isinstance(value, sympy.Basic):
-            return self._integer(value)
+            return traced_size(value, self.sizes)
         if isinstance(value, tuple | list):
             return type(value)(self.symint(v) for v in value)
         return value
-
-    def _integer(self, value: Any) -> Any:
-        """A size over torch's SymInts, without leaving the integers: torch's algebra loses track of floats."""
-        if isinstance(value, sympy.Symbol):
-            return self.sizes[value]
-        if value.is_Integer:
-            return int(value)
-        parts = value.args
-        match type(value).__name__:
-            case "floor":
-                top, bottom = sympy.together(parts[0]).as_numer_denom()
-                return self._integer(sympy.expand(top)) // self._integer(bottom)
-            case "ceiling":
-                top, bottom = sympy.together(parts[0]).as_numer_denom()
-                return -(-self._integer(sympy.expand(top)) // self._integer(bottom))
-            case "Mod":
-                return self._integer(parts[0]) % self._integer(parts[1])
-            case "Min":
-                return reduce(torch.sym_min, [self._integer(p) for p in parts])
-            case "Max":
-                return reduce(torch.sym_max, [self._integer(p) for p in parts])
-        top, bottom = sympy.together(value).as_numer_denom()
-        if bottom != 1:
-            return self._integer(sympy.expand(top)) // self._integer(bottom)
-        if value.is_Add:
-            return sum(self._integer(p) for p in parts)
-        if value.is_Mul:
-            return math.prod(self._integer(p) for p in parts)
-        if value.is_Pow and parts[1].is_Integer and parts[1] > 0:
-            return self._integer(parts[0]) ** int(parts[1])
-        raise OperatorError(f"the size {value} is no integer arithmetic")
