@@ -127,7 +127,9 @@ def parse_size(text: str | int) -> Size:
     if isinstance(text, int):
         return text
     try:
-        return simplify(_parse_node(ast.parse(text, mode="eval").body))
+        size = simplify(_parse_node(ast.parse(text, mode="eval").body))
+        if isinstance(size, int) or size.free_symbols:  # a number computed from sizes may be a fraction, a size not
+            return size
     except (SyntaxError, KeyError, RecursionError, ValueError):
         pass
     raise RegaugeError(f"{text!r} is not a size: expected integers, names, + - * //, Min, Max, floor, Mod")
