@@ -132,6 +132,9 @@ def _build(spec: Any, texts: Iterator[str], imports: set[str]) -> str:
     cls = spec.context if isinstance(spec.context, type) else kind  # a named tuple is known by its context
     if "<locals>" in cls.__qualname__:
         raise EmitError(f"the result type {cls.__name__} is defined inside a function: define it at module level")
+    if hasattr(cls, "n_sequence_fields"):  # a struct sequence, as ``x.max(1)`` gives: its name may hide a builtin
+        imports.add(f"import {cls.__module__.partition('.')[0]}")
+        return f"{cls.__module__}.{cls.__qualname__}(({', '.join(parts)}))"
     imports.add(f"from {cls.__module__} import {cls.__qualname__.partition('.')[0]}")
     if issubclass(cls, tuple):
         return f"{cls.__qualname__}({', '.join(parts)})"

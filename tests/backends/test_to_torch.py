@@ -385,3 +385,24 @@ def test_dynamic_batch_survives_emission():
     torch.testing.assert_close(module(other), model(other))
     again = capture(module, (torch.randn(3, 4),), dynamic={"input": {0: "batch"}})
     torch.testing.assert_close(to_torch(again)(other), model(other))
+
+
+class _Ordered(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 8)
+
+    def forward(self, x):
+        return self.linear(x).max(1), self.linear(x).sort(1), x.flatten()[: min(x.shape)]
+
+
+def test_struct_sequences_are_returned_as_what_they_were():
+    from regauge.frontends.capture import capture
+
+    model = _Ordered()
+    module = to_torch(capture(model, (torch.randn(3, 4),), dynamic={"x": {0: "batch"}}))
+    x = torch.randn(5, 4)
+    expected, actual = model(x), module(x)
+    assert type(actual[0]) is torch.return_types.max and type(actual[1]) is torch.return_types.sort
+    torch.testing.assert_close(tuple(actual[0]), tuple(expected[0]))
+    torch.testing.assert_close(actual[1].values, expected[1].values)
