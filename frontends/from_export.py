@@ -144,6 +144,18 @@ class _ProgramImport:
             if aliases.version.get(node):
                 before = self.before[node]
                 self._add_written(before.name, before, self.importer.read(node))
+        self._add_statistics()
+
+    def _add_statistics(self) -> None:
+        """A batch norm in training mode writes its running statistics, which torch.export does not call a mutation."""
+        written = {state.before for state in self.graph.states}
+        for node in self.graph.nodes:
+            if node.op != "batch_norm" or len(node.outputs) != 3:
+                continue
+            for before, after in zip(node.inputs[3:5], node.outputs[1:], strict=True):
+                if isinstance(before, Parameter) and before not in written:
+                    written.add(before)
+                    self.graph.states.append(State(before.name, before, after))
 
     def _add_written(self, name: str, before: Value, after: Any) -> None:
         if isinstance(before, Parameter) and before.kind == "parameter":
