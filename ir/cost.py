@@ -84,7 +84,7 @@ def figures(graph: Graph) -> Figures:
         size += elements * item_size(parameter.dtype)
     for _, node in graph.walk():
         if node.operator.macs is not None:
-            macs += int(node.operator.macs(Cost(_bound_view(node, bound))))  # type: ignore[arg-type]
+            macs += int(node.operator.macs(Cost(_bound_view(node, bound))))
     return Figures(parameters, macs, int(size))
 
 
@@ -151,7 +151,7 @@ class _NodeTerm:
         cost = self.node.operator.macs
         if metric != "macs" or cost is None:
             return 0
-        return cost(Cost(self._view(size_of)))  # type: ignore[arg-type]
+        return cost(Cost(self._view(size_of)))
 
     def _view(self, size_of: SizeOf) -> _NodeView:
         def shaped(axes: Any) -> Any:

@@ -27,7 +27,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -73,11 +73,32 @@ def sample(*operands: Any, **attributes: Any) -> Sample:
     return Sample(operands, attributes)
 
 
+class Sized(Protocol):
+    """A call as far as its cost goes: a node, or a stand-in for one whose axes have other sizes than its values say.
+
+    Operands are values, numbers or None; what has a shape is a tensor. No other type may be relied on.
+    """
+
+    @property
+    def inputs(self) -> Sequence[Any]: ...
+
+    @property
+    def outputs(self) -> Sequence[Any]: ...
+
+    @property
+    def attributes(self) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What a cost function may ask about a node: sizes of operands and results, and attributes."""
+    """What a cost function may ask about a call: sizes of operands and results, and attributes."""
 
-    node: Node
+    node: Sized
+
+    @property
+    def operands(self) -> range:
+        """The numbers of the operand slots that are given."""
+        return range(len(self.node.inputs))
 
     def size(self, operand: int, axis: int) -> Size:
         size: Size = getattr(self.node.inputs[operand], "shape", ())[axis]
@@ -94,9 +115,11 @@ class Cost:
         from regauge.ir.sizes import count
 
         shape = self.node.outputs[result].shape
-        return count(shape) if axis is None else shape[axis]
+        size: Size = count(shape) if axis is None else shape[axis]
+        return size
 
     def rank(self, operand: int) -> int:
+        """Number of axes of an operand; 0 for a number and for what is absent."""
         return len(getattr(self.node.inputs[operand], "shape", ()))
 
     def __getitem__(self, attribute: str) -> Any:

@@ -21,7 +21,7 @@ from regauge.ir.extents import Concat, Extent, resolve, size_of
 from regauge.ir.graph import Value
 from regauge.ir.operator import Adapter, Cost, Sample, operator, sample
 from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, same
+from regauge.ir.sizes import Size, same, total
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
 
@@ -82,10 +82,7 @@ def _state_roles(call: Call, steps: Extent, batch: Extent, layers: Extent, hidde
 
 def _macs(cost: Cost) -> Size:
     """Every matrix is applied once per step and batch entry."""
-    matrices: Size = 0
-    for slot, operand in enumerate(cost.node.inputs):
-        if isinstance(operand, Value) and operand.rank == 2:
-            matrices = matrices + cost.count(slot)
+    matrices = total(cost.count(slot) for slot in cost.operands if cost.rank(slot) == 2)
     return cost.size(0, 0) * cost.size(0, 1) * matrices
 
 
@@ -243,8 +240,9 @@ def _cell_rule(call: Call, rule: str, gates: int) -> list[Axes]:
 
 
 def _cell_macs(cost: Cost) -> Size:
-    matrices = [slot for slot, x in enumerate(cost.node.inputs) if slot > 1 and isinstance(x, Value) and x.rank == 2]
-    return cost.size(0, 0) * (cost.count(matrices[-2]) + cost.count(matrices[-1]))
+    """Both matrices, the last two operands of rank 2, are applied once per batch entry."""
+    matrices = [slot for slot in cost.operands if cost.rank(slot) == 2][-2:]
+    return cost.size(0, 0) * total(cost.count(slot) for slot in matrices)
 
 
 def _lstm_cell(build: Builder, x: Value, hx: Sequence[Value], *weights: Value) -> Any:

@@ -2,7 +2,8 @@
 
 For every free Dim of a sampled call: permuting its indices in the operands permutes the results; where the operator
 only maps over the Dim, cutting commutes with it; where it contracts the Dim, indices that hold zeros may be dropped;
-and always the rule's shape, before and after a cut, is the shape the operator computes.
+and always the rule's shape, before and after a cut, is the shape the operator computes. A cost function gives the same
+for a node as for the bare sizes of its axes.
 """
 
 from collections.abc import Mapping
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from regauge.ir.axes import Analysis, analyse
+from regauge.ir.cost import cost, figures
 from regauge.ir.edit import Builder
 from regauge.ir.extents import Dim, Keep, flat_indices, leaves, size_after
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.operator import Sample, all_operators, get_operator
+from regauge.ir.operator import Cost, Sample, all_operators, get_operator
 from regauge.ir.resize import sizes_after
 
 # Operators that need regions, an outside runtime or a library's operator: each has direct tests of its own.
@@ -147,6 +149,14 @@ def test_cutting_a_free_dim_commutes(name: str, index: int) -> None:
         else:
             expected = [taken(v, t, analysis, keep) for v, t in zip(node.outputs, full, strict=True)]
         assert_same(actual, expected, f"cut {dim} (roles {sorted(roles)})")
+
+
+@pytest.mark.parametrize(("name", "index"), [case for case in CASES if get_operator(str(case.values[0])).macs])
+def test_cost_is_counted_alike_for_a_node_and_for_its_sizes(name: str, index: int) -> None:
+    graph, node = one_node_graph(name, draw(name, index))
+    count = node.operator.macs
+    assert count is not None
+    assert count(Cost(node)) == figures(graph).macs == cost(graph).figures().macs
 
 
 def test_every_operator_has_samples() -> None:

@@ -16,6 +16,7 @@ from onnx_node import check_node, normal, operators
 from regauge.backends.run_onnxruntime import Session
 from regauge.frontends.capture import capture
 from regauge.frontends.from_onnx import load
+from regauge.ir.cost import figures
 from regauge.ir.errors import RegaugeWarning
 from regauge.ir.graph import Graph
 
@@ -55,6 +56,18 @@ def test_layers_are_captured_and_cut(layer: type[nn.Module], name: str, options:
     assert name in operators(graph)
     assert sorted(free_sizes(graph).values()) == [4, 6]
     cut_all(graph, [x])
+
+
+@pytest.mark.parametrize(("layer", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_every_matrix_counts_once_per_step(layer: type[nn.Module], gates: int) -> None:
+    graph = capture(Tagger(layer, num_layers=2), (randn(7, 2, 5),))
+    assert figures(graph).macs == 7 * 2 * (5 * 6 + gates * (6 * 4 + 3 * 4 * 4) + 4 * 3)
+
+
+@pytest.mark.parametrize(("layer", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
+def test_every_matrix_of_a_cell_counts_once(layer: type[nn.Module], gates: int) -> None:
+    graph = capture(layer(6, 4), (randn(2, 6),))
+    assert figures(graph).macs == 2 * gates * (6 * 4 + 4 * 4)
 
 
 def test_layers_with_states_of_their_own_have_hidden_dims_of_their_own() -> None:
