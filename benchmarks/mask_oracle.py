@@ -70,8 +70,8 @@ def _present(x: Tensor, axes: Iterable[int]) -> Tensor:
 
 
 def _gained(x: Tensor, axes: list[int], weight: Tensor | None) -> Tensor:
-    """Like :func:`_present`, from a gain over ``axes`` where there is one: biases may fill what was removed."""
-    if weight is None:
+    """Like :func:`_present`, from a gain over ``axes`` where one was cut: biases may fill what was removed."""
+    if weight is None or weight.all():  # a gain of 1 + weight is nowhere zero
         return _present(x, axes)
     shape = [x.shape[axis] if axis in axes else 1 for axis in range(x.dim())]
     return (weight != 0).to(x.dtype).reshape(shape)
@@ -157,14 +157,22 @@ def _axes(x: Tensor, dim: Any) -> list[int]:
     return [d % x.dim() for d in (dim if isinstance(dim, list | tuple) else [dim])]
 
 
-def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor | None:
-    axes = _axes(x, dim)
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, axis: Any = None, **_: Any) -> Tensor | None:
+    axes = _axes(x, dim if axis is None else axis)
     present = _present(x, axes)
     if present.all():
         return None
     count = present.sum(dim=[a for a in axes], keepdim=True).clamp_min(1)
     y = x.sum(dim=axes, keepdim=True) / count
-    return y if keepdim else y.squeeze(axes)
+    y = y if keepdim else y.squeeze(axes)
+    y.mean_over = present  # type: ignore[attr-defined]
+    return y
+
+
+def _centred(x: Tensor, y: Any, **_: Any) -> Tensor | None:
+    """``x - x.mean(...)``, written out: what was removed is not there, and not minus the mean."""
+    present = getattr(y, "mean_over", None)
+    return (x - y) * present if isinstance(x, Tensor) and present is not None and y.dim() == x.dim() else None
 
 
 def _var(
@@ -201,9 +209,21 @@ def _softmax(x: Tensor, dim: int = -1, *_: Any, **__: Any) -> Tensor | None:
     return torch.exp(torch.log_softmax(x.masked_fill(present == 0, -math.inf), dim))
 
 
+def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, **_: Any) -> Tensor | None:
+    """torch has it in single precision only."""
+    if offs is None or x.dtype != torch.float64:
+        return None
+    result, start = x.new_zeros(x.shape[0], weight.shape[2]), 0
+    for expert, end in enumerate(offs.tolist()):
+        result[start:end] = x[start:end] @ weight[expert]
+        start = end
+    return result
+
+
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm, "batch_norm": _batch_norm,
-    "mean": _mean, "var": _var, "std": _std, "amax": _amax, "softmax": _softmax,
+    "mean": _mean, "var": _var, "std": _std, "amax": _amax, "softmax": _softmax, "sub": _centred, "__sub__": _centred,
+    "grouped_mm": _grouped_mm, "_grouped_mm": _grouped_mm,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.mask_oracle import kept_indices, masked_error
+from benchmarks.mask_oracle import KeptStatistics, kept_indices, masked_error
 
 
 class Network(nn.Module):
@@ -76,3 +76,26 @@ def test_kept_indices_are_found_by_value() -> None:
     found = kept_indices(tensor, tensor[[0, 3]][:, [1, 2, 5]])
     assert found is not None and [f.tolist() for f in found if f is not None] == [[0, 3], [1, 2, 5]]
     assert kept_indices(tensor, tensor[:, [2, 1]]) is None
+
+
+def test_a_norm_written_out_centres_on_what_was_kept() -> None:
+    masked = torch.randn(4, 6, dtype=torch.float64)
+    masked[:, [1, 4]] = 0
+    kept = masked[:, [0, 2, 3, 5]]
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        y = x - x.mean(axis=-1, keepdim=True)  # type: ignore[call-overload]
+        result: torch.Tensor = y / y.square().mean(-1, keepdim=True).sqrt()
+        return result
+
+    with KeptStatistics():
+        actual = norm(masked)
+    torch.testing.assert_close(actual[:, [0, 2, 3, 5]], norm(kept))
+    assert not actual[:, [1, 4]].any()
+
+
+def test_grouped_matrices_are_multiplied_in_double_precision() -> None:
+    x, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+    with KeptStatistics():
+        actual = torch.nn.functional.grouped_mm(x, weight, offs=torch.tensor([2, 5], dtype=torch.int32))
+    torch.testing.assert_close(actual, torch.cat([x[:2] @ weight[0], x[2:] @ weight[1]]))
