@@ -15,7 +15,7 @@ from regauge.ir import unify as algebra
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import ONE, Extent, fresh, size_of
 from regauge.ir.notation import Axis, Composite, One, Pattern, Rule, Run, Term, parse_rule
-from regauge.ir.sizes import Size, divide, product, same
+from regauge.ir.sizes import Size, divide, product, same, total
 from regauge.ir.unify import unify
 
 if TYPE_CHECKING:
@@ -259,14 +259,10 @@ class _Application:
 
     def _known_size(self, part: Axis | Composite) -> Size | None:
         if isinstance(part, Composite):
-            sizes = [self._known_size(p) for p in part.parts]
-            if any(s is None for s in sizes):
+            known = [size for p in part.parts if (size := self._known_size(p)) is not None]
+            if len(known) < len(part.parts):
                 return None
-            return (
-                product(s for s in sizes if s is not None)
-                if part.kind == " "
-                else sum(s for s in sizes if s is not None)
-            )
+            return product(known) if part.kind == " " else total(known)
         if part.name in self.names:
             return size_of(self.names[part.name])
         return self.sizes.get(part.name)
@@ -347,9 +343,7 @@ class _Application:
         results = {name for pattern in self.rule.results for term in pattern.terms for name in _names(term)}
         for name in [*self.names, *self.runs]:
             role = stated.get(name) or _derived_role(name, used, results)
-            for extent in (
-                self.runs.get(name) or [self.names[name]] if name in self.names or self.runs.get(name) else []
-            ):
+            for extent in self.runs[name] if name in self.runs else [self.names[name]]:
                 self.call.role(role, extent)
 
 

@@ -118,10 +118,17 @@ def split_minor(extent: Extent, minor: Size) -> tuple[Extent, Extent] | None:
 
 
 def _split_product_minor(extent: Product, minor: Size) -> tuple[Extent, Extent] | None:
-    factors: list[Extent] = list(extent.factors)
+    factors = list(extent.factors)
+    taken = _take_minor(factors, minor)
+    return None if taken is None else (resolve(Product(factors)), taken)
+
+
+def _take_minor(factors: list[Extent], need: Size) -> Extent | None:
+    """Take the product of size ``need`` off the minor end of ``factors``; None where a factor has no such layout."""
     taken: list[Extent] = []
-    need = minor
     while not same(need, 1):
+        if not factors:
+            return None
         factor = resolve(factors.pop())
         if isinstance(factor, Product):
             factors.extend(factor.factors)
@@ -137,7 +144,7 @@ def _split_product_minor(extent: Product, minor: Size) -> tuple[Extent, Extent] 
         factors.append(parts[0])
         taken.append(parts[1])
         break
-    return resolve(Product(factors)), resolve(Product(tuple(reversed(taken))))
+    return resolve(Product(tuple(reversed(taken))))
 
 
 def _split_concat_minor(extent: Concat, minor: Size) -> tuple[Extent, Extent] | None:
@@ -259,28 +266,11 @@ def pour(extents: Sequence[Extent], sizes: Sequence[Size]) -> list[Extent] | Non
     """
     pool = [resolve(e) for e in extents]
     result: list[Extent] = []
-    for wanted in reversed(sizes):
-        need = wanted
-        minor: list[Extent] = []
-        while not same(need, 1):
-            if not pool:
-                return None
-            factor = resolve(pool.pop())
-            if isinstance(factor, Product):
-                pool.extend(factor.factors)
-                continue
-            rest = divide(need, size_of(factor))
-            if rest is not None:
-                minor.append(factor)
-                need = rest
-                continue
-            parts = split_minor(factor, need)
-            if parts is None:
-                return None
-            pool.append(parts[0])
-            minor.append(parts[1])
-            break
-        result.append(resolve(Product(tuple(reversed(minor)))))
+    for size in reversed(sizes):
+        taken = _take_minor(pool, size)
+        if taken is None:
+            return None
+        result.append(taken)
     return result[::-1]
 
 
