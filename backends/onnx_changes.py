@@ -6,7 +6,6 @@ the imported one was replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,8 +99,3 @@ def _same(was: Operand, now: Operand) -> bool:
     if isinstance(was, Value) and isinstance(now, Value):
         return was.name == now.name
     return type(was) is type(now) and was == now
-
-
-def outputs_of(nodes: list[Node]) -> Iterator[Value]:
-    for node in nodes:
-        yield from node.outputs

@@ -6,8 +6,6 @@ module, which has plain graph code instead of the user's forward, is then export
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -17,7 +15,3 @@ def trace(module: torch.nn.Module) -> fx.GraphModule:
     if isinstance(module, fx.GraphModule):
         return module
     return fx.symbolic_trace(module)
-
-
-def is_graph(module: Any) -> bool:
-    return isinstance(module, fx.GraphModule)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -176,6 +176,3 @@ def _is_random(node: Node) -> bool:
 
         return torch.Tag.nondeterministic_seeded in getattr(find_target(node.attributes["target"]), "tags", ())
     return node.operator.random
-
-
-Buffers = Mapping[str, torch.Tensor]

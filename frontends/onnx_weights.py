@@ -68,17 +68,6 @@ def torch_from_array(array: np.ndarray, dtype: Dtype) -> Any:
         return torch.from_numpy(array) if array.ndim else torch.from_numpy(array.reshape(1)).reshape(())
 
 
-def array_from_torch(tensor: Any) -> np.ndarray:
-    """The numpy array of a tensor; types numpy lacks come as ml_dtypes arrays, as onnx_ir expects them."""
-    if isinstance(tensor, np.ndarray):
-        return tensor
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype in _AS_BITS:
-        bits = torch.int16 if tensor.dtype is torch.bfloat16 else torch.uint8
-        return np.asarray(tensor.view(bits).numpy().view(_ONNX[tensor.dtype].numpy()))
-    return np.asarray(tensor.numpy())
-
-
 def read_tensor(tensor: onnx_ir.TensorProtocol) -> Any:
     """The data of an ONNX tensor: a copy for external data, so that no file stays mapped; shared memory otherwise."""
     dtype = dtype_of(tensor.dtype)

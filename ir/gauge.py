@@ -3,8 +3,7 @@
 For a producer ``y = W x`` and a consumer ``z = V f(y)`` over the Dim, a map T is in the gauge class when
 ``V T^-1 f(T W x)`` is the same function: cutting and sorting need only permutations, equalization positive scales,
 rotations orthogonal maps, factorization all invertible ones. The class of a Dim is the meet over every node that
-touches it, read off the node's role for the Dim and its operator's symmetry (axis-algebra.md, section 5; the table of
-factorize-share-kv.md, 0.1, is the test).
+touches it, read off the node's role for the Dim and its operator's symmetry; ``tests/ir/test_gauge.py`` holds examples.
 """
 
 from __future__ import annotations

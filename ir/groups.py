@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from regauge.ir.errors import ExplainError
 from regauge.ir.extents import Dim, Pin, leaves
-from regauge.ir.graph import Graph, Node, Parameter
+from regauge.ir.graph import Graph, Parameter
 from regauge.ir.sizes import Size
 
 
@@ -89,7 +89,3 @@ def find_groups(graph: Graph, name: str) -> list[Group]:
     close = get_close_matches(name, [group.name for group in groups], 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else "; `regauge groups` lists them"
     raise ExplainError(f"no Dim or parameter axis is called {name!r}{hint}")
-
-
-def reading_nodes(member: Member) -> list[Node]:
-    return member.parameter.consumers()

@@ -14,9 +14,14 @@ One comma-separated pattern per operand and per result; a pattern is a row of te
     (a + b)     one axis that is a followed by b
     1           an axis of size one
 
-A pattern that ends with ``?`` belongs to an operand that may be absent. After ``;`` follow annotations: ``window a b``,
-``normalise a``, ``indexed a``, ``whole a`` give axes a special role (see :mod:`regauge.ir.roles`), and
-``attribute = name`` says that a size-valued attribute of the operator is the size of that axis.
+A pattern that ends with ``?`` belongs to an operand that may be absent. After ``;`` follow annotations.
+``attribute = name`` says that a size-valued attribute of the operator is the size of that axis. The others name a role:
+
+    normalise a, reduce a          the operator computes something over all of a: cut, it gives other values
+    window a b, indexed a,         the indices of a stay: a window slides over it, its entries are found by position,
+    whole a, scan a                all of it is needed at once, the operator runs along it in order
+
+An axis without a stated role is mapped over where operand and result have it, and contracted where only operands do.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ An ATen adapter gets the call's arguments as its schema names them, tensors as V
 
 
 class Symmetry(enum.Enum):
-    """How an operator treats the values on an axis that it only maps over (axis-algebra.md, section 5)."""
+    """How an operator treats the values on an axis that it only maps over; regauge.ir.gauge reads it."""
 
     LINEAR = "linear"  # f(A x + B y) = A f(x) + B f(y): adds, scalings by constants
     LAYOUT = "layout"  # entries are moved, nothing is added to them: reshape, concat, slice

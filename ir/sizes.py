@@ -7,7 +7,6 @@ Symbols are created with :func:`symbol` so that two frontends that name a size a
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, TypeAlias
@@ -190,7 +189,3 @@ def prime_hints(symbols: Iterable[sympy.Symbol], avoid: int = 64) -> dict[sympy.
 def count(shape: Iterable[Size]) -> Size:
     """Number of elements of a shape."""
     return product(shape)
-
-
-def ceil_to(value: int, multiple: int) -> int:
-    return math.ceil(value / multiple) * multiple

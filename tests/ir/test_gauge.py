@@ -1,4 +1,4 @@
-"""Gauge classes, straight from the table of factorize-share-kv.md 0.1: insert a map, undo it in the consumer.
+"""Gauge classes of what may lie between two layers: insert a map, undo it in the consumer.
 
 Each case is a producer ``W``, an operator between, and a consumer ``V`` over one Dim. The analysis says which maps the
 Dim admits; a map that is admitted must leave the function unchanged, one that is not must change it.
