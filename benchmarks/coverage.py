@@ -30,7 +30,7 @@ from torch import nn
 
 from benchmarks.mask_oracle import masked_error, relative_error
 from benchmarks.report import append_table, environment
-from benchmarks.zoo import Case, build, names, redraw
+from benchmarks.zoo import Case, build, float64_reference, names, redraw
 
 EXACT = 1e-6
 RATIO = 0.5
@@ -72,7 +72,7 @@ def judge(row: Row, original: Case, pruned: nn.Module) -> None:
     """Compare a pruned module with its masked original and set the verdict."""
     before, after = parameters(original.model), parameters(pruned)
     row.left = after / before
-    row.error, strange = masked_error(copy.deepcopy(original.model), pruned, original.call)
+    row.error, strange = masked_error(float64_reference(original.model), pruned, original.call)
     if strange:
         row.verdict, row.note = "no box", f"not a box of the original: {', '.join(strange[:3])}"
     elif row.error > EXACT:

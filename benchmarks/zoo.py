@@ -5,6 +5,7 @@ Needs ``shared/tools`` beside the repository, and timm, torchvision and transfor
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,15 @@ def build(name: str, *, seed: int = 0) -> Case:
     torch.manual_seed(seed)
     model, inputs, heads, outputs = _models().build(name)
     return Case(name, model.eval(), inputs, heads, outputs)
+
+
+def float64_reference(model: nn.Module) -> nn.Module:
+    """A copy of a float64 model that runs: torch has no grouped matrix product in float64, so experts run one by one."""
+    reference = copy.deepcopy(model)
+    config = getattr(reference, "config", None)
+    if getattr(config, "_experts_implementation", None) is not None:
+        config._experts_implementation = "eager"
+    return reference
 
 
 def redraw(model: nn.Module, seed: int = 0) -> None:
