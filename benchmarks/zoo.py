@@ -79,7 +79,7 @@ def build(name: str, *, seed: int = 0) -> Case:
 
 
 def float64_reference(model: nn.Module) -> nn.Module:
-    """A copy of a float64 model that runs: torch has no grouped matrix product in float64, so experts run one by one."""
+    """A copy of a float64 model that runs: torch has no grouped product in float64, so experts run one by one."""
     reference = copy.deepcopy(model)
     config = getattr(reference, "config", None)
     if getattr(config, "_experts_implementation", None) is not None:
