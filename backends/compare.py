@@ -16,6 +16,7 @@ from regauge.ir.errors import EquivalenceError, RegaugeError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
 from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.tables import format_table
 
 Runner = Callable[[Any], Any]
 
@@ -63,10 +64,7 @@ class Comparison:
         return rows
 
     def __str__(self) -> str:
-        rows = self.rows()
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(lines)
+        return "\n".join(format_table(self.rows()))
 
 
 def compare(a: Any, b: Any, inputs: Any = None, *, seeds: Sequence[int] = (0,)) -> Comparison:
@@ -80,14 +78,14 @@ def compare(a: Any, b: Any, inputs: Any = None, *, seeds: Sequence[int] = (0,)) 
 
     Raises RegaugeError where a model cannot be run on the inputs, or none are given and none can be made up.
     """
-    runners = [_runner(a), _runner(b)]
+    (run_a, names_a), (run_b, names_b) = _prepared(a), _prepared(b)
     batches = [inputs] if inputs is not None else [_made_up(a, b, seed) for seed in seeds]
     worst: list[Difference] = []
     for batch in batches:
         arguments = (
             batch if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, list | tuple) else (batch,)
         )
-        found = list(_differences(runners[0](arguments), runners[1](arguments), _names(a) or _names(b)))
+        found = list(_differences(run_a(arguments), run_b(arguments), names_a or names_b))
         worst = found if not worst else [max(p, key=lambda d: d.relative) for p in zip(worst, found, strict=True)]
     return Comparison(tuple(worst), len(batches))
 
@@ -104,16 +102,17 @@ def check_equal(a: Any, b: Any, inputs: Any = None, *, tolerance: float = 1e-5) 
     return found
 
 
-def _runner(model: Any) -> Runner:
+def _prepared(model: Any) -> tuple[Runner, list[str]]:
+    """How a model is run, and the names of its outputs where it has any."""
     if isinstance(model, Graph):
-        return lambda inputs: run(model, inputs)
+        return lambda inputs: run(model, inputs), [getattr(output, "name", str(output)) for output in model.outputs]
     if isinstance(model, torch.nn.Module):
-        return lambda inputs: _run_module(model, inputs)
+        return lambda inputs: _run_module(model, inputs), []
     if isinstance(model, str | os.PathLike):
         session = Session(model, optimisation="off")
-        return session.run
+        return session.run, session.outputs
     if callable(model):
-        return lambda inputs: model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        return lambda inputs: model(**inputs) if isinstance(inputs, Mapping) else model(*inputs), []
     raise RegaugeError(
         f"a {type(model).__name__} cannot be run: give a Graph, an nn.Module, an ONNX path or a function"
     )
@@ -134,12 +133,6 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _names(model: Any) -> list[str]:
-    if isinstance(model, Graph):
-        return [getattr(output, "name", str(output)) for output in model.outputs]
-    return []
 
 
 def _made_up(a: Any, b: Any, seed: int) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 from regauge.ir.cost import Running
 from regauge.ir.errors import PassError
 from regauge.ir.extents import Dim
+from regauge.ir.tables import short
 
 _AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*(k|m|g|ki|mi|gi)?(b?)", re.IGNORECASE)
 _FACTOR = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -41,13 +42,15 @@ class Amount(NamedTuple):
 
 
 def parse_amount(given: float | int | str, option: str) -> Amount:
-    """``0.5`` is a share, ``1200000``, ``1.2M`` and ``5MB`` are numbers; raises PassError for anything else."""
+    """``0.5`` is a share, ``1200000``, ``1.2M`` and ``5MB`` are numbers, as text too; else raises PassError."""
     if isinstance(given, str):
         match = _AMOUNT.fullmatch(given.strip())
-        if match is None or not (match.group(2) or match.group(3)):
+        if match is None:
             raise PassError(
                 f"{option}={given} is not an amount: write a share such as 0.5, or a number such as 1.2M or 5MB"
             )
+        if not (match.group(2) or match.group(3)):
+            return parse_amount(float(match.group(1)), option)
         return Amount(float(match.group(1)) * _FACTOR[(match.group(2) or "").lower()], relative=False)
     if not given > 0 or math.isinf(given):
         raise PassError(
@@ -125,9 +128,9 @@ def allocate(choices: Sequence[Choice], plan: Plan, running: Running, target: fl
     least = {choice.dim: choice.least for choice in choices}
     if running.set_sizes(least) > target:
         raise PassError(
-            f"{what} cannot be met: with every Dim as small as it may be, {running.total:.4g} of "
-            f"{running.original:.4g} are left, and {target:.4g} are wanted; "
-            "raise the budget, or allow more (exclude, minimum, round_to)"
+            f"{what} cannot be met: with every Dim as small as it may be, {short(running.total)} of "
+            f"{short(running.original)} are left, and {short(target)} are wanted; "
+            "raise the budget, exclude less, or lower minimum or round_to"
         )
     fits, exceeds = _bisect(plan, running, target, least)
     running.set_sizes(fits)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from regauge.ir.cost import Figures
+from regauge.ir.tables import format_table, short
 from regauge.passes.base import Cut
 
 _SHOWN_CUTS = 12
@@ -73,23 +74,3 @@ def _change(before: int, after: int) -> str:
         return short(after)
     share = f" ({after / before:.1%})" if before else ""
     return f"{short(before)} -> {short(after)}{share}"
-
-
-def short(number: float) -> str:
-    """``11.7M`` for 11689512."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{unit}" if abs(number) < 999.5 * size else f"{number / size:.0f}{unit}"
-    return f"{number:.4g}"
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as aligned plain text, the first column to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

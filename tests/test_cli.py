@@ -139,6 +139,7 @@ def test_demo_makes_the_network_smaller(tmp_path: Path, capsys: pytest.CaptureFi
     pytest.importorskip("sklearn")
     assert run("demo", "--quick", "--save", tmp_path / "digits.onnx") == 0
     shown = capsys.readouterr().out
+    assert shown.endswith(f"wrote {tmp_path / 'digits.onnx'} and {tmp_path / 'digits.pruned.onnx'}\n")
     assert all(word in shown for word in ("accuracy", "parameters", "MACs", "ONNX file", "onnxruntime"))
     sizes = [(tmp_path / name).stat().st_size for name in ("digits.pruned.onnx", "digits.onnx")]
     assert sizes[0] < sizes[1]

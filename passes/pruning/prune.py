@@ -89,7 +89,7 @@ class Prune(Pass):
         amount = getattr(self, option_name)
         running = cost(graph).running(_BUDGETS[option_name])
         target = parse_amount(amount, option_name).of(running.original)
-        return allocate(choices, plan, running, target, f"prune{{{option_name}={amount}}}")
+        return allocate(choices, plan, running, target, str(self))
 
     def _choice(self, group: Group, scores: np.ndarray) -> Choice:
         size = len(scores)

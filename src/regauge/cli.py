@@ -31,7 +31,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[Path, typer.Argument(metavar="IN", help="an ONNX file, or a program saved by torch.export (.pt2)")]
-Data = Annotated[list[Path] | None, typer.Option(help="a batch: an .npz file, one array per input; may be repeated")]
+Data = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="an .npz file, one array per input; may be repeated")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +106,7 @@ def inspect(
     model: Model,
     text: Annotated[bool, typer.Option("--text", help="print the whole graph, as text that parses back")] = False,
 ) -> None:
-    """Show what a model is made of, what it costs, and which of its axes can be cut.
+    """Show what a model is made of, what it costs and what can be cut.
 
     \b
     regauge inspect model.onnx
@@ -119,7 +121,7 @@ def inspect(
 
 def _summary(graph: Graph) -> list[list[str]]:
     from regauge.ir.cost import activation_bytes, figures
-    from regauge.passes.report import short
+    from regauge.ir.tables import short
 
     cost, (_, peak) = figures(graph), activation_bytes(graph)
     nodes = Counter(node.op for _, node in graph.walk())
@@ -147,7 +149,9 @@ def groups(
     of: Annotated[str | None, typer.Option(help="only the Dims of this parameter axis, such as conv1.weight:0")] = None,
     free: Annotated[bool, typer.Option("--free", help="only Dims that can be cut")] = False,
 ) -> None:
-    """List the Dims of a model: axes of parameters that are cut together, and why others are not cut.
+    """List the Dims of a model: axes that can only be cut together.
+
+    The state says that a Dim is free, or why it cannot be cut.
 
     \b
     regauge groups model.onnx
@@ -171,7 +175,7 @@ def explain(
     model: Model,
     what: Annotated[str, typer.Argument(metavar="DIM", help="a Dim, a parameter axis (conv1.weight:0) or a value")],
 ) -> None:
-    """Say in words what a Dim, a parameter axis or a value is, and why it can or cannot be cut.
+    """Say what a Dim, an axis or a value is, and if it can be cut.
 
     \b
     regauge explain model.onnx conv1.weight:0
@@ -187,7 +191,9 @@ def compare(
     tolerance: Annotated[float, typer.Option(help="difference allowed, relative to the greatest output", min=0)] = 1e-5,
     seeds: Annotated[int, typer.Option(help="how many times inputs are made up where no data is given", min=1)] = 1,
 ) -> int:
-    """Run two models on the same inputs and show how far their outputs are apart; exit status 1 if too far.
+    """Run two models on the same inputs and show how far they differ.
+
+    The exit status is 1 where an output differs by more than the tolerance.
 
     \b
     regauge compare model.onnx small.onnx --data images.npz --tolerance 1e-3
@@ -229,8 +235,11 @@ def passes(
 
     one = find_pass(name)
     print(f"{one.name} ({one.contract})\n\n{python_inspect.getdoc(one)}\n")
-    rows = [["option", "value", "default", ""]]
-    _print_table(rows + [[info.name, info.kind, info.default, info.help] for info in one.option_table()])
+    rows = [[info.name, info.kind, info.default, info.help] for info in one.option_table()]
+    if rows:
+        _print_table([["option", "value", "default", ""], *rows])
+    else:
+        print("no options")
 
 
 def _pass_rows(names: Sequence[str]) -> list[list[str]]:
@@ -249,20 +258,22 @@ def _pass_rows(names: Sequence[str]) -> list[list[str]]:
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="train for a few seconds only")] = False,
-    save: Annotated[Path | None, typer.Option(help="keep the trained network as this ONNX file")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="keep the trained network as this ONNX file, the pruned one beside it")
+    ] = None,
 ) -> None:
-    """Train a small network, prune it to half its MACs, fine-tune it, and measure it before and after.
+    """Train, prune, fine-tune and measure a small network.
 
     \b
     regauge demo
     regauge demo --quick --save digits.onnx
     """
-    from regauge.demo import run_demo
+    from regauge.demo import pruned_path, run_demo
 
     rows = run_demo(quick=quick, save=save)
     _print_table(rows)
     if save is not None:
-        print(f"wrote {save}")
+        print(f"wrote {save} and {pruned_path(save)}")
 
 
 def _is_onnx(path: Path) -> bool:
@@ -303,10 +314,10 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
     """A table on a terminal, aligned text in a pipe."""
+    from regauge.ir.tables import format_table, right_aligned
+
     if not sys.stdout.isatty():
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print("\n".join(format_table(rows)))
         return
     from rich import box
     from rich.console import Console
@@ -314,8 +325,8 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD)
-    for title in rows[0]:
-        table.add_column(Text(title), overflow="fold")
+    for title, right in zip(rows[0], right_aligned(rows), strict=True):
+        table.add_column(Text(title), overflow="fold", justify="right" if right else "left")
     for row in rows[1:]:
         table.add_row(*[Text(cell) for cell in row])
     Console().print(table)

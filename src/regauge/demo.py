@@ -17,8 +17,8 @@ from regauge.frontends.capture import capture
 from regauge.ir.cost import figures
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph
+from regauge.ir.tables import short
 from regauge.optimize import optimize
-from regauge.passes.report import short
 
 PIPELINE = "prune{macs=0.5,round_to=16}"
 _BATCH = 64
@@ -81,7 +81,7 @@ def run_demo(*, quick: bool = False, save: Path | None = None, say: Say = print)
     """Train, prune and fine-tune; returns the table of figures before and after, a header first.
 
     ``quick`` trains for a few seconds only; ``save`` keeps the trained network as an ONNX file, and the pruned one
-    beside it as ``NAME.pruned.onnx``. Raises RegaugeError where scikit-learn, whose digits are used, is not installed.
+    beside it (:func:`pruned_path`). Raises RegaugeError where scikit-learn, whose digits are used, is not installed.
     """
     digits = load_digits()
     torch.manual_seed(0)
@@ -102,8 +102,13 @@ def run_demo(*, quick: bool = False, save: Path | None = None, say: Say = print)
         rows = _measured({"before": (graph, before), "after": (tuned, after)}, digits)
         if save is not None:
             shutil.copyfile(before, save)
-            shutil.copyfile(after, save.with_suffix(".pruned" + save.suffix))
+            shutil.copyfile(after, pruned_path(save))
     return rows
+
+
+def pruned_path(save: Path) -> Path:
+    """Where the pruned network goes: ``digits.pruned.onnx`` beside ``digits.onnx``."""
+    return save.with_suffix(".pruned" + save.suffix)
 
 
 def load_digits() -> Digits:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from regauge.backends.compare import check_equal, compare
+from regauge.backends.run_onnxruntime import Session
 from regauge.ir.errors import EquivalenceError, RegaugeError
 from regauge.ir.interpret import run
 from small_graphs import multilayer_perceptron, residual_network
@@ -43,7 +44,9 @@ def test_module_and_onnx_file_by_name_and_in_order(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     path = onnx_file(model, tmp_path / "model.onnx")
     assert compare(model, path, (torch.randn(2, 4),)).equal(1e-5)
-    assert compare(path, str(path)).absolute == 0, "inputs are made up from the file's own signature"
+    found = compare(path, str(path))
+    assert found.absolute == 0, "inputs are made up from the file's own signature"
+    assert [output.name for output in found.outputs] == Session(path).outputs
 
 
 def test_shapes_and_counts_that_differ() -> None:

@@ -21,13 +21,15 @@ from regauge.passes.budget import Amount, Choice, parse_amount, ranked_plan, uni
         ("5MB", Amount(5e6, False)),
         ("2MiB", Amount(2 * 2**20, False)),
         ("100B", Amount(100, False)),
+        ("0.5", Amount(0.5, True)),
+        ("1200", Amount(1200, False)),
     ],
 )
 def test_amounts(given_amount: float | str, expected: Amount) -> None:
     assert parse_amount(given_amount, "bytes") == expected
 
 
-@pytest.mark.parametrize("wrong", ["5", "M", "5 apples", "-3M", 0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", ["0", "M", "5 apples", "-3M", 0, -1, float("nan"), float("inf")])
 def test_wrong_amounts(wrong: float | str) -> None:
     with pytest.raises(PassError, match="bytes="):
         parse_amount(wrong, "bytes")

@@ -60,7 +60,7 @@ def test_budget_is_never_exceeded(graph: Graph, share: float, scope: str) -> Non
 
 
 def test_impossible_budget_says_what_is_left() -> None:
-    with pytest.raises(PassError, match=r"prune\{params=1K\} cannot be met: .* are left, and 1000 are wanted"):
+    with pytest.raises(PassError, match=r"prune\{params=1K,minimum=8\} cannot be met: .* are left, and 1K are wanted"):
         optimize(residual_network(16), "prune{params=1K,minimum=8}")
 
 
