@@ -1,13 +1,9 @@
 """The oracle itself: it accepts a correct cut, and rejects each kind of wrong one."""
 
 import copy
-import sys
-from pathlib import Path
 
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.mask_oracle import KeptStatistics, kept_indices, masked_error
 
