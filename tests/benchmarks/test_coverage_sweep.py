@@ -8,7 +8,6 @@ import importlib.util
 import sys
 
 import pytest
-
 from benchmarks.zoo import SHARED
 
 LIST = SHARED / "tools" / "coverage_models.py"

@@ -3,9 +3,8 @@
 import copy
 
 import torch
-from torch import nn
-
 from benchmarks.mask_oracle import KeptStatistics, kept_indices, masked_error
+from torch import nn
 
 
 class Network(nn.Module):
