@@ -17,7 +17,7 @@ from regauge.ir.resize import resize
 from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.budget import Choice, Counts, allocate, parse_amount, ranked_plan, uniform_plan
 from regauge.passes.options import option
-from regauge.passes.pruning.scores import Criterion, Scores, score
+from regauge.passes.pruning.scores import Criterion, Scores, batch_norm_gains, score
 from regauge.passes.pruning.selection import select
 
 _BUDGETS: Mapping[str, Metric] = {"params": "parameters", "macs": "macs", "bytes": "bytes"}
@@ -47,7 +47,9 @@ class Prune(Pass):
     macs: float | str | None = option(None, "multiply-accumulates kept: a share or a number (300M)")
     bytes: float | str | None = option(None, "bytes of weights kept: a share or a number (5MB)")
     scope: Literal["uniform", "global"] = option("uniform", "the same share of every Dim, or one ranking of all")
-    score: Criterion = option("l2", "importance: norms of weights, BatchNorm gains, or chance")
+    score: Criterion = option(
+        "l2", "importance: norms of weights, BatchNorm gains (l2 where there are none), or chance"
+    )
     round_to: int = option(1, "counts are multiples of this where a Dim is large enough", at_least=1)
     minimum: int = option(1, "indices that every Dim keeps", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of Dims or parameters: cut nothing else")
@@ -70,6 +72,8 @@ class Prune(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         groups = select(graph.groups(), self.include, self.exclude, context.left)
         scores = score(graph, groups, self.score, self.seed)
+        if self.score == "bn":
+            _note_without_batch_norm(graph, groups, context)
         counts = self._counts(graph, groups, scores)
         cut = [group for group in groups if counts[group.dim] < group.dim.size]
         cut = cut if self.limit is None else cut[: self.limit]
@@ -100,6 +104,13 @@ class Prune(Pass):
 def best(scores: np.ndarray, count: int) -> np.ndarray:
     """The sorted indices of the ``count`` highest scores; of equals the first."""
     return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def _note_without_batch_norm(graph: Graph, groups: Sequence[Group], context: Context) -> None:
+    """Exporters fold BatchNorms away, and then there are no gains to go by."""
+    without = len(groups) - len(batch_norm_gains(graph, groups))
+    if without:
+        context.note(f"{without} of {len(groups)} Dims have no BatchNorm and are scored by l2")
 
 
 def _note_recomputed(graph: Graph, dims: Sequence[Dim], context: Context) -> None:

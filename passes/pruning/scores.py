@@ -29,14 +29,17 @@ _WEIGHT_AXIS = {"conv": (1, 0), "linear": (1, 0), "matmul": (1, -1)}  # operand 
 
 
 def score(graph: Graph, groups: Sequence[Group], criterion: Criterion, seed: int = 0) -> Scores:
-    """One score per index of each group's Dim, higher is more important; their mean over a Dim is 1."""
+    """One score per index of each group's Dim, higher is more important; their mean over a Dim is 1.
+
+    A Dim without a BatchNorm is scored by ``l2`` where the criterion is ``bn``.
+    """
     if criterion == "random":
         draws = np.random.default_rng(seed)
         return {group.dim: draws.random(int(group.dim.size)) for group in groups}
     power = 1 if criterion == "l1" else 2
     found = _magnitudes(graph, groups, power)
     if criterion == "bn":
-        found |= _batch_norm_gains(graph, groups)
+        found |= batch_norm_gains(graph, groups)
     return {group.dim: _normalised(found[group.dim]) for group in groups}
 
 
@@ -158,7 +161,7 @@ def _vector(parameter: object) -> np.ndarray:
     return parameter.tensor.detach().cpu().double().numpy()
 
 
-def _batch_norm_gains(graph: Graph, groups: Sequence[Group]) -> Scores:
+def batch_norm_gains(graph: Graph, groups: Sequence[Group]) -> Scores:
     """Sums of |gamma| over the BatchNorms of each Dim that has one."""
     wanted = {group.dim for group in groups}
     totals: Scores = {}

@@ -169,6 +169,12 @@ def test_report_says_where_a_norm_sees_fewer_entries() -> None:
     assert small.report.passes[0].notes == ("layer_norm is computed over the kept indices of 1 Dim",)
 
 
+def test_report_says_which_dims_have_no_batch_norm() -> None:
+    plain = optimize(multilayer_perceptron(4, 16, 4), "prune{ratio=0.5,score=bn}")
+    assert plain.report.passes[0].notes == ("1 of 1 Dims have no BatchNorm and are scored by l2",)
+    assert not optimize(residual_network(16), "prune{ratio=0.5,score=bn}").report.passes[0].notes
+
+
 def test_scores_do_not_depend_on_whether_batch_norms_are_folded() -> None:
     graph = residual_network(16)
     folded = graph.copy()
