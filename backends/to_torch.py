@@ -119,7 +119,7 @@ def _stored(graph: Graph) -> dict[str, torch.Tensor]:
 
 
 def _loader(graph: Graph, emitted: Emitted) -> str:
-    training = bool(graph.metadata.get("torch", {}).get("training", False))
+    mode = "train" if graph.metadata.get("torch", {}).get("training", False) else "eval"
     return f'''
 
 def load(folder=None):
@@ -130,9 +130,10 @@ def load(folder=None):
 
     weights = load_file(Path(folder or Path(__file__).parent) / "model.safetensors")
     model = {emitted.root}()
+    # By name, not load_state_dict(): tied tensors are stored once, non-persistent buffers too.
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor.data = weights[name]
-    return model.train({training})
+    return model.{mode}()
 '''
 
 

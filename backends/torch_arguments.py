@@ -78,12 +78,10 @@ def _tidy(call: ast.Call) -> None:
                 return
     match call.func:
         case ast.Attribute(value=ast.Name(id="torch" | "F" | "nn" as module), attr=name):
-            parameters = _parameters(module, name)
+            parameters = _parameters(module, name, len(call.args))
         case _:
             return
     if parameters is None or any(isinstance(argument, ast.Starred) for argument in call.args):
-        return
-    if len(call.args) > len(parameters):
         return
     while call.args and _is_default(call.args[-1], parameters[len(call.args) - 1][1]):
         call.args.pop()
@@ -98,14 +96,17 @@ def _is_method(owner: ast.expr, name: str) -> bool:
 
 
 def _name_options(call: ast.Call, parameters: list[tuple[str, Any]]) -> None:
-    """Literal arguments from the fourth on, or after an absent one, are given by keyword."""
+    """Flags, literal arguments from the fourth on, and those after an absent one are given by keyword."""
     for position, argument in enumerate(call.args):
         if parameters[position][1] is _EMPTY or not is_literal(argument):
             continue
-        if position < 3 and not _is_default(argument, parameters[position][1]):
+        is_flag = isinstance(argument, ast.Constant) and isinstance(argument.value, bool)
+        if position < 3 and not is_flag and not _is_default(argument, parameters[position][1]):
             continue
         rest = zip(parameters[position:], call.args[position:], strict=False)
         named = [ast.keyword(name, value) for (name, _), value in rest]
+        if not all(keyword.arg for keyword in named):
+            return  # overloads call them differently
         call.args, call.keywords = call.args[:position], [*named, *call.keywords]
         return
 
@@ -122,27 +123,42 @@ def _is_default(argument: ast.expr, default: Any) -> bool:
 
 
 @cache
-def _parameters(module: str, name: str) -> list[tuple[str, Any]] | None:
-    """Parameter names and defaults of a torch function, from its Python signature or its only ATen schema."""
+def _parameters(module: str, name: str, given: int) -> list[tuple[str, Any]] | None:
+    """Parameter names and defaults of a torch function that gets so many arguments by position, where they are known.
+
+    They are read off its Python signature, or off its ATen schemas.
+    """
     function = getattr({"torch": torch, "F": torch.nn.functional, "nn": torch.nn}[module], name, None)
     if function is None:
         return None
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return _schema_parameters(name)
+        return _schema_parameters(name, given)
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds:
-        return _schema_parameters(name)
-    return [(parameter.name, parameter.default) for parameter in signature.parameters.values()]
+        return _schema_parameters(name, given)
+    found = [(parameter.name, parameter.default) for parameter in signature.parameters.values()]
+    return found if given <= len(found) else None
 
 
-def _schema_parameters(name: str) -> list[tuple[str, Any]] | None:
+def _schema_parameters(name: str, given: int) -> list[tuple[str, Any]] | None:
+    """Those of the default overload; of what all overloads agree on where that one takes fewer arguments."""
     packet = getattr(torch.ops.aten, name, None)
-    if packet is None or "default" not in packet.overloads():
+    if packet is None:
         return None
-    arguments = packet.default._schema.arguments
-    return [
-        ("input" if a.name == "self" else a.name, a.default_value if a.has_default_value() else _EMPTY)
-        for a in arguments
-    ]
+    if "default" in packet.overloads():
+        arguments = packet.default._schema.arguments
+        if given <= sum(not argument.kwarg_only for argument in arguments):
+            return [_name_and_default(argument) for argument in arguments]
+    schemas = [getattr(packet, overload)._schema.arguments for overload in packet.overloads()]
+    candidates = [found for found in ([a for a in s if not a.kwarg_only] for s in schemas) if len(found) >= given]
+    alike = [{_name_and_default(a) for a in place} for place in zip(*candidates, strict=False)]
+    return [place.pop() if len(place) == 1 else ("", _EMPTY) for place in alike] if len(alike) >= given else None
+
+
+def _name_and_default(argument: Any) -> tuple[str, Any]:
+    default = argument.default_value if argument.has_default_value() else _EMPTY
+    return "input" if argument.name == "self" else argument.name, tuple(default) if isinstance(
+        default, list
+    ) else default

@@ -149,7 +149,9 @@ class Classes:
         if not path:
             init.extend(self._ties())
             assert code is not None
-            code.returned = [result_expression(self.graph, code.returned, self.imports)]
+            returned = [result_expression(self.graph, code.returned, self.imports)]
+            code.chain = code.chain and returned == code.returned
+            code.returned = returned
         return Draft(path, "nn.Sequential" if is_list else "nn.Module", init, code)
 
     def _written(self, name: str, shared: Family) -> str:
@@ -161,10 +163,17 @@ class Classes:
             lines += [*indented([head], 1), *indented(init, 2)]
         if first.code is None:
             return "\n".join(lines if len(lines) > 1 else [*lines, f"{INDENT}pass"])
+        if not first.path and self._inherits_forward(first.code):
+            return "\n".join(lines)
         parameters, body = self._forward_lines(first.path, shared.code())
         lines += [""] * (len(lines) > 1)
         lines += [*indented([f"def forward({', '.join(['self', *parameters])}):"], 1), *indented(body, 2)]
         return "\n".join(lines)
+
+    def _inherits_forward(self, root: Code) -> bool:
+        """True where the forward of nn.Sequential, whose argument is called ``input``, does it."""
+        form = signature(self.graph)
+        return root.chain and self._is_sequence("", root) and form.parameters == ["input"] and not form.prologue
 
     def _forward_lines(self, path: str, code: Code) -> tuple[list[str], list[str]]:
         reserved = self.forward.helpers.sources

@@ -12,6 +12,7 @@ from regauge.backends.torch_literals import literal
 from regauge.backends.torch_runtime import source_of
 from regauge.backends.torch_sizes import size_expression
 from regauge.backends.torch_source import WIDTH, broken, double_quoted
+from regauge.frontends.capture import capture
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
@@ -51,6 +52,8 @@ def test_literals_read_back(value):
         ("x.reshape((2, 3))", "x.reshape(2, 3)"),
         ("x[(slice(None, None, None), slice(0, 8, 1))]", "x[:, 0:8]"),
         ("F.layer_norm(x, (4,), None, None, 1e-05)", "F.layer_norm(x, (4,))"),
+        ("torch.mean(x, (2, 3), False)", "torch.mean(x, (2, 3))"),
+        ("torch.sum(x, (1,), True)", "torch.sum(x, (1,), keepdim=True)"),
     ],
 )
 def test_calls_are_tidied(before, after):
@@ -95,3 +98,19 @@ def test_an_operators_own_source_is_folded_for_each_call():
     ]
     source = source_of(to_torch(graph))
     assert "F.conv1d(x, self.odd_name, padding=(1,))" in source or "F.conv1d(x, self.odd_name, padding=1)" in source
+
+
+def test_a_sequential_keeps_the_forward_of_torch():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    x = torch.randn(3, 4)
+    module = to_torch(capture(model, (x,)))
+    assert "def forward" not in source_of(module)
+    torch.testing.assert_close(module(input=x), model(x))
+    assert "def forward" in source_of(to_torch(capture(_Twice(*model), (x,))))
+
+
+class _Twice(torch.nn.Sequential):
+    """Its forward is not the one of nn.Sequential."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"twice": 2 * super().forward(x)}
