@@ -194,6 +194,11 @@ def _std(*args: Any, **kwargs: Any) -> Any:
     return None if variance is None else variance.sqrt()
 
 
+def _var_mean(x: Tensor, dim: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any) -> Any:
+    variance = _var(x, dim, *args, keepdim=keepdim, **kwargs)
+    return None if variance is None else (variance, _mean(x, dim, keepdim))
+
+
 def _amax(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | None:
     axes = _axes(x, dim)
     present = _present(x, axes)
@@ -223,7 +228,7 @@ def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, **_: A
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm, "batch_norm": _batch_norm,
     "mean": _mean, "var": _var, "std": _std, "amax": _amax, "softmax": _softmax, "sub": _centred, "__sub__": _centred,
-    "grouped_mm": _grouped_mm, "_grouped_mm": _grouped_mm,
+    "var_mean": _var_mean, "grouped_mm": _grouped_mm, "_grouped_mm": _grouped_mm,
 }  # fmt: skip
 
 
@@ -231,6 +236,8 @@ def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> floa
     """The largest relative error over outputs; inf when a shape differs or a value is not finite."""
     worst = 0.0
     for a, b in zip(actual, expected, strict=True):
+        if not (b.is_floating_point() or b.is_complex()):
+            a, b = a.double(), b.double()
         if a.shape != b.shape or not torch.isfinite(a).all():
             return math.inf
         worst = max(worst, float((a - b).norm() / (b.norm() + 1e-300)))

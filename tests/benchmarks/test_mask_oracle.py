@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from benchmarks.mask_oracle import KeptStatistics, kept_indices, masked_error
+from benchmarks.mask_oracle import KeptStatistics, kept_indices, masked_error, relative_error
 from torch import nn
 
 
@@ -80,6 +80,7 @@ def test_a_norm_written_out_centres_on_what_was_kept() -> None:
 
     def norm(x: torch.Tensor) -> torch.Tensor:
         y = x - x.mean(axis=-1, keepdim=True)  # type: ignore[call-overload]
+        torch.testing.assert_close(torch.var_mean(x, -1)[0], x.var(-1))
         result: torch.Tensor = y / y.square().mean(-1, keepdim=True).sqrt()
         return result
 
@@ -94,3 +95,8 @@ def test_grouped_matrices_are_multiplied_in_double_precision() -> None:
     with KeptStatistics():
         actual = torch.nn.functional.grouped_mm(x, weight, offs=torch.tensor([2, 5], dtype=torch.int32))
     torch.testing.assert_close(actual, torch.cat([x[:2] @ weight[0], x[2:] @ weight[1]]))
+
+
+def test_whole_numbers_are_compared_too() -> None:
+    assert relative_error([torch.tensor([1, 2])], [torch.tensor([1, 2])]) == 0
+    assert relative_error([torch.tensor([1, 3])], [torch.tensor([1, 2])]) > 0.1
