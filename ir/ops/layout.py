@@ -133,7 +133,7 @@ def _flatten_layer(node: Node) -> str | None:
     if not isinstance(x, Value) or len(shape) >= x.rank:
         return None
     start = 0
-    while start < len(shape) and same(shape[start], x.shape[start]):
+    while start < len(shape) - 1 and same(shape[start], x.shape[start]):  # axes of size 1 may follow the last
         start += 1
     end = start + x.rank - len(shape)
     if end >= x.rank or not same(product(x.shape[start : end + 1]), shape[start]):

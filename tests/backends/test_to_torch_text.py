@@ -101,8 +101,9 @@ def test_an_operators_own_source_is_folded_for_each_call():
 
 
 def test_a_sequential_keeps_the_forward_of_torch():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    x = torch.randn(3, 4)
+    pooled = [torch.nn.Conv2d(3, 8, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    model = torch.nn.Sequential(*pooled, torch.nn.Linear(8, 2))
+    x = torch.randn(2, 3, 4, 4)
     module = to_torch(capture(model, (x,)))
     assert "def forward" not in source_of(module)
     torch.testing.assert_close(module(input=x), model(x))
