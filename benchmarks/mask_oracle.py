@@ -72,7 +72,8 @@ def _present(x: Tensor, axes: Iterable[int]) -> Tensor:
 def _gained(x: Tensor, axes: list[int], weight: Tensor | None) -> Tensor:
     """Like :func:`_present`, from a gain over ``axes`` where one was cut: biases may fill what was removed."""
     if weight is None or weight.all():  # a gain of 1 + weight is nowhere zero
-        return _present(x, axes)
+        present = _present(x, axes)
+        return present if present.any() else torch.ones_like(present)
     shape = [x.shape[axis] if axis in axes else 1 for axis in range(x.dim())]
     return (weight != 0).to(x.dtype).reshape(shape)
 

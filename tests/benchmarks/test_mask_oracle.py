@@ -97,6 +97,13 @@ def test_grouped_matrices_are_multiplied_in_double_precision() -> None:
     torch.testing.assert_close(actual, torch.cat([x[:2] @ weight[0], x[2:] @ weight[1]]))
 
 
+def test_a_norm_of_nothing_but_zeros_keeps_its_bias() -> None:
+    norm = nn.LayerNorm(4)
+    nn.init.ones_(norm.bias)
+    with KeptStatistics():
+        assert norm(torch.zeros(2, 4)).sum() == 8
+
+
 def test_whole_numbers_are_compared_too() -> None:
     assert relative_error([torch.tensor([1, 2])], [torch.tensor([1, 2])]) == 0
     assert relative_error([torch.tensor([1, 3])], [torch.tensor([1, 2])]) > 0.1
