@@ -79,9 +79,9 @@ def _fits(text: str, node: Node, path: str, places: Places) -> bool:
         return False
     for position, operand in enumerate(node.inputs):
         slot = _slot(node, position)
-        if isinstance(operand, Parameter) and slot in _SLOT_NAMES:
+        if isinstance(operand, Value) and slot in _SLOT_NAMES:  # a computed weight or bias is no layer's
             wanted = f"{path}.{_SLOT_NAMES[slot]}" if path else _SLOT_NAMES[slot]
-            if places.name_under(operand, path) != wanted:
+            if not isinstance(operand, Parameter) or places.name_under(operand, path) != wanted:
                 return False
     present = {name: (tuple(p.shape), places.is_trained(p)) for name, p in places.below(path).items()}
     return present == expected

@@ -406,3 +406,23 @@ def test_struct_sequences_are_returned_as_what_they_were():
     assert type(actual[0]) is torch.return_types.max and type(actual[1]) is torch.return_types.sort
     torch.testing.assert_close(tuple(actual[0]), tuple(expected[0]))
     torch.testing.assert_close(actual[1].values, expected[1].values)
+
+
+class _ComputedBias(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 8), torch.nn.Linear(4, 8)
+
+    def forward(self, x):
+        one, two = torch.cat([self.first.bias, self.second.bias]).split([8, 8])
+        linear = torch.nn.functional.linear
+        return linear(x, self.first.weight, one) * linear(x, self.second.weight, two)
+
+
+def test_a_layer_whose_bias_is_computed_is_no_layer():
+    from regauge.frontends.capture import capture
+
+    model, x = _ComputedBias(), torch.randn(3, 4)
+    module = to_torch(capture(model, (x,)))
+    torch.testing.assert_close(module(x), model(x))
+    assert list(module.state_dict()) == list(model.state_dict())
