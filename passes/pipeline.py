@@ -104,7 +104,7 @@ def _verify(one: Pass, before: Graph, after: Graph, data: Any) -> float | None:
     if one.contract == "exact" and not error <= _tolerance(before):
         raise EquivalenceError(
             f"{one.name} promises to be exact, but outputs differ by {error:.1e} of their range: "
-            "find the first bad change with regauge.passes.bisect, or switch the pass off"
+            "find the first bad change with regauge.bisect, or leave the pass out"
         )
     return error
 
