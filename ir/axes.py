@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +41,23 @@ class Analysis:
 
 def analyse(graph: Graph, *, strict: bool = False) -> Analysis:
     """Infer the extents of every value. With ``strict`` a rule that does not fit raises, else its node is opaque."""
+    with _no_collection():
+        return _analyse(graph, strict)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """The analysis makes many small objects and no garbage: collecting meanwhile would only walk the whole heap."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _analyse(graph: Graph, strict: bool) -> Analysis:
     analysis = Analysis()
     reasons = graph.metadata.get("input_reasons", {})
     for value in graph.inputs:
@@ -184,11 +203,11 @@ def _name_dims(graph: Graph, analysis: Analysis) -> None:
 
     def name(value: Value) -> None:
         for axis, extent in enumerate(analysis.of.get(value, ())):
-            found = list(leaves(extent))
+            found = leaves(extent)
             for place, dim in enumerate(found):
                 if dim not in named:
                     named.add(dim)
-                    dim.name = f"{value.name}:{axis}" + (f".{place}" if len(found) > 1 else "")
+                    dim.name = f"{value.name}:{axis}.{place}" if len(found) > 1 else f"{value.name}:{axis}"
 
     ordered = sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter")
     for parameter in ordered:

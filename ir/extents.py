@@ -11,7 +11,7 @@ The axis of size 1 is the empty product ``ONE``: it vanishes inside a Product, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -86,15 +86,13 @@ def fresh(size: Size, name: str = "") -> Extent:
 def resolve(extent: Extent) -> Extent:
     """The normal form: bound Dims replaced, nested Products and Concats flattened, ones and zeros dropped."""
     if isinstance(extent, Dim):
-        return _resolve_dim(extent)
+        return extent if extent.bound is None else _resolve_dim(extent)
     if isinstance(extent, Product):
-        return _resolve_product(extent)
+        return _resolve_product(extent) if extent.factors else ONE
     return _resolve_concat(extent)
 
 
 def _resolve_dim(dim: Dim) -> Extent:
-    if dim.bound is None:
-        return dim
     chain: list[Dim] = []
     end: Extent = dim
     while isinstance(end, Dim) and end.bound is not None:
@@ -149,14 +147,13 @@ def size_of(extent: Extent) -> Size:
     return total(size_of(s) for s in extent.segments)
 
 
-def leaves(extent: Extent) -> Iterator[Dim]:
+def leaves(extent: Extent) -> list[Dim]:
     """The Dims of an extent from left to right; a Dim that occurs twice comes twice."""
     found = resolve(extent)
     if isinstance(found, Dim):
-        yield found
-        return
-    for part in found.factors if isinstance(found, Product) else found.segments:
-        yield from leaves(part)
+        return [found]
+    parts = found.factors if isinstance(found, Product) else found.segments
+    return [dim for part in parts for dim in leaves(part)]
 
 
 def pin(extent: Extent, reason: str, where: str = "") -> None:

@@ -27,8 +27,9 @@ An axis without a stated role is mapped over where operand and result have it, a
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TypeAlias
 
 from regauge.ir.errors import RuleSyntaxError
@@ -85,6 +86,20 @@ class Pattern:
     terms: tuple[Term, ...]
     optional: bool = False
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """All names in the pattern, runs included; the broadcast run has the empty name."""
+        return frozenset(name for term in self.terms for name in _all_names(term))
+
+    @cached_property
+    def runs(self) -> tuple[str, ...]:
+        return tuple(term.name for term in self.terms if isinstance(term, Run))
+
+    @cached_property
+    def fixed(self) -> int:
+        """How many terms stand for exactly one axis."""
+        return len(self.terms) - len(self.runs)
+
     def __str__(self) -> str:
         return " ".join(map(str, self.terms)) + ("?" if self.optional else "")
 
@@ -98,10 +113,43 @@ class Rule:
     roles: tuple[tuple[str, tuple[str, ...]], ...] = ()
     derived: tuple[tuple[str, str], ...] = ()
 
+    @cached_property
+    def _roles_of(self) -> dict[tuple[bool, ...], dict[str, str]]:
+        return {}
+
+    def roles_with(self, present: tuple[bool, ...]) -> dict[str, str]:
+        """The role of every name when only the ``present`` operands are given: as stated, else by where it stands."""
+        found = self._roles_of.get(present)
+        if found is None:
+            found = self._roles_of[present] = self._derive_roles(present)
+        return found
+
+    def _derive_roles(self, present: tuple[bool, ...]) -> dict[str, str]:
+        operands = [
+            pattern.names if here else frozenset[str]() for pattern, here in zip(self.operands, present, strict=True)
+        ]
+        results = frozenset[str]().union(*(pattern.names for pattern in self.results))
+        roles = {name: role_by_place(name, operands, results) for name in results.union(*operands)}
+        return roles | {name: role for role, names in self.roles for name in names}
+
     def __str__(self) -> str:
         text = ", ".join(map(str, self.operands)) + " -> " + ", ".join(map(str, self.results))
         text += "".join(f" ; {role} {' '.join(names)}" for role, names in self.roles)
         return text + "".join(f" ; {attribute} = {name}" for attribute, name in self.derived)
+
+
+def role_by_place(name: str, operands: Sequence[frozenset[str]], results: frozenset[str]) -> str:
+    """The role a name has by where it stands: in operands and result, in several operands only, in one only."""
+    holders = [index for index, names in enumerate(operands) if name in names]
+    if name in results:
+        return "map" if 0 in holders else "produce"
+    return "contract" if len(holders) > 1 else "reduce"
+
+
+def _all_names(term: Term) -> tuple[str, ...]:
+    if isinstance(term, Axis | Run):
+        return (term.name,)
+    return tuple(name for part in term.parts for name in _all_names(part)) if isinstance(term, Composite) else ()
 
 
 _TOKEN = re.compile(r"\s*(?:(?P<arrow>->)|(?P<dots>\.\.\.)|(?P<name>[A-Za-z_][A-Za-z0-9_']*)|(?P<mark>[(),;?+=1]))")

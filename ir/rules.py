@@ -172,47 +172,45 @@ class _Application:
 
     def run(self) -> list[Axes]:
         composites: list[tuple[Composite, Extent]] = []
-        used: list[set[str]] = []
+        given = self.call.axes
         for index, pattern in enumerate(self.rule.operands):
-            axes = self.call.axes[index] if index < len(self.call.axes) else None
-            if axes is None:
-                if not pattern.optional:
-                    raise AxisError(f"{self.call.where}: operand {index} is missing; the rule is {self.rule}")
-                used.append(set())
-                continue
-            used.append(self._match(pattern, axes, index, composites))
-        if len(self.call.axes) > len(self.rule.operands):
+            axes = given[index] if index < len(given) else None
+            if axes is not None:
+                self._match(pattern, axes, index, composites)
+            elif not pattern.optional:
+                raise AxisError(f"{self.call.where}: operand {index} is missing; the rule is {self.rule}")
+        if len(given) > len(self.rule.operands):
             raise AxisError(f"{self.call.where}: more operands than the rule has: {self.rule}")
-        self._solve(composites)
+        if composites:
+            self._solve(composites)
         batch = self.call.broadcast(self.batch)
         results = [self._result(pattern, batch, index) for index, pattern in enumerate(self.rule.results)]
-        self._state_roles(used)
+        self._state_roles()
         for attribute, name in self.rule.derived:
             self.call.derived[attribute] = tuple(self.runs[name]) if name in self.runs else self.names.get(name, ONE)
         return results
 
-    def _match(self, pattern: Pattern, axes: Axes, index: int, composites: list[tuple[Composite, Extent]]) -> set[str]:
+    def _match(self, pattern: Pattern, axes: Axes, index: int, composites: list[tuple[Composite, Extent]]) -> None:
+        if not pattern.runs and len(axes) == pattern.fixed:
+            for term, extent in zip(pattern.terms, axes, strict=True):
+                self._bind_term(term, extent, composites)
+            return
         lengths = self._run_lengths(pattern, axes, index)
-        seen: set[str] = set()
         position = 0
         for term in pattern.terms:
             if isinstance(term, Run):
-                run = axes[position : position + lengths[term.name]]
+                self._bind_run(term.name, axes[position : position + lengths[term.name]])
                 position += lengths[term.name]
-                self._bind_run(term.name, run)
-                seen.add(term.name)
                 continue
-            self._bind_term(term, axes[position], composites, seen)
+            self._bind_term(term, axes[position], composites)
             position += 1
-        return seen
 
     def _run_lengths(self, pattern: Pattern, axes: Axes, index: int) -> dict[str, int]:
         """How many axes each run of the pattern stands for; at most one may be unknown, and takes what is left."""
-        runs = [term.name for term in pattern.terms if isinstance(term, Run)]
-        left = len(axes) - (len(pattern.terms) - len(runs))
+        runs = pattern.runs
         known = {name: length for name in runs if (length := self._known_length(name)) is not None} if runs[1:] else {}
         unknown = [name for name in runs if name not in known]
-        left -= sum(known.values())
+        left = len(axes) - pattern.fixed - sum(known.values())
         if left < 0 or len(unknown) > 1 or (left and not unknown):
             raise AxisError(
                 f"{self.call.where}: operand {index} has {len(axes)} axes, but the rule {self.rule} wants '{pattern}'"
@@ -239,15 +237,11 @@ class _Application:
             for a, b in zip(self.runs[name], run, strict=True):
                 unify(a, b)
 
-    def _bind_term(
-        self, term: Term, extent: Extent, composites: list[tuple[Composite, Extent]], seen: set[str]
-    ) -> None:
-        if isinstance(term, Composite):
-            composites.append((term, extent))
-            seen.update(_composite_names(term))
-        elif isinstance(term, Axis):
-            seen.add(term.name)
+    def _bind_term(self, term: Term, extent: Extent, composites: list[tuple[Composite, Extent]]) -> None:
+        if isinstance(term, Axis):
             self._bind_name(term.name, extent)
+        elif isinstance(term, Composite):
+            composites.append((term, extent))
         elif isinstance(term, One) and not same(size_of(extent), 1):
             raise AxisError(f"{self.call.where}: an axis of size 1 is expected, got {extent}; the rule is {self.rule}")
 
@@ -307,7 +301,6 @@ class _Application:
 
     def _result(self, pattern: Pattern, batch: Axes, index: int) -> Axes:
         axes: Axes = []
-        fixed = sum(not isinstance(term, Run) for term in pattern.terms)
         for term in pattern.terms:
             if isinstance(term, Run):
                 if not term.name:
@@ -316,7 +309,7 @@ class _Application:
                 if term.name not in self.runs:  # a run born here, such as the spatial axes after a window
                     shape = self.call.node.outputs[index].shape
                     start = len(axes)
-                    self.runs[term.name] = [fresh(size) for size in shape[start : start + len(shape) - fixed]]
+                    self.runs[term.name] = [fresh(size) for size in shape[start : start + len(shape) - pattern.fixed]]
                 axes.extend(self.runs[term.name])
             else:
                 axes.append(self._build(term, index, len(axes)))
@@ -338,28 +331,12 @@ class _Application:
             self.names[term.name] = fresh(size)
         return self.names[term.name]
 
-    def _state_roles(self, used: list[set[str]]) -> None:
-        stated = {name: role for role, names in self.rule.roles for name in names}
-        results = {name for pattern in self.rule.results for term in pattern.terms for name in _names(term)}
-        for name in [*self.names, *self.runs]:
-            role = stated.get(name) or _derived_role(name, used, results)
-            for extent in self.runs[name] if name in self.runs else [self.names[name]]:
-                self.call.role(role, extent)
-
-
-def _derived_role(name: str, used: list[set[str]], results: set[str]) -> str:
-    """The role a name has by where it stands: in operands and result, in several operands only, in one only."""
-    holders = [i for i, names in enumerate(used) if name in names]
-    if name in results:
-        return "map" if 0 in holders else "produce"
-    return "contract" if len(holders) > 1 else "reduce"
-
-
-def _names(term: Term) -> tuple[str, ...]:
-    if isinstance(term, Axis | Run):
-        return (term.name,)
-    return _composite_names(term) if isinstance(term, Composite) else ()
-
-
-def _composite_names(term: Composite) -> tuple[str, ...]:
-    return tuple(name for part in term.parts for name in _names(part))
+    def _state_roles(self) -> None:
+        given = self.call.axes
+        present = tuple(i < len(given) and given[i] is not None for i in range(len(self.rule.operands)))
+        roles = self.rule.roles_with(present)
+        for name, extent in self.names.items():
+            self.call.role(roles[name], extent)
+        for name, run in self.runs.items():
+            for extent in run:
+                self.call.role(roles[name], extent)

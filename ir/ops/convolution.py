@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,15 +38,34 @@ def _slides(call: Call, axis: int, unmoved: Sequence[tuple[str, int]]) -> bool:
 
 def _spatial_rule(call: Call, channels: str, unmoved: Sequence[tuple[str, int]]) -> str:
     """A rule with one name per spatial axis: s -> t where a window slides (pinned), s -> s where it does not."""
-    spatial = call.rank(1) - 2
-    slides = [_slides(call, axis, unmoved) for axis in range(spatial)]
-    before = " ".join(f"s{i}" for i in range(spatial))
-    kernel = " ".join(f"k{i}" for i in range(spatial))
-    after = " ".join(f"t{i}" if slides[i] else f"s{i}" for i in range(spatial))
-    windows = " ".join(f"s{i} k{i} t{i}" for i in range(spatial) if slides[i])
-    batch = "n " if call.rank(0) == call.rank(1) else ""
-    rule = f"{batch}(g i) {before}, {channels} {kernel}, (g o)? -> {batch}(g o) {after}"
-    return rule + (f" ; window {windows}" if windows else "") + " ; groups = g"
+    slides = tuple(_slides(call, axis, unmoved) for axis in range(call.rank(1) - 2))
+    weight = call.operand(1)
+    ones = []
+    if call["groups"] == 1:
+        ones.append("g")
+    if same(size_of(weight[1]), 1):
+        ones.append(channels[-1])
+    if same(size_of(weight[0]), call["groups"]):
+        ones.append(channels[3])
+    return _spatial_notation(channels, slides, call.rank(0) == call.rank(1), "".join(ones))
+
+
+@cache
+def _spatial_notation(channels: str, slides: tuple[bool, ...], batched: bool, ones: str) -> str:
+    """The notation for which axes slide; factors of size one are left out, so that most axes are plain names."""
+
+    def axis(*names: str) -> str:
+        kept = [name for name in names if name not in ones]
+        return f"({' '.join(kept)})" if len(kept) > 1 else kept[0] if kept else "1"
+
+    places = range(len(slides))
+    before, kernel = " ".join(f"s{i}" for i in places), " ".join(f"k{i}" for i in places)
+    after = " ".join(f"t{i}" if slides[i] else f"s{i}" for i in places)
+    windows = " ".join(f"s{i} k{i} t{i}" for i in places if slides[i])
+    batch = "n " if batched else ""
+    weight = f"{axis('g', channels[3])} {axis(channels[-1])}"
+    rule = f"{batch}{axis('g', 'i')} {before}, {weight} {kernel}, {axis('g', 'o')}? -> {batch}{axis('g', 'o')} {after}"
+    return rule + (f" ; window {windows}" if windows else "") + ("" if "g" in ones else " ; groups = g")
 
 
 # -- convolution -------------------------------------------------------------------------------------------------------
