@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from regauge.ir.allocation import without_collection
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import Concat, Dim, Extent, Product, format_extent, fresh, leaves, pin, resolve, size_of
 from regauge.ir.graph import Graph, Node, Parameter, Value
@@ -41,20 +40,8 @@ class Analysis:
 
 def analyse(graph: Graph, *, strict: bool = False) -> Analysis:
     """Infer the extents of every value. With ``strict`` a rule that does not fit raises, else its node is opaque."""
-    with _no_collection():
+    with without_collection():
         return _analyse(graph, strict)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """The analysis makes many small objects and no garbage: collecting meanwhile would only walk the whole heap."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _analyse(graph: Graph, strict: bool) -> Analysis:
@@ -120,7 +107,8 @@ def _visit(node: Node, analysis: Analysis, strict: bool) -> None:
             raise
         analysis.problems.append(str(error))
         results = call.opaque(f"the axis rule of {node.op} does not fit: {error}")
-    _pin_fixed(call, node.metadata)
+    if node.metadata:
+        _pin_fixed(call, node.metadata)
     analysis.calls[node] = call
     for value, axes in zip(node.outputs, results, strict=True):
         analysis.of[value] = axes
@@ -166,6 +154,8 @@ def _check_results(node: Node, results: Sequence[Axes]) -> None:
         raise AxisError(f"{node.label}: the rule gives {len(results)} results, the node has {len(node.outputs)}")
     for value, axes in zip(node.outputs, results, strict=True):
         sizes = [size_of(extent) for extent in axes]
+        if tuple(sizes) == value.shape:
+            continue
         if len(sizes) != value.rank or not all(same(a, b) for a, b in zip(sizes, value.shape, strict=True)):
             raise AxisError(f"{node.label}: the rule gives the shape {sizes}, the node has {list(value.shape)}")
 

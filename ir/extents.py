@@ -86,7 +86,11 @@ def fresh(size: Size, name: str = "") -> Extent:
 def resolve(extent: Extent) -> Extent:
     """The normal form: bound Dims replaced, nested Products and Concats flattened, ones and zeros dropped."""
     if isinstance(extent, Dim):
-        return extent if extent.bound is None else _resolve_dim(extent)
+        bound = extent.bound
+        if bound is None:
+            return extent
+        # the usual chain has one link; what it leads to is bound itself, or not a Dim, only after a refinement
+        return bound if isinstance(bound, Dim) and bound.bound is None else _resolve_dim(extent)
     if isinstance(extent, Product):
         return _resolve_product(extent) if extent.factors else ONE
     return _resolve_concat(extent)
@@ -142,6 +146,8 @@ def _resolve_concat(extent: Concat) -> Extent:
 def size_of(extent: Extent) -> Size:
     if isinstance(extent, Dim):
         return extent.size
+    if extent is ONE:
+        return 1
     if isinstance(extent, Product):
         return product(size_of(f) for f in extent.factors)
     return total(size_of(s) for s in extent.segments)
@@ -153,6 +159,8 @@ def leaves(extent: Extent) -> list[Dim]:
     if isinstance(found, Dim):
         return [found]
     parts = found.factors if isinstance(found, Product) else found.segments
+    if not parts:
+        return []
     return [dim for part in parts for dim in leaves(part)]
 
 
@@ -163,6 +171,8 @@ def pin(extent: Extent, reason: str, where: str = "") -> None:
 
 def add_pins(extent: Extent, pins: Iterable[Pin]) -> None:
     for dim in leaves(extent):
+        if len(dim.pins) >= MAX_PINS:
+            continue
         for item in pins:
             if len(dim.pins) < MAX_PINS and item not in dim.pins:
                 dim.pins.append(item)

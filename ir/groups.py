@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from regauge.ir.allocation import without_collection
 from regauge.ir.errors import ExplainError
 from regauge.ir.extents import Dim, Pin, leaves
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.sizes import Size
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One occurrence of a Dim: in which parameter, and on which axis."""
 
     parameter: Parameter
@@ -55,10 +56,14 @@ def dependency_groups(graph: Graph) -> list[Group]:
     """All groups of a graph, in the order in which their Dims first occur in its parameters."""
     analysis = graph.axes
     groups: dict[Dim, Group] = {}
-    for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
-        for axis, extent in enumerate(analysis.of[parameter]):
-            for dim in dict.fromkeys(leaves(extent)):
-                groups.setdefault(dim, Group(dim)).members.append(Member(parameter, axis))
+    with without_collection():
+        for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
+            for axis, extent in enumerate(analysis.of[parameter]):
+                for dim in dict.fromkeys(leaves(extent)):
+                    group = groups.get(dim)
+                    if group is None:
+                        group = groups[dim] = Group(dim)
+                    group.members.append(Member(parameter, axis))
     return list(groups.values())
 
 

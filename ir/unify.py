@@ -16,6 +16,8 @@ def unify(a: Extent, b: Extent) -> None:
 
     Dynamic sizes that may be equal or not (two batch sizes of different names) leave the axes apart, and pinned.
     """
+    if a is b:
+        return
     a, b = resolve(a), resolve(b)
     if a is b:
         return
