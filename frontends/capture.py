@@ -25,7 +25,7 @@ from regauge.frontends.from_export import Imported, from_export
 from regauge.frontends.outputs import plain_outputs
 from regauge.frontends.pytrees import Leaf, argument_names, flatten_call, flatten_outputs, tensors_of
 from regauge.frontends.recurrent_shapes import stated_shapes
-from regauge.frontends.tracing import bind_arguments, export_module, in_mode
+from regauge.frontends.tracing import bind_arguments, explain_run, export_module, in_mode
 from regauge.ir.errors import CaptureError, RegaugeWarning
 from regauge.ir.graph import Graph
 
@@ -220,7 +220,10 @@ def _reference(traced: Traced, graph: Graph, flat: list[Any], seed: int = 0) -> 
         return check.run_program(traced.program, flat, seed=seed)
     with in_mode(traced.module, traced.training):
         protect = traced.training or bool(graph.states)
-        result = check.run_module(traced.module, traced.args, traced.kwargs, protect=protect, seed=seed)
+        try:
+            result = check.run_module(traced.module, traced.args, traced.kwargs, protect=protect, seed=seed)
+        except Exception as error:  # tracing is laxer in places: it lets tensors of different types be multiplied
+            raise CaptureError(explain_run(traced.name, error)) from error
     return flatten_outputs(plain_outputs(result) if traced.plain else result)
 
 

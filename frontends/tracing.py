@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 
 from regauge.frontends.from_fx import trace
+from regauge.frontends.numeric_check import run_module
 from regauge.frontends.outputs import plain_outputs
 from regauge.frontends.provenance import source_of_error
 from regauge.frontends.recurrent_shapes import stated_shapes
@@ -139,17 +140,41 @@ def export_module(
         return attempt(module, True), []
     with contextlib.suppress(Exception):
         return attempt(trace(module), False), []
+    own = _own_error(module, args, kwargs)
+    if own is not None:
+        raise CaptureError(explain_run(type(module).__name__, own)) from own
     raise CaptureError(explain(type(module).__name__, first)) from first
+
+
+def _own_error(module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+    """What the model itself raises on the inputs, if anything: then it is not the tracing that fails."""
+    try:
+        run_module(module, args, kwargs, protect=True)
+    except Exception as error:
+        return error
+    return None
+
+
+def explain_run(name: str, error: BaseException) -> str:
+    """One line about a model that does not run."""
+    reason, place = _reason_and_place(error)
+    return f"{name} does not run on the example inputs: {reason}{place}; check their shapes and types"
+
+
+def _reason_and_place(error: BaseException) -> tuple[str, str]:
+    text = str(error).strip()
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    place = source_of_error(error)
+    return reason[:300].rstrip("."), f", at {place}" if place else ""
 
 
 def explain(name: str, error: BaseException) -> str:
     """One line: what could not be captured, where, why and what to do."""
     text = str(error).strip()
-    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    place = source_of_error(error)
+    reason, place = _reason_and_place(error)
     advice = "rewrite that line for tracing, or capture the parts of the model around it"
     for keys, remedy in _ADVICE:
         if any(key in text or key in type(error).__name__ for key in keys):
             advice = remedy
             break
-    return f"{name} cannot be captured: {reason[:300].rstrip('.')}" + (f", at {place}" if place else "") + f"; {advice}"
+    return f"{name} cannot be captured: {reason}{place}; {advice}"

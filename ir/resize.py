@@ -26,7 +26,7 @@ def resize(graph: Graph, keep: Mapping[Dim | str, Iterable[int]], *, by: str = "
     given as an object of ``graph.axes`` or by name. Raises GraphError for a pinned Dim (its reasons are in the
     message), an empty or out-of-range selection.
     """
-    kept = {_dim(graph, dim): np.unique(np.asarray(list(indices), dtype=np.int64)) for dim, indices in keep.items()}
+    kept = {_dim(graph, dim): _indices(dim, indices) for dim, indices in keep.items()}
     for dim, indices in kept.items():
         _check(dim, indices)
     analysis = graph.axes
@@ -58,6 +58,12 @@ def sizes_after(derived: Any, keep: Mapping[Dim, np.ndarray]) -> Any:
     if isinstance(derived, tuple | list):
         return tuple(sizes_after(part, keep) for part in derived)
     return derived
+
+
+def _indices(dim: Dim | str, given: Iterable[int]) -> np.ndarray:
+    if not isinstance(given, Iterable):
+        raise GraphError(f"{dim} keeps indices, not a number of them: write range({given}) for the first ones")
+    return np.unique(np.asarray(list(given), dtype=np.int64))
 
 
 def _dim(graph: Graph, dim: Dim | str) -> Dim:

@@ -253,7 +253,8 @@ def test_unregistered_results() -> None:
         (torch.jit.script(nn.Linear(4, 4)), torch.randn(2, 4), "TorchScript"),
         (Call(lambda parts, x: x if x.sum() > 0 else -x), torch.randn(2), r"at test_capture\.py:\d+ in .*torch\.cond"),
         (nn.Linear(4, 4), (torch.randn(2, 4), 3), "do not fit Linear.forward"),
-        (Small(), torch.randn(2, 5, 6, 6), r"expected input.* at test_capture\.py:\d+ in forward"),
+        (Small(), torch.randn(2, 5, 6, 6), r"does not run.* expected input.* at test_capture\.py:\d+ in forward"),
+        (nn.Linear(4, 4), torch.ones(2, 4, dtype=torch.int64), "does not run on the example inputs: .*dtype"),
         (nn.Linear(4, 4), "x.pt", "must be a tensor, a tuple"),
     ],
 )  # fmt: skip

@@ -56,6 +56,11 @@ def test_selections_outside_the_dim_are_refused(indices: list[int]) -> None:
         resize(grouped(), {"b:0.1": indices})
 
 
+def test_a_number_of_indices_is_refused() -> None:
+    with pytest.raises(GraphError, match=r"c:0 keeps indices.* range\(4\)"):
+        resize(grouped(), {"c:0": 4})  # type: ignore[dict-item]
+
+
 def test_an_unknown_dim_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ExplainError, match="did you mean"):
         find_group(grouped(), "b:0.7")

@@ -118,3 +118,8 @@ def test_print_after_shows_the_graph(capsys: pytest.CaptureFixture[str]) -> None
         optimize(multilayer_perceptron(4, 8, 3), "prune{ratio=0.5}")
     shown = capsys.readouterr().err
     assert "after prune{ratio=0.5}:" in shown and "linear" in shown and "prune{ratio=0.5}: ends after" in shown
+
+
+def test_a_module_is_refused_with_what_to_do() -> None:
+    with pytest.raises(PassError, match=r"not a Linear: make one by regauge\.capture"):
+        optimize(torch.nn.Linear(2, 2), "prune{ratio=0.5}")  # type: ignore[arg-type]
