@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from regauge.ir.allocation import without_collection
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import Concat, Dim, Extent, Product, format_extent, fresh, leaves, pin, resolve, size_of
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Operator
+from regauge.ir.positions import pin_positions
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import same
 from regauge.ir.unify import unify
@@ -57,7 +56,7 @@ def _analyse(graph: Graph, strict: bool) -> Analysis:
         if isinstance(output, Value):
             for extent in analysis.of[output]:
                 pin(extent, "it is an axis of a graph output", output.name)
-    _pin_positions(graph, analysis)
+    pin_positions(graph, analysis)
     _name_dims(graph, analysis)
     return analysis
 
@@ -71,27 +70,6 @@ def _walk(graph: Graph, analysis: Analysis, strict: bool) -> None:
     for state in graph.states:
         for before, after in zip(analysis.of[state.before], analysis.of[state.after], strict=True):
             unify(before, after)
-
-
-def _pin_positions(graph: Graph, analysis: Analysis) -> None:
-    """Pin the Dims that no weight holds but some table of integers does: they count positions, as tokens do.
-
-    What is looked up at a position cannot be set to zero by any weight, so removing it is no pruning.
-    """
-    weighty: set[Dim] = set()
-    counted: dict[Extent, str] = {}
-    for parameter in graph.all_parameters():
-        real = isinstance(parameter.dtype, torch.dtype) and (
-            parameter.dtype.is_floating_point or parameter.dtype.is_complex
-        )
-        for extent in analysis.of.get(parameter, ()):
-            if parameter.kind != "constant":
-                weighty.update(leaves(extent))
-            elif not real:
-                counted.update(dict.fromkeys(leaves(extent), parameter.name))
-    for dim, name in counted.items():
-        if dim not in weighty:
-            pin(dim, "it counts positions of a table, and no weight has it", name)
 
 
 def _visit(node: Node, analysis: Analysis, strict: bool) -> None:

@@ -32,3 +32,32 @@ def test_positions_of_a_table_that_no_weight_has_are_kept() -> None:
     small = regauge.optimize(graph, "prune{ratio=0.5}").to_torch()
     assert {n: tuple(p.shape) for n, p in small.named_parameters()}["key.weight"] == (6, 4)
     assert "computed over the kept" not in str(regauge.optimize(graph, "prune{ratio=0.5}").report)
+
+
+class _LearnedTokens(nn.Module):
+    """Four learned tokens beside those of the input; all attend to all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(1, 4, 8))
+        self.norm = nn.LayerNorm(8)
+        self.qkv = nn.Linear(8, 24)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(torch.cat([self.tokens.expand(x.shape[0], -1, -1), x], 1))
+        query, key, value = self.qkv(h).chunk(3, -1)
+        result: torch.Tensor = self.out(torch.softmax(query @ key.transpose(1, 2), -1) @ value)
+        return result.mean(1)
+
+
+def test_learned_tokens_in_a_softmax_are_kept() -> None:
+    graph = regauge.capture(_LearnedTokens().eval(), (torch.randn(2, 6, 8),))
+    (group,) = [g for g in graph.groups() if any(str(m) == "tokens:1" for m in g.members)]
+    assert not group.free and "learned entries" in str(group.pins[0])
+
+
+def test_a_memory_that_weights_read_is_cut() -> None:
+    memory = nn.Sequential(nn.Linear(8, 16), nn.Softmax(-1), nn.Linear(16, 3)).eval()
+    graph = regauge.capture(memory, (torch.randn(2, 8),))
+    assert [g.size for g in graph.groups() if g.free] == [16]

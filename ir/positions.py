@@ -1,0 +1,71 @@
+"""Pins for Dims that count positions rather than features: looked-up entries and learned tokens.
+
+Removing a feature is setting weights to zero, because whatever reads it multiplies it by weights of its own. Nothing
+does so for a token: it goes through biases on its way into a softmax or a mean over all tokens, so that no weights make
+the network behave as if it were not there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from regauge.ir.extents import Dim, leaves, pin
+from regauge.ir.graph import Graph, Parameter, Value
+
+if TYPE_CHECKING:
+    from regauge.ir.axes import Analysis
+
+_OVER_ALL = {"normalise", "reduce"}
+_BY_WEIGHTS = {"produce", "contract"}
+
+
+def pin_positions(graph: Graph, analysis: Analysis) -> None:
+    """Pin positions of integer tables that no weight has, and tokens that are averaged or compared with each other."""
+    held: set[Dim] = set()
+    counted: dict[Dim, str] = {}
+    for parameter in graph.all_parameters():
+        real = isinstance(parameter.dtype, torch.dtype) and (
+            parameter.dtype.is_floating_point or parameter.dtype.is_complex
+        )
+        for extent in analysis.of.get(parameter, ()):
+            if parameter.kind != "constant":
+                held.update(leaves(extent))
+            elif not real:
+                counted.update(dict.fromkeys(leaves(extent), parameter.name))
+    for dim, name in counted.items():
+        if dim not in held:
+            pin(dim, "it counts positions of a table, and no weight has it", name)
+    over_all = _dims_over_all(analysis)
+    candidates = {dim for dim in over_all if dim in held and not dim.pins}
+    if candidates:
+        for dim in candidates - _weighed(analysis):
+            pin(dim, "it counts learned entries, which no weight reads one by one", over_all[dim])
+
+
+def _dims_over_all(analysis: Analysis) -> dict[Dim, str]:
+    """Dims that some node normalises or reduces over, with that node."""
+    return {
+        dim: node.label
+        for node, call in analysis.calls.items()
+        for role, extent in call.roles
+        if role in _OVER_ALL
+        for dim in leaves(extent)
+    }
+
+
+def _weighed(analysis: Analysis) -> set[Dim]:
+    """Dims that are produced or contracted by weights: parameters, or what is computed of parameters alone."""
+    found: set[Dim] = set()
+    still: set[Value] = set()
+    for node, call in analysis.calls.items():
+        operands = [operand for operand in node.inputs if isinstance(operand, Value)]
+        weights = [operand for operand in operands if isinstance(operand, Parameter) or operand in still]
+        if operands and len(weights) == len(operands):
+            still.update(node.outputs)
+        held = {dim for weight in weights for extent in analysis.of[weight] for dim in leaves(extent)}
+        for role, extent in call.roles if held else ():
+            if role in _BY_WEIGHTS:
+                found.update(dim for dim in leaves(extent) if dim in held)
+    return found
