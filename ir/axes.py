@@ -28,13 +28,23 @@ class Analysis:
     of: dict[Value, Axes] = field(default_factory=dict)
     calls: dict[Node, Call] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    _all_named: bool = False
 
     def axes(self, value: Value) -> list[Extent]:
         """The extents of a value in normal form."""
+        self._name_values()
         return [resolve(extent) for extent in self.of[value]]
 
     def describe(self, value: Value) -> str:
+        self._name_values()
         return "[" + ", ".join(format_extent(extent) for extent in self.of[value]) + "]"
+
+    def _name_values(self) -> None:
+        """Name the Dims that no parameter has: only when somebody looks, since there are many."""
+        if not self._all_named:
+            self._all_named = True
+            for value, axes in self.of.items():
+                _name_dims(value, axes)
 
 
 def analyse(graph: Graph, *, strict: bool = False) -> Analysis:
@@ -57,7 +67,8 @@ def _analyse(graph: Graph, strict: bool) -> Analysis:
             for extent in analysis.of[output]:
                 pin(extent, "it is an axis of a graph output", output.name)
     pin_positions(graph, analysis)
-    _name_dims(graph, analysis)
+    for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
+        _name_dims(parameter, analysis.of.get(parameter, []))
     return analysis
 
 
@@ -162,24 +173,13 @@ class RegionCall(Call):
         return [_operand_axes(output, self.analysis) or [] for output in region.outputs]
 
 
-def _name_dims(graph: Graph, analysis: Analysis) -> None:
-    """Name each Dim after the first parameter axis (else value axis) in which it occurs: ``conv1.weight:0``.
+def _name_dims(value: Value, axes: Axes) -> None:
+    """Name each Dim that has no name after an axis in which it occurs: ``conv1.weight:0``.
 
     Where an axis has several Dims, they are counted from the left: ``attn.qkv.weight:0.1``.
     """
-    named: set[Dim] = set()
-
-    def name(value: Value) -> None:
-        for axis, extent in enumerate(analysis.of.get(value, ())):
-            found = leaves(extent)
-            for place, dim in enumerate(found):
-                if dim not in named:
-                    named.add(dim)
-                    dim.name = f"{value.name}:{axis}.{place}" if len(found) > 1 else f"{value.name}:{axis}"
-
-    ordered = sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter")
-    for parameter in ordered:
-        name(parameter)
-    for value in analysis.of:
-        if not isinstance(value, Parameter):
-            name(value)
+    for axis, extent in enumerate(axes):
+        found = leaves(extent)
+        for place, dim in enumerate(found):
+            if not dim.name:
+                dim.name = f"{value.name}:{axis}.{place}" if len(found) > 1 else f"{value.name}:{axis}"
