@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from regauge.ir.extents import Dim, leaves, pin
-from regauge.ir.graph import Graph, Parameter, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 
 if TYPE_CHECKING:
     from regauge.ir.axes import Analysis
@@ -41,13 +41,13 @@ def pin_positions(graph: Graph, analysis: Analysis) -> None:
     candidates = {dim for dim in over_all if dim in held and not dim.pins}
     if candidates:
         for dim in candidates - _weighed(analysis):
-            pin(dim, "it counts learned entries, which no weight reads one by one", over_all[dim])
+            pin(dim, "it counts learned entries, which no weight reads one by one", over_all[dim].label)
 
 
-def _dims_over_all(analysis: Analysis) -> dict[Dim, str]:
+def _dims_over_all(analysis: Analysis) -> dict[Dim, Node]:
     """Dims that some node normalises or reduces over, with that node."""
     return {
-        dim: node.label
+        dim: node
         for node, call in analysis.calls.items()
         for role, extent in call.roles
         if role in _OVER_ALL
