@@ -33,9 +33,7 @@ def run_passes(graph: Graph, passes: Sequence[Pass], data: Any = None, *, after:
     or breaks its contract, naming the pass.
     """
     if not isinstance(graph, Graph):
-        raise PassError(
-            f"passes run on a Graph, not a {type(graph).__name__}: make one by regauge.capture or load"
-        )
+        raise PassError(f"passes run on a Graph, not a {type(graph).__name__}: make one by regauge.capture or load")
     result, entries = graph, []
     known = figures(graph)
     for index, one in enumerate(passes):

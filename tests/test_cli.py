@@ -79,6 +79,15 @@ def test_inspect_groups_and_explain(model_file: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.strip()
 
 
+def test_inspect_says_for_which_sizes_macs_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(nn.Linear(6, 3), (torch.randn(2, 6),), dynamic_shapes={"input": {0: batch}})
+    torch.export.save(program, tmp_path / "model.pt2")
+    assert run("inspect", tmp_path / "model.pt2") == 0
+    macs = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("MACs"))
+    assert "18 with " in macs and macs.endswith("=1")
+
+
 def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("passes") == 0
     assert "prune" in capsys.readouterr().out

@@ -36,7 +36,8 @@ class Prune(Pass):
     outputs of the graph keep their sizes. The result equals the original with the removed entries set to zero, except
     where something normalises over a Dim that was cut (LayerNorm, softmax, a mean): that is computed over what is
     kept, and the report says so. Give exactly one of ratio, params, macs and bytes; a budget is what is kept, and is
-    met within 1 % where single indices are that fine.
+    met within 1 % where single indices are that fine. MACs are counted with every dynamic size at its least, usually 1:
+    where the sequence is dynamic they are those of one token.
     """
 
     name: ClassVar[str] = "prune"

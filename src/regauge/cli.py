@@ -127,6 +127,7 @@ def _summary(graph: Graph) -> list[list[str]]:
     nodes = Counter(node.op for _, node in graph.walk())
     groups = graph.groups()
     free = sum(group.free for group in groups)
+    least = ", ".join(f"{symbol}={max(1, low)}" for symbol, (low, _) in graph.symbols.items())
     opaque = nodes["torch_call"] + nodes["onnx_call"] + len(graph.axes.problems)
     return [
         *(["input", repr(value)] for value in graph.inputs),
@@ -136,7 +137,7 @@ def _summary(graph: Graph) -> list[list[str]]:
             "parameters",
             f"{short(cost.parameters)} in {len(list(graph.all_parameters()))} tensors, {short(cost.bytes)}B",
         ],
-        ["MACs", short(cost.macs)],
+        ["MACs", short(cost.macs) + (f" with {least}" if least else "")],
         ["activations", f"{short(peak)}B at the peak"],
         ["Dims", f"{len(groups)} in parameters, {free} of them free"],
         ["without a rule", str(opaque)],
