@@ -35,10 +35,9 @@ class Statements:
 
     def write(self, results: Sequence[Operand]) -> None:
         """Write all lines, then what is returned."""
+        self._number_arguments()  # first of all: parameters are named by their number
         self._add_symbol_arguments()
-        for argument in self.code.arguments:
-            if argument is not None:
-                self.number(argument)
+        self._number_arguments()
         live = self._live_items(results)
         for item in self.code.items:
             if id(item) not in live:
@@ -51,6 +50,11 @@ class Statements:
             self.code.lines.append(Line((), f"{self.text(state.before)}.copy_({self.text(state.after)})"))
         self.code.returned = [self.text(result) for result in results]
         self.code.chain = self._is_chain()
+
+    def _number_arguments(self) -> None:
+        for argument in self.code.arguments:
+            if argument is not None:
+                self.number(argument)
 
     def _live_items(self, results: Sequence[Operand]) -> set[int]:
         """Items that a result, a state or a later live item needs; dead code is not written."""

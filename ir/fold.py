@@ -58,8 +58,11 @@ def _computed(node: Node, known: dict[Value, torch.Tensor], states: set[Value]) 
             operands.append(operand)
     if any(not _small(value) for value in node.outputs):
         return None
-    with torch.no_grad():
-        raw = node.operator.evaluate(*operands, **node.attributes)
+    try:
+        with torch.no_grad():
+            raw = node.operator.evaluate(*operands, **node.attributes)
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it fails when the model runs too, and then says where
+        return None
     results = list(raw) if isinstance(raw, tuple | list) else [raw]
     return results[: len(node.outputs)]
 

@@ -426,3 +426,26 @@ def test_a_layer_whose_bias_is_computed_is_no_layer():
     module = to_torch(capture(model, (x,)))
     torch.testing.assert_close(module(x), model(x))
     assert list(module.state_dict()) == list(model.state_dict())
+
+
+class _Pair(torch.nn.Module):
+    def forward(self, fixed, moving):
+        return (fixed - 2 * moving.sum(0)).expand(moving.shape[0], 6) - moving
+
+
+class _OfPair(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair = _Pair()
+
+    def forward(self, x, fixed):
+        return self.pair(torch.relu(fixed), torch.tanh(x))
+
+
+def test_arguments_keep_their_order_where_a_later_one_shows_a_dynamic_size():
+    from regauge.frontends.capture import capture
+
+    model = _OfPair()
+    module = to_torch(capture(model, (torch.randn(3, 6), torch.randn(6)), dynamic={"x": {0: "batch"}}))
+    inputs = torch.randn(6, 6), torch.randn(6)
+    torch.testing.assert_close(module(*inputs), model(*inputs))

@@ -40,3 +40,13 @@ def test_what_stays() -> None:
     graph.outputs = [x, trained, sized, alone, drawn]
     assert fold_constants(graph) == 0
     assert operators(graph.nodes) == ["mul", "full", "full", "rand"]
+
+
+def test_what_cannot_be_computed_stays() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (3,), torch.float32)
+    table = build.parameter("positions", torch.tensor([7]), "buffer")
+    picked = build.index_select(build.constant(torch.ones(3)), table, dim=0)
+    graph.outputs = [build.add(x, picked)]
+    assert fold_constants(graph) == 0
