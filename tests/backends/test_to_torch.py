@@ -430,7 +430,7 @@ def test_a_layer_whose_bias_is_computed_is_no_layer():
 
 class _Pair(torch.nn.Module):
     def forward(self, fixed, moving):
-        return (fixed - 2 * moving.sum(0)).expand(moving.shape[0], 6) - moving
+        return (torch.cos(fixed) - 2 * moving.sum(0)).expand(moving.shape[0], 6) - moving
 
 
 class _OfPair(torch.nn.Module):
