@@ -1,0 +1,123 @@
+"""Emission of captured modules: modes, dynamic sizes, structured results, layers that are none."""
+
+import pytest
+import torch
+
+from regauge.backends.to_torch import to_torch
+from regauge.backends.torch_runtime import source_of
+
+
+class Normed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.drop = torch.nn.Dropout(0.5)
+        self.rnn = torch.nn.GRU(4, 5, batch_first=True)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, *, scale):
+        self.calls += 1
+        x = self.drop(torch.relu(self.norm(self.conv(x)))).flatten(2).transpose(1, 2)
+        x, state = self.rnn(x)
+        return {"x": x * scale[0], "rest": (state, [scale[1]["shift"] + x.mean()])}
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_captured_module_switches_modes_and_keeps_its_form(train):
+    from regauge.frontends.capture import capture
+
+    model = Normed().train(train)
+    inputs, scale = torch.randn(2, 3, 6, 6), [torch.tensor(2.0), {"shift": torch.ones(3)}]
+    graph = capture(model, (inputs,), {"scale": scale}, train=train, verify=False)
+    module = to_torch(graph)
+    assert module.training is train
+    assert set(module.state_dict()) == set(model.state_dict())
+    source = source_of(module)
+    assert "nn.BatchNorm2d(4)" in source and "nn.GRU(4, 5, batch_first=True)" in source
+    for mode in (True, False):
+        module.train(mode), model.train(mode)
+        torch.manual_seed(1)
+        actual = module(inputs, scale=scale)
+        torch.manual_seed(1)
+        expected = model(inputs, scale=scale)
+        torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(dict(module.named_buffers()), dict(model.named_buffers()))
+
+
+def test_dynamic_batch_survives_emission():
+    from regauge.frontends.capture import capture
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Unflatten(1, (2, 3)), torch.nn.Flatten()
+    )
+    graph = capture(model, (torch.randn(3, 4),), dynamic={"input": {0: "batch"}})
+    module = to_torch(graph)
+    other = torch.randn(7, 4)
+    torch.testing.assert_close(module(other), model(other))
+    again = capture(module, (torch.randn(3, 4),), dynamic={"input": {0: "batch"}})
+    torch.testing.assert_close(to_torch(again)(other), model(other))
+
+
+class _Ordered(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 8)
+
+    def forward(self, x):
+        return self.linear(x).max(1), self.linear(x).sort(1), x.flatten()[: min(x.shape)]
+
+
+def test_struct_sequences_are_returned_as_what_they_were():
+    from regauge.frontends.capture import capture
+
+    model = _Ordered()
+    module = to_torch(capture(model, (torch.randn(3, 4),), dynamic={"x": {0: "batch"}}))
+    x = torch.randn(5, 4)
+    expected, actual = model(x), module(x)
+    assert type(actual[0]) is torch.return_types.max and type(actual[1]) is torch.return_types.sort
+    torch.testing.assert_close(tuple(actual[0]), tuple(expected[0]))
+    torch.testing.assert_close(actual[1].values, expected[1].values)
+
+
+class _ComputedBias(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 8), torch.nn.Linear(4, 8)
+
+    def forward(self, x):
+        one, two = torch.cat([self.first.bias, self.second.bias]).split([8, 8])
+        linear = torch.nn.functional.linear
+        return linear(x, self.first.weight, one) * linear(x, self.second.weight, two)
+
+
+def test_a_layer_whose_bias_is_computed_is_no_layer():
+    from regauge.frontends.capture import capture
+
+    model, x = _ComputedBias(), torch.randn(3, 4)
+    module = to_torch(capture(model, (x,)))
+    torch.testing.assert_close(module(x), model(x))
+    assert list(module.state_dict()) == list(model.state_dict())
+
+
+class _Pair(torch.nn.Module):
+    def forward(self, fixed, moving):
+        return (torch.cos(fixed) - 2 * moving.sum(0)).expand(moving.shape[0], 6) - moving
+
+
+class _OfPair(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair = _Pair()
+
+    def forward(self, x, fixed):
+        return self.pair(torch.relu(fixed), torch.tanh(x))
+
+
+def test_arguments_keep_their_order_where_a_later_one_shows_a_dynamic_size():
+    from regauge.frontends.capture import capture
+
+    model = _OfPair()
+    module = to_torch(capture(model, (torch.randn(3, 6), torch.randn(6)), dynamic={"x": {0: "batch"}}))
+    inputs = torch.randn(6, 6), torch.randn(6)
+    torch.testing.assert_close(module(*inputs), model(*inputs))
