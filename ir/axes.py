@@ -23,11 +23,13 @@ class Analysis:
 
     ``of[value]`` are the extents of a value, one per axis (read them through ``axes(value)``); ``calls[node]`` holds
     the roles a node gives to axes and the attributes that are sizes; ``problems`` the nodes whose rule did not fit.
+    ``parameter_dims[parameter]`` are the Dims of each axis of a parameter; trained parameters come first.
     """
 
     of: dict[Value, Axes] = field(default_factory=dict)
     calls: dict[Node, Call] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    parameter_dims: dict[Parameter, list[list[Dim]]] = field(default_factory=dict)
     _all_named: bool = False
 
     def axes(self, value: Value) -> list[Extent]:
@@ -44,7 +46,7 @@ class Analysis:
         if not self._all_named:
             self._all_named = True
             for value, axes in self.of.items():
-                _name_dims(value, axes)
+                _name_dims(value, [leaves(extent) for extent in axes])
 
 
 def analyse(graph: Graph, *, strict: bool = False) -> Analysis:
@@ -66,9 +68,10 @@ def _analyse(graph: Graph, strict: bool) -> Analysis:
         if isinstance(output, Value):
             for extent in analysis.of[output]:
                 pin(extent, "it is an axis of a graph output", output.name)
-    pin_positions(graph, analysis)
     for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
-        _name_dims(parameter, analysis.of.get(parameter, []))
+        dims = analysis.parameter_dims[parameter] = [leaves(extent) for extent in analysis.of.get(parameter, ())]
+        _name_dims(parameter, dims)
+    pin_positions(graph, analysis)
     return analysis
 
 
@@ -173,13 +176,12 @@ class RegionCall(Call):
         return [_operand_axes(output, self.analysis) or [] for output in region.outputs]
 
 
-def _name_dims(value: Value, axes: Axes) -> None:
+def _name_dims(value: Value, axes: Sequence[Sequence[Dim]]) -> None:
     """Name each Dim that has no name after an axis in which it occurs: ``conv1.weight:0``.
 
     Where an axis has several Dims, they are counted from the left: ``attn.qkv.weight:0.1``.
     """
-    for axis, extent in enumerate(axes):
-        found = leaves(extent)
-        for place, dim in enumerate(found):
+    for axis, dims in enumerate(axes):
+        for place, dim in enumerate(dims):
             if not dim.name:
-                dim.name = f"{value.name}:{axis}.{place}" if len(found) > 1 else f"{value.name}:{axis}"
+                dim.name = f"{value.name}:{axis}.{place}" if len(dims) > 1 else f"{value.name}:{axis}"

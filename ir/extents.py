@@ -153,15 +153,26 @@ def size_of(extent: Extent) -> Size:
     return total(size_of(s) for s in extent.segments)
 
 
+def is_one(extent: Extent) -> bool:
+    """Whether an axis has size one; a Dim never has (see :func:`fresh`)."""
+    return extent is ONE or (not isinstance(extent, Dim) and size_of(extent) == 1)
+
+
 def leaves(extent: Extent) -> list[Dim]:
     """The Dims of an extent from left to right; a Dim that occurs twice comes twice."""
     found = resolve(extent)
-    if isinstance(found, Dim):
-        return [found]
-    parts = found.factors if isinstance(found, Product) else found.segments
-    if not parts:
-        return []
-    return [dim for part in parts for dim in leaves(part)]
+    return [found] if isinstance(found, Dim) else _leaves_of(found)
+
+
+def _leaves_of(extent: Product | Concat) -> list[Dim]:
+    """The Dims of an extent in normal form, whose parts are in normal form too."""
+    dims: list[Dim] = []
+    for part in extent.factors if isinstance(extent, Product) else extent.segments:
+        if isinstance(part, Dim):
+            dims.append(part)
+        else:
+            dims.extend(_leaves_of(part))
+    return dims
 
 
 def pin(extent: Extent, reason: str, where: str = "") -> None:

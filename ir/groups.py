@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from regauge.ir.allocation import without_collection
 from regauge.ir.errors import ExplainError
-from regauge.ir.extents import Dim, Pin, leaves
+from regauge.ir.extents import Dim, Pin
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.sizes import Size
 
@@ -57,9 +57,9 @@ def dependency_groups(graph: Graph) -> list[Group]:
     analysis = graph.axes
     groups: dict[Dim, Group] = {}
     with without_collection():
-        for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
-            for axis, extent in enumerate(analysis.of[parameter]):
-                for dim in dict.fromkeys(leaves(extent)):
+        for parameter, axes in analysis.parameter_dims.items():
+            for axis, dims in enumerate(axes):
+                for dim in dict.fromkeys(dims):
                     group = groups.get(dim)
                     if group is None:
                         group = groups[dim] = Group(dim)

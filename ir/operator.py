@@ -254,6 +254,9 @@ def operator(
 
 
 def get_operator(name: str) -> Operator:
+    found = _BY_NAME.get(name)
+    if found is not None:
+        return found
     _load_operators()
     try:
         return _BY_NAME[name]

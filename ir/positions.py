@@ -29,18 +29,18 @@ def pin_positions(graph: Graph, analysis: Analysis) -> None:
         real = isinstance(parameter.dtype, torch.dtype) and (
             parameter.dtype.is_floating_point or parameter.dtype.is_complex
         )
-        for extent in analysis.of.get(parameter, ()):
+        for dims in analysis.parameter_dims[parameter]:
             if parameter.kind != "constant":
-                held.update(leaves(extent))
+                held.update(dims)
             elif not real:
-                counted.update(dict.fromkeys(leaves(extent), parameter.name))
+                counted.update(dict.fromkeys(dims, parameter.name))
     for dim, name in counted.items():
         if dim not in held:
             pin(dim, "it counts positions of a table, and no weight has it", name)
     over_all = _dims_over_all(analysis)
     candidates = {dim for dim in over_all if dim in held and not dim.pins}
     if candidates:
-        for dim in candidates - _weighed(analysis):
+        for dim in _not_weighed(analysis, candidates):
             pin(dim, "it counts learned entries, which no weight reads one by one", over_all[dim].label)
 
 
@@ -55,17 +55,20 @@ def _dims_over_all(analysis: Analysis) -> dict[Dim, Node]:
     }
 
 
-def _weighed(analysis: Analysis) -> set[Dim]:
-    """Dims that are produced or contracted by weights: parameters, or what is computed of parameters alone."""
-    found: set[Dim] = set()
+def _not_weighed(analysis: Analysis, candidates: set[Dim]) -> set[Dim]:
+    """The candidates that no weight produces or contracts: no parameter, nor what is computed of parameters alone."""
+    left = set(candidates)
     still: set[Value] = set()
     for node, call in analysis.calls.items():
         operands = [operand for operand in node.inputs if isinstance(operand, Value)]
         weights = [operand for operand in operands if isinstance(operand, Parameter) or operand in still]
-        if operands and len(weights) == len(operands):
+        if not weights:
+            continue
+        if len(weights) == len(operands):
             still.update(node.outputs)
-        held = {dim for weight in weights for extent in analysis.of[weight] for dim in leaves(extent)}
-        for role, extent in call.roles if held else ():
-            if role in _BY_WEIGHTS:
-                found.update(dim for dim in leaves(extent) if dim in held)
-    return found
+        reached = {d for role, extent in call.roles if role in _BY_WEIGHTS for d in leaves(extent) if d in left}
+        if reached:
+            left -= reached.intersection(d for w in weights for extent in analysis.of[w] for d in leaves(extent))
+        if not left:
+            break
+    return left

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from regauge.ir import extents as ext
 from regauge.ir import unify as algebra
 from regauge.ir.errors import AxisError
-from regauge.ir.extents import ONE, Extent, fresh, size_of
+from regauge.ir.extents import ONE, Extent, fresh, is_one, size_of
 from regauge.ir.notation import Axis, Composite, One, Pattern, Rule, Run, Term, parse_rule
 from regauge.ir.sizes import Size, divide, product, same, total
 from regauge.ir.unify import unify
@@ -116,10 +116,10 @@ class Call:
         for axes in operands:
             offset = rank - len(axes)
             for position, extent in enumerate(axes):
-                if same(size_of(extent), 1):
+                if is_one(extent):
                     continue
                 current = result[offset + position]
-                if same(size_of(current), 1):
+                if current is ONE or is_one(current):
                     result[offset + position] = extent
                 else:
                     unify(current, extent)
@@ -208,6 +208,8 @@ class _Application:
     def _run_lengths(self, pattern: Pattern, axes: Axes, index: int) -> dict[str, int]:
         """How many axes each run of the pattern stands for; at most one may be unknown, and takes what is left."""
         runs = pattern.runs
+        if len(runs) == 1 and len(axes) >= pattern.fixed:
+            return {runs[0]: len(axes) - pattern.fixed}
         known = {name: length for name in runs if (length := self._known_length(name)) is not None} if runs[1:] else {}
         unknown = [name for name in runs if name not in known]
         left = len(axes) - pattern.fixed - sum(known.values())

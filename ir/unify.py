@@ -21,6 +21,9 @@ def unify(a: Extent, b: Extent) -> None:
     a, b = resolve(a), resolve(b)
     if a is b:
         return
+    if isinstance(a, Dim) and isinstance(b, Dim) and a.size == b.size:
+        bind(a, b)
+        return
     if not same(size_of(a), size_of(b)):
         if may_be_same(size_of(a), size_of(b)):
             pin(a, "its size is equal to another only for some inputs")
