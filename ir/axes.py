@@ -87,9 +87,8 @@ def _walk(graph: Graph, analysis: Analysis, strict: bool) -> None:
 
 
 def _visit(node: Node, analysis: Analysis, strict: bool) -> None:
-    call = RegionCall(
-        node, [_operand_axes(operand, analysis) for operand in node.inputs], analysis=analysis, strict=strict
-    )
+    operands = [_operand_axes(operand, analysis) for operand in node.inputs]
+    call = RegionCall(node, operands, analysis=analysis, strict=strict) if node.regions else Call(node, operands)
     operator = node.operator
     try:
         results = apply_rule(operator, call)

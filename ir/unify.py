@@ -287,7 +287,7 @@ def reshape(extents: Sequence[Extent], sizes: Sequence[Size], where: str = "") -
     """
     result: list[Extent] = []
     for old, new in _matching_runs(extents, sizes):
-        poured = pour(old, new)
+        poured = [resolve(old[0])] if len(old) == len(new) == 1 else pour(old, new)
         if poured is None:
             for extent in old:
                 pin(extent, "a reshape mixes this axis with others (entangled)", where)
@@ -303,6 +303,10 @@ def _matching_runs(extents: Sequence[Extent], sizes: Sequence[Size]) -> list[tup
     i = j = 0
     while i < len(extents) or j < len(sizes):
         start_i, start_j = i, j
+        if i < len(extents) and j < len(sizes) and size_of(extents[i]) == sizes[j]:  # an axis that stays as it is
+            i, j = i + 1, j + 1
+            runs.append(([extents[start_i]], [sizes[start_j]]))
+            continue
         left: Size = 1
         right: Size = 1
         while True:
