@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,48 +23,46 @@ from regauge.ir.sizes import Size, floor_divide, product, same, simplify
 Sizes = tuple[Size, ...]
 
 
+Geometry: TypeAlias = tuple[tuple[Any, int], ...]
+"""Attributes such as the stride, each with the number per axis at which the kernel stays in step."""
+
+
 def _each(value: Any, rank: int) -> tuple[int, ...]:
     """One number per spatial axis; torch lets a single one stand for all."""
     numbers = tuple(value) if isinstance(value, Sequence) else (value,)
     return numbers * rank if len(numbers) == 1 else numbers
 
 
-def _slides(call: Call, axis: int, unmoved: Sequence[tuple[str, int]]) -> bool:
-    """Whether the kernel slides over a spatial axis; a kernel of one entry that stays in step with it does not."""
-    spatial = call.rank(1) - 2
-    still = all(_each(call[name], spatial)[axis] == number for name, number in unmoved)
-    return not (still and same(size_of(call.operand(1)[2 + axis]), 1))
-
-
 def _spatial_rule(call: Call, channels: str, unmoved: Sequence[tuple[str, int]]) -> str:
     """A rule with one name per spatial axis: s -> t where a window slides (pinned), s -> s where it does not."""
-    slides = tuple(_slides(call, axis, unmoved) for axis in range(call.rank(1) - 2))
-    weight = call.operand(1)
-    ones = []
-    if call["groups"] == 1:
-        ones.append("g")
-    if same(size_of(weight[1]), 1):
-        ones.append(channels[-1])
-    if same(size_of(weight[0]), call["groups"]):
-        ones.append(channels[3])
-    return _spatial_notation(channels, slides, call.rank(0) == call.rank(1), "".join(ones))
+    weight = tuple(size_of(extent) for extent in call.operand(1))
+    geometry = tuple((call[name], number) for name, number in unmoved)
+    return _spatial_notation(channels, weight, geometry, call["groups"], call.rank(0) == len(weight))
+
+
+def _slides(axis: int, weight: tuple[Size, ...], geometry: Geometry) -> bool:
+    """Whether the kernel slides over a spatial axis; a kernel of one entry that stays in step with it does not."""
+    still = all(_each(value, len(weight) - 2)[axis] == number for value, number in geometry)
+    return not (still and same(weight[2 + axis], 1))
 
 
 @cache
-def _spatial_notation(channels: str, slides: tuple[bool, ...], batched: bool, ones: str) -> str:
-    """The notation for which axes slide; factors of size one are left out, so that most axes are plain names."""
+def _spatial_notation(channels: str, weight: tuple[Size, ...], geometry: Geometry, groups: int, batched: bool) -> str:
+    """The notation for a weight of the given shape; factors of size one are left out, so that most axes are plain."""
+    ones = "g" * (groups == 1) + channels[-1] * same(weight[1], 1) + channels[3] * same(weight[0], groups)
 
     def axis(*names: str) -> str:
         kept = [name for name in names if name not in ones]
         return f"({' '.join(kept)})" if len(kept) > 1 else kept[0] if kept else "1"
 
-    places = range(len(slides))
+    places = range(len(weight) - 2)
+    slides = [_slides(place, weight, geometry) for place in places]
     before, kernel = " ".join(f"s{i}" for i in places), " ".join(f"k{i}" for i in places)
     after = " ".join(f"t{i}" if slides[i] else f"s{i}" for i in places)
     windows = " ".join(f"s{i} k{i} t{i}" for i in places if slides[i])
     batch = "n " if batched else ""
-    weight = f"{axis('g', channels[3])} {axis(channels[-1])}"
-    rule = f"{batch}{axis('g', 'i')} {before}, {weight} {kernel}, {axis('g', 'o')}? -> {batch}{axis('g', 'o')} {after}"
+    kernels = f"{axis('g', channels[3])} {axis(channels[-1])} {kernel}"
+    rule = f"{batch}{axis('g', 'i')} {before}, {kernels}, {axis('g', 'o')}? -> {batch}{axis('g', 'o')} {after}"
     return rule + (f" ; window {windows}" if windows else "") + ("" if "g" in ones else " ; groups = g")
 
 
