@@ -140,7 +140,18 @@ def _relative_error(before: Graph, after: Graph, inputs: Any) -> float:
         if a.shape != b.shape:
             return float("inf")
         if a.numel():
-            wide = torch.complex128 if a.is_complex() else torch.float64
-            difference = (a.to(wide) - b.to(wide)).abs().nan_to_num(0.0).max()
-            worst = max(worst, float(difference / a.to(wide).abs().nan_to_num(0.0).max().clamp_min(1e-12)))
+            worst = max(worst, _largest_difference(a, b))
     return worst
+
+
+def _largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative difference; inf where only one is finite, or both are not and differ. Equal NaN and inf are equal."""
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.to(wide), b.to(wide)
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, (a - b).abs())
+    if not torch.isfinite(difference).all():
+        return float("inf")
+    finite = a.abs()[torch.isfinite(a)]
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return float(difference.max()) / max(scale, 1e-12)

@@ -86,6 +86,12 @@ def test_missing_data_is_told() -> None:
         optimize(multilayer_perceptron(4, 8, 3), Hungry(action=lambda graph: graph))
 
 
+@pytest.mark.parametrize("by", [float("nan"), float("inf")])
+def test_exact_pass_that_breaks_the_numbers_is_no_exact_pass(by: float) -> None:
+    with pytest.raises(EquivalenceError, match="promises to be exact"):
+        optimize(multilayer_perceptron(4, 8, 3), Probe(action=scaled(by)))
+
+
 def test_exact_pass_is_checked_on_the_given_data() -> None:
     seen = []
 
