@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from regauge.ir.allocation import without_collection
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import Concat, Dim, Extent, Product, format_extent, fresh, leaves, pin, resolve, size_of
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.masking import pin_felt
 from regauge.ir.operator import Operator
 from regauge.ir.positions import pin_positions
-from regauge.ir.rules import Axes, Call
+from regauge.ir.rules import ENDING_ROLES, Axes, Call
 from regauge.ir.sizes import same
 from regauge.ir.unify import unify
 
@@ -31,6 +33,16 @@ class Analysis:
     problems: list[str] = field(default_factory=list)
     parameter_dims: dict[Parameter, list[list[Dim]]] = field(default_factory=dict)
     _all_named: bool = False
+
+    @cached_property
+    def ends(self) -> list[tuple[Node, str, list[Dim]]]:
+        """Where Dims end: contracted, reduced or normalised over, once the whole graph is analysed."""
+        return [
+            (node, role, leaves(extent))
+            for node, call in self.calls.items()
+            for role, extent in call.roles
+            if role in ENDING_ROLES
+        ]
 
     def axes(self, value: Value) -> list[Extent]:
         """The extents of a value in normal form."""
@@ -72,6 +84,7 @@ def _analyse(graph: Graph, strict: bool) -> Analysis:
         dims = analysis.parameter_dims[parameter] = [leaves(extent) for extent in analysis.of.get(parameter, ())]
         _name_dims(parameter, dims)
     pin_positions(graph, analysis)
+    pin_felt(analysis)
     return analysis
 
 
@@ -144,7 +157,7 @@ def _check_results(node: Node, results: Sequence[Axes]) -> None:
     if len(results) != len(node.outputs):
         raise AxisError(f"{node.label}: the rule gives {len(results)} results, the node has {len(node.outputs)}")
     for value, axes in zip(node.outputs, results, strict=True):
-        sizes = [size_of(extent) for extent in axes]
+        sizes = [extent.size if isinstance(extent, Dim) else size_of(extent) for extent in axes]
         if tuple(sizes) == value.shape:
             continue
         if len(sizes) != value.rank or not all(same(a, b) for a, b in zip(sizes, value.shape, strict=True)):

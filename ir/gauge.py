@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from regauge.ir.axes import Analysis
 from regauge.ir.extents import Dim, Extent, leaves
 from regauge.ir.graph import Graph, Node, Parameter
-from regauge.ir.operator import Symmetry
+from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.rules import Axes, Call
 
 
@@ -85,10 +85,7 @@ def _gauge_at(node: Node, dim: Dim, roles: set[str], operands: list[set[Dim] | N
     holders = [slot for slot, dims in enumerate(operands) if dims is not None and dim in dims]
     if roles and roles <= {"contract", "produce"} and _one_place(roles, holders, in_result):
         return ANY
-    symmetry = node.operator.symmetry
-    if not isinstance(symmetry, Symmetry):
-        symmetry = symmetry(node)
-    return _mapped_gauge(node, symmetry, holders, operands)
+    return _mapped_gauge(node, symmetry_of(node), holders, operands)
 
 
 def _one_place(roles: set[str], holders: list[int], in_result: bool) -> bool:

@@ -30,7 +30,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from regauge.ir.errors import RuleSyntaxError
 
@@ -112,6 +112,11 @@ class Rule:
     results: tuple[Pattern, ...]
     roles: tuple[tuple[str, tuple[str, ...]], ...] = ()
     derived: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def plans(self) -> dict[tuple[int | None, ...], Any]:
+        """The plans of the rule by the ranks of its operands; see :mod:`regauge.ir.rule_plan`."""
+        return {}
 
     @cached_property
     def _roles_of(self) -> dict[tuple[bool, ...], dict[str, str]]:

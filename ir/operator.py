@@ -61,6 +61,12 @@ class Symmetry(enum.Enum):
     POINTWISE = "pointwise"  # any other function of one index: only permutation commutes
 
 
+def symmetry_of(node: Node) -> Symmetry:
+    """The symmetry of an operator, at a node where its operands decide."""
+    symmetry = node.operator.symmetry
+    return symmetry if isinstance(symmetry, Symmetry) else symmetry(node)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One call of an operator for its law tests: operands (tensors, numbers or None) and attributes."""
@@ -154,6 +160,10 @@ class Operator:
     symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE  # a function where operands decide
     layer: Callable[[Node], str | None] | None = None
     random: bool = False
+    zeroed_by: tuple[str, ...] | None = None  # slots of which one, zero at an index, makes the result zero there
+
+    # ``zeroed_by`` is read where symmetry does not tell (regauge.ir.masking): a product is zero with any factor, what
+    # is not pointwise by symmetry with all its operands. ``()`` says the latter; a given ``bias`` must be zero too.
 
     @cached_property
     def signature(self) -> inspect.Signature:

@@ -17,7 +17,6 @@ from regauge.ir.graph import Graph, Node, Parameter, Value
 if TYPE_CHECKING:
     from regauge.ir.axes import Analysis
 
-_OVER_ALL = {"normalise", "reduce"}
 _BY_WEIGHTS = {"produce", "contract"}
 
 
@@ -46,13 +45,7 @@ def pin_positions(graph: Graph, analysis: Analysis) -> None:
 
 def _dims_over_all(analysis: Analysis) -> dict[Dim, Node]:
     """Dims that some node normalises or reduces over, with that node."""
-    return {
-        dim: node
-        for node, call in analysis.calls.items()
-        for role, extent in call.roles
-        if role in _OVER_ALL
-        for dim in leaves(extent)
-    }
+    return {dim: node for node, role, dims in analysis.ends if role != "contract" for dim in dims}
 
 
 def _not_weighed(analysis: Analysis, candidates: set[Dim]) -> set[Dim]:

@@ -287,7 +287,7 @@ def reshape(extents: Sequence[Extent], sizes: Sequence[Size], where: str = "") -
     """
     result: list[Extent] = []
     for old, new in _matching_runs(extents, sizes):
-        poured = [resolve(old[0])] if len(old) == len(new) == 1 else pour(old, new)
+        poured = _pour_run(old, new)
         if poured is None:
             for extent in old:
                 pin(extent, "a reshape mixes this axis with others (entangled)", where)
@@ -298,8 +298,55 @@ def reshape(extents: Sequence[Extent], sizes: Sequence[Size], where: str = "") -
     return result
 
 
-def _matching_runs(extents: Sequence[Extent], sizes: Sequence[Size]) -> list[tuple[list[Extent], list[Size]]]:
-    runs: list[tuple[list[Extent], list[Size]]] = []
+def _pour_run(old: Sequence[Extent], new: Sequence[Size]) -> list[Extent] | None:
+    """:func:`pour`, with short ways for axes that are joined and for one that is laid out as asked already."""
+    if len(new) == 1:
+        return [resolve(Product(old) if len(old) > 1 else old[0])]
+    if len(old) == 1:
+        whole = resolve(old[0])
+        if isinstance(whole, Product) and [size_of(factor) for factor in whole.factors] == list(new):
+            return list(whole.factors)
+    return pour(old, new)
+
+
+def _matching_whole_runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int, int, int]] | None:
+    """Runs of axes whose sizes are numbers, each as (start, end) before and (start, end) after; None where none fit."""
+    runs = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        k, m, left, right = i + 1, j + 1, before[i], after[j]
+        while left != right:
+            if left < right:
+                if k == len(before):
+                    return None
+                left *= before[k]
+                k += 1
+            else:
+                if m == len(after):
+                    return None
+                right *= after[m]
+                m += 1
+        if k == len(before) or m == len(after):  # axes of size one at the end
+            k, m = len(before), len(after)
+        runs.append((i, k, j, m))
+        i, j = k, m
+    return runs if i == len(before) and j == len(after) else None
+
+
+def _matching_runs(extents: Sequence[Extent], sizes: Sequence[Size]) -> list[tuple[Sequence[Extent], Sequence[Size]]]:
+    """The smallest runs of axes before and after whose products agree."""
+    before = [size_of(extent) for extent in extents]
+    if all([type(size) is int and size > 0 for size in (*before, *sizes)]):
+        found = _matching_whole_runs(before, sizes)
+        if found is not None:
+            return [(extents[i:k], sizes[j:m]) for i, k, j, m in found]
+    return _matching_symbolic_runs(extents, sizes)
+
+
+def _matching_symbolic_runs(
+    extents: Sequence[Extent], sizes: Sequence[Size]
+) -> list[tuple[Sequence[Extent], Sequence[Size]]]:
+    runs: list[tuple[Sequence[Extent], Sequence[Size]]] = []
     i = j = 0
     while i < len(extents) or j < len(sizes):
         start_i, start_j = i, j

@@ -327,6 +327,7 @@ def _glu_rule(call: Call) -> list[list[Any]]:
     aten={"glu": lambda build, x, dim=-1: build.glu(x, dim=dim)},
     samples=lambda: [sample(randn(2, 6, 3), dim=1), sample(randn(2, 8), dim=-1), sample(randn(4, 3), dim=0)],
     layer=lambda node: f"nn.GLU({node.attributes['dim']})",
+    zeroed_by=(),
 )
 def glu(x: Tensor, *, dim: int = -1) -> Tensor:
     return F.glu(x, dim)

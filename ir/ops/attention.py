@@ -172,6 +172,7 @@ def _math(
     },
     macs=_macs,
     samples=_samples,
+    zeroed_by=("v",),
 )
 def attention(
     q: torch.Tensor,
@@ -201,7 +202,7 @@ def _capped_samples() -> list[Sample]:
     ]
 
 
-@operator(rule=_attention_rule, macs=_macs, samples=_capped_samples)
+@operator(rule=_attention_rule, macs=_macs, samples=_capped_samples, zeroed_by=("v",))
 def capped_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -12,18 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, rand, randint, randn
 
-from regauge.ir.extents import Extent
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Adapter, OnnxForm, Operator, Sample, Symmetry, register_operator, sample
-from regauge.ir.rules import Call
+from regauge.ir.rules import broadcast_rule
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Samples = Callable[[], list[Sample]]
-
-
-def broadcast(call: Call) -> list[list[Extent]]:
-    """The axis rule of every pointwise operator: the broadcast of all operands."""
-    return [call.pointwise()]
 
 
 def pointwise(
@@ -43,7 +37,7 @@ def pointwise(
             Operator(
                 name=evaluate.__name__.rstrip("_"),
                 evaluate=evaluate,
-                rule=broadcast,
+                rule=broadcast_rule,
                 aten=_mapping(aten),
                 onnx=_mapping(onnx),
                 samples=samples,

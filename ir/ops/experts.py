@@ -41,6 +41,7 @@ def _aten_grouped_mm(
         sample(randn(6, 4), randn(2, 4, 3), torch.tensor([5, 5])),
     ],
     symmetry=Symmetry.LINEAR,
+    zeroed_by=("x", "weight"),
 )
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Rows behind the last offset belong to no expert and give zeros."""

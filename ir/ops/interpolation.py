@@ -143,6 +143,7 @@ def _onnx_grid_sample(build: Any, call: Any) -> Any:
         sample(randn(2, 3, 5, 4), rand(2, 3, 3, 2) * 3 - 1.5, mode="nearest", padding_mode="border"),
         sample(randn(2, 2, 3, 3, 3), rand(2, 2, 3, 2, 3) * 2 - 1),
     ],
+    zeroed_by=(),
 )
 def grid_sample(
     x: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: str = "zeros", align_corners: bool = False

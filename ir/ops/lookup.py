@@ -98,6 +98,7 @@ def _embedding_bag(
         sample(randn(7, 4), randint(0, 7, (6,)), torch.tensor([0, 3]), randn(6), mode="sum", padding_idx=1),
     ],
     macs=lambda call: call.size(1, 0) * call.size(0, 1),
+    zeroed_by=("weight",),
 )
 def embedding_bag(
     weight: torch.Tensor,
@@ -274,6 +275,7 @@ def _onnx_gather_elements(build: Builder, call: Any) -> Value:
         sample(randn(4), randint(0, 4, (6,)), dim=0),
     ],
     symmetry=Symmetry.AFFINE,  # each index of a carried axis is looked up for itself
+    zeroed_by=("x",),
 )
 def gather(x: torch.Tensor, index: torch.Tensor, *, dim: int) -> torch.Tensor:
     return torch.gather(x, dim, index)

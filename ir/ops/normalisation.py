@@ -132,6 +132,7 @@ def given(node: Node, count: int) -> list[Any]:
     ],
     symmetry=Symmetry.AFFINE,
     layer=_batch_norm_layer,
+    zeroed_by=("weight",),
 )
 def batch_norm(
     x: Tensor,
@@ -208,6 +209,7 @@ def _one_or_many(shape: Sequence[Size]) -> Any:
         sample(randn(5), None, randn(5), normalized_shape=(5,)),
     ],
     layer=_layer_norm_layer,
+    zeroed_by=("weight",),
 )
 def layer_norm(
     x: Tensor,
@@ -229,6 +231,7 @@ def layer_norm(
         sample(randn(2, 3, 4), normalized_shape=(3, 4)),
     ],
     layer=_rms_norm_layer,
+    zeroed_by=("weight",),
 )
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, *, normalized_shape: tuple[int, ...], eps: float | None = None
@@ -269,6 +272,7 @@ def _group_norm_layer(node: Node) -> str | None:
         sample(randn(2, 4, 3), randn(4), randn(4), num_groups=4, eps=1e-3),
     ],
     layer=_group_norm_layer,
+    zeroed_by=("weight",),
 )
 def group_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int, eps: float = 1e-5
@@ -307,6 +311,7 @@ def _instance_norm_layer(node: Node) -> str | None:
     },
     samples=lambda: [sample(randn(2, 3, 5), randn(3), randn(3)), sample(randn(2, 3, 4, 4), eps=1e-3)],
     layer=_instance_norm_layer,
+    zeroed_by=("weight",),
 )
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     return F.instance_norm(x, None, None, weight, bias, True, 0.1, eps)
@@ -329,6 +334,7 @@ def _local_response(build: Any, call: Any) -> Any:
     onnx={"LRN": _local_response},
     samples=lambda: [sample(randn(2, 5, 3), size=3), sample(randn(2, 4, 3, 3), size=2, alpha=0.1, k=2.0)],
     layer=lambda node: "nn.LocalResponseNorm({size}, alpha={alpha}, beta={beta}, k={k})".format(**node.attributes),
+    zeroed_by=(),
 )
 def local_response_norm(x: Tensor, *, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
     return F.local_response_norm(x, size, alpha, beta, k)
@@ -359,6 +365,7 @@ def _weight_norm(build: Any, v: Any, g: Any, dim: int = 0) -> Any:
         sample(randn(4, 3, 2), randn(1, 3, 1), dim=1),
         sample(randn(4, 3), randn(()), dim=-1),
     ],
+    zeroed_by=("g",),
 )
 def weight_norm(v: Tensor, g: Tensor, *, dim: int = 0) -> Tensor:
     return torch._weight_norm(v, g, dim)

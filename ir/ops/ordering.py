@@ -84,7 +84,7 @@ def cumsum(x: Tensor, *, dim: int) -> Tensor:
     return torch.cumsum(x, dim)
 
 
-@_running()
+@_running(zeroed_by=())
 def cumprod(x: Tensor, *, dim: int) -> Tensor:
     return torch.cumprod(x, dim)
 
@@ -250,6 +250,7 @@ def _msort(build: Any, x: Any) -> Any:
         sample(randn(2, 5), dim=-1, descending=True, stable=True),
         sample(randn(4), dim=0),
     ],
+    zeroed_by=(),
 )
 def sort(x: Tensor, *, dim: int = -1, descending: bool = False, stable: bool = False) -> tuple[Tensor, Tensor]:
     return torch.sort(x, dim=dim, descending=descending, stable=stable)
@@ -287,6 +288,7 @@ def _onnx_topk(build: Any, call: Any) -> Any:
         sample(randn(2, 5), k=3, dim=-1, largest=False),
         sample(randn(4), k=1, dim=0),
     ],
+    zeroed_by=(),
 )
 def topk(x: Tensor, *, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
     return torch.topk(x, k, dim, largest, sorted)

@@ -153,7 +153,7 @@ def _samples(gates: int, states: int, **attributes: Any) -> Any:
     return draw
 
 
-@operator(rule=_rule(4, 2), aten={"lstm.input": _lstm}, macs=_macs, samples=_samples(4, 2))
+@operator(rule=_rule(4, 2), aten={"lstm.input": _lstm}, macs=_macs, samples=_samples(4, 2), zeroed_by=())
 def lstm(
     x: torch.Tensor,
     h0: torch.Tensor,
@@ -169,7 +169,7 @@ def lstm(
     return torch.lstm(x, (h0, c0), list(weights), has_biases, num_layers, dropout, training, bidirectional, batch_first)
 
 
-@operator(rule=_rule(3, 1), aten={"gru.input": _plain("gru")}, macs=_macs, samples=_samples(3, 1))
+@operator(rule=_rule(3, 1), aten={"gru.input": _plain("gru")}, macs=_macs, samples=_samples(3, 1), zeroed_by=())
 def gru(
     x: torch.Tensor,
     h0: torch.Tensor,
@@ -211,6 +211,7 @@ def _plain_cell(activation: str) -> Adapter:
     },
     macs=_macs,
     samples=lambda: [*_samples(1, 1)(), *_samples(1, 1, nonlinearity="relu")()],
+    zeroed_by=(),
 )
 def rnn(
     x: torch.Tensor,
@@ -257,6 +258,7 @@ def _lstm_cell(build: Builder, x: Value, hx: Sequence[Value], *weights: Value) -
         sample(randn(2, 5), randn(2, 4), randn(2, 4), *_weights(4, 5, 4, 1, 1, True)),
         sample(randn(2, 5), randn(2, 4), randn(2, 4), *_weights(4, 5, 4, 1, 1, False)),
     ],
+    zeroed_by=(),
 )
 def lstm_cell(
     x: torch.Tensor,
@@ -278,6 +280,7 @@ def lstm_cell(
         sample(randn(2, 5), randn(2, 4), *_weights(3, 5, 4, 1, 1, True)),
         sample(randn(2, 5), randn(2, 4), *_weights(3, 5, 4, 1, 1, False)),
     ],
+    zeroed_by=(),
 )
 def gru_cell(
     x: torch.Tensor,

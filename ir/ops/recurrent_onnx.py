@@ -275,6 +275,7 @@ def _samples(gates: int, states: int, **attributes: Any) -> list[Sample]:
     onnx={"LSTM": OnnxForm(read=_read_lstm, write=_write)},
     macs=_macs,
     samples=lambda: _samples(4, 2),
+    zeroed_by=(),
 )
 def onnx_lstm(
     x: torch.Tensor,
@@ -306,6 +307,7 @@ def onnx_lstm(
     onnx={"GRU": OnnxForm(read=_read_gru, write=_write)},
     macs=_macs,
     samples=lambda: [*_samples(3, 1), *_samples(3, 1, linear_before_reset=True)],
+    zeroed_by=(),
 )
 def onnx_gru(
     x: torch.Tensor,
@@ -338,6 +340,7 @@ def onnx_gru(
     onnx={"RNN": OnnxForm(read=_read_rnn, write=_write)},
     macs=_macs,
     samples=lambda: [*_samples(1, 1), *_samples(1, 1, nonlinearity="relu")],
+    zeroed_by=(),
 )
 def onnx_rnn(
     x: torch.Tensor,

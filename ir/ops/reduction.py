@@ -45,6 +45,11 @@ def reduce_rule(call: Call) -> list[Axes]:
     return [_reduced(call) for _ in call.node.outputs]
 
 
+def _product_rule(call: Call) -> list[Axes]:
+    """What is left of a product once factors are gone is no product with zeros."""
+    return [_reduced(call, "whole")]
+
+
 def dims_of(x: Any, dim: Dims) -> tuple[int, ...] | None:
     """Axes as ATen writes them (one, several, none at all) in the record's form."""
     if dim is None or (isinstance(dim, Sequence) and not dim):
@@ -116,7 +121,8 @@ def reduction(
     aten: Mapping[str, Adapter] | None = None,
     onnx: Mapping[str, Adapter | OnnxForm | None] | None = None,
     draw: Callable[..., Tensor] = randn,
-    symmetry: Symmetry = Symmetry.POINTWISE,
+    rule: Callable[[Call], list[Axes]] = reduce_rule,
+    **fields: Any,
 ) -> Callable[[Function], Function]:
     """Register the decorated function as a reduction of one tensor over ``dims``."""
 
@@ -126,11 +132,11 @@ def reduction(
             Operator(
                 name=name,
                 evaluate=evaluate,
-                rule=reduce_rule,
+                rule=rule,
                 aten={name: _aten_reduce(name)} if aten is None else aten,
                 onnx=onnx or {},
                 samples=_cases(draw),
-                symmetry=symmetry,
+                **fields,
             )
         )
         return evaluate
@@ -162,7 +168,7 @@ def sum_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
     return torch.sum(x, dims, keepdim)
 
 
-@reduction(onnx={"ReduceProd": _onnx_reduce("prod")})
+@reduction(onnx={"ReduceProd": _onnx_reduce("prod")}, rule=_product_rule, zeroed_by=())
 def prod(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     for dim in range(x.dim()) if dims is None else dims:
         x = torch.prod(x, dim, True)
@@ -277,6 +283,7 @@ def _spread_and_mean(op: str) -> Adapter:
     rule=reduce_rule,
     aten={"var": _spread_adapter("var"), "var_mean": _spread_and_mean("var")},
     samples=lambda: [*_cases()(), *_cases(correction=0)()],
+    zeroed_by=(),
 )
 def var(x: Tensor, *, dims: tuple[int, ...] | None = None, correction: float = 1, keepdim: bool = False) -> Tensor:
     return torch.var(x, dims, correction=correction, keepdim=keepdim)

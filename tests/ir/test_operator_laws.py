@@ -17,6 +17,7 @@ from regauge.ir.cost import cost, figures
 from regauge.ir.edit import Builder
 from regauge.ir.extents import Dim, Keep, flat_indices, leaves, size_after
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.masking import gives_zero
 from regauge.ir.operator import Cost, Sample, all_operators, get_operator
 from regauge.ir.resize import sizes_after
 
@@ -151,6 +152,26 @@ def test_cutting_a_free_dim_commutes(name: str, index: int) -> None:
         verb = "contracts" if "contract" in roles else "maps over"
         law = f"the rule of {name} {verb} {dim}, but a cut gives other values: state its role (ir/notation.py)"
         assert_same(actual, expected, law)
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_where_zeros_are_said_to_give_zeros_they_do(name: str, index: int) -> None:
+    """What regauge.ir.masking claims of an operator, for zeros in each operand alone and in all of them."""
+    graph, node = one_node_graph(name, draw(name, index))
+    analysis = analyse(graph, strict=True)
+    for dim in free_dims(graph, analysis):
+        if roles_of(node, analysis, dim) & {"normalise", "reduce", "contract"}:
+            continue
+        keep = {dim: np.array([i for i in range(dim.size) if i != dim.size // 2])}  # type: ignore[operator]
+        masked, _ = selected(node, analysis, keep, zeroed)
+        holders = [s for s, v in node.operands() if any(dim in leaves(extent) for extent in analysis.of[v])]
+        for silent in [holders, *([slot] for slot in holders)]:
+            operands = [masked[slot] if slot in silent else t for slot, t in enumerate(tensors(node))]
+            for value, result in zip(node.outputs, evaluate(node, operands, node.attributes), strict=True):
+                has_it = any(dim in leaves(extent) for extent in analysis.of[value])
+                if has_it and gives_zero(node, value, frozenset(silent), frozenset(holders).difference(silent)):
+                    result = result.nan_to_num()  # the direction of a vector that is all gone
+                    assert_same([result], [zeroed(value, result, analysis, keep)], f"zeros of {dim} in {silent}")
 
 
 @pytest.mark.parametrize(("name", "index"), [case for case in CASES if get_operator(str(case.values[0])).macs])
