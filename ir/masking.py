@@ -12,14 +12,14 @@ the zeros through the graph, by what operators make of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from regauge.ir.extents import Dim, leaves, pin
-from regauge.ir.graph import Node, Parameter, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Symmetry, get_operator, symmetry_of
 from regauge.ir.rules import broadcast_rule
 
@@ -120,11 +120,16 @@ class _Zeros:
         while stack:
             value = stack.pop()
             node = value.producer
-            if node is None or node not in self.order:
+            if (value, dim) in self.culprits:
+                continue
+            if node is None and value in self._owners:
+                self._enter(dim, *self._owners[value])
+            elif node is None or node not in self.order:
                 self.culprits[value, dim] = _source(value)
             elif node not in pending:
                 pending[node] = self._holders(node, dim)
                 stack.extend(v for _, v in pending[node] if (v, dim) not in self.culprits)
+                stack.extend(v for v in self._outputs(node.regions, dim) if (v, dim) not in self.culprits)
         for node in sorted(pending, key=self.order.__getitem__):
             for value in node.outputs:
                 if self.has(value, dim):
@@ -133,11 +138,42 @@ class _Zeros:
     def _result(self, dim: Dim, node: Node, value: Value, holders: list[tuple[int, Value]]) -> str | None:
         loud = {slot: culprit for slot, v in holders if (culprit := self.culprits[v, dim]) is not None}
         silent = frozenset(slot for slot, _ in holders if slot not in loud)
+        if node.regions:
+            given = [*loud.values(), *(self.culprits[v, dim] for v in self._outputs(node.regions, dim))]
+            return next((culprit for culprit in given if culprit is not None), None)
         if gives_zero(node, value, silent, frozenset(loud)):
             return None
         if node.op == "softmax" and not loud and ("normalise", dim) in self._roles(node):
             return None  # computed over what was kept, it gives the others no share
         return next(iter(loud.values()), f"%{value.name} = {node.op}")
+
+    @cached_property
+    def _owners(self) -> dict[Value, tuple[Node, Graph]]:
+        """The node and region that each input of a region belongs to."""
+        return {
+            value: (node, region) for node in self.analysis.calls for region in node.regions for value in region.inputs
+        }
+
+    def _outputs(self, regions: Iterable[Graph], dim: Dim) -> list[Value]:
+        return [v for region in regions for v in region.outputs if isinstance(v, Value) and self.has(v, dim)]
+
+    def _enter(self, dim: Dim, node: Node, region: Graph) -> None:
+        """Decide the inputs of a region: zero where the operands are, if a turn of a loop then gives zeros again."""
+        inputs = [value for value in region.inputs if self.has(value, dim)]
+        for _, value in self._holders(node, dim):
+            self._settle(dim, value)
+        culprits = [self.culprits[value, dim] for _, value in self._holders(node, dim)]
+        self.culprits.update({(value, dim): None for value in inputs})
+        before = set(self.culprits)
+        if not any(culprits):
+            for value in self._outputs([region], dim):
+                self._settle(dim, value)
+                culprits.append(self.culprits[value, dim])
+        culprit = next((culprit for culprit in culprits if culprit is not None), None)
+        if culprit is not None:
+            for key in set(self.culprits) - before:  # what was found out on the wrong assumption
+                del self.culprits[key]
+        self.culprits.update({(value, dim): culprit for value in inputs})
 
     def _roles(self, node: Node) -> set[tuple[str, Dim]]:
         return {(role, leaf) for role, extent in self.analysis.calls[node].roles for leaf in leaves(extent)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import ONE, ZERO, Concat, Dim, Extent, Product, bind, fresh, pin, resolve, size_of
@@ -282,12 +283,19 @@ def pour(extents: Sequence[Extent], sizes: Sequence[Size]) -> list[Extent] | Non
 def reshape(extents: Sequence[Extent], sizes: Sequence[Size], where: str = "") -> list[Extent]:
     """The extents after a reshape to ``sizes``; where no layout exists, fresh Dims, pinned on both sides.
 
-    The axes are first grouped into the smallest runs whose products agree, so that a reshape without a common layout
-    freezes only the axes it really mixes.
+    Equal axes in front and behind stay; the rest is grouped into the smallest runs whose products agree, so that a
+    reshape without a common layout freezes only the axes it really mixes.
     """
-    result: list[Extent] = []
-    for old, new in _matching_runs(extents, sizes):
-        poured = _pour_run(old, new)
+    count = min(len(extents), len(sizes))
+    front = behind = 0
+    while front < count and size_of(extents[front]) == sizes[front]:
+        front += 1
+    while behind < count - front and size_of(extents[-1 - behind]) == sizes[-1 - behind]:
+        behind += 1
+    end = len(extents) - behind
+    result = list(extents[:front])
+    for old, new in _matching_runs(extents[front:end], sizes[front : len(sizes) - behind]):
+        poured = pour(old, new) if 0 in sizes else _pour_run(old, new)
         if poured is None:
             for extent in old:
                 pin(extent, "a reshape mixes this axis with others (entangled)", where)
@@ -295,18 +303,34 @@ def reshape(extents: Sequence[Extent], sizes: Sequence[Size], where: str = "") -
             for extent in poured:
                 pin(extent, "a reshape mixes this axis with others (entangled)", where)
         result.extend(poured)
+    result.extend(extents[end:])
     return result
 
 
 def _pour_run(old: Sequence[Extent], new: Sequence[Size]) -> list[Extent] | None:
     """:func:`pour`, with short ways for axes that are joined and for one that is laid out as asked already."""
     if len(new) == 1:
-        return [resolve(Product(old) if len(old) > 1 else old[0])]
+        return [resolve(Product(old) if len(old) != 1 else old[0])]
     if len(old) == 1:
         whole = resolve(old[0])
         if isinstance(whole, Product) and [size_of(factor) for factor in whole.factors] == list(new):
             return list(whole.factors)
     return pour(old, new)
+
+
+Runs: TypeAlias = list[tuple[Sequence[Extent], Sequence[Size]]]
+
+
+def _matching_runs(extents: Sequence[Extent], sizes: Sequence[Size]) -> Runs:
+    """The smallest runs of axes before and after whose products agree."""
+    if len(extents) <= 1 or len(sizes) == 1:
+        return [(extents, sizes)] if extents or sizes else []
+    before = [size_of(extent) for extent in extents]
+    if all([type(size) is int and size > 0 for size in (*before, *sizes)]):
+        found = _matching_whole_runs(before, sizes)
+        if found is not None:
+            return [(extents[i:k], sizes[j:m]) for i, k, j, m in found]
+    return _matching_symbolic_runs(extents, sizes)
 
 
 def _matching_whole_runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int, int, int]] | None:
@@ -330,23 +354,11 @@ def _matching_whole_runs(before: Sequence[int], after: Sequence[int]) -> list[tu
             k, m = len(before), len(after)
         runs.append((i, k, j, m))
         i, j = k, m
-    return runs if i == len(before) and j == len(after) else None
+    return runs
 
 
-def _matching_runs(extents: Sequence[Extent], sizes: Sequence[Size]) -> list[tuple[Sequence[Extent], Sequence[Size]]]:
-    """The smallest runs of axes before and after whose products agree."""
-    before = [size_of(extent) for extent in extents]
-    if all([type(size) is int and size > 0 for size in (*before, *sizes)]):
-        found = _matching_whole_runs(before, sizes)
-        if found is not None:
-            return [(extents[i:k], sizes[j:m]) for i, k, j, m in found]
-    return _matching_symbolic_runs(extents, sizes)
-
-
-def _matching_symbolic_runs(
-    extents: Sequence[Extent], sizes: Sequence[Size]
-) -> list[tuple[Sequence[Extent], Sequence[Size]]]:
-    runs: list[tuple[Sequence[Extent], Sequence[Size]]] = []
+def _matching_symbolic_runs(extents: Sequence[Extent], sizes: Sequence[Size]) -> Runs:
+    runs: Runs = []
     i = j = 0
     while i < len(extents) or j < len(sizes):
         start_i, start_j = i, j
