@@ -35,6 +35,17 @@ class Analysis:
     _all_named: bool = False
 
     @cached_property
+    def held(self) -> set[Dim]:
+        """The Dims of trained parameters and buffers, once the whole graph is analysed."""
+        return {
+            dim
+            for parameter, axes in self.parameter_dims.items()
+            if parameter.kind != "constant"
+            for dims in axes
+            for dim in dims
+        }
+
+    @cached_property
     def ends(self) -> list[tuple[Node, str, list[Dim]]]:
         """Where Dims end: contracted, reduced or normalised over, once the whole graph is analysed."""
         return [
@@ -83,7 +94,7 @@ def _analyse(graph: Graph, strict: bool) -> Analysis:
     for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
         dims = analysis.parameter_dims[parameter] = [leaves(extent) for extent in analysis.of.get(parameter, ())]
         _name_dims(parameter, dims)
-    pin_positions(graph, analysis)
+    pin_positions(analysis)
     pin_felt(analysis)
     return analysis
 

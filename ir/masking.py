@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regauge.ir.extents import Dim, leaves, pin
-from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value, is_real
 from regauge.ir.operator import Symmetry, get_operator, symmetry_of
 from regauge.ir.rules import broadcast_rule
 
@@ -56,24 +56,23 @@ class _Zeros:
 
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
-        self.weights = {
-            parameter: {dim for dims in axes for dim in dims}
-            for parameter, axes in analysis.parameter_dims.items()
-            if parameter.kind != "constant"
-        }
-        self.dims: dict[Value, set[Dim]] = dict(self.weights)  # type: ignore[arg-type]
+        self.dims: dict[Value, list[Dim]] = {}
         self.order: dict[Node, int] = {}
         self.culprits: dict[tuple[Value, Dim], str | None] = {}  # None: zero; else what makes it another number
 
     def has(self, value: Value, dim: Dim) -> bool:
         found = self.dims.get(value)
         if found is None:
-            found = self.dims[value] = {leaf for extent in self.analysis.of[value] for leaf in leaves(extent)}
+            if isinstance(value, Parameter):
+                found = [leaf for dims in self.analysis.parameter_dims[value] for leaf in dims]
+            else:
+                found = [leaf for extent in self.analysis.of[value] for leaf in leaves(extent)]
+            self.dims[value] = found
         return dim in found
 
     def open_ends(self) -> dict[Dim, list[tuple[Node, str]]]:
         """Where free Dims of weights end, with their role there, unless a weight that has the Dim silences the end."""
-        free = {dim for dims in self.weights.values() for dim in dims if not dim.pins}
+        free = {dim for dim in self.analysis.held if not dim.pins}
         ends: dict[Dim, list[tuple[Node, str]]] = {}
         for node, role, dims in self.analysis.ends:
             for dim in dims:
@@ -83,11 +82,11 @@ class _Zeros:
 
     def _weighed(self, node: Node, role: str, dim: Dim) -> bool:
         """Whether a trained weight silences an end of the Dim."""
-        operands = node.inputs
-        holders = [s for s, operand in enumerate(operands) if operand in self.weights and dim in self.dims[operand]]
-        return bool(holders) and (
-            role == "contract" or not {*holders}.isdisjoint(self._silencing_slots(node, role, dim))
-        )
+        for slot, operand in enumerate(node.inputs):
+            if isinstance(operand, Parameter) and operand.kind != "constant" and self.has(operand, dim):
+                if role == "contract" or slot in self._silencing_slots(node, role, dim):
+                    return True
+        return False
 
     def _silencing_slots(self, node: Node, role: str, dim: Dim) -> Sequence[int]:
         """Slots of which one is enough: a factor of a contraction; what is summed or normalised, or the gain behind."""
@@ -194,7 +193,7 @@ def gives_zero(node: Node, result: Value, silent: frozenset[int], loud: frozense
     record = node.operator
     if record.rule is broadcast_rule:
         return _probe(node, silent)
-    if not _is_real(result):
+    if not is_real(result.dtype):
         return False  # positions and truths, which zeros do not make zero
     if not silent:
         return record.name == "full" and node.attributes["value"] == 0
@@ -208,12 +207,7 @@ def gives_zero(node: Node, result: Value, silent: frozenset[int], loud: frozense
     if symmetry is Symmetry.POINTWISE and record.zeroed_by is None:
         return False
     parts = loud if symmetry is Symmetry.LAYOUT else {slot for slot, _ in node.operands()} - silent
-    return not any(_is_real(node.inputs[slot]) for slot in parts)
-
-
-def _is_real(operand: Any) -> bool:
-    dtype = getattr(operand, "dtype", None)
-    return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+    return not any(slot in parts and is_real(operand.dtype) for slot, operand in node.operands())
 
 
 def _probe(node: Node, silent: frozenset[int]) -> bool:
@@ -233,7 +227,7 @@ def _kind(operand: Value | None) -> str:
         return "none"
     if operand.dtype is torch.bool:
         return "bool"
-    return "real" if _is_real(operand) else "whole"
+    return "real" if is_real(operand.dtype) else "whole"
 
 
 @cache

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from regauge.ir.extents import Dim, leaves, pin
-from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.graph import Node, Parameter, Value, is_real
 
 if TYPE_CHECKING:
     from regauge.ir.axes import Analysis
@@ -20,22 +18,13 @@ if TYPE_CHECKING:
 _BY_WEIGHTS = {"produce", "contract"}
 
 
-def pin_positions(graph: Graph, analysis: Analysis) -> None:
+def pin_positions(analysis: Analysis) -> None:
     """Pin positions of integer tables that no weight has, and tokens that are averaged or compared with each other."""
-    held: set[Dim] = set()
-    counted: dict[Dim, str] = {}
-    for parameter in graph.all_parameters():
-        real = isinstance(parameter.dtype, torch.dtype) and (
-            parameter.dtype.is_floating_point or parameter.dtype.is_complex
-        )
-        for dims in analysis.parameter_dims[parameter]:
-            if parameter.kind != "constant":
-                held.update(dims)
-            elif not real:
-                counted.update(dict.fromkeys(dims, parameter.name))
-    for dim, name in counted.items():
-        if dim not in held:
-            pin(dim, "it counts positions of a table, and no weight has it", name)
+    held = analysis.held
+    for parameter, axes in analysis.parameter_dims.items():
+        if parameter.kind == "constant" and not is_real(parameter.dtype):
+            for dim in {dim for dims in axes for dim in dims} - held:
+                pin(dim, "it counts positions of a table, and no weight has it", parameter.name)
     over_all = _dims_over_all(analysis)
     candidates = {dim for dim in over_all if dim in held and not dim.pins}
     if candidates:
