@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from regauge.ir.graph import Dtype, Edit, Graph, Kind, Node, Operand, Parameter,
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
 from regauge.ir.sizes import Size
+from regauge.ir.weight_edits import computed_weight
 from regauge.ir.weights import Weight
 
 Results = Sequence[tuple[Sequence[Size], Dtype]]
@@ -32,6 +33,8 @@ class Builder:
         self.source = ""
         self.origin: Any = None
         self.added: list[Node] = []
+        self.made: list[Parameter] = []
+        self._successors: list[tuple[Parameter, Parameter]] = []
         self._taken = {value.name for value in graph.values()}
         self._counters: dict[str, int] = {}
 
@@ -81,7 +84,43 @@ class Builder:
         value = Parameter(name=name, weight=weight, kind=kind, **fields)
         self.graph.parameters[name] = value
         self.graph.version += 1
+        self.made.append(value)
         return value
+
+    def folded(
+        self,
+        old: Parameter,
+        function: Callable[..., torch.Tensor],
+        *sources: Parameter,
+        shape: Sequence[int] | None = None,
+    ) -> Parameter:
+        """A weight to read in place of ``old``: ``function`` of the tensors of ``old`` and of ``sources`` in float64.
+
+        Once nobody reads ``old`` any more it goes, and the new one takes its names (regauge.ir.weight_edits).
+        """
+        new = self.computed(f"{old.name}_folded", function, old, *sources, shape=shape)
+        self._successors.append((old, new))
+        return new
+
+    def computed(
+        self,
+        name: str,
+        function: Callable[..., torch.Tensor],
+        like: Parameter,
+        *sources: Parameter,
+        shape: Sequence[int] | None = None,
+    ) -> Parameter:
+        """A new weight, ``function`` of the tensors of ``like`` and ``sources`` in float64, of the type of ``like``."""
+        assert isinstance(like.dtype, torch.dtype)
+        shape = like.weight.shape if shape is None else shape
+        weight = computed_weight(function, (like, *sources), shape, like.dtype)
+        fields = {"trainable": like.trainable, "persistent": like.persistent}
+        return self.parameter(self.unique(name), weight, like.kind, **fields)
+
+    def take_successors(self) -> list[tuple[Parameter, Parameter]]:
+        """The pairs (old weight, new weight) made since the last call."""
+        pairs, self._successors = self._successors, []
+        return pairs
 
     def constant(self, tensor: Weight | torch.Tensor, name: str = "constant") -> Parameter:
         return self.parameter(self.unique(name), tensor, kind="constant", persistent=False)

@@ -23,6 +23,10 @@ class OperatorError(RegaugeError):
     """An operator is unknown, registered twice, or called with arguments it does not take."""
 
 
+class PatternError(RegaugeError):
+    """A rewrite rule is not well formed: its pattern names an attribute that does not exist, returns no call ..."""
+
+
 class CaptureError(RegaugeError):
     """A model could not be captured, or the captured graph does not compute what the model computes."""
 

@@ -160,6 +160,7 @@ class Operator:
     symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE  # a function where operands decide
     layer: Callable[[Node], str | None] | None = None
     random: bool = False
+    commutative: bool = False  # its two operands may be exchanged
     zeroed_by: tuple[str, ...] | None = None  # slots of which one, zero at an index, makes the result zero there
 
     # ``zeroed_by`` is read where symmetry does not tell (regauge.ir.masking): a product is zero with any factor, what

@@ -19,6 +19,7 @@ GROUP = "regauge.passes"
 
 BUILT_IN = {
     "prune": "regauge.passes.pruning.prune:Prune",
+    "simplify": "regauge.passes.simplify.simplify:Simplify",
 }
 
 Passes: TypeAlias = str | Pass | Sequence["str | Pass"]

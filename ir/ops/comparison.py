@@ -40,12 +40,12 @@ def _bits() -> list[Sample]:
 # -- comparisons -------------------------------------------------------------------------------------------------------
 
 
-@pointwise(aten={"eq": aten_binary("eq")}, onnx={"Equal": onnx_binary("eq")}, samples=_compared)
+@pointwise(aten={"eq": aten_binary("eq")}, onnx={"Equal": onnx_binary("eq")}, samples=_compared, commutative=True)
 def eq(x: Tensor, y: Tensor) -> Tensor:
     return x == y
 
 
-@pointwise(aten=dict.fromkeys(("ne", "not_equal"), aten_binary("ne")), samples=_compared)
+@pointwise(aten=dict.fromkeys(("ne", "not_equal"), aten_binary("ne")), samples=_compared, commutative=True)
 def ne(x: Tensor, y: Tensor) -> Tensor:
     return x != y
 
@@ -107,17 +107,17 @@ def isinf(x: Tensor) -> Tensor:
 # -- logic -------------------------------------------------------------------------------------------------------------
 
 
-@pointwise(aten=["logical_and"], onnx={"And": onnx_binary("logical_and")}, samples=_combined)
+@pointwise(aten=["logical_and"], onnx={"And": onnx_binary("logical_and")}, samples=_combined, commutative=True)
 def logical_and(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_and(x, y)
 
 
-@pointwise(aten=["logical_or"], onnx={"Or": onnx_binary("logical_or")}, samples=_combined)
+@pointwise(aten=["logical_or"], onnx={"Or": onnx_binary("logical_or")}, samples=_combined, commutative=True)
 def logical_or(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_or(x, y)
 
 
-@pointwise(aten=["logical_xor"], onnx={"Xor": onnx_binary("logical_xor")}, samples=_combined)
+@pointwise(aten=["logical_xor"], onnx={"Xor": onnx_binary("logical_xor")}, samples=_combined, commutative=True)
 def logical_xor(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_xor(x, y)
 
@@ -131,6 +131,7 @@ def logical_not(x: Tensor) -> Tensor:
     aten=dict.fromkeys(("bitwise_and", "__and__"), aten_binary("bitwise_and")),
     onnx={"BitwiseAnd": onnx_binary("bitwise_and")},
     samples=_bits,
+    commutative=True,
 )
 def bitwise_and(x: Tensor, y: Tensor) -> Tensor:
     return x & y
@@ -140,6 +141,7 @@ def bitwise_and(x: Tensor, y: Tensor) -> Tensor:
     aten=dict.fromkeys(("bitwise_or", "__or__"), aten_binary("bitwise_or")),
     onnx={"BitwiseOr": onnx_binary("bitwise_or")},
     samples=_bits,
+    commutative=True,
 )
 def bitwise_or(x: Tensor, y: Tensor) -> Tensor:
     return x | y
@@ -149,6 +151,7 @@ def bitwise_or(x: Tensor, y: Tensor) -> Tensor:
     aten=dict.fromkeys(("bitwise_xor", "__xor__"), aten_binary("bitwise_xor")),
     onnx={"BitwiseXor": onnx_binary("bitwise_xor")},
     samples=_bits,
+    commutative=True,
 )
 def bitwise_xor(x: Tensor, y: Tensor) -> Tensor:
     return x ^ y

@@ -158,6 +158,7 @@ def _mean_of_many(build: Any, call: Any) -> Any:
     onnx={"Add": onnx_binary("add"), "Sum": _add_many},
     samples=_pairs(randn, randn, (None, 2.5), (1, None)),
     symmetry=Symmetry.LINEAR,
+    commutative=True,
 )
 def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
@@ -192,6 +193,7 @@ def _addcdiv(build: Any, x: Any, a: Any, b: Any, *, value: Any = 1) -> Any:
     onnx={"Mul": onnx_binary("mul")},
     samples=_pairs(randn, randn, (None, 2.5), (3, None)),
     symmetry=Symmetry.PRODUCT,
+    commutative=True,
 )
 def mul(x: Tensor, y: Tensor) -> Tensor:
     return x * y
@@ -300,6 +302,7 @@ def _like_shapes(node: Node) -> Symmetry:
     onnx={"Max": _folded("maximum")},
     samples=_pairs(randn, randn),
     symmetry=_like_shapes,
+    commutative=True,
 )
 def maximum(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(x, y)
@@ -310,6 +313,7 @@ def maximum(x: Tensor, y: Tensor) -> Tensor:
     onnx={"Min": _folded("minimum")},
     samples=_pairs(randn, randn),
     symmetry=_like_shapes,
+    commutative=True,
 )
 def minimum(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(x, y)
@@ -320,12 +324,12 @@ def atan2(x: Tensor, y: Tensor) -> Tensor:
     return torch.atan2(x, y)
 
 
-@pointwise(aten={"logaddexp": aten_binary("logaddexp")}, samples=_pairs(randn, randn))
+@pointwise(aten={"logaddexp": aten_binary("logaddexp")}, samples=_pairs(randn, randn), commutative=True)
 def logaddexp(x: Tensor, y: Tensor) -> Tensor:
     return torch.logaddexp(x, y)
 
 
-@pointwise(aten={"hypot": aten_binary("hypot")}, samples=_pairs(randn, randn))
+@pointwise(aten={"hypot": aten_binary("hypot")}, samples=_pairs(randn, randn), commutative=True)
 def hypot(x: Tensor, y: Tensor) -> Tensor:
     return torch.hypot(x, y)
 

@@ -46,12 +46,12 @@ def lgamma(x: Tensor) -> Tensor:
 # -- functions of two values -------------------------------------------------------------------------------------------
 
 
-@pointwise(aten=["fmax"], samples=_pairs)
+@pointwise(aten=["fmax"], samples=_pairs, commutative=True)
 def fmax(x: Tensor, y: Tensor) -> Tensor:
     return torch.fmax(x, y)
 
 
-@pointwise(aten=["fmin"], samples=_pairs)
+@pointwise(aten=["fmin"], samples=_pairs, commutative=True)
 def fmin(x: Tensor, y: Tensor) -> Tensor:
     return torch.fmin(x, y)
 

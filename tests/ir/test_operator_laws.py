@@ -182,6 +182,14 @@ def test_cost_is_counted_alike_for_a_node_and_for_its_sizes(name: str, index: in
     assert count(Cost(node)) == figures(graph).macs == cost(graph).figures().macs
 
 
+@pytest.mark.parametrize("name", [name for name, record in sorted(all_operators().items()) if record.commutative])
+def test_operands_of_commutative_operators_may_be_exchanged(name: str) -> None:
+    for index, _ in enumerate(get_operator(name).samples()):  # type: ignore[misc]
+        _, node = one_node_graph(name, draw(name, index))
+        results = [evaluate(node, order, node.attributes) for order in (tensors(node), tensors(node)[::-1])]
+        assert_same(*results, f"{name} is said to be commutative")
+
+
 def test_every_operator_has_samples() -> None:
     bare = {name for name, record in all_operators().items() if record.samples is None}
     assert not bare - WITHOUT_SAMPLES, "without samples no law is tested"

@@ -1,0 +1,243 @@
+"""Matching a pattern against a graph, from one node, with the reason why it stopped where it does not fit.
+
+Commutative operators are tried in both orders while matching, never by expanding the pattern. Nodes inside a match
+(all but its roots) must be used only by the match unless the rule says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from regauge.ir.graph import Node, Operand, Parameter, Value
+from regauge.ir.patterns import CallPattern, Pattern, PatternOperand, ResultPattern, Variable, call_of
+
+SMALL = 1 << 12  # elements of a constant that is compared with a number
+
+
+@dataclass
+class Match:
+    """What a pattern matched: operands and attribute values by the names of variables, nodes by their names."""
+
+    bindings: dict[str, Any]
+    nodes: dict[CallPattern, Node]
+    roots: tuple[Value, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bindings[name]
+
+    @property
+    def root(self) -> Node:
+        node = self.roots[0].producer
+        assert node is not None
+        return node
+
+
+@dataclass(order=True)
+class Miss:
+    """The best partial match of a rule: how many nodes matched, where it stopped, and why."""
+
+    matched: int
+    where: str = field(compare=False)
+    reason: str = field(compare=False)
+    refused: bool = field(default=False, compare=False)  # whether the whole pattern fitted and the rule said no
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason} (after {self.matched} matching node{'s' if self.matched != 1 else ''})"
+
+
+def match(pattern: Pattern, node: Node, *, shared: bool = False, held: Container[Value] = ()) -> Match | Miss:
+    """Match a pattern whose first root is ``node``; a Miss tells how far the best attempt came.
+
+    ``held`` are values that something beside nodes reads: outputs and states. With ``shared`` the inner nodes of the
+    match may have other readers.
+    """
+    search = _Search(shared, held)
+    for state in search.call(pattern.anchor, node, _State({}, {})):
+        for full in search.other_roots(pattern, state):
+            roots = tuple(_root_value(root, full) for root in pattern.roots)
+            found = search.finish(pattern, full, roots)
+            if found is not None:
+                return found
+    return search.best
+
+
+def _root_value(root: CallPattern | ResultPattern, state: _State) -> Value:
+    return state.nodes[call_of(root)].outputs[root.index]
+
+
+@dataclass(frozen=True)
+class _State:
+    """Bindings so far; states are never written into, so that a search can go back."""
+
+    bindings: Mapping[str, Any]
+    nodes: Mapping[CallPattern, Node]
+
+    def bind(self, name: str, value: Any) -> _State:
+        return _State({**self.bindings, name: value}, self.nodes)
+
+    def take(self, pattern: CallPattern, node: Node) -> _State:
+        return _State(self.bindings, {**self.nodes, pattern: node})
+
+
+class _Search:
+    def __init__(self, shared: bool, held: Container[Value]) -> None:
+        self.shared = shared
+        self.held = held
+        self.best = Miss(-1, "", "")
+
+    def fail(self, state: _State, node: Node, reason: str) -> None:
+        if len(state.nodes) > self.best.matched:
+            self.best = Miss(len(state.nodes), node.label, reason)
+
+    def call(self, pattern: CallPattern, node: Node, state: _State) -> Iterator[_State]:
+        """All ways in which a call pattern matches a node."""
+        if pattern in state.nodes:
+            if state.nodes[pattern] is node:
+                yield state
+            return
+        if node.op not in pattern.ops:
+            self.fail(state, node, f"{' or '.join(pattern.ops)} is expected")
+            return
+        after = self._attributes(pattern, node, state)
+        if after is None:
+            return
+        operands = list(node.inputs) + [None] * (len(pattern.operands) - len(node.inputs))
+        if len(operands) > len(pattern.operands):
+            self.fail(state, node, f"it has {len(operands)} operands, the pattern {len(pattern.operands)}")
+            return
+        orders = [operands]
+        if node.operator.commutative and len(operands) == 2 and operands[0] is not operands[1]:
+            orders.append(operands[::-1])
+        for order in orders:
+            yield from self._operands(pattern.operands, order, node, after.take(pattern, node))
+
+    def _attributes(self, pattern: CallPattern, node: Node, state: _State) -> _State | None:
+        defaults = node.operator.attributes
+        for name, value in node.attributes.items():
+            wanted = pattern.attributes.get(name, ... if pattern.free else defaults[name])
+            if isinstance(wanted, Variable):
+                if wanted.name in state.bindings and state.bindings[wanted.name] != value:
+                    self.fail(state, node, f"its {name} is {value}, elsewhere {state.bindings[wanted.name]}")
+                    return None
+                state = state.bind(wanted.name, value)
+            elif wanted is not ... and not _equal(value, wanted):
+                self.fail(state, node, f"its {name} is {value}, not {wanted}")
+                return None
+        return state
+
+    def _operands(
+        self, patterns: tuple[PatternOperand, ...], operands: list[Operand], node: Node, state: _State
+    ) -> Iterator[_State]:
+        if not patterns:
+            yield state
+            return
+        for after in self._operand(patterns[0], operands[0], node, state):
+            yield from self._operands(patterns[1:], operands[1:], node, after)
+
+    def _operand(self, pattern: PatternOperand, operand: Operand, node: Node, state: _State) -> Iterator[_State]:
+        if isinstance(pattern, Variable):
+            yield from self._variable(pattern, operand, node, state)
+        elif isinstance(pattern, CallPattern | ResultPattern):
+            producer = operand.producer if isinstance(operand, Value) else None
+            if not isinstance(operand, Value) or producer is None:
+                self.fail(state, node, f"its operand {operand} is not computed by {'|'.join(call_of(pattern).ops)}")
+            elif operand.index != pattern.index:
+                self.fail(state, node, f"it reads result {operand.index} of {producer.label}, not {pattern.index}")
+            else:
+                yield from self.call(call_of(pattern), producer, state)
+        elif pattern is None:
+            if operand is None:
+                yield state
+            else:
+                self.fail(state, node, f"its operand {operand} is not absent")
+        elif is_number(operand, pattern):
+            yield state
+        else:
+            self.fail(state, node, f"its operand {operand} is not {pattern}")
+
+    def _variable(self, variable: Variable, operand: Operand, node: Node, state: _State) -> Iterator[_State]:
+        if operand is None and not variable.optional:
+            self.fail(state, node, f"the operand {variable} is absent")
+        elif variable.name not in state.bindings:
+            yield state.bind(variable.name, operand)
+        elif _same_operand(state.bindings[variable.name], operand):
+            yield state
+        else:
+            self.fail(state, node, f"{variable} is {operand} here and {state.bindings[variable.name]} elsewhere")
+
+    def other_roots(self, pattern: Pattern, state: _State, at: int = 1) -> Iterator[_State]:
+        """Match the second root and those after it, found among the readers of what is matched already."""
+        if at == len(pattern.roots):
+            yield state
+            return
+        call = call_of(pattern.roots[at])
+        taken = set(state.nodes.values())
+        for node in self._readers(call, state):
+            if node not in taken:
+                for after in self.call(call, node, state):
+                    yield from self.other_roots(pattern, after, at + 1)
+
+    def _readers(self, call: CallPattern, state: _State) -> list[Node]:
+        """Nodes that may be the call: readers (of readers ...) of a matched operand that the call reads too."""
+        found: dict[Node, None] = {}
+        for operand in call.operands:
+            if isinstance(operand, Variable):
+                value = state.bindings.get(operand.name)
+                found.update(dict.fromkeys(value.consumers() if isinstance(value, Value) else ()))
+            elif isinstance(operand, CallPattern | ResultPattern):
+                inner = call_of(operand)
+                sources = [state.nodes[inner]] if inner in state.nodes else self._readers(inner, state)
+                for source in sources:
+                    found.update(dict.fromkeys(node for value in source.outputs for node in value.consumers()))
+        return [node for node in found if node.op in call.ops]
+
+    def finish(self, pattern: Pattern, state: _State, roots: tuple[Value, ...]) -> Match | None:
+        """The match, unless something outside reads an inner node."""
+        bindings = dict(state.bindings)
+        bindings.update({call.name: node for call, node in state.nodes.items() if call.name})
+        bindings.update({v.name: None for v in pattern.variables if v.name not in bindings})
+        found = Match(bindings, dict(state.nodes), roots)
+        if self.shared:
+            return found
+        inside = set(state.nodes.values())
+        for node in inside:
+            for value in node.outputs:
+                if value in roots:
+                    continue
+                other = next((user.label for user, _ in value.uses if user not in inside), None)
+                if other is not None or value in self.held:
+                    self.fail(state, node, f"{other or 'an output of the graph'} reads it too")
+                    return None
+        return found
+
+
+def _same_operand(a: Operand, b: Operand) -> bool:
+    if isinstance(a, Value) or isinstance(b, Value):
+        return a is b
+    return type(a) is type(b) and a == b
+
+
+def is_number(operand: Operand, number: float) -> bool:
+    """Whether an operand is this number, up to the precision of its type: as given, or as a constant full of it."""
+    if isinstance(operand, Parameter):
+        if operand.kind != "constant" or not all(isinstance(size, int) for size in operand.shape):
+            return False
+        tensor = operand.tensor
+        if not 0 < tensor.numel() <= SMALL or operand.trainable:
+            return False
+        precision = torch.finfo(tensor.dtype).eps if tensor.dtype.is_floating_point else 0.0
+        return bool((tensor.double() - float(number)).abs().max() <= 4 * precision * abs(float(number)))
+    if isinstance(operand, bool) or isinstance(number, bool):
+        return operand is number
+    return isinstance(operand, int | float) and math.isclose(operand, number, rel_tol=1e-6)
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    if isinstance(value, float) and isinstance(wanted, int | float):
+        return math.isclose(value, wanted, rel_tol=1e-6)
+    return bool(type(value) is type(wanted) and value == wanted) or value == wanted

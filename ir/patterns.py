@@ -1,0 +1,160 @@
+"""Patterns: a piece of a graph written as a Python function.
+
+    def pattern(op, x, w, b=None):
+        return op.relu(op.linear(x, w, b))
+
+``op`` stands for the operators, the other parameters are *variables*: each matches any one operand, wherever it stands
+the same one. A variable with the default None also matches an operand that is absent. A number matches that number,
+given as such or as a constant of one repeated element.
+
+Attributes are written as keywords: a value must be equal, a variable matches any value and captures it, ``...`` matches
+any, and ``attributes=...`` frees all of them. An attribute that is not written must have its default, so that a pattern
+never matches more than it says. With ``name=`` the matched node is captured under that name. A function may return
+several results: the pattern has several roots, each of which must share a node or an operand with those before it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from regauge.ir.errors import PatternError
+from regauge.ir.operator import get_operator
+
+
+@dataclass(frozen=True, eq=False)
+class Variable:
+    """Stands for one operand, or one attribute value; ``optional`` where the operand may be absent."""
+
+    name: str
+    optional: bool = False
+
+    def __str__(self) -> str:
+        return self.name + ("?" if self.optional else "")
+
+
+@dataclass(frozen=True, eq=False)
+class CallPattern:
+    """One operator call; patterns that share an object share the node."""
+
+    ops: tuple[str, ...]
+    operands: tuple[PatternOperand, ...]
+    attributes: dict[str, Any]
+    name: str = ""
+    free: bool = False  # whether attributes that are not written may have any value
+    index: int = 0  # of the result that stands for the call in other calls
+
+    def results(self, count: int) -> tuple[ResultPattern, ...]:
+        """Patterns of the first ``count`` results of a call that has several."""
+        return tuple(ResultPattern(self, index) for index in range(count))
+
+    def __str__(self) -> str:
+        parts = [*map(str, self.operands), *(f"{key}={_shown(value)}" for key, value in self.attributes.items())]
+        return f"{'|'.join(self.ops)}({', '.join(parts)})"
+
+
+@dataclass(frozen=True, eq=False)
+class ResultPattern:
+    """One of several results of a call."""
+
+    call: CallPattern
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.call}[{self.index}]"
+
+
+PatternOperand: TypeAlias = Variable | CallPattern | ResultPattern | bool | int | float | None
+
+
+def _shown(value: Any) -> str:
+    return "..." if value is ... else str(value)
+
+
+class Operators:
+    """The ``op`` of a pattern function: ``op.linear(x, w)``, ``op.any_of(("relu", "gelu"), x)``."""
+
+    def __getattr__(self, op: str) -> Callable[..., CallPattern]:
+        if op.startswith("_"):
+            raise AttributeError(op)
+        return lambda *operands, **attributes: self.any_of((op,), *operands, **attributes)
+
+    def any_of(self, ops: Sequence[str], *operands: Any, name: str = "", **attributes: Any) -> CallPattern:
+        """A call of one of several operators, which must all have the attributes that are written."""
+        free = attributes.pop("attributes", None) is ...
+        for op in ops:
+            record = get_operator(op)
+            for attribute in attributes:
+                if attribute not in record.attributes:
+                    raise PatternError(f"{op} has no attribute {attribute!r}: it has {', '.join(record.attributes)}")
+            for attribute, default in record.attributes.items():
+                if default is inspect.Parameter.empty and attribute not in attributes and not free:
+                    raise PatternError(f"{op} needs the attribute {attribute!r}: give a value, a variable or ...")
+        return CallPattern(tuple(ops), operands, attributes, name, free)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A parsed pattern function: its variables and its roots, of which the first anchors the search."""
+
+    variables: tuple[Variable, ...]
+    roots: tuple[CallPattern | ResultPattern, ...]
+    calls: tuple[CallPattern, ...] = field(default=())
+
+    @property
+    def anchor(self) -> CallPattern:
+        return call_of(self.roots[0])
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.roots))
+
+
+def call_of(pattern: CallPattern | ResultPattern) -> CallPattern:
+    return pattern.call if isinstance(pattern, ResultPattern) else pattern
+
+
+def parse_pattern(function: Callable[..., Any]) -> Pattern:
+    """Call a pattern function with variables; raises PatternError where it is none."""
+    first, *rest = inspect.signature(function).parameters.values()
+    variables = tuple(Variable(p.name, p.default is None) for p in rest)
+    result = function(Operators(), *variables)
+    roots = tuple(result) if isinstance(result, tuple | list) else (result,)
+    for root in roots:
+        if not isinstance(root, CallPattern | ResultPattern):
+            raise PatternError(
+                f"the pattern {function.__name__} returns {root!r}: return a call such as {first.name}.relu(x)"
+            )
+    calls = tuple(dict.fromkeys(call for root in roots for call in _calls(call_of(root))))
+    _check_roots(function, roots, calls)
+    return Pattern(variables, roots, calls)
+
+
+def _calls(call: CallPattern) -> Iterator[CallPattern]:
+    yield call
+    for operand in call.operands:
+        if isinstance(operand, CallPattern | ResultPattern):
+            yield from _calls(call_of(operand))
+
+
+def _check_roots(
+    function: Callable[..., Any], roots: tuple[CallPattern | ResultPattern, ...], calls: tuple[CallPattern, ...]
+) -> None:
+    reached = {id(part) for part in _parts(call_of(roots[0]))}
+    for root in roots[1:]:
+        parts = {id(part) for part in _parts(call_of(root))}
+        if not parts & reached:
+            raise PatternError(
+                f"the pattern {function.__name__} has a root that shares nothing with the ones before it"
+            )
+        reached |= parts
+    names = [call.name for call in calls if call.name]
+    if len(names) != len(set(names)):
+        raise PatternError(f"the pattern {function.__name__} gives two nodes one name: {', '.join(names)}")
+
+
+def _parts(call: CallPattern) -> Iterator[Any]:
+    for inner in _calls(call):
+        yield inner
+        yield from (operand for operand in inner.operands if isinstance(operand, Variable))

@@ -1,0 +1,281 @@
+"""Rewriting: rules as values, and the driver that applies them to a graph until none fits.
+
+    drop = RewriteRule("relu-twice", lambda op, x: op.relu(op.relu(x)), lambda build, x: build.relu(x))
+    log = rewrite_graph(graph, RuleSet([drop]))
+
+The driver keeps a worklist of nodes: a node is looked at once, and again only when something near it has changed, so
+that a fixed point is reached in time that grows with the graph and with the number of rewrites, not with their product.
+What a rule did, how long it took and where it nearly fitted is told in the :class:`RewriteLog`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NoReturn, TypeAlias
+
+from regauge.ir.edit import Builder, remove_node, replace_uses
+from regauge.ir.errors import PatternError
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.matcher import Match, Miss, match
+from regauge.ir.patterns import Pattern, parse_pattern
+from regauge.ir.sizes import same
+from regauge.ir.weight_edits import settle_successors
+
+Samples: TypeAlias = Callable[[], Iterable[dict[str, Any]]]
+
+
+class Refusal(Exception):
+    """Raised by a condition or a replacement: the pattern fits, and the rewrite is still not right or does not pay."""
+
+
+def refuse(reason: str) -> NoReturn:
+    """Leave a match as it is, for a reason that ``explain`` tells: ``return refuse("its padding is not zero")``."""
+    raise Refusal(reason)
+
+
+@dataclass(frozen=True)
+class RewriteRule:
+    """A pattern, what takes its place, and when.
+
+    ``replacement(build, ...)`` and ``where(...)`` name the variables and nodes of the pattern that they want, or
+    ``match`` for all of it. A replacement builds nodes and returns a value for each root; both may :func:`refuse`.
+    ``samples`` are operands for the variables of the pattern, from which the rule's own test is made
+    (:mod:`regauge.ir.equivalence`). With ``shared`` inner nodes of a match may have other readers, and stay for them.
+    """
+
+    name: str
+    pattern_function: Callable[..., Any]
+    replacement: Callable[..., Any]
+    where: Callable[..., Any] | None = None
+    samples: Samples | None = None
+    shared: bool = False
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        return parse_pattern(self.pattern_function)
+
+    def bind(self, function: Callable[..., Any], found: Match) -> dict[str, Any]:
+        """The arguments that a condition or a replacement asks for by name."""
+        known = {**found.bindings, "match": found}
+        names = [name for name in inspect.signature(function).parameters if name != "build"]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise PatternError(f"rule {self.name}: {unknown[0]!r} is no variable and no node of its pattern")
+        return {name: known[name] for name in names}
+
+
+def rule(
+    pattern: Callable[..., Any],
+    *,
+    name: str = "",
+    where: Callable[..., Any] | None = None,
+    samples: Samples | None = None,
+    shared: bool = False,
+) -> Callable[[Callable[..., Any]], RewriteRule]:
+    """Decorator form of :class:`RewriteRule`: the decorated function is the replacement."""
+
+    def make(replacement: Callable[..., Any]) -> RewriteRule:
+        return RewriteRule(name or replacement.__name__.replace("_", "-"), pattern, replacement, where, samples, shared)
+
+    return make
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """Rules in order of preference; sets add. ``ruleset - names`` leaves rules out."""
+
+    rules: tuple[RewriteRule, ...] = ()
+
+    def __init__(self, rules: Iterable[RewriteRule] = ()) -> None:
+        object.__setattr__(self, "rules", tuple(rules))
+        names = [r.name for r in self.rules]
+        if len(names) != len(set(names)):
+            raise PatternError(f"two rules are called {next(n for n in names if names.count(n) > 1)!r}")
+
+    def __add__(self, other: RuleSet) -> RuleSet:
+        return RuleSet(dict.fromkeys((*self.rules, *other.rules)))
+
+    def __iter__(self) -> Iterator[RewriteRule]:
+        return iter(self.rules)
+
+    @cached_property
+    def by_operator(self) -> dict[str, list[RewriteRule]]:
+        """Rules by the operators that their first root may be."""
+        table: dict[str, list[RewriteRule]] = {}
+        for entry in self.rules:
+            for op in entry.pattern.anchor.ops:
+                table.setdefault(op, []).append(entry)
+        return table
+
+
+@dataclass
+class RewriteLog:
+    """What a run of the driver did: rewrites and seconds per rule, and each idle rule's nearest miss."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    misses: dict[str, Miss] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def add(self, other: RewriteLog) -> None:
+        for name, count in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        for name, seconds in other.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        for name, miss in other.misses.items():
+            self.miss(name, miss)
+
+    def miss(self, name: str, miss: Miss) -> None:
+        if name not in self.misses or miss > self.misses[name]:
+            self.misses[name] = miss
+
+
+def rewrite_graph(graph: Graph, rules: RuleSet, *, nodes: Iterable[Node] | None = None) -> RewriteLog:
+    """Apply the rules to a graph and its regions, in place, until none fits any more."""
+    return _Driver(graph, rules).run(nodes)
+
+
+class _Driver:
+    def __init__(self, graph: Graph, rules: RuleSet) -> None:
+        self.graph = graph
+        self.rules = rules
+        self.log = RewriteLog()
+        self.owner: dict[Node, Graph] = {}
+        self.builders: dict[Graph, Builder] = {}
+        self.held: dict[Value, list[Graph]] = {}
+        self.read: dict[Parameter, None] = {}  # parameters that removed nodes read
+        self._enter(graph, Builder(graph))
+
+    def _enter(self, graph: Graph, build: Builder) -> None:
+        self.builders[graph] = build
+        for value in graph.outputs:
+            if isinstance(value, Value):
+                self.held.setdefault(value, []).append(graph)
+        for state in graph.states:
+            for value in (state.before, state.after):
+                self.held.setdefault(value, []).append(graph)
+        for node in graph.nodes:
+            self.owner[node] = graph
+            for region in node.regions:
+                self._enter(region, build.region(region))
+
+    def run(self, nodes: Iterable[Node] | None) -> RewriteLog:
+        queue = deque(self.owner if nodes is None else nodes)
+        waiting = set(queue)
+        while queue:
+            node = queue.popleft()
+            waiting.discard(node)
+            if node not in self.owner:
+                continue
+            for near in self._visit(node):
+                if near not in waiting and near in self.owner:
+                    waiting.add(near)
+                    queue.append(near)
+        self._remove_unread()
+        return self.log
+
+    def _remove_unread(self) -> None:
+        """Remove the parameters that only removed nodes read."""
+        unread = [p for p in self.read if not p.uses and p not in self.held]
+        for graph in dict.fromkeys([self.graph, *self.owner.values()]):
+            for parameter in unread:
+                if graph.parameters.get(parameter.name) is parameter:
+                    del graph.parameters[parameter.name]
+                    graph.version += 1
+
+    def _visit(self, node: Node) -> list[Node]:
+        """Try the rules at a node; the nodes to look at again where one fitted."""
+        for entry in self.rules.by_operator.get(node.op, ()):
+            start = time.perf_counter()
+            found = match(entry.pattern, node, shared=entry.shared, held=self.held)
+            touched = self._apply(entry, found) if isinstance(found, Match) else None
+            self.log.seconds[entry.name] = self.log.seconds.get(entry.name, 0.0) + time.perf_counter() - start
+            if isinstance(found, Miss):
+                self.log.miss(entry.name, found)
+            if touched is not None:
+                self.log.counts[entry.name] = self.log.counts.get(entry.name, 0) + 1
+                return touched
+        return []
+
+    def _apply(self, entry: RewriteRule, found: Match) -> list[Node] | None:
+        graph = self.owner[found.root]
+        build = self.builders[graph]
+        build.by, build.added, build.made = entry.name, [], []
+        try:
+            if entry.where is not None:
+                verdict = entry.where(**entry.bind(entry.where, found))
+                if isinstance(verdict, str) or verdict is False:
+                    raise Refusal(verdict or "its condition does not hold")
+            with build.at(found.root):
+                results = entry.replacement(build, **entry.bind(entry.replacement, found))
+        except Refusal as refusal:
+            self._undo(graph, build)
+            self.log.miss(entry.name, Miss(len(found.nodes), found.root.label, str(refusal), refused=True))
+            return None
+        return self._commit(graph, build, entry, found, results)
+
+    def _undo(self, graph: Graph, build: Builder) -> None:
+        for node in reversed(build.added):
+            remove_node(graph, node)
+        for parameter in build.made:
+            del graph.parameters[parameter.name]
+        build.take_successors()
+
+    def _commit(self, graph: Graph, build: Builder, entry: RewriteRule, found: Match, results: Any) -> list[Node]:
+        news = tuple(results) if isinstance(results, tuple | list) else (results,)
+        _check_results(entry, found, news)
+        self.owner.update(dict.fromkeys(build.added, graph))
+        near: dict[Node, None] = dict.fromkeys(build.added)
+        for old, new in zip(found.roots, news, strict=True):
+            near.update(dict.fromkeys(old.consumers()))
+            self._replace(graph, old, new)
+        doomed = [node for node in found.nodes.values()]
+        near.update(dict.fromkeys(v.producer for n in doomed for _, v in n.operands() if v.producer is not None))
+        for new in news:
+            if isinstance(new, Value) and new.producer is not None:
+                near[new.producer] = None
+        names = {old: old.name for old in found.roots}
+        self._remove(doomed)
+        for old, new in zip(found.roots, news, strict=True):
+            made = isinstance(new, Value) and new.producer in build.added
+            if made and old.producer not in self.owner:
+                new.name = names[old]
+        settle_successors(graph, build)
+        return [node for node in near if node in self.owner]
+
+    def _replace(self, graph: Graph, old: Value, new: Any) -> None:
+        for holder in dict.fromkeys([graph, *self.held.pop(old, ())]):
+            replace_uses(holder, old, new)
+            if isinstance(new, Value) and any(output is new for output in holder.outputs):
+                self.held.setdefault(new, []).append(holder)
+
+    def _remove(self, doomed: Sequence[Node]) -> None:
+        """Remove matched nodes that nobody reads any more, and then what only they read."""
+        stack = list(doomed)
+        while stack:
+            node = stack.pop()
+            if node not in self.owner or any(value.uses or value in self.held for value in node.outputs):
+                continue
+            read = [value for _, value in node.operands()]
+            remove_node(self.owner.pop(node), node)
+            stack.extend(value.producer for value in read if value.producer is not None)
+            self.read.update(dict.fromkeys(value for value in read if isinstance(value, Parameter)))
+
+
+def _check_results(entry: RewriteRule, found: Match, news: Sequence[Any]) -> None:
+    """A replacement has the shapes and types of what it replaces."""
+    if len(news) != len(found.roots):
+        raise PatternError(f"rule {entry.name} replaces {len(found.roots)} results by {len(news)}")
+    for old, new in zip(found.roots, news, strict=True):
+        if not isinstance(new, Value):
+            raise PatternError(f"rule {entry.name} replaces {old} by {new!r}: return a value")
+        if new.rank != old.rank or new.dtype != old.dtype or not all(map(same, new.shape, old.shape)):
+            raise PatternError(f"rule {entry.name} replaces {old} by {new}: shapes and types must be the same")

@@ -1,0 +1,1 @@
+"""Exact simplification: rewrite rules, folding, merging of equal nodes."""

@@ -1,0 +1,30 @@
+"""The rule sets of ``simplify``, by name, in the order in which they are preferred."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+from regauge.ir.errors import PassError
+from regauge.ir.rewrite import RuleSet
+from regauge.passes.simplify import affine
+
+RULE_SETS: Mapping[str, RuleSet] = {
+    "affine": affine.RULES,
+}
+
+
+def choose(only: tuple[str, ...], skip: tuple[str, ...], steps: tuple[str, ...]) -> tuple[RuleSet, list[str]]:
+    """The rules and steps that are named (all where none is), less those to skip; raises PassError for others."""
+    known = [*steps, *RULE_SETS, *(rule.name for rules in RULE_SETS.values() for rule in rules)]
+    for name in (*only, *skip):
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f": did you mean {close[0]!r}?" if close else f": sets are {', '.join([*steps, *RULE_SETS])}"
+            raise PassError(f"simplify has no rule, set or step called {name!r}{hint}")
+
+    def wanted(*names: str) -> bool:
+        return (not only or any(name in only for name in names)) and not any(name in skip for name in names)
+
+    chosen = [rule for name, rules in RULE_SETS.items() for rule in rules if wanted(rule.name, name)]
+    return RuleSet(chosen), [step for step in steps if wanted(step)]

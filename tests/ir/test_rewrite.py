@@ -1,0 +1,187 @@
+"""The rewrite engine: patterns, matches and near misses, the driver, and proofs of rules."""
+
+import pytest
+import torch
+from torch import randn
+
+from regauge.ir.edit import Builder
+from regauge.ir.equivalence import Weight, prove_rule
+from regauge.ir.errors import EquivalenceError, PatternError
+from regauge.ir.graph import Graph
+from regauge.ir.interpret import run
+from regauge.ir.matcher import Match, Miss, match
+from regauge.ir.patterns import parse_pattern
+from regauge.ir.rewrite import RewriteRule, RuleSet, refuse, rewrite_graph
+from regauge.ir.verify import verify
+
+RELU_TWICE = RewriteRule("relu-twice", lambda op, x: op.relu(op.relu(x)), lambda build, x: build.relu(x))
+
+
+def chain(length: int) -> Graph:
+    graph = Graph()
+    build = Builder(graph)
+    value = build.input("x", (2, 3), torch.float64)
+    for _ in range(length):
+        value = build.relu(value)
+    graph.outputs = [value]
+    return graph
+
+
+def test_a_rule_is_applied_until_it_fits_no_more_and_names_stay() -> None:
+    graph = chain(50)
+    name = graph.outputs[0].name  # type: ignore[union-attr]
+    log = rewrite_graph(graph, RuleSet([RELU_TWICE]))
+    assert log.counts == {"relu-twice": 49} and len(graph) == 1
+    assert graph.outputs[0].name == name  # type: ignore[union-attr]
+    assert graph.nodes[0].metadata["regauge.added_by"] == "relu-twice"
+    verify(graph)
+
+
+def test_what_something_else_reads_is_a_near_miss() -> None:
+    graph = chain(2)
+    graph.outputs.append(graph.nodes[0].output)
+    log = rewrite_graph(graph, RuleSet([RELU_TWICE]))
+    assert not log.total and str(log.misses["relu-twice"]) == (
+        "relu = relu: an output of the graph reads it too (after 2 matching nodes)"
+    )
+
+
+def test_shared_rules_leave_what_others_read() -> None:
+    graph = chain(2)
+    graph.outputs.append(graph.nodes[0].output)
+    shared = RewriteRule("relu-twice", RELU_TWICE.pattern_function, RELU_TWICE.replacement, shared=True)
+    assert rewrite_graph(graph, RuleSet([shared])).total == 1
+    assert len(graph) == 2 and not any(
+        v.producer.op == "relu" for n in graph.nodes for _, v in n.operands() if v.producer
+    )
+
+
+def gated() -> Graph:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 3), torch.float64)
+    graph.outputs = [build.mul(build.sigmoid(x), x), build.mul(x, build.sigmoid(x))]
+    return graph
+
+
+def test_commutative_operators_match_in_both_orders() -> None:
+    rule = RewriteRule("silu", lambda op, x: op.mul(x, op.sigmoid(x)), lambda build, x: build.silu(x))
+    graph = gated()
+    expected = run(graph, [torch.arange(6.0).reshape(2, 3).double()])
+    assert rewrite_graph(graph, RuleSet([rule])).total == 2
+    assert [node.op for node in graph.nodes] == ["silu", "silu"]
+    for a, b in zip(run(graph, [torch.arange(6.0).reshape(2, 3).double()]), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_pattern_with_two_roots_is_found_through_what_they_share() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 4), torch.float64)
+    a, b = (build.parameter(name, randn(3, 4).double()) for name in "ab")
+    graph.outputs = [build.relu(build.linear(x, a)), build.linear(x, b)]
+    both = RewriteRule(
+        "merge",
+        lambda op, x, a, b: (op.linear(x, a), op.linear(x, b)),
+        lambda build, x, a, b: build.split(
+            build.linear(x, build.computed("ab", lambda a, b: torch.cat([a, b]), a, b, shape=(6, 4))),
+            sizes=(3, 3),
+            dim=1,
+        ),
+    )
+    expected = run(graph, [torch.ones(2, 4).double()])
+    assert rewrite_graph(graph, RuleSet([both])).total == 1
+    assert sorted(node.op for node in graph.nodes) == ["linear", "relu", "split"]
+    assert list(graph.parameters) == ["ab"]
+    for one, other in zip(run(graph, [torch.ones(2, 4).double()]), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_attributes_that_are_not_written_have_their_default() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (1, 3, 8, 8), torch.float64)
+    w = build.parameter("w", randn(4, 3, 3, 3).double())
+    graph.outputs = [build.conv(x, w, stride=(2, 2), padding=(1, 1), dilation=(1, 1))]
+    strict = parse_pattern(lambda op, x, w: op.conv(x, w, stride=(2, 2), padding=(0, 0), dilation=(1, 1)))
+    found = match(strict, graph.nodes[0])
+    assert isinstance(found, Miss) and found.reason == "its padding is (1, 1), not (0, 0)"
+    free = parse_pattern(lambda op, x, w, p: op.conv(x, w, stride=..., padding=p, dilation=..., name="conv"))
+    matched = match(free, graph.nodes[0])
+    assert isinstance(matched, Match) and matched["p"] == (1, 1) and matched["conv"] is graph.nodes[0]
+
+
+def test_a_malformed_pattern_says_so() -> None:
+    with pytest.raises(PatternError, match="relu has no attribute 'dim'"):
+        parse_pattern(lambda op, x: op.relu(x, dim=1))
+    with pytest.raises(PatternError, match="softmax needs the attribute 'dim': give a value, a variable or ..."):
+        parse_pattern(lambda op, x: op.softmax(x))
+    with pytest.raises(PatternError, match="return a call"):
+        parse_pattern(lambda op, x: x)
+    with pytest.raises(PatternError, match="shares nothing"):
+        parse_pattern(lambda op, x, y: (op.relu(x), op.relu(y)))
+
+
+def test_a_refusal_leaves_no_trace() -> None:
+    graph = chain(2)
+    text = str(graph)
+
+    def no(build: Builder, x: object) -> object:
+        build.constant(torch.ones(3))
+        build.relu(x)  # type: ignore[arg-type]
+        return refuse("not today")
+
+    log = rewrite_graph(graph, RuleSet([RewriteRule("no", RELU_TWICE.pattern_function, no)]))
+    assert log.misses["no"].refused and log.misses["no"].reason == "not today"
+    assert str(graph) == text
+
+
+def test_a_weight_with_another_reader_keeps_its_name() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 3), torch.float64)
+    w = build.parameter("w", randn(3, 3).double())
+    graph.outputs = [build.mul(build.linear(x, w), 2.0), build.linear(x, w)]
+    fold = RewriteRule(
+        "double",
+        lambda op, x, w: op.mul(op.linear(x, w), 2.0),
+        lambda build, x, w: build.linear(x, build.folded(w, lambda t: 2 * t)),
+    )
+    assert rewrite_graph(graph, RuleSet([fold])).total == 1
+    assert list(graph.parameters) == ["w", "w_folded"] and graph.parameters["w"] is w
+
+
+def test_a_wrong_rule_is_refuted_and_one_that_never_fires_too() -> None:
+    wrong = RewriteRule(
+        "wrong", lambda op, x, w: op.relu(op.linear(x, w)), lambda build, x, w: build.linear(x, w),
+        samples=lambda: [{"x": randn(2, 3).double(), "w": Weight(randn(4, 3).double())}],
+    )  # fmt: skip
+    with pytest.raises(EquivalenceError, match="rule wrong, sample 0: the results differ"):
+        prove_rule(wrong)
+    idle = RewriteRule(
+        "idle", RELU_TWICE.pattern_function, lambda build, x: refuse("never"), samples=lambda: [{"x": randn(2)}]
+    )
+    with pytest.raises(EquivalenceError, match="does not fire: .*never"):
+        prove_rule(idle)
+
+
+def test_what_proofs_are_worth() -> None:
+    """Moving a reshape over any function of one index; a distributive law; and relu(relu(x)), true of relu only."""
+    moved = RewriteRule(
+        "move", lambda op, x, s: op.gelu(op.reshape(x, shape=s), attributes=...),
+        lambda build, x, s: build.reshape(build.gelu(x), shape=s),
+        samples=lambda: [{"x": randn(2, 6).double(), "s": (3, 4)}],
+    )  # fmt: skip
+    distributed = RewriteRule(
+        "distribute", lambda op, x, y, z: op.add(op.mul(x, z), op.mul(y, z)),
+        lambda build, x, y, z: build.mul(build.add(x, y), z),
+        samples=lambda: [{name: randn(4, 5).double() for name in "xyz"}],
+    )  # fmt: skip
+    relu = RewriteRule(
+        "relu", RELU_TWICE.pattern_function, RELU_TWICE.replacement, samples=lambda: [{"x": randn(5).double()}]
+    )
+    assert [prove_rule(rule) for rule in (moved, distributed, relu)] == [
+        ["any function"],
+        ["any function"],
+        ["integers"],
+    ]
