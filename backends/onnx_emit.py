@@ -12,7 +12,8 @@ import torch
 from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_changes import Changes
 from regauge.backends.onnx_contents import Contents, equal_contents
-from regauge.backends.onnx_patch import OnnxPatch
+from regauge.backends.onnx_folding import fold_known, skip_aliases
+from regauge.backends.onnx_patch import FOLDED_SIZES, OnnxPatch
 from regauge.backends.onnx_rewiring import rewire
 from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_write import ChangedTensor
@@ -26,6 +27,9 @@ def patched_model(graph: Graph, changes: Changes) -> onnx_ir.Model:
     """The carried model with the changes in it; raises EmitError naming the node that cannot be written."""
     carried: onnx_ir.Model = graph.metadata["onnx"]
     carrier = Carrier(carried)
+    fold = bool(graph.metadata.get("onnx_fold"))
+    if fold:
+        skip_aliases(graph, carrier)
     _check_interface(graph, changes)
     _write_weights(changes.weights, carrier)
     values = list(all_values(graph))
@@ -37,6 +41,8 @@ def patched_model(graph: Graph, changes: Changes) -> onnx_ir.Model:
     _freeze(graph, carrier, contents)
     _freeze_branches(graph, carrier, contents)
     rewire(graph, changes, carrier)
+    if fold:
+        fold_known(graph, carrier, contents)
     _write_shapes(changes, carrier)
     return carrier.model
 
@@ -115,13 +121,16 @@ def _write_sizes(graph: Graph, changes: Changes, carrier: Carrier, contents: Con
     changed = {node.origin for node in changes.attributes if isinstance(node.origin, onnx_ir.Node)}
     reshaped = {value.producer.origin for _, value in changes.shapes if value.producer is not None}
     changed |= {origin for origin in reshaped if isinstance(origin, onnx_ir.Node) and _stores_shape(origin)}
+    fold = bool(graph.metadata.get("onnx_fold"))
+    if fold:
+        changed |= {node for node in _by_origin(graph) if node.op_type in FOLDED_SIZES}
     for origin, (owner, nodes) in _by_origin(graph).items():
         drifted = _drifted(graph, origin, nodes, contents)
         if origin not in changed and not drifted:
             continue
         if carrier.nodes[origin].graph in carrier.function_graphs:
             continue  # bodies of functions stay as they are: the check of the written file decides
-        patch = OnnxPatch(carrier, origin, owner, nodes, sources, contents)
+        patch = OnnxPatch(carrier, origin, owner, nodes, sources, contents, fold=fold)
         if origin in changed:
             _writer(origin, nodes)(nodes, patch)
         for index, known in drifted.items():

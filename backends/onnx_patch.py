@@ -19,6 +19,9 @@ from regauge.ir.onnx_sizes import constant_tensor
 from regauge.ir.sizes import Size
 
 
+FOLDED_SIZES = frozenset({"Reshape", "Expand"})  # what can take a dynamic size from its operand instead of computing it
+
+
 class OnnxPatch:
     """Changes to the copy of one carried ONNX node; whatever is not set stays as it was.
 
@@ -34,7 +37,10 @@ class OnnxPatch:
         nodes: Sequence[Node],
         sources: SizeSource,
         contents: Contents,
+        *,
+        fold: bool = False,
     ) -> None:
+        self.fold = fold
         self.carrier = carrier
         self.origin = origin
         self.node = carrier.nodes[origin]
@@ -89,10 +95,15 @@ class OnnxPatch:
         self._written.add(index)
         scalar = not isinstance(sizes, list | tuple)
         wanted: list[Size] = [sizes] if scalar else list(sizes)  # type: ignore[arg-type]
-        if self._arrives(index, wanted):
+        arrives = self._arrives(index, wanted)
+        if arrives and not (self.fold and self._is_computed(index)):
             return
         if self.node.op_type == "Reshape" and index == 1:
             wanted = self._reshape_target(wanted)
+        if self.node.op_type == "Expand" and arrives:
+            wanted = self._expand_target(wanted)
+        if arrives and not all(isinstance(size, int) for size in wanted):
+            return
         if all(isinstance(size, int) for size in wanted):
             dtype = self._integer_type(index)
             self.set_constant(index, np.array(wanted[0] if scalar else wanted, dtype=dtype))
@@ -141,6 +152,19 @@ class OnnxPatch:
         if len(dynamic) == 1:
             result[dynamic[0]] = -1
         return result if len(dynamic) <= 1 else list(sizes)
+
+    def _expand_target(self, sizes: list[Size]) -> list[Size]:
+        """Dynamic sizes that the operand has already, as 1: such an axis keeps its size."""
+        operand = self._sources.shape_of(self.node.inputs[0])
+        given = [1] * (len(sizes) - len(operand)) + list(operand)
+        return [
+            1 if not isinstance(size, int) and size == own else size for size, own in zip(sizes, given, strict=True)
+        ]
+
+    def _is_computed(self, index: int) -> bool:
+        """Whether an input is computed when the model runs."""
+        value = self._input(index)
+        return value is not None and constant_tensor(value) is None
 
     def _input(self, index: int) -> onnx_ir.Value | None:
         return self.node.inputs[index] if index < len(self.node.inputs) else None

@@ -55,11 +55,12 @@ def to_onnx(
         return target
     changes = find_changes(_imported(graph), graph)
     source = _unchanged_source(graph)
-    if not changes and external_data is None and source is not None:
+    folds = bool(graph.metadata.get("onnx_fold"))
+    if not changes and not folds and external_data is None and source is not None:
         copy_model(source, target, external_locations(graph.metadata["onnx"]), overwrite=overwrite)
         return target
     model = _changed_model(graph, changes)
-    check = check if changes else None
+    check = check if changes or folds else None
     write_model(model, target, external_data=external_data, overwrite=overwrite, check=check)
     return target
 
@@ -73,7 +74,7 @@ def _imported(graph: Graph) -> Graph:
 
 def _changed_model(graph: Graph, changes: Changes) -> onnx_ir.Model:
     model = patched_model(graph, changes)
-    if changes:
+    if changes or graph.metadata.get("onnx_fold"):
         _note_passes(model, graph)
     return model
 

@@ -87,6 +87,7 @@ class _Importer:
         self.scope.keep = self._keep
         self.opaque: list[tuple[str, str]] = []  # (operator, which node and why)
         self.branches: dict[onnx_ir.Node, int] = {}
+        self.aliases: dict[onnx_ir.Value, onnx_ir.Value] = {}
         self.notes: list[str] = []
 
     def run(self) -> Graph:
@@ -97,6 +98,7 @@ class _Importer:
         self.graph.outputs = [self.scope.operand(value) for value in self.model.graph.outputs]
         self.graph.metadata["onnx_folded"] = self.scope.folded
         self.graph.metadata["onnx_branches"] = self.branches
+        self.graph.metadata["onnx_aliases"] = self.aliases
         _mark_statistics(self.graph)
         return self.graph
 
@@ -244,6 +246,8 @@ class _Importer:
             if value.origin is None and value.producer is not None and value.producer.origin is node:
                 value.name = scope.build.unique(onnx_value.name)
                 value.origin = onnx_value
+            elif isinstance(value.origin, onnx_ir.Value) and value.origin is not onnx_value:
+                self.aliases[onnx_value] = value.origin
             existing = scope.entries.get(onnx_value)
             if existing is None:
                 scope.entries[onnx_value] = Entry(onnx_value, scope, value=value)

@@ -54,6 +54,9 @@ class Simplify(Pass):
             if not changes + round_log.total:
                 break
         _tell(log, counts, context)
+        if "onnx" in graph.metadata and not graph.metadata.get("onnx_fold"):
+            result.metadata["onnx_fold"] = True  # what the loader knew already is folded in the file too
+            return result
         return result if log.total or any(counts.values()) else graph
 
 
