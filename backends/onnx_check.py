@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
 
 from regauge.backends.onnx_write import external_locations
@@ -16,11 +15,8 @@ from regauge.backends.run_onnxruntime import Session
 from regauge.ir.errors import EmitError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.sample_inputs import input_symbols, sample_runs
 
-# Sizes tried for dynamic axes of images and signals where small ones do not fit (a network of strides and windows).
-_SIZES = (2, 16, 64, 256, 512, 224)
-_FEW = 2  # for the axes that only count examples or steps
 _TOLERANCE = {torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _DEFAULT_TOLERANCE = 1e-3  # float32 through deep networks with unnormalised weights; a wrong index is of order 1
 _KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
@@ -47,7 +43,7 @@ class Checker:
             session = Session(path, optimisation="off")
         except RegaugeError as error:
             raise EmitError(f"the written model does not run: {error}") from error
-        wanted = 2 if self._symbols() else 1
+        wanted = 2 if input_symbols(self.graph) else 1
         compared = 0
         for inputs, results in self._expected():
             compared += self._compare(session, inputs, results)
@@ -101,42 +97,8 @@ class Checker:
             given = [self.inputs[n] for n in names] if isinstance(self.inputs, Mapping) else list(self.inputs)
             yield dict(zip(names, given, strict=True)), run(self.graph, given)
             return
-        for inputs in self._candidates():
-            try:
-                results = run(self.graph, inputs)
-            except (RegaugeError, RuntimeError):
-                continue
+        for inputs, results in sample_runs(self.graph):
             yield dict(zip(names, inputs, strict=True)), results
-
-    def _candidates(self) -> Iterator[list[Any]]:
-        symbols = self._symbols()
-        try:
-            yield self._with_defaults(sample_inputs(self.graph))
-            for size in _SIZES if symbols else ():
-                sizes = {s: self._within(s, size if self._measures(s) else _FEW) for s in symbols}
-                yield self._with_defaults(sample_inputs(self.graph, seed=size, sizes=sizes))
-        except RegaugeError:
-            return
-
-    def _with_defaults(self, inputs: list[Any]) -> list[Any]:
-        """Initializers that callers may override are tried as they are."""
-        defaults = self.graph.metadata.get("input_defaults", {})
-        pairs = zip(self.graph.inputs, inputs, strict=True)
-        return [defaults[value.name].load() if value.name in defaults else x for value, x in pairs]
-
-    def _symbols(self) -> set[sympy.Symbol]:
-        sizes = [size for value in self.graph.inputs for size in value.shape if isinstance(size, sympy.Basic)]
-        return set().union(*(size.free_symbols for size in sizes))
-
-    def _measures(self, symbol: sympy.Symbol) -> bool:
-        """Whether a dynamic size is only met where images and signals have their extent: behind axis 1, or last."""
-        shapes = [value.shape for value in self.graph.inputs]
-        places = [(axis, len(shape)) for shape in shapes for axis, size in enumerate(shape) if size == symbol]
-        return all(axis >= 2 or axis == rank - 1 for axis, rank in places)
-
-    def _within(self, symbol: sympy.Symbol, size: int) -> int:
-        low, high = self.graph.symbols.get(symbol, (1, None))
-        return max(low, size if high is None else min(size, high))
 
 
 def compare_result(name: str, ours: Any, theirs: Any, *, values: bool = True) -> None:

@@ -11,7 +11,6 @@ as they are, and so does what would make the file grow beyond the budget.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -20,6 +19,7 @@ from regauge.backends.onnx_carrier import Carrier, subgraphs
 from regauge.backends.onnx_contents import Contents
 from regauge.ir.cost import figures
 from regauge.ir.graph import Graph
+from regauge.ir.onnx_sizes import Content
 
 GROWTH = 0.01  # of the bytes of the model's tensors
 SPARE_BYTES = 1 << 12  # that any model may grow by
@@ -48,12 +48,12 @@ def _redirect(value: onnx_ir.Value, other: onnx_ir.Value) -> None:
 
 
 def _write_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
-    known: dict[onnx_ir.Node, list[Any]] = {}
+    known: dict[onnx_ir.Node, list[Content]] = {}
     for node, copied in carrier.nodes.items():
         if node.op_type == "Constant" or copied.graph is None or copied.graph in carrier.function_graphs:
             continue
-        found = [contents.of(output) for output in node.outputs]
-        if found and all(content is not None and content.static for content in found):
+        found = [content for output in node.outputs if (content := contents.of(output)) is not None]
+        if len(found) == len(node.outputs) and all(content.static for content in found):
             known[copied] = found
     budget = GROWTH * figures(graph).bytes + SPARE_BYTES
     for node, found in known.items():
@@ -68,7 +68,7 @@ def _write_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
                 use.node.replace_input_with(use.idx, constant)
 
 
-def _constant(carrier: Carrier, node: onnx_ir.Node, output: onnx_ir.Value, content: Any) -> onnx_ir.Value:
+def _constant(carrier: Carrier, node: onnx_ir.Node, output: onnx_ir.Value, content: Content) -> onnx_ir.Value:
     """An initializer of the main graph, which every scope inside it sees; a Constant node where that is not allowed."""
     array = np.array(content.array).astype(content.data_type.numpy())
     base = f"{output.name}_folded"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
 import torch
 
-from regauge.ir.errors import GraphError
+from regauge.ir.errors import GraphError, RegaugeError
 from regauge.ir.graph import Graph, Value
 from regauge.ir.sizes import evaluate
 
@@ -23,6 +24,63 @@ def sample_inputs(graph: Graph, *, seed: int = 0, sizes: dict[sympy.Symbol, int]
     bindings = {**_small_sizes(graph), **(sizes or {})}
     generator = torch.Generator().manual_seed(seed)
     return [_sample(value, bindings, generator) for value in graph.inputs]
+
+
+def sample_runs(graph: Graph) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Made-up inputs that the graph can be run on, each with its results.
+
+    Of a graph with dynamic sizes several bindings are tried, small ones, all ones, and those of images and signals; it
+    may have preconditions that only some meet (a window must fit). Inputs that have defaults are given these.
+    """
+    from regauge.ir.interpret import run
+
+    for inputs in _candidates(graph):
+        try:
+            results = run(graph, inputs)
+        except (RegaugeError, RuntimeError):
+            continue
+        yield inputs, results
+
+
+# Sizes tried for dynamic axes of images and signals where small ones do not fit (a network of strides and windows).
+_LARGER = (16, 64, 256, 512, 224)
+_FEW = 2  # for the axes that only count examples or steps
+
+
+def _candidates(graph: Graph) -> Iterator[list[Any]]:
+    symbols = input_symbols(graph)
+    try:
+        yield _with_defaults(graph, sample_inputs(graph))
+        for size in (1, _FEW, *_LARGER) if symbols else ():
+            sizes = {s: _within(graph, s, size if _measures(graph, s) else min(size, _FEW)) for s in symbols}
+            yield _with_defaults(graph, sample_inputs(graph, seed=size, sizes=sizes))
+    except RegaugeError:
+        return
+
+
+def _with_defaults(graph: Graph, inputs: list[Any]) -> list[Any]:
+    """Initializers that callers may override are tried as they are."""
+    defaults = graph.metadata.get("input_defaults", {})
+    pairs = zip(graph.inputs, inputs, strict=True)
+    return [defaults[value.name].load() if value.name in defaults else x for value, x in pairs]
+
+
+def input_symbols(graph: Graph) -> set[sympy.Symbol]:
+    """The dynamic sizes in the shapes of the graph's inputs."""
+    sizes = [size for value in graph.inputs for size in value.shape if isinstance(size, sympy.Basic)]
+    return set().union(*(size.free_symbols for size in sizes))
+
+
+def _measures(graph: Graph, symbol: sympy.Symbol) -> bool:
+    """Whether a dynamic size is only met where images and signals have their extent: behind axis 1, or last."""
+    shapes = [value.shape for value in graph.inputs]
+    places = [(axis, len(shape)) for shape in shapes for axis, size in enumerate(shape) if size == symbol]
+    return all(axis >= 2 or axis == rank - 1 for axis, rank in places)
+
+
+def _within(graph: Graph, symbol: sympy.Symbol, size: int) -> int:
+    low, high = graph.symbols.get(symbol, (1, None))
+    return max(low, size if high is None else min(size, high))
 
 
 def _small_sizes(graph: Graph) -> dict[sympy.Symbol, int]:
