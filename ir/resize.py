@@ -18,7 +18,6 @@ from regauge.ir.graph import Graph, Value
 from regauge.ir.groups import find_group
 from regauge.ir.weights import cut
 
-
 Selection: TypeAlias = Mapping[Dim, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[Dim | str, Iterable[int]]
 
 
