@@ -51,6 +51,26 @@ class Carrier:
         self._names.add(candidate)
         return candidate
 
+    @property
+    def opset(self) -> int:
+        """The version of the standard operators that the model imports."""
+        imports = self.model.opset_imports
+        return imports.get("") or imports.get("ai.onnx", 1)
+
+    def add_initializer(self, base: str, tensor: Any) -> onnx_ir.Value:
+        """An initializer of the main graph, which every nested graph sees, named after ``base``."""
+        value = onnx_ir.Value(
+            name=self.unique(base),
+            shape=onnx_ir.Shape(tensor.shape),
+            type=onnx_ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        graph = self.model.graph
+        graph.register_initializer(value)
+        if (self.model.ir_version or 0) < 4:
+            graph.inputs.append(value)  # IR versions before 4 want every initializer among the inputs
+        return value
+
     def insert(
         self,
         before: onnx_ir.Node,

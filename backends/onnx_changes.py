@@ -34,6 +34,16 @@ class Changes:
     removed: list[Node] = field(default_factory=list)
     rewired: list[Rewired] = field(default_factory=list)
 
+    @property
+    def restated(self) -> list[Node]:
+        """Nodes whose attributes changed though no size around them did: they compute something else now."""
+        resized = {after for _, after in self.shapes}
+        return [
+            node
+            for node in self.attributes
+            if not resized.intersection((*(v for _, v in node.operands()), *node.outputs))
+        ]
+
     def __bool__(self) -> bool:
         return any((self.weights, self.shapes, self.attributes, self.added, self.removed, self.rewired))
 

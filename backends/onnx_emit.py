@@ -14,7 +14,7 @@ from regauge.backends.onnx_changes import Changes
 from regauge.backends.onnx_contents import Contents, equal_contents
 from regauge.backends.onnx_folding import fold_known, skip_aliases
 from regauge.backends.onnx_patch import FOLDED_SIZES, OnnxPatch
-from regauge.backends.onnx_rewiring import rewire
+from regauge.backends.onnx_rewiring import carried_nodes, rewire
 from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_write import ChangedTensor
 from regauge.ir.errors import EmitError
@@ -38,9 +38,9 @@ def patched_model(graph: Graph, changes: Changes) -> onnx_ir.Model:
     sources = SizeSource.of(carrier, values, graph.inputs)
     _write_sizes(graph, changes, carrier, contents, sources)
     _bypass(graph, changes, carrier)
-    _freeze(graph, carrier, contents)
+    _freeze(graph, changes, carrier, contents)
     _freeze_branches(graph, carrier, contents)
-    rewire(graph, changes, carrier)
+    rewire(graph, graph.metadata["onnx_imported"], changes, carrier, sources)
     if fold:
         fold_known(graph, carrier, contents)
     _write_shapes(changes, carrier)
@@ -118,13 +118,17 @@ def onnx_type(value: Value) -> onnx_ir.DataType:
 
 def _write_sizes(graph: Graph, changes: Changes, carrier: Carrier, contents: Contents, sources: SizeSource) -> None:
     """Call the writers of the ONNX nodes whose sizes are other ones now, or whose shape arithmetic now gives others."""
-    changed = {node.origin for node in changes.attributes if isinstance(node.origin, onnx_ir.Node)}
+    restated = set(changes.restated)
+    changed = {
+        node.origin for node in changes.attributes if node not in restated and isinstance(node.origin, onnx_ir.Node)
+    }
     reshaped = {value.producer.origin for _, value in changes.shapes if value.producer is not None}
     changed |= {origin for origin in reshaped if isinstance(origin, onnx_ir.Node) and _stores_shape(origin)}
+    present = _by_origin(graph, changes)
     fold = bool(graph.metadata.get("onnx_fold"))
     if fold:
-        changed |= {node for node in _by_origin(graph) if node.op_type in FOLDED_SIZES}
-    for origin, (owner, nodes) in _by_origin(graph).items():
+        changed |= {node for node in present if node.op_type in FOLDED_SIZES}
+    for origin, (owner, nodes) in present.items():
         drifted = _drifted(graph, origin, nodes, contents)
         if origin not in changed and not drifted:
             continue
@@ -154,12 +158,11 @@ def _writer(origin: onnx_ir.Node, nodes: list[Node]) -> Any:
     return found[1].write
 
 
-def _by_origin(graph: Graph) -> dict[onnx_ir.Node, tuple[Graph, list[Node]]]:
+def _by_origin(graph: Graph, changes: Changes) -> dict[onnx_ir.Node, tuple[Graph, list[Node]]]:
     """The nodes that stand for each ONNX node, in order, with the graph or region that owns them."""
     found: dict[onnx_ir.Node, tuple[Graph, list[Node]]] = {}
-    for owner, node in graph.walk():
-        if isinstance(node.origin, onnx_ir.Node):
-            found.setdefault(node.origin, (owner, []))[1].append(node)
+    for owner, node in carried_nodes(graph, changes):
+        found.setdefault(node.origin, (owner, []))[1].append(node)
     return found
 
 
@@ -183,7 +186,7 @@ _MAY_DO_NOTHING = {"Expand", "Slice", "Tile", "Pad"}
 def _bypass(graph: Graph, changes: Changes, carrier: Carrier) -> None:
     """Nodes that did nothing at import, and so have no counterpart, must not do anything on a cut input either."""
     resized = {after.origin for _, after in changes.shapes}
-    present = {node.origin for _, node in graph.walk()} | set(graph.metadata.get("onnx_folded", {}))
+    present = {node.origin for _, node in carried_nodes(graph, changes)} | set(graph.metadata.get("onnx_folded", {}))
     for origin, copied in carrier.nodes.items():
         if origin.op_type not in _MAY_DO_NOTHING or origin in present or origin.outputs[0] in present:
             continue
@@ -196,13 +199,13 @@ def _bypass(graph: Graph, changes: Changes, carrier: Carrier) -> None:
             carrier.drop_unused(others)
 
 
-def _freeze(graph: Graph, carrier: Carrier, contents: Contents) -> None:
+def _freeze(graph: Graph, changes: Changes, carrier: Carrier, contents: Contents) -> None:
     """Constants that were folded from shapes keep their value (or what it was cut to) where the model gives another."""
     folded = graph.metadata.get("onnx_folded", {})
-    for _, node in graph.walk():
+    for _, node in carried_nodes(graph, changes):
         for _, operand in node.operands():
             record = folded.get(operand.origin)
-            if record is None or not isinstance(operand, Parameter) or not isinstance(node.origin, onnx_ir.Node):
+            if record is None or not isinstance(operand, Parameter):
                 continue
             if carrier.nodes[node.origin].graph in carrier.function_graphs:
                 continue

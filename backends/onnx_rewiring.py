@@ -1,171 +1,327 @@
-"""Nodes that passes added, removed or connected differently, in the carried ONNX model."""
+"""Nodes that passes added, removed or connected differently, in the carried ONNX model.
+
+A node that a pass added is spelled in ONNX by its record. An ONNX node of which only part is left, or one that a change
+reaches into, is *dissolved*: what is left of it is spelled anew, node by node, and the ONNX node goes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import onnx_ir
-import sympy
 import torch
 
-from regauge.backends.onnx_carrier import Carrier
+from regauge.backends.onnx_carrier import Carrier, subgraphs
 from regauge.backends.onnx_changes import Changes, Rewired
+from regauge.backends.onnx_size_nodes import SizeSource
+from regauge.backends.onnx_speller import OnnxSpeller, spell
 from regauge.ir.errors import EmitError
-from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
-from regauge.ir.operator import OnnxForm
-
-# Operators whose ONNX reader is more than a renaming, but whose way back is one: their ONNX names, and the names of
-# their attributes there. An attribute that is not listed must have its default value.
-_RENAMED: dict[str, tuple[str, dict[str, str]]] = {
-    "add": ("Add", {}), "sub": ("Sub", {}), "mul": ("Mul", {}), "div": ("Div", {}), "matmul": ("MatMul", {}),
-    "permute": ("Transpose", {"dims": "perm"}), "concat": ("Concat", {"dim": "axis"}),
-    "cast": ("Cast", {"dtype": "to"}),
-}  # fmt: skip
+from regauge.ir.graph import Graph, Node, Parameter, Value
 
 
-def rewire(graph: Graph, changes: Changes, carrier: Carrier) -> None:
-    """Add, connect and remove ONNX nodes; raises EmitError for what has no ONNX spelling."""
-    if not (changes.added or changes.removed or changes.rewired):
+def rewire(graph: Graph, imported: Graph, changes: Changes, carrier: Carrier, sources: SizeSource) -> None:
+    """Add, connect and remove ONNX nodes; raises EmitError for what cannot be spelled in ONNX."""
+    if not (changes.added or changes.removed or changes.rewired or changes.restated):
         return
-    writer = _Rewiring(graph, carrier)
-    place = {node: index for index, node in enumerate(graph.nodes)}
-    for node in sorted(changes.added, key=lambda n: place.get(n, -1)):
-        if node not in place:
-            raise EmitError(f"{node.label}, added to a nested graph by {_who(node)}, cannot be written to ONNX yet")
-        writer.add(node)
-    for edge in changes.rewired:
-        writer.connect(edge)
-    writer.remove(changes.removed)
-    if changes.added or changes.rewired:
-        carrier.model.graph.sort()
+    writer = _Rewiring(graph, imported, changes, carrier, sources)
+    writer.spell_all(writer.dissolved())
+    writer.connect_all()
+    writer.remove_all()
+    carrier.model.graph.sort()
 
 
 class _Rewiring:
-    def __init__(self, graph: Graph, carrier: Carrier) -> None:
+    def __init__(self, graph: Graph, imported: Graph, changes: Changes, carrier: Carrier, sources: SizeSource) -> None:
         self.graph = graph
+        self.changes = changes
         self.carrier = carrier
+        self.sources = sources
+        self.added = set(changes.added)
+        self.folded = graph.metadata.get("onnx_folded", {})
+        self.owners = {node: owner for owner, node in graph.walk()}
+        self.kept: dict[onnx_ir.Node, list[Node]] = {}
+        for node in self.owners:
+            if node not in self.added and isinstance(node.origin, onnx_ir.Node):
+                self.kept.setdefault(node.origin, []).append(node)
+        self.imported_nodes: dict[onnx_ir.Node, list[Node]] = {}
+        for _, node in imported.walk():
+            self.imported_nodes.setdefault(node.origin, []).append(node)
+        self.graphs: dict[Graph, onnx_ir.Graph] = {graph: carrier.model.graph, imported: carrier.model.graph}
+        self.captured: dict[Value, Value] = {}  # inputs of regions, and what they stand for outside
+        self.parents = _parents(carrier.model.graph)
+        for root in (graph, imported):
+            self._place_regions(root)
         self.created: dict[Value, onnx_ir.Value] = {}
+        self.superseded: dict[onnx_ir.Value | None, onnx_ir.Value] = {}  # carried values, and what was spelled instead
+        self.spelled: set[Node] = set()
+        self.new_nodes: set[onnx_ir.Node | None] = set()
+        self.connected: set[tuple[onnx_ir.Node, onnx_ir.Value | None]] = set()
+        self._by_name = {(owner, v.name): v for node, owner in self.owners.items() for v in node.outputs}
 
-    def add(self, node: Node) -> None:
-        op_type, names = _spelling(node)
-        attributes = [
-            onnx_ir.convenience.convert_attribute(names[key], _attribute(node, key, value))
-            for key, value in node.attributes.items()
-            if value is not None and value != node.operator.attributes[key]
-        ]
-        inputs = [self.operand(node, operand) for operand in node.inputs]
-        name = self.carrier.unique(node.name)
-        made = onnx_ir.Node("", op_type, inputs, attributes, name=name, num_outputs=len(node.outputs))
-        for value, output in zip(node.outputs, made.outputs, strict=True):
-            output.name = name if len(node.outputs) == 1 else self.carrier.unique(value.name)
-            self.created[value] = output
-        by = node.metadata.get("regauge.added_by")
-        if by and (self.carrier.model.ir_version or 0) >= 10:
-            made.metadata_props["regauge.added_by"] = by
-        self.carrier.model.graph.append(made)
+    # -- places ------------------------------------------------------------------------------------------------------
 
-    def operand(self, node: Node, operand: Operand) -> onnx_ir.Value | None:
-        """The ONNX value for an operand of an added node."""
-        if operand is None:
-            return None
-        if isinstance(operand, sympy.Basic):
-            raise EmitError(f"{node.label} reads the dynamic size {operand}: that cannot be written to ONNX yet")
-        if not isinstance(operand, Value):
-            dtype = next((v.dtype for _, v in node.operands()), node.outputs[0].dtype)
-            return self._initializer(f"{node.name}_number", onnx_ir.tensor(torch.tensor(operand, dtype=dtype)))  # type: ignore[arg-type]
-        found = self.created.get(operand) or self.carrier.copy_of(operand.origin)
-        if found is None and isinstance(operand, Parameter):
-            found = self._initializer(operand.name, onnx_ir.tensor(operand.tensor))
-            self.created[operand] = found
-        if found is None:
-            raise EmitError(f"{node.label} reads {operand.name}, which is inside an ONNX node: that cannot be written")
+    def _place_regions(self, root: Graph) -> None:
+        """Which nested ONNX graph each region is, and which outer values its inputs stand for."""
+        for _, node in root.walk():
+            target = self.carrier.nodes.get(node.origin)
+            nested = [] if target is None else [g for a in target.attributes.values() for g in subgraphs(a)]
+            if len(nested) == 2 and target is not None and target.op_type == "If":
+                nested = [target.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+            for index, region in enumerate(node.regions):
+                if len(nested) == len(node.regions):
+                    self.graphs[region] = nested[index]
+                outside = node.inputs[len(node.inputs) - len(region.inputs) :] if region.inputs else ()
+                for inner, outer in zip(region.inputs, outside, strict=False):
+                    if inner.origin is None and isinstance(outer, Value):
+                        self.captured[inner] = outer
+
+    def carried(self, value: Value) -> onnx_ir.Value | None:
+        """The ONNX value that stands for a value, new or carried; None for one inside an ONNX node."""
+        while value in self.captured:
+            value = self.captured[value]
+        found = self.created.get(value) or self.carrier.copy_of(value.origin)
+        while found in self.superseded:
+            found = self.superseded[found]
         return found
 
-    def _initializer(self, name: str, tensor: Any) -> onnx_ir.Value:
-        value = onnx_ir.Value(
-            name=self.carrier.unique(name),
-            shape=onnx_ir.Shape(tensor.shape),
-            type=onnx_ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        graph = self.carrier.model.graph
-        graph.register_initializer(value)
-        if (self.carrier.model.ir_version or 0) < 4:
-            graph.inputs.append(value)  # IR versions before 4 want every initializer among the inputs
-        return value
+    def _visible(self, value: onnx_ir.Value, place: onnx_ir.Graph) -> bool:
+        scope: onnx_ir.Graph | None = place
+        while scope is not None:
+            if value.graph is scope:
+                return True
+            scope = self.parents.get(scope)
+        return False
 
-    def connect(self, edge: Rewired) -> None:
-        if edge.node is None:
-            self._connect_output(edge)
-            return
+    # -- what is dissolved -------------------------------------------------------------------------------------------
+
+    def dissolved(self) -> list[onnx_ir.Node]:
+        """ONNX nodes of which only part stays as it was, or that a change reaches into."""
+        found: dict[onnx_ir.Node, None] = {}
+        for node in self.changes.removed:
+            if node.origin in self.kept:
+                found[node.origin] = None
+        for node in self.changes.restated:
+            if node.origin in self.kept:
+                found[node.origin] = None
+        for edge in self.changes.rewired:
+            if edge.node is not None and edge.node.origin in self.kept and self._slots(edge) is None:
+                found[edge.node.origin] = None
+        pending = [*self.added, *(node for origin in found for node in self.kept[origin])]
+        pending_values = [v for n in pending for _, v in n.operands()]
+        pending_values += [e.after for e in self.changes.rewired if isinstance(e.after, Value)]
+        while pending_values:
+            value = pending_values.pop()
+            producer = value.producer
+            if producer is None or producer in self.added or self.carried(value) is not None:
+                continue
+            if producer.origin in self.kept and producer.origin not in found:
+                found[producer.origin] = None
+                pending_values += [v for n in self.kept[producer.origin] for _, v in n.operands()]
+        return list(found)
+
+    def _slots(self, edge: Rewired) -> list[int] | None:
+        """The inputs of the ONNX node that an operand slot is; None where they are told apart by spelling it anew."""
+        assert edge.node is not None
+        target = self.carrier.nodes.get(edge.node.origin)
+        before = self.carried(edge.before) if isinstance(edge.before, Value) else None
+        if target is None or before is None or edge.after is None:
+            return None
+        slots = [index for index, value in enumerate(target.inputs) if value is before]
+        readers = [
+            (node.name, slot)
+            for node in self.imported_nodes.get(edge.node.origin, ())
+            for slot, operand in node.operands()
+            if self.carried(operand) is before
+        ]
+        moved = {
+            (other.node.name, other.slot)
+            for other in self.changes.rewired
+            if other.node is not None and other.node.origin is edge.node.origin and other.after is edge.after
+        }
+        return slots if slots and all(reader in moved for reader in readers) else None
+
+    # -- changes -----------------------------------------------------------------------------------------------------
+
+    def spell_all(self, dissolved: Sequence[onnx_ir.Node]) -> None:
+        """Spell what passes added and what dissolved nodes leave, in the order in which they run."""
+        left = {node for origin in dissolved for node in self.kept[origin]}
+        for node in list(self.owners):
+            if node in self.added or node in left:
+                self._spell(node)
+        unplaced = self.added - self.spelled
+        if unplaced:
+            raise EmitError(f"{next(iter(unplaced)).label} is no part of the graph: it cannot be written to ONNX")
+
+    def _spell(self, node: Node) -> None:
+        reason = f"added by {_who(node)}" if node in self.added else "part of an ONNX node that a pass changed"
+        owner = self.owners[node]
+        place = self.graphs.get(owner)
+        if place is None:
+            raise EmitError(f"{node.label}, {reason}, is in a nested graph of a function: it cannot be written to ONNX")
+        onnx = OnnxSpeller(
+            node, self.carrier, place, lambda value: self.operand(node, value, place), self.sources, reason
+        )
+        results = spell(onnx)
+        self.new_nodes.update(onnx.added)
+        self.spelled.add(node)
+        for value, made in zip(node.outputs, results, strict=True):
+            before = self.carrier.copy_of(value.origin) or self._named_before(owner, value)
+            self.created[value] = made
+            self._declare(made, value, onnx.added)
+            if before is not None:
+                self._replace(before, made, owner)
+        if onnx.added:
+            onnx.added[-1].name = self.carrier.unique(node.name)
+        by = node.metadata.get("regauge.added_by")
+        if by and (self.carrier.model.ir_version or 0) >= 10:
+            for made_node in onnx.added:
+                made_node.metadata_props["regauge.added_by"] = by
+
+    def _declare(self, made: onnx_ir.Value, value: Value, added: Sequence[onnx_ir.Node]) -> None:
+        self.sources.shapes.setdefault(made, value.shape)
+        if made.producer() not in added:
+            return  # an operand that is passed on
+        made.name = self.carrier.unique(value.name)
+        if isinstance(value.dtype, torch.dtype):
+            made.type = onnx_ir.TensorType(onnx_ir.tensor_adapters.from_torch_dtype(value.dtype))
+            made.shape = onnx_ir.Shape([size if isinstance(size, int) else None for size in value.shape])
+
+    def _named_before(self, owner: Graph, value: Value) -> onnx_ir.Value | None:
+        """The carried value whose name, and so whose readers, a new value took over."""
+        for removed in self.changes.removed:
+            for old in removed.outputs:
+                if old.name == value.name and value.origin is None:
+                    return self.carrier.copy_of(old.origin)
+        return None
+
+    def operand(self, node: Node, value: Value, place: onnx_ir.Graph) -> onnx_ir.Value:
+        """The ONNX value for an operand of a node that is spelled."""
+        found = self.created.get(value)
+        if found is None and not (isinstance(value, Parameter) and value.origin in self.folded):
+            found = self.carried(value)
+        if found is None and isinstance(value, Parameter):
+            found = self.created[value] = self.carrier.add_initializer(value.name, _tensor_of(value))
+            self.sources.shapes[found] = value.shape
+        if found is None:
+            raise EmitError(f"{node.label} reads {value.name}, which is inside an ONNX node: that cannot be written")
+        if not self._visible(found, place):
+            raise EmitError(
+                f"{node.label} reads {value.name}, computed in another nested graph: that cannot be written"
+            )
+        return found
+
+    def connect_all(self) -> None:
+        for edge in self.changes.rewired:
+            if edge.node is None:
+                self._connect_output(edge)
+            elif edge.node not in self.spelled:
+                self._connect(edge)
+
+    def _connect(self, edge: Rewired) -> None:
+        assert edge.node is not None
         node = edge.node
         target = self.carrier.nodes.get(node.origin)
-        before = self.carrier.copy_of(edge.before.origin) if isinstance(edge.before, Value) else None
-        slots = [] if target is None or before is None else [i for i, v in enumerate(target.inputs) if v is before]
-        if target is None or not slots:
+        before = self.carried(edge.before) if isinstance(edge.before, Value) else None
+        if target is None or (target, before) in self.connected:
+            return  # with another edge of the same ONNX node
+        slots = self._slots(edge)
+        if slots is None or target.graph is None:
             raise EmitError(
                 f"{node.label}: operand {edge.slot} was replaced inside an ONNX node: that cannot be written"
             )
-        after = self.operand(node, edge.after)
+        self.connected.add((target, before))
+        if isinstance(edge.after, Value):
+            after = self.operand(node, edge.after, target.graph)
+        else:
+            kind = edge.before.dtype if isinstance(edge.before, Value) else None
+            dtype = kind if isinstance(kind, torch.dtype) else None
+            after = self.carrier.add_initializer(
+                f"{node.name}_number", onnx_ir.tensor(torch.tensor(edge.after, dtype=dtype))
+            )
         for index in slots:
             target.replace_input_with(index, after)
         self.carrier.drop_unused([before])
 
     def _connect_output(self, edge: Rewired) -> None:
-        """The output keeps its declaration: an Identity gives it the new value."""
-        outputs = self.carrier.model.graph.outputs
-        if edge.graph is not self.graph or not isinstance(edge.after, Value):
-            raise EmitError(f"output {edge.slot} of a nested graph was replaced: it cannot be written to ONNX yet")
-        source = self.created.get(edge.after) or self.carrier.copy_of(edge.after.origin)
-        if source is None:
-            raise EmitError(f"output {edge.slot} is {edge.after.name}, inside an ONNX node: that cannot be written")
-        declared = outputs[edge.slot]
-        name = declared.name or f"output_{edge.slot}"
+        place = self.graphs.get(edge.graph)
+        if place is None or not isinstance(edge.after, Value):
+            raise EmitError(
+                f"output {edge.slot} of {edge.graph.name} is {edge.after} now: it cannot be written to ONNX"
+            )
+        if edge.after.producer in self.spelled and self.carrier.copy_of(edge.after.origin) is not None:
+            return  # replaced with all other readers
+        declared = place.outputs[edge.slot]
+        source = self.operand(_reader(edge), edge.after, place)
+        if source is not declared:
+            self._give_output(place, edge.slot, source)
+
+    def _give_output(self, place: onnx_ir.Graph, slot: int, source: onnx_ir.Value) -> None:
+        """The output keeps its declaration: what is new takes it over, of anything else an Identity makes a copy."""
+        declared = place.outputs[slot]
+        name = declared.name or f"output_{slot}"
         declared.name = self.carrier.unique(f"{name}_before")
-        node = onnx_ir.Node("", "Identity", [source], name=self.carrier.unique(f"{name}_identity"))
-        made = node.outputs[0]
+        made, producer = source, source.producer()
+        if producer not in self.new_nodes or source.is_graph_output() or source.graph is not place:
+            node = onnx_ir.Node("", "Identity", [source], name=self.carrier.unique(f"{name}_identity"))
+            place.append(node)
+            made = node.outputs[0]
         made.name, made.type, made.shape, made.doc_string = name, declared.type, declared.shape, declared.doc_string
-        self.carrier.model.graph.append(node)
-        outputs[edge.slot] = made
+        place.outputs[slot] = made
         self.carrier.drop_unused([declared])
 
-    def remove(self, removed: Sequence[Node]) -> None:
-        """Drop ONNX nodes all of whose counterparts are gone; one that is gone in part cannot be written."""
-        kept = {node.origin for _, node in self.graph.walk()}
-        for node in removed:
-            if node.origin is None:
-                continue
-            if node.origin in kept:
-                raise EmitError(f"{node.label} was removed from inside an ONNX node: it cannot be written to ONNX")
+    def _replace(self, before: onnx_ir.Value, made: onnx_ir.Value, owner: Graph) -> None:
+        """Let whatever reads a carried value read what was spelled in its place."""
+        if before is made:
+            return
+        self.superseded[before] = made
+        for usage in list(before.uses()):
+            if usage.node is not made.producer():
+                usage.node.replace_input_with(usage.idx, made)
+        place = self.graphs[owner]
+        for slot, output in enumerate(place.outputs):
+            if output is before:
+                self._give_output(place, slot, made)
+        self.carrier.drop_unused([before])
+
+    def remove_all(self) -> None:
+        """Drop the ONNX nodes of which nothing is left."""
+        for node in self.changes.removed:
+            if isinstance(node.origin, onnx_ir.Node):
+                self.carrier.drop_unused([self.carrier.copy_of(output) for output in node.origin.outputs])
+        for node in self.spelled - self.added:
             self.carrier.drop_unused([self.carrier.copy_of(output) for output in node.origin.outputs])
 
 
-def _spelling(node: Node) -> tuple[str, dict[str, str]]:
-    """The ONNX operator an added node is written as, and its attributes' names there."""
-    if node.regions:
-        raise EmitError(f"{node.label}, added by {_who(node)}, has nested graphs: it cannot be written to ONNX yet")
-    set_here = [key for key, value in node.attributes.items() if value != node.operator.attributes[key]]
-    same_names = {key: key for key in node.attributes}
-    direct = [name for name, form in node.operator.onnx.items() if _is_direct(form) and "::" not in name]
-    for op_type, names in [_RENAMED[node.op]] if node.op in _RENAMED else [(name, same_names) for name in direct]:
-        if all(key in names for key in set_here):
-            return op_type, names
-    raise EmitError(f"{node.label}, added by {_who(node)}, cannot be written to ONNX yet: leave that pass out")
+def _reader(edge: Rewired) -> Node:
+    """What messages call an output that reads something else."""
+    assert isinstance(edge.after, Value)
+    node = Node(op="output", inputs=[edge.after], attributes={})
+    node.outputs = (Value(name=f"output {edge.slot}", shape=(), dtype=edge.after.dtype),)
+    return node
 
 
-def _is_direct(form: Any) -> bool:
-    """Whether an ONNX operator is read as it stands: inputs are the operands, attributes have the same names."""
-    return form is None or isinstance(form, OnnxForm) and form.read is None
+def _parents(graph: onnx_ir.Graph) -> dict[onnx_ir.Graph, onnx_ir.Graph]:
+    """The graph around each nested graph."""
+    found: dict[onnx_ir.Graph, onnx_ir.Graph] = {}
+    for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
+        for attribute in node.attributes.values():
+            for nested in subgraphs(attribute):
+                assert node.graph is not None
+                found[nested] = node.graph
+    return found
+
+
+def _tensor_of(parameter: Parameter) -> onnx_ir.TensorProtocol:
+    return onnx_ir.tensor(parameter.tensor.contiguous())
 
 
 def _who(node: Node) -> str:
     return node.metadata.get("regauge.added_by") or "a pass"
 
 
-def _attribute(node: Node, name: str, value: Any) -> Any:
-    if isinstance(value, sympy.Basic) or isinstance(value, tuple) and any(isinstance(v, sympy.Basic) for v in value):
-        raise EmitError(f"{node.label}: its {name} has a dynamic size and cannot be written to ONNX yet")
-    if isinstance(value, torch.dtype):
-        return int(onnx_ir.tensor_adapters.from_torch_dtype(value))
-    return value
+def carried_nodes(graph: Graph, changes: Changes) -> Iterable[tuple[Graph, Node]]:
+    """Nodes of a graph that stand for a carried ONNX node, with their owner; not those built in place of one."""
+    added = set(changes.added)
+    for owner, node in graph.walk():
+        if node not in added and isinstance(node.origin, onnx_ir.Node):
+            yield owner, node

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from regauge.ir.errors import GraphError
-from regauge.ir.graph import Dtype, Edit, Graph, Kind, Node, Operand, Parameter, State, Value
+from regauge.ir.graph import Dtype, Edit, Graph, Kind, Node, Operand, Parameter, State, Value, dtype_name
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
 from regauge.ir.sizes import Size
 from regauge.ir.weight_edits import computed_weight
-from regauge.ir.weights import Weight
+from regauge.ir.weights import Weight, dense
 
 Results = Sequence[tuple[Sequence[Size], Dtype]]
 
@@ -204,6 +204,25 @@ def replace_uses(graph: Graph, old: Value, new: Operand) -> None:
             State(s.name, new if s.before is old else s.before, new if s.after is old else s.after)
             for s in graph.states
         ]
+    graph.version += 1
+
+
+def set_weight(graph: Graph, parameter: Parameter, weight: Weight | torch.Tensor, *, by: str = "set_weight") -> None:
+    """Give a parameter new data, noted in the history; the old tensor, which copies and users share, stays as it was.
+
+    Raises GraphError for a parameter of another graph (a copy has its own) and for data of another shape or type.
+    """
+    if not any(own is parameter for own in graph.all_parameters()):
+        raise GraphError(
+            f"{parameter} is no parameter of graph {graph.name!r}: use graph.parameters[{parameter.name!r}]"
+        )
+    new = dense(weight) if isinstance(weight, torch.Tensor) else weight
+    if tuple(new.shape) != parameter.shape or new.dtype != parameter.dtype:
+        raise GraphError(
+            f"{parameter} cannot hold {dtype_name(new.dtype)}{list(new.shape)}: cut it with resize, or add a parameter"
+        )
+    parameter.weight = new
+    record(graph, by, f"{parameter.name}: new weight")
     graph.version += 1
 
 

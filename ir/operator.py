@@ -48,6 +48,14 @@ An ATen adapter gets the call's arguments as its schema names them, tensors as V
 :class:`regauge.frontends.onnx_call.OnnxCall`.
 """
 
+Speller = Callable[..., Any]
+"""``spell(onnx, node)``: writes a new node of the record as ONNX operators, and returns the value or values they give.
+
+``onnx`` is a :class:`regauge.backends.onnx_speller.OnnxSpeller`: ``onnx.Relu(x)`` adds an ONNX node,
+``onnx.operand(0)`` is an operand of ``node``, ``onnx.opset`` the version to write for. Where it cannot be written:
+``raise onnx.refusal(reason)``.
+"""
+
 
 class Symmetry(enum.Enum):
     """How an operator treats the values on an axis that it only maps over; regauge.ir.gauge reads it."""
@@ -139,11 +147,14 @@ class OnnxForm:
     ``read(build, call)`` emits the IR; ``write(nodes, patch)`` puts changed size-valued attributes of the IR nodes that
     stand for one carried ONNX node back into it (only operators with such attributes need it). Where the ONNX node
     ``stores_shape``, the sizes even of axes that the record only maps over (Resize), it is also called for a new shape.
+    A ``direct`` operator computes what the record does on the same operands, and its attributes have the same names: a
+    new node of the record is written as one of it. One that is read as it stands (without ``read``) is direct.
     """
 
     read: Adapter | None = None
     write: Callable[..., None] | None = None
     stores_shape: bool = False
+    direct: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +166,7 @@ class Operator:
     rule: str | RuleFunction
     aten: Mapping[str, Adapter | None] = field(default_factory=dict)
     onnx: Mapping[str, Adapter | OnnxForm | None] = field(default_factory=dict)
+    spell: Speller | None = None  # where no entry of ``onnx`` is direct
     macs: Callable[[Cost], Size] | None = None
     samples: Callable[[], Iterable[Sample]] | None = None
     symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE  # a function where operands decide
@@ -169,6 +181,20 @@ class Operator:
     @cached_property
     def signature(self) -> inspect.Signature:
         return inspect.signature(self.evaluate)
+
+    @cached_property
+    def direct_forms(self) -> tuple[str, ...]:
+        """The standard ONNX operators that a node of this record may be written as, as it stands."""
+        return tuple(
+            name
+            for name, form in self.onnx.items()
+            if "::" not in name and (form is None or isinstance(form, OnnxForm) and (form.direct or form.read is None))
+        )
+
+    @property
+    def in_onnx(self) -> bool:
+        """Whether new nodes of this record can be written to ONNX."""
+        return self.spell is not None or bool(self.direct_forms)
 
     @cached_property
     def slots(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ after    w1: f32[3,3,3,3]   ->  relu  ->  w2: f32[10,3]
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from regauge.ir.graph import Graph, Value
 from regauge.ir.groups import find_group
 from regauge.ir.weights import cut
 
+Selection: TypeAlias = Mapping[Dim, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[Dim | str, Iterable[int]]
 
-def resize(graph: Graph, keep: Mapping[Dim | str, Iterable[int]], *, by: str = "resize") -> Graph:
+
+def resize(graph: Graph, keep: Selection, *, by: str = "resize") -> Graph:
     """A new graph in which each given Dim keeps only the given indices; the input graph is not changed.
 
     Every parameter is sliced by the positions its extents give, every size-valued attribute is derived anew. A Dim is

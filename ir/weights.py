@@ -83,6 +83,15 @@ def dense(tensor: torch.Tensor) -> DenseWeight:
     return DenseWeight(tensor.detach())
 
 
+def writes(weight: Weight) -> int:
+    """How often torch wrote into the tensor of a dense weight; 0 for one read from a file at each use."""
+    if isinstance(weight, CutWeight):
+        return writes(weight.base)
+    if not isinstance(weight, DenseWeight) or weight.tensor.is_inference():  # the latter keep no count
+        return 0
+    return weight.tensor._version
+
+
 def cut(weight: Weight, keep: Sequence[np.ndarray | None]) -> Weight:
     """``weight`` with only the kept indices; cuts of cuts are composed, so that the data is read once."""
     if all(kept is None for kept in keep):

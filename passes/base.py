@@ -38,14 +38,18 @@ Need: TypeAlias = Literal["data", "gradients"]
 
 
 class Cut(NamedTuple):
-    """One Dim that a pass changed, and its sizes before and after."""
+    """One Dim that a pass changed, and its sizes before and after.
+
+    Where the Dim is one of several of an axis, ``axis`` is how the report shows that axis, once for all of them.
+    """
 
     dim: str
     before: int
     after: int
+    axis: str = ""
 
     def __str__(self) -> str:
-        return f"{self.dim}: {self.before} -> {self.after}"
+        return self.axis or f"{self.dim}: {self.before} -> {self.after}"
 
 
 @dataclass

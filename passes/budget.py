@@ -11,7 +11,7 @@ import heapq
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,6 +20,7 @@ from regauge.ir.cost import Running
 from regauge.ir.errors import PassError
 from regauge.ir.extents import Dim
 from regauge.ir.tables import short
+from regauge.passes.rounding import Rounding
 
 _AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*(k|m|g|ki|mi|gi)?(b?)", re.IGNORECASE)
 _FACTOR = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -29,6 +30,7 @@ _MOST_EXCHANGED = 64  # Dims; the search for a closer fit tries each of them
 
 Counts: TypeAlias = dict[Dim, int]
 Plan: TypeAlias = Callable[[float], Counts]
+Wishes: TypeAlias = Callable[[float], Mapping[Dim, float]]
 
 
 class Amount(NamedTuple):
@@ -73,6 +75,11 @@ class Choice:
         return len(self.scores)
 
     @property
+    def stuck(self) -> bool:
+        """Whether no smaller count is a multiple, though the floor would allow one."""
+        return self.least == self.size > self.floor
+
+    @property
     def least(self) -> int:
         """The smallest count allowed."""
         return self.rounded(0)
@@ -97,24 +104,61 @@ class Choice:
 
 def uniform_plan(choices: Sequence[Choice]) -> Plan:
     """Every Dim keeps the same share of its indices: the level is the share that goes."""
-    return lambda level: {choice.dim: choice.rounded((1 - level) * choice.size) for choice in choices}
+    return _rounded(choices, uniform_wishes(choices))
 
 
 def ranked_plan(choices: Sequence[Choice]) -> Plan:
     """Indices of all Dims are ranked together: the level is the share of them that goes, the lowest scores first."""
+    return _rounded(choices, ranked_wishes(choices))
+
+
+def _rounded(choices: Sequence[Choice], wishes: Wishes) -> Plan:
+    def plan(level: float) -> Counts:
+        wanted = wishes(level)
+        return {choice.dim: choice.rounded(wanted[choice.dim]) for choice in choices}
+
+    return plan
+
+
+def uniform_wishes(choices: Sequence[Choice]) -> Wishes:
+    """What :func:`uniform_plan` would keep if any count were allowed."""
+    return lambda level: {choice.dim: (1 - level) * choice.size for choice in choices}
+
+
+def ranked_wishes(choices: Sequence[Choice]) -> Wishes:
+    """What :func:`ranked_plan` would keep if any count were allowed."""
     pooled = np.sort(np.concatenate([choice.scores for choice in choices])) if choices else np.zeros(0)
     ordered = {choice.dim: np.sort(choice.scores) for choice in choices}
 
-    def plan(level: float) -> Counts:
+    def wishes(level: float) -> dict[Dim, float]:
         gone = round(level * len(pooled))
         threshold = pooled[gone] if gone < len(pooled) else np.inf
-        counts = {}
-        for choice in choices:
-            kept = choice.size - int(np.searchsorted(ordered[choice.dim], threshold, side="left"))
-            counts[choice.dim] = choice.rounded(kept)
-        return counts
+        return {dim: len(own) - int(np.searchsorted(own, threshold, side="left")) for dim, own in ordered.items()}
 
-    return plan
+    return wishes
+
+
+def round_wishes(
+    choices: Sequence[Choice], wanted: Mapping[Dim, float], rounding: Rounding
+) -> list[tuple[Choice, int]]:
+    """Each choice with what its count must be a multiple of, and that count; in the order they were decided in."""
+    by_dim, decided = {choice.dim: choice for choice in choices}, dict[Dim, int]()
+    result = []
+    for dim in rounding.ordered(list(by_dim)):
+        choice = replace(by_dim[dim], multiple=rounding.needed(dim, decided))
+        decided[dim] = choice.rounded(wanted[dim])
+        result.append((choice, decided[dim]))
+    return result
+
+
+def with_multiples(choices: Sequence[Choice], rounding: Rounding) -> list[Choice]:
+    """The choices with multiples that keep axes rounded whatever counts the others get, for counts found by search."""
+    decided, found = dict[Dim, int](), dict[Dim, Choice]()
+    by_dim = {choice.dim: choice for choice in choices}
+    for dim in rounding.ordered(list(by_dim)):
+        choice = found[dim] = replace(by_dim[dim], multiple=rounding.needed(dim, decided))
+        decided[dim] = choice.size if choice.least == choice.size else math.gcd(choice.multiple, choice.size)
+    return [found[choice.dim] for choice in choices]
 
 
 def allocate(choices: Sequence[Choice], plan: Plan, running: Running, target: float, what: str) -> Counts:

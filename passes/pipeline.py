@@ -18,6 +18,7 @@ from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
 from regauge.ir.sample_inputs import input_symbols, sample_runs
 from regauge.ir.verify import verify
+from regauge.ir.weights import writes
 from regauge.passes.base import Context, Pass
 from regauge.passes.report import PassReport, Report
 from regauge.settings import current
@@ -53,11 +54,11 @@ def run_passes(graph: Graph, passes: Sequence[Pass], data: Any = None, *, after:
 def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures) -> tuple[Graph, PassReport]:
     _check_needs(one, data)
     _trace(f"{one}: starts")
-    context, version, start = Context(data=data), graph.version, time.perf_counter()
+    context, given, start = Context(data=data), _Given(graph), time.perf_counter()
     try:
         one.requires(graph)
         result = one.call(graph, context)
-        _check_result(one, graph, version, result)
+        _check_result(one, given, result)
         one.ensures(graph, result)
     except PassError as reason:
         raise reason if one.name in str(reason) else PassError(f"{one.name}: {reason}") from reason
@@ -85,11 +86,34 @@ def _check_needs(one: Pass, data: Any) -> None:
         raise PassError(f"{one.name} needs {needs}: give batches, optimize(graph, passes, data=...)")
 
 
-def _check_result(one: Pass, graph: Graph, version: int, result: Any) -> None:
+def _check_result(one: Pass, given: _Given, result: Any) -> None:
     if not isinstance(result, Graph):
         raise PassError(f"{one.name} returned {type(result).__name__}: its call() must return a Graph")
-    if graph.version != version:
+    if given.graph.version != given.version:
         raise PassError(f"{one.name} changed the graph it was given: let it edit graph.copy() and return that")
+    name = given.changed_weight()
+    if name is not None:
+        raise PassError(
+            f"{one.name} changed the graph it was given: it wrote into {name}, whose data copies of the graph and the "
+            "user's model share; let it give a copy of the graph a new weight, regauge.ir.edit.set_weight"
+        )
+
+
+class _Given:
+    """A graph as a pass gets it, and the counts of writes into its tensors, which are the user's own."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.version = graph.version
+        self._weights = {parameter: parameter.weight for parameter in graph.all_parameters()}
+        self._writes = {parameter: writes(weight) for parameter, weight in self._weights.items()}
+
+    def changed_weight(self) -> str | None:
+        """The name of a parameter that has another weight now, or whose tensor was written into."""
+        for parameter, weight in self._weights.items():
+            if parameter.weight is not weight or writes(weight) != self._writes[parameter]:
+                return parameter.name
+        return None
 
 
 def _verify(one: Pass, before: Graph, after: Graph, data: Any) -> float | None:

@@ -30,9 +30,10 @@ class PassReport:
     def lines(self) -> list[str]:
         """The details below the table."""
         lines = list(self.notes)
-        lines += [str(cut) for cut in self.cuts[:_SHOWN_CUTS]]
-        if len(self.cuts) > _SHOWN_CUTS:
-            lines.append(f"... and {len(self.cuts) - _SHOWN_CUTS} more")
+        cuts = list(dict.fromkeys(str(cut) for cut in self.cuts))
+        lines += cuts[:_SHOWN_CUTS]
+        if len(cuts) > _SHOWN_CUTS:
+            lines.append(f"... and {len(cuts) - _SHOWN_CUTS} more")
         lines += [f"left alone: {count} x {reason}" for reason, count in self.left.items()]
         return lines
 

@@ -12,7 +12,8 @@ from torch import Tensor, randn
 from regauge.ir.errors import AxisError, OperatorError
 from regauge.ir.extents import size_of
 from regauge.ir.graph import Node
-from regauge.ir.operator import Adapter, OnnxForm, Symmetry, operator, sample
+from regauge.ir.operator import Adapter, OnnxForm, Speller, Symmetry, operator, sample
+from regauge.ir.ops import spell_activation as spelling
 from regauge.ir.ops.elementwise import Function, pointwise
 from regauge.ir.rules import Call
 from regauge.ir.sizes import divide, same
@@ -24,6 +25,7 @@ def activation(
     onnx: Mapping[str, Adapter | OnnxForm | None] | Sequence[str] = (),
     aten: Mapping[str, Adapter | None] | None = None,
     symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE,
+    spell: Speller | None = None,
 ) -> Callable[[Function], Function]:
     """Register an activation; ``layer`` is its module in ``torch.nn`` with attributes in braces, ``variants`` are
     the attributes of its samples."""
@@ -40,6 +42,7 @@ def activation(
             samples=lambda: [sample(randn(2, 3, 4) * 2, **attributes) for attributes in variants or ({},)],
             symmetry=symmetry,
             layer=text,
+            spell=spell,
         )(evaluate)
 
     return register
@@ -52,6 +55,11 @@ def _renamed(op: str, **names: tuple[str, float]) -> Adapter:
         return build(op, call.operand(0), **{k: call.attribute(n, default) for k, (n, default) in names.items()})
 
     return reader
+
+
+def _with(op_type: str, **names: str) -> Speller:
+    """The spelling as one ONNX activation: its attributes, each with the record's name for it."""
+    return lambda onnx, node: onnx(op_type, onnx.operand(0), **{k: node.attributes[n] for k, n in names.items()})
 
 
 def _close(a: float, b: float) -> bool:
@@ -78,6 +86,7 @@ def relu(x: Tensor) -> Tensor:
         )
     },
     symmetry=Symmetry.HOMOGENEOUS,
+    spell=_with("LeakyRelu", alpha="negative_slope"),
 )
 def leaky_relu(x: Tensor, *, negative_slope: float = 0.01) -> Tensor:
     return F.leaky_relu(x, negative_slope)
@@ -110,6 +119,7 @@ def _onnx_prelu(build: Any, call: Any) -> Any:
     rule=_prelu_rule,
     aten={"prelu": None, "_prelu_kernel": None},
     onnx={"PRelu": _onnx_prelu},
+    spell=spelling.prelu,
     samples=lambda: [
         sample(randn(2, 3, 4), randn(3)),
         sample(randn(2, 3), randn(3)),
@@ -127,7 +137,7 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     "ThresholdedRelu": lambda build, call: build.threshold(
         call.operand(0), threshold=call.attribute("alpha", 1.0), value=0.0
     )
-})  # fmt: skip
+}, spell=spelling.threshold)  # fmt: skip
 def threshold(x: Tensor, *, threshold: float, value: float) -> Tensor:
     return F.threshold(x, threshold, value)
 
@@ -152,27 +162,46 @@ def _onnx_selu(build: Any, call: Any) -> Any:
     return build.mul(build.elu(call.operand(0), alpha=alpha), gamma)
 
 
-@activation("ELU({alpha})", {}, {"alpha": 0.5}, aten={"elu": _elu}, onnx={"Elu": _renamed("elu", alpha=("alpha", 1.0))})
+@activation(
+    "ELU({alpha})",
+    {},
+    {"alpha": 0.5},
+    aten={"elu": _elu},
+    onnx={"Elu": _renamed("elu", alpha=("alpha", 1.0))},
+    spell=_with("Elu", alpha="alpha"),
+)
 def elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return F.elu(x, alpha)
 
 
-@activation("SELU()", onnx={"Selu": _onnx_selu})
+@activation("SELU()", onnx={"Selu": _onnx_selu}, spell=_with("Selu"))
 def selu(x: Tensor) -> Tensor:
     return F.selu(x)
 
 
-@activation("CELU({alpha})", {}, {"alpha": 0.5}, onnx={"Celu": _renamed("celu", alpha=("alpha", 1.0))})
+@activation(
+    "CELU({alpha})",
+    {},
+    {"alpha": 0.5},
+    onnx={"Celu": _renamed("celu", alpha=("alpha", 1.0))},
+    spell=_with("Celu", alpha="alpha"),
+)
 def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return F.celu(x, alpha)
 
 
-@activation("Softplus({beta}, {threshold})", {}, {"beta": 2.0, "threshold": 1.0}, onnx=["Softplus"])
+@activation(
+    "Softplus({beta}, {threshold})",
+    {},
+    {"beta": 2.0, "threshold": 1.0},
+    onnx=["Softplus"],
+    spell=spelling.softplus,
+)
 def softplus(x: Tensor, *, beta: float = 1, threshold: float = 20) -> Tensor:
     return F.softplus(x, beta, threshold)
 
 
-@activation("Mish()", onnx=["Mish"])
+@activation("Mish()", onnx=["Mish"], spell=spelling.mish)
 def mish(x: Tensor) -> Tensor:
     return F.mish(x)
 
@@ -183,6 +212,7 @@ def mish(x: Tensor) -> Tensor:
         # The second result is a buffer for the backward pass.
         "log_sigmoid_forward": lambda build, x: (build.log_sigmoid(x), None),
     },
+    spell=spelling.log_sigmoid,
 )
 def log_sigmoid(x: Tensor) -> Tensor:
     return F.logsigmoid(x)
@@ -218,12 +248,13 @@ def _swish(build: Any, call: Any) -> Any:
         "com.microsoft::BiasGelu": _contrib_gelu,
         "com.microsoft::QuickGelu": _quick_gelu,
     },
+    spell=spelling.gelu,
 )
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
-@activation("SiLU()", onnx={"Swish": _swish})
+@activation("SiLU()", onnx={"Swish": _swish}, spell=spelling.silu)
 def silu(x: Tensor) -> Tensor:
     return F.silu(x)
 
@@ -238,7 +269,7 @@ def tanh(x: Tensor) -> Tensor:
     return torch.tanh(x)
 
 
-@activation("Hardswish()", onnx=["HardSwish"])
+@activation("Hardswish()", onnx=["HardSwish"], spell=spelling.hard_swish)
 def hardswish(x: Tensor) -> Tensor:
     return F.hardswish(x)
 
@@ -251,7 +282,7 @@ def _onnx_hard_sigmoid(build: Any, call: Any) -> Any:
     return build.clamp(build.add(build.mul(x, alpha), beta), 0.0, 1.0)
 
 
-@activation("Hardsigmoid()", onnx={"HardSigmoid": _onnx_hard_sigmoid})
+@activation("Hardsigmoid()", onnx={"HardSigmoid": _onnx_hard_sigmoid}, spell=spelling.hard_sigmoid)
 def hardsigmoid(x: Tensor) -> Tensor:
     return F.hardsigmoid(x)
 
@@ -272,6 +303,7 @@ def _clip_symmetry(node: Node) -> Symmetry:
     {"min_val": 0.0, "max_val": 6.0},
     aten={"relu6": lambda build, x: build.hardtanh(x, min_val=0.0, max_val=6.0)},
     symmetry=_clip_symmetry,
+    spell=spelling.hard_tanh,
 )
 def hardtanh(x: Tensor, *, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
     return F.hardtanh(x, min_val, max_val)
@@ -296,12 +328,21 @@ def _onnx_shrink(build: Any, call: Any) -> Any:
     return build.where(build.gt(x, bound), build.sub(x, bias), below)
 
 
-@activation("Hardshrink({lambd})", {}, {"lambd": 1.0}, onnx={"Shrink": _onnx_shrink}, symmetry=Symmetry.ODD)
+@activation(
+    "Hardshrink({lambd})",
+    {},
+    {"lambd": 1.0},
+    onnx={"Shrink": _onnx_shrink},
+    symmetry=Symmetry.ODD,
+    spell=_with("Shrink", lambd="lambd"),
+)
 def hardshrink(x: Tensor, *, lambd: float = 0.5) -> Tensor:
     return F.hardshrink(x, lambd)
 
 
-@activation("Softshrink({lambd})", {}, {"lambd": 1.0}, symmetry=Symmetry.ODD)
+@activation(
+    "Softshrink({lambd})", {}, {"lambd": 1.0}, symmetry=Symmetry.ODD, spell=_with("Shrink", lambd="lambd", bias="lambd")
+)
 def softshrink(x: Tensor, *, lambd: float = 0.5) -> Tensor:
     return F.softshrink(x, lambd)
 
@@ -328,6 +369,7 @@ def _glu_rule(call: Call) -> list[list[Any]]:
     samples=lambda: [sample(randn(2, 6, 3), dim=1), sample(randn(2, 8), dim=-1), sample(randn(4, 3), dim=0)],
     layer=lambda node: f"nn.GLU({node.attributes['dim']})",
     zeroed_by=(),
+    spell=spelling.glu,
 )
 def glu(x: Tensor, *, dim: int = -1) -> Tensor:
     return F.glu(x, dim)

@@ -29,6 +29,7 @@ from regauge.ir.ops.attention_onnx import (
 )
 from regauge.ir.ops.encoder_layer import native_attention, native_encoder_layer
 from regauge.ir.ops.rotary_onnx import read_contrib_rotary, read_rotary, write_rotary
+from regauge.ir.ops.spell_attention import spell_attention
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import Size, divide, same
 
@@ -170,6 +171,7 @@ def _math(
         "RotaryEmbedding": OnnxForm(read=read_rotary, write=write_rotary),
         "com.microsoft::RotaryEmbedding": OnnxForm(read=read_contrib_rotary, write=write_rotary),
     },
+    spell=spell_attention,
     macs=_macs,
     samples=_samples,
     zeroed_by=("v",),
@@ -202,7 +204,7 @@ def _capped_samples() -> list[Sample]:
     ]
 
 
-@operator(rule=_attention_rule, macs=_macs, samples=_capped_samples, zeroed_by=("v",))
+@operator(rule=_attention_rule, macs=_macs, samples=_capped_samples, zeroed_by=("v",), spell=spell_attention)
 def capped_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -40,6 +40,7 @@ def _onnx_unsqueeze(build: Builder, call: Any) -> Any:
     rule=_unsqueeze_rule,
     aten={"unsqueeze": lambda build, x, dim: build.unsqueeze(x, dim=dim % (x.rank + 1))},
     onnx={"Unsqueeze": _onnx_unsqueeze},
+    spell=lambda onnx, node: onnx.unsqueeze(onnx.operand(0), node.attributes["dim"] % node.outputs[0].rank),
     samples=lambda: [
         sample(randn(2, 3), dim=0),
         sample(randn(2, 3), dim=-1),
@@ -88,10 +89,17 @@ def _onnx_squeeze(build: Builder, call: Any) -> Any:
     return build.squeeze(x, dims=left) if left else x
 
 
+def _spell_squeeze(onnx: Any, node: Node) -> Any:
+    x = node.inputs[0]
+    assert isinstance(x, Value)
+    return onnx.squeeze(onnx.operand(0), *(dim % x.rank for dim in node.attributes["dims"]))
+
+
 @operator(
     rule=_squeeze_rule,
     aten={"squeeze": squeeze_ones},
     onnx={"Squeeze": _onnx_squeeze},
+    spell=_spell_squeeze,
     samples=lambda: [
         sample(randn(2, 1, 3, 1), dims=(1, 3)),
         sample(randn(2, 3, 1), dims=(-1,)),
@@ -159,6 +167,13 @@ def _onnx_expand(build: Builder, call: Any) -> Any:
     return expand_to(build, x, broadcast_shape(x.shape, target))
 
 
+def _spell_expand(onnx: Any, node: Node) -> Any:
+    x, shape = node.inputs[0], node.attributes["shape"]
+    assert isinstance(x, Value)
+    old = (1,) * (len(shape) - x.rank) + x.shape
+    return onnx.Expand(onnx.operand(0), onnx.sizes([1 if same(a, b) else b for a, b in zip(old, shape, strict=True)]))
+
+
 def _write_expand(nodes: Sequence[Node], patch: Any) -> None:
     x, shape = nodes[0].inputs[0], nodes[0].attributes["shape"]
     assert isinstance(x, Value)
@@ -176,6 +191,7 @@ def _write_expand(nodes: Sequence[Node], patch: Any) -> None:
         "meshgrid": _meshgrid,
     },
     onnx={"Expand": OnnxForm(read=_onnx_expand, write=_write_expand)},
+    spell=_spell_expand,
     samples=lambda: [
         sample(randn(2, 1, 4), shape=(2, 3, 4)),
         sample(randn(3), shape=(2, 3)),

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, randint, randn
 
 from regauge.ir.graph import Node, Value
-from regauge.ir.operator import Sample, Symmetry, sample
-from regauge.ir.ops.elementwise import aten_binary, onnx_binary, pointwise
+from regauge.ir.operator import OnnxForm, Sample, Symmetry, sample
+from regauge.ir.ops import spell_arithmetic as spelling
+from regauge.ir.ops.elementwise import aten_binary, onnx_binary, onnx_pair, pointwise
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -45,7 +46,12 @@ def eq(x: Tensor, y: Tensor) -> Tensor:
     return x == y
 
 
-@pointwise(aten=dict.fromkeys(("ne", "not_equal"), aten_binary("ne")), samples=_compared, commutative=True)
+@pointwise(
+    aten=dict.fromkeys(("ne", "not_equal"), aten_binary("ne")),
+    samples=_compared,
+    spell=lambda onnx, node: onnx.Not(onnx.Equal(*onnx.operands(2, onnx.common_type))),
+    commutative=True,
+)
 def ne(x: Tensor, y: Tensor) -> Tensor:
     return x != y
 
@@ -85,7 +91,7 @@ def isnan(x: Tensor) -> Tensor:
     return torch.isnan(x)
 
 
-@pointwise(aten=["isfinite"], samples=lambda: [sample(1 / _numbers(2, 3))])
+@pointwise(aten=["isfinite"], samples=lambda: [sample(1 / _numbers(2, 3))], spell=spelling.is_finite)
 def isfinite(x: Tensor) -> Tensor:
     return torch.isfinite(x)
 
@@ -99,7 +105,11 @@ def _onnx_infinite(build: Any, call: Any) -> Any:
     return build.eq(x, float("-inf") if below else float("inf"))
 
 
-@pointwise(aten=["isinf"], onnx={"IsInf": _onnx_infinite}, samples=lambda: [sample(1 / _numbers(2, 3))])
+@pointwise(
+    aten=["isinf"],
+    onnx={"IsInf": OnnxForm(read=_onnx_infinite, direct=True)},
+    samples=lambda: [sample(1 / _numbers(2, 3))],
+)
 def isinf(x: Tensor) -> Tensor:
     return torch.isinf(x)
 
@@ -130,6 +140,7 @@ def logical_not(x: Tensor) -> Tensor:
 @pointwise(
     aten=dict.fromkeys(("bitwise_and", "__and__"), aten_binary("bitwise_and")),
     onnx={"BitwiseAnd": onnx_binary("bitwise_and")},
+    spell=spelling.bitwise("BitwiseAnd", "And"),
     samples=_bits,
     commutative=True,
 )
@@ -140,6 +151,7 @@ def bitwise_and(x: Tensor, y: Tensor) -> Tensor:
 @pointwise(
     aten=dict.fromkeys(("bitwise_or", "__or__"), aten_binary("bitwise_or")),
     onnx={"BitwiseOr": onnx_binary("bitwise_or")},
+    spell=spelling.bitwise("BitwiseOr", "Or"),
     samples=_bits,
     commutative=True,
 )
@@ -150,6 +162,7 @@ def bitwise_or(x: Tensor, y: Tensor) -> Tensor:
 @pointwise(
     aten=dict.fromkeys(("bitwise_xor", "__xor__"), aten_binary("bitwise_xor")),
     onnx={"BitwiseXor": onnx_binary("bitwise_xor")},
+    spell=spelling.bitwise("BitwiseXor", "Xor"),
     samples=_bits,
     commutative=True,
 )
@@ -160,6 +173,7 @@ def bitwise_xor(x: Tensor, y: Tensor) -> Tensor:
 @pointwise(
     aten=["bitwise_not"],
     onnx=["BitwiseNot"],
+    spell=spelling.bitwise("BitwiseNot", "Not"),
     samples=lambda: [sample(_booleans(2, 3)), sample(_numbers(2, 3))],
 )
 def bitwise_not(x: Tensor) -> Tensor:
@@ -168,7 +182,7 @@ def bitwise_not(x: Tensor) -> Tensor:
 
 def _bit_shift(build: Any, call: Any) -> Any:
     left = call.attribute("direction") == "LEFT"
-    return onnx_binary("bitwise_left_shift" if left else "bitwise_right_shift")(build, call)
+    return build("bitwise_left_shift" if left else "bitwise_right_shift", *onnx_pair(build, call))
 
 
 def _shifted() -> list[Sample]:
@@ -236,6 +250,7 @@ def _choices() -> list[Sample]:
         "masked_fill": _masked_fill,
     },
     onnx=["Where"],
+    spell=spelling.where,
     samples=_choices,
     symmetry=_choice_symmetry,
 )

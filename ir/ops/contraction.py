@@ -25,6 +25,15 @@ def _linear_layer(node: Node) -> str | None:
     return f"nn.Linear({weight.shape[1]}, {weight.shape[0]}{bias})"
 
 
+def _spell_linear(onnx: Any, node: Node) -> Any:
+    """Gemm takes matrices only (and wants a bias before opset 11); else MatMul with the weight turned, and Add."""
+    x, weight, bias = onnx.operands(3)
+    if isinstance(node.inputs[0], Value) and node.inputs[0].rank == 2 and (bias is not None or onnx.opset >= 11):
+        return onnx.Gemm(x, weight, bias, transB=1)
+    y = onnx.MatMul(x, onnx.Transpose(weight, perm=(1, 0)))
+    return y if bias is None else onnx.Add(y, bias)
+
+
 @operator(
     rule="... i, o i, o? -> ... o",
     aten={"linear": None},
@@ -36,6 +45,7 @@ def _linear_layer(node: Node) -> str | None:
         sample(randn(6), randn(4, 6), randn(4)),
     ],
     layer=_linear_layer,
+    spell=_spell_linear,
 )
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return F.linear(x, weight, bias)

@@ -96,6 +96,7 @@ def _cast_symmetry(node: Node) -> Symmetry:
         "_cast_Half": _to_fixed(torch.float16),
     },
     onnx={"Cast": _onnx_cast, "CastLike": _onnx_cast_like},
+    spell=lambda onnx, node: onnx.cast(onnx.operand(0), node.attributes["dtype"]),
     samples=lambda: [sample(randn(2, 3), dtype=torch.int64), sample(randn(2, 3) > 0, dtype=torch.float32)],
     symmetry=_cast_symmetry,
 )
@@ -150,7 +151,15 @@ def _onnx_dropout(build: Any, call: Any) -> Any:
     return build.dropout(call.operand(0), p=float(ratio), training=bool(training))
 
 
+def _spell_inactive(onnx: Any, node: Node) -> Any:
+    """Outside of training nothing is dropped."""
+    if node.attributes["training"]:
+        raise onnx.refusal("it draws random numbers")
+    return onnx.Identity(onnx.operand(0))
+
+
 @pointwise(
+    spell=_spell_inactive,
     aten={"dropout": _dropout, "native_dropout": _native_dropout},
     onnx={"Dropout": _onnx_dropout},
     samples=lambda: [sample(randn(2, 3), p=0.5, training=False), sample(randn(2, 3), p=0.5, training=True)],
@@ -169,6 +178,7 @@ def _channel_dropout_layer(node: Node) -> str | None:
 
 
 @pointwise(
+    spell=_spell_inactive,
     aten={"feature_dropout": lambda build, x, p, train: build.feature_dropout(x, p=p, training=train)},
     samples=lambda: [sample(randn(2, 3, 4, 4), p=0.5, training=False), sample(randn(2, 3, 4), p=0.5, training=True)],
     symmetry=Symmetry.LINEAR,
@@ -180,6 +190,7 @@ def feature_dropout(x: Tensor, *, p: float = 0.5, training: bool = False) -> Ten
 
 
 @pointwise(
+    spell=_spell_inactive,
     aten={"alpha_dropout": lambda build, x, p, train: build.alpha_dropout(x, p=p, training=train)},
     samples=lambda: [sample(randn(2, 3), p=0.5, training=False)],
     layer=lambda node: f"nn.AlphaDropout(p={node.attributes['p']})",

@@ -14,9 +14,10 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import size_of
 from regauge.ir.graph import Node, Value
-from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
+from regauge.ir.operator import OnnxForm, Speller, Symmetry, operator, sample
 from regauge.ir.ops.padding import pad_by
 from regauge.ir.ops.slicing import slice_axis
+from regauge.ir.ops.windows import per_axis
 from regauge.ir.rules import Call
 from regauge.ir.sizes import Size, floor_divide, product, same, simplify
 
@@ -25,12 +26,6 @@ Sizes = tuple[Size, ...]
 
 Geometry: TypeAlias = tuple[tuple[Any, int], ...]
 """Attributes such as the stride, each with the number per axis at which the kernel stays in step."""
-
-
-def _each(value: Any, rank: int) -> tuple[int, ...]:
-    """One number per spatial axis; torch lets a single one stand for all."""
-    numbers = tuple(value) if isinstance(value, Sequence) else (value,)
-    return numbers * rank if len(numbers) == 1 else numbers
 
 
 def _spatial_rule(call: Call, channels: str, unmoved: Sequence[tuple[str, int]]) -> str:
@@ -42,7 +37,7 @@ def _spatial_rule(call: Call, channels: str, unmoved: Sequence[tuple[str, int]])
 
 def _slides(axis: int, weight: tuple[Size, ...], geometry: Geometry) -> bool:
     """Whether the kernel slides over a spatial axis; a kernel of one entry that stays in step with it does not."""
-    still = all(_each(value, len(weight) - 2)[axis] == number for value, number in geometry)
+    still = all(per_axis(value, len(weight) - 2)[axis] == number for value, number in geometry)
     return not (still and same(weight[2 + axis], 1))
 
 
@@ -101,14 +96,14 @@ def _conv(
     dilation: Any = 1, groups: int = 1,
 ) -> Any:  # fmt: skip
     rank = weight.rank - 2
-    stride, dilation = _each(stride, rank), _each(dilation, rank)
+    stride, dilation = per_axis(stride, rank), per_axis(dilation, rank)
     if padding == "valid":
         padding = 0
     if padding == "same":
         sizes = x.shape[-rank:]
         pads = [same_padding(sizes[i], _static(weight.shape[2 + i]), 1, dilation[i]) for i in range(rank)]
     else:
-        pads = [(amount, amount) for amount in _each(padding, rank)]
+        pads = [(amount, amount) for amount in per_axis(padding, rank)]
     return padded_conv(build, x, weight, bias, pads, stride=stride, dilation=dilation, groups=groups)
 
 
@@ -172,6 +167,32 @@ def _write_groups(nodes: Sequence[Node], patch: Any) -> None:
             patch.attribute("group", node.attributes["groups"])
 
 
+def _spell(op_type: str, *extra: str) -> Speller:
+    """One ONNX node; an operand without a batch axis gets one of size one, which is taken out again."""
+
+    def spell(onnx: Any, node: Node) -> Any:
+        x, weight = node.inputs[0], node.inputs[1]
+        assert isinstance(x, Value) and isinstance(weight, Value)
+        rank, batched = weight.rank - 2, x.rank == weight.rank
+        operand, kernel, bias = onnx.operands(3)
+        padding = per_axis(node.attributes["padding"], rank)
+        y = onnx(
+            op_type,
+            operand if batched else onnx.unsqueeze(operand, 0),
+            kernel,
+            bias,
+            kernel_shape=weight.shape[2:],
+            strides=per_axis(node.attributes["stride"], rank),
+            pads=(*padding, *padding),
+            dilations=per_axis(node.attributes["dilation"], rank),
+            group=node.attributes["groups"],
+            **{name: per_axis(node.attributes[name], rank) for name in extra},
+        )
+        return y if batched else onnx.squeeze(y, 0)
+
+    return spell
+
+
 def _module(kind: str, node: Node, inputs: Size, outputs: Size, defaults: Sequence[tuple[str, int]]) -> str | None:
     weight = node.inputs[1]
     if not isinstance(weight, Value) or not 3 <= weight.rank <= 5:
@@ -179,7 +200,7 @@ def _module(kind: str, node: Node, inputs: Size, outputs: Size, defaults: Sequen
     rank = weight.rank - 2
     given = [str(inputs), str(outputs), f"kernel_size={weight.shape[2:]}"]
     for name, usual in defaults:
-        value = _each(node.attributes[name], rank)
+        value = per_axis(node.attributes[name], rank)
         if value != (usual,) * rank:
             given.append(f"{name}={value}")
     if node.attributes["groups"] != 1:
@@ -216,6 +237,7 @@ def _conv_layer(node: Node) -> str | None:
         sample(randn(1, 4, 3, 4, 4), randn(2, 4, 2, 2, 2), randn(2)),
     ],
     layer=_conv_layer,
+    spell=_spell("Conv"),
 )  # fmt: skip
 def conv(
     x: torch.Tensor,
@@ -239,8 +261,8 @@ def _conv_transpose(
 ) -> Any:  # fmt: skip
     rank = weight.rank - 2
     return build.conv_transpose(
-        x, weight, bias, stride=_each(stride, rank), padding=_each(padding, rank),
-        output_padding=_each(output_padding, rank), groups=groups, dilation=_each(dilation, rank),
+        x, weight, bias, stride=per_axis(stride, rank), padding=per_axis(padding, rank),
+        output_padding=per_axis(output_padding, rank), groups=groups, dilation=per_axis(dilation, rank),
     )  # fmt: skip
 
 
@@ -306,6 +328,7 @@ def _conv_transpose_layer(node: Node) -> str | None:
         sample(randn(1, 2, 2, 3, 2), randn(2, 3, 2, 2, 2), randn(3)),
     ],
     layer=_conv_transpose_layer,
+    spell=_spell("ConvTranspose", "output_padding"),
 )
 def conv_transpose(
     x: torch.Tensor,

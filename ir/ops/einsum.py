@@ -107,6 +107,27 @@ def _onnx_einsum(build: Builder, call: Any) -> Any:
     return _einsum(build, call.attribute("equation"), [call.operand(i) for i in range(call.count)])
 
 
+def _spell(onnx: Any, node: Node) -> Any:
+    """Einsum of ONNX does not spread an axis of size one over a letter: it is expanded first."""
+    terms, _ = terms_of(node.attributes["equation"])
+    values = [value for _, value in node.operands()]
+    sizes: dict[str, Size] = {}
+    for term, value in zip(terms, values, strict=True):
+        for at, letter in enumerate(term):
+            size = 1 if letter == DOTS else value.shape[place(term, at, value.rank)]
+            if same(sizes.get(letter, 1), 1):
+                sizes[letter] = size
+    operands = []
+    for slot, (term, value) in enumerate(zip(terms, values, strict=True)):
+        shape = list(value.shape)
+        for at, letter in enumerate(term):
+            if letter != DOTS:
+                shape[place(term, at, value.rank)] = sizes[letter]
+        operand = onnx.operand(slot)
+        operands.append(operand if tuple(shape) == value.shape else onnx.Expand(operand, onnx.sizes(shape)))
+    return onnx.Einsum(*operands, equation=node.attributes["equation"])
+
+
 def _inner(build: Builder, x: Value, y: Value) -> Any:
     if not x.rank or not y.rank:
         return build.mul(x, y)
@@ -132,6 +153,7 @@ def _tensordot(build: Builder, x: Value, y: Value, dims_self: Sequence[int], dim
     rule=_rule,
     aten={"einsum": _einsum, "inner": _inner, "outer": _outer, "ger": _outer, "tensordot": _tensordot},
     onnx={"Einsum": _onnx_einsum},
+    spell=_spell,
     macs=_macs,
     symmetry=_symmetry,
     samples=lambda: [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, rand, randn
 
-from regauge.ir.operator import Adapter, Symmetry, sample
+from regauge.ir.operator import Adapter, Speller, Symmetry, sample
 from regauge.ir.ops.elementwise import Function, pointwise, positive
+from regauge.ir.ops.spell_arithmetic import truncated
 
 Draw = Callable[..., Tensor]
 
@@ -21,6 +23,7 @@ def elementary(
     aliases: Sequence[str] = (),
     aten: Mapping[str, Adapter | None] | None = None,
     symmetry: Symmetry = Symmetry.POINTWISE,
+    spell: Speller | None = None,
 ) -> Callable[[Function], Function]:
     """Register a function of one tensor; ATen calls it by the same name and by ``aliases``."""
 
@@ -31,9 +34,15 @@ def elementary(
             onnx=onnx,
             samples=lambda: [sample(draw(2, 3, 4)), sample(draw(5)), sample(draw(1))],
             symmetry=symmetry,
+            spell=spell,
         )(evaluate)
 
     return register
+
+
+def _of(write: Callable[[Any, Any], Any]) -> Speller:
+    """A spelling in terms of the only operand, as a floating-point number."""
+    return lambda onnx, node: write(onnx, onnx.operand(0, onnx.common_type))
 
 
 def _within_one(*shape: int) -> Tensor:
@@ -70,7 +79,7 @@ def exp(x: Tensor) -> Tensor:
     return torch.exp(x)
 
 
-@elementary()
+@elementary(spell=_of(lambda onnx, x: onnx.Pow(2.0, x)))
 def exp2(x: Tensor) -> Tensor:
     return torch.exp2(x)
 
@@ -85,12 +94,12 @@ def log(x: Tensor) -> Tensor:
     return torch.log(x)
 
 
-@elementary(draw=positive)
+@elementary(draw=positive, spell=_of(lambda onnx, x: onnx.Div(onnx.Log(x), math.log(2))))
 def log2(x: Tensor) -> Tensor:
     return torch.log2(x)
 
 
-@elementary(draw=positive)
+@elementary(draw=positive, spell=_of(lambda onnx, x: onnx.Div(onnx.Log(x), math.log(10))))
 def log10(x: Tensor) -> Tensor:
     return torch.log10(x)
 
@@ -105,7 +114,7 @@ def sqrt(x: Tensor) -> Tensor:
     return torch.sqrt(x)
 
 
-@elementary(draw=positive)
+@elementary(draw=positive, spell=_of(lambda onnx, x: onnx.Reciprocal(onnx.Sqrt(x))))
 def rsqrt(x: Tensor) -> Tensor:
     return torch.rsqrt(x)
 
@@ -201,12 +210,12 @@ def ceil(x: Tensor) -> Tensor:
     return torch.ceil(x)
 
 
-@elementary(aliases=["fix"], symmetry=Symmetry.ODD)
+@elementary(aliases=["fix"], symmetry=Symmetry.ODD, spell=_of(truncated))
 def trunc(x: Tensor) -> Tensor:
     return torch.trunc(x)
 
 
-@elementary(symmetry=Symmetry.ODD)
+@elementary(symmetry=Symmetry.ODD, spell=_of(lambda onnx, x: onnx.Sub(x, truncated(onnx, x))))
 def frac(x: Tensor) -> Tensor:
     return torch.frac(x)
 

@@ -14,6 +14,7 @@ from torch import Tensor, rand, randint, randn
 
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Adapter, OnnxForm, Operator, Sample, Symmetry, register_operator, sample
+from regauge.ir.ops import spell_arithmetic as spelling
 from regauge.ir.rules import broadcast_rule
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -65,14 +66,14 @@ def aten_binary(op: str) -> Adapter:
     return adapter
 
 
-def onnx_binary(op: str, **attributes: Any) -> Adapter:
-    """The reader of ``Op(A, B)``: constants without axes become numbers, opset 6 broadcasting is made explicit."""
+def onnx_binary(op: str) -> OnnxForm:
+    """``Op(A, B)``: constants without axes become numbers, opset 6 broadcasting is made explicit."""
 
     def reader(build: Any, call: Any) -> Any:
         x, y = onnx_pair(build, call)
-        return build(op, x, y, **attributes)
+        return build(op, x, y)
 
-    return reader
+    return OnnxForm(read=reader, direct=True)
 
 
 def onnx_pair(build: Any, call: Any) -> tuple[Any, Any]:
@@ -235,6 +236,7 @@ def _division_symmetry(node: Node) -> Symmetry:
         "addcdiv": _addcdiv,
     },
     onnx={"Div": _onnx_divide, "Mean": _mean_of_many},
+    spell=spelling.divide,
     samples=lambda: [
         *_pairs(randn, positive, (None, 2.5), (1, None))(),
         sample(randn(2, 3), positive(3), rounding_mode="floor"),
@@ -262,6 +264,7 @@ def _square(build: Any, x: Any) -> Any:
 @pointwise(
     aten={"pow": aten_binary("pow"), "square": _square},
     onnx={"Pow": _onnx_pow},
+    spell=spelling.power,
     samples=_pairs(positive, randn, (None, 2), (2, None), (None, 0.5)),
 )
 def pow_(x: Tensor, y: Tensor) -> Tensor:
@@ -279,13 +282,18 @@ def _onnx_mod(build: Any, call: Any) -> Any:
 @pointwise(
     aten={"remainder": aten_binary("remainder")},
     onnx={"Mod": _onnx_mod},
+    spell=spelling.remainder,
     samples=_pairs(randn, positive, (None, 0.7), (2.0, None)),
 )
 def remainder(x: Tensor, y: Tensor) -> Tensor:
     return x % y
 
 
-@pointwise(aten={"fmod": aten_binary("fmod")}, samples=_pairs(randn, positive, (None, 0.7)))
+@pointwise(
+    aten={"fmod": aten_binary("fmod")},
+    samples=_pairs(randn, positive, (None, 0.7)),
+    spell=lambda onnx, node: onnx.Mod(*onnx.operands(2, onnx.common_type), fmod=1),
+)
 def fmod(x: Tensor, y: Tensor) -> Tensor:
     return torch.fmod(x, y)
 
@@ -299,7 +307,7 @@ def _like_shapes(node: Node) -> Symmetry:
 
 @pointwise(
     aten={"maximum": aten_binary("maximum"), "max.other": aten_binary("maximum")},
-    onnx={"Max": _folded("maximum")},
+    onnx={"Max": OnnxForm(read=_folded("maximum"), direct=True)},
     samples=_pairs(randn, randn),
     symmetry=_like_shapes,
     commutative=True,
@@ -310,7 +318,7 @@ def maximum(x: Tensor, y: Tensor) -> Tensor:
 
 @pointwise(
     aten={"minimum": aten_binary("minimum"), "min.other": aten_binary("minimum")},
-    onnx={"Min": _folded("minimum")},
+    onnx={"Min": OnnxForm(read=_folded("minimum"), direct=True)},
     samples=_pairs(randn, randn),
     symmetry=_like_shapes,
     commutative=True,
@@ -324,12 +332,19 @@ def atan2(x: Tensor, y: Tensor) -> Tensor:
     return torch.atan2(x, y)
 
 
-@pointwise(aten={"logaddexp": aten_binary("logaddexp")}, samples=_pairs(randn, randn), commutative=True)
+@pointwise(
+    aten={"logaddexp": aten_binary("logaddexp")},
+    samples=_pairs(randn, randn),
+    spell=spelling.log_add_exp,
+    commutative=True,
+)
 def logaddexp(x: Tensor, y: Tensor) -> Tensor:
     return torch.logaddexp(x, y)
 
 
-@pointwise(aten={"hypot": aten_binary("hypot")}, samples=_pairs(randn, randn), commutative=True)
+@pointwise(
+    aten={"hypot": aten_binary("hypot")}, samples=_pairs(randn, randn), spell=spelling.hypotenuse, commutative=True
+)
 def hypot(x: Tensor, y: Tensor) -> Tensor:
     return torch.hypot(x, y)
 
@@ -373,6 +388,7 @@ def _clamp_symmetry(node: Node) -> Symmetry:
         "clamp_max": lambda build, x, max: build.clamp(x, None, max),
     },
     onnx={"Clip": _onnx_clip},
+    spell=spelling.clamp,
     samples=lambda: [
         sample(randn(2, 3), -0.5, 0.5),
         sample(randn(2, 3), 0),
@@ -388,6 +404,7 @@ def clamp(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Te
 @pointwise(
     aten={"lerp": None, "lerp.Scalar": lambda build, x, end, weight: build.lerp(x, end, weight)},
     samples=lambda: [sample(randn(2, 3), randn(2, 3), 0.3), sample(randn(2, 3), randn(2, 3), rand(3))],
+    spell=spelling.interpolation,
 )
 def lerp(x: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     return torch.lerp(x, end, weight)

@@ -72,6 +72,10 @@ def _onnx_concat(build: Builder, call: Any) -> Any:
         "dstack": _dstack, "column_stack": _column_stack,
     },
     onnx={"Concat": _onnx_concat},
+    spell=lambda onnx, node: onnx.Concat(
+        *onnx.all_operands(onnx.common_type),
+        axis=axis_number(node.attributes["dim"], node.outputs[0].rank),
+    ),
     samples=lambda: [
         sample(randn(2, 3, 4), randn(2, 5, 4), dim=1),
         sample(randn(2, 3), randn(2, 3), dim=-1),
@@ -103,9 +107,16 @@ def _stack(build: Builder, tensors: Sequence[Value], dim: int = 0) -> Any:
     return build.stack(*tensors, dim=dim % (tensors[0].rank + 1))
 
 
+def _spell_stack(onnx: Any, node: Node) -> Any:
+    axis = node.attributes["dim"] % node.outputs[0].rank
+    pieces = [onnx.unsqueeze(piece, axis) for piece in onnx.all_operands(onnx.common_type)]
+    return onnx.Concat(*pieces, axis=axis)
+
+
 @operator(
     rule=_stack_rule,
     aten={"stack": _stack},
+    spell=_spell_stack,
     samples=lambda: [
         sample(randn(2, 3), randn(2, 3), dim=0),
         sample(randn(2, 3), randn(2, 3), randn(2, 3), dim=-1),
@@ -139,6 +150,23 @@ def _onnx_tile(build: Builder, call: Any) -> Any:
     return build.repeat(call.operand(0), repeats=tuple(repeats))
 
 
+def _spell_repeat(onnx: Any, node: Node) -> Any:
+    x, repeats = node.inputs[0], node.attributes["repeats"]
+    assert isinstance(x, Value)
+    return onnx.Tile(onnx.unsqueeze(onnx.operand(0), *range(len(repeats) - x.rank)), onnx.sizes(repeats))
+
+
+def _spell_repeat_interleave(onnx: Any, node: Node) -> Any:
+    """Every entry in an axis of its own is repeated there, and the two axes are joined."""
+    shape, x = node.outputs[0].shape, node.inputs[0]
+    assert isinstance(x, Value)
+    axis = axis_number(node.attributes["dim"], len(shape))
+    repeats = [1] * (len(shape) + 1)
+    repeats[axis + 1] = node.attributes["repeats"]
+    spread = onnx.Tile(onnx.unsqueeze(onnx.operand(0), axis + 1), onnx.sizes(repeats))
+    return onnx.Reshape(spread, onnx.target(shape, x.shape[:axis]))
+
+
 def _write_tile(nodes: Sequence[Node], patch: Any) -> None:
     patch.set_sizes(1, nodes[0].attributes["repeats"])
 
@@ -147,6 +175,7 @@ def _write_tile(nodes: Sequence[Node], patch: Any) -> None:
     rule=_repeat_rule,
     aten={"repeat": lambda build, x, repeats: build.repeat(x, repeats=tuple(repeats)), "tile": _tile},
     onnx={"Tile": OnnxForm(read=_onnx_tile, write=_write_tile)},
+    spell=_spell_repeat,
     samples=lambda: [
         sample(randn(2, 3), repeats=(1, 2)),
         sample(randn(3), repeats=(2, 2)),
@@ -186,6 +215,7 @@ def _repeat_interleave(
 @operator(
     rule=_repeat_interleave_rule,
     aten={"repeat_interleave.self_int": _repeat_interleave, "repeat_interleave.self_Tensor": _repeat_interleave},
+    spell=_spell_repeat_interleave,
     samples=lambda: [sample(randn(2, 3), repeats=2, dim=1), sample(randn(2, 3, 4), repeats=3, dim=-2)],
     symmetry=Symmetry.LAYOUT,
 )

@@ -168,6 +168,9 @@ def _flatten_layer(node: Node) -> str | None:
     ],
     symmetry=Symmetry.LAYOUT,
     layer=_flatten_layer,
+    spell=lambda onnx, node: onnx.Reshape(
+        onnx.operand(0), onnx.target(node.attributes["shape"], node.inputs[0].shape)
+    ),
 )  # fmt: skip
 def reshape(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
     return x.reshape(shape)
@@ -218,6 +221,9 @@ def _onnx_transpose(build: Builder, call: Any) -> Any:
         "movedim": _movedim, "moveaxis": _movedim,
     },
     onnx={"Transpose": _onnx_transpose},
+    spell=lambda onnx, node: onnx.Transpose(
+        onnx.operand(0), perm=[dim % len(node.attributes["dims"]) for dim in node.attributes["dims"]]
+    ),
     samples=lambda: [
         sample(randn(2, 3, 4), dims=(2, 0, 1)),
         sample(randn(2, 3), dims=(-1, 0)),
@@ -243,6 +249,12 @@ def _reordered(call: Call, dims: Sequence[int]) -> Axes:
     return axes
 
 
+def _spell_flip(onnx: Any, node: Node) -> Any:
+    dims = list(node.attributes["dims"])
+    first, last, steps = [-1] * len(dims), [-(2**63) + 1] * len(dims), [-1] * len(dims)
+    return onnx.Slice(onnx.operand(0), *(onnx.sizes(numbers) for numbers in (first, last, dims, steps)))
+
+
 def _rot90(build: Builder, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -> Any:
     first, second = axis_number(dims[0], x.rank), axis_number(dims[1], x.rank)
     turned = {0: (), 1: (second,), 2: (first, second), 3: (first,)}[k % 4]
@@ -260,6 +272,7 @@ def _rot90(build: Builder, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -
     },
     samples=lambda: [sample(randn(2, 3, 4), dims=(1,)), sample(randn(2, 3), dims=(0, -1))],
     symmetry=Symmetry.LAYOUT,
+    spell=_spell_flip,
 )
 def flip(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
     return x.flip(dims)

@@ -52,6 +52,7 @@ def _embedding_rule(call: Call) -> Axes:
 @operator(
     rule=_embedding_rule,
     aten={"embedding": _embedding},
+    spell=lambda onnx, node: onnx.Gather(*onnx.operands(2), axis=0),
     samples=lambda: [
         sample(randn(7, 4), randint(0, 7, (2, 3))),
         sample(randn(5, 3), randint(0, 5, (4,)), padding_idx=0),
@@ -182,6 +183,9 @@ def _onnx_compress(build: Builder, call: Any) -> Value:
     aten={"index_select": _index_select, "take": _take},
     onnx={"Gather": OnnxForm(read=_onnx_gather, write=_write_gather),
           "Compress": OnnxForm(read=_onnx_compress, write=holds_no_sizes)},
+    spell=lambda onnx, node: onnx.Gather(
+        *onnx.operands(2), axis=axis_number(node.attributes["dim"], node.inputs[0].rank)
+    ),
     samples=lambda: [
         sample(randn(5, 3), randint(-5, 5, (2, 4)), dim=0),
         sample(randn(2, 5, 3), randint(0, 5, (4,)), dim=1),

@@ -15,6 +15,7 @@ from torch import Tensor, rand, randn
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Symmetry, operator, sample
+from regauge.ir.ops import spell_normalisation as spelling
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.onnx_normalisation import GROUP_NORM_FORMS, LAYER_NORM_FORMS, RMS_NORM_FORMS
 from regauge.ir.rules import Axes, Call
@@ -132,6 +133,7 @@ def given(node: Node, count: int) -> list[Any]:
     ],
     symmetry=Symmetry.AFFINE,
     layer=_batch_norm_layer,
+    spell=spelling.batch_norm,
     zeroed_by=("weight",),
 )
 def batch_norm(
@@ -209,6 +211,7 @@ def _one_or_many(shape: Sequence[Size]) -> Any:
         sample(randn(5), None, randn(5), normalized_shape=(5,)),
     ],
     layer=_layer_norm_layer,
+    spell=spelling.layer_norm,
     zeroed_by=("weight",),
 )
 def layer_norm(
@@ -231,6 +234,7 @@ def layer_norm(
         sample(randn(2, 3, 4), normalized_shape=(3, 4)),
     ],
     layer=_rms_norm_layer,
+    spell=spelling.rms_norm,
     zeroed_by=("weight",),
 )
 def rms_norm(
@@ -272,6 +276,7 @@ def _group_norm_layer(node: Node) -> str | None:
         sample(randn(2, 4, 3), randn(4), randn(4), num_groups=4, eps=1e-3),
     ],
     layer=_group_norm_layer,
+    spell=spelling.group_norm,
     zeroed_by=("weight",),
 )
 def group_norm(
@@ -311,6 +316,7 @@ def _instance_norm_layer(node: Node) -> str | None:
     },
     samples=lambda: [sample(randn(2, 3, 5), randn(3), randn(3)), sample(randn(2, 3, 4, 4), eps=1e-3)],
     layer=_instance_norm_layer,
+    spell=spelling.instance_norm,
     zeroed_by=("weight",),
 )
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -333,6 +339,7 @@ def _local_response(build: Any, call: Any) -> Any:
     rule="n c s... -> n c s... ; window c",
     onnx={"LRN": _local_response},
     samples=lambda: [sample(randn(2, 5, 3), size=3), sample(randn(2, 4, 3, 3), size=2, alpha=0.1, k=2.0)],
+    spell=spelling.local_response_norm,
     layer=lambda node: "nn.LocalResponseNorm({size}, alpha={alpha}, beta={beta}, k={k})".format(**node.attributes),
     zeroed_by=(),
 )
@@ -366,6 +373,7 @@ def _weight_norm(build: Any, v: Any, g: Any, dim: int = 0) -> Any:
         sample(randn(4, 3), randn(()), dim=-1),
     ],
     zeroed_by=("g",),
+    spell=spelling.weight_norm,
 )
 def weight_norm(v: Tensor, g: Tensor, *, dim: int = 0) -> Tensor:
     return torch._weight_norm(v, g, dim)

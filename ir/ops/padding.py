@@ -131,6 +131,19 @@ def _write_pad(nodes: Sequence[Node], patch: Any) -> None:
         patch.set_sizes(3, list(range(x.rank)))
 
 
+def _spell(onnx: Any, node: Node) -> Any:
+    """Amounts and value are attributes before opset 11."""
+    pads, mode = node.attributes["pads"], node.attributes["mode"]
+    flat = [before for before, _ in pads] + [after for _, after in pads]
+    name = next(theirs for theirs, ours in _ONNX_MODES.items() if ours == mode)
+    value = node.attributes["value"] if mode == "constant" else 0
+    if mode == "circular" and onnx.opset < 19:
+        raise onnx.refusal(f"Pad has no mode wrap in opset {onnx.opset}")
+    if onnx.opset < 11:
+        return onnx.Pad(onnx.operand(0), pads=flat, mode=name, value=float(value))
+    return onnx.Pad(onnx.operand(0), onnx.sizes(flat), value if value else None, mode=name)
+
+
 def _pad_layer(node: Node) -> str | None:
     x, pads = node.inputs[0], node.attributes["pads"]
     if not isinstance(x, Value) or not 3 <= x.rank <= 5 or any(pair != (0, 0) for pair in pads[:2]):
@@ -162,6 +175,7 @@ def _symmetry(node: Node) -> Symmetry:
         "_pad_circular": _pad_mode("circular"),
     },
     onnx={"Pad": OnnxForm(read=_onnx_pad, write=_write_pad)},
+    spell=_spell,
     samples=lambda: [
         sample(randn(2, 3, 4), pads=((0, 0), (1, 2), (0, 0))),
         sample(randn(2, 3), pads=((0, 0), (0, 4))),

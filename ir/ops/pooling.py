@@ -17,6 +17,7 @@ from torch import Tensor, randn
 from regauge.ir.extents import ONE
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, Symmetry, operator, sample
+from regauge.ir.ops import spell_reduction as spelling
 from regauge.ir.ops.onnx_pooling import (
     read_average_pool,
     read_global_average_pool,
@@ -24,6 +25,7 @@ from regauge.ir.ops.onnx_pooling import (
     read_lp_pool,
     read_max_pool,
 )
+from regauge.ir.ops.windows import per_axis
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import same
 
@@ -52,12 +54,6 @@ def _adaptive_rule(call: Call) -> list[Axes]:
         axes[position] = ONE if alone else call.fresh(size)
         call.role("window", axes[position])
     return [list(axes) for _ in call.node.outputs]
-
-
-def per_axis(value: Any, count: int) -> tuple[Any, ...]:
-    """A window option as one number per spatial axis: ATen writes one number, or a list of one, for all of them."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,)
-    return values * count if len(values) == 1 else values
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -132,6 +128,7 @@ def _max_pool(count: int, *, with_indices: bool = False) -> Adapter:
     aten={f"max_pool{n}d": _max_pool(n) for n in (1, 2, 3)}
     | {f"max_pool{n}d_with_indices": _max_pool(n, with_indices=True) for n in (1, 2, 3)},
     onnx={"MaxPool": read_max_pool},
+    spell=spelling.max_pool,
     samples=lambda: [
         sample(randn(2, 3, 8, 8), kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)),
         sample(randn(2, 3, 9), kernel_size=(2,), stride=(2,), ceil_mode=True),
@@ -192,6 +189,7 @@ def _avg_pool(count: int) -> Adapter:
     rule=_pool_rule,
     aten={f"avg_pool{n}d": _avg_pool(n) for n in (1, 2, 3)},
     onnx={"AveragePool": read_average_pool},
+    spell=spelling.average_pool,
     samples=lambda: [
         sample(randn(2, 3, 8, 8), kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), count_include_pad=False),
         sample(randn(2, 3, 9), kernel_size=(2,), stride=(2,), ceil_mode=True),
@@ -223,6 +221,7 @@ def avg_pool(
 @operator(
     rule=_pool_rule,
     onnx={"LpPool": read_lp_pool},
+    spell=spelling.lp_pool,
     samples=lambda: [
         sample(randn(2, 3, 8, 8), norm_type=2, kernel_size=(3, 3), stride=(2, 2)),
         sample(randn(2, 3, 9), norm_type=3, kernel_size=(2,), stride=(2,)),
@@ -263,6 +262,7 @@ def _adaptive_max(count: int) -> Adapter:
     aten={f"adaptive_avg_pool{n}d": _adaptive("adaptive_avg_pool", n) for n in (1, 2, 3)}
     | {f"_adaptive_avg_pool{n}d": _adaptive("adaptive_avg_pool", n) for n in (2, 3)},
     onnx={"GlobalAveragePool": read_global_average_pool},
+    spell=spelling.adaptive_pool("GlobalAveragePool", "AveragePool", "ReduceMean"),
     samples=lambda: [
         sample(randn(2, 3, 5, 4), output_size=(1, 1)),
         sample(randn(2, 3, 8, 8), output_size=(3, 1)),
@@ -280,6 +280,7 @@ def adaptive_avg_pool(x: Tensor, *, output_size: Any) -> Tensor:
     rule=_adaptive_rule,
     aten={f"adaptive_max_pool{n}d": _adaptive_max(n) for n in (1, 2, 3)},
     onnx={"GlobalMaxPool": read_global_max_pool},
+    spell=spelling.adaptive_pool("GlobalMaxPool", "MaxPool", "ReduceMax"),
     samples=lambda: [
         sample(randn(2, 3, 5, 4), output_size=(1, 1)),
         sample(randn(2, 3, 7), output_size=(3,)),

@@ -15,6 +15,7 @@ from torch import Tensor, randn
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import ONE
 from regauge.ir.operator import Adapter, OnnxForm, Operator, Sample, Symmetry, operator, register_operator, sample
+from regauge.ir.ops import spell_reduction as spelling
 from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.elementwise import Function, positive
 from regauge.ir.ops.layout import axis_number
@@ -147,7 +148,7 @@ def reduction(
 # -- sums, means and extremes ------------------------------------------------------------------------------------------
 
 
-@reduction(onnx={"ReduceMean": _onnx_reduce("mean")}, symmetry=Symmetry.LINEAR)
+@reduction(onnx={"ReduceMean": _onnx_reduce("mean")}, symmetry=Symmetry.LINEAR, spell=spelling.reduced("ReduceMean"))
 def mean(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.mean(x, dims, keepdim)
 
@@ -163,12 +164,15 @@ def mean(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
         "ReduceLogSum": _onnx_reduce("sum"),
     },
     symmetry=Symmetry.LINEAR,
+    spell=spelling.reduced("ReduceSum", since=13),
 )
 def sum_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.sum(x, dims, keepdim)
 
 
-@reduction(onnx={"ReduceProd": _onnx_reduce("prod")}, rule=_product_rule, zeroed_by=())
+@reduction(
+    onnx={"ReduceProd": _onnx_reduce("prod")}, rule=_product_rule, zeroed_by=(), spell=spelling.reduced("ReduceProd")
+)
 def prod(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     for dim in range(x.dim()) if dims is None else dims:
         x = torch.prod(x, dim, True)
@@ -201,6 +205,7 @@ def _both_extremes(build: Any, x: Any, *, dim: int | None = None, keepdim: bool 
         "max.dim": _extreme_at("amax", "argmax"),
     },
     onnx={"ReduceMax": _onnx_reduce("amax")},
+    spell=spelling.reduced("ReduceMax"),
     symmetry=Symmetry.HOMOGENEOUS,
 )
 def amax(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
@@ -215,6 +220,7 @@ def amax(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
         "aminmax": _both_extremes,
     },
     onnx={"ReduceMin": _onnx_reduce("amin")},
+    spell=spelling.reduced("ReduceMin"),
     symmetry=Symmetry.HOMOGENEOUS,
 )
 def amin(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
@@ -225,7 +231,7 @@ def _booleans(*shape: int) -> Tensor:
     return randn(*shape) > 0
 
 
-@reduction(draw=_booleans)
+@reduction(draw=_booleans, spell=spelling.of_booleans("ReduceMax"))
 def any_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.any(x, dims, keepdim)
 
@@ -233,6 +239,7 @@ def any_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
 @reduction(
     aten={"all": _aten_reduce("all"), "_is_all_true": _aten_reduce("all")},
     draw=_booleans,
+    spell=spelling.of_booleans("ReduceMin"),
 )
 def all_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.all(x, dims, keepdim)
@@ -241,6 +248,7 @@ def all_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
 @reduction(
     aten={"logsumexp": _aten_reduce("logsumexp"), "special_logsumexp": _aten_reduce("logsumexp")},
     onnx={"ReduceLogSumExp": _onnx_reduce("logsumexp")},
+    spell=spelling.reduced("ReduceLogSumExp"),
 )
 def logsumexp(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.logsumexp(x, tuple(range(x.dim())) if dims is None else dims, keepdim)
@@ -282,6 +290,7 @@ def _spread_and_mean(op: str) -> Adapter:
 @operator(
     rule=reduce_rule,
     aten={"var": _spread_adapter("var"), "var_mean": _spread_and_mean("var")},
+    spell=spelling.variance,
     samples=lambda: [*_cases()(), *_cases(correction=0)()],
     zeroed_by=(),
 )
@@ -292,6 +301,7 @@ def var(x: Tensor, *, dims: tuple[int, ...] | None = None, correction: float = 1
 @operator(
     rule=reduce_rule,
     aten={"std": _spread_adapter("std"), "std_mean": _spread_and_mean("std")},
+    spell=lambda onnx, node: onnx.Sqrt(spelling.variance(onnx, node)),
     samples=lambda: [*_cases()(), *_cases(correction=0)()],
     symmetry=Symmetry.HOMOGENEOUS,
 )
@@ -362,6 +372,7 @@ def _global_lp_pool(build: Any, call: Any) -> Any:
         "LpNormalization": _onnx_normalise,
         "GlobalLpPool": _global_lp_pool,
     },
+    spell=spelling.vector_norm,
     samples=lambda: [*_cases()(), *_cases(ord=1)(), *_cases(positive, ord=float("inf"))()],
     symmetry=Symmetry.HOMOGENEOUS,
 )

@@ -148,11 +148,36 @@ def _axis_size(node: Node) -> Size:
     return x.shape[node.attributes["dim"]]
 
 
+def _spell_slice(onnx: Any, node: Node) -> Any:
+    """Bounds are attributes before opset 10, without a step."""
+    start, dim, step = node.attributes["start"], node.attributes["dim"], node.attributes["step"]
+    end = ANYWHERE if same(node.attributes["end"], _axis_size(node)) else node.attributes["end"]
+    if onnx.opset < 10:
+        if step != 1:
+            raise onnx.refusal("Slice has no steps before opset 10")
+        return onnx.Slice(onnx.operand(0), starts=[start], ends=[end], axes=[dim])
+    return onnx.Slice(onnx.operand(0), *(onnx.sizes([number]) for number in (start, end, dim, step)))
+
+
+def _spell_select(onnx: Any, node: Node) -> Any:
+    index = node.attributes["index"]
+    if not isinstance(index, int):
+        raise onnx.refusal(f"the place {index} depends on a dynamic size")
+    return onnx.Gather(onnx.operand(0), onnx.constant(index), axis=axis_number(node.attributes["dim"], _rank(node)))
+
+
+def _rank(node: Node) -> int:
+    x = node.inputs[0]
+    assert isinstance(x, Value)
+    return x.rank
+
+
 @operator(
     name="slice",
     rule=_slice_rule,
     aten={"slice": slice_axis, "narrow": _narrow, "diff": _diff},
     onnx={"Slice": OnnxForm(read=_onnx_slice, write=_write_slice)},
+    spell=_spell_slice,
     samples=lambda: [
         sample(randn(2, 7), dim=1, start=2, end=5),
         sample(randn(6, 3), dim=-2, start=0, end=4),
@@ -192,6 +217,7 @@ def _select(build: Builder, x: Value, dim: int, index: Size) -> Any:
 @operator(
     rule=_select_rule,
     aten={"select": _select},
+    spell=_spell_select,
     samples=lambda: [
         sample(randn(2, 3, 4), dim=1, index=2),
         sample(randn(2, 3), dim=-1, index=0),

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, randn
 
-from regauge.ir.operator import Adapter, OnnxForm, operator, sample
+from regauge.ir.graph import Node
+from regauge.ir.operator import Adapter, OnnxForm, Speller, operator, sample
 from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.rules import Axes, Call
@@ -61,6 +62,17 @@ def _onnx_softmax(op: str) -> OnnxForm:
     return OnnxForm(read=reader, write=holds_no_sizes)
 
 
+def _spell(op_type: str) -> Speller:
+    def spell(onnx: Any, node: Node) -> Any:
+        rank = node.outputs[0].rank
+        axis = axis_number(node.attributes["dim"], rank)
+        if onnx.opset < 13 and axis != rank - 1:
+            raise onnx.refusal(f"{op_type} joins all axes from axis {axis} on before opset 13")
+        return onnx(op_type, onnx.operand(0), axis=axis)
+
+    return spell
+
+
 @operator(
     rule=_softmax_rule,
     aten={
@@ -70,6 +82,7 @@ def _onnx_softmax(op: str) -> OnnxForm:
         "softmin": _softmin,
     },
     onnx={"Softmax": _onnx_softmax("softmax")},
+    spell=_spell("Softmax"),
     samples=lambda: [sample(randn(2, 3, 4), dim=-1), sample(randn(2, 3), dim=0), sample(randn(4), dim=0)],
     layer=lambda node: f"nn.Softmax({node.attributes['dim']})",
 )
@@ -85,6 +98,7 @@ def softmax(x: Tensor, *, dim: int) -> Tensor:
         "special_log_softmax": _aten_softmax("log_softmax"),
     },
     onnx={"LogSoftmax": _onnx_softmax("log_softmax")},
+    spell=_spell("LogSoftmax"),
     samples=lambda: [sample(randn(2, 3, 4), dim=1), sample(randn(2, 3), dim=-1)],
     layer=lambda node: f"nn.LogSoftmax({node.attributes['dim']})",
 )

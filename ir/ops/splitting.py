@@ -105,6 +105,26 @@ def _write_split(nodes: Sequence[Node], patch: Any) -> None:
     patch.set_sizes(1, sizes)
 
 
+def _spell_split(onnx: Any, node: Node) -> Any:
+    """The sizes are an attribute before opset 13."""
+    x, sizes = node.inputs[0], node.attributes["sizes"]
+    assert isinstance(x, Value)
+    axis = axis_number(node.attributes["dim"], x.rank)
+    if len(sizes) == 1:
+        return onnx.Identity(onnx.operand(0))
+    if onnx.opset < 13:
+        return onnx.Split(onnx.operand(0), outputs=len(sizes), axis=axis, split=sizes)
+    return onnx.Split(onnx.operand(0), onnx.sizes(sizes), outputs=len(sizes), axis=axis)
+
+
+def _spell_unbind(onnx: Any, node: Node) -> Any:
+    x = node.inputs[0]
+    assert isinstance(x, Value)
+    axis = axis_number(node.attributes["dim"], x.rank)
+    operand = onnx.operand(0)
+    return tuple(onnx.Gather(operand, onnx.constant(index), axis=axis) for index in range(len(node.outputs)))
+
+
 def _onnx_split_to_sequence(build: Builder, call: Any) -> tuple[Value, ...]:
     """The pieces in order; the frontend makes the sequence of them. The sizes are a list, or one size for all."""
     x = call.operand(0)
@@ -139,6 +159,7 @@ def _write_split_to_sequence(nodes: Sequence[Node], patch: Any) -> None:
         "Split": OnnxForm(read=_onnx_split, write=_write_split),
         "SplitToSequence": OnnxForm(read=_onnx_split_to_sequence, write=_write_split_to_sequence),
     },
+    spell=_spell_split,
     samples=lambda: [
         sample(randn(2, 7), sizes=(3, 4), dim=1),
         sample(randn(6, 3), sizes=(2, 2, 2), dim=-2),
@@ -171,6 +192,7 @@ def _unbind(build: Builder, x: Value, dim: int = 0) -> tuple[Value, ...]:
 @operator(
     rule=_unbind_rule,
     aten={"unbind": _unbind},
+    spell=_spell_unbind,
     samples=lambda: [sample(randn(2, 3, 4), dim=0), sample(randn(2, 3), dim=-1), sample(randn(2), dim=0)],
     symmetry=Symmetry.LAYOUT,
 )

@@ -15,10 +15,23 @@ from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
 from regauge.ir.resize import resize
 from regauge.passes.base import Context, Contract, Cut, Pass
-from regauge.passes.budget import Choice, Counts, allocate, parse_amount, ranked_plan, uniform_plan
+from regauge.passes.budget import (
+    Choice,
+    Counts,
+    allocate,
+    parse_amount,
+    ranked_plan,
+    ranked_wishes,
+    round_wishes,
+    uniform_plan,
+    uniform_wishes,
+    with_multiples,
+)
 from regauge.passes.options import option
+from regauge.passes.pruning.axis_sizes import axis_change
 from regauge.passes.pruning.scores import Criterion, Scores, batch_norm_gains, score
 from regauge.passes.pruning.selection import select
+from regauge.passes.rounding import Rounding
 
 _BUDGETS: Mapping[str, Metric] = {"params": "parameters", "macs": "macs", "bytes": "bytes"}
 _MOST_GOES = 0.9  # ranked together, a Dim still keeps a tenth of its indices: no layer vanishes
@@ -34,10 +47,14 @@ class Prune(Pass):
 
     Every axis that must shrink with another one does: all of a Dim's members are cut at the same indices. Inputs and
     outputs of the graph keep their sizes. The result equals the original with the removed entries set to zero, except
-    where something normalises over a Dim that was cut (LayerNorm, softmax, a mean): that is computed over what is
-    kept, and the report says so. Give exactly one of ratio, params, macs and bytes; a budget is what is kept, and is
-    met within 1 % where single indices are that fine. MACs are counted with every dynamic size at its least, usually 1:
+    where something normalises over a Dim that was cut (LayerNorm, softmax, a mean): that is computed over what is kept,
+    and the report says so. Give exactly one of ratio, params, macs and bytes; a budget is what is kept, and is met
+    within 1 % where single indices are that fine. MACs are counted with every dynamic size at its least, usually 1:
     where the sequence is dynamic they are those of one token.
+
+    A ratio holds for each Dim, so on an axis that is a product of Dims the factors multiply: half of 4 groups of 4
+    channels, 16 -> 4, is 2 groups of 2. With round_to it is the axis that stays a multiple, and a Dim of which no
+    smaller size does that is left alone, which the report says.
     """
 
     name: ClassVar[str] = "prune"
@@ -51,7 +68,7 @@ class Prune(Pass):
     score: Criterion = option(
         "l2", "importance: norms of weights, BatchNorm gains (l2 where there are none), or chance"
     )
-    round_to: int = option(1, "counts are multiples of this where a Dim is large enough", at_least=1)
+    round_to: int = option(1, "sizes of axes that are cut stay multiples of this", at_least=1)
     minimum: int = option(1, "indices that every Dim keeps", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of Dims or parameters: cut nothing else")
     exclude: tuple[str, ...] = option((), "globs on names of Dims or parameters: these keep their shape")
@@ -75,31 +92,44 @@ class Prune(Pass):
         scores = score(graph, groups, self.score, self.seed)
         if self.score == "bn":
             _note_without_batch_norm(graph, groups, context)
-        counts = self._counts(graph, groups, scores)
+        counts = self._counts(graph, groups, scores, context)
         cut = [group for group in groups if counts[group.dim] < group.dim.size]
         cut = cut if self.limit is None else cut[: self.limit]
         if not cut:
             return graph
-        keep: dict[Dim | str, np.ndarray] = {group.dim: best(scores[group.dim], counts[group.dim]) for group in cut}
-        context.cuts += [Cut(group.name, int(group.dim.size), counts[group.dim]) for group in cut]
+        keep: dict[Dim, np.ndarray] = {group.dim: best(scores[group.dim], counts[group.dim]) for group in cut}
+        context.cuts += [
+            Cut(group.name, int(group.dim.size), counts[group.dim], axis_change(graph, group, keep)) for group in cut
+        ]
         _note_recomputed(graph, [group.dim for group in cut], context)
         return resize(graph, keep, by=self.name)
 
-    def _counts(self, graph: Graph, groups: Sequence[Group], scores: Scores) -> Counts:
+    def _counts(self, graph: Graph, groups: Sequence[Group], scores: Scores, context: Context) -> Counts:
         choices = [self._choice(group, scores[group.dim]) for group in groups]
-        plan = uniform_plan(choices) if self.scope == "uniform" else ranked_plan(choices)
+        rounding = Rounding(graph, self.round_to)
         if self.ratio is not None:
-            return plan(self.ratio)
+            wishes = uniform_wishes(choices) if self.scope == "uniform" else ranked_wishes(choices)
+            decided = round_wishes(choices, wishes(self.ratio), rounding)
+            self._note_stuck([choice for choice, _ in decided], context)
+            return {choice.dim: count for choice, count in decided}
+        choices = with_multiples(choices, rounding)
+        self._note_stuck(choices, context)
+        plan = uniform_plan(choices) if self.scope == "uniform" else ranked_plan(choices)
         option_name = next(name for name in _BUDGETS if getattr(self, name) is not None)
         amount = getattr(self, option_name)
         running = cost(graph).running(_BUDGETS[option_name])
         target = parse_amount(amount, option_name).of(running.original)
         return allocate(choices, plan, running, target, str(self))
 
+    def _note_stuck(self, choices: Sequence[Choice], context: Context) -> None:
+        stuck = sum(choice.stuck for choice in choices)
+        if stuck:
+            context.left[f"no smaller size keeps its axes multiples of {self.round_to}"] += stuck
+
     def _choice(self, group: Group, scores: np.ndarray) -> Choice:
         size = len(scores)
         floor = self.minimum if self.scope == "uniform" else max(self.minimum, int(np.ceil((1 - _MOST_GOES) * size)))
-        return Choice(group.dim, scores, min(floor, size), self.round_to)
+        return Choice(group.dim, scores, min(floor, size))
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:

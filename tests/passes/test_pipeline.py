@@ -63,6 +63,34 @@ def test_pass_that_changes_its_input_is_caught() -> None:
         optimize(multilayer_perceptron(4, 8, 3), Probe(action=action))
 
 
+def _zeroed(graph: Graph) -> None:
+    for parameter in graph.parameters.values():
+        parameter.weight.load().mul_(0)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_pass_that_writes_into_a_shared_weight_is_caught(copied: bool) -> None:
+    """The tensors of a captured graph are the user's own."""
+
+    def action(graph: Graph) -> Graph:
+        result = graph.copy() if copied else graph
+        _zeroed(result)
+        return result
+
+    graph = regauge.capture(torch.nn.Linear(3, 2), (torch.randn(1, 3),))
+    with pytest.raises(PassError, match="probe changed the graph it was given: it wrote into weight"):
+        optimize(graph, Probe(action=action))
+
+
+def test_pass_that_gives_its_input_another_weight_is_caught() -> None:
+    def action(graph: Graph) -> Graph:
+        graph.parameters["layer1.weight"].weight = dense(torch.zeros(3, 8, dtype=torch.float64))
+        return graph
+
+    with pytest.raises(PassError, match="probe changed the graph it was given: it wrote into layer1.weight"):
+        optimize(multilayer_perceptron(4, 8, 3), Probe(action=action))
+
+
 def test_pass_must_return_a_graph() -> None:
     with pytest.raises(PassError, match="probe returned NoneType"):
         optimize(multilayer_perceptron(4, 8, 3), Probe(action=lambda graph: None))

@@ -1,0 +1,87 @@
+"""How new nodes of arithmetic operators are spelled in ONNX, where that takes more than one operator or a choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from regauge.ir.graph import Node, Value
+
+
+def truncated(onnx: Any, x: Any) -> Any:
+    """``x`` rounded towards zero."""
+    return onnx.Mul(onnx.Sign(x), onnx.Floor(onnx.Abs(x)))
+
+
+def divide(onnx: Any, node: Node) -> Any:
+    """Div cuts integers off towards zero; the floor of a quotient of integers is an exact division."""
+    rounding, dtype = node.attributes["rounding_mode"], onnx.common_type
+    x, y = onnx.operands(2, dtype)
+    if rounding is None or (rounding == "trunc" and not dtype.is_floating_point):
+        return onnx.Div(x, y)
+    if rounding == "trunc":
+        return truncated(onnx, onnx.Div(x, y))
+    if dtype.is_floating_point:
+        return onnx.Floor(onnx.Div(x, y))
+    return onnx.Div(onnx.Sub(x, onnx.Mod(x, y)), y)
+
+
+def power(onnx: Any, node: Node) -> Any:
+    return onnx.Pow(*onnx.operands(2, onnx.common_type))
+
+
+def remainder(onnx: Any, node: Node) -> Any:
+    """Mod has the sign of the divisor for integers only."""
+    dtype = onnx.common_type
+    x, y = onnx.operands(2, dtype)
+    if not dtype.is_floating_point:
+        return onnx.Mod(x, y)
+    return onnx.Sub(x, onnx.Mul(onnx.Floor(onnx.Div(x, y)), y))
+
+
+def log_add_exp(onnx: Any, node: Node) -> Any:
+    """The larger one, and what the smaller adds to it: softplus(-|x - y|)."""
+    x, y = onnx.operands(2, onnx.common_type)
+    return onnx.Add(onnx.Max(x, y), onnx.Softplus(onnx.Neg(onnx.Abs(onnx.Sub(x, y)))))
+
+
+def hypotenuse(onnx: Any, node: Node) -> Any:
+    x, y = onnx.operands(2, onnx.common_type)
+    return onnx.Sqrt(onnx.Add(onnx.Mul(x, x), onnx.Mul(y, y)))
+
+
+def clamp(onnx: Any, node: Node) -> Any:
+    """Clip takes bounds without axes; others go through Max and Min, the upper bound last, as in torch."""
+    dtype = onnx.common_type
+    x, low, high = onnx.operands(3, dtype)
+    bounds = [bound for bound in node.inputs[1:] if isinstance(bound, Value) and bound.rank]
+    if not bounds and onnx.opset >= 11 and (low is not None or high is not None):
+        return onnx.Clip(x, low, high)
+    x = x if low is None else onnx.Max(x, low)
+    return x if high is None else onnx.Min(x, high)
+
+
+def interpolation(onnx: Any, node: Node) -> Any:
+    x, end, weight = onnx.operands(3, onnx.common_type)
+    return onnx.Add(x, onnx.Mul(weight, onnx.Sub(end, x)))
+
+
+def where(onnx: Any, node: Node) -> Any:
+    dtype = node.outputs[0].dtype
+    return onnx.Where(onnx.operand(0, torch.bool), onnx.operand(1, dtype), onnx.operand(2, dtype))
+
+
+def is_finite(onnx: Any, node: Node) -> Any:
+    x = onnx.operand(0)
+    return onnx.Not(onnx.Or(onnx.IsNaN(x), onnx.IsInf(x)))
+
+
+def bitwise(op_type: str, logical: str) -> Any:
+    """Bits of booleans are booleans, for which ONNX has other operators."""
+
+    def spell(onnx: Any, node: Node) -> Any:
+        dtype = onnx.common_type
+        return onnx(logical if dtype == torch.bool else op_type, *onnx.all_operands(dtype))
+
+    return spell
