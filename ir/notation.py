@@ -21,7 +21,15 @@ A pattern that ends with ``?`` belongs to an operand that may be absent. After `
     window a b, indexed a,         the indices of a stay: a window slides over it, its entries are found by position,
     whole a, scan a                all of it is needed at once, the operator runs along it in order
 
-An axis without a stated role is mapped over where operand and result have it, and contracted where only operands do.
+Where none is stated, the role follows from the places where the name stands:
+
+    map          in a result and in the first operand             the operator goes through it index by index
+    produce      in a result, but not in the first operand        weights, or whatever comes later, bring it forth
+    contract     in no result, in two operands or more            summed over, as a matrix product does
+    reduce       in no result, in one operand                     something is computed over all of it
+
+Roles say which indices meet, and so what may be cut. They do not say that the operator is linear along an axis: a tanh
+of a matrix product has the same rule as the product. That is for the record's symmetry (:mod:`regauge.ir.gauge`).
 """
 
 from __future__ import annotations
@@ -144,7 +152,7 @@ class Rule:
 
 
 def role_by_place(name: str, operands: Sequence[frozenset[str]], results: frozenset[str]) -> str:
-    """The role a name has by where it stands: in operands and result, in several operands only, in one only."""
+    """The role a name has by where it stands; see the module docstring."""
     holders = [index for index, names in enumerate(operands) if name in names]
     if name in results:
         return "map" if 0 in holders else "produce"

@@ -50,14 +50,15 @@ An ATen adapter gets the call's arguments as its schema names them, tensors as V
 
 
 class Symmetry(enum.Enum):
-    """How an operator treats the values on an axis that it only maps over; regauge.ir.gauge reads it."""
+    """How an operator treats the values on an axis that it does not end; regauge.ir.gauge reads it, a law checks it."""
 
     LINEAR = "linear"  # f(A x + B y) = A f(x) + B f(y): adds, scalings by constants
     LAYOUT = "layout"  # entries are moved, nothing is added to them: reshape, concat, slice
     HOMOGENEOUS = "homogeneous"  # f(s x) = s f(x) for s > 0: relu, abs, max
     ODD = "odd"  # f(-x) = -f(x): tanh
-    PRODUCT = "product"  # bilinear per index: mul of two values
-    AFFINE = "affine"  # a gain and a shift per index: batch norm, grouped contractions
+    PRODUCT = "product"  # linear in each operand alone: mul, and contractions such as linear and matmul
+    INDEXWISE = "indexwise"  # linear in all operands together, with every index for itself: gather, scatter
+    AFFINE = "affine"  # a gain and a shift per index: batch norm
     POINTWISE = "pointwise"  # any other function of one index: only permutation commutes
 
 
@@ -146,7 +147,7 @@ class OnnxForm:
     stores_shape: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Operator:
     """Everything known about one operator; see the module docstring."""
 

@@ -85,6 +85,12 @@ class Call:
         if role in PINNING_ROLES:
             self.pin(extent, PINNING_ROLES[role].format(operator=self.node.op))
 
+    def linear(self, *extents: Extent) -> None:
+        """State that the node is linear along axes, whatever its symmetry says of others: linear in the operands that
+        have what the results have too (the values of attention), a bilinear form of what it contracts (its queries).
+        """
+        self.roles.extend(("linear", extent) for extent in extents)
+
     def derive(self, **attributes: Any) -> None:
         """State that attributes are the sizes of extents (nested tuples allowed): they follow when a Dim is cut."""
         self.derived.update(attributes)

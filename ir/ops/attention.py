@@ -72,6 +72,7 @@ def _state_roles(call: Call, batch: Axes, length: Extent, source: Extent, depth:
     call.role("scan" if call["is_causal"] else "normalise", source)
     call.role("contract", depth)
     call.role("produce", width)
+    call.linear(depth, width)
     if call.node.attributes.get("head_size") is not None:
         call.derive(head_size=depth)
 
