@@ -64,10 +64,17 @@ class Analysis:
 def analyse(graph: Graph, *, strict: bool = False) -> Analysis:
     """Infer the extents of every value. With ``strict`` a rule that does not fit raises, else its node is opaque."""
     with without_collection():
-        return _analyse(graph, strict)
+        analysis = infer_axes(graph, strict=strict)
+        pin_positions(graph, analysis)
+        pin_felt(analysis)
+        return analysis
 
 
-def _analyse(graph: Graph, strict: bool) -> Analysis:
+def infer_axes(graph: Graph, *, strict: bool = False) -> Analysis:
+    """What the rules of the nodes say, without the pins that come of how the whole graph uses its weights.
+
+    Those are for :func:`analyse`; the laws of operators (:mod:`regauge.ir.laws`) ask about one rule alone.
+    """
     analysis = Analysis()
     reasons = graph.metadata.get("input_reasons", {})
     for value in graph.inputs:
@@ -83,8 +90,6 @@ def _analyse(graph: Graph, strict: bool) -> Analysis:
     for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
         dims = analysis.parameter_dims[parameter] = [leaves(extent) for extent in analysis.of.get(parameter, ())]
         _name_dims(parameter, dims)
-    pin_positions(graph, analysis)
-    pin_felt(analysis)
     return analysis
 
 

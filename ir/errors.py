@@ -23,6 +23,10 @@ class OperatorError(RegaugeError):
     """An operator is unknown, registered twice, or called with arguments it does not take."""
 
 
+class LawError(RegaugeError):
+    """An operator does not do what its record says: its rule, its symmetry or its cost is wrong."""
+
+
 class CaptureError(RegaugeError):
     """A model could not be captured, or the captured graph does not compute what the model computes."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, randn
 
 from regauge.ir.errors import AxisError, OperatorError
 from regauge.ir.extents import size_of
-from regauge.ir.graph import Node
+from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Adapter, OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.elementwise import Function, pointwise
 from regauge.ir.rules import Call
@@ -94,6 +94,13 @@ def _prelu_rule(call: Call) -> str:
     return "s..., 1 -> s..." if same(size_of(call.operand(1)[0]), 1) else "n c s..., c -> n c s..."
 
 
+def _slope_symmetry(node: Node) -> Symmetry:
+    """Slopes that are weights stay while x is scaled; computed ones, one per index, would be scaled too."""
+    slope = node.inputs[1]
+    kept = isinstance(slope, Parameter) or (isinstance(slope, Value) and same(slope.shape[0], 1))
+    return Symmetry.HOMOGENEOUS if kept else Symmetry.POINTWISE
+
+
 def _onnx_prelu(build: Any, call: Any) -> Any:
     """The slope of ONNX is broadcast to x; where only axis 1 of it has a size it is one slope per channel."""
     x, slope = call.operand(0), call.operand(1)
@@ -116,7 +123,8 @@ def _onnx_prelu(build: Any, call: Any) -> Any:
         sample(randn(2, 3, 4), randn(1)),
         sample(randn(4), randn(1)),
     ],
-    symmetry=Symmetry.HOMOGENEOUS,
+    symmetry=_slope_symmetry,
+    zeroed_by=("x",),
     layer=lambda node: f"nn.PReLU({node.inputs[1].shape[0]})",
 )
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
