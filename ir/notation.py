@@ -42,7 +42,14 @@ from typing import Any, TypeAlias
 
 from regauge.ir.errors import RuleSyntaxError
 
-ROLES_IN_WORDS = ("window", "normalise", "indexed", "whole", "reduce", "scan")
+PINNING_ROLES = {
+    "window": "{operator} slides a window over it",
+    "indexed": "{operator} looks entries up by position in it",
+    "whole": "{operator} needs all of it at once",
+    "scan": "{operator} runs along it in order",
+}
+"""Roles whose axes keep all their indices, with the reason in words."""
+ROLES_IN_WORDS = (*PINNING_ROLES, "normalise", "reduce")
 
 
 @dataclass(frozen=True)
@@ -183,9 +190,12 @@ class _Reader:
             self.tokens.append((match.group(match.lastgroup or 0), start, start > at))
             at = match.end()
 
+    def place(self) -> int:
+        """Where the next token stands in the text."""
+        return self.tokens[self.position][1] if self.position < len(self.tokens) else len(self.text)
+
     def error(self, reason: str, at: int | None = None) -> RuleSyntaxError:
-        if at is None:
-            at = self.tokens[self.position][1] if self.position < len(self.tokens) else len(self.text)
+        at = self.place() if at is None else at
         return RuleSyntaxError(f"{reason}\n  {self.text}\n  {' ' * at}^")
 
     def peek(self) -> str:
@@ -222,24 +232,33 @@ def parse_rule(text: str) -> Rule:
     results = _patterns(reader, stop=";")
     roles: list[tuple[str, tuple[str, ...]]] = []
     derived: list[tuple[str, str]] = []
+    known = {name for pattern in (*operands, *results) for name in names_of(pattern)}
     while reader.peek() == ";":
         reader.take(";")
+        start = reader.place()
         word = reader.name()
         if reader.peek() == "=":
             reader.take("=")
-            derived.append((word, reader.name()))
+            derived.append((word, _known_name(reader, known, f"{word} = ")))
             continue
         if word not in ROLES_IN_WORDS:
-            raise reader.error(f"unknown annotation {word!r}: expected one of {', '.join(ROLES_IN_WORDS)}")
+            raise reader.error(f"unknown annotation {word!r}: expected one of {', '.join(ROLES_IN_WORDS)}", start)
         names = []
         while reader.peek() not in (";", ""):
-            names.append(reader.name())
+            names.append(_known_name(reader, known, f"{word} "))
         roles.append((word, tuple(names)))
     if reader.peek():
         raise reader.error("nothing may follow here")
-    rule = Rule(operands, results, tuple(roles), tuple(derived))
-    _check_names(rule, reader)
-    return rule
+    return Rule(operands, results, tuple(roles), tuple(derived))
+
+
+def _known_name(reader: _Reader, known: set[str], before: str) -> str:
+    """The name of an axis in an annotation, which some operand or result must have."""
+    start = reader.place()
+    name = reader.name()
+    if name not in known:
+        raise reader.error(f"{before}{name}: no operand or result has the axis {name!r}", start)
+    return name
 
 
 def _patterns(reader: _Reader, stop: str) -> tuple[Pattern, ...]:
@@ -313,14 +332,3 @@ def _term_names(term: Term) -> tuple[str, ...]:
     if isinstance(term, Composite):
         return tuple(name for part in term.parts for name in _term_names(part))
     return ()
-
-
-def _check_names(rule: Rule, reader: _Reader) -> None:
-    known = {name for pattern in (*rule.operands, *rule.results) for name in names_of(pattern)}
-    for role, names in rule.roles:
-        for name in names:
-            if name not in known:
-                raise reader.error(f"{role} names the axis {name!r}, which no operand or result has", len(reader.text))
-    for attribute, name in rule.derived:
-        if name not in known:
-            raise reader.error(f"{attribute} = {name}: no operand or result has that axis", len(reader.text))

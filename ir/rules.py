@@ -14,7 +14,7 @@ from regauge.ir import extents as ext
 from regauge.ir import unify as algebra
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import ONE, Extent, fresh, is_one
-from regauge.ir.notation import parse_rule
+from regauge.ir.notation import PINNING_ROLES, parse_rule
 from regauge.ir.rule_application import Application
 from regauge.ir.rule_plan import plan_of
 from regauge.ir.sizes import Size
@@ -164,9 +164,3 @@ def broadcast_rule(call: Call) -> list[Axes]:
 
 
 ENDING_ROLES = frozenset({"contract", "reduce", "normalise"})
-PINNING_ROLES = {
-    "window": "{operator} slides a window over it",
-    "indexed": "{operator} looks entries up by position in it",
-    "whole": "{operator} needs all of it at once",
-    "scan": "{operator} runs along it in order",
-}

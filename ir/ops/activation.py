@@ -285,7 +285,12 @@ def hardtanh(x: Tensor, *, min_val: float = -1.0, max_val: float = 1.0) -> Tenso
     return F.hardtanh(x, min_val, max_val)
 
 
-@activation("Softsign()", onnx=["Softsign"], symmetry=Symmetry.ODD)
+@pointwise(  # torch computes it by other operators, so it has no name in ATen
+    onnx=["Softsign"],
+    samples=lambda: [sample(randn(2, 3, 4) * 2)],
+    symmetry=Symmetry.ODD,
+    layer=lambda node: "nn.Softsign()",
+)
 def softsign(x: Tensor) -> Tensor:
     return F.softsign(x)
 

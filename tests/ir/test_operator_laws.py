@@ -8,8 +8,8 @@ from regauge.ir.errors import LawError
 from regauge.ir.extents import leaves
 from regauge.ir.law_cases import draw_case, sample_count
 from regauge.ir.laws import check_law, laws_of
+from regauge.ir.notation import PINNING_ROLES
 from regauge.ir.operator import all_operators
-from regauge.ir.rules import PINNING_ROLES
 
 # Operators that need regions, an outside runtime or a library's operator: each has direct tests of its own.
 WITHOUT_SAMPLES = {"cond", "while_loop", "loop", "scan", "torch_call", "onnx_call"}
