@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from regauge.ir.cost import cost, figures
-from regauge.ir.errors import AxisError, LawError, OperatorError
+from regauge.ir.errors import LawError, RegaugeError
 from regauge.ir.extents import Dim, size_after
 from regauge.ir.gauge import node_gauges
 from regauge.ir.gauge_maps import assignments, draw_map, mapped, strongest
@@ -36,8 +36,9 @@ OVER_ALL = {"normalise", "reduce"}
 def check_operator(name: str) -> None:
     """Check an operator's record against its own samples: does the operator do what its rule and symmetry say?
 
-    Raises LawError for the first law that is broken, naming the law, the operator and the Dim and saying what to do;
-    also where the record has no samples to check. Raises OperatorError for an unknown name.
+    Samples are taken in double precision. Raises LawError for the first law that is broken, naming the law, the
+    operator and the Dim and saying what to do; also where the record has no samples. Raises OperatorError for an
+    unknown name.
     """
     record = get_operator(name)
     count = sample_count(name)
@@ -65,7 +66,7 @@ def check_law(name: str, index: int, law: str) -> None:
 def _shape(case: Case) -> None:
     try:
         analysis = case.analysis
-    except (AxisError, OperatorError) as error:
+    except RegaugeError as error:
         raise case.broken("shape", str(error), "correct the rule or the sample (ir/notation.py)") from error
     for value, result in zip(case.node.outputs, case.results, strict=True):
         _expect_shape(case, "shape", value, [size_after(extent, {}) for extent in analysis.of[value]], result)

@@ -93,7 +93,11 @@ def _cast_symmetry(node: Node) -> Symmetry:
         "_cast_Half": _to_fixed(torch.float16),
     },
     onnx={"Cast": _onnx_cast, "CastLike": _onnx_cast_like},
-    samples=lambda: [sample(randn(2, 3), dtype=torch.int64), sample(randn(2, 3) > 0, dtype=torch.float32)],
+    samples=lambda: [
+        sample(randn(2, 3), dtype=torch.int64),
+        sample(randn(2, 3) > 0, dtype=torch.float32),
+        sample(randn(2, 3), dtype=torch.float64),
+    ],
     symmetry=_cast_symmetry,
 )
 def cast(x: Tensor, *, dtype: torch.dtype) -> Tensor:

@@ -202,7 +202,7 @@ def _fill_rule(call: Call) -> Axes:
 
 
 def _fill_symmetry(node: Node) -> Symmetry:
-    return Symmetry.LINEAR if node.attributes["value"] == 0 else Symmetry.POINTWISE
+    return Symmetry.INDEXWISE if node.attributes["value"] == 0 else Symmetry.POINTWISE
 
 
 @operator(

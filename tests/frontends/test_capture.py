@@ -197,9 +197,10 @@ def bessel(x: torch.Tensor) -> torch.Tensor:
     [
         ("a b c -> a b c", "operand 0 has 2 axes, but the rule"),
         ("a a -> a a", "axes of sizes 2 and 4 cannot be the same"),
+        (lambda call: call.operand(0)[5], "its rule fails with IndexError: list index out of range"),
     ],
 )
-def test_a_rule_that_does_not_fit_gives_one_warning(rule: str, reason: str) -> None:
+def test_a_rule_that_does_not_fit_gives_one_warning(rule: Any, reason: str) -> None:
     model = Call(lambda parts, x: torch.special.i1(torch.special.i1(parts[0](x))), nn.Linear(4, 4))
     with registered(bessel, rule, aten={"special_i1": None}):
         with pytest.warns(RegaugeWarning, match="axis rule does not fit") as caught:
