@@ -27,11 +27,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from regauge.ir.axes import Analysis
 from regauge.ir.extents import Dim, leaves
-from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value, is_real
 from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.rules import Axes
 
@@ -171,7 +169,7 @@ def _gauge_by_symmetry(place: _Place, symmetry: Symmetry) -> Gauge:
             return Gauge.PERMUTE | Gauge.SIGN
         case Symmetry.LINEAR:
             # A summand without the Dim is spread over it, and neither that nor a whole number survives a map.
-            whole = not all(is_real(inputs[slot]) for slot in holders)
+            whole = any(not _adds(inputs[slot]) for slot in holders)
             return Gauge.PERMUTE if whole or any(not _zero(o) for o in place.others) else ANY
         case Symmetry.LAYOUT:
             return ANY
@@ -202,10 +200,4 @@ def _zero(operand: Any) -> bool:
 
 def _adds(operand: Any) -> bool:
     """Whether an operand is a number other than zero, or a tensor of such: no table of indices."""
-    return is_real(operand) if isinstance(operand, Value) else not _zero(operand)
-
-
-def is_real(operand: Any) -> bool:
-    """Whether an operand is a tensor that a linear map can be applied to."""
-    dtype = getattr(operand, "dtype", None)
-    return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+    return is_real(operand.dtype) if isinstance(operand, Value) else not _zero(operand)

@@ -313,6 +313,11 @@ _DTYPE_NAMES = {
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
+def is_real(dtype: Dtype) -> bool:
+    """Whether a type holds real or complex numbers, not integers, truths or what torch does not have."""
+    return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+
+
 def dtype_name(dtype: Dtype) -> str:
     """``f32`` for torch.float32; other types keep torch's name."""
     return dtype if isinstance(dtype, str) else _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")

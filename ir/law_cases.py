@@ -14,8 +14,7 @@ from regauge.ir.axes import Analysis, infer_axes
 from regauge.ir.edit import Builder
 from regauge.ir.errors import LawError
 from regauge.ir.extents import Dim, Keep, flat_indices, leaves
-from regauge.ir.gauge import is_real
-from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.graph import Graph, Node, Value, is_real
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.resize import sizes_after
 
@@ -49,7 +48,7 @@ class Case:
         given: list[Any] = []
         for slot, operand in enumerate(self.operands):
             if isinstance(operand, torch.Tensor):
-                kind: Any = "parameter" if is_real(operand) else "constant"
+                kind: Any = "parameter" if is_real(operand.dtype) else "constant"
                 operand = build.parameter(_operand_name(slots, slot), operand, kind)
                 operand = build.identity(operand) if slot in self.computed else operand
             given.append(operand)
@@ -136,11 +135,15 @@ class Case:
 
     def movable(self, dim: Dim) -> list[int]:
         """The operand slots that have the Dim and hold numbers to which a linear map can be applied."""
-        return [slot for slot in self.holders(dim) if is_real(self.operands[slot])]
+        return [slot for slot in self.holders(dim) if is_real(self.operands[slot].dtype)]
 
     def arrangements(self) -> Iterator[Case]:
         """The call with every real operand computed, and with each of them computed while the others are weights."""
-        real = [slot for slot, operand in enumerate(self.operands) if is_real(operand)]
+        real = [
+            slot
+            for slot, operand in enumerate(self.operands)
+            if isinstance(operand, torch.Tensor) and is_real(operand.dtype)
+        ]
         for computed in dict.fromkeys([frozenset(real), *(frozenset([slot]) for slot in real)]):
             yield Case(self.name, self.index, self.operands, self.attributes, computed)
 
@@ -150,7 +153,7 @@ class Case:
         self, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], what: str, advice: str
     ) -> None:
         for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
-            relative, absolute = TOLERANCE.get(a.dtype, COARSE if is_real(a) else (0.0, 0.0))
+            relative, absolute = TOLERANCE.get(a.dtype, COARSE if is_real(a.dtype) else (0.0, 0.0))
             if a.shape != b.shape or not torch.allclose(a, b, relative, absolute, equal_nan=True):
                 raise self.broken(what, f"result {number} {_difference(a, b)}", advice)
 

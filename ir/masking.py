@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regauge.ir.extents import Dim, leaves, pin
-from regauge.ir.graph import Node, Parameter, Value
+from regauge.ir.graph import Node, Parameter, Value, is_real
 from regauge.ir.operator import Symmetry, get_operator, symmetry_of
 from regauge.ir.rules import broadcast_rule
 
@@ -159,7 +159,7 @@ def gives_zero(node: Node, result: Value, silent: frozenset[int], loud: frozense
     record = node.operator
     if record.rule is broadcast_rule:
         return _probe(node, result, silent)
-    if not _is_real(result):
+    if not is_real(result.dtype):
         return False  # positions and truths, which zeros do not make zero
     if not silent:
         return record.name == "full" and node.attributes["value"] == 0
@@ -173,12 +173,7 @@ def gives_zero(node: Node, result: Value, silent: frozenset[int], loud: frozense
     if symmetry is Symmetry.POINTWISE and record.zeroed_by is None:
         return False
     parts = loud if symmetry is Symmetry.LAYOUT else {slot for slot, _ in node.operands()} - silent
-    return not any(_is_real(node.inputs[slot]) for slot in parts)
-
-
-def _is_real(operand: Any) -> bool:
-    dtype = getattr(operand, "dtype", None)
-    return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+    return not any(slot in parts and is_real(operand.dtype) for slot, operand in node.operands())
 
 
 def _probe(node: Node, result: Value, silent: frozenset[int]) -> bool:
@@ -189,7 +184,7 @@ def _probe(node: Node, result: Value, silent: frozenset[int]) -> bool:
     )
     try:
         # what is compared may be zero too; what is divided by may not, else no quotient were ever silent
-        return _probed(node.op, kinds, tuple(node.attributes.items()), None if _is_real(result) else 0)
+        return _probed(node.op, kinds, tuple(node.attributes.items()), None if is_real(result.dtype) else 0)
     except TypeError:  # an attribute that cannot be hashed, or a size expression that torch cannot take
         return False
 
@@ -199,7 +194,7 @@ def _kind(operand: Value | None) -> str:
         return "none"
     if operand.dtype is torch.bool:
         return "bool"
-    return "real" if _is_real(operand) else "whole"
+    return "real" if is_real(operand.dtype) else "whole"
 
 
 @cache
