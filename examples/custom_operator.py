@@ -31,6 +31,7 @@ regauge.register_operator(
         samples=lambda: [regauge.sample(torch.randn(2, 5, 4), torch.randn(4), torch.randn(5, 5))],
     )
 )
+regauge.check_operator("gated_mix")  # does the operator do what its rule says? A wrong rule raises here, by its samples
 
 
 class Mixer(torch.nn.Module):

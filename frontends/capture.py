@@ -64,14 +64,15 @@ def capture(
     names axes that vary: ``{"input_ids": {0: "batch", 1: ("seq", 1, 2048)}}``. With ``verify`` the graph's results are
     compared with the model's. ``train=True`` keeps the modes the sub-modules are in; the default captures eval mode.
 
-    Raises CaptureError naming the source line that cannot be captured; warns (RegaugeWarning) of operators kept opaque
-    and of axes that the model fixed.
+    Raises CaptureError naming the source line that cannot be captured; warns (RegaugeWarning) of operators kept opaque,
+    of axis rules that do not fit, and of axes that the model fixed.
     """
     traced = trace_program(obj, example_inputs, kwargs, dynamic=dynamic, train=train)
     imported = _import_checked(traced) if verify else import_traced(traced)
     graph = imported.graph
     graph.metadata["torch"] = _metadata(traced)
     _report_opaque(graph, imported.trail.refusals)
+    _report_rules(graph)
     return graph
 
 
@@ -267,6 +268,16 @@ def _report_opaque(graph: Graph, refusals: Sequence[Refusal]) -> None:
         place = f" first at {sources[0]}" if sources[0] else ""
         parts.append(f"{target} ({len(sources)}x{place}: {reasons.get(target, 'no record')})")
     _warn(f"operators kept as they are, whose axes cannot be cut: {'; '.join(parts)}")
+
+
+def _report_rules(graph: Graph) -> None:
+    """One warning for all nodes whose axis rule does not fit them; the analysis is kept for whoever asks next."""
+    problems = graph.axes.problems
+    if problems:
+        _warn(
+            f"nodes whose axis rule does not fit, so that nothing they touch can be cut: {'; '.join(problems)} "
+            f"(regauge.check_operator checks a rule)"
+        )
 
 
 def _warn(message: str) -> None:

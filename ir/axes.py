@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from regauge.ir.allocation import without_collection
-from regauge.ir.errors import AxisError
+from regauge.ir.errors import AxisError, RegaugeError
 from regauge.ir.extents import Concat, Dim, Extent, Product, format_extent, fresh, leaves, pin, resolve, size_of
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.masking import pin_felt
@@ -75,10 +75,17 @@ class Analysis:
 def analyse(graph: Graph, *, strict: bool = False) -> Analysis:
     """Infer the extents of every value. With ``strict`` a rule that does not fit raises, else its node is opaque."""
     with without_collection():
-        return _analyse(graph, strict)
+        analysis = infer_axes(graph, strict=strict)
+        pin_positions(analysis)
+        pin_felt(analysis)
+        return analysis
 
 
-def _analyse(graph: Graph, strict: bool) -> Analysis:
+def infer_axes(graph: Graph, *, strict: bool = False) -> Analysis:
+    """What the rules of the nodes say, without the pins that come of how the whole graph uses its weights.
+
+    Those are for :func:`analyse`; the laws of operators (:mod:`regauge.ir.laws`) ask about one rule alone.
+    """
     analysis = Analysis()
     reasons = graph.metadata.get("input_reasons", {})
     for value in graph.inputs:
@@ -94,8 +101,6 @@ def _analyse(graph: Graph, strict: bool) -> Analysis:
     for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
         dims = analysis.parameter_dims[parameter] = [leaves(extent) for extent in analysis.of.get(parameter, ())]
         _name_dims(parameter, dims)
-    pin_positions(analysis)
-    pin_felt(analysis)
     return analysis
 
 
@@ -118,9 +123,10 @@ def _visit(node: Node, analysis: Analysis, strict: bool) -> None:
         results = apply_rule(operator, call)
         _check_results(node, results)
     except AxisError as error:
+        problem = str(error) if str(error).startswith(node.label) else f"{node.label}: {error}"
         if strict:
-            raise
-        analysis.problems.append(str(error))
+            raise AxisError(problem) from error
+        analysis.problems.append(problem)
         results = call.opaque(f"the axis rule of {node.op} does not fit: {error}")
     if node.metadata:
         _pin_fixed(call, node.metadata)
@@ -156,12 +162,22 @@ def _extents_in(derived: Any) -> Iterator[Extent]:
 
 def apply_rule(operator: Operator, call: Call) -> list[Axes]:
     """The extents of a node's results, by its operator's rule."""
-    rule = operator.rule if isinstance(operator.rule, str) else operator.rule(call)
+    rule = operator.rule if isinstance(operator.rule, str) else _rule_of(operator.rule, call)
     if isinstance(rule, str):
         return call.apply(rule)
     if rule and not isinstance(rule[0], list):
         return [list(rule)]
     return [[]] if not rule and len(call.node.outputs) == 1 else list(rule)
+
+
+def _rule_of(function: Callable[[Call], Any], call: Call) -> Any:
+    """What a rule function says of a call; one that fails is a rule that does not fit, whatever it fails with."""
+    try:
+        return function(call)
+    except RegaugeError:
+        raise
+    except Exception as error:
+        raise AxisError(f"{call.where}: its rule fails with {type(error).__name__}: {error}") from error
 
 
 def _check_results(node: Node, results: Sequence[Axes]) -> None:

@@ -27,6 +27,10 @@ class PatternError(RegaugeError):
     """A rewrite rule is not well formed: its pattern names an attribute that does not exist, returns no call ..."""
 
 
+class LawError(RegaugeError):
+    """An operator does not do what its record says: its rule, its symmetry or its cost is wrong."""
+
+
 class CaptureError(RegaugeError):
     """A model could not be captured, or the captured graph does not compute what the model computes."""
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from regauge.ir.axes import Analysis
 
 _PROBES = (0.7, -1.3, 2.1, -0.4)
+_WHOLE = (1, -2, 3, -4)
 
 
 def pin_felt(analysis: Analysis) -> None:
@@ -192,7 +193,7 @@ def gives_zero(node: Node, result: Value, silent: frozenset[int], loud: frozense
     """
     record = node.operator
     if record.rule is broadcast_rule:
-        return _probe(node, silent)
+        return _probe(node, result, silent)
     if not is_real(result.dtype):
         return False  # positions and truths, which zeros do not make zero
     if not silent:
@@ -210,14 +211,15 @@ def gives_zero(node: Node, result: Value, silent: frozenset[int], loud: frozense
     return not any(slot in parts and is_real(operand.dtype) for slot, operand in node.operands())
 
 
-def _probe(node: Node, silent: frozenset[int]) -> bool:
+def _probe(node: Node, result: Value, silent: frozenset[int]) -> bool:
     """Run a pointwise operator on zeros in the silent slots and on several numbers in the others."""
     kinds = tuple(
         "0" if slot in silent else _kind(operand) if isinstance(operand, Value) or operand is None else operand
         for slot, operand in enumerate(node.inputs)
     )
     try:
-        return _probed(node.op, kinds, tuple(node.attributes.items()))
+        # what is compared may be zero too; what is divided by may not, else no quotient were ever silent
+        return _probed(node.op, kinds, tuple(node.attributes.items()), None if is_real(result.dtype) else 0)
     except TypeError:  # an attribute that cannot be hashed, or a size expression that torch cannot take
         return False
 
@@ -231,12 +233,13 @@ def _kind(operand: Value | None) -> str:
 
 
 @cache
-def _probed(op: str, kinds: tuple[Any, ...], attributes: tuple[tuple[str, Any], ...]) -> bool:
+def _probed(op: str, kinds: tuple[Any, ...], attributes: tuple[tuple[str, Any], ...], also: int | None) -> bool:
+    more = () if also is None else (also,)
     drawn = {
-        "0": torch.zeros(len(_PROBES), dtype=torch.float64),
-        "real": torch.tensor(_PROBES, dtype=torch.float64),
-        "whole": torch.tensor([1, 2, 3, 4]),
-        "bool": torch.tensor([True, False, True, False]),
+        "0": torch.zeros(len(_PROBES + more), dtype=torch.float64),
+        "real": torch.tensor(_PROBES + more, dtype=torch.float64),
+        "whole": torch.tensor(_WHOLE + more),
+        "bool": torch.tensor([True, False, True, False, True][: len(_PROBES + more)]),
         "none": None,
     }
     operands = [drawn.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]

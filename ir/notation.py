@@ -21,7 +21,15 @@ A pattern that ends with ``?`` belongs to an operand that may be absent. After `
     window a b, indexed a,         the indices of a stay: a window slides over it, its entries are found by position,
     whole a, scan a                all of it is needed at once, the operator runs along it in order
 
-An axis without a stated role is mapped over where operand and result have it, and contracted where only operands do.
+Where none is stated, the role follows from the places where the name stands:
+
+    map          in a result and in the first operand             the operator goes through it index by index
+    produce      in a result, but not in the first operand        weights, or whatever comes later, bring it forth
+    contract     in no result, in two operands or more            summed over, as a matrix product does
+    reduce       in no result, in one operand                     something is computed over all of it
+
+Roles say which indices meet, and so what may be cut. They do not say that the operator is linear along an axis: a tanh
+of a matrix product has the same rule as the product. That is for the record's symmetry (:mod:`regauge.ir.gauge`).
 """
 
 from __future__ import annotations
@@ -34,7 +42,14 @@ from typing import Any, TypeAlias
 
 from regauge.ir.errors import RuleSyntaxError
 
-ROLES_IN_WORDS = ("window", "normalise", "indexed", "whole", "reduce", "scan")
+PINNING_ROLES = {
+    "window": "{operator} slides a window over it",
+    "indexed": "{operator} looks entries up by position in it",
+    "whole": "{operator} needs all of it at once",
+    "scan": "{operator} runs along it in order",
+}
+"""Roles whose axes keep all their indices, with the reason in words."""
+ROLES_IN_WORDS = (*PINNING_ROLES, "normalise", "reduce")
 
 
 @dataclass(frozen=True)
@@ -144,7 +159,7 @@ class Rule:
 
 
 def role_by_place(name: str, operands: Sequence[frozenset[str]], results: frozenset[str]) -> str:
-    """The role a name has by where it stands: in operands and result, in several operands only, in one only."""
+    """The role a name has by where it stands; see the module docstring."""
     holders = [index for index, names in enumerate(operands) if name in names]
     if name in results:
         return "map" if 0 in holders else "produce"
@@ -175,9 +190,12 @@ class _Reader:
             self.tokens.append((match.group(match.lastgroup or 0), start, start > at))
             at = match.end()
 
+    def place(self) -> int:
+        """Where the next token stands in the text."""
+        return self.tokens[self.position][1] if self.position < len(self.tokens) else len(self.text)
+
     def error(self, reason: str, at: int | None = None) -> RuleSyntaxError:
-        if at is None:
-            at = self.tokens[self.position][1] if self.position < len(self.tokens) else len(self.text)
+        at = self.place() if at is None else at
         return RuleSyntaxError(f"{reason}\n  {self.text}\n  {' ' * at}^")
 
     def peek(self) -> str:
@@ -214,24 +232,33 @@ def parse_rule(text: str) -> Rule:
     results = _patterns(reader, stop=";")
     roles: list[tuple[str, tuple[str, ...]]] = []
     derived: list[tuple[str, str]] = []
+    known = {name for pattern in (*operands, *results) for name in names_of(pattern)}
     while reader.peek() == ";":
         reader.take(";")
+        start = reader.place()
         word = reader.name()
         if reader.peek() == "=":
             reader.take("=")
-            derived.append((word, reader.name()))
+            derived.append((word, _known_name(reader, known, f"{word} = ")))
             continue
         if word not in ROLES_IN_WORDS:
-            raise reader.error(f"unknown annotation {word!r}: expected one of {', '.join(ROLES_IN_WORDS)}")
+            raise reader.error(f"unknown annotation {word!r}: expected one of {', '.join(ROLES_IN_WORDS)}", start)
         names = []
         while reader.peek() not in (";", ""):
-            names.append(reader.name())
+            names.append(_known_name(reader, known, f"{word} "))
         roles.append((word, tuple(names)))
     if reader.peek():
         raise reader.error("nothing may follow here")
-    rule = Rule(operands, results, tuple(roles), tuple(derived))
-    _check_names(rule, reader)
-    return rule
+    return Rule(operands, results, tuple(roles), tuple(derived))
+
+
+def _known_name(reader: _Reader, known: set[str], before: str) -> str:
+    """The name of an axis in an annotation, which some operand or result must have."""
+    start = reader.place()
+    name = reader.name()
+    if name not in known:
+        raise reader.error(f"{before}{name}: no operand or result has the axis {name!r}", start)
+    return name
 
 
 def _patterns(reader: _Reader, stop: str) -> tuple[Pattern, ...]:
@@ -305,14 +332,3 @@ def _term_names(term: Term) -> tuple[str, ...]:
     if isinstance(term, Composite):
         return tuple(name for part in term.parts for name in _term_names(part))
     return ()
-
-
-def _check_names(rule: Rule, reader: _Reader) -> None:
-    known = {name for pattern in (*rule.operands, *rule.results) for name in names_of(pattern)}
-    for role, names in rule.roles:
-        for name in names:
-            if name not in known:
-                raise reader.error(f"{role} names the axis {name!r}, which no operand or result has", len(reader.text))
-    for attribute, name in rule.derived:
-        if name not in known:
-            raise reader.error(f"{attribute} = {name}: no operand or result has that axis", len(reader.text))

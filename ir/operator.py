@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from regauge.ir.errors import OperatorError
-from regauge.ir.notation import parse_rule
+from regauge.ir.record_checks import check_record
 from regauge.ir.sizes import Size
 
 if TYPE_CHECKING:
@@ -58,14 +58,15 @@ Speller = Callable[..., Any]
 
 
 class Symmetry(enum.Enum):
-    """How an operator treats the values on an axis that it only maps over; regauge.ir.gauge reads it."""
+    """How an operator treats the values on an axis that it does not end; regauge.ir.gauge reads it, a law checks it."""
 
     LINEAR = "linear"  # f(A x + B y) = A f(x) + B f(y): adds, scalings by constants
     LAYOUT = "layout"  # entries are moved, nothing is added to them: reshape, concat, slice
     HOMOGENEOUS = "homogeneous"  # f(s x) = s f(x) for s > 0: relu, abs, max
     ODD = "odd"  # f(-x) = -f(x): tanh
-    PRODUCT = "product"  # bilinear per index: mul of two values
-    AFFINE = "affine"  # a gain and a shift per index: batch norm, grouped contractions
+    PRODUCT = "product"  # linear in each operand alone: mul, and contractions such as linear and matmul
+    INDEXWISE = "indexwise"  # linear in all operands together, with every index for itself: gather, scatter
+    AFFINE = "affine"  # a gain and a shift per index: batch norm
     POINTWISE = "pointwise"  # any other function of one index: only permutation commutes
 
 
@@ -157,26 +158,42 @@ class OnnxForm:
     direct: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Operator:
-    """Everything known about one operator; see the module docstring."""
+    """Everything known about one operator.
+
+    ``name``       in text form, and for :class:`regauge.Builder`
+    ``evaluate``   the semantics, a function over torch tensors; see the module docstring
+    ``rule``       the axis rule, a string in rule notation or a function of a :class:`regauge.ir.rules.Call`
+    ``aten``       ATen overloads it stands for (``add.Tensor``, ``add`` for all of them, ``namespace::name`` for a
+                   custom operator), with adapters; None maps arguments to slots and attributes by name
+    ``onnx``       ONNX operators it stands for (``Add``, ``domain::Name``), likewise
+    ``spell``      how a new node of it is written in ONNX, where no entry of ``onnx`` is direct
+    ``macs``       multiply-accumulates of a call; None costs nothing
+    ``samples``    calls on which its laws are checked (:mod:`regauge.ir.laws`)
+    ``symmetry``   how values pass through it, or a function of the node where its operands decide
+    ``layer``      the ``torch.nn`` layer that computes a node, as source text; None from it where there is none
+    ``random``     whether two runs may differ
+    ``commutative`` whether its two operands may be exchanged
+    ``zeroed_by``  slots of which one, zero at an index, makes the result zero there, where symmetry does not tell
+                   :mod:`regauge.ir.masking`: without it a product is zeroed by any factor, what has another symmetry
+                   than POINTWISE by all its operands together. ``()`` says the latter. A given ``bias`` must be zero
+                   besides
+    """
 
     name: str
     evaluate: Callable[..., Any]
     rule: str | RuleFunction
     aten: Mapping[str, Adapter | None] = field(default_factory=dict)
     onnx: Mapping[str, Adapter | OnnxForm | None] = field(default_factory=dict)
-    spell: Speller | None = None  # where no entry of ``onnx`` is direct
+    spell: Speller | None = None
     macs: Callable[[Cost], Size] | None = None
     samples: Callable[[], Iterable[Sample]] | None = None
-    symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE  # a function where operands decide
+    symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE
     layer: Callable[[Node], str | None] | None = None
     random: bool = False
-    commutative: bool = False  # its two operands may be exchanged
-    zeroed_by: tuple[str, ...] | None = None  # slots of which one, zero at an index, makes the result zero there
-
-    # ``zeroed_by`` is read where symmetry does not tell (regauge.ir.masking): a product is zero with any factor, what
-    # is not pointwise by symmetry with all its operands. ``()`` says the latter; a given ``bias`` must be zero too.
+    commutative: bool = False
+    zeroed_by: tuple[str, ...] | None = None
 
     @cached_property
     def signature(self) -> inspect.Signature:
@@ -255,25 +272,35 @@ _BY_ONNX: dict[tuple[str, str], tuple[Operator, OnnxForm]] = {}
 
 
 def register_operator(record: Operator, *, replace: bool = False) -> Operator:
-    """Add an operator to the registry; raises OperatorError when its name, an ATen or an ONNX name is taken."""
+    """Add an operator to the registry, which :func:`regauge.check_operator` then checks by its samples.
+
+    Raises OperatorError when its name, an ATen or an ONNX name is taken or cannot be one, when its rule does not fit
+    its function, or when the function has no source that could be emitted; RuleSyntaxError for a malformed rule.
+    """
     if not replace and record.name in _BY_NAME:
         raise OperatorError(f"operator {record.name!r} is registered already: pass replace=True to replace it")
-    if isinstance(record.rule, str):
-        parse_rule(record.rule)  # a malformed rule is an error of whoever registers it, not of the first graph
+    check_record(record)
+    onnx = {_onnx_key(name): form for name, form in record.onnx.items()}
+    if not replace:
+        _check_free(_BY_ATEN, record.aten, record.name)
+        _check_free(_BY_ONNX, onnx, record.name)
     _BY_NAME[record.name] = record
     for name, adapter in record.aten.items():
-        _claim(_BY_ATEN, name, (record, adapter), replace)
-    for full_name, form in record.onnx.items():
-        domain, _, op_type = full_name.rpartition("::")
-        entry = form if isinstance(form, OnnxForm) else OnnxForm(read=form)
-        _claim(_BY_ONNX, (domain, op_type), (record, entry), replace)
+        _BY_ATEN[name] = record, adapter
+    for key, form in onnx.items():
+        _BY_ONNX[key] = record, form if isinstance(form, OnnxForm) else OnnxForm(read=form)
     return record
 
 
-def _claim(table: dict[Any, Any], key: Any, entry: tuple[Operator, Any], replace: bool) -> None:
-    if key in table and table[key][0].name != entry[0].name and not replace:
-        raise OperatorError(f"{key} is mapped to operator {table[key][0].name!r} already, not to {entry[0].name!r}")
-    table[key] = entry
+def _onnx_key(full_name: str) -> tuple[str, str]:
+    domain, _, op_type = full_name.rpartition("::")
+    return domain, op_type
+
+
+def _check_free(table: Mapping[Any, tuple[Operator, Any]], keys: Iterable[Any], name: str) -> None:
+    for key in keys:
+        if key in table and table[key][0].name != name:
+            raise OperatorError(f"{key} is mapped to operator {table[key][0].name!r} already, not to {name!r}")
 
 
 def operator(

@@ -14,7 +14,7 @@ from regauge.ir import extents as ext
 from regauge.ir import unify as algebra
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import ONE, Extent, fresh, is_one
-from regauge.ir.notation import parse_rule
+from regauge.ir.notation import PINNING_ROLES, parse_rule
 from regauge.ir.rule_application import Application
 from regauge.ir.rule_plan import plan_of
 from regauge.ir.sizes import Size
@@ -84,6 +84,12 @@ class Call:
         self.roles.append((role, extent))
         if role in PINNING_ROLES:
             self.pin(extent, PINNING_ROLES[role].format(operator=self.node.op))
+
+    def linear(self, *extents: Extent) -> None:
+        """State that the node is linear along axes, whatever its symmetry says of others: linear in the operands that
+        have what the results have too (the values of attention), a bilinear form of what it contracts (its queries).
+        """
+        self.roles.extend(("linear", extent) for extent in extents)
 
     def derive(self, **attributes: Any) -> None:
         """State that attributes are the sizes of extents (nested tuples allowed): they follow when a Dim is cut."""
@@ -158,9 +164,3 @@ def broadcast_rule(call: Call) -> list[Axes]:
 
 
 ENDING_ROLES = frozenset({"contract", "reduce", "normalise"})
-PINNING_ROLES = {
-    "window": "{operator} slides a window over it",
-    "indexed": "{operator} looks entries up by position in it",
-    "whole": "{operator} needs all of it at once",
-    "scan": "{operator} runs along it in order",
-}

@@ -11,7 +11,7 @@ from torch import Tensor, randn
 
 from regauge.ir.errors import AxisError, OperatorError
 from regauge.ir.extents import size_of
-from regauge.ir.graph import Node
+from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Adapter, OnnxForm, Speller, Symmetry, operator, sample
 from regauge.ir.ops import spell_activation as spelling
 from regauge.ir.ops.elementwise import Function, pointwise
@@ -103,6 +103,13 @@ def _prelu_rule(call: Call) -> str:
     return "s..., 1 -> s..." if same(size_of(call.operand(1)[0]), 1) else "n c s..., c -> n c s..."
 
 
+def _slope_symmetry(node: Node) -> Symmetry:
+    """Slopes that are weights stay while x is scaled; computed ones, one per index, would be scaled too."""
+    slope = node.inputs[1]
+    kept = isinstance(slope, Parameter) or (isinstance(slope, Value) and same(slope.shape[0], 1))
+    return Symmetry.HOMOGENEOUS if kept else Symmetry.POINTWISE
+
+
 def _onnx_prelu(build: Any, call: Any) -> Any:
     """The slope of ONNX is broadcast to x; where only axis 1 of it has a size it is one slope per channel."""
     x, slope = call.operand(0), call.operand(1)
@@ -126,7 +133,8 @@ def _onnx_prelu(build: Any, call: Any) -> Any:
         sample(randn(2, 3, 4), randn(1)),
         sample(randn(4), randn(1)),
     ],
-    symmetry=Symmetry.HOMOGENEOUS,
+    symmetry=_slope_symmetry,
+    zeroed_by=("x",),
     layer=lambda node: f"nn.PReLU({node.inputs[1].shape[0]})",
 )
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -309,7 +317,12 @@ def hardtanh(x: Tensor, *, min_val: float = -1.0, max_val: float = 1.0) -> Tenso
     return F.hardtanh(x, min_val, max_val)
 
 
-@activation("Softsign()", onnx=["Softsign"], symmetry=Symmetry.ODD)
+@pointwise(  # torch computes it by other operators, so it has no name in ATen
+    onnx=["Softsign"],
+    samples=lambda: [sample(randn(2, 3, 4) * 2)],
+    symmetry=Symmetry.ODD,
+    layer=lambda node: "nn.Softsign()",
+)
 def softsign(x: Tensor) -> Tensor:
     return F.softsign(x)
 

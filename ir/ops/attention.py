@@ -20,15 +20,15 @@ from regauge.ir.errors import AxisError
 from regauge.ir.extents import Extent, size_of
 from regauge.ir.graph import Value
 from regauge.ir.operator import Cost, OnnxForm, Sample, operator, sample
-from regauge.ir.ops.attention_onnx import (
+from regauge.ir.ops.encoder_layer import native_attention, native_encoder_layer
+from regauge.ir.ops.onnx_attention import (
     read_attention,
     read_contrib_attention,
     read_multi_head_attention,
     write_attention,
     write_contrib_attention,
 )
-from regauge.ir.ops.encoder_layer import native_attention, native_encoder_layer
-from regauge.ir.ops.rotary_onnx import read_contrib_rotary, read_rotary, write_rotary
+from regauge.ir.ops.onnx_rotary import read_contrib_rotary, read_rotary, write_rotary
 from regauge.ir.ops.spell_attention import spell_attention
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import Size, divide, same
@@ -73,6 +73,7 @@ def _state_roles(call: Call, batch: Axes, length: Extent, source: Extent, depth:
     call.role("scan" if call["is_causal"] else "normalise", source)
     call.role("contract", depth)
     call.role("produce", width)
+    call.linear(depth, width)
     if call.node.attributes.get("head_size") is not None:
         call.derive(head_size=depth)
 

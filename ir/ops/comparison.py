@@ -224,12 +224,12 @@ def _masked_fill(build: Any, x: Any, mask: Any, value: Any) -> Any:
 
 
 def _choice_symmetry(node: Node) -> Symmetry:
-    """Choosing between two values of one shape, or a value and zero, commutes with a scale per index."""
-    shape = node.output.shape
+    """A choice between two values of one shape, or a value and zero, is linear in them with every index for itself."""
+    like = (node.output.shape, node.output.dtype)
     for choice in node.inputs[1:]:
-        if choice.shape != shape if isinstance(choice, Value) else choice != 0:
+        if (choice.shape, choice.dtype) != like if isinstance(choice, Value) else choice != 0:
             return Symmetry.POINTWISE
-    return Symmetry.HOMOGENEOUS
+    return Symmetry.INDEXWISE
 
 
 def _choices() -> list[Sample]:
@@ -238,6 +238,8 @@ def _choices() -> list[Sample]:
         sample(_booleans(3, 1), randn(2, 1, 4), 0.0),
         sample(_booleans(2, 3), -1.0, randn(2, 3)),
         sample(_booleans(2, 3), 1.0, 0.0),
+        sample(_booleans(2, 3), randn(2, 3), randn(2, 3)),
+        sample(_booleans(3, 1), randn(2, 3, 4), 0.0),
     ]
 
 

@@ -89,15 +89,16 @@ def _cast_symmetry(node: Node) -> Symmetry:
         "_to_copy": _to,
         "type_as": _type_as,
         "copy": _copy,
-        "float": _to_fixed(torch.float32),
-        "half": _to_fixed(torch.float16),
-        "double": _to_fixed(torch.float64),
         "_cast_Float": _to_fixed(torch.float32),
         "_cast_Half": _to_fixed(torch.float16),
     },
     onnx={"Cast": _onnx_cast, "CastLike": _onnx_cast_like},
     spell=lambda onnx, node: onnx.cast(onnx.operand(0), node.attributes["dtype"]),
-    samples=lambda: [sample(randn(2, 3), dtype=torch.int64), sample(randn(2, 3) > 0, dtype=torch.float32)],
+    samples=lambda: [
+        sample(randn(2, 3), dtype=torch.int64),
+        sample(randn(2, 3) > 0, dtype=torch.float32),
+        sample(randn(2, 3), dtype=torch.float64),
+    ],
     symmetry=_cast_symmetry,
 )
 def cast(x: Tensor, *, dtype: torch.dtype) -> Tensor:

@@ -40,7 +40,7 @@ def _aten_grouped_mm(
         sample(randn(7, 4), randn(3, 4, 5), torch.tensor([2, 2, 7], dtype=torch.int32)),
         sample(randn(6, 4), randn(2, 4, 3), torch.tensor([5, 5])),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=Symmetry.PRODUCT,
     zeroed_by=("x", "weight"),
 )
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import randint, randn
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import size_of
-from regauge.ir.graph import Value
+from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import holds_no_sizes
 from regauge.ir.ops.lookup import carried
@@ -134,7 +134,7 @@ def _write_values(call: Call, values: Axes, target: Axes, places: Axes) -> None:
     for own, other in zip(reversed(values), reversed(target), strict=False):
         if not same(size_of(own), 1):
             call.unify(own, other)
-            call.role("produce", own)
+            carried(call, [own])
 
 
 def _index_put_rule(call: Call) -> Axes:
@@ -197,8 +197,14 @@ def _scatter_nd_rule(call: Call) -> Axes:
         call.role("whole", extent)
     for own, other in zip(updates, [*indices, *axes[depth:]], strict=True):
         call.unify(own, other)
-    carried(call, axes[depth:])
+    if call["reduction"] in ("none", "add"):
+        carried(call, axes[depth:])
     return list(axes)
+
+
+def _scatter_nd_symmetry(node: Node) -> Symmetry:
+    by_reduction = {"none": Symmetry.LINEAR, "add": Symmetry.LINEAR, "mul": Symmetry.POINTWISE}
+    return by_reduction.get(node.attributes["reduction"], Symmetry.HOMOGENEOUS)
 
 
 def _onnx_scatter_nd(build: Builder, call: Any) -> Value:
@@ -216,8 +222,9 @@ def _onnx_scatter_nd(build: Builder, call: Any) -> Value:
         sample(randn(5, 6, 3), torch.tensor([[1, 2], [4, -1]]), randn(2, 3), reduction="add"),
         sample(randn(5, 3), torch.tensor([[1], [-1]]), randn(2, 3), reduction="max"),
         sample(randn(5, 3), torch.tensor([[1, 1], [4, 2]]), randn(2), reduction="mul"),
+        sample(randn(5, 3), torch.tensor([[1], [4]]), randn(2, 3), reduction="mul"),
     ],
-    symmetry=Symmetry.LINEAR,
+    symmetry=_scatter_nd_symmetry,
 )
 def scatter_nd(
     x: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor, *, reduction: str = "none"

@@ -40,6 +40,7 @@ def carried(call: Call, axes: Sequence[Extent]) -> Axes:
     """Axes that are read as they are, whole vectors at once: any linear map of them commutes with the lookup."""
     for extent in axes:
         call.role("produce", extent)
+    call.linear(*axes)
     return list(axes)
 
 
@@ -278,7 +279,7 @@ def _onnx_gather_elements(build: Builder, call: Any) -> Value:
         sample(randn(4, 5), randint(0, 5, (2, 5)), dim=-1),
         sample(randn(4), randint(0, 4, (6,)), dim=0),
     ],
-    symmetry=Symmetry.AFFINE,  # each index of a carried axis is looked up for itself
+    symmetry=Symmetry.INDEXWISE,
     zeroed_by=("x",),
 )
 def gather(x: torch.Tensor, index: torch.Tensor, *, dim: int) -> torch.Tensor:

@@ -131,7 +131,7 @@ def given(node: Node, count: int) -> list[Any]:
         sample(randn(2, 3, 4), randn(3), randn(3), randn(3), rand(3) + 0.5, training=True),
         sample(randn(2, 3, 4, 4), randn(3), None, training=True),
     ],
-    symmetry=Symmetry.AFFINE,
+    symmetry=lambda node: Symmetry.POINTWISE if node.attributes["training"] else Symmetry.AFFINE,
     layer=_batch_norm_layer,
     spell=spelling.batch_norm,
     zeroed_by=("weight",),

@@ -39,6 +39,7 @@ def _rule(gates: int, states: int) -> Any:
         call.unify(batch, state[1])
         width = _stack(call, gates, x[2], hidden, [axes for axes in call.axes[1 + states :] if axes is not None])
         _state_roles(call, steps, batch, state[0], hidden)
+        call.linear(x[2])
         result = [batch, steps, width] if call["batch_first"] else [steps, batch, width]
         return [result, *([state[0], batch, hidden] for _ in range(states))]
 
@@ -237,6 +238,7 @@ def _cell_rule(call: Call, rule: str, gates: int) -> list[Axes]:
     results = call.apply(rule, g=gates)
     call.role("map", results[0][1])
     call.role("contract", results[0][1])
+    call.linear(call.operand(0)[1])
     return results
 
 

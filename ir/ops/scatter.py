@@ -14,7 +14,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Sample, Symmetry, operator, sample
 from regauge.ir.ops.broadcasting import expand_to
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
-from regauge.ir.ops.lookup import as_int64, carry, counted_from_the_start
+from regauge.ir.ops.lookup import as_int64, carried, carry, counted_from_the_start
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import same
 
@@ -75,9 +75,9 @@ def _onnx_scatter_elements(build: Builder, call: Any) -> Value:
 
 
 def _scatter_symmetry(node: Node) -> Symmetry:
-    """Each index of a carried axis is written for itself; a number other than zero does not scale with it."""
+    """A number other than zero does not scale with the index it is written to."""
     source = node.inputs[2]
-    return Symmetry.AFFINE if isinstance(source, Value) or source == 0 else Symmetry.POINTWISE
+    return Symmetry.INDEXWISE if isinstance(source, Value) or source == 0 else Symmetry.POINTWISE
 
 
 def _places() -> torch.Tensor:
@@ -107,7 +107,7 @@ def scatter(x: torch.Tensor, index: torch.Tensor, src: torch.Tensor | float, *, 
         sample(randn(2, 5), _places(), randn(2, 3), dim=1),
         sample(randn(5, 3), _places(), randn(2, 3), dim=0),
     ],
-    symmetry=Symmetry.AFFINE,
+    symmetry=Symmetry.INDEXWISE,
 )
 def scatter_add(x: torch.Tensor, index: torch.Tensor, src: torch.Tensor, *, dim: int) -> torch.Tensor:
     return torch.scatter_add(x, dim, index, src)
@@ -139,7 +139,7 @@ def _slices_rule(call: Call) -> Axes:
     for position, (own, other) in enumerate(zip(axes, source, strict=bool(source))):
         if position != dim:
             call.unify(own, other)
-            call.role("produce", own)
+            carried(call, [own])
         elif written is not None:
             call.unify(written, other)
     if axes:
@@ -202,7 +202,7 @@ def _fill_rule(call: Call) -> Axes:
 
 
 def _fill_symmetry(node: Node) -> Symmetry:
-    return Symmetry.LINEAR if node.attributes["value"] == 0 else Symmetry.POINTWISE
+    return Symmetry.INDEXWISE if node.attributes["value"] == 0 else Symmetry.POINTWISE
 
 
 @operator(
@@ -249,7 +249,7 @@ def _masked_scatter_rule(call: Call) -> Axes:
         rows = 0
     for a, b in zip(axes[len(axes) - rows :], source[len(source) - rows :], strict=True):
         call.unify(a, b)
-        call.role("produce", a)
+        carried(call, [a])
     for extent in (*axes[: len(axes) - rows], *source[: len(source) - rows]):
         call.role("scan", extent)
     return axes

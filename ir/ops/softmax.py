@@ -38,10 +38,6 @@ def _aten_inner(op: str) -> Adapter:
     return adapter
 
 
-def _softmin(build: Any, x: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
-    return build.softmax(build.neg(as_dtype(build, x, dtype)), dim=axis_number(dim, x.rank))
-
-
 def _onnx_softmax(op: str) -> OnnxForm:
     """Up to opset 12 the axes from ``axis`` on (1 by default) are one; from 13 on ``axis`` (-1) is the only one."""
 
@@ -79,7 +75,6 @@ def _spell(op_type: str) -> Speller:
         "softmax": _aten_softmax("softmax"),
         "_softmax": _aten_inner("softmax"),
         "special_softmax": _aten_softmax("softmax"),
-        "softmin": _softmin,
     },
     onnx={"Softmax": _onnx_softmax("softmax")},
     spell=_spell("Softmax"),

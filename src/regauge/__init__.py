@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from regauge.ir.errors import RegaugeError as RegaugeError
     from regauge.ir.errors import RegaugeWarning as RegaugeWarning
     from regauge.ir.graph import Graph as Graph
+    from regauge.ir.laws import check_operator as check_operator
     from regauge.ir.operator import Operator as Operator
     from regauge.ir.operator import operator as operator
     from regauge.ir.operator import register_operator as register_operator
@@ -46,6 +47,7 @@ _HOME = {
     "RegaugeWarning": "regauge.ir.errors",
     "bisect": "regauge.passes.bisect",
     "capture": "regauge.frontends.capture",
+    "check_operator": "regauge.ir.laws",
     "compare": "regauge.backends.compare",
     "examine": "regauge.frontends.examine",
     "load": "regauge.frontends.from_onnx",

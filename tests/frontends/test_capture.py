@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from own_operators import registered
 from regauge.frontends.capture import capture
 from regauge.ir.errors import CaptureError, RegaugeWarning
 from regauge.ir.graph import Graph, Parameter
@@ -185,6 +186,30 @@ def test_unknown_operators_stay_opaque_with_one_warning() -> None:
     assert len(caught) == 1
     assert operators(graph).count("torch_call") == 2
     same_results(graph, model, torch.randn(2, 4))
+
+
+def bessel(x: torch.Tensor) -> torch.Tensor:
+    return torch.special.i1(x)
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ("a b c -> a b c", "operand 0 has 2 axes, but the rule"),
+        ("a a -> a a", "axes of sizes 2 and 4 cannot be the same"),
+        (lambda call: call.operand(0)[5], "its rule fails with IndexError: list index out of range"),
+    ],
+)
+def test_a_rule_that_does_not_fit_gives_one_warning(rule: Any, reason: str) -> None:
+    model = Call(lambda parts, x: torch.special.i1(torch.special.i1(parts[0](x))), nn.Linear(4, 4))
+    with registered(bessel, rule, aten={"special_i1": None}):
+        with pytest.warns(RegaugeWarning, match="axis rule does not fit") as caught:
+            graph = capture(model, torch.randn(2, 4))
+        assert len(caught) == 1
+        message = str(caught[0].message)
+        assert f"bessel = bessel: {reason}" in message and "bessel_1 = bessel" in message
+        assert operators(graph) == ["linear", "bessel", "bessel"]
+        assert not [group for group in graph.groups() if group.free and group.name == "parts.0.weight:0"]
 
 
 def test_a_wrong_record_is_put_aside(monkeypatch: pytest.MonkeyPatch) -> None:

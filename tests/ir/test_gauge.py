@@ -10,11 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from own_operators import registered
 from regauge.ir.edit import Builder
 from regauge.ir.gauge import Gauge, gauges
 from regauge.ir.graph import Graph, Value
 from regauge.ir.groups import find_group
 from regauge.ir.interpret import run
+from regauge.ir.operator import Symmetry
 
 WIDTH = 6
 Between = Callable[[Builder, Value], Value]
@@ -88,6 +90,94 @@ def test_admitted_maps_change_nothing_and_others_do(case: str, flag: Gauge, seed
     x = torch.randn(4, 5, dtype=torch.float64)
     difference = (run(graph, [x])[0] - run(graph, [x], weights=weights)[0]).abs().max()
     assert (difference < 1e-8) == (flag in expected), f"{flag} across {case}: {difference}"
+
+
+def mixed(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(w @ x)
+
+
+def test_an_operator_is_linear_only_where_its_symmetry_says_so() -> None:
+    """The main tensor is operand 1 here, so that by its place in the rule the Dim is produced."""
+    rows = torch.randn(4, 4, dtype=torch.float64)
+    for symmetry, expected in [(Symmetry.POINTWISE, Gauge.PERMUTE), (Symmetry.ODD, Gauge.PERMUTE | Gauge.SIGN)]:
+        with registered(mixed, "s s, ... s c -> ... s c ; whole s", symmetry=symmetry):
+            graph = network(lambda build, x: build.mixed(build.parameter("mix", rows), x))
+            assert gauges(graph)[find_group(graph, "producer:0").dim] == expected
+
+
+def squeezed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x) @ w
+
+
+def test_a_contraction_is_a_bilinear_form_only_where_the_symmetry_says_so() -> None:
+    with registered(squeezed, "... i, i o -> ... o"):
+        graph = network(lambda build, x: build.squeezed(x, build.parameter("w", torch.randn(WIDTH, WIDTH).double())))
+        assert gauges(graph)[find_group(graph, "producer:0").dim] == Gauge.PERMUTE
+
+
+def test_two_factors_of_a_product_keep_diagonal_maps() -> None:
+    """``(x @ w) * gain``: both w and the gain have the Dim that the rule produces."""
+
+    def scaled(x: torch.Tensor, w: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return (x @ w) * gain
+
+    with registered(scaled, "... i, i o, o -> ... o", symmetry=Symmetry.PRODUCT):
+        graph = Graph()
+        build = Builder(graph)
+        x = build.input("x", (4, 5), torch.float64)
+        w, gain = build.parameter("w", torch.randn(5, 6).double()), build.parameter("gain", torch.randn(6).double())
+        graph.outputs = [build.linear(build.scaled(x, w, gain), build.parameter("v", torch.randn(3, 6).double()))]
+        assert gauges(graph)[find_group(graph, "w:1").dim] == Gauge.PERMUTE
+
+
+def test_a_residual_stream_takes_general_maps() -> None:
+    """One Dim on both axes of a square weight: contracted by one, produced by the other."""
+    torch.manual_seed(0)
+    square = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+    graph = network(lambda build, x: build.add(x, build.linear(x, build.parameter("square", square))))
+    assert gauges(graph)[find_group(graph, "producer:0").dim] == NOTHING
+    change = draw_map(Gauge.GENERAL, 1)
+    back = torch.linalg.inv(change)
+    weights = {
+        "producer": change @ graph.parameters["producer"].tensor,
+        "square": change @ square @ back,
+        "consumer": graph.parameters["consumer"].tensor @ back,
+    }
+    x = torch.randn(4, 5, dtype=torch.float64)
+    torch.testing.assert_close(run(graph, [x], weights=weights), run(graph, [x]))
+
+
+def test_a_computed_gain_tells_the_indices_of_a_norm_apart() -> None:
+    def one_plus_gain(build: Builder, x: Value) -> Value:
+        gain = build.add(build.parameter("gain", torch.randn(WIDTH, dtype=torch.float64)), 1.0)
+        return build.rms_norm(x, gain, normalized_shape=(WIDTH,), eps=1e-6)  # type: ignore[no-any-return]
+
+    graph = network(one_plus_gain)
+    assert gauges(graph)[find_group(graph, "producer:0").dim] == Gauge.PERMUTE
+
+
+def test_a_batch_norm_shifts_the_axes_that_its_weights_lack() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.parameter("x", torch.randn(4, 3))
+    statistics = [build.parameter(n, torch.ones(3)) for n in ("gain", "shift", "mean", "var")]
+    y = build.batch_norm(build.relu(x), *statistics, training=False)
+    graph.outputs = [build.matmul(build.parameter("v", torch.randn(2, 4)), y)]
+    graph.outputs = [build.matmul(graph.outputs[0], build.parameter("u", torch.randn(3, 2)))]
+    assert gauges(graph)[find_group(graph, "x:0").dim] == Gauge.PERMUTE
+
+
+def test_a_recurrent_layer_is_linear_in_what_it_reads_and_in_nothing_else() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 3), torch.float32)
+    features = build.linear(x, build.parameter("f", torch.randn(5, 3)))
+    state = build.linear(x, build.parameter("s", torch.randn(4, 3)))
+    weights = [build.parameter(f"w{i}", torch.randn(*shape)) for i, shape in enumerate([(16, 5), (16, 4)])]
+    hidden, _ = build.lstm_cell(features, state, state, *weights)
+    graph.outputs = [build.linear(hidden, build.parameter("o", torch.randn(2, 4)))]
+    assert gauges(graph)[find_group(graph, "f:0").dim] == NOTHING
+    assert gauges(graph)[find_group(graph, "s:0").dim] == Gauge.PERMUTE
 
 
 def test_pinned_dims_have_no_gauge() -> None:

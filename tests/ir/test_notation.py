@@ -27,12 +27,13 @@ def test_rules_print_back(text: str) -> None:
     ("text", "reason", "column"),
     [
         ("a b", "expected '->'", 3),
-        ("a -> b ; wibble a", "unknown annotation 'wibble'", 16),
+        ("a -> b ; wibble a", "unknown annotation 'wibble'", 9),
         ("a... b... c... -> a", "two runs of axes at most", 15),
         ("(a b + c) -> a", "may not be mixed", 7),
         ("() -> a", "empty parentheses", 3),
         ("a & b -> a", "does not belong", 2),
-        ("a -> b ; window c", "names the axis 'c'", 17),
+        ("a -> b ; window c", "no operand or result has the axis 'c'", 16),
+        ("a -> b ; k = cc ; whole b", "k = cc: no operand or result has the axis", 13),
     ],
 )
 def test_faults_point_at_their_place(text: str, reason: str, column: int) -> None:

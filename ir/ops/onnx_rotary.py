@@ -16,8 +16,8 @@ import torch
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
-from regauge.ir.ops.attention_onnx import in_heads, joined
 from regauge.ir.ops.creation import numbers_from
+from regauge.ir.ops.onnx_attention import in_heads, joined
 from regauge.ir.ops.slicing import slice_axis
 from regauge.ir.sizes import same
 

@@ -37,6 +37,7 @@ def _rule(gates: int, states: int) -> Any:
         found = call.apply(f"{given} -> {results} {notes}", g=gates, t=2)
         call.role("map", found[0][3])
         call.role("contract", found[0][3])
+        call.linear(call.operand(0)[2])
         return found
 
     return rule

@@ -1,0 +1,108 @@
+"""What can be told of an operator record when it is registered: a fault here is its author's, not the first graph's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from regauge.ir.errors import OperatorError
+from regauge.ir.notation import PINNING_ROLES, Pattern, Rule, names_of, parse_rule
+
+if TYPE_CHECKING:
+    from regauge.ir.operator import Operator
+
+
+def check_record(record: Operator) -> None:
+    """Raises OperatorError or RuleSyntaxError for a record that no call could fit, or that no backend could emit."""
+    _check_function(record.name, record.evaluate)
+    if isinstance(record.rule, str):
+        rule = parse_rule(record.rule)
+        _check_operands(record, rule)
+        _check_results(record, rule)
+    elif not callable(record.rule):
+        raise OperatorError(f"the rule of {record.name} is a string in rule notation or a function of a Call")
+    if not record.evaluate.__module__.startswith("regauge.ir.ops."):  # those name what other versions of torch have
+        for name in record.aten:
+            check_aten_name(record.name, name)
+
+
+def _check_function(name: str, evaluate: Callable[..., Any]) -> None:
+    """Emitted modules contain the source of the function, so it has to be found in a file."""
+    if not isinstance(evaluate, FunctionType) or evaluate.__name__ == "<lambda>":
+        kind = "a lambda" if isinstance(evaluate, FunctionType) else f"a {type(evaluate).__name__}"
+        raise OperatorError(f"evaluate of {name} is {kind}, whose source cannot be emitted: define a function with def")
+
+
+def _check_operands(record: Operator, rule: Rule) -> None:
+    """One pattern for each operand slot, with a ``?`` where the slot has a default; a variadic slot takes the rest."""
+    slots = record.slots
+    variadic = bool(slots) and slots[-1].startswith("*")
+    named = slots[:-1] if variadic else slots
+    patterns = rule.operands if slots or rule.operands != (Pattern(()),) else ()
+    if len(patterns) < len(named) or (len(patterns) > len(named) and not variadic):
+        raise OperatorError(
+            f"the rule of {record.name} has {len(patterns)} operands, its function takes {len(named)} "
+            f"({', '.join(slots) or 'none'}): write one pattern for each, attributes behind a '*'; the rule is {rule}"
+        )
+    for slot, pattern in zip(named, patterns, strict=False):
+        may_be_absent = record.signature.parameters[slot].default is not inspect.Parameter.empty
+        if pattern.optional != may_be_absent:
+            says = "may be absent by the rule, but has no default" if pattern.optional else "has a default, but no '?'"
+            raise OperatorError(
+                f"operand {slot!r} of {record.name} {says}: end its pattern with '?' where the function gives it a "
+                f"default, and only there; the rule is {rule}"
+            )
+
+
+def _check_results(record: Operator, rule: Rule) -> None:
+    """A name that only results have is an axis made here: something has to say how long it is, or that it stays."""
+    for attribute, _ in rule.derived:
+        if attribute not in record.attributes:
+            takes = ", ".join(record.attributes) or "none"
+            raise OperatorError(
+                f"the rule of {record.name} says {attribute} = ..., but its function has no such attribute ({takes}): "
+                f"attributes are keyword-only parameters"
+            )
+    settled = {name for pattern in rule.operands for name in names_of(pattern)}
+    settled.update(name for _, name in rule.derived)
+    settled.update(name for role, names in rule.roles if role in PINNING_ROLES for name in names)
+    for pattern in rule.results:
+        for name in names_of(pattern):
+            if name not in settled:
+                raise OperatorError(
+                    f"the axis {name!r} in a result of {record.name} is in no operand: is it misspelt? Else name the "
+                    f"attribute that is its size (attribute = {name}), or a role that keeps it (whole {name}); "
+                    f"the rule is {rule}"
+                )
+
+
+@cache
+def _known_to_torch() -> frozenset[str]:
+    names = [str(n).removeprefix("aten::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")]
+    return frozenset(names).union(name.partition(".")[0] for name in names)
+
+
+def check_aten_name(operator: str, name: str) -> None:
+    """Raises OperatorError for a name that no call can have: neither an ATen overload nor ``namespace::name``."""
+    namespace, colons, rest = name.partition("::")
+    if colons:
+        if not namespace or not rest or namespace == "aten" or "." in rest:
+            stem = rest.partition(".")[0] if namespace != "aten" else rest
+            wanted = f"{namespace}::{stem}" if namespace not in ("", "aten") else stem
+            raise OperatorError(f"{operator} cannot stand for {name!r}: write {wanted!r}")
+        return
+    if name in _known_to_torch():
+        return
+    stem, dot, rest = name.partition(".")
+    if stem in _known_to_torch():
+        advice = f"write {stem!r}" if rest == "default" else f"{stem} has no such overload"
+    elif dot:
+        advice = f"a custom operator is written {stem + '::' + rest.partition('.')[0]!r}"
+    else:
+        advice = "is it misspelt? A custom operator is written 'namespace::name'"
+    raise OperatorError(f"{operator} cannot stand for {name!r}, which is no ATen operator that torch has: {advice}")

@@ -1,0 +1,131 @@
+"""What ``check_operator`` finds: each wrong record fails the law it breaks, and says which Dim and what to do."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+import regauge
+from own_operators import registered
+from regauge.ir.errors import LawError, OperatorError
+from regauge.ir.operator import Symmetry
+
+Register = Callable[..., str]
+
+
+@pytest.fixture
+def register() -> Iterator[Register]:
+    with ExitStack() as stack:
+        yield lambda *record, **fields: stack.enter_context(registered(*record, **fields))
+
+
+def rows() -> torch.Tensor:
+    return torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+
+
+def flipped(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(-1)
+
+
+def squashed(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x) + 1
+
+
+def mixed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(w @ x)
+
+
+def projected(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x) @ w
+
+
+def scored(x: torch.Tensor, w: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return (x @ w) * gate
+
+
+def summed(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(-1)
+
+
+@pytest.mark.parametrize("role", ["normalise c", "reduce c"])
+def test_an_axis_that_is_read_by_position_is_not_normalised(register: Register, role: str) -> None:
+    name = register(flipped, f"... c -> ... c ; {role}", regauge.sample(rows()))
+    with pytest.raises(LawError, match=r"operator flipped, sample 0, permute x:1=4: .* state its role"):
+        regauge.check_operator(name)
+
+
+def test_an_axis_that_is_read_by_position_is_not_mapped_over(register: Register) -> None:
+    name = register(flipped, "... c -> ... c", regauge.sample(rows()))
+    with pytest.raises(LawError, match="permute x:1=4"):
+        regauge.check_operator(name)
+
+
+def test_a_rotation_alone_does_not_show_every_permutation(register: Register) -> None:
+    def neighbours(x: torch.Tensor) -> torch.Tensor:
+        return x + x.roll(1, -1)
+
+    name = register(neighbours, "... c -> ... c", regauge.sample(rows()))
+    with pytest.raises(LawError, match="permute x:1=4"):
+        regauge.check_operator(name)
+
+
+def test_a_wrong_shape_is_told_by_the_shape_law(register: Register) -> None:
+    name = register(summed, "... c -> ... c", regauge.sample(rows()))
+    with pytest.raises(LawError, match=r"operator summed, sample 0, shape: .* correct the rule"):
+        regauge.check_operator(name)
+
+
+@pytest.mark.parametrize("symmetry", [Symmetry.LINEAR, Symmetry.ODD, Symmetry.HOMOGENEOUS, Symmetry.LAYOUT])
+def test_a_shifted_tanh_has_no_symmetry(register: Register, symmetry: Symmetry) -> None:
+    name = register(squashed, "... c -> ... c", regauge.sample(rows()), symmetry=symmetry)
+    with pytest.raises(LawError, match="map of x:0=2: result 0 differs by .* claim a weaker symmetry"):
+        regauge.check_operator(name)
+
+
+def test_it_passes_with_none(register: Register) -> None:
+    regauge.check_operator(register(squashed, "... c -> ... c", regauge.sample(rows())))
+
+
+def test_a_tanh_behind_a_contraction_is_not_linear(register: Register) -> None:
+    sample = regauge.sample(torch.randn(5, 3), torch.randn(5, 5))
+    name = register(mixed, "s c, t s -> t c ; whole s t", sample, symmetry=Symmetry.PRODUCT)
+    with pytest.raises(LawError, match="general linear map of x:1=3"):
+        regauge.check_operator(name)
+
+
+def test_a_tanh_before_a_contraction_is_not_linear(register: Register) -> None:
+    sample = regauge.sample(torch.randn(5, 3), torch.randn(3, 4))
+    name = register(projected, "n i, i o -> n o", sample, symmetry=Symmetry.PRODUCT)
+    with pytest.raises(LawError, match="map of x:[01]="):
+        regauge.check_operator(name)
+
+
+def test_two_factors_that_have_an_axis_do_not_take_general_maps(register: Register) -> None:
+    sample = regauge.sample(torch.randn(5, 3), torch.randn(3, 4), torch.randn(4))
+    regauge.check_operator(register(scored, "n i, i o, o -> n o", sample, symmetry=Symmetry.PRODUCT))
+
+
+def test_a_cost_that_reads_no_sizes_is_told(register: Register) -> None:
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    name = register(counted, "... c -> ... c", regauge.sample(rows()), macs=lambda call: id(call.node))
+    with pytest.raises(LawError, match="operator counted, sample 0, cost: macs are"):
+        regauge.check_operator(name)
+
+
+def test_a_record_without_samples_cannot_be_checked(register: Register) -> None:
+    with pytest.raises(LawError, match="operator 'squashed' has no samples"):
+        regauge.check_operator(register(squashed, "... c -> ... c"))
+
+
+def test_an_unknown_operator_is_told() -> None:
+    with pytest.raises(OperatorError, match="did you mean 'relu'"):
+        regauge.check_operator("rellu")
+
+
+def test_a_built_in_record_passes_and_leaves_the_random_state_alone() -> None:
+    before = torch.random.get_rng_state()
+    regauge.check_operator("linear")
+    assert torch.equal(before, torch.random.get_rng_state())
