@@ -123,7 +123,7 @@ def test_symmetry_depends_on_the_operands() -> None:
     assert symmetry(build.div(x, 2)) is Symmetry.PRODUCT
     assert symmetry(build.div(1, x)) is Symmetry.POINTWISE
     assert symmetry(build.div(gain, x)) is Symmetry.POINTWISE
-    assert symmetry(build.where(build.gt(x, 0), x, 0.0)) is Symmetry.HOMOGENEOUS
+    assert symmetry(build.where(build.gt(x, 0), x, 0.0)) is Symmetry.INDEXWISE
     assert symmetry(build.where(build.gt(x, 0), x, 1.0)) is Symmetry.POINTWISE
     assert symmetry(build.where(build.gt(x, 0), x, gain)) is Symmetry.POINTWISE
     assert symmetry(build.maximum(x, build.neg(x))) is Symmetry.HOMOGENEOUS
