@@ -19,6 +19,7 @@ import onnx_ir
 from regauge.frontends.onnx_call import OnnxCall
 from regauge.frontends.onnx_file import in_order, open_model
 from regauge.frontends.onnx_functions import expand_function
+from regauge.frontends.onnx_hierarchy import place_by_weights, recorded_scope
 from regauge.frontends.onnx_opaque import emit_opaque
 from regauge.frontends.onnx_regions import read_cond, read_loop, read_scan
 from regauge.frontends.onnx_scope import Entry, Scope, tensor_entry
@@ -81,6 +82,7 @@ class _Importer:
         self.model = model
         self.freeze = freeze
         self.label = label
+        self.by_torch = model.producer_name == "pytorch"
         self.graph = Graph(name=model.graph.name or "graph")
         self.scope = Scope(Builder(self.graph), dict(model.opset_imports))
         self.scope.emit = self._emit
@@ -98,6 +100,7 @@ class _Importer:
         self.graph.metadata["onnx_folded"] = self.scope.folded
         self.graph.metadata["onnx_branches"] = self.branches
         _mark_statistics(self.graph)
+        place_by_weights(self.graph)
         return self.graph
 
     # -- inputs and initializers -------------------------------------------------------------------------------------
@@ -190,7 +193,7 @@ class _Importer:
         """Make nodes of our own for an ONNX node."""
         build = scope.build
         before = (build.origin, build.scope)
-        build.origin, build.scope = node, _module_path(node)
+        build.origin, build.scope = node, recorded_scope(node, by_torch=self.by_torch)
         start = len(build.added)
         try:
             self._read(scope, node)
@@ -337,18 +340,3 @@ def _schema_default(call: OnnxCall, name: str) -> Any:
         return None
     found = onnx.helper.get_attribute_value(attribute.default_value)
     return found.decode() if isinstance(found, bytes) else found
-
-
-def _module_path(node: onnx_ir.Node) -> tuple[tuple[str, str], ...]:
-    """The module path that torch's exporter notes on its nodes, root first; empty for other exporters."""
-    import ast
-
-    paths = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-    classes = node.metadata_props.get("pkg.torch.onnx.class_hierarchy")
-    if not paths or not classes:
-        return ()
-    try:
-        pairs = list(zip(ast.literal_eval(paths), ast.literal_eval(classes), strict=True))
-    except (ValueError, SyntaxError):
-        return ()
-    return tuple((str(path), str(name).rpartition(".")[2]) for path, name in pairs[:-1])
