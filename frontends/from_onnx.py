@@ -11,6 +11,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -75,6 +76,20 @@ def _mark_statistics(graph: Graph) -> None:
                 value.kind, value.trainable = "buffer", False
 
 
+def _drop_unread(graph: Graph) -> None:
+    """Constants that readers took for numbers or sizes stay in the carried file alone: to change them means nothing."""
+    folded = graph.metadata["onnx_folded"]
+    for owner in [graph, *(region for _, node in graph.walk() for region in node.regions)]:
+        read = {output for output in owner.outputs if isinstance(output, Parameter)}
+        for name, parameter in list(owner.parameters.items()):
+            if parameter.kind == "constant" and not parameter.uses and parameter not in read:
+                del owner.parameters[name]
+    left = {parameter.name for parameter in graph.all_parameters()}
+    for value, record in folded.items():
+        if record.parameter is not None and record.parameter not in left:
+            folded[value] = replace(record, parameter=None)
+
+
 class _Importer:
     """One import: walks the nodes of the main graph, and through the scopes those of nested graphs and functions."""
 
@@ -99,6 +114,7 @@ class _Importer:
         self.graph.outputs = [self.scope.operand(value) for value in self.model.graph.outputs]
         self.graph.metadata["onnx_folded"] = self.scope.folded
         self.graph.metadata["onnx_branches"] = self.branches
+        _drop_unread(self.graph)
         _mark_statistics(self.graph)
         place_by_weights(self.graph)
         return self.graph
