@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.errors import EquivalenceError, RegaugeError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.interpret import describe, run
 from regauge.ir.sample_inputs import sample_inputs
 from regauge.ir.tables import format_table
 
@@ -71,15 +71,18 @@ def compare(a: Any, b: Any, inputs: Any = None, *, seeds: Sequence[int] = (0,)) 
     """Run two models on the same inputs and measure how far their outputs are apart.
 
     ``a`` and ``b`` are each a Graph, an ``nn.Module`` (run in eval mode, which is put back), the path of an ONNX file
-    (run in onnxruntime without its optimisations) or a function. ``inputs`` is a tensor, a sequence or a mapping by
-    name; without it inputs are drawn for each of ``seeds`` from the signature of whichever model has one.
+    (run in onnxruntime without its optimisations) or a function. ``inputs`` is one batch (a tensor, a tuple or list of
+    tensors, or a mapping by name), or as for ``optimize(data=)`` an iterable of batches or a function that gives one: a
+    list of tuples or mappings is one. Without it inputs are drawn for each of ``seeds`` from the signature of whichever
+    model has one. Of each output the run in which it differs most counts.
 
         regauge.compare(model, graph, (images,)).equal(1e-5)
+        regauge.compare(model, graph, [(images,), (other_images,)])
 
     Raises RegaugeError where a model cannot be run on the inputs, or none are given and none can be made up.
     """
     (run_a, names_a), (run_b, names_b) = _prepared(a), _prepared(b)
-    batches = [inputs] if inputs is not None else [_made_up(a, b, seed) for seed in seeds]
+    batches = _batches(inputs) if inputs is not None else [_made_up(a, b, seed) for seed in seeds]
     worst: list[Difference] = []
     for batch in batches:
         arguments = (
@@ -102,6 +105,26 @@ def check_equal(a: Any, b: Any, inputs: Any = None, *, tolerance: float = 1e-5) 
     return found
 
 
+def _batches(inputs: Any) -> list[Any]:
+    """The batches in what was given: itself, where it is one."""
+    if callable(inputs) and not isinstance(inputs, torch.Tensor):
+        inputs = inputs()
+    if isinstance(inputs, Mapping | tuple) or hasattr(inputs, "shape"):
+        return [inputs]
+    if not isinstance(inputs, Iterable) or isinstance(inputs, str):
+        raise RegaugeError(
+            f"inputs are a {type(inputs).__name__}: give a tensor, a tuple or mapping of them, or batches"
+        )
+    batches = list(inputs)
+    if isinstance(inputs, list) and not all(isinstance(batch, Mapping | tuple | list) for batch in batches):
+        return [inputs]
+    if not batches:
+        raise RegaugeError(
+            "inputs hold no batch: give a tensor, a tuple or mapping of tensors, or an iterable of these"
+        )
+    return batches
+
+
 def _prepared(model: Any) -> tuple[Runner, list[str]]:
     """How a model is run, and the names of its outputs where it has any."""
     if isinstance(model, Graph):
@@ -120,7 +143,13 @@ def _prepared(model: Any) -> tuple[Runner, list[str]]:
 
 def _run_module(model: torch.nn.Module, inputs: Any) -> Any:
     with _evaluating(model), torch.no_grad():
-        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        try:
+            return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        except RegaugeError:
+            raise
+        except Exception as error:  # the user's own code
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RegaugeError(f"{type(model).__name__} cannot be run on {describe(inputs)}: {reason}") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -18,7 +19,9 @@ from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Graph, Value
 from regauge.ir.sample_inputs import sample_inputs
 
-_PREFIX = "module."
+_PREFIX = "module."  # what the wrapper adds to every name
+_FOLDED_BIAS = ".weight_bias"
+_SCOPES, _CLASSES = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"
 
 
 def exported_model(graph: Graph) -> onnx_ir.Model:
@@ -106,12 +109,36 @@ def _output_keys(graph: Graph) -> list[str]:
 
 
 def _restore_names(model: onnx_ir.Model, graph: Graph) -> None:
-    """Initializers are called by their state_dict keys again, without the wrapper's prefix."""
-    for value in list(model.graph.initializers.values()):
-        name = value.name or ""
-        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in model.graph.initializers:
-            value.name = name.removeprefix(_PREFIX)
+    """Everything is called as in the module itself, without the wrapper around it.
+
+    Initializers get their state_dict keys again, nodes the paths of their modules. The exporter calls the bias of a
+    convolution that took a batch norm in ``conv.weight_bias``: it becomes ``conv.bias``.
+    """
+    names = model.graph.initializers
+    for value in list(names.values()):
+        name = (value.name or "").removeprefix(_PREFIX)
+        if name.endswith(_FOLDED_BIAS) and _PREFIX + name.removesuffix("_bias") not in names:
+            owner = name.removesuffix(_FOLDED_BIAS)
+            folded = name.removesuffix("_bias") in names and not {owner + ".bias", _PREFIX + owner + ".bias"} & {*names}
+            name = owner + ".bias" if folded else name
+        if name not in names:
+            value.name = name
+    for node in model.graph.all_nodes():
+        _strip_wrapper(node)
     model.graph.name = graph.name
+
+
+def _strip_wrapper(node: onnx_ir.Node) -> None:
+    """Drop the wrapper from what the exporter notes on a node of the modules around it."""
+    noted = [node.metadata_props.get(key) for key in (_SCOPES, _CLASSES)]
+    if None in noted:
+        return
+    paths, classes = (ast.literal_eval(text or "[]") for text in noted)
+    if len(paths) > 2 and paths[1] == _PREFIX.rstrip("."):  # the wrapper, the root, ..., the operator
+        stripped = ["", *(path.removeprefix(_PREFIX) for path in paths[2:])]
+        node.metadata_props[_SCOPES] = str(stripped)
+        node.metadata_props[_CLASSES] = str(classes[1:])
+        node.metadata_props["namespace"] = "/".join(map(": ".join, zip(stripped, classes[1:], strict=True)))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch import nn
 
 from regauge.backends.torch_forward import Forward
 from regauge.backends.torch_frames import frame_tree
+from regauge.backends.torch_layer_names import as_layers
 from regauge.backends.torch_modules import Classes
 from regauge.backends.torch_places import Places
 from regauge.backends.torch_runtime import import_source
@@ -38,6 +39,7 @@ class Emitted:
 
 def emit(graph: Graph) -> Emitted:
     """Source without weights; raises EmitError naming the node that has no torch form."""
+    graph = as_layers(graph)
     frame = frame_tree(graph)
     places = Places(graph, frame)
     forward = Forward(graph, places)

@@ -55,14 +55,18 @@ class _Following(ast.NodeTransformer):
 
 
 def _as_slices(index: ast.expr) -> ast.expr:
-    """``x[(slice(None, None, None), slice(0, 8, 1))]`` is ``x[:, 0:8]``."""
+    """``x[(slice(None, None, None), slice(0, 8, 1))]`` is ``x[:, :8]``."""
     match index:
         case ast.Tuple(elts=parts):
-            return ast.Tuple([_as_slices(part) for part in parts], ast.Load())
+            slices = [_as_slices(part) for part in parts]
+            # ``x[:3,]`` is ``x[:3]``
+            return slices[0] if len(slices) == 1 and isinstance(slices[0], ast.Slice) else ast.Tuple(slices, ast.Load())
         case ast.Call(func=ast.Name(id="slice"), args=[start, stop, step], keywords=[]):
             bounds = [None if isinstance(b, ast.Constant) and b.value is None else b for b in (start, stop, step)]
             if isinstance(step, ast.Constant) and step.value == 1:
                 bounds[2] = None
+                if isinstance(start, ast.Constant) and start.value == 0:
+                    bounds[0] = None
             return ast.Slice(*bounds)
     return index
 

@@ -149,11 +149,11 @@ def _can_vary(draft: Draft, places: object) -> bool:
 
 def _named(draft: Draft, groups: list[list[int]], known: Known) -> dict[str, list[int]]:
     """A readable name per parameter, from the argument it is first given as."""
-    contexts = _contexts(draft.init, known)
+    contexts = {**_heads(draft.text), **_contexts(draft.init, known)}
     taken = _MODULE_NAMES | {name for line in draft.init for name in re.findall(r'^self\.(?:\w+\(")?(\w+)', line)}
     columns: dict[str, list[int]] = {}
     for places in groups:
-        owner, argument = contexts.get(places[0], ("", "size"))
+        owner, argument = next((contexts[place] for place in places if place in contexts), ("", "size"))
         if contexts.get(places[1] if len(places) > 1 else -1) == (owner, argument.replace("in_", "out_")):
             argument = argument.removeprefix("in_")  # as wide out as in: channels, features
         if argument in columns and owner:
@@ -164,6 +164,19 @@ def _named(draft: Draft, groups: list[list[int]], known: Known) -> dict[str, lis
             candidate = f"{argument}_{count}"
         columns[candidate] = places
     return columns
+
+
+_SPLIT_HEADS = re.compile(r"(v__\d+__) = .*\.reshape\(.*\b(\d+), (\d+)\)\n.*\b\1\.permute\(0, 2, 1, 3\)")
+
+
+def _heads(text: str) -> dict[int, tuple[str, str]]:
+    """The numbers by which a class splits features into attention heads, and how they are called."""
+    places = {match.start(): place for place, match in enumerate(m for m in _TOKEN.finditer(text) if m[2])}
+    found = {}
+    for match in _SPLIT_HEADS.finditer(text):
+        found[places[match.start(2)]] = ("", "heads")
+        found[places[match.start(3)]] = ("", "head_dim")
+    return found
 
 
 def _contexts(lines: Sequence[str], known: Known) -> dict[int, tuple[str, str]]:

@@ -13,6 +13,7 @@ from regauge.backends.torch_recurrent import recurrent_layer
 from regauge.backends.torch_statements import Statements
 from regauge.backends.torch_statistics import counter_state, updating_norms
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.ops.attention import SCALED_BY
 
 
 class Forward:
@@ -26,6 +27,7 @@ class Forward:
         self.norms = updating_norms(graph)
         left_to_norms = {id(state) for states in self.norms.values() for state in states}
         self.states = [state for state in graph.states if id(state) not in left_to_norms]
+        self.rescaled = _rescaled(graph)
         self.needed: set[Value] = {o for o in graph.outputs if isinstance(o, Value)} | {s.after for s in self.states}
 
     def root(self, frame: Frame) -> Code:
@@ -125,6 +127,16 @@ class Forward:
     def is_reachable(self, value: Flowing, path: str) -> bool:
         """True for a parameter that the module at ``path`` can read as its own or its children's."""
         return isinstance(value, Parameter) and self.places.name_under(value, path) is not None
+
+
+def _rescaled(graph: Graph) -> set[Node]:
+    """Attentions whose scale is explained where it is written: all that took it from their head size, if that of any
+    was cut, so that layers that differ in sizes only share their source."""
+    scaled = [node for _, node in graph.walk() if SCALED_BY in node.metadata]
+    cut = any(
+        str(value.shape[-1]) != node.metadata[SCALED_BY] for node in scaled for _, value in list(node.operands())[:1]
+    )
+    return set(scaled) if cut else set()
 
 
 def _nodes(items: Sequence[Node | Code]) -> Iterator[Node]:

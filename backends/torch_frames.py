@@ -52,9 +52,10 @@ def frame_tree(graph: Graph) -> Frame:
 
 
 def root_class(graph: Graph) -> str:
-    """The class of the captured module, or a name made from the graph's."""
+    """The class of the captured module, that which a file notes as the root of its nodes, or the graph's name."""
     named = graph.metadata.get("torch", {}).get("root_class")
-    words = re.split(r"[^A-Za-z0-9]+", str(named or graph.name))
+    noted = next((name for node in graph.nodes for path, name in node.scope if not path and name), "")
+    words = re.split(r"[^A-Za-z0-9]+", str(named or noted or graph.name))
     name = "".join(word[:1].upper() + word[1:] for word in words if word)
     return name if name and not name[0].isdigit() else f"Model{name}"
 

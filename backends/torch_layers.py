@@ -17,7 +17,7 @@ from regauge.backends.torch_places import Places
 from regauge.ir.graph import Node, Operand, Parameter, Value
 
 _REPEATED = ("kernel_size", "stride", "padding", "dilation", "output_padding")  # one number serves all axes
-_SLOT_NAMES = {"weight": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+SLOT_NAMES = {"weight": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
 def frame_layer(node: Node, path: str, places: Places) -> str | None:
@@ -79,8 +79,8 @@ def _fits(text: str, node: Node, path: str, places: Places) -> bool:
         return False
     for position, operand in enumerate(node.inputs):
         slot = _slot(node, position)
-        if isinstance(operand, Value) and slot in _SLOT_NAMES:  # a computed weight or bias is no layer's
-            wanted = f"{path}.{_SLOT_NAMES[slot]}" if path else _SLOT_NAMES[slot]
+        if isinstance(operand, Value) and slot in SLOT_NAMES:  # a computed weight or bias is no layer's
+            wanted = f"{path}.{SLOT_NAMES[slot]}" if path else SLOT_NAMES[slot]
             if not isinstance(operand, Parameter) or places.name_under(operand, path) != wanted:
                 return False
     present = {name: (tuple(p.shape), places.is_trained(p)) for name, p in places.below(path).items()}

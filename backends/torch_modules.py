@@ -30,7 +30,9 @@ class Classes:
         self.places: Places = forward.places
         self.codes: dict[str, Code] = {**forward.modules, "": root}
         self.existing = _prefixes([*forward.modules, *(n.rpartition(".")[0] for n in self.places.tensors)])
-        self.position = {parameter: i for i, parameter in enumerate(graph.parameters.values())}
+        # Without a state_dict, modules that only hold tied tensors have no place of their own: they go where they run.
+        names = graph.metadata.get("torch", {}).get("state_names") or list(graph.parameters)
+        self.position = {name: i for i, name in enumerate(names)}
         self.built: dict[str, str] = {}  # path of each module with a class of its own -> how it is made
         self.names: set[str] = set(forward.helpers.sources)
         self.known: dict[str, list[str]] = {}  # class name -> its constructor's parameters
@@ -86,7 +88,14 @@ class Classes:
         return sorted(names, key=lambda name: rank[name])
 
     def _first_tensor(self, path: str) -> float:
-        return min((self.position.get(p, len(self.position)) for p in self.places.below(path).values()), default=-1)
+        names = [_join(path, name) for name in self.places.below(path)]
+        aliases = {alias for parameter in self.places.below(path).values() for alias in parameter.aliases}
+        known = [
+            self.position.get(name, len(self.position))
+            for name in names
+            if name in self.position or name not in aliases
+        ]
+        return min(known, default=-1)
 
     def _is_sequence(self, path: str, code: Code) -> bool:
         """True where running the children in the order of their numbers is what the code does."""

@@ -29,8 +29,9 @@ class Places:
         self._children: dict[str, dict[str, None]] = {}
         self.statistics = set(_statistics(graph))
         constants: list[Parameter] = []
+        tensors = {name for parameter in graph.all_parameters() for name in parameter.names}
         for parameter in dict.fromkeys(graph.all_parameters()):
-            if parameter.kind == "constant" or not _is_path(parameter.name):
+            if parameter.kind == "constant" or not _is_path(parameter.name) or _is_inside(parameter, tensors):
                 constants.append(parameter)
             else:
                 self._place(parameter, parameter.names)
@@ -135,6 +136,12 @@ class Places:
 
 def _is_path(name: str) -> bool:
     return all(re.fullmatch(r"\w+", part) for part in name.split("."))
+
+
+def _is_inside(parameter: Parameter, tensors: set[str]) -> bool:
+    """True for a name such as ``fc.weight.scaled`` beside ``fc.weight``: no module can be where a tensor is."""
+    parts = [name.split(".") for name in parameter.names]
+    return any(".".join(path[:depth]) in tensors for path in parts for depth in range(1, len(path)))
 
 
 def _content(weight: Weight) -> object:

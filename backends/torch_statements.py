@@ -18,6 +18,7 @@ from regauge.backends.torch_results import gives_sequence
 from regauge.backends.torch_sizes import size_expression, solve_for
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Node, Operand, Parameter, Value
+from regauge.ir.ops.attention import SCALED_BY
 
 if TYPE_CHECKING:
     from regauge.backends.torch_forward import Forward
@@ -185,7 +186,10 @@ class Statements:
         unpacks = len(results) > 1 or (node not in self.forward.norms and gives_sequence(node))
         flowing = [v for _, v in node.operands() if not self.forward.is_reachable(v, self.code.path)]
         renews = len(flowing) == 1 and len(results) == 1
-        self.code.lines.append(Line(self.targets(results), ast.unparse(found), unpacks, renews))
+        line = Line(self.targets(results), ast.unparse(found), unpacks, renews)
+        if node in self.forward.rescaled:
+            line.functions.append(f"# scale: 1/sqrt({node.metadata[SCALED_BY]}), of the head size before the cut")
+        self.code.lines.append(line)
 
     def expression(self, node: Node) -> ast.expr:
         """The node's own expression over this frame's variables; raises EmitError naming the node."""

@@ -250,6 +250,7 @@ def _metadata(traced: Traced) -> dict[str, Any]:
         "argument_names": tuple(traced.arguments),
         "kwargs": tuple(traced.kwargs),
         "root_class": traced.name,
+        "state_names": tuple(traced.program.state_dict),
         "training": traced.training,
     }
 

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -19,6 +20,7 @@ import onnx_ir
 from regauge.frontends.onnx_call import OnnxCall
 from regauge.frontends.onnx_file import in_order, open_model
 from regauge.frontends.onnx_functions import expand_function
+from regauge.frontends.onnx_hierarchy import place_by_weights, recorded_scope
 from regauge.frontends.onnx_opaque import emit_opaque
 from regauge.frontends.onnx_regions import read_cond, read_loop, read_scan
 from regauge.frontends.onnx_scope import Entry, Scope, tensor_entry
@@ -74,6 +76,20 @@ def _mark_statistics(graph: Graph) -> None:
                 value.kind, value.trainable = "buffer", False
 
 
+def _drop_unread(graph: Graph) -> None:
+    """Constants that readers took for numbers or sizes stay in the carried file alone: to change them means nothing."""
+    folded = graph.metadata["onnx_folded"]
+    for owner in [graph, *(region for _, node in graph.walk() for region in node.regions)]:
+        read = {output for output in owner.outputs if isinstance(output, Parameter)}
+        for name, parameter in list(owner.parameters.items()):
+            if parameter.kind == "constant" and not parameter.uses and parameter not in read:
+                del owner.parameters[name]
+    left = {parameter.name for parameter in graph.all_parameters()}
+    for value, record in folded.items():
+        if record.parameter is not None and record.parameter not in left:
+            folded[value] = replace(record, parameter=None)
+
+
 class _Importer:
     """One import: walks the nodes of the main graph, and through the scopes those of nested graphs and functions."""
 
@@ -81,6 +97,7 @@ class _Importer:
         self.model = model
         self.freeze = freeze
         self.label = label
+        self.by_torch = model.producer_name == "pytorch"
         self.graph = Graph(name=model.graph.name or "graph")
         self.scope = Scope(Builder(self.graph), dict(model.opset_imports))
         self.scope.emit = self._emit
@@ -99,7 +116,9 @@ class _Importer:
         self.graph.metadata["onnx_folded"] = self.scope.folded
         self.graph.metadata["onnx_branches"] = self.branches
         self.graph.metadata["onnx_aliases"] = self.aliases
+        _drop_unread(self.graph)
         _mark_statistics(self.graph)
+        place_by_weights(self.graph)
         return self.graph
 
     # -- inputs and initializers -------------------------------------------------------------------------------------
@@ -192,7 +211,7 @@ class _Importer:
         """Make nodes of our own for an ONNX node."""
         build = scope.build
         before = (build.origin, build.scope)
-        build.origin, build.scope = node, _module_path(node)
+        build.origin, build.scope = node, recorded_scope(node, by_torch=self.by_torch)
         start = len(build.added)
         try:
             self._read(scope, node)
@@ -341,18 +360,3 @@ def _schema_default(call: OnnxCall, name: str) -> Any:
         return None
     found = onnx.helper.get_attribute_value(attribute.default_value)
     return found.decode() if isinstance(found, bytes) else found
-
-
-def _module_path(node: onnx_ir.Node) -> tuple[tuple[str, str], ...]:
-    """The module path that torch's exporter notes on its nodes, root first; empty for other exporters."""
-    import ast
-
-    paths = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-    classes = node.metadata_props.get("pkg.torch.onnx.class_hierarchy")
-    if not paths or not classes:
-        return ()
-    try:
-        pairs = list(zip(ast.literal_eval(paths), ast.literal_eval(classes), strict=True))
-    except (ValueError, SyntaxError):
-        return ()
-    return tuple((str(path), str(name).rpartition(".")[2]) for path, name in pairs[:-1])

@@ -6,8 +6,10 @@ people, files and tests. Nodes are kept in a set and sorted on demand, so that a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import sympy
@@ -214,7 +216,12 @@ class Graph:
         for value in self.values():
             if value.name == name or (isinstance(value, Parameter) and name in value.aliases):
                 return value
-        raise GraphError(f"nothing in graph {self.name!r} is called {name!r}")
+        from difflib import get_close_matches
+
+        known = [value.name for value in self.values()] + [a for p in self.parameters.values() for a in p.aliases]
+        close = get_close_matches(name, known, 3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; print the graph to see its names"
+        raise GraphError(f"nothing in graph {self.name!r} is called {name!r}{hint}")
 
     def values(self) -> Iterator[Value]:
         yield from self.inputs
@@ -253,23 +260,59 @@ class Graph:
 
         return copy_graph(self)
 
-    def to_torch(self, **options: Any) -> torch.nn.Module:
-        """An ``nn.Module`` that computes this graph; see :mod:`regauge.backends.to_torch`."""
-        module: torch.nn.Module = _edge("regauge.backends.to_torch").to_torch(self, **options)
+    def to_torch(self, *, device: torch.device | str | None = None) -> torch.nn.Module:
+        """An ``nn.Module`` that computes this graph, on ``device`` or where the weights are.
+
+        See :func:`regauge.backends.to_torch.to_torch`. Raises EmitError where a node has no torch form.
+        """
+        module: torch.nn.Module = _edge("regauge.backends.to_torch").to_torch(self, device=device)
         return module
 
-    def to_onnx(self, path: Any, **options: Any) -> Any:
-        """Write the graph as an ONNX model; see :mod:`regauge.backends.to_onnx`."""
-        return _edge("regauge.backends.to_onnx").to_onnx(self, path, **options)
+    def to_onnx(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        external_data: bool | str | None = None,
+        verify: bool = True,
+        overwrite: bool = True,
+        inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write the graph as an ONNX model and return its path.
 
-    def apply_to(self, model: torch.nn.Module, **options: Any) -> torch.nn.Module:
-        """Put the graph's shrunk weights and sizes into the user's own module; see :mod:`regauge.backends.apply_to`."""
-        module: torch.nn.Module = _edge("regauge.backends.apply_to").apply_to(self, model, **options)
+        ``external_data`` says if weights go beside the model, ``verify`` if the file is run and compared with the
+        graph, on ``inputs`` or on made-up ones, ``overwrite`` if a file that exists may be replaced. See
+        :func:`regauge.backends.to_onnx.to_onnx`. Raises EmitError when something cannot be expressed or written.
+        """
+        written: Path = _edge("regauge.backends.to_onnx").to_onnx(
+            self, path, external_data=external_data, verify=verify, overwrite=overwrite, inputs=inputs
+        )
+        return written
+
+    def apply_to(
+        self,
+        model: torch.nn.Module,
+        *,
+        inplace: bool = True,
+        inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
+        tries: int = 250,
+    ) -> torch.nn.Module:
+        """Put the graph's shrunk weights and sizes into the user's own module, or with ``inplace=False`` into a copy.
+
+        ``inputs`` are for the numeric check; at most ``tries`` settings of integer attributes are tried. See
+        :func:`regauge.backends.apply_to.apply_to`. Raises EmitError, with the model as it was, where that fails.
+        """
+        module: torch.nn.Module = _edge("regauge.backends.apply_to").apply_to(
+            self, model, inplace=inplace, inputs=inputs, tries=tries
+        )
         return module
 
-    def write(self, folder: Any, **options: Any) -> Any:
-        """Write readable torch source and a safetensors file; see :mod:`regauge.backends.to_torch`."""
-        return _edge("regauge.backends.to_torch").write(self, folder, **options)
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write readable torch source, ``model.py``, and ``model.safetensors`` into a folder; returns the folder.
+
+        See :func:`regauge.backends.to_torch.write`. Raises EmitError where the graph has no torch form.
+        """
+        written: Path = _edge("regauge.backends.to_torch").write(self, folder)
+        return written
 
 
 def _edge(module: str) -> Any:

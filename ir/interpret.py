@@ -42,6 +42,9 @@ class Interpreter:
         arguments = self._arguments(inputs)
         bindings: dict[sympy.Symbol, int] = {}
         for value, tensor in zip(self.graph.inputs, arguments, strict=True):
+            if isinstance(tensor, tuple | list) and isinstance(value.dtype, torch.dtype):
+                kind = type(tensor).__name__
+                raise GraphError(f"the input {value} got {describe(tensor)}, a {kind}: give a tensor for each input")
             if isinstance(tensor, torch.Tensor):
                 _check_rank(value, tensor)
                 solve_bindings(value.shape, tensor.shape, bindings)
@@ -99,7 +102,7 @@ class Interpreter:
         except RegaugeError:
             raise
         except Exception as error:
-            shapes = ", ".join(str(tuple(o.shape)) if isinstance(o, torch.Tensor) else repr(o) for o in operands)
+            shapes = ", ".join(map(describe, operands))
             where = f", called at {node.source}" if node.source else ""
             raise RegaugeError(f"{node.label} failed on operands {shapes}{where}: {error}") from error
         results = tuple(raw) if isinstance(raw, tuple | list) else (raw,)
@@ -125,6 +128,15 @@ def _tensor(given: Any) -> Any:
     if isinstance(given, torch.Tensor) or not hasattr(given, "__array__"):
         return given
     return given if getattr(given, "dtype", None) is not None and given.dtype.kind in "OUSV" else torch.as_tensor(given)
+
+
+def describe(value: Any) -> str:
+    """What messages say of a value: the shape of a tensor, never its elements."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(describe, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {describe(item)}' for name, item in value.items())}}}"
+    return str(tuple(value.shape)) if hasattr(value, "shape") else repr(value)
 
 
 def _check_rank(value: Value, tensor: torch.Tensor) -> None:

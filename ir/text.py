@@ -49,7 +49,7 @@ def _graph_lines(graph: Graph, keyword: str) -> Iterator[str]:
     for node in graph.nodes:
         place = node.scope[-1] if node.scope else None
         if place != here and place is not None:
-            yield f"{INDENT}# {place[0] or 'root'}: {place[1]}"
+            yield f"{INDENT}# {place[0] or 'root'}" + (f": {place[1]}" if place[1] else "")
         here = place
         yield from (INDENT + line for line in _node_lines(node))
     yield f"{INDENT}return {', '.join(map(format_operand, graph.outputs))}"

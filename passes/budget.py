@@ -58,6 +58,11 @@ def parse_amount(given: float | int | str, option: str) -> Amount:
         raise PassError(
             f"{option}={given:g} is out of range: write a share above 0 and up to 1, or a number such as 1.2M"
         )
+    if given > 1 and given != int(given):
+        raise PassError(
+            f"{option}={given:g} is neither a share, which is at most 1, nor a whole number: "
+            f"write {option}=0.5 to keep half, or a number such as 1.2M"
+        )
     return Amount(float(given), relative=given <= 1)
 
 

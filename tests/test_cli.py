@@ -72,7 +72,7 @@ def test_inspect_groups_and_explain(model_file: Path, capsys: pytest.CaptureFixt
     assert run("groups", model_file, "--free") == 0
     lines = capsys.readouterr().out.splitlines()
     name = lines[1].split()[0]
-    assert len(lines) == 3 and "free" in lines[1]
+    assert len(lines) == 3 and lines[0].split() == ["Dim", "size", "members"]
     assert run("groups", model_file, "--of", name) == 0
     assert name in capsys.readouterr().out
     assert run("explain", model_file, name) == 0
@@ -106,6 +106,10 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
         (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{params=1,exclude=x}"), "matches no parameter"),
         (("optimize", "MODEL", "-o", "OUT", "--data", "MODEL"), "is not an .npz file"),
         (("optimize", "missing.onnx", "-o", "OUT"), "there is no file missing.onnx"),
+        (("optimize", "MODEL", "-o", "OUT", "--data", "missing.npz"), "there is no file missing.npz"),
+        (("compare", "MODEL", "MODEL", "--data", "missing.npz"), "there is no file missing.npz"),
+        (("optimize", "MODEL", "-o", "WRONG"), "small.pt2 would be a .pt2 file: name an .onnx file, or a folder"),
+        (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{macs=1.5}"), "macs=1.5 is neither a share"),
         (("optimize", "MODEL"), "Missing option '-o'"),
         (("optimize", "MODEL", "-o", "OUT", "--pases", "x"), "No such option: --pases"),
         (("optimise", "MODEL"), "No such command 'optimise'"),
@@ -121,11 +125,68 @@ def test_errors_take_one_line_and_leave_nothing(
 ) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(model_file.read_bytes()[:200])
-    files = {"MODEL": model_file, "OUT": tmp_path / "out.onnx", "BROKEN": broken}
+    files = {
+        "MODEL": model_file, "OUT": tmp_path / "out.onnx", "BROKEN": broken, "WRONG": tmp_path / "small.pt2",
+    }  # fmt: skip
     assert run(*[files.get(argument, argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("regauge: ") and len(error.splitlines()) == 1 and message in error
     assert [path.name for path in tmp_path.iterdir()] == ["broken.onnx"]
+
+
+@pytest.mark.parametrize("command", [("optimize", "MODEL", "-o", "OUT"), ("compare", "MODEL", "MODEL")])
+def test_arrays_under_wrong_names_are_told_with_those_expected(
+    command: tuple[str, ...], model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.npz"
+    np.savez(data, pixels=np.ones((2, 6), dtype=np.float32))
+    files = {"MODEL": model_file, "OUT": tmp_path / "out.onnx"}
+    assert run(*[files.get(part, part) for part in command], "--data", data) == 2
+    name = _input_name(model_file)
+    assert capsys.readouterr().err == f"regauge: {data} holds arrays called pixels, but the model takes {name}\n"
+
+
+def test_groups_count_what_cannot_be_cut(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("groups", model_file) == 0
+    shown = capsys.readouterr().out
+    assert "2 more cannot be cut (--all lists them):\n" in shown and "  1 x it is an axis of a graph output\n" in shown
+    assert run("groups", model_file, "--all") == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 5 and rows[0].split() == ["Dim", "size", "members", "state"]
+    assert run("groups", model_file, "--of", "0.weight:0") == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[-2 if place == 1 else -1] for place, row in enumerate(rows)] == [
+        "state", "0.weight:0", "0.bias:0", "2.weight:1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("optimize", "MODEL", "-o", "OUT", "--passes", "prune{macs=0.5,scope=global,minimum=2}"),
+        ("groups", "MODEL", "--all"),
+        ("groups", "MODEL", "--of", "0.weight:0"),
+        ("inspect", "MODEL"),
+        ("explain", "MODEL", "0.weight:0"),
+        ("passes",),
+        ("passes", "prune"),
+    ],
+)
+def test_everything_fits_into_a_terminal(
+    command: tuple[str, ...], columns: int, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("regauge.terminal.width", lambda: columns)
+    files = {"MODEL": model_file, "OUT": "out.onnx"}
+    monkeypatch.chdir(tmp_path)
+    assert run(*[files.get(part, part) for part in command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    path = str(model_file)
+    assert max(len(line) for line in lines if path not in line) <= columns
+    if command[0] == "optimize" and columns == 80:
+        assert lines[0] == "prune{macs=0.5,scope=global,minimum=2}"  # in one piece, the figures below it
+        assert lines[2].split()[:2] == ["MACs", "2.62K"]
 
 
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:

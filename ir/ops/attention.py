@@ -101,6 +101,10 @@ def _samples() -> list[Sample]:
 # -- ATen forms --------------------------------------------------------------------------------------------------------
 
 
+SCALED_BY = "scaled_by_head_size"
+"""Where a node's metadata says of which head size the scale, which was not given, was made."""
+
+
 def frozen_scale(q: Value, scale: float | None) -> float:
     """The scale that stands for None, as a number."""
     return 1 / math.sqrt(int(q.shape[-1])) if scale is None else float(scale)
@@ -112,9 +116,12 @@ def _sdpa(
 ) -> Value:  # fmt: skip
     # equal head counts need no sharing, and then nothing has to be split
     grouped = enable_gqa and not all(same(q.shape[-3], other.shape[-3]) for other in (k, v))
-    return build.attention(  # type: ignore[no-any-return]
+    result: Value = build.attention(
         q, k, v, attn_mask, is_causal=is_causal, scale=frozen_scale(q, scale), enable_gqa=grouped, dropout_p=dropout_p
     )
+    if scale is None and result.producer is not None:
+        result.producer.metadata[SCALED_BY] = str(q.shape[-1])
+    return result
 
 
 def _flash_cpu(

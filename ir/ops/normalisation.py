@@ -87,7 +87,7 @@ def _onnx_batch_norm(build: Any, call: Any) -> Any:
     x, weight, bias, mean, var = (call.operand(i) for i in range(5))
     if training:
         mean = var = None
-    eps, momentum = call.attribute("epsilon", 1e-5), 1 - call.attribute("momentum", 0.9)
+    eps, momentum = call.attribute("epsilon", 1e-5), round(1 - call.attribute("momentum", 0.9), 7)  # stored in float32
     return build.batch_norm(x, weight, bias, mean, var, training=training, momentum=momentum, eps=eps)
 
 

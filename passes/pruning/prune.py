@@ -42,8 +42,8 @@ _RECOMPUTED = {"normalise", "reduce"}
 class Prune(Pass):
     """Remove the least important channels, widths, heads, head dims and hidden units, wherever axes are free to shrink.
 
-    before  h = relu(conv(x, w1: f32[64,3,3,3]))     y = conv(h, w2: f32[128,64,3,3])
-    after   h = relu(conv(x, w1: f32[32,3,3,3]))     y = conv(h, w2: f32[128,32,3,3])
+    before  h = relu(conv(x, w1: f32[64,3,3,3]))    y = conv(h, w2: f32[128,64,3,3])
+    after   h = relu(conv(x, w1: f32[32,3,3,3]))    y = conv(h, w2: f32[128,32,3,3])
 
     Every axis that must shrink with another one does: all of a Dim's members are cut at the same indices. Inputs and
     outputs of the graph keep their sizes. The result equals the original with the removed entries set to zero, except

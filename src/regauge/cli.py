@@ -1,6 +1,6 @@
 """The command line: what the Python interface does, for files.
 
-Tables are drawn on a terminal and plain in a pipe (NO_COLOR is respected). Exit status 0: done; 1: a comparison found a
+Tables and text are as wide as the terminal, and not broken in a pipe. Exit status 0: done; 1: a comparison found a
 difference; 2: an error, told in one line on stderr, with nothing written.
 """
 
@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regauge.ir.errors import RegaugeError
+from regauge.terminal import print_prose, print_table, print_text
 
 if TYPE_CHECKING:
     from regauge.ir.graph import Graph
+    from regauge.ir.groups import Group
 
 # Errors are printed by main(), in one line; docstrings are shown as they are written.
 app = typer.Typer(
@@ -86,18 +88,22 @@ def optimize(
     from regauge.optimize import optimize as run_optimize
     from regauge.passes.catalog import as_passes
 
+    if output.suffix.lower() not in (".onnx", ""):
+        raise RegaugeError(
+            f"{output} would be a {output.suffix} file: name an .onnx file, or a folder without a suffix"
+        )
     pipeline = as_passes(passes or [])  # a wrong option is told before a large file is read
-    batches = [_read_npz(path) for path in data] if data else None
-    result = run_optimize(_open(model), pipeline, batches)
+    graph = _open(model)
+    result = run_optimize(graph, pipeline, _batches(data, graph))
     if output.suffix.lower() == ".onnx":
         result.to_onnx(output)
     else:
         result.write(output)
     if result.report.passes:
-        _print_table(result.report.rows())
+        print_table(result.report.rows())
         for entry in result.report.passes:
             for line in entry.lines():
-                print(f"  {line}")
+                print_text(f"  {line}")
     print(f"wrote {output}")
 
 
@@ -116,7 +122,7 @@ def inspect(
     if text:
         print(graph)
         return
-    _print_table([["model", str(model)], *_summary(graph)])
+    print_table([["model", str(model)], *_summary(graph)])
 
 
 def _summary(graph: Graph) -> list[list[str]]:
@@ -148,27 +154,49 @@ def _summary(graph: Graph) -> list[list[str]]:
 def groups(
     model: Model,
     of: Annotated[str | None, typer.Option(help="only the Dims of this parameter axis, such as conv1.weight:0")] = None,
-    free: Annotated[bool, typer.Option("--free", help="only Dims that can be cut")] = False,
+    free: Annotated[bool, typer.Option("--free", help="only Dims that can be cut, nothing about the others")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="also each Dim that cannot be cut, and why not")] = False,
 ) -> None:
     """List the Dims of a model: axes that can only be cut together.
 
-    The state says that a Dim is free, or why it cannot be cut.
+    Those that can be cut are listed, and the others counted by what keeps them from it.
 
     \b
     regauge groups model.onnx
+    regauge groups model.onnx --all
     regauge groups model.onnx --of conv1.weight:0
     """
     from regauge.ir.groups import find_groups
 
     graph = _open(model)
-    found = find_groups(graph, of) if of else graph.groups()
-    rows = [["Dim", "size", "members", "state"]]
+    if of:
+        _print_members(find_groups(graph, of))
+        return
+    found = graph.groups()
+    rows = [["Dim", "size", "members"] + (["state"] if everything else [])]
     for group in found:
-        if group.free or not free:
-            state = "free" if group.free else str(group.pins[0]) if group.pins else "nothing to cut"
-            members = ", ".join(map(str, group.members)) if of else str(len(group.members))
-            rows.append([group.name, str(group.size), members, state])
-    _print_table(rows)
+        if group.free or everything and not free:
+            rows.append([group.name, str(group.size), str(len(group.members)), _state(group)][: len(rows[0])])
+    print_table(rows)
+    pinned = Counter(group.pins[0].reason if group.pins else "nothing to cut" for group in found if not group.free)
+    if pinned and not free and not everything:
+        print(f"\n{pinned.total()} more cannot be cut (--all lists them):")
+        for reason, count in pinned.most_common():
+            print_text(f"  {count} x {reason}")
+
+
+def _state(group: Group) -> str:
+    return "free" if group.free else str(group.pins[0]) if group.pins else "nothing to cut"
+
+
+def _print_members(found: Sequence[Group]) -> None:
+    """Each Dim with its members one below the other."""
+    rows = [["Dim", "size", "member", "state"]]
+    for group in found:
+        first, *others = map(str, group.members)
+        rows.append([group.name, str(group.size), first, _state(group)])
+        rows += [["", "", member, ""] for member in others]
+    print_table(rows)
 
 
 @app.command()
@@ -181,7 +209,7 @@ def explain(
     \b
     regauge explain model.onnx conv1.weight:0
     """
-    print(_open(model).explain(what))
+    print_text(_open(model).explain(what))
 
 
 @app.command()
@@ -203,15 +231,14 @@ def compare(
     from regauge.ir.sample_inputs import sample_inputs
 
     models: list[Any] = [path if _is_onnx(path) else _open(path) for path in (first, second)]
-    if data:
-        batches: list[Any] = [_read_npz(path) for path in data]
-    else:
+    batches: list[Any] | None = _batches(data, models[0])
+    if batches is None:
         graph = _open(first) if _is_onnx(first) else models[0]
         batches = [sample_inputs(graph, seed=seed) for seed in range(seeds)]
     equal = True
     for batch in batches:
         found = run_compare(models[0], models[1], batch)
-        _print_table(found.rows())
+        print_table(found.rows())
         equal = equal and found.equal(tolerance)
     print("equal" if equal else "different", f"within {tolerance:g}")
     return 0 if equal else 1
@@ -230,15 +257,16 @@ def passes(
     from regauge.passes.catalog import find_pass, pass_names
 
     if name is None:
-        _print_table([["pass", "contract", "what it does"], *_pass_rows(pass_names())])
+        print_table([["pass", "contract", "what it does"], *_pass_rows(pass_names())])
         return
     import inspect as python_inspect
 
     one = find_pass(name)
-    print(f"{one.name} ({one.contract})\n\n{python_inspect.getdoc(one)}\n")
+    print_prose(f"{one.name} ({one.contract})\n\n{python_inspect.getdoc(one)}")
+    print()
     rows = [[info.name, info.kind, info.default, info.help] for info in one.option_table()]
     if rows:
-        _print_table([["option", "value", "default", ""], *rows])
+        print_table([["option", "value", "default", ""], *rows])
     else:
         print("no options")
 
@@ -272,7 +300,7 @@ def demo(
     from regauge.demo import pruned_path, run_demo
 
     rows = run_demo(quick=quick, save=save)
-    _print_table(rows)
+    print_table(rows)
     if save is not None:
         print(f"wrote {save} and {pruned_path(save)}")
 
@@ -301,33 +329,43 @@ def _open(path: Path) -> Graph:
     return load(path)
 
 
+def _batches(paths: Sequence[Path] | None, model: Graph | Path) -> list[dict[str, Any]] | None:
+    """The batches in .npz files, under the names of the model's inputs; raises RegaugeError where they differ."""
+    if not paths:
+        return None
+    needed, optional = _input_names(model)
+    batches = []
+    for path in paths:
+        batch = _read_npz(path)
+        if not set(needed) <= set(batch) <= {*needed, *optional}:
+            raise RegaugeError(
+                f"{path} holds arrays called {', '.join(batch) or 'nothing'}, "
+                f"but the model takes {', '.join(needed) or 'no inputs'}"
+            )
+        batches.append(batch)
+    return batches
+
+
+def _input_names(model: Graph | Path) -> tuple[list[str], list[str]]:
+    """Names of the inputs that must be given, and of those that may be."""
+    if isinstance(model, Path):
+        from regauge.backends.run_onnxruntime import Session
+
+        session = Session(model, optimisation="off")
+        return session.inputs, session.overridable
+    defaults = model.metadata.get("input_defaults", {})
+    return [value.name for value in model.inputs if value.name not in defaults], list(defaults)
+
+
 def _read_npz(path: Path) -> dict[str, Any]:
     """Arrays by name; raises RegaugeError for anything that is not a plain .npz file."""
     import numpy as np
     import torch
 
+    if not path.exists():
+        raise RegaugeError(f"there is no file {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RegaugeError(f"{path} is not an .npz file of arrays: {error}") from error
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal, aligned text in a pipe."""
-    from regauge.ir.tables import format_table, right_aligned
-
-    if not sys.stdout.isatty():
-        print("\n".join(format_table(rows)))
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for title, right in zip(rows[0], right_aligned(rows), strict=True):
-        table.add_column(Text(title), overflow="fold", justify="right" if right else "left")
-    for row in rows[1:]:
-        table.add_row(*[Text(cell) for cell in row])
-    Console().print(table)

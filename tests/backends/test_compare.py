@@ -1,5 +1,6 @@
 """Comparing graphs, modules, ONNX files and functions with one another."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from regauge.backends.compare import check_equal, compare
 from regauge.backends.run_onnxruntime import Session
+from regauge.frontends.capture import capture
 from regauge.ir.errors import EquivalenceError, RegaugeError
 from regauge.ir.interpret import run
 from small_graphs import multilayer_perceptron, residual_network
@@ -73,3 +75,23 @@ def test_what_cannot_be_run_or_made_up() -> None:
         compare(3, 4, torch.ones(1))
     with pytest.raises(RegaugeError, match="no inputs are given"):
         compare(lambda x: x, lambda x: x)
+
+
+def test_batches_are_taken_as_optimize_takes_them():
+    model, x, y = nn.Linear(3, 2), torch.randn(1, 3), torch.randn(4, 3)
+    for inputs, runs in [
+        (x, 1), ((x,), 1), ([x], 1), ({"input": x}, 1),
+        ([(x,), (y,)], 2), ([{"input": x}], 1), (iter([x, y]), 2), (lambda: [(x,), (y,), (x,)], 3),
+    ]:  # fmt: skip
+        found = compare(model, copy.deepcopy(model), inputs)
+        assert found.runs == runs and found.absolute == 0
+
+
+def test_wrong_inputs_are_told_in_one_line_without_their_elements():
+    model, x = nn.Linear(3, 2), torch.randn(2, 3)
+    graph = capture(model, (x,))
+    for wrong in (((x, x),), (x, x), [], 5):
+        for first in (model, graph):
+            with pytest.raises(RegaugeError) as caught:
+                compare(first, graph, wrong)
+            assert len(str(caught.value).splitlines()) == 1 and "tensor(" not in str(caught.value)

@@ -139,6 +139,16 @@ def test_parameter_of_another_branch_is_passed_in():
     _agrees(graph, torch.randn(2, 6))
 
 
+def test_parameter_named_below_another_lives_where_it_is_used():
+    graph, build, x = _start()
+    weight = build.parameter("b.weight", torch.randn(6, 6))
+    scaled = build.parameter("b.weight.scaled", torch.randn(6))
+    graph.outputs = [build.mul(build.linear(x, weight), scaled)]
+    module, data = to_torch(graph), torch.randn(2, 6)
+    assert set(module.state_dict()) == {"b.weight", "scaled"}
+    torch.testing.assert_close(module(data), run(graph, (data,))[0])
+
+
 def test_functional_use_of_a_childs_parameters_becomes_the_standard_layer():
     graph, build, x = _start()
     build.scope = (ROOT, ("block", "Block"))

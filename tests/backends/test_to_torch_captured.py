@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from regauge.backends.to_torch import to_torch
 from regauge.backends.torch_runtime import source_of
+from regauge.frontends.capture import capture
+from regauge.optimize import optimize
 
 
 class Normed(torch.nn.Module):
@@ -25,8 +28,6 @@ class Normed(torch.nn.Module):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_captured_module_switches_modes_and_keeps_its_form(train):
-    from regauge.frontends.capture import capture
-
     model = Normed().train(train)
     inputs, scale = torch.randn(2, 3, 6, 6), [torch.tensor(2.0), {"shift": torch.ones(3)}]
     graph = capture(model, (inputs,), {"scale": scale}, train=train, verify=False)
@@ -46,8 +47,6 @@ def test_captured_module_switches_modes_and_keeps_its_form(train):
 
 
 def test_dynamic_batch_survives_emission():
-    from regauge.frontends.capture import capture
-
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Unflatten(1, (2, 3)), torch.nn.Flatten()
     )
@@ -69,8 +68,6 @@ class _Ordered(torch.nn.Module):
 
 
 def test_struct_sequences_are_returned_as_what_they_were():
-    from regauge.frontends.capture import capture
-
     model = _Ordered()
     module = to_torch(capture(model, (torch.randn(3, 4),), dynamic={"x": {0: "batch"}}))
     x = torch.randn(5, 4)
@@ -92,8 +89,6 @@ class _ComputedBias(torch.nn.Module):
 
 
 def test_a_layer_whose_bias_is_computed_is_no_layer():
-    from regauge.frontends.capture import capture
-
     model, x = _ComputedBias(), torch.randn(3, 4)
     module = to_torch(capture(model, (x,)))
     torch.testing.assert_close(module(x), model(x))
@@ -115,9 +110,63 @@ class _OfPair(torch.nn.Module):
 
 
 def test_arguments_keep_their_order_where_a_later_one_shows_a_dynamic_size():
-    from regauge.frontends.capture import capture
-
     model = _OfPair()
     module = to_torch(capture(model, (torch.randn(3, 6), torch.randn(6)), dynamic={"x": {0: "batch"}}))
     inputs = torch.randn(6, 6), torch.randn(6)
     torch.testing.assert_close(module(*inputs), model(*inputs))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.heads = heads
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        q, k, v = (
+            layer(x).view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o(attended.transpose(1, 2).reshape(batch, length, width))
+
+
+class _Tied(nn.Module):
+    """Layers that run before the head, which is defined last and tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.tok = nn.Embedding(11, 16)
+        self.pos = nn.Parameter(torch.randn(8, 16))
+        self.layers = nn.ModuleList([_Attention(16, 2), _Attention(16, 2)])
+        self.head = nn.Linear(16, 11, bias=False)
+        self.head.weight = self.tok.weight
+
+    def forward(self, ids):
+        x = self.tok(ids) + self.pos[: ids.shape[1]]
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def _tied():
+    model, ids = _Tied().eval(), torch.randint(0, 11, (2, 6))
+    return model, capture(model, (ids,), dynamic={0: {1: "length"}})
+
+
+def test_modules_stand_in_the_order_of_the_state_dict_with_tied_weights_too():
+    model, graph = _tied()
+    module = to_torch(graph)
+    assert list(module.state_dict()) == list(model.state_dict())
+    assert list(dict(module.named_children())) == ["tok", "layers", "head"]
+    source = source_of(module)
+    assert "self.pos[:ids.shape[1]]" in source and "# scale" not in source
+
+
+def test_a_frozen_scale_is_explained_and_heads_are_called_so():
+    _, graph = _tied()
+    source = source_of(to_torch(optimize(graph, "prune{ratio=0.5,exclude=[layers.1.*]}")))
+    assert source.count("# scale: 1/sqrt(8), of the head size before the cut\n") == 1
+    assert "def __init__(self, out_features, heads, head_dim):" in source
+    assert "self.heads, self.head_dim)" in source

@@ -224,6 +224,22 @@ def test_strings_flow_through_opaque_nodes() -> None:
     assert list(result) == ["aa", "bb"]
 
 
+def test_constants_that_became_numbers_are_no_parameters(tmp_path: Path) -> None:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])
+    half = numpy_helper.from_array(np.array(0.5, dtype=np.float32), "half")
+    model = helper.make_model(
+        helper.make_graph([helper.make_node("Mul", ["x", "half"], ["y"])], "g", [x], [y], [half]),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    graph = load(model)
+    assert not graph.parameters and graph.nodes[0].inputs[1] == 0.5
+    graph.to_onnx(tmp_path / "same.onnx")  # the carried file keeps it
+    assert [i.name for i in onnx.load(tmp_path / "same.onnx").graph.initializer] == ["half"]
+    assert_equals_runtime(model)
+
+
 def test_sparse_initializers_are_densified_with_a_note() -> None:
     model = small([helper.make_node("MatMul", ["x", "w"], ["y"])])
     values = helper.make_tensor("w", TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])

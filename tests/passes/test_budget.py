@@ -29,7 +29,7 @@ def test_amounts(given_amount: float | str, expected: Amount) -> None:
     assert parse_amount(given_amount, "bytes") == expected
 
 
-@pytest.mark.parametrize("wrong", ["0", "M", "5 apples", "-3M", 0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", ["0", "M", "5 apples", "-3M", 0, -1, 1.5, "1.5", float("nan"), float("inf")])
 def test_wrong_amounts(wrong: float | str) -> None:
     with pytest.raises(PassError, match="bytes="):
         parse_amount(wrong, "bytes")
