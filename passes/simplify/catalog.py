@@ -7,9 +7,10 @@ from difflib import get_close_matches
 
 from regauge.ir.errors import PassError
 from regauge.ir.rewrite import RuleSet
-from regauge.passes.simplify import affine
+from regauge.passes.simplify import affine, identities
 
 RULE_SETS: Mapping[str, RuleSet] = {
+    "identities": identities.RULES,
     "affine": affine.RULES,
 }
 
