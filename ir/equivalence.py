@@ -105,11 +105,13 @@ def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
 
     A sample gives operands and attributes by the names of variables, and ``"node.attribute"`` or ``"node.op"`` where
     the pattern leaves a choice; for ``...`` among the operands ``"node.operands"``, a function of the builder and of
-    those variables that it names.
+    those operands that it names. A variable may stand for a computed value: it is given as such a function, of other
+    operands that the sample has under names of their own.
     """
     graph = Graph("sample", metadata={"sample_inputs": {}})
     build = Builder(graph)
-    values = {v.name: _operand(build, v.name, sample.get(v.name)) for v in pattern.variables}
+    values = {name: _operand(build, name, given) for name, given in sample.items() if _is_plain(name, given)}
+    values.update({name: _called(given, build, values) for name, given in sample.items() if _is_made(name, given)})
     made: dict[CallPattern, Any] = {}
 
     def attribute(call: CallPattern, name: str, wanted: Any) -> Any:
@@ -119,7 +121,7 @@ def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
 
     def operand(part: Any) -> Any:
         if isinstance(part, Variable):
-            return values[part.name]
+            return values.get(part.name)
         if isinstance(part, CallPattern | ResultPattern):
             call = part.call if isinstance(part, ResultPattern) else part
             result = make(call)
@@ -134,8 +136,7 @@ def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
         function = sample.get(f"{call.name}.operands")
         if not call.variadic or function is None:
             return []
-        wanted = [name for name in inspect.signature(function).parameters if name in values]
-        return list(function(build, **{name: values[name] for name in wanted}))
+        return list(_called(function, build, values))
 
     def make(call: CallPattern) -> Any:
         if call not in made:
@@ -152,6 +153,20 @@ def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
 
     graph.outputs = [value for root in pattern.roots for value in results(root)]
     return graph
+
+
+def _is_plain(name: str, given: Any) -> bool:
+    return "." not in name and not inspect.isfunction(given)
+
+
+def _is_made(name: str, given: Any) -> bool:
+    return "." not in name and inspect.isfunction(given)
+
+
+def _called(function: Any, build: Builder, values: Mapping[str, Any]) -> Any:
+    """``function(build, ...)`` with those values that it names."""
+    wanted = [name for name in inspect.signature(function).parameters if name in values]
+    return function(build, **{name: values[name] for name in wanted})
 
 
 def _operand(build: Builder, name: str, given: Any) -> Any:
