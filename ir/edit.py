@@ -93,12 +93,13 @@ class Builder:
         function: Callable[..., torch.Tensor],
         *sources: Parameter,
         shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Parameter:
         """A weight to read in place of ``old``: ``function`` of the tensors of ``old`` and of ``sources`` in float64.
 
         Once nobody reads ``old`` any more it goes, and the new one takes its names (regauge.ir.weight_edits).
         """
-        new = self.computed(f"{old.name}_folded", function, old, *sources, shape=shape)
+        new = self.computed(f"{old.name}_folded", function, old, *sources, shape=shape, dtype=dtype)
         self._successors.append((old, new))
         return new
 
@@ -109,11 +110,12 @@ class Builder:
         like: Parameter,
         *sources: Parameter,
         shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Parameter:
-        """A new weight, ``function`` of the tensors of ``like`` and ``sources`` in float64, of the type of ``like``."""
+        """A new weight, ``function`` of the tensors of ``like`` and ``sources`` in float64, else like ``like``."""
         assert isinstance(like.dtype, torch.dtype)
         shape = like.weight.shape if shape is None else shape
-        weight = computed_weight(function, (like, *sources), shape, like.dtype)
+        weight = computed_weight(function, (like, *sources), shape, like.dtype if dtype is None else dtype)
         fields = {"trainable": like.trainable, "persistent": like.persistent}
         return self.parameter(self.unique(name), weight, like.kind, **fields)
 
@@ -194,6 +196,16 @@ def set_input(node: Node, slot: int, operand: Operand, graph: Graph) -> None:
     graph.version += 1
 
 
+def drop_operand(graph: Graph, node: Node, slot: int) -> None:
+    """Make ``node`` read one operand less; those behind it move up."""
+    for place, value in node.operands():
+        value.uses.pop((node, place), None)
+    node.inputs = (*node.inputs[:slot], *node.inputs[slot + 1 :])
+    for place, value in node.operands():
+        value.uses[node, place] = None
+    graph.version += 1
+
+
 def replace_uses(graph: Graph, old: Value, new: Operand) -> None:
     """Let every node, output and state that reads ``old`` read ``new``."""
     for node, slot in list(old.uses):
@@ -235,6 +247,33 @@ def remove_node(graph: Graph, node: Node) -> None:
         value.uses.pop((node, slot), None)
     del graph._nodes[node]
     graph.version += 1
+
+
+def inline_region(build: Builder, node: Node, region: Graph, operands: Sequence[Operand]) -> list[Operand]:
+    """Move the nodes of a region of ``node`` in front of it; returns what its outputs are there.
+
+    ``operands`` stand for the inputs of the region, which must not be used afterwards. Its parameters come along; names
+    that are taken here are changed.
+    """
+    graph = build.graph
+    given = dict(zip(region.inputs, operands, strict=True))
+    outputs = [given.get(o, o) if isinstance(o, Value) else o for o in region.outputs]
+    for value, operand in given.items():
+        replace_uses(graph, value, operand)
+    region.outputs = []
+    taken = {value.name for value in graph.values()}
+    for value in [v for v in region.values() if v not in given]:
+        if value.name in taken:
+            value.name = build.unique(value.name)
+        taken.add(value.name)
+    for parameter in region.parameters.values():
+        graph.parameters[parameter.name] = parameter
+    for inner in region.nodes:
+        graph._nodes[inner] = None
+    region.parameters, region._nodes = {}, {}
+    region.version += 1
+    graph.version += 1
+    return outputs
 
 
 def remove_dead(graph: Graph, *, parameters: bool = True) -> int:

@@ -10,6 +10,7 @@ them, the same for the same operator and attributes. What holds for a scramble h
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from regauge.ir.graph import Graph, Node, Value, is_real
 from regauge.ir.interpret import Interpreter
 from regauge.ir.matcher import Miss
 from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.patterns import CallPattern, Pattern, ResultPattern, Variable
+from regauge.ir.patterns import EVERY, CallPattern, Pattern, ResultPattern, Variable, call_of
 from regauge.ir.rewrite import RewriteRule, RuleSet, rewrite_graph
 from regauge.ir.rules import broadcast_rule
 
@@ -56,7 +57,9 @@ def prove_rule(rule: RewriteRule) -> list[Proof]:
     proofs: list[Proof] = []
     for number, sample in enumerate(rule.samples()):
         what = f"rule {rule.name}, sample {number}"
-        for op in rule.pattern.anchor.ops:
+        anchor = rule.pattern.anchor
+        chosen = sample.get(f"{anchor.name}.op")
+        for op in anchor.ops if chosen is None else (chosen,):
             proofs.append(_prove_sample(rule, sample, op, what))
     return proofs
 
@@ -79,7 +82,7 @@ def _rewritten(rule: RewriteRule, sample: Mapping[str, Any], op: str) -> tuple[G
     """The pattern as a graph, the graph after the rule (None where it does not fire), and the nearest miss."""
     before = instance(rule.pattern, sample, op)
     after = before.copy()
-    log = rewrite_graph(after, RuleSet([rule]))
+    log = rewrite_graph(after, RuleSet([rule]), aliases=True)
     return before, after if log.total else None, log.misses.get(rule.name)
 
 
@@ -101,11 +104,14 @@ def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
     """A graph that is the pattern, with ``op`` for its anchor; its inputs are those operands that are plain tensors.
 
     A sample gives operands and attributes by the names of variables, and ``"node.attribute"`` or ``"node.op"`` where
-    the pattern leaves a choice.
+    the pattern leaves a choice; for ``...`` among the operands ``"node.operands"``, a function of the builder and of
+    those operands that it names. A variable may stand for a computed value: it is given as such a function, of other
+    operands that the sample has under names of their own.
     """
     graph = Graph("sample", metadata={"sample_inputs": {}})
     build = Builder(graph)
-    values = {v.name: _operand(build, v.name, sample.get(v.name)) for v in pattern.variables}
+    values = {name: _operand(build, name, given) for name, given in sample.items() if _is_plain(name, given)}
+    values.update({name: _called(given, build, values) for name, given in sample.items() if _is_made(name, given)})
     made: dict[CallPattern, Any] = {}
 
     def attribute(call: CallPattern, name: str, wanted: Any) -> Any:
@@ -115,12 +121,22 @@ def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
 
     def operand(part: Any) -> Any:
         if isinstance(part, Variable):
-            return values[part.name]
+            return values.get(part.name)
         if isinstance(part, CallPattern | ResultPattern):
             call = part.call if isinstance(part, ResultPattern) else part
             result = make(call)
             return result[part.index] if isinstance(result, tuple) else result
         return part
+
+    def results(root: CallPattern | ResultPattern) -> list[Any]:
+        found = make(call_of(root)) if root.index == EVERY else operand(root)
+        return list(found) if isinstance(found, tuple) else [found]
+
+    def more(call: CallPattern) -> list[Any]:
+        function = sample.get(f"{call.name}.operands")
+        if not call.variadic or function is None:
+            return []
+        return list(_called(function, build, values))
 
     def make(call: CallPattern) -> Any:
         if call not in made:
@@ -132,11 +148,25 @@ def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
             if call.free:
                 attributes.update(sample.get(f"{call.name}.attributes", {}))
             chosen = op if call is pattern.anchor else sample.get(f"{call.name}.op", call.ops[0])
-            made[call] = build(chosen, *[operand(part) for part in call.operands], **attributes)
+            made[call] = build(chosen, *[operand(part) for part in call.fixed], *more(call), **attributes)
         return made[call]
 
-    graph.outputs = [operand(root) for root in pattern.roots]
+    graph.outputs = [value for root in pattern.roots for value in results(root)]
     return graph
+
+
+def _is_plain(name: str, given: Any) -> bool:
+    return "." not in name and not inspect.isfunction(given)
+
+
+def _is_made(name: str, given: Any) -> bool:
+    return "." not in name and inspect.isfunction(given)
+
+
+def _called(function: Any, build: Builder, values: Mapping[str, Any]) -> Any:
+    """``function(build, ...)`` with those values that it names."""
+    wanted = [name for name in inspect.signature(function).parameters if name in values]
+    return function(build, **{name: values[name] for name in wanted})
 
 
 def _operand(build: Builder, name: str, given: Any) -> Any:
@@ -210,7 +240,11 @@ def _equal(before: Graph, after: Graph, scrambled: bool) -> bool:
 def _compare(before: Graph, after: Graph, what: str) -> None:
     inputs = before.metadata["sample_inputs"]
     for a, b in zip(Interpreter(before).run(inputs), Interpreter(after).run(inputs), strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise EquivalenceError(f"{what}: a result is {b.dtype}{list(b.shape)}, not {a.dtype}{list(a.shape)}")
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        a, b = a.to(wide), b.to(wide)
         scale = float(a.abs().max()) if a.numel() else 0.0
         error = float((a - b).abs().max()) if a.numel() else 0.0
-        if a.shape != b.shape or not error <= TOLERANCE * (1 + scale):
+        if not error <= TOLERANCE * (1 + scale):
             raise EquivalenceError(f"{what}: the results differ by {error:.3g}, the largest is {scale:.3g}")

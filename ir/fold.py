@@ -9,6 +9,7 @@ and boolean buffers nobody writes count as constants too: they are tables. Anyth
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import Any
 
 import sympy
@@ -16,6 +17,7 @@ import torch
 
 from regauge.ir.edit import Builder, remove_dead, replace_uses
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.purity import is_pure
 
 MAX_ELEMENTS = 1 << 22
 # A filled tensor alone is no table: it stays a node, whose sizes follow when an axis is cut.
@@ -29,7 +31,7 @@ def fold_constants(graph: Graph) -> int:
     states = {state.before for state in graph.states}
     folded: list[Node] = []
     for node in graph.nodes:
-        results = _computed(node, known, states)
+        results = computed(node, known, states)
         if results is not None:
             known.update(zip(node.outputs, results, strict=True))
             folded.append(node)
@@ -39,15 +41,17 @@ def fold_constants(graph: Graph) -> int:
     return before - len(graph)
 
 
-def _computed(node: Node, known: dict[Value, torch.Tensor], states: set[Value]) -> list[torch.Tensor] | None:
+def computed(node: Node, known: Mapping[Value, torch.Tensor], states: Container[Value]) -> list[torch.Tensor] | None:
     """The results of a node whose operands are all known; None where it must stay."""
-    if node.regions or node.operator.random or _varies(node.attributes) or not node.outputs:
+    if node.regions or not is_pure(node) or _varies(node.attributes) or not node.outputs:
+        return None
+    if any(not _small(value) for value in node.outputs):
         return None
     operands: list[Any] = []
     for operand in node.inputs:
         if isinstance(operand, Value):
             tensor = known.get(operand)
-            if tensor is None and isinstance(operand, Parameter) and _is_table(operand, states):
+            if tensor is None and isinstance(operand, Parameter) and is_table(operand, states):
                 tensor = operand.tensor
             if tensor is None:
                 return None
@@ -56,8 +60,6 @@ def _computed(node: Node, known: dict[Value, torch.Tensor], states: set[Value]) 
             return None
         else:
             operands.append(operand)
-    if any(not _small(value) for value in node.outputs):
-        return None
     try:
         with torch.no_grad():
             raw = node.operator.evaluate(*operands, **node.attributes)
@@ -67,13 +69,19 @@ def _computed(node: Node, known: dict[Value, torch.Tensor], states: set[Value]) 
     return results[: len(node.outputs)]
 
 
-def _is_table(parameter: Parameter, states: set[Value]) -> bool:
+def is_table(parameter: Parameter, states: Container[Value]) -> bool:
+    """Whether a parameter is a constant of the graph: a constant, or an integer buffer that nobody writes."""
     if parameter in states or not isinstance(parameter.dtype, torch.dtype):
         return False
     if parameter.kind == "constant":
         return not parameter.trainable
     whole = not parameter.dtype.is_floating_point and not parameter.dtype.is_complex
     return parameter.kind == "buffer" and whole
+
+
+def is_fill(node: Node) -> bool:
+    """Whether a node fills a tensor with one number."""
+    return node.op in _FILLS and not any(isinstance(operand, Value) for operand in node.inputs)
 
 
 def _small(value: Value) -> bool:
@@ -99,7 +107,7 @@ def _replace(graph: Graph, folded: list[Node], known: dict[Value, torch.Tensor])
     outputs = {value for value in graph.outputs if isinstance(value, Value)}
     build = Builder(graph)
     for node in folded:
-        if node.op in _FILLS and not any(isinstance(o, Value) for o in node.inputs):
+        if is_fill(node):
             continue
         for value in node.outputs:
             read = any(user not in inside for user, _ in value.uses) or value in outputs

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import EllipsisType
 from typing import Any
 
 import torch
 
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.patterns import CallPattern, Pattern, PatternOperand, ResultPattern, Variable, call_of
+from regauge.ir.patterns import EVERY, CallPattern, Pattern, PatternOperand, ResultPattern, Variable, call_of
 
 SMALL = 1 << 12  # elements of a constant that is compared with a number
 
@@ -26,9 +27,17 @@ class Match:
     bindings: dict[str, Any]
     nodes: dict[CallPattern, Node]
     roots: tuple[Value, ...]
+    held: Container[Value] = ()
 
     def __getitem__(self, name: str) -> Any:
         return self.bindings[name]
+
+    def read_once(self, value: Value) -> bool:
+        """Whether one node alone reads the value, and no output or state is it."""
+        return len(value.uses) == 1 and value not in self.held
+
+    def unread(self, value: Value) -> bool:
+        return not value.uses and value not in self.held
 
     @property
     def root(self) -> Node:
@@ -59,15 +68,16 @@ def match(pattern: Pattern, node: Node, *, shared: bool = False, held: Container
     search = _Search(shared, held)
     for state in search.call(pattern.anchor, node, _State({}, {})):
         for full in search.other_roots(pattern, state):
-            roots = tuple(_root_value(root, full) for root in pattern.roots)
+            roots = tuple(value for root in pattern.roots for value in _root_values(root, full))
             found = search.finish(pattern, full, roots)
             if found is not None:
                 return found
     return search.best
 
 
-def _root_value(root: CallPattern | ResultPattern, state: _State) -> Value:
-    return state.nodes[call_of(root)].outputs[root.index]
+def _root_values(root: CallPattern | ResultPattern, state: _State) -> tuple[Value, ...]:
+    outputs = state.nodes[call_of(root)].outputs
+    return outputs if root.index == EVERY else (outputs[root.index],)
 
 
 @dataclass(frozen=True)
@@ -106,15 +116,18 @@ class _Search:
         after = self._attributes(pattern, node, state)
         if after is None:
             return
-        operands = list(node.inputs) + [None] * (len(pattern.operands) - len(node.inputs))
-        if len(operands) > len(pattern.operands):
-            self.fail(state, node, f"it has {len(operands)} operands, the pattern {len(pattern.operands)}")
+        fixed = pattern.fixed
+        operands = list(node.inputs) + [None] * (len(fixed) - len(node.inputs))
+        if pattern.variadic:
+            operands = operands[: len(fixed)]
+        if len(operands) > len(fixed):
+            self.fail(state, node, f"it has {len(operands)} operands, the pattern {len(fixed)}")
             return
         orders = [operands]
         if node.operator.commutative and len(operands) == 2 and operands[0] is not operands[1]:
             orders.append(operands[::-1])
         for order in orders:
-            yield from self._operands(pattern.operands, order, node, after.take(pattern, node))
+            yield from self._operands(fixed, order, node, after.take(pattern, node))
 
     def _attributes(self, pattern: CallPattern, node: Node, state: _State) -> _State | None:
         defaults = node.operator.attributes
@@ -155,7 +168,7 @@ class _Search:
                 yield state
             else:
                 self.fail(state, node, f"its operand {operand} is not absent")
-        elif is_number(operand, pattern):
+        elif isinstance(pattern, EllipsisType) or is_number(operand, pattern):
             yield state
         else:
             self.fail(state, node, f"its operand {operand} is not {pattern}")
@@ -201,7 +214,7 @@ class _Search:
         bindings = dict(state.bindings)
         bindings.update({call.name: node for call, node in state.nodes.items() if call.name})
         bindings.update({v.name: None for v in pattern.variables if v.name not in bindings})
-        found = Match(bindings, dict(state.nodes), roots)
+        found = Match(bindings, dict(state.nodes), roots, self.held)
         if self.shared:
             return found
         inside = set(state.nodes.values())

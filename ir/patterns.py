@@ -9,8 +9,11 @@ given as such or as a constant of one repeated element.
 
 Attributes are written as keywords: a value must be equal, a variable matches any value and captures it, ``...`` matches
 any, and ``attributes=...`` frees all of them. An attribute that is not written must have its default, so that a pattern
-never matches more than it says. With ``name=`` the matched node is captured under that name. A function may return
-several results: the pattern has several roots, each of which must share a node or an operand with those before it.
+never matches more than it says. With ``name=`` the matched node is captured under that name. ``...`` as the last
+operand matches any number of operands, none included.
+
+A function may return several results: the pattern has several roots, each of which must share a node or an operand with
+those before it. ``op.split(...).every_result()`` stands for all results of a call, however many a node has.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import EllipsisType
 from typing import Any, TypeAlias
 
 from regauge.ir.errors import PatternError
@@ -50,8 +54,21 @@ class CallPattern:
         """Patterns of the first ``count`` results of a call that has several."""
         return tuple(ResultPattern(self, index) for index in range(count))
 
+    def every_result(self) -> ResultPattern:
+        """A root that stands for all results of the call: the replacement returns as many values, None where unread."""
+        return ResultPattern(self, EVERY)
+
+    @property
+    def fixed(self) -> tuple[PatternOperand, ...]:
+        """The operands less the ``...`` at their end."""
+        return self.operands[:-1] if self.variadic else self.operands
+
+    @property
+    def variadic(self) -> bool:
+        return bool(self.operands) and self.operands[-1] is ...
+
     def __str__(self) -> str:
-        parts = [*map(str, self.operands), *(f"{key}={_shown(value)}" for key, value in self.attributes.items())]
+        parts = [*map(_shown, self.operands), *(f"{key}={_shown(value)}" for key, value in self.attributes.items())]
         return f"{'|'.join(self.ops)}({', '.join(parts)})"
 
 
@@ -60,13 +77,14 @@ class ResultPattern:
     """One of several results of a call."""
 
     call: CallPattern
-    index: int
+    index: int  # or EVERY
 
     def __str__(self) -> str:
-        return f"{self.call}[{self.index}]"
+        return f"{self.call}[{'...' if self.index == EVERY else self.index}]"
 
 
-PatternOperand: TypeAlias = Variable | CallPattern | ResultPattern | bool | int | float | None
+EVERY = -1
+PatternOperand: TypeAlias = Variable | CallPattern | ResultPattern | bool | int | float | EllipsisType | None
 
 
 def _shown(value: Any) -> str:

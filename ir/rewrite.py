@@ -23,7 +23,7 @@ from regauge.ir.errors import PatternError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.matcher import Match, Miss, match
 from regauge.ir.patterns import Pattern, parse_pattern
-from regauge.ir.sizes import same
+from regauge.ir.sizes import may_be_same, same
 from regauge.ir.weight_edits import settle_successors
 
 Samples: TypeAlias = Callable[[], Iterable[dict[str, Any]]]
@@ -138,14 +138,20 @@ class RewriteLog:
             self.misses[name] = miss
 
 
-def rewrite_graph(graph: Graph, rules: RuleSet, *, nodes: Iterable[Node] | None = None) -> RewriteLog:
-    """Apply the rules to a graph and its regions, in place, until none fits any more."""
-    return _Driver(graph, rules).run(nodes)
+def rewrite_graph(
+    graph: Graph, rules: RuleSet, *, nodes: Iterable[Node] | None = None, aliases: bool = False
+) -> RewriteLog:
+    """Apply the rules to a graph and its regions, in place, until none fits any more.
+
+    Outputs that are values of their own stay so, unless ``aliases`` allows them to become inputs or one another.
+    """
+    return _Driver(graph, rules, aliases).run(nodes)
 
 
 class _Driver:
-    def __init__(self, graph: Graph, rules: RuleSet) -> None:
+    def __init__(self, graph: Graph, rules: RuleSet, aliases: bool = False) -> None:
         self.graph = graph
+        self.aliases = aliases
         self.rules = rules
         self.log = RewriteLog()
         self.owner: dict[Node, Graph] = {}
@@ -216,11 +222,25 @@ class _Driver:
                     raise Refusal(verdict or "its condition does not hold")
             with build.at(found.root):
                 results = entry.replacement(build, **entry.bind(entry.replacement, found))
+            news = tuple(results) if isinstance(results, tuple | list) else (results,)
+            _check_results(entry, found, news)
+            self._check_outputs(found, news, build)
         except Refusal as refusal:
             self._undo(graph, build)
             self.log.miss(entry.name, Miss(len(found.nodes), found.root.label, str(refusal), refused=True))
             return None
-        return self._commit(graph, build, entry, found, results)
+        return self._commit(graph, build, found, news)
+
+    def _check_outputs(self, found: Match, news: Sequence[Any], build: Builder) -> None:
+        """Outputs and states that were values of their own stay so."""
+        made = {value for node in build.added for value in node.outputs}
+        given: set[Value] = set()
+        for old, new in zip(found.roots, news, strict=True):
+            if old not in self.held or self.aliases:
+                continue
+            if new in given or (new not in made and (new.producer is None or new in self.held)):
+                refuse(f"{old.name} is an output, and would be the same value as {new.name}")
+            given.add(new)
 
     def _undo(self, graph: Graph, build: Builder) -> None:
         for node in reversed(build.added):
@@ -229,24 +249,24 @@ class _Driver:
             del graph.parameters[parameter.name]
         build.take_successors()
 
-    def _commit(self, graph: Graph, build: Builder, entry: RewriteRule, found: Match, results: Any) -> list[Node]:
-        news = tuple(results) if isinstance(results, tuple | list) else (results,)
-        _check_results(entry, found, news)
+    def _commit(self, graph: Graph, build: Builder, found: Match, news: Sequence[Any]) -> list[Node]:
         self.owner.update(dict.fromkeys(build.added, graph))
         near: dict[Node, None] = dict.fromkeys(build.added)
+        outputs = {old for old in found.roots if old in self.held}
         for old, new in zip(found.roots, news, strict=True):
             near.update(dict.fromkeys(old.consumers()))
-            self._replace(graph, old, new)
+            if new is not None:
+                self._replace(graph, old, new)
         doomed = [node for node in found.nodes.values()]
         near.update(dict.fromkeys(v.producer for n in doomed for _, v in n.operands() if v.producer is not None))
         for new in news:
             if isinstance(new, Value) and new.producer is not None:
                 near[new.producer] = None
-        names = {old: old.name for old in found.roots}
+        names, added = {old: old.name for old in found.roots}, set(build.added)
         self._remove(doomed)
         for old, new in zip(found.roots, news, strict=True):
-            made = isinstance(new, Value) and new.producer in build.added
-            if made and old.producer not in self.owner:
+            made = new is not None and new.producer in added
+            if (made or (old in outputs and new is not None and new.producer)) and old.producer not in self.owner:
                 new.name = names[old]
         settle_successors(graph, build)
         return [node for node in near if node in self.owner]
@@ -271,11 +291,15 @@ class _Driver:
 
 
 def _check_results(entry: RewriteRule, found: Match, news: Sequence[Any]) -> None:
-    """A replacement has the shapes and types of what it replaces."""
+    """A replacement has the shapes and types of what it replaces; refused where dynamic sizes cannot be compared."""
     if len(news) != len(found.roots):
         raise PatternError(f"rule {entry.name} replaces {len(found.roots)} results by {len(news)}")
     for old, new in zip(found.roots, news, strict=True):
+        if new is None and found.unread(old):
+            continue
         if not isinstance(new, Value):
             raise PatternError(f"rule {entry.name} replaces {old} by {new!r}: return a value")
-        if new.rank != old.rank or new.dtype != old.dtype or not all(map(same, new.shape, old.shape)):
+        if new.rank != old.rank or new.dtype != old.dtype or not all(map(may_be_same, new.shape, old.shape)):
             raise PatternError(f"rule {entry.name} replaces {old} by {new}: shapes and types must be the same")
+        if not all(map(same, new.shape, old.shape)):
+            refuse(f"the sizes of {new} cannot be compared with those of {old}")

@@ -7,9 +7,13 @@ from difflib import get_close_matches
 
 from regauge.ir.errors import PassError
 from regauge.ir.rewrite import RuleSet
-from regauge.passes.simplify import affine
+from regauge.passes.simplify import affine, identities, layout, pieces, transposes
 
 RULE_SETS: Mapping[str, RuleSet] = {
+    "identities": identities.RULES,
+    "layout": layout.RULES,
+    "pieces": pieces.RULES,
+    "transposes": transposes.RULES,
     "affine": affine.RULES,
 }
 

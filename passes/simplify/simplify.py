@@ -10,12 +10,22 @@ from regauge.ir.graph import Graph
 from regauge.ir.rewrite import RewriteLog, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
+from regauge.passes.simplify.branches import inline_decided
 from regauge.passes.simplify.catalog import choose
+from regauge.passes.simplify.constants import fold_constants, fold_into_weights
 from regauge.passes.simplify.dead_code import remove_dead_code
+from regauge.passes.simplify.limits import BYTES_BEFORE, Limits, limits_of, total_bytes
+from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 
-STEPS: Mapping[str, Callable[[Graph], int]] = {
+STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "dead-code": remove_dead_code,
+    "branches": inline_decided,
+    "constants": fold_constants,
+    "ties": tie_equal_weights,
+    "merging": merge_equal_nodes,
+    "weights": fold_into_weights,
 }
+AFTER_RULES = {"weights"}  # rules may do without what would be folded
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
@@ -35,6 +45,10 @@ class Simplify(Pass):
 
     only: tuple[str, ...] = option((), "rules, rule sets or steps to apply: none of the others")
     skip: tuple[str, ...] = option((), "rules, rule sets or steps to leave out")
+    growth: float = option(
+        0.01, "part by which folding may make the model larger, or 64 KiB if that is more", at_least=0
+    )
+    tie: bool = option(False, "tie trained weights that are equal, too")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,17 +57,18 @@ class Simplify(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         rules, steps = choose(self.only, self.skip, tuple(STEPS))
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
+        limits = limits_of(graph, self.growth, self.tie)
         for _ in range(MOST_ROUNDS):
-            changes = 0
+            before = log.total + sum(counts.values())
             for step in steps:
-                found = STEPS[step](result)
-                counts[step] += found
-                changes += found
-            round_log = rewrite_graph(result, rules)
-            log.add(round_log)
-            if not changes + round_log.total:
+                counts[step] += 0 if step in AFTER_RULES else STEPS[step](result, limits)
+            log.add(rewrite_graph(result, rules))
+            for step in steps:
+                counts[step] += STEPS[step](result, limits) if step in AFTER_RULES else 0
+            if log.total + sum(counts.values()) == before:
                 break
         _tell(log, counts, context)
+        result.metadata.setdefault(BYTES_BEFORE, total_bytes(graph))
         if "onnx" in graph.metadata and not graph.metadata.get("onnx_fold"):
             result.metadata["onnx_fold"] = True  # what the loader knew already is folded in the file too
             return result

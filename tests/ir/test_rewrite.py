@@ -12,6 +12,7 @@ from regauge.ir.interpret import run
 from regauge.ir.matcher import Match, Miss, match
 from regauge.ir.patterns import parse_pattern
 from regauge.ir.rewrite import RewriteRule, RuleSet, refuse, rewrite_graph
+from regauge.ir.sizes import symbol
 from regauge.ir.verify import verify
 
 RELU_TWICE = RewriteRule("relu-twice", lambda op, x: op.relu(op.relu(x)), lambda build, x: build.relu(x))
@@ -185,3 +186,52 @@ def test_what_proofs_are_worth() -> None:
         ["any function"],
         ["integers"],
     ]
+
+
+def test_any_number_of_operands_and_every_result_of_a_call() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 6), torch.float64)
+    parts = build.split(x, sizes=(1, 2, 3), dim=1)
+    graph.outputs = [build.relu(parts[0]), build.relu(parts[2])]
+    slices = RewriteRule(
+        "slices",
+        lambda op, x, s: op.split(x, sizes=s, dim=1).every_result(),
+        lambda build, x, s, match: [
+            None if match.unread(v) else build.slice(x, dim=1, start=sum(s[:i]), end=sum(s[: i + 1]))
+            for i, v in enumerate(match.roots)
+        ],
+    )
+    expected = run(graph, [torch.arange(12.0).reshape(2, 6).double()])
+    assert rewrite_graph(graph, RuleSet([slices])).total == 1
+    assert [node.op for node in graph.nodes] == ["slice", "relu", "slice", "relu"]
+    for one, other in zip(run(graph, [torch.arange(12.0).reshape(2, 6).double()]), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    joined = parse_pattern(lambda op, x: op.concat(op.relu(x), ..., dim=..., name="concat"))
+    build.concat(graph.outputs[0], graph.outputs[1], dim=1)  # type: ignore[arg-type]
+    assert isinstance(match(joined, graph.nodes[-1]), Match)
+
+
+def test_outputs_do_not_become_inputs_or_one_another() -> None:
+    drop = RewriteRule("drop", lambda op, x: op.neg(op.neg(x)), lambda build, x: x)
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2,), torch.float64)
+    y = build.relu(x)
+    graph.outputs = [build.neg(build.neg(x)), y, build.neg(build.neg(y))]
+    log = rewrite_graph(graph, RuleSet([drop]))
+    assert not log.total and log.misses["drop"].reason == "neg_1 is an output, and would be the same value as x"
+    assert rewrite_graph(graph, RuleSet([drop]), aliases=True).total == 2
+
+
+def test_sizes_that_cannot_be_compared_refuse_a_rewrite() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x, y = build.input("x", (symbol("a"), 3), torch.float64), build.input("y", (symbol("b"), 3), torch.float64)
+    graph.outputs = [build.tanh(build("maximum", x, y, results=[((symbol("a"), 3), torch.float64)]))]
+    swap = RewriteRule("swap", lambda op, x, y: op.tanh(op.maximum(x, y)), lambda build, x, y: build.tanh(y))
+    log = rewrite_graph(graph, RuleSet([swap]))
+    assert (
+        log.misses["swap"].reason == "the sizes of %tanh_1: f64[b,3] cannot be compared with those of %tanh: f64[a,3]"
+    )
+    assert [node.op for node in graph.nodes] == ["maximum", "tanh"]

@@ -1,0 +1,18 @@
+"""Which nodes may be computed once instead of twice, now instead of later, or not at all."""
+
+from __future__ import annotations
+
+from regauge.ir.graph import Node
+
+OPAQUE = frozenset({"torch_call", "onnx_call"})  # what is kept as it is may draw numbers, write, or quantize
+_WHILE_TRAINING = ("training", "dropout", "dropout_p")
+
+
+def is_pure(node: Node) -> bool:
+    """Whether equal operands give equal results at every run, whatever else runs; so for all nodes of its regions.
+
+    Random operators are not, not even those that rest (dropout of a model in use): they may be trained on.
+    """
+    if node.operator.random or node.op in OPAQUE or any(node.attributes.get(name) for name in _WHILE_TRAINING):
+        return False
+    return all(is_pure(inner) for region in node.regions for inner in region.nodes)

@@ -1,0 +1,133 @@
+"""Equal nodes are computed once, and equal weights kept once.
+
+What two outputs are stays two values; random, training and opaque nodes are not merged, however equal they look.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+
+from regauge.ir.edit import remove_node, replace_uses
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.purity import is_pure
+from regauge.passes.simplify.limits import Limits, held_values, scopes
+
+# -- nodes -------------------------------------------------------------------------------------------------------------
+
+
+def merge_equal_nodes(graph: Graph, limits: Limits) -> int:
+    """Of nodes with the same operator, operands and attributes in one scope keep the first; returns how many went."""
+    return sum(_merge_scope(owner) for owner, _ in scopes(graph))
+
+
+def _merge_scope(graph: Graph) -> int:
+    held, count = held_values(graph), 0
+    first: dict[Hashable, Node] = {}
+    for node in list(graph.nodes):
+        key = _key(node)
+        if key is None:
+            continue
+        kept = first.setdefault(key, node)
+        if kept is not node and _merge(graph, kept, node, held):
+            count += 1
+    return count
+
+
+def _key(node: Node) -> Hashable | None:
+    """Equal for nodes that compute the same; None for those that are never merged."""
+    if node.regions or not node.outputs or not is_pure(node):
+        return None
+    operands = [_operand_key(operand) for operand in node.inputs]
+    if node.operator.commutative:
+        operands.sort(key=repr)
+    attributes = tuple((name, type(value).__name__, value) for name, value in node.attributes.items())
+    key = (node.op, tuple(operands), attributes, tuple(value.dtype for value in node.outputs))
+    try:
+        hash(key)
+    except TypeError:  # an attribute that is no plain value
+        return None
+    return key
+
+
+def _operand_key(operand: Any) -> Hashable:
+    if isinstance(operand, Value):
+        return "value", id(operand)
+    return type(operand).__name__, repr(operand)  # 1, 1.0 and True are no equal operands, nor 0.0 and -0.0
+
+
+def _merge(graph: Graph, kept: Node, node: Node, held: set[Value]) -> bool:
+    pairs = list(zip(kept.outputs, node.outputs, strict=True))
+    if any(a in held and b in held for a, b in pairs):
+        return False
+    for a, b in pairs:
+        replace_uses(graph, b, a)
+    remove_node(graph, node)
+    for a, b in pairs:
+        if b in held:
+            a.name = b.name
+            held.add(a)
+    return True
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def tie_equal_weights(graph: Graph, limits: Limits) -> int:
+    """Of weights with the same type, shape and bytes keep the first; returns how many went.
+
+    Trained weights of torch graphs are tied only where the limits say so: training would tell them apart.
+    """
+    loaded = "onnx" in graph.metadata
+    return sum(_tie_scope(owner, limits.tie_trained or loaded, aliases=not loaded) for owner, _ in scopes(graph))
+
+
+def _tie_scope(graph: Graph, trained: bool, aliases: bool) -> int:
+    held, count = held_values(graph), 0
+    alike: dict[Hashable, list[Parameter]] = {}
+    for parameter in graph.parameters.values():
+        if parameter not in held and parameter.uses and _may_be_tied(parameter, trained):
+            kind = (parameter.dtype, parameter.weight.shape, parameter.kind, parameter.trainable)
+            alike.setdefault(kind, []).append(parameter)
+    for group in alike.values():
+        if len(group) > 1:
+            count += _tie(graph, group, aliases)
+    return count
+
+
+def _may_be_tied(parameter: Parameter, trained: bool) -> bool:
+    if not isinstance(parameter.dtype, torch.dtype):
+        return False
+    return parameter.kind == "constant" or (trained and parameter.kind == "parameter")
+
+
+def _tie(graph: Graph, group: Iterable[Parameter], aliases: bool) -> int:
+    first: dict[bytes, Parameter] = {}
+    count = 0
+    for parameter in group:
+        kept = first.setdefault(fingerprint(parameter), parameter)
+        if kept is parameter:
+            continue
+        replace_uses(graph, parameter, kept)
+        if aliases and parameter.kind == "parameter":  # the keys of the state_dict stay
+            kept.aliases = (*kept.aliases, *parameter.names)
+        del graph.parameters[parameter.name]
+        graph.version += 1
+        count += 1
+    return count
+
+
+def fingerprint(parameter: Parameter) -> bytes:
+    """A hash of the bytes of a weight, which is read and dropped again."""
+    tensor = parameter.tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.blake2b(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"", digest_size=16).digest()
+
+
+def same_bytes(a: Parameter, b: Parameter) -> bool:
+    if a is b:
+        return True
+    alike = a.dtype == b.dtype and a.weight.shape == b.weight.shape and isinstance(a.dtype, torch.dtype)
+    return alike and fingerprint(a) == fingerprint(b)

@@ -1,0 +1,265 @@
+"""Steps over whole graphs: folding within a budget, weights that take in, merging, ties, branches, dead code."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, randn
+
+import regauge
+from regauge.ir.edit import Builder
+from regauge.ir.graph import Graph, Value
+from regauge.passes.simplify.limits import total_bytes
+from regauge.passes.simplify.simplify import Simplify
+from simplifying import BATCH, made, ops, same_function
+
+
+def simplify(graph: Graph, **options: Any) -> Graph:
+    """After ``simplify``, once and for all: a second run finds nothing to do."""
+    run = Simplify(**options)
+    after = regauge.optimize(graph, [run])
+    same_function(graph, after)
+    assert str(regauge.optimize(after, [run])) == str(after)
+    return after
+
+
+# -- constants ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_depends_on_constants_is_computed_and_its_operands_go() -> None:
+    def table(build: Builder, x: Value) -> Any:
+        grid = build.mul(build.constant(torch.arange(4).double()), 2)
+        return build.add(x, build.sqrt(build.add(grid, build.full(shape=(4,), value=1.0, dtype=torch.float64))))
+
+    after = simplify(made(table, x=(BATCH, 4)))
+    assert ops(after) == ["add"] and [p.shape for p in after.parameters.values()] == [(4,)]
+
+
+def test_the_budget_counts_what_is_freed() -> None:
+    """A table that would make the model larger is made when it runs, unless others that go make room."""
+
+    def tables(build: Builder, x: Value, rows: int) -> Any:
+        seed = build.exp(build.constant(torch.arange(128).double()))
+        wide = build.mul(build.unsqueeze(seed, dim=0), build.unsqueeze(seed, dim=1))
+        large = build.constant(randn(rows, 128).double())
+        return [build.matmul(x, wide), build.mul(x, build.mean(large, dims=(0,), keepdim=False))]
+
+    for rows, left in ((200, []), (100, ["mul"])):
+        graph = made(lambda b, x, n=rows: tables(b, x, n), x=(BATCH, 128))
+        after = simplify(graph, only=("dead-code", "constants"), growth=0.0)
+        assert ops(after) == [*left, "matmul", "mul"]
+        assert total_bytes(after) <= total_bytes(graph) == 128 * 8 * (1 + rows)
+    small = made(lambda b, x: b.matmul(x, b.expand(b.constant(randn(1, 1).double()), shape=(128, 128))), x=(2, 128))
+    assert total_bytes(small) == 8
+    assert ops(simplify(small)) == ["expand", "matmul"]  # 128 KiB more
+    assert ops(simplify(small, growth=20000.0)) == ["matmul"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda b, x: b.add(x, b.rand(shape=(4,), dtype=torch.float64)),
+        lambda b, x: b.add(x, b.dropout(b.constant(torch.ones(4).double()), p=0.5, training=True)),
+        lambda b, x: b.add(x, b.full(shape=(BATCH, 4), value=1.0, dtype=torch.float64)),
+        lambda b, x: b.add(x, b.mul(b.parameter("p", randn(1, 4).double()), b.parameter("q", randn(4).double()))),
+    ],
+)  # fmt: skip
+def test_what_is_drawn_sized_or_trained_is_not_folded(call: Any) -> None:
+    graph = made(call, x=(BATCH, 4))
+    assert ops(regauge.optimize(graph, "simplify")) == ops(graph)
+
+
+def test_an_output_that_is_computed_from_constants_stays_computed() -> None:
+    graph = made(lambda b, x: [b.tanh(x), b.mul(b.constant(torch.ones(3).double()), 2)], x=(2, 3))
+    assert ops(simplify(graph)) == ["tanh", "mul"]
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A weight that is stored transposed and scaled, one that two things read, one that is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.shared = nn.Parameter(randn(3, 4, 2)), nn.Parameter(randn(4))
+        self.cut = nn.Parameter(randn(2, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.einsum("bi,kio->bko", x, (self.weight * 0.5 + 1).permute(0, 1, 2))
+        y = y * torch.exp(self.shared)[:2] + (self.shared * 2)[2:]
+        return y + self.cut[:, 1:3].t()[0]
+
+
+def test_weights_take_in_what_is_linear_and_theirs_alone() -> None:
+    model = Scaled().eval()
+    x = randn(5, 4)
+    graph = regauge.capture(model, (x,), dynamic={0: {0: "batch"}})
+    after = regauge.optimize(graph, "simplify")
+    assert {name: tuple(p.shape) for name, p in after.parameters.items()} == {
+        "weight": (3, 4, 2), "shared": (4,), "cut": (2,)
+    }  # fmt: skip
+    assert ops(after).count("mul") == 2 and "permute" not in ops(after)
+    module = after.to_torch()
+    assert sorted(module.state_dict()) == sorted(model.state_dict())
+    torch.testing.assert_close(module(x), model(x))
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_weight_keeps_its_type_and_is_not_made_larger() -> None:
+    def cast(build: Builder, x: Value) -> Any:
+        half = build.cast(build.parameter("w", randn(4).double()), dtype=torch.float32)
+        return build.add(build.add(x, build.expand(build.parameter("v", randn(1).double()), shape=(4,))), half)
+
+    graph = made(cast, x=(2, 4))
+    assert ops(regauge.optimize(graph, "simplify")) == ops(graph)
+
+
+# -- merging and ties --------------------------------------------------------------------------------------------------
+
+
+def test_equal_nodes_are_computed_once() -> None:
+    def twice(build: Builder, x: Value, y: Value) -> Any:
+        one = build.tanh(build.add(x, y))
+        other = build.tanh(build.add(y, x))
+        return build.matmul(one, build.softmax(other, dim=0))
+
+    assert ops(simplify(made(twice, x=(3, 3), y=(3, 3)))) == ["add", "tanh", "softmax", "matmul"]
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [
+        (lambda b, x: [b.tanh(x), b.tanh(x)], 2),  # two outputs
+        (lambda b, x: b.sub(b.rand(shape=(3,)), b.rand(shape=(3,))), 3),
+        (lambda b, x: b.sub(b.dropout(x, training=True), b.dropout(x, training=True)), 3),
+        (lambda b, x: b.sub(b.softmax(x, dim=0), b.softmax(x, dim=1)), 3),
+        (lambda b, x: b.div(b.mul(x, 1.5), b.mul(x, 2.5)), 3),
+        (lambda b, x: b.concat(b.mul(x, 2), b.mul(x, 2.0000001), dim=0), 3),
+        (lambda b, x: b.concat(b.mul(x, 0.0), b.mul(x, -0.0), dim=0), 3),
+        (lambda b, x: b.concat(b.sub(x, 2), b.sub(2, x), dim=0), 3),
+    ],
+)
+def test_unequal_nodes_random_ones_and_outputs_stay_two(call: Any, count: int) -> None:
+    assert len(regauge.optimize(made(call, x=(3, 3)), "simplify{only=merging}")) == count
+
+
+def test_an_output_keeps_its_name_when_it_is_merged() -> None:
+    def output(build: Builder, x: Value) -> Any:
+        first = build.tanh(x, name="inner")
+        return [build.tanh(x, name="wanted"), build.relu(first)]
+
+    after = simplify(made(output, x=(3, 3)))
+    assert ops(after) == ["tanh", "relu"] and after.outputs[0].name == "wanted"  # type: ignore[union-attr]
+
+
+def test_equal_constants_are_kept_once_and_trained_weights_only_on_demand() -> None:
+    def equal(build: Builder, x: Value) -> Any:
+        a, b = torch.arange(9.0).reshape(3, 3).double(), torch.arange(9.0).reshape(3, 3).double()
+        y = build.matmul(build.matmul(x, build.constant(a)), build.tanh(build.add(x, build.constant(b))))
+        y = build.linear(y, build.parameter("first", a))
+        return build.linear(build.relu(y), build.parameter("second", b))
+
+    graph = made(equal, x=(3, 3))
+    after = simplify(graph)
+    assert [p.name for p in after.parameters.values() if p.kind == "parameter"] == ["first", "second"]
+    assert len(after.parameters) == 3
+    tied = simplify(graph, tie=True)
+    assert tied.parameters["first"].aliases == ("second",) and len(tied.parameters) == 2
+    keys = tied.to_torch().state_dict()
+    assert {"first", "second"} <= set(keys) and torch.equal(keys["first"], keys["second"])
+
+
+def test_constants_that_differ_in_one_bit_shape_or_type_stay() -> None:
+    tables = [torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]), torch.tensor([[0.0, 1.0]]), torch.tensor([0, 1])]
+
+    def near(build: Builder, x: Value) -> Any:
+        return [build.atan2(x, build.constant(table)) for table in tables]
+
+    after = regauge.optimize(made(near, torch.float32, x=(3, 2)), "simplify")
+    assert len(after.parameters) == 4
+
+
+# -- branches ----------------------------------------------------------------------------------------------------------
+
+
+def choice(build: Builder, x: Value, predicate: Any, depth: int = 0) -> Any:
+    """cond(predicate, x, weight): 2x + constant, or x + weight; ``depth`` more of the kind inside."""
+    regions = []
+    for branch in range(2):
+        inner = build.region(Graph(f"branch_{branch}"))
+        a, w = inner.input("x", x.shape, x.dtype), inner.input("w", (4,), torch.float64)
+        if branch == 0:
+            y = inner.add(inner.mul(a, 2.0), inner.constant(torch.arange(4).double(), "shift"))
+            y = choice(inner, y, predicate, depth - 1) if depth else y
+        else:
+            y = inner.add(a, w)
+        inner.graph.outputs = [y]
+        regions.append(inner.graph)
+    weight = build.parameter(build.unique("w"), randn(4).double())
+    return build("cond", predicate, x, weight, regions=regions, results=[(x.shape, x.dtype)])
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_decided_choice_is_inlined_with_its_constants(depth: int, taken: bool) -> None:
+    predicate = torch.tensor(taken)
+
+    def nested(build: Builder, x: Value) -> Any:
+        return build.tanh(choice(build, x, taken if depth else build.constant(predicate), depth))
+
+    graph = made(nested, x=(BATCH, 4))
+    after = simplify(graph)
+    assert ops(after) == (["mul", "add"] * (depth + 1) if taken else ["add"]) + ["tanh"]
+    names = [value.name for value in after.values()]
+    assert len(names) == len(set(names))
+
+
+def test_an_undecided_choice_stays() -> None:
+    graph = made(lambda b, x: choice(b, x, b.any(b.gt(x, 0), dims=None)), x=(BATCH, 4))
+    assert ops(simplify(graph)) == ["gt", "any", "cond"]
+
+
+def test_equal_branches_are_one() -> None:
+    def equal(build: Builder, x: Value) -> Any:
+        regions = []
+        for name in ("then", "else"):
+            inner = build.region(Graph(name))
+            a = inner.input("x", x.shape, x.dtype)
+            inner.graph.outputs = [inner.add(inner.tanh(a), inner.constant(torch.ones(4).double()))]
+            regions.append(inner.graph)
+        predicate = build.any(build.gt(x, 0), dims=None)
+        return build("cond", predicate, x, regions=regions, results=[(x.shape, x.dtype)])
+
+    assert ops(simplify(made(equal, x=(BATCH, 4)))) == ["tanh", "add"]
+
+
+def test_loops_of_no_and_of_one_iteration() -> None:
+    def loop(build: Builder, x: Value, trips: int) -> Any:
+        inner = build.region(Graph("body"))
+        step, going = inner.input("i", (), torch.int64), inner.input("going", (), torch.bool)
+        a = inner.input("a", x.shape, x.dtype)
+        inner.graph.outputs = [going, inner.add(inner.tanh(a), inner.cos(inner.cast(step, dtype=torch.float64)))]
+        return build("loop", trips, None, x, carried=1, regions=[inner.graph], results=[(x.shape, x.dtype)])
+
+    for trips, left in ((0, ["relu"]), (1, ["relu", "tanh", "add"]), (2, ["relu", "loop"])):
+        graph = made(lambda b, x, n=trips: loop(b, b.relu(x), n), x=(BATCH, 4))
+        assert [op for op in ops(simplify(graph)) if op != "identity"] == left
+
+
+def test_dead_code_in_regions_and_what_only_it_read() -> None:
+    def unread(build: Builder, x: Value) -> Any:
+        regions = []
+        for name, op in (("then", "tanh"), ("else", "relu")):
+            inner = build.region(Graph(name))
+            a, b = inner.input("a", x.shape, x.dtype), inner.input("b", x.shape, x.dtype)
+            inner.mul(b, inner.constant(torch.ones(4).double()))
+            inner.graph.outputs = [inner(op, a)]
+            regions.append(inner.graph)
+        predicate = build.any(build.gt(x, 0), dims=None)
+        return build("cond", predicate, x, build.exp(x), regions=regions, results=[(x.shape, x.dtype)])
+
+    after = simplify(made(unread, x=(BATCH, 4)))
+    assert ops(after) == ["gt", "any", "cond"]
+    node = after.nodes[-1]
+    assert len(node.inputs) == 2 and all(len(r.inputs) == 1 and not r.parameters for r in node.regions)
