@@ -21,7 +21,7 @@ from regauge.ir.equivalence import Weight
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.rewrite import RewriteRule, RuleSet, refuse
 from regauge.passes.simplify.affine_steps import PAIRS, Affine, affine_of
-from regauge.passes.simplify.fixed_values import Fixed, combined, number, successor
+from regauge.passes.simplify.fixed_values import combined, itself, number, successor
 from regauge.passes.simplify.linear_map import (
     LAYOUTS,
     MAPS,
@@ -49,7 +49,7 @@ def fold_behind(build: Builder, map: Node, affine: Node, layout: Node | None = N
     if scale is not None:
         weight = own_weight(build, map)
         factors = scale.along(axes.operands[W], "the output channels")
-        weight = successor(build, weight, combined(torch.mul, _itself(weight), factors))
+        weight = successor(build, weight, combined(torch.mul, itself(weight), factors))
     bias = _bias_behind(build, map, affine, Affine(scale, shift), axes.results[0][channel_axis(map)])
     result = rebuilt(build, map, weight, bias)
     if layout is None:
@@ -57,10 +57,6 @@ def fold_behind(build: Builder, map: Node, affine: Node, layout: Node | None = N
     with build.at(layout):
         moved: Value = build(layout.op, result, *layout.inputs[1:], **layout.attributes)
     return moved
-
-
-def _itself(weight: Parameter) -> Fixed:
-    return Fixed((weight,), lambda tensor: tensor)
 
 
 def _bias_behind(build: Builder, map: Node, affine: Node, step: Affine, channel: Any) -> Any:

@@ -7,10 +7,10 @@ from difflib import get_close_matches
 
 from regauge.ir.errors import PassError
 from regauge.ir.rewrite import RuleSet
-from regauge.passes.simplify import affine
+from regauge.passes.simplify import affine, affine_before
 
 RULE_SETS: Mapping[str, RuleSet] = {
-    "affine": affine.RULES,
+    "affine": affine.RULES + affine_before.RULES,
 }
 
 

@@ -44,6 +44,11 @@ def combined(function: Callable[..., torch.Tensor], *parts: Fixed) -> Fixed:
     return Fixed(sources, compute)
 
 
+def itself(weight: Parameter) -> Fixed:
+    """A weight as a fixed value."""
+    return Fixed((weight,), lambda tensor: tensor)
+
+
 def number(value: float) -> Fixed:
     return Fixed((), lambda: torch.tensor(float(value), dtype=torch.float64))
 
@@ -57,7 +62,7 @@ def fixed(build: Builder, operand: Operand) -> Fixed | None:
     if not isinstance(operand, Value) or not _numeric(operand) or operand in build.held:
         return None
     if isinstance(operand, Parameter):
-        return Fixed((operand,), lambda tensor: tensor)
+        return itself(operand)
     node = operand.producer
     if node is None or node.op not in THROUGH or not any(node.operands()):
         return None

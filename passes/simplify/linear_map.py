@@ -20,7 +20,7 @@ from regauge.ir.local_axes import LocalAxes, Spread, lay_along, local_axes
 from regauge.ir.rewrite import refuse
 from regauge.ir.rules import Axes
 from regauge.ir.sizes import same
-from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, new_weight, number, successor
+from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, itself, new_weight, number, successor
 
 MAPS = ("linear", "conv", "conv_transpose", "matmul")
 LAYOUTS = ("permute", "reshape", "unsqueeze", "squeeze")
@@ -118,7 +118,7 @@ def rebuilt(build: Builder, node: Node, weight: Parameter, bias: Operand, x: Ope
 def old_bias(node: Node) -> Fixed:
     """The bias of a linear map, zero where there is none."""
     bias = bias_of(node)
-    return Fixed((bias,), lambda tensor: tensor) if isinstance(bias, Parameter) else number(0.0)
+    return itself(bias) if isinstance(bias, Parameter) else number(0.0)
 
 
 def placed_bias(build: Builder, node: Node, value: Fixed, size: int | None = None) -> Parameter:
