@@ -7,10 +7,11 @@ from difflib import get_close_matches
 
 from regauge.ir.errors import PassError
 from regauge.ir.rewrite import RuleSet
-from regauge.passes.simplify import affine, affine_before
+from regauge.passes.simplify import affine, affine_before, map_chains, step_chains
 
 RULE_SETS: Mapping[str, RuleSet] = {
     "affine": affine.RULES + affine_before.RULES,
+    "chains": map_chains.RULES + step_chains.RULES,
 }
 
 

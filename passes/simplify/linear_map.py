@@ -8,11 +8,13 @@ stands next to the map too, so that one rule serves all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from regauge.ir.cost import local_figures
 from regauge.ir.edit import Builder
 from regauge.ir.extents import Extent, Product
 from regauge.ir.graph import Node, Operand, Parameter, Value
@@ -132,3 +134,20 @@ def placed_bias(build: Builder, node: Node, value: Fixed, size: int | None = Non
     assert isinstance(weight, Parameter)
     stem = weight.name.removesuffix("weight").removesuffix(".")
     return new_weight(build, f"{stem}.bias" if stem else "bias", weight, whole, (size,))
+
+
+def must_pay(build: Builder, before: Sequence[Node]) -> None:
+    """Refuse where what was built in place of some nodes has more parameters or needs more MACs than they."""
+    old, new = (local_figures(nodes, build.graph) for nodes in (before, build.added))
+    if new.parameters > old.parameters or new.macs > old.macs:
+        refuse(
+            f"merged they would have {new.parameters} parameters and {new.macs} MACs, "
+            f"not {old.parameters} and {old.macs}"
+        )
+
+
+def must_fit(new: Value, old: Value) -> Value:
+    """Refuse where a replacement cannot be seen to have the shape of what it replaces."""
+    if new.rank != old.rank or new.dtype != old.dtype or not all(map(same, new.shape, old.shape)):
+        return refuse(f"merged they would give {new.signature}, not {old.signature}")
+    return new
