@@ -66,6 +66,13 @@ def channel_axis(node: Node) -> int:
     return node.output.rank - 1 if node.op in ("linear", "matmul") else node.output.rank - weight.rank + 1
 
 
+def input_axis(node: Node) -> int:
+    """The axis of its operand that a linear map contracts."""
+    x, weight = node.inputs[X], node.inputs[W]
+    assert isinstance(x, Value) and isinstance(weight, Value)
+    return x.rank - 1 if node.op in ("linear", "matmul") else x.rank - weight.rank + 1
+
+
 def channels(node: Node) -> int:
     """How many output channels a linear map has."""
     size = node.output.shape[channel_axis(node)]

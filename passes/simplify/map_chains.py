@@ -1,9 +1,8 @@
-"""Linear maps in a row become one, where that does not cost more; scales in a row and shifts in a row become one.
+"""Linear maps in a row become one, where that does not cost more.
 
     linear(w1, b1) -> linear(w2, b2)    linear(w2 w1, w2 b1 + b2)
     conv 1x1 -> conv kxk                conv kxk, unless the bias of the first one would be missing in a border
     conv kxk -> conv 1x1                conv kxk
-    mul(mul(x, a), b)                   mul(x, a b)
 
 A product of two narrow maps may be far wider than they are, so parameters and MACs are compared before each merge.
 """
@@ -13,26 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.graph import Node, Operand, Value
-from regauge.ir.rewrite import RuleSet, refuse, rule
+from regauge.ir.graph import Node, Value
+from regauge.ir.rewrite import RuleSet, rule
 from regauge.passes.simplify.affine import weights
-from regauge.passes.simplify.fixed_values import Fixed, combined, successor
-from regauge.passes.simplify.kernels import MATRICES, composed, is_pointwise, matrix, stays_in_step, through
-from regauge.passes.simplify.linear_map import (
-    X,
-    bias_of,
-    has_zero_padding,
-    must_fit,
-    must_pay,
-    old_bias,
-    own_weight,
-    placed_bias,
-    rebuilt,
-)
+from regauge.passes.simplify.kernels import composed, placed
+from regauge.passes.simplify.linear_map import X, must_pay, own_weight
 
 CHAINED = ("linear", "matmul", "conv")
 
@@ -63,41 +50,12 @@ def _chain_samples() -> Iterable[dict[str, Any]]:
 def maps_in_a_row(build: Builder, first: Node, second: Node) -> Value:
     """Two linear maps in a row are one, if it has no more parameters and MACs than both."""
     own_weight(build, first)
-    weight = own_weight(build, second)
-    if (first.op in MATRICES) != (second.op in MATRICES):
-        return refuse(f"a {first.op} and a {second.op} are no one map")
+    own_weight(build, second)
     x = first.inputs[X]
-    attributes = dict(second.attributes)
-    if second.op in MATRICES:
-        product = combined(lambda a, b: b @ a, matrix(first), matrix(second))
-        shape: tuple[Any, ...] = (second.output.shape[-1], x.shape[-1])  # type: ignore[union-attr]
-        if second.op == "matmul":
-            product, shape = combined(torch.t, product), shape[::-1]
-    else:
-        product, attributes, shape = _composed(first, second)
-    merged = successor(build, weight, product, shape)
-    bias: Operand = bias_of(second)
-    if bias_of(first) is not None:
-        bias = placed_bias(build, second, combined(torch.add, through(second, old_bias(first)), old_bias(second)))
-    if second.op in MATRICES:
-        result = rebuilt(build, second, merged, bias, x)
-    else:
-        result = build.conv(x, merged, bias, name=second.name, **attributes)
+    assert isinstance(x, Value)
+    result = placed(build, second, x, composed(build, first, second))
     must_pay(build, [first, second])
-    return must_fit(result, second.output)
-
-
-def _composed(first: Node, second: Node) -> tuple[Fixed, dict[str, Any], tuple[int, ...]]:
-    narrow = is_pointwise(first) and stays_in_step(first)
-    if not narrow and not is_pointwise(second):
-        return refuse("neither of the two kernels has one entry")
-    if bias_of(first) is not None and has_zero_padding(second):
-        return refuse("the bias of the first one would be missing in the border of zeros")
-    product, walk = composed(first, second)
-    outputs, _, *kernel = second.inputs[1].shape  # type: ignore[union-attr]
-    inputs = first.inputs[1].shape[1] * first.attributes["groups"]  # type: ignore[union-attr]
-    kernel = kernel if narrow else first.inputs[1].shape[2:]  # type: ignore[union-attr,assignment]
-    return product, walk.attributes(), (outputs, inputs // walk.groups, *kernel)
+    return result
 
 
 RULES = RuleSet([maps_in_a_row])

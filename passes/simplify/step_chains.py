@@ -82,7 +82,7 @@ def _stored(build: Builder, given: Sequence[Operand], both: Fixed, dtype: Any) -
     if any(source.dtype != dtype or len(source.uses) > 1 for source in both.sources):
         return refuse("one of the two is read by others, or of another type")
     shapes = [tuple(operand.shape) if isinstance(operand, Value) else () for operand in given]
-    shape = torch.broadcast_shapes(*shapes)
+    shape = tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
     if math.prod(shape) > sum(math.prod(source.weight.shape) for source in both.sources):
         return refuse("together they would be larger than both of them")
     old = next((operand for operand in given if isinstance(operand, Parameter)), both.sources[0])
