@@ -8,7 +8,7 @@ usually 1: MACs are those of one example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -86,6 +86,19 @@ def figures(graph: Graph) -> Figures:
         if node.operator.macs is not None:
             macs += int(node.operator.macs(Cost(_bound_view(node, bound))))
     return Figures(parameters, macs, int(size))
+
+
+def local_figures(nodes: Iterable[Node], graph: Graph) -> Figures:
+    """The figures of some nodes of a graph: MACs, and elements and bytes of all weights that they read, constants too.
+
+    For decisions whether a rewrite pays: what it replaces against what it builds.
+    """
+    bound = smallest_sizes(graph)
+    taken = list(nodes)
+    read = dict.fromkeys(value for node in taken for _, value in node.operands() if isinstance(value, Parameter))
+    elements = {parameter: int(product(parameter.weight.shape)) for parameter in read}
+    macs = sum(int(node.operator.macs(Cost(_bound_view(node, bound)))) for node in taken if node.operator.macs)
+    return Figures(sum(elements.values()), macs, int(sum(n * item_size(p.dtype) for p, n in elements.items())))
 
 
 def _bound_view(node: Node, bound: Callable[[Size], int]) -> _NodeView:

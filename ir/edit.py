@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ class Builder:
         self.origin: Any = None
         self.added: list[Node] = []
         self.made: list[Parameter] = []
+        self.held: Container[Value] = ()  # what outputs and states read, regions included, where the driver knows
         self._successors: list[tuple[Parameter, Parameter]] = []
         self._taken = {value.name for value in graph.values()}
         self._counters: dict[str, int] = {}

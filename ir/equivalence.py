@@ -51,16 +51,24 @@ class Constant:
 
 
 def prove_rule(rule: RewriteRule) -> list[Proof]:
-    """Prove a rewrite rule on each of its samples; raises EquivalenceError where it does not fire or is wrong."""
+    """Prove a rewrite rule on each of its samples; raises EquivalenceError where it does not fire or is wrong.
+
+    A sample serves all operators that the first root may be, unless it says which one by ``"name.op"``.
+    """
     if rule.samples is None:
         raise EquivalenceError(f"rule {rule.name} has no samples: give operands on which it can be tested")
     proofs: list[Proof] = []
+    anchor = rule.pattern.anchor
+    tried: set[str] = set()
     for number, sample in enumerate(rule.samples()):
         what = f"rule {rule.name}, sample {number}"
-        anchor = rule.pattern.anchor
         chosen = sample.get(f"{anchor.name}.op")
         for op in anchor.ops if chosen is None else (chosen,):
             proofs.append(_prove_sample(rule, sample, op, what))
+            tried.add(op)
+    missing = [op for op in anchor.ops if op not in tried]
+    if missing:
+        raise EquivalenceError(f"rule {rule.name} has no sample for {missing[0]}: give one")
     return proofs
 
 

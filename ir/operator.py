@@ -248,14 +248,13 @@ class Operator:
                 raise OperatorError(f"{self.name} needs the attribute {name!r}")
             full[name] = _frozen(value)
         variadic = bool(self.slots) and self.slots[-1].startswith("*")
-        if not variadic and len(operands) > len(self.slots):
-            raise OperatorError(
-                f"{self.name} takes {len(self.slots)} operands ({', '.join(self.slots)}), got {len(operands)}"
-            )
         given = tuple(operands)
-        if not variadic:
-            while given and given[-1] is None:
-                given = given[:-1]
+        while not variadic and given and given[-1] is None:
+            given = given[:-1]
+        if not variadic and len(given) > len(self.slots):
+            raise OperatorError(
+                f"{self.name} takes {len(self.slots)} operands ({', '.join(self.slots)}), got {len(given)}"
+            )
         return given, full
 
 

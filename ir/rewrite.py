@@ -162,6 +162,7 @@ class _Driver:
 
     def _enter(self, graph: Graph, build: Builder) -> None:
         self.builders[graph] = build
+        build.held = self.held
         for value in graph.outputs:
             if isinstance(value, Value):
                 self.held.setdefault(value, []).append(graph)

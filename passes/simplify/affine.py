@@ -1,16 +1,16 @@
-"""Scales, shifts and batch norms folded into the weights of the linear map before or behind them.
+"""Scales and shifts behind a linear map, folded into its weights.
 
     conv(x, w, b) -> batch_norm          conv(x, w', b')
     linear(x, w, b) -> mul(s)            linear(x, w', b')
-    add(x, t) -> linear(w, b)            linear(x, w, b')
+    matmul(x, w) -> permute -> div(s)    matmul(x, w') -> permute
 
-Which axes of the weight a vector runs along is read off the operator's axis rule, so that one rule serves linear maps,
-grouped and transposed convolutions alike. A shift is never moved through zero padding: the border would miss it.
+A reshape or a permutation may stand between, as long as the axes that the scale runs along are output channels before
+it. A weight that something else reads is never folded into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,131 +18,166 @@ from torch import rand, randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.equivalence import Weight
-from regauge.ir.extents import Extent
-from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.local_axes import LocalAxes, Spread, local_axes
-from regauge.ir.rewrite import RuleSet, refuse, rule
+from regauge.ir.graph import Node, Parameter, Value
+from regauge.ir.rewrite import RewriteRule, RuleSet, refuse
+from regauge.passes.simplify.affine_steps import PAIRS, Affine, affine_of
+from regauge.passes.simplify.fixed_values import combined, itself, number, successor
+from regauge.passes.simplify.linear_map import (
+    LAYOUTS,
+    MAPS,
+    W,
+    axes_of,
+    bias_of,
+    channel_axis,
+    old_bias,
+    own_weight,
+    placed_bias,
+    rebuilt,
+)
 
-MAPS = ("linear", "conv", "conv_transpose")
-X, W, BIAS = 0, 1, 2  # the operand slots of a linear map
+Wrap = Callable[[Any, Any], Any]  # what stands between a map and a step: nothing, or a change of layout
 
 
-def axes_of(node: Node) -> LocalAxes:
-    axes = local_axes(node)
-    return axes if axes is not None else refuse("its axis rule does not fit")
+def fold_behind(build: Builder, map: Node, affine: Node, layout: Node | None = None) -> Value:
+    """``s * (w x + b) + t`` is ``(s w) x + (s b + t)``, with what stands between."""
+    inner = map if layout is None else layout
+    axes = axes_of(map)
+    seen = axes.results[0] if layout is None else axes_of(layout, axes.results[0]).results[0]
+    slot = next(slot for slot, value in affine.operands() if value is inner.output)
+    scale, shift = affine_of(build, affine, slot, seen)
+    weight: Any = map.inputs[W]
+    if scale is not None:
+        weight = own_weight(build, map)
+        factors = scale.along(axes.operands[W], "the output channels")
+        weight = successor(build, weight, combined(torch.mul, itself(weight), factors))
+    bias = _bias_behind(build, map, affine, Affine(scale, shift), axes.results[0][channel_axis(map)])
+    result = rebuilt(build, map, weight, bias)
+    if layout is None:
+        return result
+    with build.at(layout):
+        moved: Value = build(layout.op, result, *layout.inputs[1:], **layout.attributes)
+    return moved
 
 
-def own_weight(node: Node) -> Parameter:
-    """The weight of a linear map that nothing else reads; refuses otherwise."""
-    weight = node.inputs[W]
-    if not isinstance(weight, Parameter):
+def _bias_behind(build: Builder, map: Node, affine: Node, step: Affine, channel: Any) -> Any:
+    if bias_of(map) is None and step.shift is None:
+        return None
+    if map.op == "matmul" and affine.op != "batch_norm":
+        return refuse("a matmul has no bias")
+    if not isinstance(map.inputs[W], Parameter):
         return refuse("its weight is computed")
-    if len(weight.uses) > 1:
-        return refuse(f"its weight {weight.name} has other readers")
-    bias = node.inputs[BIAS] if len(node.inputs) > BIAS else None
-    if bias is not None and not isinstance(bias, Parameter):
-        return refuse("its bias is computed")
-    return weight
+    what = "the output channels"
+    scale = number(1.0) if step.scale is None else step.scale.along([channel], what)
+    shift = number(0.0) if step.shift is None else step.shift.along([channel], what)
+    return placed_bias(build, map, combined(lambda b, s, t: b * s + t, old_bias(map), scale, shift))
 
 
-def channel_axis(node: Node) -> int:
-    """The axis of the result that the bias of a linear map runs along."""
-    return node.output.rank - 1 if node.op == "linear" else 1
+# -- samples -----------------------------------------------------------------------------------------------------------
 
 
-def result_channels(node: Node) -> tuple[Extent, Spread]:
-    """The output channels of a linear map, and how a vector over them is laid along its weight."""
-    axes = axes_of(node)
-    extent = axes.results[0][channel_axis(node)]
-    lay = axes.spread(W, extent)
-    if lay is None:
-        return refuse("its output channels are no axis of its weight")
-    return extent, lay
+def maps(*, spread: bool = False) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
+    """Operands of linear maps of every kind, and the shape of a factor over their six output channels."""
+    plane = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 2}
+    grouped = {"map.op": "conv", "map.attributes": plane}
+    yield {"x": randn(2, 4, 5, 5), "w": randn(6, 2, 3, 3), "b": randn(6), **grouped}, (6, 1, 1)
+    yield {"x": randn(3, 5, 4), "w": randn(6, 4), "map.op": "linear"}, (6,)
+    if spread:
+        turned = {"map.op": "conv_transpose", "map.attributes": {"stride": (2,), "groups": 2}}
+        yield {"x": randn(2, 4, 5), "w": randn(4, 3, 3), "b": randn(6), **turned}, (6, 1)
+        yield {"x": randn(4, 6), "w": randn(6, 4, 1), "map.op": "conv"}, (6, 1)  # without a batch axis
 
 
-def as_vector(operand: Operand, rank: int, axis: int, size: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """How a factor that is broadcast against a result of this rank becomes a vector over one of its axes."""
-    shape = (1,) * (rank - operand.rank) + operand.shape if isinstance(operand, Value) else (1,) * rank
-    if any(s != 1 for a, s in enumerate(shape) if a != axis) or shape[axis] not in (1, size) or len(shape) != rank:
-        return refuse(f"{operand} does not run along the channels alone")
-    return lambda tensor: tensor.reshape(-1).expand(size)
+def weights(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample in float64; all but x are weights."""
+    doubled = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
+    return {k: Weight(v) if isinstance(v, torch.Tensor) and k != "x" else v for k, v in doubled.items()}
 
 
-def rebuilt(build: Builder, node: Node, weight: Parameter, bias: Parameter | None) -> Value:
-    """The linear map with other weights, in the place of the old one."""
-    with build.at(node):
-        result: Value = build(node.op, node.inputs[X], weight, bias, name=node.name, **node.attributes)
-    return result
+def _pair_samples() -> Iterable[dict[str, Any]]:
+    for sample, shape in maps(spread=True):
+        yield weights({**sample, "f": rand(shape) + 0.5})
+        yield {**weights(sample), "f": 3.0}
+    for op in ("mul", "div"):
+        matmul = {"x": randn(2, 3, 4), "w": randn(4, 6), "f": rand(6) + 0.5, "map.op": "matmul", "affine.op": op}
+        yield weights(matmul)
 
 
-def new_bias(build: Builder, node: Node, function: Callable[..., torch.Tensor], *sources: Parameter) -> Parameter:
-    """The bias ``function(old bias or zeros, *sources)`` of a linear map."""
-    old = node.inputs[BIAS] if len(node.inputs) > BIAS else None
-    size = node.output.shape[channel_axis(node)]
-    if isinstance(old, Parameter) and len(old.uses) == 1:
-        return build.folded(old, function, *sources)
-    weight = node.inputs[W]
-    assert isinstance(weight, Parameter) and isinstance(size, int)
-    stem = weight.name.removesuffix("weight").removesuffix(".")
-    name = f"{stem}.bias" if stem else "bias"
-    if isinstance(old, Parameter):
-        return build.computed(name, lambda w, b, *rest: function(b, *rest), weight, old, *sources, shape=(size,))
-    return build.computed(name, lambda w, *rest: function(w.new_zeros(size), *rest), weight, *sources, shape=(size,))
+def _moved_samples(single: bool = False) -> Iterable[dict[str, Any]]:
+    heads = {"layout.op": "reshape", "layout.attributes": {"shape": (3, 5, 2, 3)}}
+    turned = {"layout.op": "permute", "layout.attributes": {"dims": (0, 2, 3, 1)}}
+    for (sample, _), moved, shape in zip(maps(), (turned, heads), ((6,), (2, 1)), strict=True):
+        yield weights({**sample, **moved, **({} if single else {"f": rand(shape) + 0.5})})
 
 
-# -- behind a linear map -----------------------------------------------------------------------------------------------
+def _single_samples() -> Iterable[dict[str, Any]]:
+    yield from (weights(sample) for sample, _ in maps(spread=True))
 
 
-def _batch_norm_samples() -> Iterable[dict[str, Any]]:
-    def sample(x: torch.Tensor, w: torch.Tensor, out: int, **extra: Any) -> dict[str, Any]:
-        vectors = {name: Weight(randn(out).double()) for name in ("gain", "shift", "mean")}
-        return {"x": x.double(), "w": Weight(w.double()), "var": Weight(rand(out).double() + 0.5), **vectors, **extra}
-
-    conv = {"map.attributes": {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 2}}
-    yield sample(randn(2, 4, 5, 5), randn(6, 2, 3, 3), 6, **{"map.op": "conv", **conv})
-    yield sample(randn(2, 4, 5, 5), randn(6, 2, 3, 3), 6, b=Weight(randn(6).double()), **{"map.op": "conv", **conv})
-    yield sample(randn(3, 4), randn(6, 4), 6, **{"map.op": "linear"})
+def norm_vectors(count: int) -> dict[str, Any]:
+    return {**{name: randn(count) for name in ("gain", "shift", "mean")}, "var": rand(count) + 0.5}
 
 
-@rule(
-    lambda op, x, w, gain, shift, mean, var, b=None: op.batch_norm(
-        op.any_of(MAPS, x, w, b, name="map", attributes=...), gain, shift, mean, var,
-        momentum=..., eps=..., name="norm",
-    ),
-    samples=_batch_norm_samples,
-)  # fmt: skip
-def batch_norm_into_weights(build: Builder, map: Node, norm: Node) -> Value:
-    """``(w x + b - mean) / sqrt(var + eps) * gain + shift`` is linear in x."""
-    weight = own_weight(map)
-    parameters = [p for p in norm.inputs[1:] if isinstance(p, Parameter)]
-    if len(parameters) < len([p for p in norm.inputs[1:] if p is not None]):
-        return refuse("its statistics or gains are computed")
-    _, lay = result_channels(map)
-    if channel_axis(map) != 1:
-        return refuse("its channels are not axis 1")
-    eps = norm.attributes["eps"]
-    gain, shift, mean, var = norm.inputs[1:5]
-    slots = [p for p in (gain, shift, mean, var) if isinstance(p, Parameter)]
-
-    def affine(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        given = dict(zip(map_slots, tensors, strict=True))
-        scale = torch.rsqrt(given["var"] + eps) * given.get("gain", 1.0)
-        return scale, given.get("shift", 0.0) - given["mean"] * scale
-
-    map_slots = [
-        name
-        for name, p in zip(("gain", "shift", "mean", "var"), (gain, shift, mean, var), strict=True)
-        if p is not None
-    ]
-
-    def folded_weight(w: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        return w * lay(affine(rest)[0])
-
-    def folded_bias(b: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        scale, offset = affine(rest)
-        return b * scale + offset
-
-    return rebuilt(build, map, build.folded(weight, folded_weight, *slots), new_bias(build, map, folded_bias, *slots))
+def _norm_samples() -> Iterable[dict[str, Any]]:
+    for sample, _ in maps(spread=True):
+        if sample["map.op"] != "linear" and sample["x"].ndim > 2:
+            yield weights({**sample, **norm_vectors(6)})
+    yield weights({"x": randn(3, 4), "w": randn(6, 4), "map.op": "linear", **norm_vectors(6)})
+    yield weights({"x": randn(3, 4), "w": randn(4, 6), "map.op": "matmul", **norm_vectors(6)})
+    bare = {"x": randn(3, 4), "w": randn(6, 4), "map.op": "linear", "mean": randn(6), "var": rand(6)}
+    yield weights(bare)  # without a gain and a shift
 
 
-RULES = RuleSet([batch_norm_into_weights])
+def _moved_norm_samples() -> Iterable[dict[str, Any]]:
+    turned = {"layout.op": "permute", "layout.attributes": {"dims": (0, 2, 1)}}
+    yield weights({"x": randn(2, 5, 4), "w": randn(6, 4), "map.op": "linear", **turned, **norm_vectors(6)})
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+def _direct(op: Any, inner: Any) -> Any:
+    return inner
+
+
+def _through(op: Any, inner: Any) -> Any:
+    return op.any_of(LAYOUTS, inner, name="layout", attributes=...)
+
+
+def _patterns(wrap: Wrap) -> dict[str, Callable[..., Any]]:
+    def inner(op: Any, x: Any, w: Any, b: Any) -> Any:
+        return wrap(op, op.any_of(MAPS, x, w, b, name="map", attributes=...))
+
+    def norm(op, x, w, mean, var, b=None, gain=None, shift=None):  # type: ignore[no-untyped-def]
+        vectors = (gain, shift, mean, var)
+        return op.batch_norm(inner(op, x, w, b), *vectors, momentum=..., eps=..., name="affine")
+
+    return {
+        "scale-or-shift": lambda op, x, w, f, b=None: op.any_of(PAIRS, inner(op, x, w, b), f, name="affine"),
+        "difference": lambda op, x, w, f, b=None: op.sub(f, inner(op, x, w, b), name="affine"),
+        "negation": lambda op, x, w, b=None: op.neg(inner(op, x, w, b), name="affine"),
+        "batch-norm": norm,
+    }
+
+
+def _rules() -> Iterator[RewriteRule]:
+    def direct(build: Builder, map: Node, affine: Node) -> Value:
+        """A scale or a shift behind a linear map goes into its weights."""
+        return fold_behind(build, map, affine)
+
+    def moved(build: Builder, map: Node, layout: Node, affine: Node) -> Value:
+        """A scale or a shift behind a linear map and a change of layout goes into its weights."""
+        return fold_behind(build, map, affine, layout)
+
+    samples = {
+        "scale-or-shift": (_pair_samples, _moved_samples),
+        "difference": (lambda: (s for s in _pair_samples() if s["map.op"] != "matmul"), _moved_samples),
+        "negation": (_single_samples, lambda: _moved_samples(True)),
+        "batch-norm": (_norm_samples, _moved_norm_samples),
+    }
+    for name, pattern in _patterns(_direct).items():
+        yield RewriteRule(f"{name}-into-weights", pattern, direct, samples=samples[name][0])
+    for name, pattern in _patterns(_through).items():
+        yield RewriteRule(f"{name}-through-layout-into-weights", pattern, moved, samples=samples[name][1])
+
+
+RULES = RuleSet(_rules())

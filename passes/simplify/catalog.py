@@ -7,14 +7,28 @@ from difflib import get_close_matches
 
 from regauge.ir.errors import PassError
 from regauge.ir.rewrite import RuleSet
-from regauge.passes.simplify import affine, identities, layout, pieces, transposes
+from regauge.passes.simplify import (
+    affine,
+    affine_before,
+    branches,
+    identities,
+    layout,
+    map_chains,
+    pieces,
+    step_chains,
+    training_leftovers,
+    transposes,
+)
 
 RULE_SETS: Mapping[str, RuleSet] = {
+    "training-leftovers": training_leftovers.RULES,
     "identities": identities.RULES,
     "layout": layout.RULES,
     "pieces": pieces.RULES,
     "transposes": transposes.RULES,
-    "affine": affine.RULES,
+    "affine": affine.RULES + affine_before.RULES,
+    "chains": map_chains.RULES + step_chains.RULES,
+    "branches": branches.RULES,
 }
 
 

@@ -10,16 +10,16 @@ from regauge.ir.graph import Graph
 from regauge.ir.rewrite import RewriteLog, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
-from regauge.passes.simplify.branches import inline_decided
 from regauge.passes.simplify.catalog import choose
 from regauge.passes.simplify.constants import fold_constants, fold_into_weights
+from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import remove_dead_code
 from regauge.passes.simplify.limits import BYTES_BEFORE, Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 
 STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "dead-code": remove_dead_code,
-    "branches": inline_decided,
+    "control-flow": inline_decided,
     "constants": fold_constants,
     "ties": tie_equal_weights,
     "merging": merge_equal_nodes,
