@@ -67,12 +67,12 @@ class OnnxSpeller:
                 kinds.append(torch.empty((1,) * operand.rank, dtype=operand.dtype, device="meta"))
             elif operand is not None and not isinstance(operand, sympy.Basic):
                 kinds.append(operand)
-        zero = torch.empty((), dtype=self.dtype, device="meta")
-        found = reduce(lambda a, b: torch.empty((1,), dtype=torch.result_type(a, b), device="meta"), kinds, kinds[0])
-        joined = found.dtype if isinstance(found, torch.Tensor) else zero.dtype
+        joined = self.dtype
+        if kinds:
+            found = reduce(lambda a, b: torch.empty((1,), dtype=torch.result_type(a, b), device="meta"), kinds)
+            joined = found.dtype if isinstance(found, torch.Tensor) else joined
         result = self.node.outputs[0].dtype
-        floating = isinstance(result, torch.dtype) and result.is_floating_point
-        return result if floating else joined  # type: ignore[return-value]
+        return result if isinstance(result, torch.dtype) and result.is_floating_point else joined
 
     def given(self, slot: int) -> bool:
         return slot < len(self.node.inputs) and self.node.inputs[slot] is not None
