@@ -32,16 +32,20 @@ class Check:
 
     def failure(self, model: nn.Module) -> str | None:
         """None where the module agrees; else what went wrong, in words."""
-        model.train(bool(self.graph.metadata.get("torch", {}).get("training", False)))
-        args, kwargs = self._call()
         try:
-            with torch.no_grad():
-                found = pytree.tree_leaves(model(*args, **kwargs))
+            found = self.call(model)
         except Exception as error:  # whatever the user's code raises on sizes it does not expect
             return f"its forward fails ({(str(error).strip() or type(error).__name__).splitlines()[0][:160]})"
         return self._difference(found)
 
-    def _call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call(self, model: nn.Module) -> list[Any]:
+        """The results of the module, flat; raises whatever its code raises."""
+        model.train(bool(self.graph.metadata.get("torch", {}).get("training", False)))
+        args, kwargs = self._arguments()
+        with torch.no_grad():
+            return pytree.tree_leaves(model(*args, **kwargs))
+
+    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         torch_born = self.graph.metadata.get("torch")
         if torch_born is None:
             return tuple(self.inputs), {}

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from regauge.backends.apply_check import Check
-from regauge.backends.apply_layers import Changed, set_layer_sizes
+from regauge.backends.apply_layers import set_layer_sizes
+from regauge.backends.apply_refusal import failing_module, refusal
 from regauge.backends.apply_search import cut_dims, search
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Parameter
@@ -50,8 +51,9 @@ def apply_to(
         before.restore()
         raise
     if failure is not None:
+        failed = failing_module(model, lambda: check.call(model))
         before.restore()
-        raise EmitError(_refusal(graph, model, changed, failure))
+        raise EmitError(refusal(graph, model, changed, failure, failed))
     before.restore_modes()
     return model
 
@@ -123,13 +125,3 @@ class Snapshot:
 def _lists(state: Mapping[str, Any]) -> list[list[Any]]:
     """Lists of tensors that a module keeps beside its parameters, as recurrent layers do."""
     return [value for name, value in state.items() if name == "_flat_weights" and isinstance(value, list)]
-
-
-def _refusal(graph: Graph, model: nn.Module, changed: Changed, failure: str) -> str:
-    cut = [edit.what for edit in graph.history if "->" in edit.what]
-    names = cut or [f"{name}: {list(old)} -> {list(new)}" for name, (old, new) in changed.items()]
-    shown = "; ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return (
-        f"{type(model).__name__} cannot express these sizes: {shown}. With all tensors replaced and its integer "
-        f"attributes searched, {failure}. The model is as it was; use graph.to_torch() to get a module of its own"
-    )

@@ -56,7 +56,6 @@ class _Rewiring:
         self.spelled: set[Node] = set()
         self.new_nodes: set[onnx_ir.Node | None] = set()
         self.connected: set[tuple[onnx_ir.Node, onnx_ir.Value | None]] = set()
-        self._by_name = {(owner, v.name): v for node, owner in self.owners.items() for v in node.outputs}
 
     # -- places ------------------------------------------------------------------------------------------------------
 
@@ -171,7 +170,7 @@ class _Rewiring:
             if before is not None:
                 self._replace(before, made, owner)
         if onnx.added:
-            onnx.added[-1].name = self.carrier.unique(node.name)
+            onnx.added[-1].name = onnx.added[-1].outputs[0].name
         by = node.metadata.get("regauge.added_by")
         if by and (self.carrier.model.ir_version or 0) >= 10:
             for made_node in onnx.added:

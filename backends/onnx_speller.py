@@ -67,12 +67,12 @@ class OnnxSpeller:
                 kinds.append(torch.empty((1,) * operand.rank, dtype=operand.dtype, device="meta"))
             elif operand is not None and not isinstance(operand, sympy.Basic):
                 kinds.append(operand)
-        zero = torch.empty((), dtype=self.dtype, device="meta")
-        found = reduce(lambda a, b: torch.empty((1,), dtype=torch.result_type(a, b), device="meta"), kinds, kinds[0])
-        joined = found.dtype if isinstance(found, torch.Tensor) else zero.dtype
+        joined = self.dtype
+        if kinds:
+            found = reduce(lambda a, b: torch.empty((1,), dtype=torch.result_type(a, b), device="meta"), kinds)
+            joined = found.dtype if isinstance(found, torch.Tensor) else joined
         result = self.node.outputs[0].dtype
-        floating = isinstance(result, torch.dtype) and result.is_floating_point
-        return result if floating else joined  # type: ignore[return-value]
+        return result if isinstance(result, torch.dtype) and result.is_floating_point else joined
 
     def given(self, slot: int) -> bool:
         return slot < len(self.node.inputs) and self.node.inputs[slot] is not None
@@ -109,7 +109,7 @@ class OnnxSpeller:
     def __call__(self, op_type: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
         """Add one ONNX node."""
         given = {name: value for name, value in attributes.items() if value is not None}
-        self._check(op_type, given)
+        self._check(op_type, len(inputs), given)
         values = [
             item if item is None or isinstance(item, onnx_ir.Value) else self.constant(item, self.dtype)
             for item in inputs
@@ -184,7 +184,7 @@ class OnnxSpeller:
         """The error that says why the node cannot be written; raise it."""
         return EmitError(f"{self.node.label}, {self._reason}, cannot be written to ONNX: {reason}")
 
-    def _check(self, op_type: str, attributes: dict[str, Any]) -> None:
+    def _check(self, op_type: str, inputs: int, attributes: dict[str, Any]) -> None:
         import onnx.defs
 
         if self.opset < OLDEST:
@@ -193,6 +193,8 @@ class OnnxSpeller:
             schema = onnx.defs.get_schema(op_type, self.opset, "")
         except onnx.defs.SchemaError:
             raise self.refusal(f"opset {self.opset} has no {op_type}") from None
+        if inputs > schema.max_input:
+            raise self.refusal(f"{op_type} has attributes in place of inputs in opset {self.opset}")
         unknown = [name for name in attributes if name not in schema.attributes]
         if unknown:
             raise self.refusal(f"{op_type} has no attribute {unknown[0]} in opset {self.opset}")

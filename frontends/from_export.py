@@ -84,7 +84,7 @@ class _ProgramImport:
                 self.importer.bind(node, node.meta.get("val"))
         self._finish(self.importer.run())
         if fold:
-            remove_dead(self.graph)
+            remove_dead(self.graph, parameters=False)
             fold_constants(self.graph)
         return Imported(self.graph, self.trail)
 

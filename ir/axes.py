@@ -57,14 +57,14 @@ class Analysis:
 
     def axes(self, value: Value) -> list[Extent]:
         """The extents of a value in normal form."""
-        self._name_values()
+        self.name_values()
         return [resolve(extent) for extent in self.of[value]]
 
     def describe(self, value: Value) -> str:
-        self._name_values()
+        self.name_values()
         return "[" + ", ".join(format_extent(extent) for extent in self.of[value]) + "]"
 
-    def _name_values(self) -> None:
+    def name_values(self) -> None:
         """Name the Dims that no parameter has: only when somebody looks, since there are many."""
         if not self._all_named:
             self._all_named = True

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from regauge.ir.errors import GraphError
-from regauge.ir.graph import Dtype, Edit, Graph, Kind, Node, Operand, Parameter, State, Value, dtype_name
+from regauge.ir.graph import (
+    Dtype,
+    Edit,
+    Graph,
+    Kind,
+    Node,
+    Operand,
+    Parameter,
+    State,
+    Value,
+    add_use,
+    dtype_name,
+)
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
 from regauge.ir.sizes import Size
@@ -162,7 +174,7 @@ class Builder:
             for i, (shape, dtype) in enumerate(found)
         )
         for slot, value in node.operands():
-            value.uses[node, slot] = None
+            add_use(value, node, slot)
         self.graph._nodes[node] = None
         self.graph.version += 1
         self.added.append(node)
@@ -193,7 +205,7 @@ def set_input(node: Node, slot: int, operand: Operand, graph: Graph) -> None:
         old.uses.pop((node, slot), None)
     node.inputs = (*node.inputs[:slot], operand, *node.inputs[slot + 1 :])
     if isinstance(operand, Value):
-        operand.uses[node, slot] = None
+        add_use(operand, node, slot)
     graph.version += 1
 
 
@@ -277,37 +289,62 @@ def inline_region(build: Builder, node: Node, region: Graph, operands: Sequence[
     return outputs
 
 
-def remove_dead(graph: Graph, *, parameters: bool = True) -> int:
-    """Remove nodes, and optionally constants and parameters, no output or state depends on; returns how many nodes."""
-    live: set[Value] = {o for o in graph.outputs if isinstance(o, Value)} | {s.after for s in graph.states}
-    stack = list(live)
-    keep: set[Node] = set()
+def remove_parameter(graph: Graph, parameter: Parameter, *, by: str = "remove_parameter") -> None:
+    """Remove a parameter that nothing reads, noted in the history; raises GraphError where something does."""
+    if graph.parameters.get(parameter.name) is not parameter:
+        raise GraphError(
+            f"{parameter} is no parameter of graph {graph.name!r}: use graph.parameters[{parameter.name!r}]"
+        )
+    readers = [node.label for node in parameter.consumers()]
+    readers += [f"output {slot}" for slot, output in enumerate(graph.outputs) if output is parameter]
+    readers += [f"the state {state.name}" for state in graph.states if parameter in (state.before, state.after)]
+    if readers:
+        raise GraphError(f"{parameter} cannot be removed: {readers[0]} reads it")
+    del graph.parameters[parameter.name]
+    record(graph, by, f"{parameter.name}: removed")
+    graph.version += 1
+
+
+def dead_nodes(graph: Graph, keep: Collection[str] = ()) -> list[Node]:
+    """Nodes that no output, no state and no node named in ``keep`` depends on, each after those that read it."""
+    stack: list[Operand] = [*graph.outputs, *(state.after for state in graph.states)]
+    stack += [node.outputs[0] for node in graph.nodes if node.outputs and node.name in keep]
+    live: set[Node] = set()
     while stack:
-        producer = stack.pop().producer
-        if producer is None or producer in keep:
-            continue
-        keep.add(producer)
-        for _, value in producer.operands():
-            if value not in live:
-                live.add(value)
-                stack.append(value)
-    dead = [node for node in reversed(graph.nodes) if node not in keep]
+        value = stack.pop()
+        producer = value.producer if isinstance(value, Value) else None
+        if producer is not None and producer not in live:
+            live.add(producer)
+            stack.extend(operand for _, operand in producer.operands())
+    return [node for node in reversed(graph.nodes) if node not in live]
+
+
+def remove_dead(graph: Graph, *, parameters: bool = True, keep: Collection[str] = ()) -> int:
+    """Remove nodes that nothing depends on, then what only they read; returns how many nodes went.
+
+    That is constants and, unless ``parameters`` is False, trained parameters and buffers that have lost their last
+    reader, now or before. Those that nothing ever read stay; with ``parameters=False``, for frontends, all that are
+    left without a reader count as such. Nodes named in ``keep`` stay, with what they depend on. Regions are cleared.
+    """
+    nested = [region for node in graph.nodes for region in node.regions]
+    inner = sum(remove_dead(region, parameters=parameters, keep=keep) for region in nested)
+    dead = dead_nodes(graph, keep)
     for node in dead:
         for slot, value in node.operands():
             value.uses.pop((node, slot), None)
         del graph._nodes[node]
-    if parameters:
-        states = {s.before for s in graph.states}
-        for name, parameter in list(graph.parameters.items()):
-            if (
-                parameter.kind == "constant"
-                and not parameter.uses
-                and parameter not in live
-                and parameter not in states
-            ):
-                del graph.parameters[name]
-    graph.version += 1
-    return len(dead)
+    held = {output for output in graph.outputs if isinstance(output, Value)}
+    held |= {value for state in graph.states for value in (state.before, state.after)}
+    unread = [p for p in graph.parameters.values() if not p.uses and p not in held]
+    gone = [p for p in unread if p.kind == "constant" or (parameters and p.was_read)]
+    for parameter in gone:
+        del graph.parameters[parameter.name]
+    if not parameters:
+        for parameter in unread:
+            parameter.was_read = False
+    if dead or gone or inner:
+        graph.version += 1
+    return inner + len(dead)
 
 
 def record(graph: Graph, by: str, what: str) -> None:
@@ -334,6 +371,7 @@ def copy_graph(graph: Graph, mapping: dict[Value, Value] | None = None) -> Graph
             persistent=parameter.persistent,
         )
         copied.origin = parameter.origin
+        copied.was_read = parameter.was_read
         to_new[parameter] = copied
         result.parameters[name] = copied
     result.inputs = [to_new[value] for value in graph.inputs]
@@ -367,5 +405,5 @@ def _copy_node(node: Node, result: Graph, to_new: dict[Value, Value]) -> None:
         new.origin = old.origin
         to_new[old] = new
     for slot, value in copied.operands():
-        value.uses[copied, slot] = None
+        add_use(value, copied, slot)
     result._nodes[copied] = None

@@ -37,7 +37,7 @@ def fold_constants(graph: Graph) -> int:
             folded.append(node)
     if folded:
         _replace(graph, folded, known)
-        remove_dead(graph)
+        remove_dead(graph, parameters=False)
     return before - len(graph)
 
 

@@ -22,6 +22,8 @@ from regauge.ir.weights import Weight, dense
 
 if TYPE_CHECKING:
     from regauge.ir.axes import Analysis
+    from regauge.ir.extents import Dim
+    from regauge.ir.interpret import Hook
 
 Dtype: TypeAlias = torch.dtype | str  # a string names a type torch does not have, such as "string"
 Number: TypeAlias = bool | int | float | complex
@@ -57,8 +59,19 @@ class Value:
         return f"%{self.name}: {self.signature}"
 
 
+def add_use(value: Value, node: Node, slot: int) -> None:
+    """Note that a node reads a value; only the builder and the editing functions do."""
+    value.uses[node, slot] = None
+    if isinstance(value, Parameter):
+        value.was_read = True
+
+
 class Parameter(Value):
-    """A tensor the graph owns: a trained parameter, a buffer or a constant; tied ones have several names."""
+    """A tensor the graph owns: a trained parameter, a buffer or a constant; tied ones have several names.
+
+    One that nothing has ever read since the graph was made is kept, as torch keeps it in the state_dict; one that
+    ``was_read`` and has lost all its readers is dead.
+    """
 
     def __init__(
         self,
@@ -77,6 +90,7 @@ class Parameter(Value):
         self.aliases = tuple(aliases)
         self.trainable = kind == "parameter" if trainable is None else trainable
         self.persistent = persistent
+        self.was_read = False
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -203,6 +217,30 @@ class Graph:
 
         return dependency_groups(self)
 
+    def dims(self, value: Value | str) -> list[list[Dim]]:
+        """The Dims of each axis of a value, given as it is or by name: what :func:`regauge.resize` takes.
+
+        An axis that is a product or a concatenation has several, from the left; one of size 1 has none.
+        """
+        from regauge.ir.extents import leaves
+
+        found = self.find(value) if isinstance(value, str) else value
+        if found not in self.axes.of:
+            raise GraphError(
+                f"{found} is no value of graph {self.name!r}: a copy has values of its own, find them by name"
+            )
+        return [leaves(extent) for extent in self.axes.axes(found)]
+
+    def run(self, inputs: Any, hook: Hook | None = None) -> list[Any]:
+        """What the graph computes, node by node in torch: its outputs, in order.
+
+        ``inputs`` are tensors in order or by name, or one tensor. ``hook(node, results)`` is called after every node
+        with the tuple of its results, and may return others in their place.
+        """
+        from regauge.ir.interpret import run
+
+        return run(self, (inputs,) if isinstance(inputs, torch.Tensor) else inputs, hook=hook)
+
     def explain(self, what: str) -> str:
         """Why a Dim, a parameter axis or a value is as it is, in words; see :mod:`regauge.ir.explain`."""
         from regauge.ir.explain import explain
@@ -235,6 +273,13 @@ class Graph:
             yield self, node
             for region in node.regions:
                 yield from region.walk()
+
+    def nested(self) -> Iterator[Graph]:
+        """The graph itself and every region inside it."""
+        yield self
+        for node in self._nodes:
+            for region in node.regions:
+                yield from region.nested()
 
     def all_parameters(self) -> Iterator[Parameter]:
         """Parameters of the graph and of every region inside it."""

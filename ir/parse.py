@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from regauge.ir.errors import GraphError, RegaugeError
-from regauge.ir.graph import Dtype, Graph, Node, Operand, Parameter, State, Value, dtype_from_name
+from regauge.ir.graph import Dtype, Graph, Node, Operand, Parameter, State, Value, add_use, dtype_from_name
 from regauge.ir.operator import get_operator
 from regauge.ir.sizes import Size, parse_size, symbol
 from regauge.ir.weights import LazyWeight, Weight
@@ -143,7 +143,7 @@ class _Reader:
             for index, (name, (dtype, shape)) in enumerate(zip(names, found, strict=True))
         )
         for slot, value in node.operands():
-            value.uses[node, slot] = None
+            add_use(value, node, slot)
         scope.update({value.name: value for value in node.outputs})
         graph._nodes[node] = None
         graph.version += 1

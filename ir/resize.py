@@ -13,7 +13,17 @@ import numpy as np
 
 from regauge.ir.edit import copy_graph, record
 from regauge.ir.errors import GraphError
-from regauge.ir.extents import Concat, Dim, Extent, Product, flat_indices, size_after, touches
+from regauge.ir.extents import (
+    Concat,
+    Dim,
+    Product,
+    flat_indices,
+    format_extent,
+    leaves,
+    resolve,
+    size_after,
+    touches,
+)
 from regauge.ir.graph import Graph, Value
 from regauge.ir.groups import find_group
 from regauge.ir.weights import cut
@@ -25,10 +35,11 @@ def resize(graph: Graph, keep: Selection, *, by: str = "resize") -> Graph:
     """A new graph in which each given Dim keeps only the given indices; the input graph is not changed.
 
     Every parameter is sliced by the positions its extents give, every size-valued attribute is derived anew. A Dim is
-    given as an object of ``graph.axes`` or by name. Raises GraphError for a pinned Dim (its reasons are in the
-    message), an empty or out-of-range selection.
+    given as an object (of ``graph.groups()`` or ``graph.dims(value)``) or by name. Raises GraphError for a pinned Dim
+    (its reasons are in the message), an empty or out-of-range selection.
     """
-    kept = {_dim(graph, dim): _indices(dim, indices) for dim, indices in keep.items()}
+    dims = _dims(graph, keep)
+    kept = {found: _indices(dim, indices) for found, (dim, indices) in zip(dims, keep.items(), strict=True)}
     for dim, indices in kept.items():
         _check(dim, indices)
     analysis = graph.axes
@@ -68,13 +79,25 @@ def _indices(dim: Dim | str, given: Iterable[int]) -> np.ndarray:
     return np.unique(np.asarray(list(given), dtype=np.int64))
 
 
-def _dim(graph: Graph, dim: Dim | str) -> Dim:
-    if isinstance(dim, str):
-        return find_group(graph, dim).dim
-    found: Extent | None = dim.bound
-    if found is not None:
-        raise GraphError(f"{dim.name} has been refined by the analysis: use the Dims of graph.groups()")
-    return dim
+def _dims(graph: Graph, given: Iterable[Dim | str]) -> list[Dim]:
+    """The Dims of the graph as it is analysed now that are meant."""
+    known = {dim for axes in graph.axes.parameter_dims.values() for dims in axes for dim in dims}
+    return [find_group(graph, dim).dim if isinstance(dim, str) else _resolved(graph, dim, known) for dim in given]
+
+
+def _resolved(graph: Graph, dim: Dim, known: set[Dim]) -> Dim:
+    found = resolve(dim)
+    if found in known:
+        return found
+    graph.axes.name_values()
+    if not isinstance(found, Dim):
+        parts = " and ".join(part.name for part in leaves(found))
+        raise GraphError(f"{dim.name or 'this Dim'} of size {dim.size} is {format_extent(found)} by now: cut {parts}")
+    if not any(found in leaves(extent) for axes in graph.axes.of.values() for extent in axes):
+        raise GraphError(
+            f"{found} is no Dim of graph {graph.name!r}: copies have their own, take them from graph.dims()"
+        )
+    return found
 
 
 def _check(dim: Dim, indices: np.ndarray) -> None:

@@ -22,7 +22,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
@@ -60,6 +60,18 @@ class Context:
     cuts: list[Cut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)  # why things were left alone: reason -> how many
+
+    def batches(self) -> Iterator[Any]:
+        """The batches of ``data``, each as ``graph.run`` takes it; raises PassError where there is none."""
+        given = self.data() if callable(self.data) else self.data
+        found = False
+        for batch in given if isinstance(given, Iterable) else ():
+            found = True
+            yield batch if isinstance(batch, Mapping | tuple | list) else (batch,)
+        if not found:
+            raise PassError(
+                "data has no batch: give an iterable of batches, each a tensor, a tuple or a mapping of tensors"
+            )
 
     def note(self, text: str) -> None:
         """Add a line to the report."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 
 from regauge.ir.cost import Figures, figures
-from regauge.ir.edit import record
+from regauge.ir.edit import dead_nodes, record, remove_dead
 from regauge.ir.errors import EquivalenceError, PassError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
@@ -64,6 +64,8 @@ def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures) -> tuple[Grap
         raise reason if one.name in str(reason) else PassError(f"{one.name}: {reason}") from reason
     seconds = time.perf_counter() - start
     changed = result is not graph
+    if changed:
+        _clear(one, graph, result)
     error = _verify(one, graph, result, data) if changed else None
     if changed:
         record(result, one.name, str(one))
@@ -73,6 +75,14 @@ def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures) -> tuple[Grap
         print(f"after {one}:\n{result}", file=sys.stderr)
     cuts, notes, left = tuple(context.cuts), tuple(context.notes), dict(context.left.most_common())
     return result, PassReport(str(one), one.contract, before, after, seconds, changed, error, cuts, notes, left)
+
+
+def _clear(one: Pass, before: Graph, after: Graph) -> None:
+    """Remove what nothing reads since the pass: weights that it folded into others, say. What was dead before stays."""
+    try:
+        remove_dead(after, keep={node.name for graph in before.nested() for node in dead_nodes(graph)})
+    except RegaugeError as reason:
+        raise PassError(f"{one.name} left a graph that does not verify: {reason}") from reason
 
 
 def _trace(line: str) -> None:
@@ -157,13 +167,7 @@ def _tolerance(graph: Graph) -> float:
 
 
 def _first_batch(data: Any) -> Any:
-    batches = data() if callable(data) else data
-    batch = next(iter(batches), None) if isinstance(batches, Iterable) else None
-    if batch is None:
-        raise PassError(
-            "data has no batch: give an iterable of batches, each a tensor, a tuple or a mapping of tensors"
-        )
-    return batch if isinstance(batch, Mapping | tuple | list) else (batch,)
+    return next(Context(data=data).batches())
 
 
 def _relative_error(before: Graph, after: Graph, inputs: Any) -> float:

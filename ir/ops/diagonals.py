@@ -51,6 +51,7 @@ def _onnx_trilu(build: Builder, call: Any) -> Any:
 @operator(
     rule=_triangle_rule,
     aten={"tril": _triangle("tril"), "tril_indices": _triangle_indices(upper=False)},
+    spell=lambda onnx, node: onnx.Trilu(onnx.operand(0), onnx.constant(node.attributes["diagonal"]), upper=0),
     samples=lambda: [sample(randn(4, 4)), sample(randn(2, 3, 5), diagonal=-1)],
     symmetry=Symmetry.LAYOUT,
 )
@@ -62,6 +63,7 @@ def tril(x: torch.Tensor, *, diagonal: int = 0) -> torch.Tensor:
     rule=_triangle_rule,
     aten={"triu": _triangle("triu"), "triu_indices": _triangle_indices(upper=True)},
     onnx={"Trilu": _onnx_trilu},
+    spell=lambda onnx, node: onnx.Trilu(onnx.operand(0), onnx.constant(node.attributes["diagonal"]), upper=1),
     samples=lambda: [sample(randn(4, 4)), sample(randn(2, 3, 5), diagonal=1)],
     symmetry=Symmetry.LAYOUT,
 )

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, rand, randn
 
 from regauge.ir.errors import OperatorError
-from regauge.ir.graph import Node
+from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.onnx_resize import read_resize, read_upsample, write_resize
 from regauge.ir.rules import Axes, Call
@@ -80,6 +81,36 @@ def _interpolate_layer(node: Node) -> str | None:
     return f"nn.Upsample({target}, mode={given['mode']!r}{corners})"
 
 
+_ONNX_MODES = {
+    "nearest": "nearest", "nearest-exact": "nearest", "linear": "linear", "bilinear": "linear", "trilinear": "linear",
+    "bicubic": "cubic",
+}  # fmt: skip
+
+
+def _spell(onnx: Any, node: Node) -> Any:
+    """Resize to sizes or by factors, with torch's coordinates."""
+    given, x = node.attributes, node.inputs[0]
+    mode = _ONNX_MODES.get(given["mode"])
+    if given["antialias"]:
+        raise onnx.refusal("runtimes smooth before they shrink unlike torch")
+    if mode is None or not isinstance(x, Value) or onnx.opset < 11:
+        raise onnx.refusal(f"Resize of opset {onnx.opset} has no mode {given['mode']}")
+    options: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": "pytorch_half_pixel"}
+    if mode == "nearest":
+        exact = given["mode"] == "nearest-exact"
+        options["coordinate_transformation_mode"] = "half_pixel" if exact else "asymmetric"
+        options["nearest_mode"] = "round_prefer_ceil" if exact else "floor"
+    elif given["align_corners"]:
+        options["coordinate_transformation_mode"] = "align_corners"
+    if mode == "cubic":
+        options["cubic_coeff_a"] = -0.75
+    absent = None if onnx.opset >= 13 else onnx.constant([], torch.float32)
+    if given["size"] is None:
+        factors = onnx.constant([1.0, 1.0, *given["scale"]], torch.float32)
+        return onnx.Resize(onnx.operand(0), absent, factors, **options)
+    return onnx.Resize(onnx.operand(0), absent, absent, onnx.sizes([*x.shape[:2], *given["size"]]), **options)
+
+
 @operator(
     rule="n c s... -> n c t... ; window s t",
     aten=_names(),
@@ -87,6 +118,7 @@ def _interpolate_layer(node: Node) -> str | None:
         "Resize": OnnxForm(read=read_resize, write=write_resize, stores_shape=True),
         "Upsample": OnnxForm(read=read_upsample, write=write_resize),
     },
+    spell=_spell,
     samples=lambda: [
         sample(randn(2, 3, 4, 5), scale=(2.0, 2.0)),
         sample(randn(2, 3, 4), size=(7,), mode="linear", align_corners=True),

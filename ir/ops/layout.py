@@ -287,9 +287,28 @@ def _roll(build: Builder, x: Value, shifts: Size | Sequence[Size], dims: int | S
     return build.reshape(flat, shape=x.shape)
 
 
+def _spell_roll(onnx: Any, node: Node) -> Any:
+    """The last entries of each axis are put in front."""
+    x, y = node.inputs[0], onnx.operand(0)
+    assert isinstance(x, Value)
+    for shift, dim in zip(node.attributes["shifts"], node.attributes["dims"], strict=True):
+        axis = axis_number(dim, x.rank)
+        size = x.shape[axis]
+        if not isinstance(size, int) or not isinstance(shift, int):
+            raise onnx.refusal(f"an axis of the size {size} is rolled by {shift}")
+        place = -shift % size
+        first, last = (
+            onnx.Slice(y, onnx.sizes([start]), onnx.sizes([end]), onnx.sizes([axis]))
+            for start, end in ((0, place), (place, size))
+        )
+        y = onnx.Concat(last, first, axis=axis) if place else y
+    return y
+
+
 @operator(
     rule=lambda call: _reordered(call, call["dims"]),
     aten={"roll": _roll},
+    spell=_spell_roll,
     samples=lambda: [
         sample(randn(2, 3, 4), shifts=(1,), dims=(1,)),
         sample(randn(2, 5, 5), shifts=(2, -1), dims=(1, 2)),

@@ -270,10 +270,24 @@ def _onnx_gather_elements(build: Builder, call: Any) -> Value:
     return build.gather(x, as_int64(build, index), dim=axis)  # type: ignore[no-any-return]
 
 
+def _spell_gather(onnx: Any, node: Node) -> Any:
+    """GatherElements wants axes of the same sizes but for the one it gathers along, torch at most the sizes of x."""
+    x, index = node.inputs[0], node.inputs[1]
+    assert isinstance(x, Value) and isinstance(index, Value)
+    axis = axis_number(node.attributes["dim"], x.rank)
+    operand = onnx.operand(0)
+    for other in range(x.rank):
+        if other != axis and not same(x.shape[other], index.shape[other]):
+            bounds = ([0], [index.shape[other]], [other])
+            operand = onnx.Slice(operand, *(onnx.sizes(numbers) for numbers in bounds))
+    return onnx.GatherElements(operand, onnx.operand(1), axis=axis)
+
+
 @operator(
     rule=_gather_rule,
     aten={"gather": _gather, "take_along_dim": _take_along_dim},
     onnx={"GatherElements": OnnxForm(read=_onnx_gather_elements, write=holds_no_sizes)},
+    spell=_spell_gather,
     samples=lambda: [
         sample(randn(2, 5, 3), randint(0, 5, (2, 4, 3)), dim=1),
         sample(randn(4, 5), randint(0, 5, (2, 5)), dim=-1),

@@ -13,8 +13,8 @@ from torch import Tensor, randn
 
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import ONE, Extent
-from regauge.ir.graph import Value
-from regauge.ir.operator import Adapter, Operator, Sample, Symmetry, operator, register_operator, sample
+from regauge.ir.graph import Node, Value
+from regauge.ir.operator import Adapter, Operator, Sample, Speller, Symmetry, operator, register_operator, sample
 from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.elementwise import Function
 from regauge.ir.ops.layout import axis_number
@@ -79,7 +79,12 @@ def _running(**fields: Any) -> Callable[[Function], Function]:
     return register
 
 
-@_running(onnx={"CumSum": _onnx_running_sum}, symmetry=Symmetry.LINEAR)
+def _spell_running_sum(onnx: Any, node: Node) -> Any:
+    axis = _axis(node.outputs[0], node.attributes["dim"])
+    return onnx.CumSum(onnx.operand(0, node.outputs[0].dtype), onnx.constant(axis))
+
+
+@_running(onnx={"CumSum": _onnx_running_sum}, symmetry=Symmetry.LINEAR, spell=_spell_running_sum)
 def cumsum(x: Tensor, *, dim: int) -> Tensor:
     return torch.cumsum(x, dim)
 
@@ -125,6 +130,18 @@ def _onnx_position(op: str) -> Adapter:
     return reader
 
 
+def _spell_position(op_type: str) -> Speller:
+    def spell(onnx: Any, node: Node) -> Any:
+        dim, x = node.attributes["dim"], node.inputs[0]
+        assert isinstance(x, Value)
+        if dim is None:
+            place = onnx(op_type, onnx.Reshape(onnx.operand(0), onnx.sizes([-1])), axis=0, keepdims=0)
+            return onnx.unsqueeze(place, *range(x.rank)) if node.attributes["keepdim"] else place
+        return onnx(op_type, onnx.operand(0), axis=_axis(x, dim), keepdims=node.attributes["keepdim"])
+
+    return spell
+
+
 def _positioned() -> list[Sample]:
     return [
         sample(randn(2, 3, 4), dim=1, keepdim=True),
@@ -138,6 +155,7 @@ def _positioned() -> list[Sample]:
     rule=_position_rule,
     aten={"argmax": _aten_position("argmax")},
     onnx={"ArgMax": _onnx_position("argmax")},
+    spell=_spell_position("ArgMax"),
     samples=_positioned,
 )
 def argmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tensor:
@@ -148,6 +166,7 @@ def argmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tenso
     rule=_position_rule,
     aten={"argmin": _aten_position("argmin")},
     onnx={"ArgMin": _onnx_position("argmin")},
+    spell=_spell_position("ArgMin"),
     samples=_positioned,
 )
 def argmin(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from torch import randn
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
-from regauge.ir.operator import Symmetry, operator, sample
+from regauge.ir.operator import Speller, Symmetry, operator, sample
 from regauge.ir.rules import Axes, Call
 
 # -- shuffles ----------------------------------------------------------------------------------------------------------
@@ -27,12 +27,27 @@ def _blocks(rule: str) -> Any:
     return apply
 
 
+def _spell_blocks(op_type: str, **attributes: str) -> Speller:
+    """One ONNX node; an image without a batch axis gets one of size one, which is taken out again."""
+
+    def spell(onnx: Any, node: Node) -> Any:
+        rank = node.outputs[0].rank
+        if rank not in (3, 4):
+            raise onnx.refusal(f"{op_type} takes batches of images, not {rank} axes")
+        x = onnx.operand(0) if rank == 4 else onnx.unsqueeze(onnx.operand(0), 0)
+        y = onnx(op_type, x, blocksize=node.attributes["factor"], **attributes)
+        return y if rank == 4 else onnx.squeeze(y, 0)
+
+    return spell
+
+
 @operator(
     rule=_blocks("... (c p q) h w -> ... c (h p) (w q)"),
     aten={"pixel_shuffle": lambda build, x, factor: build.pixel_shuffle(x, factor=factor)},
     samples=lambda: [sample(randn(2, 12, 3, 2), factor=2), sample(randn(18, 2, 3), factor=3)],
     symmetry=Symmetry.LAYOUT,
     layer=lambda node: f"nn.PixelShuffle({node.attributes['factor']})",
+    spell=_spell_blocks("DepthToSpace", mode="CRD"),
 )
 def pixel_shuffle(x: torch.Tensor, *, factor: int) -> torch.Tensor:
     return F.pixel_shuffle(x, factor)
@@ -58,6 +73,7 @@ def _onnx_depth_to_space(build: Builder, call: Any) -> Any:
 @operator(
     rule=_blocks("n (p q c) h w -> n c (h p) (w q)"),
     onnx={"DepthToSpace": _onnx_depth_to_space},
+    spell=_spell_blocks("DepthToSpace", mode="DCR"),
     samples=lambda: [sample(randn(2, 12, 3, 2), factor=2)],
     symmetry=Symmetry.LAYOUT,
 )
@@ -72,6 +88,7 @@ def depth_to_space(x: torch.Tensor, *, factor: int) -> torch.Tensor:
     onnx={
         "SpaceToDepth": lambda build, call: build.space_to_depth(call.operand(0), factor=call.attribute("blocksize"))
     },
+    spell=_spell_blocks("SpaceToDepth"),
     samples=lambda: [sample(randn(2, 3, 4, 6), factor=2)],
     symmetry=Symmetry.LAYOUT,
 )

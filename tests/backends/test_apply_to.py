@@ -1,5 +1,7 @@
 """In-place surgery on small modules of every kind: what works, what is searched, what is refused and restored."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from regauge.frontends.capture import capture
 from regauge.ir.errors import EmitError
 from regauge.ir.interpret import run
 from regauge.ir.resize import resize
+from regauge.optimize import optimize
 
 
 class ConvNet(nn.Module):
@@ -101,11 +104,46 @@ def test_a_refusal_restores_the_model_and_says_why():
     expected = model(x)
     model.train()
     cut = _cut(capture(model, (x,), verify=False), "a.weight")
-    with pytest.raises(EmitError, match=r"Fixed cannot express.*to_torch\(\)"):
+    with pytest.raises(EmitError, match=r"Fixed cannot express.*in the model itself \(Fixed\).*to_torch\(\)"):
         apply_to(cut, model)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert model.a.out_features == 8 and model.training
     torch.testing.assert_close(model(x), expected)
+
+
+class Joined(Heads):
+    """Attention whose heads, taken together, must be as wide as its input."""
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        shape = (batch, length, self.num_heads, width // self.num_heads)
+        q, k, v = (part.reshape(shape).transpose(1, 2) for part in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm = Joined(), nn.LayerNorm(24)
+
+    def forward(self, x):
+        return x + self.attention(self.norm(x))
+
+
+def test_a_refusal_names_the_module_its_dims_and_what_to_exclude():
+    model, x = nn.Sequential(nn.Linear(6, 24), Block(), Block(), nn.Linear(24, 2)), torch.randn(2, 5, 6)
+    graph = capture(model, (x,))
+    with pytest.raises(EmitError) as caught:
+        apply_to(optimize(graph, "prune{ratio=0.5,exclude=0.weight}"), model)
+    message = str(caught.value)
+    assert "in 1.attention (Joined), where 1.attention.qkv.weight:0.0: 4 -> 2; 1.attention.qkv.weight:0.1: 6" in message
+    option = re.search(r"exclude=(\[.*?\])", message)[1]
+    assert option == "[" + ",".join(f'"*.attention.qkv.weight:0.{place}"' for place in (0, 1, 5)) + "]"
+    small = optimize(graph, f'prune{{ratio=0.5,exclude={option[:-1]},"0.weight"]}}')
+    apply_to(small, model)
+    _same(small, model, x)
 
 
 def test_a_copy_leaves_the_model_alone():

@@ -5,11 +5,13 @@ import torch
 
 from regauge.ir.edit import Builder
 from regauge.ir.errors import ExplainError, GraphError
+from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
 from regauge.ir.groups import find_group, free_groups
 from regauge.ir.interpret import run
 from regauge.ir.resize import resize
 from regauge.ir.verify import verify
+from small_graphs import multilayer_perceptron, residual_network
 
 
 def grouped() -> Graph:
@@ -75,3 +77,46 @@ def test_explain_gives_reasons_and_roles() -> None:
     assert "is free" in text and "in a:0, b:1" in text and "contracted by conv_1 = conv" in text
     assert "(a:0.0=4 a:0.1=4)" in graph.explain("a:0")
     assert "computed by conv_1 = conv" in graph.explain("conv_1")
+
+
+def test_dims_of_values_can_be_cut() -> None:
+    graph = residual_network(16)
+    hidden = next(node for node in graph.nodes if node.op == "relu").output
+    batch, (channels,), *_ = graph.dims(hidden)
+    assert [dim.size for dim in batch] == [hidden.shape[0]] and channels.name == "stem.weight:0"
+    assert graph.dims(hidden.name) == graph.dims(hidden)
+    assert resize(graph, {channels: range(4)}).find("stem.weight").shape == (4, 3, 3, 3)
+
+
+def test_bound_dims_stand_for_what_they_are_bound_to() -> None:
+    graph = residual_network(16)
+    weight = graph.parameters["block0.first.weight"]
+    given = graph.axes.of[weight][1]
+    assert isinstance(given, Dim) and given.bound is not None
+    assert resize(graph, {given: range(8)}).find("stem.weight").shape == (8, 3, 3, 3)
+
+
+def test_refined_dims_and_dims_of_other_graphs_are_refused_by_name() -> None:
+    graph = Graph("grouped")
+    build = Builder(graph)
+    x = build.input("x", (1, 8, 5), torch.float64)
+    h = build.conv(x, build.parameter("w", torch.randn(8, 8, 1, dtype=torch.float64)))
+    graph.outputs = [build.group_norm(h, num_groups=2)]
+    refined = graph.axes.of[graph.parameters["w"]][0]
+    assert isinstance(refined, Dim)
+    with pytest.raises(GraphError, match=r"of size 8 is \(w:0.0=2! w:0.1=4!\) by now: cut w:0.0 and w:0.1"):
+        resize(graph, {refined: range(4)})
+    foreign = graph.copy().groups()[0].dim
+    with pytest.raises(GraphError, match="is no Dim of graph 'grouped': copies have their own"):
+        resize(graph, {foreign: range(1)})
+    with pytest.raises(GraphError, match="is no value of graph 'grouped'"):
+        graph.dims(graph.copy().parameters["w"])
+
+
+def test_a_graph_runs_with_a_hook() -> None:
+    graph = multilayer_perceptron(4, 8, 3)
+    seen = []
+    (result,) = graph.run(torch.ones(4, 4, dtype=torch.float64), hook=lambda node, results: seen.append(node.op))
+    assert seen == ["linear", "relu", "linear"] and result.shape == (4, 3)
+    (zero,) = graph.run({"x": torch.ones(4, 4, dtype=torch.float64)}, lambda node, results: (results[0] * 0,))
+    assert not zero.any()

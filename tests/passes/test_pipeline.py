@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import regauge
-from regauge.ir.edit import Builder, replace_uses
+from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import EquivalenceError, PassError
 from regauge.ir.graph import Graph
 from regauge.ir.weights import dense
@@ -89,6 +89,30 @@ def test_pass_that_gives_its_input_another_weight_is_caught() -> None:
 
     with pytest.raises(PassError, match="probe changed the graph it was given: it wrote into layer1.weight"):
         optimize(multilayer_perceptron(4, 8, 3), Probe(action=action))
+
+
+def test_weights_that_a_pass_folded_into_others_go() -> None:
+    """The report counts what is left; what nothing read before the pass stays, dead nodes too."""
+
+    def action(graph: Graph) -> Graph:
+        result = graph.copy()
+        first, second = result.parameters["layer0.weight"], result.parameters["layer1.weight"]
+        joined = Builder(result).parameter("joined", second.tensor @ first.tensor)
+        replace_uses(result, result.outputs[0], Builder(result).linear(result.inputs[0], joined))  # type: ignore[arg-type]
+        return result
+
+    graph = multilayer_perceptron(4, 8, 3)
+    for node in [node for node in graph.nodes if node.op == "relu"]:
+        replace_uses(graph, node.output, node.inputs[0])
+        remove_node(graph, node)
+    build = Builder(graph)
+    build.parameter("unread", torch.zeros(5))
+    build("tanh", graph.inputs[0], name="aside")
+    small = optimize(graph, Probe(action=action))
+    assert set(small.parameters) == {"joined", "unread"}
+    assert [node.op for node in small.nodes] == ["tanh", "linear"]
+    entry = small.report.passes[0]
+    assert (entry.before.parameters, entry.after.parameters) == (4 * 8 + 8 * 3 + 5, 4 * 3 + 5)
 
 
 def test_pass_must_return_a_graph() -> None:
