@@ -16,7 +16,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.matcher import Match
 from regauge.ir.operator import all_operators
-from regauge.ir.rewrite import RuleSet, refuse, rule
+from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.rules import broadcast_rule
 from regauge.ir.sizes import same
 from regauge.passes.simplify.layout import permuted, positive_dims
@@ -64,7 +64,7 @@ class Pulling:
             return value
         node = value.producer
         if node is None or value.rank != rank:
-            return refuse(f"{value.name} has no permute that would cancel")
+            return differs(f"{value.name} has no permute that would cancel")
         if node.op == "permute":
             x = node.inputs[0]
             assert isinstance(x, Value)
@@ -72,7 +72,7 @@ class Pulling:
             self.added[node] = result is not x
             return result
         if not is_pointwise(node) or len(node.outputs) > 1:
-            return refuse(f"{node.label} needs its axes where they are")
+            return differs(f"{node.label} needs its axes where they are")
         if len(self.passed) > FARTHEST:
             return refuse("the next permute is far away")
         self.passed[node] = None
@@ -128,7 +128,7 @@ def _cancelling_samples() -> Iterable[Sample]:
 def permutes_cancel(build: Builder, x: Value, p: Node, match: Match) -> Value:
     """A permute whose inverse lies behind pointwise operators goes, and so does the inverse."""
     if x.producer is None or not is_pointwise(x.producer):
-        return refuse("no pointwise operator lies before it")
+        return differs("no pointwise operator lies before it")
     pulling = Pulling(build, match)
     result = pulling.pull(x, x.rank, positive_dims(p))
     pulling.check()
