@@ -32,10 +32,23 @@ Samples: TypeAlias = Callable[[], Iterable[dict[str, Any]]]
 class Refusal(Exception):
     """Raised by a condition or a replacement: the pattern fits, and the rewrite is still not right or does not pay."""
 
+    near = True
+
+
+class Difference(Refusal):
+    """Raised where a pattern is wider than its rule: what it found is nothing of the rule's kind."""
+
+    near = False
+
 
 def refuse(reason: str) -> NoReturn:
-    """Leave a match as it is, for a reason that ``explain`` tells: ``return refuse("its padding is not zero")``."""
+    """Leave a match as it is, for a reason that the report tells: ``return refuse("its padding is not zero")``."""
     raise Refusal(reason)
+
+
+def differs(reason: str) -> NoReturn:
+    """Leave a match as it is that a user would not expect to be rewritten: no near miss, and not in the report."""
+    raise Difference(reason)
 
 
 @dataclass(frozen=True)
@@ -228,7 +241,7 @@ class _Driver:
             self._check_outputs(found, news, build)
         except Refusal as refusal:
             self._undo(graph, build)
-            self.log.miss(entry.name, Miss(len(found.nodes), found.root.label, str(refusal), refused=True))
+            self.log.miss(entry.name, Miss(len(found.nodes), found.root.label, str(refusal), refused=refusal.near))
             return None
         return self._commit(graph, build, found, news)
 

@@ -146,6 +146,11 @@ class Pass(ABC):
         """The first line of the docstring."""
         return (cls.__doc__ or "").strip().partition("\n")[0]
 
+    @classmethod
+    def details(cls) -> list[tuple[str, str]]:
+        """What a pass consists of, where that can be chosen: names and one line each, for ``regauge passes NAME``."""
+        return []
+
     def given_options(self) -> dict[str, Any]:
         """Options that differ from their defaults."""
         return {e.name: getattr(self, e.name) for e in fields(self) if getattr(self, e.name) != e.default}

@@ -91,6 +91,8 @@ def test_inspect_says_for_which_sizes_macs_are_counted(tmp_path: Path, capsys: p
 def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("passes") == 0
     assert "prune" in capsys.readouterr().out
+    assert run("passes", "simplify") == 0
+    assert "identities/neutral-number" in capsys.readouterr().out
     assert run("passes", "prune") == 0
     shown = capsys.readouterr().out
     assert "before" in shown and "round_to" in shown and "one of l1, l2, bn, random" in shown

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 from regauge.ir.errors import PassError
 from regauge.ir.rewrite import RuleSet
@@ -46,3 +47,12 @@ def choose(only: tuple[str, ...], skip: tuple[str, ...], steps: tuple[str, ...])
 
     chosen = [rule for name, rules in RULE_SETS.items() for rule in rules if wanted(rule.name, name)]
     return RuleSet(chosen), [step for step in steps if wanted(step)]
+
+
+def described() -> list[tuple[str, str]]:
+    """Every rule, by the name of its set and its own, with the first line of its docstring."""
+    return [(f"{name}/{rule.name}", summary(rule.replacement)) for name, rules in RULE_SETS.items() for rule in rules]
+
+
+def summary(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().partition("\n")[0]

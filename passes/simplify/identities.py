@@ -21,7 +21,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.equivalence import Constant
 from regauge.ir.graph import Dtype, Node, Operand, Parameter, Value
 from regauge.ir.matcher import SMALL
-from regauge.ir.rewrite import RuleSet, refuse, rule
+from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.sizes import same
 
 Sample = dict[str, Any]
@@ -30,11 +30,11 @@ Sample = dict[str, Any]
 def alike(x: Operand, result: Value) -> Value:
     """``x`` where it may stand for the result; refuses where shape or type differ."""
     if not isinstance(x, Value):
-        return refuse("its operand is a number")
+        return differs("its operand is a number")
     if x.dtype != result.dtype:
-        return refuse(f"it makes {result.signature} of {x.signature}")
+        return differs(f"it makes {result.signature} of {x.signature}")
     if x.rank != result.rank or not all(map(same, x.shape, result.shape)):
-        return refuse(f"it makes {result.signature} of {x.signature}")
+        return differs(f"it makes {result.signature} of {x.signature}")
     return x
 
 
@@ -95,7 +95,7 @@ def _idle_samples() -> Iterable[Sample]:
 def nothing_done(build: Builder, x: Value, node: Node) -> Value:
     """An identity, a cast to the type it has, a reshape to the shape it has, a slice of all, padding by nothing."""
     kept = alike(x, node.outputs[0])
-    return kept if IDLE[node.op](node, x) else refuse("it moves entries")
+    return kept if IDLE[node.op](node, x) else differs("it moves entries")
 
 
 # -- neutral numbers ---------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def neutral_number(build: Builder, x: Operand, y: Operand, node: Node) -> Value:
     if not is_exactly(y, number):
         x, y = (y, x) if node.operator.commutative else (x, y)
     if not is_exactly(y, number):
-        return refuse(f"its operand is not {number}")
+        return differs(f"its operand is not {number}")
     kept = alike(x, node.output)
     if node.attributes.get("rounding_mode") is not None and not is_integral(kept.dtype):
         return refuse("it rounds")
@@ -213,7 +213,7 @@ def _twice_samples() -> Iterable[Sample]:
 )
 def there_and_back(build: Builder, x: Value, inner: Node, outer: Node) -> Value:
     """-(-x), not (not x)."""
-    return alike(x, outer.output) if inner.op == outer.op else refuse(f"{inner.op} is not undone by {outer.op}")
+    return alike(x, outer.output) if inner.op == outer.op else differs(f"{inner.op} is not undone by {outer.op}")
 
 
 IDEMPOTENT = ("abs", "sign", "floor", "ceil", "trunc", "round")
@@ -246,7 +246,7 @@ def nothing_left_to_do(build: Builder, inner: Node, outer: Node) -> Value:
         return refuse("it rounds to decimals")
     done = inner.op == outer.op or (inner.op in WHOLE and outer.op in WHOLE)
     if not done and not (inner.op in NOT_NEGATIVE and outer.op in ("abs", "relu")):
-        return refuse(f"{outer.op} changes what {inner.op} gives")
+        return differs(f"{outer.op} changes what {inner.op} gives")
     return alike(inner.output, outer.output)
 
 

@@ -19,7 +19,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.equivalence import Weight
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.matcher import Match
-from regauge.ir.rewrite import RuleSet, refuse, rule
+from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.sizes import Size, product, same
 
 Sample = dict[str, Any]
@@ -86,7 +86,7 @@ def reshape_of_reshape(build: Builder, x: Value, inner: Node, outer: Node, match
     result = regrouped(build, x, outer.output.shape)
     reshape = result is not x and build.added[-1].op == "reshape"
     if reshape and "reshape" not in (inner.op, outer.op):
-        return refuse("two axes of size one would be one reshape of all axes")
+        return differs("two axes of size one would be one reshape of all axes")
     if reshape and outer.op != "reshape" and not match.read_once(inner.output):
         return refuse(f"{inner.name} has other readers")
     return result
@@ -124,6 +124,7 @@ def permute_of_permute(build: Builder, x: Value, inner: Node, outer: Node) -> Va
 
 def _ones_samples() -> Iterable[Sample]:
     yield {"x": randn(2, 1, 4).double(), "p.dims": (1, 0, 2), "outer.op": "squeeze", "outer.attributes": {"dims": (0,)}}
+    yield {"x": randn(2, 1, 4).double(), "p.dims": (1, 0, 2), "outer.op": "unsqueeze", "outer.attributes": {"dim": 3}}
     yield {"x": randn(2, 1, 4, 1).double(), "p.dims": (0, 2, 3, 1), "outer.op": "reshape",
            "outer.attributes": {"shape": (8, 1)}}  # fmt: skip
 
@@ -142,7 +143,7 @@ def _moves_only_ones(node: Node) -> bool:
 def reshape_of_permuted_ones(build: Builder, x: Value, p: Node, outer: Node) -> Value:
     """A permute that only moves axes of size one, before a reshape, is part of it."""
     if not _moves_only_ones(p):
-        return refuse("its permute moves entries")
+        return differs("its permute moves entries")
     return _only_if_plain(regrouped(build, x, outer.output.shape), outer)
 
 
@@ -157,7 +158,7 @@ def reshape_of_permuted_ones(build: Builder, x: Value, p: Node, outer: Node) -> 
 def permuted_ones_of_reshape(build: Builder, x: Value, inner: Node, p: Node) -> Value:
     """A permute that only moves axes of size one, after a reshape, is part of it."""
     if not _moves_only_ones(p):
-        return refuse("its permute moves entries")
+        return differs("its permute moves entries")
     return _only_if_plain(regrouped(build, x, p.output.shape), inner)
 
 
@@ -226,7 +227,7 @@ def _in_order(order: Sequence[int], gone: set[int]) -> bool:
 def matmul_of_transposed(build: Builder, x: Value, w: Value, p: Node) -> Value:
     """matmul(x, w') is linear(x, w): the weight stays as it is stored."""
     if w.rank != 2 or positive_dims(p) != (1, 0):
-        return refuse("its second operand is no transposed matrix")
+        return differs("its second operand is no transposed matrix")
     return build.linear(x, w)  # type: ignore[no-any-return]
 
 
@@ -253,7 +254,7 @@ def flattened_permute_into_weight(
     lead = len(shape) - 1
     sizes = p.output.shape[lead:]
     if order[:lead] != tuple(range(lead)) or not all(map(same, shape[:lead], p.output.shape)):
-        return refuse("it is no flattening of the last axes")
+        return differs("it is no flattening of the last axes")
     if not all(isinstance(size, int) for size in sizes) or not same(product(sizes), shape[-1]):
         return refuse("it is no flattening of axes of fixed sizes")
     back = [1 + list(order[lead:]).index(axis) for axis in range(lead, len(order))]

@@ -19,7 +19,7 @@ from regauge.ir.equivalence import Constant
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.matcher import Match
 from regauge.ir.ops.slicing import bound
-from regauge.ir.rewrite import RuleSet, refuse, rule
+from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.sizes import Size, same, simplify
 
 Sample = dict[str, Any]
@@ -123,7 +123,7 @@ def slice_of_slice(build: Builder, x: Value, inner: Node, outer: Node) -> Value:
     """A slice of a slice along the same axis is one slice."""
     axis = axis_of(inner)
     if axis_of(outer) != axis:
-        return refuse("they cut different axes")
+        return differs("they cut different axes")
     between, step = inner.output.shape[axis], inner.attributes["step"]
     first = bound(inner.attributes["start"], x.shape[axis])
     start, end = (bound(outer.attributes[name], between) for name in ("start", "end"))
@@ -159,7 +159,7 @@ def slice_of_concat(build: Builder, concat: Node, cut: Node, match: Match) -> Va
     """A slice that falls into one operand of a concatenation is cut out of that; several whole ones are joined."""
     axis = axis_of(concat)
     if axis_of(cut) != axis:
-        return refuse("it cuts another axis")
+        return differs("it cuts another axis")
     start = bound(cut.attributes["start"], concat.output.shape[axis])
     found = segments(concat, start, simplify(start + cut.output.shape[axis]))
     return _joined(build, found, axis, match.read_once(concat.output))
@@ -189,7 +189,7 @@ def select_of_concat(build: Builder, concat: Node, one: Node) -> Value:
     """One entry of a concatenation is one of an operand."""
     axis, index = axis_of(concat), one.attributes["index"]
     if axis_of(one) != axis:
-        return refuse("it selects along another axis")
+        return differs("it selects along another axis")
     index = bound(index, concat.output.shape[axis])
     (found,) = segments(concat, index, simplify(index + 1))
     return build.select(found.base, dim=axis, index=found.start)  # type: ignore[no-any-return]
@@ -208,7 +208,7 @@ def select_of_stack(build: Builder, stack: Node, one: Node) -> Value:
     """One entry of what was stacked is an operand."""
     rank = stack.output.rank
     if stack.attributes["dim"] % rank != one.attributes["dim"] % rank:
-        return refuse("it selects along another axis")
+        return differs("it selects along another axis")
     found = stack.inputs[one.attributes["index"]]
     return found if isinstance(found, Value) else refuse("it stacks numbers")
 
@@ -236,7 +236,7 @@ def split_of_concat(build: Builder, concat: Node, parts: Node, match: Match) -> 
     """The parts of a concatenation are its operands, joined or cut."""
     axis = axis_of(concat)
     if axis_of(parts) != axis:
-        return refuse("it splits another axis")
+        return differs("it splits another axis")
     alone = match.read_once(concat.output)
     results: list[Value | None] = []
     places = offsets(parts.attributes["sizes"])
@@ -260,7 +260,7 @@ def split_for_one_part(build: Builder, x: Value, parts: Node, match: Match) -> l
     """A split of which one part is read is a slice."""
     read = [value for value in parts.outputs if not match.unread(value)]
     if len(read) != 1:
-        return refuse(f"{len(read)} of its parts are read")
+        return differs(f"{len(read)} of its parts are read")
     axis = axis_of(parts)
     return [taken(build, piece(value, axis), axis) if value is read[0] else None for value in parts.outputs]
 
@@ -317,7 +317,7 @@ def pieces_grow_together(build: Builder, concat: Node, match: Match) -> Value:
         else:
             found.append((own, [value]))
     if len(found) == len(concat.inputs):
-        return refuse("its operands are no adjacent pieces of one value")
+        return differs("its operands are no adjacent pieces of one value")
     results = [parts[0] if len(parts) == 1 else taken(build, one, axis) for one, parts in found]
     return results[0] if len(results) == 1 else build.concat(*results, dim=axis)
 
@@ -336,14 +336,14 @@ def constant_run_of_indices(build: Builder, x: Value, indices: Value, node: Node
     """Entries looked up at constant, neighbouring places are a slice; at one place, a select."""
     axis = axis_of(node)
     if not isinstance(indices, Parameter) or indices.kind != "constant" or indices.rank > 1:
-        return refuse("its indices are computed, or a table")
+        return differs("its indices are computed, or a table")
     if indices.dtype not in (torch.int64, torch.int32):
-        return refuse("its indices are no integers")
+        return differs("its indices are no integers")
     table, size = indices.tensor.to(torch.int64), x.shape[axis]
     if isinstance(size, int):
         table = torch.where(table < 0, table + size, table)
     if not table.numel() or bool((table < 0).any()) or not bool((table.reshape(-1).diff() == 1).all()):
-        return refuse("its indices are no run")
+        return differs("its indices are no run")
     start = int(table.reshape(-1)[0])
     if indices.rank == 0:
         return build.select(x, dim=axis, index=start)  # type: ignore[no-any-return]

@@ -10,7 +10,8 @@ from regauge.ir.graph import Graph
 from regauge.ir.rewrite import RewriteLog, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
-from regauge.passes.simplify.catalog import choose
+from regauge.passes.rewriting import tell
+from regauge.passes.simplify.catalog import choose, described, summary
 from regauge.passes.simplify.constants import fold_constants, fold_into_weights
 from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import remove_dead_code
@@ -54,6 +55,10 @@ class Simplify(Pass):
         super().__post_init__()
         choose(self.only, self.skip, tuple(STEPS))
 
+    @classmethod
+    def details(cls) -> list[tuple[str, str]]:
+        return [*((name, summary(step).partition(";")[0]) for name, step in STEPS.items()), *described()]
+
     def call(self, graph: Graph, context: Context) -> Graph:
         rules, steps = choose(self.only, self.skip, tuple(STEPS))
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
@@ -67,19 +72,9 @@ class Simplify(Pass):
                 counts[step] += STEPS[step](result, limits) if step in AFTER_RULES else 0
             if log.total + sum(counts.values()) == before:
                 break
-        _tell(log, counts, context)
+        tell(log, context, counts)
         result.metadata.setdefault(BYTES_BEFORE, total_bytes(graph))
         if "onnx" in graph.metadata and not graph.metadata.get("onnx_fold"):
             result.metadata["onnx_fold"] = True  # what the loader knew already is folded in the file too
             return result
         return result if log.total or any(counts.values()) else graph
-
-
-def _tell(log: RewriteLog, steps: Mapping[str, int], context: Context) -> None:
-    """What was done, most first, and near misses: matches that a rule refused."""
-    for name, count in sorted({**log.counts, **steps}.items(), key=lambda entry: -entry[1]):
-        if count:
-            context.note(f"{name}: {count}")
-    for name, miss in log.misses.items():
-        if miss.refused:
-            context.left[f"{name}: {miss.reason} ({miss.where})"] += 1

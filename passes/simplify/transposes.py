@@ -15,8 +15,8 @@ from torch import randn
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.matcher import Match
-from regauge.ir.operator import all_operators
-from regauge.ir.rewrite import RuleSet, refuse, rule
+from regauge.ir.operator import all_operators, get_operator
+from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.rules import broadcast_rule
 from regauge.ir.sizes import same
 from regauge.passes.simplify.layout import permuted, positive_dims
@@ -64,7 +64,7 @@ class Pulling:
             return value
         node = value.producer
         if node is None or value.rank != rank:
-            return refuse(f"{value.name} has no permute that would cancel")
+            return differs(f"{value.name} has no permute that would cancel")
         if node.op == "permute":
             x = node.inputs[0]
             assert isinstance(x, Value)
@@ -72,7 +72,7 @@ class Pulling:
             self.added[node] = result is not x
             return result
         if not is_pointwise(node) or len(node.outputs) > 1:
-            return refuse(f"{node.label} needs its axes where they are")
+            return differs(f"{node.label} needs its axes where they are")
         if len(self.passed) > FARTHEST:
             return refuse("the next permute is far away")
         self.passed[node] = None
@@ -128,7 +128,7 @@ def _cancelling_samples() -> Iterable[Sample]:
 def permutes_cancel(build: Builder, x: Value, p: Node, match: Match) -> Value:
     """A permute whose inverse lies behind pointwise operators goes, and so does the inverse."""
     if x.producer is None or not is_pointwise(x.producer):
-        return refuse("no pointwise operator lies before it")
+        return differs("no pointwise operator lies before it")
     pulling = Pulling(build, match)
     result = pulling.pull(x, x.rank, positive_dims(p))
     pulling.check()
@@ -136,16 +136,28 @@ def permutes_cancel(build: Builder, x: Value, p: Node, match: Match) -> Value:
     return result
 
 
+def _are_alike(x: Any, y: Any) -> bool:
+    return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.shape == y.shape and x.dim() > 1
+
+
+def _meeting_samples() -> Iterable[Sample]:
+    """Operands that each operator's own record gives for its samples, which have the right types."""
+    for op in pointwise_of_two():
+        draw = get_operator(op).samples
+        calls = [] if draw is None else [call for call in draw() if len(call.operands) == 2]
+        pairs = [(x, y, call.attributes) for call in calls for x, y in [call.operands] if _are_alike(x, y)]
+        x, y, attributes = pairs[0] if pairs else (randn(2, 3, 4).double(), randn(2, 3, 4).double(), {})
+        axes = tuple(range(x.dim()))
+        yield {"x": x, "y": y, "d": axes[1:] + axes[:1], "node.op": op, "node.attributes": dict(attributes)}
+    yield {"x": randn(2, 3, 4).double(), "y": randn(1, 3, 1).double(), "d": (2, 0, 1), "node.op": "sub"}
+
+
 @rule(
     lambda op, x, y, d: op.any_of(
         pointwise_of_two(), op.permute(x, dims=d), op.permute(y, dims=d), attributes=..., name="node"
     ),
-    samples=lambda: [
-        {"x": randn(2, 3, 4).double(), "y": randn(2, 3, 4).double(), "d": (0, 2, 1), "node.op": op}
-        for op in ("add", "mul", "atan2", "lt")
-    ]
-    + [{"x": randn(2, 3, 4).double(), "y": randn(1, 3, 1).double(), "d": (2, 0, 1), "node.op": "sub"}],
-)  # fmt: skip
+    samples=_meeting_samples,
+)
 def permutes_meet(build: Builder, x: Value, y: Value, node: Node, d: tuple[int, ...]) -> Value:
     """Two operands that are permuted alike are permuted afterwards, together."""
     if x.rank != y.rank:

@@ -31,10 +31,14 @@ if TYPE_CHECKING:
     from regauge.ir.operator import register_operator as register_operator
     from regauge.ir.operator import sample as sample
     from regauge.ir.resize import resize as resize
+    from regauge.ir.rewrite import RewriteRule as RewriteRule
+    from regauge.ir.rewrite import RuleSet as RuleSet
+    from regauge.ir.rewrite import refuse as refuse
     from regauge.passes.base import Context as Context
     from regauge.passes.base import Pass as Pass
     from regauge.passes.bisect import bisect as bisect
     from regauge.passes.options import option as option
+    from regauge.passes.rewriting import rewrite as rewrite
 
 _HOME = {
     "Builder": "regauge.ir.edit",
@@ -45,6 +49,8 @@ _HOME = {
     "Pass": "regauge.passes.base",
     "RegaugeError": "regauge.ir.errors",
     "RegaugeWarning": "regauge.ir.errors",
+    "RewriteRule": "regauge.ir.rewrite",
+    "RuleSet": "regauge.ir.rewrite",
     "bisect": "regauge.passes.bisect",
     "capture": "regauge.frontends.capture",
     "check_operator": "regauge.ir.laws",
@@ -53,8 +59,10 @@ _HOME = {
     "load": "regauge.frontends.from_onnx",
     "operator": "regauge.ir.operator",
     "option": "regauge.passes.options",
+    "refuse": "regauge.ir.rewrite",
     "register_operator": "regauge.ir.operator",
     "resize": "regauge.ir.resize",
+    "rewrite": "regauge.passes.rewriting",
     "sample": "regauge.ir.operator",
     "settings": "regauge.settings",
 }

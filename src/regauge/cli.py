@@ -248,7 +248,7 @@ def compare(
 def passes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="a pass, to see its options")] = None,
 ) -> None:
-    """List the passes, or describe one of them and its options.
+    """List the passes, or describe one of them, its options and its rules.
 
     \b
     regauge passes
@@ -269,6 +269,9 @@ def passes(
         print_table([["option", "value", "default", ""], *rows])
     else:
         print("no options")
+    if one.details():
+        print()
+        print_table([["rule or step", "what it does"], *map(list, one.details())])
 
 
 def _pass_rows(names: Sequence[str]) -> list[list[str]]:

@@ -128,7 +128,7 @@ def test_a_module_in_another_layout() -> None:
     model = ChannelsLast().eval()
     x = randn(2, 3, 5, 6)
     graph = regauge.capture(model, (x,), dynamic={0: {0: "batch"}})
-    after: Graph = regauge.optimize(graph, "simplify")
+    after: Graph = regauge.optimize(graph, "simplify{skip=[affine,chains]}")
     assert ops(after) == ["conv", "relu", "add", "reshape", "linear", "linear"]
     module = after.to_torch()
     assert list(module.state_dict()) == list(model.state_dict())

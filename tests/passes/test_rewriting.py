@@ -1,0 +1,56 @@
+"""A user's own rule as a pass: it is named, told about, and held to its contract."""
+
+import pytest
+import torch
+
+import regauge
+from regauge.ir.errors import EquivalenceError, PatternError
+from simplifying import made, ops
+
+SILU = regauge.rewrite(lambda op, x: op.mul(x, op.sigmoid(x)), lambda build, x: build.silu(x), name="silu")
+
+
+def gate(build: regauge.Builder, x: object) -> object:
+    return build.add(build.mul(build.sigmoid(x), x), 0.0)
+
+
+def test_a_rule_runs_beside_built_in_passes_and_is_told_about() -> None:
+    graph = made(gate, x=(2, 3))
+    after = regauge.optimize(graph, [SILU, "simplify"])
+    assert ops(after) == ["silu"] and ops(graph) == ["sigmoid", "mul", "add"]
+    assert "silu: 1" in str(after.report)
+    assert [edit.by for edit in after.history] == ["silu", "simplify"]
+
+
+def test_nothing_to_do_is_the_same_graph() -> None:
+    graph = made(lambda build, x: build.tanh(x), x=(2, 3))
+    assert SILU.call(graph, regauge.Context()) is graph
+
+
+def test_a_wrong_rule_is_found_out() -> None:
+    wrong = regauge.rewrite(lambda op, x: op.sigmoid(x), lambda build, x: build.tanh(x), name="wrong")
+    with pytest.raises(EquivalenceError, match="wrong promises to be exact, but outputs differ"):
+        regauge.optimize(made(gate, x=(2, 3)), [wrong])
+    meant = regauge.rewrite(lambda op, x: op.sigmoid(x), lambda build, x: build.tanh(x), contract="approximate")
+    assert ops(regauge.optimize(made(gate, x=(2, 3)), [meant])) == ["tanh", "mul", "add"]
+
+
+def test_conditions_refuse_in_words() -> None:
+    picky = regauge.rewrite(
+        lambda op, x: op.sigmoid(x),
+        lambda build, x: build.tanh(x),
+        name="picky",
+        where=lambda x: x.dtype == torch.float32 or f"it computes with {x.dtype}",
+    )
+    after = regauge.optimize(made(gate, x=(2, 3)), [picky])
+    assert "picky: it computes with torch.float64 (sigmoid = sigmoid)" in str(after.report)
+    shy = regauge.rewrite(lambda op, x: op.sigmoid(x), lambda build, x: regauge.refuse("not today"))
+    assert "rewrite: not today" in str(regauge.optimize(made(gate, x=(2, 3)), [shy]).report)
+
+
+def test_a_malformed_rule_says_so_when_it_is_made() -> None:
+    with pytest.raises(PatternError, match="relu has no attribute 'dim'"):
+        regauge.rewrite(lambda op, x: op.relu(x, dim=1), lambda build, x: x)
+    narrower = regauge.rewrite(lambda op, x: op.sigmoid(x), lambda build, x: build.sum(x), name="narrower")
+    with pytest.raises(PatternError, match="shapes and types must be the same"):
+        regauge.optimize(made(gate, x=(2, 3)), [narrower])
