@@ -248,8 +248,8 @@ def _equal(before: Graph, after: Graph, scrambled: bool) -> bool:
 def _compare(before: Graph, after: Graph, what: str) -> None:
     inputs = before.metadata["sample_inputs"]
     for a, b in zip(Interpreter(before).run(inputs), Interpreter(after).run(inputs), strict=True):
-        if a.shape != b.shape:
-            raise EquivalenceError(f"{what}: the results have the shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise EquivalenceError(f"{what}: a result is {b.dtype}{list(b.shape)}, not {a.dtype}{list(a.shape)}")
         a, b = a.to(torch.complex128), b.to(torch.complex128)
         difference = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b).abs()
         scale = float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 0.0
