@@ -7,13 +7,22 @@ from difflib import get_close_matches
 
 from regauge.ir.errors import PassError
 from regauge.ir.rewrite import RuleSet
-from regauge.passes.simplify import affine, affine_before, branches, map_chains, step_chains, training_leftovers
+from regauge.passes.simplify import (
+    affine,
+    affine_before,
+    attention_biases,
+    branches,
+    map_chains,
+    step_chains,
+    training_leftovers,
+)
 
 RULE_SETS: Mapping[str, RuleSet] = {
     "training-leftovers": training_leftovers.RULES,
     "affine": affine.RULES + affine_before.RULES,
     "chains": map_chains.RULES + step_chains.RULES,
     "branches": branches.RULES,
+    "attention-biases": attention_biases.RULES,
 }
 
 
