@@ -13,6 +13,7 @@ from regauge.passes.simplify import (
     attention_biases,
     branches,
     map_chains,
+    merges,
     step_chains,
     training_leftovers,
 )
@@ -26,17 +27,36 @@ RULE_SETS: Mapping[str, RuleSet] = {
 }
 
 
-def choose(only: tuple[str, ...], skip: tuple[str, ...], steps: tuple[str, ...]) -> tuple[RuleSet, list[str]]:
-    """The rules and steps that are named (all where none is), less those to skip; raises PassError for others."""
-    known = [*steps, *RULE_SETS, *(rule.name for rules in RULE_SETS.values() for rule in rules)]
-    for name in (*only, *skip):
+OFF_BY_DEFAULT: Mapping[str, RuleSet] = {
+    "merges": merges.RULES,
+}
+"""Rule sets that are applied only where ``also`` or ``only`` names them: whether they pay depends on the hardware."""
+
+ALL_RULE_SETS: Mapping[str, RuleSet] = {**RULE_SETS, **OFF_BY_DEFAULT}
+
+
+def choose(
+    only: tuple[str, ...], skip: tuple[str, ...], steps: tuple[str, ...], also: tuple[str, ...] = ()
+) -> tuple[RuleSet, list[str]]:
+    """The rules and steps that are named (all where none is), less those to skip; raises PassError for others.
+
+    ``also`` names rules and sets that are off by default.
+    """
+    known = [*steps, *ALL_RULE_SETS, *(rule.name for rules in ALL_RULE_SETS.values() for rule in rules)]
+    for name in (*only, *skip, *also):
         if name not in known:
             close = get_close_matches(name, known, 1)
-            hint = f": did you mean {close[0]!r}?" if close else f": sets are {', '.join([*steps, *RULE_SETS])}"
+            hint = f": did you mean {close[0]!r}?" if close else f": sets are {', '.join([*steps, *ALL_RULE_SETS])}"
             raise PassError(f"simplify has no rule, set or step called {name!r}{hint}")
 
-    def wanted(*names: str) -> bool:
-        return (not only or any(name in only for name in names)) and not any(name in skip for name in names)
+    def wanted(*names: str, off: bool = False) -> bool:
+        named = any(name in (*only, *also) for name in names)
+        return (named or not (only or off)) and not any(name in skip for name in names)
 
-    chosen = [rule for name, rules in RULE_SETS.items() for rule in rules if wanted(rule.name, name)]
+    chosen = [
+        rule
+        for name, rules in ALL_RULE_SETS.items()
+        for rule in rules
+        if wanted(rule.name, name, off=name in OFF_BY_DEFAULT)
+    ]
     return RuleSet(chosen), [step for step in steps if wanted(step)]

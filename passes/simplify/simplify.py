@@ -35,13 +35,14 @@ class Simplify(Pass):
 
     only: tuple[str, ...] = option((), "rules, rule sets or steps to apply: none of the others")
     skip: tuple[str, ...] = option((), "rules, rule sets or steps to leave out")
+    also: tuple[str, ...] = option((), "rules or rule sets that are off by default: merges")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose(self.only, self.skip, tuple(STEPS))
+        choose(self.only, self.skip, tuple(STEPS), self.also)
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        rules, steps = choose(self.only, self.skip, tuple(STEPS))
+        rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also)
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
         for _ in range(MOST_ROUNDS):
             changes = 0
