@@ -14,6 +14,7 @@ from regauge.passes.simplify import (
     branches,
     map_chains,
     merges,
+    separable,
     step_chains,
     training_leftovers,
 )
@@ -29,8 +30,9 @@ RULE_SETS: Mapping[str, RuleSet] = {
 
 OFF_BY_DEFAULT: Mapping[str, RuleSet] = {
     "merges": merges.RULES,
+    "separable": separable.RULES,
 }
-"""Rule sets that are applied only where ``also`` or ``only`` names them: whether they pay depends on the hardware."""
+"""Applied only where ``also`` or ``only`` names them: whether they pay depends on the hardware, or on values."""
 
 ALL_RULE_SETS: Mapping[str, RuleSet] = {**RULE_SETS, **OFF_BY_DEFAULT}
 

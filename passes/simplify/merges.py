@@ -4,9 +4,9 @@
     linear(f(linear(x, a)), b) + linear(f(linear(x, c)), d)    linear(f(linear(x, [a c])), [b d])
 
 Parameters and MACs stay what they are: there are fewer and larger products, and a split, which copies nothing in torch
-but does in some runtimes. On one CPU core, in float32, three projections take 0.89 of the time for one token of width 256
-and 0.97 for one of width 768, but 1.06 for 128 tokens of width 768; two feed-forward layers 0.81, 0.92 and 1.03 (the
-same module against itself: 1.00 to 1.04). ``simplify{also=merges}`` applies these rules beside all others.
+but does in some runtimes. On one CPU core, in float32, three projections take 0.89 of the time for one token of width
+256 and 0.97 for one of width 768, but 1.06 for 128 tokens of width 768; two feed-forward layers 0.81, 0.92 and 1.03
+(the same module against itself: 1.00 to 1.04). ``simplify{also=merges}`` applies these rules beside all others.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Simplify(Pass):
 
     only: tuple[str, ...] = option((), "rules, rule sets or steps to apply: none of the others")
     skip: tuple[str, ...] = option((), "rules, rule sets or steps to leave out")
-    also: tuple[str, ...] = option((), "rules or rule sets that are off by default: merges")
+    also: tuple[str, ...] = option((), "rules or rule sets that are off by default: merges, separable")
 
     def __post_init__(self) -> None:
         super().__post_init__()
