@@ -11,11 +11,14 @@ from regauge.ir.rewrite import RuleSet
 from regauge.passes.simplify import (
     affine,
     affine_before,
+    attention_biases,
     branches,
     identities,
     layout,
     map_chains,
+    merges,
     pieces,
+    separable,
     step_chains,
     training_leftovers,
     transposes,
@@ -30,28 +33,51 @@ RULE_SETS: Mapping[str, RuleSet] = {
     "affine": affine.RULES + affine_before.RULES,
     "chains": map_chains.RULES + step_chains.RULES,
     "branches": branches.RULES,
+    "attention-biases": attention_biases.RULES,
 }
 
 
-def choose(only: tuple[str, ...], skip: tuple[str, ...], steps: tuple[str, ...]) -> tuple[RuleSet, list[str]]:
-    """The rules and steps that are named (all where none is), less those to skip; raises PassError for others."""
-    known = [*steps, *RULE_SETS, *(rule.name for rules in RULE_SETS.values() for rule in rules)]
-    for name in (*only, *skip):
+OFF_BY_DEFAULT: Mapping[str, RuleSet] = {
+    "merges": merges.RULES,
+    "separable": separable.RULES,
+}
+"""Applied only where ``also`` or ``only`` names them: whether they pay depends on the hardware, or on values."""
+
+ALL_RULE_SETS: Mapping[str, RuleSet] = {**RULE_SETS, **OFF_BY_DEFAULT}
+
+
+def choose(
+    only: tuple[str, ...], skip: tuple[str, ...], steps: tuple[str, ...], also: tuple[str, ...] = ()
+) -> tuple[RuleSet, list[str]]:
+    """The rules and steps that are named (all where none is), less those to skip; raises PassError for others.
+
+    ``also`` names rules and sets that are off by default.
+    """
+    known = [*steps, *ALL_RULE_SETS, *(rule.name for rules in ALL_RULE_SETS.values() for rule in rules)]
+    for name in (*only, *skip, *also):
         if name not in known:
             close = get_close_matches(name, known, 1)
-            hint = f": did you mean {close[0]!r}?" if close else f": sets are {', '.join([*steps, *RULE_SETS])}"
+            hint = f": did you mean {close[0]!r}?" if close else f": sets are {', '.join([*steps, *ALL_RULE_SETS])}"
             raise PassError(f"simplify has no rule, set or step called {name!r}{hint}")
 
-    def wanted(*names: str) -> bool:
-        return (not only or any(name in only for name in names)) and not any(name in skip for name in names)
+    def wanted(*names: str, off: bool = False) -> bool:
+        named = any(name in (*only, *also) for name in names)
+        return (named or not (only or off)) and not any(name in skip for name in names)
 
-    chosen = [rule for name, rules in RULE_SETS.items() for rule in rules if wanted(rule.name, name)]
+    chosen = [
+        rule
+        for name, rules in ALL_RULE_SETS.items()
+        for rule in rules
+        if wanted(rule.name, name, off=name in OFF_BY_DEFAULT)
+    ]
     return RuleSet(chosen), [step for step in steps if wanted(step)]
 
 
 def described() -> list[tuple[str, str]]:
     """Every rule, by the name of its set and its own, with the first line of its docstring."""
-    return [(f"{name}/{rule.name}", summary(rule.replacement)) for name, rules in RULE_SETS.items() for rule in rules]
+    return [
+        (f"{name}/{rule.name}", summary(rule.replacement)) for name, rules in ALL_RULE_SETS.items() for rule in rules
+    ]
 
 
 def summary(function: Callable[..., Any]) -> str:

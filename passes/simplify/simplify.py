@@ -50,17 +50,18 @@ class Simplify(Pass):
         0.01, "part by which folding may make the model larger, or 64 KiB if that is more", at_least=0
     )
     tie: bool = option(False, "tie trained weights that are equal, too")
+    also: tuple[str, ...] = option((), "rules or rule sets that are off by default: merges, separable")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose(self.only, self.skip, tuple(STEPS))
+        choose(self.only, self.skip, tuple(STEPS), self.also)
 
     @classmethod
     def details(cls) -> list[tuple[str, str]]:
         return [*((name, summary(step).partition(";")[0]) for name, step in STEPS.items()), *described()]
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        rules, steps = choose(self.only, self.skip, tuple(STEPS))
+        rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also)
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
         limits = limits_of(graph, self.growth, self.tie)
         for _ in range(MOST_ROUNDS):

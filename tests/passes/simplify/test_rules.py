@@ -4,9 +4,9 @@ import pytest
 
 from regauge.ir.equivalence import prove_rule
 from regauge.ir.rewrite import RewriteRule
-from regauge.passes.simplify.catalog import RULE_SETS
+from regauge.passes.simplify.catalog import ALL_RULE_SETS
 
-RULES = [pytest.param(rule, id=rule.name) for rules in RULE_SETS.values() for rule in rules]
+RULES = [pytest.param(rule, id=rule.name) for rules in ALL_RULE_SETS.values() for rule in rules]
 
 
 @pytest.mark.parametrize("rule", RULES)
