@@ -159,8 +159,13 @@ class Operator:
     samples: Callable[[], Iterable[Sample]] | None = None
     symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE  # a function where operands decide
     layer: Callable[[Node], str | None] | None = None
+    shape: Callable[..., Sequence[Size] | None] | None = None  # see below
     random: bool = False
     zeroed_by: tuple[str, ...] | None = None  # slots of which one, zero at an index, makes the result zero there
+
+    # ``shape(*operands, **attributes)`` is a short way to the shape of the only result of common operators, where all
+    # tensors are of one floating type, which is also the result's; None where the operands do not plainly fit. Without
+    # it ``evaluate`` is asked on meta tensors, for which torch imports its compiler: a second at every start.
 
     # ``zeroed_by`` is read where symmetry does not tell (regauge.ir.masking): a product is zero with any factor, what
     # is not pointwise by symmetry with all its operands. ``()`` says the latter; a given ``bias`` must be zero too.

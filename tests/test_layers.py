@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "optimize": ("frontends", "passes", "backends", "ir", "settings"),
     "__init__": ("optimize", "frontends", "passes", "backends", "ir", "settings"),
     "demo": ("optimize", "frontends", "passes", "backends", "ir", "settings"),
+    "terminal": ("ir",),
     "cli": ("*",),
     "__main__": ("cli",),
 }

@@ -147,7 +147,12 @@ def reduction(
 # -- sums, means and extremes ------------------------------------------------------------------------------------------
 
 
-@reduction(onnx={"ReduceMean": _onnx_reduce("mean")}, symmetry=Symmetry.LINEAR)
+def _reduced_shape(x: Any, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> list[Any]:
+    gone = {axis_number(dim, x.rank) for dim in dims} if dims else set(range(x.rank))  # none means all, as in torch
+    return [1 if axis in gone else size for axis, size in enumerate(x.shape) if keepdim or axis not in gone]
+
+
+@reduction(onnx={"ReduceMean": _onnx_reduce("mean")}, shape=_reduced_shape, symmetry=Symmetry.LINEAR)
 def mean(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.mean(x, dims, keepdim)
 
@@ -162,6 +167,7 @@ def mean(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
         "ReduceSumSquare": _onnx_reduce("sum"),
         "ReduceLogSum": _onnx_reduce("sum"),
     },
+    shape=_reduced_shape,
     symmetry=Symmetry.LINEAR,
 )
 def sum_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
@@ -201,6 +207,7 @@ def _both_extremes(build: Any, x: Any, *, dim: int | None = None, keepdim: bool 
         "max.dim": _extreme_at("amax", "argmax"),
     },
     onnx={"ReduceMax": _onnx_reduce("amax")},
+    shape=_reduced_shape,
     symmetry=Symmetry.HOMOGENEOUS,
 )
 def amax(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
@@ -215,6 +222,7 @@ def amax(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
         "aminmax": _both_extremes,
     },
     onnx={"ReduceMin": _onnx_reduce("amin")},
+    shape=_reduced_shape,
     symmetry=Symmetry.HOMOGENEOUS,
 )
 def amin(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:

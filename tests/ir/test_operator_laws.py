@@ -20,6 +20,7 @@ from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.masking import gives_zero
 from regauge.ir.operator import Cost, Sample, all_operators, get_operator
 from regauge.ir.resize import sizes_after
+from regauge.ir.shapes import infer_in_full, infer_shortly
 
 # Operators that need regions, an outside runtime or a library's operator: each has direct tests of its own.
 WITHOUT_SAMPLES = {"cond", "while_loop", "loop", "scan", "torch_call", "onnx_call"}
@@ -185,3 +186,14 @@ def test_cost_is_counted_alike_for_a_node_and_for_its_sizes(name: str, index: in
 def test_every_operator_has_samples() -> None:
     bare = {name for name, record in all_operators().items() if record.samples is None}
     assert not bare - WITHOUT_SAMPLES, "without samples no law is tested"
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_the_short_way_to_a_shape_says_what_torch_says(name: str, index: int) -> None:
+    """Also that it is taken: an operator that says its shape says it for its samples."""
+    _, node = one_node_graph(name, draw(name, index))
+    short = infer_shortly(node.operator, node.inputs, node.attributes)
+    if short is not None:
+        assert short == infer_in_full(node.operator, node.inputs, node.attributes)
+    elif node.operator.shape is not None:
+        assert node.attributes.get("training")
