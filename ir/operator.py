@@ -173,6 +173,10 @@ class Operator:
     ``samples``    calls on which its laws are checked (:mod:`regauge.ir.laws`)
     ``symmetry``   how values pass through it, or a function of the node where its operands decide
     ``layer``      the ``torch.nn`` layer that computes a node, as source text; None from it where there is none
+    ``shape``      ``shape(*operands, **attributes)``, a short way to the shape of the only result of common operators,
+                   where all tensors are of one floating type, which is also the result's; None where the operands do
+                   not plainly fit. Without it ``evaluate`` is asked on meta tensors, for which torch imports its
+                   compiler: a second at every start
     ``random``     whether two runs may differ
     ``commutative`` whether its two operands may be exchanged
     ``zeroed_by``  slots of which one, zero at an index, makes the result zero there, where symmetry does not tell
@@ -191,6 +195,7 @@ class Operator:
     samples: Callable[[], Iterable[Sample]] | None = None
     symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE
     layer: Callable[[Node], str | None] | None = None
+    shape: Callable[..., Sequence[Size] | None] | None = None
     random: bool = False
     commutative: bool = False
     zeroed_by: tuple[str, ...] | None = None

@@ -18,6 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from regauge.ir.errors import OperatorError, RegaugeError
 from regauge.ir.operator import Operator
+from regauge.ir.rules import broadcast_rule
 from regauge.ir.sizes import Size, evaluate, prime_hints, simplify
 
 Result = tuple[tuple[Size, ...], torch.dtype]
@@ -46,6 +47,66 @@ def infer_results(operator: Operator, operands: Sequence[Any], attributes: Mappi
 
 
 def _infer(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result]:
+    found = infer_shortly(operator, operands, attributes)
+    return infer_in_full(operator, operands, attributes) if found is None else found
+
+
+def infer_shortly(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result] | None:
+    """The result of an operator that is pointwise or says its shape; None where torch has to be asked."""
+    tensors = [operand for operand in operands if hasattr(operand, "shape")]
+    if not tensors:
+        return None
+    if operator.rule is broadcast_rule:
+        return _infer_pointwise(operator, operands, attributes)
+    if operator.shape is None:
+        return None
+    dtypes = {tensor.dtype for tensor in tensors}
+    dtype = dtypes.pop()
+    if dtypes or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return None
+    try:
+        shape = operator.shape(*operands, **attributes)
+    except Exception:  # a call that is wrong: torch says in which way
+        return None
+    return None if shape is None else [(tuple(simplify(size) for size in shape), dtype)]
+
+
+def _infer_pointwise(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result] | None:
+    """The broadcast of the operands; torch says of single elements which dtype comes out."""
+    others = [operand for operand in operands if not hasattr(operand, "shape")]
+    if _symbols([*others, *attributes.values()]):
+        return None
+    shape = _broadcast([operand.shape for operand in operands if hasattr(operand, "shape")])
+    if shape is None:
+        return None
+    try:
+        with torch.no_grad(), torch.random.fork_rng(enabled=operator.random, devices=()):
+            raw = operator.evaluate(*[_single(operand) for operand in operands], **attributes)
+    except Exception:  # not every type is computed with on every device: meta tensors have the last word
+        return None
+    plain = isinstance(raw, torch.Tensor) and raw.shape == (1,) * len(shape)
+    return [(shape, raw.dtype)] if plain else None
+
+
+def _single(operand: Any) -> Any:
+    if not hasattr(operand, "shape"):
+        return operand
+    return torch.ones((1,) * len(operand.shape), dtype=_torch_dtype(operand.dtype))
+
+
+def _broadcast(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...] | None:
+    """The common shape, aligned at the last axis; None where two sizes of an axis are neither equal nor one."""
+    result: list[Size] = []
+    for place in range(1, max(map(len, shapes)) + 1):
+        sizes = {shape[-place] for shape in shapes if len(shape) >= place} - {1}
+        if len(sizes) > 1:
+            return None
+        result.insert(0, sizes.pop() if sizes else 1)
+    return tuple(result)
+
+
+def infer_in_full(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result]:
+    """The results as torch computes them on tensors without data."""
     symbols = _symbols([getattr(o, "shape", o) for o in operands]) | _symbols(list(attributes.values()))
     try:
         if not symbols:

@@ -48,8 +48,9 @@ def _graph_lines(graph: Graph, keyword: str) -> Iterator[str]:
     here: tuple[str, str] | None = None
     for node in graph.nodes:
         place = node.scope[-1] if node.scope else None
-        if place != here and place is not None:
-            yield f"{INDENT}# {place[0] or 'root'}" + (f": {place[1]}" if place[1] else "")
+        if place != here:  # a node without a module that follows one inside a module is outside of it
+            path, name = place or ("", "")
+            yield f"{INDENT}# {path or 'root'}" + (f": {name}" if name else "")
         here = place
         yield from (INDENT + line for line in _node_lines(node))
     yield f"{INDENT}return {', '.join(map(format_operand, graph.outputs))}"

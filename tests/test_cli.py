@@ -215,3 +215,10 @@ def test_demo_makes_the_network_smaller(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(word in shown for word in ("accuracy", "parameters", "MACs", "ONNX file", "onnxruntime"))
     sizes = [(tmp_path / name).stat().st_size for name in ("digits.pruned.onnx", "digits.onnx")]
     assert sizes[0] < sizes[1]
+
+
+def test_reading_a_model_leaves_the_compiler_of_torch_alone(model_file: Path) -> None:
+    """It takes a second to import, at every call, and the shapes of common operators need none of it."""
+    code = f"import sys; from regauge.cli import main; main(['explain', {str(model_file)!r}, '0.weight:0'])"
+    done = subprocess.run([sys.executable, "-c", f"{code}; print('torch._dynamo' in sys.modules)"], capture_output=True)
+    assert done.stdout.splitlines()[-1] == b"False", done.stderr

@@ -34,8 +34,14 @@ def _spell_linear(onnx: Any, node: Node) -> Any:
     return y if bias is None else onnx.Add(y, bias)
 
 
+def _linear_shape(x: Value, weight: Value, bias: Value | None = None) -> tuple[Size, ...] | None:
+    fits = x.rank > 0 and weight.rank == 2 and x.shape[-1] == weight.shape[1]
+    return (*x.shape[:-1], weight.shape[0]) if fits and (bias is None or bias.shape == weight.shape[:1]) else None
+
+
 @operator(
     rule="... i, o i, o? -> ... o",
+    shape=_linear_shape,
     aten={"linear": None},
     macs=lambda call: call.out() * call.size(1, 1),
     symmetry=Symmetry.PRODUCT,

@@ -65,8 +65,19 @@ def _onnx_concat(build: Builder, call: Any) -> Any:
     return build.concat(*tensors, dim=axis_number(call.attribute("axis", 1), tensors[0].rank))
 
 
+def _concat_shape(first: Value, *others: Value, dim: int) -> list[Size] | None:
+    axis = axis_number(dim, first.rank)
+    alike = all(
+        other.rank == first.rank and all(a == axis or other.shape[a] == first.shape[a] for a in range(first.rank))
+        for other in others
+    )
+    total: Any = sum(value.shape[axis] for value in (first, *others))
+    return [total if a == axis else size for a, size in enumerate(first.shape)] if alike else None
+
+
 @operator(
     rule=_concat_rule,
+    shape=_concat_shape,
     aten={
         "cat": _cat, "concat": _cat, "concatenate": _cat, "hstack": _hstack, "vstack": _vstack, "row_stack": _vstack,
         "dstack": _dstack, "column_stack": _column_stack,

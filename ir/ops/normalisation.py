@@ -105,6 +105,11 @@ def _batch_norm_layer(node: Node) -> str | None:
     return f"nn.BatchNorm{max(x.rank - 2, 1)}d({x.shape[1]}, {options})"
 
 
+def _batch_norm_shape(x: Value, *parts: Value | None, training: bool = False, **_: Any) -> Any:
+    fits = x.rank > 1 and not training and all(part is None or part.shape == x.shape[1:2] for part in parts)
+    return x.shape if fits else None
+
+
 def given(node: Node, count: int) -> list[Any]:
     """Operands 1 to ``count - 1``, None where one is absent."""
     return [node.inputs[i] if i < len(node.inputs) else None for i in range(1, count)]
@@ -112,6 +117,7 @@ def given(node: Node, count: int) -> list[Any]:
 
 @operator(
     rule=_batch_norm_rule,
+    shape=_batch_norm_shape,
     aten={
         "batch_norm": _batch_norm,
         "_native_batch_norm_legit_functional": _batch_norm_functional,
@@ -200,8 +206,15 @@ def _one_or_many(shape: Sequence[Size]) -> Any:
     return shape[0] if len(shape) == 1 else tuple(shape)
 
 
+def _layer_norm_shape(x: Value, *parts: Value | None, normalized_shape: Sequence[Size], **_: Any) -> Any:
+    own = tuple(normalized_shape)
+    fits = own and x.shape[-len(own) :] == own and all(part is None or part.shape == own for part in parts)
+    return x.shape if fits else None
+
+
 @operator(
     rule="... c..., c...?, c...? -> ... c... ; normalise c ; normalized_shape = c",
+    shape=_layer_norm_shape,
     aten={"layer_norm": _layer_norm, "native_layer_norm": _saving(_layer_norm, 2)},
     onnx=LAYER_NORM_FORMS,
     samples=lambda: [
@@ -227,6 +240,7 @@ def layer_norm(
 
 @operator(
     rule="... c..., c...? -> ... c... ; normalise c ; normalized_shape = c",
+    shape=_layer_norm_shape,
     aten={"rms_norm": _rms_norm, "_fused_rms_norm": _saving(_rms_norm, 1)},
     onnx=RMS_NORM_FORMS,
     samples=lambda: [

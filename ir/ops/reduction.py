@@ -148,7 +148,17 @@ def reduction(
 # -- sums, means and extremes ------------------------------------------------------------------------------------------
 
 
-@reduction(onnx={"ReduceMean": _onnx_reduce("mean")}, symmetry=Symmetry.LINEAR, spell=spelling.reduced("ReduceMean"))
+def _reduced_shape(x: Any, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> list[Any]:
+    gone = {axis_number(dim, x.rank) for dim in dims} if dims else set(range(x.rank))  # none means all, as in torch
+    return [1 if axis in gone else size for axis, size in enumerate(x.shape) if keepdim or axis not in gone]
+
+
+@reduction(
+    onnx={"ReduceMean": _onnx_reduce("mean")},
+    shape=_reduced_shape,
+    symmetry=Symmetry.LINEAR,
+    spell=spelling.reduced("ReduceMean"),
+)
 def mean(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.mean(x, dims, keepdim)
 
@@ -163,6 +173,7 @@ def mean(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
         "ReduceSumSquare": _onnx_reduce("sum"),
         "ReduceLogSum": _onnx_reduce("sum"),
     },
+    shape=_reduced_shape,
     symmetry=Symmetry.LINEAR,
     spell=spelling.reduced("ReduceSum", since=13),
 )
@@ -206,6 +217,7 @@ def _both_extremes(build: Any, x: Any, *, dim: int | None = None, keepdim: bool 
     },
     onnx={"ReduceMax": _onnx_reduce("amax")},
     spell=spelling.reduced("ReduceMax"),
+    shape=_reduced_shape,
     symmetry=Symmetry.HOMOGENEOUS,
 )
 def amax(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
@@ -221,6 +233,7 @@ def amax(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
     },
     onnx={"ReduceMin": _onnx_reduce("amin")},
     spell=spelling.reduced("ReduceMin"),
+    shape=_reduced_shape,
     symmetry=Symmetry.HOMOGENEOUS,
 )
 def amin(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:

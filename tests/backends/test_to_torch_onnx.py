@@ -205,3 +205,5 @@ def test_weight_names_give_the_hierarchy_where_nothing_else_does() -> None:
     assert _layers(module) == {"body.conv": nn.Conv2d, "fc": nn.Linear}
     assert set(module.state_dict()) == {"body.conv.weight", "body.conv.bias", "fc.weight", "fc.bias"}
     assert graph.nodes[0].scope[-1] == ("body.conv", "Conv2d")
+    shown = [line.strip() for line in str(graph).splitlines() if line.strip().startswith("#")]
+    assert shown == ["# body.conv: Conv2d", "# root", "# fc: Linear"]

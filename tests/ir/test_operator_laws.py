@@ -10,6 +10,7 @@ from regauge.ir.law_cases import draw_case, sample_count
 from regauge.ir.laws import check_law, laws_of
 from regauge.ir.notation import PINNING_ROLES
 from regauge.ir.operator import all_operators
+from regauge.ir.shapes import infer_in_full, infer_shortly
 
 # Operators that need regions, an outside runtime or a library's operator: each has direct tests of its own.
 WITHOUT_SAMPLES = {"cond", "while_loop", "loop", "scan", "torch_call", "onnx_call"}
@@ -62,3 +63,14 @@ def test_every_role_that_may_be_free_is_tested(name: str) -> None:
                 tested.update({role} if free.intersection(leaves(extent)) else ())
     missing = stated - tested
     assert not missing, f"no sample of {name} has a free axis whose role is {' or '.join(sorted(missing))}"
+
+
+@pytest.mark.parametrize(("name", "index"), [case.values[:2] for case in CASES if case.values[2] == "shape"])
+def test_the_short_way_to_a_shape_says_what_torch_says(name: str, index: int) -> None:
+    """Also that it is taken: an operator that says its shape says it for its samples."""
+    node = draw_case(name, index).node
+    short = infer_shortly(node.operator, node.inputs, node.attributes)
+    if short is not None:
+        assert short == infer_in_full(node.operator, node.inputs, node.attributes)
+    elif node.operator.shape is not None:
+        assert node.attributes.get("training")
