@@ -69,6 +69,7 @@ def emit_call(build: TracedBuilder, target: Any, args: Sequence[Any], kwargs: di
         raise OperatorError("it has no operator record")
     record, adapter = found
     mark = len(build.added)
+    build.expected = truth
     try:
         if adapter is None:
             return _direct(build, record, target, args, kwargs, truth)
@@ -82,6 +83,8 @@ def emit_call(build: TracedBuilder, target: Any, args: Sequence[Any], kwargs: di
             raise
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OperatorError(f"its adapter failed: {line}") from error
+    finally:
+        build.expected = ()
 
 
 def roll_back(build: TracedBuilder, mark: int) -> None:
