@@ -121,3 +121,24 @@ def test_arguments_keep_their_order_where_a_later_one_shows_a_dynamic_size():
     module = to_torch(capture(model, (torch.randn(3, 6), torch.randn(6)), dynamic={"x": {0: "batch"}}))
     inputs = torch.randn(6, 6), torch.randn(6)
     torch.testing.assert_close(module(*inputs), model(*inputs))
+
+
+class _Standardised(torch.nn.Conv2d):
+    """Weights standardised by a batch norm in training mode, as BiT does it."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = torch.nn.functional.batch_norm(flat, None, None, training=True, momentum=0.0)
+        return torch.nn.functional.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_a_cut_that_leaves_a_batch_norm_one_value_per_channel_is_an_error_of_ours():
+    from regauge.frontends.capture import capture
+    from regauge.ir.errors import EmitError
+    from regauge.optimize import optimize
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), _Standardised(8, 8, 1), torch.nn.Conv2d(8, 2, 1))
+    graph = capture(model, (torch.randn(2, 3, 5, 5),))
+    optimize(graph, "prune{ratio=0.97, minimum=2}").to_torch()
+    with pytest.raises(EmitError, match=r"batch_norm in 1 cannot run on the sizes it has: .*minimum="):
+        optimize(graph, "prune{ratio=0.97}").to_torch()
