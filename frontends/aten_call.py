@@ -11,17 +11,17 @@ import sympy
 import torch
 
 from regauge.frontends.traced_sizes import TracedBuilder
-from regauge.ir.edit import remove_node
+from regauge.ir.edit import Expected, remove_node
 from regauge.ir.errors import OperatorError, RegaugeError
-from regauge.ir.graph import Dtype, Value
+from regauge.ir.graph import Value
 from regauge.ir.operator import Operator, find_aten
 from regauge.ir.ops.torch_opaque import literal_text, region_slot, slot, written_arguments
-from regauge.ir.sizes import Size, same
+from regauge.ir.sizes import same
 
 # Where a tensor lives is not part of a graph: it runs where its weights are.
 PLACEMENT = ("device", "layout", "pin_memory", "memory_format")
 
-Truth = Sequence[tuple[tuple[Size, ...], Dtype] | None]
+Truth = Expected
 """Shape and dtype of every result as torch traced it; None for a result that is no tensor."""
 
 Emitted = list[Value | None]
