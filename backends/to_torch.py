@@ -74,11 +74,7 @@ def _fill(module: nn.Module, places: Places, device: torch.device | str | None) 
             trained = places.is_trained(parameter)
             made[parameter] = nn.Parameter(data, requires_grad=needs_gradient(parameter)) if trained else data
         path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if leaf.isidentifier():
-            setattr(owner, leaf, made[parameter])
-        else:
-            owner._parameters[leaf] = made[parameter]  # type: ignore[assignment]
+        setattr(module.get_submodule(path), leaf, made[parameter])
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_meta:
             raise EmitError(f"the emitted module has a tensor {name!r} that the graph does not have: report this")

@@ -14,7 +14,7 @@ from regauge.backends.torch_forward import Forward
 from regauge.backends.torch_naming import named_lines
 from regauge.backends.torch_places import Places
 from regauge.backends.torch_signature import result_expression, signature
-from regauge.backends.torch_source import INDENT, indented
+from regauge.backends.torch_source import INDENT, indented, is_plain_name, quoted
 from regauge.backends.torch_tensors import parameter_text, tensor_line
 from regauge.ir.graph import Graph
 
@@ -55,7 +55,7 @@ class Classes:
         if kind == "nn.ParameterList":
             return f"nn.ParameterList([{', '.join(parameter_text(p) for p in self.places.own(path).values())}])"
         if kind == "nn.ModuleDict":
-            items = [f'"{child}": {self._construct(_join(path, child))}' for child in children]
+            items = [f"{quoted(child)}: {self._construct(_join(path, child))}" for child in children]
             return "nn.ModuleDict({" + ", ".join(items) + "})"
         return f"{kind}({_listed(self._filled(path, children), star=kind == 'nn.Sequential')})"
 
@@ -71,7 +71,7 @@ class Classes:
         if not own and self.places.is_list(path):
             return "nn.ModuleList"
         children = self._children(path)
-        return "nn.ModuleDict" if not own and children and all(map(_is_plain_key, children)) else "class"
+        return "nn.ModuleDict" if not own and children and not any(map(_is_taken, children)) else "class"
 
     def _children(self, path: str) -> list[str]:
         """Names of the modules below a path: those with tensors in the order of these, others where they are called."""
@@ -197,7 +197,7 @@ class Classes:
         lines = []
         for names in self.places.names.values():
             for alias in names[1:]:
-                lines.append(f"{self.places.access('', alias)} = {self.places.access('', names[0])}")
+                lines.append(self.places.assignment(alias, self.places.access("", names[0])))
         return lines
 
     def _class_name(self, draft: Draft) -> str:
@@ -236,10 +236,11 @@ def _listed(items: Sequence[str], *, star: bool) -> str:
 
 
 def _assignment(name: str, constructor: str) -> str:
-    if name.isidentifier() and not keyword.iskeyword(name):
+    if is_plain_name(name):
         return f"self.{name} = {constructor}"
-    return f'self.add_module("{name}", {constructor})'
+    return f"self.add_module({quoted(name)}, {constructor})"
 
 
-def _is_plain_key(name: str) -> bool:
-    return name.isidentifier() and not hasattr(torch.nn.ModuleDict, name)
+def _is_taken(name: str) -> bool:
+    """Whether nn.ModuleDict refuses a key, having an attribute of that name."""
+    return hasattr(torch.nn.ModuleDict, name)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from regauge.backends.torch_frames import Frame, inside, module_path, scope_of
+from regauge.backends.torch_source import is_plain_name, quoted
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.weights import Weight
 
@@ -30,8 +31,10 @@ class Places:
         self.statistics = set(_statistics(graph))
         constants: list[Parameter] = []
         tensors = {name for parameter in graph.all_parameters() for name in parameter.names}
+        traced = "torch" in graph.metadata  # the names of a module are paths, whatever characters are in them
         for parameter in dict.fromkeys(graph.all_parameters()):
-            if parameter.kind == "constant" or not _is_path(parameter.name) or _is_inside(parameter, tensors):
+            named = traced or _is_path(parameter.name)
+            if parameter.kind == "constant" or not named or _is_inside(parameter, tensors):
                 constants.append(parameter)
             else:
                 self._place(parameter, parameter.names)
@@ -107,15 +110,25 @@ class Places:
     def access(self, path: str, name: str) -> str:
         """Source that reads a module or tensor from inside the module at ``path``: ``self.layers[0].weight``."""
         text, at = "self", path
-        for part in name[len(path) :].lstrip(".").split("."):
-            if part.isidentifier():
+        for part in filter(None, name[len(path) :].split(".")):
+            if is_plain_name(part):
                 text += f".{part}"
             elif self.is_list(at) or self.is_parameter_list(at):
                 text += f"[{part}]"
             else:
-                text = f'getattr({text}, "{part}")'
+                text = f"getattr({text}, {quoted(part)})"
             at = f"{at}.{part}" if at else part
         return text
+
+    def assignment(self, name: str, source: str) -> str:
+        """A statement of the root module that puts a tensor at the place of this name."""
+        owner, _, leaf = name.rpartition(".")
+        target = self.access("", name)
+        return (
+            f"setattr({self.access('', owner)}, {quoted(leaf)}, {source})"
+            if target.endswith(")")
+            else f"{target} = {source}"
+        )
 
     def below(self, path: str) -> dict[str, Parameter]:
         """Every tensor at or below a path, by its name relative to the path."""

@@ -10,7 +10,7 @@ from regauge.backends.torch_expressions import expression
 from regauge.backends.torch_literals import literal, read_name
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.ops.torch_opaque import OPERAND, find_target, replace_slots, written_arguments
+from regauge.ir.ops.torch_opaque import OPERAND, find_target, plain_numbers, replace_slots, written_arguments
 
 if TYPE_CHECKING:
     from regauge.backends.torch_statements import Statements
@@ -78,8 +78,11 @@ def _torch_call(statements: Statements, node: Node) -> list[Line]:
     def fill(sign: str, index: int) -> Any:
         return _Marker(operands[index] if sign == OPERAND else read_name(functions[index][0]))
 
-    positional = [_written(replace_slots(value, fill), statements) for value in arguments]
-    named = [f"{k}={_written(replace_slots(v, fill), statements)}" for k, v in node.attributes["options"]]
+    numbers = plain_numbers(schema)
+    positional = [
+        _written(replace_slots(value, fill), statements, place in numbers) for place, value in enumerate(arguments)
+    ]
+    named = [f"{k}={_written(replace_slots(v, fill), statements, k in numbers)}" for k, v in node.attributes["options"]]
     text = f"torch.ops.{target}({', '.join([*positional, *named])})"
     own = list(node.outputs[: len(node.outputs) - len(clone_names)])
     bodies = [line for _, lines in functions for line in lines]
@@ -98,9 +101,10 @@ class _Marker:
         self.expression = expression
 
 
-def _written(value: Any, statements: Statements) -> str:
+def _written(value: Any, statements: Statements, as_number: bool) -> str:
+    """An argument as source; where the operator takes numbers, a computed one is read off its tensor."""
     if isinstance(value, _Marker):
-        return ast.unparse(value.expression)
+        return ast.unparse(value.expression) + (".item()" if as_number else "")
     if isinstance(value, tuple):
-        return "[" + ", ".join(_written(part, statements) for part in value) + "]"
+        return "[" + ", ".join(_written(part, statements, as_number) for part in value) + "]"
     return ast.unparse(literal(value, statements.symbol))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from regauge.backends.torch_sizes import symbols_in
+from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Sample
 from regauge.ir.sizes import evaluate as evaluate_sizes
@@ -34,7 +35,10 @@ def _always(evaluate: Callable[..., Any], samples: Callable[[], Iterable[Sample]
 
 
 def _here(node: Node) -> bool:
-    """The answer for this call, found by running it on tensors without data."""
+    """The answer for this call, found by running it on tensors without data.
+
+    Raises EmitError where torch refuses these sizes: a cut may leave a batch norm one value per channel.
+    """
     shapes = [operand.shape if isinstance(operand, Value) else operand for operand in node.inputs]
     hints = prime_hints(symbols_in((*shapes, *node.attributes.values())))
 
@@ -45,5 +49,14 @@ def _here(node: Node) -> bool:
         return torch.empty(evaluate_sizes(operand.shape, hints), dtype=dtype, device="meta")
 
     attributes = {key: evaluate_sizes(value, hints) for key, value in node.attributes.items()}
-    with torch.no_grad():
-        return isinstance(node.operator.evaluate(*map(stand_in, node.inputs), **attributes), tuple | list)
+    try:
+        with torch.no_grad():
+            return isinstance(node.operator.evaluate(*map(stand_in, node.inputs), **attributes), tuple | list)
+    except RegaugeError:
+        raise
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EmitError(
+            f"{node.label} cannot run on the sizes it has: {line}: "
+            "if they were cut, keep more (prune takes minimum= and exclude=)"
+        ) from error

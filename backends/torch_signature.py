@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from regauge.backends.torch_source import is_plain_name
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
 
@@ -128,7 +130,7 @@ def _build(spec: Any, texts: Iterator[str], imports: set[str]) -> str:
     if kind is list:
         return f"[{', '.join(parts)}]"
     if kind is dict:
-        return "{" + ", ".join(f"{key!r}: {part}" for key, part in zip(_dict_keys(spec), parts, strict=True)) + "}"
+        return _display(_dict_keys(spec), parts)
     cls = spec.context if isinstance(spec.context, type) else kind  # a named tuple is known by its context
     if "<locals>" in cls.__qualname__:
         raise EmitError(f"the result type {cls.__name__} is defined inside a function: define it at module level")
@@ -139,9 +141,16 @@ def _build(spec: Any, texts: Iterator[str], imports: set[str]) -> str:
     if issubclass(cls, tuple):
         return f"{cls.__qualname__}({', '.join(parts)})"
     keys = _dict_keys(spec)
-    if len(keys) == len(parts) and all(isinstance(key, str) and key.isidentifier() for key in keys):
+    if cls is OrderedDict:
+        return f"OrderedDict({_display(keys, parts)})"
+    if len(keys) == len(parts) and all(isinstance(key, str) and is_plain_name(key) for key in keys):
         return f"{cls.__qualname__}({', '.join(f'{key}={part}' for key, part in zip(keys, parts, strict=True))})"
     raise EmitError(f"a result of type {cls.__qualname__} cannot be built in source: return tensors, tuples or dicts")
+
+
+def _display(keys: Sequence[Any], parts: Sequence[str]) -> str:
+    """``{"mask": x, 0: y}``"""
+    return "{" + ", ".join(f"{key!r}: {part}" for key, part in zip(keys, parts, strict=True)) + "}"
 
 
 def _is_leaf(spec: Any) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import keyword
 import re
 import tokenize
 from collections.abc import Iterable, Mapping
@@ -10,6 +12,16 @@ from collections.abc import Iterable, Mapping
 WIDTH = 100
 INDENT = "    "
 _OPEN, _CLOSE = "([{", ")]}"
+
+
+def quoted(text: str) -> str:
+    """A string literal in double quotes, whatever the text holds."""
+    return json.dumps(text, ensure_ascii=False)  # every escape of JSON is one of Python's
+
+
+def is_plain_name(text: str) -> bool:
+    """Whether Python can read an attribute of this name as ``owner.name``."""
+    return text.isidentifier() and not keyword.iskeyword(text)
 
 
 def indented(lines: Iterable[str], depth: int) -> list[str]:

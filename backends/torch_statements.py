@@ -15,10 +15,11 @@ from regauge.backends.torch_expressions import expression
 from regauge.backends.torch_folding import following, tensor
 from regauge.backends.torch_literals import literal, parse_expression, read_attribute, read_name
 from regauge.backends.torch_results import gives_sequence
-from regauge.backends.torch_sizes import size_expression, solve_for
+from regauge.backends.torch_sizes import SIZE, size_expression, solve_for
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.ops.attention import SCALED_BY
+from regauge.ir.sizes import Size
 
 if TYPE_CHECKING:
     from regauge.backends.torch_forward import Forward
@@ -110,13 +111,13 @@ class Statements:
     # Dynamic sizes -------------------------------------------------------------------------------------------
 
     def _add_symbol_arguments(self) -> None:
-        """Sizes that no argument of this frame shows are passed in as numbers."""
-        for item in self.code.items:
+        """Sizes that neither an argument nor an earlier result of this frame shows are passed in as numbers."""
+        seen: list[Flowing | None] = list(self.code.arguments)
+        for item in self.code.items if self.code.path else ():
             for symbol in symbols_of(item):
-                if symbol in self.code.arguments or self._shown(symbol, self.code.arguments) is not None:
-                    continue
-                if self.code.path:
+                if symbol not in self.code.arguments and _showing(symbol, seen) is None:
                     self.code.arguments.append(symbol)
+            seen.extend(v for v in (item.results if isinstance(item, Code) else item.outputs) if self._is_kept(v))
 
     def symbol(self, symbol: sympy.Symbol) -> ast.expr:
         """How this forward reads a dynamic size, such as ``x.shape[0]``."""
@@ -128,16 +129,8 @@ class Statements:
         return found
 
     def _shown(self, symbol: sympy.Symbol, values: Sequence[Flowing | None]) -> ast.expr | None:
-        tensors = [value for value in values if isinstance(value, Value)]
-        for value in tensors:
-            if symbol in value.shape:
-                return self._axis(value, value.shape.index(symbol))
-        for value in tensors:
-            for axis, size in enumerate(value.shape):
-                solved = solve_for(symbol, size)
-                if solved is not None:
-                    return size_expression(solved, lambda _, v=value, a=axis: self._axis(v, a))  # type: ignore[misc]
-        return None
+        found = _showing(symbol, values)
+        return None if found is None else size_expression(found[2], lambda _: self._axis(found[0], found[1]))
 
     def _axis(self, value: Value, axis: int) -> ast.expr:
         shape = read_attribute(tensor(read_name(variable(self.number(value))), value), "shape")
@@ -154,8 +147,12 @@ class Statements:
 
     # Lines ---------------------------------------------------------------------------------------------------
 
+    def _is_kept(self, value: Value) -> bool:
+        """Whether a result gets a variable: somebody reads it."""
+        return bool(value.uses) or value in self.forward.needed
+
     def targets(self, outputs: Sequence[Value]) -> tuple[int | None, ...]:
-        return tuple(self.number(v) if v.uses or v in self.forward.needed else None for v in outputs)
+        return tuple(self.number(v) if self._is_kept(v) else None for v in outputs)
 
     def _call(self, child: Code) -> None:
         places = self.forward.places
@@ -206,6 +203,20 @@ class Statements:
             return place_new_tensors(found, self._device())
         except EmitError as error:
             raise EmitError(f"{node.label} cannot be written as torch source: {error}") from error
+
+
+def _showing(symbol: sympy.Symbol, values: Sequence[Flowing | None]) -> tuple[Value, int, Size] | None:
+    """A tensor and its axis that show a dynamic size, and the size in terms of that axis' own (``SIZE``)."""
+    tensors = [value for value in values if isinstance(value, Value)]
+    for value in tensors:
+        if symbol in value.shape:
+            return value, value.shape.index(symbol), SIZE
+    for value in tensors:
+        for axis, size in enumerate(value.shape):
+            solved = solve_for(symbol, size)
+            if solved is not None:
+                return value, axis, solved
+    return None
 
 
 def _copy_of(found: ast.expr) -> ast.expr:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from regauge.backends.torch_source import is_plain_name, quoted
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Parameter
 
@@ -20,12 +21,12 @@ def parameter_text(parameter: Parameter) -> str:
 
 def tensor_line(name: str, parameter: Parameter, trained: bool) -> str:
     if trained:
-        if name.isidentifier():
+        if is_plain_name(name):
             return f"self.{name} = {parameter_text(parameter)}"
-        return f'self.register_parameter("{name}", {parameter_text(parameter)})'
+        return f"self.register_parameter({quoted(name)}, {parameter_text(parameter)})"
     persistent = parameter.persistent and parameter.kind != "constant"
     options = "" if persistent else ", persistent=False"
-    return f'self.register_buffer("{name}", {_blank("torch.zeros", parameter)}{options})'
+    return f"self.register_buffer({quoted(name)}, {_blank('torch.zeros', parameter)}{options})"
 
 
 def _blank(function: str, parameter: Parameter) -> str:

@@ -4,7 +4,9 @@ Every weight has unique float64 values, so the kept indices of a parameter are f
 everything that was not kept is set to zero. What normalises over a cut axis sees fewer entries in the pruned module, so
 in the masked original every normaliser (layer, group and batch statistics, mean, variance, maximum, softmax) is
 computed over the positions that were kept: those whose gain is not zero, or, where there is no gain, those that are not
-zero everywhere. This too is read off the values, not off anybody's axis analysis.
+zero everywhere. This too is read off the values, not off anybody's axis analysis. What is shifted by a mean or by a
+maximum over an axis is not zero any more where it was removed, and may be zero where it was kept: it remembers which
+positions were kept before (``remembered``).
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+BOUNDLESS = 1e30  # models write -inf as the least number of their type
 
 
 def kept_indices(original: Tensor, pruned: Tensor) -> list[Tensor | None] | None:
@@ -63,7 +67,10 @@ def mask_parameters(model: nn.Module, pruned: nn.Module) -> list[str]:
 
 def _present(x: Tensor, axes: Iterable[int]) -> Tensor:
     """1 where a position on ``axes`` is not zero for every index of the other axes, else 0; broadcast against ``x``."""
+    remembered = getattr(x, "remembered", None)
     keep = {axis % x.dim() for axis in axes}
+    if remembered is not None and [a for a in range(x.dim()) if remembered.shape[a] > 1] == sorted(keep):
+        return remembered  # type: ignore[no-any-return]
     others = [axis for axis in range(x.dim()) if axis not in keep]
     found = x != 0
     return (found.any(dim=others, keepdim=True) if others else found).to(x.dtype)
@@ -93,6 +100,7 @@ class KeptStatistics(TorchFunctionMode):
 
 
 def _normalised(x: Tensor, axes: list[int], eps: float, present: Tensor) -> Tensor:
+    x = x.contiguous()  # as torch's own results are: models call view on them
     count = present.expand_as(x).sum(dim=axes, keepdim=True).clamp_min(1)
     mean = (x * present).sum(dim=axes, keepdim=True) / count
     centred = (x - mean) * present
@@ -117,7 +125,7 @@ def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = Non
     present = _gained(x, axes, weight)
     count = present.expand_as(x).sum(dim=axes, keepdim=True).clamp_min(1)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    x = x * present
+    x = x.contiguous() * present
     y = x * (x.square().sum(dim=axes, keepdim=True) / count + eps).rsqrt()
     return y * weight if weight is not None else y
 
@@ -170,10 +178,17 @@ def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, axis: Any = None
     return y
 
 
-def _centred(x: Tensor, y: Any, **_: Any) -> Tensor | None:
-    """``x - x.mean(...)``, written out: what was removed is not there, and not minus the mean."""
-    present = getattr(y, "mean_over", None)
-    return (x - y) * present if isinstance(x, Tensor) and present is not None and y.dim() == x.dim() else None
+def _shifted(x: Tensor, y: Any, **_: Any) -> Tensor | None:
+    """``x - x.mean(...)`` and ``x - x.amax(...)``, written out: what was removed is not there, and not minus those."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.dim() != x.dim():
+        return None
+    mean, maximum = getattr(y, "mean_over", None), getattr(y, "maximum_over", None)
+    present = mean if mean is not None else maximum
+    if present is None:
+        return None
+    result = (x - y) * present if mean is not None else x - y
+    result.remembered = present  # type: ignore[attr-defined]
+    return result
 
 
 def _var(
@@ -203,9 +218,25 @@ def _var_mean(x: Tensor, dim: Any = None, *args: Any, keepdim: bool = False, **k
 def _amax(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | None:
     axes = _axes(x, dim)
     present = _present(x, axes)
-    if present.all():
+    if not present.any() or not x.is_floating_point():
         return None
-    return x.masked_fill(present == 0, -math.inf).amax(dim=axes, keepdim=keepdim)
+    y = x.masked_fill(present == 0, -math.inf).amax(dim=axes, keepdim=keepdim)
+    y.maximum_over = present  # type: ignore[attr-defined]
+    return y
+
+
+def _max(x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
+    present = _present(x, [dim]) if isinstance(dim, int) else None
+    if present is None or not present.any() or not x.is_floating_point():
+        return None
+    values, indices = x.masked_fill(present == 0, -math.inf).max(dim, keepdim)
+    values.maximum_over = present
+    return torch.return_types.max((values, indices))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g * v / |v|``: what was removed is zero, and not 0 / 0."""
+    return torch._weight_norm(v, g, dim).masked_fill(v == 0, 0)
 
 
 def _softmax(x: Tensor, dim: int = -1, *_: Any, **__: Any) -> Tensor | None:
@@ -228,18 +259,26 @@ def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, **_: A
 
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm, "batch_norm": _batch_norm,
-    "mean": _mean, "var": _var, "std": _std, "amax": _amax, "softmax": _softmax, "sub": _centred, "__sub__": _centred,
+    "mean": _mean, "var": _var, "std": _std, "amax": _amax, "max": _max, "softmax": _softmax, "sub": _shifted,
+    "__sub__": _shifted, "_weight_norm": _weight_norm,
     "var_mean": _var_mean, "grouped_mm": _grouped_mm, "_grouped_mm": _grouped_mm,
 }  # fmt: skip
 
 
 def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The largest relative error over outputs; inf when a shape differs or a value is not finite."""
+    """The largest relative error over outputs; inf when a shape differs or a value is not finite in one of them only.
+
+    What is infinite, or stands for it as in an attention mask, and equal is left out: all else would vanish beside it.
+    """
     worst = 0.0
     for a, b in zip(actual, expected, strict=True):
-        if not (b.is_floating_point() or b.is_complex()):
+        if a.shape != b.shape:
+            return math.inf
+        if not b.is_complex():
             a, b = a.double(), b.double()
-        if a.shape != b.shape or not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        boundless = (a == b) & (b.abs() > BOUNDLESS)
+        a, b = a.masked_fill(boundless, 0), b.masked_fill(boundless, 0)
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             return math.inf  # max() below would pass over a NaN
         worst = max(worst, float((a - b).norm() / (b.norm() + 1e-300)))
     return worst

@@ -11,17 +11,17 @@ import sympy
 import torch
 
 from regauge.frontends.traced_sizes import TracedBuilder
-from regauge.ir.edit import remove_node
+from regauge.ir.edit import Expected, remove_node
 from regauge.ir.errors import OperatorError, RegaugeError
-from regauge.ir.graph import Dtype, Value
+from regauge.ir.graph import Value
 from regauge.ir.operator import Operator, find_aten
 from regauge.ir.ops.torch_opaque import literal_text, region_slot, slot, written_arguments
-from regauge.ir.sizes import Size, same
+from regauge.ir.sizes import same
 
 # Where a tensor lives is not part of a graph: it runs where its weights are.
 PLACEMENT = ("device", "layout", "pin_memory", "memory_format")
 
-Truth = Sequence[tuple[tuple[Size, ...], Dtype] | None]
+Truth = Expected
 """Shape and dtype of every result as torch traced it; None for a result that is no tensor."""
 
 Emitted = list[Value | None]
@@ -69,6 +69,7 @@ def emit_call(build: TracedBuilder, target: Any, args: Sequence[Any], kwargs: di
         raise OperatorError("it has no operator record")
     record, adapter = found
     mark = len(build.added)
+    build.expected = truth
     try:
         if adapter is None:
             return _direct(build, record, target, args, kwargs, truth)
@@ -82,6 +83,8 @@ def emit_call(build: TracedBuilder, target: Any, args: Sequence[Any], kwargs: di
             raise
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OperatorError(f"its adapter failed: {line}") from error
+    finally:
+        build.expected = ()
 
 
 def roll_back(build: TracedBuilder, mark: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 
-from regauge.frontends.aliasing import Aliases, inverse_view, writes, written_nodes
+from regauge.frontends.aliasing import Aliases, NeedsDecomposition, inverse_view, writes, written_nodes
 from regauge.frontends.aten_call import Emitted, Refusal, Truth, emit_call, emit_opaque, target_path
 from regauge.frontends.in_place import copied, functional_form
 from regauge.frontends.provenance import scope_of, source_of
@@ -24,6 +24,15 @@ from regauge.ir.sizes import symbol
 # These check or annotate; they compute nothing.
 _SILENT = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "_print",
            "sym_constrain_range_for_size", "_assert_not_none"}  # fmt: skip
+# Arithmetic on sizes: over a number that data decides it is computed, by these records.
+_ARITHMETIC: dict[Any, Callable[..., Value]] = {
+    operator.add: lambda build, a, b: build.add(a, b),
+    operator.sub: lambda build, a, b: build.sub(a, b),
+    operator.mul: lambda build, a, b: build.mul(a, b),
+    operator.neg: lambda build, a: build.neg(a),
+    operator.mod: lambda build, a, b: build.remainder(a, b),
+    operator.floordiv: lambda build, a, b: build.div(a, b, rounding_mode="floor"),
+}
 # These give their first argument as it is. Writes into them are writes into it.
 _SAME = {"lift_fresh_copy", "lift_fresh", "lift", "detach", "detach_", "alias", "requires_grad_"}
 
@@ -49,6 +58,7 @@ class Importer:
         self.module = module
         self.trail = trail
         self.avoid = dict(avoid or {})
+        _refuse_mapped(module.graph)
         self.aliases = Aliases(module.graph)
         self.env: dict[fx.Node, Any] = {}
 
@@ -227,10 +237,11 @@ class Importer:
         args, kwargs = self._arguments(node)
         computed = [a for a in (*args, *kwargs.values()) if isinstance(a, Value)]
         from_data = any(str(s).startswith(("u", "zuf")) for s in val.node.expr.free_symbols)
-        if not from_data and isinstance(val, torch.SymInt):
-            self.bind(node, self.build.sizes.of(val))
-        elif computed and hasattr(node.target, "_schema"):
+        is_size = isinstance(val, torch.SymInt) and (not from_data or _reads_shape(node))
+        if computed and not is_size and hasattr(node.target, "_schema"):
             self.bind(node, self._scalar(node, args, kwargs))
+        elif computed and not is_size and node.target in _ARITHMETIC:
+            self.bind(node, _ARITHMETIC[node.target](self.build, *args))
         elif isinstance(val, torch.SymInt):
             self.bind(node, self.build.sizes.of(val))
         else:
@@ -263,3 +274,14 @@ class Importer:
         from regauge.frontends.higher_order import import_higher_order
 
         import_higher_order(self, node)
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    """Whether a node reads a size off a tensor (``sym_size``, ``sym_numel``), which that tensor then shows."""
+    return hasattr(node.target, "_schema") and target_path(node.target).startswith("aten.sym_")
+
+
+def _refuse_mapped(graph: fx.Graph) -> None:
+    """Raises NeedsDecomposition where a program holds the body of a torch.vmap, on tensors with a hidden axis."""
+    if any(getattr(node.target, "__module__", None) == "torch._functorch.predispatch" for node in graph.nodes):
+        raise NeedsDecomposition("it maps a function over an axis by torch.vmap")

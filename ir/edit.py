@@ -30,12 +30,15 @@ from regauge.ir.weight_edits import computed_weight
 from regauge.ir.weights import Weight, dense
 
 Results = Sequence[tuple[Sequence[Size], Dtype]]
+Expected = Sequence[tuple[tuple[Size, ...], Dtype] | None]
 
 
 class Builder:
     """Adds inputs, parameters and nodes to a graph; ``build.relu(x)`` is ``build("relu", x)``.
 
     New nodes get the builder's current ``scope``, ``source`` and ``origin``: frontends set them per imported node.
+    ``expected`` holds shape and type of each result of the call that is being imported (None: no tensor), where its
+    framework says: an adapter has to ask where data decides the size of a result.
     """
 
     def __init__(self, graph: Graph, *, by: str = "") -> None:
@@ -44,6 +47,7 @@ class Builder:
         self.scope: tuple[tuple[str, str], ...] = ()
         self.source = ""
         self.origin: Any = None
+        self.expected: Expected = ()
         self.added: list[Node] = []
         self.made: list[Parameter] = []
         self.held: Container[Value] = ()  # what outputs and states read, regions included, where the driver knows

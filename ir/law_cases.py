@@ -52,8 +52,16 @@ class Case:
                 operand = build.parameter(_operand_name(slots, slot), operand, kind)
                 operand = build.identity(operand) if slot in self.computed else operand
             given.append(operand)
-        build(self.name, *given, **self.attributes)
+        build(self.name, *given, results=self._stated_results(), **self.attributes)
         return graph
+
+    def _stated_results(self) -> list[tuple[tuple[int, ...], torch.dtype]] | None:
+        """Shapes and types of the results where values of the operands decide them; None where they are inferred."""
+        record = get_operator(self.name)
+        if not record.sized_by_data:
+            return None
+        raw = record.evaluate(*self.operands, **self.attributes)
+        return [(tuple(r.shape), r.dtype) for r in (raw if isinstance(raw, tuple | list) else [raw])]
 
     @cached_property
     def node(self) -> Node:

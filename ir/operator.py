@@ -178,6 +178,7 @@ class Operator:
                    not plainly fit. Without it ``evaluate`` is asked on meta tensors, for which torch imports its
                    compiler: a second at every start
     ``random``     whether two runs may differ
+    ``sized_by_data`` whether values of operands decide the sizes of results, which who builds a node then states
     ``commutative`` whether its two operands may be exchanged
     ``zeroed_by``  slots of which one, zero at an index, makes the result zero there, where symmetry does not tell
                    :mod:`regauge.ir.masking`: without it a product is zeroed by any factor, what has another symmetry
@@ -197,6 +198,7 @@ class Operator:
     layer: Callable[[Node], str | None] | None = None
     shape: Callable[..., Sequence[Size] | None] | None = None
     random: bool = False
+    sized_by_data: bool = False
     commutative: bool = False
     zeroed_by: tuple[str, ...] | None = None
 

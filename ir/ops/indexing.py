@@ -60,8 +60,22 @@ def positions_only(indices: Indices) -> list[Value | None]:
     return result
 
 
+def _hits(build: Builder, indices: Indices) -> Indices:
+    """One mask among the indices as the places where it holds: ``x[mask]`` is ``x[mask.nonzero()[:, 0]]``.
+
+    How many there are the framework has to know.
+    """
+    places = [place for place, index in enumerate(indices) if index is not None]
+    mask = indices[places[0]] if len(places) == 1 else None
+    if mask is None or mask.dtype != torch.bool or not build.expected or build.expected[0] is None:
+        return indices
+    shape, _ = build.expected[0]
+    hits = build.nonzero(mask, results=[((shape[places[0]], mask.rank), torch.int64)])
+    return [None] * places[0] + [build.select(hits, dim=1, index=axis) for axis in range(mask.rank)]
+
+
 def _index(build: Builder, x: Value, indices: Indices) -> Value:
-    indices = positions_only(indices)
+    indices = positions_only(_hits(build, indices))
     places = [place for place, index in enumerate(indices) if index is not None]
     if not places:
         return x

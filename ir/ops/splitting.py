@@ -12,6 +12,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
+from regauge.ir.ops.data_sizes import split_computed_into
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.slicing import bound
 from regauge.ir.rules import Axes, Call
@@ -47,6 +48,8 @@ def _equal_parts(size: Size, part: Size) -> list[Size]:
 def _split(build: Builder, x: Value, size: Size | Sequence[Size], dim: int = 0) -> tuple[Value, ...]:
     dim = axis_number(dim, x.rank)
     sizes = size if isinstance(size, list | tuple) else _equal_parts(x.shape[dim], size)
+    if any(isinstance(size, Value) for size in sizes):
+        return split_computed_into(build, x, sizes, dim)
     return split_into(build, x, sizes, dim)
 
 

@@ -73,15 +73,12 @@ def _flat(result: Any) -> Iterator[torch.Tensor]:
             yield from _flat(part)
 
 
-def _plain_numbers(schema: Any, arguments: list[Any], options: dict[str, Any]) -> None:
-    """Where the schema wants numbers or sizes, one-element tensors become numbers."""
-    for position, argument in enumerate(schema.arguments):
-        if "Tensor" in str(argument.type):
-            continue
-        if position < len(arguments):
-            arguments[position] = _number(arguments[position])
-        elif argument.name in options:
-            options[argument.name] = _number(options[argument.name])
+def plain_numbers(schema: Any) -> set[int | str]:
+    """Positions and names of the arguments that take numbers or sizes and no tensors."""
+    if schema is None:
+        return set()
+    places = [(at, argument.name) for at, argument in enumerate(schema.arguments) if "Tensor" not in str(argument.type)]
+    return {key for place in places for key in place}
 
 
 def _number(value: Any) -> Any:
@@ -121,8 +118,9 @@ def torch_call(
     positional = list(replace_slots(arguments, fill))
     named = {name: replace_slots(value, fill) for name, value in options}
     schema = getattr(function, "_schema", None)
-    if schema is not None:
-        _plain_numbers(schema, positional, named)
+    numbers = plain_numbers(schema)  # where the schema wants numbers or sizes, one-element tensors become numbers
+    positional = [_number(value) if place in numbers else value for place, value in enumerate(positional)]
+    named = {name: _number(value) if name in numbers else value for name, value in named.items()}
     copies = []
     for place in written_arguments(function):
         name = schema.arguments[place].name  # type: ignore[union-attr]

@@ -170,3 +170,24 @@ def test_a_frozen_scale_is_explained_and_heads_are_called_so():
     assert source.count("# scale: 1/sqrt(8), of the head size before the cut\n") == 1
     assert "def __init__(self, out_features, heads, head_dim):" in source
     assert "self.heads, self.head_dim)" in source
+
+
+class _Standardised(torch.nn.Conv2d):
+    """Weights standardised by a batch norm in training mode, as BiT does it."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = torch.nn.functional.batch_norm(flat, None, None, training=True, momentum=0.0)
+        return torch.nn.functional.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_a_cut_that_leaves_a_batch_norm_one_value_per_channel_is_an_error_of_ours():
+    from regauge.frontends.capture import capture
+    from regauge.ir.errors import EmitError
+    from regauge.optimize import optimize
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), _Standardised(8, 8, 1), torch.nn.Conv2d(8, 2, 1))
+    graph = capture(model, (torch.randn(2, 3, 5, 5),))
+    optimize(graph, "prune{ratio=0.97, minimum=2}").to_torch()
+    with pytest.raises(EmitError, match=r"batch_norm in 1 cannot run on the sizes it has: .*minimum="):
+        optimize(graph, "prune{ratio=0.97}").to_torch()

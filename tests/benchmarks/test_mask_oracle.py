@@ -104,6 +104,67 @@ def test_a_norm_of_nothing_but_zeros_keeps_its_bias() -> None:
         assert norm(torch.zeros(2, 4)).sum() == 8
 
 
+def test_a_softmax_after_its_maximum_is_subtracted_sees_what_was_kept() -> None:
+    """A kept entry that is the largest in every row is zero then, and a removed one is not."""
+    masked = torch.randn(4, 5, dtype=torch.float64)
+    masked[:, 3] = 9
+    masked[:, 1] = 0
+    kept = masked[:, [0, 2, 3, 4]]
+    with KeptStatistics():
+        for shifted in (masked - masked.max(dim=-1, keepdim=True).values, masked - masked.amax(-1, keepdim=True)):
+            actual = torch.softmax(shifted, dim=-1)
+            torch.testing.assert_close(actual[:, [0, 2, 3, 4]], torch.softmax(kept, dim=-1))
+            assert not actual[:, 1].any()
+        negative = torch.where(masked == 0, masked, -masked.abs())
+        assert (negative.max(-1).values < 0).all(), "what was removed is no maximum"
+
+
+class Weighted(nn.Module):
+    """A weight-normalised layer and one after it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(5, width))
+        self.second = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_weight_norm_of_removed_rows_is_zero() -> None:
+    torch.manual_seed(0)
+    model, small = Weighted(8).double(), Weighted(3).double()
+    rows = [1, 4, 6]
+    with torch.no_grad():
+        for mine, given in zip(small.first.parameters(), model.first.parameters(), strict=True):
+            mine.copy_(given[rows])
+        small.second.weight.copy_(model.second.weight[:, rows])
+        small.second.bias.copy_(model.second.bias)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    worst, strange = masked_error(model, small, lambda m: [m(x)])
+    assert worst < 1e-12 and not strange
+
+
+def test_results_of_norms_can_be_viewed() -> None:
+    x = torch.randn(2, 6, 4).transpose(1, 2)
+    x[..., 1] = 0
+    norms = [nn.LayerNorm(6), nn.RMSNorm(6)]
+    with KeptStatistics():
+        for norm in norms:
+            nn.init.constant_(norm.weight[1:2], 0)  # type: ignore[index]
+            assert norm(x).view(2, 24).shape == (2, 24)
+
+
+def test_equal_infinities_are_no_error_and_hide_none() -> None:
+    infinity, least = float("inf"), torch.finfo(torch.float32).min
+    for bound in (infinity, -infinity, least):
+        assert relative_error([torch.tensor([1.0, bound])], [torch.tensor([1.0, bound])]) == 0
+        assert relative_error([torch.tensor([1.1, bound])], [torch.tensor([1.0, bound])]) > 0.09
+        assert relative_error([torch.tensor([bound, 1.0])], [torch.tensor([1.0, bound])]) > 0.9
+    nan = torch.tensor([float("nan")])
+    assert relative_error([nan], [nan]) == infinity
+
+
 def test_whole_numbers_are_compared_too() -> None:
     assert relative_error([torch.tensor([1, 2])], [torch.tensor([1, 2])]) == 0
     assert relative_error([torch.tensor([1, 3])], [torch.tensor([1, 2])]) > 0.1
