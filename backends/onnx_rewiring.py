@@ -18,10 +18,13 @@ from regauge.backends.onnx_speller import OnnxSpeller, spell
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 
+_SEQUENCES = {"SplitToSequence"}  # read as pieces of known number, which a Split gives without a sequence
+
 
 def rewire(graph: Graph, imported: Graph, changes: Changes, carrier: Carrier, sources: SizeSource) -> None:
     """Add, connect and remove ONNX nodes; raises EmitError for what cannot be spelled in ONNX."""
-    if not (changes.added or changes.removed or changes.rewired or changes.restated):
+    fold = graph.metadata.get("onnx_fold")
+    if not (fold or changes.added or changes.removed or changes.rewired or changes.restated):
         return
     writer = _Rewiring(graph, imported, changes, carrier, sources)
     writer.spell_all(writer.dissolved())
@@ -54,6 +57,7 @@ class _Rewiring:
         self.created: dict[Value, onnx_ir.Value] = {}
         self.superseded: dict[onnx_ir.Value | None, onnx_ir.Value] = {}  # carried values, and what was spelled instead
         self.spelled: set[Node] = set()
+        self.left_over: list[onnx_ir.Value] = []
         self.new_nodes: set[onnx_ir.Node | None] = set()
         self.connected: set[tuple[onnx_ir.Node, onnx_ir.Value | None]] = set()
 
@@ -105,6 +109,8 @@ class _Rewiring:
         for edge in self.changes.rewired:
             if edge.node is not None and edge.node.origin in self.kept and self._slots(edge) is None:
                 found[edge.node.origin] = None
+        if self.graph.metadata.get("onnx_fold"):
+            found.update({origin: None for origin in self.kept if origin.op_type in _SEQUENCES})
         pending = [*self.added, *(node for origin in found for node in self.kept[origin])]
         pending_values = [v for n in pending for _, v in n.operands()]
         pending_values += [e.after for e in self.changes.rewired if isinstance(e.after, Value)]
@@ -169,6 +175,7 @@ class _Rewiring:
             self._declare(made, value, onnx.added)
             if before is not None:
                 self._replace(before, made, owner)
+        self.left_over += onnx.superseded
         if onnx.added:
             onnx.added[-1].name = onnx.added[-1].outputs[0].name
         by = node.metadata.get("regauge.added_by")
@@ -287,6 +294,7 @@ class _Rewiring:
         for node in self.changes.removed:
             if isinstance(node.origin, onnx_ir.Node):
                 self.carrier.drop_unused([self.carrier.copy_of(output) for output in node.origin.outputs])
+        self.carrier.drop_unused(self.left_over)
         for node in self.spelled - self.added:
             self.carrier.drop_unused([self.carrier.copy_of(output) for output in node.origin.outputs])
 

@@ -13,8 +13,9 @@ import torch
 
 from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_size_nodes import SizeSource, build_vector
+from regauge.backends.onnx_write import ChangedTensor
 from regauge.ir.errors import EmitError
-from regauge.ir.graph import Node, Operand, Value
+from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.sizes import Size
 
 OLDEST = 7  # before this opset binary operators broadcast by attributes
@@ -39,6 +40,7 @@ class OnnxSpeller:
         self.graph = graph
         self.opset: int = carrier.opset
         self.added: list[onnx_ir.Node] = []
+        self.superseded: list[onnx_ir.Value] = []  # carried values that may have lost their last reader
         self._find = find
         self._sources = sources
         self._reason = reason
@@ -98,6 +100,25 @@ class OnnxSpeller:
 
     def all_operands(self, dtype: torch.dtype | None = None) -> list[onnx_ir.Value | None]:
         return self.operands(len(self.node.inputs), dtype)
+
+    def turned(self, slot: int) -> onnx_ir.Value:
+        """A matrix with its axes exchanged; a parameter that nothing else reads is stored the other way round."""
+        operand = self.node.inputs[slot]
+        value = self.operand(slot)
+        if not isinstance(operand, Parameter) or len(operand.uses) > 1 or value is None or value.is_graph_input():
+            return self("Transpose", value, perm=(1, 0))  # type: ignore[no-any-return]
+        assert isinstance(operand.dtype, torch.dtype)
+        weight, before = operand.weight, value.const_value
+        turned = ChangedTensor(
+            lambda: onnx_ir.tensor_adapters.TorchTensor(weight.load().t().contiguous()),
+            dtype=onnx_ir.tensor_adapters.from_torch_dtype(operand.dtype),
+            shape=onnx_ir.Shape(operand.shape[::-1]),
+            source=before if isinstance(before, onnx_ir.ExternalTensor) else None,
+        )
+        made = self.carrier.add_initializer(f"{operand.name}_transposed", turned)
+        turned.name = made.name
+        self.superseded.append(value)
+        return made
 
     # -- nodes and constants -----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ and boolean buffers nobody writes count as constants too: they are tables. Anyth
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import sympy
@@ -41,8 +41,17 @@ def fold_constants(graph: Graph) -> int:
     return before - len(graph)
 
 
-def computed(node: Node, known: Mapping[Value, torch.Tensor], states: Container[Value]) -> list[torch.Tensor] | None:
-    """The results of a node whose operands are all known; None where it must stay."""
+def computed(
+    node: Node,
+    known: Mapping[Value, torch.Tensor],
+    states: Container[Value],
+    is_known: Callable[[Parameter, Container[Value]], bool] | None = None,
+) -> list[torch.Tensor] | None:
+    """The results of a node whose operands are all known; None where it must stay.
+
+    Of parameters those are known that :func:`is_table` says, or ``is_known``.
+    """
+    is_known = is_known or is_table
     if node.regions or not is_pure(node) or _varies(node.attributes) or not node.outputs:
         return None
     if any(not _small(value) for value in node.outputs):
@@ -51,7 +60,7 @@ def computed(node: Node, known: Mapping[Value, torch.Tensor], states: Container[
     for operand in node.inputs:
         if isinstance(operand, Value):
             tensor = known.get(operand)
-            if tensor is None and isinstance(operand, Parameter) and is_table(operand, states):
+            if tensor is None and isinstance(operand, Parameter) and is_known(operand, states):
                 tensor = operand.tensor
             if tensor is None:
                 return None

@@ -121,6 +121,7 @@ def _onnx_gather_nd(build: Builder, call: Any) -> Value:
 @operator(
     rule=_gather_nd_rule,
     onnx={"GatherND": OnnxForm(read=_onnx_gather_nd, write=holds_no_sizes)},
+    spell=lambda onnx, node: onnx.GatherND(*onnx.operands(2), batch_dims=node.attributes["batch_dims"] or None),
     samples=lambda: [
         sample(randn(5, 6, 3), randint(-5, 5, (4, 2))),
         sample(randn(5, 3), randint(0, 5, (2, 4, 1))),
@@ -230,6 +231,9 @@ def _onnx_scatter_nd(build: Builder, call: Any) -> Value:
 
 @operator(
     rule=_scatter_nd_rule,
+    spell=lambda onnx, node: onnx.ScatterND(
+        *onnx.operands(3), reduction=None if node.attributes["reduction"] == "none" else node.attributes["reduction"]
+    ),
     onnx={"ScatterND": OnnxForm(read=_onnx_scatter_nd, write=holds_no_sizes)},
     samples=lambda: [
         sample(randn(5, 3), torch.tensor([[1], [4]]), randn(2, 3)),

@@ -10,19 +10,21 @@ entries, and linear maps of each. What is random, stateful, training or opaque (
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import Any
+from collections.abc import Callable, Container
+from typing import Any, TypeAlias
 
 import torch
 
 from regauge.ir.edit import Builder, remove_dead, remove_node, replace_uses
 from regauge.ir.fold import computed, is_fill, is_table
-from regauge.ir.graph import Graph, Node, Parameter, Value, is_real
+from regauge.ir.graph import Graph, Kind, Node, Parameter, Value, is_real
 from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.purity import is_pure
 from regauge.ir.rules import broadcast_rule
 from regauge.ir.weight_edits import settle_successors
 from regauge.passes.simplify.limits import Limits, bytes_of, count_of, held_values, scopes, total_bytes
+
+Known: TypeAlias = Callable[[Parameter, Container[Value]], bool]
 
 # -- constants ---------------------------------------------------------------------------------------------------------
 
@@ -40,7 +42,8 @@ def fold_constants(graph: Graph, limits: Limits) -> int:
 class _Folding:
     """Computes all that can be, then decides from the results backward what is kept as a constant."""
 
-    def __init__(self, graph: Graph, build: Builder, spare: int) -> None:
+    def __init__(self, graph: Graph, build: Builder, spare: int, is_known: Known = is_table) -> None:
+        self.is_known = is_known
         self.graph = graph
         self.build = build
         self.spare = spare
@@ -48,14 +51,19 @@ class _Folding:
         self.states = {state.before for state in graph.states}
         self.known: dict[Value, torch.Tensor] = {}
         self.going: set[Node] = set()
+        self.trained: set[Value] = set()  # what depends on trained parameters
 
     def run(self) -> int:
         foldable: list[Node] = []
         for node in self.graph.nodes:
-            results = computed(node, self.known, self.states)
+            results = computed(node, self.known, self.states, self.is_known)
             if results is not None:
                 self.known.update(zip(node.outputs, results, strict=True))
                 foldable.append(node)
+                if any(
+                    v in self.trained or isinstance(v, Parameter) and v.kind == "parameter" for _, v in node.operands()
+                ):
+                    self.trained.update(node.outputs)
         for node in reversed(foldable):
             if self._goes(node):
                 self.going.add(node)
@@ -86,7 +94,10 @@ class _Folding:
         self.spare -= growth
         self.going.add(node)
         for value in read:
-            replace_uses(self.graph, value, self.build.constant(self.known[value].contiguous(), value.name))
+            name, tensor = self.build.unique(value.name), self.known[value].contiguous()
+            trained = value in self.trained
+            kind: Kind = "parameter" if trained else "constant"
+            replace_uses(self.graph, value, self.build.parameter(name, tensor, kind, persistent=trained))
 
     def _freed(self, node: Node) -> int:
         """Bytes of the constants that only this node and what goes with it read."""
@@ -98,10 +109,26 @@ class _Folding:
                 if source is not None and source not in going and self._goes(source, going):
                     going.add(source)
                     stack.append(source)
-                elif isinstance(value, Parameter) and value.kind == "constant" and value not in self.held:
+                elif isinstance(value, Parameter) and self.is_known(value, self.states) and value not in self.held:
                     freed += bytes_of(value) if value not in seen and self._unread(value, going) else 0
                     seen.add(value)
         return freed
+
+
+def fold_initializers(graph: Graph, limits: Limits) -> int:
+    """Replace what depends on stored tensors alone, in a graph that was loaded from ONNX: nothing there is trained."""
+    if "onnx" not in graph.metadata:
+        return 0
+    spare, count = limits.most_bytes - total_bytes(graph), 0
+    for owner, build in scopes(graph):
+        folding = _Folding(owner, build, spare, is_stored)
+        count += folding.run()
+        spare = folding.spare
+    return count
+
+
+def is_stored(parameter: Parameter, states: Container[Value]) -> bool:
+    return parameter not in states and isinstance(parameter.dtype, torch.dtype)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

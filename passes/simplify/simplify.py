@@ -12,7 +12,7 @@ from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
 from regauge.passes.rewriting import tell
 from regauge.passes.simplify.catalog import choose, described, summary
-from regauge.passes.simplify.constants import fold_constants, fold_into_weights
+from regauge.passes.simplify.constants import fold_constants, fold_initializers, fold_into_weights
 from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import remove_dead_code
 from regauge.passes.simplify.limits import BYTES_BEFORE, Limits, limits_of, total_bytes
@@ -25,8 +25,9 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "ties": tie_equal_weights,
     "merging": merge_equal_nodes,
     "weights": fold_into_weights,
+    "initializers": fold_initializers,
 }
-AFTER_RULES = {"weights"}  # rules may do without what would be folded
+AFTER_RULES = {"weights", "initializers"}  # rules may do without what would be folded
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
