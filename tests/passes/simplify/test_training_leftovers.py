@@ -99,3 +99,8 @@ def test_a_shortcut_of_another_input_stays() -> None:
     mean, var = (build.parameter(n, torch.rand(4).double(), "buffer") for n in ("mean", "var"))
     graph.outputs = [build.add(build.batch_norm(x, None, None, mean, var), y)]
     assert refusals(graph, RULES) == ""
+
+
+def test_a_network_of_nothing_but_dropout_gives_its_input() -> None:
+    graph = simplified(nn.Sequential(nn.Dropout(0.5)), torch.randn(2, 3))
+    assert len(graph) == 0
