@@ -104,20 +104,21 @@ class OnnxSpeller:
     def turned(self, slot: int) -> onnx_ir.Value:
         """A matrix with its axes exchanged; a parameter that nothing else reads is stored the other way round."""
         operand = self.node.inputs[slot]
-        value = self.operand(slot)
-        if not isinstance(operand, Parameter) or len(operand.uses) > 1 or value is None or value.is_graph_input():
-            return self("Transpose", value, perm=(1, 0))  # type: ignore[no-any-return]
-        assert isinstance(operand.dtype, torch.dtype)
-        weight, before = operand.weight, value.const_value
+        if not isinstance(operand, Parameter) or len(operand.uses) > 1 or not isinstance(operand.dtype, torch.dtype):
+            return self("Transpose", self.operand(slot), perm=(1, 0))  # type: ignore[no-any-return]
+        carried = self.carrier.copy_of(operand.origin)
+        if carried is not None and carried.is_graph_input():
+            return self("Transpose", carried, perm=(1, 0))  # type: ignore[no-any-return]
+        weight, before = operand.weight, None if carried is None else carried.const_value
         turned = ChangedTensor(
             lambda: onnx_ir.tensor_adapters.TorchTensor(weight.load().t().contiguous()),
             dtype=onnx_ir.tensor_adapters.from_torch_dtype(operand.dtype),
             shape=onnx_ir.Shape(operand.shape[::-1]),
             source=before if isinstance(before, onnx_ir.ExternalTensor) else None,
         )
-        made = self.carrier.add_initializer(f"{operand.name}_transposed", turned)
+        made = self.carrier.add_initializer(operand.name if carried is None else f"{operand.name}_turned", turned)
         turned.name = made.name
-        self.superseded.append(value)
+        self.superseded += [] if carried is None else [carried]
         return made
 
     # -- nodes and constants -----------------------------------------------------------------------------------------

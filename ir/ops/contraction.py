@@ -27,11 +27,11 @@ def _linear_layer(node: Node) -> str | None:
 
 def _spell_linear(onnx: Any, node: Node) -> Any:
     """Gemm takes matrices only (and wants a bias before opset 11); else MatMul with the weight turned, and Add."""
-    x, bias = onnx.operand(0), onnx.operand(2)
-    if isinstance(node.inputs[0], Value) and node.inputs[0].rank == 2 and (bias is not None or onnx.opset >= 11):
-        return onnx.Gemm(x, onnx.operand(1), bias, transB=1)
-    y = onnx.MatMul(x, onnx.turned(1))
-    return y if bias is None else onnx.Add(y, bias)
+    matrices = isinstance(node.inputs[0], Value) and node.inputs[0].rank == 2
+    if matrices and (onnx.given(2) or onnx.opset >= 11):
+        return onnx.Gemm(*onnx.operands(3), transB=1)
+    y = onnx.MatMul(onnx.operand(0), onnx.turned(1))
+    return onnx.Add(y, onnx.operand(2)) if onnx.given(2) else y
 
 
 def _linear_shape(x: Value, weight: Value, bias: Value | None = None) -> tuple[Size, ...] | None:

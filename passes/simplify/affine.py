@@ -21,7 +21,7 @@ from regauge.ir.equivalence import Weight
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.rewrite import RewriteRule, RuleSet, refuse
 from regauge.passes.simplify.affine_steps import PAIRS, Affine, affine_of
-from regauge.passes.simplify.fixed_values import combined, itself, number, successor
+from regauge.passes.simplify.fixed_values import combined, itself, new_weight, number, successor
 from regauge.passes.simplify.linear_map import (
     LAYOUTS,
     MAPS,
@@ -29,6 +29,7 @@ from regauge.passes.simplify.linear_map import (
     axes_of,
     bias_of,
     channel_axis,
+    channels,
     old_bias,
     own_weight,
     placed_bias,
@@ -43,8 +44,7 @@ def fold_behind(build: Builder, map: Node, affine: Node, layout: Node | None = N
     inner = map if layout is None else layout
     axes = axes_of(map)
     seen = axes.results[0] if layout is None else axes_of(layout, axes.results[0]).results[0]
-    slot = next(slot for slot, value in affine.operands() if value is inner.output)
-    scale, shift = affine_of(build, affine, slot, seen)
+    scale, shift = affine_of(build, affine, _slot_of(affine, inner.output), seen)
     weight: Any = map.inputs[W]
     if scale is not None:
         weight = own_weight(build, map)
@@ -70,6 +70,34 @@ def _bias_behind(build: Builder, map: Node, affine: Node, step: Affine, channel:
     scale = number(1.0) if step.scale is None else step.scale.along([channel], what)
     shift = number(0.0) if step.shift is None else step.shift.along([channel], what)
     return placed_bias(build, map, combined(lambda b, s, t: b * s + t, old_bias(map), scale, shift))
+
+
+def scale_biased_matmul(build: Builder, map: Node, shift: Node, scale: Node) -> Value:
+    """A scale behind a matmul and the addition of its bias goes into both."""
+    weight, axes = own_weight(build, map), axes_of(map)
+    seen, what = axes.results[0], "the output channels"
+    inner = affine_of(build, shift, _slot_of(shift, map.output), seen)
+    outer = affine_of(build, scale, _slot_of(scale, shift.output), seen)
+    if inner.scale is not None or inner.shift is None or outer.scale is None or outer.shift is not None:
+        return refuse("it is no scale of a shift")
+    factors = outer.scale.along(axes.operands[W], what)
+    new = successor(build, weight, combined(torch.mul, itself(weight), factors))
+    channel, size = [seen[channel_axis(map)]], channels(map)
+    parts = inner.shift.along(channel, what), outer.scale.along(channel, what)
+    vector = combined(lambda t, s: (t * s).expand(size), *parts)
+    old = shift.inputs[1 - _slot_of(shift, map.output)]
+    if isinstance(old, Parameter) and len(old.uses) == 1 and old.dtype == weight.dtype:
+        # a subtracted bias is added from now on
+        bias = successor(build, old, vector, (size,))
+    else:
+        bias = new_weight(build, f"{weight.name}_bias", weight, vector, (size,))
+    result = rebuilt(build, map, new, None)
+    with build.at(shift):
+        return build.add(result, bias)  # type: ignore[no-any-return]
+
+
+def _slot_of(node: Node, value: Value) -> int:
+    return next(slot for slot, operand in node.operands() if operand is value)
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
@@ -132,6 +160,13 @@ def _moved_norm_samples() -> Iterable[dict[str, Any]]:
     yield weights({"x": randn(2, 5, 4), "w": randn(6, 4), "map.op": "linear", **turned, **norm_vectors(6)})
 
 
+def _biased_samples() -> Iterable[dict[str, Any]]:
+    given = {"x": randn(2, 3, 4), "w": randn(4, 6)}
+    for shift in ("add", "sub"):
+        yield weights({**given, "t": randn(6), "f": rand(1, 6) + 0.5, "shift.op": shift})
+        yield {**weights({**given, "t": randn(6)}), "f": 3, "shift.op": shift}
+
+
 # -- rules -------------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +194,11 @@ def _patterns(wrap: Wrap) -> dict[str, Callable[..., Any]]:
     }
 
 
+def _biased(op: Any, x: Any, w: Any, t: Any, f: Any) -> Any:
+    shift = op.any_of(("add", "sub"), op.matmul(x, w, name="map"), t, name="shift")
+    return op.any_of(("mul", "div"), shift, f, name="scale")
+
+
 def _rules() -> Iterator[RewriteRule]:
     def direct(build: Builder, map: Node, affine: Node) -> Value:
         """A scale or a shift behind a linear map goes into its weights."""
@@ -178,6 +218,7 @@ def _rules() -> Iterator[RewriteRule]:
         yield RewriteRule(f"{name}-into-weights", pattern, direct, samples=samples[name][0])
     for name, pattern in _patterns(_through).items():
         yield RewriteRule(f"{name}-through-layout-into-weights", pattern, moved, samples=samples[name][1])
+    yield RewriteRule("scale-of-biased-matmul", _biased, scale_biased_matmul, samples=_biased_samples)
 
 
 RULES = RuleSet(_rules())

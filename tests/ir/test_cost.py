@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 
 from random_networks import networks
-from regauge.ir.cost import activation_bytes, cost, figures, item_size
+from regauge.ir.cost import activation_bytes, cost, figures, item_size, local_figures
 from regauge.ir.graph import Graph
 from regauge.optimize import optimize
 from small_graphs import multilayer_perceptron, residual_network
@@ -69,3 +69,9 @@ def test_activations() -> None:
 def test_item_sizes() -> None:
     sizes = [item_size(dtype) for dtype in (torch.float32, torch.bfloat16, torch.bool, "int4", "float4e2m1", "string")]
     assert sizes == [4, 2, 1, 0.5, 0.5, 0]
+
+
+def test_figures_of_some_nodes_count_all_weights_that_they_read() -> None:
+    graph = multilayer_perceptron(3, 7, 5)
+    assert local_figures(graph.nodes, graph) == figures(graph)
+    assert local_figures(graph.nodes[:1], graph) == (21, 4 * 21, 8 * 21)

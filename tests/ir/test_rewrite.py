@@ -235,3 +235,16 @@ def test_sizes_that_cannot_be_compared_refuse_a_rewrite() -> None:
         log.misses["swap"].reason == "the sizes of %tanh_1: f64[b,3] cannot be compared with those of %tanh: f64[a,3]"
     )
     assert [node.op for node in graph.nodes] == ["maximum", "tanh"]
+
+
+def test_samples_may_choose_the_first_operator_and_must_reach_all() -> None:
+    """A scale of a linear map or of a matmul: each needs its own weight."""
+    samples = [{"x": randn(2, 3).double(), "w": Weight(randn(4, 3).double()), "map.op": "linear"}]
+    rule = RewriteRule(
+        "zero", lambda op, x, w: op.any_of(("linear", "matmul"), op.mul(x, 1.0), w, None, name="map"),
+        lambda build, x, w, map: build(map.op, x, w), samples=lambda: samples,
+    )  # fmt: skip
+    with pytest.raises(EquivalenceError, match="rule zero has no sample for matmul: give one"):
+        prove_rule(rule)
+    samples.append({"x": randn(2, 3).double(), "w": Weight(randn(3, 4).double()), "map.op": "matmul"})
+    assert len(prove_rule(rule)) == 2

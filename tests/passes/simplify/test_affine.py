@@ -141,3 +141,22 @@ def test_the_bias_of_a_shared_weight_takes_a_shift() -> None:
     after = regauge.optimize(graph, "simplify{only=scale-or-shift-into-weights}")
     assert len(after) == 2 and list(after.parameters) == ["layer.weight", "layer.bias"]
     torch.testing.assert_close(run(after, [torch.ones(2, 3).double()]), expected)
+
+
+def test_a_scale_behind_a_biased_matmul_goes_into_both() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 3), torch.float64)
+    w, t, f = (build.parameter(n, torch.randn(s).double()) for n, s in (("w", (3, 4)), ("t", (4,)), ("f", (4,))))
+    graph.outputs = [build.div(build.sub(build.matmul(x, w), t), f)]
+    after = regauge.optimize(graph, "simplify")
+    assert [node.op for node in after.nodes] == ["matmul", "add"] and list(after.parameters) == ["w", "t"]
+    torch.testing.assert_close(run(after, [torch.ones(2, 3).double()]), run(graph, [torch.ones(2, 3).double()]))
+
+
+def test_a_scale_behind_a_sum_of_a_matmul_and_an_input_stays() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x, y = build.input("x", (2, 3), torch.float64), build.input("y", (4,), torch.float64)
+    graph.outputs = [build.mul(build.add(build.matmul(x, build.parameter("w", torch.ones(3, 4).double())), y), 2.0)]
+    assert "is computed from inputs" in refusals(graph, RULES)

@@ -8,6 +8,7 @@ from torch import nn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
+from regauge.ir.interpret import run
 from regauge.passes.simplify.catalog import RULE_SETS
 from simplified import refusals, simplified
 
@@ -183,3 +184,24 @@ def test_a_residual_around_a_nonlinear_block_stays() -> None:
     w, v = (build.parameter(n, torch.randn(4, 4).double()) for n in "wv")
     graph.outputs = [build.add(x, build.linear(build.relu(build.linear(x, w)), v))]
     refusals(graph, RULES)
+
+
+class Walking(nn.Module):
+    """Branches that skip places, a trained block and large kernels, for images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = norm_behind(nn.Conv2d(4, 4, 3, padding=1, stride=2))
+        self.narrow = norm_behind(nn.Conv2d(4, 4, 1, stride=2))
+        self.rest = nn.Sequential(RepBlock(4), LargeKernel(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rest(torch.relu(self.wide(x) + self.narrow(x)))
+
+
+def test_sizes_may_be_dynamic() -> None:
+    model = Walking()
+    graph = simplified(model, torch.randn(2, 4, 17, 14), dynamic={"x": {0: "batch", 2: "height", 3: "width"}})
+    assert [node.op for node in graph.nodes] == ["conv", "relu", "conv", "relu", "conv"]
+    x = torch.randn(1, 4, 30, 31).double()
+    torch.testing.assert_close(run(graph, [x])[0], model(x), rtol=1e-9, atol=1e-9)

@@ -99,3 +99,8 @@ def test_a_shortcut_of_another_input_stays() -> None:
     mean, var = (build.parameter(n, torch.rand(4).double(), "buffer") for n in ("mean", "var"))
     graph.outputs = [build.add(build.batch_norm(x, None, None, mean, var), y)]
     assert refusals(graph, RULES) == ""
+
+
+def test_a_network_of_nothing_but_dropout_keeps_an_output_of_its_own() -> None:
+    graph = simplified(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5)), torch.randn(2, 3))
+    assert [node.op for node in graph.nodes] == ["dropout"]
