@@ -49,7 +49,7 @@ class Simplify(Pass):
     growth: float = option(
         0.01, "part by which folding may make the model larger, or 64 KiB if that is more", at_least=0
     )
-    tie: bool = option(False, "tie trained weights that are equal, too")
+    tie: bool = option(False, "tie equal trained weights and equal vectors, too")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -183,6 +183,18 @@ def test_constants_that_differ_in_one_bit_shape_or_type_stay() -> None:
     assert len(after.parameters) == 4
 
 
+def test_vectors_that_happen_to_be_equal_are_not_cut_together() -> None:
+    def zeros(build: Builder, x: Value) -> Any:
+        for name in ("a", "b"):
+            x = build.add(
+                build.linear(x, build.parameter(name, randn(3, 3).double())), build.constant(torch.ones(3).double())
+            )
+        return x
+
+    graph = made(zeros, x=(2, 3))
+    assert len(simplify(graph).parameters) == 4 and len(simplify(graph, tie=True).parameters) == 3
+
+
 # -- branches ----------------------------------------------------------------------------------------------------------
 
 
