@@ -15,9 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NoReturn, TypeAlias
 
+from regauge.ir.allocation import without_collection
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import PatternError
 from regauge.ir.graph import Graph, Node, Parameter, Value
@@ -75,11 +76,16 @@ class RewriteRule:
     def bind(self, function: Callable[..., Any], found: Match) -> dict[str, Any]:
         """The arguments that a condition or a replacement asks for by name."""
         known = {**found.bindings, "match": found}
-        names = [name for name in inspect.signature(function).parameters if name != "build"]
+        names = [name for name in _parameters(function) if name != "build"]
         unknown = [name for name in names if name not in known]
         if unknown:
             raise PatternError(f"rule {self.name}: {unknown[0]!r} is no variable and no node of its pattern")
         return {name: known[name] for name in names}
+
+
+@lru_cache(maxsize=4096)
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def rule(
@@ -158,7 +164,8 @@ def rewrite_graph(
 
     Outputs that are values of their own stay so, unless ``aliases`` allows them to become inputs or one another.
     """
-    return _Driver(graph, rules, aliases).run(nodes)
+    with without_collection():
+        return _Driver(graph, rules, aliases).run(nodes)
 
 
 class _Driver:

@@ -19,7 +19,7 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.equivalence import Constant
-from regauge.ir.graph import Dtype, Node, Operand, Parameter, Value
+from regauge.ir.graph import Dtype, Node, Operand, Parameter, Value, is_real
 from regauge.ir.matcher import SMALL
 from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.sizes import same
@@ -245,7 +245,8 @@ def nothing_left_to_do(build: Builder, inner: Node, outer: Node) -> Value:
     if any(node.attributes.get("decimals", 0) for node in (inner, outer)):
         return refuse("it rounds to decimals")
     done = inner.op == outer.op or (inner.op in WHOLE and outer.op in WHOLE)
-    if not done and not (inner.op in NOT_NEGATIVE and outer.op in ("abs", "relu")):
+    positive = inner.op in NOT_NEGATIVE and is_real(inner.output.dtype)  # of the least integer, abs is negative
+    if not done and not (positive and outer.op in ("abs", "relu")):
         return differs(f"{outer.op} changes what {inner.op} gives")
     return alike(inner.output, outer.output)
 

@@ -17,7 +17,7 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.equivalence import Weight
-from regauge.ir.graph import Node, Parameter, Value
+from regauge.ir.graph import Node, Parameter, Value, is_real
 from regauge.ir.matcher import Match
 from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.sizes import Size, product, same
@@ -226,7 +226,7 @@ def _in_order(order: Sequence[int], gone: set[int]) -> bool:
 )
 def matmul_of_transposed(build: Builder, x: Value, w: Value, p: Node) -> Value:
     """matmul(x, w') is linear(x, w): the weight stays as it is stored."""
-    if w.rank != 2 or positive_dims(p) != (1, 0):
+    if w.rank != 2 or positive_dims(p) != (1, 0) or not is_real(w.dtype):
         return differs("its second operand is no transposed matrix")
     return build.linear(x, w)  # type: ignore[no-any-return]
 

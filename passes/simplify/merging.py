@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from regauge.ir.edit import remove_node, replace_uses
-from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value, is_real
 from regauge.ir.purity import is_pure
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 
@@ -79,29 +79,33 @@ def _merge(graph: Graph, kept: Node, node: Node, held: set[Value]) -> bool:
 def tie_equal_weights(graph: Graph, limits: Limits) -> int:
     """Of weights with the same type, shape and bytes keep the first; returns how many went.
 
-    Trained weights of torch graphs are tied only where the limits say so: training would tell them apart.
+    Two sorts are tied only where the limits say so: trained weights of torch graphs, which training would tell apart,
+    and vectors, which cost little and are often equal by chance (zeros), while tied axes are cut together.
     """
     loaded = "onnx" in graph.metadata
-    return sum(_tie_scope(owner, limits.tie_trained or loaded, aliases=not loaded) for owner, _ in scopes(graph))
+    return sum(_tie_scope(owner, limits, loaded) for owner, _ in scopes(graph))
 
 
-def _tie_scope(graph: Graph, trained: bool, aliases: bool) -> int:
+def _tie_scope(graph: Graph, limits: Limits, loaded: bool) -> int:
     held, count = held_values(graph), 0
     alike: dict[Hashable, list[Parameter]] = {}
     for parameter in graph.parameters.values():
-        if parameter not in held and parameter.uses and _may_be_tied(parameter, trained):
+        if parameter not in held and parameter.uses and _may_be_tied(parameter, limits, loaded):
             kind = (parameter.dtype, parameter.weight.shape, parameter.kind, parameter.trainable)
             alike.setdefault(kind, []).append(parameter)
     for group in alike.values():
         if len(group) > 1:
-            count += _tie(graph, group, aliases)
+            count += _tie(graph, group, aliases=not loaded)
     return count
 
 
-def _may_be_tied(parameter: Parameter, trained: bool) -> bool:
-    if not isinstance(parameter.dtype, torch.dtype):
+def _may_be_tied(parameter: Parameter, limits: Limits, loaded: bool) -> bool:
+    if not isinstance(parameter.dtype, torch.dtype) or parameter.kind == "buffer":
         return False
-    return parameter.kind == "constant" or (trained and parameter.kind == "parameter")
+    if limits.tie_trained:
+        return True
+    vector = is_real(parameter.dtype) and sum(size != 1 for size in parameter.weight.shape) == 1
+    return not vector and (parameter.kind == "constant" or loaded)
 
 
 def _tie(graph: Graph, group: Iterable[Parameter], aliases: bool) -> int:

@@ -50,7 +50,7 @@ class Simplify(Pass):
     growth: float = option(
         0.01, "part by which folding may make the model larger, or 64 KiB if that is more", at_least=0
     )
-    tie: bool = option(False, "tie trained weights that are equal, too")
+    tie: bool = option(False, "tie equal trained weights and equal vectors, too")
     also: tuple[str, ...] = option((), "rules or rule sets that are off by default: merges, separable")
 
     def __post_init__(self) -> None:

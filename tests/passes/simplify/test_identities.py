@@ -57,6 +57,7 @@ def test_what_does_nothing_goes(call: Any) -> None:
         (lambda build, x: build.clamp(build.clamp(x, 0.0, 1.0), 2.0, 1.5), F64),  # crossed
         (lambda build, x: build.clamp(build.clamp(x, 0, 1), 0.5, None), torch.int64),
         (lambda build, x: build.relu(build.neg(x)), F64),
+        (lambda build, x: build.relu(build.abs(x)), torch.int8),  # abs(-128) is -128
         (lambda build, x: build.abs(build.sign(x)), F64),
     ],
 )

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import nn, randn
 
 import regauge
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
+from regauge.passes.base import Context
 from regauge.passes.simplify.limits import total_bytes
 from regauge.passes.simplify.simplify import Simplify
 from simplifying import BATCH, made, ops, same_function
@@ -180,6 +183,18 @@ def test_constants_that_differ_in_one_bit_shape_or_type_stay() -> None:
     assert len(after.parameters) == 4
 
 
+def test_vectors_that_happen_to_be_equal_are_not_cut_together() -> None:
+    def zeros(build: Builder, x: Value) -> Any:
+        for name in ("a", "b"):
+            x = build.add(
+                build.linear(x, build.parameter(name, randn(3, 3).double())), build.constant(torch.ones(3).double())
+            )
+        return x
+
+    graph = made(zeros, x=(2, 3))
+    assert len(simplify(graph).parameters) == 4 and len(simplify(graph, tie=True).parameters) == 3
+
+
 # -- branches ----------------------------------------------------------------------------------------------------------
 
 
@@ -263,3 +278,31 @@ def test_dead_code_in_regions_and_what_only_it_read() -> None:
     assert ops(after) == ["gt", "any", "cond"]
     node = after.nodes[-1]
     assert len(node.inputs) == 2 and all(len(r.inputs) == 1 and not r.parameters for r in node.regions)
+
+
+def test_a_long_chain_needs_no_deep_recursion() -> None:
+    def chain(build: Builder, x: Value) -> Any:
+        for step in range(3000):
+            x = build.permute(x, dims=(1, 0)) if step % 3 == 1 else build.tanh(build.add(x, 0.0))
+        return x
+
+    after = Simplify().call(made(chain, x=(2, 3)), Context())
+    assert ops(after) == ["tanh"] * 2000
+
+
+def test_arithmetic_on_sizes_is_done_when_a_file_is_read(tmp_path: Any) -> None:
+    """Shape, Gather, Mul, Concat never become nodes: a reshape holds the sizes, dynamic ones too."""
+    nodes = [
+        ("Shape", ["x"], ["s"]), ("Gather", ["s", "zero"], ["b"]), ("Gather", ["s", "one"], ["n"]),
+        ("Mul", ["b", "n"], ["bn"]), ("Unsqueeze", ["bn", "axes"], ["bn1"]), ("Concat", ["bn1", "four"], ["target"]),
+        ("Reshape", ["x", "target"], ["y"]),
+    ]  # fmt: skip
+    made_nodes = [helper.make_node(op, a, b, **({"axis": 0} if op == "Concat" else {})) for op, a, b in nodes]
+    numbers = {"zero": ([], [0]), "one": ([], [1]), "axes": ([1], [0]), "four": ([1], [4])}
+    constants = [helper.make_tensor(name, TensorProto.INT64, *given) for name, given in numbers.items()]
+    x, y = (helper.make_tensor_value_info(*a) for a in (("x", 1, ["b", "n", 4]), ("y", 1, [None, 4])))
+    model = helper.make_model(helper.make_graph(made_nodes, "g", [x], [y], constants),
+                              opset_imports=[helper.make_opsetid("", 17)])  # fmt: skip
+    onnx.save(model, tmp_path / "m.onnx")
+    graph = regauge.load(tmp_path / "m.onnx")
+    assert ops(regauge.optimize(graph, "simplify")) == ["reshape"]
