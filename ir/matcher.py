@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.patterns import CallPattern, Pattern, PatternOperand, ResultPattern, Variable, call_of
+from regauge.ir.patterns import CallPattern, Either, Pattern, PatternOperand, ResultPattern, Variable, call_of
 
 SMALL = 1 << 12  # elements of a constant that is compared with a number
 
@@ -57,16 +57,17 @@ def match(pattern: Pattern, node: Node, *, shared: bool = False, held: Container
     match may have other readers.
     """
     search = _Search(shared, held)
-    for state in search.call(pattern.anchor, node, _State({}, {})):
-        for full in search.other_roots(pattern, state):
-            roots = tuple(_root_value(root, full) for root in pattern.roots)
-            found = search.finish(pattern, full, roots)
-            if found is not None:
-                return found
+    for anchor in pattern.anchors:
+        for state in search.call(call_of(anchor), node, _State({}, {})):
+            for full in search.other_roots(pattern, state):
+                roots = tuple(_root_value(root, full) for root in (anchor, *pattern.roots[1:]))
+                found = search.finish(pattern, full, roots)
+                if found is not None:
+                    return found
     return search.best
 
 
-def _root_value(root: CallPattern | ResultPattern, state: _State) -> Value:
+def _root_value(root: Any, state: _State) -> Value:
     return state.nodes[call_of(root)].outputs[root.index]
 
 
@@ -142,6 +143,9 @@ class _Search:
     def _operand(self, pattern: PatternOperand, operand: Operand, node: Node, state: _State) -> Iterator[_State]:
         if isinstance(pattern, Variable):
             yield from self._variable(pattern, operand, node, state)
+        elif isinstance(pattern, Either):
+            for option in pattern.options:
+                yield from self._operand(option, operand, node, state)
         elif isinstance(pattern, CallPattern | ResultPattern):
             producer = operand.producer if isinstance(operand, Value) else None
             if not isinstance(operand, Value) or producer is None:
@@ -175,8 +179,9 @@ class _Search:
         if at == len(pattern.roots):
             yield state
             return
-        call = call_of(pattern.roots[at])
-        taken = set(state.nodes.values())
+        root = pattern.roots[at]
+        assert not isinstance(root, Either)  # parse_pattern has seen to that
+        call, taken = call_of(root), set(state.nodes.values())
         for node in self._readers(call, state):
             if node not in taken:
                 for after in self.call(call, node, state):
@@ -185,10 +190,14 @@ class _Search:
     def _readers(self, call: CallPattern, state: _State) -> list[Node]:
         """Nodes that may be the call: readers (of readers ...) of a matched operand that the call reads too."""
         found: dict[Node, None] = {}
-        for operand in call.operands:
+        operands = list(call.operands)
+        while operands:
+            operand = operands.pop(0)
             if isinstance(operand, Variable):
                 value = state.bindings.get(operand.name)
                 found.update(dict.fromkeys(value.consumers() if isinstance(value, Value) else ()))
+            elif isinstance(operand, Either):
+                operands += operand.options
             elif isinstance(operand, CallPattern | ResultPattern):
                 inner = call_of(operand)
                 sources = [state.nodes[inner]] if inner in state.nodes else self._readers(inner, state)
@@ -199,7 +208,7 @@ class _Search:
     def finish(self, pattern: Pattern, state: _State, roots: tuple[Value, ...]) -> Match | None:
         """The match, unless something outside reads an inner node."""
         bindings = dict(state.bindings)
-        bindings.update({call.name: node for call, node in state.nodes.items() if call.name})
+        bindings.update({call.name: state.nodes.get(call) for call in pattern.calls if call.name})
         bindings.update({v.name: None for v in pattern.variables if v.name not in bindings})
         found = Match(bindings, dict(state.nodes), roots)
         if self.shared:
@@ -222,16 +231,34 @@ def _same_operand(a: Operand, b: Operand) -> bool:
     return type(a) is type(b) and a == b
 
 
+def number_of(operand: Operand) -> bool | int | float | None:
+    """The number that an operand is, given as such or as a constant full of it; None where it is no such constant.
+
+    A tensor of one element in an ONNX file, which does not tell constants from weights, counts as a constant.
+    """
+    if not isinstance(operand, Parameter):
+        return operand if isinstance(operand, bool | int | float) else None
+    if not all(isinstance(size, int) for size in operand.shape) or not isinstance(operand.dtype, torch.dtype):
+        return None
+    count = math.prod(operand.weight.shape)
+    from_file = operand.origin is not None and count == 1
+    if (operand.kind != "constant" or operand.trainable) and not from_file or not 0 < count <= SMALL:
+        return None
+    entries = operand.tensor.reshape(-1)
+    if operand.dtype.is_complex or not bool((entries == entries[0]).all()):
+        return None
+    number: bool | int | float = entries[0].item()
+    return number
+
+
 def is_number(operand: Operand, number: float) -> bool:
     """Whether an operand is this number, up to the precision of its type: as given, or as a constant full of it."""
     if isinstance(operand, Parameter):
-        if operand.kind != "constant" or not all(isinstance(size, int) for size in operand.shape):
+        found = number_of(operand)
+        if found is None:
             return False
-        tensor = operand.tensor
-        if not 0 < tensor.numel() <= SMALL or operand.trainable:
-            return False
-        precision = torch.finfo(tensor.dtype).eps if tensor.dtype.is_floating_point else 0.0
-        return bool((tensor.double() - float(number)).abs().max() <= 4 * precision * abs(float(number)))
+        precision = torch.finfo(operand.dtype).eps if isinstance(found, float) else 0.0  # type: ignore[arg-type]
+        return abs(float(found) - float(number)) <= 4 * precision * abs(float(number))
     if isinstance(operand, bool) or isinstance(number, bool):
         return operand is number
     return isinstance(operand, int | float) and math.isclose(operand, number, rel_tol=1e-6)

@@ -22,7 +22,7 @@ from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import PatternError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.matcher import Match, Miss, match
-from regauge.ir.patterns import Pattern, parse_pattern
+from regauge.ir.patterns import Pattern, call_of, parse_pattern
 from regauge.ir.sizes import same
 from regauge.ir.weight_edits import settle_successors
 
@@ -108,7 +108,7 @@ class RuleSet:
         """Rules by the operators that their first root may be."""
         table: dict[str, list[RewriteRule]] = {}
         for entry in self.rules:
-            for op in entry.pattern.anchor.ops:
+            for op in dict.fromkeys(op for anchor in entry.pattern.anchors for op in call_of(anchor).ops):
                 table.setdefault(op, []).append(entry)
         return table
 
