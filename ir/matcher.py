@@ -68,7 +68,8 @@ def match(pattern: Pattern, node: Node, *, shared: bool = False, held: Container
 
 
 def _root_value(root: Any, state: _State) -> Value:
-    return state.nodes[call_of(root)].outputs[root.index]
+    value: Value = state.nodes[call_of(root)].outputs[root.index]
+    return value
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ given as such or as a constant of one repeated element.
 
 Attributes are written as keywords: a value must be equal, a variable matches any value and captures it, ``...`` matches
 any, and ``attributes=...`` frees all of them. An attribute that is not written must have its default, so that a pattern
-never matches more than it says. With ``name=`` the matched node is captured under that name; it is None where an alternative
+never matches more than it says. With ``name=`` the matched node is captured under that name, None where an alternative
 without it was taken. A function may return several results: the pattern has several roots, each of which must share a
 node or an operand with those before it.
 

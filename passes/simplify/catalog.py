@@ -7,15 +7,26 @@ from difflib import get_close_matches
 
 from regauge.ir.errors import PassError
 from regauge.ir.rewrite import RuleSet
-from regauge.passes.simplify import affine
+from regauge.passes.simplify import affine, assemble_norms
+
+ASSEMBLING: Mapping[str, RuleSet] = {
+    "assemble-norms": assemble_norms.RULES,
+}
+"""Whole operators from the primitive ones that exporters write: worth it for passes, and for what runs them whole."""
 
 RULE_SETS: Mapping[str, RuleSet] = {
+    **ASSEMBLING,
     "affine": affine.RULES,
 }
 
 
-def choose(only: tuple[str, ...], skip: tuple[str, ...], steps: tuple[str, ...]) -> tuple[RuleSet, list[str]]:
-    """The rules and steps that are named (all where none is), less those to skip; raises PassError for others."""
+def choose(
+    only: tuple[str, ...], skip: tuple[str, ...], steps: tuple[str, ...], *, assemble: bool = True
+) -> tuple[RuleSet, list[str]]:
+    """The rules and steps that are named (all where none is), less those to skip; raises PassError for others.
+
+    Without ``assemble``, rules that put operators together are left out.
+    """
     known = [*steps, *RULE_SETS, *(rule.name for rules in RULE_SETS.values() for rule in rules)]
     for name in (*only, *skip):
         if name not in known:
@@ -26,5 +37,10 @@ def choose(only: tuple[str, ...], skip: tuple[str, ...], steps: tuple[str, ...])
     def wanted(*names: str) -> bool:
         return (not only or any(name in only for name in names)) and not any(name in skip for name in names)
 
-    chosen = [rule for name, rules in RULE_SETS.items() for rule in rules if wanted(rule.name, name)]
+    chosen = [
+        rule
+        for name, rules in RULE_SETS.items()
+        for rule in rules
+        if wanted(rule.name, name) and (assemble or name not in ASSEMBLING)
+    ]
     return RuleSet(chosen), [step for step in steps if wanted(step)]
