@@ -215,6 +215,7 @@ def _is_function(node: Node) -> bool:
         node.operator.rule is broadcast_rule
         and len(tensors) == 1
         and is_real(tensors[0].dtype)
+        and is_real(node.output.dtype)  # a comparison is no scramble: something chooses by it
         and symmetry_of(node) not in (Symmetry.LINEAR, Symmetry.PRODUCT, Symmetry.LAYOUT)
     )
 

@@ -216,11 +216,13 @@ class _Driver:
                     raise Refusal(verdict or "its condition does not hold")
             with build.at(found.root):
                 results = entry.replacement(build, **entry.bind(entry.replacement, found))
+            news = tuple(results) if isinstance(results, tuple | list) else (results,)
+            _check_results(entry, found, news)
         except Refusal as refusal:
             self._undo(graph, build)
             self.log.miss(entry.name, Miss(len(found.nodes), found.root.label, str(refusal), refused=True))
             return None
-        return self._commit(graph, build, entry, found, results)
+        return self._commit(graph, build, found, news)
 
     def _undo(self, graph: Graph, build: Builder) -> None:
         for node in reversed(build.added):
@@ -229,9 +231,7 @@ class _Driver:
             del graph.parameters[parameter.name]
         build.take_successors()
 
-    def _commit(self, graph: Graph, build: Builder, entry: RewriteRule, found: Match, results: Any) -> list[Node]:
-        news = tuple(results) if isinstance(results, tuple | list) else (results,)
-        _check_results(entry, found, news)
+    def _commit(self, graph: Graph, build: Builder, found: Match, news: Sequence[Any]) -> list[Node]:
         self.owner.update(dict.fromkeys(build.added, graph))
         near: dict[Node, None] = dict.fromkeys(build.added)
         for old, new in zip(found.roots, news, strict=True):
@@ -271,11 +271,11 @@ class _Driver:
 
 
 def _check_results(entry: RewriteRule, found: Match, news: Sequence[Any]) -> None:
-    """A replacement has the shapes and types of what it replaces."""
+    """A replacement has the shapes and types of what it replaces: constants may have widened those without need."""
     if len(news) != len(found.roots):
         raise PatternError(f"rule {entry.name} replaces {len(found.roots)} results by {len(news)}")
     for old, new in zip(found.roots, news, strict=True):
         if not isinstance(new, Value):
             raise PatternError(f"rule {entry.name} replaces {old} by {new!r}: return a value")
         if new.rank != old.rank or new.dtype != old.dtype or not all(map(same, new.shape, old.shape)):
-            raise PatternError(f"rule {entry.name} replaces {old} by {new}: shapes and types must be the same")
+            raise Refusal(f"it would replace {old} by {new}: shapes and types must be the same")
