@@ -60,9 +60,9 @@ def prove_rule(rule: RewriteRule) -> list[Proof]:
     for number, sample in enumerate(rule.samples()):
         for taken in _choices(rule.pattern, sample):
             anchor = _resolved(rule.pattern.roots[0], taken)
-            spelling = f"rule {rule.name}, sample {number}" + (f", spelling {anchor}" if taken else "")
+            what = f"rule {rule.name}, sample {number}" + (f", spelling {_spelled(anchor, taken)}" if taken else "")
             for op in call_of(anchor).ops:
-                proofs.append(_prove_sample(rule, sample, op, taken, spelling))
+                proofs.append(_prove_sample(rule, sample, op, taken, what))
     return proofs
 
 
@@ -92,6 +92,14 @@ def _undecided(part: Any, taken: Choices) -> Iterator[Either]:
 
 def _resolved(part: Any, taken: Choices) -> Any:
     return _resolved(part.options[taken[part]], taken) if isinstance(part, Either) else part
+
+
+def _spelled(part: Any, taken: Choices) -> str:
+    """A pattern with the alternatives that are taken, for messages."""
+    part = _resolved(part, taken)
+    if not isinstance(part, CallPattern | ResultPattern):
+        return str(part)
+    return f"{'|'.join(call_of(part).ops)}({', '.join(_spelled(operand, taken) for operand in call_of(part).operands)})"
 
 
 def _prove_sample(rule: RewriteRule, sample: Mapping[str, Any], op: str, taken: Choices, what: str) -> Proof:

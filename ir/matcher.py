@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Node, Operand, Parameter, Value
+from regauge.ir.known_values import known_tensor
 from regauge.ir.patterns import CallPattern, Either, Pattern, PatternOperand, ResultPattern, Variable, call_of
 
 SMALL = 1 << 12  # elements of a constant that is compared with a number
+NEAR = 8  # nodes in a row through which a number is computed
 
 
 @dataclass
@@ -233,28 +235,24 @@ def _same_operand(a: Operand, b: Operand) -> bool:
 
 
 def number_of(operand: Operand) -> bool | int | float | None:
-    """The number that an operand is, given as such or as a constant full of it; None where it is no such constant.
+    """The number that an operand is: given as such, a constant full of it, or computed from such; None where it is not.
 
     A tensor of one element in an ONNX file, which does not tell constants from weights, counts as a constant.
     """
-    if not isinstance(operand, Parameter):
+    if not isinstance(operand, Value):
         return operand if isinstance(operand, bool | int | float) else None
-    if not all(isinstance(size, int) for size in operand.shape) or not isinstance(operand.dtype, torch.dtype):
+    most = SMALL if isinstance(operand, Parameter) else 1
+    tensor = known_tensor(operand, most=most, depth=NEAR)
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype.is_complex:
         return None
-    count = math.prod(operand.weight.shape)
-    from_file = operand.origin is not None and count == 1
-    if (operand.kind != "constant" or operand.trainable) and not from_file or not 0 < count <= SMALL:
-        return None
-    entries = operand.tensor.reshape(-1)
-    if operand.dtype.is_complex or not bool((entries == entries[0]).all()):
-        return None
+    entries = tensor.reshape(-1)
     number: bool | int | float = entries[0].item()
-    return number
+    return number if bool((entries == entries[0]).all()) else None
 
 
 def is_number(operand: Operand, number: float) -> bool:
     """Whether an operand is this number, up to the precision of its type: as given, or as a constant full of it."""
-    if isinstance(operand, Parameter):
+    if isinstance(operand, Value):
         found = number_of(operand)
         if found is None:
             return False

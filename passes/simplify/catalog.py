@@ -7,11 +7,17 @@ from difflib import get_close_matches
 
 from regauge.ir.errors import PassError
 from regauge.ir.rewrite import RuleSet
-from regauge.passes.simplify import affine, assemble_activations, assemble_norms
+from regauge.passes.simplify import (
+    affine,
+    assemble_activations,
+    assemble_attention,
+    assemble_norms,
+)
 
 ASSEMBLING: Mapping[str, RuleSet] = {
     "assemble-norms": assemble_norms.RULES,
     "assemble-activations": assemble_activations.RULES,
+    "assemble-attention": assemble_attention.RULES,
 }
 """Whole operators from the primitive ones that exporters write: worth it for passes, and for what runs them whole."""
 
