@@ -11,12 +11,14 @@ from regauge.passes.simplify import (
     affine,
     assemble_activations,
     assemble_attention,
+    assemble_linear,
     assemble_norms,
 )
 
 ASSEMBLING: Mapping[str, RuleSet] = {
     "assemble-norms": assemble_norms.RULES,
     "assemble-activations": assemble_activations.RULES,
+    "assemble-linear": assemble_linear.RULES,
     "assemble-attention": assemble_attention.RULES,
 }
 """Whole operators from the primitive ones that exporters write: worth it for passes, and for what runs them whole."""
