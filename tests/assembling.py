@@ -20,8 +20,16 @@ from regauge.ir.rewrite import RewriteRule, RuleSet, rewrite_graph
 from regauge.ir.verify import verify
 from regauge.passes.simplify.simplify import Simplify
 
-# Raw exports have an Identity for each clone; what removes them is none of the rules that put operators together.
-_IDENTITY = RewriteRule("identity", lambda op, x: op.identity(x), lambda build, x: x)
+# Raw exports have an Identity for each clone, and casts to the type that is there; what removes them is none of the
+# rules that put operators together.
+_NOTHING = RuleSet(
+    [
+        RewriteRule("identity", lambda op, x: op.identity(x), lambda build, x: x),
+        RewriteRule(
+            "same-type", lambda op, x, t: op.cast(x, dtype=t), lambda build, x: x, where=lambda x, t: x.dtype == t
+        ),
+    ]
+)
 
 WAYS: dict[str, dict[str, Any]] = {
     "dynamo": {"dynamo": True},
@@ -48,7 +56,7 @@ def exported(module: nn.Module, inputs: tuple[torch.Tensor, ...], way: str, fold
 def assembled(graph: Graph, inputs: tuple[torch.Tensor, ...], *, tolerance: float = 1e-5) -> Graph:
     """The graph after ``simplify``, checked: valid, the same results, and nothing left to do."""
     plain = graph.copy()
-    rewrite_graph(plain, RuleSet([_IDENTITY]))
+    rewrite_graph(plain, _NOTHING)
     result = regauge.optimize(plain, [Simplify(assemble="always")])
     verify(result)
     for a, b in zip(run(result, list(inputs)), run(graph, list(inputs)), strict=True):
