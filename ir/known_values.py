@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import sympy
 import torch
 
 from regauge.ir.graph import Operand, Parameter, Value
@@ -24,11 +25,11 @@ def known_tensor(operand: Operand, *, most: int, depth: int, weights: bool = Fal
     if isinstance(operand, Parameter):
         return operand.tensor if _is_fixed(operand, most, weights) else None
     if not isinstance(operand, Value):
-        return operand
+        return None if isinstance(operand, sympy.Basic) else operand
     node, size = operand.producer, count(operand.shape)
     if node is None or not depth or not isinstance(size, int) or size > most or node.operator.random or node.regions:
         return None
-    if len(node.outputs) > 1 or not all(isinstance(axis, int) for axis in operand.shape):
+    if len(node.outputs) > 1 or _varies((operand.shape, *node.attributes.values())):
         return None
     operands = []
     for source in node.inputs:
@@ -36,7 +37,12 @@ def known_tensor(operand: Operand, *, most: int, depth: int, weights: bool = Fal
         if found is None and source is not None:
             return None
         operands.append(found)
-    return node.operator.evaluate(*operands, **node.attributes) if node.inputs else None
+    return node.operator.evaluate(*operands, **node.attributes)
+
+
+def _varies(value: Any) -> bool:
+    """Whether a dynamic size is in a shape or an attribute."""
+    return isinstance(value, sympy.Basic) or isinstance(value, tuple) and any(map(_varies, value))
 
 
 def _is_fixed(parameter: Parameter, most: int, weights: bool) -> bool:

@@ -36,6 +36,8 @@ def is_finite(operand: Operand, depth: int = DEPTH) -> bool:
     if isinstance(operand, Parameter):
         return math.prod(operand.weight.shape) <= MOST and bool(torch.isfinite(operand.tensor).all())
     node = operand.producer
+    if node is not None and node.op == "full":
+        return is_finite(node.attributes["value"])
     if node is None or not depth or node.op not in _LAYOUT | _BOUNDED:
         return False
     return all(is_finite(source, depth - 1) for source in node.inputs)

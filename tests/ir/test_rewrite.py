@@ -12,6 +12,7 @@ from regauge.ir.interpret import run
 from regauge.ir.matcher import Match, Miss, is_number, match, number_of
 from regauge.ir.patterns import parse_pattern
 from regauge.ir.rewrite import RewriteRule, RuleSet, refuse, rewrite_graph
+from regauge.ir.sizes import symbol
 from regauge.ir.verify import verify
 
 RELU_TWICE = RewriteRule("relu-twice", lambda op, x: op.relu(op.relu(x)), lambda build, x: build.relu(x))
@@ -245,5 +246,14 @@ def test_numbers_are_read_from_constants_and_from_single_entries_of_files() -> N
     trained = build.parameter("w", torch.ones(1))
     assert number_of(build.constant(torch.full((2, 3), 0.5))) == 0.5 and number_of(2) == 2
     assert number_of(build.constant(torch.tensor([0.5, 1.0]))) is None and number_of(trained) is None
+    entry = build.constant(torch.full((1,), 4.0))
+    assert (
+        number_of(build.sqrt(entry)) == 2.0 and number_of(build.add(build.input("x", (1,), torch.float32), 1)) is None
+    )
+    size = symbol("n")
+    assert (
+        number_of(build.mul(entry, size)) is None
+        and number_of(build.full(shape=(), value=size, dtype=torch.int64)) is None
+    )
     trained.origin = "an initializer"
     assert number_of(trained) == 1.0 and is_number(trained, 1)
