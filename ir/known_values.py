@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 import torch
 
-from regauge.ir.graph import Operand, Parameter, Value
+from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.sizes import count
 
 
@@ -27,7 +27,7 @@ def known_tensor(operand: Operand, *, most: int, depth: int, weights: bool = Fal
     if not isinstance(operand, Value):
         return None if isinstance(operand, sympy.Basic) else operand
     node, size = operand.producer, count(operand.shape)
-    if node is None or not depth or not isinstance(size, int) or size > most or node.operator.random or node.regions:
+    if node is None or not depth or not isinstance(size, int) or size > most or _is_closed(node):
         return None
     if len(node.outputs) > 1 or _varies((operand.shape, *node.attributes.values())):
         return None
@@ -38,6 +38,11 @@ def known_tensor(operand: Operand, *, most: int, depth: int, weights: bool = Fal
             return None
         operands.append(found)
     return node.operator.evaluate(*operands, **node.attributes)
+
+
+def _is_closed(node: Node) -> bool:
+    """Whether a node may draw, or do what nobody has said: operators that were kept as they are."""
+    return node.operator.random or bool(node.regions) or node.op in ("onnx_call", "torch_call")
 
 
 def _varies(value: Any) -> bool:

@@ -255,5 +255,7 @@ def test_numbers_are_read_from_constants_and_from_single_entries_of_files() -> N
         number_of(build.mul(entry, size)) is None
         and number_of(build.full(shape=(), value=size, dtype=torch.int64)) is None
     )
+    drawn = build.dropout(entry, p=0.5, training=True)
+    assert number_of(build.mul(drawn, 2)) is None
     trained.origin = "an initializer"
     assert number_of(trained) == 1.0 and is_number(trained, 1)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx.parser
 import pytest
 import torch
 from torch import nn, randn
@@ -205,3 +207,23 @@ def test_rows_that_cut_across_channels_are_no_groups() -> None:
         return build.reshape(y, shape=(2, 6, 2, 4))  # type: ignore[no-any-return]
 
     assert "group_norm" not in counts(assembled(spelled((2, 6, 2, 4), rows), (randn(2, 6, 2, 4),)))
+
+
+def test_an_eps_that_a_kept_operator_draws_is_no_number() -> None:
+    """RandomNormal of ONNX has no record here or is run as it is: what it gives is not known before it runs."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    network (float[2, 4] x) => (float[2, 4] y) {
+      eps = RandomUniform <shape = [1], low = 0.1, high = 0.2> ()
+      two = Constant <value = float {2.0}> ()
+      axes = Constant <value = int64[1] {1}> ()
+      squares = Pow (x, two)
+      mean = ReduceMean <axes = [1], keepdims = 1> (squares)
+      sum = Add (mean, eps)
+      root = Sqrt (sum)
+      y = Div (x, root)
+    }
+    """
+    graph = regauge.load(onnx.parser.parse_model(text))
+    result = regauge.optimize(graph, [Simplify(assemble="always")])
+    assert counts(result, "rms_norm", "sqrt") == {"rms_norm": 0, "sqrt": 1}
