@@ -37,7 +37,11 @@ def test_networks_captured_from_torch(name: str) -> None:
     torch.testing.assert_close(emitted(*inputs), module(*inputs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+# All four ways take long; the two that differ most are tested always.
+EACH = [pytest.param(way, marks=() if way in ("dynamo", "script17") else pytest.mark.sweep) for way in WAYS]
+
+
+@pytest.mark.parametrize("way", EACH)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_exporters(name: str, way: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
