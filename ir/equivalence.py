@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -24,12 +24,15 @@ from regauge.ir.graph import Graph, Node, Value, is_real
 from regauge.ir.interpret import Interpreter
 from regauge.ir.matcher import Miss
 from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.patterns import EVERY, CallPattern, Pattern, ResultPattern, Variable, call_of
+from regauge.ir.patterns import EVERY, CallPattern, Either, Pattern, ResultPattern, Variable, call_of
 from regauge.ir.rewrite import RewriteRule, RuleSet, rewrite_graph
 from regauge.ir.rules import broadcast_rule
 
 Proof: TypeAlias = Literal["any function", "integers", "float64"]
 """How an equality was shown: with functions uninterpreted, on integers to the last bit, or to float64 tolerance."""
+
+Choices: TypeAlias = dict[Either, int]
+"""Which option of each alternative of a pattern is taken."""
 
 LARGEST = 8  # integers are drawn from -LARGEST..LARGEST
 TRIALS = 3
@@ -58,26 +61,63 @@ def prove_rule(rule: RewriteRule) -> list[Proof]:
     if rule.samples is None:
         raise EquivalenceError(f"rule {rule.name} has no samples: give operands on which it can be tested")
     proofs: list[Proof] = []
-    anchor = rule.pattern.anchor
     tried: set[str] = set()
     for number, sample in enumerate(rule.samples()):
-        what = f"rule {rule.name}, sample {number}"
-        chosen = sample.get(f"{anchor.name}.op")
-        for op in anchor.ops if chosen is None else (chosen,):
-            proofs.append(_prove_sample(rule, sample, op, what))
-            tried.add(op)
-    missing = [op for op in anchor.ops if op not in tried]
+        for taken in _choices(rule.pattern, sample):
+            anchor = call_of(_resolved(rule.pattern.roots[0], taken))
+            what = f"rule {rule.name}, sample {number}" + (f", spelling {_spelled(anchor, taken)}" if taken else "")
+            chosen = sample.get(f"{anchor.name}.op")
+            for op in anchor.ops if chosen is None else (chosen,):
+                proofs.append(_prove_sample(rule, sample, op, taken, what))
+                tried.add(op)
+    missing = [op for anchor in rule.pattern.anchors for op in call_of(anchor).ops if op not in tried]
     if missing:
         raise EquivalenceError(f"rule {rule.name} has no sample for {missing[0]}: give one")
     return proofs
 
 
-def _prove_sample(rule: RewriteRule, sample: Mapping[str, Any], op: str, what: str) -> Proof:
-    before, after, miss = _rewritten(rule, sample, op)
+def _choices(pattern: Pattern, sample: Mapping[str, Any]) -> Iterator[Choices]:
+    """Every way to take one of the alternatives of each ``either`` that is reached; a sample may fix some by name."""
+    open_choices: list[Choices] = [{}]
+    while open_choices:
+        taken = open_choices.pop()
+        undecided = next((u for root in pattern.roots for u in _undecided(root, taken)), None)
+        if undecided is None:
+            yield taken
+            continue
+        numbers = [sample[undecided.name]] if undecided.name in sample else range(len(undecided.options))
+        open_choices += [{**taken, undecided: number} for number in reversed(numbers)]
+
+
+def _undecided(part: Any, taken: Choices) -> Iterator[Either]:
+    if isinstance(part, Either):
+        if part in taken:
+            yield from _undecided(part.options[taken[part]], taken)
+        else:
+            yield part
+    elif isinstance(part, CallPattern | ResultPattern):
+        for operand in call_of(part).operands:
+            yield from _undecided(operand, taken)
+
+
+def _resolved(part: Any, taken: Choices) -> Any:
+    return _resolved(part.options[taken[part]], taken) if isinstance(part, Either) else part
+
+
+def _spelled(part: Any, taken: Choices) -> str:
+    """A pattern with the alternatives that are taken, for messages."""
+    part = _resolved(part, taken)
+    if not isinstance(part, CallPattern | ResultPattern):
+        return str(part)
+    return f"{'|'.join(call_of(part).ops)}({', '.join(_spelled(operand, taken) for operand in call_of(part).operands)})"
+
+
+def _prove_sample(rule: RewriteRule, sample: Mapping[str, Any], op: str, taken: Choices, what: str) -> Proof:
+    before, after, miss = _rewritten(rule, sample, op, taken)
     if after is None:
         raise EquivalenceError(f"{what}, does not fire: {miss}")
     _compare(before, after, what)
-    pairs = [_rewritten(rule, _whole(sample, seed), op) for seed in range(TRIALS)]
+    pairs = [_rewritten(rule, _whole(sample, seed), op, taken) for seed in range(TRIALS)]
     if any(found is None for _, found, _ in pairs):
         return "float64"  # a condition on values, which integers do not meet
     for proof, scrambled in (("any function", True), ("integers", False)):
@@ -86,9 +126,11 @@ def _prove_sample(rule: RewriteRule, sample: Mapping[str, Any], op: str, what: s
     return "float64"
 
 
-def _rewritten(rule: RewriteRule, sample: Mapping[str, Any], op: str) -> tuple[Graph, Graph | None, Miss | None]:
+def _rewritten(
+    rule: RewriteRule, sample: Mapping[str, Any], op: str, taken: Choices
+) -> tuple[Graph, Graph | None, Miss | None]:
     """The pattern as a graph, the graph after the rule (None where it does not fire), and the nearest miss."""
-    before = instance(rule.pattern, sample, op)
+    before = instance(rule.pattern, sample, op, taken)
     after = before.copy()
     log = rewrite_graph(after, RuleSet([rule]), aliases=True)
     return before, after if log.total else None, log.misses.get(rule.name)
@@ -108,8 +150,10 @@ def _whole(sample: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return {name: draw(given) for name, given in sample.items()}
 
 
-def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
-    """A graph that is the pattern, with ``op`` for its anchor; its inputs are those operands that are plain tensors.
+def instance(pattern: Pattern, sample: Mapping[str, Any], op: str, taken: Choices) -> Graph:
+    """A graph that is the pattern, with ``op`` for its anchor and the alternatives ``taken``.
+
+    Its inputs are those operands that are plain tensors.
 
     A sample gives operands and attributes by the names of variables, and ``"node.attribute"`` or ``"node.op"`` where
     the pattern leaves a choice; for ``...`` among the operands ``"node.operands"``, a function of the builder and of
@@ -121,6 +165,7 @@ def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
     values = {name: _operand(build, name, given) for name, given in sample.items() if _is_plain(name, given)}
     values.update({name: _called(given, build, values) for name, given in sample.items() if _is_made(name, given)})
     made: dict[CallPattern, Any] = {}
+    anchor = call_of(_resolved(pattern.roots[0], taken))
 
     def attribute(call: CallPattern, name: str, wanted: Any) -> Any:
         if isinstance(wanted, Variable):
@@ -128,6 +173,7 @@ def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
         return sample[f"{call.name}.{name}"] if wanted is ... else wanted
 
     def operand(part: Any) -> Any:
+        part = _resolved(part, taken)
         if isinstance(part, Variable):
             return values.get(part.name)
         if isinstance(part, CallPattern | ResultPattern):
@@ -155,11 +201,11 @@ def instance(pattern: Pattern, sample: Mapping[str, Any], op: str) -> Graph:
             }
             if call.free:
                 attributes.update(sample.get(f"{call.name}.attributes", {}))
-            chosen = op if call is pattern.anchor else sample.get(f"{call.name}.op", call.ops[0])
+            chosen = op if call is anchor else sample.get(f"{call.name}.op", call.ops[0])
             made[call] = build(chosen, *[operand(part) for part in call.fixed], *more(call), **attributes)
         return made[call]
 
-    graph.outputs = [value for root in pattern.roots for value in results(root)]
+    graph.outputs = [value for root in pattern.roots for value in results(_resolved(root, taken))]
     return graph
 
 
@@ -216,6 +262,7 @@ def _is_function(node: Node) -> bool:
         node.operator.rule is broadcast_rule
         and len(tensors) == 1
         and is_real(tensors[0].dtype)
+        and is_real(node.output.dtype)  # a comparison is no scramble: something chooses by it
         and symmetry_of(node) not in (Symmetry.LINEAR, Symmetry.PRODUCT, Symmetry.LAYOUT)
     )
 

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.patterns import EVERY, CallPattern, Pattern, PatternOperand, ResultPattern, Variable, call_of
+from regauge.ir.known_values import known_tensor
+from regauge.ir.patterns import EVERY, CallPattern, Either, Pattern, PatternOperand, ResultPattern, Variable, call_of
 
 SMALL = 1 << 12  # elements of a constant that is compared with a number
+NEAR = 8  # nodes in a row through which a number is computed
 
 
 @dataclass
@@ -66,16 +68,17 @@ def match(pattern: Pattern, node: Node, *, shared: bool = False, held: Container
     match may have other readers.
     """
     search = _Search(shared, held)
-    for state in search.call(pattern.anchor, node, _State({}, {})):
-        for full in search.other_roots(pattern, state):
-            roots = tuple(value for root in pattern.roots for value in _root_values(root, full))
-            found = search.finish(pattern, full, roots)
-            if found is not None:
-                return found
+    for anchor in pattern.anchors:
+        for state in search.call(call_of(anchor), node, _State({}, {})):
+            for full in search.other_roots(pattern, state):
+                roots = tuple(v for root in (anchor, *pattern.roots[1:]) for v in _root_values(root, full))
+                found = search.finish(pattern, full, roots)
+                if found is not None:
+                    return found
     return search.best
 
 
-def _root_values(root: CallPattern | ResultPattern, state: _State) -> tuple[Value, ...]:
+def _root_values(root: Any, state: _State) -> tuple[Value, ...]:
     outputs = state.nodes[call_of(root)].outputs
     return outputs if root.index == EVERY else (outputs[root.index],)
 
@@ -155,6 +158,9 @@ class _Search:
     def _operand(self, pattern: PatternOperand, operand: Operand, node: Node, state: _State) -> Iterator[_State]:
         if isinstance(pattern, Variable):
             yield from self._variable(pattern, operand, node, state)
+        elif isinstance(pattern, Either):
+            for option in pattern.options:
+                yield from self._operand(option, operand, node, state)
         elif isinstance(pattern, CallPattern | ResultPattern):
             producer = operand.producer if isinstance(operand, Value) else None
             if not isinstance(operand, Value) or producer is None:
@@ -188,8 +194,9 @@ class _Search:
         if at == len(pattern.roots):
             yield state
             return
-        call = call_of(pattern.roots[at])
-        taken = set(state.nodes.values())
+        root = pattern.roots[at]
+        assert not isinstance(root, Either)  # parse_pattern has seen to that
+        call, taken = call_of(root), set(state.nodes.values())
         for node in self._readers(call, state):
             if node not in taken:
                 for after in self.call(call, node, state):
@@ -198,10 +205,14 @@ class _Search:
     def _readers(self, call: CallPattern, state: _State) -> list[Node]:
         """Nodes that may be the call: readers (of readers ...) of a matched operand that the call reads too."""
         found: dict[Node, None] = {}
-        for operand in call.operands:
+        operands = list(call.operands)
+        while operands:
+            operand = operands.pop(0)
             if isinstance(operand, Variable):
                 value = state.bindings.get(operand.name)
                 found.update(dict.fromkeys(value.consumers() if isinstance(value, Value) else ()))
+            elif isinstance(operand, Either):
+                operands += operand.options
             elif isinstance(operand, CallPattern | ResultPattern):
                 inner = call_of(operand)
                 sources = [state.nodes[inner]] if inner in state.nodes else self._readers(inner, state)
@@ -212,7 +223,7 @@ class _Search:
     def finish(self, pattern: Pattern, state: _State, roots: tuple[Value, ...]) -> Match | None:
         """The match, unless something outside reads an inner node."""
         bindings = dict(state.bindings)
-        bindings.update({call.name: node for call, node in state.nodes.items() if call.name})
+        bindings.update({call.name: state.nodes.get(call) for call in pattern.calls if call.name})
         bindings.update({v.name: None for v in pattern.variables if v.name not in bindings})
         found = Match(bindings, dict(state.nodes), roots, self.held)
         if self.shared:
@@ -235,16 +246,30 @@ def _same_operand(a: Operand, b: Operand) -> bool:
     return type(a) is type(b) and a == b
 
 
+def number_of(operand: Operand) -> bool | int | float | None:
+    """The number that an operand is: given as such, a constant full of it, or computed from such; None where it is not.
+
+    A tensor of one element in an ONNX file, which does not tell constants from weights, counts as a constant.
+    """
+    if not isinstance(operand, Value):
+        return operand if isinstance(operand, bool | int | float) else None
+    most = SMALL if isinstance(operand, Parameter) else 1
+    tensor = known_tensor(operand, most=most, depth=NEAR)
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype.is_complex:
+        return None
+    entries = tensor.reshape(-1)
+    number: bool | int | float = entries[0].item()
+    return number if bool((entries == entries[0]).all()) else None
+
+
 def is_number(operand: Operand, number: float) -> bool:
     """Whether an operand is this number, up to the precision of its type: as given, or as a constant full of it."""
-    if isinstance(operand, Parameter):
-        if operand.kind != "constant" or not all(isinstance(size, int) for size in operand.shape):
+    if isinstance(operand, Value):
+        found = number_of(operand)
+        if found is None:
             return False
-        tensor = operand.tensor
-        if not 0 < tensor.numel() <= SMALL or operand.trainable:
-            return False
-        precision = torch.finfo(tensor.dtype).eps if tensor.dtype.is_floating_point else 0.0
-        return bool((tensor.double() - float(number)).abs().max() <= 4 * precision * abs(float(number)))
+        precision = torch.finfo(operand.dtype).eps if isinstance(found, float) else 0.0  # type: ignore[arg-type]
+        return abs(float(found) - float(number)) <= 4 * precision * abs(float(number))
     if isinstance(operand, bool) or isinstance(number, bool):
         return operand is number
     return isinstance(operand, int | float) and math.isclose(operand, number, rel_tol=1e-6)

@@ -9,11 +9,15 @@ given as such or as a constant of one repeated element.
 
 Attributes are written as keywords: a value must be equal, a variable matches any value and captures it, ``...`` matches
 any, and ``attributes=...`` frees all of them. An attribute that is not written must have its default, so that a pattern
-never matches more than it says. With ``name=`` the matched node is captured under that name. ``...`` as the last
-operand matches any number of operands, none included.
+never matches more than it says. With ``name=`` the matched node is captured under that name, None where an alternative
+without it was taken. ``...`` as the last operand matches any number of operands, none included.
 
 A function may return several results: the pattern has several roots, each of which must share a node or an operand with
 those before it. ``op.split(...).every_result()`` stands for all results of a call, however many a node has.
+
+``op.either(a, b)`` stands for alternatives, tried in this order: two spellings of one thing, or a node that may be
+missing, ``op.either(op.dropout(x, p=...), x)``. The first root may be one, the others not. One call object stands for
+one node; where it does not matter whether something is computed once or twice, write the call twice.
 """
 
 from __future__ import annotations
@@ -84,7 +88,20 @@ class ResultPattern:
 
 
 EVERY = -1
-PatternOperand: TypeAlias = Variable | CallPattern | ResultPattern | bool | int | float | EllipsisType | None
+
+
+@dataclass(frozen=True, eq=False)
+class Either:
+    """One of several patterns; samples may choose one under its name, else a rule is proved with each."""
+
+    options: tuple[PatternOperand, ...]
+    name: str = ""
+
+    def __str__(self) -> str:
+        return "(" + " or ".join(map(str, self.options)) + ")"
+
+
+PatternOperand: TypeAlias = Variable | CallPattern | ResultPattern | Either | bool | int | float | EllipsisType | None
 
 
 def _shown(value: Any) -> str:
@@ -98,6 +115,10 @@ class Operators:
         if op.startswith("_"):
             raise AttributeError(op)
         return lambda *operands, **attributes: self.any_of((op,), *operands, **attributes)
+
+    def either(self, *options: Any, name: str = "") -> Either:
+        """Any of these patterns, the first that fits."""
+        return Either(options, name)
 
     def any_of(self, ops: Sequence[str], *operands: Any, name: str = "", **attributes: Any) -> CallPattern:
         """A call of one of several operators, which must all have the attributes that are written."""
@@ -118,12 +139,13 @@ class Pattern:
     """A parsed pattern function: its variables and its roots, of which the first anchors the search."""
 
     variables: tuple[Variable, ...]
-    roots: tuple[CallPattern | ResultPattern, ...]
+    roots: tuple[CallPattern | ResultPattern | Either, ...]
     calls: tuple[CallPattern, ...] = field(default=())
 
     @property
-    def anchor(self) -> CallPattern:
-        return call_of(self.roots[0])
+    def anchors(self) -> tuple[CallPattern | ResultPattern, ...]:
+        """What the first root may be."""
+        return tuple(_alternatives(self.roots[0]))
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.roots))
@@ -133,35 +155,38 @@ def call_of(pattern: CallPattern | ResultPattern) -> CallPattern:
     return pattern.call if isinstance(pattern, ResultPattern) else pattern
 
 
+def _alternatives(pattern: Any) -> Iterator[Any]:
+    if isinstance(pattern, Either):
+        for option in pattern.options:
+            yield from _alternatives(option)
+    else:
+        yield pattern
+
+
 def parse_pattern(function: Callable[..., Any]) -> Pattern:
     """Call a pattern function with variables; raises PatternError where it is none."""
     first, *rest = inspect.signature(function).parameters.values()
     variables = tuple(Variable(p.name, p.default is None) for p in rest)
     result = function(Operators(), *variables)
     roots = tuple(result) if isinstance(result, tuple | list) else (result,)
-    for root in roots:
+    for root in (*_alternatives(roots[0]), *roots[1:]):
         if not isinstance(root, CallPattern | ResultPattern):
             raise PatternError(
                 f"the pattern {function.__name__} returns {root!r}: return a call such as {first.name}.relu(x)"
             )
-    calls = tuple(dict.fromkeys(call for root in roots for call in _calls(call_of(root))))
+    calls = tuple(dict.fromkeys(part for root in roots for part in _parts(root) if isinstance(part, CallPattern)))
     _check_roots(function, roots, calls)
     return Pattern(variables, roots, calls)
 
 
-def _calls(call: CallPattern) -> Iterator[CallPattern]:
-    yield call
-    for operand in call.operands:
-        if isinstance(operand, CallPattern | ResultPattern):
-            yield from _calls(call_of(operand))
-
-
 def _check_roots(
-    function: Callable[..., Any], roots: tuple[CallPattern | ResultPattern, ...], calls: tuple[CallPattern, ...]
+    function: Callable[..., Any],
+    roots: tuple[CallPattern | ResultPattern | Either, ...],
+    calls: tuple[CallPattern, ...],
 ) -> None:
-    reached = {id(part) for part in _parts(call_of(roots[0]))}
+    reached = {id(part) for part in _parts(roots[0])}
     for root in roots[1:]:
-        parts = {id(part) for part in _parts(call_of(root))}
+        parts = {id(part) for part in _parts(root)}
         if not parts & reached:
             raise PatternError(
                 f"the pattern {function.__name__} has a root that shares nothing with the ones before it"
@@ -172,7 +197,14 @@ def _check_roots(
         raise PatternError(f"the pattern {function.__name__} gives two nodes one name: {', '.join(names)}")
 
 
-def _parts(call: CallPattern) -> Iterator[Any]:
-    for inner in _calls(call):
-        yield inner
-        yield from (operand for operand in inner.operands if isinstance(operand, Variable))
+def _parts(pattern: Any) -> Iterator[CallPattern | Variable]:
+    """The calls and variables in a pattern, whichever alternatives they are in."""
+    if isinstance(pattern, Either):
+        for option in pattern.options:
+            yield from _parts(option)
+    elif isinstance(pattern, CallPattern | ResultPattern):
+        yield call_of(pattern)
+        for operand in call_of(pattern).operands:
+            yield from _parts(operand)
+    elif isinstance(pattern, Variable):
+        yield pattern

@@ -23,7 +23,7 @@ from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import PatternError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.matcher import Match, Miss, match
-from regauge.ir.patterns import Pattern, parse_pattern
+from regauge.ir.patterns import Pattern, call_of, parse_pattern
 from regauge.ir.sizes import may_be_same, same
 from regauge.ir.weight_edits import settle_successors
 
@@ -127,7 +127,7 @@ class RuleSet:
         """Rules by the operators that their first root may be."""
         table: dict[str, list[RewriteRule]] = {}
         for entry in self.rules:
-            for op in entry.pattern.anchor.ops:
+            for op in dict.fromkeys(op for anchor in entry.pattern.anchors for op in call_of(anchor).ops):
                 table.setdefault(op, []).append(entry)
         return table
 
@@ -312,7 +312,10 @@ class _Driver:
 
 
 def _check_results(entry: RewriteRule, found: Match, news: Sequence[Any]) -> None:
-    """A replacement has the shapes and types of what it replaces; refused where dynamic sizes cannot be compared."""
+    """A replacement has the shapes and types of what it replaces: constants may have widened those without need.
+
+    Refused too where dynamic sizes cannot be compared.
+    """
     if len(news) != len(found.roots):
         raise PatternError(f"rule {entry.name} replaces {len(found.roots)} results by {len(news)}")
     for old, new in zip(found.roots, news, strict=True):
@@ -321,6 +324,6 @@ def _check_results(entry: RewriteRule, found: Match, news: Sequence[Any]) -> Non
         if not isinstance(new, Value):
             raise PatternError(f"rule {entry.name} replaces {old} by {new!r}: return a value")
         if new.rank != old.rank or new.dtype != old.dtype or not all(map(may_be_same, new.shape, old.shape)):
-            raise PatternError(f"rule {entry.name} replaces {old} by {new}: shapes and types must be the same")
+            refuse(f"it would replace {old} by {new}: shapes and types must be the same")
         if not all(map(same, new.shape, old.shape)):
             refuse(f"the sizes of {new} cannot be compared with those of {old}")

@@ -11,6 +11,10 @@ from regauge.ir.rewrite import RuleSet
 from regauge.passes.simplify import (
     affine,
     affine_before,
+    assemble_activations,
+    assemble_attention,
+    assemble_linear,
+    assemble_norms,
     attention_biases,
     branches,
     identities,
@@ -24,9 +28,18 @@ from regauge.passes.simplify import (
     transposes,
 )
 
+ASSEMBLING: Mapping[str, RuleSet] = {
+    "assemble-norms": assemble_norms.RULES,
+    "assemble-activations": assemble_activations.RULES,
+    "assemble-linear": assemble_linear.RULES,
+    "assemble-attention": assemble_attention.RULES,
+}
+"""Whole operators from the primitive ones that exporters write: worth it for passes, and for what runs them whole."""
+
 RULE_SETS: Mapping[str, RuleSet] = {
     "training-leftovers": training_leftovers.RULES,
     "identities": identities.RULES,
+    **ASSEMBLING,
     "layout": layout.RULES,
     "pieces": pieces.RULES,
     "transposes": transposes.RULES,
@@ -47,11 +60,17 @@ ALL_RULE_SETS: Mapping[str, RuleSet] = {**RULE_SETS, **OFF_BY_DEFAULT}
 
 
 def choose(
-    only: tuple[str, ...], skip: tuple[str, ...], steps: tuple[str, ...], also: tuple[str, ...] = ()
+    only: tuple[str, ...],
+    skip: tuple[str, ...],
+    steps: tuple[str, ...],
+    also: tuple[str, ...] = (),
+    *,
+    assemble: bool = True,
 ) -> tuple[RuleSet, list[str]]:
     """The rules and steps that are named (all where none is), less those to skip; raises PassError for others.
 
-    ``also`` names rules and sets that are off by default.
+    ``also`` names rules and sets that are off by default. Without ``assemble``, rules that put operators together are
+    left out.
     """
     known = [*steps, *ALL_RULE_SETS, *(rule.name for rules in ALL_RULE_SETS.values() for rule in rules)]
     for name in (*only, *skip, *also):
@@ -68,7 +87,7 @@ def choose(
         rule
         for name, rules in ALL_RULE_SETS.items()
         for rule in rules
-        if wanted(rule.name, name, off=name in OFF_BY_DEFAULT)
+        if wanted(rule.name, name, off=name in OFF_BY_DEFAULT) and (assemble or name not in ASSEMBLING)
     ]
     return RuleSet(chosen), [step for step in steps if wanted(step)]
 

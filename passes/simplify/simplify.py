@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from regauge.ir.graph import Graph
 from regauge.ir.rewrite import RewriteLog, rewrite_graph
@@ -40,6 +40,10 @@ class Simplify(Pass):
 
     Rules and steps are applied in rounds until nothing changes any more. What random, stateful or training operators
     compute is never merged, folded or moved. ``regauge passes simplify`` lists the rules.
+
+    Whole operators are put together from the primitive ones that exporters write (norms, activations, attention) where
+    ``assemble`` says so: "auto" leaves a graph that was loaded from an ONNX file as it is spelled there, because the
+    runtime of that file may lack the operator, and the file would have to spell it out again.
     """
 
     name: ClassVar[str] = "simplify"
@@ -52,6 +56,10 @@ class Simplify(Pass):
     )
     tie: bool = option(False, "tie equal trained weights and equal vectors, too")
     also: tuple[str, ...] = option((), "rules or rule sets that are off by default: merges, separable")
+    assemble: Literal["auto", "always", "never"] = option(
+        "auto",
+        "put whole operators together: auto does in graphs that were not loaded from ONNX, or as 'only' names it",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,8 +69,13 @@ class Simplify(Pass):
     def details(cls) -> list[tuple[str, str]]:
         return [*((name, summary(step).partition(";")[0]) for name, step in STEPS.items()), *described()]
 
+    def _assembles(self, graph: Graph) -> bool:
+        if self.assemble == "auto":
+            return "onnx" not in graph.metadata or bool(self.only)
+        return self.assemble == "always"
+
     def call(self, graph: Graph, context: Context) -> Graph:
-        rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also)
+        rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also, assemble=self._assembles(graph))
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
         limits = limits_of(graph, self.growth, self.tie)
         for _ in range(MOST_ROUNDS):

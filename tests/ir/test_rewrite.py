@@ -9,7 +9,7 @@ from regauge.ir.equivalence import Weight, prove_rule
 from regauge.ir.errors import EquivalenceError, PatternError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
-from regauge.ir.matcher import Match, Miss, match
+from regauge.ir.matcher import Match, Miss, is_number, match, number_of
 from regauge.ir.patterns import parse_pattern
 from regauge.ir.rewrite import RewriteRule, RuleSet, refuse, rewrite_graph
 from regauge.ir.sizes import symbol
@@ -248,3 +248,76 @@ def test_samples_may_choose_the_first_operator_and_must_reach_all() -> None:
         prove_rule(rule)
     samples.append({"x": randn(2, 3).double(), "w": Weight(randn(3, 4).double()), "map.op": "matmul"})
     assert len(prove_rule(rule)) == 2
+
+
+def squares(spelling: str, *, read_twice: bool = False) -> Graph:
+    """relu(x * x) or relu(x ** 2), and dropout(relu(...)) where that is asked for."""
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 3), torch.float64)
+    square = build.mul(x, x) if spelling == "mul" else build.pow(x, 2)
+    root = build.dropout(build.relu(square)) if spelling == "dropout" else build.relu(square)
+    graph.outputs = [root, square] if read_twice else [root]
+    return graph
+
+
+SQUARE = RewriteRule(
+    "square",
+    lambda op, x: op.either(
+        op.relu(op.either(op.mul(x, x), op.pow(x, 2))), op.dropout(op.relu(op.pow(x, 2)), p=..., name="drop")
+    ),
+    lambda build, x, drop: build.mul(x, x),
+    samples=lambda: [{"x": randn(2, 3).double(), "drop.p": 0.5}],
+)
+
+
+@pytest.mark.parametrize("spelling", ["mul", "pow", "dropout"])
+def test_alternatives_are_tried_in_turn_at_the_root_too(spelling: str) -> None:
+    graph = squares(spelling)
+    rules = RuleSet([SQUARE])
+    assert {op: [r.name for r in found] for op, found in rules.by_operator.items()} == {
+        "relu": ["square"],
+        "dropout": ["square"],
+    }
+    assert rewrite_graph(graph, rules).total == 1
+    assert [node.op for node in graph.nodes][0] == "mul" and len(graph) == (2 if spelling == "dropout" else 1)
+
+
+def test_what_something_else_reads_is_a_near_miss_in_any_alternative() -> None:
+    log = rewrite_graph(squares("pow", read_twice=True), RuleSet([SQUARE]))
+    assert not log.total and log.misses["square"].reason == "an output of the graph reads it too"
+
+
+def test_a_rule_is_proved_in_all_its_spellings_or_in_those_a_sample_names() -> None:
+    assert len(prove_rule(SQUARE)) == 3
+    wrong = RewriteRule(
+        "wrong", lambda op, x: op.relu(op.either(op.mul(x, x), op.pow(x, 3), name="power")),
+        lambda build, x: build.mul(x, x), samples=lambda: [{"x": randn(9).double()}],
+    )  # fmt: skip
+    with pytest.raises(EquivalenceError, match="rule wrong, sample 0, spelling relu.*: the results differ"):
+        prove_rule(wrong)
+    named = RewriteRule(
+        "named", wrong.pattern_function, wrong.replacement, samples=lambda: [{"x": randn(9).double(), "power": 0}]
+    )
+    assert len(prove_rule(named)) == 1
+
+
+def test_numbers_are_read_from_constants_and_from_single_entries_of_files() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    trained = build.parameter("w", torch.ones(1))
+    assert number_of(build.constant(torch.full((2, 3), 0.5))) == 0.5 and number_of(2) == 2
+    assert number_of(build.constant(torch.tensor([0.5, 1.0]))) is None and number_of(trained) is None
+    entry = build.constant(torch.full((1,), 4.0))
+    assert (
+        number_of(build.sqrt(entry)) == 2.0 and number_of(build.add(build.input("x", (1,), torch.float32), 1)) is None
+    )
+    size = symbol("n")
+    assert (
+        number_of(build.mul(entry, size)) is None
+        and number_of(build.full(shape=(), value=size, dtype=torch.int64)) is None
+    )
+    drawn = build.dropout(entry, p=0.5, training=True)
+    assert number_of(build.mul(drawn, 2)) is None
+    trained.origin = "an initializer"
+    assert number_of(trained) == 1.0 and is_number(trained, 1)
