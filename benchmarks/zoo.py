@@ -1,11 +1,12 @@
-"""The models that benchmarks run on: the 66 of the coverage list, and any other of timm, torchvision and transformers.
+"""The models that benchmarks run on: the 66 of the coverage list, the wide list, and any other model of timm.
 
-Needs ``shared/tools`` beside the repository, and timm, torchvision and transformers (the ``peers`` extra).
+Needs timm, torchvision and transformers; all but the wide list also needs ``shared/tools`` beside the repository.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,15 +57,25 @@ class Case:
         return Case(self.name, self.model.double(), inputs, self.heads, self.outputs)
 
 
-def _models() -> Any:
+def _tools() -> bool:
+    """Make what lies in ``shared/tools`` importable; False where there is none."""
     tools = SHARED / "tools"
-    if not tools.is_dir():
-        raise SystemExit("the model list lies in shared/tools beside the repository, which is absent here")
-    if str(tools) not in sys.path:
+    if tools.is_dir() and str(tools) not in sys.path:
         sys.path.insert(0, str(tools))
-    import coverage_models
+    return tools.is_dir()
 
-    return coverage_models
+
+def import_torchvision() -> None:
+    """Import torchvision, also beside a torch that its compiled operators do not fit."""
+    if _tools():
+        importlib.import_module("torchvision_on_cpu")
+    importlib.import_module("torchvision")
+
+
+def _models() -> Any:
+    if not _tools():
+        raise SystemExit("the model list lies in shared/tools beside the repository, which is absent here")
+    return importlib.import_module("coverage_models")
 
 
 def names() -> list[str]:
@@ -72,7 +83,11 @@ def names() -> list[str]:
 
 
 def build(name: str, *, seed: int = 0) -> Case:
-    """A model of the coverage list, ``timm:<name>:<size>``, ``timm:<name>:<size>@tv`` style or ``hf:<family>``."""
+    """A model of the wide or the coverage list: ``timm:<name>:<size>``, ``hf:<family>``, ``transformers:<class>``."""
+    from benchmarks import wide_models
+
+    if name in wide_models.NAMES:
+        return wide_models.build(name, seed=seed)
     torch.manual_seed(seed)
     model, inputs, heads, outputs = _models().build(name)
     return Case(name, model.eval(), inputs, heads, outputs)
@@ -88,5 +103,29 @@ def float64_reference(model: nn.Module) -> nn.Module:
 
 
 def redraw(model: nn.Module, seed: int = 0) -> None:
-    """Redraw all weights so that every path matters; default initialisations hide faults."""
-    _models().randomize(model, seed)
+    """Redraw all weights so that every path matters; default initialisations hide faults.
+
+    Matrices get a gain of 1.3 (attention logits of order 1), embeddings 1; vectors and statistics are disturbed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = normal(parameter)
+            if id(parameter) in embeddings:
+                parameter.copy_(noise)
+            elif parameter.dim() <= 1 or parameter.numel() == max(parameter.shape):
+                parameter.add_(0.1 * noise)
+            elif parameter.dim() == 3 and parameter.shape[0] == 1:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * 1.3 / (parameter.numel() / parameter.shape[0]) ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(0.1 * normal(buffer))
+            if name.endswith("running_var"):
+                buffer.mul_(1 + 0.3 * torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype))

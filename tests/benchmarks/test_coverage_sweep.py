@@ -1,13 +1,15 @@
-"""The coverage list as a test: every model captured and emitted equal, pruned equal to its masked original.
+"""The coverage lists as tests: every model captured and emitted equal, pruned equal to its masked original.
 
-Slow: run it with ``pytest -m sweep``. It needs ``shared/tools`` beside the repository, timm, torchvision and
-transformers.
+Slow: run them with ``pytest -m sweep``. They need timm, torchvision and transformers; the list of 66 also needs
+``shared/tools`` beside the repository.
 """
 
 import importlib.util
 import sys
 
 import pytest
+from benchmarks.coverage import EXACT, measure
+from benchmarks.wide_models import NAMES, REFUSED, build
 from benchmarks.zoo import SHARED
 
 LIST = SHARED / "tools" / "coverage_models.py"
@@ -22,13 +24,37 @@ def models() -> list[str]:
     return names()
 
 
+ANY = "sweep" in " ".join(sys.argv)
+needs_libraries = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+
 @pytest.mark.sweep
 @pytest.mark.skipif(not LIST.exists(), reason="the model list lies in shared/tools beside the repository")
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-@pytest.mark.parametrize("name", models() if "sweep" in " ".join(sys.argv) else ["any"])
+@needs_libraries
+@pytest.mark.parametrize("name", models() if ANY else ["any"])
 def test_model_of_the_coverage_list(name: str) -> None:
-    from benchmarks.coverage import EXACT, measure
+    check(name)
 
+
+@pytest.mark.sweep
+@needs_libraries
+@pytest.mark.parametrize("name", NAMES if ANY else ["any"])
+def test_model_of_the_wide_list(name: str) -> None:
+    if name in REFUSED:
+        row = measure("regauge", name, ratio=0.5, limit=600)
+        assert row.verdict == "error" and "CaptureError" in row.note, f"no longer refused: {row}"
+    else:
+        check(name)
+
+
+def test_the_wide_list_names_each_model_once() -> None:
+    assert len(NAMES) == len(set(NAMES)) == 240
+    assert set(REFUSED) < set(NAMES)
+    with pytest.raises(ValueError, match="not on the wide list"):
+        build("timm:resnet18:64")
+
+
+def check(name: str) -> None:
     row = measure("regauge", name, ratio=0.5, limit=600)
     assert row.captured is not None and row.captured <= 1e-5, row
     assert row.emitted is not None and row.emitted <= 1e-5 and row.keys_equal, row
