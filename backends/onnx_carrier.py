@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,15 +18,21 @@ class Carrier:
     ``nodes`` and ``values`` lead from the parts of the original model, which the IR holds as origins, to the copies.
     """
 
-    def __init__(self, model: onnx_ir.Model) -> None:
+    def __init__(self, model: onnx_ir.Model, inputs: Iterable[Any] = ()) -> None:
+        """``inputs`` are the original values that are inputs: other initializers among them are weights."""
         self.model = _clone(model)
         self.nodes: dict[onnx_ir.Node, onnx_ir.Node] = {}
         self.values: dict[onnx_ir.Value, onnx_ir.Value] = {}
         self._match(model.graph, self.model.graph)
         for key, function in model.functions.items():
             self._match(function.graph, self.model.functions[key].graph)
+        self._origins: dict[onnx_ir.Value, list[onnx_ir.Value]] = {}
+        for origin, copied in self.values.items():
+            self._origins.setdefault(copied, []).append(origin)
         self.function_graphs = {g for f in self.model.functions.values() for g in (f.graph, *f.subgraphs())}
-        self._names = {name for graph in all_graphs(self.model) for name in _names(graph)}
+        self._names = Counter(name for graph in all_graphs(self.model) for name in _names(graph))
+        self.inputs = {self.values[origin] for origin in inputs if origin in self.values}
+        self.edits = 0  # how often anything but a weight was changed
 
     def _match(self, old: onnx_ir.Graph, new: onnx_ir.Graph) -> None:
         self.values.update(zip(old.inputs, new.inputs, strict=True))
@@ -45,11 +52,33 @@ class Carrier:
     def unique(self, base: str) -> str:
         """A name that no node or value of the model has, in any scope, derived from ``base``."""
         candidate, number = base, 0
-        while candidate in self._names:
+        while self._names[candidate] > 0:
             number += 1
             candidate = f"{base}_{number}"
-        self._names.add(candidate)
+        self._names[candidate] += 1
         return candidate
+
+    def make_unique(self, value: onnx_ir.Value) -> None:
+        """Rename a value that moved to an outer scope, if another scope has its name too."""
+        if not value.name or self._names[value.name] < 2:
+            return
+        self._names[value.name] -= 1
+        new, tensor = self.unique(value.name), value.const_value
+        value.const_value = None  # the tensor is shared with the original, whose name it has
+        value.name = new
+        value.const_value = tensor
+
+    def forget(self, graph: onnx_ir.Graph) -> None:
+        """A nested graph will never run: it reads nothing any more, and its names are free."""
+        for inner in (graph, *graph.subgraphs()):
+            self._names.subtract(_names(inner))
+            for node in inner:
+                for index in range(len(node.inputs)):
+                    node.replace_input_with(index, None)
+
+    def is_input(self, value: onnx_ir.Value) -> bool:
+        """Whether whoever runs the model may give this value; not so a weight that old exporters listed as an input."""
+        return value.is_graph_input() and (value in self.inputs or not value.is_initializer())
 
     @property
     def opset(self) -> int:
@@ -65,11 +94,70 @@ class Carrier:
             type=onnx_ir.TensorType(tensor.dtype),
             const_value=tensor,
         )
-        graph = self.model.graph
-        graph.register_initializer(value)
+        self.edits += 1
+        self.model.graph.register_initializer(value)
         if (self.model.ir_version or 0) < 4:
-            graph.inputs.append(value)  # IR versions before 4 want every initializer among the inputs
+            self.model.graph.inputs.append(value)  # IR versions before 4 want every initializer among the inputs
         return value
+
+    def as_initializer(self, value: onnx_ir.Value, tensor: Any) -> onnx_ir.Value:
+        """An initializer of the main graph that takes the place, and if no other scope has it, the name of a value."""
+        name = value.name or "constant"
+        value.name, tensor_name = self.unique(f"{name}_before"), tensor.name
+        self._names[name] -= 1
+        made = self.add_initializer(name, tensor)
+        tensor.name = tensor_name  # it is shared with the original
+        self.supersede(value, made)
+        return made
+
+    def stand_in(self, value: onnx_ir.Value, other: onnx_ir.Value) -> None:
+        """From now on another value is the copy of what a value was the copy of."""
+        for origin in self._origins.pop(value, ()):
+            self.values[origin] = other
+            self._origins.setdefault(other, []).append(origin)
+
+    def supersede(self, value: onnx_ir.Value, other: onnx_ir.Value) -> None:
+        """Let whatever reads a constant read another one, and drop it."""
+        self.redirect(value, other)
+        self.stand_in(value, other)
+        self.drop_unused([value])
+
+    def move_initializer(self, value: onnx_ir.Value, place: onnx_ir.Graph) -> None:
+        """Let an initializer of a nested graph belong to a graph around it."""
+        assert value.graph is not None and value.name is not None
+        value.graph.initializers.pop(value.name)
+        self.make_unique(value)
+        place.register_initializer(value)
+
+    def give_output(self, place: onnx_ir.Graph, slot: int, source: onnx_ir.Value, *, rename: bool) -> onnx_ir.Value:
+        """Let a graph output be ``source`` and keep its declaration; returns the value that is the output now.
+
+        With ``rename`` the source takes over the name of the output where it can, else an Identity makes a copy.
+        """
+        declared = place.outputs[slot]
+        name = declared.name or f"output_{slot}"
+        declared.name = self.unique(f"{name}_before")
+        made = source
+        if not rename or source.producer() is None or source.is_graph_output() or source.graph is not place:
+            node = onnx_ir.Node("", "Identity", [source], name=self.unique(f"{name}_identity"))
+            place.append(node)
+            made = node.outputs[0]
+        made.name, made.type, made.shape, made.doc_string = name, declared.type, declared.shape, declared.doc_string
+        place.outputs[slot] = made
+        self.edits += 1
+        return made
+
+    def remove(self, node: onnx_ir.Node) -> list[onnx_ir.Value]:
+        """Take a node out of its graph; returns what it and the graphs nested in it read."""
+        read = [value for value in node.inputs if value is not None]
+        for attribute in node.attributes.values():
+            for nested in subgraphs(attribute):
+                read += [v for inner in (nested, *nested.subgraphs()) for n in inner for v in n.inputs if v is not None]
+                self.forget(nested)
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
+        self.edits += 1
+        return read
 
     def insert(
         self,
@@ -87,6 +175,7 @@ class Carrier:
             node.metadata_props["regauge.for"] = before.name or before.outputs[0].name or ""
         assert before.graph is not None
         before.graph.insert_before(before, node)
+        self.edits += 1
         return node.outputs[0]
 
     def insert_constant(self, before: onnx_ir.Node, array: np.ndarray, base: str) -> onnx_ir.Value:
@@ -97,22 +186,36 @@ class Carrier:
         value.shape = onnx_ir.Shape(array.shape)
         return value
 
+    def redirect(self, value: onnx_ir.Value, other: onnx_ir.Value) -> None:
+        """Let every node that reads a value read another one."""
+        for use in list(value.uses()):
+            use.node.replace_input_with(use.idx, other)
+            self.edits += 1
+
     def drop_unused(self, values: Iterable[onnx_ir.Value | None]) -> None:
         """Remove what only served the given values, now that nothing reads them: nodes, then what those read."""
         stack = [value for value in values if value is not None]
         while stack:
             value = stack.pop()
-            if value.uses() or value.is_graph_output() or value.is_graph_input():
+            if value.uses() or value.is_graph_output() or self.is_input(value):
                 continue
             producer = value.producer()
             if producer is None:
-                if value.is_initializer() and value.graph is not None:
-                    value.graph.initializers.pop(value.name)  # type: ignore[arg-type]
+                self.drop_initializer(value)
                 continue
             if producer.graph is None or any(o.uses() or o.is_graph_output() for o in producer.outputs):
                 continue
-            stack.extend(v for v in producer.inputs if v is not None)
-            producer.graph.remove(producer, safe=True)
+            stack.extend(self.remove(producer))
+
+    def drop_initializer(self, value: onnx_ir.Value) -> None:
+        """Remove an initializer that nothing reads; one that is listed as an input goes from there too."""
+        graph = value.graph
+        if graph is None or value.name is None or value.name not in graph.initializers:
+            return
+        graph.initializers.pop(value.name)
+        if value.is_graph_input():
+            graph.inputs.remove(value)
+        self.edits += 1
 
 
 def _clone(model: onnx_ir.Model) -> onnx_ir.Model:

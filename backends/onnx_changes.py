@@ -1,11 +1,13 @@
-"""What has changed in a graph since it was loaded from ONNX: the imported graph and the present one, matched by names.
+"""What has changed in a graph since it was loaded from ONNX: the imported graph and the present one, matched.
 
-Passes never rename values, and copies of a graph share names, origins and weights; a weight that is another object than
-the imported one was replaced.
+Nodes are matched by name, and where a pass renamed one, by the ONNX value that its first result stands for, across
+regions: a node that moved out of a branch is the same node. Copies of a graph share names, origins and weights; a
+weight that is another object than the imported one was replaced.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +27,11 @@ class Rewired:
 
 @dataclass
 class Changes:
-    """Every difference between a graph as imported and as it is now; regions are compared with regions."""
+    """Every difference between a graph as imported and as it is now; regions are compared with regions.
+
+    ``old_of`` leads from a node of the present graph to the imported one that it is, ``same`` does so for values, and
+    ``captured`` leads from an input of a region (of either graph) to the value around the region that it stands for.
+    """
 
     weights: list[Parameter] = field(default_factory=list)
     shapes: list[tuple[Value, Value]] = field(default_factory=list)  # (imported, present)
@@ -33,6 +39,10 @@ class Changes:
     added: list[Node] = field(default_factory=list)
     removed: list[Node] = field(default_factory=list)
     rewired: list[Rewired] = field(default_factory=list)
+    inlined: dict[Any, int] = field(default_factory=dict)  # ONNX nodes that a pass replaced by a nested graph of theirs
+    old_of: dict[Node, Node] = field(default_factory=dict)
+    same: dict[Value, Value] = field(default_factory=dict)
+    captured: dict[Value, Value] = field(default_factory=dict)
 
     @property
     def restated(self) -> list[Node]:
@@ -45,41 +55,127 @@ class Changes:
         ]
 
     def __bool__(self) -> bool:
-        return any((self.weights, self.shapes, self.attributes, self.added, self.removed, self.rewired))
+        return any((self.weights, self.shapes, self.attributes, self.added, self.removed, self.rewired, self.inlined))
 
 
 def find_changes(imported: Graph, graph: Graph) -> Changes:
     """Compare two graphs of which the second came from the first through passes."""
-    changes = Changes()
-    _compare(imported, graph, changes)
-    return changes
+    comparison = _Comparison(imported, graph)
+    comparison.run()
+    return comparison.changes
 
 
-def _compare(imported: Graph, graph: Graph, changes: Changes) -> None:
-    _compare_values(imported.inputs, graph.inputs, changes)
-    for name, parameter in graph.parameters.items():
-        before = imported.parameters.get(name)
-        if before is not None:
-            _compare_values([before], [parameter], changes)
-            if before.weight is not parameter.weight:
-                changes.weights.append(parameter)
-    old, new = _by_name(imported), _by_name(graph)
-    changes.removed += [node for name, node in old.items() if name not in new]
-    for name, node in new.items():
-        if name not in old or old[name].op != node.op:
-            changes.added.append(node)
-        else:
-            _compare_nodes(old[name], node, graph, changes)
-    changes.removed += [node for name, node in old.items() if name in new and new[name].op != node.op]
-    for slot, (was, now) in enumerate(zip(imported.outputs, graph.outputs, strict=True)):
-        if not _same(was, now):
-            changes.rewired.append(Rewired(None, slot, was, now, graph))
+class _Comparison:
+    def __init__(self, imported: Graph, graph: Graph) -> None:
+        self.imported = imported
+        self.graph = graph
+        inlined = dict(graph.metadata.get("inlined_regions", {}))
+        self.changes = Changes(inlined=inlined, captured={**_captured(imported), **_captured(graph)})
+        self.old_of = _matched([n for _, n in imported.walk()], [n for _, n in graph.walk()])
+        self.changes.old_of = self.old_of
+        self.changes.same.update(zip(graph.inputs, imported.inputs, strict=True))
+        for new, old in self.old_of.items():
+            self.changes.same.update(zip(new.outputs, old.outputs, strict=True))
+            for now, was in zip(new.regions, old.regions, strict=True):
+                self.changes.same.update(zip(now.inputs, was.inputs, strict=False))
+
+    def run(self) -> None:
+        self._values(self.imported.inputs, self.graph.inputs)
+        self._parameters()
+        new_of = {old: new for new, old in self.old_of.items()}
+        self.changes.removed += [node for _, node in self.imported.walk() if node not in new_of]
+        for owner, node in self.graph.walk():
+            if node in self.old_of:
+                self._node(self.old_of[node], node, owner)
+            else:
+                self.changes.added.append(node)
+        self._outputs(self.imported, self.graph)
+
+    def _parameters(self) -> None:
+        before = {parameter.name: parameter for parameter in self.imported.all_parameters()}
+        by_origin = {p.origin: p for p in before.values() if p.origin is not None}
+        for parameter in self.graph.all_parameters():
+            was = before.get(parameter.name)
+            if was is None or was.origin is not parameter.origin:
+                was = by_origin.get(parameter.origin)
+            if was is not None:
+                self._values([was], [parameter])
+                if was.weight is not parameter.weight:
+                    self.changes.weights.append(parameter)
+
+    def _node(self, was: Node, now: Node, owner: Graph) -> None:
+        self._values(was.outputs, now.outputs)
+        if was.attributes != now.attributes:
+            self.changes.attributes.append(now)
+        before, after = self._explicit(was), self._explicit(now)
+        before = (*before, *(None,) * (len(after) - len(before)))
+        after = (*after, *(None,) * (len(before) - len(after)))
+        for slot, (old, new) in enumerate(zip(before, after, strict=True)):
+            if not self._same(old, new):
+                self.changes.rewired.append(Rewired(now, slot, self._outer(old), self._outer(new), owner))
+        for old_region, new_region in zip(was.regions, now.regions, strict=True):
+            self._outputs(old_region, new_region)
+
+    def _explicit(self, node: Node) -> tuple[Operand, ...]:
+        """The operands but for those that regions capture, which are compared where they are read."""
+        captures = sum(value in self.changes.captured for value in node.regions[0].inputs) if node.regions else 0
+        return node.inputs[: len(node.inputs) - captures]
+
+    def _outputs(self, was: Graph, now: Graph) -> None:
+        for slot, (old, new) in enumerate(zip(was.outputs, now.outputs, strict=True)):
+            if not self._same(old, new):
+                self.changes.rewired.append(Rewired(None, slot, self._outer(old), self._outer(new), now))
+
+    def _values(self, was: Sequence[Value], now: Sequence[Value]) -> None:
+        self.changes.shapes += [(old, new) for old, new in zip(was, now, strict=True) if old.shape != new.shape]
+
+    def _outer(self, operand: Operand) -> Operand:
+        while isinstance(operand, Value) and operand in self.changes.captured:
+            operand = self.changes.captured[operand]
+        return operand
+
+    def _same(self, was: Operand, now: Operand) -> bool:
+        """Numbers and sizes that feed an operand slot are told apart like attributes; a new value that took over the
+        name of one that went is that one to its readers."""
+        was, now = self._outer(was), self._outer(now)
+        if isinstance(was, Parameter) and isinstance(now, Parameter):
+            return was.origin is now.origin and (was.origin is not None or was.name == now.name)
+        if isinstance(was, Value) and isinstance(now, Value):
+            return self.changes.same[now] is was if now in self.changes.same else was.name == now.name
+        return type(was) is type(now) and was == now
 
 
-def _by_name(graph: Graph) -> dict[str, Node]:
+def _matched(old: Iterable[Node], new: Iterable[Node]) -> dict[Node, Node]:
+    """Present nodes with the imported ones that they are."""
+    by_name = _by_name(old)
+    by_origin = {node.outputs[0].origin: node for node in by_name.values() if node.outputs}
+    found: dict[Node, Node] = {}
+    for name, node in _by_name(new).items():
+        if name in by_name and _alike(by_name[name], node):
+            found[node] = by_name[name]
+    taken = set(found.values())
+    for node in new:
+        origin = node.outputs[0].origin if node.outputs else None
+        candidate = by_origin.get(origin) if origin is not None and node not in found else None
+        if candidate is not None and candidate not in taken and _alike(candidate, node):
+            found[node] = candidate
+            taken.add(candidate)
+    return found
+
+
+def _alike(old: Node, new: Node) -> bool:
+    if old.op != new.op or old.origin is not new.origin or len(old.regions) != len(new.regions):
+        return False
+    if len(old.outputs) != len(new.outputs):
+        return False
+    pairs = zip(old.outputs, new.outputs, strict=True)
+    return all(a.origin is b.origin or b.origin is None for a, b in pairs)
+
+
+def _by_name(nodes: Iterable[Node]) -> dict[str, Node]:
     """Nodes by the name of their first result; those without results by operator and count."""
     found: dict[str, Node] = {}
-    for node in graph.nodes:
+    for node in nodes:
         name = node.name
         while name in found:
             name += "'"
@@ -87,25 +183,13 @@ def _by_name(graph: Graph) -> dict[str, Node]:
     return found
 
 
-def _compare_nodes(was: Node, now: Node, graph: Graph, changes: Changes) -> None:
-    _compare_values(was.outputs, now.outputs, changes)
-    if was.attributes != now.attributes:
-        changes.attributes.append(now)
-    before = (*was.inputs, *(None,) * (len(now.inputs) - len(was.inputs)))
-    after = (*now.inputs, *(None,) * (len(was.inputs) - len(now.inputs)))
-    for slot, (old, new) in enumerate(zip(before, after, strict=True)):
-        if not _same(old, new):
-            changes.rewired.append(Rewired(now, slot, old, new, graph))
-    for old_region, new_region in zip(was.regions, now.regions, strict=True):
-        _compare(old_region, new_region, changes)
-
-
-def _compare_values(was: Any, now: Any, changes: Changes) -> None:
-    changes.shapes += [(old, new) for old, new in zip(was, now, strict=True) if old.shape != new.shape]
-
-
-def _same(was: Operand, now: Operand) -> bool:
-    """Numbers and sizes that feed an operand slot are told apart like attributes, values by name."""
-    if isinstance(was, Value) and isinstance(now, Value):
-        return was.name == now.name
-    return type(was) is type(now) and was == now
+def _captured(graph: Graph) -> dict[Value, Value]:
+    """Inputs of regions that stand for a value around the region, with that value."""
+    found: dict[Value, Value] = {}
+    for _, node in graph.walk():
+        for region in node.regions:
+            outside = node.inputs[len(node.inputs) - len(region.inputs) :] if region.inputs else ()
+            for inner, outer in zip(region.inputs, outside, strict=False):
+                if inner.origin is None and isinstance(outer, Value):
+                    found[inner] = outer
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,18 @@ from regauge.ir.sizes import Size, divide, product, same
 class Contents:
     """Contents of values of the original model under the shapes that the values of a graph have now.
 
-    ``shapes`` gives the present shape for an original value. A content is None where it depends on data.
+    ``shapes`` gives the present shape for an original value, ``inputs`` are those that are inputs of the graph (old
+    exporters list weights among them). A content is None where it depends on data.
     """
 
-    def __init__(self, shapes: Mapping[onnx_ir.Value, Sequence[Size]], opsets: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[onnx_ir.Value, Sequence[Size]],
+        opsets: Mapping[str, int],
+        inputs: Container[onnx_ir.Value],
+    ) -> None:
         self._shapes = shapes
+        self._inputs = inputs
         self._opset = opsets.get("") or opsets.get("ai.onnx", 1)
         self._known: dict[onnx_ir.Value, Content | None] = {}
 
@@ -44,7 +51,7 @@ class Contents:
         return None if found is None else found.array.shape
 
     def _compute(self, value: onnx_ir.Value) -> Content | None:
-        if value.is_graph_input():
+        if value.is_graph_input() and (value in self._inputs or not value.is_initializer()):
             return None
         constant = constant_tensor(value)
         if constant is not None:

@@ -13,6 +13,7 @@ from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_changes import Changes
 from regauge.backends.onnx_contents import Contents, equal_contents
 from regauge.backends.onnx_folding import fold_known, skip_aliases
+from regauge.backends.onnx_inlining import inline_graphs
 from regauge.backends.onnx_patch import FOLDED_SIZES, OnnxPatch
 from regauge.backends.onnx_rewiring import carried_nodes, rewire
 from regauge.backends.onnx_size_nodes import SizeSource
@@ -23,28 +24,27 @@ from regauge.ir.onnx_sizes import constant_tensor
 from regauge.ir.operator import find_onnx
 
 
-def patched_model(graph: Graph, changes: Changes) -> onnx_ir.Model:
-    """The carried model with the changes in it; raises EmitError naming the node that cannot be written."""
+def patched_model(graph: Graph, changes: Changes) -> tuple[onnx_ir.Model, bool]:
+    """The carried model with the changes in it, and if it differs from the carried one; raises EmitError naming the
+    node that cannot be written."""
     carried: onnx_ir.Model = graph.metadata["onnx"]
-    carrier = Carrier(carried)
-    fold = bool(graph.metadata.get("onnx_fold"))
-    if fold:
-        skip_aliases(graph, carrier)
+    values, inputs = list(all_values(graph)), {value.origin for value in graph.inputs}
+    carrier = Carrier(carried, inputs)
+    shapes = {value.origin: value.shape for value in values if isinstance(value.origin, onnx_ir.Value)}
+    contents = Contents(shapes, carried.opset_imports, inputs)
+    inline_graphs(graph, changes.inlined, carrier)
+    skip_aliases(graph, carrier)
     _check_interface(graph, changes)
     _write_weights(changes.weights, carrier)
-    values = list(all_values(graph))
-    shapes = {value.origin: value.shape for value in values if isinstance(value.origin, onnx_ir.Value)}
-    contents = Contents(shapes, carried.opset_imports)
     sources = SizeSource.of(carrier, values, graph.inputs)
     _write_sizes(graph, changes, carrier, contents, sources)
     _bypass(graph, changes, carrier)
     _freeze(graph, changes, carrier, contents)
     _freeze_branches(graph, carrier, contents)
     rewire(graph, graph.metadata["onnx_imported"], changes, carrier, sources)
-    if fold:
-        fold_known(graph, carrier, contents)
+    fold_known(graph, carrier, contents)
     _write_shapes(changes, carrier)
-    return carrier.model
+    return carrier.model, bool(changes or carrier.edits)
 
 
 def all_values(graph: Graph) -> Iterator[Value]:
@@ -125,7 +125,7 @@ def _write_sizes(graph: Graph, changes: Changes, carrier: Carrier, contents: Con
     reshaped = {value.producer.origin for _, value in changes.shapes if value.producer is not None}
     changed |= {origin for origin in reshaped if isinstance(origin, onnx_ir.Node) and _stores_shape(origin)}
     present = _by_origin(graph, changes)
-    fold = bool(graph.metadata.get("onnx_fold"))
+    fold = "constants" in graph.metadata.get("onnx_fold", ())
     if fold:
         changed |= {node for node in present if node.op_type in FOLDED_SIZES}
     for origin, (owner, nodes) in present.items():
@@ -228,6 +228,8 @@ def _freeze_branches(graph: Graph, carrier: Carrier, contents: Contents) -> None
         condition = origin.inputs[0]
         present = contents.of(condition)
         if present is not None and present.static and bool(present.array) == (branch == 0):
+            continue
+        if origin not in carrier.nodes:
             continue
         node = carrier.nodes[origin]
         before = node.inputs[0]

@@ -4,19 +4,19 @@
     CastLike -> Expand -> Conv                              ->   Conv (x, w, constant)
     Identity, Dropout, Cast to the same type                ->   gone
 
-Only for graphs that ask for it (``graph.metadata["onnx_fold"]``, set by ``simplify``). Bodies of local functions stay
-as they are, and so does what would make the file grow beyond the budget.
+Only for graphs that ask for it: ``graph.metadata["onnx_fold"]`` names the steps of ``simplify`` that the file takes
+part in. Bodies of local functions stay as they are, and so does what would make the file grow beyond the budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import onnx_ir
 
-from regauge.backends.onnx_carrier import Carrier, subgraphs
+from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_contents import Contents
+from regauge.backends.onnx_inlining import nested_graphs
+from regauge.backends.onnx_sharing import share_equal
 from regauge.ir.cost import figures
 from regauge.ir.graph import Graph
 from regauge.ir.onnx_sizes import Content
@@ -26,25 +26,27 @@ SPARE_BYTES = 1 << 12  # that any model may grow by
 
 
 def fold_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
-    """Write known values as constants, and drop what is left over."""
-    _write_known(graph, carrier, contents)
-    remove_unread(carrier)
+    """Write known values as constants, keep equal ones once, and drop what is left over."""
+    steps = graph.metadata.get("onnx_fold", ())
+    if "constants" in steps:
+        _write_known(graph, carrier, contents)
+    if "ties" in steps:
+        share_equal(carrier)
+    if "dead-code" in steps:
+        remove_unread(carrier)
 
 
 def skip_aliases(graph: Graph, carrier: Carrier) -> None:
     """Let readers of what does nothing (an Identity, a Dropout at inference) read its input, in the same scope."""
+    if "dead-code" not in graph.metadata.get("onnx_fold", ()):
+        return
     for alias, original in graph.metadata.get("onnx_aliases", {}).items():
         mine, other = carrier.copy_of(alias), carrier.copy_of(original)
         if mine is None or other is None or mine.is_graph_output() or mine.graph is not other.graph:
             continue
         if mine.graph in carrier.function_graphs or mine.is_graph_input():
             continue
-        _redirect(mine, other)
-
-
-def _redirect(value: onnx_ir.Value, other: onnx_ir.Value) -> None:
-    for use in list(value.uses()):
-        use.node.replace_input_with(use.idx, other)
+        carrier.redirect(mine, other)
 
 
 def _write_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
@@ -74,34 +76,20 @@ def _constant(carrier: Carrier, node: onnx_ir.Node, output: onnx_ir.Value, conte
     base = f"{output.name}_folded"
     if (carrier.model.ir_version or 0) < 4:
         return carrier.insert_constant(node, array, base)
-    tensor = onnx_ir.Tensor(array)
-    value = onnx_ir.Value(
-        name=carrier.unique(base),
-        shape=onnx_ir.Shape(array.shape),
-        type=onnx_ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
-    carrier.model.graph.register_initializer(value)
-    return value
+    return carrier.add_initializer(base, onnx_ir.Tensor(array))
 
 
 def remove_unread(carrier: Carrier) -> None:
     """Drop nodes whose results nobody reads, in every scope but the bodies of functions, and initializers like them."""
-    _remove_in(carrier.model.graph)
-    for name, value in list(carrier.model.graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-            carrier.model.graph.initializers.pop(name)
+    _remove_in(carrier.model.graph, carrier)
+    for value in list(carrier.model.graph.initializers.values()):
+        carrier.drop_unused([value])
 
 
-def _remove_in(graph: onnx_ir.Graph) -> None:
+def _remove_in(graph: onnx_ir.Graph, carrier: Carrier) -> None:
     for node in reversed(list(graph)):
         if any(output.uses() or output.is_graph_output() for output in node.outputs):
-            for inner in _inner(node):
-                _remove_in(inner)
+            for inner in nested_graphs(node):
+                _remove_in(inner, carrier)
             continue
-        graph.remove(node, safe=True)
-
-
-def _inner(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
-    for attribute in node.attributes.values():
-        yield from subgraphs(attribute)
+        carrier.remove(node)

@@ -63,7 +63,7 @@ class OnnxPatch:
     def attribute(self, name: str, value: Any) -> None:
         """Set an attribute to a plain value, or remove it with None. Raises EmitError for a dynamic size."""
         if value is None:
-            self.node.attributes.pop(name, None)
+            self.carrier.edits += self.node.attributes.pop(name, None) is not None
             return
         value = _plain(value, f"{self.label}: the attribute {name!r}")
         before = self.node.attributes.get(name)
@@ -75,7 +75,7 @@ class OnnxPatch:
         self._written.add(index)
         array = tensor.detach().cpu().numpy() if isinstance(tensor, torch.Tensor) else np.asarray(tensor)
         before = self._input(index)
-        if before is not None and _holds(before, array):
+        if before is not None and not self.carrier.is_input(before) and _holds(before, array):
             return
         self._replace(index, self.carrier.insert_constant(self.node, array, self._name(index)))
 
@@ -173,6 +173,7 @@ class OnnxPatch:
             self.node.resize_inputs(index + 1)
         self._replaced.append(self._input(index))
         self.node.replace_input_with(index, value)
+        self.carrier.edits += 1
 
     def _name(self, index: int) -> str:
         before = self._input(index)
@@ -197,7 +198,7 @@ def _plain(value: Any, what: str) -> Any:
 def _holds(value: onnx_ir.Value, array: np.ndarray) -> bool:
     """Whether a value is a constant with exactly this content."""
     tensor = constant_tensor(value)
-    if tensor is None or value.is_graph_input() or tensor.nbytes > 1 << 16:
+    if tensor is None or tensor.nbytes > 1 << 16:
         return False
     content = tensor.numpy()
     return bool(content.dtype == array.dtype and content.shape == array.shape and np.array_equal(content, array))

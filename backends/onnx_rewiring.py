@@ -13,6 +13,7 @@ import torch
 
 from regauge.backends.onnx_carrier import Carrier, subgraphs
 from regauge.backends.onnx_changes import Changes, Rewired
+from regauge.backends.onnx_inlining import nested_graphs
 from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_speller import OnnxSpeller, spell
 from regauge.ir.errors import EmitError
@@ -50,7 +51,7 @@ class _Rewiring:
         for _, node in imported.walk():
             self.imported_nodes.setdefault(node.origin, []).append(node)
         self.graphs: dict[Graph, onnx_ir.Graph] = {graph: carrier.model.graph, imported: carrier.model.graph}
-        self.captured: dict[Value, Value] = {}  # inputs of regions, and what they stand for outside
+        self.branch_outputs = _branch_outputs(graph, carrier)
         self.parents = _parents(carrier.model.graph)
         for root in (graph, imported):
             self._place_regions(root)
@@ -64,28 +65,27 @@ class _Rewiring:
     # -- places ------------------------------------------------------------------------------------------------------
 
     def _place_regions(self, root: Graph) -> None:
-        """Which nested ONNX graph each region is, and which outer values its inputs stand for."""
+        """Which nested ONNX graph each region is."""
         for _, node in root.walk():
             target = self.carrier.nodes.get(node.origin)
-            nested = [] if target is None else [g for a in target.attributes.values() for g in subgraphs(a)]
-            if len(nested) == 2 and target is not None and target.op_type == "If":
-                nested = [target.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+            nested = [] if target is None else nested_graphs(target)
             for index, region in enumerate(node.regions):
                 if len(nested) == len(node.regions):
                     self.graphs[region] = nested[index]
-                outside = node.inputs[len(node.inputs) - len(region.inputs) :] if region.inputs else ()
-                for inner, outer in zip(region.inputs, outside, strict=False):
-                    if inner.origin is None and isinstance(outer, Value):
-                        self.captured[inner] = outer
 
     def carried(self, value: Value) -> onnx_ir.Value | None:
         """The ONNX value that stands for a value, new or carried; None for one inside an ONNX node."""
-        while value in self.captured:
-            value = self.captured[value]
-        found = self.created.get(value) or self.carrier.copy_of(value.origin)
+        value = self._outer(value)
+        same = self.changes.same.get(value, value)
+        found = self.created.get(value) or self.carrier.copy_of(value.origin or same.origin)
         while found in self.superseded:
             found = self.superseded[found]
         return found
+
+    def _outer(self, value: Value) -> Value:
+        while value in self.changes.captured:
+            value = self.changes.captured[value]
+        return value
 
     def _visible(self, value: onnx_ir.Value, place: onnx_ir.Graph) -> bool:
         scope: onnx_ir.Graph | None = place
@@ -94,6 +94,12 @@ class _Rewiring:
                 return True
             scope = self.parents.get(scope)
         return False
+
+    def _reachable(self, value: onnx_ir.Value, place: onnx_ir.Graph) -> onnx_ir.Value:
+        """A value as it is called outside the branches that were assumed to be taken when the model was read."""
+        while not self._visible(value, place) and value in self.branch_outputs:
+            value = self.branch_outputs[value]
+        return value
 
     # -- what is dissolved -------------------------------------------------------------------------------------------
 
@@ -124,22 +130,23 @@ class _Rewiring:
                 pending_values += [v for n in self.kept[producer.origin] for _, v in n.operands()]
         return list(found)
 
-    def _slots(self, edge: Rewired) -> list[int] | None:
+    def _slots(self, edge: Rewired) -> list[tuple[onnx_ir.Node, int]] | None:
         """The inputs of the ONNX node that an operand slot is; None where they are told apart by spelling it anew."""
         assert edge.node is not None
         target = self.carrier.nodes.get(edge.node.origin)
         before = self.carried(edge.before) if isinstance(edge.before, Value) else None
         if target is None or before is None or edge.after is None:
             return None
-        slots = [index for index, value in enumerate(target.inputs) if value is before]
+        reading = [target, *(inner for nested in nested_graphs(target) for inner in nested.all_nodes())]
+        slots = [(node, index) for node in reading for index, value in enumerate(node.inputs) if value is before]
         readers = [
-            (node.name, slot)
+            (node, slot)
             for node in self.imported_nodes.get(edge.node.origin, ())
             for slot, operand in node.operands()
-            if self.carried(operand) is before
+            if not node.regions and self.carried(operand) is before
         ]
         moved = {
-            (other.node.name, other.slot)
+            (self.changes.old_of[other.node], other.slot)
             for other in self.changes.rewired
             if other.node is not None and other.node.origin is edge.node.origin and other.after is edge.after
         }
@@ -210,6 +217,7 @@ class _Rewiring:
             self.sources.shapes[found] = value.shape
         if found is None:
             raise EmitError(f"{node.label} reads {value.name}, which is inside an ONNX node: that cannot be written")
+        found = self._reachable(found, place)
         if not self._visible(found, place):
             raise EmitError(
                 f"{node.label} reads {value.name}, computed in another nested graph: that cannot be written"
@@ -244,8 +252,8 @@ class _Rewiring:
             after = self.carrier.add_initializer(
                 f"{node.name}_number", onnx_ir.tensor(torch.tensor(edge.after, dtype=dtype))
             )
-        for index in slots:
-            target.replace_input_with(index, after)
+        for reader, index in slots:
+            reader.replace_input_with(index, after)
         self.carrier.drop_unused([before])
 
     def _connect_output(self, edge: Rewired) -> None:
@@ -264,15 +272,7 @@ class _Rewiring:
     def _give_output(self, place: onnx_ir.Graph, slot: int, source: onnx_ir.Value) -> None:
         """The output keeps its declaration: what is new takes it over, of anything else an Identity makes a copy."""
         declared = place.outputs[slot]
-        name = declared.name or f"output_{slot}"
-        declared.name = self.carrier.unique(f"{name}_before")
-        made, producer = source, source.producer()
-        if producer not in self.new_nodes or source.is_graph_output() or source.graph is not place:
-            node = onnx_ir.Node("", "Identity", [source], name=self.carrier.unique(f"{name}_identity"))
-            place.append(node)
-            made = node.outputs[0]
-        made.name, made.type, made.shape, made.doc_string = name, declared.type, declared.shape, declared.doc_string
-        place.outputs[slot] = made
+        self.carrier.give_output(place, slot, source, rename=source.producer() in self.new_nodes)
         self.carrier.drop_unused([declared])
 
     def _replace(self, before: onnx_ir.Value, made: onnx_ir.Value, owner: Graph) -> None:
@@ -315,6 +315,16 @@ def _parents(graph: onnx_ir.Graph) -> dict[onnx_ir.Graph, onnx_ir.Graph]:
             for nested in subgraphs(attribute):
                 assert node.graph is not None
                 found[nested] = node.graph
+    return found
+
+
+def _branch_outputs(graph: Graph, carrier: Carrier) -> dict[onnx_ir.Value, onnx_ir.Value]:
+    """Outputs of branches whose nodes were read in place of their If, with the output of the If that they are."""
+    found: dict[onnx_ir.Value, onnx_ir.Value] = {}
+    for origin, branch in graph.metadata.get("onnx_branches", {}).items():
+        node = carrier.nodes.get(origin)
+        if node is not None:
+            found.update(zip(nested_graphs(node)[branch].outputs, node.outputs, strict=True))
     return found
 
 

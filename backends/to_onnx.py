@@ -16,7 +16,8 @@ from typing import Any
 
 import onnx_ir
 
-from regauge.backends.onnx_changes import Changes, find_changes
+from regauge.backends.onnx_carrier import Carrier
+from regauge.backends.onnx_changes import find_changes
 from regauge.backends.onnx_check import Checker
 from regauge.backends.onnx_emit import patched_model
 from regauge.backends.onnx_write import copy_model, external_locations, write_model
@@ -56,12 +57,13 @@ def to_onnx(
     changes = find_changes(_imported(graph), graph)
     source = _unchanged_source(graph)
     folds = bool(graph.metadata.get("onnx_fold"))
-    if not changes and not folds and external_data is None and source is not None:
+    model, changed = patched_model(graph, changes) if changes or folds else (_copied(graph), False)
+    if not changed and external_data is None and source is not None:
         copy_model(source, target, external_locations(graph.metadata["onnx"]), overwrite=overwrite)
         return target
-    model = _changed_model(graph, changes)
-    check = check if changes or folds else None
-    write_model(model, target, external_data=external_data, overwrite=overwrite, check=check)
+    if changed:
+        _note_passes(model, graph)
+    write_model(model, target, external_data=external_data, overwrite=overwrite, check=check if changed else None)
     return target
 
 
@@ -72,11 +74,8 @@ def _imported(graph: Graph) -> Graph:
     return imported
 
 
-def _changed_model(graph: Graph, changes: Changes) -> onnx_ir.Model:
-    model = patched_model(graph, changes)
-    if changes or graph.metadata.get("onnx_fold"):
-        _note_passes(model, graph)
-    return model
+def _copied(graph: Graph) -> onnx_ir.Model:
+    return Carrier(graph.metadata["onnx"]).model
 
 
 def _note_passes(model: onnx_ir.Model, graph: Graph) -> None:
@@ -88,6 +87,9 @@ def _note_passes(model: onnx_ir.Model, graph: Graph) -> None:
     passes = list(dict.fromkeys(edit.by for edit in graph.history))
     if passes:
         model.metadata_props["regauge.passes"] = ",".join(passes)
+    notes = graph.metadata.get("onnx_notes", ())
+    if notes:
+        model.metadata_props["regauge.notes"] = "; ".join(notes)
 
 
 def _unchanged_source(graph: Graph) -> Path | None:

@@ -50,5 +50,7 @@ def settle_successors(graph: Graph, build: Builder) -> None:
         if graph.parameters.get(old.name) is old and new.name in graph.parameters:
             del graph.parameters[new.name]
             new.name, new.aliases = old.name, old.aliases
+            if old.kind == "parameter" and (old.dtype, old.shape) == (new.dtype, new.shape):
+                new.origin = old.origin  # it can take its place in the loaded file
             graph.parameters[old.name] = new
             graph.version += 1

@@ -19,31 +19,41 @@ from regauge.ir.sizes import same
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 from regauge.passes.simplify.merging import same_bytes
 
+INLINED = "inlined_regions"  # metadata: origins of nodes that were inlined, and which of their regions is there now
+NO_ITERATION = -1
+
 
 def inline_decided(graph: Graph, limits: Limits) -> int:
     """Inline what is decided, in the graph and its regions, inside out as it comes; returns how many nodes went."""
     count = 0
     again = True
+    taken: dict[Any, int] = {}
     while again:
         again = False
         for owner, build in list(scopes(graph)):
-            done = sum(_inline(owner, build, node) for node in list(owner.nodes) if node.regions)
+            done = sum(_inline(owner, build, node, taken) for node in list(owner.nodes) if node.regions)
             count, again = count + done, again or done > 0
             if done:
                 break  # scopes have changed
+    if taken:
+        graph.metadata[INLINED] = {**graph.metadata.get(INLINED, {}), **taken}
     return count
 
 
-def _inline(graph: Graph, build: Builder, node: Node) -> bool:
-    """Whether a node was replaced by nodes of one of its regions."""
+def _inline(graph: Graph, build: Builder, node: Node, taken: dict[Any, int]) -> bool:
+    """Whether a node was replaced by nodes of one of its regions, which is noted in ``taken``."""
     if any(region.states for region in node.regions):
         return False
+    index = None
     if node.op == "cond":
-        taken = _branch(node, graph)
-        return taken is not None and _replace(graph, build, node, node.regions[taken], node.inputs[1:], 0)
+        index = _branch(node, graph)
+        if index is not None and not _replace(graph, build, node, node.regions[index], node.inputs[1:], 0):
+            index = None
     if node.op == "loop":
-        return _inline_loop(graph, build, node)
-    return False
+        index = _inline_loop(graph, build, node)
+    if index is not None and node.origin is not None:
+        taken[node.origin] = index
+    return index is not None
 
 
 def _number(operand: Operand, graph: Graph) -> Any:
@@ -61,19 +71,20 @@ def _branch(node: Node, graph: Graph) -> int | None:
     return 0 if is_pure(node) and same_region(*node.regions) else None
 
 
-def _inline_loop(graph: Graph, build: Builder, node: Node) -> bool:
+def _inline_loop(graph: Graph, build: Builder, node: Node) -> int | None:
+    """The region that took the place of a loop, NO_ITERATION where it never runs, None where it stays."""
     trips, going = _number(node.inputs[0], graph), node.inputs[1]
     going = True if going is None else _number(going, graph)
     carried, operands = node.attributes["carried"], node.inputs[2:]
     stacked = len(node.outputs) > carried
     if (trips == 0 or going is False) and not stacked:
-        return _results(graph, build, node, operands[:carried])
+        return NO_ITERATION if _results(graph, build, node, operands[:carried]) else None
     if trips != 1 or going is not True or stacked:
-        return False
+        return None
     if not _fits(node, node.regions[0].outputs[1:]):
-        return False
+        return None
     step = [build.constant(torch.tensor(0), "iteration"), build.constant(torch.tensor(True), "condition")]
-    return _replace(graph, build, node, node.regions[0], [*step, *operands], 1)
+    return 0 if _replace(graph, build, node, node.regions[0], [*step, *operands], 1) else None
 
 
 def _replace(graph: Graph, build: Builder, node: Node, region: Graph, operands: Sequence[Operand], skip: int) -> bool:

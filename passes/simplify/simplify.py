@@ -27,6 +27,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "weights": fold_into_weights,
     "initializers": fold_initializers,
 }
+FILE_STEPS = {"dead-code", "control-flow", "constants", "ties"}  # also done to what an ONNX file has beside the graph
 AFTER_RULES = {"weights", "initializers"}  # rules may do without what would be folded
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
@@ -79,17 +80,18 @@ class Simplify(Pass):
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
         limits = limits_of(graph, self.growth, self.tie)
         for _ in range(MOST_ROUNDS):
-            before = log.total + sum(counts.values())
+            start = log.total + sum(counts.values())
             for step in steps:
                 counts[step] += 0 if step in AFTER_RULES else STEPS[step](result, limits)
             log.add(rewrite_graph(result, rules))
             for step in steps:
                 counts[step] += STEPS[step](result, limits) if step in AFTER_RULES else 0
-            if log.total + sum(counts.values()) == before:
+            if log.total + sum(counts.values()) == start:
                 break
         tell(log, context, counts)
         result.metadata.setdefault(BYTES_BEFORE, total_bytes(graph))
-        if "onnx" in graph.metadata and not graph.metadata.get("onnx_fold"):
-            result.metadata["onnx_fold"] = True  # what the loader knew already is folded in the file too
+        before, folds = set(graph.metadata.get("onnx_fold", ())), FILE_STEPS & set(steps)
+        if "onnx" in graph.metadata and not folds <= before:
+            result.metadata["onnx_fold"] = tuple(sorted(before | folds))
             return result
         return result if log.total or any(counts.values()) else graph

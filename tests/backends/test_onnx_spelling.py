@@ -78,7 +78,7 @@ def check(name: str, sample: Sample, opset: int) -> None:
     results = evaluated(name, sample)
     graph = replaced(name, sample, results, opset)
     changes = find_changes(graph.metadata["onnx_imported"], graph)
-    model = onnx_ir.to_proto(patched_model(graph, changes))
+    model = onnx_ir.to_proto(patched_model(graph, changes)[0])
     onnx.checker.check_model(model, full_check=True)
     x = next(x for x in sample.operands if isinstance(x, torch.Tensor))
     found = runtime_outputs(model, {"x": x.numpy()})

@@ -1,0 +1,65 @@
+"""Equal constants of the carried ONNX model are kept once: initializers and Constant nodes of all scopes together.
+
+The one that is kept is an initializer of the main graph, which every nested graph sees. Inputs, outputs, tensors with a
+quantization annotation and bodies of functions are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import onnx_ir
+
+from regauge.backends.onnx_carrier import Carrier
+from regauge.backends.onnx_write import ChangedTensor
+from regauge.ir.onnx_sizes import constant_tensor
+
+MOST_HASHED = 1 << 28  # bytes of tensors that are read only to be compared
+
+
+def share_equal(carrier: Carrier) -> None:
+    """Let what reads one of several equal constants read the first of them."""
+    if (carrier.model.ir_version or 0) < 4:
+        return  # initializers would have to be inputs
+    for group in _equal(carrier):
+        main = carrier.model.graph
+        kept = next((value for value in group if value.graph is main and value.is_initializer()), None)
+        kept = kept or carrier.as_initializer(group[0], constant_tensor(group[0]))
+        for value in group:
+            if value is not kept:
+                carrier.supersede(value, kept)
+
+
+def _equal(carrier: Carrier) -> list[list[onnx_ir.Value]]:
+    """Constants with the same type, shape and bytes, two or more of each."""
+    alike: dict[tuple[object, ...], list[onnx_ir.Value]] = {}
+    for value in _constants(carrier):
+        tensor = constant_tensor(value)
+        if tensor is not None and tensor.dtype != onnx_ir.DataType.STRING and not isinstance(tensor, ChangedTensor):
+            alike.setdefault((tensor.dtype, tuple(tensor.shape.numpy())), []).append(value)
+    found: dict[tuple[object, ...], list[onnx_ir.Value]] = {}
+    for key, values in alike.items():
+        if len(values) > 1 and constant_tensor(values[0]).nbytes <= MOST_HASHED:
+            for value in values:
+                digest = hashlib.blake2b(constant_tensor(value).tobytes(), digest_size=16).digest()
+                found.setdefault((*key, digest), []).append(value)
+    return [values for values in found.values() if len(values) > 1]
+
+
+def _constants(carrier: Carrier) -> Iterator[onnx_ir.Value]:
+    """Initializers and results of Constant nodes, those of the main graph first."""
+    main = carrier.model.graph
+    for graph in (main, *main.subgraphs()):
+        for value in graph.initializers.values():
+            if not carrier.is_input(value) and not value.is_graph_output() and _plain(value):
+                yield value
+        for node in graph:
+            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+                value = node.outputs[0]
+                if not value.is_graph_output() and _plain(value):
+                    yield value
+
+
+def _plain(value: onnx_ir.Value) -> bool:
+    return not value.meta.get("quant_parameter_tensor_names")
