@@ -127,6 +127,8 @@ def _tie(graph: Graph, group: Iterable[Parameter], aliases: bool) -> int:
 def fingerprint(parameter: Parameter) -> bytes:
     """A hash of the bytes of a weight, which is read and dropped again."""
     tensor = parameter.tensor.detach().cpu().contiguous().reshape(-1)
+    if tensor.numel() == 1:  # torch calls it contiguous whatever its stride is, and then cannot view its bytes
+        tensor = tensor.clone().as_strided((1,), (1,))
     return hashlib.blake2b(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"", digest_size=16).digest()
 
 

@@ -183,6 +183,17 @@ def test_constants_that_differ_in_one_bit_shape_or_type_stay() -> None:
     assert len(after.parameters) == 4
 
 
+def test_a_single_entry_of_any_stride_can_be_compared() -> None:
+    """torch calls a tensor of one entry contiguous whatever its stride is; found on a random graph."""
+    entries = [torch.arange(4.0).double()[3:4:2][None], torch.full((1, 1), 3.0).double()]
+
+    def strided(build: Builder, x: Value) -> Any:
+        return [build.atan2(x, build.constant(entry)) for entry in (*entries, entries[1] + 1)]
+
+    after = simplify(made(strided, x=(2, 3)), only=("ties",))
+    assert len(after.parameters) == 2
+
+
 def test_vectors_that_happen_to_be_equal_are_not_cut_together() -> None:
     def zeros(build: Builder, x: Value) -> Any:
         for name in ("a", "b"):
