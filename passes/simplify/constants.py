@@ -84,7 +84,7 @@ class _Folding:
 
     def _fold(self, node: Node) -> None:
         """Put constants in the place of a node's results, if the budget allows; its operands come next otherwise."""
-        if is_fill(node) or any(value in self.held for value in node.outputs):
+        if is_fill(node) or is_part(node) or any(value in self.held for value in node.outputs):
             return
         read = [value for value in node.outputs if any(user not in self.going for user, _ in value.uses)]
         new = sum(self.known[value].numel() * self.known[value].element_size() for value in read)
@@ -113,6 +113,14 @@ class _Folding:
                     freed += bytes_of(value) if value not in seen and self._unread(value, going) else 0
                     seen.add(value)
         return freed
+
+
+def is_part(node: Node) -> bool:
+    """Whether a node is read by another that stands for the same node of a file.
+
+    A file's own OneHot is one node and here several: to fold a part would mean to spell out all the others.
+    """
+    return node.origin is not None and any(user.origin is node.origin for v in node.outputs for user in v.consumers())
 
 
 def fold_initializers(graph: Graph, limits: Limits) -> int:
@@ -155,6 +163,8 @@ def _growth(node: Node, held: Container[Value], merged: bool) -> int | None:
     """
     weights = [value for _, value in node.operands()]
     if not weights or len(node.outputs) != 1 or node.output in held or not is_pure(node) or node.regions:
+        return None
+    if is_part(node):
         return None
     result = node.output
     if not isinstance(result.dtype, torch.dtype) or not all(isinstance(size, int) for size in result.shape):
