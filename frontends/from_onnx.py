@@ -26,6 +26,7 @@ from regauge.frontends.onnx_regions import read_cond, read_loop, read_scan
 from regauge.frontends.onnx_scope import Entry, Scope, tensor_entry
 from regauge.frontends.onnx_sequences import SEQUENCE_OPERATORS, read_sequence
 from regauge.frontends.onnx_weights import data_type_of, dtype_of, weight_of
+from regauge.ir.allocation import without_collection
 from regauge.ir.edit import Builder, remove_node
 from regauge.ir.errors import LoadError, OperatorError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Dtype, Graph, Node, Parameter, Value
@@ -51,7 +52,8 @@ def load(source: Any, *, freeze: bool = False) -> Graph:
     """
     model, label, notes = open_model(source)
     importer = _Importer(model, label, freeze=freeze or _lists_every_weight(model))
-    graph = importer.run()
+    with without_collection():
+        graph = importer.run()
     graph.metadata["onnx_notes"] = (*notes, *importer.notes)
     if isinstance(source, str | os.PathLike):
         state = os.stat(source)
