@@ -10,47 +10,28 @@ them, the same for the same operator and attributes. What holds for a scramble h
 
 from __future__ import annotations
 
-import inspect
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from regauge.ir.edit import Builder
 from regauge.ir.errors import EquivalenceError
 from regauge.ir.graph import Graph, Node, Value, is_real
 from regauge.ir.interpret import Interpreter
 from regauge.ir.matcher import Miss
 from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.patterns import EVERY, CallPattern, Either, Pattern, ResultPattern, Variable, call_of
+from regauge.ir.pattern_instances import Choices, Constant, Weight, choices, instance, resolved, spelled
+from regauge.ir.patterns import call_of
 from regauge.ir.rewrite import RewriteRule, RuleSet, rewrite_graph
 from regauge.ir.rules import broadcast_rule
 
 Proof: TypeAlias = Literal["any function", "integers", "float64"]
 """How an equality was shown: with functions uninterpreted, on integers to the last bit, or to float64 tolerance."""
 
-Choices: TypeAlias = dict[Either, int]
-"""Which option of each alternative of a pattern is taken."""
-
 LARGEST = 8  # integers are drawn from -LARGEST..LARGEST
 TRIALS = 3
 TOLERANCE = 1e-9
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A sample's operand that is a trained parameter of the graph."""
-
-    tensor: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A sample's operand that is a constant of the graph."""
-
-    tensor: torch.Tensor
 
 
 def prove_rule(rule: RewriteRule) -> list[Proof]:
@@ -63,9 +44,9 @@ def prove_rule(rule: RewriteRule) -> list[Proof]:
     proofs: list[Proof] = []
     tried: set[str] = set()
     for number, sample in enumerate(rule.samples()):
-        for taken in _choices(rule.pattern, sample):
-            anchor = call_of(_resolved(rule.pattern.roots[0], taken))
-            what = f"rule {rule.name}, sample {number}" + (f", spelling {_spelled(anchor, taken)}" if taken else "")
+        for taken in choices(rule.pattern, sample):
+            anchor = call_of(resolved(rule.pattern.roots[0], taken))
+            what = f"rule {rule.name}, sample {number}" + (f", spelling {spelled(anchor, taken)}" if taken else "")
             chosen = sample.get(f"{anchor.name}.op")
             for op in anchor.ops if chosen is None else (chosen,):
                 proofs.append(_prove_sample(rule, sample, op, taken, what))
@@ -74,42 +55,6 @@ def prove_rule(rule: RewriteRule) -> list[Proof]:
     if missing:
         raise EquivalenceError(f"rule {rule.name} has no sample for {missing[0]}: give one")
     return proofs
-
-
-def _choices(pattern: Pattern, sample: Mapping[str, Any]) -> Iterator[Choices]:
-    """Every way to take one of the alternatives of each ``either`` that is reached; a sample may fix some by name."""
-    open_choices: list[Choices] = [{}]
-    while open_choices:
-        taken = open_choices.pop()
-        undecided = next((u for root in pattern.roots for u in _undecided(root, taken)), None)
-        if undecided is None:
-            yield taken
-            continue
-        numbers = [sample[undecided.name]] if undecided.name in sample else range(len(undecided.options))
-        open_choices += [{**taken, undecided: number} for number in reversed(numbers)]
-
-
-def _undecided(part: Any, taken: Choices) -> Iterator[Either]:
-    if isinstance(part, Either):
-        if part in taken:
-            yield from _undecided(part.options[taken[part]], taken)
-        else:
-            yield part
-    elif isinstance(part, CallPattern | ResultPattern):
-        for operand in call_of(part).operands:
-            yield from _undecided(operand, taken)
-
-
-def _resolved(part: Any, taken: Choices) -> Any:
-    return _resolved(part.options[taken[part]], taken) if isinstance(part, Either) else part
-
-
-def _spelled(part: Any, taken: Choices) -> str:
-    """A pattern with the alternatives that are taken, for messages."""
-    part = _resolved(part, taken)
-    if not isinstance(part, CallPattern | ResultPattern):
-        return str(part)
-    return f"{'|'.join(call_of(part).ops)}({', '.join(_spelled(operand, taken) for operand in call_of(part).operands)})"
 
 
 def _prove_sample(rule: RewriteRule, sample: Mapping[str, Any], op: str, taken: Choices, what: str) -> Proof:
@@ -148,91 +93,6 @@ def _whole(sample: Mapping[str, Any], seed: int) -> dict[str, Any]:
         return given
 
     return {name: draw(given) for name, given in sample.items()}
-
-
-def instance(pattern: Pattern, sample: Mapping[str, Any], op: str, taken: Choices) -> Graph:
-    """A graph that is the pattern, with ``op`` for its anchor and the alternatives ``taken``.
-
-    Its inputs are those operands that are plain tensors.
-
-    A sample gives operands and attributes by the names of variables, and ``"node.attribute"`` or ``"node.op"`` where
-    the pattern leaves a choice; for ``...`` among the operands ``"node.operands"``, a function of the builder and of
-    those operands that it names. A variable may stand for a computed value: it is given as such a function, of other
-    operands that the sample has under names of their own.
-    """
-    graph = Graph("sample", metadata={"sample_inputs": {}})
-    build = Builder(graph)
-    values = {name: _operand(build, name, given) for name, given in sample.items() if _is_plain(name, given)}
-    values.update({name: _called(given, build, values) for name, given in sample.items() if _is_made(name, given)})
-    made: dict[CallPattern, Any] = {}
-    anchor = call_of(_resolved(pattern.roots[0], taken))
-
-    def attribute(call: CallPattern, name: str, wanted: Any) -> Any:
-        if isinstance(wanted, Variable):
-            return sample[wanted.name]
-        return sample[f"{call.name}.{name}"] if wanted is ... else wanted
-
-    def operand(part: Any) -> Any:
-        part = _resolved(part, taken)
-        if isinstance(part, Variable):
-            return values.get(part.name)
-        if isinstance(part, CallPattern | ResultPattern):
-            call = part.call if isinstance(part, ResultPattern) else part
-            result = make(call)
-            return result[part.index] if isinstance(result, tuple) else result
-        return part
-
-    def results(root: CallPattern | ResultPattern) -> list[Any]:
-        found = make(call_of(root)) if root.index == EVERY else operand(root)
-        return list(found) if isinstance(found, tuple) else [found]
-
-    def more(call: CallPattern) -> list[Any]:
-        function = sample.get(f"{call.name}.operands")
-        if not call.variadic or function is None:
-            return []
-        return list(_called(function, build, values))
-
-    def make(call: CallPattern) -> Any:
-        if call not in made:
-            attributes = {
-                name: attribute(call, name, wanted)
-                for name, wanted in call.attributes.items()
-                if wanted is not ... or f"{call.name}.{name}" in sample
-            }
-            if call.free:
-                attributes.update(sample.get(f"{call.name}.attributes", {}))
-            chosen = op if call is anchor else sample.get(f"{call.name}.op", call.ops[0])
-            made[call] = build(chosen, *[operand(part) for part in call.fixed], *more(call), **attributes)
-        return made[call]
-
-    graph.outputs = [value for root in pattern.roots for value in results(_resolved(root, taken))]
-    return graph
-
-
-def _is_plain(name: str, given: Any) -> bool:
-    return "." not in name and not inspect.isfunction(given)
-
-
-def _is_made(name: str, given: Any) -> bool:
-    return "." not in name and inspect.isfunction(given)
-
-
-def _called(function: Any, build: Builder, values: Mapping[str, Any]) -> Any:
-    """``function(build, ...)`` with those values that it names."""
-    wanted = [name for name in inspect.signature(function).parameters if name in values]
-    return function(build, **{name: values[name] for name in wanted})
-
-
-def _operand(build: Builder, name: str, given: Any) -> Any:
-    if isinstance(given, Weight):
-        return build.parameter(f"{name}.weight", given.tensor)
-    if isinstance(given, Constant):
-        return build.constant(given.tensor, name)
-    if isinstance(given, torch.Tensor):
-        value = build.input(name, tuple(given.shape), given.dtype)
-        build.graph.metadata["sample_inputs"][name] = given
-        return value
-    return given
 
 
 class _NotWhole(Exception):

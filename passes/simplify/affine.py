@@ -17,8 +17,8 @@ import torch
 from torch import rand, randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Weight
 from regauge.ir.graph import Node, Parameter, Value
+from regauge.ir.pattern_instances import Weight
 from regauge.ir.rewrite import RewriteRule, RuleSet, refuse
 from regauge.passes.simplify.affine_steps import PAIRS, Affine, affine_of
 from regauge.passes.simplify.fixed_values import combined, itself, new_weight, number, successor

@@ -18,10 +18,10 @@ import torch
 from torch import rand, randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Weight
 from regauge.ir.extents import fresh
 from regauge.ir.graph import Node, Operand, Value
 from regauge.ir.local_axes import LocalAxes
+from regauge.ir.pattern_instances import Weight
 from regauge.ir.rewrite import RewriteRule, RuleSet, Samples, refuse
 from regauge.passes.simplify.affine import norm_vectors, weights
 from regauge.passes.simplify.affine_steps import PAIRS, Affine, affine_of, moving_slot

@@ -19,9 +19,9 @@ import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Constant
 from regauge.ir.graph import Operand, Value
 from regauge.ir.matcher import Match, number_of
+from regauge.ir.pattern_instances import Constant
 from regauge.ir.rewrite import RewriteRule, RuleSet, refuse, rule
 
 Pattern = Any  # what the methods of ``op`` return, or a variable, or a number

@@ -18,9 +18,9 @@ import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Constant
 from regauge.ir.graph import Node, Operand, Value
 from regauge.ir.matcher import Match, number_of
+from regauge.ir.pattern_instances import Constant
 from regauge.ir.rewrite import RuleSet, refuse, rule
 from regauge.ir.sizes import Size, divide, same
 from regauge.passes.simplify.mask_values import is_finite, keeps_a_key

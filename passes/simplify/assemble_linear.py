@@ -14,8 +14,8 @@ import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Weight
 from regauge.ir.graph import Operand, Parameter, Value
+from regauge.ir.pattern_instances import Weight
 from regauge.ir.rewrite import RuleSet, refuse, rule
 from regauge.ir.sizes import same
 

@@ -17,9 +17,9 @@ import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Constant, Weight
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.matcher import Match, is_number, number_of
+from regauge.ir.pattern_instances import Constant, Weight
 from regauge.ir.rewrite import RuleSet, refuse, rule
 from regauge.ir.sizes import Size, divide, product, same
 

@@ -18,10 +18,10 @@ import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Constant
 from regauge.ir.extents import Extent, leaves
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.local_axes import lay_along, local_axes
+from regauge.ir.pattern_instances import Constant
 from regauge.ir.rewrite import RewriteRule, RuleSet, refuse
 from regauge.ir.rules import Axes
 from regauge.passes.simplify.affine import weights

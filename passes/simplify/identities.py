@@ -18,9 +18,9 @@ import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Constant
 from regauge.ir.graph import Dtype, Node, Operand, Parameter, Value, is_real
 from regauge.ir.matcher import SMALL
+from regauge.ir.pattern_instances import Constant
 from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.sizes import same
 

@@ -16,9 +16,9 @@ import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Weight
 from regauge.ir.graph import Node, Parameter, Value, is_real
 from regauge.ir.matcher import Match
+from regauge.ir.pattern_instances import Weight
 from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.sizes import Size, product, same
 

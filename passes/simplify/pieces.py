@@ -15,10 +15,10 @@ import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Constant
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.matcher import Match
 from regauge.ir.ops.slicing import bound
+from regauge.ir.pattern_instances import Constant
 from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.sizes import Size, same, simplify
 

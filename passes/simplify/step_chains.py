@@ -17,9 +17,9 @@ import torch
 from torch import rand, randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Weight
 from regauge.ir.extents import fresh
 from regauge.ir.graph import Node, Operand, Parameter, Value
+from regauge.ir.pattern_instances import Weight
 from regauge.ir.rewrite import RuleSet, refuse, rule
 from regauge.passes.simplify.affine_steps import affine_of, moving_slot
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, successor

@@ -5,11 +5,12 @@ import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
-from regauge.ir.equivalence import Weight, prove_rule
+from regauge.ir.equivalence import prove_rule
 from regauge.ir.errors import EquivalenceError, PatternError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
 from regauge.ir.matcher import Match, Miss, is_number, match, number_of
+from regauge.ir.pattern_instances import Weight
 from regauge.ir.patterns import parse_pattern
 from regauge.ir.rewrite import RewriteRule, RuleSet, refuse, rewrite_graph
 from regauge.ir.sizes import symbol
