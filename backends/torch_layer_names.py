@@ -20,8 +20,9 @@ import torch
 from regauge.backends.torch_frames import inside, module_path, scope_of
 from regauge.backends.torch_layers import SLOT_NAMES, layer_tensors
 from regauge.backends.torch_linear import fuse_linear
-from regauge.ir.edit import Builder, copy_graph, remove_node, replace_uses, set_input
+from regauge.ir.edit import Builder, remove_node, replace_uses, set_input
 from regauge.ir.graph import Graph, Node, Parameter
+from regauge.ir.graph_copy import copy_graph
 
 COUNTER = "num_batches_tracked"
 FOLDED_BIAS = "weight_bias"  # what torch's exporter calls the bias of a convolution that took a batch norm in

@@ -301,7 +301,7 @@ class Graph:
 
     def copy(self) -> Graph:
         """An independent graph that shares the weights; edits of one never show in the other."""
-        from regauge.ir.edit import copy_graph
+        from regauge.ir.graph_copy import copy_graph
 
         return copy_graph(self)
 

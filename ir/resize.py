@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from regauge.ir.edit import copy_graph, record
+from regauge.ir.edit import record
 from regauge.ir.errors import GraphError
 from regauge.ir.extents import (
     Concat,
@@ -25,6 +25,7 @@ from regauge.ir.extents import (
     touches,
 )
 from regauge.ir.graph import Graph, Value
+from regauge.ir.graph_copy import copy_graph
 from regauge.ir.groups import find_group
 from regauge.ir.weights import cut
 
