@@ -31,6 +31,9 @@ def rewire(graph: Graph, imported: Graph, changes: Changes, carrier: Carrier, so
     carrier.model.graph.sort()
 
 
+_PROVENANCE = ("regauge.added_by", "regauge.replaces")
+
+
 class _Rewiring:
     def __init__(self, graph: Graph, imported: Graph, changes: Changes, carrier: Carrier, sources: SizeSource) -> None:
         self.graph = graph
@@ -178,10 +181,9 @@ class _Rewiring:
                 self._replace(before, made, owner)
         if onnx.added:
             onnx.added[-1].name = onnx.added[-1].outputs[0].name
-        by = node.metadata.get("regauge.added_by")
-        if by and (self.carrier.model.ir_version or 0) >= 10:
+        if (self.carrier.model.ir_version or 0) >= 10:
             for made_node in onnx.added:
-                made_node.metadata_props["regauge.added_by"] = by
+                made_node.metadata_props.update({k: node.metadata[k] for k in _PROVENANCE if k in node.metadata})
 
     def _declare(self, made: onnx_ir.Value, value: Value, added: Sequence[onnx_ir.Node]) -> None:
         self.sources.shapes.setdefault(made, value.shape)
@@ -260,12 +262,13 @@ class _Rewiring:
         declared = place.outputs[edge.slot]
         source = self.operand(_reader(edge), edge.after, place)
         if source is not declared:
-            self._give_output(place, edge.slot, source)
+            self._give_output(place, edge.slot, source, rename=edge.after.name == declared.name)
 
-    def _give_output(self, place: onnx_ir.Graph, slot: int, source: onnx_ir.Value) -> None:
-        """The output keeps its declaration: what is new takes it over, of anything else an Identity makes a copy."""
+    def _give_output(self, place: onnx_ir.Graph, slot: int, source: onnx_ir.Value, *, rename: bool = False) -> None:
+        """The output keeps its declaration: what is new, or took its name in the graph, takes it over; of anything
+        else an Identity makes a copy."""
         declared = place.outputs[slot]
-        self.carrier.give_output(place, slot, source, rename=source.producer() in self.new_nodes)
+        self.carrier.give_output(place, slot, source, rename=rename or source.producer() in self.new_nodes)
         self.carrier.drop_unused([declared])
 
     def _replace(self, before: onnx_ir.Value, made: onnx_ir.Value, owner: Graph) -> None:
@@ -280,6 +283,8 @@ class _Rewiring:
         for slot, output in enumerate(place.outputs):
             if output is before:
                 self._give_output(place, slot, made)
+        if made.producer() in self.new_nodes and not made.is_graph_output():
+            self.carrier.take_name(made, before)
         self.carrier.drop_unused([before])
 
     def remove_all(self) -> None:

@@ -277,6 +277,9 @@ class _Driver:
             if isinstance(new, Value) and new.producer is not None:
                 near[new.producer] = None
         names, added = {old: old.name for old in found.roots}, set(build.added)
+        replaced = ", ".join(dict.fromkeys(node.metadata.get("regauge.replaces") or node.name for node in doomed))
+        for node in build.added:
+            node.metadata["regauge.replaces"] = replaced
         self._remove(doomed)
         for old, new in zip(found.roots, news, strict=True):
             made = new is not None and new.producer in added
