@@ -23,6 +23,7 @@ from regauge.ir.errors import PatternError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.matcher import Match, Miss, match
 from regauge.ir.patterns import Pattern, parse_pattern
+from regauge.ir.purity import is_fixed
 from regauge.ir.sizes import may_be_same, same
 from regauge.ir.weight_edits import settle_successors
 
@@ -230,6 +231,9 @@ class _Driver:
         build = self.builders[graph]
         build.by, build.added, build.made = entry.name, [], []
         try:
+            for node in found.nodes.values():
+                if is_fixed(node):
+                    raise Refusal(f"{node.label} must stay: {is_fixed(node)}")
             if entry.where is not None:
                 verdict = entry.where(**entry.bind(entry.where, found))
                 if isinstance(verdict, str) or verdict is False:

@@ -1,4 +1,4 @@
-"""Lines 7, 8, 12, 14 and 15 of the contract under ``simplify``: tensors of every kind keep their bits and their place."""
+"""Lines 7, 8, 12, 14 and 15 of the contract under ``simplify``: tensors keep their bits and their place."""
 
 import os
 from collections import Counter
