@@ -32,6 +32,7 @@ class Carrier:
         self.function_graphs = {g for f in self.model.functions.values() for g in (f.graph, *f.subgraphs())}
         self._names = Counter(name for graph in all_graphs(self.model) for name in _names(graph))
         self.inputs = {self.values[origin] for origin in inputs if origin in self.values}
+        self.referenced = _referenced(self.model)
         self.edits = 0  # how often anything but a weight was changed
 
     def _match(self, old: onnx_ir.Graph, new: onnx_ir.Graph) -> None:
@@ -67,6 +68,12 @@ class Carrier:
         value.const_value = None  # the tensor is shared with the original, whose name it has
         value.name = new
         value.const_value = tensor
+
+    def take_name(self, value: onnx_ir.Value, other: onnx_ir.Value) -> None:
+        """Give a new value the name of one that nothing reads any more."""
+        name, spare = other.name, value.name
+        if name and spare and not other.uses() and not other.is_graph_output() and other.const_value is None:
+            other.name, value.name = spare, name
 
     def forget(self, graph: onnx_ir.Graph) -> None:
         """A nested graph will never run: it reads nothing any more, and its names are free."""
@@ -210,7 +217,7 @@ class Carrier:
     def drop_initializer(self, value: onnx_ir.Value) -> None:
         """Remove an initializer that nothing reads; one that is listed as an input goes from there too."""
         graph = value.graph
-        if graph is None or value.name is None or value.name not in graph.initializers:
+        if graph is None or value.name is None or value.name not in graph.initializers or value.name in self.referenced:
             return
         graph.initializers.pop(value.name)
         if value.is_graph_input():
@@ -221,12 +228,27 @@ class Carrier:
 def _clone(model: onnx_ir.Model) -> onnx_ir.Model:
     """A copy that shares tensors; by way of a proto where onnx_ir cannot clone (nodes that are not in order)."""
     try:
-        return model.clone()
+        copied = model.clone()
     except (RuntimeError, ValueError):
         copied = onnx_ir.from_proto(onnx_ir.to_proto(model))
-    for mine, theirs in zip(tensor_slots(copied), tensor_slots(model), strict=True):
-        mine.put(theirs.tensor)
+        for mine, theirs in zip(tensor_slots(copied), tensor_slots(model), strict=True):
+            mine.put(theirs.tensor)
+    copied.meta.update(model.meta)
     return copied
+
+
+def _referenced(model: onnx_ir.Model) -> set[str]:
+    """Names of initializers that quantization annotations and training information refer to."""
+    found: set[str] = set()
+    for graph in all_graphs(model):
+        values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+        for value in values:
+            found.update(value.meta.get("quant_parameter_tensor_names", {}).values())
+    for training in model.meta.get("training_info", ()):
+        for inner in (training.initialization, training.algorithm):
+            found.update(name for node in inner.node for name in node.input)
+        found.update(entry.key for entry in (*training.initialization_binding, *training.update_binding))
+    return found
 
 
 def subgraphs(attribute: onnx_ir.Attr) -> Sequence[onnx_ir.Graph]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
+import torch
 
 from regauge.ir.errors import RegaugeError
 from regauge.ir.onnx_folding import Question, fold
@@ -105,6 +106,13 @@ def equal_contents(a: Content | None, b: Content | None) -> bool:
     return all(same(x, y) for x, y in pairs)
 
 
+def is_content(array: np.ndarray, tensor: torch.Tensor) -> bool:
+    """Whether an array is what a tensor holds."""
+    if array.shape != tuple(tensor.shape):
+        return False
+    return bool(torch.equal(torch.as_tensor(np.array(array)).to(tensor.dtype), tensor))
+
+
 def gives_sizes(op_type: str, found: Content | None, operand: Sequence[Size], sizes: Sequence[Size]) -> bool:
     """Whether an input with this content makes an operator reach these sizes, by its own rules for 0, -1 and 1."""
     if found is None or not found.integral:
@@ -113,7 +121,7 @@ def gives_sizes(op_type: str, found: Content | None, operand: Sequence[Size], si
     if op_type == "Reshape":
         target, sizes = _poured(target, operand), _poured(list(sizes), operand)
     if op_type == "Expand" and len(operand) <= len(sizes) >= len(target):
-        target = _broadcast(target, operand, len(sizes))
+        target, sizes = (_broadcast(list(asked), operand, len(sizes)) for asked in (target, sizes))
     return len(target) == len(sizes) and all(same(a, b) for a, b in zip(target, sizes, strict=True))
 
 

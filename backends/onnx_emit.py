@@ -11,7 +11,7 @@ import torch
 
 from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_changes import Changes
-from regauge.backends.onnx_contents import Contents, equal_contents
+from regauge.backends.onnx_contents import Contents, equal_contents, is_content
 from regauge.backends.onnx_folding import fold_known, skip_aliases
 from regauge.backends.onnx_inlining import inline_graphs
 from regauge.backends.onnx_patch import FOLDED_SIZES, OnnxPatch
@@ -41,7 +41,7 @@ def patched_model(graph: Graph, changes: Changes) -> tuple[onnx_ir.Model, bool]:
     _bypass(graph, changes, carrier)
     _freeze(graph, changes, carrier, contents)
     _freeze_branches(graph, carrier, contents)
-    rewire(graph, graph.metadata["onnx_imported"], changes, carrier, sources)
+    rewire(graph, graph.metadata["onnx_imported"], changes, carrier, sources, contents)
     fold_known(graph, carrier, contents)
     _write_shapes(changes, carrier)
     return carrier.model, bool(changes or carrier.edits)
@@ -211,15 +211,9 @@ def _freeze(graph: Graph, changes: Changes, carrier: Carrier, contents: Contents
                 continue
             content = operand.tensor
             present = contents.of(operand.origin)
-            if present is not None and present.static and _is_content(present.array, content):
+            if present is not None and present.static and is_content(present.array, content):
                 continue
             _freeze_in(carrier.nodes[node.origin], operand, content, carrier)
-
-
-def _is_content(array: np.ndarray, tensor: torch.Tensor) -> bool:
-    if array.shape != tuple(tensor.shape):
-        return False
-    return bool(torch.equal(torch.as_tensor(np.array(array)).to(tensor.dtype), tensor))
 
 
 def _freeze_branches(graph: Graph, carrier: Carrier, contents: Contents) -> None:

@@ -17,7 +17,7 @@ from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_contents import Contents
 from regauge.backends.onnx_inlining import nested_graphs
 from regauge.backends.onnx_sharing import share_equal
-from regauge.ir.cost import figures
+from regauge.backends.onnx_write import tensor_slots
 from regauge.ir.graph import Graph
 from regauge.ir.onnx_sizes import Content
 
@@ -29,7 +29,7 @@ def fold_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
     """Write known values as constants, keep equal ones once, and drop what is left over."""
     steps = graph.metadata.get("onnx_fold", ())
     if "constants" in steps:
-        _write_known(graph, carrier, contents)
+        _write_known(carrier, contents)
     if "ties" in steps:
         share_equal(carrier)
     if "dead-code" in steps:
@@ -49,7 +49,7 @@ def skip_aliases(graph: Graph, carrier: Carrier) -> None:
         carrier.redirect(mine, other)
 
 
-def _write_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
+def _write_known(carrier: Carrier, contents: Contents) -> None:
     known: dict[onnx_ir.Node, list[Content]] = {}
     for node, copied in carrier.nodes.items():
         if node.op_type == "Constant" or copied.graph is None or copied.graph in carrier.function_graphs:
@@ -57,7 +57,7 @@ def _write_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
         found = [content for output in node.outputs if (content := contents.of(output)) is not None]
         if len(found) == len(node.outputs) and all(content.static for content in found):
             known[copied] = found
-    budget = GROWTH * figures(graph).bytes + SPARE_BYTES
+    budget = GROWTH * sum(slot.tensor.nbytes for slot in tensor_slots(carrier.model)) + SPARE_BYTES
     for node, found in known.items():
         for output, content in zip(node.outputs, found, strict=True):
             readers = [use for use in output.uses() if use.node not in known]

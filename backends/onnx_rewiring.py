@@ -13,33 +13,49 @@ import torch
 
 from regauge.backends.onnx_carrier import Carrier, subgraphs
 from regauge.backends.onnx_changes import Changes, Rewired
+from regauge.backends.onnx_contents import Contents, is_content
 from regauge.backends.onnx_inlining import nested_graphs
 from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_speller import OnnxSpeller, spell
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.purity import is_fixed
 
 _SEQUENCES = {"SplitToSequence"}  # read as pieces of known number, which a Split gives without a sequence
 
 
-def rewire(graph: Graph, imported: Graph, changes: Changes, carrier: Carrier, sources: SizeSource) -> None:
+def rewire(
+    graph: Graph, imported: Graph, changes: Changes, carrier: Carrier, sources: SizeSource, contents: Contents
+) -> None:
     """Add, connect and remove ONNX nodes; raises EmitError for what cannot be spelled in ONNX."""
     fold = graph.metadata.get("onnx_fold")
     if not (fold or changes.added or changes.removed or changes.rewired or changes.restated):
         return
-    writer = _Rewiring(graph, imported, changes, carrier, sources)
+    writer = _Rewiring(graph, imported, changes, carrier, sources, contents)
     writer.spell_all(writer.dissolved())
     writer.connect_all()
     writer.remove_all()
     carrier.model.graph.sort()
 
 
+_PROVENANCE = ("regauge.added_by", "regauge.replaces")
+
+
 class _Rewiring:
-    def __init__(self, graph: Graph, imported: Graph, changes: Changes, carrier: Carrier, sources: SizeSource) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        imported: Graph,
+        changes: Changes,
+        carrier: Carrier,
+        sources: SizeSource,
+        contents: Contents,
+    ) -> None:
         self.graph = graph
         self.changes = changes
         self.carrier = carrier
         self.sources = sources
+        self.contents = contents
         self.added = set(changes.added)
         self.folded = graph.metadata.get("onnx_folded", {})
         self.owners = {node: owner for owner, node in graph.walk()}
@@ -107,7 +123,7 @@ class _Rewiring:
         """ONNX nodes of which only part stays as it was, or that a change reaches into."""
         found: dict[onnx_ir.Node, None] = {}
         for node in self.changes.removed:
-            if node.origin in self.kept:
+            if node.origin in self.kept and not is_fixed(node):  # what is dead in a function stays there
                 found[node.origin] = None
         for node in self.changes.restated:
             if node.origin in self.kept:
@@ -185,10 +201,9 @@ class _Rewiring:
         self.left_over += onnx.superseded
         if onnx.added:
             onnx.added[-1].name = onnx.added[-1].outputs[0].name
-        by = node.metadata.get("regauge.added_by")
-        if by and (self.carrier.model.ir_version or 0) >= 10:
+        if (self.carrier.model.ir_version or 0) >= 10:
             for made_node in onnx.added:
-                made_node.metadata_props["regauge.added_by"] = by
+                made_node.metadata_props.update({k: node.metadata[k] for k in _PROVENANCE if k in node.metadata})
 
     def _declare(self, made: onnx_ir.Value, value: Value, added: Sequence[onnx_ir.Node]) -> None:
         self.sources.shapes.setdefault(made, value.shape)
@@ -210,9 +225,10 @@ class _Rewiring:
     def operand(self, node: Node, value: Value, place: onnx_ir.Graph) -> onnx_ir.Value:
         """The ONNX value for an operand of a node that is spelled."""
         found = self.created.get(value)
-        if found is None and not (isinstance(value, Parameter) and value.origin in self.folded):
+        if found is None and self._still_holds(value):
             found = self.carried(value)
-        if found is None and isinstance(value, Parameter):
+        hidden = found is None or not self._visible(found, place)
+        if hidden and isinstance(value, Parameter):
             found = self.created[value] = self.carrier.add_initializer(value.name, _tensor_of(value))
             self.sources.shapes[found] = value.shape
         if found is None:
@@ -223,6 +239,13 @@ class _Rewiring:
                 f"{node.label} reads {value.name}, computed in another nested graph: that cannot be written"
             )
         return found
+
+    def _still_holds(self, value: Value) -> bool:
+        """Whether the carried value has the content that a constant has: it may follow from sizes that were cut."""
+        if not isinstance(value, Parameter) or value.origin not in self.folded:
+            return True
+        present = self.contents.of(value.origin)
+        return present is not None and present.static and is_content(present.array, value.tensor)
 
     def connect_all(self) -> None:
         for edge in self.changes.rewired:
@@ -267,12 +290,13 @@ class _Rewiring:
         declared = place.outputs[edge.slot]
         source = self.operand(_reader(edge), edge.after, place)
         if source is not declared:
-            self._give_output(place, edge.slot, source)
+            self._give_output(place, edge.slot, source, rename=edge.after.name == declared.name)
 
-    def _give_output(self, place: onnx_ir.Graph, slot: int, source: onnx_ir.Value) -> None:
-        """The output keeps its declaration: what is new takes it over, of anything else an Identity makes a copy."""
+    def _give_output(self, place: onnx_ir.Graph, slot: int, source: onnx_ir.Value, *, rename: bool = False) -> None:
+        """The output keeps its declaration: what is new, or took its name in the graph, takes it over; of anything
+        else an Identity makes a copy."""
         declared = place.outputs[slot]
-        self.carrier.give_output(place, slot, source, rename=source.producer() in self.new_nodes)
+        self.carrier.give_output(place, slot, source, rename=rename or source.producer() in self.new_nodes)
         self.carrier.drop_unused([declared])
 
     def _replace(self, before: onnx_ir.Value, made: onnx_ir.Value, owner: Graph) -> None:
@@ -287,6 +311,8 @@ class _Rewiring:
         for slot, output in enumerate(place.outputs):
             if output is before:
                 self._give_output(place, slot, made)
+        if made.producer() in self.new_nodes and not made.is_graph_output():
+            self.carrier.take_name(made, before)
         self.carrier.drop_unused([before])
 
     def remove_all(self) -> None:

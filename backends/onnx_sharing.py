@@ -52,14 +52,14 @@ def _constants(carrier: Carrier) -> Iterator[onnx_ir.Value]:
     main = carrier.model.graph
     for graph in (main, *main.subgraphs()):
         for value in graph.initializers.values():
-            if not carrier.is_input(value) and not value.is_graph_output() and _plain(value):
+            if not carrier.is_input(value) and not value.is_graph_output() and _plain(value, carrier):
                 yield value
         for node in graph:
             if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
                 value = node.outputs[0]
-                if not value.is_graph_output() and _plain(value):
+                if not value.is_graph_output() and _plain(value, carrier):
                     yield value
 
 
-def _plain(value: onnx_ir.Value) -> bool:
-    return not value.meta.get("quant_parameter_tensor_names")
+def _plain(value: onnx_ir.Value, carrier: Carrier) -> bool:
+    return not value.meta.get("quant_parameter_tensor_names") and value.name not in carrier.referenced

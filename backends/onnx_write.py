@@ -232,7 +232,9 @@ def _has_gap(sources: list[onnx_ir.ExternalTensor]) -> bool:
 
 def _serialize(model: onnx_ir.Model, path: Path) -> None:
     try:
-        data = onnx_ir.to_proto(model).SerializeToString()
+        proto = onnx_ir.to_proto(model)
+        proto.training_info.extend(model.meta.get("training_info", ()))
+        data = proto.SerializeToString()
     except Exception as error:  # protobuf raises its own types; a model past 2 GiB ends here
         raise EmitError(f"the model cannot be serialised: {error}") from error
     path.write_bytes(data)

@@ -15,6 +15,13 @@ from regauge.ir.errors import RegaugeError
 Optimisation = Literal["off", "all"]
 Inputs = Sequence[Any] | Mapping[str, Any]
 
+_EIGHTHS = {
+    "tensor(float8e4m3fn)": torch.float8_e4m3fn,
+    "tensor(float8e4m3fnuz)": torch.float8_e4m3fnuz,
+    "tensor(float8e5m2)": torch.float8_e5m2,
+    "tensor(float8e5m2fnuz)": torch.float8_e5m2fnuz,
+}
+
 
 class Session:
     """A model loaded into onnxruntime on the CPU.
@@ -32,6 +39,7 @@ class Session:
         self.inputs: list[str] = [i.name for i in self._session.get_inputs()]
         self.overridable: list[str] = [i.name for i in self._session.get_overridable_initializers()]
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
+        self._kinds: list[str] = [o.type for o in self._session.get_outputs()]
         self.input_types: dict[str, str] = {i.name: i.type for i in self._session.get_inputs()}
         self.input_shapes: dict[str, list[Any]] = {i.name: list(i.shape) for i in self._session.get_inputs()}
 
@@ -39,7 +47,8 @@ class Session:
         """Results in order, as torch tensors (numpy arrays for strings); inputs in order or by name."""
         feeds = self.feeds(inputs)
         try:
-            return [_to_torch(result) for result in self._session.run(None, feeds)]
+            results = self._session.run(None, feeds)
+            return [_to_torch(result, _EIGHTHS.get(kind)) for result, kind in zip(results, self._kinds, strict=True)]
         except Exception as error:  # onnxruntime raises its own types, one per status code
             shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
             raise RegaugeError(f"onnxruntime failed on inputs {shapes}: {_first_line(error)}") from error
@@ -121,9 +130,11 @@ def _to_numpy(value: Any) -> Any:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
-def _to_torch(result: Any) -> Any:
+def _to_torch(result: Any, bits_of: torch.dtype | None = None) -> Any:
+    """A result as a tensor; ``bits_of`` is the type that onnxruntime gives as bits."""
     if isinstance(result, list):  # a sequence of tensors
         return [_to_torch(part) for part in result]
     if getattr(result, "dtype", None) is None or result.dtype.kind in "OUS":
         return result
-    return torch.as_tensor(result)
+    tensor = torch.as_tensor(result)
+    return tensor if bits_of is None or tensor.dtype != torch.uint8 else tensor.view(bits_of)

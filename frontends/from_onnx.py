@@ -112,6 +112,7 @@ class _Importer:
     def run(self) -> Graph:
         self.graph.metadata["onnx"] = self.model
         self._inputs()
+        self._note_frozen()
         self.initializers(self.scope, self.model.graph)
         self.nodes(self.scope, self.model.graph)
         self.graph.outputs = [self.scope.operand(value) for value in self.model.graph.outputs]
@@ -140,6 +141,12 @@ class _Importer:
         if defaults:
             self.graph.metadata["input_defaults"] = defaults
             self.graph.metadata["input_reasons"] = reasons
+
+    def _note_frozen(self) -> None:
+        if self.freeze and not _lists_every_weight(self.model):
+            names = [value.name or "" for value in self.model.graph.inputs if value.is_initializer()]
+            if names:
+                self.notes.append(f"initializers that callers could override are frozen: {', '.join(names)}")
 
     def _input_type(self, value: onnx_ir.Value) -> tuple[tuple[Size, ...], Dtype]:
         if isinstance(value.type, onnx_ir.SequenceType | onnx_ir.OptionalType):

@@ -13,6 +13,8 @@ import onnx_ir
 from regauge.frontends.onnx_weights import tensors_of
 from regauge.ir.errors import LoadError
 
+TRAINING_INFO = "training_info"  # in the meta of a model: protos that are written as they are
+
 
 def open_model(source: Any) -> tuple[onnx_ir.Model, str, list[str]]:
     """The model behind a path, an onnx.ModelProto or an onnx_ir.Model, checked; what messages call it; notes on it.
@@ -138,8 +140,11 @@ def _densify(graph: Any, label: str) -> list[str]:
 
 
 def _deserialize(proto: Any, label: str) -> onnx_ir.Model:
+    """The model, with what onnx_ir does not hold in ``meta``: the training information."""
     try:
-        return onnx_ir.from_proto(proto)  # type: ignore[no-any-return]
+        model: onnx_ir.Model = onnx_ir.from_proto(proto)
+        model.meta[TRAINING_INFO] = tuple(proto.training_info)
+        return model
     except Exception as error:
         raise LoadError(f"{label}: not a valid ONNX model ({_line(error)}); check it with onnx.checker") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from regauge.ir.graph import Graph, Node, Operand, Parameter, State, Value
+from regauge.ir.graph import Graph, Node, Operand, Parameter, State, Value, add_use
 
 
 def copy_graph(graph: Graph, mapping: dict[Value, Value] | None = None) -> Graph:

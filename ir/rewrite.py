@@ -24,6 +24,7 @@ from regauge.ir.errors import PatternError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.matcher import Match, Miss, match
 from regauge.ir.patterns import Pattern, call_of, parse_pattern
+from regauge.ir.purity import is_fixed
 from regauge.ir.sizes import may_be_same, same
 from regauge.ir.weight_edits import settle_successors
 
@@ -237,6 +238,9 @@ class _Driver:
         build = self.builders[graph]
         build.by, build.added, build.made = entry.name, [], []
         try:
+            for node in found.nodes.values():
+                if is_fixed(node):
+                    raise Refusal(f"{node.label} must stay: {is_fixed(node)}")
             if entry.where is not None:
                 verdict = entry.where(**entry.bind(entry.where, found))
                 if isinstance(verdict, str) or verdict is False:
@@ -284,6 +288,9 @@ class _Driver:
             if isinstance(new, Value) and new.producer is not None:
                 near[new.producer] = None
         names, added = {old: old.name for old in found.roots}, set(build.added)
+        replaced = ", ".join(dict.fromkeys(node.metadata.get("regauge.replaces") or node.name for node in doomed))
+        for node in build.added:
+            node.metadata["regauge.replaces"] = replaced
         self._remove(doomed)
         for old, new in zip(found.roots, news, strict=True):
             made = new is not None and new.producer in added

@@ -14,7 +14,7 @@ import torch
 from regauge.ir.edit import Builder, inline_region, remove_node, replace_uses
 from regauge.ir.fold import is_table
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
-from regauge.ir.purity import is_pure
+from regauge.ir.purity import is_fixed, is_pure
 from regauge.ir.sizes import same
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 from regauge.passes.simplify.merging import same_bytes
@@ -42,7 +42,7 @@ def inline_decided(graph: Graph, limits: Limits) -> int:
 
 def _inline(graph: Graph, build: Builder, node: Node, taken: dict[Any, int]) -> bool:
     """Whether a node was replaced by nodes of one of its regions, which is noted in ``taken``."""
-    if any(region.states for region in node.regions):
+    if any(region.states for region in node.regions) or is_fixed(node):
         return False
     index = None
     if node.op == "cond":
