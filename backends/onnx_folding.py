@@ -22,7 +22,7 @@ from regauge.ir.graph import Graph
 from regauge.ir.onnx_sizes import Content
 
 GROWTH = 0.01  # of the bytes of the model's tensors
-SPARE_BYTES = 1 << 12  # that any model may grow by
+NODE_BYTES = 64  # what a node takes in a file, about: a small constant in its place does not make it larger
 
 
 def fold_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
@@ -57,14 +57,14 @@ def _write_known(carrier: Carrier, contents: Contents) -> None:
         found = [content for output in node.outputs if (content := contents.of(output)) is not None]
         if len(found) == len(node.outputs) and all(content.static for content in found):
             known[copied] = found
-    budget = GROWTH * sum(slot.tensor.nbytes for slot in tensor_slots(carrier.model)) + SPARE_BYTES
+    budget = GROWTH * sum(slot.tensor.nbytes for slot in tensor_slots(carrier.model))
     for node, found in known.items():
         for output, content in zip(node.outputs, found, strict=True):
             readers = [use for use in output.uses() if use.node not in known]
-            size = content.array.nbytes
-            if not readers or size > budget:
+            growth = content.array.nbytes - NODE_BYTES
+            if not readers or growth > max(budget, 0):
                 continue
-            budget -= size
+            budget -= max(growth, 0)
             constant = _constant(carrier, node, output, content)
             for use in readers:
                 use.node.replace_input_with(use.idx, constant)

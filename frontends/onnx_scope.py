@@ -171,6 +171,7 @@ class Scope:
         assert entry.content is not None
         tensor = torch_from_array(np.array(entry.content.array), dtype_of(entry.content.data_type))
         made = self.build.constant(tensor, entry.onnx.name or "folded")
+        made.stored = entry.producer is None
         self.note(entry, made.name)
         return made
 

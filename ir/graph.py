@@ -70,7 +70,8 @@ class Parameter(Value):
     """A tensor the graph owns: a trained parameter, a buffer or a constant; tied ones have several names.
 
     One that nothing has ever read since the graph was made is kept, as torch keeps it in the state_dict; one that
-    ``was_read`` and has lost all its readers is dead.
+    ``was_read`` and has lost all its readers is dead. One that is not ``stored`` takes no room in the file that the
+    graph was loaded from, which computes it.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Parameter(Value):
         self.trainable = kind == "parameter" if trainable is None else trainable
         self.persistent = persistent
         self.was_read = False
+        self.stored = True
 
     @property
     def tensor(self) -> torch.Tensor:

@@ -26,7 +26,7 @@ def copy_graph(graph: Graph, mapping: dict[Value, Value] | None = None) -> Graph
             persistent=parameter.persistent,
         )
         copied.origin = parameter.origin
-        copied.was_read = parameter.was_read
+        copied.was_read, copied.stored = parameter.was_read, parameter.stored
         to_new[parameter] = copied
         result.parameters[name] = copied
     result.inputs = [to_new[value] for value in graph.inputs]

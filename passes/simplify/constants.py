@@ -22,7 +22,7 @@ from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.purity import is_pure
 from regauge.ir.rules import broadcast_rule
 from regauge.ir.weight_edits import settle_successors
-from regauge.passes.simplify.limits import Limits, bytes_of, count_of, held_values, scopes, total_bytes
+from regauge.passes.simplify.limits import NODE_BYTES, Limits, bytes_of, count_of, held_values, scopes, total_bytes
 
 Known: TypeAlias = Callable[[Parameter, Container[Value]], bool]
 
@@ -88,7 +88,7 @@ class _Folding:
             return
         read = [value for value in node.outputs if any(user not in self.going for user, _ in value.uses)]
         new = sum(self.known[value].numel() * self.known[value].element_size() for value in read)
-        growth = new - self._freed(node)
+        growth = new - self._freed(node) - NODE_BYTES
         if growth > 0 and growth > self.spare:
             return
         self.spare -= growth

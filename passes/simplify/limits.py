@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from regauge.ir.edit import Builder
-from regauge.ir.graph import Dtype, Graph, Value
+from regauge.ir.graph import Dtype, Graph, Parameter, Value
 from regauge.ir.sizes import Size
 
-LEAST_GROWTH = 64 * 1024  # bytes that any model may grow by
+LEAST_GROWTH = 64 * 1024  # bytes that any module may grow by; a file may not
+NODE_BYTES = 64  # what a node takes in a file, about: a small constant in its place does not make it larger
 BYTES_BEFORE = "bytes_before_simplify"  # metadata: so that a second run does not grant what the first one used up
 
 
@@ -28,7 +29,8 @@ def limits_of(graph: Graph, growth: float, tie_trained: bool) -> Limits:
     """``growth`` is a part of the graph's bytes, as they were before any run of ``simplify``."""
     now = total_bytes(graph)
     before = min(now, graph.metadata.get(BYTES_BEFORE, now))
-    return Limits(before + max(int(growth * before), LEAST_GROWTH if growth > 0 else 0), tie_trained)
+    least = LEAST_GROWTH if growth > 0 and "onnx" not in graph.metadata else 0
+    return Limits(before + max(int(growth * before), least), tie_trained)
 
 
 def total_bytes(graph: Graph) -> int:
@@ -36,7 +38,9 @@ def total_bytes(graph: Graph) -> int:
 
 
 def bytes_of(value: Value) -> int:
-    """Bytes of a tensor of fixed size; 0 for types torch does not have."""
+    """Bytes of a tensor of fixed size; 0 for types torch does not have, and for what a file computes."""
+    if isinstance(value, Parameter) and not value.stored:
+        return 0
     return count_of(value.shape) * width_of(value.dtype)
 
 

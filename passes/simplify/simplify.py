@@ -53,7 +53,7 @@ class Simplify(Pass):
     only: tuple[str, ...] = option((), "rules, rule sets or steps to apply: none of the others")
     skip: tuple[str, ...] = option((), "rules, rule sets or steps to leave out")
     growth: float = option(
-        0.01, "part by which folding may make the model larger, or 64 KiB if that is more", at_least=0
+        0.01, "part by which folding may make the model larger; of a module 64 KiB if that is more", at_least=0
     )
     tie: bool = option(False, "tie equal trained weights and equal vectors, too")
     also: tuple[str, ...] = option((), "rules or rule sets that are off by default: merges, separable")
