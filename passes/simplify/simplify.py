@@ -102,7 +102,8 @@ def _stages(rules: RuleSet, steps: Sequence[str]) -> list[str | RuleSet]:
     both from being found, and so do parts that are computed twice in a formula that says it once.
     """
     first = before_others(rules)
-    assembly = [first] if first.rules else []
+    assembly: list[str | RuleSet] = [first] if first.rules else []
     early = [step for step in steps if step not in (*AFTER_RULES, "merging")]
-    merging = [*(step for step in steps if step == "merging"), *assembly]
-    return [*early, *assembly, *merging, rules, *(step for step in steps if step in AFTER_RULES)]
+    merging = [step for step in steps if step == "merging"]
+    late = [step for step in steps if step in AFTER_RULES]
+    return [*early, *assembly, *merging, *assembly, rules, *late]
