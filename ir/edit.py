@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,6 +86,10 @@ class Builder:
             candidate = f"{name}_{self._counters[name]}"
         self._taken.add(candidate)
         return candidate
+
+    def release(self, names: Iterable[str]) -> None:
+        """Give back the names of values that are no longer in the graph."""
+        self._taken.difference_update(names)
 
     def input(self, name: str, shape: Sequence[Size], dtype: Dtype) -> Value:
         value = Value(name=self.unique(name), shape=shape, dtype=dtype)

@@ -61,6 +61,7 @@ class RewriteRule:
     ``match`` for all of it. A replacement builds nodes and returns a value for each root; both may :func:`refuse`.
     ``samples`` are operands for the variables of the pattern, from which the rule's own test is made
     (:mod:`regauge.ir.equivalence`). With ``shared`` inner nodes of a match may have other readers, and stay for them.
+    Raises PatternError for a malformed pattern.
     """
 
     name: str
@@ -69,6 +70,9 @@ class RewriteRule:
     where: Callable[..., Any] | None = None
     samples: Samples | None = None
     shared: bool = False
+
+    def __post_init__(self) -> None:
+        self.pattern  # noqa: B018  reading it tells whoever makes the rule what is malformed about it
 
     @cached_property
     def pattern(self) -> Pattern:
@@ -159,19 +163,27 @@ class RewriteLog:
 
 
 def rewrite_graph(
-    graph: Graph, rules: RuleSet, *, nodes: Iterable[Node] | None = None, aliases: bool = False
+    graph: Graph,
+    rules: RuleSet,
+    *,
+    nodes: Iterable[Node] | None = None,
+    aliases: bool = False,
+    strict: bool = False,
 ) -> RewriteLog:
     """Apply the rules to a graph and its regions, in place, until none fits any more.
 
-    Outputs that are values of their own stay so, unless ``aliases`` allows them to become inputs or one another.
+    Outputs that are values of their own stay so, unless ``aliases`` allows them to become inputs or one another. A
+    replacement of another shape or type leaves the match as it is, since a constant may have widened what was matched;
+    with ``strict`` it raises PatternError, for rules that nothing has proved yet.
     """
     with without_collection():
-        return _Driver(graph, rules, aliases).run(nodes)
+        return _Driver(graph, rules, aliases, strict).run(nodes)
 
 
 class _Driver:
-    def __init__(self, graph: Graph, rules: RuleSet, aliases: bool = False) -> None:
+    def __init__(self, graph: Graph, rules: RuleSet, aliases: bool = False, strict: bool = False) -> None:
         self.graph = graph
+        self.strict = strict
         self.aliases = aliases
         self.rules = rules
         self.log = RewriteLog()
@@ -248,7 +260,7 @@ class _Driver:
             with build.at(found.root):
                 results = entry.replacement(build, **entry.bind(entry.replacement, found))
             news = tuple(results) if isinstance(results, tuple | list) else (results,)
-            _check_results(entry, found, news)
+            _check_results(entry, found, news, self.strict)
             self._check_outputs(found, news, build)
         except Refusal as refusal:
             self._undo(graph, build)
@@ -269,9 +281,11 @@ class _Driver:
 
     def _undo(self, graph: Graph, build: Builder) -> None:
         for node in reversed(build.added):
+            build.release(value.name for value in node.outputs)
             remove_node(graph, node)
         for parameter in build.made:
             del graph.parameters[parameter.name]
+        build.release(parameter.name for parameter in build.made)
         build.take_successors()
 
     def _commit(self, graph: Graph, build: Builder, found: Match, news: Sequence[Any]) -> list[Node]:
@@ -318,11 +332,8 @@ class _Driver:
             self.read.update(dict.fromkeys(value for value in read if isinstance(value, Parameter)))
 
 
-def _check_results(entry: RewriteRule, found: Match, news: Sequence[Any]) -> None:
-    """A replacement has the shapes and types of what it replaces: constants may have widened those without need.
-
-    Refused too where dynamic sizes cannot be compared.
-    """
+def _check_results(entry: RewriteRule, found: Match, news: Sequence[Any], strict: bool) -> None:
+    """A replacement has the shapes and types of what it replaces; refused where dynamic sizes cannot be compared."""
     if len(news) != len(found.roots):
         raise PatternError(f"rule {entry.name} replaces {len(found.roots)} results by {len(news)}")
     for old, new in zip(found.roots, news, strict=True):
@@ -331,6 +342,8 @@ def _check_results(entry: RewriteRule, found: Match, news: Sequence[Any]) -> Non
         if not isinstance(new, Value):
             raise PatternError(f"rule {entry.name} replaces {old} by {new!r}: return a value")
         if new.rank != old.rank or new.dtype != old.dtype or not all(map(may_be_same, new.shape, old.shape)):
+            if strict:
+                raise PatternError(f"rule {entry.name} replaces {old} by {new}: shapes and types must be the same")
             refuse(f"it would replace {old} by {new}: shapes and types must be the same")
         if not all(map(same, new.shape, old.shape)):
             refuse(f"the sizes of {new} cannot be compared with those of {old}")

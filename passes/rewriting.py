@@ -19,7 +19,7 @@ class Rewrite(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()
-        log = rewrite_graph(result, self.rules)
+        log = rewrite_graph(result, self.rules, strict=True)
         tell(log, context)
         return result if log.total else graph
 
@@ -45,7 +45,7 @@ def rewrite(
     given = getattr(replacement, "__name__", "")
     called = name or ("rewrite" if given in ("", "<lambda>") else given.replace("_", "-"))
     rule = RewriteRule(called, pattern, replacement, where)
-    summary = f"{rule.pattern} by a rule of the user's own"  # reading the pattern tells what is malformed about it
+    summary = f"{rule.pattern} by a rule of the user's own"
     fields = {"name": called, "contract": contract, "rules": RuleSet([rule]), "__doc__": f"Replace {summary}."}
     own: type[Rewrite] = dataclass(frozen=True, kw_only=True)(type("Rewrite", (Rewrite,), fields))
     return own()

@@ -203,6 +203,7 @@ class Network(NamedTuple):
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[torch.Tensor, ...]]
     parts: dict[str, int]
+    gone: frozenset[str] = frozenset()  # weights that others take in, or that change nothing
 
 
 def _tokens() -> tuple[torch.Tensor, ...]:
@@ -216,14 +217,16 @@ def _mask() -> torch.Tensor:
 NETWORKS = {
     "bert": Network(
         Bert, lambda: (torch.arange(2 * TIME).reshape(2, TIME), _mask()),
-        {"layer_norm": 3, "attention": 1, "gelu": 1, "linear": 6},
+        {"layer_norm": 3, "attention": 1, "gelu": 1, "linear": 6}, frozenset({"k.bias"}),
     ),
     "gpt2": Network(Gpt2, _tokens, {"layer_norm": 2, "attention": 1, "gelu": 1, "linear": 4}),
     "llama": Network(Llama, _tokens, {"rms_norm": 2, "attention": 1, "silu": 1, "linear": 7}),
     "vit": Network(Vit, lambda: (randn(2, 3, 8, 8),), {"layer_norm": 2, "attention": 1, "gelu": 1, "linear": 4}),
-    "convnext": Network(ConvNext, lambda: (randn(2, 8, 5, 5),), {"layer_norm": 1, "gelu": 1, "linear": 2}),
+    "convnext": Network(
+        ConvNext, lambda: (randn(2, 8, 5, 5),), {"layer_norm": 1, "gelu": 1, "linear": 2}, frozenset({"gamma"})
+    ),
     "t5": Network(T5, lambda: (*_tokens(), _mask()), {"rms_norm": 2, "attention": 1, "relu": 1, "linear": 6}),
     "unet": Network(Unet, lambda: (randn(2, 8, 6, 6),), {"group_norm": 2, "silu": 2, "conv": 2}),
     "mobilenet": Network(MobileNet, lambda: (randn(2, 4, 6, 6),), {"hardswish": 1, "hardsigmoid": 1, "relu": 1}),
 }  # fmt: skip
-"""Networks, inputs for them, and how many whole operators they consist of."""
+"""Networks, inputs for them, how many whole operators they consist of, and what their modules keep no weights for."""

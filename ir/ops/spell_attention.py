@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Node, Value
+from regauge.ir.mask_values import is_finite, keeps_a_key
 from regauge.ir.sizes import Size, divide, same
 
 ATTENTION_OPSET = 23
@@ -20,7 +21,8 @@ def spell_attention(onnx: Any, node: Node) -> Any:
     softcap, causal = node.attributes.get("softcap"), node.attributes["is_causal"]
     plain = q.rank == k.rank == v.rank == 4 and all(same(q.shape[0], other.shape[0]) for other in (k, v))
     heads = node.attributes["enable_gqa"] or all(same(q.shape[1], other.shape[1]) for other in (k, v) if plain)
-    if onnx.opset >= ATTENTION_OPSET and plain and heads and not causal and not softcap:
+    masked = _masks_rows(node)
+    if onnx.opset >= ATTENTION_OPSET and plain and heads and not causal and not softcap and not masked:
         return onnx.Attention(*onnx.operands(4), scale=float(node.attributes["scale"]))
     keys, values = onnx.operands(3)[1:]
     if node.attributes["enable_gqa"]:
@@ -37,7 +39,18 @@ def spell_attention(onnx: Any, node: Node) -> Any:
         scores = onnx.Where(mask, scores, -math.inf) if boolean else onnx.Add(scores, mask)
     if onnx.opset < 13 and max(q.rank, k.rank) != node.outputs[0].rank:
         raise onnx.refusal("Softmax joins axes before opset 13")
-    return onnx.MatMul(onnx.Softmax(scores, axis=node.outputs[0].rank - 1), values)
+    weights = onnx.Softmax(scores, axis=node.outputs[0].rank - 1)
+    if masked:
+        weights = onnx.Where(onnx.IsNaN(weights), 0.0, weights)
+    return onnx.MatMul(weights, values)
+
+
+def _masks_rows(node: Node) -> bool:
+    """Whether the mask may leave nothing of a row: attention gives zero there, a softmax of minus infinity NaN."""
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if not isinstance(mask, Value) or (mask.dtype != torch.bool and is_finite(mask)):
+        return False
+    return node.attributes["is_causal"] or not keeps_a_key(mask)
 
 
 def _tensor(node: Node, slot: int) -> Value:

@@ -50,6 +50,9 @@ RULE_SETS: Mapping[str, RuleSet] = {
 }
 
 
+BEFORE_OTHERS = ("training-leftovers", "identities", *ASSEMBLING)
+"""Applied to the whole graph before the others, which take parts of a whole operator: the scales of its formula."""
+
 OFF_BY_DEFAULT: Mapping[str, RuleSet] = {
     "merges": merges.RULES,
     "separable": separable.RULES,
@@ -90,6 +93,13 @@ def choose(
         if wanted(rule.name, name, off=name in OFF_BY_DEFAULT) and (assemble or name not in ASSEMBLING)
     ]
     return RuleSet(chosen), [step for step in steps if wanted(step)]
+
+
+def before_others(rules: RuleSet) -> RuleSet:
+    """Of the chosen rules those that put whole operators together, with what clears their way; none without them."""
+    if not any(rule in ASSEMBLING[name].rules for name in ASSEMBLING for rule in rules):
+        return RuleSet()
+    return RuleSet(rule for name in BEFORE_OTHERS for rule in RULE_SETS[name] if rule in rules.rules)
 
 
 def described() -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ def axes_of(node: Node, x: Axes | None = None) -> LocalAxes:
 def own_weight(build: Builder, node: Node) -> Parameter:
     """The weight of a linear map that nothing else reads; refuses otherwise."""
     weight = node.inputs[W]
-    if not isinstance(weight, Parameter):
+    if not isinstance(weight, Parameter) or not weight.stored:
         return refuse("its weight is computed")
     real = isinstance(weight.dtype, torch.dtype) and weight.dtype.is_floating_point
     if fixed(build, weight) is None or not real or weight.dtype != node.output.dtype:

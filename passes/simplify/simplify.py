@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from regauge.ir.graph import Graph
-from regauge.ir.rewrite import RewriteLog, rewrite_graph
+from regauge.ir.rewrite import RewriteLog, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
 from regauge.passes.rewriting import tell
-from regauge.passes.simplify.catalog import choose, described, summary
+from regauge.passes.simplify.catalog import before_others, choose, described, summary
 from regauge.passes.simplify.constants import fold_constants, fold_initializers, fold_into_weights
 from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import remove_dead_code
@@ -28,7 +28,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "initializers": fold_initializers,
 }
 FILE_STEPS = {"dead-code", "control-flow", "constants", "ties"}  # also done to what an ONNX file has beside the graph
-AFTER_RULES = {"weights", "initializers"}  # rules may do without what would be folded
+AFTER_RULES = ("weights", "initializers")  # rules may do without what would be folded
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
@@ -78,14 +78,14 @@ class Simplify(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also, assemble=self._assembles(graph))
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
-        limits = limits_of(graph, self.growth, self.tie)
+        limits, stages = limits_of(graph, self.growth, self.tie), _stages(rules, steps)
         for _ in range(MOST_ROUNDS):
             start = log.total + sum(counts.values())
-            for step in steps:
-                counts[step] += 0 if step in AFTER_RULES else STEPS[step](result, limits)
-            log.add(rewrite_graph(result, rules))
-            for step in steps:
-                counts[step] += STEPS[step](result, limits) if step in AFTER_RULES else 0
+            for stage in stages:
+                if isinstance(stage, RuleSet):
+                    log.add(rewrite_graph(result, stage))
+                else:
+                    counts[stage] += STEPS[stage](result, limits)
             if log.total + sum(counts.values()) == start:
                 break
         tell(log, context, counts)
@@ -95,3 +95,17 @@ class Simplify(Pass):
             result.metadata["onnx_fold"] = tuple(sorted(before | folds))
             return result
         return result if log.total or any(counts.values()) else graph
+
+
+def _stages(rules: RuleSet, steps: Sequence[str]) -> list[str | RuleSet]:
+    """What a round does, in order.
+
+    Whole operators are put together first, and once more when equal nodes are one: a part that two of them share keeps
+    both from being found, and so do parts that are computed twice in a formula that says it once.
+    """
+    first = before_others(rules)
+    assembly: list[str | RuleSet] = [first] if first.rules else []
+    early = [step for step in steps if step not in (*AFTER_RULES, "merging")]
+    merging = [step for step in steps if step == "merging"]
+    late = [step for step in steps if step in AFTER_RULES]
+    return [*early, *assembly, *merging, *assembly, rules, *late]

@@ -51,6 +51,10 @@ def test_conditions_refuse_in_words() -> None:
 def test_a_malformed_rule_says_so_when_it_is_made() -> None:
     with pytest.raises(PatternError, match="relu has no attribute 'dim'"):
         regauge.rewrite(lambda op, x: op.relu(x, dim=1), lambda build, x: x)
+    with pytest.raises(PatternError, match="relu has no attribute 'dim'"):
+        regauge.RewriteRule("r", lambda op, x: op.either(op.neg(x), op.relu(x, dim=1)), lambda build, x: x)
+    with pytest.raises(PatternError, match="return a call"):
+        regauge.rewrite(lambda op, x: op.either(op.relu(x), x), lambda build, x: x)
     narrower = regauge.rewrite(lambda op, x: op.sigmoid(x), lambda build, x: build.sum(x), name="narrower")
     with pytest.raises(PatternError, match="shapes and types must be the same"):
         regauge.optimize(made(gate, x=(2, 3)), [narrower])

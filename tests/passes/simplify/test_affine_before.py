@@ -61,8 +61,9 @@ class Scaled(nn.Module):
 
 
 def test_scales_pass_zero_padding() -> None:
-    graph = simplified(Scaled(), torch.randn(2, 4, 6, 6))
-    assert [node.op for node in graph.nodes] == ["conv", "relu", "conv_transpose", "relu", "permute", "matmul"]
+    for assemble, last in (("never", "matmul"), ("auto", "linear")):
+        graph = simplified(Scaled(), torch.randn(2, 4, 6, 6), passes=f"simplify{{assemble={assemble}}}")
+        assert [node.op for node in graph.nodes] == ["conv", "relu", "conv_transpose", "relu", "permute", last]
 
 
 def shared_norm(kind: str) -> Graph:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import nn, randn
 
 import regauge
 from assembling import WAYS, assembled, counts, exported
+from onnx_oracle import runtime_outputs
 from regauge.ir.graph import Graph, Node
 from regauge.ir.interpret import run
 from regauge.ir.rewrite import rewrite_graph
@@ -168,7 +170,24 @@ def test_rows_without_keys_are_zero_where_the_file_says_so(way: str, tmp_path: P
     graph = exported(Whole(masked=True), (x,), way, tmp_path)
     result = assembled(graph, (x,))
     assert counts(result, "attention", "softmax", "isnan") == {"attention": 2, "softmax": 0, "isnan": 0}
-    assert not run(result, [x])[0].isnan().any()
+    expected = run(result, [x])[0]
+    assert not expected.isnan().any()
+    written = onnx.load(result.to_onnx(tmp_path / "written.onnx"))
+    found = runtime_outputs(written, {graph.inputs[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+class Causal(nn.Module):
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(q @ q.transpose(-1, -2) + torch.full((LENGTH, LENGTH), -math.inf).triu(1), -1) @ q
+
+
+def test_masks_that_leave_a_key_are_written_without_a_guard(tmp_path: Path) -> None:
+    x = randn(2, 3, LENGTH, 8)
+    result = assembled(exported(Causal(), (x,), "script17", tmp_path), (x,))
+    assert counts(result, "attention") == {"attention": 1}
+    written = onnx.load(result.to_onnx(tmp_path / "written.onnx"))
+    assert not [node for node in written.graph.node if node.op_type == "IsNaN"]
 
 
 class Masked(nn.Module):

@@ -42,10 +42,10 @@ def test_weights_of_torch_modules_keep_their_names() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_layers_of_exporters(way: str, tmp_path: Path) -> None:
-    module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False), nn.Linear(4, 4))
+    module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False), nn.Tanh(), nn.Linear(4, 4))
     for x in (randn(2, 6), randn(2, 3, 6)):
         result = assembled(exported(module, (x,), way, tmp_path), (x,))
-        assert counts(result) == {"linear": 3, "relu": 1}
+        assert counts(result) == {"linear": 3, "relu": 1, "tanh": 1}
 
 
 class Odd(nn.Module):
