@@ -91,9 +91,9 @@ def write_model(
     *,
     external_data: bool | str | None = None,
     overwrite: bool = True,
-    check: Check | None = None,
+    checks: Sequence[Check] = (),
 ) -> None:
-    """Write ``model``; its tensors become the written ones. ``check`` sees the finished file before it is published.
+    """Write ``model``; its tensors become the written ones. ``checks`` see the finished file before it is published.
 
     ``external_data``: None keeps each tensor where it was (in the file or beside it), True or a file name puts all but
     small ones beside it, False puts all into the file. More than 1.8 GB never go into one file.
@@ -103,7 +103,7 @@ def write_model(
         for location, slots in plan.items():
             _write_data(slots, staging, location)
         _serialize(model, staging.main)
-        if check is not None:
+        for check in checks:
             check(staging.main)
         staging.publish()
 
