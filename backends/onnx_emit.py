@@ -127,7 +127,7 @@ def _write_sizes(graph: Graph, changes: Changes, carrier: Carrier, contents: Con
     present = _by_origin(graph, changes)
     fold = "constants" in graph.metadata.get("onnx_fold", ())
     if fold:
-        changed |= {node for node in present if node.op_type in FOLDED_SIZES}
+        changed |= {node for node, (_, made) in present.items() if made[0].op == FOLDED_SIZES.get(node.op_type)}
     for origin, (owner, nodes) in present.items():
         drifted = _drifted(graph, origin, nodes, contents)
         if origin not in changed and not drifted:
