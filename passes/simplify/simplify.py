@@ -26,7 +26,13 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "merging": merge_equal_nodes,
     "weights": fold_into_weights,
 }
-FILE_STEPS = {"dead-code", "control-flow", "constants", "ties"}  # also done to what an ONNX file has beside the graph
+FILE_STEPS = {
+    "dead-code",
+    "control-flow",
+    "constants",
+    "ties",
+    "merging",
+}  # also done to what an ONNX file has beside the graph
 AFTER_RULES = {"weights"}  # rules may do without what would be folded
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
