@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
+from regauge.ir.purity import is_pure
 
 
 @dataclass
@@ -141,8 +142,19 @@ class _Comparison:
         if isinstance(was, Parameter) and isinstance(now, Parameter):
             return was.origin is now.origin and (was.origin is not None or was.name == now.name)
         if isinstance(was, Value) and isinstance(now, Value):
-            return self.changes.same[now] is was if now in self.changes.same else was.name == now.name
+            if now not in self.changes.same:
+                return was.name == now.name
+            return self.changes.same[now] is was or (was.origin is None and self._equal(was, now))
         return type(was) is type(now) and was == now
+
+    def _equal(self, was: Value, now: Value) -> bool:
+        """Whether a value inside an ONNX node was merged with one that is computed alike: then that node may stay."""
+        a, b = was.producer, now.producer
+        if a is None or b is None or a.op != b.op or a.attributes != b.attributes or was.index != now.index:
+            return False
+        if not is_pure(a) or a.regions or len(a.inputs) != len(b.inputs):
+            return False
+        return all(map(self._same, a.inputs, b.inputs))
 
 
 def _matched(old: Iterable[Node], new: Iterable[Node]) -> dict[Node, Node]:

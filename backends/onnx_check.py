@@ -15,10 +15,12 @@ from regauge.backends.run_onnxruntime import Session
 from regauge.ir.errors import EmitError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
+from regauge.ir.onnx_sizes import constant_tensor
 from regauge.ir.sample_inputs import input_symbols, sample_runs
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _DEFAULT_TOLERANCE = 1e-3  # float32 through deep networks with unnormalised weights; a wrong index is of order 1
+_STEPS = 1.01
 _KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
 
 
@@ -64,8 +66,9 @@ class Checker:
                 return False
             raise EmitError(f"the written model does not run: {error}") from error
         random = any(node.operator.random for _, node in self.graph.walk())
+        steps = quantization_steps(self.graph)
         for name, ours, theirs in zip(session.outputs, results, found, strict=True):
-            compare_result(name, ours, theirs, values=not random)
+            compare_result(name, ours, theirs, values=not random, step=steps.get(name))
         return True
 
     def _original_runs(self, inputs: dict[str, Any]) -> bool:
@@ -116,14 +119,37 @@ class Checker:
             yield dict(zip(names, inputs, strict=True)), results
 
 
-def compare_result(name: str, ours: Any, theirs: Any, *, values: bool = True) -> None:
-    """Raise EmitError when a result of onnxruntime is not the graph's: another shape, or numbers too far off."""
+def quantization_steps(graph: Graph) -> dict[str, float]:
+    """Outputs that are quantized, or dequantized by constant scales, and what one step of them is."""
+    found: dict[str, float] = {}
+    carried = graph.metadata.get("onnx")
+    for value in carried.graph.outputs if carried is not None else ():
+        node = value.producer()
+        if node is not None and node.op_type == "QuantizeLinear":
+            found[value.name] = 1.0
+        if node is not None and node.op_type == "DequantizeLinear" and node.inputs[1] is not None:
+            scale = constant_tensor(node.inputs[1])
+            if scale is not None:
+                found[value.name] = float(torch.as_tensor(scale.numpy()).double().max())
+    return found
+
+
+def compare_result(name: str, ours: Any, theirs: Any, *, values: bool = True, step: float | None = None) -> None:
+    """Raise EmitError when a result of onnxruntime is not the graph's: another shape, or numbers too far off.
+
+    With ``step``, that of a quantized output, they may be off by one step: rounding may fall to the other side.
+    """
     if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
         return
     if ours.shape != theirs.shape:
         was, now = tuple(ours.shape), tuple(theirs.shape)
         raise EmitError(f"the written model gives {name} the shape {now}, the graph gives {was}")
     if not values or not ours.numel():
+        return
+    if step is not None:
+        steps = float((ours.double() - theirs.double()).abs().max()) / step
+        if not steps <= _STEPS:
+            raise EmitError(f"the written model computes something else: {name} is off by {steps:.2g} steps")
         return
     if not (ours.dtype.is_floating_point or ours.dtype.is_complex):
         differing = int((ours != theirs.to(ours.dtype)).sum())

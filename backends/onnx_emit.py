@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,7 @@ def _write_sizes(graph: Graph, changes: Changes, carrier: Carrier, contents: Con
     present = _by_origin(graph, changes)
     fold = "constants" in graph.metadata.get("onnx_fold", ())
     if fold:
-        changed |= {origin for origin, (_, nodes) in present.items() if _has_folded_sizes(origin, nodes)}
+        changed |= {node for node, (_, made) in present.items() if made[0].op == FOLDED_SIZES.get(node.op_type)}
     for origin, (owner, nodes) in present.items():
         drifted = _drifted(graph, origin, nodes, contents)
         if origin not in changed and not drifted:
@@ -140,11 +140,6 @@ def _write_sizes(graph: Graph, changes: Changes, carrier: Carrier, contents: Con
         for index, known in drifted.items():
             patch.keep_content(index, known)
         patch.finish()
-
-
-def _has_folded_sizes(origin: onnx_ir.Node, nodes: Sequence[Node]) -> bool:
-    """Not what was kept as it is: beside it stand only the nodes that compute its sizes."""
-    return origin.op_type in FOLDED_SIZES and not any(node.op == "onnx_call" for node in nodes)
 
 
 def _stores_shape(origin: onnx_ir.Node) -> bool:

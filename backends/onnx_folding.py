@@ -16,7 +16,7 @@ import onnx_ir
 from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_contents import Contents
 from regauge.backends.onnx_inlining import nested_graphs
-from regauge.backends.onnx_sharing import share_equal
+from regauge.backends.onnx_sharing import share_equal, share_sizes
 from regauge.backends.onnx_write import tensor_slots
 from regauge.ir.graph import Graph
 from regauge.ir.onnx_sizes import Content
@@ -32,6 +32,8 @@ def fold_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
         _write_known(carrier, contents)
     if "ties" in steps:
         share_equal(carrier)
+    if "merging" in steps:
+        share_sizes(carrier)
     if "dead-code" in steps:
         remove_unread(carrier)
 

@@ -18,7 +18,8 @@ from regauge.ir.graph import Graph, Node
 from regauge.ir.onnx_sizes import constant_tensor
 from regauge.ir.sizes import Size
 
-FOLDED_SIZES = frozenset({"Reshape", "Expand"})  # what can take a dynamic size from its operand instead of computing it
+# Operators that can take a dynamic size from their operand instead of having it computed, and what they are read as.
+FOLDED_SIZES = {"Reshape": "reshape", "Expand": "expand"}
 
 
 class OnnxPatch:

@@ -19,7 +19,6 @@ from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_speller import OnnxSpeller, spell
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.purity import is_fixed
 
 _SEQUENCES = {"SplitToSequence"}  # read as pieces of known number, which a Split gives without a sequence
 
@@ -120,11 +119,8 @@ class _Rewiring:
     # -- what is dissolved -------------------------------------------------------------------------------------------
 
     def dissolved(self) -> list[onnx_ir.Node]:
-        """ONNX nodes of which only part stays as it was, or that a change reaches into."""
+        """ONNX nodes that a change reaches into; those of which a part is dead may stay as they are."""
         found: dict[onnx_ir.Node, None] = {}
-        for node in self.changes.removed:
-            if node.origin in self.kept and not is_fixed(node):  # what is dead in a function stays there
-                found[node.origin] = None
         for node in self.changes.restated:
             if node.origin in self.kept:
                 found[node.origin] = None

@@ -1,7 +1,7 @@
-"""Equal constants of the carried ONNX model are kept once: initializers and Constant nodes of all scopes together.
+"""Equal constants of the carried ONNX model are kept once, and equal shape arithmetic of one scope too.
 
-The one that is kept is an initializer of the main graph, which every nested graph sees. Inputs, outputs, tensors with a
-quantization annotation and bodies of functions are left alone.
+The constant that is kept is an initializer of the main graph, which every nested graph sees. Inputs, outputs, tensors
+with a quantization annotation and bodies of functions are left alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_write import ChangedTensor
 from regauge.ir.onnx_sizes import constant_tensor
 
+_SHAPE_ARITHMETIC = frozenset(
+    {"Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Add", "Sub", "Mul", "Div", "Max", "Min"}
+)
 MOST_HASHED = 1 << 28  # bytes of tensors that are read only to be compared
 
 
@@ -29,6 +32,21 @@ def share_equal(carrier: Carrier) -> None:
         for value in group:
             if value is not kept:
                 carrier.supersede(value, kept)
+
+
+def share_sizes(carrier: Carrier) -> None:
+    """Merge equal nodes of shape arithmetic in each scope: sizes are computed anew for every node that needs them."""
+    main = carrier.model.graph
+    for graph in (main, *main.subgraphs()):
+        first: dict[object, onnx_ir.Node] = {}
+        for node in list(graph):
+            if node.domain not in ("", "ai.onnx") or node.op_type not in _SHAPE_ARITHMETIC or len(node.outputs) != 1:
+                continue
+            attributes = sorted(onnx_ir.to_proto(a).SerializeToString() for a in node.attributes.values())
+            key = (node.op_type, tuple(node.inputs), tuple(attributes))
+            kept = first.setdefault(key, node)
+            if kept is not node and not node.outputs[0].is_graph_output():
+                carrier.supersede(node.outputs[0], kept.outputs[0])
 
 
 def _equal(carrier: Carrier) -> list[list[onnx_ir.Value]]:

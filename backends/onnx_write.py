@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -91,9 +91,9 @@ def write_model(
     *,
     external_data: bool | str | None = None,
     overwrite: bool = True,
-    check: Check | None = None,
+    checks: Sequence[Check] = (),
 ) -> None:
-    """Write ``model``; its tensors become the written ones. ``check`` sees the finished file before it is published.
+    """Write ``model``; its tensors become the written ones. ``checks`` see the finished file before it is published.
 
     ``external_data``: None keeps each tensor where it was (in the file or beside it), True or a file name puts all but
     small ones beside it, False puts all into the file. More than 1.8 GB never go into one file.
@@ -103,7 +103,7 @@ def write_model(
         for location, slots in plan.items():
             _write_data(slots, staging, location)
         _serialize(model, staging.main)
-        if check is not None:
+        for check in checks:
             check(staging.main)
         staging.publish()
 
@@ -234,7 +234,21 @@ def _serialize(model: onnx_ir.Model, path: Path) -> None:
     try:
         proto = onnx_ir.to_proto(model)
         proto.training_info.extend(model.meta.get("training_info", ()))
+        _drop_declarations(proto.graph, model.meta.get("declared", ()))
         data = proto.SerializeToString()
     except Exception as error:  # protobuf raises its own types; a model past 2 GiB ends here
         raise EmitError(f"the model cannot be serialised: {error}") from error
     path.write_bytes(data)
+
+
+def _drop_declarations(graph: Any, declared: Container[str]) -> None:
+    """Leave out what onnx_ir says of every initializer, and the tensor itself says: its type; unless it was there."""
+    names = {tensor.name for tensor in graph.initializer}
+    kept = [info for info in graph.value_info if info.name not in names or info.name in declared]
+    if len(kept) < len(graph.value_info):
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _drop_declarations(inner, declared)

@@ -20,7 +20,7 @@ from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_changes import find_changes
 from regauge.backends.onnx_check import Checker
 from regauge.backends.onnx_emit import patched_model
-from regauge.backends.onnx_write import copy_model, external_locations, write_model
+from regauge.backends.onnx_write import Check, copy_model, external_locations, write_model
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
 
@@ -35,24 +35,27 @@ def to_onnx(
     verify: bool = True,
     overwrite: bool = True,
     inputs: Inputs | None = None,
+    check: Check | None = None,
 ) -> Path:
     """Write ``graph`` as an ONNX model at ``path`` and return the path.
 
     ``external_data``: None keeps the layout of the source, True puts the weights into ``<name>.data`` beside the model,
     a text names that file, False puts them into the model; more than 1.8 GB always go beside it. With ``verify`` the
-    finished file is run in onnxruntime and compared with the graph, on ``inputs`` or on made-up ones. The file appears
-    whole or not at all. Raises EmitError when something cannot be expressed, written, or computes something else.
+    finished file is run in onnxruntime and compared with the graph, on ``inputs`` or on made-up ones; a ``check`` of
+    one's own is called with its path, unless it is a copy of the source. The file appears whole or not at all. Raises
+    EmitError when something cannot be expressed, written, or computes something else.
     """
     target = Path(path)
     if external_data is not None and not isinstance(external_data, bool | str):
         raise EmitError(f"external_data is {external_data!r}: give True, False, or the name of a file beside the model")
-    check = Checker(graph, inputs) if verify else None
+    checks: list[Check] = [Checker(graph, inputs)] if verify else []
+    checks += [] if check is None else [check]
     if "onnx" not in graph.metadata:
         from regauge.backends.onnx_export import exported_model
 
         model = exported_model(graph)
         _note_passes(model, graph)
-        write_model(model, target, external_data=external_data, overwrite=overwrite, check=check)
+        write_model(model, target, external_data=external_data, overwrite=overwrite, checks=checks)
         return target
     changes = find_changes(_imported(graph), graph)
     source = _unchanged_source(graph)
@@ -63,7 +66,7 @@ def to_onnx(
         return target
     if changed:
         _note_passes(model, graph)
-    write_model(model, target, external_data=external_data, overwrite=overwrite, check=check if changed else None)
+    write_model(model, target, external_data=external_data, overwrite=overwrite, checks=checks if changed else ())
     return target
 
 

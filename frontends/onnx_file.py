@@ -13,7 +13,9 @@ import onnx_ir
 from regauge.frontends.onnx_weights import tensors_of
 from regauge.ir.errors import LoadError
 
-TRAINING_INFO = "training_info"  # in the meta of a model: protos that are written as they are
+# In the meta of a model: protos that are written as they are, and names of values that have a type of their own.
+TRAINING_INFO = "training_info"
+DECLARED = "declared"
 
 
 def open_model(source: Any) -> tuple[onnx_ir.Model, str, list[str]]:
@@ -140,10 +142,11 @@ def _densify(graph: Any, label: str) -> list[str]:
 
 
 def _deserialize(proto: Any, label: str) -> onnx_ir.Model:
-    """The model, with what onnx_ir does not hold in ``meta``: the training information."""
+    """The model, with what onnx_ir does not hold in ``meta``."""
     try:
         model: onnx_ir.Model = onnx_ir.from_proto(proto)
         model.meta[TRAINING_INFO] = tuple(proto.training_info)
+        model.meta[DECLARED] = {info.name for graph in _graphs(proto.graph) for info in graph.value_info}
         return model
     except Exception as error:
         raise LoadError(f"{label}: not a valid ONNX model ({_line(error)}); check it with onnx.checker") from error

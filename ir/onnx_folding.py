@@ -58,7 +58,7 @@ def fold(question: Question) -> list[Content]:
     except (ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise Unknown from error
     results = result if isinstance(result, list) else [result]
-    if sum(r.size if isinstance(r, np.ndarray) else r.array.size for r in results) > LIMIT:
+    if sum(r.array.size if isinstance(r, Content) else np.size(r) for r in results) > LIMIT:  # numpy gives scalars too
         raise Unknown
     first = next((c for c in question.inputs if c is not None), None)
     return [r if isinstance(r, Content) else content(r, first.data_type if first else _INT64) for r in results]

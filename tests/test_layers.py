@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "__init__": ("optimize", "frontends", "passes", "backends", "ir", "settings"),
     "demo": ("optimize", "frontends", "passes", "backends", "ir", "settings"),
     "terminal": ("ir",),
+    "cli_files": ("frontends", "backends", "ir", "settings"),
     "cli": ("*",),
     "__main__": ("cli",),
 }

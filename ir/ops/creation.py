@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 
 from regauge.ir.edit import Builder
@@ -100,8 +101,19 @@ def _write_constant_of_shape(nodes: Sequence[Node], patch: Any) -> None:
     patch.set_sizes(0, nodes[0].attributes["shape"])
 
 
+def _spell_full(onnx: Any, node: Node) -> Any:
+    """One number, expanded; it may be a dynamic size."""
+    value, shape, dtype = (node.attributes[name] for name in ("value", "shape", "dtype"))
+    if isinstance(value, sympy.Basic):
+        number = onnx.cast(onnx.squeeze(onnx.sizes([value]), 0), dtype)
+    else:
+        number = onnx.constant(torch.tensor(value), dtype)
+    return onnx.Expand(number, onnx.sizes(shape)) if shape else onnx.Identity(number)
+
+
 @operator(
     rule=_fresh_rule,
+    spell=_spell_full,
     aten={
         "zeros": _factory(0), "ones": _factory(1), "empty": _factory(0), "empty_permuted": _factory(0),
         "empty_strided": _factory(0), "zeros_like": _like(0), "ones_like": _like(1), "empty_like": _like(0),

@@ -27,7 +27,13 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "weights": fold_into_weights,
     "initializers": fold_initializers,
 }
-FILE_STEPS = {"dead-code", "control-flow", "constants", "ties"}  # also done to what an ONNX file has beside the graph
+FILE_STEPS = {
+    "dead-code",
+    "control-flow",
+    "constants",
+    "ties",
+    "merging",
+}  # done to ONNX files too
 AFTER_RULES = ("weights", "initializers")  # rules may do without what would be folded
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 

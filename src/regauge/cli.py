@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regauge.cli_files import file_figures, is_onnx, open_file, read_batches
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_prose, print_table, print_text
 
@@ -93,8 +94,8 @@ def optimize(
             f"{output} would be a {output.suffix} file: name an .onnx file, or a folder without a suffix"
         )
     pipeline = as_passes(passes or [])  # a wrong option is told before a large file is read
-    graph = _open(model)
-    result = run_optimize(graph, pipeline, _batches(data, graph))
+    graph = open_file(model)
+    result = run_optimize(graph, pipeline, read_batches(data, graph))
     if output.suffix.lower() == ".onnx":
         result.to_onnx(output)
     else:
@@ -108,6 +109,72 @@ def optimize(
 
 
 @app.command()
+def simplify(
+    model: Annotated[Path, typer.Argument(metavar="IN", help="an ONNX file")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="an .onnx file")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="rules, rule sets or steps to apply: none of the others")
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="rules, rule sets or steps to leave out")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="say what was nearly done, and why it was not")] = False,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="initializers that callers may override are weights")
+    ] = False,
+    data: Data = None,
+) -> None:
+    """Write an ONNX model that computes the same with fewer nodes.
+
+    Before anything is written the new file is held to the old one: by the onnx checker, and in onnxruntime with its
+    optimisations off and on, at two values of dynamic sizes, one of them 1.
+
+    \b
+    regauge simplify model.onnx -o simple.onnx
+    regauge simplify model.onnx -o simple.onnx --skip merging --skip constants --explain
+    """
+    from regauge.backends.onnx_proof import Proof
+    from regauge.backends.to_onnx import to_onnx
+    from regauge.optimize import optimize as run_optimize
+    from regauge.passes.simplify.simplify import Simplify
+
+    _check_onnx(model, output)
+    one = Simplify(only=_listed(only), skip=_listed(skip))
+    graph = open_file(model, freeze=freeze)
+    before = file_figures(model, graph)
+    batches = read_batches(data, graph)
+    result = run_optimize(graph, one, batches)
+    to_onnx(result, output, check=Proof(model, graph, batches))
+    after = file_figures(output, result)
+    (entry,) = result.report.passes
+    if all(new >= old for new, old in zip(after, before, strict=True)):
+        print("nothing to simplify")
+    else:
+        names = ("nodes", "bytes", "MACs")
+        print_table(
+            [
+                ["", "before", "after"],
+                *([name, str(a), str(b)] for name, a, b in zip(names, before, after, strict=True)),
+            ]
+        )
+        for note in (*entry.notes, *graph.metadata["onnx_notes"]):
+            print_text(f"  {note}")
+    for reason, count in entry.left.items() if explain else ():
+        print_text(f"  left alone: {count} x {reason}")
+    print(f"wrote {output}")
+
+
+def _listed(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Names given one by one or with commas."""
+    return tuple(name for given in names or () for part in given.split(",") if (name := part.strip()))
+
+
+def _check_onnx(model: Path, output: Path) -> None:
+    if not is_onnx(model):
+        raise RegaugeError(f"{model} is no ONNX file: regauge optimize --passes simplify takes programs of torch too")
+    if output.suffix.lower() != ".onnx":
+        raise RegaugeError(f"{output} would be no ONNX file: name an .onnx file")
+
+
+@app.command()
 def inspect(
     model: Model,
     text: Annotated[bool, typer.Option("--text", help="print the whole graph, as text that parses back")] = False,
@@ -118,7 +185,7 @@ def inspect(
     regauge inspect model.onnx
     regauge inspect model.onnx --text > model.txt
     """
-    graph = _open(model)
+    graph = open_file(model)
     if text:
         print(graph)
         return
@@ -168,7 +235,7 @@ def groups(
     """
     from regauge.ir.groups import find_groups
 
-    graph = _open(model)
+    graph = open_file(model)
     if of:
         _print_members(find_groups(graph, of))
         return
@@ -209,7 +276,7 @@ def explain(
     \b
     regauge explain model.onnx conv1.weight:0
     """
-    print_text(_open(model).explain(what))
+    print_text(open_file(model).explain(what))
 
 
 @app.command()
@@ -230,10 +297,10 @@ def compare(
     from regauge.backends.compare import compare as run_compare
     from regauge.ir.sample_inputs import sample_inputs
 
-    models: list[Any] = [path if _is_onnx(path) else _open(path) for path in (first, second)]
-    batches: list[Any] | None = _batches(data, models[0])
+    models: list[Any] = [path if is_onnx(path) else open_file(path) for path in (first, second)]
+    batches: list[Any] | None = read_batches(data, models[0])
     if batches is None:
-        graph = _open(first) if _is_onnx(first) else models[0]
+        graph = open_file(first) if is_onnx(first) else models[0]
         batches = [sample_inputs(graph, seed=seed) for seed in range(seeds)]
     equal = True
     for batch in batches:
@@ -306,69 +373,3 @@ def demo(
     print_table(rows)
     if save is not None:
         print(f"wrote {save} and {pruned_path(save)}")
-
-
-def _is_onnx(path: Path) -> bool:
-    return path.suffix.lower() in (".onnx", ".textproto", ".pb")
-
-
-def _open(path: Path) -> Graph:
-    """The graph of a file; raises RegaugeError for a file of another kind."""
-    if not path.exists():
-        raise RegaugeError(f"there is no file {path}")
-    if path.suffix.lower() == ".pt2":
-        import torch
-
-        from regauge.frontends.capture import capture
-
-        try:
-            program = torch.export.load(path)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RegaugeError(f"{path} is not a program that torch.export saved: {reason}") from error
-        return capture(program, program.example_inputs[0] if program.example_inputs else ())
-    from regauge.frontends.from_onnx import load
-
-    return load(path)
-
-
-def _batches(paths: Sequence[Path] | None, model: Graph | Path) -> list[dict[str, Any]] | None:
-    """The batches in .npz files, under the names of the model's inputs; raises RegaugeError where they differ."""
-    if not paths:
-        return None
-    needed, optional = _input_names(model)
-    batches = []
-    for path in paths:
-        batch = _read_npz(path)
-        if not set(needed) <= set(batch) <= {*needed, *optional}:
-            raise RegaugeError(
-                f"{path} holds arrays called {', '.join(batch) or 'nothing'}, "
-                f"but the model takes {', '.join(needed) or 'no inputs'}"
-            )
-        batches.append(batch)
-    return batches
-
-
-def _input_names(model: Graph | Path) -> tuple[list[str], list[str]]:
-    """Names of the inputs that must be given, and of those that may be."""
-    if isinstance(model, Path):
-        from regauge.backends.run_onnxruntime import Session
-
-        session = Session(model, optimisation="off")
-        return session.inputs, session.overridable
-    defaults = model.metadata.get("input_defaults", {})
-    return [value.name for value in model.inputs if value.name not in defaults], list(defaults)
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    """Arrays by name; raises RegaugeError for anything that is not a plain .npz file."""
-    import numpy as np
-    import torch
-
-    if not path.exists():
-        raise RegaugeError(f"there is no file {path}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RegaugeError(f"{path} is not an .npz file of arrays: {error}") from error

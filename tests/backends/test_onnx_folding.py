@@ -119,6 +119,45 @@ def test_functions_stay_as_they_are(tmp_path: Path) -> None:
     assert [node.op_type for node in after.node] == [node.op_type for node in before.node] == ["Identity", "Add"]
 
 
+def test_arithmetic_on_scalars_of_real_numbers_is_folded(tmp_path: Path) -> None:
+    """numpy gives numbers, not arrays, for these."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    scalars (float[n] x) => (float[n] y) {
+      a = Constant <value_float = 3.0> ()
+      b = Constant <value_float = 2.0> ()
+      c = Div (a, b)
+      y = Mul (x, c)
+    }
+    """
+    _, target = simplified(text, {}, tmp_path)
+    assert operators(target) == {"Mul": 1}
+
+
+def test_sizes_are_computed_once(tmp_path: Path) -> None:
+    """Two expansions to the same dynamic sizes read one vector."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    sizes (float[n, m] x) => (float[n, m] y, float[n, m] z) {
+      s = Shape (x)
+      t = Shape (x)
+      zero = Constant <value = int64[1] {0}> ()
+      one = Constant <value = int64[1] {1}> ()
+      a = Gather (s, zero)
+      b = Gather (s, one)
+      c = Gather (t, zero)
+      d = Gather (t, one)
+      ab = Concat <axis = 0> (a, b)
+      cd = Concat <axis = 0> (c, d)
+      y = Expand (v, ab)
+      z = Expand (w, cd)
+    }
+    """
+    _, target = simplified(text, {"v": (1, 1), "w": (1, 1)}, tmp_path)
+    left = operators(target)
+    assert left["Expand"] == 2 and left.total() - 2 <= 4
+
+
 BOMB = """
 <ir_version: 8, opset_import: ["" : 17]>
 bomb (float[4] x) => (float[64, 128, 4] y) {

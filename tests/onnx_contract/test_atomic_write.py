@@ -75,7 +75,7 @@ def test_failed_check_publishes_nothing(tmp_path: Path) -> None:
     import onnx_ir
 
     with pytest.raises(EmitError, match="not what it should be"):
-        writing.write_model(onnx_ir.from_proto(MODEL), tmp_path / "p.onnx", check=check)
+        writing.write_model(onnx_ir.from_proto(MODEL), tmp_path / "p.onnx", checks=[check])
     assert not contents(tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_interrupt_publishes_nothing(tmp_path: Path) -> None:
     import onnx_ir
 
     with pytest.raises(KeyboardInterrupt):
-        writing.write_model(onnx_ir.from_proto(MODEL), tmp_path / "p.onnx", check=check)
+        writing.write_model(onnx_ir.from_proto(MODEL), tmp_path / "p.onnx", checks=[check])
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,91 @@
+"""What the command line does with files: it opens models, reads batches, and counts what a file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regauge.ir.errors import RegaugeError
+
+if TYPE_CHECKING:
+    from regauge.ir.graph import Graph
+
+
+def is_onnx(path: Path) -> bool:
+    return path.suffix.lower() in (".onnx", ".textproto", ".pb")
+
+
+def open_file(path: Path, *, freeze: bool = False) -> Graph:
+    """The graph of a file; raises RegaugeError for a file of another kind."""
+    if not path.exists():
+        raise RegaugeError(f"there is no file {path}")
+    if path.suffix.lower() == ".pt2":
+        import torch
+
+        from regauge.frontends.capture import capture
+
+        try:
+            program = torch.export.load(path)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RegaugeError(f"{path} is not a program that torch.export saved: {reason}") from error
+        return capture(program, program.example_inputs[0] if program.example_inputs else ())
+    from regauge.frontends.from_onnx import load
+
+    return load(path, freeze=freeze)
+
+
+def read_batches(paths: Sequence[Path] | None, model: Graph | Path) -> list[dict[str, Any]] | None:
+    """The batches in .npz files, under the names of the model's inputs; raises RegaugeError where they differ."""
+    if not paths:
+        return None
+    needed, optional = _input_names(model)
+    batches = []
+    for path in paths:
+        batch = _read_npz(path)
+        if not set(needed) <= set(batch) <= {*needed, *optional}:
+            raise RegaugeError(
+                f"{path} holds arrays called {', '.join(batch) or 'nothing'}, "
+                f"but the model takes {', '.join(needed) or 'no inputs'}"
+            )
+        batches.append(batch)
+    return batches
+
+
+def _input_names(model: Graph | Path) -> tuple[list[str], list[str]]:
+    """Names of the inputs that must be given, and of those that may be."""
+    if isinstance(model, Path):
+        from regauge.backends.run_onnxruntime import Session
+
+        session = Session(model, optimisation="off")
+        return session.inputs, session.overridable
+    defaults = model.metadata.get("input_defaults", {})
+    return [value.name for value in model.inputs if value.name not in defaults], list(defaults)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    """Arrays by name; raises RegaugeError for anything that is not a plain .npz file."""
+    import numpy as np
+    import torch
+
+    if not path.exists():
+        raise RegaugeError(f"there is no file {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RegaugeError(f"{path} is not an .npz file of arrays: {error}") from error
+
+
+def file_figures(path: Path, graph: Graph) -> tuple[int, int, int]:
+    """Nodes of all scopes but for Constants, bytes with external data, and MACs of an ONNX file and its graph."""
+    import onnx_ir
+
+    from regauge.backends.onnx_write import all_graphs, external_locations
+    from regauge.ir.cost import figures
+
+    model = onnx_ir.load(path)
+    nodes = sum(node.op_type != "Constant" for inner in all_graphs(model) for node in inner)
+    beside = sum((path.parent / location).stat().st_size for location in external_locations(model))
+    return nodes, path.stat().st_size + beside, figures(graph).macs

@@ -1,0 +1,179 @@
+"""``regauge simplify``: what it prints, what it checks before it writes, and how it fails."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import regauge.backends.onnx_emit
+from onnx_simplified import normal, operators, parsed, props
+from regauge.backends.onnx_proof import Proof
+from regauge.cli import main
+from regauge.frontends.from_onnx import load
+from regauge.ir.errors import EmitError
+
+TEXT = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[n, 3, 8, 8] x) => (float[n, 4, 8, 8] y) {
+  s = Add (x, shift)
+  h = Conv <pads = [1, 1, 1, 1]> (s, k)
+  m = BatchNormalization (h, gain, bias, mean, var)
+  i = Identity (m)
+  y = Relu (i)
+}
+"""
+WEIGHTS = {
+    "k": normal(4, 3, 3, 3), "shift": normal(3, 1, 1),
+    "gain": normal(4), "bias": normal(4), "mean": normal(4), "var": np.abs(normal(4)) + 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    onnx.save(parsed(TEXT, **WEIGHTS), tmp_path / "m.onnx")
+    return tmp_path / "m.onnx"
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def table(shown: str) -> dict[str, tuple[int, int]]:
+    rows = [line.split() for line in shown.splitlines()]
+    return {row[0]: (int(row[1]), int(row[2])) for row in rows if row and row[0] in ("nodes", "bytes", "MACs")}
+
+
+def test_it_writes_a_smaller_model_and_says_what_it_did(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = source.with_name("small.onnx")
+    assert run("simplify", source, "-o", target) == 0
+    shown = capsys.readouterr().out
+    found = table(shown)
+    assert found["nodes"] == (5, 3) and found["MACs"] == (8 * 8 * 9 * 3 * 4,) * 2
+    assert found["bytes"] == (source.stat().st_size, target.stat().st_size)
+    assert "batch-norm-into-weights: 1" in shown and "left alone" not in shown
+    assert operators(onnx.load(target)) == {"Add": 1, "Conv": 1, "Relu": 1}
+
+
+def test_near_misses_are_told_on_request(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("simplify", source, "-o", source.with_name("small.onnx"), "--explain") == 0
+    assert "scale-or-shift-before-map: a shift is not moved through zero padding" in capsys.readouterr().out
+
+
+def test_rules_are_chosen_by_name(source: Path) -> None:
+    target = source.with_name("small.onnx")
+    assert run("simplify", source, "-o", target, "--skip", "affine,branches", "--skip", "chains") == 0
+    assert operators(onnx.load(target)) == {"Add": 1, "Conv": 1, "BatchNormalization": 1, "Relu": 1}
+    assert run("simplify", source, "-o", target, "--only", "batch-norm-into-weights") == 0
+    assert operators(onnx.load(target)) == {"Add": 1, "Conv": 1, "Identity": 1, "Relu": 1}
+
+
+def test_nothing_to_simplify(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    once, twice = source.with_name("once.onnx"), source.with_name("twice.onnx")
+    run("simplify", source, "-o", once)
+    capsys.readouterr()
+    assert run("simplify", once, "-o", twice) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "nothing to simplify"
+    assert twice.read_bytes() == once.read_bytes()
+
+
+def test_overridable_initializers_are_frozen_on_request(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[n, 4] x, float[4] scale) => (float[n, 3] y) { s = Mul (x, scale)  y = MatMul (s, w) }
+    """
+    onnx.save(parsed(text, scale=normal(4), w=normal(4, 3)), tmp_path / "m.onnx")
+    for option, count in ((), 2), (("--freeze",), 1):
+        assert run("simplify", tmp_path / "m.onnx", "-o", tmp_path / "small.onnx", *option) == 0
+        assert operators(onnx.load(tmp_path / "small.onnx")).total() == count
+    assert "frozen: scale" in props(onnx.load(tmp_path / "small.onnx"))["regauge.notes"]
+
+
+def test_it_is_checked_on_data_where_data_is_given(source: Path) -> None:
+    good, bad, target = (source.with_name(name) for name in ("good.npz", "bad.npz", "small.onnx"))
+    np.savez(good, x=normal(2, 3, 8, 8))
+    np.savez(bad, pixels=normal(2, 3, 8, 8))
+    assert run("simplify", source, "-o", target, "--data", bad) == 2 and not target.exists()
+    assert run("simplify", source, "-o", target, "--data", good) == 0 and target.exists()
+
+
+def test_a_file_that_computes_something_else_is_not_written(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = regauge.backends.onnx_emit.fold_known
+
+    def spoiled(graph: object, carrier: object, contents: object) -> None:
+        real(graph, carrier, contents)  # type: ignore[arg-type]
+        value = carrier.model.graph.initializers["shift"]  # type: ignore[attr-defined]
+        value.const_value = type(value.const_value)(numpy_helper.from_array(2 * WEIGHTS["shift"], "shift"))
+
+    monkeypatch.setattr(regauge.backends.onnx_emit, "fold_known", spoiled)
+    target = source.with_name("small.onnx")
+    target.write_bytes(b"precious")
+    assert run("simplify", source, "-o", target) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "computes something else: y is off by" in error
+    assert target.read_bytes() == b"precious" and sorted(p.name for p in source.parent.iterdir()) == [
+        "m.onnx",
+        "small.onnx",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("m.pt2", "-o", "out.onnx"), "m.pt2 is no ONNX file: regauge optimize --passes simplify takes programs"),
+        (("m.onnx", "-o", "out"), "out would be no ONNX file: name an .onnx file"),
+        (("m.onnx", "-o", "out.onnx", "--skip", "mergin"), "did you mean 'merging'"),
+        (("absent.onnx", "-o", "out.onnx"), "there is no file absent.onnx"),
+    ],
+)
+def test_errors(
+    arguments: tuple[str, ...],
+    says: str,
+    source: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(source.parent)
+    assert run("simplify", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("regauge: ") and says in error and len(error.splitlines()) == 1
+    assert [path.name for path in source.parent.iterdir()] == ["m.onnx"]
+
+
+QUANTIZED = """
+<ir_version: 8, opset_import: ["" : 17]>
+quantized (float[n, 4] x) => (float[n, 4] y) {
+  s = Mul (x, f)
+  q = QuantizeLinear (s, scale, zero)
+  y = DequantizeLinear (q, scale, zero)
+}
+"""
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(0.0, None), (0.6, None), (2.6, "[23]")])
+def test_quantized_outputs_are_compared_in_steps_of_their_scale(
+    shift: float, steps: str | None, tmp_path: Path
+) -> None:
+    """A shift by half a step moves some values to the next one; a larger one moves them by more, and is refused."""
+    scale = np.float32(0.5)
+    given = {"x": np.linspace(-3, 3, 8, dtype=np.float32).reshape(2, 4)}
+    for name, offset in (("old", 0.0), ("new", shift)):
+        model = parsed(QUANTIZED.replace("Mul", "Add"), f=np.float32(offset * scale), scale=scale, zero=np.int8(0))
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    proof = Proof(tmp_path / "old.onnx", load(tmp_path / "old.onnx"), [given])
+    if steps is None:
+        proof(tmp_path / "new.onnx")
+    else:
+        with pytest.raises(EmitError, match=f"y is off by {steps} steps"):
+            proof(tmp_path / "new.onnx")
+
+
+def test_the_checker_is_asked_where_the_original_passes_it(source: Path) -> None:
+    broken = onnx.load(source)
+    broken.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(broken, source.with_name("broken.onnx"))
+    with pytest.raises(EmitError, match="does not pass the onnx checker"):
+        Proof(source, load(source))(source.with_name("broken.onnx"))
