@@ -21,7 +21,6 @@ from regauge.backends.onnx_write import tensor_slots
 from regauge.ir.graph import Graph
 from regauge.ir.onnx_sizes import Content
 
-GROWTH = 0.01  # of the bytes of the model's tensors
 NODE_BYTES = 64  # what a node takes in a file, about: a small constant in its place does not make it larger
 
 
@@ -29,7 +28,7 @@ def fold_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
     """Write known values as constants, keep equal ones once, and drop what is left over."""
     steps = graph.metadata.get("onnx_fold", ())
     if "constants" in steps:
-        _write_known(carrier, contents)
+        _write_known(carrier, contents, graph.metadata.get("onnx_growth", 0.0))
     if "ties" in steps:
         share_equal(carrier)
     if "merging" in steps:
@@ -51,7 +50,7 @@ def skip_aliases(graph: Graph, carrier: Carrier) -> None:
         carrier.redirect(mine, other)
 
 
-def _write_known(carrier: Carrier, contents: Contents) -> None:
+def _write_known(carrier: Carrier, contents: Contents, growth: float) -> None:
     known: dict[onnx_ir.Node, list[Content]] = {}
     for node, copied in carrier.nodes.items():
         if node.op_type == "Constant" or copied.graph is None or copied.graph in carrier.function_graphs:
@@ -59,14 +58,14 @@ def _write_known(carrier: Carrier, contents: Contents) -> None:
         found = [content for output in node.outputs if (content := contents.of(output)) is not None]
         if len(found) == len(node.outputs) and all(content.static for content in found):
             known[copied] = found
-    budget = GROWTH * sum(slot.tensor.nbytes for slot in tensor_slots(carrier.model))
+    budget = growth * sum(slot.tensor.nbytes for slot in tensor_slots(carrier.model))
     for node, found in known.items():
         for output, content in zip(node.outputs, found, strict=True):
             readers = [use for use in output.uses() if use.node not in known]
-            growth = content.array.nbytes - NODE_BYTES
-            if not readers or growth > max(budget, 0):
+            more = content.array.nbytes - NODE_BYTES
+            if not readers or more > max(budget, 0):
                 continue
-            budget -= max(growth, 0)
+            budget -= max(more, 0)
             constant = _constant(carrier, node, output, content)
             for use in readers:
                 use.node.replace_input_with(use.idx, constant)

@@ -125,6 +125,10 @@ class Operators:
         free = attributes.pop("attributes", None) is ...
         for op in ops:
             record = get_operator(op)
+            given = [o for o in operands if o is not None and o is not ... and not getattr(o, "optional", False)]
+            if len(given) > len(record.slots) and not (record.slots and record.slots[-1].startswith("*")):
+                slots = ", ".join(record.slots)
+                raise PatternError(f"{op} takes {len(record.slots)} operands ({slots}), got {len(given)}")
             for attribute in attributes:
                 if attribute not in record.attributes:
                     raise PatternError(f"{op} has no attribute {attribute!r}: it has {', '.join(record.attributes)}")

@@ -79,12 +79,15 @@ class RewriteRule:
         return parse_pattern(self.pattern_function)
 
     def bind(self, function: Callable[..., Any], found: Match) -> dict[str, Any]:
-        """The arguments that a condition or a replacement asks for by name."""
+        """The arguments that a condition or a replacement asks for by name; a replacement's first is the builder."""
         known = {**found.bindings, "match": found}
-        names = [name for name in _parameters(function) if name != "build"]
+        names = _parameters(function)[1 if function is self.replacement else 0 :]
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise PatternError(f"rule {self.name}: {unknown[0]!r} is no variable and no node of its pattern")
+            raise PatternError(
+                f"rule {self.name}: {unknown[0]!r} is no variable and no node of its pattern, which has "
+                f"{', '.join(known)}"
+            )
         return {name: known[name] for name in names}
 
 
@@ -192,6 +195,8 @@ class _Driver:
         self.held: dict[Value, list[Graph]] = {}
         self.read: dict[Parameter, None] = {}  # parameters that removed nodes read
         self._enter(graph, Builder(graph))
+        self.size = len(self.owner)
+        self.most = 1000 + 20 * self.size
 
     def _enter(self, graph: Graph, build: Builder) -> None:
         self.builders[graph] = build
@@ -222,6 +227,14 @@ class _Driver:
         self._remove_unread()
         return self.log
 
+    def _check_end(self, entry: RewriteRule) -> None:
+        """A rule that fits what it makes would be applied without an end."""
+        if self.log.counts.get(entry.name, 0) > self.most:
+            raise PatternError(
+                f"rule {entry.name} was applied {self.most} times to a graph of {self.size} nodes: its replacement fits "
+                f"its own pattern {entry.pattern}"
+            )
+
     def _remove_unread(self) -> None:
         """Remove the parameters that only removed nodes read."""
         unread = [p for p in self.read if not p.uses and p not in self.held]
@@ -241,6 +254,7 @@ class _Driver:
             if isinstance(found, Miss):
                 self.log.miss(entry.name, found)
             if touched is not None:
+                self._check_end(entry)
                 self.log.counts[entry.name] = self.log.counts.get(entry.name, 0) + 1
                 return touched
         return []

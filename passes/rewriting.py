@@ -20,7 +20,7 @@ class Rewrite(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()
         log = rewrite_graph(result, self.rules, strict=True)
-        tell(log, context)
+        tell(log, context, every_miss=not log.total)
         return result if log.total else graph
 
 
@@ -51,11 +51,13 @@ def rewrite(
     return own()
 
 
-def tell(log: RewriteLog, context: Context, counts: Mapping[str, int] | None = None) -> None:
-    """Note what was done, most first, and near misses: matches that a rule refused."""
+def tell(
+    log: RewriteLog, context: Context, counts: Mapping[str, int] | None = None, *, every_miss: bool = False
+) -> None:
+    """Note what was done, most first, and near misses: matches that a rule refused, or all."""
     for name, count in sorted({**log.counts, **(counts or {})}.items(), key=lambda entry: -entry[1]):
         if count:
             context.note(f"{name}: {count}")
     for name, miss in log.misses.items():
-        if miss.refused:
+        if miss.refused or every_miss:
             context.left[f"{name}: {miss.reason} ({miss.where})"] += 1

@@ -98,7 +98,7 @@ class Simplify(Pass):
         result.metadata.setdefault(BYTES_BEFORE, total_bytes(graph))
         before, folds = set(graph.metadata.get("onnx_fold", ())), FILE_STEPS & set(steps)
         if "onnx" in graph.metadata and not folds <= before:
-            result.metadata["onnx_fold"] = tuple(sorted(before | folds))
+            result.metadata["onnx_fold"], result.metadata["onnx_growth"] = tuple(sorted(before | folds)), self.growth
             return result
         return result if log.total or any(counts.values()) else graph
 

@@ -322,3 +322,24 @@ def test_numbers_are_read_from_constants_and_from_single_entries_of_files() -> N
     assert number_of(build.mul(drawn, 2)) is None
     trained.origin = "an initializer"
     assert number_of(trained) == 1.0 and is_number(trained, 1)
+
+
+def test_a_rule_that_fits_its_own_result_is_stopped() -> None:
+    graph = chain(3)
+    again = RewriteRule("again", lambda op, x: op.relu(x), lambda build, x: build.relu(build.abs(x)))
+    with pytest.raises(PatternError, match="rule again was applied 1060 times to a graph of 3 nodes: its replacement"):
+        rewrite_graph(graph, RuleSet([again]))
+
+
+def test_the_builder_of_a_replacement_may_have_any_name() -> None:
+    graph = chain(2)
+    rule = RewriteRule("relu-twice", RELU_TWICE.pattern_function, lambda b, x: b.relu(x))
+    assert rewrite_graph(graph, RuleSet([rule])).total == 1
+    strange = RewriteRule("strange", RELU_TWICE.pattern_function, lambda b, y: b.relu(y))
+    with pytest.raises(PatternError, match="rule strange: 'y' is no variable and no node of its pattern, which has x"):
+        rewrite_graph(chain(2), RuleSet([strange]))
+
+
+def test_a_pattern_with_too_many_operands_is_refused() -> None:
+    with pytest.raises(PatternError, match=r"mul takes 2 operands \(x, y\), got 3"):
+        parse_pattern(lambda op, x: op.mul(x, op.sigmoid(x), x))

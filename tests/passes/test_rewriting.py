@@ -58,3 +58,10 @@ def test_a_malformed_rule_says_so_when_it_is_made() -> None:
     narrower = regauge.rewrite(lambda op, x: op.sigmoid(x), lambda build, x: build.sum(x), name="narrower")
     with pytest.raises(PatternError, match="shapes and types must be the same"):
         regauge.optimize(made(gate, x=(2, 3)), [narrower])
+
+
+def test_a_rule_that_fits_nowhere_says_where_it_came_nearest() -> None:
+    graph = regauge.capture(torch.nn.SiLU(), (torch.randn(2, 3),))
+    rule = regauge.rewrite(lambda op, x: op.silu(op.tanh(x)), lambda build, x: build.silu(x), name="near")
+    report = str(regauge.optimize(graph, [rule]).report)
+    assert "near: its operand %input: f32[2,3] is not computed by tanh" in report
