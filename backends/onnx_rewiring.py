@@ -73,7 +73,7 @@ class _Rewiring:
         self.created: dict[Value, onnx_ir.Value] = {}
         self.superseded: dict[onnx_ir.Value | None, onnx_ir.Value] = {}  # carried values, and what was spelled instead
         self.spelled: set[Node] = set()
-        self.left_over: list[onnx_ir.Value] = []
+        self.left_over: list[onnx_ir.Value | None] = []
         self.new_nodes: set[onnx_ir.Node | None] = set()
         self.connected: set[tuple[onnx_ir.Node, onnx_ir.Value | None]] = set()
 
@@ -189,7 +189,8 @@ class _Rewiring:
         self.new_nodes.update(onnx.added)
         self.spelled.add(node)
         for value, made in zip(node.outputs, results, strict=True):
-            before = self.carrier.copy_of(value.origin) or self._named_before(owner, value)
+            same = self.changes.same.get(value, value)  # a new node that took the place of one keeps its readers
+            before = self.carrier.copy_of(value.origin or same.origin) or self._named_before(owner, value)
             self.created[value] = made
             self._declare(made, value, onnx.added)
             if before is not None:
@@ -273,7 +274,7 @@ class _Rewiring:
             )
         for reader, index in slots:
             reader.replace_input_with(index, after)
-        self.carrier.drop_unused([before])
+        self.left_over.append(before)  # not yet: what only it reads may be read by another edge
 
     def _connect_output(self, edge: Rewired) -> None:
         place = self.graphs.get(edge.graph)
@@ -309,7 +310,7 @@ class _Rewiring:
                 self._give_output(place, slot, made)
         if made.producer() in self.new_nodes and not made.is_graph_output():
             self.carrier.take_name(made, before)
-        self.carrier.drop_unused([before])
+        self.left_over.append(before)
 
     def remove_all(self) -> None:
         """Drop the ONNX nodes of which nothing is left."""

@@ -231,8 +231,8 @@ class _Driver:
         """A rule that fits what it makes would be applied without an end."""
         if self.log.counts.get(entry.name, 0) > self.most:
             raise PatternError(
-                f"rule {entry.name} was applied {self.most} times to a graph of {self.size} nodes: its replacement fits "
-                f"its own pattern {entry.pattern}"
+                f"rule {entry.name} was applied {self.most} times to a graph of {self.size} nodes: "
+                f"its replacement fits its own pattern {entry.pattern}"
             )
 
     def _remove_unread(self) -> None:

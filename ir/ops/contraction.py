@@ -43,7 +43,7 @@ def _linear_shape(x: Value, weight: Value, bias: Value | None = None) -> tuple[S
     rule="... i, o i, o? -> ... o",
     shape=_linear_shape,
     aten={"linear": None},
-    macs=lambda call: call.out() * call.size(1, 1),
+    macs=lambda call: call.out() * call.size(1, -1),
     symmetry=Symmetry.PRODUCT,
     samples=lambda: [
         sample(randn(2, 3, 6), randn(4, 6), randn(4)),

@@ -195,6 +195,9 @@ def clamp_from_extremes(build: Builder, x: Value, bound: Operand, extreme: Any) 
     number = number_of(bound)
     if number is None or isinstance(number, float) and math.isnan(number):
         return refuse("its bound is computed")
+    assert isinstance(x.dtype, torch.dtype)
+    if abs(number) > torch.finfo(x.dtype).max:  # also infinity
+        return refuse(f"{number} is no number of type {x.dtype}")
     bounds = (number,) if extreme.op == "maximum" else (None, number)
     return build.clamp(x, *bounds)  # type: ignore[no-any-return]
 

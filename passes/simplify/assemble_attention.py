@@ -69,6 +69,8 @@ def _factor(node: Node) -> tuple[Value, float] | None:
     """What a node scales, and by which number."""
     for value, other in (node.inputs, node.inputs[::-1]) if node.op == "mul" else (node.inputs,):
         number = number_of(other)
+        if node.op == "div" and number == 0:
+            return None
         if isinstance(value, Value) and number is not None and value.shape == node.output.shape:
             return value, float(number) if node.op == "mul" else 1 / float(number)
     return None
@@ -142,6 +144,8 @@ def shared_heads(view: View) -> tuple[Value, Size] | None:
     if len(view.shape) != 4 or node is None:
         return None
     if node.op == "repeat_interleave" and node.attributes["dim"] in (1, -3) and view.base.rank == 4:
+        if not all(map(same, view.shape, view.base.shape)):
+            return None
         repeats = node.attributes["repeats"]
         few = node.inputs[0]
         return (few, repeats) if isinstance(few, Value) and isinstance(repeats, int) else None
@@ -176,6 +180,8 @@ def _kept(build: Builder, match: Match, guarded: bool) -> Value | None:
     if low == -math.inf:
         return refuse("a row may be masked as a whole: its softmax is NaN, attention gives zero")
     chosen = (0.0, low) if match["keeping"] is not None else (low, 0.0)
+    if not torch.finfo(torch.float32).min <= low:
+        return refuse(f"{low:g} in the place of masked scores is out of the range of numbers in a choice")
     added = build.where(condition, *chosen)
     return added if added.dtype == scores.dtype else build.cast(added, dtype=scores.dtype)  # type: ignore[no-any-return]
 
@@ -213,8 +219,8 @@ def attention_assembled(
     total = 1.0
     if match["scaling"] is not None:
         number = number_of(scale)
-        if number is None:
-            return refuse("its scale is computed")
+        if number is None or (number == 0 and match["scaling"].op == "div"):
+            return refuse("its scale is computed, or a division by zero")
         total = float(number) if match["scaling"].op == "mul" else 1 / float(number)
     mask = _mask(build, match)
     while mask is not None and mask.rank < 2:
@@ -227,7 +233,13 @@ def attention_assembled(
         keys = as_it_is(key)
     few_keys, few_values = shared_heads(keys), shared_heads(values)
     options: dict[str, Any] = {"scale": total * first * second * third}
-    if few_keys is not None and few_values is not None and same(few_keys[1], few_values[1]) and q.rank == 4:
+    if (
+        few_keys is not None
+        and few_values is not None
+        and same(few_keys[1], few_values[1])
+        and q.rank == 4
+        and same(q.shape[1], keys.shape[1])
+    ):
         options["enable_gqa"] = not same(few_keys[1], 1)
         return build.attention(q, few_keys[0], few_values[0], mask, **options)  # type: ignore[no-any-return]
     return build.attention(q, keys.made(build), values.made(build), mask, **options)  # type: ignore[no-any-return]

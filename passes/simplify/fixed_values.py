@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from regauge.ir.edit import Builder
-from regauge.ir.graph import Node, Operand, Parameter, Value
+from regauge.ir.graph import Node, Operand, Parameter, Value, is_real
 from regauge.ir.rewrite import refuse
 from regauge.ir.weights import DenseWeight
 
@@ -70,6 +70,8 @@ def fixed(build: Builder, operand: Operand) -> Fixed | None:
 
 
 def _of_node(build: Builder, node: Node) -> Fixed | None:
+    if not is_real(node.output.dtype):
+        return None  # integers wrap, which float64 does not
     parts = []
     for operand in node.inputs:
         part = fixed(build, operand)

@@ -44,7 +44,7 @@ def _key(node: Node) -> Hashable | None:
     operands = [_operand_key(operand) for operand in node.inputs]
     if node.operator.commutative:
         operands.sort(key=repr)
-    attributes = tuple((name, type(value).__name__, value) for name, value in node.attributes.items())
+    attributes = tuple((name, type(value).__name__, repr(value), value) for name, value in node.attributes.items())
     key = (node.op, tuple(operands), attributes, tuple(value.dtype for value in node.outputs))
     try:
         hash(key)

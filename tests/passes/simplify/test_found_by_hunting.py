@@ -1,0 +1,106 @@
+"""What adversarial models showed: each was wrong, or stopped the pass, before."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+import regauge
+
+
+def simplified(model: nn.Module, *inputs: torch.Tensor) -> torch.nn.Module:
+    graph = regauge.capture(model.eval(), inputs)
+    return regauge.optimize(graph, "simplify").to_torch()
+
+
+class _SharedHeads(nn.Module):
+    """Keys and values are repeated and then laid out anew: no shared heads."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k = k.repeat_interleave(2, dim=1).reshape(2, 8, 3, 4)
+        v = v.repeat_interleave(2, dim=1).reshape(2, 8, 3, 4)
+        return torch.softmax(q @ k.transpose(-1, -2) * 0.5, -1) @ v
+
+
+def test_repeated_heads_that_are_laid_out_anew_are_not_shared() -> None:
+    inputs = torch.randn(2, 8, 5, 4), torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 4)
+    torch.testing.assert_close(simplified(_SharedHeads(), *inputs)(*inputs), _SharedHeads()(*inputs))
+
+
+class _Bytes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.scale = nn.Parameter(torch.tensor([200, 3], dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(x) * (self.scale * 2)
+        return result
+
+
+def test_integers_wrap_before_they_scale() -> None:
+    model, x = _Bytes(), torch.randn(4, 3)
+    torch.testing.assert_close(simplified(model, x)(x), model(x))
+
+
+class _Zeros(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x / torch.full((6,), 0.0), x / torch.full((6,), -0.0)
+
+
+def test_zeros_of_different_signs_are_not_one() -> None:
+    x = torch.ones(2, 6)
+    above, below = simplified(_Zeros(), x)(x)
+    assert bool((above == torch.inf).all()) and bool((below == -torch.inf).all())
+
+
+class _DividedByZero(nn.Module):
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.softmax((q @ q.transpose(-1, -2)) / 0.0, -1) @ q
+
+
+class _HalfBound(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(x, torch.tensor(-1e6))
+
+
+def test_numbers_without_a_place_in_an_operator_are_refused_not_raised() -> None:
+    q = torch.randn(2, 3, 5, 4)
+    torch.testing.assert_close(simplified(_DividedByZero(), q)(q), _DividedByZero()(q), equal_nan=True)
+    x = torch.randn(3).half()
+    torch.testing.assert_close(simplified(_HalfBound(), x)(x), _HalfBound()(x))
+
+
+CHAINS = [
+    "{ h = Relu(x)  k = Mul(h, b)  y = Mul(k, two) }",
+    "{ k = Add(x, b)  y = Add(k, two) }",
+    "{ h = Relu(x)  k = Mul(h, b)  y = Mul(k, c) }",
+]
+
+
+@pytest.mark.parametrize("body", CHAINS)
+def test_a_node_that_a_rule_built_anew_takes_the_place_of_the_old_one(body: str, tmp_path: Path) -> None:
+    header = '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 6] x) => (float[N, 6] y) '
+    model = onnx.parser.parse_model(header + body)
+    weights = {
+        "b": np.array([1, 2, 3, -4, 5, 6], np.float32),
+        "two": np.array(2, np.float32),
+        "c": np.full(6, 3, np.float32),
+    }
+    model.graph.initializer.extend(
+        numpy_helper.from_array(array, name) for name, array in weights.items() if name in body
+    )
+    path = tmp_path / "simple.onnx"
+    regauge.optimize(regauge.load(model), "simplify").to_onnx(path, verify=False)
+    x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    before, after = (
+        onnxruntime.InferenceSession(m, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+        for m in (model.SerializeToString(), str(path))
+    )
+    np.testing.assert_allclose(after, before, rtol=1e-6)
