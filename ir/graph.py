@@ -7,7 +7,7 @@ people, files and tests. Nodes are kept in a set and sorted on demand, so that a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -323,15 +323,23 @@ class Graph:
         verify: bool = True,
         overwrite: bool = True,
         inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+        check: Callable[[Path], None] | None = None,
     ) -> Path:
         """Write the graph as an ONNX model and return its path.
 
         ``external_data`` says if weights go beside the model, ``verify`` if the file is run and compared with the
-        graph, on ``inputs`` or on made-up ones, ``overwrite`` if a file that exists may be replaced. See
+        graph, on ``inputs`` or on made-up ones, ``overwrite`` if a file that exists may be replaced; a ``check`` of
+        one's own sees the file before it appears. See
         :func:`regauge.backends.to_onnx.to_onnx`. Raises EmitError when something cannot be expressed or written.
         """
         written: Path = _edge("regauge.backends.to_onnx").to_onnx(
-            self, path, external_data=external_data, verify=verify, overwrite=overwrite, inputs=inputs
+            self,
+            path,
+            external_data=external_data,
+            verify=verify,
+            overwrite=overwrite,
+            inputs=inputs,
+            check=check,
         )
         return written
 

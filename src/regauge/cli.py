@@ -132,7 +132,6 @@ def simplify(
     regauge simplify model.onnx -o simple.onnx --skip merging --skip constants --explain
     """
     from regauge.backends.onnx_proof import Proof
-    from regauge.backends.to_onnx import to_onnx
     from regauge.optimize import optimize as run_optimize
     from regauge.passes.simplify.simplify import Simplify
 
@@ -142,7 +141,7 @@ def simplify(
     before = file_figures(model, graph)
     batches = read_batches(data, graph)
     result = run_optimize(graph, one, batches)
-    to_onnx(result, output, check=Proof(model, graph, batches))
+    result.to_onnx(output, check=Proof(model, graph, batches))
     after = file_figures(output, result)
     (entry,) = result.report.passes
     if all(new >= old for new, old in zip(after, before, strict=True)):
