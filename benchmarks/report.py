@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "timm", "torchvision", "transformers", "torch-pruning")
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "timm", "torchvision", "transformers", "torch-pruning",
+            "onnxsim", "onnxslim", "onnxscript", "onnxoptimizer")  # fmt: skip
 
 
 def environment() -> str:
