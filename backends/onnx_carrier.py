@@ -87,6 +87,20 @@ class Carrier:
         """Whether whoever runs the model may give this value; not so a weight that old exporters listed as an input."""
         return value.is_graph_input() and (value in self.inputs or not value.is_initializer())
 
+    def unlist_weights(self) -> None:
+        """Weights that are listed as inputs, though nobody gives them, become constants: runtimes fold only those.
+
+        IR versions before 4 want every initializer listed, and their runtimes know that these are constants.
+        """
+        if (self.model.ir_version or 0) < 4:
+            return
+        inputs = self.model.graph.inputs
+        kept = [v for v in inputs if self.is_input(v) or v.name in self.referenced]
+        if len(kept) < len(inputs):
+            self.edits += len(inputs) - len(kept)
+            inputs.clear()
+            inputs.extend(kept)
+
     @property
     def opset(self) -> int:
         """The version of the standard operators that the model imports."""

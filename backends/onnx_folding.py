@@ -3,6 +3,7 @@
     Shape -> Gather -> Unsqueeze -> Concat -> Reshape       ->   Reshape (x, constant)
     CastLike -> Expand -> Conv                              ->   Conv (x, w, constant)
     Identity, Dropout, Cast to the same type                ->   gone
+    a weight that an old exporter listed as an input too    ->   an initializer only
 
 Only for graphs that ask for it: ``graph.metadata["onnx_fold"]`` names the steps of ``simplify`` that the file takes
 part in. Bodies of local functions stay as they are, and so does what would make the file grow beyond the budget.
@@ -28,6 +29,7 @@ def fold_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
     """Write known values as constants, keep equal ones once, and drop what is left over."""
     steps = graph.metadata.get("onnx_fold", ())
     if "constants" in steps:
+        carrier.unlist_weights()
         _write_known(carrier, contents, graph.metadata.get("onnx_growth", 0.0))
     if "ties" in steps:
         share_equal(carrier)

@@ -90,7 +90,10 @@ def _note_passes(model: onnx_ir.Model, graph: Graph) -> None:
     passes = list(dict.fromkeys(edit.by for edit in graph.history))
     if passes:
         model.metadata_props["regauge.passes"] = ",".join(passes)
-    notes = graph.metadata.get("onnx_notes", ())
+    notes = [*graph.metadata.get("onnx_notes", ())]
+    if "onnx" in graph.metadata:
+        unlisted = len(graph.metadata["onnx"].graph.inputs) - len(model.graph.inputs)
+        notes += [f"weights that were listed as inputs and are constants now: {unlisted}"] if unlisted else []
     if notes:
         model.metadata_props["regauge.notes"] = "; ".join(notes)
 

@@ -116,7 +116,8 @@ def _walk(graph: Graph, analysis: Analysis, strict: bool) -> None:
 
 
 def _visit(node: Node, analysis: Analysis, strict: bool) -> None:
-    operands = [_operand_axes(operand, analysis) for operand in node.inputs]
+    of = analysis.of
+    operands = [of[operand] if isinstance(operand, Value) else _no_axes(operand) for operand in node.inputs]
     call = RegionCall(node, operands, analysis=analysis, strict=strict) if node.regions else Call(node, operands)
     operator = node.operator
     try:
@@ -191,10 +192,9 @@ def _check_results(node: Node, results: Sequence[Axes]) -> None:
             raise AxisError(f"{node.label}: the rule gives the shape {sizes}, the node has {list(value.shape)}")
 
 
-def _operand_axes(operand: Any, analysis: Analysis) -> Axes | None:
-    if operand is None:
-        return None
-    return analysis.of[operand] if isinstance(operand, Value) else []
+def _no_axes(operand: Any) -> Axes | None:
+    """A number has no axes; an absent operand (None) has not even none."""
+    return None if operand is None else []
 
 
 @dataclass
@@ -212,7 +212,7 @@ class RegionCall(Call):
         for value, axes in zip(region.inputs, inputs, strict=True):
             self.analysis.of[value] = axes
         _walk(region, self.analysis, self.strict)
-        return [_operand_axes(output, self.analysis) or [] for output in region.outputs]
+        return [self.analysis.of[output] if isinstance(output, Value) else [] for output in region.outputs]
 
 
 def _name_dims(value: Value, axes: Sequence[Sequence[Dim]]) -> None:

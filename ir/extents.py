@@ -111,16 +111,19 @@ def _resolve_dim(dim: Dim) -> Extent:
 
 def _resolve_product(extent: Product) -> Extent:
     factors: list[Extent] = []
-    changed = False
+    changed = empty = False
     for factor in extent.factors:
+        if isinstance(factor, Dim) and factor.bound is None:
+            factors.append(factor)
+            continue
         found = resolve(factor)
+        changed = changed or found is not factor
         if isinstance(found, Product):
             factors.extend(found.factors)
-            changed = True
             continue
-        changed = changed or found is not factor
+        empty = empty or (isinstance(found, Concat) and not found.segments)
         factors.append(found)
-    if any(f is ZERO or (isinstance(f, Concat) and not f.segments) for f in factors):
+    if empty:
         return ZERO
     if len(factors) == 1:
         return factors[0]

@@ -124,9 +124,9 @@ class Call:
         for axes in operands:
             offset = rank - len(axes)
             for position, extent in enumerate(axes):
-                if is_one(extent):
-                    continue
                 current = result[offset + position]
+                if extent is current or is_one(extent):
+                    continue
                 if current is ONE or is_one(current):
                     result[offset + position] = extent
                 else:
