@@ -117,10 +117,11 @@ def _resolve_product(extent: Product) -> Extent:
             factors.append(factor)
             continue
         found = resolve(factor)
-        changed = changed or found is not factor
         if isinstance(found, Product):
             factors.extend(found.factors)
+            changed = True
             continue
+        changed = changed or found is not factor
         empty = empty or (isinstance(found, Concat) and not found.segments)
         factors.append(found)
     if empty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import TypeAlias
 
 from regauge.ir.errors import AxisError
@@ -308,13 +309,18 @@ def reshape(extents: Sequence[Extent], sizes: Sequence[Size], where: str = "") -
 
 
 def _pour_run(old: Sequence[Extent], new: Sequence[Size]) -> list[Extent] | None:
-    """:func:`pour`, with short ways for axes that are joined and for one that is laid out as asked already."""
+    """:func:`pour`, with short ways for axes that are joined, and for one that is free or laid out as asked already."""
     if len(new) == 1:
         return [resolve(Product(old) if len(old) != 1 else old[0])]
     if len(old) == 1:
         whole = resolve(old[0])
         if isinstance(whole, Product) and [size_of(factor) for factor in whole.factors] == list(new):
             return list(whole.factors)
+        if isinstance(whole, Dim) and all([type(size) is int and size > 1 for size in new]):
+            if prod(new) == whole.size:
+                parts = [fresh(size) for size in new]
+                bind(whole, Product(parts))
+                return parts
     return pour(old, new)
 
 
