@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
 import sys
 import time
 import warnings
@@ -30,6 +29,7 @@ import torch
 from torch import nn
 
 from benchmarks import wide_models
+from benchmarks.isolated import Unfinished, isolated
 from benchmarks.mask_oracle import masked_error, relative_error
 from benchmarks.report import append_table, environment
 from benchmarks.zoo import Case, build, float64_reference, names, redraw
@@ -150,25 +150,18 @@ def torch_pruning(name: str, ratio: float) -> Row:
 TOOLS = {"regauge": ours, "torch-pruning": torch_pruning}
 
 
-def _child(tool: str, name: str, ratio: float, connection: Any) -> None:
+def _measure(tool: str, name: str, ratio: float) -> Row:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    connection.send(TOOLS[tool](name, ratio))
+    return TOOLS[tool](name, ratio)
 
 
 def measure(tool: str, name: str, ratio: float, limit: float) -> Row:
     """One row, from a process of its own that is ended after ``limit`` seconds."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(tool, name, ratio, sender))
-    process.start()
-    sender.close()
     try:
-        row = receiver.recv() if receiver.poll(limit) else Row(name, "no end", seconds=limit)
-    except EOFError:
-        row = Row(name, "crash")
-    process.kill()
-    process.join()
+        row = isolated(_measure, tool, name, ratio, limit=limit)
+    except Unfinished as problem:
+        return Row(name, str(problem), seconds=limit if str(problem) == "no end" else None)
     assert isinstance(row, Row)
     return row
 

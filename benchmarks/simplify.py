@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import onnx
 
+from benchmarks.isolated import Unfinished, isolated
 from benchmarks.onnx_exports import FLAVOURS, NETWORKS, export, light_files, real_files
 from benchmarks.report import append_table, environment
 
@@ -261,29 +261,21 @@ def measure(source: Path, tools: list[str], timed: bool) -> list[Row]:
     return rows
 
 
-def _child(source: Path, tools: list[str], timed: bool, connection: Any) -> None:
+def _measure(source: Path, tools: list[str], timed: bool) -> list[Row]:
     import torch
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for module in ("regauge", "onnx_ir", "onnxruntime", "onnxsim", "onnxslim", "onnxscript.optimizer", "onnxoptimizer"):
         importlib.import_module(module)  # imports are no part of what is timed
-    connection.send(measure(source, tools, timed))
+    return measure(source, tools, timed)
 
 
 def in_process(source: Path, tools: list[str], timed: bool, limit: float) -> list[Row]:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(source, tools, timed, sender))
-    process.start()
-    sender.close()
     try:
-        rows = receiver.recv() if receiver.poll(limit) else [Row(source.stem, "all", 0, failure="no end")]
-    except EOFError:
-        rows = [Row(source.stem, "all", 0, failure="crash")]
-    process.kill()
-    process.join()
-    return list(rows)
+        return list(isolated(_measure, source, tools, timed, limit=limit))
+    except Unfinished as problem:
+        return [Row(source.stem, "all", 0, failure=str(problem))]
 
 
 def geometric_mean(values: list[float]) -> float:

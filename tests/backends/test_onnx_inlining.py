@@ -1,7 +1,6 @@
 """Branches that are always taken, and loops of one iteration, take the place of their node in the written file."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,8 @@ import pytest
 import regauge
 from onnx_models import model_of
 from onnx_oracle import runtime_outputs
+from onnx_simplified import graphs
 from regauge.ir.errors import EmitError
-
-
-def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from graphs(attribute.g)
 
 
 def operators(model: onnx.ModelProto) -> Counter[str]:
