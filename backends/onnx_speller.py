@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import onnx_ir
@@ -105,10 +105,10 @@ class OnnxSpeller:
         """A matrix with its axes exchanged; a parameter that nothing else reads is stored the other way round."""
         operand = self.node.inputs[slot]
         if not isinstance(operand, Parameter) or len(operand.uses) > 1 or not isinstance(operand.dtype, torch.dtype):
-            return self("Transpose", self.operand(slot), perm=(1, 0))  # type: ignore[no-any-return]
+            return self("Transpose", self.operand(slot), perm=(1, 0))
         carried = self.carrier.copy_of(operand.origin)
         if carried is not None and carried.is_graph_input():
-            return self("Transpose", carried, perm=(1, 0))  # type: ignore[no-any-return]
+            return self("Transpose", carried, perm=(1, 0))
         weight, before = operand.weight, None if carried is None else carried.const_value
         turned = ChangedTensor(
             lambda: onnx_ir.tensor_adapters.TorchTensor(weight.load().t().contiguous()),
@@ -128,8 +128,14 @@ class OnnxSpeller:
             raise AttributeError(op_type)
         return lambda *inputs, **options: self(op_type, *inputs, **options)
 
+    @overload
+    def __call__(self, op_type: str, *inputs: Any, outputs: int, **attributes: Any) -> Any: ...
+
+    @overload
+    def __call__(self, op_type: str, *inputs: Any, **attributes: Any) -> onnx_ir.Value: ...
+
     def __call__(self, op_type: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
-        """Add one ONNX node."""
+        """Add one ONNX node: its result, or a tuple of them where there are several ``outputs``."""
         given = {name: value for name, value in attributes.items() if value is not None}
         self._check(op_type, len(inputs), given)
         values = [
@@ -156,7 +162,7 @@ class OnnxSpeller:
 
     def cast(self, value: onnx_ir.Value, dtype: torch.dtype) -> onnx_ir.Value:
         code = int(onnx_ir.tensor_adapters.from_torch_dtype(dtype))
-        return self("Cast", value, to=code)  # type: ignore[no-any-return]
+        return self("Cast", value, to=code)
 
     def sizes(self, sizes: Sequence[Size]) -> onnx_ir.Value:
         """A vector of sizes; dynamic ones are computed from the node's operands and the inputs of the model."""
@@ -187,12 +193,13 @@ class OnnxSpeller:
         self, op_type: str, x: Any, axes: Sequence[int] | None, *, since: int, **attributes: Any
     ) -> onnx_ir.Value:
         """An operator over axes, which are an attribute before opset ``since`` and an input from then on."""
-        if axes is None:
-            return self(op_type, x, **attributes)  # type: ignore[no-any-return]
-        numbers = [int(axis) for axis in axes]
-        if self.opset < since:
-            return self(op_type, x, axes=numbers, **attributes)  # type: ignore[no-any-return]
-        return self(op_type, x, self.constant(np.array(numbers, dtype=np.int64)), **attributes)  # type: ignore[no-any-return]
+        inputs = [x]
+        if axes is not None and self.opset < since:
+            attributes["axes"] = [int(axis) for axis in axes]
+        elif axes is not None:
+            inputs.append(self.constant(np.array(axes, dtype=np.int64)))
+        result: onnx_ir.Value = self(op_type, *inputs, **attributes)
+        return result
 
     def unsqueeze(self, x: Any, *axes: int) -> Any:
         return self.on_axes("Unsqueeze", x, axes, since=13) if axes else x

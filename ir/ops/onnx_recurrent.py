@@ -174,9 +174,17 @@ def _torch_weights(
     return found
 
 
-def _apart(y: torch.Tensor, directions: int) -> torch.Tensor:
-    """``s b (dirs h) -> s dirs b h``"""
-    return y.reshape(y.shape[0], y.shape[1], directions, y.shape[2] // directions).transpose(1, 2)
+def _by_torch(
+    function: Any, x: torch.Tensor, initial: Any, weights: list[torch.Tensor], directions: int, direction: str
+) -> tuple[torch.Tensor, ...]:
+    """torch's own layer of one or two directions; results ``s dirs b h`` and the last states, each ``dirs b h``."""
+    backwards = direction == "reverse"
+    has_biases = len(weights) == 4 * directions
+    y, *states = function(
+        x.flip(0) if backwards else x, initial, weights, has_biases, 1, 0.0, False, directions == 2, False
+    )
+    y = y.flip(0) if backwards else y
+    return y.reshape(*y.shape[:2], directions, y.shape[2] // directions).transpose(1, 2), *states
 
 
 def _stepped(
@@ -297,10 +305,7 @@ def onnx_lstm(
             return lambda *operands: _lstm_cell(w[i], r[i], None if b is None else b[i], *operands)
 
         return _all_directions(make_cell, x, lengths, [h0, c0], direction)
-    x = x.flip(0) if direction == "reverse" else x
-    weights = _torch_weights(w, r, b, (0, 2, 3, 1))
-    y, h, c = torch.lstm(x, (h0, c0), weights, b is not None, 1, 0.0, False, w.shape[0] == 2, False)
-    return _apart(y.flip(0) if direction == "reverse" else y, w.shape[0]), h, c
+    return _by_torch(torch.lstm, x, (h0, c0), _torch_weights(w, r, b, (0, 2, 3, 1)), w.shape[0], direction)
 
 
 @operator(
@@ -330,10 +335,7 @@ def onnx_gru(
             return lambda *operands: _gru_cell(w[i], r[i], None if b is None else b[i], linear_before_reset, *operands)
 
         return _all_directions(make_cell, x, lengths, [h0], direction)
-    x = x.flip(0) if direction == "reverse" else x
-    weights = _torch_weights(w, r, b, (1, 0, 2))
-    y, h = torch.gru(x, h0, weights, b is not None, 1, 0.0, False, w.shape[0] == 2, False)
-    return _apart(y.flip(0) if direction == "reverse" else y, w.shape[0]), h
+    return _by_torch(torch.gru, x, h0, _torch_weights(w, r, b, (1, 0, 2)), w.shape[0], direction)
 
 
 @operator(
@@ -362,7 +364,5 @@ def onnx_rnn(
             return lambda *operands: _plain_cell(w[i], r[i], None if b is None else b[i], nonlinearity, *operands)
 
         return _all_directions(make_cell, x, lengths, [h0], direction)
-    x = x.flip(0) if direction == "reverse" else x
-    options = (_torch_weights(w, r, b, (0,)), b is not None, 1, 0.0, False, w.shape[0] == 2, False)
-    y, h = (torch.rnn_tanh if nonlinearity == "tanh" else torch.rnn_relu)(x, h0, *options)
-    return _apart(y.flip(0) if direction == "reverse" else y, w.shape[0]), h
+    layer = torch.rnn_tanh if nonlinearity == "tanh" else torch.rnn_relu
+    return _by_torch(layer, x, h0, _torch_weights(w, r, b, (0,)), w.shape[0], direction)
