@@ -10,7 +10,7 @@ import ast
 import copy
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -138,13 +138,13 @@ def families(drafts: Sequence[Draft], known: Known) -> list[Family]:
     return [Family(list(drafts), _named(drafts[0], list(varying.values()), known))]
 
 
-def _can_vary(draft: Draft, places: object) -> bool:
+def _can_vary(draft: Draft, places: Iterable[Sequence[int]]) -> bool:
     """False where a number that varies picks a child, as in ``self.layers[0]``."""
     fixed = set()
     for place, match in enumerate(m for m in _TOKEN.finditer(draft.text) if m[2]):
         if re.search(r"self[\w.]*\[$", draft.text[: match.start()][-80:]):
             fixed.add(place)
-    return not any(place in fixed for group in places for place in group)  # type: ignore[attr-defined]
+    return not any(place in fixed for group in places for place in group)
 
 
 def _named(draft: Draft, groups: list[list[int]], known: Known) -> dict[str, list[int]]:
