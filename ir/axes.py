@@ -11,6 +11,7 @@ from regauge.ir.allocation import without_collection
 from regauge.ir.errors import AxisError, RegaugeError
 from regauge.ir.extents import Concat, Dim, Extent, Product, format_extent, fresh, leaves, pin, resolve, size_of
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.groups import Group, Member
 from regauge.ir.masking import pin_felt
 from regauge.ir.operator import Operator
 from regauge.ir.positions import pin_positions
@@ -19,19 +20,29 @@ from regauge.ir.sizes import same
 from regauge.ir.unify import unify
 
 
+class ValueAxes(dict[Value, Axes]):
+    """The extents of values; a parameter has Dims of its own from the moment somebody asks for them."""
+
+    def __missing__(self, value: Value) -> Axes:
+        if not isinstance(value, Parameter):
+            raise KeyError(value)
+        axes = self[value] = [fresh(size) for size in value.shape]
+        return axes
+
+
 @dataclass
 class Analysis:
     """What the axis algebra knows about a graph.
 
     ``of[value]`` are the extents of a value, one per axis (read them through ``axes(value)``); ``calls[node]`` holds
     the roles a node gives to axes and the attributes that are sizes; ``problems`` the nodes whose rule did not fit.
-    ``parameter_dims[parameter]`` are the Dims of each axis of a parameter; trained parameters come first.
+    ``groups[dim]`` are the places in parameters where a Dim occurs, those in trained parameters first.
     """
 
-    of: dict[Value, Axes] = field(default_factory=dict)
+    of: ValueAxes = field(default_factory=ValueAxes)
     calls: dict[Node, Call] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    parameter_dims: dict[Parameter, list[list[Dim]]] = field(default_factory=dict)
+    groups: dict[Dim, Group] = field(default_factory=dict)
     _all_named: bool = False
 
     @cached_property
@@ -39,10 +50,8 @@ class Analysis:
         """The Dims of trained parameters and buffers, once the whole graph is analysed."""
         return {
             dim
-            for parameter, axes in self.parameter_dims.items()
-            if parameter.kind != "constant"
-            for dims in axes
-            for dim in dims
+            for dim, group in self.groups.items()
+            if any(member.parameter.kind != "constant" for member in group.members)
         }
 
     @cached_property
@@ -51,7 +60,8 @@ class Analysis:
         return [
             (node, role, leaves(extent))
             for node, call in self.calls.items()
-            for role, extent in call.roles
+            for roles, extents in call.stated
+            for role, extent in zip(roles, extents, strict=True)
             if role in ENDING_ROLES
         ]
 
@@ -98,16 +108,38 @@ def infer_axes(graph: Graph, *, strict: bool = False) -> Analysis:
         if isinstance(output, Value):
             for extent in analysis.of[output]:
                 pin(extent, "it is an axis of a graph output", output.name)
-    for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
-        dims = analysis.parameter_dims[parameter] = [leaves(extent) for extent in analysis.of.get(parameter, ())]
-        _name_dims(parameter, dims)
+    _gather_groups(graph, analysis)
     return analysis
 
 
+def _gather_groups(graph: Graph, analysis: Analysis) -> None:
+    """Fill ``groups``, and name each Dim after the parameter in which it occurs first."""
+    groups = analysis.groups
+    for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
+        for axis, extent in enumerate(analysis.of[parameter]):
+            member = Member(parameter, axis)
+            found = resolve(extent)
+            if isinstance(found, Dim):  # nearly always, so without the list that leaves() makes
+                _enter(groups, found, member, "")
+                continue
+            dims = leaves(found)
+            for place, dim in enumerate(dims):
+                _enter(groups, dim, member, f".{place}" if len(dims) > 1 else "")
+
+
+def _enter(groups: dict[Dim, Group], dim: Dim, member: Member, place: str) -> None:
+    """Note that a Dim occurs on the axis of a parameter, at a place of it where it has several."""
+    group = groups.get(dim)
+    if group is None:
+        groups[dim] = Group(dim, [member])
+        if not dim.name:
+            dim.name = f"{member}{place}"
+    elif group.members[-1] is not member:
+        group.members.append(member)
+
+
 def _walk(graph: Graph, analysis: Analysis, strict: bool) -> None:
-    """Analyse parameters, nodes and states of a graph or region whose inputs already have extents."""
-    for parameter in graph.parameters.values():
-        analysis.of[parameter] = [fresh(size) for size in parameter.shape]
+    """Analyse nodes and states of a graph or region whose inputs already have extents."""
     for node in graph.nodes:
         _visit(node, analysis, strict)
     for state in graph.states:
@@ -185,11 +217,11 @@ def _check_results(node: Node, results: Sequence[Axes]) -> None:
     if len(results) != len(node.outputs):
         raise AxisError(f"{node.label}: the rule gives {len(results)} results, the node has {len(node.outputs)}")
     for value, axes in zip(node.outputs, results, strict=True):
-        sizes = [extent.size if isinstance(extent, Dim) else size_of(extent) for extent in axes]
-        if tuple(sizes) == value.shape:
+        sizes = tuple([extent.size if type(extent) is Dim else size_of(extent) for extent in axes])
+        if sizes == value.shape:
             continue
         if len(sizes) != value.rank or not all(same(a, b) for a, b in zip(sizes, value.shape, strict=True)):
-            raise AxisError(f"{node.label}: the rule gives the shape {sizes}, the node has {list(value.shape)}")
+            raise AxisError(f"{node.label}: the rule gives the shape {list(sizes)}, the node has {list(value.shape)}")
 
 
 def _no_axes(operand: Any) -> Axes | None:
@@ -197,7 +229,7 @@ def _no_axes(operand: Any) -> Axes | None:
     return None if operand is None else []
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class RegionCall(Call):
     """A Call that can also analyse the regions of its node (If, Loop, Scan, cond)."""
 

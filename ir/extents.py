@@ -11,7 +11,7 @@ The axis of size 1 is the empty product ``ONE``: it vanishes inside a Product, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -40,7 +40,7 @@ class Dim:
     def __init__(self, size: Size, name: str = "") -> None:
         self.size: Size = size
         self.bound: Any = None  # an Extent once the Dim is bound
-        self.pins: list[Pin] = []
+        self.pins: tuple[Pin, ...] = ()
         self.name = name
 
     def __repr__(self) -> str:
@@ -181,16 +181,21 @@ def _leaves_of(extent: Product | Concat) -> list[Dim]:
 
 def pin(extent: Extent, reason: str, where: str = "") -> None:
     """Forbid the removal of indices from every Dim of the extent."""
+    if isinstance(extent, Dim) and extent.bound is None and len(extent.pins) >= MAX_PINS:
+        return  # most of the spatial axes of a deep network: no reason is made up only to be dropped
     add_pins(extent, (Pin(reason, where),))
 
 
-def add_pins(extent: Extent, pins: Iterable[Pin]) -> None:
+def add_pins(extent: Extent, pins: tuple[Pin, ...]) -> None:
     for dim in leaves(extent):
+        if not dim.pins:
+            dim.pins = pins
+            continue
         if len(dim.pins) >= MAX_PINS:
             continue
         for item in pins:
             if len(dim.pins) < MAX_PINS and item not in dim.pins:
-                dim.pins.append(item)
+                dim.pins = (*dim.pins, item)
 
 
 def bind(dim: Dim, target: Extent) -> None:

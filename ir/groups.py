@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from regauge.ir.allocation import without_collection
 from regauge.ir.errors import ExplainError
 from regauge.ir.extents import Dim, Pin
 from regauge.ir.graph import Graph, Parameter
@@ -39,7 +38,7 @@ class Group:
         return self.dim.size
 
     @property
-    def pins(self) -> list[Pin]:
+    def pins(self) -> tuple[Pin, ...]:
         return self.dim.pins
 
     @property
@@ -54,17 +53,7 @@ class Group:
 
 def dependency_groups(graph: Graph) -> list[Group]:
     """All groups of a graph, in the order in which their Dims first occur in its parameters."""
-    analysis = graph.axes
-    groups: dict[Dim, Group] = {}
-    with without_collection():
-        for parameter, axes in analysis.parameter_dims.items():
-            for axis, dims in enumerate(axes):
-                for dim in dict.fromkeys(dims):
-                    group = groups.get(dim)
-                    if group is None:
-                        group = groups[dim] = Group(dim)
-                    group.members.append(Member(parameter, axis))
-    return list(groups.values())
+    return list(graph.axes.groups.values())
 
 
 def free_groups(graph: Graph) -> list[Group]:

@@ -58,17 +58,14 @@ class _Zeros:
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
         self.dims: dict[Value, list[Dim]] = {}
+        self.weights: dict[Dim, set[Parameter]] = {}
         self.order: dict[Node, int] = {}
         self.culprits: dict[tuple[Value, Dim], str | None] = {}  # None: zero; else what makes it another number
 
     def has(self, value: Value, dim: Dim) -> bool:
         found = self.dims.get(value)
         if found is None:
-            if isinstance(value, Parameter):
-                found = [leaf for dims in self.analysis.parameter_dims[value] for leaf in dims]
-            else:
-                found = [leaf for extent in self.analysis.of[value] for leaf in leaves(extent)]
-            self.dims[value] = found
+            found = self.dims[value] = [leaf for extent in self.analysis.of[value] for leaf in leaves(extent)]
         return dim in found
 
     def open_ends(self) -> dict[Dim, list[tuple[Node, str]]]:
@@ -83,11 +80,15 @@ class _Zeros:
 
     def _weighed(self, node: Node, role: str, dim: Dim) -> bool:
         """Whether a trained weight silences an end of the Dim."""
-        for slot, operand in enumerate(node.inputs):
-            if isinstance(operand, Parameter) and operand.kind != "constant" and self.has(operand, dim):
-                if role == "contract" or slot in self._silencing_slots(node, role, dim):
-                    return True
-        return False
+        weights = self.weights.get(dim)
+        if weights is None:
+            members = self.analysis.groups[dim].members
+            weights = self.weights[dim] = {m.parameter for m in members if m.parameter.kind != "constant"}
+        slots = [slot for slot, operand in enumerate(node.inputs) if operand in weights]
+        if not slots or role == "contract":
+            return bool(slots)
+        silencing = self._silencing_slots(node, role, dim)
+        return any(slot in silencing for slot in slots)
 
     def _silencing_slots(self, node: Node, role: str, dim: Dim) -> Sequence[int]:
         """Slots of which one is enough: a factor of a contraction; what is summed or normalised, or the gain behind."""

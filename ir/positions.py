@@ -21,10 +21,10 @@ _BY_WEIGHTS = {"produce", "contract"}
 def pin_positions(analysis: Analysis) -> None:
     """Pin positions of integer tables that no weight has, and tokens that are averaged or compared with each other."""
     held = analysis.held
-    for parameter, axes in analysis.parameter_dims.items():
-        if parameter.kind == "constant" and not is_real(parameter.dtype):
-            for dim in {dim for dims in axes for dim in dims} - held:
-                pin(dim, "it counts positions of a table, and no weight has it", parameter.name)
+    for dim, group in analysis.groups.items():
+        if dim not in held:
+            for table in {member.parameter: None for member in group.members if not is_real(member.parameter.dtype)}:
+                pin(dim, "it counts positions of a table, and no weight has it", table.name)
     over_all = _dims_over_all(analysis)
     candidates = {dim for dim in over_all if dim in held and not dim.pins}
     if candidates:

@@ -82,13 +82,12 @@ def _indices(dim: Dim | str, given: Iterable[int]) -> np.ndarray:
 
 def _dims(graph: Graph, given: Iterable[Dim | str]) -> list[Dim]:
     """The Dims of the graph as it is analysed now that are meant."""
-    known = {dim for axes in graph.axes.parameter_dims.values() for dims in axes for dim in dims}
-    return [find_group(graph, dim).dim if isinstance(dim, str) else _resolved(graph, dim, known) for dim in given]
+    return [find_group(graph, dim).dim if isinstance(dim, str) else _resolved(graph, dim) for dim in given]
 
 
-def _resolved(graph: Graph, dim: Dim, known: set[Dim]) -> Dim:
+def _resolved(graph: Graph, dim: Dim) -> Dim:
     found = resolve(dim)
-    if found in known:
+    if isinstance(found, Dim) and found in graph.axes.groups:
         return found
     graph.axes.name_values()
     if not isinstance(found, Dim):

@@ -197,8 +197,6 @@ class Application:
         given = self.call.axes
         present = tuple(i < len(given) and given[i] is not None for i in range(len(self.rule.operands)))
         roles = self.rule.roles_with(present)
-        for name, extent in self.names.items():
-            self.call.role(roles[name], extent)
+        self.call.state_roles([roles[name] for name in self.names], list(self.names.values()))
         for name, run in self.runs.items():
-            for extent in run:
-                self.call.role(roles[name], extent)
+            self.call.state_roles([roles[name]] * len(run), run)

@@ -30,7 +30,7 @@ class Plan:
     others: tuple[tuple[int, Place], ...]
     batches: tuple[tuple[int, int], ...]  # operand, end of its leading axes
     results: tuple[tuple[int, ...], ...]
-    roles: tuple[tuple[str, int], ...]
+    roles: tuple[str | None, ...]  # of each name
     derived: tuple[tuple[str, int | tuple[int, ...]], ...]
 
     def run(self, call: Call) -> list[Axes]:
@@ -41,8 +41,7 @@ class Plan:
                 unify(names[name], axes[operand][axis])
         leading = [axes[operand][:end] for operand, end in self.batches]
         batch = leading[0] if len(leading) == 1 else call.broadcast(leading)
-        for role, name in self.roles:
-            call.role(role, names[name])
+        call.state_roles(self.roles, names)
         for attribute, found in self.derived:
             call.derived[attribute] = tuple([names[n] for n in found]) if isinstance(found, tuple) else names[found]
         return [_result(recipe, names, batch) for recipe in self.results]
@@ -86,8 +85,10 @@ def _plan(rule: Rule, ranks: Ranks) -> Plan | None:
     if None in results or any(name not in known for _, name in rule.derived):
         return None
     roles = rule.roles_with(tuple(rank is not None for rank in ranks))
-    single = [name for name in numbers if name in roles]
-    stated = [(roles[n], numbers[n]) for n in single] + [(roles[n], m) for n, run in members.items() for m in run]
+    stated: list[str | None] = [roles.get(name) for name in numbers]
+    for name, run in members.items():
+        for member in run:
+            stated[member] = roles[name]
     return Plan(
         first=tuple(found[0] for found in places.values()),
         others=tuple((numbers[name], place) for name, found in places.items() for place in found[1:]),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Axes: TypeAlias = list[Extent]
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Call:
     """One node being analysed: what its rule may read, and the verbs with which it states what it knows.
 
@@ -35,8 +35,14 @@ class Call:
 
     node: Node
     axes: list[Axes | None]
-    roles: list[tuple[str, Extent]] = field(default_factory=list)
+    stated: tuple[tuple[Sequence[str | None], Sequence[Extent]], ...] = ()
     derived: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> list[tuple[str, Extent]]:
+        """What the node does to axes: each with its role there."""
+        stated = [pair for roles, extents in self.stated for pair in zip(roles, extents, strict=True)]
+        return [(role, extent) for role, extent in stated if role is not None]
 
     @property
     def where(self) -> str:
@@ -80,16 +86,21 @@ class Call:
         ext.pin(extent, reason, self.where)
 
     def role(self, role: str, extent: Extent) -> None:
-        """Record what the node does to an axis; ``window``, ``indexed``, ``whole`` and ``scan`` also pin it."""
-        self.roles.append((role, extent))
-        if role in PINNING_ROLES:
-            self.pin(extent, PINNING_ROLES[role].format(operator=self.node.op))
+        """State what the node does to an axis; ``window``, ``indexed``, ``whole`` and ``scan`` also pin it."""
+        self.state_roles((role,), (extent,))
+
+    def state_roles(self, roles: Sequence[str | None], extents: Sequence[Extent]) -> None:
+        """State what the node does to several axes, nothing (None) to some; the sequences are kept, not copied."""
+        self.stated = (*self.stated, (roles, extents))
+        for role, extent in zip(roles, extents, strict=True):
+            if role in PINNING_ROLES:
+                self.pin(extent, PINNING_ROLES[role].format(operator=self.node.op))
 
     def linear(self, *extents: Extent) -> None:
         """State that the node is linear along axes, whatever its symmetry says of others: linear in the operands that
         have what the results have too (the values of attention), a bilinear form of what it contracts (its queries).
         """
-        self.roles.extend(("linear", extent) for extent in extents)
+        self.state_roles(("linear",) * len(extents), extents)
 
     def derive(self, **attributes: Any) -> None:
         """State that attributes are the sizes of extents (nested tuples allowed): they follow when a Dim is cut."""

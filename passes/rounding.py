@@ -48,8 +48,8 @@ class Rounding:
 
 def _axes(graph: Graph) -> Iterator[tuple[Extent, bool]]:
     """The axes of parameters that hold several Dims or one, each once; trained parameters come first."""
-    for parameter in graph.axes.parameter_dims:
-        for extent in graph.axes.of.get(parameter, ()):
+    for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
+        for extent in graph.axes.of[parameter]:
             yield resolve(extent), parameter.kind == "parameter"
 
 
