@@ -21,6 +21,7 @@ from regauge.backends.onnx_changes import find_changes
 from regauge.backends.onnx_check import Checker
 from regauge.backends.onnx_emit import patched_model
 from regauge.backends.onnx_write import Check, copy_model, external_locations, write_model
+from regauge.ir.allocation import without_collection
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
 
@@ -60,7 +61,8 @@ def to_onnx(
     changes = find_changes(_imported(graph), graph)
     source = _unchanged_source(graph)
     folds = bool(graph.metadata.get("onnx_fold"))
-    model, changed = patched_model(graph, changes) if changes or folds else (_copied(graph), False)
+    with without_collection():  # a clone of the model and all that is made of it lives until the file is written
+        model, changed = patched_model(graph, changes) if changes or folds else (_copied(graph), False)
     if not changed and external_data is None and source is not None:
         copy_model(source, target, external_locations(graph.metadata["onnx"]), overwrite=overwrite)
         return target

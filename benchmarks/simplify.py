@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import onnx
+import onnx.parser
 
 from benchmarks.isolated import Unfinished, isolated
 from benchmarks.onnx_exports import FLAVOURS, NETWORKS, export, light_files, real_files
@@ -37,6 +38,8 @@ from benchmarks.report import append_table, environment
 
 TOLERANCE = 1e-4
 REPEATS = 15
+SMALL = """<ir_version: 8, opset_import: ["" : 17]>
+small (float[2, 3] x) => (float[2, 3] y) <float[3] w = {1, 2, 3}> { z = Mul(x, w)  zero = Identity(z)  y = Relu(zero) }"""
 HEADS = ("file", "tool", "nodes", "share", "bytes", "error", "latency", "metadata", "s", "failure")
 
 
@@ -268,6 +271,11 @@ def _measure(source: Path, tools: list[str], timed: bool) -> list[Row]:
     warnings.simplefilter("ignore")
     for module in ("regauge", "onnx_ir", "onnxruntime", "onnxsim", "onnxslim", "onnxscript.optimizer", "onnxoptimizer"):
         importlib.import_module(module)  # imports are no part of what is timed
+    with tempfile.TemporaryDirectory() as folder:  # nor is what a tool loads when it is first used
+        small = Path(folder) / "small.onnx"
+        onnx.save(onnx.parser.parse_model(SMALL), small)
+        for tool in tools:
+            TOOLS[tool](small, Path(folder) / f"{tool}.onnx")
     return measure(source, tools, timed)
 
 

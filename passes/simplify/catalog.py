@@ -102,6 +102,12 @@ def before_others(rules: RuleSet) -> RuleSet:
     return RuleSet(rule for name in BEFORE_OTHERS for rule in RULE_SETS[name] if rule in rules.rules)
 
 
+def by_default(rules: RuleSet) -> RuleSet:
+    """Of the chosen rules those that are on by default."""
+    off = {rule for name in OFF_BY_DEFAULT for rule in OFF_BY_DEFAULT[name]}
+    return RuleSet(rule for rule in rules if rule not in off)
+
+
 def described() -> list[tuple[str, str]]:
     """Every rule, by the name of its set and its own, with the first line of its docstring."""
     return [

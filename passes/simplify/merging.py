@@ -6,15 +6,18 @@ What two outputs are stays two values; random, training and opaque nodes are not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from regauge.ir.edit import remove_node, replace_uses
 from regauge.ir.graph import Graph, Node, Parameter, Value, is_real
 from regauge.ir.purity import is_pure
 from regauge.passes.simplify.limits import Limits, held_values, scopes
+
+SAMPLED_BYTES = 256  # of a weight, before all of it is read to see whether it is equal to another
 
 # -- nodes -------------------------------------------------------------------------------------------------------------
 
@@ -94,9 +97,19 @@ def _tie_scope(graph: Graph, limits: Limits, loaded: bool) -> int:
             kind = (parameter.dtype, parameter.weight.shape, parameter.kind, parameter.trainable)
             alike.setdefault(kind, []).append(parameter)
     for group in alike.values():
-        if len(group) > 1:
-            count += _tie(graph, group, aliases=not loaded)
+        for candidates in _sampled_alike(group):
+            count += _tie(graph, candidates, aliases=not loaded)
     return count
+
+
+def _sampled_alike(group: Sequence[Parameter]) -> Iterator[list[Parameter]]:
+    """Those of several weights that a few of their bytes do not tell apart; only these are worth reading whole."""
+    found: dict[bytes, list[Parameter]] = {}
+    for parameter in group if len(group) > 1 else ():
+        data = _bytes_of(parameter)
+        step = (len(data) // SAMPLED_BYTES) | 1  # odd, so that it is not one same byte of every number
+        found.setdefault(data[::step].tobytes(), []).append(parameter)
+    yield from (candidates for candidates in found.values() if len(candidates) > 1)
 
 
 def _may_be_tied(parameter: Parameter, limits: Limits, loaded: bool) -> bool:
@@ -126,10 +139,14 @@ def _tie(graph: Graph, group: Iterable[Parameter], aliases: bool) -> int:
 
 def fingerprint(parameter: Parameter) -> bytes:
     """A hash of the bytes of a weight, which is read and dropped again."""
+    return hashlib.blake2b(_bytes_of(parameter).data, digest_size=16).digest()
+
+
+def _bytes_of(parameter: Parameter) -> np.ndarray:
     tensor = parameter.tensor.detach().cpu().contiguous().reshape(-1)
     if tensor.numel() == 1:  # torch calls it contiguous whatever its stride is, and then cannot view its bytes
         tensor = tensor.clone().as_strided((1,), (1,))
-    return hashlib.blake2b(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"", digest_size=16).digest()
+    return tensor.view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
 
 
 def same_bytes(a: Parameter, b: Parameter) -> bool:

@@ -11,7 +11,7 @@ from regauge.ir.rewrite import RewriteLog, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
 from regauge.passes.rewriting import tell
-from regauge.passes.simplify.catalog import before_others, choose, described, summary
+from regauge.passes.simplify.catalog import before_others, by_default, choose, described, summary
 from regauge.passes.simplify.constants import fold_constants, fold_initializers, fold_into_weights
 from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import remove_dead_code
@@ -84,16 +84,10 @@ class Simplify(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also, assemble=self._assembles(graph))
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
-        limits, stages = limits_of(graph, self.growth, self.tie), _stages(rules, steps)
-        for _ in range(MOST_ROUNDS):
-            start = log.total + sum(counts.values())
-            for stage in stages:
-                if isinstance(stage, RuleSet):
-                    log.add(rewrite_graph(result, stage))
-                else:
-                    counts[stage] += STEPS[stage](result, limits)
-            if log.total + sum(counts.values()) == start:
-                break
+        limits, usual = limits_of(graph, self.growth, self.tie), by_default(rules)
+        _to_fixed_point(result, _stages(usual, steps), limits, log, counts)
+        if usual != rules:  # when all else is done: a wide map takes in no batch norm of a part any more
+            _to_fixed_point(result, _stages(rules, steps), limits, log, counts)
         tell(log, context, counts)
         result.metadata.setdefault(BYTES_BEFORE, total_bytes(graph))
         before, folds = set(graph.metadata.get("onnx_fold", ())), FILE_STEPS & set(steps)
@@ -101,6 +95,21 @@ class Simplify(Pass):
             result.metadata["onnx_fold"], result.metadata["onnx_growth"] = tuple(sorted(before | folds)), self.growth
             return result
         return result if log.total or any(counts.values()) else graph
+
+
+def _to_fixed_point(
+    graph: Graph, stages: Sequence[str | RuleSet], limits: Limits, log: RewriteLog, counts: dict[str, int]
+) -> None:
+    """Go through the stages until none finds anything to do; what they did is added to the log and the counts."""
+    for _ in range(MOST_ROUNDS):
+        start = log.total + sum(counts.values())
+        for stage in stages:
+            if isinstance(stage, RuleSet):
+                log.add(rewrite_graph(graph, stage))
+            else:
+                counts[stage] += STEPS[stage](graph, limits)
+        if log.total + sum(counts.values()) == start:
+            return
 
 
 def _stages(rules: RuleSet, steps: Sequence[str]) -> list[str | RuleSet]:

@@ -72,3 +72,20 @@ def test_a_tied_weight_stays() -> None:
     x, w = build.input("x", (2, 4), torch.float64), build.parameter("w", torch.randn(4, 4).double())
     graph.outputs = [build.linear(x, w), build.linear(x, w, build.parameter("b", torch.randn(4).double()))]
     assert "w has other readers" in refusals(graph, RULES)
+
+
+class Branches(nn.Module):
+    """Four pointwise convolutions of one value, each with a batch norm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4)) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) * part(x).tanh() for part in self.parts], 1)
+
+
+def test_batch_norms_are_folded_before_their_convolutions_are_merged() -> None:
+    merged = simplified(Branches().eval(), torch.randn(2, 6, 5, 5), passes="simplify{also=merges}")
+    counts = Counter(node.op for node in merged.nodes)
+    assert (counts["conv"], counts["batch_norm"]) == (1, 0)
