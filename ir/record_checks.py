@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ def check_record(record: Operator) -> None:
     if not record.evaluate.__module__.startswith("regauge.ir.ops."):  # those name what other versions of torch have
         for name in record.aten:
             check_aten_name(record.name, name)
+        for name in record.onnx:
+            check_onnx_name(record.name, name)
 
 
 def _check_function(name: str, evaluate: Callable[..., Any]) -> None:
@@ -106,3 +109,20 @@ def check_aten_name(operator: str, name: str) -> None:
     else:
         advice = "is it misspelt? A custom operator is written 'namespace::name'"
     raise OperatorError(f"{operator} cannot stand for {name!r}, which is no ATen operator that torch has: {advice}")
+
+
+@cache
+def _known_to_onnx() -> frozenset[str]:
+    from onnx.defs import get_all_schemas
+
+    return frozenset(schema.name for schema in get_all_schemas())
+
+
+def check_onnx_name(operator: str, name: str) -> None:
+    """Raises OperatorError for a name without a domain that no operator of the ONNX standard has."""
+    domain, _, op_type = name.rpartition("::")
+    if domain or op_type in _known_to_onnx():
+        return
+    close = get_close_matches(op_type, _known_to_onnx(), 1)
+    advice = f"did you mean {close[0]!r}?" if close else "an operator of another domain is written 'domain::Name'"
+    raise OperatorError(f"{operator} cannot stand for {name!r}, which is no operator of the ONNX standard: {advice}")

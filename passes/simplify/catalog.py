@@ -72,10 +72,13 @@ def choose(
 ) -> tuple[RuleSet, list[str]]:
     """The rules and steps that are named (all where none is), less those to skip; raises PassError for others.
 
+    A rule goes by its name, ``relu-twice``, or with that of its set before it, as ``regauge passes simplify`` lists it.
     ``also`` names rules and sets that are off by default. Without ``assemble``, rules that put operators together are
     left out.
     """
-    known = [*steps, *ALL_RULE_SETS, *(rule.name for rules in ALL_RULE_SETS.values() for rule in rules)]
+    full = {f"{name}/{rule.name}": rule.name for name, rules in ALL_RULE_SETS.items() for rule in rules}
+    known = [*steps, *ALL_RULE_SETS, *full.values(), *full]
+    only, skip, also = (tuple(full.get(name, name) for name in names) for names in (only, skip, also))
     for name in (*only, *skip, *also):
         if name not in known:
             close = get_close_matches(name, known, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regauge.ir.edit import drop_operand, remove_dead
 from regauge.ir.graph import Graph, Node, Value
-from regauge.passes.simplify.limits import Limits
+from regauge.passes.simplify.limits import Limits, held_values
 
 
 def remove_dead_code(graph: Graph, limits: Limits) -> int:
@@ -20,6 +20,30 @@ def remove_dead_code(graph: Graph, limits: Limits) -> int:
     if _has_dead(graph):
         count += remove_dead(graph)
     return count
+
+
+def drop_orphans(before: Graph, after: Graph) -> int:
+    """Remove unread buffers of modules all of whose other weights are gone, such as the counter of a batch norm.
+
+    A buffer that was alone in its module to begin with is the user's own, and stays. Returns how many went.
+    """
+    read_before = {_module(name) for name, parameter in before.parameters.items() if parameter.uses}
+    left = {_module(name) for name, parameter in after.parameters.items() if parameter.uses}
+    held = held_values(after)
+    orphans = [
+        name
+        for name, parameter in after.parameters.items()
+        if parameter.kind == "buffer" and not parameter.uses and parameter not in held
+        if _module(name) in read_before - left
+    ]
+    for name in orphans:
+        del after.parameters[name]
+        after.version += 1
+    return len(orphans)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _drop_unread_operands(graph: Graph, node: Node) -> int:

@@ -14,7 +14,7 @@ from regauge.passes.rewriting import tell
 from regauge.passes.simplify.catalog import before_others, by_default, choose, described, summary
 from regauge.passes.simplify.constants import fold_constants, fold_initializers, fold_into_weights
 from regauge.passes.simplify.control_flow import inline_decided
-from regauge.passes.simplify.dead_code import remove_dead_code
+from regauge.passes.simplify.dead_code import drop_orphans, remove_dead_code
 from regauge.passes.simplify.limits import BYTES_BEFORE, Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 
@@ -88,6 +88,7 @@ class Simplify(Pass):
         _to_fixed_point(result, _stages(usual, steps), limits, log, counts)
         if usual != rules:  # when all else is done: a wide map takes in no batch norm of a part any more
             _to_fixed_point(result, _stages(rules, steps), limits, log, counts)
+        drop_orphans(graph, result)
         tell(log, context, counts)
         result.metadata.setdefault(BYTES_BEFORE, total_bytes(graph))
         before, folds = set(graph.metadata.get("onnx_fold", ())), FILE_STEPS & set(steps)

@@ -8,7 +8,7 @@ import torch
 
 from own_operators import registered
 from regauge.ir.errors import OperatorError, RegaugeError
-from regauge.ir.operator import all_operators, find_aten
+from regauge.ir.operator import all_operators, find_aten, find_onnx
 from regauge.ir.record_checks import check_aten_name
 
 
@@ -91,6 +91,15 @@ def test_names_that_no_call_has_are_refused(name: str, message: str) -> None:
 def test_names_that_a_call_may_have_are_taken(name: str) -> None:
     with registered(one, "a -> a", aten={name: None}):
         assert find_aten(name) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("Geluu", "did you mean 'Gelu'"), ("Swish_v2_mine", "is written 'domain::Name'")]
+)
+def test_names_that_no_onnx_operator_has_are_refused(name: str, advice: str) -> None:
+    assert advice in refused(one, "a -> a", onnx={name: None})
+    with registered(one, "a -> a", onnx={f"mine::{name}": None}):
+        assert find_onnx("mine", name) is not None
 
 
 def test_a_taken_name_leaves_nothing_behind() -> None:

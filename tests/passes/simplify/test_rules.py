@@ -3,8 +3,9 @@
 import pytest
 
 from regauge.ir.equivalence import prove_rule
+from regauge.ir.errors import PassError
 from regauge.ir.rewrite import RewriteRule
-from regauge.passes.simplify.catalog import ALL_RULE_SETS
+from regauge.passes.simplify.catalog import ALL_RULE_SETS, choose
 
 RULES = [pytest.param(rule, id=rule.name) for rules in ALL_RULE_SETS.values() for rule in rules]
 
@@ -17,3 +18,11 @@ def test_a_rule_keeps_the_function(rule: RewriteRule) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_says_what_it_does(rule: RewriteRule) -> None:
     assert rule.replacement.__doc__
+
+
+def test_a_rule_goes_by_its_name_or_by_that_of_its_set_and_its_own() -> None:
+    full, _ = choose(("identities/nothing-done",), (), ())
+    short, _ = choose(("nothing-done",), (), ())
+    assert full == short and len(full.rules) == 1
+    with pytest.raises(PassError, match="did you mean 'identities/nothing-done'"):
+        choose(("identities/nothing-don",), (), ())
