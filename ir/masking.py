@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regauge.ir.extents import Dim, leaves, pin
+from regauge.ir.extents import Dim, leaves, pin, resolve
 from regauge.ir.graph import Graph, Node, Parameter, Value, is_real
 from regauge.ir.operator import Symmetry, get_operator, symmetry_of
 from regauge.ir.rules import broadcast_rule
@@ -57,16 +57,16 @@ class _Zeros:
 
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
-        self.dims: dict[Value, list[Dim]] = {}
         self.weights: dict[Dim, set[Parameter]] = {}
         self.order: dict[Node, int] = {}
         self.culprits: dict[tuple[Value, Dim], str | None] = {}  # None: zero; else what makes it another number
 
     def has(self, value: Value, dim: Dim) -> bool:
-        found = self.dims.get(value)
-        if found is None:
-            found = self.dims[value] = [leaf for extent in self.analysis.of[value] for leaf in leaves(extent)]
-        return dim in found
+        for extent in self.analysis.of[value]:
+            found = resolve(extent)
+            if found is dim or (not isinstance(found, Dim) and dim in leaves(found)):
+                return True
+        return False
 
     def open_ends(self) -> dict[Dim, list[tuple[Node, str]]]:
         """Where free Dims of weights end, with their role there, unless a weight that has the Dim silences the end."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from regauge.ir.extents import ONE, Extent
-from regauge.ir.notation import Axis, One, Pattern, Rule, Run
+from regauge.ir.notation import PINNING_ROLES, Axis, One, Pattern, Rule, Run
 from regauge.ir.unify import unify
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Plan:
     batches: tuple[tuple[int, int], ...]  # operand, end of its leading axes
     results: tuple[tuple[int, ...], ...]
     roles: tuple[str | None, ...]  # of each name
+    pinning: tuple[tuple[str, int], ...]  # those roles that pin
     derived: tuple[tuple[str, int | tuple[int, ...]], ...]
 
     def run(self, call: Call) -> list[Axes]:
@@ -41,7 +42,9 @@ class Plan:
                 unify(names[name], axes[operand][axis])
         leading = [axes[operand][:end] for operand, end in self.batches]
         batch = leading[0] if len(leading) == 1 else call.broadcast(leading)
-        call.state_roles(self.roles, names)
+        call.stated = (*call.stated, (self.roles, names))
+        for role, name in self.pinning:
+            call.pin(names[name], PINNING_ROLES[role].format(operator=call.node.op))
         for attribute, found in self.derived:
             call.derived[attribute] = tuple([names[n] for n in found]) if isinstance(found, tuple) else names[found]
         return [_result(recipe, names, batch) for recipe in self.results]
@@ -95,6 +98,7 @@ def _plan(rule: Rule, ranks: Ranks) -> Plan | None:
         batches=tuple(batches),
         results=tuple(recipe for recipe in results if recipe is not None),
         roles=tuple(stated),
+        pinning=tuple((role, name) for name, role in enumerate(stated) if role in PINNING_ROLES),
         derived=tuple((attribute, known[name]) for attribute, name in rule.derived),
     )
 
