@@ -1,6 +1,7 @@
 """Steps that regroup and reorder axes: two in a row are one, and what moves nothing but axes of size one is a reshape.
 
 reshape(reshape(x))          reshape(x)             permute(permute(x))     permute(x)
+reshape(permute(reshape(x)))                    permute(x), where the reshapes only merge axes and take them apart again
 mean(permute(x), dims)       permute(mean(x, dims'))
 matmul(x, permute(w))        linear(x, w)
 linear(flatten(permute(x)))  linear(flatten(x)), with the columns of the weight in another order
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir import unify as algebra
 from regauge.ir.edit import Builder
+from regauge.ir.extents import ONE, fresh, resolve
 from regauge.ir.graph import Node, Parameter, Value, is_real
 from regauge.ir.matcher import Match
 from regauge.ir.pattern_instances import Weight
@@ -162,6 +165,46 @@ def permuted_ones_of_reshape(build: Builder, x: Value, inner: Node, p: Node) -> 
     return _only_if_plain(regrouped(build, x, p.output.shape), inner)
 
 
+def _confined_samples() -> Iterable[Sample]:
+    def sample(shape: tuple[int, ...], inner: tuple[str, Sample], dims: Any, outer: tuple[str, Sample]) -> Sample:
+        return {"x": randn(shape).double(), "p.dims": dims, "inner.op": inner[0], "inner.attributes": inner[1],
+                "outer.op": outer[0], "outer.attributes": outer[1]}  # fmt: skip
+
+    def shaped(*shape: int) -> tuple[str, Sample]:
+        return "reshape", {"shape": shape}
+
+    yield sample((2, 4, 3, 5), shaped(8, 3, 5), (0, 2, 1), shaped(2, 4, 5, 3))
+    yield sample((2, 3, 4, 5), shaped(6, 20), (1, 0), shaped(4, 5, 2, 3))
+    yield sample((1, 4, 3, 1, 5), shaped(4, 3, 5), (0, 2, 1), shaped(1, 4, 5, 1, 3))
+    yield sample((2, 4, 3), shaped(1, 8, 3), (2, 0, 1), shaped(3, 1, 2, 4, 1))
+    yield sample((2, 3), ("unsqueeze", {"dim": 0}), (0, 2, 1), ("squeeze", {"dims": (0,)}))
+    yield sample((2, 3, 1), ("squeeze", {"dims": (2,)}), (1, 0), ("unsqueeze", {"dim": 0}))
+
+
+@rule(
+    lambda op, x: op.any_of(
+        REGROUPING,
+        op.permute(op.any_of(REGROUPING, x, attributes=..., name="inner"), dims=..., name="p"),
+        attributes=...,
+        name="outer",
+    ),
+    samples=_confined_samples,
+)
+def permute_of_regrouped(build: Builder, x: Value, inner: Node, p: Node, outer: Node) -> Value:
+    """A permute between two reshapes that only merge axes and take them apart again is a permute of the axes."""
+    own = [fresh(size) for size in x.shape]
+    middle = algebra.reshape(own, inner.output.shape)
+    last = [resolve(axis) for axis in algebra.reshape([middle[d] for d in positive_dims(p)], outer.output.shape)]
+    order = [own.index(axis) for axis in last if axis is not ONE and axis in own]
+    ones = [axis for axis, extent in enumerate(own) if extent is ONE]
+    if len(order) + len(ones) < x.rank or len(order) + last.count(ONE) < len(last):
+        return differs("its axes are cut and laid out anew")
+    if len(ones) == last.count(ONE):
+        where, others = iter(ones), iter(order)
+        return permuted(build, x, [next(where) if axis is ONE else next(others) for axis in last])
+    return regrouped(build, permuted(build, x, [*ones, *order]), outer.output.shape)
+
+
 def _only_if_plain(result: Value, neighbour: Node) -> Value:
     """Refuses where a reshape would need several dynamic sizes that nothing needed before."""
     made = result.producer
@@ -271,6 +314,6 @@ def flattened_permute_into_weight(
 RULES = RuleSet(
     [
         reshape_of_reshape, permute_of_permute, reshape_of_permuted_ones, permuted_ones_of_reshape,
-        reduction_of_permute, matmul_of_transposed, flattened_permute_into_weight,
+        permute_of_regrouped, reduction_of_permute, matmul_of_transposed, flattened_permute_into_weight,
     ]
 )  # fmt: skip
