@@ -2,6 +2,7 @@
 
     mul(div(x, a), b)    mul(x, b / a)
     sub(add(x, a), b)    add(x, a - b)
+    (x * a) @ (y * b)    (x * (a * b)) @ y      for numbers a and b
 
 Only for real numbers: integers wrap and divide differently. Two shifts of which the larger one rounds x to whole
 numbers (``x + 2**23 - 2**23``) are left alone, and so are scales whose product the type of x cannot hold.
@@ -20,7 +21,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.extents import fresh
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.pattern_instances import Weight
-from regauge.ir.rewrite import RuleSet, refuse, rule
+from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.passes.simplify.affine_steps import affine_of, moving_slot
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, successor
 from regauge.passes.simplify.linear_map import must_fit
@@ -108,4 +109,31 @@ def shifts_in_a_row(build: Builder, inner: Node, outer: Node) -> Value:
     return _joined(build, inner, outer, "add")
 
 
-RULES = RuleSet([scales_in_a_row, shifts_in_a_row])
+def _factor_samples() -> Iterable[dict[str, Any]]:
+    for op in SCALES:
+        x, y = randn(2, 4, 3).double(), randn(2, 3, 5).double()
+        yield {"x": x, "y": y, "a": 0.5, "b": 4.0, "first.op": op, "second.op": "mul"}
+        yield {"x": x, "y": y, "a": 2.0, "b": 0.5, "first.op": "mul", "second.op": op}
+
+
+@rule(
+    lambda op, x, y, a, b: op.matmul(
+        op.any_of(SCALES, x, a, name="first"), op.any_of(SCALES, y, b, name="second"), name="product"
+    ),
+    samples=_factor_samples,
+)
+def scales_of_both_factors(build: Builder, x: Value, y: Value, a: Operand, b: Operand, product: Node) -> Value:
+    """Numbers that scale both factors of a product scale the first: queries and keys, each by the root of a scale."""
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in (a, b)):
+        return differs("its factors are not both scaled by numbers")
+    scales = []
+    for operand in product.inputs:
+        node = operand.producer if isinstance(operand, Value) else None
+        assert node is not None
+        scales.append(_operand(build, node, moving_slot(build, node))[1])
+    both = combined(torch.mul, *scales)
+    _check_range(both, scales, "mul", product.output.dtype)
+    return build.matmul(build.mul(x, float(_values(both))), y, name=product.name)  # type: ignore[no-any-return]
+
+
+RULES = RuleSet([scales_in_a_row, shifts_in_a_row, scales_of_both_factors])
