@@ -197,7 +197,7 @@ def permute_of_regrouped(build: Builder, x: Value, inner: Node, p: Node, outer: 
     last = [resolve(axis) for axis in algebra.reshape([middle[d] for d in positive_dims(p)], outer.output.shape)]
     order = [own.index(axis) for axis in last if axis is not ONE and axis in own]
     ones = [axis for axis, extent in enumerate(own) if extent is ONE]
-    if len(order) + len(ones) < x.rank or len(order) + last.count(ONE) < len(last):
+    if len(set(order)) + len(ones) < x.rank or len(order) + last.count(ONE) < len(last):
         return differs("its axes are cut and laid out anew")
     if len(ones) == last.count(ONE):
         where, others = iter(ones), iter(order)

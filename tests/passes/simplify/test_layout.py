@@ -1,10 +1,13 @@
 """Layout rules: reshapes, permutes and pieces, with fixed and dynamic sizes, and where they must stay."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn, randn
 
 import regauge
@@ -36,6 +39,8 @@ def after(call: Call, *shape: Any) -> list[str]:
         (lambda b, x: b.permute(b.relu(b.permute(x, dims=(0, 2, 1))), dims=(0, 2, 1)), ["relu"]),
         (lambda b, x: b.mean(b.permute(x, dims=(0, 2, 1)), dims=(1,)), ["mean"]),
         (lambda b, x: b.sum(b.permute(x, dims=(2, 0, 1)), dims=(0, 2), keepdim=True), ["sum", "permute"]),
+        (lambda b, x: b.reshape(b.permute(b.reshape(x, shape=(6 * BATCH, 4)), dims=(1, 0)), shape=(4, BATCH, 6)),
+         ["permute"]),
         (lambda b, x: b.slice(b.slice(x, dim=1, start=1, end=5), dim=1, start=0, end=2), ["slice"]),
         (lambda b, x: b.slice(b.concat(x, b.relu(x), dim=1), dim=1, start=0, end=6), []),
         (lambda b, x: b.slice(b.concat(x, b.relu(x), dim=0), dim=0, start=BATCH, end=2 * BATCH), ["relu"]),
@@ -47,7 +52,7 @@ def after(call: Call, *shape: Any) -> list[str]:
         (lambda b, x: b.index_select(x, b.constant(torch.arange(1, 4)), dim=1), ["slice"]),
         (lambda b, x: b.expand(b.expand(x, shape=(1, BATCH, 6, 4)), shape=(3, BATCH, 6, 4)), ["expand"]),
     ],
-)
+)  # fmt: skip
 def test_two_steps_are_one_or_none(call: Call, left: list[str]) -> None:
     assert after(call) == [*left, "tanh"]
 
@@ -60,6 +65,8 @@ def test_two_steps_are_one_or_none(call: Call, left: list[str]) -> None:
         lambda b, x: b.permute(b.softmax(b.permute(x, dims=(0, 2, 1)), dim=1), dims=(0, 2, 1)),
         lambda b, x: b.permute(b.add(b.permute(x, dims=(1, 0, 2)), b.flip(b.permute(x, dims=(1, 0, 2)), dims=(0,))),
                                dims=(1, 0, 2)),
+        lambda b, x: b.reshape(b.permute(b.reshape(x, shape=(BATCH, 24)), dims=(1, 0)), shape=(6, 4 * BATCH)),
+        lambda b, x: b.reshape(b.permute(b.reshape(x, shape=(BATCH, 4, 6)), dims=(0, 2, 1)), shape=(BATCH, 3, 8)),
         lambda b, x: b.slice(b.slice(x, dim=1, start=1, end=5), dim=2, start=0, end=2),
         lambda b, x: b.slice(b.concat(x, b.relu(x), dim=1), dim=1, start=5, end=7),  # across a border
         lambda b, x: b.slice(b.pad(x, pads=((0, 0), (1, 1), (0, 0)), value=1.0), dim=1, start=1, end=7),
@@ -135,3 +142,32 @@ def test_a_module_in_another_layout() -> None:
     for batch in (1, 3):
         x = randn(batch, 3, 5, 6)
         torch.testing.assert_close(module(x), model(x))
+
+
+@st.composite
+def regrouped_shapes(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Another shape of as many entries: axes taken apart, others merged, ones put in."""
+    parts: list[int] = []
+    for size in shape:
+        major = draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0])) if size else 0
+        parts += [major, size // major] if size and draw(st.booleans()) else [size]
+    result: list[int] = []
+    while parts:
+        count = draw(st.integers(1, 3))
+        result.append(math.prod(parts[:count]))
+        parts = parts[count:]
+    return (*result, 1) if draw(st.booleans()) else tuple(result)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_permute_between_reshapes_is_the_same_however_it_is_written(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, 4, 6]), min_size=1, max_size=5)))
+    middle = data.draw(regrouped_shapes(shape))
+    dims = tuple(data.draw(st.permutations(range(len(middle)))))
+    last = data.draw(regrouped_shapes(tuple(middle[dim] for dim in dims)))
+
+    def call(build: Any, x: Any) -> Any:
+        return build.tanh(build.reshape(build.permute(build.reshape(x, shape=middle), dims=dims), shape=last))
+
+    simplified(made(call, x=shape), RULES)  # compares both graphs
