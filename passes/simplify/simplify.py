@@ -17,6 +17,7 @@ from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import drop_orphans, remove_dead_code
 from regauge.passes.simplify.limits import BYTES_BEFORE, Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
+from regauge.passes.simplify.partitions import split_partitions
 
 STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "dead-code": remove_dead_code,
@@ -26,6 +27,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "merging": merge_equal_nodes,
     "weights": fold_into_weights,
     "initializers": fold_initializers,
+    "partitions": split_partitions,
 }
 FILE_STEPS = {
     "dead-code",
@@ -34,7 +36,7 @@ FILE_STEPS = {
     "ties",
     "merging",
 }  # done to ONNX files too
-AFTER_RULES = ("weights", "initializers")  # rules may do without what would be folded
+AFTER_RULES = ("weights", "initializers", "partitions")  # rules may do without what these would change
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 

@@ -318,3 +318,37 @@ def test_arithmetic_on_sizes_is_done_when_a_file_is_read(tmp_path: Any) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     graph = regauge.load(tmp_path / "m.onnx")
     assert ops(regauge.optimize(graph, "simplify")) == ["reshape"]
+
+
+# -- slices that share out an axis -------------------------------------------------------------------------------------
+
+
+def test_slices_that_share_out_an_axis_are_one_split() -> None:
+    def thirds(build: Builder, x: Value) -> Any:
+        a, b, c = (build.slice(x, dim=-1, start=at, end=at + 2) for at in (4, 0, 2))
+        return build.add(build.mul(a, b), c)
+
+    after = simplify(made(thirds, x=(BATCH, 6)))
+    assert ops(after) == ["split", "mul", "add"] and after.nodes[0].attributes["sizes"] == (2, 2, 2)
+    assert [value.name for value in after.nodes[0].outputs] == ["slice_1", "slice_2", "slice"]
+    assert ops(simplify(made(thirds, x=(BATCH, 6)), skip=("partitions",))) == ["slice", "slice", "slice", "mul", "add"]
+
+
+@pytest.mark.parametrize(
+    "bounds", [((0, 2, 1), (3, 6, 1)), ((0, 3, 1), (2, 6, 1)), ((0, 6, 2), (1, 6, 2)), ((0, 3, 1), (3, 5, 1))]
+)
+def test_slices_that_do_not_reach_from_end_to_end_stay(bounds: tuple[tuple[int, int, int], ...]) -> None:
+    def some(build: Builder, x: Value) -> Any:
+        parts = [build.slice(x, dim=1, start=start, end=end, step=step) for start, end, step in bounds]
+        return build.concat(*[build.tanh(part) for part in parts], dim=1)
+
+    assert ops(simplify(made(some, x=(BATCH, 6))))[:2] == ["slice", "slice"]
+
+
+def test_slices_that_are_outputs_or_of_dynamic_size_stay() -> None:
+    def halves(build: Builder, x: Value, axis: int, half: Any, end: Any) -> list[Value]:
+        return [build.slice(x, dim=axis, start=0, end=half), build.tanh(build.slice(x, dim=axis, start=half, end=end))]
+
+    assert ops(simplify(made(lambda b, x: halves(b, x, 1, 3, 6), x=(BATCH, 6)))) == ["slice", "slice", "tanh"]
+    rest = made(lambda b, x: b.concat(*map(b.tanh, halves(b, x, 0, 1, BATCH)[::-1]), dim=0), x=(BATCH, 6))
+    assert ops(simplify(rest)).count("slice") == 2
