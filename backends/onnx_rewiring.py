@@ -19,6 +19,7 @@ from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_speller import OnnxSpeller, spell
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.purity import OPAQUE
 
 _SEQUENCES = {"SplitToSequence"}  # read as pieces of known number, which a Split gives without a sequence
 
@@ -128,7 +129,7 @@ class _Rewiring:
             if edge.node is not None and edge.node.origin in self.kept and self._slots(edge) is None:
                 found[edge.node.origin] = None
         if self.graph.metadata.get("onnx_fold"):
-            found.update({origin: None for origin in self.kept if origin.op_type in _SEQUENCES})
+            found.update(dict.fromkeys(origin for origin in self.kept if self._is_read_sequence(origin)))
         pending = [*self.added, *(node for origin in found for node in self.kept[origin])]
         pending_values = [v for n in pending for _, v in n.operands()]
         pending_values += [e.after for e in self.changes.rewired if isinstance(e.after, Value)]
@@ -141,6 +142,10 @@ class _Rewiring:
                 found[producer.origin] = None
                 pending_values += [v for n in self.kept[producer.origin] for _, v in n.operands()]
         return list(found)
+
+    def _is_read_sequence(self, origin: onnx_ir.Node) -> bool:
+        """Whether a node that gives a sequence was read as the pieces it holds, not kept as it is."""
+        return origin.op_type in _SEQUENCES and not any(node.op in OPAQUE for node in self.kept[origin])
 
     def _slots(self, edge: Rewired) -> list[tuple[onnx_ir.Node, int]] | None:
         """The inputs of the ONNX node that an operand slot is; None where they are told apart by spelling it anew."""

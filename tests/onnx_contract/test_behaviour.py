@@ -250,6 +250,23 @@ def test_a_hundred_thousand_nodes_are_simplified(tmp_path: Path) -> None:
     assert len(small.graph.node) <= count // 2 + 1
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_sequence_of_computed_pieces_stays(tmp_path: Path) -> None:
+    """Beside a node that goes, one that is kept as it is is not spelled anew."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    pieces (float[3, 6] x, int64[2] sizes) => (float[n, 6] y) {
+      same = Identity (x)
+      all = SplitToSequence <axis = 0> (same, sizes)
+      zero = Constant <value = int64 {0}> ()
+      y = SequenceAt (all, zero)
+    }
+    """
+    model = parsed(text)
+    small = simplified(model, tmp_path)
+    assert set(operators(small)) == {"SplitToSequence", "Constant", "SequenceAt"}
+
+
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 def test_node_models_of_the_onnx_package_keep_their_interface(tmp_path: Path) -> None:
