@@ -31,6 +31,8 @@ class Call:
     """One node being analysed: what its rule may read, and the verbs with which it states what it knows.
 
     ``axes[i]`` are the extents of operand i: a list with one extent per axis, ``[]`` for a number, None when absent.
+    ``stated`` are the roles as they were stated, one by one or all those of a rule together (read ``roles``);
+    ``derived`` the attributes that are sizes of extents.
     """
 
     node: Node
