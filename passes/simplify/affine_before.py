@@ -19,7 +19,7 @@ from torch import rand, randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.extents import fresh
-from regauge.ir.graph import Node, Operand, Value
+from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.local_axes import LocalAxes
 from regauge.ir.pattern_instances import Weight
 from regauge.ir.rewrite import RewriteRule, RuleSet, Samples, refuse
@@ -67,7 +67,10 @@ def _step(build: Builder, affine: Node, map: Node, layout: Node | None) -> tuple
     own_weight(build, map)
     seen = [fresh(size) for size in affine.output.shape]
     axes = axes_of(map, seen if layout is None else axes_of(layout, seen).results[0])
-    step = affine_of(build, affine, moving_slot(build, affine), seen)
+    slot = moving_slot(build, affine)
+    if affine.op in PAIRS and ends_norm(affine.output):
+        return refuse("it is the gain or the shift of a norm, which runtimes know by them")
+    step = affine_of(build, affine, slot, seen)
     for part in step:
         if part is not None:
             part.along(axes.operands[W], "the input channels")
@@ -76,6 +79,31 @@ def _step(build: Builder, affine: Node, map: Node, layout: Node | None) -> tuple
     if step.shift is not None and map.op not in TAKE_SHIFTS:
         return refuse(f"a shift is not moved through a {map.op}")
     return step, axes
+
+
+def ends_norm(value: Value) -> bool:
+    """Whether a value is a norm written in primitive operators, ``x / sqrt(mean(..) + eps)``, as far as its gain goes.
+
+    Runtimes recognise a norm by its gain and run all of it at once, which saves more than the gain costs.
+    """
+    node = value.producer
+    while node is not None and (node.op == "cast" or (node.op in PAIRS and any(map(_is_weight, node.inputs)))):
+        moving = next((operand for _, operand in node.operands() if not _is_weight(operand)), None)
+        node = None if moving is None else moving.producer
+    if node is None or node.op not in ("mul", "div"):
+        return False
+    for _, root in node.operands():
+        for op in ("div", "reciprocal", "sqrt", "rsqrt", "pow", "add", "mean"):  # the way from a root down to its mean
+            made = root.producer
+            if made is not None and made.op == op:
+                root = next((v for _, v in made.operands() if v.producer is not None), root)
+                if op == "mean":
+                    return True
+    return False
+
+
+def _is_weight(operand: Operand) -> bool:
+    return isinstance(operand, Parameter)
 
 
 def fold_into_all(build: Builder, affine: Node, map: Node) -> Value:

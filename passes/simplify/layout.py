@@ -165,6 +165,15 @@ def permuted_ones_of_reshape(build: Builder, x: Value, inner: Node, p: Node) -> 
     return _only_if_plain(regrouped(build, x, p.output.shape), inner)
 
 
+def _follows_permute(x: Value) -> bool:
+    """Whether a value is a piece of a permuted one, or the same in another shape."""
+    node = x.producer
+    while node is not None and node.op in (*REGROUPING, "select", "split", "slice"):
+        source = node.inputs[0]
+        node = source.producer if isinstance(source, Value) else None
+    return node is not None and node.op == "permute" and node is not x.producer
+
+
 def _confined_samples() -> Iterable[Sample]:
     def sample(shape: tuple[int, ...], inner: tuple[str, Sample], dims: Any, outer: tuple[str, Sample]) -> Sample:
         return {"x": randn(shape).double(), "p.dims": dims, "inner.op": inner[0], "inner.attributes": inner[1],
@@ -191,7 +200,13 @@ def _confined_samples() -> Iterable[Sample]:
     samples=_confined_samples,
 )
 def permute_of_regrouped(build: Builder, x: Value, inner: Node, p: Node, outer: Node) -> Value:
-    """A permute between two reshapes that only merge axes and take them apart again is a permute of the axes."""
+    """A permute between two reshapes that only merge axes and take them apart again is a permute of the axes.
+
+    Not behind pieces of a permuted value, with which onnxruntime joins it: measured, the keys of a fused projection
+    are then copied entry by entry, where their product would read them as they are.
+    """
+    if _follows_permute(x):
+        return refuse("a runtime would join it with the permute before its pieces, which is slow")
     own = [fresh(size) for size in x.shape]
     middle = algebra.reshape(own, inner.output.shape)
     last = [resolve(axis) for axis in algebra.reshape([middle[d] for d in positive_dims(p)], outer.output.shape)]

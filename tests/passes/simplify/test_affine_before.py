@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 import torch
 from torch import nn
 
@@ -131,3 +132,23 @@ def test_integers_stay() -> None:
     x = build.input("x", (2, 4), torch.int64)
     graph.outputs = [build.linear(build.mul(x, 3), build.parameter("w", torch.ones(4, 4, dtype=torch.int64)))]
     assert "of another type" in refusals(graph, RULES)
+
+
+def primitive_norm(root: str) -> Graph:
+    """``x / sqrt(mean(x * x) + eps) * gain + shift`` as exporters spell it, before a linear map."""
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 5, 4), torch.float64)
+    square = build.add(build.mean(build.mul(x, x), dims=(-1,), keepdim=True), 1e-6)
+    inverse = build.rsqrt(square) if root == "rsqrt" else build.div(1.0, build.sqrt(square))
+    y = build.div(x, build.sqrt(square)) if root == "sqrt" else build.mul(x, inverse)
+    gain, shift = (build.parameter(name, torch.rand(4).double()) for name in ("gain", "shift"))
+    y = build.add(build.mul(gain, y), shift)
+    graph.outputs = [build.linear(y, build.parameter("w", torch.randn(3, 4).double()))]
+    return graph
+
+
+@pytest.mark.parametrize("root", ["sqrt", "rsqrt", "inverse"])
+def test_the_gain_and_the_shift_of_a_norm_in_primitive_operators_stay(root: str) -> None:
+    """Runtimes know a norm by them: without, they run its operators one by one."""
+    assert "which runtimes know by them" in refusals(primitive_norm(root), RULES)

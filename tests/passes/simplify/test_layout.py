@@ -171,3 +171,19 @@ def test_a_permute_between_reshapes_is_the_same_however_it_is_written(data: st.D
         return build.tanh(build.reshape(build.permute(build.reshape(x, shape=middle), dims=dims), shape=last))
 
     simplified(made(call, x=shape), RULES)  # compares both graphs
+
+
+def test_keys_are_in_one_other_order_but_pieces_of_a_permuted_value_stay() -> None:
+    def keys(build: Any, heads: Any) -> Any:
+        flat = build.permute(build.reshape(heads, shape=(2 * BATCH, 6, 2)), dims=(0, 2, 1))
+        return build.reshape(flat, shape=(BATCH, 2, 2, 6))
+
+    def apart(build: Any, x: Any) -> Any:
+        return keys(build, build.permute(build.reshape(x, shape=(BATCH, 6, 2, 2)), dims=(0, 2, 1, 3)))
+
+    def fused(build: Any, x: Any) -> Any:
+        both = build.permute(build.reshape(x, shape=(BATCH, 6, 1, 2, 2)), dims=(2, 0, 3, 1, 4))
+        return keys(build, build.select(both, dim=0, index=0))
+
+    assert after(apart) == ["reshape", "permute", "tanh"]
+    assert "permute-of-regrouped" not in rewrite_graph(made(fused, x=(BATCH, 6, 4)), RULES).counts
