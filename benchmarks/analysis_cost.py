@@ -43,6 +43,7 @@ PROCESSES = 11  # each has its memory elsewhere, which moves the medians of shor
 
 
 def seconds(function: Callable[[], object]) -> float:
+    """The time of one call, without Python's collector: what the other side left is not collected meanwhile."""
     return timeit.timeit(function, number=1)
 
 

@@ -38,6 +38,7 @@ from benchmarks.report import append_table, environment
 
 TOLERANCE = 1e-4
 REPEATS = 15
+# what each tool is run on once before its time is taken
 SMALL = """<ir_version: 8, opset_import: ["" : 17]>
 small (float[2, 3] x) => (float[2, 3] y) <float[3] w = {1, 2, 3}> { z = Mul(x, w)  i = Identity(z)  y = Relu(i) }"""
 HEADS = ("file", "tool", "nodes", "share", "bytes", "error", "latency", "metadata", "s", "failure")

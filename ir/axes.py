@@ -217,7 +217,7 @@ def _check_results(node: Node, results: Sequence[Axes]) -> None:
     if len(results) != len(node.outputs):
         raise AxisError(f"{node.label}: the rule gives {len(results)} results, the node has {len(node.outputs)}")
     for value, axes in zip(node.outputs, results, strict=True):
-        sizes = tuple([extent.size if type(extent) is Dim else size_of(extent) for extent in axes])
+        sizes = tuple([extent.size if isinstance(extent, Dim) else size_of(extent) for extent in axes])
         if sizes == value.shape:
             continue
         if len(sizes) != value.rank or not all(same(a, b) for a, b in zip(sizes, value.shape, strict=True)):

@@ -42,6 +42,22 @@ def normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
 
+def padded_network(*, idle: bool = False) -> onnx.ModelProto:
+    """A shift that the zero padding behind it keeps from being folded, and a batch norm; ``idle`` adds an Identity."""
+    end = "i = Identity (m)  y = Relu (i)" if idle else "y = Relu (m)"
+    text = f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[n, 3, 8, 8] x) => (float[n, 4, 8, 8] y) {{
+      s = Add (x, shift)
+      h = Conv <pads = [1, 1, 1, 1]> (s, k)
+      m = BatchNormalization (h, gain, bias, mean, var)
+      {end}
+    }}
+    """
+    vectors = {"gain": normal(4), "bias": normal(4), "mean": normal(4), "var": np.abs(normal(4)) + 1}
+    return parsed(text, k=normal(4, 3, 3, 3), shift=normal(3, 1, 1), **vectors)
+
+
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """A graph and those nested in it."""
     yield graph

@@ -8,31 +8,16 @@ import pytest
 from onnx import numpy_helper
 
 import regauge.backends.onnx_emit
-from onnx_simplified import normal, operators, parsed, props
+from onnx_simplified import normal, operators, padded_network, parsed, props
 from regauge.backends.onnx_proof import Proof
 from regauge.cli import main
 from regauge.frontends.from_onnx import load
 from regauge.ir.errors import EmitError
 
-TEXT = """
-<ir_version: 8, opset_import: ["" : 17]>
-net (float[n, 3, 8, 8] x) => (float[n, 4, 8, 8] y) {
-  s = Add (x, shift)
-  h = Conv <pads = [1, 1, 1, 1]> (s, k)
-  m = BatchNormalization (h, gain, bias, mean, var)
-  i = Identity (m)
-  y = Relu (i)
-}
-"""
-WEIGHTS = {
-    "k": normal(4, 3, 3, 3), "shift": normal(3, 1, 1),
-    "gain": normal(4), "bias": normal(4), "mean": normal(4), "var": np.abs(normal(4)) + 1,
-}  # fmt: skip
-
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    onnx.save(parsed(TEXT, **WEIGHTS), tmp_path / "m.onnx")
+    onnx.save(padded_network(idle=True), tmp_path / "m.onnx")
     return tmp_path / "m.onnx"
 
 
@@ -106,7 +91,7 @@ def test_a_file_that_computes_something_else_is_not_written(
     def spoiled(graph: object, carrier: object, contents: object) -> None:
         real(graph, carrier, contents)  # type: ignore[arg-type]
         value = carrier.model.graph.initializers["shift"]  # type: ignore[attr-defined]
-        value.const_value = type(value.const_value)(numpy_helper.from_array(2 * WEIGHTS["shift"], "shift"))
+        value.const_value = type(value.const_value)(numpy_helper.from_array(2 * normal(3, 1, 1), "shift"))
 
     monkeypatch.setattr(regauge.backends.onnx_emit, "fold_known", spoiled)
     target = source.with_name("small.onnx")

@@ -21,10 +21,12 @@ from regauge.ir.edit import Builder
 from regauge.ir.extents import fresh
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.local_axes import LocalAxes
+from regauge.ir.matcher import Match, match
 from regauge.ir.pattern_instances import Weight
 from regauge.ir.rewrite import RewriteRule, RuleSet, Samples, refuse
 from regauge.passes.simplify.affine import norm_vectors, weights
 from regauge.passes.simplify.affine_steps import PAIRS, Affine, affine_of, moving_slot
+from regauge.passes.simplify.assemble_norms import FROM_MEANS
 from regauge.passes.simplify.fixed_values import combined, itself, successor
 from regauge.passes.simplify.linear_map import (
     LAYOUTS,
@@ -82,7 +84,7 @@ def _step(build: Builder, affine: Node, map: Node, layout: Node | None) -> tuple
 
 
 def ends_norm(value: Value) -> bool:
-    """Whether a value is a norm written in primitive operators, ``x / sqrt(mean(..) + eps)``, as far as its gain goes.
+    """Whether a value is a norm written in primitive operators, with its gain and shift as far as they go.
 
     Runtimes recognise a norm by its gain and run all of it at once, which saves more than the gain costs.
     """
@@ -90,16 +92,7 @@ def ends_norm(value: Value) -> bool:
     while node is not None and (node.op == "cast" or (node.op in PAIRS and any(map(_is_weight, node.inputs)))):
         moving = next((operand for _, operand in node.operands() if not _is_weight(operand)), None)
         node = None if moving is None else moving.producer
-    if node is None or node.op not in ("mul", "div"):
-        return False
-    for _, root in node.operands():
-        for op in ("div", "reciprocal", "sqrt", "rsqrt", "pow", "add", "mean"):  # the way from a root down to its mean
-            made = root.producer
-            if made is not None and made.op == op:
-                root = next((v for _, v in made.operands() if v.producer is not None), root)
-                if op == "mean":
-                    return True
-    return False
+    return node is not None and any(isinstance(match(rule.pattern, node, shared=True), Match) for rule in FROM_MEANS)
 
 
 def _is_weight(operand: Operand) -> bool:

@@ -101,6 +101,8 @@ def rms_norm_from_means(build: Builder, x: Value, dims: tuple[int, ...] | None, 
     return build.rms_norm(x, normalized_shape=shape, eps=number(eps, "eps"))  # type: ignore[no-any-return]
 
 
+FROM_MEANS = (layer_norm_from_means, rms_norm_from_means)
+
 # -- group norm --------------------------------------------------------------------------------------------------------
 
 

@@ -23,18 +23,18 @@ def remove_dead_code(graph: Graph, limits: Limits) -> int:
 
 
 def drop_orphans(before: Graph, after: Graph) -> int:
-    """Remove unread buffers of modules all of whose other weights are gone, such as the counter of a batch norm.
+    """Remove unread buffers of modules of which nothing else is left, such as the counter of a batch norm.
 
-    A buffer that was alone in its module to begin with is the user's own, and stays. Returns how many went.
+    A module of which a part below is still read stays whole; a buffer that was alone in its module to begin with is
+    the user's own, and stays. Returns how many went.
     """
-    read_before = {_module(name) for name, parameter in before.parameters.items() if parameter.uses}
-    left = {_module(name) for name, parameter in after.parameters.items() if parameter.uses}
     held = held_values(after)
+    gone = _modules(before) - _modules(after)
     orphans = [
         name
         for name, parameter in after.parameters.items()
         if parameter.kind == "buffer" and not parameter.uses and parameter not in held
-        if _module(name) in read_before - left
+        if name.rpartition(".")[0] in gone
     ]
     for name in orphans:
         del after.parameters[name]
@@ -42,8 +42,14 @@ def drop_orphans(before: Graph, after: Graph) -> int:
     return len(orphans)
 
 
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+def _modules(graph: Graph) -> set[str]:
+    """Paths of modules of which a weight is read, in them or below; the root is the empty path."""
+    found = {""}
+    for name, parameter in graph.parameters.items():
+        while parameter.uses and name:
+            name = name.rpartition(".")[0]
+            found.add(name)
+    return found
 
 
 def _drop_unread_operands(graph: Graph, node: Node) -> int:

@@ -33,7 +33,7 @@ def _split_scope(graph: Graph, build: Builder) -> int:
     for (base, axis), starts in slices.items():
         parts = _partition(starts, axis, base.shape[axis])
         if len(parts) > 1:
-            _split(graph, build, base, axis, parts)
+            _split(graph, build, axis, parts)
             count += len(parts) - 1
     return count
 
@@ -52,7 +52,8 @@ def _partition(starts: dict[int, Node], axis: int, size: object) -> list[Node]:
     return parts
 
 
-def _split(graph: Graph, build: Builder, base: Value, axis: int, parts: list[Node]) -> None:
+def _split(graph: Graph, build: Builder, axis: int, parts: list[Node]) -> None:
+    base = parts[0].inputs[0]  # as it is now: it may be a slice that a split has taken the place of
     with build.at(parts[0]):
         results = build.split(base, dim=axis, sizes=tuple(part.output.shape[axis] for part in parts))
     made = results[0].producer

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import regauge
-from onnx_simplified import assert_equal_runs, normal, operators, parsed, props, simplified
+from onnx_simplified import assert_equal_runs, normal, operators, padded_network, parsed, props, simplified
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.errors import EmitError, LoadError, PassError
 
@@ -120,24 +120,9 @@ def test_same_bytes_twice_and_a_second_run_changes_nothing(text: str, tmp_path: 
 
 # -- explanation (22, 24) ----------------------------------------------------------------------------------------------
 
-LEFT = """
-<ir_version: 8, opset_import: ["" : 17]>
-left (float[n, 3, 8, 8] x) => (float[n, 4, 8, 8] y) {
-  s = Add (x, shift)
-  h = Conv <pads = [1, 1, 1, 1]> (s, k)
-  m = BatchNormalization (h, gain, bias, mean, var)
-  y = Relu (m)
-}
-"""
-
-
-def left() -> onnx.ModelProto:
-    vectors = {"gain": normal(4), "bias": normal(4), "mean": normal(4), "var": np.abs(normal(4)) + 1}
-    return parsed(LEFT, k=normal(4, 3, 3, 3), shift=normal(3, 1, 1), **vectors)
-
 
 def test_near_misses_say_why(tmp_path: Path) -> None:
-    report = regauge.optimize(regauge.load(left()), "simplify").report
+    report = regauge.optimize(regauge.load(padded_network()), "simplify").report
     assert "batch-norm-into-weights: 1" in str(report)
     assert "left alone: 1 x scale-or-shift-before-map: a shift is not moved through zero padding" in str(report)
     (entry,) = report.passes
@@ -146,7 +131,7 @@ def test_near_misses_say_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("skip", ["batch-norm-into-weights", "affine"])
 def test_rules_and_sets_of_rules_can_be_left_out(skip: str, tmp_path: Path) -> None:
-    small = simplified(left(), tmp_path, f"simplify{{skip=[{skip}]}}")
+    small = simplified(padded_network(), tmp_path, f"simplify{{skip=[{skip}]}}")
     assert operators(small)["BatchNormalization"] == 1
 
 
@@ -173,11 +158,11 @@ def test_steps_can_be_left_out_of_the_file_too(step: str, left_over: str, tmp_pa
 
 def test_names_of_rules_are_checked() -> None:
     with pytest.raises(PassError, match="no rule, set or step called 'dead-cod': did you mean 'dead-code'"):
-        regauge.optimize(regauge.load(left()), "simplify{skip=[dead-cod]}")
+        regauge.optimize(regauge.load(padded_network()), "simplify{skip=[dead-cod]}")
 
 
 def test_the_file_lists_the_passes_it_went_through(tmp_path: Path) -> None:
-    small = simplified(left(), tmp_path, "simplify{skip=[affine]},simplify")
+    small = simplified(padded_network(), tmp_path, "simplify{skip=[affine]},simplify")
     assert props(small)["regauge.passes"] == "simplify"
 
 
@@ -185,7 +170,7 @@ def test_the_file_lists_the_passes_it_went_through(tmp_path: Path) -> None:
 
 
 def test_dimension_expressions_are_not_evaluated(tmp_path: Path) -> None:
-    model = left()
+    model = padded_network()
     evil = f"__import__('pathlib').Path({str(tmp_path / 'owned')!r}).touch()"
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = evil
     small = simplified(model, tmp_path)
@@ -217,7 +202,7 @@ def test_deep_nesting_takes_bounded_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["cycle", "duplicate", "escape"])
 def test_broken_files_are_told_before_anything_is_simplified(fault: str, tmp_path: Path) -> None:
-    model = left()
+    model = padded_network()
     if fault == "cycle":
         model.graph.node[0].input[0] = "y"
     elif fault == "duplicate":

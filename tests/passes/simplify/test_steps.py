@@ -352,3 +352,32 @@ def test_slices_that_are_outputs_or_of_dynamic_size_stay() -> None:
     assert ops(simplify(made(lambda b, x: halves(b, x, 1, 3, 6), x=(BATCH, 6)))) == ["slice", "slice", "tanh"]
     rest = made(lambda b, x: b.concat(*map(b.tanh, halves(b, x, 0, 1, BATCH)[::-1]), dim=0), x=(BATCH, 6))
     assert ops(simplify(rest)).count("slice") == 2
+
+
+def test_halves_of_halves_are_splits_of_splits() -> None:
+    def quarters(build: Builder, x: Value) -> Any:
+        low, high = (build.slice(x, dim=1, start=at, end=at + 4) for at in (0, 4))
+        first, second = (build.slice(low, dim=1, start=at, end=at + 2) for at in (0, 2))
+        return build.concat(build.mul(first, second), high, dim=1)
+
+    graph = made(quarters, x=(BATCH, 8))
+    after = regauge.optimize(graph, [Simplify(only=("partitions",))])
+    same_function(graph, after)
+    assert ops(after) == ["split", "split", "mul", "concat"]
+
+
+def test_the_buffers_of_a_module_go_with_it_and_those_of_a_module_that_is_left_stay() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.gain = nn.Parameter(torch.rand(4, 1, 1))
+            self.register_buffer("version", torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.norm(self.conv(x)) * self.gain)
+
+    graph = regauge.capture(Scaled().eval(), (randn(2, 3, 5, 5),))
+    assert set(graph.parameters) >= {"version", "gain", "norm.num_batches_tracked"}
+    after = regauge.optimize(graph, "simplify")
+    assert set(after.parameters) == {"conv.weight", "conv.bias", "version"}
