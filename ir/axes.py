@@ -36,23 +36,16 @@ class Analysis:
 
     ``of[value]`` are the extents of a value, one per axis (read them through ``axes(value)``); ``calls[node]`` holds
     the roles a node gives to axes and the attributes that are sizes; ``problems`` the nodes whose rule did not fit.
-    ``groups[dim]`` are the places in parameters where a Dim occurs, those in trained parameters first.
+    ``groups[dim]`` are the places in parameters where a Dim occurs, those in trained parameters first; ``held`` the
+    Dims of trained parameters and buffers.
     """
 
     of: ValueAxes = field(default_factory=ValueAxes)
     calls: dict[Node, Call] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     groups: dict[Dim, Group] = field(default_factory=dict)
+    held: set[Dim] = field(default_factory=set)
     _all_named: bool = False
-
-    @cached_property
-    def held(self) -> set[Dim]:
-        """The Dims of trained parameters and buffers, once the whole graph is analysed."""
-        return {
-            dim
-            for dim, group in self.groups.items()
-            if any(member.parameter.kind != "constant" for member in group.members)
-        }
 
     @cached_property
     def ends(self) -> list[tuple[Node, str, list[Dim]]]:
@@ -113,18 +106,23 @@ def infer_axes(graph: Graph, *, strict: bool = False) -> Analysis:
 
 
 def _gather_groups(graph: Graph, analysis: Analysis) -> None:
-    """Fill ``groups``, and name each Dim after the parameter in which it occurs first."""
-    groups = analysis.groups
+    """Fill ``groups`` and ``held``, and name each Dim after the parameter in which it occurs first."""
+    groups, held = analysis.groups, analysis.held
     for parameter in sorted(graph.all_parameters(), key=lambda p: p.kind != "parameter"):
+        is_held = parameter.kind != "constant"
         for axis, extent in enumerate(analysis.of[parameter]):
             member = Member(parameter, axis)
             found = resolve(extent)
             if isinstance(found, Dim):  # nearly always, so without the list that leaves() makes
                 _enter(groups, found, member, "")
+                if is_held:
+                    held.add(found)
                 continue
             dims = leaves(found)
             for place, dim in enumerate(dims):
                 _enter(groups, dim, member, f".{place}" if len(dims) > 1 else "")
+            if is_held:
+                held.update(dims)
 
 
 def _enter(groups: dict[Dim, Group], dim: Dim, member: Member, place: str) -> None:
@@ -133,7 +131,7 @@ def _enter(groups: dict[Dim, Group], dim: Dim, member: Member, place: str) -> No
     if group is None:
         groups[dim] = Group(dim, [member])
         if not dim.name:
-            dim.name = f"{member}{place}"
+            dim.name = f"{member.parameter.name}:{member.axis}{place}"
     elif group.members[-1] is not member:
         group.members.append(member)
 
@@ -217,7 +215,7 @@ def _check_results(node: Node, results: Sequence[Axes]) -> None:
     if len(results) != len(node.outputs):
         raise AxisError(f"{node.label}: the rule gives {len(results)} results, the node has {len(node.outputs)}")
     for value, axes in zip(node.outputs, results, strict=True):
-        sizes = tuple([extent.size if isinstance(extent, Dim) else size_of(extent) for extent in axes])
+        sizes = tuple([extent.size or size_of(extent) for extent in axes])
         if sizes == value.shape:
             continue
         if len(sizes) != value.rank or not all(same(a, b) for a, b in zip(sizes, value.shape, strict=True)):

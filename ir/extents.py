@@ -50,10 +50,11 @@ class Dim:
 class Product:
     """Row-major product of extents; ``factors[0]`` is the slowest index."""
 
-    __slots__ = ("factors",)
+    __slots__ = ("factors", "size")
 
     def __init__(self, factors: Sequence[Extent]) -> None:
         self.factors = tuple(factors)
+        self.size: Size | None = None  # once somebody asked :func:`size_of`
 
     def __repr__(self) -> str:
         return format_extent(self)
@@ -62,10 +63,11 @@ class Product:
 class Concat:
     """Segments laid end to end."""
 
-    __slots__ = ("segments",)
+    __slots__ = ("segments", "size")
 
     def __init__(self, segments: Sequence[Extent]) -> None:
         self.segments = tuple(segments)
+        self.size: Size | None = None  # once somebody asked :func:`size_of`
 
     def __repr__(self) -> str:
         return format_extent(self)
@@ -150,11 +152,12 @@ def _resolve_concat(extent: Concat) -> Extent:
 def size_of(extent: Extent) -> Size:
     if isinstance(extent, Dim):
         return extent.size
-    if extent is ONE:
-        return 1
-    if isinstance(extent, Product):
-        return product(size_of(f) for f in extent.factors)
-    return total(size_of(s) for s in extent.segments)
+    if extent.size is None:  # kept, since what its parts are bound to later has the same size
+        if isinstance(extent, Product):
+            extent.size = product([size_of(factor) for factor in extent.factors])
+        else:
+            extent.size = total([size_of(segment) for segment in extent.segments])
+    return extent.size
 
 
 def is_one(extent: Extent) -> bool:

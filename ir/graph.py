@@ -33,6 +33,8 @@ Kind: TypeAlias = Literal["parameter", "buffer", "constant"]
 class Value:
     """A tensor that flows through the graph: a graph input, a parameter, or one result of a node."""
 
+    __slots__ = ("name", "shape", "dtype", "producer", "index", "uses", "origin", "__weakref__")
+
     def __init__(self, *, name: str, shape: Sequence[Size], dtype: Dtype, producer: Node | None = None, index: int = 0):
         self.name = name
         self.shape: tuple[Size, ...] = tuple(simplify(size) for size in shape)
@@ -74,6 +76,8 @@ class Parameter(Value):
     graph was loaded from, which computes it.
     """
 
+    __slots__ = ("weight", "kind", "aliases", "trainable", "persistent", "was_read", "stored")
+
     def __init__(
         self,
         *,
@@ -109,6 +113,10 @@ Operand: TypeAlias = Value | Number | sympy.Expr | None
 
 class Node:
     """One operator call."""
+
+    __slots__ = (
+        "op", "inputs", "attributes", "outputs", "scope", "source", "regions", "origin", "metadata", "__weakref__"
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regauge.ir.extents import Dim, leaves, pin, resolve
+from regauge.ir.extents import ONE, Dim, leaves, pin
 from regauge.ir.graph import Graph, Node, Parameter, Value, is_real
 from regauge.ir.operator import Symmetry, get_operator, symmetry_of
 from regauge.ir.rules import broadcast_rule
@@ -63,8 +63,10 @@ class _Zeros:
 
     def has(self, value: Value, dim: Dim) -> bool:
         for extent in self.analysis.of[value]:
-            found = resolve(extent)
-            if found is dim or (not isinstance(found, Dim) and dim in leaves(found)):
+            if isinstance(extent, Dim) and extent.bound is None:
+                if extent is dim:
+                    return True
+            elif extent is not ONE and dim in leaves(extent):
                 return True
         return False
 
@@ -123,7 +125,7 @@ class _Zeros:
             node = value.producer
             if (value, dim) in self.culprits:
                 continue
-            if node is None and value in self._owners:
+            if node is None and not isinstance(value, Parameter) and value in self._owners:
                 self._enter(dim, *self._owners[value])
             elif node is None or node not in self.order:
                 self.culprits[value, dim] = _source(value)

@@ -112,7 +112,7 @@ class Call:
         return fresh(size)
 
     def reshape(self, axes: Sequence[Extent], sizes: Sequence[Size]) -> Axes:
-        return algebra.reshape(axes, sizes, self.where)
+        return algebra.reshape(axes, sizes, self.pin)
 
     def split(self, extent: Extent, sizes: Sequence[Size]) -> Axes:
         """Cut an extent into segments of the given sizes; where it has no such layout, pinned fresh Dims."""
@@ -136,12 +136,12 @@ class Call:
         result: Axes = [ONE] * rank
         for axes in operands:
             offset = rank - len(axes)
-            for position, extent in enumerate(axes):
-                current = result[offset + position]
+            for position, extent in enumerate(axes, offset):
+                current = result[position]
                 if extent is current or is_one(extent):
                     continue
                 if current is ONE or is_one(current):
-                    result[offset + position] = extent
+                    result[position] = extent
                 else:
                     unify(current, extent)
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import TypeAlias
 
@@ -281,8 +281,10 @@ def pour(extents: Sequence[Extent], sizes: Sequence[Size]) -> list[Extent] | Non
     return result[::-1]
 
 
-def reshape(extents: Sequence[Extent], sizes: Sequence[Size], where: str = "") -> list[Extent]:
-    """The extents after a reshape to ``sizes``; where no layout exists, fresh Dims, pinned on both sides.
+def reshape(
+    extents: Sequence[Extent], sizes: Sequence[Size], pin: Callable[[Extent, str], None] = pin
+) -> list[Extent]:
+    """The extents after a reshape to ``sizes``; where no layout exists, fresh Dims, pinned on both sides by ``pin``.
 
     Equal axes in front and behind stay; the rest is grouped into the smallest runs whose products agree, so that a
     reshape without a common layout freezes only the axes it really mixes.
@@ -299,10 +301,10 @@ def reshape(extents: Sequence[Extent], sizes: Sequence[Size], where: str = "") -
         poured = pour(old, new) if 0 in sizes else _pour_run(old, new)
         if poured is None:
             for extent in old:
-                pin(extent, "a reshape mixes this axis with others (entangled)", where)
+                pin(extent, "a reshape mixes this axis with others (entangled)")
             poured = [fresh(size) for size in new]
             for extent in poured:
-                pin(extent, "a reshape mixes this axis with others (entangled)", where)
+                pin(extent, "a reshape mixes this axis with others (entangled)")
         result.extend(poured)
     result.extend(extents[end:])
     return result

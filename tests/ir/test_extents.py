@@ -124,7 +124,7 @@ def test_channel_shuffle_returns_to_the_same_dims() -> None:
 
 def test_reshape_without_common_layout_pins_only_what_it_mixes() -> None:
     batch, a, b = Dim(5), Dim(4), Dim(6)
-    result = reshape([batch, a, b], [5, 3, 8], "view")
+    result = reshape([batch, a, b], [5, 3, 8])
     assert resolve(result[0]) is batch and not batch.pins
     assert a.pins and b.pins and all(dim.pins for extent in result[1:] for dim in leaves(extent))
 
