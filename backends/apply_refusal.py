@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,11 @@ def refusal(graph: Graph, model: nn.Module, changed: Changed, failure: str, fail
     tried = f"with all tensors replaced and its integer attributes searched, {failure}"
     end = "The model is as it was; graph.to_torch() gives a module of its own"
     cuts = _cuts(graph)
+    if failed is None and not cuts and not changed:
+        return (
+            f"{type(model).__name__} cannot express what passes changed: no tensor has another size, but with the "
+            f"graph's in place {failure}. apply_to() follows cuts, not rewritten nodes as simplify leaves them. {end}"
+        )
     if failed is None:
         names = [f"{name}: {sizes}" for name, sizes in cuts.items()]
         names = names or [f"{name}: {list(old)} -> {list(new)}" for name, (old, new) in changed.items()]
@@ -40,8 +44,8 @@ def _listed(names: list[str]) -> str:
 
 def _cuts(graph: Graph) -> dict[str, str]:
     """The Dims that were cut, with their sizes before and after."""
-    found = (re.fullmatch(r"(.+): (\d+ -> \d+)", edit.what) for edit in graph.history)
-    return {match[1]: match[2] for match in found if match}
+    found = [edit.sizes for edit in graph.history if edit.sizes is not None]
+    return {name: f"{before} -> {after}" for name, before, after in found}
 
 
 def _dims_in(graph: Graph, path: str, cuts: Iterable[str]) -> list[str]:

@@ -80,11 +80,15 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, torch.Tensor]:
     path, _, leaf = name.rpartition(".")
     try:
         owner = model.get_submodule(path)
-        return owner, leaf, getattr(owner, leaf)
-    except AttributeError as error:
+        found = getattr(owner, leaf)
+    except AttributeError:
+        found = None
+    if found is None:
         raise EmitError(
-            f"the model has no tensor {name!r}: apply_to() takes the model the graph was captured from; use to_torch()"
-        ) from error
+            f"the model has no tensor {name!r}: apply_to() takes the model the graph was captured from, and cannot "
+            f"follow passes that rewrite nodes, as simplify does; use to_torch()"
+        )
+    return owner, leaf, found
 
 
 def _made(parameter: Parameter, old: torch.Tensor) -> torch.Tensor:

@@ -230,4 +230,6 @@ def _difference(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference:
     finite = x.abs()[x.abs().isfinite()]
     scale = float(finite.max()) if finite.numel() else 0.0
     relative = absolute / max(scale, 1e-12) if absolute else 0.0
-    return Difference(name, tuple(a.shape), absolute, relative)
+    undefined = int((x.isnan() & y.isnan()).sum())
+    note = f"both are NaN at {undefined} of {x.numel()} entries" if undefined else ""
+    return Difference(name, tuple(a.shape), absolute, relative, note)

@@ -23,7 +23,7 @@ from regauge.frontends.aten_call import Refusal
 from regauge.frontends.dynamic import Requests, export_spec, read_requests, widen_examples
 from regauge.frontends.from_export import Imported, from_export
 from regauge.frontends.outputs import plain_outputs
-from regauge.frontends.pytrees import Leaf, argument_names, flatten_call, flatten_outputs, tensors_of
+from regauge.frontends.pytrees import Leaf, argument_names, distinct, flatten_call, flatten_outputs, tensors_of
 from regauge.frontends.recurrent_shapes import stated_shapes
 from regauge.frontends.tracing import bind_arguments, explain_run, export_module, in_mode
 from regauge.ir.errors import CaptureError, RegaugeWarning
@@ -83,7 +83,7 @@ def trace_program(
     obj: Any, example_inputs: Any, kwargs: Mapping[str, Any] | None, *, dynamic: Any = None, train: bool = False
 ) -> Traced:
     """Export ``obj``, or take the program it is; raises CaptureError."""
-    args, keywords = _call_of(example_inputs, kwargs)
+    args, keywords = distinct(_call_of(example_inputs, kwargs))
     if isinstance(obj, ExportedProgram):
         return _given_program(obj, args, keywords, dynamic, example_inputs is None and kwargs is None)
     module = _module_of(obj)

@@ -27,9 +27,10 @@ from regauge.frontends.onnx_scope import Entry, Scope, tensor_entry
 from regauge.frontends.onnx_sequences import SEQUENCE_OPERATORS, read_sequence
 from regauge.frontends.onnx_weights import data_type_of, dtype_of, weight_of
 from regauge.ir.allocation import without_collection
+from regauge.ir.dtypes import Dtype
 from regauge.ir.edit import Builder, remove_node
 from regauge.ir.errors import LoadError, OperatorError, RegaugeError, RegaugeWarning
-from regauge.ir.graph import Dtype, Graph, Node, Parameter, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.onnx_folding import Question, fold
 from regauge.ir.onnx_sizes import Unknown, as_type, constant_tensor, content, of_shape
 from regauge.ir.operator import Operator, find_onnx

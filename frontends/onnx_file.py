@@ -58,6 +58,8 @@ def _read_proto(path: Path) -> Any:
         raise LoadError(f"{path}: no such file; give the path of an ONNX model")
     if path.is_dir():
         raise LoadError(f"{path}: is a folder; give the path of the .onnx file in it")
+    if path.suffix.lower() == ".pt2":
+        raise LoadError(f"{path}: a program of torch.export; write regauge.capture(torch.export.load({str(path)!r}))")
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:

@@ -12,8 +12,9 @@ from regauge.frontends.onnx_call import resolved_attributes
 from regauge.frontends.onnx_file import captured_values
 from regauge.frontends.onnx_scope import Entry, Scope
 from regauge.frontends.onnx_weights import data_type_of, dtype_of, read_tensor, torch_from_array
+from regauge.ir.dtypes import Dtype
 from regauge.ir.errors import RegaugeError
-from regauge.ir.graph import Dtype, Value
+from regauge.ir.graph import Value
 from regauge.ir.operator import get_operator
 from regauge.ir.sizes import Bindings, Size, evaluate, format_size, parse_size, prime_hints, symbol
 

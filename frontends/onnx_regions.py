@@ -11,8 +11,9 @@ from regauge.frontends.onnx_call import OnnxCall
 from regauge.frontends.onnx_file import captured_values
 from regauge.frontends.onnx_scope import Entry, Scope
 from regauge.frontends.onnx_weights import is_float, tensors_of
+from regauge.ir.dtypes import Dtype
 from regauge.ir.errors import OperatorError
-from regauge.ir.graph import Dtype, Graph, Operand, Value
+from regauge.ir.graph import Graph, Operand, Value
 from regauge.ir.sizes import Size, same, symbol
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ import onnx_ir
 import sympy
 
 from regauge.frontends.onnx_weights import dtype_of, is_float, torch_from_array, weight_of
+from regauge.ir.dtypes import Dtype
 from regauge.ir.edit import Builder
 from regauge.ir.errors import LoadError
-from regauge.ir.graph import Dtype, Value
+from regauge.ir.graph import Value
 from regauge.ir.onnx_sizes import LIMIT, Content
 from regauge.ir.sizes import Size
 

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir
 import torch
 
+from regauge.ir.dtypes import Dtype
 from regauge.ir.errors import LoadError
-from regauge.ir.graph import Dtype
 from regauge.ir.weights import DenseWeight, LazyWeight, Weight
 
 _TYPES = onnx_ir.DataType

@@ -52,6 +52,19 @@ def flatten_call(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str,
     return leaves, spec
 
 
+def distinct(tree: Any) -> Any:
+    """The tree with a tensor object that it holds twice cloned: torch.export takes one object for one input."""
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or id(leaf) not in seen:
+            seen.add(id(leaf))
+            return leaf
+        return leaf.detach().clone()
+
+    return pytree.tree_map(own, tree)
+
+
 def flatten_outputs(result: Any) -> list[Any]:
     """The leaves of a result in torch's order."""
     return list(pytree.tree_flatten(result)[0])

@@ -101,6 +101,7 @@ def infer_axes(graph: Graph, *, strict: bool = False) -> Analysis:
         if isinstance(output, Value):
             for extent in analysis.of[output]:
                 pin(extent, "it is an axis of a graph output", output.name)
+    _pin_unread(graph, analysis)
     _gather_groups(graph, analysis)
     return analysis
 
@@ -123,6 +124,16 @@ def _gather_groups(graph: Graph, analysis: Analysis) -> None:
                 _enter(groups, dim, member, f".{place}" if len(dims) > 1 else "")
             if is_held:
                 held.update(dims)
+
+
+def _pin_unread(graph: Graph, analysis: Analysis) -> None:
+    """Parameters that nothing reads keep their shape: cutting them would save nothing that runs."""
+    unread = [parameter for parameter in graph.all_parameters() if not parameter.uses]
+    returned = {output for part in graph.nested() for output in part.outputs} if unread else set()
+    for parameter in unread:
+        if parameter not in returned:
+            for extent in analysis.of[parameter]:
+                pin(extent, "no node reads it", parameter.name)
 
 
 def _enter(groups: dict[Dim, Group], dim: Dim, member: Member, place: str) -> None:

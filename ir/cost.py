@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import sympy
 import torch
 
+from regauge.ir.dtypes import Dtype
 from regauge.ir.extents import Concat, Dim, Extent, Product, leaves, resolve
-from regauge.ir.graph import Dtype, Graph, Node, Parameter, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Cost
 from regauge.ir.sizes import Size, product, simplify, total
 

@@ -9,20 +9,9 @@ from typing import Any
 
 import torch
 
+from regauge.ir.dtypes import Dtype, dtype_name
 from regauge.ir.errors import GraphError
-from regauge.ir.graph import (
-    Dtype,
-    Edit,
-    Graph,
-    Kind,
-    Node,
-    Operand,
-    Parameter,
-    State,
-    Value,
-    add_use,
-    dtype_name,
-)
+from regauge.ir.graph import Edit, Graph, Kind, Node, Operand, Parameter, State, Value, add_use
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
 from regauge.ir.sizes import Size
@@ -355,6 +344,6 @@ def remove_dead(graph: Graph, *, parameters: bool = True, keep: Collection[str] 
     return inner + len(dead)
 
 
-def record(graph: Graph, by: str, what: str) -> None:
-    """Add a line to the history of the graph."""
-    graph.history.append(Edit(by, what))
+def record(graph: Graph, by: str, what: str, sizes: tuple[str, int, int] | None = None) -> None:
+    """Add a line to the history of the graph; of a Dim that was cut with its name and sizes before and after."""
+    graph.history.append(Edit(by, what, sizes))

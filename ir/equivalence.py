@@ -16,8 +16,9 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from regauge.ir.dtypes import is_real
 from regauge.ir.errors import EquivalenceError
-from regauge.ir.graph import Graph, Node, Value, is_real
+from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.interpret import Interpreter
 from regauge.ir.matcher import Miss
 from regauge.ir.operator import Symmetry, symmetry_of

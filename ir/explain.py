@@ -43,7 +43,7 @@ def _explain_axis(graph: Graph, value: Value, axis: int, groups: dict[str, Group
     if axis >= len(axes):
         raise ExplainError(f"{value.name}:{axis} does not exist: {value} has the axes 0 to {len(axes) - 1}")
     head = f"axis {axis} of {value} is {format_extent(axes[axis])}"
-    return "\n".join([head, *_dim_texts(graph, list(leaves(axes[axis])), groups)])
+    return "\n".join([head, *_dim_texts(graph, list(dict.fromkeys(leaves(axes[axis]))), groups)])
 
 
 def _explain_value(graph: Graph, value: Value, groups: dict[str, Group]) -> str:

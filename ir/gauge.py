@@ -28,8 +28,9 @@ from functools import cached_property
 from typing import Any
 
 from regauge.ir.axes import Analysis
+from regauge.ir.dtypes import is_real
 from regauge.ir.extents import Dim, leaves
-from regauge.ir.graph import Graph, Node, Parameter, Value, is_real
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.rules import Axes
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import sympy
 import torch
 
+from regauge.ir.dtypes import Dtype, dtype_name
 from regauge.ir.errors import GraphError
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.sizes import Size, simplify
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from regauge.ir.extents import Dim
     from regauge.ir.interpret import Hook
 
-Dtype: TypeAlias = torch.dtype | str  # a string names a type torch does not have, such as "string"
 Number: TypeAlias = bool | int | float | complex
 Kind: TypeAlias = Literal["parameter", "buffer", "constant"]
 
@@ -185,6 +185,7 @@ class Edit:
 
     by: str
     what: str
+    sizes: tuple[str, int, int] | None = None  # of a Dim that was cut: its name, indices before and after
 
 
 @dataclass(eq=False)
@@ -241,7 +242,7 @@ class Graph:
             )
         return [leaves(extent) for extent in self.axes.axes(found)]
 
-    def run(self, inputs: Any, hook: Hook | None = None) -> list[Any]:
+    def run(self, inputs: Any, *, hook: Hook | None = None) -> list[Any]:
         """What the graph computes, node by node in torch: its outputs, in order.
 
         ``inputs`` are tensors in order or by name, or one tensor. ``hook(node, results)`` is called after every node
@@ -409,26 +410,3 @@ def _sorted_nodes(nodes: list[Node]) -> list[Node]:
                 if value.producer is not None and value.producer not in done:
                     stack.append((value.producer, False))
     return order
-
-
-_DTYPE_NAMES = {
-    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
-    torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
-}  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
-
-
-def is_real(dtype: Dtype) -> bool:
-    """Whether a type holds real or complex numbers, not integers, truths or what torch does not have."""
-    return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
-
-
-def dtype_name(dtype: Dtype) -> str:
-    """``f32`` for torch.float32; other types keep torch's name."""
-    return dtype if isinstance(dtype, str) else _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")
-
-
-def dtype_from_name(name: str) -> Dtype:
-    found = _DTYPES.get(name, getattr(torch, name, None))
-    return found if isinstance(found, torch.dtype) else name

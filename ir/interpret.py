@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 
+from regauge.ir.dtypes import dtype_name
 from regauge.ir.errors import GraphError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sizes import evaluate, solve_bindings
@@ -49,9 +50,15 @@ class Interpreter:
                 _check_rank(value, tensor)
                 solve_bindings(value.shape, tensor.shape, bindings)
         environment: dict[Value, Any] = dict(zip(self.graph.inputs, arguments, strict=True))
-        with torch.no_grad():
-            results = self._run_graph(self.graph, environment, bindings)
-            self.states = {s.name: environment[s.after] for s in self.graph.states}
+        try:
+            with torch.no_grad():
+                results = self._run_graph(self.graph, environment, bindings)
+        except RegaugeError as error:
+            unlike = _unlike_declared(self.graph.inputs, arguments)
+            if not unlike:
+                raise
+            raise type(error)(f"{error} ({unlike})") from error
+        self.states = {s.name: environment[s.after] for s in self.graph.states}
         return results
 
     def _arguments(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
@@ -66,7 +73,9 @@ class Interpreter:
                 raise GraphError(f"no value is given for the graph input {missing[0]!r}: inputs are {', '.join(names)}")
             inputs = [inputs[name] for name in names]
         if len(inputs) != len(names):
-            raise GraphError(f"the graph takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
+            raise GraphError(
+                f"the graph takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}: give them as one tuple"
+            )
         return [_tensor(x) for x in inputs]
 
     def _run_graph(self, graph: Graph, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> list[Any]:
@@ -142,6 +151,18 @@ def describe(value: Any) -> str:
 def _check_rank(value: Value, tensor: torch.Tensor) -> None:
     if tensor.dim() != value.rank:
         raise GraphError(f"the input {value} got a tensor of shape {tuple(tensor.shape)}")
+
+
+def _unlike_declared(inputs: Sequence[Value], given: Sequence[Any]) -> str:
+    """What to say of the first input that is not of the declared type and sizes; it may run all the same."""
+    for value, tensor in zip(inputs, given, strict=True):
+        if isinstance(tensor, torch.Tensor):
+            sizes_fit = all(
+                not isinstance(size, int) or size == n for size, n in zip(value.shape, tensor.shape, strict=True)
+            )
+            if tensor.dtype != value.dtype or not sizes_fit:
+                return f"the input {value} got {dtype_name(tensor.dtype)}[{','.join(map(str, tensor.shape))}]"
+    return ""
 
 
 def _born_inside(graph: Graph) -> dict[Node, list[Value]]:

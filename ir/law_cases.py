@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from regauge.ir.axes import Analysis, infer_axes
+from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
 from regauge.ir.errors import LawError
 from regauge.ir.extents import Dim, Keep, flat_indices, leaves
-from regauge.ir.graph import Graph, Node, Value, is_real
+from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.resize import sizes_after
 

@@ -8,6 +8,7 @@
     commute    where the record says so, the two operands may be exchanged
     zeros      what regauge.ir.masking claims of zeros in one operand, and in all of them, holds
     cost       the cost function gives the same for a node as for the bare sizes of its axes
+    aten       the ATen operators that the record stands for without an adapter compute the same
 
 Whatever whole graphs pin (positions of tables, zeros that would be felt) is left aside: a law asks about one rule.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from regauge.ir.aten_law import check_aten_names
 from regauge.ir.cost import cost, figures
 from regauge.ir.errors import LawError, RegaugeError
 from regauge.ir.extents import Dim, size_after
@@ -54,6 +56,7 @@ def laws_of(record: Operator) -> list[str]:
     """The laws that can be checked of a record: the shape law first, since without it no other says anything."""
     skipped = {"permute", "zeros", "symmetry"} if record.random else set()
     skipped |= (set() if record.macs else {"cost"}) | (set() if record.commutative else {"commute"})
+    skipped |= set() if None in record.aten.values() else {"aten"}
     return [law for law in LAWS if law not in skipped]
 
 
@@ -184,5 +187,5 @@ def _cost(case: Case) -> None:
 
 LAWS: dict[str, Callable[[Case], None]] = {
     "shape": _shape, "permute": _permute, "cut": _cut, "symmetry": _symmetry, "zeros": _zeros,
-    "commute": _commute, "cost": _cost,
+    "commute": _commute, "cost": _cost, "aten": check_aten_names,
 }  # fmt: skip

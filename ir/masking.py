@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from regauge.ir.dtypes import is_real
 from regauge.ir.extents import ONE, Dim, leaves, pin
-from regauge.ir.graph import Graph, Node, Parameter, Value, is_real
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Symmetry, get_operator, symmetry_of
 from regauge.ir.rules import broadcast_rule
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from regauge.ir.dtypes import Dtype, dtype_from_name
 from regauge.ir.errors import GraphError, RegaugeError
-from regauge.ir.graph import Dtype, Graph, Node, Operand, Parameter, State, Value, add_use, dtype_from_name
+from regauge.ir.graph import Graph, Node, Operand, Parameter, State, Value, add_use
 from regauge.ir.operator import get_operator
 from regauge.ir.sizes import Size, parse_size, symbol
 from regauge.ir.weights import LazyWeight, Weight

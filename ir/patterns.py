@@ -171,7 +171,15 @@ def parse_pattern(function: Callable[..., Any]) -> Pattern:
     """Call a pattern function with variables; raises PatternError where it is none."""
     first, *rest = inspect.signature(function).parameters.values()
     variables = tuple(Variable(p.name, p.default is None) for p in rest)
-    result = function(Operators(), *variables)
+    try:
+        result = function(Operators(), *variables)
+    except TypeError as error:
+        if "operand type" not in str(error):
+            raise
+        raise PatternError(
+            f"the pattern {function.__name__} computes with {', '.join(map(str, variables))}: "
+            f"write calls, as in {first.name}.mul(x, 2), not signs"
+        ) from error
     roots = tuple(result) if isinstance(result, tuple | list) else (result,)
     for root in (*_alternatives(roots[0]), *roots[1:]):
         if not isinstance(root, CallPattern | ResultPattern):
@@ -180,6 +188,11 @@ def parse_pattern(function: Callable[..., Any]) -> Pattern:
             )
     calls = tuple(dict.fromkeys(part for root in roots for part in _parts(root) if isinstance(part, CallPattern)))
     _check_roots(function, roots, calls)
+    found = {part for root in roots for part in _parts(root)}
+    found |= {value for call in calls for value in call.attributes.values() if isinstance(value, Variable)}
+    for variable in variables:
+        if not variable.optional and variable not in found:
+            raise PatternError(f"the variable {variable} of the pattern {function.__name__} is in none of its calls")
     return Pattern(variables, roots, calls)
 
 

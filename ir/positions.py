@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from regauge.ir.dtypes import is_real
 from regauge.ir.extents import Dim, leaves, pin
-from regauge.ir.graph import Node, Parameter, Value, is_real
+from regauge.ir.graph import Node, Parameter, Value
 
 if TYPE_CHECKING:
     from regauge.ir.axes import Analysis

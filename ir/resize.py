@@ -61,7 +61,8 @@ def resize(graph: Graph, keep: Selection, *, by: str = "resize") -> Graph:
             for attribute, extents in call.derived.items():
                 copied.attributes[attribute] = sizes_after(extents, kept)
     for dim, indices in kept.items():
-        record(result, by, f"{dim.name}: {dim.size} -> {len(indices)}")
+        sizes = (dim.name, int(dim.size), len(indices))
+        record(result, by, f"{dim.name}: {dim.size} -> {len(indices)}", sizes)
     return result
 
 

@@ -78,6 +78,17 @@ class RewriteRule:
     def pattern(self) -> Pattern:
         return parse_pattern(self.pattern_function)
 
+    def build(self, build: Builder, found: Match) -> Any:
+        """What takes the place of a match; raises PatternError where the replacement computes with values."""
+        try:
+            return self.replacement(build, **self.bind(self.replacement, found))
+        except TypeError as error:
+            if "operand type" not in str(error):
+                raise
+            raise PatternError(
+                f"the replacement of rule {self.name} fails with {error}: write calls, as in build.mul(x, 2), not signs"
+            ) from error
+
     def bind(self, function: Callable[..., Any], found: Match) -> dict[str, Any]:
         """The arguments that a condition or a replacement asks for by name; a replacement's first is the builder."""
         known = {**found.bindings, "match": found}
@@ -272,7 +283,7 @@ class _Driver:
                 if isinstance(verdict, str) or verdict is False:
                     raise Refusal(verdict or "its condition does not hold")
             with build.at(found.root):
-                results = entry.replacement(build, **entry.bind(entry.replacement, found))
+                results = entry.build(build, found)
             news = tuple(results) if isinstance(results, tuple | list) else (results,)
             _check_results(entry, found, news, self.strict)
             self._check_outputs(found, news, build)

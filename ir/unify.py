@@ -281,9 +281,7 @@ def pour(extents: Sequence[Extent], sizes: Sequence[Size]) -> list[Extent] | Non
     return result[::-1]
 
 
-def reshape(
-    extents: Sequence[Extent], sizes: Sequence[Size], pin: Callable[[Extent, str], None] = pin
-) -> list[Extent]:
+def reshape(extents: Sequence[Extent], sizes: Sequence[Size], pin: Callable[[Extent, str], None] = pin) -> list[Extent]:
     """The extents after a reshape to ``sizes``; where no layout exists, fresh Dims, pinned on both sides by ``pin``.
 
     Equal axes in front and behind stay; the rest is grouped into the smallest runs whose products agree, so that a

@@ -48,8 +48,16 @@ def _load(point: EntryPoint) -> type[Pass]:
         found = point.load()
     except Exception as error:
         raise PassError(f"pass {point.name!r} of {point.value} cannot be imported: {error}") from error
+    if isinstance(found, Pass) and not found.given_options():
+        found = type(found)  # such as regauge.rewrite gives
     if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise PassError(f"entry point {point.name!r} of {point.value} is not a subclass of regauge.Pass")
+        raise PassError(
+            f"entry point {point.name!r} of {point.value} is neither a subclass of regauge.Pass nor a rewrite"
+        )
+    if found.name != point.name:
+        raise PassError(
+            f"entry point {point.name!r} of {point.value} calls itself {found.name!r}: let both names agree"
+        )
     return found
 
 

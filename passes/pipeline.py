@@ -19,7 +19,7 @@ from regauge.ir.interpret import run_seeded
 from regauge.ir.sample_inputs import input_symbols, sample_runs
 from regauge.ir.verify import verify
 from regauge.ir.weights import writes
-from regauge.passes.base import Context, Pass
+from regauge.passes.base import Context, Cut, Pass
 from regauge.passes.report import PassReport, Report
 from regauge.settings import current
 
@@ -73,8 +73,15 @@ def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures) -> tuple[Grap
     _trace(f"{one}: ends after {seconds:.2f} s" + ("" if changed else ", nothing changed"))
     if changed and current().print_after:
         print(f"after {one}:\n{result}", file=sys.stderr)
-    cuts, notes, left = tuple(context.cuts), tuple(context.notes), dict(context.left.most_common())
+    notes, left = tuple(context.notes), dict(context.left.most_common())
+    cuts = tuple(context.cuts) or _recorded_cuts(graph, result)
     return result, PassReport(str(one), one.contract, before, after, seconds, changed, error, cuts, notes, left)
+
+
+def _recorded_cuts(before: Graph, after: Graph) -> tuple[Cut, ...]:
+    """The cuts of a pass that told none itself, as ``resize`` wrote them into the history."""
+    new = after.history[len(before.history) :] if after is not before else []
+    return tuple(Cut(*edit.sizes) for edit in new if edit.sizes is not None)
 
 
 def _clear(one: Pass, before: Graph, after: Graph) -> None:

@@ -10,6 +10,7 @@ from regauge.ir.tables import format_table, short
 from regauge.passes.base import Cut
 
 _SHOWN_CUTS = 12
+_SHOWN_REASONS = 6
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class PassReport:
         lines += cuts[:_SHOWN_CUTS]
         if len(cuts) > _SHOWN_CUTS:
             lines.append(f"... and {len(cuts) - _SHOWN_CUTS} more")
-        lines += [f"left alone: {count} x {reason}" for reason, count in self.left.items()]
+        left = [f"left alone: {count} x {reason}" for reason, count in self.left.items()]
+        lines += left[:_SHOWN_REASONS]
+        if len(left) > _SHOWN_REASONS:
+            lines.append(f"... and {len(left) - _SHOWN_REASONS} more reasons, in report.passes[...].left")
         return lines
 
 

@@ -20,6 +20,8 @@ class Rewrite(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()
         log = rewrite_graph(result, self.rules, strict=True)
+        if not log.total:
+            context.note("nothing matched")
         tell(log, context, every_miss=not log.total)
         return result if log.total else graph
 

@@ -222,3 +222,26 @@ def test_reading_a_model_leaves_the_compiler_of_torch_alone(model_file: Path) ->
     code = f"import sys; from regauge.cli import main; main(['explain', {str(model_file)!r}, '0.weight:0'])"
     done = subprocess.run([sys.executable, "-c", f"{code}; print('torch._dynamo' in sys.modules)"], capture_output=True)
     assert done.stdout.splitlines()[-1] == b"False", done.stderr
+
+
+def test_passes_given_twice_run_one_after_the_other(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("optimize", model_file, "-o", tmp_path / "small.onnx")
+    assert run(*command, "--passes", "prune{ratio=0.5}", "--passes", "simplify") == 0
+    shown = capsys.readouterr().out
+    assert "prune{ratio=0.5}" in shown and "simplify" in shown
+    assert run(*command) == 0
+    assert "converted only: no passes are given" in capsys.readouterr().out
+
+
+def test_a_program_with_keyword_inputs_is_opened(tmp_path: Path) -> None:
+    import torch
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> torch.Tensor:
+            return x * scale
+
+    path = tmp_path / "scaled.pt2"
+    torch.export.save(torch.export.export(Scaled(), (torch.ones(2),), {"scale": torch.ones(2)}), path)
+    assert run("inspect", path) == 0

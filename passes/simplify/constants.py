@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 
 import torch
 
+from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, remove_dead, remove_node, replace_uses
 from regauge.ir.fold import computed, is_fill, is_table
-from regauge.ir.graph import Graph, Kind, Node, Parameter, Value, is_real
+from regauge.ir.graph import Graph, Kind, Node, Parameter, Value
 from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.purity import is_pure
 from regauge.ir.rules import broadcast_rule

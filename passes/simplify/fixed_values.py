@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
-from regauge.ir.graph import Node, Operand, Parameter, Value, is_real
+from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.rewrite import refuse
 from regauge.ir.weights import DenseWeight
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.dtypes import Dtype, is_real
 from regauge.ir.edit import Builder
-from regauge.ir.graph import Dtype, Node, Operand, Parameter, Value, is_real
+from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.matcher import SMALL
 from regauge.ir.pattern_instances import Constant
 from regauge.ir.rewrite import RuleSet, differs, refuse, rule

@@ -17,9 +17,10 @@ import torch
 from torch import randn
 
 from regauge.ir import unify as algebra
+from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
 from regauge.ir.extents import ONE, fresh, resolve
-from regauge.ir.graph import Node, Parameter, Value, is_real
+from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.matcher import Match
 from regauge.ir.pattern_instances import Weight
 from regauge.ir.rewrite import RuleSet, differs, refuse, rule

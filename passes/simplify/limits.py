@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from regauge.ir.dtypes import Dtype
 from regauge.ir.edit import Builder
-from regauge.ir.graph import Dtype, Graph, Parameter, Value
+from regauge.ir.graph import Graph, Parameter, Value
 from regauge.ir.sizes import Size
 
 LEAST_GROWTH = 64 * 1024  # bytes that any module may grow by; a file may not

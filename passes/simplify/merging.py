@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from regauge.ir.dtypes import is_real
 from regauge.ir.edit import remove_node, replace_uses
-from regauge.ir.graph import Graph, Node, Parameter, Value, is_real
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.purity import is_pure
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 

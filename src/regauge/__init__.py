@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from regauge.ir.errors import RegaugeWarning as RegaugeWarning
     from regauge.ir.graph import Graph as Graph
     from regauge.ir.laws import check_operator as check_operator
+    from regauge.ir.operator import OnnxForm as OnnxForm
     from regauge.ir.operator import Operator as Operator
+    from regauge.ir.operator import Symmetry as Symmetry
     from regauge.ir.operator import operator as operator
     from regauge.ir.operator import register_operator as register_operator
     from regauge.ir.operator import sample as sample
@@ -45,12 +47,14 @@ _HOME = {
     "Comparison": "regauge.backends.compare",
     "Context": "regauge.passes.base",
     "Graph": "regauge.ir.graph",
+    "OnnxForm": "regauge.ir.operator",
     "Operator": "regauge.ir.operator",
     "Pass": "regauge.passes.base",
     "RegaugeError": "regauge.ir.errors",
     "RegaugeWarning": "regauge.ir.errors",
     "RewriteRule": "regauge.ir.rewrite",
     "RuleSet": "regauge.ir.rewrite",
+    "Symmetry": "regauge.ir.operator",
     "bisect": "regauge.passes.bisect",
     "capture": "regauge.frontends.capture",
     "check_operator": "regauge.ir.laws",

@@ -76,7 +76,10 @@ def optimize(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="OUT", help="an .onnx file, or a folder for torch source")
     ],
-    passes: Annotated[str, typer.Option(help="a pipeline, such as 'prune{ratio=0.5}'")] = "",
+    passes: Annotated[
+        list[str] | None,
+        typer.Option(help="a pipeline, such as 'prune{ratio=0.5}'; may be repeated. None: the model is converted only"),
+    ] = None,
     data: Data = None,
 ) -> None:
     """Run passes over a model and write the result.
@@ -105,7 +108,7 @@ def optimize(
         for entry in result.report.passes:
             for line in entry.lines():
                 print_text(f"  {line}")
-    print(f"wrote {output}")
+    print(f"wrote {output}" + ("" if pipeline else ", converted only: no passes are given"))
 
 
 @app.command()
@@ -176,7 +179,7 @@ def _check_onnx(model: Path, output: Path) -> None:
 @app.command()
 def inspect(
     model: Model,
-    text: Annotated[bool, typer.Option("--text", help="print the whole graph, as text that parses back")] = False,
+    text: Annotated[bool, typer.Option("--text", help="print the whole graph (regauge.ir.parse reads it)")] = False,
 ) -> None:
     """Show what a model is made of, what it costs and what can be cut.
 

@@ -30,7 +30,7 @@ def open_file(path: Path, *, freeze: bool = False) -> Graph:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RegaugeError(f"{path} is not a program that torch.export saved: {reason}") from error
-        return capture(program, program.example_inputs[0] if program.example_inputs else ())
+        return capture(program)
     from regauge.frontends.from_onnx import load
 
     return load(path, freeze=freeze)

@@ -200,3 +200,12 @@ def test_a_model_without_the_graphs_tensors_is_refused():
     graph = capture(Fixed(), (torch.randn(2, 6),))
     with pytest.raises(EmitError, match="has no tensor 'a.weight'"):
         apply_to(graph, ConvNet())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rewritten_graphs_are_refused_in_words(bias: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    nn.init.uniform_(model[1].running_mean)
+    graph = optimize(capture(model, (torch.randn(1, 3, 8, 8),)), "simplify")
+    with pytest.raises(EmitError, match="as simplify"):
+        graph.apply_to(model)

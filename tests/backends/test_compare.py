@@ -95,3 +95,8 @@ def test_wrong_inputs_are_told_in_one_line_without_their_elements():
             with pytest.raises(RegaugeError) as caught:
                 compare(first, graph, wrong)
             assert len(str(caught.value).splitlines()) == 1 and "tensor(" not in str(caught.value)
+
+
+def test_undefined_entries_of_both_are_told() -> None:
+    found = compare(lambda x: x.log(), lambda x: x.log(), torch.tensor([1.0, -1.0, -2.0]))
+    assert found.equal() and "both are NaN at 2 of 3 entries" in str(found)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from own_operators import registered
+from regauge.backends.compare import compare
 from regauge.frontends.capture import capture
 from regauge.ir.errors import CaptureError, RegaugeWarning
 from regauge.ir.graph import Graph, Parameter
@@ -296,3 +297,19 @@ def test_a_model_that_runs_differently_than_it_traces() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         capture(model, torch.randn(3), verify=False)
+
+
+class TwoInputs(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 5), torch.nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.a(x) - 2 * self.b(y)
+
+
+def test_one_tensor_given_for_two_inputs_stays_two_inputs() -> None:
+    model, x = TwoInputs().eval(), torch.randn(3, 4)
+    other = (torch.randn(3, 4), torch.randn(3, 4))
+    assert compare(model, capture(model, (x, x)), other).equal(1e-6)
+    assert compare(model, capture(model, {"x": x, "y": x}), other).equal(1e-6)

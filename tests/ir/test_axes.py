@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 import regauge
+from regauge.ir.edit import Builder
+from regauge.ir.graph import Graph
 
 
 class _GlobalTokens(nn.Module):
@@ -61,3 +63,15 @@ def test_a_memory_that_weights_read_is_cut() -> None:
     memory = nn.Sequential(nn.Linear(8, 16), nn.Softmax(-1), nn.Linear(16, 3)).eval()
     graph = regauge.capture(memory, (torch.randn(2, 8),))
     assert [g.size for g in graph.groups() if g.free] == [16]
+
+
+def test_parameters_that_nothing_reads_keep_their_shape() -> None:
+    graph = Graph("unread")
+    build = Builder(graph)
+    x = build.input("x", (2, 6), torch.float32)
+    build.parameter("spare", torch.randn(8, 8))
+    hidden = build.linear(x, build.parameter("up", torch.randn(8, 6)))
+    graph.outputs = [build.linear(hidden, build.parameter("down", torch.randn(3, 8)))]
+    pruned = regauge.optimize(graph, "prune{ratio=0.5}")
+    assert [tuple(p.shape) for p in pruned.parameters.values()] == [(8, 8), (4, 6), (3, 4)]
+    assert "no node reads it" in graph.explain("spare:0")

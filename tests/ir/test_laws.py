@@ -129,3 +129,15 @@ def test_a_built_in_record_passes_and_leaves_the_random_state_alone() -> None:
     before = torch.random.get_rng_state()
     regauge.check_operator("linear")
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def log_volume(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.det(x)
+
+
+def test_an_aten_operator_that_computes_something_else_is_told(register: Register) -> None:
+    matrices = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    aten = {"linalg_det": None, "logdet": None}
+    name = register(log_volume, "b n m -> b ; whole n m", regauge.sample(matrices), aten=aten)
+    with pytest.raises(LawError, match=r"sample 0, aten aten\.logdet.*: give the name an adapter"):
+        regauge.check_operator(name)

@@ -118,5 +118,5 @@ def test_a_graph_runs_with_a_hook() -> None:
     seen = []
     (result,) = graph.run(torch.ones(4, 4, dtype=torch.float64), hook=lambda node, results: seen.append(node.op))
     assert seen == ["linear", "relu", "linear"] and result.shape == (4, 3)
-    (zero,) = graph.run({"x": torch.ones(4, 4, dtype=torch.float64)}, lambda node, results: (results[0] * 0,))
+    (zero,) = graph.run({"x": torch.ones(4, 4, dtype=torch.float64)}, hook=lambda node, results: (results[0] * 0,))
     assert not zero.any()

@@ -13,7 +13,8 @@ from regauge.ir.errors import EquivalenceError, PassError
 from regauge.ir.graph import Graph
 from regauge.ir.weights import dense
 from regauge.optimize import optimize
-from regauge.passes.base import Context, Contract, Need, Pass
+from regauge.passes.base import Context, Contract, Cut, Need, Pass
+from regauge.passes.catalog import as_passes
 from small_graphs import multilayer_perceptron
 
 
@@ -181,3 +182,40 @@ def test_print_after_shows_the_graph(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_module_is_refused_with_what_to_do() -> None:
     with pytest.raises(PassError, match=r"not a Linear: make one by regauge\.capture"):
         optimize(torch.nn.Linear(2, 2), "prune{ratio=0.5}")  # type: ignore[arg-type]
+
+
+def test_cuts_of_a_pass_that_tells_none_are_reported() -> None:
+    class Halve(regauge.Pass):
+        """Keep the first half of every free Dim."""
+
+        name = "halve"
+        contract = "approximate"
+
+        def call(self, graph: Graph, context: regauge.Context) -> Graph:
+            return regauge.resize(graph, {g.dim: range(g.size // 2) for g in graph.groups() if g.free}, by=self.name)
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    report = regauge.optimize(regauge.capture(model, (torch.randn(2, 4),)), Halve()).report
+    assert report.passes[0].cuts == (Cut("0.weight:0", 8, 4),) and "0.weight:0: 8 -> 4" in str(report)
+
+
+class _Point:
+    """An entry point as a plug-in declares it."""
+
+    value = "mine:THING"
+
+    def __init__(self, name: str, thing: object) -> None:
+        self.name, self.load = name, lambda: thing
+
+
+def test_an_entry_point_may_be_a_rewrite_and_has_the_name_of_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    silu = regauge.rewrite(lambda op, x: op.mul(x, op.sigmoid(x)), lambda build, x: build.silu(x), name="my-silu")
+    points = [_Point("my-silu", silu), _Point("other", silu), _Point("number", 3)]
+    monkeypatch.setattr(
+        "regauge.passes.catalog.entry_points", lambda group, name=None: [p for p in points if name in (None, p.name)]
+    )
+    assert as_passes("my-silu")[0].name == "my-silu"
+    with pytest.raises(PassError, match="'other' of mine:THING calls itself 'my-silu': let both names agree"):
+        as_passes("other")
+    with pytest.raises(PassError, match="neither a subclass of regauge.Pass nor a rewrite"):
+        as_passes("number")

@@ -65,3 +65,23 @@ def test_a_rule_that_fits_nowhere_says_where_it_came_nearest() -> None:
     rule = regauge.rewrite(lambda op, x: op.silu(op.tanh(x)), lambda build, x: build.silu(x), name="near")
     report = str(regauge.optimize(graph, [rule]).report)
     assert "near: its operand %input: f32[2,3] is not computed by tanh" in report
+
+
+def test_signs_in_place_of_calls_are_told_with_the_call_to_write() -> None:
+    with pytest.raises(PatternError, match=r"write calls, as in op.mul\(x, 2\)"):
+        regauge.rewrite(lambda op, x: x * op.sigmoid(x), lambda build, x: build.silu(x))
+    own = regauge.rewrite(lambda op, x: op.relu(x), lambda build, x: x * 2, contract="approximate")
+    graph = regauge.capture(torch.nn.ReLU(), (torch.randn(3),))
+    with pytest.raises(PatternError, match=r"write calls, as in build.mul\(x, 2\)"):
+        regauge.optimize(graph, own)
+
+
+def test_a_variable_in_no_call_is_refused() -> None:
+    with pytest.raises(PatternError, match="the variable z of the pattern <lambda> is in none of its calls"):
+        regauge.rewrite(lambda op, x, z: op.relu(x), lambda build, x: x)
+
+
+def test_a_rule_that_matches_nothing_says_so() -> None:
+    own = regauge.rewrite(lambda op, x: op.gelu(x), lambda build, x: build.relu(x))
+    graph = regauge.capture(torch.nn.ReLU(), (torch.randn(3),))
+    assert "nothing matched" in str(regauge.optimize(graph, own).report)

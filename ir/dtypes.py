@@ -1,0 +1,31 @@
+"""Types of entries: torch's, by short names in text; a type that torch lacks is its name."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+
+Dtype: TypeAlias = torch.dtype | str  # a string names a type torch does not have, such as "string"
+
+_DTYPE_NAMES = {
+    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+def is_real(dtype: Dtype) -> bool:
+    """Whether a type holds real or complex numbers, not integers, truths or what torch does not have."""
+    return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+
+
+def dtype_name(dtype: Dtype) -> str:
+    """``f32`` for torch.float32; other types keep torch's name."""
+    return dtype if isinstance(dtype, str) else _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def dtype_from_name(name: str) -> Dtype:
+    found = _DTYPES.get(name, getattr(torch, name, None))
+    return found if isinstance(found, torch.dtype) else name
