@@ -199,9 +199,13 @@ class Carrier:
         self.edits += 1
         return node.outputs[0]
 
-    def insert_constant(self, before: onnx_ir.Node, array: np.ndarray, base: str) -> onnx_ir.Value:
-        """A Constant node: allowed in every scope and every IR version, where an initializer is not."""
+    def insert_constant(
+        self, before: onnx_ir.Node, array: np.ndarray, base: str, instead: onnx_ir.Value | None = None
+    ) -> onnx_ir.Value:
+        """A Constant node: allowed in every scope and every IR version. ``instead`` of an initializer another one."""
         tensor = onnx_ir.Tensor(array)
+        if instead is not None and instead.producer() is None and instead.is_initializer():
+            return self.add_initializer(base, tensor)
         value = self.insert(before, "Constant", [], base, [onnx_ir.AttrTensor("value", tensor)])
         value.dtype = tensor.dtype
         value.shape = onnx_ir.Shape(array.shape)

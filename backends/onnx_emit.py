@@ -122,7 +122,7 @@ def _write_sizes(graph: Graph, changes: Changes, carrier: Carrier, contents: Con
     changed = {
         node.origin for node in changes.attributes if node not in restated and isinstance(node.origin, onnx_ir.Node)
     }
-    reshaped = {value.producer.origin for _, value in changes.shapes if value.producer is not None}
+    reshaped = {node.origin for _, value in changes.shapes for node in _around(value)}
     changed |= {origin for origin in reshaped if isinstance(origin, onnx_ir.Node) and _stores_shape(origin)}
     present = _by_origin(graph, changes)
     fold = "constants" in graph.metadata.get("onnx_fold", ())
@@ -140,6 +140,11 @@ def _write_sizes(graph: Graph, changes: Changes, carrier: Carrier, contents: Con
         for index, known in drifted.items():
             patch.keep_content(index, known)
         patch.finish()
+
+
+def _around(value: Value) -> list[Node]:
+    """The node that gives a value; those that read it, where it is a weight."""
+    return value.consumers() if isinstance(value, Parameter) else [value.producer] if value.producer else []
 
 
 def _stores_shape(origin: onnx_ir.Node) -> bool:

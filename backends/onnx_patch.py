@@ -71,6 +71,9 @@ class OnnxPatch:
         kind = None if before is None or before.is_ref() else before.type
         self.node.attributes[name] = onnx_ir.convenience.convert_attribute(name, value, kind)
 
+    def has_attribute(self, name: str) -> bool:
+        return name in self.node.attributes
+
     def set_constant(self, index: int, tensor: Any) -> None:
         """Let input ``index`` be a constant with this content (a torch tensor, an array or numbers)."""
         self._written.add(index)
@@ -78,7 +81,7 @@ class OnnxPatch:
         before = self._input(index)
         if before is not None and not self.carrier.is_input(before) and _holds(before, array):
             return
-        self._replace(index, self.carrier.insert_constant(self.node, array, self._name(index)))
+        self._replace(index, self.carrier.insert_constant(self.node, array, self._name(index), before))
 
     def remove_input(self, index: int) -> None:
         """Let an optional input be absent."""

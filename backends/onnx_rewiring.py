@@ -13,13 +13,16 @@ import torch
 
 from regauge.backends.onnx_carrier import Carrier, subgraphs
 from regauge.backends.onnx_changes import Changes, Rewired
-from regauge.backends.onnx_contents import Contents, is_content
+from regauge.backends.onnx_contents import Contents, gives_sizes, is_content
 from regauge.backends.onnx_inlining import nested_graphs
+from regauge.backends.onnx_patch import FOLDED_SIZES
 from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_speller import OnnxSpeller, spell
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.operator import find_onnx
 from regauge.ir.purity import OPAQUE
+from regauge.ir.rules import broadcast_rule
 
 _SEQUENCES = {"SplitToSequence"}  # read as pieces of known number, which a Split gives without a sequence
 
@@ -126,7 +129,9 @@ class _Rewiring:
             if node.origin in self.kept:
                 found[node.origin] = None
         for edge in self.changes.rewired:
-            if edge.node is not None and edge.node.origin in self.kept and self._slots(edge) is None:
+            if edge.node is None or edge.node.origin not in self.kept:
+                continue
+            if self._slots(edge) is None or self._is_relative(edge):
                 found[edge.node.origin] = None
         if self.graph.metadata.get("onnx_fold"):
             found.update(dict.fromkeys(origin for origin in self.kept if self._is_read_sequence(origin)))
@@ -168,6 +173,22 @@ class _Rewiring:
             if other.node is not None and other.node.origin is edge.node.origin and other.after is edge.after
         }
         return slots if slots and all(reader in moved for reader in readers) else None
+
+    def _is_relative(self, edge: Rewired) -> bool:
+        """Whether what the ONNX node says may mean something else of the new operand, which has another shape: bounds
+        and indices count from its end, a 0 in a target is its size, an axis of -1 its last."""
+        node, before, after = edge.node, edge.before, edge.after
+        if node is None or not isinstance(before, Value) or not isinstance(after, Value) or before.shape == after.shape:
+            return False
+        if node.op in OPAQUE or node.regions or node.operator.rule is broadcast_rule:
+            return False
+        origin = node.origin
+        if node.op == FOLDED_SIZES.get(origin.op_type) and edge.slot == 0:
+            read = self.folded.get(origin.inputs[1]) if len(origin.inputs) > 1 else None  # and kept, if it drifted
+            target = read.known if read else self.contents.of(origin.inputs[1]) if len(origin.inputs) > 1 else None
+            return not gives_sizes(origin.op_type, target, after.shape, list(node.outputs[0].shape))
+        form = find_onnx(origin.domain, origin.op_type)
+        return before.rank != after.rank or (form is not None and form[1].write is not None)
 
     # -- changes -----------------------------------------------------------------------------------------------------
 

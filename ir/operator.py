@@ -147,7 +147,8 @@ class OnnxForm:
 
     ``read(build, call)`` emits the IR; ``write(nodes, patch)`` puts changed size-valued attributes of the IR nodes that
     stand for one carried ONNX node back into it (only operators with such attributes need it). Where the ONNX node
-    ``stores_shape``, the sizes even of axes that the record only maps over (Resize), it is also called for a new shape.
+    ``stores_shape``, the sizes even of axes that the record only maps over (Resize) or of a weight (Conv), it is also
+    called for a new shape of a result or a weight.
     A ``direct`` operator computes what the record does on the same operands, and its attributes have the same names: a
     new node of the record is written as one of it. One that is read as it stands (without ``read``) is direct.
     """

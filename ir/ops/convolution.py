@@ -160,11 +160,16 @@ def _onnx_conv(build: Builder, call: Any) -> Any:
     return padded_conv(build, x, weight, bias, pads, **geometry)
 
 
-def _write_groups(nodes: Sequence[Node], patch: Any) -> None:
-    """Only the number of groups can follow a cut; a spatial pad before the convolution never changes."""
+def _write_sizes(nodes: Sequence[Node], patch: Any) -> None:
+    """The number of groups follows a cut, the size of the kernel a weight that another one was merged into."""
     for node in nodes:
         if node.op in ("conv", "conv_transpose"):
-            patch.attribute("group", node.attributes["groups"])
+            weight = node.inputs[1]
+            assert isinstance(weight, Value)
+            if node.attributes["groups"] != 1 or patch.has_attribute("group"):
+                patch.attribute("group", node.attributes["groups"])
+            if patch.has_attribute("kernel_shape"):
+                patch.attribute("kernel_shape", weight.shape[2:])
 
 
 def _spell(op_type: str, *extra: str) -> Speller:
@@ -224,7 +229,7 @@ def _conv_layer(node: Node) -> str | None:
         "conv1d": _conv, "conv2d": _conv, "conv3d": _conv, "convolution": _convolution, "_convolution": _convolution,
         "conv_tbc": _conv_tbc,
     },
-    onnx={"Conv": OnnxForm(read=_onnx_conv, write=_write_groups)},
+    onnx={"Conv": OnnxForm(read=_onnx_conv, write=_write_sizes, stores_shape=True)},
     macs=lambda call: call.out() * product(call.size(1, axis) for axis in range(1, call.rank(1))),
     symmetry=Symmetry.PRODUCT,
     samples=lambda: [
@@ -316,7 +321,7 @@ def _conv_transpose_layer(node: Node) -> str | None:
         "conv_transpose2d": _conv_transpose,
         "conv_transpose3d": _conv_transpose,
     },
-    onnx={"ConvTranspose": OnnxForm(read=_onnx_conv_transpose, write=_write_groups)},
+    onnx={"ConvTranspose": OnnxForm(read=_onnx_conv_transpose, write=_write_sizes, stores_shape=True)},
     macs=lambda call: call.count(0) * product(call.size(1, axis) for axis in range(1, call.rank(1))),
     symmetry=Symmetry.PRODUCT,
     samples=lambda: [
