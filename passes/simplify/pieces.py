@@ -71,9 +71,13 @@ def piece(value: Value, axis: int) -> Piece:
     return Piece(value, 0, size)
 
 
+def _is_whole(found: Piece, axis: int) -> bool:
+    return same(found.start, 0) and same(found.end, found.base.shape[axis])
+
+
 def taken(build: Builder, found: Piece, axis: int) -> Value:
     """A piece as a value: its base where it is all of it, else a slice."""
-    if same(found.start, 0) and same(found.end, found.base.shape[axis]):
+    if _is_whole(found, axis):
         return found.base
     return build.slice(found.base, dim=axis, start=found.start, end=found.end, step=1)  # type: ignore[no-any-return]
 
@@ -301,6 +305,12 @@ def _flattened(concat: Node, axis: int, match: Match) -> list[Value]:
     return found
 
 
+def _goes(value: Value, read: Sequence[Value], match: Match) -> bool:
+    """Whether nothing is left of what gives a value once a concatenation no longer reads these."""
+    outputs = value.producer.outputs if value.producer is not None else ()
+    return all(match.unread(one) or (one in read and match.read_once(one)) for one in outputs)
+
+
 @rule(lambda op, x: op.concat(x, ..., dim=..., name="concat"), samples=_adjacent_samples)
 def pieces_grow_together(build: Builder, concat: Node, match: Match) -> Value:
     """Adjacent pieces of one value are one piece, concatenations in a concatenation part of it, empty operands gone."""
@@ -318,6 +328,10 @@ def pieces_grow_together(build: Builder, concat: Node, match: Match) -> Value:
             found.append((own, [value]))
     if len(found) == len(concat.inputs):
         return differs("its operands are no adjacent pieces of one value")
+    merged = [(one, parts) for one, parts in found if len(parts) > 1]
+    fewer = len({v.producer for _, parts in merged for v in parts if _goes(v, values, match)}) + (len(found) == 1)
+    if sum(not _is_whole(one, axis) for one, _ in merged) > fewer:
+        return refuse("its pieces have other readers, so that one more would be cut out")
     results = [parts[0] if len(parts) == 1 else taken(build, one, axis) for one, parts in found]
     return results[0] if len(results) == 1 else build.concat(*results, dim=axis)
 

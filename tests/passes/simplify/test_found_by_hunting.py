@@ -104,3 +104,15 @@ def test_a_node_that_a_rule_built_anew_takes_the_place_of_the_old_one(body: str,
         for m in (model.SerializeToString(), str(path))
     )
     np.testing.assert_allclose(after, before, rtol=1e-6)
+
+
+class _Rotated(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b, c = x.split((1, 2, 1))
+        return torch.cat([b, c, a]), b.relu()
+
+
+def test_pieces_with_other_readers_are_not_cut_out_once_more() -> None:
+    graph = regauge.capture(_Rotated(), (torch.randn(4, 4),))
+    after = regauge.optimize(graph, "simplify")
+    assert [node.op for node in after.nodes] == [node.op for node in graph.nodes]
