@@ -116,3 +116,19 @@ def test_pieces_with_other_readers_are_not_cut_out_once_more() -> None:
     graph = regauge.capture(_Rotated(), (torch.randn(4, 4),))
     after = regauge.optimize(graph, "simplify")
     assert [node.op for node in after.nodes] == [node.op for node in graph.nodes]
+
+
+def test_a_clip_of_numbers_is_one_in_old_opsets_too(tmp_path: Path) -> None:
+    """Before opset 8, Max and Min do not broadcast."""
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 6, opset_import: ["" : 7]>
+        g (float[2, 3] x) => (float[2, 3] y) {
+            h = Transpose<perm = [1, 0]>(x)
+            c = Clip<min = -0.5, max = 0.25>(h)
+            y = Transpose<perm = [1, 0]>(c)
+        }
+        """
+    )
+    after = onnx.load(regauge.optimize(regauge.load(model), "simplify").to_onnx(tmp_path / "small.onnx"))
+    assert [node.op_type for node in after.graph.node] == ["Clip"]
