@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import onnx_ir
+import sympy
 import torch
 
 from regauge.frontends.onnx_call import resolved_attributes
@@ -16,7 +18,7 @@ from regauge.ir.dtypes import Dtype
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Value
 from regauge.ir.operator import get_operator
-from regauge.ir.sizes import Bindings, Size, evaluate, format_size, parse_size, prime_hints, symbol
+from regauge.ir.sizes import Bindings, Size, evaluate, format_size, parse_size, prime_hints, symbol, symbols_in
 
 _TYPES = onnx_ir.DataType
 CARRIED_AS = {
@@ -77,6 +79,7 @@ def _result_types(
 ) -> list[tuple[tuple[Size, ...], Dtype]]:
     """Shape and dtype of each named output: by ONNX's inference on the one node, else what the model itself says."""
     inferred = _infer(scope, proto, onnx_operands)
+    met = {size for onnx_value in onnx_operands for size in symbols_in(scope.find(onnx_value).shape)}
     if any(_incomplete(inferred.get(v.name), v) for v in node.outputs if v.name):
         probed = _probe(scope, proto, onnx_operands, [v.name for v in node.outputs if v.name])
         if probed is not None:
@@ -86,12 +89,15 @@ def _result_types(
         if not value.name:
             continue
         found = inferred.get(value.name)
+        names: set[sympy.Symbol] | None = met
         if found is None or found.dtype is None or found.shape is None:
-            found = value if value.shape is not None or found is None else found
+            if value.shape is not None or found is None:
+                found, names = value, None
         if isinstance(found.type, onnx_ir.SequenceType | onnx_ir.OptionalType):
             results.append(((), "sequence" if isinstance(found.type, onnx_ir.SequenceType) else "optional"))
             continue
-        shape = () if found.shape is None else tuple(_size(d, value.name, i) for i, d in enumerate(found.shape))
+        dimensions = () if found.shape is None else found.shape
+        shape = tuple(_size(d, f"{value.name}_{i}", names) for i, d in enumerate(dimensions))
         results.append((shape, dtype_of(found.dtype) if found.shape is not None else "unknown"))
     return results
 
@@ -109,7 +115,7 @@ def _probe(
     """Run the node on two sets of dynamic sizes and see what comes: sizes that differ get symbols of their own."""
     run = get_operator("onnx_call").evaluate
     entries = [scope.find(onnx_value) for onnx_value in onnx_operands]
-    symbols = {s for e in entries for size in e.shape if not isinstance(size, int) for s in size.free_symbols}
+    symbols = {s for e in entries for s in symbols_in(e.shape)}
     found = []
     for avoid in (8, 20):
         bindings = prime_hints(symbols, avoid)
@@ -141,15 +147,18 @@ def _stand_in(entry: Entry, bindings: Bindings) -> Any:
     return torch.zeros([evaluate(size, bindings) for size in entry.shape], dtype=entry.dtype)
 
 
-def _size(dimension: Any, name: str, axis: int) -> Size:
+def _size(dimension: Any, name: str, met: Collection[sympy.Symbol] | None) -> Size:
+    """A size that inference made up (``unk__0``, in each node anew), unlike those it has met, is one of its own."""
     if isinstance(dimension, int):
         return dimension
     if dimension.value:
         try:
-            return parse_size(dimension.value)
+            size = parse_size(dimension.value)
         except RegaugeError:
-            pass
-    return symbol(f"{name}_{axis}")
+            return symbol(name)
+        if met is None or symbols_in(size) <= set(met):
+            return size
+    return symbol(name)
 
 
 def _infer(scope: Scope, proto: Any, onnx_operands: list[onnx_ir.Value]) -> dict[str, onnx_ir.Value]:

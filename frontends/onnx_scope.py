@@ -16,7 +16,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import LoadError
 from regauge.ir.graph import Value
 from regauge.ir.onnx_sizes import LIMIT, Content
-from regauge.ir.sizes import Size
+from regauge.ir.sizes import Size, symbols_in
 
 VECTOR_LIMIT = 64  # a vector of dynamic sizes is stacked from scalars; exporters never need more than a rank's worth
 
@@ -180,7 +180,8 @@ class Scope:
         """Content with dynamic sizes in it: the folded node is emitted after all, or the sizes are stacked."""
         assert entry.content is not None
         array = entry.content.array
-        if array.size > VECTOR_LIMIT or not all(_is_size(e) for e in array.reshape(-1)):
+        told = all(_is_size(element) and self._is_told(element) for element in array.reshape(-1))
+        if array.size > VECTOR_LIMIT or not told:
             if self.emit is None or entry.producer is None:
                 raise LoadError(f"{entry.onnx.name!r} depends on dynamic sizes and cannot be built from them")
             self.emit(self, entry.producer)
@@ -192,6 +193,14 @@ class Scope:
             return scalars[0]  # type: ignore[no-any-return]
         made = self.build.stack(*scalars, dim=0)
         return made if array.ndim == 1 else self.build.reshape(made, shape=array.shape)  # type: ignore[no-any-return]
+
+    def _is_told(self, size: Any) -> bool:
+        """Whether the inputs tell a size: one that a kept node makes is known only to who reads that node's result."""
+        return isinstance(size, int) or size.free_symbols <= self._told()
+
+    def _told(self) -> set[sympy.Symbol]:
+        own = symbols_in([value.shape for value in self.build.graph.inputs])
+        return own if self.parent is None else own | self.parent._told()
 
     def note(self, entry: Entry, parameter: str | None) -> None:
         """Tell whoever emits the graph that this value was folded, and which parameter stands for it."""

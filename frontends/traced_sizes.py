@@ -16,8 +16,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from regauge.ir.edit import Builder, Results
 from regauge.ir.graph import Graph, Operand, Value
 from regauge.ir.operator import Operator
-from regauge.ir.shapes import infer_results, size_from_symint, traced_size
+from regauge.ir.shapes import infer_results
 from regauge.ir.sizes import Size, symbol
+from regauge.ir.symints import size_from_symint, traced_size
 
 Shape = tuple[Size, ...]
 

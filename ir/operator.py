@@ -175,9 +175,9 @@ class Operator:
     ``symmetry``   how values pass through it, or a function of the node where its operands decide
     ``layer``      the ``torch.nn`` layer that computes a node, as source text; None from it where there is none
     ``shape``      ``shape(*operands, **attributes)``, a short way to the shape of the only result of common operators,
-                   where all tensors are of one floating type, which is also the result's; None where the operands do
-                   not plainly fit. Without it ``evaluate`` is asked on meta tensors, for which torch imports its
-                   compiler: a second at every start
+                   where all tensors are of one type, which is also the result's; None where the operands do not plainly
+                   fit. Only operators that move entries are asked for other types than floating ones. Without it
+                   ``evaluate`` is asked on meta tensors, for which torch imports its compiler: a second at every start
     ``random``     whether two runs may differ
     ``sized_by_data`` whether values of operands decide the sizes of results, which who builds a node then states
     ``commutative`` whether its two operands may be exchanged

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from regauge.ir import extents as ext
 from regauge.ir import unify as algebra
 from regauge.ir.errors import AxisError
-from regauge.ir.extents import ONE, Extent, fresh, is_one
+from regauge.ir.extents import ONE, Extent, fresh, is_one, size_of
 from regauge.ir.notation import PINNING_ROLES, parse_rule
 from regauge.ir.rule_application import Application
 from regauge.ir.rule_plan import plan_of
-from regauge.ir.sizes import Size
+from regauge.ir.sizes import Size, same, unclamped
 from regauge.ir.unify import unify
 
 if TYPE_CHECKING:
@@ -144,6 +144,9 @@ class Call:
                     result[position] = extent
                 else:
                     unify(current, extent)
+                    before, size = size_of(current), size_of(extent)
+                    if before != size and same(size, unclamped(before, size) or before):
+                        result[position] = extent
         return result
 
     def pointwise(self) -> Axes:

@@ -7,9 +7,8 @@ that torch itself says what a convolution or an interpolation makes of a symboli
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -17,9 +16,21 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 
 from regauge.ir.errors import OperatorError, RegaugeError
-from regauge.ir.operator import Operator
+from regauge.ir.operator import Operator, Symmetry
 from regauge.ir.rules import broadcast_rule
-from regauge.ir.sizes import Size, evaluate, prime_hints, simplify
+from regauge.ir.sizes import (
+    Size,
+    evaluate,
+    kinks_of,
+    prime_hints,
+    replaced,
+    simplify,
+    symbol,
+    symbols_in,
+    unclamped,
+    without_limit,
+)  # fmt: skip
+from regauge.ir.symints import size_from_symint, traced_size
 
 Result = tuple[tuple[Size, ...], torch.dtype]
 
@@ -62,7 +73,8 @@ def infer_shortly(operator: Operator, operands: Sequence[Any], attributes: Mappi
         return None
     dtypes = {tensor.dtype for tensor in tensors}
     dtype = dtypes.pop()
-    if dtypes or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    moves = operator.symmetry is Symmetry.LAYOUT  # a sum of integers is of another type, what was moved is not
+    if dtypes or not isinstance(dtype, torch.dtype) or not (moves or dtype.is_floating_point):
         return None
     try:
         shape = operator.shape(*operands, **attributes)
@@ -74,7 +86,7 @@ def infer_shortly(operator: Operator, operands: Sequence[Any], attributes: Mappi
 def _infer_pointwise(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result] | None:
     """The broadcast of the operands; torch says of single elements which dtype comes out."""
     others = [operand for operand in operands if not hasattr(operand, "shape")]
-    if _symbols([*others, *attributes.values()]):
+    if symbols_in([*others, *attributes.values()]):
         return None
     shape = _broadcast([operand.shape for operand in operands if hasattr(operand, "shape")])
     if shape is None:
@@ -99,26 +111,79 @@ def _broadcast(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...] | None:
     result: list[Size] = []
     for place in range(1, max(map(len, shapes)) + 1):
         sizes = {shape[-place] for shape in shapes if len(shape) >= place} - {1}
-        if len(sizes) > 1:
-            return None
-        result.insert(0, sizes.pop() if sizes else 1)
+        size = sizes.pop() if sizes else 1
+        for other in sizes:
+            met = unclamped(size, other)
+            if met is None:
+                return None
+            size = met
+        result.insert(0, size)
     return tuple(result)
 
 
 def infer_in_full(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result]:
     """The results as torch computes them on tensors without data."""
-    symbols = _symbols([getattr(o, "shape", o) for o in operands]) | _symbols(list(attributes.values()))
+    symbols = symbols_in([getattr(o, "shape", o) for o in operands]) | symbols_in(list(attributes.values()))
     try:
         if not symbols:
             with torch.no_grad():
                 raw = operator.evaluate(*[_meta(o) for o in operands], **attributes)
             return _results(raw, {})
-        return _infer_symbolic(symbols, operator, operands, attributes)
+        return _infer_kinked(operator, operands, attributes) or _infer_symbolic(symbols, operator, operands, attributes)
     except RegaugeError:
         raise
     except Exception as error:
         shown = ", ".join(repr(o) for o in operands)
         raise OperatorError(f"{operator.name}({shown}) cannot be evaluated: {_first_line(error)}") from error
+
+
+def _infer_kinked(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result] | None:
+    """The results where sizes are a Min or a Max, each taken for a size of its own; None where there is none.
+
+    Torch would compare the numbers that stand for sizes, and be right for those numbers only: ``Min(3, N)`` is not 3.
+    Where the operands do not fit then, limits are lifted: a table cut to ``Min(1024, seq)`` that has to fit ``seq`` is
+    long enough wherever the model runs.
+    """
+    found = [operand.shape for operand in operands if hasattr(operand, "shape")]
+    sizes = _expressions([*found, *(o for o in operands if not hasattr(o, "shape")), *attributes.values()])
+    kinks = {kink for size in sizes if isinstance(size, sympy.Expr) for kink in kinks_of(size)}
+    if not kinks:
+        return None
+    # names in front of all others: the stand-ins are the smallest, as what is cut out of an axis is shorter than it
+    apart = {kink: symbol(f"!{place}") for place, kink in enumerate(sorted(kinks, key=str))}
+    back = {own: kink for kink, own in apart.items()}
+    try:
+        shapes = _infer_replaced(apart, operator, operands, attributes)
+        return [(tuple(replaced(size, back) for size in shape), dtype) for shape, dtype in shapes]
+    except OperatorError:
+        lifted = {kink: without_limit(kink) for kink in kinks}
+        if any(kinks_of(size) for size in lifted.values()):
+            raise
+        return _infer_replaced(lifted, operator, operands, attributes)
+
+
+def _infer_replaced(
+    sizes: Mapping[Any, Size], operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]
+) -> list[Result]:
+    def other(value: Any) -> Any:
+        if hasattr(value, "shape"):
+            return _Shaped(other(value.shape), value.dtype)
+        if isinstance(value, tuple | list):
+            return type(value)(other(part) for part in value)
+        return replaced(value, sizes)
+
+    given = {name: other(value) for name, value in attributes.items()}
+    operands = [other(operand) for operand in operands]
+    symbols = symbols_in([getattr(o, "shape", o) for o in operands]) | symbols_in(list(given.values()))
+    return _infer_symbolic(symbols, operator, operands, given)
+
+
+@dataclass(frozen=True)
+class _Shaped:
+    """Stands for a tensor of other sizes."""
+
+    shape: tuple[Size, ...]
+    dtype: Any
 
 
 HINTS = (64, 256, 1024, 4096, 16384, 131072)
@@ -205,14 +270,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _symbols(value: Any) -> set[sympy.Symbol]:
-    if isinstance(value, sympy.Basic):
-        return set(value.free_symbols)
-    if isinstance(value, list | tuple):
-        return set().union(*(_symbols(v) for v in value)) if value else set()
-    return set()
-
-
 def _torch_dtype(dtype: Any) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise OperatorError(f"tensors of type {dtype} cannot be computed with")
@@ -236,86 +293,6 @@ def _size(size: Any, back: Mapping[sympy.Symbol, sympy.Symbol]) -> Size:
     return size_from_symint(size, back)
 
 
-def size_from_symint(size: Any, back: Mapping[sympy.Symbol, sympy.Symbol]) -> Size:
-    """A torch SymInt as one of our sizes: torch's own function classes become sympy's, its symbols ours."""
-    if isinstance(size, int):
-        return int(size)
-    return simplify(plain_sympy(size.node.expr).subs(dict(back), simultaneous=True))
-
-
-def plain_sympy(expression: Any) -> Any:
-    """Replace torch's integer functions (FloorDiv, CleanDiv, ModularIndexing ...) by sympy's floor and Mod."""
-    if not isinstance(expression, sympy.Basic) or not expression.args:
-        return expression
-    args = [plain_sympy(a) for a in expression.args]
-    match type(expression).__name__:
-        case "FloorDiv":
-            return sympy.floor(args[0] / args[1])
-        case "CleanDiv" | "IntTrueDiv":
-            return args[0] / args[1]
-        case "CeilDiv":
-            return sympy.ceiling(args[0] / args[1])
-        case "PythonMod" | "Mod":
-            return sympy.Mod(args[0], args[1])
-        case "ModularIndexing":
-            return sympy.Mod(sympy.floor(args[0] / args[1]), args[2])
-        case "FloorToInt" | "TruncToInt":
-            return sympy.floor(args[0])
-        case "CeilToInt":
-            return sympy.ceiling(args[0])
-        case "ToFloat" | "Identity":
-            return args[0]
-        case "FloatTrueDiv":
-            return args[0] / args[1]
-        case "FloatPow" | "PowByNatural":
-            return args[0] ** args[1]
-        case "OpaqueUnaryFn_sqrt":
-            return args[0] ** sympy.Float(0.5)
-        case "Max":
-            return sympy.Max(*args)
-        case "Min":
-            return sympy.Min(*args)
-    return expression.func(*args)
-
-
-def traced_size(value: Any, sizes: Mapping[sympy.Symbol, Any]) -> Any:
-    """A size over the SymInts of its symbols, without leaving the integers: torch's algebra loses track of floats."""
-
-    def of(part: Any) -> Any:
-        return traced_size(part, sizes)
-
-    if isinstance(value, sympy.Symbol):
-        return sizes[value]
-    if value.is_Integer:
-        return int(value)
-    if value.is_Float:
-        return float(value)
-    parts = value.args
-    match type(value).__name__:
-        case "floor":
-            top, bottom = sympy.together(parts[0]).as_numer_denom()
-            return of(sympy.expand(top)) // of(bottom)
-        case "ceiling":
-            top, bottom = sympy.together(parts[0]).as_numer_denom()
-            return -(-of(sympy.expand(top)) // of(bottom))
-        case "Mod":
-            return of(parts[0]) % of(parts[1])
-        case "Min":
-            return reduce(torch.sym_min, [of(p) for p in parts])
-        case "Max":
-            return reduce(torch.sym_max, [of(p) for p in parts])
-    top, bottom = sympy.together(value).as_numer_denom()
-    if bottom != 1:
-        return of(sympy.expand(top)) // of(bottom)
-    if value.is_Add:
-        return sum(of(p) for p in parts)
-    if value.is_Mul:
-        return math.prod(of(p) for p in parts)
-    if value.is_Pow and (parts[1].is_Float or (parts[1].is_Integer and parts[1] > 0)):
-        return of(parts[0]) ** of(parts[1])
-    raise OperatorError(f"the size {value} is no integer arithmetic")
-
-
 class _SymbolicShapes:
     """A fake-tensor world in which each of our symbols is a torch SymInt."""
 
@@ -328,12 +305,12 @@ class _SymbolicShapes:
         self.mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
         self.sizes: dict[sympy.Symbol, Any] = {}
         self.back: dict[sympy.Symbol, sympy.Symbol] = {}
-        for symbol, hint in prime_hints(symbols, least).items():
-            source = ConstantSource(str(symbol))
+        for name, hint in prime_hints(symbols, least).items():
+            source = ConstantSource(str(name))
             inner = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-            self.sizes[symbol] = environment.create_symintnode(inner, hint=hint, source=source)
+            self.sizes[name] = environment.create_symintnode(inner, hint=hint, source=source)
             if isinstance(inner, sympy.Symbol):
-                self.back[inner] = symbol
+                self.back[inner] = name
 
     def infer(self, operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result]:
         with self.mode, enable_python_dispatcher(), torch.no_grad():  # C++ kernels would fix symbolic sizes

@@ -30,7 +30,50 @@ def simplify(size: Any) -> Size:
     if isinstance(size, int):
         return int(size)
     expression = sympy.expand(size)
+    if expression.has(sympy.Min, sympy.Max):
+        expression = _evaluated(expression)
+        expression = _with_one_kink(sympy.expand(_over_kinks(expression)), expression)
     return int(expression) if expression.is_Integer else expression
+
+
+def _evaluated(expression: Any) -> Any:
+    """The same, made anew: sympy leaves a ``Max(1, 2)`` behind where it takes a common limit out of a Max."""
+    return expression.func(*map(_evaluated, expression.args)) if expression.args else expression
+
+
+def _over_kinks(expression: Any) -> Any:
+    """Each Min and Max of two sizes as a sum with ``Min(0, d)``: ``N - Min(2, N)`` and ``Max(0, N - 2)`` become one.
+
+    The sign of ``d`` is that of its canonical form: ``Min(0, -d)`` is ``Min(0, d) - d``, and a Max is a negated Min.
+    """
+    if not expression.has(sympy.Min, sympy.Max):
+        return expression
+    parts = [sympy.expand(_over_kinks(part)) for part in expression.args]
+    if not isinstance(expression, sympy.Min | sympy.Max) or len(parts) != 2:
+        return expression.func(*parts)
+    first, difference = parts[0], sympy.expand(parts[1] - parts[0])
+    if isinstance(expression, sympy.Max):
+        return first + difference - _below_zero(difference)
+    return first + _below_zero(difference)
+
+
+def _below_zero(difference: Any) -> Any:
+    if difference.could_extract_minus_sign():
+        return difference + sympy.Min(0, sympy.expand(-difference))
+    return sympy.Min(0, difference)
+
+
+def _with_one_kink(expression: Any, otherwise: Any) -> Any:
+    """A sum with at most one ``Min(0, d)`` as the Min or Max that people would write; other sums stay as they were."""
+    kinks = [term for term in sympy.Add.make_args(expression) if term.has(sympy.Min)]
+    if not kinks:
+        return expression
+    kink, rest = kinks[0], expression - kinks[0]
+    if len(kinks) == 1 and isinstance(kink, sympy.Min):
+        return sympy.Min(*(sympy.expand(rest + part) for part in kink.args))
+    if len(kinks) == 1 and isinstance(-kink, sympy.Min):
+        return sympy.Max(*(sympy.expand(rest - part) for part in (-kink).args))
+    return otherwise
 
 
 def product(sizes: Iterable[Size]) -> Size:
@@ -52,6 +95,54 @@ def same(a: Size, b: Size) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return a == b or simplify(a - b) == 0
+
+
+def symbols_in(value: Any) -> set[sympy.Symbol]:
+    """The symbols of the sizes inside (nested lists and tuples of) attributes."""
+    if isinstance(value, sympy.Basic):
+        return set(value.free_symbols)
+    if isinstance(value, list | tuple):
+        return set().union(*(symbols_in(v) for v in value)) if value else set()
+    return set()
+
+
+def kinks_of(size: Any) -> set[Any]:
+    """The outermost Min and Max in a size."""
+    if isinstance(size, sympy.Min | sympy.Max):
+        return {size}
+    return set().union(*map(kinks_of, size.args)) if size.args else set()
+
+
+def replaced(value: Any, parts: Mapping[Any, Size]) -> Any:
+    """A size with other sizes in the place of parts of it; what is no expression stays."""
+    return simplify(value.subs(dict(parts), simultaneous=True)) if isinstance(value, sympy.Basic) else value
+
+
+def without_limit(size: Any) -> Any:
+    """A size with each limit of it, a number, lifted: of ``Min(1024, seq)`` that is ``seq``."""
+    if isinstance(size, int) or not size.args:
+        return size
+    parts = [without_limit(part) for part in size.args]
+    if isinstance(size, sympy.Min) and len(parts) == 2 and parts[0].is_Integer and parts[0] > 1:
+        return parts[1]
+    return size.func(*parts)
+
+
+def unclamped(a: Size, b: Size) -> Size | None:
+    """The common size of two axes that have to fit each other, where one is the other up to a limit; else None.
+
+    Wherever ``Min(1024, seq)`` fits ``seq``, by being equal to it or 1, the limit is not reached (or nothing is left of
+    what was limited, which no model is made for).
+    """
+    for size, other in ((a, b), (b, a)):
+        if not isinstance(other, int) and same(size, simplify(without_limit(other))):
+            return size
+    return None
+
+
+def at_least(size: Size, least: int) -> bool:
+    """True when the size is at least so large for every value of its symbols, as far as can be told."""
+    return size >= least if isinstance(size, int) else bool(sympy.sympify(size - least).is_nonnegative)
 
 
 def may_be_same(a: Size, b: Size) -> bool:

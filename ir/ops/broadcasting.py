@@ -14,7 +14,7 @@ from regauge.ir.extents import ONE, size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, product, same, simplify
+from regauge.ir.sizes import Size, product, same, simplify, unclamped
 
 # -- axes of size one --------------------------------------------------------------------------------------------------
 
@@ -119,8 +119,24 @@ def _expand_rule(call: Call) -> Axes:
     axes, shape = call.operand(0), call.node.outputs[0].shape
     padded = [ONE] * (len(shape) - len(axes)) + list(axes)
     result = [a if same(size_of(a), size) else call.fresh(size) for a, size in zip(padded, shape, strict=True)]
+    for before, after in zip(padded, result, strict=True):
+        if before is not after and not same(size_of(before), 1):
+            for extent in (before, after):
+                call.pin(extent, "it is expanded for some inputs, and as large already for others")
     call.derive(shape=tuple(result))
     return result
+
+
+def _expand_shape(x: Value, *, shape: tuple[Size, ...]) -> tuple[Size, ...] | None:
+    """What is asked for, where every axis is 1, as large, or of a size that may turn out to be either."""
+    offset = len(shape) - x.rank
+    if offset < 0 or any(same(size, -1) for size in shape):
+        return None
+    return shape if all(map(_may_expand, x.shape, shape[offset:])) else None
+
+
+def _may_expand(a: Size, b: Size) -> bool:
+    return same(a, 1) or same(a, b) or not isinstance(a, int) and (isinstance(b, int) or unclamped(a, b) is not None)
 
 
 def expand_to(build: Builder, x: Value, size: Sequence[Size], *, implicit: bool = False) -> Any:
@@ -131,14 +147,27 @@ def expand_to(build: Builder, x: Value, size: Sequence[Size], *, implicit: bool 
 
 
 def broadcast_shape(*shapes: Sequence[Size]) -> tuple[Size, ...]:
-    """The shape of a broadcast; of two sizes that cannot be compared the first counts."""
+    """The shape of a broadcast; raises OperatorError where the sizes do not tell which of two is the larger one."""
     rank = max((len(shape) for shape in shapes), default=0)
     result: list[Size] = [1] * rank
     for shape in shapes:
         for i, size in enumerate(shape, rank - len(shape)):
-            if result[i] == 1:
-                result[i] = size
+            result[i] = _broadcast_size(result[i], size)
     return tuple(result)
+
+
+def _broadcast_size(a: Size, b: Size) -> Size:
+    """A number other than 1 is the size whatever a dynamic one beside it turns out to be: that is equal, or 1."""
+    if a == 1 or same(a, b):
+        return b
+    if b == 1:
+        return a
+    if isinstance(a, int) != isinstance(b, int):
+        return a if isinstance(a, int) else b
+    common = unclamped(a, b)
+    if common is None:
+        raise OperatorError(f"which size axes of {a} and {b} have together depends on the input")
+    return common
 
 
 def _broadcast_tensors(build: Builder, tensors: Sequence[Value]) -> tuple[Value, ...]:
@@ -164,7 +193,7 @@ def _onnx_expand(build: Builder, call: Any) -> Any:
     x, target = call.operand(0), call.sizes(1)
     if target is None:
         raise OperatorError("the target shape of Expand is computed from data")
-    return expand_to(build, x, broadcast_shape(x.shape, target))
+    return expand_to(build, x, broadcast_shape(x.shape, [1 if same(size, -1) else size for size in target]))
 
 
 def _spell_expand(onnx: Any, node: Node) -> Any:
@@ -192,6 +221,7 @@ def _write_expand(nodes: Sequence[Node], patch: Any) -> None:
     },
     onnx={"Expand": OnnxForm(read=_onnx_expand, write=_write_expand)},
     spell=_spell_expand,
+    shape=_expand_shape,
     samples=lambda: [
         sample(randn(2, 1, 4), shape=(2, 3, 4)),
         sample(randn(3), shape=(2, 3)),

@@ -14,40 +14,30 @@ from regauge.ir.extents import Concat, Extent, size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import axis_number
+from regauge.ir.ops.slice_bounds import ANYWHERE, bound, slice_places, spelled
 from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, divide, same, simplify
+from regauge.ir.sizes import Size, at_least, divide, floor_divide, same, simplify
 from regauge.ir.unify import split_minor
 
-ANYWHERE = 2**31 - 1  # exporters write a number at least as large for "to the end of the axis"
-
 # -- slice -------------------------------------------------------------------------------------------------------------
-
-
-def bound(value: Size, size: Size) -> Size:
-    """One bound of a slice as a place between 0 and ``size``: counted from the end where negative, clamped.
-
-    A bound that cannot be compared with a dynamic size stays as it is: Python clamps it when the slice is taken.
-    """
-    value = simplify(value)
-    negative = value < 0 if isinstance(value, int) else bool(value.is_negative)
-    if negative:
-        value = simplify(value + size)
-    if isinstance(value, int) and (value >= ANYWHERE or isinstance(size, int)):
-        return size if value >= ANYWHERE else max(0, min(value, int(size)))
-    beyond = simplify(value - size)
-    return size if not isinstance(beyond, int) and beyond.is_nonnegative else value
 
 
 def slice_axis(
     build: Builder, x: Value, dim: int, start: Size | None = None, end: Size | None = None, step: int = 1
 ) -> Any:
-    """``x[start:end:step]`` on one axis, as Python reads it, with all bounds normalised; the whole axis is ``x``."""
+    """``x[start:end:step]`` on one axis, as Python reads it, with all bounds normalised; the whole axis is ``x``.
+
+    What torch traced holds only where its bounds compare with dynamic sizes as they did; all else is clamped.
+    """
     dim = axis_number(dim, x.rank)
     size = x.shape[dim]
-    first = bound(0 if start is None else start, size)
-    last = bound(size if end is None else end, size)
-    if isinstance(first, int) and isinstance(last, int):
-        last = max(first, last)
+    start, end = 0 if start is None else start, size if end is None else end
+    if build.expected:
+        first, last = bound(start, size), bound(end, size)
+        if isinstance(first, int) and isinstance(last, int):
+            last = max(first, last)
+    else:
+        first, last = slice_places(start, end, size)
     if step == 1 and same(first, 0) and same(last, size):
         return x
     return build.slice(x, dim=dim, start=first, end=last, step=step)
@@ -83,6 +73,18 @@ def _slice_rule(call: Call) -> Axes:
     count = call.node.outputs[0].shape[dim]
     axes[dim] = _between(call, axes[dim]) if call["step"] == 1 else _every(call, axes[dim], count)
     return axes
+
+
+def _slice_shape(x: Value, *, dim: int, start: Size, end: Size, step: int = 1) -> list[Size] | None:
+    """The size follows from the places alone: torch, asked with numbers for the sizes, would take sides."""
+    if not (at_least(start, 0) and at_least(end, 0)):
+        return None
+    axis = axis_number(dim, x.rank)
+    size, length = x.shape[axis], simplify(end - start)
+    if isinstance(start, int) and isinstance(end, int):
+        length = max(0, (min(end, size) if isinstance(size, int) else end) - start)
+    count = length if step == 1 else floor_divide(simplify(length + step - 1), step)
+    return [*x.shape[:axis], count, *x.shape[axis + 1 :]]
 
 
 def _narrow(build: Builder, x: Value, dim: int, start: Size, length: Size) -> Any:
@@ -131,8 +133,8 @@ def _is_full_reversal(size: Size, start: Size, end: Size) -> bool:
 def _write_slice(nodes: Sequence[Node], patch: Any) -> None:
     """All axes are written anew: axes that were taken whole have no node, and need no bound."""
     slices = [node for node in nodes if node.op == "slice"]
-    starts = [node.attributes["start"] for node in slices]
-    ends = [ANYWHERE if same(node.attributes["end"], _axis_size(node)) else node.attributes["end"] for node in slices]
+    bounds = [_spelled_bounds(node) for node in slices]
+    starts, ends = [start for start, _ in bounds], [end for _, end in bounds]
     axes = [node.attributes["dim"] for node in slices]
     if "starts" in nodes[0].origin.attributes:
         for name, numbers in (("starts", starts), ("ends", ends), ("axes", axes)):
@@ -142,16 +144,16 @@ def _write_slice(nodes: Sequence[Node], patch: Any) -> None:
         patch.set_sizes(slot, numbers)
 
 
-def _axis_size(node: Node) -> Size:
+def _spelled_bounds(node: Node) -> tuple[Size, Size]:
     x = node.inputs[0]
     assert isinstance(x, Value)
-    return x.shape[node.attributes["dim"]]
+    return spelled(node.attributes["start"], node.attributes["end"], x.shape[node.attributes["dim"]])
 
 
 def _spell_slice(onnx: Any, node: Node) -> Any:
     """Bounds are attributes before opset 10, without a step."""
-    start, dim, step = node.attributes["start"], node.attributes["dim"], node.attributes["step"]
-    end = ANYWHERE if same(node.attributes["end"], _axis_size(node)) else node.attributes["end"]
+    dim, step = node.attributes["dim"], node.attributes["step"]
+    start, end = _spelled_bounds(node)
     if onnx.opset < 10:
         if step != 1:
             raise onnx.refusal("Slice has no steps before opset 10")
@@ -175,6 +177,7 @@ def _rank(node: Node) -> int:
 @operator(
     name="slice",
     rule=_slice_rule,
+    shape=_slice_shape,
     aten={"slice": slice_axis, "narrow": _narrow, "diff": _diff},
     onnx={"Slice": OnnxForm(read=_onnx_slice, write=_write_slice)},
     spell=_spell_slice,

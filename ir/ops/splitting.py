@@ -14,7 +14,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.data_sizes import split_computed_into
 from regauge.ir.ops.layout import axis_number
-from regauge.ir.ops.slicing import bound
+from regauge.ir.ops.slice_bounds import bound
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import Size, divide, floor_divide, same, simplify
 

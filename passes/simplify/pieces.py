@@ -17,10 +17,10 @@ from torch import randn
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.matcher import Match
-from regauge.ir.ops.slicing import bound
+from regauge.ir.ops.slice_bounds import bound, spelled
 from regauge.ir.pattern_instances import Constant
 from regauge.ir.rewrite import RuleSet, differs, refuse, rule
-from regauge.ir.sizes import Size, same, simplify
+from regauge.ir.sizes import Size, at_least, same, simplify
 
 Sample = dict[str, Any]
 
@@ -134,13 +134,19 @@ def slice_of_slice(build: Builder, x: Value, inner: Node, outer: Node) -> Value:
     if not all(isinstance(b, int) or b.is_nonnegative for b in (first, start, end)):
         return refuse("its bounds may count from the end")
     size, every = outer.output.shape[axis], outer.attributes["step"]
+    if not (step == every == 1 or same(size, 0) or at_least(size, 1)):
+        return refuse("it may be empty, and its steps would lead before its beginning")
     start = simplify(first + start * step)
     length = size if step == every == 1 else simplify((size - 1) * step * every + 1)
-    if same(size, 0):
-        length = 0
-    return build.slice(  # type: ignore[no-any-return]
-        x, dim=axis, start=start, end=simplify(start + length), step=step * every
-    )
+    end = simplify(start + (0 if same(size, 0) else length))
+    if _is_computed(start, end, x.shape[axis]) and not _is_computed(first, inner.attributes["end"], x.shape[axis]):
+        return refuse("its bounds would take nodes to compute")
+    return build.slice(x, dim=axis, start=start, end=end, step=step * every)  # type: ignore[no-any-return]
+
+
+def _is_computed(start: Size, end: Size, size: Size) -> bool:
+    """Whether a slice has a bound that is no number."""
+    return not all(isinstance(number, int) for number in spelled(start, end, size))
 
 
 def _concat_samples() -> Iterable[Sample]:

@@ -3,7 +3,18 @@
 import pytest
 
 from regauge.ir.errors import RegaugeError
-from regauge.ir.sizes import divide, evaluate, floor_divide, format_size, parse_size, prime_hints, same, symbol
+from regauge.ir.sizes import (
+    divide,
+    evaluate,
+    floor_divide,
+    format_size,
+    parse_size,
+    prime_hints,
+    same,
+    simplify,
+    symbol,
+    unclamped,
+)
 
 BATCH, SEQUENCE = symbol("batch"), symbol("seq")
 
@@ -52,3 +63,30 @@ def test_hints_are_distinct_primes_and_floor_division_keeps_exactness() -> None:
     hints = prime_hints([BATCH, SEQUENCE])
     assert len(set(hints.values())) == 2 and min(hints.values()) > 64
     assert floor_divide(7, 2) == 3 and floor_divide(4 * BATCH, 2) == 2 * BATCH
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("seq - Min(3, seq)", "Max(0, seq - 3)"),
+        ("Min(1, seq - 1) + 1", "Min(2, seq)"),
+        ("seq - Max(0, seq - 3) - 1", "Min(2, seq - 1)"),
+        ("Min(batch, seq) + Max(batch, seq)", "batch + seq"),
+        ("Min(2, seq) - 1 - Min(1, seq - 1) + seq", "seq"),
+        ("2*Min(3, seq) + Max(batch, seq)", "2*Min(3, seq) + Max(batch, seq)"),
+        ("Min(3, seq)//2", "Min(3, seq)//2"),
+    ],
+)
+def test_limits_of_sizes_have_one_form(text: str, plain: str) -> None:
+    assert str(parse_size(text)) == str(parse_size(plain)) and simplify(parse_size(text)) == parse_size(text)
+    for batch in range(1, 8):
+        for seq in range(1, 8):
+            given = {"batch": batch, "seq": seq, "Min": min, "Max": max}
+            assert evaluate(parse_size(text), {BATCH: batch, SEQUENCE: seq}) == eval(text, given)  # noqa: S307
+
+
+def test_a_size_fits_what_it_limits() -> None:
+    limited = parse_size("Min(16, seq)")
+    assert unclamped(SEQUENCE, limited) == unclamped(limited, SEQUENCE) == SEQUENCE
+    assert unclamped(SEQUENCE, BATCH) is None and unclamped(limited, 16) is None
+    assert unclamped(parse_size("Min(16, batch + seq) - Min(16, batch)"), SEQUENCE) == SEQUENCE
