@@ -13,6 +13,7 @@ from typing import Any
 
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.purity import is_pure
+from regauge.ir.sizes import same
 
 
 @dataclass
@@ -128,7 +129,7 @@ class _Comparison:
                 self.changes.rewired.append(Rewired(None, slot, self._outer(old), self._outer(new), now))
 
     def _values(self, was: Sequence[Value], now: Sequence[Value]) -> None:
-        self.changes.shapes += [(old, new) for old, new in zip(was, now, strict=True) if old.shape != new.shape]
+        self.changes.shapes += [(old, new) for old, new in zip(was, now, strict=True) if not same_shape(old, new)]
 
     def _outer(self, operand: Operand) -> Operand:
         while isinstance(operand, Value) and operand in self.changes.captured:
@@ -155,6 +156,11 @@ class _Comparison:
         if not is_pure(a) or a.regions or len(a.inputs) != len(b.inputs):
             return False
         return all(map(self._same, a.inputs, b.inputs))
+
+
+def same_shape(a: Value, b: Value) -> bool:
+    """Whether two values have equal sizes, however they are written."""
+    return a.shape == b.shape or (a.rank == b.rank and all(map(same, a.shape, b.shape)))
 
 
 def _matched(old: Iterable[Node], new: Iterable[Node]) -> dict[Node, Node]:

@@ -12,7 +12,7 @@ import onnx_ir
 import torch
 
 from regauge.backends.onnx_carrier import Carrier, subgraphs
-from regauge.backends.onnx_changes import Changes, Rewired
+from regauge.backends.onnx_changes import Changes, Rewired, same_shape
 from regauge.backends.onnx_contents import Contents, gives_sizes, is_content
 from regauge.backends.onnx_inlining import nested_graphs
 from regauge.backends.onnx_patch import FOLDED_SIZES
@@ -178,7 +178,7 @@ class _Rewiring:
         """Whether what the ONNX node says may mean something else of the new operand, which has another shape: bounds
         and indices count from its end, a 0 in a target is its size, an axis of -1 its last."""
         node, before, after = edge.node, edge.before, edge.after
-        if node is None or not isinstance(before, Value) or not isinstance(after, Value) or before.shape == after.shape:
+        if node is None or not isinstance(before, Value) or not isinstance(after, Value) or same_shape(before, after):
             return False
         if node.op in OPAQUE or node.regions or node.operator.rule is broadcast_rule:
             return False
