@@ -14,6 +14,7 @@ from regauge.ir.errors import GraphError
 from regauge.ir.graph import Edit, Graph, Kind, Node, Operand, Parameter, State, Value, add_use
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
+from regauge.ir.size_sources import untold_sources
 from regauge.ir.sizes import Size
 from regauge.ir.weight_edits import computed_weight
 from regauge.ir.weights import Weight, dense
@@ -303,17 +304,29 @@ def remove_parameter(graph: Graph, parameter: Parameter, *, by: str = "remove_pa
 
 
 def dead_nodes(graph: Graph, keep: Collection[str] = ()) -> list[Node]:
-    """Nodes that no output, no state and no node named in ``keep`` depends on, each after those that read it."""
+    """Nodes that no output, no state and no node named in ``keep`` depends on, each after those that read it.
+
+    A node depends on the results whose shapes tell the dynamic sizes that it reads as well.
+    """
     stack: list[Operand] = [*graph.outputs, *(state.after for state in graph.states)]
     stack += [node.outputs[0] for node in graph.nodes if node.outputs and node.name in keep]
     live: set[Node] = set()
+    while True:
+        _follow(stack, live)
+        sources = untold_sources(graph, live)
+        if not sources:
+            return [node for node in reversed(graph.nodes) if node not in live]
+        stack += [node.outputs[0] for node in sources]
+
+
+def _follow(stack: list[Operand], live: set[Node]) -> None:
+    """Add the nodes that the values on the stack depend on."""
     while stack:
         value = stack.pop()
         producer = value.producer if isinstance(value, Value) else None
         if producer is not None and producer not in live:
             live.add(producer)
             stack.extend(operand for _, operand in producer.operands())
-    return [node for node in reversed(graph.nodes) if node not in live]
 
 
 def remove_dead(graph: Graph, *, parameters: bool = True, keep: Collection[str] = ()) -> int:
