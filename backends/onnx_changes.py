@@ -7,13 +7,19 @@ weight that is another object than the imported one was replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.purity import is_pure
 from regauge.ir.sizes import same
+
+_FORMALS: dict[str, Callable[[Node], int]] = {
+    "cond": lambda node: 0,
+    "loop": lambda node: 2 + int(node.attributes["carried"]),
+    "scan": lambda node: int(node.attributes["carried"]) + len(node.attributes["input_axes"]),
+}
 
 
 @dataclass
@@ -79,7 +85,7 @@ class _Comparison:
         for new, old in self.old_of.items():
             self.changes.same.update(zip(new.outputs, old.outputs, strict=True))
             for now, was in zip(new.regions, old.regions, strict=True):
-                self.changes.same.update(zip(now.inputs, was.inputs, strict=False))
+                self.changes.same.update(zip(self._formals(now), self._formals(was), strict=True))
 
     def run(self) -> None:
         self._values(self.imported.inputs, self.graph.inputs)
@@ -117,6 +123,10 @@ class _Comparison:
                 self.changes.rewired.append(Rewired(now, slot, self._outer(old), self._outer(new), owner))
         for old_region, new_region in zip(was.regions, now.regions, strict=True):
             self._outputs(old_region, new_region)
+
+    def _formals(self, region: Graph) -> list[Value]:
+        """The inputs of a region but for what it captures, of which a pass may have dropped some."""
+        return [value for value in region.inputs if value not in self.changes.captured]
 
     def _explicit(self, node: Node) -> tuple[Operand, ...]:
         """The operands but for those that regions capture, which are compared where they are read."""
@@ -202,12 +212,16 @@ def _by_name(nodes: Iterable[Node]) -> dict[str, Node]:
 
 
 def _captured(graph: Graph) -> dict[Value, Value]:
-    """Inputs of regions that stand for a value around the region, with that value."""
+    """Inputs of regions that stand for a value around the region, with that value.
+
+    They come behind the formal ones, which ONNX passes by position: If has none.
+    """
     found: dict[Value, Value] = {}
     for _, node in graph.walk():
         for region in node.regions:
+            first = _FORMALS[node.op](node) if node.op in _FORMALS else len(region.inputs)
             outside = node.inputs[len(node.inputs) - len(region.inputs) :] if region.inputs else ()
-            for inner, outer in zip(region.inputs, outside, strict=False):
-                if inner.origin is None and isinstance(outer, Value):
+            for inner, outer in list(zip(region.inputs, outside, strict=False))[first:]:
+                if isinstance(outer, Value):
                     found[inner] = outer
     return found

@@ -30,7 +30,7 @@ def patched_model(graph: Graph, changes: Changes) -> tuple[onnx_ir.Model, bool]:
     carried: onnx_ir.Model = graph.metadata["onnx"]
     values, inputs = list(all_values(graph)), {value.origin for value in graph.inputs}
     carrier = Carrier(carried, inputs)
-    shapes = {value.origin: value.shape for value in values if isinstance(value.origin, onnx_ir.Value)}
+    shapes = {value.origin: value.shape for value in values if isinstance(value.origin, onnx_ir.Value) and value.ranked}
     contents = Contents(shapes, carried.opset_imports, inputs)
     inline_graphs(graph, changes.inlined, carrier)
     skip_aliases(graph, carrier)

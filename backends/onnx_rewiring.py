@@ -320,7 +320,7 @@ class _Rewiring:
         else an Identity makes a copy."""
         declared = place.outputs[slot]
         self.carrier.give_output(place, slot, source, rename=rename or source.producer() in self.new_nodes)
-        self.carrier.drop_unused([declared])
+        self.left_over.append(declared)  # not yet: what it was computed from may be read by an edge that comes later
 
     def _replace(self, before: onnx_ir.Value, made: onnx_ir.Value, owner: Graph) -> None:
         """Let whatever reads a carried value read what was spelled in its place."""

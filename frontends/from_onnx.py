@@ -244,6 +244,7 @@ class _Importer:
         self._keep(scope, node, kind + (str(error).strip() or "no reason given").splitlines()[0])
 
     def _read(self, scope: Scope, node: onnx_ir.Node) -> None:
+        _check_ranks(scope, node)
         domain = "" if node.domain == "ai.onnx" else node.domain
         function = self.model.functions.get(node.op_identifier())
         if domain == "" and node.op_type in _CONTROL:
@@ -313,6 +314,13 @@ class _Importer:
             )
 
 
+def _check_ranks(scope: Scope, node: onnx_ir.Node) -> None:
+    """Refuse to read a node with an operand of unknown rank: every record goes by the axes of its operands."""
+    for operand in node.inputs:
+        if operand is not None and not scope.find(operand).ranked:
+            raise OperatorError(f"the rank of its operand {operand.name} is not known before the model runs")
+
+
 def _fix_constants(added: Sequence[Node], node: onnx_ir.Node) -> None:
     """Tables that a reader made up are in no file, so they cannot be cut there; what is uniform needs no cutting."""
     for made in added:
@@ -338,7 +346,7 @@ def _input_size(dimension: Any, default: str) -> Size:
 
 def _shape_content(call: OnnxCall, entry: Entry) -> Any:
     shape = entry.shape
-    if entry.dtype in ("unknown", "sequence", "optional"):
+    if not entry.ranked or entry.dtype in ("unknown", "sequence", "optional"):
         raise Unknown
     if call.op_type == "Size":
         return content(count(shape), onnx_ir.DataType.INT64)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir
@@ -18,9 +18,23 @@ from regauge.ir.dtypes import Dtype
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Value
 from regauge.ir.operator import get_operator
-from regauge.ir.sizes import Bindings, Size, evaluate, format_size, parse_size, prime_hints, symbol, symbols_in
+from regauge.ir.sizes import (
+    UNKNOWN_RANK,
+    Bindings,
+    Size,
+    UnknownRank,
+    evaluate,
+    floor_divide,
+    format_size,
+    parse_size,
+    prime_hints,
+    product,
+    symbol,
+)
 
+Type: TypeAlias = tuple[tuple[Size, ...], Dtype]
 _TYPES = onnx_ir.DataType
+_STANDARD = ("", "ai.onnx")
 CARRIED_AS = {
     "int4": _TYPES.INT8, "uint4": _TYPES.UINT8, "int2": _TYPES.INT8, "uint2": _TYPES.UINT8, "float4e2m1": _TYPES.FLOAT,
 }  # fmt: skip
@@ -74,90 +88,115 @@ def _one_node_model(
     )
 
 
-def _result_types(
-    scope: Scope, node: onnx_ir.Node, proto: Any, onnx_operands: list[onnx_ir.Value]
-) -> list[tuple[tuple[Size, ...], Dtype]]:
-    """Shape and dtype of each named output: by ONNX's inference on the one node, else what the model itself says."""
+def _result_types(scope: Scope, node: onnx_ir.Node, proto: Any, onnx_operands: list[onnx_ir.Value]) -> list[Type]:
+    """Shape and dtype of each named output: by ONNX's inference on the one node, else what the model itself says.
+
+    Where neither says how many axes there are, that follows from data, and the rank is unknown; only of an operator
+    that ONNX does not have is it found by running the node.
+    """
     inferred = _infer(scope, proto, onnx_operands)
-    met = {size for onnx_value in onnx_operands for size in symbols_in(scope.find(onnx_value).shape)}
-    if any(_incomplete(inferred.get(v.name), v) for v in node.outputs if v.name):
-        probed = _probe(scope, proto, onnx_operands, [v.name for v in node.outputs if v.name])
+    outputs = [value for value in node.outputs if value.name]
+    known = {s for v in onnx_operands for size in scope.find(v).shape for s in _symbols(size)}
+    asked = _asked(scope, node)
+    types = [_told(inferred.get(value.name or ""), value, known, asked) for value in outputs]
+    foreign = node.domain not in _STANDARD and not proto.functions
+    if foreign and any(isinstance(shape, UnknownRank) for shape, _ in types):
+        probed = _probe(scope, proto, onnx_operands, [value.name or "" for value in outputs])
         if probed is not None:
             return probed
-    results: list[tuple[tuple[Size, ...], Dtype]] = []
-    for value in node.outputs:
-        if not value.name:
-            continue
-        found = inferred.get(value.name)
-        names: set[sympy.Symbol] | None = met
-        if found is None or found.dtype is None or found.shape is None:
-            if value.shape is not None or found is None:
-                found, names = value, None
-        if isinstance(found.type, onnx_ir.SequenceType | onnx_ir.OptionalType):
-            results.append(((), "sequence" if isinstance(found.type, onnx_ir.SequenceType) else "optional"))
-            continue
-        dimensions = () if found.shape is None else found.shape
-        shape = tuple(_size(d, f"{value.name}_{i}", names) for i, d in enumerate(dimensions))
-        results.append((shape, dtype_of(found.dtype) if found.shape is not None else "unknown"))
-    return results
+    return types
 
 
-def _incomplete(found: onnx_ir.Value | None, stated: onnx_ir.Value) -> bool:
-    """Whether neither inference nor the model tells the rank and type of a tensor."""
-    if found is not None and isinstance(found.type, onnx_ir.SequenceType | onnx_ir.OptionalType):
-        return False
-    return all(v is None or v.shape is None or v.dtype is None for v in (found, stated))
+def _asked(scope: Scope, node: onnx_ir.Node) -> dict[int, Size]:
+    """Sizes by axis that a Reshape is asked for: the result has them, also where none are seen to fit the operand's."""
+    target = scope.find(node.inputs[1]).content if len(node.inputs) > 1 and node.inputs[1] is not None else None
+    if node.op_type != "Reshape" or node.domain not in _STANDARD or target is None:
+        return {}
+    if not target.integral or target.undecided:
+        return {}
+    sizes = dict(enumerate(target.sizes()))
+    asked = {axis: size for axis, size in sizes.items() if size not in (0, -1)}
+    operand = scope.find(node.inputs[0]) if node.inputs[0] is not None else None
+    if len(asked) == len(sizes) - 1 and -1 in sizes.values() and operand is not None and operand.ranked:
+        rest = next(axis for axis, size in sizes.items() if size == -1)
+        asked[rest] = floor_divide(product(operand.shape), product(asked.values()))
+    return asked
 
 
-def _probe(
-    scope: Scope, proto: Any, onnx_operands: list[onnx_ir.Value], names: list[str]
-) -> list[tuple[tuple[Size, ...], Dtype]] | None:
-    """Run the node on two sets of dynamic sizes and see what comes: sizes that differ get symbols of their own."""
+def _told(
+    found: onnx_ir.Value | None, stated: onnx_ir.Value, known: set[sympy.Symbol], asked: Mapping[int, Size]
+) -> Type:
+    """The type of an output as it was inferred, or else as the model states it."""
+    kind = stated.type if found is None or found.type is None else found.type
+    if isinstance(kind, onnx_ir.SequenceType | onnx_ir.OptionalType):
+        return (), "sequence" if isinstance(kind, onnx_ir.SequenceType) else "optional"
+    dtype = dtype_of(next((v.dtype for v in (found, stated) if v is not None and v.dtype is not None), None))
+    name = stated.name or ""
+    if found is not None and found.shape is not None:
+        sizes = tuple(_size(dimension, f"{name}_{i}") for i, dimension in enumerate(found.shape))
+        # a size that inference made up is named alike at every node: it is one of this node's own
+        own = (asked.get(i, symbol(f"{name}_{i}")) for i in range(len(sizes)))
+        return tuple(s if _symbols(s) <= known else o for s, o in zip(sizes, own, strict=True)), dtype
+    if stated.shape is not None:
+        return tuple(_size(dimension, f"{name}_{i}") for i, dimension in enumerate(stated.shape)), dtype
+    return UNKNOWN_RANK, dtype
+
+
+def _symbols(size: Size) -> set[sympy.Symbol]:
+    return set() if isinstance(size, int) else set(size.free_symbols)
+
+
+def _probe(scope: Scope, proto: Any, onnx_operands: list[onnx_ir.Value], names: list[str]) -> list[Type] | None:
+    """Run the node on two sets of dynamic sizes and of data and see what comes: what differs follows from them.
+
+    Sizes that differ get symbols of their own; None where it does not run on both.
+    """
     run = get_operator("onnx_call").evaluate
     entries = [scope.find(onnx_value) for onnx_value in onnx_operands]
-    symbols = {s for e in entries for s in symbols_in(e.shape)}
+    symbols = {s for e in entries for size in e.shape for s in _symbols(size)}
     found = []
-    for avoid in (8, 20):
+    for content, avoid in enumerate((8, 20)):
         bindings = prime_hints(symbols, avoid)
         try:
-            operands = [_stand_in(entry, bindings) for entry in entries]
+            operands = [_stand_in(entry, bindings, content) for entry in entries]
             found.append(run(*operands, op_type="", model=proto.SerializeToString()))
         except Exception:  # it may need particular data; what it gives stays unknown
             return None
-    types: list[tuple[tuple[Size, ...], Dtype]] = []
+    types: list[Type] = []
     for name, first, second in zip(names, *found, strict=True):
         if isinstance(first, list):
             types.append(((), "sequence"))
             continue
+        dtype: Dtype = first.dtype if isinstance(first, torch.Tensor) else "string"
+        if len(first.shape) != len(second.shape):
+            types.append((UNKNOWN_RANK, dtype))
+            continue
         pairs = enumerate(zip(first.shape, second.shape, strict=True))
-        sizes = tuple(int(a) if a == b else symbol(f"{name}_{i}") for i, (a, b) in pairs)
-        types.append((sizes, first.dtype if isinstance(first, torch.Tensor) else "string"))
+        types.append((tuple(int(a) if a == b else symbol(f"{name}_{i}") for i, (a, b) in pairs), dtype))
     return types
 
 
-def _stand_in(entry: Entry, bindings: Bindings) -> Any:
+def _stand_in(entry: Entry, bindings: Bindings, content: int) -> Any:
+    """What the node reads, where it is known; else as many entries of one content as there are."""
     if entry.tensor is not None:
         return read_tensor(entry.tensor)
     if entry.content is not None:
         flat = [evaluate(e, bindings) for e in entry.content.array.reshape(-1).tolist()]
         array = np.array(flat, dtype=entry.content.data_type.numpy()).reshape(entry.content.array.shape)
         return torch_from_array(array, dtype_of(entry.content.data_type))
-    if not isinstance(entry.dtype, torch.dtype):
+    if not isinstance(entry.dtype, torch.dtype) or not entry.ranked:
         raise RegaugeError(f"there is no stand-in for a {entry.dtype}")
-    return torch.zeros([evaluate(size, bindings) for size in entry.shape], dtype=entry.dtype)
+    return torch.full([evaluate(size, bindings) for size in entry.shape], content, dtype=entry.dtype)
 
 
-def _size(dimension: Any, name: str, met: Collection[sympy.Symbol] | None) -> Size:
-    """A size that inference made up (``unk__0``, in each node anew), unlike those it has met, is one of its own."""
+def _size(dimension: Any, name: str) -> Size:
     if isinstance(dimension, int):
         return dimension
     if dimension.value:
         try:
-            size = parse_size(dimension.value)
+            return parse_size(dimension.value)
         except RegaugeError:
-            return symbol(name)
-        if met is None or symbols_in(size) <= set(met):
-            return size
+            pass
     return symbol(name)
 
 
@@ -168,7 +207,7 @@ def _infer(scope: Scope, proto: Any, onnx_operands: list[onnx_ir.Value]) -> dict
     copied.CopyFrom(proto)
     for info, onnx_value in zip(copied.graph.input, onnx_operands, strict=True):
         entry = scope.find(onnx_value)
-        if not info.type.HasField("tensor_type"):
+        if not info.type.HasField("tensor_type") or not entry.ranked:
             continue
         shape = info.type.tensor_type.shape
         for size in entry.shape:

@@ -37,6 +37,9 @@ def _read_body(importer: _Importer, inner: Scope, graph: onnx_ir.Graph) -> Graph
 
 
 def _types(region: Graph) -> list[Type]:
+    for output in region.outputs:
+        if isinstance(output, Value) and not output.ranked:
+            raise OperatorError(f"the rank of {output.name}, which it gives, is not known before the model runs")
     return [(output.shape, output.dtype) for output in region.outputs if isinstance(output, Value)]
 
 

@@ -16,7 +16,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import LoadError
 from regauge.ir.graph import Value
 from regauge.ir.onnx_sizes import LIMIT, Content
-from regauge.ir.sizes import Size, symbols_in
+from regauge.ir.sizes import Size, UnknownRank, symbols_in
 
 VECTOR_LIMIT = 64  # a vector of dynamic sizes is stacked from scalars; exporters never need more than a rank's worth
 
@@ -46,6 +46,10 @@ class Entry:
             return ()
         assert self.outer is not None
         return self.outer.shape
+
+    @property
+    def ranked(self) -> bool:
+        return not isinstance(self.shape, UnknownRank)
 
     @property
     def dtype(self) -> Dtype:

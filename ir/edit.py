@@ -14,7 +14,8 @@ from regauge.ir.errors import GraphError
 from regauge.ir.graph import Edit, Graph, Kind, Node, Operand, Parameter, State, Value, add_use
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
-from regauge.ir.sizes import Size, symbols_in
+from regauge.ir.size_sources import untold_sources
+from regauge.ir.sizes import Size
 from regauge.ir.weight_edits import computed_weight
 from regauge.ir.weights import Weight, dense
 
@@ -305,39 +306,27 @@ def remove_parameter(graph: Graph, parameter: Parameter, *, by: str = "remove_pa
 def dead_nodes(graph: Graph, keep: Collection[str] = ()) -> list[Node]:
     """Nodes that no output, no state and no node named in ``keep`` depends on, each after those that read it.
 
-    A node depends on another also where it is told a size that only the result of that one has.
+    A node depends on the results whose shapes tell the dynamic sizes that it reads as well.
     """
     stack: list[Operand] = [*graph.outputs, *(state.after for state in graph.states)]
     stack += [node.outputs[0] for node in graph.nodes if node.outputs and node.name in keep]
-    sized = _sizes_of_results(graph)
     live: set[Node] = set()
+    while True:
+        _follow(stack, live)
+        sources = untold_sources(graph, live)
+        if not sources:
+            return [node for node in reversed(graph.nodes) if node not in live]
+        stack += [node.outputs[0] for node in sources]
+
+
+def _follow(stack: list[Operand], live: set[Node]) -> None:
+    """Add the nodes that the values on the stack depend on."""
     while stack:
         value = stack.pop()
         producer = value.producer if isinstance(value, Value) else None
         if producer is not None and producer not in live:
             live.add(producer)
             stack.extend(operand for _, operand in producer.operands())
-            if sized:
-                stack.extend(sized[size] for size in _sizes_told(producer) if size in sized)
-    return [node for node in reversed(graph.nodes) if node not in live]
-
-
-def _sizes_of_results(graph: Graph) -> dict[Any, Value]:
-    """The sizes that no input has, each with the first result that has it: how many entries are not zero."""
-    known = {symbol for value in graph.inputs for symbol in symbols_in(value.shape)}
-    found: dict[Any, Value] = {}
-    for node in graph.nodes:
-        for value in node.outputs:
-            for size in value.shape:
-                if not isinstance(size, int) and size.is_Symbol and size not in known:
-                    found.setdefault(size, value)
-    return found
-
-
-def _sizes_told(node: Node) -> set[Any]:
-    """The symbols in what a node is given besides values, regions included."""
-    found = symbols_in([*node.attributes.values(), *(o for o in node.inputs if not isinstance(o, Value))])
-    return found.union(*(_sizes_told(inner) for region in node.regions for inner in region.nodes))
 
 
 def remove_dead(graph: Graph, *, parameters: bool = True, keep: Collection[str] = ()) -> int:

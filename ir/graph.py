@@ -18,7 +18,7 @@ import torch
 from regauge.ir.dtypes import Dtype, dtype_name
 from regauge.ir.errors import GraphError
 from regauge.ir.operator import Operator, get_operator
-from regauge.ir.sizes import Size, simplify
+from regauge.ir.sizes import Size, UnknownRank, simplify
 from regauge.ir.weights import Weight, dense
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Value:
 
     def __init__(self, *, name: str, shape: Sequence[Size], dtype: Dtype, producer: Node | None = None, index: int = 0):
         self.name = name
-        self.shape: tuple[Size, ...] = tuple(simplify(size) for size in shape)
+        unknown = isinstance(shape, UnknownRank)
+        self.shape: tuple[Size, ...] = shape if unknown else tuple(simplify(size) for size in shape)  # type: ignore[assignment]
         self.dtype = dtype
         self.producer = producer
         self.index = index
@@ -48,14 +49,20 @@ class Value:
     def rank(self) -> int:
         return len(self.shape)
 
+    @property
+    def ranked(self) -> bool:
+        """Whether the number of axes is known: where it is not, nothing may be made of ``shape`` and ``rank``."""
+        return not isinstance(self.shape, UnknownRank)
+
     def consumers(self) -> list[Node]:
         """Nodes that read the value, each once, in order of use."""
         return list(dict.fromkeys(node for node, _ in self.uses))
 
     @property
     def signature(self) -> str:
-        """``f32[64,3,7,7]``"""
-        return f"{dtype_name(self.dtype)}[{','.join(str(s).replace(' ', '') for s in self.shape)}]"
+        """``f32[64,3,7,7]``, or ``f32[...]`` where the rank is not known."""
+        sizes = ",".join(str(s).replace(" ", "") for s in self.shape) if self.ranked else "..."
+        return f"{dtype_name(self.dtype)}[{sizes}]"
 
     def __repr__(self) -> str:
         return f"%{self.name}: {self.signature}"

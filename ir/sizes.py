@@ -19,6 +19,24 @@ Size: TypeAlias = int | sympy.Expr
 Bindings: TypeAlias = Mapping[sympy.Symbol, int]
 
 
+class UnknownRank(tuple[Size, ...]):
+    """The shape of a value whose number of axes nobody knows before the model runs; it has none to look at.
+
+    Only nodes that are kept as they are read or give such values. It is no scalar, and no other shape equals it.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UnknownRank)
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, UnknownRank)
+
+    __hash__ = tuple.__hash__
+
+
+UNKNOWN_RANK = UnknownRank()
+
+
 @cache
 def symbol(name: str) -> sympy.Symbol:
     """The symbol of a dynamic size; sizes are positive integers."""

@@ -77,6 +77,9 @@ def _onnx_squeeze(build: Builder, call: Any) -> Any:
         raise OperatorError("the axes of Squeeze are computed from data")
     x = call.operand(0)
     if axes is None:
+        dynamic = [size for size in x.shape if not isinstance(size, int)]
+        if dynamic:
+            raise OperatorError(f"whether Squeeze removes an axis of size {dynamic[0]} is not known before it runs")
         return squeeze_ones(build, x)
     # ONNX removes an axis that is named: if its size is dynamic, it is 1 whenever the model runs
     named = sorted({int(a) % x.rank for a in axes}, reverse=True)

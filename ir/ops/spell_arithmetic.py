@@ -52,12 +52,12 @@ def hypotenuse(onnx: Any, node: Node) -> Any:
 
 
 def clamp(onnx: Any, node: Node) -> Any:
-    """Clip takes bounds without axes, numbers up to opset 10; others go through Max and Min, the upper bound last, as in
-    torch; these broadcast from opset 8 on."""
+    """Clip takes bounds without axes, up to opset 10 numbers; others go through Max and Min, the upper bound last, as
+    in torch; these broadcast from opset 8 on."""
     dtype = onnx.common_type
-    given = [*node.inputs[1:], None, None][:2]
-    if onnx.opset < 11 and not any(isinstance(bound, Value) for bound in given) and dtype.is_floating_point:
-        numbers = {k: float(v) for k, v in zip(("min", "max"), given, strict=True) if v is not None}
+    numbers = {k: float(v) for k, v in zip(("min", "max"), node.inputs[1:], strict=False) if isinstance(v, int | float)}
+    absent = sum(bound is None for bound in node.inputs[1:])
+    if onnx.opset < 11 and len(numbers) + absent == len(node.inputs) - 1 and dtype.is_floating_point:
         return onnx.Clip(onnx.operand(0, dtype), **numbers)
     if onnx.opset < 8:
         raise onnx.refusal("its bounds are no numbers, and Max and Min broadcast from opset 8 on")

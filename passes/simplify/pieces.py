@@ -201,7 +201,10 @@ def select_of_concat(build: Builder, concat: Node, one: Node) -> Value:
     if axis_of(one) != axis:
         return differs("it selects along another axis")
     index = bound(index, concat.output.shape[axis])
-    (found,) = segments(concat, index, simplify(index + 1))
+    whole = [part for part in segments(concat, index, simplify(index + 1)) if not same(part.start, part.end)]
+    if len(whole) != 1:  # operands without entries lie beside the one that is read
+        return refuse("its operands have sizes that cannot be told from none")
+    found = whole[0]
     return build.select(found.base, dim=axis, index=found.start)  # type: ignore[no-any-return]
 
 

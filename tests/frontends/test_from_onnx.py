@@ -32,6 +32,10 @@ FILES = {
 }
 
 
+def value(name: str, kind: int, shape: list[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
 def corpus_file(name: str) -> Path:
     path = CORPUS / f"{name}.onnx"
     if not path.exists():
@@ -322,3 +326,44 @@ def test_opaque_operators_run_in_onnxruntime() -> None:
     model.graph.output[0].type.tensor_type.shape.dim.add().dim_value = 2
     model.graph.output[0].type.tensor_type.shape.dim.add().dim_param = "count"
     assert_equals_runtime(model)
+
+
+def foreign(nodes: list[onnx.NodeProto], *inputs: onnx.ValueInfoProto) -> onnx.ModelProto:
+    """A model of operators that onnxruntime has and ONNX has not."""
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "foreign", [value("x", TensorProto.FLOAT, ["n", 3]), *inputs], [output])
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)], ir_version=9
+    )
+
+
+def test_an_operator_that_onnx_lacks_is_run_to_see_what_its_data_decides() -> None:
+    """What the second axis is, the place of the new one says: both may be of any size."""
+    node = helper.make_node("ExpandDims", ["x", "axis"], ["y"], domain="com.microsoft")
+    model = foreign([node], value("axis", TensorProto.INT32, []))
+    for axis in (0, 1):
+        graph = assert_equals_runtime(model, given={"axis": np.array(axis, np.int32)})
+    assert graph.outputs[0].signature == "f32[y_0,y_1,3]"  # type: ignore[union-attr]
+
+
+def test_a_rank_that_data_decides_is_unknown_to_all_that_reads_it() -> None:
+    nodes = [helper.make_node("Reshape", ["x", "s"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    model = foreign(nodes, value("s", TensorProto.INT64, ["k"]))
+    graph = assert_equals_runtime(model, {"n": 4}, given={"s": np.array([2, 3, 2])})
+    assert opaque(graph) == ["Reshape", "Relu"]
+    assert [v.signature for node in graph.nodes for v in node.outputs] == ["f32[...]", "f32[...]"]
+
+
+def test_a_reshape_whose_sizes_do_not_seem_to_fit_has_them_all_the_same() -> None:
+    nodes = [
+        helper.make_node("Shape", ["z"], ["m"]),
+        helper.make_node("Concat", ["m", "rest"], ["t"], axis=0),
+        helper.make_node("Reshape", ["x", "t"], ["h"]),
+        helper.make_node("Reshape", ["x", "t"], ["k"]),
+        helper.make_node("Sub", ["h", "k"], ["y"]),
+    ]
+    model = foreign(nodes, value("z", TensorProto.FLOAT, ["m"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1, 3]), "rest"))
+    graph = assert_equals_runtime(model, {"n": 4, "m": 2})
+    assert opaque(graph) == ["Reshape", "Reshape"]
+    assert graph.outputs[0].signature == "f32[m,floor(n/m),3]"  # type: ignore[union-attr]

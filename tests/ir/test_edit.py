@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import regauge
-from regauge.ir.edit import Builder, remove_dead, remove_node, remove_parameter, replace_uses, set_weight
+from regauge.ir.edit import Builder, dead_nodes, remove_dead, remove_node, remove_parameter, replace_uses, set_weight
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph
+from regauge.ir.interpret import run
+from regauge.ir.sizes import symbol
 from small_graphs import multilayer_perceptron
 
 
@@ -97,3 +99,17 @@ def test_remove_parameter_refuses_while_something_reads_it() -> None:
         remove_parameter(graph, shown)
     with pytest.raises(GraphError, match=r"spare.* is no parameter of graph 'perceptron'"):
         remove_parameter(graph, spare)
+
+
+def test_what_tells_a_size_that_is_read_is_not_dead() -> None:
+    """Of the hits of a mask only their number is wanted; of what tells the size of an input nothing is."""
+    hits, n = symbol("hits"), symbol("n")
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (n,), torch.bool)
+    build("nonzero", x, results=[((hits, 1), torch.int64)])
+    unread = build("nonzero", x, results=[((symbol("others"), 1), torch.int64)])
+    graph.outputs = [build.full(shape=(), value=hits + n, dtype=torch.int64)]
+    assert dead_nodes(graph) == [unread.producer]
+    assert remove_dead(graph) == 1
+    assert int(run(graph, [torch.tensor([True, False, True])])[0]) == 5

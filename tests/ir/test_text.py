@@ -78,3 +78,11 @@ def test_a_representation_never_fails() -> None:
     assert repr(graph.nodes[0]).startswith("%conv = conv(")
     assert repr(graph) == "<Graph net: 3 nodes, 3 parameters>"
     assert "pinned: it is an axis of a graph input (x)" in repr(graph.groups()[0])
+
+
+def test_an_unknown_rank_is_no_scalar() -> None:
+    text = "graph g(%x: f32[...], %s: f32[]) {\n  return %x, %s\n}"
+    graph = parse_graph(text)
+    assert str(graph) == str(graph.copy()) == text
+    assert [value.ranked for value in graph.copy().inputs] == [False, True]
+    assert graph.inputs[0].shape != graph.inputs[1].shape

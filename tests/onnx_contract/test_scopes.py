@@ -35,6 +35,26 @@ def test_what_a_branch_reads_from_around_it_is_read(tmp_path: Path) -> None:
     assert_equal_runs(model, small, *({"x": normal(n, 4), "c": np.array(c)} for n in (1, 3) for c in (True, False)))
 
 
+NO_LONGER_CAPTURED = """
+<ir_version: 8, opset_import: ["" : 17]>
+captures (float[2, 3] x, bool c) => (float[2, 3] y) {
+  y = If (c) <
+    then_branch = yes () => (float[2, 3] a) { dead = Sub (w, x)  a = Neg (x) },
+    else_branch = no () => (float[2, 3] b) { s = Concat <axis = 0> (x, v)  k = Slice (s, zero, two, zero)  b = Abs (k) }
+  >
+}
+"""
+
+
+def test_branches_may_stop_reading_what_is_around_them(tmp_path: Path) -> None:
+    """``w`` is read by a dead node alone, ``v`` by one that is cut out again."""
+    model = parsed(NO_LONGER_CAPTURED, w=normal(3), v=normal(4, 3), zero=np.array([0]), two=np.array([2]))
+    small = simplified(model, tmp_path)
+    assert operators(small)["If"] == 1 and not {"Sub", "Concat"} & operators(small).keys()
+    assert not small.graph.initializer
+    assert_equal_runs(model, small, *({"x": normal(2, 3), "c": np.array(c)} for c in (True, False)))
+
+
 LOOPS = """
 <ir_version: 8, opset_import: ["" : 17]>
 loops (float[n, 4] x, int64 m) => (float[n, 4] y, float[k, n, 4] all) {

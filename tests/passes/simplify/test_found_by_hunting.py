@@ -11,7 +11,9 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+import onnx_simplified
 import regauge
+from onnx_simplified import assert_equal_runs, normal, parsed
 
 
 def simplified(model: nn.Module, *inputs: torch.Tensor) -> torch.nn.Module:
@@ -132,3 +134,40 @@ def test_a_clip_of_numbers_is_one_in_old_opsets_too(tmp_path: Path) -> None:
     )
     after = onnx.load(regauge.optimize(regauge.load(model), "simplify").to_onnx(tmp_path / "small.onnx"))
     assert [node.op_type for node in after.graph.node] == ["Clip"]
+
+
+HEADER = '<ir_version: 8, opset_import: ["" : 17]> g '
+BOUNDS = {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2])}
+
+
+def test_a_slice_that_took_the_place_of_an_equal_one_stays_while_it_is_read(tmp_path: Path) -> None:
+    """Its first reader is spelled anew, and with that lost, before the reader of the other one is connected to it."""
+    text = """(float[2] x) => (float[3] y) {
+      a = Slice (x, zero, one, zero)  b = Slice (x, one, two, zero)  c = Slice (x, zero, one, zero)
+      d = Relu (c)  y = Concat <axis = 0> (a, b, d)
+    }"""
+    model = parsed(HEADER + text, **BOUNDS)
+    small = onnx_simplified.simplified(model, tmp_path)
+    assert [node.op_type for node in small.graph.node] == ["Slice", "Relu", "Concat"]
+    assert_equal_runs(model, small, {"x": normal(2)})
+
+
+def test_a_node_that_took_the_place_of_an_output_stays_while_its_first_reader_goes(tmp_path: Path) -> None:
+    text = """(float[2, 3] x) => (float[2, 3] y, float[3, 2] q) {
+      a = Transpose <perm = [1, 0]> (x)  b = Mul (a, w)  y = Transpose <perm = [1, 0]> (b)
+      q = Transpose <perm = [1, 0]> (x)
+    }"""
+    model = parsed(HEADER + text, w=normal(2))
+    small = onnx_simplified.simplified(model, tmp_path)
+    assert onnx_simplified.operators(small)["Transpose"] == 1
+    assert_equal_runs(model, small, {"x": normal(2, 3)})
+
+
+def test_operands_without_entries_lie_beside_the_one_that_is_selected_from(tmp_path: Path) -> None:
+    text = """(float[2, 5] x, float[2, 0] e, float[2, 1] w) => (float[2] y) {
+      c = Concat <axis = 1> (x, e, w)  y = Gather <axis = 1> (c, five)
+    }"""
+    model = parsed(HEADER + text, five=np.array(5))
+    small = onnx_simplified.simplified(model, tmp_path, "simplify{only=[select-of-concat]}")
+    assert "Concat" not in onnx_simplified.operators(small)
+    assert_equal_runs(model, small, {"x": normal(2, 5), "e": normal(2, 0), "w": normal(2, 1)})
