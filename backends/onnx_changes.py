@@ -148,13 +148,13 @@ class _Comparison:
 
     def _same(self, was: Operand, now: Operand) -> bool:
         """Numbers and sizes that feed an operand slot are told apart like attributes; a new value that took over the
-        name of one that went is that one to its readers."""
+        name of one that went is that one to its readers, but not inside an ONNX node: that computes the old one."""
         was, now = self._outer(was), self._outer(now)
         if isinstance(was, Parameter) and isinstance(now, Parameter):
             return was.origin is now.origin and (was.origin is not None or was.name == now.name)
         if isinstance(was, Value) and isinstance(now, Value):
             if now not in self.changes.same:
-                return was.name == now.name
+                return was.origin is not None and was.name == now.name
             return self.changes.same[now] is was or (was.origin is None and self._equal(was, now))
         return type(was) is type(now) and was == now
 

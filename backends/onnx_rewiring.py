@@ -14,6 +14,7 @@ import torch
 from regauge.backends.onnx_carrier import Carrier, subgraphs
 from regauge.backends.onnx_changes import Changes, Rewired, same_shape
 from regauge.backends.onnx_contents import Contents, gives_sizes, is_content
+from regauge.backends.onnx_gemm import join_gemms
 from regauge.backends.onnx_inlining import nested_graphs
 from regauge.backends.onnx_patch import FOLDED_SIZES
 from regauge.backends.onnx_size_nodes import SizeSource
@@ -38,6 +39,7 @@ def rewire(
     writer.spell_all(writer.dissolved())
     writer.connect_all()
     writer.remove_all()
+    writer.tidy()
     carrier.model.graph.sort()
 
 
@@ -78,7 +80,7 @@ class _Rewiring:
         self.superseded: dict[onnx_ir.Value | None, onnx_ir.Value] = {}  # carried values, and what was spelled instead
         self.spelled: set[Node] = set()
         self.left_over: list[onnx_ir.Value | None] = []
-        self.new_nodes: set[onnx_ir.Node | None] = set()
+        self.new_nodes: dict[onnx_ir.Node | None, Node] = {}  # with the node that each was spelled for
         self.connected: set[tuple[onnx_ir.Node, onnx_ir.Value | None]] = set()
 
     # -- places ------------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ class _Rewiring:
             node, self.carrier, place, lambda value: self.operand(node, value, place), self.sources, reason
         )
         results = spell(onnx)
-        self.new_nodes.update(onnx.added)
+        self.new_nodes.update(dict.fromkeys(onnx.added, node))
         self.spelled.add(node)
         for value, made in zip(node.outputs, results, strict=True):
             same = self.changes.same.get(value, value)  # a new node that took the place of one keeps its readers
@@ -346,6 +348,24 @@ class _Rewiring:
         self.carrier.drop_unused(self.left_over)
         for node in self.spelled - self.added:
             self.carrier.drop_unused([self.carrier.copy_of(output) for output in node.origin.outputs])
+
+    def tidy(self) -> None:
+        """What was spelled anew is as few nodes as before, under the name and with the notes of what it stands for."""
+        made = {new: node.origin for new, node in self.new_nodes.items() if isinstance(node.origin, onnx_ir.Node)}
+        products = [new for new, origin in made.items() if new is not None and origin.op_type == "Gemm"]
+        join_gemms(products, self.new_nodes, self.carrier, self.sources.shape_of)
+        heirs = {origin: new for new, origin in made.items() if new is not None and new.op_type == origin.op_type}
+        for origin, heir in heirs.items():
+            before = self.carrier.nodes.get(origin)
+            if heir.graph is not None and before is not None and before.graph is None:
+                _inherit(heir, before)
+
+
+def _inherit(heir: onnx_ir.Node, before: onnx_ir.Node) -> None:
+    """What people wrote on a node that is spelled anew: its name, its description, its own metadata."""
+    heir.name = before.name or heir.name
+    heir.doc_string = before.doc_string
+    heir.metadata_props.update(before.metadata_props)
 
 
 def _reader(edge: Rewired) -> Node:

@@ -21,7 +21,7 @@ _LIBRARIES = ("torch", "F", "nn")
 _FOLDED = (ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.IfExp, ast.Subscript, ast.Call, ast.ListComp)
 
 
-def following(value: bool, source: str) -> ast.expr:
+def following(value: bool | float, source: str) -> ast.expr:
     """A flag that is known while folding, and that is written as ``source`` where it survives."""
     flag = ast.Constant(value)
     flag.source = source  # type: ignore[attr-defined]

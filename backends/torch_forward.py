@@ -11,7 +11,7 @@ from regauge.backends.torch_layers import flowing_operands, frame_layer, owned_l
 from regauge.backends.torch_places import Places
 from regauge.backends.torch_recurrent import recurrent_layer
 from regauge.backends.torch_statements import Statements
-from regauge.backends.torch_statistics import counter_state, updating_norms
+from regauge.backends.torch_statistics import counters, updating_norms
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.ops.attention import SCALED_BY
 
@@ -27,6 +27,8 @@ class Forward:
         self.norms = updating_norms(graph)
         left_to_norms = {id(state) for states in self.norms.values() for state in states}
         self.states = [state for state in graph.states if id(state) not in left_to_norms]
+        self.written = {state.before for state in self.states}
+        self.counters = counters(self.states, self.norms)
         self.rescaled = _rescaled(graph)
         self.needed: set[Value] = {o for o in graph.outputs if isinstance(o, Value)} | {s.after for s in self.states}
 
@@ -81,14 +83,14 @@ class Forward:
 
     def _counting_norm(self, items: Sequence[Node | Code], path: str) -> Code | None:
         """A batch norm in training mode with the node that counts its batches: the layer does both."""
-        found = counter_state(items, self.states, path)
-        if found is None:
+        counting = [item for item in items if isinstance(item, Node) and self.counters.get(item, ("",))[0] == path]
+        if len(counting) != 1:
             return None
-        state, counter = found
-        rest = [item for item in items if item is not counter]
+        rest = [item for item in items if item is not counting[0]]
         layer = self._only_layer(rest, path) if rest and rest[0] in self.norms else None
         if layer is not None:
-            self.states.remove(state)
+            _, state = self.counters[counting[0]]
+            self.states = [other for other in self.states if other is not state]
             self.needed.discard(state.after)
         return layer
 

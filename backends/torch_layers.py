@@ -15,6 +15,7 @@ from regauge.backends.torch_arguments import tidy_calls
 from regauge.backends.torch_frames import inside
 from regauge.backends.torch_places import Places
 from regauge.ir.graph import Node, Operand, Parameter, Value
+from regauge.ir.training_notes import LAYER
 
 _REPEATED = ("kernel_size", "stride", "padding", "dilation", "output_padding")  # one number serves all axes
 SLOT_NAMES = {"weight": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -22,12 +23,13 @@ SLOT_NAMES = {"weight": "weight", "bias": "bias", "mean": "running_mean", "var":
 
 def frame_layer(node: Node, path: str, places: Places) -> str | None:
     """The layer that the module at ``path``, which runs this one node only, is; None where no standard layer fits."""
-    if node.operator.layer is None or node.regions:
+    known = node.metadata.get(LAYER)
+    if (known is None and node.operator.layer is None) or node.regions:
         return None
     flowing = flowing_operands(node, path, places)
     if not flowing or not all(operand is None or isinstance(operand, Value) for operand in flowing):
         return None
-    text = node.operator.layer(node)
+    text = known or (node.operator.layer(node) if node.operator.layer is not None else None)
     return _tidy(text) if text is not None and _fits(text, node, path, places) else None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import sympy
+import torch
 
 from regauge.backends.torch_arguments import place_new_tensors
 from regauge.backends.torch_code import Code, Flowing, Line, symbols_of, variable
@@ -17,9 +18,10 @@ from regauge.backends.torch_literals import literal, parse_expression, read_attr
 from regauge.backends.torch_results import gives_sequence
 from regauge.backends.torch_sizes import SIZE, size_expression, solve_for
 from regauge.ir.errors import EmitError
-from regauge.ir.graph import Node, Operand, Parameter, Value
+from regauge.ir.graph import Node, Operand, Parameter, State, Value
 from regauge.ir.ops.attention import SCALED_BY
 from regauge.ir.sizes import Size
+from regauge.ir.training_notes import DROPOUT, TRACKED
 
 if TYPE_CHECKING:
     from regauge.backends.torch_forward import Forward
@@ -49,7 +51,8 @@ class Statements:
             else:
                 self.node(item)
         for state in self.forward.states if not self.code.path else ():
-            self.code.lines.append(Line((), f"{self.text(state.before)}.copy_({self.text(state.after)})"))
+            buffer = ast.unparse(self._own(state.before) or self.reference(state.before))
+            self.code.lines.append(Line((), f"{buffer}.copy_({self.text(state.after)}{_kept(state)})"))
         self.code.returned = [self.text(result) for result in results]
         self.code.chain = self._is_chain()
 
@@ -97,13 +100,20 @@ class Statements:
             return literal(operand, self.symbol)
         if operand in self.alias:
             return self.alias[operand]
-        if isinstance(operand, Parameter):
-            name = self.forward.places.name_under(operand, self.code.path)
-            if name is not None:
-                return tensor(parse_expression(self.forward.places.access(self.code.path, name)), operand)
+        own = self._own(operand)
+        if own is not None:
+            if self.training and operand in self.forward.written and _is_floating(operand):
+                # a backward pass reads it again, after it was written
+                own = parse_expression(f"{ast.unparse(own)}.clone()")
+            return tensor(own, operand)
         if operand not in self.numbers:
             raise EmitError(f"{operand} is read in {self.code.path or 'the root'} before it is computed")
         return tensor(read_name(variable(self.numbers[operand])), operand)
+
+    def _own(self, value: Value) -> ast.expr | None:
+        """How this forward reads a tensor of the module itself or of one inside it; None for other values."""
+        name = self.forward.places.name_under(value, self.code.path) if isinstance(value, Parameter) else None
+        return None if name is None else parse_expression(self.forward.places.access(self.code.path, name))
 
     def text(self, operand: Operand) -> str:
         return ast.unparse(self.reference(operand))
@@ -197,9 +207,14 @@ class Statements:
             attributes: dict[str, Any] = {k: literal(v, self.symbol) for k, v in node.attributes.items()}
             if node in self.forward.norms:
                 attributes["training"] = following(False, "self.training")
-            elif node.attributes.get("training", None) == self.training:
+            elif node.attributes.get("training", None) == self.training and TRACKED not in node.metadata:
                 attributes["training"] = following(self.training, "self.training")
+            share = node.metadata.get(DROPOUT)
+            if share and node.op == "attention":
+                attributes["dropout_p"] = following(node.attributes["dropout_p"], f"{share} if self.training else 0.0")
             found = expression(node.operator, operands, attributes, self.forward.helpers)
+            if share and node.op == "softmax":
+                found = parse_expression(f"F.dropout({ast.unparse(found)}, {share}, self.training)")
             return place_new_tensors(found, self._device())
         except EmitError as error:
             raise EmitError(f"{node.label} cannot be written as torch source: {error}") from error
@@ -217,6 +232,15 @@ def _showing(symbol: sympy.Symbol, values: Sequence[Flowing | None]) -> tuple[Va
             if solved is not None:
                 return value, axis, solved
     return None
+
+
+def _kept(state: State) -> str:
+    """A buffer keeps numbers, not how they were computed: else the next backward pass would run through this one."""
+    return ".detach()" if _is_floating(state.after) else ""
+
+
+def _is_floating(value: Value) -> bool:
+    return isinstance(value.dtype, torch.dtype) and value.dtype.is_floating_point
 
 
 def _copy_of(found: ast.expr) -> ast.expr:

@@ -6,9 +6,9 @@ themselves in training mode and only there, so that ``eval()`` of the emitted mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from regauge.ir.graph import Graph, Node, Parameter, State
+from regauge.ir.graph import Graph, Node, Operand, Parameter, State, Value
 
 COUNTER = "num_batches_tracked"
 
@@ -28,11 +28,30 @@ def updating_norms(graph: Graph) -> dict[Node, list[State]]:
     return found
 
 
-def counter_state(items: Sequence[object], states: Sequence[State], path: str) -> tuple[State, Node] | None:
-    """The state, and the node, that count the batches of the norm at ``path``."""
+def counters(states: Sequence[State], norms: Collection[Node]) -> dict[Node, tuple[str, State]]:
+    """The nodes that count batches as every one of these norms does, with its module's path and the state they make.
+
+    A norm that runs several times in one pass counts as often, each time from where it was.
+    """
+    found: dict[Node, tuple[str, State]] = {}
     for state in states:
-        if isinstance(state.before, Parameter) and f"{path}.{COUNTER}" in state.before.names:
-            node = state.after.producer
-            if node is not None and node in items and not state.after.uses:
-                return state, node
-    return None
+        path, _, name = state.before.name.rpartition(".")
+        chain = _chain(state) if name == COUNTER else []
+        buffer = f"{path}.running_mean" if path else "running_mean"
+        own = [n for n in norms if isinstance(n.inputs[3], Parameter) and buffer in n.inputs[3].names]
+        if chain and len(chain) == len(own) and len({n.inputs[0].rank for n in own}) == 1:  # type: ignore[union-attr]
+            found.update({node: (path, state) for node in chain})
+    return found
+
+
+def _chain(state: State) -> list[Node]:
+    """The additions of one that lead from a counter to what it becomes; none where anything else reads them."""
+    chain: list[Node] = []
+    value: Operand = state.after
+    while value is not state.before:
+        node = value.producer if isinstance(value, Value) else None
+        if node is None or node.op != "add" or node.inputs[1] != 1 or len(node.output.uses) != bool(chain):
+            return []
+        chain.append(node)
+        value = node.inputs[0]
+    return chain

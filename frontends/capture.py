@@ -22,6 +22,7 @@ from regauge.frontends.aliasing import NeedsDecomposition
 from regauge.frontends.aten_call import Refusal
 from regauge.frontends.dynamic import Requests, export_spec, read_requests, widen_examples
 from regauge.frontends.from_export import Imported, from_export
+from regauge.frontends.module_options import note_options, traceable_statistics
 from regauge.frontends.outputs import plain_outputs
 from regauge.frontends.pytrees import Leaf, argument_names, distinct, flatten_call, flatten_outputs, tensors_of
 from regauge.frontends.recurrent_shapes import stated_shapes
@@ -71,6 +72,8 @@ def capture(
     imported = _import_checked(traced) if verify else import_traced(traced)
     graph = imported.graph
     graph.metadata["torch"] = _metadata(traced)
+    if traced.module is not None:
+        _report_lost(note_options(graph, traced.module, training=traced.training))
     _report_opaque(graph, imported.trail.refusals)
     _report_rules(graph)
     return graph
@@ -92,7 +95,7 @@ def trace_program(
     requests = read_requests(dynamic, leaves, names)
     args, keywords, leaves = widen_examples(args, keywords, leaves, requests)
     bound, heads = bind_arguments(module, args, keywords)
-    with in_mode(module, train):
+    with in_mode(module, train), traceable_statistics(module):
         program, changes = export_module(module, args, keywords, export_spec(bound, heads, requests))
     if changes:
         _warn(f"the graph's results are not quite the model's: {'; '.join(changes)}")
@@ -269,6 +272,15 @@ def _report_opaque(graph: Graph, refusals: Sequence[Refusal]) -> None:
         place = f" first at {sources[0]}" if sources[0] else ""
         parts.append(f"{target} ({len(sources)}x{place}: {reasons.get(target, 'no record')})")
     _warn(f"operators kept as they are, whose axes cannot be cut: {'; '.join(parts)}")
+
+
+def _report_lost(modules: Sequence[str]) -> None:
+    """One warning for all modules whose emitted form would train otherwise."""
+    if modules:
+        _warn(
+            f"dropout that evaluation leaves no trace of, so that it is not captured: {', '.join(modules)}; "
+            f"to train what is emitted, use capture(train=True)"
+        )
 
 
 def _report_rules(graph: Graph) -> None:

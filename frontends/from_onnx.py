@@ -80,12 +80,16 @@ def _mark_statistics(graph: Graph) -> None:
 
 
 def _drop_unread(graph: Graph) -> None:
-    """Constants that readers took for numbers or sizes stay in the carried file alone: to change them means nothing."""
+    """Constants that readers took for numbers or sizes stay in the carried file alone: to change them means nothing.
+
+    So do weights that ONNX nodes read and do not use, as a Gemm of beta 0 its third operand: nothing here would say
+    that they have to fit."""
     folded = graph.metadata["onnx_folded"]
     for owner in [graph, *(region for _, node in graph.walk() for region in node.regions)]:
         read = {output for output in owner.outputs if isinstance(output, Parameter)}
         for name, parameter in list(owner.parameters.items()):
-            if parameter.kind == "constant" and not parameter.uses and parameter not in read:
+            ignored = isinstance(parameter.origin, onnx_ir.Value) and bool(parameter.origin.uses())
+            if (ignored or parameter.kind == "constant") and not parameter.uses and parameter not in read:
                 del owner.parameters[name]
     left = {parameter.name for parameter in graph.all_parameters()}
     for value, record in folded.items():

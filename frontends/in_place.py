@@ -1,4 +1,5 @@
-"""The functional form of an operator that writes: ``relu_`` is ``relu``, ``copy_`` is a cast and an expand."""
+"""The functional form of an operator that writes: ``relu_`` is ``relu``, ``div(..., out=x)`` is ``div``, ``copy_`` is a
+cast and an expand."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ Form = tuple[Any, list[Any], dict[str, Any]]
 def functional_form(target: Any, args: list[Any], kwargs: dict[str, Any]) -> Form | None:
     """Operator, arguments and options that compute what ``target`` writes; None where torch has no such operator."""
     aten = torch.ops.aten
+    if "out" in kwargs:
+        return _without_out(target, args, kwargs)
     namespace, _, name = target._schema.name.partition("::")
     if name == "zero_":
         return aten.full_like.default, [args[0], 0], {}
@@ -28,6 +31,19 @@ def functional_form(target: Any, args: list[Any], kwargs: dict[str, Any]) -> For
     if packet is None or overload not in packet.overloads():
         return None
     return getattr(packet, overload), args, kwargs
+
+
+def _without_out(target: Any, args: list[Any], kwargs: dict[str, Any]) -> Form | None:
+    """``div(a, b)`` for ``div(a, b, out=c)``, where both give the same type."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Value)]
+    if len({value.dtype for value in given}) > 1:
+        return None
+    wanted = [(argument.name, str(argument.type)) for argument in target._schema.arguments if not argument.is_out]
+    for name in target.overloadpacket.overloads():
+        overload = getattr(target.overloadpacket, name)
+        if [(argument.name, str(argument.type)) for argument in overload._schema.arguments] == wanted:
+            return overload, args, {key: value for key, value in kwargs.items() if key != "out"}
+    return None
 
 
 def _functional_name(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, rand, randint, randn
 
+from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Adapter, OnnxForm, Operator, Sample, Symmetry, register_operator, sample
 from regauge.ir.ops import spell_arithmetic as spelling
@@ -251,10 +252,13 @@ def div(x: Tensor, y: Tensor, *, rounding_mode: str | None = None) -> Tensor:
 
 def _onnx_pow(build: Any, call: Any) -> Any:
     """Pow of ONNX has the type of its base, whatever the exponent is."""
+    dtype, exponents = call.operand(0).dtype, call.constant(1)
+    whole = isinstance(dtype, torch.dtype) and not dtype.is_floating_point
+    if whole and exponents is not None and bool((exponents < 0).any()):
+        raise OperatorError("what integers to negative powers are is for each runtime to say")
     x, y = onnx_pair(build, call)
     result = build.pow(x, y)
-    wanted = call.operand(0).dtype
-    return result if result.dtype == wanted else build.cast(result, dtype=wanted)
+    return result if result.dtype == dtype else build.cast(result, dtype=dtype)
 
 
 def _square(build: Any, x: Any) -> Any:

@@ -218,6 +218,7 @@ def _onnx_transpose(build: Builder, call: Any) -> Any:
     aten={
         "permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "swapdims": _transpose, "t": _reversed,
         "numpy_T": _reversed, "mT": lambda build, x: _transpose(build, x, -2, -1),
+        "matrix_H": lambda build, x: _transpose(build, build.conj(x) if x.dtype.is_complex else x, -2, -1),
         "movedim": _movedim, "moveaxis": _movedim,
     },
     onnx={"Transpose": _onnx_transpose},

@@ -20,6 +20,7 @@ from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.onnx_normalisation import GROUP_NORM_FORMS, LAYER_NORM_FORMS, RMS_NORM_FORMS
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import Size
+from regauge.ir.training_notes import TRACKED
 
 # -- batch norm --------------------------------------------------------------------------------------------------------
 
@@ -93,6 +94,8 @@ def _onnx_batch_norm(build: Any, call: Any) -> Any:
 
 def _batch_norm_layer(node: Node) -> str | None:
     """BatchNorm1d takes ranks 2 and 3, BatchNorm2d rank 4, BatchNorm3d rank 5; weight and bias come together."""
+    if TRACKED in node.metadata:  # this is how an instance norm evaluates
+        return _instance_norm_layer(node)
     x = node.inputs[0]
     if not isinstance(x, Value) or not 2 <= x.rank <= 5 or not isinstance(x.shape[1], int):
         return None
@@ -150,9 +153,10 @@ def batch_norm(
     var: Tensor | None = None,
     *,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    momentum = 1.0 if momentum is None else momentum  # the average of all batches: of the first, so far
     if not training or mean is None:
         return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
     results = torch.ops.aten._native_batch_norm_legit_functional(x, weight, bias, mean, var, True, momentum, eps)
@@ -316,8 +320,10 @@ def _instance_norm_layer(node: Node) -> str | None:
         return None
     if (weight is None) != (bias is None):
         return None
-    affine = ", affine=True" if weight is not None else ""
-    return f"nn.InstanceNorm{x.rank - 2}d({x.shape[1]}, eps={node.attributes['eps']}{affine})"
+    options = ", affine=True" if weight is not None else ""
+    if TRACKED in node.metadata:
+        options += f", momentum={node.metadata[TRACKED]}, track_running_stats=True"
+    return f"nn.InstanceNorm{x.rank - 2}d({x.shape[1]}, eps={node.attributes['eps']}{options})"
 
 
 @operator(

@@ -50,3 +50,18 @@ def test_what_cannot_be_computed_stays() -> None:
     picked = build.index_select(build.constant(torch.ones(3)), table, dim=0)
     graph.outputs = [build.add(x, picked)]
     assert fold_constants(graph) == 0
+
+
+def test_what_runtimes_disagree_about_stays() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2,), torch.float32)
+    endless = build.constant(torch.tensor([torch.inf, 0.0]), "endless")
+    whole = build.constant(torch.tensor([0, 2]), "whole")
+    undefined = build.mul(endless, 0.0)  # a NaN on most machines, but no number's
+    power = build.pow(whole, build.constant(torch.tensor([-1, 1]), "exponents"))
+    plain = build.pow(whole, build.constant(torch.tensor([3, 1]), "others"))
+    passed = build.mul(build.constant(torch.tensor([torch.nan, 1.0]), "missing"), 2.0)
+    graph.outputs = [build.add(x, value) for value in (undefined, power, plain, passed)]
+    fold_constants(graph)
+    assert operators(graph.nodes) == ["mul", "pow", "add", "add", "add", "add"]

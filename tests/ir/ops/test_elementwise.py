@@ -11,6 +11,7 @@ from cutting import cut_all, free_sizes
 from onnx_node import check_node, normal, operators
 from regauge.frontends.capture import capture
 from regauge.ir.edit import Builder
+from regauge.ir.errors import RegaugeWarning
 from regauge.ir.graph import Graph, Value
 from regauge.ir.interpret import run
 from regauge.ir.operator import Symmetry, get_operator
@@ -227,6 +228,15 @@ def test_onnx_division_of_integers_cuts_towards_zero() -> None:
 def test_onnx_mod_has_two_signs() -> None:
     check_node("Mod", [WHOLE, np.array([3, 3, 3])])
     check_node("Mod", [X, POSITIVE], fmod=1)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_integers_to_negative_powers_are_left_to_the_runtime(dtype: type) -> None:
+    with pytest.warns(RegaugeWarning, match="negative powers"):
+        graph = check_node("Pow", [np.array([0, 1, 2], dtype=dtype), np.array([-2, -1, 3], dtype=dtype)], constants=[1])
+    assert operators(graph) == ["onnx_call"]
+    graph = check_node("Pow", [np.array([0, 1, 2], dtype=dtype), np.array([2, 1, 3], dtype=dtype)], constants=[1])
+    assert operators(graph) == ["pow"]
 
 
 def test_onnx_power_keeps_the_type_of_its_base() -> None:
