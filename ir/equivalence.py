@@ -105,11 +105,11 @@ class _OnIntegers(Interpreter):
 
     scrambled = False
 
-    def _run_node(self, node: Node, environment: dict[Value, Any], bindings: Mapping[Any, int]) -> tuple[Any, ...]:
+    def run_node(self, node: Node, environment: dict[Value, Any], bindings: Mapping[Any, int]) -> tuple[Any, ...]:
         if self.scrambled and _is_function(node):
-            operands = [self._read(operand, environment, bindings) for operand in node.inputs]
+            operands = [self.read(operand, environment, bindings) for operand in node.inputs]
             return (_scramble(node, operands),)
-        results = super()._run_node(node, environment, dict(bindings))
+        results = super().run_node(node, environment, dict(bindings))
         for result in results:
             if isinstance(result, torch.Tensor) and result.is_floating_point() and not _is_whole(result):
                 raise _NotWhole

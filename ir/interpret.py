@@ -40,7 +40,7 @@ class Interpreter:
 
     def run(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
         """Results of the graph for inputs in order or by name; raises RegaugeError naming the node that failed."""
-        arguments = self._arguments(inputs)
+        arguments = self.arguments(inputs)
         bindings: dict[sympy.Symbol, int] = {}
         for value, tensor in zip(self.graph.inputs, arguments, strict=True):
             if isinstance(tensor, tuple | list) and isinstance(value.dtype, torch.dtype):
@@ -61,7 +61,7 @@ class Interpreter:
         self.states = {s.name: environment[s.after] for s in self.graph.states}
         return results
 
-    def _arguments(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+    def arguments(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
         names = [value.name for value in self.graph.inputs]
         defaults = {name: weight.load() for name, weight in self.graph.metadata.get("input_defaults", {}).items()}
         if not isinstance(inputs, Mapping) and len(inputs) == len(names) - len(defaults):
@@ -79,18 +79,18 @@ class Interpreter:
         return [_tensor(x) for x in inputs]
 
     def _run_graph(self, graph: Graph, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> list[Any]:
-        last_use = _last_uses(graph)
+        last_use = last_uses(graph)
         late = _born_inside(graph)
         for step, node in enumerate(graph.nodes):
-            results = self._run_node(node, environment, bindings)
+            results = self.run_node(node, environment, bindings)
             environment.update(zip(node.outputs, results, strict=True))
             for value in late.get(node, ()):
                 solve_bindings(value.shape, environment[value].shape, bindings)
             for value in last_use.get(step, ()):
                 del environment[value]
-        return [self._read(output, environment, bindings) for output in graph.outputs]
+        return [self.read(output, environment, bindings) for output in graph.outputs]
 
-    def _read(self, operand: Any, environment: dict[Value, Any], bindings: Mapping[sympy.Symbol, int]) -> Any:
+    def read(self, operand: Any, environment: dict[Value, Any], bindings: Mapping[sympy.Symbol, int]) -> Any:
         if isinstance(operand, Parameter) and operand not in environment:
             tensor = self.weights.get(operand.name)
             tensor = operand.tensor if tensor is None else tensor
@@ -99,10 +99,8 @@ class Interpreter:
             return environment[operand]
         return evaluate(operand, bindings)
 
-    def _run_node(
-        self, node: Node, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]
-    ) -> tuple[Any, ...]:
-        operands = [self._read(operand, environment, bindings) for operand in node.inputs]
+    def run_node(self, node: Node, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> tuple[Any, ...]:
+        operands = [self.read(operand, environment, bindings) for operand in node.inputs]
         attributes = {key: evaluate(value, bindings) for key, value in node.attributes.items()}
         if node.regions:
             attributes["regions"] = tuple(self._region(region, bindings) for region in node.regions)
@@ -176,7 +174,7 @@ def _born_inside(graph: Graph) -> dict[Node, list[Value]]:
     return result
 
 
-def _last_uses(graph: Graph) -> dict[int, list[Value]]:
+def last_uses(graph: Graph) -> dict[int, list[Value]]:
     """Values that can be dropped after each step, so that a run holds no more tensors than it needs."""
     position = {node: step for step, node in enumerate(graph.nodes)}
     protected = {o for o in graph.outputs if isinstance(o, Value)} | {s.after for s in graph.states}

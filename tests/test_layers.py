@@ -95,7 +95,7 @@ def test_imports_point_downward(layer: str) -> None:
 
 
 def test_pass_families_do_not_import_one_another() -> None:
-    """What two families need goes down into `ir`, or beside them into `passes`."""
+    """What two families need goes down into `ir`, or beside them into `passes`, where `calibration` is no family."""
     families = [folder for folder in (ROOT / "passes").iterdir() if any(folder.glob("*.py"))]
     wrong = [
         f"{place(file, line)}: {family.name} may not import {name}"
@@ -103,7 +103,7 @@ def test_pass_families_do_not_import_one_another() -> None:
         for file in python_files(family)
         for line, name in imported(file)
         for other in families
-        if other != family and is_below(name, f"regauge.passes.{other.name}")
+        if other != family and other.name != "calibration" and is_below(name, f"regauge.passes.{other.name}")
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -1,5 +1,7 @@
 """Importance of every index of every Dim, from the weights alone, in one streaming read of the parameters.
 
+What data says of it is in :mod:`regauge.passes.pruning.distortion`.
+
 A Dim's members are (parameter, axis) pairs. Index i of the Dim owns a slice of each member; its score adds up the
 magnitudes of these slices. Only sums along axes are kept, never a tensor, so that a model on disk is read once and the
 memory stays near one tensor.
@@ -20,7 +22,7 @@ from regauge.ir.extents import Dim, Extent, Product, leaves, resolve, size_of
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.groups import Group, Member
 
-Criterion: TypeAlias = Literal["l1", "l2", "bn", "random"]
+Criterion: TypeAlias = Literal["distortion", "l1", "l2", "bn", "random"]
 Scores: TypeAlias = dict[Dim, np.ndarray]
 Axis: TypeAlias = tuple[Parameter, int]
 

@@ -149,7 +149,7 @@ def test_pattern_that_matches_nothing_is_an_error() -> None:
         ({"ratio": "half"}, "'ratio' of prune must be a number, not 'half'"),
         ({"params": "many"}, "params=many is not an amount"),
         ({"macs": 0}, "macs=0 is out of range"),
-        ({"ratio": 0.5, "score": "l3"}, "must be one of l1, l2, bn, random, not 'l3'"),
+        ({"ratio": 0.5, "score": "l3"}, "must be one of distortion, l1, l2, bn, random, not 'l3'"),
         ({"ratio": 0.5, "round_to": 0}, "'round_to' of prune must be at least 1"),
     ],
 )

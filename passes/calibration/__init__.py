@@ -1,0 +1,1 @@
+"""What passes learn from data: the batches, the layers whose inputs are looked at, and sums over these inputs."""
