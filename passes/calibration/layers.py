@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from regauge.ir.extents import Dim, Extent, flat_indices, leaves
+from regauge.ir.errors import AxisError
+from regauge.ir.extents import Dim, Extent, Product, leaves, resolve, size_of
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.ops.windows import per_axis
 
@@ -93,7 +94,10 @@ class Layer:
     def columns_of(self, graph: Graph, dim: Dim) -> np.ndarray:
         """The columns that each index of a Dim owns, [indices, columns each]; none where it is not contracted."""
         extent = graph.axes.of[self.weight][self.contracted]
-        return _columns_of(extent, dim, self.taps)
+        if leaves(extent).count(dim) != 1:
+            return np.zeros((int(dim.size), 0), dtype=np.int64)
+        positions = _positions(extent, dim)
+        return (positions[:, :, None] * self.taps + np.arange(self.taps)).reshape(len(positions), -1)
 
 
 def layer_of(node: Node) -> Layer | None:
@@ -120,12 +124,23 @@ def _is_own(value: object) -> bool:
     return isinstance(value.dtype, torch.dtype) and value.dtype.is_floating_point
 
 
-def _columns_of(extent: Extent, dim: Dim, taps: int) -> np.ndarray:
-    if leaves(extent).count(dim) != 1:
-        return np.zeros((int(dim.size), 0), dtype=np.int64)
-    others = flat_indices(extent, {dim: np.zeros(0, dtype=np.int64)})
-    positions = [np.setdiff1d(flat_indices(extent, {dim: np.array([j])}), others) for j in range(int(dim.size))]
-    return np.stack([(own[:, None] * taps + np.arange(taps)).reshape(-1) for own in positions])
+def _positions(extent: Extent, dim: Dim) -> np.ndarray:
+    """The positions on an axis that each index of a Dim owns, [indices, positions each]; the Dim occurs once in it."""
+    found = resolve(extent)
+    if isinstance(found, Dim):
+        return np.arange(int(dim.size))[:, None]
+    if isinstance(found, Product):
+        grid = np.arange(int(size_of(found))).reshape([int(size_of(factor)) for factor in found.factors])
+        place = next(p for p, factor in enumerate(found.factors) if dim in leaves(factor))
+        inner = _positions(found.factors[place], dim)
+        rows: np.ndarray = np.moveaxis(grid, place, 0).reshape(grid.shape[place], -1)[inner]
+        return rows.reshape(len(inner), -1)
+    offset = 0
+    for segment in found.segments:
+        if dim in leaves(segment):
+            return _positions(segment, dim) + offset
+        offset += int(size_of(segment))
+    raise AxisError(f"{dim} is not on the axis {found}")
 
 
 def _patches(x: torch.Tensor, node: Node, weight: Parameter) -> torch.Tensor:

@@ -44,8 +44,7 @@ def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[A
     Within a Dim scores rise in the order in which indices go. Memory: what one batch needs with gradients, and
     :data:`MEMORY` for Gram matrices; the graph runs once per so many of them.
     """
-    layers = [layer for node in graph.nodes if (layer := layer_of(node)) is not None]
-    readers = {group.dim: _readers(graph, group.dim, layers) for group in groups}
+    readers = _readers(graph, [group.dim for group in groups])
     sensitivity, first_order = _gradients(graph, readers, batches, seed)
     found: Scores = {}
     probe = _Probe(graph, batches)
@@ -60,9 +59,16 @@ def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[A
     return found
 
 
-def _readers(graph: Graph, dim: Dim, layers: Sequence[Layer]) -> list[Layer]:
-    """The layers that contract a Dim, each index of it in columns of its own."""
-    return [layer for layer in layers if layer.columns_of(graph, dim).shape[1]]
+def _readers(graph: Graph, dims: Sequence[Dim]) -> dict[Dim, list[Layer]]:
+    """The layers that contract each Dim, every index of it in columns of its own."""
+    found: dict[Dim, list[Layer]] = {dim: [] for dim in dims}
+    for node in graph.nodes:
+        layer = layer_of(node)
+        contracted = leaves(graph.axes.of[layer.weight][layer.contracted]) if layer is not None else []
+        for dim in contracted:
+            if layer is not None and dim in found and contracted.count(dim) == 1:
+                found[dim].append(layer)
+    return found
 
 
 def _parts(dims: Sequence[Dim], readers: dict[Dim, list[Layer]]) -> Iterator[list[Dim]]:
@@ -99,14 +105,12 @@ def _gradients(
 ) -> tuple[dict[Layer, torch.Tensor], Scores]:
     """Mean squares of the gradients at each layer's output rows, per example; first-order costs of the other Dims."""
     by_output = {layer.node.output: layer for found in readers.values() for layer in found}
-    holders = {dim: _produced(graph, dim) for dim, found in readers.items() if not found}
+    holders = _produced(graph, {dim for dim, found in readers.items() if not found})
     squares = {layer: torch.zeros(layer.outputs, dtype=torch.float64) for layer in by_output.values()}
     rows = dict.fromkeys(by_output.values(), 0)
-    costs: Scores = {dim: np.zeros(int(dim.size)) for dim, value in holders.items() if value is not None}
-    visits = 0
+    costs: Scores = {dim: np.zeros(int(dim.size)) for dim in holders}
 
     def visit(value: Value, tensor: torch.Tensor, gradient: torch.Tensor) -> None:
-        nonlocal visits
         layer = by_output.get(value)
         if layer is not None:
             own = layer.rows_of_output(gradient).double().square()
@@ -115,22 +119,22 @@ def _gradients(
         for dim, held in holders.items():
             if held is value:
                 costs[dim] += _first_order(graph, value, dim, tensor * gradient)
-        visits += 1
 
-    values = [*by_output, *dict.fromkeys(value for value in holders.values() if value is not None)]
+    values = [*by_output, *dict.fromkeys(holders.values())]
     visit_gradients(graph, batches, values, visit, seed=seed)
     examples = max(1, sum(examples_in(batch) for batch in batches))
     means = {layer: total / max(1, rows[layer]) / examples for layer, total in squares.items()}
     return means, {dim: cost / examples for dim, cost in costs.items()}
 
 
-def _produced(graph: Graph, dim: Dim) -> Value | None:
-    """The first computed value that has a Dim."""
-    for node in graph.nodes:
+def _produced(graph: Graph, dims: set[Dim]) -> dict[Dim, Value]:
+    """The first computed value that has each of these Dims."""
+    found: dict[Dim, Value] = {}
+    for node in graph.nodes if dims else ():
         for value in node.outputs:
-            if any(dim in leaves(extent) for extent in graph.axes.of[value]):
-                return value
-    return None
+            for extent in graph.axes.of[value]:
+                found.update({dim: value for dim in leaves(extent) if dim in dims and dim not in found})
+    return found
 
 
 def _first_order(graph: Graph, value: Value, dim: Dim, product: torch.Tensor) -> np.ndarray:

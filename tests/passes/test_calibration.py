@@ -100,3 +100,12 @@ def test_squared_gradients_are_those_of_the_jacobian() -> None:
 
     visit_gradients(graph, [(torch.ones(1, 3),)], [hidden], visit, draws=draws)
     torch.testing.assert_close(total, torch.tensor([5.0, 4.0, 9.0]), rtol=0.1, atol=0.0)
+
+
+def test_columns_of_heads_and_of_sizes_inside_them() -> None:
+    layer = nn.TransformerEncoderLayer(12, 3, 8, batch_first=True).eval()
+    graph = capture(layer, (images(2, 5, 12),))
+    output = next(found for node in graph.nodes if (found := layer_of(node)) and "out_proj" in found.weight.name)
+    heads, sizes = graph.dims(output.node.inputs[0])[-1]
+    assert output.columns_of(graph, heads).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert output.columns_of(graph, sizes).tolist() == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
