@@ -30,6 +30,7 @@ from regauge.ir.sizes import (
     prime_hints,
     product,
     symbol,
+    symbols_in,
 )
 
 Type: TypeAlias = tuple[tuple[Size, ...], Dtype]
@@ -96,7 +97,7 @@ def _result_types(scope: Scope, node: onnx_ir.Node, proto: Any, onnx_operands: l
     """
     inferred = _infer(scope, proto, onnx_operands)
     outputs = [value for value in node.outputs if value.name]
-    known = {s for v in onnx_operands for size in scope.find(v).shape for s in _symbols(size)}
+    known = symbols_in([scope.find(v).shape for v in onnx_operands])
     asked = _asked(scope, node)
     types = [_told(inferred.get(value.name or ""), value, known, asked) for value in outputs]
     foreign = node.domain not in _STANDARD and not proto.functions
@@ -136,14 +137,10 @@ def _told(
         sizes = tuple(_size(dimension, f"{name}_{i}") for i, dimension in enumerate(found.shape))
         # a size that inference made up is named alike at every node: it is one of this node's own
         own = (asked.get(i, symbol(f"{name}_{i}")) for i in range(len(sizes)))
-        return tuple(s if _symbols(s) <= known else o for s, o in zip(sizes, own, strict=True)), dtype
+        return tuple(s if symbols_in(s) <= known else o for s, o in zip(sizes, own, strict=True)), dtype
     if stated.shape is not None:
         return tuple(_size(dimension, f"{name}_{i}") for i, dimension in enumerate(stated.shape)), dtype
     return UNKNOWN_RANK, dtype
-
-
-def _symbols(size: Size) -> set[sympy.Symbol]:
-    return set() if isinstance(size, int) else set(size.free_symbols)
 
 
 def _probe(scope: Scope, proto: Any, onnx_operands: list[onnx_ir.Value], names: list[str]) -> list[Type] | None:
@@ -153,7 +150,7 @@ def _probe(scope: Scope, proto: Any, onnx_operands: list[onnx_ir.Value], names: 
     """
     run = get_operator("onnx_call").evaluate
     entries = [scope.find(onnx_value) for onnx_value in onnx_operands]
-    symbols = {s for e in entries for size in e.shape for s in _symbols(size)}
+    symbols = symbols_in([e.shape for e in entries])
     found = []
     for content, avoid in enumerate((8, 20)):
         bindings = prime_hints(symbols, avoid)

@@ -40,16 +40,8 @@ class Interpreter:
 
     def run(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
         """Results of the graph for inputs in order or by name; raises RegaugeError naming the node that failed."""
-        arguments = self.arguments(inputs)
-        bindings: dict[sympy.Symbol, int] = {}
-        for value, tensor in zip(self.graph.inputs, arguments, strict=True):
-            if isinstance(tensor, tuple | list) and isinstance(value.dtype, torch.dtype):
-                kind = type(tensor).__name__
-                raise GraphError(f"the input {value} got {describe(tensor)}, a {kind}: give a tensor for each input")
-            if isinstance(tensor, torch.Tensor):
-                _check_rank(value, tensor)
-                solve_bindings(value.shape, tensor.shape, bindings)
-        environment: dict[Value, Any] = dict(zip(self.graph.inputs, arguments, strict=True))
+        environment, bindings = self.bound(inputs)
+        arguments = list(environment.values())
         try:
             with torch.no_grad():
                 results = self._run_graph(self.graph, environment, bindings)
@@ -61,7 +53,23 @@ class Interpreter:
         self.states = {s.name: environment[s.after] for s in self.graph.states}
         return results
 
-    def arguments(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+    def bound(self, inputs: Sequence[Any] | Mapping[str, Any]) -> tuple[dict[Value, Any], dict[sympy.Symbol, int]]:
+        """The graph's inputs with what was given for them, and the dynamic sizes that this fixes.
+
+        Raises GraphError for a wrong number of inputs, one that is no tensor, or one of another rank.
+        """
+        arguments = self._arguments(inputs)
+        bindings: dict[sympy.Symbol, int] = {}
+        for value, tensor in zip(self.graph.inputs, arguments, strict=True):
+            if isinstance(tensor, tuple | list) and isinstance(value.dtype, torch.dtype):
+                kind = type(tensor).__name__
+                raise GraphError(f"the input {value} got {describe(tensor)}, a {kind}: give a tensor for each input")
+            if isinstance(tensor, torch.Tensor):
+                _check_rank(value, tensor)
+                solve_bindings(value.shape, tensor.shape, bindings)
+        return dict(zip(self.graph.inputs, arguments, strict=True)), bindings
+
+    def _arguments(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
         names = [value.name for value in self.graph.inputs]
         defaults = {name: weight.load() for name, weight in self.graph.metadata.get("input_defaults", {}).items()}
         if not isinstance(inputs, Mapping) and len(inputs) == len(names) - len(defaults):

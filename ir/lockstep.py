@@ -14,7 +14,6 @@ import torch
 
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.interpret import Interpreter, last_uses
-from regauge.ir.sizes import solve_bindings
 
 
 class Lockstep:
@@ -31,11 +30,8 @@ class Lockstep:
         self._environments: list[dict[Value, Any]] = []
         self._bindings: list[dict[sympy.Symbol, int]] = []
         for batch in batches:
-            arguments = self._interpreter.arguments(batch)
-            bindings: dict[sympy.Symbol, int] = {}
-            for value, tensor in zip(graph.inputs, arguments, strict=True):
-                solve_bindings(value.shape, tensor.shape, bindings)
-            self._environments.append(dict(zip(graph.inputs, arguments, strict=True)))
+            environment, bindings = self._interpreter.bound(batch)
+            self._environments.append(environment)
             self._bindings.append(bindings)
         self._last_uses = last_uses(graph)
         self._done: Node | None = None

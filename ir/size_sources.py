@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 
 from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.sizes import symbols_in
 
 
 def untold_sources(graph: Graph, live: Collection[Node]) -> list[Node]:
@@ -37,7 +38,7 @@ def _told_by(nodes: Sequence[Node]) -> dict[Any, Node]:
         sizes = {size for value in node.outputs for size in value.shape if isinstance(size, sympy.Symbol)}
         if not sizes:
             continue
-        given = set(_symbols_in([value.shape for _, value in node.operands()])) | set(_read_by(node))
+        given = symbols_in([value.shape for _, value in node.operands()]) | set(_read_by(node))
         for size in sizes - given:
             found.setdefault(size, node)
     return found
@@ -49,22 +50,13 @@ def _first_reads(graph: Graph, nodes: Sequence[Node]) -> dict[sympy.Symbol, int]
     for index, node in enumerate(nodes):
         for size in _read_by(node):
             found.setdefault(size, index)
-    for size in _symbols_in([output for output in graph.outputs if not isinstance(output, Value)]):
+    for size in symbols_in([output for output in graph.outputs if not isinstance(output, Value)]):
         found.setdefault(size, len(nodes))
     return found
 
 
 def _read_by(node: Node) -> Iterator[sympy.Symbol]:
-    yield from _symbols_in([operand for operand in node.inputs if not isinstance(operand, Value)])
-    yield from _symbols_in(list(node.attributes.values()))
+    yield from symbols_in([operand for operand in node.inputs if not isinstance(operand, Value)])
+    yield from symbols_in(list(node.attributes.values()))
     for region in node.regions:
         yield from _first_reads(region, region.nodes)
-
-
-def _symbols_in(value: Any) -> Iterator[sympy.Symbol]:
-    """The dynamic sizes in a size, or in nested lists of them."""
-    if isinstance(value, sympy.Basic):
-        yield from (s for s in value.free_symbols if isinstance(s, sympy.Symbol))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _symbols_in(part)

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
 import torch
 
 from regauge.ir.graph import Graph, Value
 from regauge.ir.interpret import Interpreter
-from regauge.ir.sizes import solve_bindings
 
 Visit = Callable[[Value, torch.Tensor, torch.Tensor], None]
 
@@ -43,11 +41,7 @@ def visit_gradients(
 def _run(graph: Graph, batch: Any, wanted: set[Value]) -> tuple[dict[Value, torch.Tensor], list[torch.Tensor]]:
     """The wanted values, each a tensor that gradients reach, and the real outputs."""
     interpreter = Interpreter(graph)
-    bindings: dict[sympy.Symbol, int] = {}
-    arguments = interpreter.arguments(batch)
-    for value, tensor in zip(graph.inputs, arguments, strict=True):
-        solve_bindings(value.shape, tensor.shape, bindings)
-    environment: dict[Value, Any] = dict(zip(graph.inputs, arguments, strict=True))
+    environment, bindings = interpreter.bound(batch)
     tensors: dict[Value, torch.Tensor] = {}
     with torch.enable_grad():
         for node in graph.nodes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from regauge.ir.errors import PassError
+
 _ROWS = 1 << 15  # rows that are multiplied at a time: the products are exact enough in float32, their sums are not
 
 
@@ -27,6 +29,11 @@ class Moments:
             if y is not None:
                 self.cross += (y[start : start + _ROWS].float().t() @ part).double()
         self.rows += len(x)
+
+    def check(self, layer: str) -> None:
+        """Raise PassError, naming the layer, where what was added is not finite."""
+        if not bool(self.cross.isfinite().all() and self.gram.isfinite().all()):
+            raise PassError(f"{layer} gets or gives infinite numbers on the calibration data")
 
 
 def ridge(gram: torch.Tensor, share: float) -> torch.Tensor:

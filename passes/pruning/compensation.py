@@ -79,8 +79,7 @@ class _Compensation:
         inputs = self.now.values(layer.node.inputs[0])
         for x, y in zip(inputs, self._targets(layer, was), strict=True):
             found.add(layer.rows_of_input(x), layer.rows_of_output(y))
-        if not bool(found.cross.isfinite().all() and found.gram.isfinite().all()):
-            raise PassError(f"{layer.node.label} gets or gives infinite numbers on the calibration data")
+        found.check(layer.node.label)
         free = layer.bias is not None or layer.norm is not None
         solved = least_squares(found, torch.cat([weight, bias[:, None]], 1), RIDGE, bias=free)
         set_weight(self.pruned, layer.weight, layer.stored(solved[:, :-1]), by=self.by)

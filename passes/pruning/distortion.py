@@ -94,6 +94,8 @@ def _moments(graph: Graph, layers: set[Layer], batches: Sequence[Any]) -> dict[L
         layer = by_node.get(node)
         for x in lockstep.values(node.inputs[0]) if layer is not None else ():
             found[by_node[node]].add(by_node[node].rows_of_input(x))
+    for layer, moments in found.items():
+        moments.check(layer.node.label)
     return found
 
 

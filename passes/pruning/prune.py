@@ -120,7 +120,7 @@ class Prune(Pass):
         result = resize(graph, keep, by=self.name)
         if batches is not None and self.compensate is not False:
             refitted = compensate(graph, result, keep, batches, by=self.name)
-            context.note(f"{refitted} layers are refitted on {sum(map(examples_in, batches))} examples")
+            context.note(f"layers refitted on {sum(map(examples_in, batches))} examples: {refitted}")
         return result
 
     def _batches(self, graph: Graph, context: Context) -> list[Any] | None:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import regauge
 from regauge.frontends.capture import capture
 from regauge.ir.cost import figures
-from regauge.ir.errors import PassError
+from regauge.ir.errors import GraphError, PassError
 from regauge.ir.graph import Graph
 
 
@@ -68,7 +68,7 @@ def test_what_others_can_take_over_goes_and_nothing_is_lost() -> None:
     pruned = regauge.optimize(graph, "prune{ratio=0.5}", data=[(x,)])
     assert error(graph, pruned, x) < 3e-3  # the ridge keeps weights near what they were
     assert error(graph, regauge.optimize(graph, "prune{ratio=0.5}"), x) > 0.05
-    assert "1 layers are refitted on 400 examples" in str(pruned.report)
+    assert "layers refitted on 400 examples: 1" in str(pruned.report)
 
 
 def test_refitted_networks_are_nearer_on_images_that_were_not_seen() -> None:
@@ -111,6 +111,12 @@ def test_data_that_is_missing_is_asked_for(wanted: str) -> None:
         regauge.optimize(network(), f"prune{{macs=0.5,{wanted}}}")
 
 
-def test_infinite_inputs_are_told_with_their_layer() -> None:
+@pytest.mark.parametrize("score", ["l2", "distortion"])
+def test_infinite_inputs_are_told_with_their_layer(score: str) -> None:
     with pytest.raises(PassError, match="infinite numbers on the calibration data"):
-        regauge.optimize(network(), "prune{macs=0.5,score=l2}", data=[(images(2) * torch.inf,)])
+        regauge.optimize(network(), f"prune{{macs=0.5,score={score}}}", data=[(images(2) * torch.inf,)])
+
+
+def test_batches_of_another_rank_are_told_with_the_input() -> None:
+    with pytest.raises(GraphError, match=r"the input %x: f32\[batch,3,8,8\] got a tensor of shape"):
+        regauge.optimize(network(), "prune{macs=0.5}", data=[(images(2)[0],)])
