@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,17 +63,8 @@ def seeded(seed: int = 0) -> Iterator[None]:
         yield
 
 
-def device_of(graph: Graph) -> torch.device:
-    """Where the graph's weights are: tables made during a run are made there too."""
-    for parameter in graph.parameters.values():
-        if parameter.kind != "constant":
-            return parameter.tensor.device
-    return torch.device("cpu")
-
-
 def run_graph(graph: Graph, inputs: Sequence[torch.Tensor], hook: Any = None) -> list[Any]:
-    device = device_of(graph)
-    with seeded(), nullcontext() if device.type == "cpu" else device:
+    with seeded():
         return Interpreter(graph, hook=hook).run([x.clone() for x in inputs])
 
 

@@ -32,6 +32,10 @@ _ADVICE = (
 )  # fmt: skip
 
 
+# What torch says of results that are no pytree; older releases look a dataclass up in a set, where it has no hash.
+_UNKNOWN_RESULT = ("not a known type", "unhashable type")
+
+
 @contextlib.contextmanager
 def in_mode(module: torch.nn.Module, training: bool) -> Iterator[None]:
     """The module in train or eval mode inside; every sub-module's own flag is restored after."""
@@ -131,7 +135,7 @@ def export_module(
     except Exception as error:  # every exporter fails in its own ways; the last word is CaptureError
         first = error
     with contextlib.suppress(Exception):
-        if "not a known type" in str(first):
+        if any(words in str(first) for words in _UNKNOWN_RESULT):
             changes: list[str] = []
             program = attempt(module, False, lambda result: plain_outputs(result, changes))
             if any(isinstance(n.meta.get("val"), torch.Tensor) for n in program.graph.output_node().all_input_nodes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import sympy
@@ -35,11 +36,15 @@ class Interpreter:
         self.graph = graph
         self.hook = hook
         self.weights = dict(weights or {})
-        self.device = device
+        self.device = device_of(graph) if device is None else torch.device(device)
+        self._moves = device is not None  # the parameters too
         self.states: dict[str, torch.Tensor] = {}
 
     def run(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
-        """Results of the graph for inputs in order or by name; raises RegaugeError naming the node that failed."""
+        """Results of the graph for inputs in order or by name, which are moved to where the weights are.
+
+        Raises RegaugeError naming the node that failed.
+        """
         environment, bindings = self.bound(inputs)
         arguments = list(environment.values())
         try:
@@ -84,7 +89,7 @@ class Interpreter:
             raise GraphError(
                 f"the graph takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}: give them as one tuple"
             )
-        return [_tensor(x) for x in inputs]
+        return [_tensor(x, self.device) for x in inputs]
 
     def _run_graph(self, graph: Graph, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> list[Any]:
         last_use = last_uses(graph)
@@ -102,7 +107,7 @@ class Interpreter:
         if isinstance(operand, Parameter) and operand not in environment:
             tensor = self.weights.get(operand.name)
             tensor = operand.tensor if tensor is None else tensor
-            return tensor if self.device is None else tensor.to(self.device)
+            return tensor.to(self.device) if self._moves else tensor
         if isinstance(operand, Value):
             return environment[operand]
         return evaluate(operand, bindings)
@@ -113,7 +118,8 @@ class Interpreter:
         if node.regions:
             attributes["regions"] = tuple(self._region(region, bindings) for region in node.regions)
         try:
-            raw = node.operator.evaluate(*operands, **attributes)
+            with nullcontext() if self.device.type == "cpu" else self.device:  # tables are made there
+                raw = node.operator.evaluate(*operands, **attributes)
         except RegaugeError:
             raise
         except Exception as error:
@@ -138,11 +144,21 @@ class Interpreter:
         return call
 
 
-def _tensor(given: Any) -> Any:
-    """Arrays become tensors; arrays of types torch lacks (strings) stay arrays."""
-    if isinstance(given, torch.Tensor) or not hasattr(given, "__array__"):
+def device_of(graph: Graph) -> torch.device:
+    """Where the graph's weights are: its inputs go there, and tables made during a run are made there."""
+    for parameter in graph.parameters.values():
+        if parameter.kind != "constant":
+            return parameter.tensor.device
+    return torch.device("cpu")
+
+
+def _tensor(given: Any, device: torch.device) -> Any:
+    """Arrays become tensors, where the weights are; arrays of types torch lacks (strings) stay arrays."""
+    if isinstance(given, torch.Tensor):
+        return given if given.device == device or "meta" in (given.device.type, device.type) else given.to(device)
+    if not hasattr(given, "__array__") or getattr(getattr(given, "dtype", None), "kind", "") in "OUSV":
         return given
-    return given if getattr(given, "dtype", None) is not None and given.dtype.kind in "OUSV" else torch.as_tensor(given)
+    return torch.as_tensor(given, device=device)
 
 
 def describe(value: Any) -> str:

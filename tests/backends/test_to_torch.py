@@ -340,6 +340,7 @@ def test_nothing_is_written_when_it_fails(tmp_path):
 
 
 def test_source_is_clean(tmp_path):
+    pytest.importorskip("ruff")
     graph, _ = _small()
     (tmp_path / "model.py").write_text(emit(graph).source)
     subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", str(tmp_path)], check=True)
