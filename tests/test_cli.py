@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import regauge
 from regauge.cli import main
+from regauge.ir.operator import all_operators
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +193,25 @@ def test_everything_fits_into_a_terminal(
         assert lines[2].split()[:2] == ["MACs", "2.62K"]
 
 
+def test_version_and_short_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"regauge {regauge.__version__}\n"
+    assert run("passes", "-h") == 0 and "regauge passes prune" in capsys.readouterr().out
+
+
+def test_operators(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("operators") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == len(all_operators()) + 1
+    assert ["linear", "...", "i,", "o", "i,", "o?", "->", "...", "o", "linear"] in rows
+    assert run("operators", "LayerNormalization") == 0
+    assert "layer_norm" in capsys.readouterr().out
+    assert run("operators", "Layernormalization") == 2
+    assert "did you mean LayerNormalization" in capsys.readouterr().err
+
+
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("optimize", "inspect", "groups", "explain", "compare", "passes", "demo"):
+    for command in ("optimize", "inspect", "groups", "explain", "compare", "passes", "operators", "demo"):
         assert run(command, "--help") == 0
         assert f"regauge {command}" in capsys.readouterr().out.partition("\n")[2]
 

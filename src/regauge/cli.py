@@ -27,16 +27,33 @@ if TYPE_CHECKING:
 # Errors are printed by main(), in one line; docstrings are shown as they are written.
 app = typer.Typer(
     name="regauge",
-    help="Prune and rewrite neural networks that already exist.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Model = Annotated[Path, typer.Argument(metavar="IN", help="an ONNX file, or a program saved by torch.export (.pt2)")]
 Data = Annotated[
     list[Path] | None, typer.Option(metavar="FILE", help="an .npz file, one array per input; may be repeated")
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from regauge import __version__
+
+        print(f"regauge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Prune and rewrite neural networks that already exist."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -354,6 +371,29 @@ def _pass_rows(names: Sequence[str]) -> list[list[str]]:
         except RegaugeError as error:  # a broken plug-in must not hide the others
             rows.append([name, "-", f"cannot be used: {error}"])
     return rows
+
+
+@app.command()
+def operators(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="an operator, as torch, ONNX or Regauge has it")
+    ] = None,
+) -> None:
+    """List the operators that Regauge knows, or describe one of them: its axis rule and what it is called elsewhere.
+
+    \b
+    regauge operators
+    regauge operators LayerNormalization
+    """
+    from regauge.ir.operator_table import described, operator_rows
+
+    if name is None:
+        print_table(operator_rows())
+        return
+    for number, rows in enumerate(described(name)):
+        if number:
+            print()
+        print_table(rows)
 
 
 @app.command()
