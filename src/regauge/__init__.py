@@ -16,6 +16,7 @@ from regauge.optimize import optimize as optimize
 
 if TYPE_CHECKING:
     from regauge import settings as settings
+    from regauge import training as training
     from regauge.backends.compare import Comparison as Comparison
     from regauge.backends.compare import compare as compare
     from regauge.frontends.capture import capture as capture
@@ -69,6 +70,7 @@ _HOME = {
     "rewrite": "regauge.passes.rewriting",
     "sample": "regauge.ir.operator",
     "settings": "regauge.settings",
+    "training": "regauge.training",
 }
 
 __version__ = "0.1.0"
