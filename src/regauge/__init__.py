@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from regauge.passes.base import Context as Context
     from regauge.passes.base import Pass as Pass
     from regauge.passes.bisect import bisect as bisect
+    from regauge.passes.elastic.elastic import elastic as elastic
     from regauge.passes.options import option as option
     from regauge.passes.rewriting import rewrite as rewrite
 
@@ -60,6 +61,7 @@ _HOME = {
     "capture": "regauge.frontends.capture",
     "check_operator": "regauge.ir.laws",
     "compare": "regauge.backends.compare",
+    "elastic": "regauge.passes.elastic.elastic",
     "examine": "regauge.frontends.examine",
     "load": "regauge.frontends.from_onnx",
     "operator": "regauge.ir.operator",

@@ -7,6 +7,10 @@
 See :mod:`regauge.passes.training.sparsifier` for the protocol.
 """
 
+from regauge.passes.elastic.supernet import Supernet as Supernet
+from regauge.passes.training.distillation import Distillation as Distillation
+from regauge.passes.training.distillation import feature_distance as feature_distance
+from regauge.passes.training.distillation import soft_cross_entropy as soft_cross_entropy
 from regauge.passes.training.gradual import GradualGroups as GradualGroups
 from regauge.passes.training.gradual import GradualWeights as GradualWeights
 from regauge.passes.training.hesso import Cric as Cric
