@@ -21,7 +21,7 @@ from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
 from regauge.ir.resize import resize
-from regauge.passes.budget import Choice, parse_amount, round_wishes
+from regauge.passes.budget import Choice, allocate, parse_amount, round_wishes, uniform_plan, with_multiples
 from regauge.passes.elastic.reorder import may_be_reordered, reorder
 from regauge.passes.pruning.scores import Criterion, score
 from regauge.passes.pruning.selection import select
@@ -73,6 +73,23 @@ class Elastic:
         keep = {name: range(count) for name, count in counts.items() if count < int(dims[name].size)}
         return resize(self.graph, keep, by="elastic") if keep else self.graph.copy()
 
+    def uniform(
+        self, *, macs: float | str | None = None, params: float | str | None = None, bytes: float | str | None = None
+    ) -> dict[str, int]:
+        """Counts of the widest network of one width, the same share of every Dim, that meets a budget.
+
+        The budget is what is kept, as in ``prune``; single indices are added until it is used. For :meth:`cut_to`.
+        Raises PassError where a budget cannot be met.
+        """
+        metric, amount = _budget(macs, params, bytes)
+        dims = self._dims()
+        choices = [Choice(dims[name], found) for name, found in self.scores.items()]
+        choices = with_multiples(choices, Rounding(self.graph, self.round_to))
+        running = cost(self.graph).running(metric)
+        target = parse_amount(amount, metric).of(running.original)
+        found = allocate(choices, uniform_plan(choices), running, target, f"{metric}={amount}")
+        return {dim.name: count for dim, count in found.items()}
+
     def mix(
         self,
         *,
@@ -83,47 +100,54 @@ class Elastic:
     ) -> dict[str, int]:
         """Mix'n'Match: counts for each Dim by itself, of a few granularities, that meet a budget; for :meth:`cut_to`.
 
-        Of what is kept, as in ``prune``. From the full width on, that Dim is narrowed to its next granularity which
-        loses the least score per unit saved. MatFormer (section 3.4) mixes granularities it has trained with slowly
-        changing widths by hand; the greedy choice by score is ours. Raises PassError where a budget cannot be met.
+        The budget is what is kept, as in ``prune``. From the full width on, that Dim is narrowed to its next
+        granularity which loses the least score per unit saved; what is left of the budget in the end widens Dims
+        again. MatFormer (section 3.4) mixes granularities that it has trained, with widths that change slowly from
+        layer to layer, by hand; the greedy choice by score is ours. Mixes that no training has seen may be poor:
+        :class:`regauge.training.Supernet` takes them among its widths. Raises PassError where a budget cannot be met.
         """
-        budgets: dict[Metric, Any] = {"macs": macs, "parameters": params, "bytes": bytes}
-        given = [(metric, amount) for metric, amount in budgets.items() if amount is not None]
-        if len(given) != 1:
-            raise PassError(f"mix takes exactly one of macs, params and bytes, not {len(given)}: mix(macs=0.5)")
-        metric, amount = given[0]
-        steps = [self.counts(share) for share in sorted(granularities, reverse=True)]
+        metric, amount = _budget(macs, params, bytes)
+        steps = [self.counts(share) for share in sorted({*granularities, 1.0}, reverse=True)]
         return self._narrowed(steps, metric, amount)
 
     def _narrowed(self, steps: Sequence[Mapping[str, int]], metric: Metric, amount: Any) -> dict[str, int]:
         dims = self._dims()
         running = cost(self.graph).running(metric)
         target = parse_amount(amount, metric).of(running.original)
-        place = dict.fromkeys(self.scores, -1)  # -1: as it is
-        counts = {name: int(dims[name].size) for name in self.scores}
+        place = dict.fromkeys(self.scores, 0)
+
+        def rate(name: str) -> float:
+            """The score lost per unit saved by the next step."""
+            before, after = steps[place[name]][name], steps[place[name] + 1][name]
+            saved = running.total - running.with_size(dims[name], after)
+            return float(self.scores[name][after:before].sum()) / saved if saved > 0 else 0.0
+
         while running.total > target:
-            best: tuple[float, str] | None = None
-            for name, scores in self.scores.items():
-                if place[name] + 1 == len(steps):
-                    continue
-                count = steps[place[name] + 1][name]
-                saved = running.total - running.with_size(dims[name], count)
-                rate = float(scores[count : counts[name]].sum()) / saved if saved > 0 else 0.0
-                if best is None or rate < best[0]:
-                    best = (rate, name)
-            if best is None:
+            narrower = [name for name in self.scores if place[name] + 1 < len(steps)]
+            if not narrower:
                 raise PassError(
                     f"{metric}={amount} cannot be met: {running.total / running.original:.1%} are left with every Dim "
                     "at its smallest granularity; raise the budget or add smaller granularities"
                 )
-            name = best[1]
+            name = min(narrower, key=rate)
             place[name] += 1
-            counts[name] = steps[place[name]][name]
-            running.set_sizes({dims[name]: counts[name]})
-        return counts
+            running.set_sizes({dims[name]: steps[place[name]][name]})
+        for name in sorted(self.scores, key=lambda name: -place[name]):
+            while place[name] and running.with_size(dims[name], steps[place[name] - 1][name]) <= target:
+                place[name] -= 1
+                running.set_sizes({dims[name]: steps[place[name]][name]})
+        return {name: steps[place[name]][name] for name in self.scores}
 
     def _dims(self) -> dict[str, Dim]:
         return {group.name: group.dim for group in self.graph.groups()}
+
+
+def _budget(macs: Any, params: Any, bytes: Any) -> tuple[Metric, Any]:
+    budgets: dict[Metric, Any] = {"macs": macs, "parameters": params, "bytes": bytes}
+    given = [(metric, amount) for metric, amount in budgets.items() if amount is not None]
+    if len(given) != 1:
+        raise PassError(f"give exactly one of macs, params and bytes, not {len(given)}: mix(macs=0.5)")
+    return given[0]
 
 
 def _share(name: str, given: Mapping[str, float]) -> float:
@@ -143,6 +167,7 @@ def elastic(
 
         nested = regauge.elastic(graph)
         half = nested.at(0.5)                                  # every Dim cut to its first half
+        less = nested.cut_to(nested.uniform(macs=0.4))         # the same share everywhere, to a budget
         mixed = nested.cut_to(nested.mix(macs=0.4))            # layer by layer, to a budget
 
     ``score_by`` is a criterion of weights (l1, l2, bn, random), or scores of one's own by name of Dim; Dims without

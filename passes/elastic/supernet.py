@@ -11,9 +11,10 @@ half = net.at(0.5, batches)      # a graph with its own batch norm statistics
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,32 +31,40 @@ Criterion = Callable[[Any], torch.Tensor]
 class Supernet(nn.Module):
     """The module of an elastic graph, which also runs at smaller widths, with slices of the same weights.
 
-    ``net(x)`` is the whole network, ``net(x, width=0.5)`` the nested one; ``widths`` are shares that are kept, 1.0
-    among them. Every width is a module of its own shape, so smaller ones cost less in training too. ``full`` has the
-    trained parameters, under the names of the original.
+    ``net(x)`` is the whole network, ``net(x, width=0.5)`` the nested one. ``widths`` are shares of every Dim that are
+    kept; ``mixes`` are counts by Dim (``nested.mix(macs=0.4)``) under names of one's own, ``net(x, width="phone")``.
+    Every width is a module of its own shape, so smaller ones cost less in training too. ``full`` has the trained
+    parameters, under the names of the original.
 
     Batch norms of narrower widths take their statistics from the batch and keep none (Yu and Huang 2019, Universally
     Slimmable Networks, section 3.3): :meth:`at` measures them once training is over. Raises PassError for widths out
     of range.
     """
 
-    def __init__(self, elastic: Elastic, widths: Sequence[float] = (0.25, 0.5, 0.75, 1.0)) -> None:
+    def __init__(
+        self,
+        elastic: Elastic,
+        widths: Sequence[float] = (0.25, 0.5, 0.75),
+        mixes: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:
         super().__init__()
         self.elastic = elastic
-        self.widths = tuple(sorted({*widths, 1.0}))
         self.full = elastic.graph.to_torch()
         self._bound = BoundModel(self.full, elastic.graph)
-        graphs = {width: elastic.at(width) for width in self.widths if width < 1}
+        self.counts: dict[float | str, Mapping[str, int]] = {}
+        self.counts.update({width: elastic.counts(width) for width in sorted(widths) if width < 1})
+        self.counts.update(mixes or {})
+        if not self.counts:
+            raise PassError("a Supernet has narrower widths or mixes: Supernet(nested, widths=(0.25, 0.5))")
         # in a tuple, so that torch does not take them for sub-modules with parameters of their own
-        self._narrow = ({width: graph.to_torch() for width, graph in graphs.items()},)
-        self._slices = {width: self._slices_of(width) for width in graphs}
+        self._narrow = ({width: elastic.cut_to(counts).to_torch() for width, counts in self.counts.items()},)
+        self._slices = {width: self._slices_of(counts) for width, counts in self.counts.items()}
 
-    def _slices_of(self, width: float) -> dict[str, dict[int, torch.Tensor]]:
+    def _slices_of(self, counts: Mapping[str, int]) -> dict[str, dict[int, torch.Tensor]]:
         """For each tensor of the module its axes that are cut, and the positions that are kept."""
         graph = self.elastic.graph
-        counts = self.elastic.counts(width)
         dims = {group.name: group.dim for group in graph.groups()}
-        keep = {dims[name]: torch.arange(count).numpy() for name, count in counts.items()}
+        keep = {dims[name]: np.arange(count) for name, count in counts.items()}
         found: dict[str, dict[int, torch.Tensor]] = {}
         for parameter in graph.all_parameters():
             axes = {
@@ -66,12 +75,12 @@ class Supernet(nn.Module):
             found.update(dict.fromkeys(parameter.names, axes))
         return found
 
-    def forward(self, *args: Any, width: float = 1.0, **kwargs: Any) -> Any:
-        """The result of the network of one of the widths."""
+    def forward(self, *args: Any, width: float | str = 1.0, **kwargs: Any) -> Any:
+        """The result of the network of one of the widths or mixes."""
         if width == 1:
             return self.full(*args, **kwargs)
         if width not in self._slices:
-            raise PassError(f"the width {width:g} is none of {', '.join(f'{own:g}' for own in self.widths)}")
+            raise PassError(f"the width {width} is none of {', '.join(map(str, [*self.counts, 1.0]))}")
         module = self._narrow[0][width].train(self.training)
         state = {**dict(self.full.named_parameters()), **dict(self.full.named_buffers())}
         slices = self._slices[width]
@@ -84,14 +93,14 @@ class Supernet(nn.Module):
         """The loss of the widest, the narrowest and ``between`` random widths: the sandwich rule.
 
         The widest learns from ``criterion``, the others from what it gives (``distil``: in-place distillation, by the
-        divergence of its classes) or from the criterion too (Yu and Huang 2019, sections 3.1 and 3.2).
+        divergence of its classes) or from the criterion too (Yu and Huang 2019, sections 3.1 and 3.2). The narrowest
+        is the one with the fewest indices; mixes are among the others.
         """
         result = self(*args)
         loss = criterion(result)
-        narrow = [width for width in self.widths if width < 1]
-        inner = narrow[1:]
-        drawn = [inner[i] for i in torch.randperm(len(inner))[:between].tolist()]
-        for width in [*narrow[:1], *drawn]:
+        narrow = sorted(self.counts, key=lambda width: sum(self.counts[width].values()))
+        drawn = [1 + place for place in torch.randperm(len(narrow) - 1)[:between].tolist()]
+        for width in [narrow[place] for place in [0, *drawn]]:
             found = self(*args, width=width)
             part = soft_cross_entropy(first_tensor(found), first_tensor(result), 1.0) if distil else criterion(found)
             loss = loss + part
@@ -103,12 +112,13 @@ class Supernet(nn.Module):
         graph = self._bound.trained_graph("elastic")
         return Elastic(graph, self.elastic.scores, self.elastic.left, self.elastic.round_to)
 
-    def at(self, width: Widths, batches: Iterable[Any] = ()) -> Graph:
-        """The nested graph of a width with the trained weights, and batch norm statistics of the ``batches``.
+    def at(self, width: Widths | str, batches: Iterable[Any] = ()) -> Graph:
+        """The nested graph of a width or mix with the trained weights, and batch norm statistics of the ``batches``.
 
         Batches are tensors or tuples of the arguments. Without them, statistics are slices of those of the whole.
         """
-        graph = self.trained().at(width)
+        trained = self.trained()
+        graph = trained.cut_to(self.counts[width]) if isinstance(width, str) else trained.at(width)
         return with_statistics(graph, batches)
 
 

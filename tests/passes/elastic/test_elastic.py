@@ -51,8 +51,11 @@ def test_widths_by_layer_and_mixes_meet_budgets() -> None:
     assert figures(mixed).macs <= 0.4 * figures(graph).macs
     sizes = {"0.weight:0": 16, "3.weight:0": 32, "6.weight:0": 32}
     assert all(counts[name] / size in (0.25, 0.5, 0.75, 1.0) for name, size in sizes.items())
-    with pytest.raises(regauge.RegaugeError, match="cannot be met"):
-        nested.mix(macs=0.001)
+    uniform = nested.cut_to(nested.uniform(macs=0.4))
+    assert 0.39 * figures(graph).macs < figures(uniform).macs <= 0.4 * figures(graph).macs
+    for budget in (nested.mix, nested.uniform):
+        with pytest.raises(regauge.RegaugeError, match="cannot be met"):
+            budget(macs=0.001)
 
 
 def test_scores_of_ones_own_and_rounding() -> None:
@@ -86,7 +89,7 @@ def test_a_loaded_onnx_file_is_elastic(tmp_path: object) -> None:
 
 
 def test_a_step_at_a_narrow_width_moves_only_its_slices() -> None:
-    net = Supernet(regauge.elastic(captured(convolutional())), widths=(0.5, 1.0)).train()
+    net = Supernet(regauge.elastic(captured(convolutional())), widths=(0.5,)).train()
     net(torch.rand(4, 1, 8, 8), width=0.5).sum().backward()
     gradient = net.full.get_parameter("0.weight").grad
     assert bool((gradient[:8] != 0).any()) and not gradient[8:].any()
@@ -102,7 +105,7 @@ def test_widths_trained_together_all_work() -> None:
     images, labels, _, _ = digits()
     batches = list(itertools.islice(images.split(200), 4))
     untrained = {width: accuracy(nested.at(width).to_torch()) for width in (0.25, 0.5)}
-    net = Supernet(nested, widths=(0.25, 0.5, 0.75, 1.0)).train()
+    net = Supernet(nested, widths=(0.25, 0.5, 0.75), mixes={"small": nested.mix(macs=0.3)}).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     torch.manual_seed(0)
     for _ in range(150):
@@ -117,5 +120,8 @@ def test_widths_trained_together_all_work() -> None:
     assert accuracy(quarter) > max(0.8, untrained[0.25])
     assert accuracy(half) > max(0.88, untrained[0.5])
     assert accuracy(full) > 0.9
+    small = net.at("small", batches)
+    assert figures(small).macs <= 0.3 * figures(nested.graph).macs
+    assert accuracy(small.to_torch()) > 0.88
     inside = net(digits()[2], width=0.5)
     torch.testing.assert_close(net.trained().at(0.5).to_torch()(digits()[2]), inside, rtol=1e-4, atol=1e-4)
