@@ -357,6 +357,12 @@ def remove_dead(graph: Graph, *, parameters: bool = True, keep: Collection[str] 
     return inner + len(dead)
 
 
-def record(graph: Graph, by: str, what: str, sizes: tuple[str, int, int] | None = None) -> None:
-    """Add a line to the history of the graph; of a Dim that was cut with its name and sizes before and after."""
-    graph.history.append(Edit(by, what, sizes))
+def record(
+    graph: Graph,
+    by: str,
+    what: str,
+    sizes: tuple[str, int, int] | None = None,
+    kept: tuple[int, ...] | None = None,
+) -> None:
+    """Add a line to the history of the graph; of a Dim that was cut with its name, sizes and the indices it kept."""
+    graph.history.append(Edit(by, what, sizes, kept))

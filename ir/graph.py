@@ -193,6 +193,7 @@ class Edit:
     by: str
     what: str
     sizes: tuple[str, int, int] | None = None  # of a Dim that was cut: its name, indices before and after
+    kept: tuple[int, ...] | None = None  # of a Dim that was cut: which of the indices before are there after
 
 
 @dataclass(eq=False)

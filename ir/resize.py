@@ -62,8 +62,27 @@ def resize(graph: Graph, keep: Selection, *, by: str = "resize") -> Graph:
                 copied.attributes[attribute] = sizes_after(extents, kept)
     for dim, indices in kept.items():
         sizes = (dim.name, int(dim.size), len(indices))
-        record(result, by, f"{dim.name}: {dim.size} -> {len(indices)}", sizes)
+        record(result, by, f"{dim.name}: {dim.size} -> {len(indices)}", sizes, tuple(indices.tolist()))
     return result
+
+
+def kept_indices(original: Graph, cut_graph: Graph) -> dict[Dim, np.ndarray]:
+    """For each Dim that was cut on the way from one graph to another the indices that are left, as the first counts.
+
+    Raises GraphError where the second graph was not made from the first.
+    """
+    start = len(original.history)
+    if cut_graph.history[:start] != original.history:
+        raise GraphError(
+            f"graph {cut_graph.name!r} was not made from graph {original.name!r}: give the one it came from"
+        )
+    found: dict[str, np.ndarray] = {}
+    for edit in cut_graph.history[start:]:
+        if edit.sizes is not None and edit.kept is not None:
+            kept = np.asarray(edit.kept, dtype=np.int64)
+            before = found.get(edit.sizes[0])
+            found[edit.sizes[0]] = kept if before is None else before[kept]
+    return {find_group(original, name).dim: kept for name, kept in found.items()}
 
 
 def sizes_after(derived: Any, keep: Mapping[Dim, np.ndarray]) -> Any:

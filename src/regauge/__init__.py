@@ -16,6 +16,7 @@ from regauge.optimize import optimize as optimize
 
 if TYPE_CHECKING:
     from regauge import settings as settings
+    from regauge import training as training
     from regauge.backends.compare import Comparison as Comparison
     from regauge.backends.compare import compare as compare
     from regauge.frontends.capture import capture as capture
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from regauge.passes.base import Context as Context
     from regauge.passes.base import Pass as Pass
     from regauge.passes.bisect import bisect as bisect
+    from regauge.passes.elastic.elastic import elastic as elastic
     from regauge.passes.options import option as option
     from regauge.passes.rewriting import rewrite as rewrite
 
@@ -59,6 +61,7 @@ _HOME = {
     "capture": "regauge.frontends.capture",
     "check_operator": "regauge.ir.laws",
     "compare": "regauge.backends.compare",
+    "elastic": "regauge.passes.elastic.elastic",
     "examine": "regauge.frontends.examine",
     "load": "regauge.frontends.from_onnx",
     "operator": "regauge.ir.operator",
@@ -69,6 +72,7 @@ _HOME = {
     "rewrite": "regauge.passes.rewriting",
     "sample": "regauge.ir.operator",
     "settings": "regauge.settings",
+    "training": "regauge.training",
 }
 
 __version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Sparsity while training: objects that sit beside an optimizer in any torch training loop."""

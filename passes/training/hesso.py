@@ -1,0 +1,235 @@
+"""HESSO and CRIC: redundant indices are chosen by several measures together and go to exact zero step by step.
+
+Chen et al. 2024, HESSO: Towards Automatic Efficient and User Friendly Any Neural Network Training and Pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from regauge.ir.errors import PassError
+from regauge.ir.extents import Dim
+from regauge.ir.graph import Graph, Parameter
+from regauge.passes.training.sparsifier import GroupSparsifier
+from regauge.passes.training.target import Scope, Target
+
+_SMALL = 1e-8
+
+
+class Hesso(GroupSparsifier):
+    """Warm up, then in each of ``periods`` decay a share of the redundant indices to zero; train the rest on.
+
+    At the start of a period the indices of all Dims are ranked by saliency (:meth:`saliency`), and those that have to
+    go by its end are redundant. For t = 0..T-1, T = ``period_steps``, the optimizer steps as ever and the slices of
+    redundant indices are then multiplied by (T - t - 1) / (T - t): a linear decay that ends at exact zero (section 3.2
+    and the authors' code). From then on they are held at zero, whatever momentum does.
+
+    Deviations: the optimizer is the user's own, so the gradients in the saliency are those that lie in ``.grad`` and
+    are read after its step, not before; a budget in MACs or parameters may be given in place of a share of groups;
+    where a group has weights that only read its indices, these take no part in saliency and decay, and become zero
+    when the others have.
+    """
+
+    scope: Scope = "global"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        target: Target,
+        *,
+        warmup: int = 0,
+        periods: int = 5,
+        period_steps: int = 20,
+    ) -> None:
+        if warmup < 0 or periods < 1 or period_steps < 1:
+            raise PassError("Hesso has warmup >= 0, periods >= 1 and period_steps >= 1")
+        super().__init__(model, graph, target)
+        self.warmup, self.periods, self.period_steps = warmup, periods, period_steps
+        self.redundant = {dim: np.zeros(int(dim.size), dtype=bool) for dim in self.dims}
+
+    @property
+    def last_step(self) -> int:
+        return self.warmup + self.periods * self.period_steps
+
+    @torch.no_grad()
+    def saliency(self) -> dict[Dim, np.ndarray]:
+        """The mean of five measures, each divided by its norm over all indices of all Dims.
+
+        With x the entries of an index and g their gradients: |x|, |x| / number of entries, 1 + cos(x, g), |x'g| and
+        (x'g)^2 / 2. The cosine is large where a step of descent takes x towards zero.
+        """
+        tensors = {m.parameter: self.bound.tensor(m.parameter) for dim in self.dims for m in self._makers[dim]}
+        if all(tensor.grad is None for tensor in tensors.values()):
+            raise PassError("Hesso reads gradients: call step() after optimizer.step() and before zero_grad()")
+        squares = {p: t.float().square() for p, t in tensors.items()}
+        slopes = {p: t.grad.float().square() for p, t in tensors.items() if t.grad is not None}
+        products = {p: t.float() * t.grad.float() for p, t in tensors.items() if t.grad is not None}
+        ones = {p: torch.ones_like(t) for p, t in tensors.items()}
+        measures: list[dict[Dim, torch.Tensor]] = [{} for _ in range(5)]
+        for dim in self.dims:
+            members = self._makers[dim]
+            size, slope, product, count = (self.sums(dim, t, members) for t in (squares, slopes, products, ones))
+            size, slope = size.sqrt(), slope.sqrt()
+            cosine = 1 + product / (size + _SMALL) / (slope + _SMALL)
+            found = (size, size / count.clamp(min=1), cosine, product.abs(), product.square() / 2)
+            for measure, values in zip(measures, found, strict=True):
+                measure[dim] = values
+        return {dim: values.cpu().double().numpy() for dim, values in _mean_of_unit_vectors(measures).items()}
+
+    def _step(self) -> None:
+        place = self.steps - self.warmup - 1  # steps since the warm-up
+        if 0 <= place < self.periods * self.period_steps:
+            period, time = divmod(place, self.period_steps)
+            if time == 0:
+                self._choose((period + 1) / self.periods)
+            self._decay(time)
+        self.silence()
+
+    def _choose(self, progress: float) -> None:
+        kept = self.plan.survivors(self.saliency(), self.alive, progress)
+        self.redundant = {dim: self.alive[dim] & ~kept[dim] for dim in self.dims}
+
+    def _decay(self, time: int) -> None:
+        """One step of the decay of what is redundant; at the last one it is dead."""
+        factor = (self.period_steps - time - 1) / (self.period_steps - time)
+        factors = {
+            dim: torch.where(torch.as_tensor(goes, device=self._device), factor, 1.0)
+            for dim, goes in self.redundant.items()
+            if goes.any()
+        }
+        if factors:
+            self.scale(factors, self._makers)
+        if time == self.period_steps - 1:
+            self.alive = {dim: self.alive[dim] & ~self.redundant[dim] for dim in self.dims}
+
+    def state_dict(self) -> dict[str, Any]:
+        redundant = {dim.name: torch.from_numpy(goes.copy()) for dim, goes in self.redundant.items()}
+        return {**super().state_dict(), "redundant": redundant}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.redundant = self._by_dim(state["redundant"])
+
+
+def _mean_of_unit_vectors(measures: list[dict[Dim, torch.Tensor]]) -> dict[Dim, torch.Tensor]:
+    found: dict[Dim, torch.Tensor] = {}
+    for measure in measures:
+        norm = torch.stack([values.square().sum() for values in measure.values()]).sum().sqrt() + _SMALL
+        for dim, values in measure.items():
+            found[dim] = found.get(dim, torch.zeros_like(values)) + values / norm / len(measures)
+    return found
+
+
+class Cric(Hesso):
+    """HESSO whose redundant indices are first put to the test: the corrective redundancy identification cycle.
+
+    After the warm-up, in cycles of ``sampling_steps``: what ranks lowest is the violating set, and goes towards zero
+    along a linear path while training goes on and the saliency of every index is added up; then all weights are as they
+    were before the cycle. What ranks lowest by the sums of a cycle and was not tested before is the next violating set,
+    until it is no more than ``tolerance`` of all that has to go, or ``cycles`` are over. The mean over all cycles
+    decides what is redundant, and decays in one period (Chen et al. 2024, section 4, and the authors' code).
+
+    Deviations: the optimizer's own state (momentum) is not put back with the weights; the loss ratios of projected
+    layers, which the code can add to the score, are left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        target: Target,
+        *,
+        warmup: int = 0,
+        period_steps: int = 100,
+        sampling_steps: int = 10,
+        cycles: int = 10,
+        tolerance: float = 0.05,
+    ) -> None:
+        if sampling_steps < 1 or cycles < 1:
+            raise PassError("Cric has sampling_steps >= 1 and cycles >= 1")
+        super().__init__(model, graph, target, warmup=warmup, periods=1, period_steps=period_steps)
+        self.sampling_steps, self.cycles, self.tolerance = sampling_steps, cycles, tolerance
+        self.cycle, self._time, self._ended_at = 0, 0, -1
+        self._tested = {dim: np.zeros(int(dim.size), dtype=bool) for dim in self.dims}
+        self._sums = {dim: np.zeros(int(dim.size)) for dim in self.dims}  # over this cycle
+        self._means = {dim: np.zeros(int(dim.size)) for dim in self.dims}  # sums of the means of cycles
+        self._before: dict[Parameter, torch.Tensor] = {}
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the decay ends; while the cycles still run, the latest that it can be."""
+        ended = self._ended_at if self._ended_at >= 0 else self.warmup + self.cycles * self.sampling_steps
+        return ended + self.period_steps
+
+    def _step(self) -> None:
+        if self._ended_at >= 0:
+            time = self.steps - self._ended_at - 1
+            if time == 0:
+                kept = self.plan.survivors(self._means, self.alive, 1.0)
+                self.redundant = {dim: ~kept[dim] for dim in self.dims}
+            if time < self.period_steps:
+                self._decay(time)
+            self.silence()
+        elif self.steps > self.warmup:
+            self._sample()
+
+    def _sample(self) -> None:
+        saliency = self.saliency()
+        if self._time == 0:
+            self._begin_cycle(saliency)
+        factor = (self.sampling_steps - self._time - 1) / (self.sampling_steps - self._time)
+        violating = {d: torch.as_tensor(v, device=self._device) for d, v in self.redundant.items() if v.any()}
+        if violating:
+            self.scale({d: torch.where(v, factor, 1.0) for d, v in violating.items()}, self._makers)
+        for dim in self.dims:
+            self._sums[dim] += saliency[dim]
+        self._time += 1
+        if self._time == self.sampling_steps:
+            self._end_cycle()
+
+    def _begin_cycle(self, saliency: dict[Dim, np.ndarray]) -> None:
+        if self.cycle == 0:
+            self.redundant = self._lowest(saliency)
+        for dim in self.dims:
+            self._tested[dim] |= self.redundant[dim]
+            self._sums[dim] = np.zeros(int(dim.size))
+        self._before = {p: self.bound.tensor(p).clone() for p in self.bound.trained()}
+
+    def _lowest(self, scores: Mapping[Dim, np.ndarray]) -> dict[Dim, np.ndarray]:
+        kept = self.plan.survivors(scores, self.alive, 1.0)
+        return {dim: ~kept[dim] for dim in self.dims}
+
+    def _end_cycle(self) -> None:
+        for parameter, tensor in self._before.items():
+            self.bound.tensor(parameter).copy_(tensor)
+        self._before = {}
+        for dim in self.dims:
+            self._means[dim] = self._means[dim] + self._sums[dim] / self.sampling_steps
+        lowest = self._lowest(self._sums)
+        self.redundant = {dim: lowest[dim] & ~self._tested[dim] for dim in self.dims}
+        self._time, self.cycle = 0, self.cycle + 1
+        new, all_of_them = (sum(int(v.sum()) for v in found.values()) for found in (self.redundant, lowest))
+        if new <= self.tolerance * all_of_them or self.cycle == self.cycles:
+            self._ended_at = self.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        arrays = {"tested": self._tested, "sums": self._sums, "means": self._means}
+        return {
+            **super().state_dict(),
+            "cycle": (self.cycle, self._time, self._ended_at),
+            "before": {p.name: tensor.clone() for p, tensor in self._before.items()},
+            **{n: {d.name: torch.from_numpy(v.copy()) for d, v in found.items()} for n, found in arrays.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.cycle, self._time, self._ended_at = state["cycle"]
+        self._tested, self._sums, self._means = (self._by_dim(state[n]) for n in ("tested", "sums", "means"))
+        named = {p.name: p for p in self.bound.trained()}
+        self._before = {named[name]: tensor.clone() for name, tensor in state["before"].items()}

@@ -1,0 +1,24 @@
+"""Sparsity while training: objects beside the optimizer of any torch training loop.
+
+    sparsifier = regauge.training.Hesso(model, graph, regauge.training.Target(macs=0.5), warmup=200)
+    ...  # loss = loss + sparsifier.loss(); after optimizer.step(): sparsifier.step()
+    small = sparsifier.finish()
+
+See :mod:`regauge.passes.training.sparsifier` for the protocol.
+"""
+
+from regauge.passes.elastic.supernet import Supernet as Supernet
+from regauge.passes.training.distillation import Distillation as Distillation
+from regauge.passes.training.distillation import feature_distance as feature_distance
+from regauge.passes.training.distillation import soft_cross_entropy as soft_cross_entropy
+from regauge.passes.training.gradual import GradualGroups as GradualGroups
+from regauge.passes.training.gradual import GradualWeights as GradualWeights
+from regauge.passes.training.hesso import Cric as Cric
+from regauge.passes.training.hesso import Hesso as Hesso
+from regauge.passes.training.hsm import Hsm as Hsm
+from regauge.passes.training.lapp import Lapp as Lapp
+from regauge.passes.training.nm_sparsity import NMSparsity as NMSparsity
+from regauge.passes.training.sparse_momentum import SparseMomentum as SparseMomentum
+from regauge.passes.training.sparsifier import Sparsifier as Sparsifier
+from regauge.passes.training.target import Target as Target
+from regauge.passes.training.vib import Vib as Vib
