@@ -102,7 +102,7 @@ class Elastic:
 
         The budget is what is kept, as in ``prune``. From the full width on, that Dim is narrowed to its next
         granularity which loses the least score per unit saved; what is left of the budget in the end widens Dims
-        again. MatFormer (section 3.4) mixes granularities that it has trained, with widths that change slowly from
+        again. MatFormer mixes granularities that it has trained, with widths that change slowly from
         layer to layer, by hand; the greedy choice by score is ours. Mixes that no training has seen may be poor:
         :class:`regauge.training.Supernet` takes them among its widths. Raises PassError where a budget cannot be met.
         """

@@ -37,7 +37,7 @@ class Supernet(nn.Module):
     parameters, under the names of the original.
 
     Batch norms of narrower widths take their statistics from the batch and keep none (Yu and Huang 2019, Universally
-    Slimmable Networks, section 3.3): :meth:`at` measures them once training is over. Raises PassError for widths out
+    Slimmable Networks): :meth:`at` measures them once training is over. Raises PassError for widths out
     of range.
     """
 
@@ -93,7 +93,7 @@ class Supernet(nn.Module):
         """The loss of the widest, the narrowest and ``between`` random widths: the sandwich rule.
 
         The widest learns from ``criterion``, the others from what it gives (``distil``: in-place distillation, by the
-        divergence of its classes) or from the criterion too (Yu and Huang 2019, sections 3.1 and 3.2). The narrowest
+        divergence of its classes) or from the criterion too (Yu and Huang 2019). The narrowest
         is the one with the fewest indices; mixes are among the others.
         """
         result = self(*args)

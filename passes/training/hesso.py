@@ -26,8 +26,8 @@ class Hesso(GroupSparsifier):
 
     At the start of a period the indices of all Dims are ranked by saliency (:meth:`saliency`), and those that have to
     go by its end are redundant. For t = 0..T-1, T = ``period_steps``, the optimizer steps as ever and the slices of
-    redundant indices are then multiplied by (T - t - 1) / (T - t): a linear decay that ends at exact zero (section 3.2
-    and the authors' code). From then on they are held at zero, whatever momentum does.
+    redundant indices are then multiplied by (T - t - 1) / (T - t): a linear decay that ends at exact zero (as in the
+    paper and the authors' code). From then on they are held at zero, whatever momentum does.
 
     Deviations: the optimizer is the user's own, so the gradients in the saliency are those that lie in ``.grad`` and
     are read after its step, not before; a budget in MACs or parameters may be given in place of a share of groups;
@@ -133,7 +133,7 @@ class Cric(Hesso):
     along a linear path while training goes on and the saliency of every index is added up; then all weights are as they
     were before the cycle. What ranks lowest by the sums of a cycle and was not tested before is the next violating set,
     until it is no more than ``tolerance`` of all that has to go, or ``cycles`` are over. The mean over all cycles
-    decides what is redundant, and decays in one period (Chen et al. 2024, section 4, and the authors' code).
+    decides what is redundant, and decays in one period (as the authors' code has it).
 
     Deviations: the optimizer's own state (momentum) is not put back with the weights; the loss ratios of projected
     layers, which the code can add to the score, are left out.

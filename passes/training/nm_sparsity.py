@@ -26,7 +26,7 @@ class NMSparsity(WeightSparsifier):
 
     - ``sr-ste``: w m forward, straight-through backward, and in :meth:`loss` the term whose gradient is
       ``penalty`` (1 - m) w: the update is w - lr (g(w m) + penalty (1 - m) w) (Zhou et al. 2021, Learning N:M
-      Fine-grained Structured Sparse Neural Networks From Scratch, eq. 8); as a term of the loss it is right under
+      Fine-grained Structured Sparse Neural Networks From Scratch); as a term of the loss it is right under
       gradient accumulation and loss scaling too.
     - ``ste``: the same without the term.
     - ``linear``, ``exponential``: w (m + b (1 - m)), b from 1 to 0 over ``steps``, gradients through the product

@@ -19,7 +19,7 @@ class SparseMomentum(WeightSparsifier):
 
     Every ``every`` steps (an epoch, in the paper), until ``moves`` times: in each layer the share p of the entries that
     are smallest is removed; all that were removed are given to layers in proportion to the mean magnitude of momentum
-    of their entries; in each layer those entries grow, from zero, whose momentum is largest (section 3, algorithm 1).
+    of their entries; in each layer those entries grow, from zero, whose momentum is largest (their algorithm).
     p falls from ``prune_rate`` to 0 as a cosine. Layers start with the same density, at random places.
 
     Momentum is an exponential mean of gradients with factor ``momentum``, kept here so that any optimizer will do; it

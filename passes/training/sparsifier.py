@@ -13,7 +13,7 @@
 ``model`` is the user's own module, its parameters stay its own, under their names. With gradient accumulation
 ``step`` follows ``optimizer.step``, and ``loss`` is divided like the other. With a GradScaler ``step`` follows
 ``scaler.step``, which leaves gradients unscaled. A sparsifier that learns (thresholds, gates) has an Adam of its own
-inside ``step``.
+inside ``step``. A sparsifier is made when the module lies where it is trained, since its state does too.
 """
 
 from __future__ import annotations

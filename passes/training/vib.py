@@ -21,7 +21,7 @@ _START = -6.0  # log of sigma^2 / mu^2 at first: hardly any noise
 def kl_term(mu: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """0.5 log(1 + mu^2 / sigma^2) of each gate: the divergence from the prior N(0, s^2) with the best s.
 
-    Dai et al. 2018, Compressing Neural Networks using the Variational Information Bottleneck, eq. 6.
+    Dai et al. 2018, Compressing Neural Networks using the Variational Information Bottleneck.
     """
     return 0.5 * torch.log1p(mu.square() / log_variance.exp())
 
@@ -32,8 +32,8 @@ class Vib(LearnedSparsifier):
     In training e is normal, drawn anew for each forward pass; in evaluation it is 0. :meth:`loss` is ``kl_weight``
     times the mean of :func:`kl_term` over all gates, plus a (s - wanted) + b (s - wanted)^2, with s the share of MACs,
     parameters or indices that is kept when an index counts sigmoid(log(mu^2 / sigma^2)); a and b rise by the gradient
-    of that term at ``multiplier_rate`` (Wang et al. 2020, Structured Pruning of Large Language Models, eq. 5, which
-    VTrans follows). An index is redundant where log(sigma^2 / mu^2) > 0; after ``learning`` steps those that are most
+    of that term at ``multiplier_rate`` (Wang et al. 2020, Structured Pruning of Large Language Models, whom VTrans
+    follows). An index is redundant where log(sigma^2 / mu^2) > 0; after ``learning`` steps those that are most
     so go until the target is met, and mu goes into the weights.
 
     Deviations: one draw for all examples of a batch, on the weights rather than on activations, so that it costs
