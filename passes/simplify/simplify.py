@@ -11,6 +11,7 @@ from regauge.ir.rewrite import RewriteLog, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
 from regauge.passes.rewriting import tell
+from regauge.passes.simplify.carrying import carry_back
 from regauge.passes.simplify.catalog import before_others, by_default, choose, described, summary
 from regauge.passes.simplify.constants import fold_constants, fold_initializers, fold_into_weights
 from regauge.passes.simplify.control_flow import inline_decided
@@ -28,6 +29,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "weights": fold_into_weights,
     "initializers": fold_initializers,
     "partitions": split_partitions,
+    "carrying": carry_back,
 }
 FILE_STEPS = {
     "dead-code",
@@ -36,7 +38,13 @@ FILE_STEPS = {
     "ties",
     "merging",
 }  # done to ONNX files too
-AFTER_RULES = ("weights", "initializers", "partitions")  # rules may do without what these would change
+AFTER_RULES = (
+    "weights",
+    "initializers",
+    "partitions",
+    "carrying",
+    "heads",
+)  # rules may do without what these would change
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
