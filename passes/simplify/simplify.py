@@ -16,6 +16,7 @@ from regauge.passes.simplify.catalog import before_others, by_default, choose, d
 from regauge.passes.simplify.constants import fold_constants, fold_initializers, fold_into_weights
 from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import drop_orphans, remove_dead_code
+from regauge.passes.simplify.heads import join_heads
 from regauge.passes.simplify.limits import BYTES_BEFORE, Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 from regauge.passes.simplify.partitions import split_partitions
@@ -30,6 +31,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "initializers": fold_initializers,
     "partitions": split_partitions,
     "carrying": carry_back,
+    "heads": join_heads,
 }
 FILE_STEPS = {
     "dead-code",
@@ -38,13 +40,8 @@ FILE_STEPS = {
     "ties",
     "merging",
 }  # done to ONNX files too
-AFTER_RULES = (
-    "weights",
-    "initializers",
-    "partitions",
-    "carrying",
-    "heads",
-)  # rules may do without what these would change
+# Rules may do without what these would change; heads are joined last, when their maps have taken in all they can.
+AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "heads")
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
