@@ -9,14 +9,14 @@ scales, and followed to the maps entry by entry; it goes into their weights wher
 one. So a table that repeats a few numbers per anchor counts as these numbers, where its values are constants.
 
 A positive factor behind an exponential is a shift before it: ``exp(x) * c = exp(x + ln c)``. Its argument is rounded
-after the shift, so the result moves by up to ``|ln c|`` half units of rounding: c lies between e^-8 and e^8.
+after the shift, so the result moves by up to ``|ln c|`` half units of rounding: c lies between e^-8 and e^8, and
+half precision is left alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -25,10 +25,11 @@ from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.ops.slice_bounds import bound
 from regauge.ir.purity import is_fixed
 from regauge.ir.rewrite import Refusal, refuse
-from regauge.ir.sizes import Size, same
+from regauge.ir.sizes import same
 from regauge.ir.weight_edits import settle_successors
 from regauge.passes.simplify.affine_steps import PAIRS
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, itself, successor
+from regauge.passes.simplify.laid_factors import MOST, Laid, known_size, regrouped_factor, rounds
 from regauge.passes.simplify.layout import positive_dims
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 from regauge.passes.simplify.linear_map import (
@@ -47,60 +48,10 @@ from regauge.passes.simplify.linear_map import (
 from regauge.passes.simplify.pieces import axis_of, offsets
 
 LARGEST_LOG = 8.0  # of a factor behind an exponential
-MOST = 1 << 22  # entries over which a factor is laid out
 HOMOGENEOUS = ("relu", "leaky_relu")  # f(s x) = s f(x) for positive s
-
-# -- a scale and a shift, laid out -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Laid:
-    """``scale * x + shift``: both have as many axes as x, of size one along those where all entries get the same."""
-
-    scale: torch.Tensor
-    shift: torch.Tensor
-
-    def each(self, function: Callable[[torch.Tensor, float], torch.Tensor]) -> Laid:
-        """``function`` of both, given with what does nothing in their place; axes of equal entries get size one."""
-        return Laid(_narrow(function(self.scale, 1.0)), _narrow(function(self.shift, 0.0)))
-
-    @property
-    def scales(self) -> bool:
-        return bool((self.scale != 1).any())
-
-    @property
-    def shifts(self) -> bool:
-        return bool((self.shift != 0).any())
-
-
-def _narrow(tensor: torch.Tensor) -> torch.Tensor:
-    for axis, size in enumerate(tensor.shape):
-        first = tensor.narrow(axis, 0, 1) if size > 1 else tensor
-        if size > 1 and bool((tensor == first).all()):
-            tensor = first
-    return tensor
-
-
-def _known(size: Size) -> int:
-    return size if isinstance(size, int) else refuse("a factor cannot be laid out over a dynamic size")
-
-
-def _regrouped(tensor: torch.Tensor, before: Sequence[Size], after: Sequence[Size]) -> torch.Tensor:
-    """A factor of a value of shape ``before`` as one of the same entries in the shape ``after``."""
-    if tensor.numel() == 1:
-        return tensor.reshape((1,) * len(after))
-    shortest, front, back = min(len(before), len(after)), 0, 0
-    while front < shortest and same(before[front], after[front]):
-        front += 1
-    while back < shortest - front and same(before[-1 - back], after[-1 - back]):
-        back += 1
-    own, (start, end) = tensor.shape, (front, len(before) - back)
-    middle = [_known(size) for size in before[start:end]]
-    if math.prod(own[:start]) * math.prod(middle) * math.prod(own[end:]) > MOST:
-        return refuse("its factor would be laid out over too many entries")
-    target = [_known(size) for size in after[front : len(after) - back]]
-    return tensor.expand(*own[:start], *middle, *own[end:]).reshape(*own[:start], *target, *own[end:])
-
+PIECES = ("split", "slice", "select")
+REGROUPING = ("reshape", "squeeze", "unsqueeze")
+PASSED = (*MAPS, *HOMOGENEOUS, *PIECES, *REGROUPING, "add", "concat", "permute", "exp")
 
 # -- cuts --------------------------------------------------------------------------------------------------------------
 
@@ -110,16 +61,16 @@ def _cut(node: Node, index: int = 0) -> tuple[int, int, int]:
     base = node.inputs[0]
     assert isinstance(base, Value)
     axis = axis_of(node)
-    size = _known(base.shape[axis])
+    size = known_size(base.shape[axis])
     if node.op == "split":
         places = offsets(node.attributes["sizes"])
-        return axis, _known(places[index]), _known(places[index + 1])
+        return axis, known_size(places[index]), known_size(places[index + 1])
     if node.op == "select":
-        start = _known(bound(node.attributes["index"], size))
+        start = known_size(bound(node.attributes["index"], size))
         return axis, start, start + 1
     if node.attributes["step"] != 1:
         return refuse("it skips entries")
-    start, end = (_known(bound(node.attributes[name], size)) for name in ("start", "end"))
+    start, end = (known_size(bound(node.attributes[name], size)) for name in ("start", "end"))
     return axis, start, max(start, min(end, size))
 
 
@@ -165,15 +116,15 @@ class _Way:
             return self.back(_moved(node), laid, node)
         if node.op == "concat":
             return self.joined(node, laid)
-        if node.op in ("split", "slice", "select"):
+        if node.op in PIECES:
             return self.cut(node, value, laid)
         if node.op == "permute":
             order = positive_dims(node)
             inverse = [order.index(axis) for axis in range(len(order))]
             return self.back(_moved(node), laid.each(lambda t, _: t.permute(inverse)), node)
-        if node.op in ("reshape", "squeeze", "unsqueeze"):
+        if node.op in REGROUPING:
             x = _moved(node)
-            return self.back(x, laid.each(lambda t, _: _regrouped(t, value.shape, x.shape)), node)
+            return self.back(x, laid.each(lambda t, _: regrouped_factor(t, value.shape, x.shape)), node)
         refuse(f"{node.label} lies before it")
 
     def joined(self, node: Node, laid: Laid) -> None:
@@ -181,7 +132,7 @@ class _Way:
         wide = max(laid.scale.shape[axis], laid.shift.shape[axis]) > 1
         start = 0
         for _, operand in node.operands():
-            size = _known(operand.shape[axis]) if wide else 1
+            size = known_size(operand.shape[axis]) if wide else 1
 
             def part(tensor: torch.Tensor, _: float, start: int = start, size: int = size) -> torch.Tensor:
                 return tensor if tensor.shape[axis] == 1 else tensor.narrow(axis, start, size)
@@ -193,7 +144,7 @@ class _Way:
         axis, start, end = _cut(node, value.index)
         base = _moved(node)
         _check_others(node, axis, start, end)
-        size = _known(base.shape[axis])
+        size = known_size(base.shape[axis])
 
         def spread(tensor: torch.Tensor, neutral: float) -> torch.Tensor:
             tensor = tensor.unsqueeze(axis) if node.op == "select" else tensor
@@ -221,6 +172,8 @@ class _Way:
         for part in (laid.scale, laid.shift):
             if any(size not in (1, own) for size, own in zip(part.shape, wide, strict=True)):
                 refuse(f"{bias.name} is the same where its factor is not")
+        if laid.shifts and (rounds(bias.tensor, bias.dtype) or rounds(laid.shift, bias.dtype)):
+            refuse("so large a shift rounds what it is added to")
         if node in self.shifts:
             refuse(f"{node.label} would take two factors over")
         self.shifts[node] = laid
@@ -293,9 +246,13 @@ def _moving(build: Builder, node: Node) -> tuple[Value, Value, list[Operand]]:
         return refuse(f"{value.name} is read by others")
     others = [operand for slot, operand in enumerate(node.inputs) if slot != slots[0]]
     made = value.producer
-    if made is None or is_fixed(made):
+    if made is None or is_fixed(made) or made.op not in PASSED:
         return refuse("nothing takes it over")
-    if made.op == "exp" and (node.op == "mul" or (node.op == "div" and slots == [0])):
+    if (
+        made.op == "exp"
+        and out.dtype in (torch.float32, torch.float64)
+        and (node.op == "mul" or (node.op == "div" and slots == [0]))
+    ):
         return value, _moved(made), others
     if node.op == "div" and (slots != [0] or node.attributes["rounding_mode"] is not None):
         return refuse("it is no scale")

@@ -236,6 +236,24 @@ def test_an_exponential_that_is_read_or_divided_by_stays() -> None:
     assert ops(carried(exponential(2.0, "add")))[-1] == "add"
 
 
+def test_half_precision_keeps_its_factor() -> None:
+    def stepped(build: Builder, x: Value) -> Any:
+        y = build.linear(x, build.parameter("w", randn(6, 4).to(torch.bfloat16)))
+        return build.mul(build.exp(build.reshape(y, shape=(BATCH, 2, 3))), 0.5)
+
+    graph = made(stepped, torch.bfloat16, x=(BATCH, 4))
+    assert ops(regauge.optimize(graph, [Simplify(only=("carrying",))]))[-1] == "mul"
+
+
+@pytest.mark.parametrize(("large", "left"), [(2.0**53, 2), (3.0, 1)])
+def test_shifts_that_round_to_whole_numbers_stay(large: float, left: int) -> None:
+    def rounded(build: Builder, x: Value) -> Any:
+        y = build.add(build.tanh(x), build.parameter("a", torch.full((4,), large).double()))
+        return build.add(y, build.parameter("b", torch.full((4,), -large).double()))
+
+    assert ops(carried(made(rounded, x=(BATCH, 4)))).count("add") == left
+
+
 def test_large_and_small_arguments_overflow_and_vanish_as_before() -> None:
     """``exp(x) * c`` and ``exp(x + ln c)`` in single precision, from the smallest to the largest result."""
     graph = Graph("g")
