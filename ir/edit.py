@@ -138,6 +138,17 @@ class Builder:
     def constant(self, tensor: Weight | torch.Tensor, name: str = "constant") -> Parameter:
         return self.parameter(self.unique(name), tensor, kind="constant", persistent=False)
 
+    def take_back(self, nodes: int = 0, parameters: int = 0) -> None:
+        """Remove what was added beyond these numbers of nodes and parameters, and forget what was to succeed what."""
+        for node in reversed(self.added[nodes:]):
+            self.release(value.name for value in node.outputs)
+            remove_node(self.graph, node)
+        for parameter in self.made[parameters:]:
+            del self.graph.parameters[parameter.name]
+        self.release(parameter.name for parameter in self.made[parameters:])
+        del self.added[nodes:], self.made[parameters:]
+        self.take_successors()
+
     def __call__(
         self,
         op: str,

@@ -288,7 +288,7 @@ class _Driver:
             _check_results(entry, found, news, self.strict)
             self._check_outputs(found, news, build)
         except Refusal as refusal:
-            self._undo(graph, build)
+            build.take_back()
             self.log.miss(entry.name, Miss(len(found.nodes), found.root.label, str(refusal), refused=refusal.near))
             return None
         return self._commit(graph, build, found, news)
@@ -303,15 +303,6 @@ class _Driver:
             if new in given or (new not in made and (new.producer is None or new in self.held)):
                 refuse(f"{old.name} is an output, and would be the same value as {new.name}")
             given.add(new)
-
-    def _undo(self, graph: Graph, build: Builder) -> None:
-        for node in reversed(build.added):
-            build.release(value.name for value in node.outputs)
-            remove_node(graph, node)
-        for parameter in build.made:
-            del graph.parameters[parameter.name]
-        build.release(parameter.name for parameter in build.made)
-        build.take_successors()
 
     def _commit(self, graph: Graph, build: Builder, found: Match, news: Sequence[Any]) -> list[Node]:
         self.owner.update(dict.fromkeys(build.added, graph))

@@ -23,6 +23,7 @@ from regauge.passes.simplify import (
     merges,
     pieces,
     separable,
+    side_by_side,
     step_chains,
     training_leftovers,
     transposes,
@@ -46,6 +47,7 @@ RULE_SETS: Mapping[str, RuleSet] = {
     "affine": affine.RULES + affine_before.RULES,
     "chains": map_chains.RULES + step_chains.RULES,
     "branches": branches.RULES,
+    "side-by-side": side_by_side.RULES,
     "attention-biases": attention_biases.RULES,
 }
 

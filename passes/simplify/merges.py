@@ -37,7 +37,7 @@ MERGED = ("linear", "conv")
 POINTWISE = ("relu", "gelu", "silu", "tanh", "sigmoid", "hardswish", "leaky_relu", "softplus", "mish", "elu")
 
 
-def _joint_name(parameters: Sequence[Parameter], kind: str) -> str:
+def joint_name(parameters: Sequence[Parameter], kind: str) -> str:
     """``attn.q_k_v.weight`` for ``attn.q.weight``, ``attn.k.weight`` and ``attn.v.weight``."""
     stems = [parameter.name.removesuffix("weight").removesuffix(".") for parameter in parameters]
     parent = stems[0].rpartition(".")[0]
@@ -54,15 +54,15 @@ def _stacked(build: Builder, nodes: Sequence[Node], axis: int) -> tuple[Paramete
     shape[axis] = sum(weight.weight.shape[axis] for weight in own)
     parts = [fixed(build, weight) for weight in own]
     joined = combined(lambda *tensors: torch.cat(tensors, axis), *[part for part in parts if part is not None])
-    weight = new_weight(build, _joint_name(own, "weight"), own[0], joined, shape)
+    weight = new_weight(build, joint_name(own, "weight"), own[0], joined, shape)
     if axis != 0 or all(bias_of(node) is None for node in nodes):
         return weight, None
-    vectors = [_wide_bias(node) for node in nodes]
+    vectors = [wide_bias(node) for node in nodes]
     bias = combined(lambda *tensors: torch.cat(tensors), *vectors)
-    return weight, new_weight(build, _joint_name(own, "bias"), own[0], bias, (shape[0],))
+    return weight, new_weight(build, joint_name(own, "bias"), own[0], bias, (shape[0],))
 
 
-def _wide_bias(node: Node) -> Fixed:
+def wide_bias(node: Node) -> Fixed:
     size = channels(node)
     return combined(lambda tensor: tensor.expand(size), old_bias(node))
 
@@ -113,7 +113,7 @@ def merge_feed_forward(build: Builder, match: Match) -> Value:
     out, _ = _stacked(build, (down, second_down), 1)
     last: Parameter | None = None
     if bias_of(down) is not None or bias_of(second_down) is not None:
-        total = combined(torch.add, _wide_bias(down), _wide_bias(second_down))
+        total = combined(torch.add, wide_bias(down), wide_bias(second_down))
         last = new_weight(build, out.name.removesuffix("weight") + "bias", out, total, (channels(down),))
     with build.at(down):
         return must_fit(build.linear(hidden, out, last), match.roots[0])
@@ -122,7 +122,7 @@ def merge_feed_forward(build: Builder, match: Match) -> Value:
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
-def _siblings(count: int) -> Callable[[], Iterator[dict[str, Any]]]:
+def sibling_samples(count: int) -> Callable[[], Iterator[dict[str, Any]]]:
     names = ("first", "second", "third")[:count]
 
     def draw() -> Iterator[dict[str, Any]]:
@@ -153,7 +153,7 @@ def _two(op: Any, x: Any, w: Any, v: Any, b: Any = None, c: Any = None) -> Any:
     return first, op.any_of(MERGED, x, v, c, name="second", attributes=...)
 
 
-def _three(op: Any, x: Any, w: Any, v: Any, u: Any, b: Any = None, c: Any = None, d: Any = None) -> Any:
+def three_siblings(op: Any, x: Any, w: Any, v: Any, u: Any, b: Any = None, c: Any = None, d: Any = None) -> Any:
     return *_two(op, x, w, v, b, c), op.any_of(MERGED, x, u, d, name="third", attributes=...)
 
 
@@ -168,7 +168,7 @@ def _feed_forward(
 RULES = RuleSet(
     [
         RewriteRule("parallel-feed-forward", _feed_forward, merge_feed_forward, samples=_feed_forward_samples),
-        RewriteRule("three-siblings", _three, merge_siblings, samples=_siblings(3)),
-        RewriteRule("two-siblings", _two, merge_siblings, samples=_siblings(2)),
+        RewriteRule("three-siblings", three_siblings, merge_siblings, samples=sibling_samples(3)),
+        RewriteRule("two-siblings", _two, merge_siblings, samples=sibling_samples(2)),
     ]
 )

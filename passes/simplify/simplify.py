@@ -11,10 +11,12 @@ from regauge.ir.rewrite import RewriteLog, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
 from regauge.passes.rewriting import tell
+from regauge.passes.simplify.carrying import carry_back
 from regauge.passes.simplify.catalog import before_others, by_default, choose, described, summary
 from regauge.passes.simplify.constants import fold_constants, fold_initializers, fold_into_weights
 from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import drop_orphans, remove_dead_code
+from regauge.passes.simplify.heads import join_heads
 from regauge.passes.simplify.limits import BYTES_BEFORE, Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 from regauge.passes.simplify.partitions import split_partitions
@@ -28,6 +30,8 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "weights": fold_into_weights,
     "initializers": fold_initializers,
     "partitions": split_partitions,
+    "carrying": carry_back,
+    "heads": join_heads,
 }
 FILE_STEPS = {
     "dead-code",
@@ -36,7 +40,8 @@ FILE_STEPS = {
     "ties",
     "merging",
 }  # done to ONNX files too
-AFTER_RULES = ("weights", "initializers", "partitions")  # rules may do without what these would change
+# Rules may do without what these would change; heads are joined last, when their maps have taken in all they can.
+AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "heads")
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 

@@ -354,7 +354,7 @@ def test_slices_that_are_outputs_or_of_dynamic_size_stay() -> None:
     assert ops(simplify(rest)).count("slice") == 2
 
 
-def test_halves_of_halves_are_splits_of_splits() -> None:
+def test_halves_of_halves_are_one_split() -> None:
     def quarters(build: Builder, x: Value) -> Any:
         low, high = (build.slice(x, dim=1, start=at, end=at + 4) for at in (0, 4))
         first, second = (build.slice(low, dim=1, start=at, end=at + 2) for at in (0, 2))
@@ -363,7 +363,19 @@ def test_halves_of_halves_are_splits_of_splits() -> None:
     graph = made(quarters, x=(BATCH, 8))
     after = regauge.optimize(graph, [Simplify(only=("partitions",))])
     same_function(graph, after)
-    assert ops(after) == ["split", "split", "mul", "concat"]
+    assert ops(after) == ["split", "mul", "concat"] and after.nodes[0].attributes["sizes"] == (2, 2, 4)
+
+
+@pytest.mark.parametrize("reading", ["parts", "others", "axis", "output"])
+def test_a_split_of_a_part_is_one_with_the_split_where_nothing_else_reads_the_part(reading: str) -> None:
+    def split(build: Builder, x: Value) -> Any:
+        low, high = build.split(x, sizes=(2, 4), dim=1)
+        first, second = build.split(high, sizes=(2, 2), dim=2 if reading == "axis" else -2)
+        result = build.mul(build.tanh(first), second)
+        return [result, low, *{"others": [build.tanh(high)], "output": [high]}.get(reading, [])]
+
+    after = simplify(made(split, x=(2, 6, 4)))
+    assert ops(after).count("split") == (1 if reading == "parts" else 2)
 
 
 def test_the_buffers_of_a_module_go_with_it_and_those_of_a_module_that_is_left_stay() -> None:
