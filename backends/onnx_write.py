@@ -15,7 +15,9 @@ from typing import Any
 
 import onnx_ir
 
+from regauge.backends.onnx_streaming import hollow_initializers, write_proto
 from regauge.backends.staged_files import Staging, check_location
+from regauge.ir.allocation import without_collection
 from regauge.ir.errors import EmitError
 
 MOST_INLINE_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; the graph itself needs room too
@@ -232,13 +234,15 @@ def _has_gap(sources: list[onnx_ir.ExternalTensor]) -> bool:
 
 def _serialize(model: onnx_ir.Model, path: Path) -> None:
     try:
-        proto = onnx_ir.to_proto(model)
+        with without_collection(), hollow_initializers(model) as tensors:
+            proto = onnx_ir.to_proto(model)
         proto.training_info.extend(model.meta.get("training_info", ()))
         _drop_declarations(proto.graph, model.meta.get("declared", ()))
-        data = proto.SerializeToString()
+        write_proto(proto, tensors, path)
+    except OSError:
+        raise
     except Exception as error:  # protobuf raises its own types; a model past 2 GiB ends here
         raise EmitError(f"the model cannot be serialised: {error}") from error
-    path.write_bytes(data)
 
 
 def _drop_declarations(graph: Any, declared: Container[str]) -> None:

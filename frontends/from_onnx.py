@@ -51,9 +51,9 @@ def load(source: Any, *, freeze: bool = False) -> Graph:
     at import under "onnx_branches" and notes on what was changed under "onnx_notes".
     Raises LoadError, in one line, when the file is broken.
     """
-    model, label, notes = open_model(source)
-    importer = _Importer(model, label, freeze=freeze or _lists_every_weight(model))
     with without_collection():
+        model, label, notes = open_model(source)
+        importer = _Importer(model, label, freeze=freeze or _lists_every_weight(model))
         graph = importer.run()
     graph.metadata["onnx_notes"] = (*notes, *importer.notes)
     if isinstance(source, str | os.PathLike):

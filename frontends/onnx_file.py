@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
+from regauge.frontends.onnx_reading import Arrays, put_arrays, read_proto
 from regauge.frontends.onnx_weights import tensors_of
 from regauge.ir.errors import LoadError
 
@@ -30,9 +31,10 @@ def open_model(source: Any) -> tuple[onnx_ir.Model, str, list[str]]:
     elif isinstance(source, str | os.PathLike):
         path = Path(source)
         label = str(path)
-        proto = _read_proto(path)
+        proto, arrays = _read_proto(path)
         notes = _densify(proto.graph, label)
         model = _deserialize(proto, label)
+        put_arrays(model, proto, arrays)
         _set_folder(model, path.parent)
     elif hasattr(source, "graph") and hasattr(source, "opset_import"):
         label = source.graph.name or "the model"
@@ -51,9 +53,7 @@ def open_model(source: Any) -> tuple[onnx_ir.Model, str, list[str]]:
     return model, label, notes
 
 
-def _read_proto(path: Path) -> Any:
-    import onnx
-
+def _read_proto(path: Path) -> tuple[Any, Arrays]:
     if not path.exists():
         raise LoadError(f"{path}: no such file; give the path of an ONNX model")
     if path.is_dir():
@@ -61,13 +61,13 @@ def _read_proto(path: Path) -> Any:
     if path.suffix.lower() == ".pt2":
         raise LoadError(f"{path}: a program of torch.export; write regauge.capture(torch.export.load({str(path)!r}))")
     try:
-        proto = onnx.load(str(path), load_external_data=False)
+        proto, arrays = read_proto(path)
     except Exception as error:
         raise LoadError(
             f"{path}: truncated or not an ONNX model ({_line(error)}); export or download it again"
         ) from error
     _check_proto(proto, str(path))
-    return proto
+    return proto, arrays
 
 
 def _check_proto(proto: Any, label: str) -> None:

@@ -102,7 +102,8 @@ def weight_of(tensor: onnx_ir.TensorProtocol) -> Weight:
         and tensor.nbytes <= DENSE_BYTES
     ):
         return DenseWeight(read_tensor(tensor).clone())
-    return LazyWeight(tuple(tensor.shape.numpy()), dtype, lambda: read_tensor(tensor))
+    resident = not isinstance(tensor, onnx_ir.ExternalTensor)
+    return LazyWeight(tuple(tensor.shape.numpy()), dtype, lambda: read_tensor(tensor), resident)
 
 
 def tensors_of(graph: onnx_ir.Graph | onnx_ir.Function) -> Iterator[onnx_ir.TensorProtocol]:

@@ -213,6 +213,7 @@ class Graph:
     _nodes: dict[Node, None] = field(default_factory=dict)
     _sorted: tuple[int, list[Node]] | None = None
     _analysis: tuple[int, Analysis] | None = None
+    _runs: tuple[tuple[int, int], list[tuple[list[Any], list[Any]]]] | None = None  # see regauge.ir.sample_inputs
 
     @property
     def nodes(self) -> list[Node]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from regauge.ir.allocation import without_collection
 from regauge.ir.graph import Graph, Node, Operand, Parameter, State, Value, add_use
 
 
 def copy_graph(graph: Graph, mapping: dict[Value, Value] | None = None) -> Graph:
     """A graph with its own values and nodes that shares weights; ``mapping`` receives old value -> new value."""
-    to_new: dict[Value, Value] = {} if mapping is None else mapping
+    with without_collection():
+        return _copy(graph, {} if mapping is None else mapping)
+
+
+def _copy(graph: Graph, to_new: dict[Value, Value]) -> Graph:
     result = Graph(
         name=graph.name, metadata=dict(graph.metadata), symbols=dict(graph.symbols), history=list(graph.history)
     )
@@ -48,7 +53,7 @@ def _copy_node(node: Node, result: Graph, to_new: dict[Value, Value]) -> None:
         attributes=node.attributes,
         scope=node.scope,
         source=node.source,
-        regions=[copy_graph(region, to_new) for region in node.regions],
+        regions=[_copy(region, to_new) for region in node.regions],
         origin=node.origin,
     )
     copied.metadata = dict(node.metadata)

@@ -11,7 +11,9 @@ import torch
 from regauge.ir.errors import GraphError, RegaugeError
 from regauge.ir.graph import Graph, Value
 from regauge.ir.sizes import evaluate
+from regauge.ir.weights import writes
 
+MOST_REMEMBERED = 1 << 26  # bytes
 _FOLLOWED = {"cast", "identity", "reshape", "unsqueeze", "squeeze", "expand", "slice", "select", "permute", "clamp"}
 
 
@@ -40,6 +42,25 @@ def sample_runs(graph: Graph) -> Iterator[tuple[list[Any], list[Any]]]:
         except (RegaugeError, RuntimeError):
             continue
         yield inputs, results
+
+
+def remember_runs(graph: Graph, runs: list[tuple[list[Any], list[Any]]]) -> None:
+    """Note what the graph, as it is now, gives on made-up inputs, for whoever checks what is made of it next.
+
+    Runs whose tensors take much memory are not kept.
+    """
+    tensors = [t for inputs, results in runs for t in (*inputs, *results) if isinstance(t, torch.Tensor)]
+    if sum(tensor.nbytes for tensor in tensors) <= MOST_REMEMBERED:
+        graph._runs = (_state(graph), runs)
+
+
+def remembered_runs(graph: Graph) -> list[tuple[list[Any], list[Any]]]:
+    """Runs that were noted, if the graph and the data of its weights are still the same."""
+    return graph._runs[1] if graph._runs is not None and graph._runs[0] == _state(graph) else []
+
+
+def _state(graph: Graph) -> tuple[int, int]:
+    return graph.version, sum(writes(parameter.weight) for parameter in graph.all_parameters())
 
 
 # Sizes tried for dynamic axes of images and signals where small ones do not fit (a network of strides and windows).

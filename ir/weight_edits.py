@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.weights import DenseWeight, LazyWeight, Weight
+from regauge.ir.weights import DenseWeight, KeptWeight, LazyWeight, Weight, is_resident
 
 if TYPE_CHECKING:
     from regauge.ir.edit import Builder
@@ -23,7 +23,8 @@ def computed_weight(
 ) -> Weight:
     """``function`` of the sources' tensors in float64, rounded once to ``dtype``.
 
-    It is computed now where all sources lie in memory, else whenever it is read, so that files are streamed.
+    It is computed now where all sources are dense, once where they lie in memory, else whenever it is read, so that
+    files are streamed.
     """
     weights = [source.weight for source in sources]
 
@@ -34,6 +35,8 @@ def computed_weight(
 
     if all(isinstance(weight, DenseWeight) for weight in weights):
         return DenseWeight(read())
+    if all(map(is_resident, weights)):
+        return KeptWeight(tuple(shape), dtype, read)
     return LazyWeight(tuple(shape), dtype, read)
 
 

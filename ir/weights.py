@@ -46,14 +46,34 @@ class DenseWeight:
 
 @dataclass(frozen=True, eq=False)
 class LazyWeight:
-    """A tensor behind a function, such as a memory-mapped region of a file; nothing is kept after a read."""
+    """A tensor behind a function, such as a region of a file; nothing is kept after a read.
+
+    It is ``resident`` where what is read lies in memory anyway.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
     read: Callable[[], torch.Tensor]
+    resident: bool = False
 
     def load(self) -> torch.Tensor:
         return self.read()
+
+
+@dataclass(eq=False)
+class KeptWeight:
+    """A tensor that is computed when it is first asked for, and kept from then on: for what is made of resident ones."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    compute: Callable[[], torch.Tensor] | None
+    _kept: torch.Tensor | None = None
+
+    def load(self) -> torch.Tensor:
+        if self._kept is None:
+            assert self.compute is not None
+            self._kept, self.compute = self.compute(), None  # what it was made of may go
+        return self._kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +101,13 @@ class CutWeight:
 
 def dense(tensor: torch.Tensor) -> DenseWeight:
     return DenseWeight(tensor.detach())
+
+
+def is_resident(weight: Weight) -> bool:
+    """Whether the data lies in memory, so that to keep what is computed from it costs no other order of memory."""
+    if isinstance(weight, CutWeight):
+        return is_resident(weight.base)
+    return isinstance(weight, DenseWeight | KeptWeight) or isinstance(weight, LazyWeight) and weight.resident
 
 
 def writes(weight: Weight) -> int:

@@ -16,7 +16,7 @@ from regauge.ir.edit import dead_nodes, record, remove_dead
 from regauge.ir.errors import EquivalenceError, PassError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run_seeded
-from regauge.ir.sample_inputs import input_symbols, sample_runs
+from regauge.ir.sample_inputs import input_symbols, remember_runs, sample_runs
 from regauge.ir.verify import verify
 from regauge.ir.weights import writes
 from regauge.passes.base import Context, Cut, Pass
@@ -180,9 +180,14 @@ def _measured_error(one: Pass, before: Graph, after: Graph, data: Any) -> float 
 def _measured_error_of(before: Graph, after: Graph, data: Any) -> float | None:
     if data is not None:
         batch = _first_batch(data)
-        return _relative_error(run_seeded(before, batch), after, batch)
+        return _relative_error(run_seeded(before, batch), run_seeded(after, batch))
     wanted = 2 if input_symbols(before) else 1
-    errors = [_relative_error(results, after, inputs) for inputs, results in islice(sample_runs(before), wanted)]
+    errors, runs = [], []
+    for inputs, expected in islice(sample_runs(before), wanted):
+        found = run_seeded(after, inputs)
+        errors.append(_relative_error(expected, found))
+        runs.append((inputs, found))
+    remember_runs(after, runs)
     return max(errors) if errors else None
 
 
@@ -195,10 +200,10 @@ def _first_batch(data: Any) -> Any:
     return next(Context(data=data).batches())
 
 
-def _relative_error(expected: Sequence[Any], after: Graph, inputs: Any) -> float:
+def _relative_error(expected: Sequence[Any], found: Sequence[Any]) -> float:
     """Greatest difference of an output, relative to that output's greatest magnitude."""
     worst = 0.0
-    for a, b in zip(expected, run_seeded(after, inputs), strict=True):
+    for a, b in zip(expected, found, strict=True):
         if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
             continue
         if a.shape != b.shape:

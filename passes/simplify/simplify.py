@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from regauge.ir.allocation import without_collection
 from regauge.ir.graph import Graph
 from regauge.ir.rewrite import RewriteLog, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
@@ -89,6 +90,10 @@ class Simplify(Pass):
         return self.assemble == "always"
 
     def call(self, graph: Graph, context: Context) -> Graph:
+        with without_collection():
+            return self._simplified(graph, context)
+
+    def _simplified(self, graph: Graph, context: Context) -> Graph:
         rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also, assemble=self._assembles(graph))
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
         limits, usual = limits_of(graph, self.growth, self.tie), by_default(rules)
