@@ -1,16 +1,17 @@
-"""What a graph costs: parameters, weight bytes, MACs and activation memory.
+"""What a graph costs: parameters, weight bytes and MACs.
 
 The sizes of all axes are extents, so each figure is a polynomial in the sizes of Dims: :attr:`CostModel.macs` and its
 neighbours are sympy expressions, and the same terms are evaluated with plain integers, for given sizes or step by step
 (:class:`Running`), where a pass must meet a budget. Dynamic sizes (batch, sequence) count as the least they may be,
-usually 1: MACs are those of one example.
+usually 1: MACs are those of one example. Activation memory is in :mod:`regauge.ir.memory`, time in
+:mod:`regauge.ir.roofline`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import sympy
 import torch
@@ -60,15 +61,34 @@ def item_size(dtype: Dtype) -> float:
     return int(digits) / 8 if digits else 0.0
 
 
-def smallest_sizes(graph: Graph) -> Callable[[Size], int]:
-    """A function that gives each size as an int, with every symbol at the least value it may have."""
+class Meter(Protocol):
+    """One figure of a graph while sizes of its Dims change; it never falls when a size grows."""
+
+    @property
+    def original(self) -> float:
+        """The figure with the sizes that the graph has."""
+
+    @property
+    def total(self) -> float:
+        """The figure with the sizes that were set last."""
+
+    def set_sizes(self, sizes: Mapping[Dim, int]) -> float:
+        """Give Dims new sizes, all others keep theirs; returns the new total."""
+
+    def with_size(self, dim: Dim, size: int) -> float:
+        """The total if one Dim had another size."""
+
+
+def smallest_sizes(graph: Graph, at: Mapping[Any, int] | None = None) -> Callable[[Size], int]:
+    """A function that gives each size as an int; symbols have the values ``at`` gives, or the least they may have."""
     known: dict[Any, int] = {}
+    fixed = at or {}
 
     def bound(size: Size) -> int:
         if isinstance(size, int):
             return size
         if size not in known:
-            least = {s: max(1, graph.symbols.get(s, (1, None))[0]) for s in size.free_symbols}
+            least = {s: fixed.get(s) or max(1, graph.symbols.get(s, (1, None))[0]) for s in size.free_symbols}
             known[size] = max(1, int(sympy.sympify(size).subs(least)))
         return known[size]
 
@@ -114,18 +134,18 @@ def _bound_view(node: Node, bound: Callable[[Size], int]) -> _NodeView:
     )
 
 
-def _size(extent: Extent, size_of: SizeOf) -> Size:
+def sized(extent: Extent, size_of: SizeOf) -> Size:
     """The size of a resolved extent, its Dims sized by ``size_of``."""
     if isinstance(extent, Dim):
         return size_of(extent)
     if isinstance(extent, Product):
-        return product(_size(f, size_of) for f in extent.factors)
-    return total(_size(s, size_of) for s in extent.segments)
+        return product(sized(f, size_of) for f in extent.factors)
+    return total(sized(s, size_of) for s in extent.segments)
 
 
 def _sizes(derived: Any, size_of: SizeOf) -> Any:
     if isinstance(derived, Dim | Product | Concat):
-        return _size(resolve(derived), size_of)
+        return sized(resolve(derived), size_of)
     if isinstance(derived, tuple | list):
         return tuple(_sizes(part, size_of) for part in derived)
     return derived
@@ -147,10 +167,10 @@ class _ParameterTerm:
         factor = self.weight[metric]
         if not factor:
             return 0
-        return product(_size(extent, size_of) for extent in self.axes) * (int(factor) if factor >= 1 else factor)
+        return product(sized(extent, size_of) for extent in self.axes) * (int(factor) if factor >= 1 else factor)
 
 
-class _NodeTerm:
+class NodeTerm:
     """MACs of one node, by its operator's cost function."""
 
     def __init__(self, node: Node, graph: CostModel) -> None:
@@ -162,14 +182,16 @@ class _NodeTerm:
         self.dims = frozenset(dim for axes in shapes for extent in axes for dim in leaves(extent))
 
     def amount(self, metric: Metric, size_of: SizeOf) -> Any:
-        cost = self.node.operator.macs
-        if metric != "macs" or cost is None:
-            return 0
-        return cost(Cost(self._view(size_of)))
+        return self.macs(lambda extent: sized(extent, size_of), size_of) if metric == "macs" else 0
 
-    def _view(self, size_of: SizeOf) -> _NodeView:
+    def macs(self, axis_size: Callable[[Extent], Size], size_of: SizeOf) -> Any:
+        """The MACs where axes have the sizes that ``axis_size`` gives, and attributes those of ``size_of``."""
+        cost = self.node.operator.macs
+        return 0 if cost is None else cost(Cost(self._view(axis_size, size_of)))
+
+    def _view(self, axis_size: Callable[[Extent], Size], size_of: SizeOf) -> _NodeView:
         def shaped(axes: Any) -> Any:
-            return _Shaped(tuple(_size(extent, size_of) for extent in axes)) if isinstance(axes, list) else axes
+            return _Shaped(tuple(axis_size(extent) for extent in axes)) if isinstance(axes, list) else axes
 
         attributes = dict(self.node.attributes)
         for name, extents in self.derived.items():
@@ -177,19 +199,28 @@ class _NodeTerm:
         return _NodeView([shaped(a) for a in self.inputs], [shaped(a) for a in self.outputs], attributes, self.node.op)
 
 
-_Term: TypeAlias = _ParameterTerm | _NodeTerm
+class Term(Protocol):
+    """One part of a sum; ``dims`` are those on which it depends."""
+
+    dims: frozenset[Dim]
+
+
+_Term: TypeAlias = _ParameterTerm | NodeTerm
+
+
+T = TypeVar("T", bound=Term)
 
 
 class CostModel:
     """The cost of a graph as a function of the sizes of its Dims; create one with :func:`cost`."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, at: Mapping[Any, int] | None = None) -> None:
         self.graph = graph
         self.analysis = graph.axes
-        self._bound = smallest_sizes(graph)
+        self._bound = smallest_sizes(graph, at)
         self._normal: dict[Value, list[Extent]] = {}
         self.terms: list[_Term] = [_ParameterTerm(p, self.axes(p)) for p in graph.all_parameters()]
-        self.terms += [_NodeTerm(node, self) for _, node in graph.walk() if node.operator.macs is not None]
+        self.terms += [NodeTerm(node, self) for _, node in graph.walk() if node.operator.macs is not None]
 
     def axes(self, value: Value) -> list[Extent]:
         if value not in self._normal:
@@ -241,21 +272,22 @@ class CostModel:
         metrics: tuple[Metric, ...] = ("parameters", "macs", "bytes")
         return Figures(*[int(sum(term.amount(metric, size_of) for term in self.terms)) for metric in metrics])
 
-    def running(self, metric: Metric) -> Running:
-        return Running(self, metric)
+    def running(self, metric: Metric) -> Running[_Term]:
+        def amount(term: _Term, size_of: SizeOf) -> float:
+            return float(term.amount(metric, size_of))
+
+        return Running(self.terms, amount, self.number)
 
 
-class Running:
-    """One figure while sizes of Dims change: a change costs as much time as there are terms that hold the Dim."""
+class Running(Generic[T]):
+    """A sum while sizes of Dims change: a change costs as much time as there are terms that hold the Dim."""
 
-    def __init__(self, model: CostModel, metric: Metric) -> None:
-        self.metric: Metric = metric
+    def __init__(self, terms: Sequence[T], amount: Callable[[T, SizeOf], float], number: Callable[[Dim], int]) -> None:
         self._sizes: dict[Dim, int] = {}
-        self._model = model
-        self._terms = model.terms
-        self._values = [float(term.amount(metric, self._size_of)) for term in self._terms]
+        self._number, self._amount, self._terms = number, amount, terms
+        self._values = [amount(term, self._size_of) for term in terms]
         self._holding: dict[Dim, list[int]] = {}
-        for index, term in enumerate(self._terms):
+        for index, term in enumerate(terms):
             if self._values[index]:
                 for dim in term.dims:
                     self._holding.setdefault(dim, []).append(index)
@@ -263,61 +295,29 @@ class Running:
 
     def _size_of(self, dim: Dim) -> int:
         found = self._sizes.get(dim)
-        return self._model.number(dim) if found is None else found
+        return self._number(dim) if found is None else found
 
     def set_sizes(self, sizes: Mapping[Dim, int]) -> float:
         """Give Dims new sizes; returns the new total."""
         changed = [dim for dim, size in sizes.items() if self._size_of(dim) != size]
         self._sizes.update(sizes)
         for index in dict.fromkeys(i for dim in changed for i in self._holding.get(dim, ())):
-            value = float(self._terms[index].amount(self.metric, self._size_of))
-            self.total += value - self._values[index]
-            self._values[index] = value
+            self._values[index] = self._amount(self._terms[index], self._size_of)
+        self.total = sum(self._values)  # and not by its change: rounding errors would add up
         return self.total
 
     def with_size(self, dim: Dim, size: int) -> float:
         """The total if one Dim had another size."""
         before = self._size_of(dim)
         self._sizes[dim] = size
-        change = sum(
-            float(self._terms[i].amount(self.metric, self._size_of)) - self._values[i]
-            for i in self._holding.get(dim, ())
-        )
+        change = sum(self._amount(self._terms[i], self._size_of) - self._values[i] for i in self._holding.get(dim, ()))
         self._sizes[dim] = before
         return self.total + change
 
 
-def cost(graph: Graph) -> CostModel:
-    """The cost of a graph: ``cost(graph).macs`` is an expression, ``cost(graph).figures({dim: 16})`` are numbers."""
-    return CostModel(graph)
+def cost(graph: Graph, at: Mapping[Any, int] | None = None) -> CostModel:
+    """The cost of a graph: ``cost(graph).macs`` is an expression, ``cost(graph).figures({dim: 16})`` are numbers.
 
-
-def activation_bytes(graph: Graph) -> tuple[int, int]:
-    """Bytes of all intermediate values together, and at the moment when most of them are alive (in graph order)."""
-    bound = smallest_sizes(graph)
-    sizes = {value: _value_bytes(value, bound) for value in _activations(graph)}
-    last: dict[Value, int] = {}
-    for step, node in enumerate(graph.nodes):
-        for _, value in node.operands():
-            last[value] = step
-    kept = {output for output in graph.outputs if isinstance(output, Value)}
-    alive = peak = sum(sizes[value] for value in graph.inputs)
-    for step, node in enumerate(graph.nodes):
-        alive += sum(sizes[value] for value in node.outputs)
-        peak = max(peak, alive)
-        gone = [value for value in {v for _, v in node.operands()} | set(node.outputs) if last.get(value, step) == step]
-        alive -= sum(sizes.get(value, 0) for value in gone if value not in kept)
-    return sum(sizes.values()), peak
-
-
-def _activations(graph: Graph) -> Iterator[Value]:
-    yield from graph.inputs
-    for node in graph.nodes:
-        yield from node.outputs
-
-
-def _value_bytes(value: Value, bound: Callable[[Size], int]) -> int:
-    elements = 1
-    for size in value.shape:
-        elements *= bound(size)
-    return int(elements * item_size(value.dtype))
+    In numbers dynamic sizes have the values that ``at`` gives, by symbol, or the least they may have.
+    """
+    return CostModel(graph, at)

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.ir.timing import Measure
 from regauge.passes.options import check_options, describe, hints, unknown_option
 
 Contract: TypeAlias = Literal["exact", "bounded", "approximate"]
@@ -60,6 +61,7 @@ class Context:
     cuts: list[Cut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)  # why things were left alone: reason -> how many
+    measure: Measure | None = None  # times graphs in a runtime; None where nothing can
 
     def batches(self) -> Iterator[Any]:
         """The batches of ``data``, each as ``graph.run`` takes it; raises PassError where there is none."""

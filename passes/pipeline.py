@@ -17,6 +17,7 @@ from regauge.ir.errors import EquivalenceError, PassError, RegaugeError, Regauge
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run_seeded
 from regauge.ir.sample_inputs import input_symbols, remember_runs, sample_runs
+from regauge.ir.timing import Measure
 from regauge.ir.verify import verify
 from regauge.ir.weights import writes
 from regauge.passes.base import Context, Cut, Pass
@@ -29,18 +30,25 @@ FLOAT_TOLERANCE = 1e-4
 AfterPass = Callable[[int, Graph], None]
 
 
-def run_passes(graph: Graph, passes: Sequence[Pass], data: Any = None, *, after: AfterPass | None = None) -> Graph:
+def run_passes(
+    graph: Graph,
+    passes: Sequence[Pass],
+    data: Any = None,
+    *,
+    after: AfterPass | None = None,
+    measure: Measure | None = None,
+) -> Graph:
     """The graph after all passes, with its ``report``; the given graph is not changed.
 
-    ``after(index, graph)`` is called with the result of each pass. Raises PassError where a pass lacks what it needs
-    or breaks its contract, naming the pass.
+    ``after(index, graph)`` is called with the result of each pass; ``measure`` times graphs for passes that ask for it.
+    Raises PassError where a pass lacks what it needs or breaks its contract, naming the pass.
     """
     if not isinstance(graph, Graph):
         raise PassError(f"passes run on a Graph, not a {type(graph).__name__}: make one by regauge.capture or load")
     result, entries = graph, []
     known = figures(graph)
     for index, one in enumerate(passes):
-        result, entry = _run_pass(result, one, data, known)
+        result, entry = _run_pass(result, one, data, known, measure)
         known = entry.after
         entries.append(entry)
         if after is not None:
@@ -51,10 +59,10 @@ def run_passes(graph: Graph, passes: Sequence[Pass], data: Any = None, *, after:
     return result
 
 
-def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures) -> tuple[Graph, PassReport]:
+def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures, measure: Measure | None) -> tuple[Graph, PassReport]:
     _check_needs(one, data)
     _trace(f"{one}: starts")
-    context, given, start = Context(data=data), _Given(graph), time.perf_counter()
+    context, given, start = Context(data=data, measure=measure), _Given(graph), time.perf_counter()
     try:
         one.requires(graph)
         result = one.call(graph, context)

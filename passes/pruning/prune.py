@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from regauge.ir.cost import Metric, cost
 from regauge.ir.errors import PassError
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
+from regauge.ir.interpret import Interpreter
 from regauge.ir.resize import resize
+from regauge.passes.allocation.amounts import Amount, parse_amount
+from regauge.passes.allocation.budgets import Budget, Budgets, IndexCount
+from regauge.passes.allocation.choices import Choice, Counts, round_wishes, with_multiples
+from regauge.passes.allocation.latency import LatencySearch, device_of
+from regauge.passes.allocation.search import UNITS, Scope, Search, budgets_of
 from regauge.passes.base import Context, Contract, Cut, Pass
-from regauge.passes.budget import (
-    Choice,
-    Counts,
-    allocate,
-    parse_amount,
-    ranked_plan,
-    ranked_wishes,
-    round_wishes,
-    uniform_plan,
-    uniform_wishes,
-    with_multiples,
-)
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
@@ -36,8 +29,8 @@ from regauge.passes.pruning.scores import Criterion, Scores, batch_norm_gains, s
 from regauge.passes.pruning.selection import select
 from regauge.passes.rounding import Rounding
 
-_BUDGETS: Mapping[str, Metric] = {"params": "parameters", "macs": "macs", "bytes": "bytes"}
 _MOST_GOES = 0.9  # ranked together, a Dim still keeps a tenth of its indices: no layer vanishes
+_EXAMPLE = "write prune{ratio=0.5} or prune{params=0.6,macs=0.7}"
 _RECOMPUTED = {"normalise", "reduce"}
 
 
@@ -54,9 +47,13 @@ class Prune(Pass):
     and the report says so. With data the indices go whose removal changes the outputs least, once the layers behind
     have made up for it, and these layers are refitted: the result is then nearer to the original than the masked one.
 
-    Give exactly one of ratio, params, macs and bytes; a budget is what is kept, and is met within 1 % where single
-    indices are that fine. MACs are counted with every dynamic size at its least, usually 1: where the sequence is
-    dynamic they are those of one token.
+    Give a ratio, or one or more budgets: of several all are met. A budget is what is kept, and is met within 1 % where
+    single indices are that fine. MACs and peak memory are counted with every dynamic size at its least, usually 1:
+    where the sequence is dynamic they are those of one token. The peak is that of one run in the graph's order, values
+    freed at last use. Latency is measured on one thread, on the first batch of the data or on made-up inputs, in
+    onnxruntime of graphs loaded from ONNX, else as an emitted torch module: a model of the device is calibrated to
+    that, what it finds is measured, and corrected until the budget is met within 1 % or as near as noise allows. With
+    measure=false the model of ``device`` is taken at its word.
 
     A ratio holds for each Dim, so on an axis that is a product of Dims the factors multiply: half of 4 groups of 4
     channels, 16 -> 4, is 2 groups of 2. With round_to it is the axis that stays a multiple, and a Dim of which no
@@ -70,8 +67,12 @@ class Prune(Pass):
     params: float | str | None = option(None, "parameters kept: a share (0.5) or a number (1.2M)")
     macs: float | str | None = option(None, "multiply-accumulates kept: a share or a number (300M)")
     bytes: float | str | None = option(None, "bytes of weights kept: a share or a number (5MB)")
-    scope: Literal["uniform", "global"] | None = option(
-        None, "the same share of every Dim, or one ranking of all; uniform, but global for budgets with distortion"
+    peak: float | str | None = option(None, "peak bytes of activations: a share or a number (5MB)")
+    latency: float | str | None = option(None, "time of one run: a share or a time (5ms)")
+    scope: Scope | None = option(
+        None,
+        "the same share of every Dim, one ranking of all, one of each class of Dims that are alike, the best sum of "
+        "scores, or of measured losses (dp, with data); uniform, but global for budgets with distortion",
     )
     score: Criterion | None = option(
         None,
@@ -79,7 +80,13 @@ class Prune(Pass):
         "chance; distortion where data is given, else l2",
     )
     compensate: bool | None = option(None, "refit the layers behind cuts on data; true where data is given")
-    round_to: int = option(1, "sizes of axes that are cut stay multiples of this", at_least=1)
+    round_to: int | Literal["device"] = option(
+        1, "sizes of axes that are cut stay multiples of this; of what the device prefers", at_least=1
+    )
+    device: str | Mapping[str, int | float] | None = option(
+        None, "what latency is predicted for: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
+    )
+    measure: bool = option(True, "measure latency where it is a budget, and do not only predict it")
     minimum: int = option(1, "indices that every Dim keeps", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of Dims or parameters: cut nothing else")
     exclude: tuple[str, ...] = option((), "globs on names of Dims or parameters: these keep their shape")
@@ -88,15 +95,17 @@ class Prune(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("ratio", *_BUDGETS) if getattr(self, name) is not None]
-        if len(given) != 1:
+        given = [name for name in ("ratio", *UNITS) if getattr(self, name) is not None]
+        if not given or (self.ratio is not None and len(given) > 1):
             found = f"{' and '.join(given)} are given" if given else "none is given"
-            raise PassError(
-                f"prune takes exactly one of ratio, params, macs and bytes, but {found}: write prune{{ratio=0.5}}"
-            )
-        for name in _BUDGETS:
-            if getattr(self, name) is not None:
-                parse_amount(getattr(self, name), name)
+            raise PassError(f"prune takes a ratio, or budgets ({', '.join(UNITS)}), but {found}: {_EXAMPLE}")
+        self._amounts()
+        device_of(self.device)
+
+    def _amounts(self) -> dict[str, Amount]:
+        """The budgets that are given."""
+        given = {name: getattr(self, name) for name in UNITS}
+        return {name: parse_amount(value, name, UNITS[name]) for name, value in given.items() if value is not None}
 
     def call(self, graph: Graph, context: Context) -> Graph:
         groups = select(graph.groups(), self.include, self.exclude, context.left)
@@ -105,9 +114,7 @@ class Prune(Pass):
         scores = self._scores(graph, groups, criterion, batches)
         if criterion == "bn":
             _note_without_batch_norm(graph, groups, context)
-        by_loss = criterion == "distortion" and self.ratio is None
-        uniform = self.scope == "uniform" or (self.scope is None and not by_loss)
-        counts = self._counts(graph, groups, scores, uniform, context)
+        counts = self._counts(graph, groups, scores, criterion, batches, context)
         cut = [group for group in groups if counts[group.dim] < group.dim.size]
         cut = cut if self.limit is None else cut[: self.limit]
         if not cut:
@@ -138,40 +145,73 @@ class Prune(Pass):
         """Scores to rank by: of distortion what is lost per unit of the budget, where there is one."""
         if criterion != "distortion" or batches is None:
             return score(graph, groups, criterion, self.seed)
-        found = distortion_scores(graph, groups, batches, self.seed)
-        budget = next((metric for name, metric in _BUDGETS.items() if getattr(self, name) is not None), None)
-        if budget is None:
-            return found
-        running = cost(graph).running(budget)
-        saved = {dim: running.original - running.with_size(dim, int(dim.size) - 1) for dim in found}
-        return {dim: scores / max(saved[dim], 1e-12) for dim, scores in found.items()}
+        return distortion_scores(graph, groups, batches, self.seed)
 
-    def _counts(self, graph: Graph, groups: Sequence[Group], scores: Scores, uniform: bool, context: Context) -> Counts:
-        choices = [self._choice(group, scores[group.dim], uniform) for group in groups]
-        rounding = Rounding(graph, self.round_to)
-        if self.ratio is not None:
-            wishes = uniform_wishes(choices) if uniform else ranked_wishes(choices)
-            decided = round_wishes(choices, wishes(self.ratio), rounding)
-            self._note_stuck([choice for choice, _ in decided], context)
+    def _counts(
+        self,
+        graph: Graph,
+        groups: Sequence[Group],
+        scores: Scores,
+        criterion: Criterion,
+        batches: Sequence[Any] | None,
+        context: Context,
+    ) -> Counts:
+        losses = criterion == "distortion" and self.ratio is None
+        scope: Scope = self.scope or ("global" if losses else "uniform")
+        choices = [self._choice(group, scores[group.dim], scope == "uniform") for group in groups]
+        multiple = device_of(self.device).multiple if self.round_to == "device" else self.round_to
+        rounding = Rounding(graph, multiple)
+        search = Search(graph, with_multiples(choices, rounding), scope, str(self), losses)
+        if self.ratio is not None and scope not in ("knapsack", "dp"):
+            decided = round_wishes(choices, replace(search, choices=choices).wishes()(self.ratio), rounding)
+            self._note_stuck([choice for choice, _ in decided], multiple, context)
             return {choice.dim: count for choice, count in decided}
-        choices = with_multiples(choices, rounding)
-        self._note_stuck(choices, context)
-        plan = uniform_plan(choices) if uniform else ranked_plan(choices)
-        option_name = next(name for name in _BUDGETS if getattr(self, name) is not None)
-        amount = getattr(self, option_name)
-        running = cost(graph).running(_BUDGETS[option_name])
-        target = parse_amount(amount, option_name).of(running.original)
-        return allocate(choices, plan, running, target, str(self))
+        self._note_stuck(search.choices, multiple, context)
+        return self._within(graph, search, scores, batches, context)
 
-    def _note_stuck(self, choices: Sequence[Choice], context: Context) -> None:
+    def _within(
+        self, graph: Graph, search: Search, scores: Scores, batches: Sequence[Any] | None, context: Context
+    ) -> Counts:
+        """Counts within the budgets, and a note of what each of them is then."""
+        amounts = self._amounts()
+        latency = amounts.pop("latency", None)
+        others = budgets_of(graph, amounts)
+        if self.ratio is not None:
+            sizes = {choice.dim: choice.size for choice in search.choices}
+            others = [Budget("indices", IndexCount(sizes), (1 - self.ratio) * sum(sizes.values()))]
+        if latency is None:
+            budgets, told = Budgets(others), ""
+            counts = search.counts(budgets)
+        else:
+            timed = LatencySearch(search, others, latency, device_of(self.device), lambda c: _cut(graph, scores, c))
+            if self.measure and context.measure is not None:
+                timed.measure, timed.inputs = context.measure, _first(graph, batches, context)
+                timed.at = None if timed.inputs is None else Interpreter(graph).bound(timed.inputs)[1]
+            counts, budgets, told = timed.run()
+        for budget in budgets:
+            context.note(told if budget.name == "latency" else str(budget))
+        return counts
+
+    def _note_stuck(self, choices: Sequence[Choice], multiple: int, context: Context) -> None:
         stuck = sum(choice.stuck for choice in choices)
         if stuck:
-            context.left[f"no smaller size keeps its axes multiples of {self.round_to}"] += stuck
+            context.left[f"no smaller size keeps its axes multiples of {multiple}"] += stuck
 
     def _choice(self, group: Group, scores: np.ndarray, uniform: bool) -> Choice:
         size = len(scores)
         floor = self.minimum if uniform else max(self.minimum, int(np.ceil((1 - _MOST_GOES) * size)))
         return Choice(group.dim, scores, min(floor, size))
+
+
+def _cut(graph: Graph, scores: Scores, counts: Counts) -> Graph:
+    """The graph with these counts, as it is before anything is refitted."""
+    return resize(graph, {dim: best(scores[dim], count) for dim, count in counts.items() if count < int(dim.size)})
+
+
+def _first(graph: Graph, batches: Sequence[Any] | None, context: Context) -> Any:
+    """The first batch of the data, where there is any, as the graph takes it."""
+    found = calibration_batches(graph, context) if batches is None and context.data is not None else batches
+    return found[0] if found else None
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:

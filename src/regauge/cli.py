@@ -212,7 +212,8 @@ def inspect(
 
 
 def _summary(graph: Graph) -> list[list[str]]:
-    from regauge.ir.cost import activation_bytes, figures
+    from regauge.ir.cost import figures
+    from regauge.ir.memory import activation_bytes
     from regauge.ir.tables import short
 
     cost, (_, peak) = figures(graph), activation_bytes(graph)

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 
 from random_networks import networks
-from regauge.ir.cost import activation_bytes, cost, figures, item_size, local_figures
+from regauge.ir.cost import cost, figures, item_size, local_figures
 from regauge.ir.graph import Graph
+from regauge.ir.memory import activation_bytes
 from regauge.optimize import optimize
 from small_graphs import multilayer_perceptron, residual_network
 

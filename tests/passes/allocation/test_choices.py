@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 
 from regauge.ir.errors import PassError
 from regauge.ir.extents import Dim
-from regauge.passes.budget import Amount, Choice, parse_amount, ranked_plan, uniform_plan
+from regauge.passes.allocation.amounts import Amount, parse_amount
+from regauge.passes.allocation.choices import Choice
+from regauge.passes.allocation.plans import ranked_plan, uniform_plan
+from regauge.passes.catalog import as_passes
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,25 @@ def test_counts_fall_as_the_level_rises(choices: list[Choice], a: float, b: floa
     for plan in (uniform_plan(choices), ranked_plan(choices)):
         assert all(plan(low)[choice.dim] >= plan(high)[choice.dim] for choice in choices)
         assert all(count == choice.size for choice, count in zip(choices, plan(0).values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given_amount", "expected"),
+    [("5ms", 5.0), ("800us", 0.8), ("0.02s", 20.0), ("1500 ns", 1.5e-3), ("2.5MS", 2.5)],
+)
+def test_times(given_amount: str, expected: float) -> None:
+    found = parse_amount(given_amount, "latency", "time")
+    assert found.value == pytest.approx(expected) and not found.relative
+    assert parse_amount("0.6", "latency", "time") == Amount(0.6, True)
+
+
+@pytest.mark.parametrize("wrong", ["5", "5MB", "5 apples", "0ms", 3])
+def test_wrong_times(wrong: float | str) -> None:
+    with pytest.raises(PassError, match="latency="):
+        parse_amount(wrong, "latency", "time")
+
+
+def test_amounts_in_a_pipeline_text() -> None:
+    (one,) = as_passes("prune{macs=300M,bytes=5MB,latency=5ms,peak=0.5}")
+    assert (one.macs, one.bytes, one.latency, one.peak) == ("300M", "5MB", "5ms", 0.5)  # type: ignore[attr-defined]
+    assert str(one) == "prune{macs=300M,bytes=5MB,peak=0.5,latency=5ms}"

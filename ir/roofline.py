@@ -1,0 +1,133 @@
+"""How long one run of a graph takes, by a roofline of the device: a node waits for arithmetic or for memory.
+
+    seconds = overhead + max(2 * MACs / FLOP/s, bytes read and written / bytes/s)          for each node
+
+(Williams, Waterman and Patterson 2009, Roofline). Axes that shrink are done in blocks of ``multiple`` indices, so that
+arithmetic falls in steps: 33 channels take as long as 40 where the blocks are 8. What a runtime makes a view of
+(reshapes) moves no bytes. Nodes of regions count once. A real runtime fuses nodes and has kernels of its own;
+:class:`Calibrated` brings the model to what was measured, and whoever needs a certain latency measures the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from regauge.ir.cost import CostModel, Meter, NodeTerm, Running, SizeOf, item_size, sized
+from regauge.ir.errors import RegaugeError
+from regauge.ir.extents import Dim, Extent, leaves
+from regauge.ir.graph import Graph, Value
+from regauge.ir.sizes import product
+
+_VIEWS = frozenset({"reshape", "unsqueeze", "squeeze", "identity", "expand", "permute", "select", "slice", "dropout"})
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the model knows of a device: a start that measurements correct.
+
+    ``flops`` per second and ``bandwidth`` in bytes per second, as reached on large layers and not as printed on the
+    box; ``overhead`` in seconds of starting a node; ``multiple``, the block of indices that is computed at a time.
+    """
+
+    flops: float = 5e10
+    bandwidth: float = 1e10
+    overhead: float = 2e-6
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not value > 0 and not (entry.name == "overhead" and value == 0):
+                raise RegaugeError(f"device: {entry.name}={value:g} must be above 0")
+        if self.multiple != int(self.multiple):
+            raise RegaugeError(f"device: multiple={self.multiple:g} must be a whole number")
+        object.__setattr__(self, "multiple", int(self.multiple))
+
+
+DEVICES: Mapping[str, Device] = {
+    "cpu": Device(),  # one core with 8 float lanes
+    "gpu": Device(flops=5e13, bandwidth=1e12, overhead=5e-6, multiple=64),  # tensor cores
+}
+
+
+class _Step:
+    """One node: its MACs, and the values that it reads and writes."""
+
+    def __init__(self, node: NodeTerm, model: CostModel) -> None:
+        self.node = node
+        self.dims = node.dims
+        read = [] if node.node.op in _VIEWS else [v for v in node.node.inputs if isinstance(v, Value)]
+        written = [] if node.node.op in _VIEWS else list(node.node.outputs)
+        self.moved = [(model.axes(value), item_size(value.dtype)) for value in [*dict.fromkeys(read), *written]]
+
+
+class Roofline(Running[_Step]):
+    """Predicted seconds of one run while sizes of Dims change (a :class:`regauge.ir.cost.Meter`)."""
+
+    def __init__(self, model: CostModel, device: Device) -> None:
+        self.device = device
+        self._cut = {group.dim for group in model.graph.groups() if group.free}
+        steps = [_Step(NodeTerm(node, model), model) for _, node in model.graph.walk()]
+        super().__init__(steps, self._seconds, model.number)
+
+    def _seconds(self, step: _Step, size_of: SizeOf) -> float:
+        def padded(extent: Extent) -> int:
+            size = int(sized(extent, size_of))
+            blocks = self.device.multiple if any(dim in self._cut for dim in leaves(extent)) else 1
+            return -(-size // blocks) * blocks
+
+        moved = sum(item * float(product(sized(e, size_of) for e in axes)) for axes, item in step.moved)
+        compute = 2 * float(step.node.macs(padded, size_of)) / self.device.flops
+        return self.device.overhead + max(compute, moved / self.device.bandwidth)
+
+
+class Calibrated:
+    """A meter of milliseconds that gives what was measured where it was measured, and follows another meter between.
+
+    ``points`` are pairs (what the meter says, milliseconds measured). Between two points, and beyond them, the
+    milliseconds are linear in what the meter says; where noise has turned two points round, they share their mean.
+    """
+
+    def __init__(self, meter: Meter, points: Sequence[tuple[float, float]]) -> None:
+        self.meter = meter
+        self._said, self._measured = _rising(points)
+        self.original = self.milliseconds(meter.original)
+
+    @property
+    def total(self) -> float:
+        return self.milliseconds(self.meter.total)
+
+    def set_sizes(self, sizes: Mapping[Dim, int]) -> float:
+        return self.milliseconds(self.meter.set_sizes(sizes))
+
+    def with_size(self, dim: Dim, size: int) -> float:
+        return self.milliseconds(self.meter.with_size(dim, size))
+
+    def milliseconds(self, said: float) -> float:
+        """What the meter's figure is in milliseconds."""
+        x, y = self._said, self._measured
+        if len(x) == 1:
+            return float(said * y[0] / x[0])
+        place = int(np.clip(np.searchsorted(x, said), 1, len(x) - 1))
+        slope = (y[place] - y[place - 1]) / (x[place] - x[place - 1])
+        return max(0.0, float(y[place - 1] + slope * (said - x[place - 1])))
+
+
+def _rising(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """The points in order, with milliseconds that do not fall: neighbours that do are pooled (isotonic regression)."""
+    pools: list[tuple[list[float], list[float]]] = []
+    for x, y in sorted(points):
+        xs, ys = [x], [y]
+        while pools and (np.mean(ys) <= np.mean(pools[-1][1]) or xs[0] == pools[-1][0][-1]):
+            before = pools.pop()
+            xs, ys = before[0] + xs, before[1] + ys
+        pools.append((xs, ys))
+    return np.array([np.mean(xs) for xs, _ in pools]), np.array([np.mean(ys) for _, ys in pools])
+
+
+def roofline(graph: Graph, device: Device, at: Mapping[object, int] | None = None) -> Roofline:
+    """The predicted seconds of a graph, with dynamic sizes as ``at`` gives them, or the least they may be."""
+    return Roofline(CostModel(graph, at), device)
