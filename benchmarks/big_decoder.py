@@ -104,6 +104,15 @@ class Decoder(nn.Module):
         return self.lm_head(self.norm(x))
 
 
+def fill_matrix(matrix: torch.Tensor, generator: torch.Generator) -> None:
+    """Half noise, half a product of rank 64, piece by piece: what it gives has some directions that matter most."""
+    columns, rank = matrix.shape[1], 64
+    right = torch.randn(rank, columns, generator=generator).mul_((2 * rank * columns) ** -0.5)
+    for part in matrix.split(max(1, (1 << 24) // columns)):
+        made = torch.randn(part.shape, generator=generator).mul_((2 * columns) ** -0.5)
+        part.copy_(made.addmm_(torch.randn(len(part), rank, generator=generator), right))
+
+
 def mapped(model: nn.Module, path: Path, *, fill: bool) -> nn.Module:
     """The model, built on the meta device, with its parameters in a mapped file; random where it is to be filled."""
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -115,8 +124,7 @@ def mapped(model: nn.Module, path: Path, *, fill: bool) -> nn.Module:
         if parameter.dim() == 1:
             own.fill_(1.0)
         elif fill:
-            for part in own.view(-1).split(1 << 24):
-                part.copy_(torch.randn(len(part), generator=generator).mul_(parameter.shape[-1] ** -0.5))
+            fill_matrix(own, generator)
         setattr(owner, name.rpartition(".")[2], nn.Parameter(own, requires_grad=False))
         offset += parameter.numel()
     return model

@@ -40,6 +40,13 @@ class Moments:
         self._sum_up()
         self._sum(x, y)
 
+    def merge(self, other: Moments) -> None:
+        """Add all that was added to another, which is of no use afterwards."""
+        for mine, theirs in zip(self._sum_up(), other._sum_up(), strict=True):
+            mine += theirs
+        self.squares += other.squares
+        self.rows += other.rows
+
     @property
     def gram(self) -> torch.Tensor:
         """X'X, [columns + 1, columns + 1]."""
@@ -133,6 +140,62 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total.addmm_(left.t(), right)
     else:
         total += left.t() @ right
+
+
+class Halves:
+    """The moments of each half of the data, so that what was fitted to one can be judged by the other.
+
+    What is added goes to the two in turn; of a single batch each gets half of the rows.
+    """
+
+    def __init__(self, columns: int, outputs: int) -> None:
+        self.columns, self.outputs = columns, outputs
+        self._parts = (Moments(columns, outputs), Moments(columns, outputs))
+        self._first: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._turn = 0
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[Moments, Moments]:
+        """The two halves, of all that was added so far."""
+        if self._first is not None:
+            x, y = self._first
+            middle = len(x) // 2
+            self._parts[0].add(x[:middle], y[:middle])
+            self._parts[1].add(x[middle:], y[middle:])
+            self._first = None
+        return self._parts
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add rows of inputs [rows, columns], and of wanted outputs [rows, outputs]."""
+        if self._turn == 0:
+            self._first = (x, y)
+        else:
+            if self._first is not None:
+                self._parts[0].add(*self._first)
+                self._first = None
+            self._parts[self._turn % 2].add(x, y)
+        self._turn += 1
+
+    def check(self, layer: str) -> None:
+        """Raise PassError, naming the layer, where what was added is not finite."""
+        for part in self.parts:
+            part.check(layer)
+
+    def together(self) -> Moments:
+        """The moments of all rows; the halves are not to be used afterwards where these are many."""
+        one, other = self.parts
+        if one.scarce and other.scarce:
+            found = Moments(self.columns, self.outputs)
+            for part in (one, other):
+                if part.rows:
+                    found.add(*part.kept_rows())
+            return found
+        one.merge(other)
+        return one
 
 
 def inverse(found: Moments, share: float) -> torch.Tensor:

@@ -27,7 +27,7 @@ from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.lockstep import Lockstep
 from regauge.ir.mapped import mapped, on_disk
 from regauge.passes.calibration.layers import Layer, layer_of
-from regauge.passes.calibration.moments import Moments
+from regauge.passes.calibration.moments import Halves
 from regauge.passes.pruning.refit import refitted
 
 Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -93,7 +93,7 @@ class _Compensation:
     def _refit(self, layer: Layer, pairs: Iterable[Pair]) -> None:
         self._solve(layer, gathered(layer, pairs))
 
-    def _solve(self, layer: Layer, moments: Sequence[Moments]) -> None:
+    def _solve(self, layer: Layer, moments: Sequence[Halves]) -> None:
         found = refitted(layer, moments)
         if found is None:
             self.done.stayed += 1
@@ -178,7 +178,7 @@ class _Compensation:
                 wanted[was] = layer
         if not wanted:
             return
-        found: dict[Parameter, tuple[Layer, list[Moments]]] = {}
+        found: dict[Parameter, tuple[Layer, list[Halves]]] = {}
         run = Lockstep(self.original, self.batches)
         for was in run.steps():
             layer = wanted.get(was)
@@ -197,9 +197,9 @@ class _Compensation:
             self._solve(layer, moments)
 
 
-def gathered(layer: Layer, pairs: Iterable[Pair], moments: list[Moments] | None = None) -> list[Moments]:
+def gathered(layer: Layer, pairs: Iterable[Pair], moments: list[Halves] | None = None) -> list[Halves]:
     """The moments of each block of a layer, added to those that are given."""
-    found = moments or [Moments(layer.columns, layer.outputs) for _ in range(layer.blocks)]
+    found = moments or [Halves(layer.columns, layer.outputs) for _ in range(layer.blocks)]
     for x, y, ends in pairs:
         parts = zip(layer.blocks_of_input(x, ends), layer.blocks_of_output(y, ends), strict=True)
         for own, (rows, wanted) in zip(found, parts, strict=True):
