@@ -93,7 +93,7 @@ class Interpreter:
 
     def _run_graph(self, graph: Graph, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> list[Any]:
         last_use = last_uses(graph)
-        late = _born_inside(graph)
+        late = born_inside(graph)
         for step, node in enumerate(graph.nodes):
             results = self.run_node(node, environment, bindings)
             environment.update(zip(node.outputs, results, strict=True))
@@ -187,7 +187,7 @@ def _unlike_declared(inputs: Sequence[Value], given: Sequence[Any]) -> str:
     return ""
 
 
-def _born_inside(graph: Graph) -> dict[Node, list[Value]]:
+def born_inside(graph: Graph) -> dict[Node, list[Value]]:
     """Results whose shapes hold sizes that no input fixes, such as the number of hits of a ``nonzero``."""
     known = {size for value in graph.inputs for size in value.shape}
     result: dict[Node, list[Value]] = {}

@@ -6,27 +6,49 @@ sees each layer's inputs as the layers before it, already changed, give them, in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 
-from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.interpret import Interpreter, last_uses
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.interpret import Interpreter, born_inside, last_uses
+from regauge.ir.mapped import mapped
+from regauge.ir.sizes import solve_bindings
+
+HELD = 1 << 30  # bytes of values that are held in memory; what is more goes into temporary files
+_SMALL = 1 << 20  # values below so many bytes stay in memory
+
+Watcher = Callable[[Node, list[Any], tuple[Any, ...]], None]
+"""Called with a node inside a region, its operands and its results, each time that it runs."""
+
+
+class _Watched(Interpreter):
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
+        self.watchers: dict[Node, Watcher] = {}
+
+    def run_node(self, node: Node, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> tuple[Any, ...]:
+        results = super().run_node(node, environment, bindings)
+        if node in self.watchers:
+            self.watchers[node](node, [self.read(o, environment, bindings) for o in node.inputs], results)
+        return results
 
 
 class Lockstep:
-    """One run of a graph on all batches; memory holds the values that are still to be read, of every batch.
+    """One run of a graph on all batches; it holds the values that are still to be read, of every batch.
 
     for node in run.steps():        # in the order in which the nodes run
         run.values(node.inputs[0])  # one tensor for each batch
         run.execute(node)           # else it runs when the next step is asked for
+
+    Memory: :data:`HELD` bytes of values; more of them lie in temporary files, which are mapped.
     """
 
     def __init__(self, graph: Graph, batches: Sequence[Sequence[Any] | Mapping[str, Any]]) -> None:
         self.graph = graph
-        self._interpreter = Interpreter(graph)
+        self._interpreter = _Watched(graph)
         self._environments: list[dict[Value, Any]] = []
         self._bindings: list[dict[sympy.Symbol, int]] = []
         for batch in batches:
@@ -34,6 +56,8 @@ class Lockstep:
             self._environments.append(environment)
             self._bindings.append(bindings)
         self._last_uses = last_uses(graph)
+        self._late = born_inside(graph)
+        self._held: dict[tuple[int, Value], int] = {}
         self._done: Node | None = None
 
     def __len__(self) -> int:
@@ -45,18 +69,40 @@ class Lockstep:
             yield node
             self.execute(node)
             for value in self._last_uses.get(step, ()):
-                for environment in self._environments:
+                for place, environment in enumerate(self._environments):
                     environment.pop(value, None)
+                    self._held.pop((place, value), None)
 
     def execute(self, node: Node) -> None:
         """Run a node now, on every batch; once."""
         if self._done is node:
             return
         self._done = node
+        with torch.no_grad(), self._loaded(node):
+            for place, (environment, bindings) in enumerate(zip(self._environments, self._bindings, strict=True)):
+                results = self._interpreter.run_node(node, environment, bindings)
+                for value, result in zip(node.outputs, results, strict=True):
+                    environment[value] = self._kept(place, value, result)
+                for value in self._late.get(node, ()):
+                    solve_bindings(value.shape, environment[value].shape, bindings)
+
+    def watch(self, watchers: Mapping[Node, Watcher]) -> None:
+        """Call these whenever their nodes, which lie in regions, have run."""
+        self._interpreter.watchers.update(watchers)
+
+    def calls(self, node: Node, inner: Node) -> list[list[tuple[list[Any], tuple[Any, ...]]]]:
+        """Operands and results of a node in a region of ``node``, for each batch and each time that it would run.
+
+        ``node`` has not run yet, and still has to: its results are not kept.
+        """
+        found: list[list[tuple[list[Any], tuple[Any, ...]]]] = []
+        self._interpreter.watchers[inner] = lambda _, operands, results: found[-1].append((operands, results))
         with torch.no_grad():
             for environment, bindings in zip(self._environments, self._bindings, strict=True):
-                results = self._interpreter.run_node(node, environment, bindings)
-                environment.update(zip(node.outputs, results, strict=True))
+                found.append([])
+                self._interpreter.run_node(node, environment, dict(bindings))
+        del self._interpreter.watchers[inner]
+        return found
 
     def values(self, operand: Any) -> list[Any]:
         """An operand of a node that has not run yet, or a result of one that has, for each batch."""
@@ -66,3 +112,30 @@ class Lockstep:
     def holds(self, value: Value) -> bool:
         """Whether a value has been computed and not been dropped yet."""
         return all(value in environment for environment in self._environments)
+
+    def _kept(self, place: int, value: Value, result: Any) -> Any:
+        """A result as it is held: in memory as long as there is room."""
+        if not isinstance(result, torch.Tensor) or result.nbytes < _SMALL:
+            return result
+        if sum(self._held.values()) + result.nbytes > HELD:
+            return mapped(result)
+        self._held[place, value] = result.nbytes
+        return result
+
+    def _loaded(self, node: Node) -> _Loaded:
+        return _Loaded(self._interpreter, node if len(self._environments) > 1 else None)
+
+
+class _Loaded:
+    """While it is entered, weights of a node that are cut when they are read have been read, once for all batches."""
+
+    def __init__(self, interpreter: Interpreter, node: Node | None) -> None:
+        self.interpreter, self.node = interpreter, node
+
+    def __enter__(self) -> None:
+        for _, value in self.node.operands() if self.node is not None else ():
+            if isinstance(value, Parameter):
+                self.interpreter.weights[value.name] = value.tensor
+
+    def __exit__(self, *_: object) -> None:
+        self.interpreter.weights.clear()

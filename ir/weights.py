@@ -131,4 +131,15 @@ def cut(weight: Weight, keep: Sequence[np.ndarray | None]) -> Weight:
         return CutWeight(weight.base, composed)
     result = CutWeight(weight, tuple(keep))
     # In memory the slice is made now and the original may go; a file stays where it is until the slice is written.
-    return dense(result.load()) if isinstance(weight, DenseWeight) else result
+    in_memory = isinstance(weight, DenseWeight) and file_of(weight.tensor) is None
+    return dense(result.load()) if in_memory else result
+
+
+def file_of(tensor: torch.Tensor) -> str | None:
+    """The file in which a tensor lies that torch has mapped into memory (``torch.from_file``), else None."""
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return None
+    try:
+        return tensor.untyped_storage().filename
+    except (AttributeError, NotImplementedError, RuntimeError):  # subclasses without a storage of their own
+        return None

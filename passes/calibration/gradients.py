@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import Interpreter
+from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.interpret import Interpreter, born_inside
+from regauge.ir.sizes import solve_bindings
 
 Visit = Callable[[Value, torch.Tensor, torch.Tensor], None]
 
@@ -32,23 +33,35 @@ def visit_gradients(
             total = sum((y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in outputs)
             if not isinstance(total, torch.Tensor) or not total.requires_grad:
                 continue
-            found = torch.autograd.grad(total, list(tensors.values()), retain_graph=True, allow_unused=True)
-            for (value, tensor), gradient in zip(tensors.items(), found, strict=True):
+            inside = [tensor for _, tensor in tensors]
+            found = torch.autograd.grad(total, inside, retain_graph=True, allow_unused=True)
+            for (value, tensor), gradient in zip(tensors, found, strict=True):
                 if gradient is not None:
                     visit(value, tensor.detach(), gradient)
 
 
-def _run(graph: Graph, batch: Any, wanted: set[Value]) -> tuple[dict[Value, torch.Tensor], list[torch.Tensor]]:
-    """The wanted values, each a tensor that gradients reach, and the real outputs."""
-    interpreter = Interpreter(graph)
+def _run(graph: Graph, batch: Any, wanted: set[Value]) -> tuple[list[tuple[Value, torch.Tensor]], list[torch.Tensor]]:
+    """The wanted values, each a tensor that gradients reach, and the real outputs; in regions one for each turn."""
+    tensors: list[tuple[Value, torch.Tensor]] = []
+
+    def reached(node: Node, results: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not any(value in wanted for value in node.outputs):
+            return results
+        found = list(results)
+        for place, (value, result) in enumerate(zip(node.outputs, results, strict=True)):
+            if value in wanted and isinstance(result, torch.Tensor) and result.is_floating_point():
+                found[place] = result if result.requires_grad else result.detach().requires_grad_()
+                tensors.append((value, found[place]))
+        return tuple(found)
+
+    interpreter = Interpreter(graph, hook=reached)
     environment, bindings = interpreter.bound(batch)
-    tensors: dict[Value, torch.Tensor] = {}
+    late = born_inside(graph)
     with torch.enable_grad():
         for node in graph.nodes:
-            for value, result in zip(node.outputs, interpreter.run_node(node, environment, bindings), strict=True):
-                if value in wanted and isinstance(result, torch.Tensor) and result.is_floating_point():
-                    result = result if result.requires_grad else result.detach().requires_grad_()
-                    tensors[value] = result
-                environment[value] = result
+            results = interpreter.run_node(node, environment, bindings)
+            environment.update(zip(node.outputs, results, strict=True))
+            for value in late.get(node, ()):
+                solve_bindings(value.shape, environment[value].shape, bindings)
         outputs = [interpreter.read(output, environment, bindings) for output in graph.outputs]
     return tensors, [y for y in outputs if isinstance(y, torch.Tensor) and y.is_floating_point()]

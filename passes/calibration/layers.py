@@ -1,16 +1,20 @@
-"""Layers as linear maps: a node that contracts its input with a trained weight, as one matrix on one set of rows.
+"""Layers as linear maps: a node that contracts its input with a trained weight, as matrices on sets of rows.
 
-    linear     y = x W' + b            rows: all leading axes; columns: input features
-    matmul     y = x W                 the same, the weight stored the other way round
-    conv       y = W * x + b           rows: places of the output; columns: channels by places of the kernel (im2col)
+    linear           y = x W' + b       rows: all leading axes; columns: input features
+    matmul           y = x W            the same, the weight stored the other way round; a batch of matrices is blocks
+    conv             y = W * x + b      rows: places of the output; columns: channels by places of the kernel (im2col)
+    conv_transpose   the same on the input with zeros between its entries, the kernel turned around
+    grouped_mm       y = x W[expert]    a block of rows for each expert
 
-Whatever looks at a layer's input as vectors (Gram matrices, least squares, Hessians) goes through here, so that a
-convolution is no special case.
+A grouped convolution is a block for each group, a depthwise one for each channel. Whatever looks at a layer's input as
+vectors (Gram matrices, least squares, Hessians) goes through here, so that no kind of layer is a special case.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +25,15 @@ from regauge.ir.extents import Dim, Extent, Product, leaves, resolve, size_of
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.ops.windows import per_axis
 
-_CONTRACTED = {"linear": 1, "conv": 1, "matmul": 0}  # the axis of the weight that the input shares
+_CONVOLUTIONS = ("conv", "conv_transpose")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A node with a trained weight of its own; ``matrix`` is [outputs, columns], rows of the input have the columns."""
+    """A node with a trained weight: ``blocks`` matrices [outputs, columns], each on rows of its own or of its channels.
+
+    Where there is one block, ``matrix``, ``stored``, ``rows_of_input`` and ``rows_of_output`` speak of it.
+    """
 
     node: Node
     weight: Parameter
@@ -35,40 +42,118 @@ class Layer:
     @property
     def contracted(self) -> int:
         """The axis of the weight that is contracted with the input."""
-        return _CONTRACTED[self.node.op]
+        if self.node.op in ("matmul", "grouped_mm"):
+            return self.weight.rank - 2
+        return 0 if self.node.op == "conv_transpose" else 1
+
+    @property
+    def blocks(self) -> int:
+        """How many matrices the weight is: groups, experts; usually one."""
+        if self.node.op in _CONVOLUTIONS:
+            return int(self.node.attributes["groups"])
+        return int(self.weight.shape[0]) if self.node.op in ("matmul", "grouped_mm") and self.weight.rank == 3 else 1
 
     @property
     def taps(self) -> int:
         """Columns per input channel: the places of the kernel."""
-        return int(np.prod([int(size) for size in self.weight.shape[2:]])) if self.node.op == "conv" else 1
+        return int(np.prod([int(n) for n in self.weight.shape[2:]])) if self.node.op in _CONVOLUTIONS else 1
 
     @property
     def columns(self) -> int:
-        """Columns of the matrix."""
-        return int(np.prod(self.weight.shape)) // self.outputs
+        """Columns of each matrix."""
+        size = int(self.weight.shape[self.contracted])
+        return self.taps * (size // self.blocks if self.node.op == "conv_transpose" else size)
 
     @property
     def outputs(self) -> int:
-        """Rows of the matrix."""
-        return int(self.weight.shape[1 if self.node.op == "matmul" else 0])
+        """Rows of each matrix."""
+        return int(np.prod(self.weight.shape)) // (self.columns * self.blocks)
+
+    @property
+    def source(self) -> Hashable:
+        """Equal for layers whose inputs are the same rows: they read one value in the same way, or share a weight."""
+        if len(self.weight.uses) > 1:
+            return self.weight
+        names = ("stride", "padding", "dilation", "output_padding", "groups")
+        node = self.node
+        way = (node.op, *(str(node.attributes[n]) for n in names if n in node.attributes), *self.weight.shape[2:])
+        others = tuple(operand for operand in node.inputs[2:] if node.op == "grouped_mm")
+        plain = node.op == "linear" or (node.op == "matmul" and self.blocks == 1)
+        return node.inputs[0], "rows" if plain else way, self.blocks, others
+
+    def matrices(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of this layer as [blocks, outputs, columns]."""
+        shape = (self.blocks, self.outputs, self.columns)
+        if self.node.op in ("matmul", "grouped_mm"):
+            return weight.mT.reshape(shape)
+        if self.node.op == "conv_transpose":
+            channels = self.columns // self.taps
+            grouped = weight.reshape(self.blocks, channels, self.outputs, self.taps)
+            return grouped.transpose(1, 2).reshape(shape)
+        return weight.reshape(shape)
+
+    def from_matrices(self, matrices: torch.Tensor) -> torch.Tensor:
+        """[blocks, outputs, columns] in the shape and type in which the layer stores its weight."""
+        sizes = [int(size) for size in self.weight.shape]
+        if self.node.op in ("matmul", "grouped_mm"):
+            found = matrices.mT.reshape(sizes)
+        elif self.node.op == "conv_transpose":
+            channels = self.columns // self.taps
+            found = matrices.reshape(self.blocks, self.outputs, channels, self.taps).transpose(1, 2).reshape(sizes)
+        else:
+            found = matrices.reshape(sizes)
+        assert isinstance(self.weight.dtype, torch.dtype)
+        return found.to(self.weight.dtype).contiguous()
+
+    def blocks_of_input(self, x: torch.Tensor, ends: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """The input as [rows, columns] for each block; ``ends`` are the offsets of a ``grouped_mm``."""
+        if self.node.op in _CONVOLUTIONS:
+            transposed = self.node.op == "conv_transpose"
+            rows = (_patches_of_transposed if transposed else _patches)(x, self.node, self.weight)
+            yield from rows.reshape(len(rows), self.blocks, self.columns).unbind(1)
+        else:
+            yield from self._parts(x, ends)
+
+    def blocks_of_output(self, y: torch.Tensor, ends: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """The output, or anything of its shape, as [rows, outputs] for each block."""
+        if self.node.op in _CONVOLUTIONS:
+            rows = y.movedim(1, -1).reshape(-1, self.blocks, self.outputs)
+            yield from rows.unbind(1)
+        else:
+            yield from self._parts(y, ends)
+
+    def _parts(self, tensor: torch.Tensor, ends: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        if self.node.op == "grouped_mm":
+            assert ends is not None
+            bounds = [0, *ends.tolist()]
+            yield from (tensor[start:end] for start, end in zip(bounds, bounds[1:], strict=False))
+        elif self.blocks == 1:
+            yield tensor.reshape(-1, tensor.shape[-1])
+        else:
+            shared = tensor.dim() < 3 or tensor.shape[-3] != self.blocks
+            for block in range(self.blocks):
+                own = tensor if shared else tensor.select(-3, block)
+                yield own.reshape(-1, tensor.shape[-1])
+
+    # -- layers of one block -----------------------------------------------------------------------------------------
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight of this layer as [outputs, columns]."""
-        return weight.t() if self.node.op == "matmul" else weight.flatten(1)
+        return self.matrices(weight)[0]
 
     def stored(self, matrix: torch.Tensor) -> torch.Tensor:
         """A matrix in the shape and type in which the layer stores its weight."""
-        found = matrix.t() if self.node.op == "matmul" else matrix
-        return found.reshape([int(size) for size in self.weight.shape]).to(self.weight.tensor.dtype).contiguous()
+        return self.from_matrices(matrix[None])
 
     def rows_of_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input as [rows, columns]."""
-        return _patches(x, self.node, self.weight) if self.node.op == "conv" else x.reshape(-1, x.shape[-1])
+        return next(self.blocks_of_input(x))
 
     def rows_of_output(self, y: torch.Tensor) -> torch.Tensor:
         """The output, or anything of its shape, as [rows, outputs]."""
-        axis = 1 if self.node.op == "conv" else y.dim() - 1
-        return y.movedim(axis, -1).reshape(-1, y.shape[axis])
+        return next(self.blocks_of_output(y))
+
+    # -- around the layer --------------------------------------------------------------------------------------------
 
     @property
     def norm(self) -> Node | None:
@@ -78,11 +163,11 @@ class Layer:
             return None
         norm = users[0][0]
         mean = norm.inputs[3] if len(norm.inputs) > 3 else None
-        own = isinstance(mean, Parameter) and len(mean.uses) == 1
+        own = isinstance(mean, Parameter) and len(mean.uses) == 1 and len(self.weight.uses) == 1
         return norm if own and not norm.attributes.get("training") else None
 
     def shifted(self, shift: torch.Tensor) -> tuple[Parameter, torch.Tensor] | None:
-        """The parameter that adds a shift [outputs] to the result, and its new data: the bias or a running mean."""
+        """The parameter that adds a shift [blocks x outputs] to the result, and its new data: bias or running mean."""
         norm = self.norm
         taker = self.bias if self.bias is not None else norm.inputs[3] if norm is not None else None
         if not isinstance(taker, Parameter):
@@ -92,34 +177,57 @@ class Layer:
         return taker, (before.double() + signed).to(before.dtype)
 
     def columns_of(self, graph: Graph, dim: Dim) -> np.ndarray:
-        """The columns that each index of a Dim owns, [indices, columns each]; none where it is not contracted."""
+        """The columns that each index of a Dim owns, [indices, columns each], the same ones in every block.
+
+        None where it is not contracted: [indices, 0].
+        """
         extent = graph.axes.of[self.weight][self.contracted]
+        none = np.zeros((int(dim.size), 0), dtype=np.int64)
         if leaves(extent).count(dim) != 1:
-            return np.zeros((int(dim.size), 0), dtype=np.int64)
+            return none
         positions = _positions(extent, dim)
+        if self.node.op == "conv_transpose" and self.blocks > 1:
+            channels = self.columns // self.taps
+            own = np.sort(positions % channels, 1).reshape(len(positions), -1)
+            each = own.shape[1] // self.blocks
+            if each * self.blocks != own.shape[1] or (own.reshape(-1, each, self.blocks).std(2) > 0).any():
+                return none  # it chooses among the groups: no group contracts it
+            positions = own[:, :: self.blocks]
         return (positions[:, :, None] * self.taps + np.arange(self.taps)).reshape(len(positions), -1)
 
 
-def layer_of(node: Node) -> Layer | None:
-    """The layer that a node is; None for other operators, grouped convolutions, and weights that others read too."""
-    if node.op not in _CONTRACTED or len(node.inputs) < 2:
+def layer_of(node: Node, *, blocks: bool = False, shared: bool = False) -> Layer | None:
+    """The layer that a node is; None for other operators, and for weights that others than such layers read.
+
+    Layers of several blocks are given where ``blocks`` are asked for, and layers that share their weight (and bias)
+    with others of the same operator where ``shared`` ones are.
+    """
+    if node.op not in ("linear", "matmul", "grouped_mm", *_CONVOLUTIONS) or len(node.inputs) < 2:
         return None
-    weight = node.inputs[1]
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if not _is_own(weight) or not (bias is None or _is_own(bias)):
+    x, weight = node.inputs[:2]
+    bias = node.inputs[2] if len(node.inputs) > 2 and node.op != "grouped_mm" else None
+    if not isinstance(x, Value) or not _is_own(weight, node, 1, shared):
+        return None
+    if not (bias is None or _is_own(bias, node, 2, shared)):
         return None
     assert isinstance(weight, Parameter)
-    if node.op == "conv" and (node.attributes["groups"] != 1 or not isinstance(node.inputs[0], Value)):
-        return None
-    if node.op == "conv" and node.inputs[0].rank != weight.rank:  # type: ignore[union-attr]
-        return None
-    if node.op != "conv" and weight.rank != 2:
-        return None
-    return Layer(node, weight, bias if isinstance(bias, Parameter) else None)
+    layer = Layer(node, weight, bias if isinstance(bias, Parameter) else None)
+    if node.op in _CONVOLUTIONS:
+        fits = x.rank == weight.rank
+    elif node.op == "matmul":
+        fits = weight.rank == 2 or (weight.rank == 3 and x.rank == 3)
+    else:
+        fits = weight.rank == (3 if node.op == "grouped_mm" else 2)
+    return layer if fits and (blocks or layer.blocks == 1) and 0 not in weight.shape else None
 
 
-def _is_own(value: object) -> bool:
-    if not isinstance(value, Parameter) or value.kind != "parameter" or len(value.uses) != 1:
+def _is_own(value: Any, node: Node, slot: int, shared: bool) -> bool:
+    """Whether a parameter is trained, and read as this node reads it, by nodes of its kind alone."""
+    if not isinstance(value, Parameter) or value.kind != "parameter":
+        return False
+    if not shared and len(value.uses) != 1:
+        return False
+    if any(user.op != node.op or place != slot or user.inputs[1] is not node.inputs[1] for user, place in value.uses):
         return False
     return isinstance(value.dtype, torch.dtype) and value.dtype.is_floating_point
 
@@ -149,8 +257,32 @@ def _patches(x: torch.Tensor, node: Node, weight: Parameter) -> torch.Tensor:
     kernel = [int(size) for size in weight.shape[2:]]
     stride, padding, dilation = (per_axis(node.attributes[n], rank) for n in ("stride", "padding", "dilation"))
     x = F.pad(x, [side for amount in reversed(padding) for side in (amount, amount)])
+    return _windows(x, kernel, stride, dilation)
+
+
+def _patches_of_transposed(x: torch.Tensor, node: Node, weight: Parameter) -> torch.Tensor:
+    """For each place of a transposed convolution's output the entries that its kernel spreads there, in its order."""
+    rank = weight.rank - 2
+    kernel = [int(size) for size in weight.shape[2:]]
+    names = ("stride", "padding", "dilation", "output_padding")
+    stride, padding, dilation, extra = (per_axis(node.attributes[n], rank) for n in names)
+    spread = x.new_zeros([*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True))])
+    places: tuple[slice, ...] = tuple(slice(None, None, s) for s in stride)
+    spread[(slice(None), slice(None), *places)] = x
+    sides = []
+    for size, step, inside, more in reversed(list(zip(kernel, dilation, padding, extra, strict=True))):
+        before = step * (size - 1) - inside
+        sides += [before, before + more]
+    return _windows(F.pad(spread, sides), kernel, [1] * rank, dilation, turned=True)
+
+
+def _windows(x: torch.Tensor, kernel: list[int], stride: Any, dilation: Any, *, turned: bool = False) -> torch.Tensor:
+    """[places, channels x places of the kernel], the kernel's places from the last to the first where ``turned``."""
+    rank = len(kernel)
     for axis in range(rank):
         window = dilation[axis] * (kernel[axis] - 1) + 1
         x = x.unfold(2 + axis, window, stride[axis])[..., :: dilation[axis]]
+    if turned:
+        x = x.flip(list(range(2 + rank, 2 + 2 * rank)))
     places = range(2, 2 + rank)
     return x.permute(0, *places, 1, *range(2 + rank, 2 + 2 * rank)).reshape(-1, x.shape[1] * int(np.prod(kernel)))

@@ -5,42 +5,215 @@ from __future__ import annotations
 import torch
 
 from regauge.ir.errors import PassError
+from regauge.ir.mapped import mapped
+from regauge.ir.weights import file_of
 
 _ROWS = 1 << 15  # rows that are multiplied at a time: the products are exact enough in float32, their sums are not
+_DOUBLE = 2048  # systems up to this size are kept and solved in double precision, larger ones in single
 
 
 class Moments:
-    """Sums over rows, in double precision: ``gram`` = X'X and ``cross`` = Y'X, X with a column of ones behind it.
+    """Sums over rows: ``gram`` = X'X and ``cross`` = Y'X, X with a column of ones behind it; Y'Y of each output.
 
-    Memory: columns x (columns + outputs) doubles, however many rows are added.
+    While fewer rows than columns were added, the rows themselves are kept: they are smaller than their moments, and
+    what is solved is a system of their number (the dual form of ridge regression). Memory: at most columns x (columns
+    + outputs) numbers, of 8 bytes up to 2048 columns and of 4 above.
     """
 
     def __init__(self, columns: int, outputs: int = 0) -> None:
-        self.gram = torch.zeros(columns + 1, columns + 1, dtype=torch.float64)
-        self.cross = torch.zeros(outputs, columns + 1, dtype=torch.float64)
+        self.columns, self.outputs = columns, outputs
+        self.dtype = torch.float64 if columns <= _DOUBLE else torch.float32
+        self.squares = torch.zeros(outputs, dtype=torch.float64)
         self.rows = 0
+        self._kept: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._summed: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add(self, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
         """Add rows of inputs [rows, columns], and of wanted outputs [rows, outputs]."""
-        for start in range(0, len(x), _ROWS):
-            part = x[start : start + _ROWS].float()
-            part = torch.cat([part, part.new_ones(len(part), 1)], 1)
-            self.gram += (part.t() @ part).double()
-            if y is not None:
-                self.cross += (y[start : start + _ROWS].float().t() @ part).double()
         self.rows += len(x)
+        if y is not None:
+            for start in range(0, len(y), _ROWS):
+                self.squares += y[start : start + _ROWS].double().square().sum(0)
+        if self._summed is None and self.rows < self.columns:
+            self._kept.append((x, y))
+            return
+        self._sum_up()
+        self._sum(x, y)
+
+    def merge(self, other: Moments) -> None:
+        """Add all that was added to another, which is of no use afterwards."""
+        for mine, theirs in zip(self._sum_up(), other._sum_up(), strict=True):
+            mine += theirs
+        self.squares += other.squares
+        self.rows += other.rows
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """X'X, [columns + 1, columns + 1]."""
+        return self._sum_up()[0]
+
+    @property
+    def cross(self) -> torch.Tensor:
+        """Y'X, [outputs, columns + 1]."""
+        return self._sum_up()[1]
+
+    @property
+    def scarce(self) -> bool:
+        """Whether there are fewer rows than columns: they are at hand, see :meth:`kept_rows`."""
+        return self._summed is None
+
+    def kept_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """X [rows, columns] and Y [rows, outputs] where they are scarce."""
+        x = torch.cat([x.to(self.dtype) for x, _ in self._kept]) if self._kept else torch.zeros(0, self.columns)
+        wanted = [y.to(self.dtype) for _, y in self._kept if y is not None]
+        return x.to(self.dtype), torch.cat(wanted) if wanted else torch.zeros(len(x), 0, dtype=self.dtype)
 
     def check(self, layer: str) -> None:
         """Raise PassError, naming the layer, where what was added is not finite."""
-        if not bool(self.cross.isfinite().all() and self.gram.isfinite().all()):
+        numbers = (*(x for x, _ in self._kept), self.squares, *(self._summed or ()))
+        if not all(bool(part.isfinite().all()) for part in numbers):
             raise PassError(f"{layer} gets or gives infinite numbers on the calibration data")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held in memory."""
+        held = [*(self._summed or ()), *(part for pair in self._kept for part in pair if part is not None)]
+        return sum(part.nbytes for part in held if file_of(part) is None)
 
-def ridge(gram: torch.Tensor, share: float) -> torch.Tensor:
-    """What is added to the diagonal: a share of its mean, for all but the column of ones behind it."""
-    amount = torch.full((len(gram),), float(gram.diag()[:-1].mean()) * share, dtype=gram.dtype)
-    amount[-1] = 0
-    return amount.clamp_(min=1e-12)
+    def set_aside(self) -> None:
+        """Move what is held into temporary files, which are mapped; more can be added as before."""
+        self._kept = [(mapped(x), None if y is None else mapped(y)) for x, y in self._kept]
+        if self._summed is not None:
+            gram, cross = self._summed
+            self._summed = (mapped(gram), mapped(cross))
+
+    def means(self) -> torch.Tensor:
+        """The mean of each column."""
+        count = max(1, self.rows)
+        return self.kept_rows()[0].sum(0) / count if self.scarce else self.gram[-1, :-1] / count
+
+    def centred(self) -> torch.Tensor:
+        """(X - mean)'(X - mean), [columns, columns]: what is left once constants are taken out."""
+        if self.scarce:
+            x = self.kept_rows()[0]
+            x = x - x.mean(0) if len(x) else x
+            return x.t() @ x
+        mean = self.means()
+        return self.gram[:-1, :-1] - self.rows * torch.outer(mean, mean)
+
+    def error(self, weight: torch.Tensor, bias: torch.Tensor) -> float:
+        """|Y - X W' - b|^2 over all rows, of a weight [outputs, columns] and a bias [outputs]."""
+        if self.scarce:
+            x, y = self.kept_rows()
+            return float((y - x @ weight.to(x.dtype).t() - bias.to(x.dtype)).double().square().sum())
+        both = torch.cat([weight, bias[:, None].to(weight.dtype)], 1).to(self.dtype)
+        gram, cross = self.gram, self.cross
+        changed = ((both @ gram) - 2 * cross).mul_(both)
+        return float(self.squares.sum() + changed.double().sum())
+
+    def _sum_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._summed is None:
+            size = self.columns + 1
+            self._summed = (
+                torch.zeros(size, size, dtype=self.dtype),
+                torch.zeros(self.outputs, size, dtype=self.dtype),
+            )
+            for x, y in self._kept:
+                self._sum(x, y)
+            self._kept = []
+        return self._summed
+
+    def _sum(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
+        assert self._summed is not None
+        gram, cross = self._summed
+        for start in range(0, len(x), _ROWS):
+            part = x[start : start + _ROWS].float()
+            part = torch.cat([part, part.new_ones(len(part), 1)], 1)
+            _add_product(gram, part, part)
+            if y is not None:
+                _add_product(cross, y[start : start + _ROWS].float(), part)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left' right; in place where it is in single precision as they are."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total += left.t() @ right
+
+
+class Halves:
+    """The moments of each half of the data, so that what was fitted to one can be judged by the other.
+
+    What is added goes to the two in turn; of a single batch each gets half of the rows.
+    """
+
+    def __init__(self, columns: int, outputs: int) -> None:
+        self.columns, self.outputs = columns, outputs
+        self._parts = (Moments(columns, outputs), Moments(columns, outputs))
+        self._first: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._turn = 0
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[Moments, Moments]:
+        """The two halves, of all that was added so far."""
+        if self._first is not None:
+            x, y = self._first
+            middle = len(x) // 2
+            self._parts[0].add(x[:middle], y[:middle])
+            self._parts[1].add(x[middle:], y[middle:])
+            self._first = None
+        return self._parts
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add rows of inputs [rows, columns], and of wanted outputs [rows, outputs]."""
+        if self._turn == 0:
+            self._first = (x, y)
+        else:
+            if self._first is not None:
+                self._parts[0].add(*self._first)
+                self._first = None
+            self._parts[self._turn % 2].add(x, y)
+        self._turn += 1
+
+    def check(self, layer: str) -> None:
+        """Raise PassError, naming the layer, where what was added is not finite."""
+        for part in self.parts:
+            part.check(layer)
+
+    def together(self) -> Moments:
+        """The moments of all rows; the halves are not to be used afterwards where these are many."""
+        one, other = self.parts
+        if one.scarce and other.scarce:
+            found = Moments(self.columns, self.outputs)
+            for part in (one, other):
+                if part.rows:
+                    found.add(*part.kept_rows())
+            return found
+        one.merge(other)
+        return one
+
+
+def inverse(found: Moments, share: float) -> torch.Tensor:
+    """((X - mean)'(X - mean) + r I)^-1, [columns, columns], r a ``share`` of the mean square of a column.
+
+    Of scarce rows by the identity (X'X + r)^-1 = (1 - X'(XX' + r)^-1 X) / r.
+    """
+    amount = _amount(found, share)
+    if found.scarce:
+        x = found.kept_rows()[0]
+        x = x - x.mean(0) if len(x) else x
+        half: torch.Tensor = torch.linalg.solve_triangular(factor_of(x @ x.t(), amount), x, upper=False)
+        result = half.t() @ half
+        result.neg_().diagonal().add_(1)
+        result.div_(amount)
+    else:
+        result = torch.cholesky_inverse(factor_of(found.centred(), amount))
+    return result
 
 
 def least_squares(found: Moments, before: torch.Tensor, share: float, *, bias: bool) -> torch.Tensor:
@@ -49,15 +222,53 @@ def least_squares(found: Moments, before: torch.Tensor, share: float, *, bias: b
     Minimises |Y - X W'|^2 + r |W - W0|^2, with W0 = ``before`` of the same shape and r a ``share`` of the mean square
     of a column: where the data says nothing, the weight stays. Without ``bias`` the last column stays as it was.
     """
-    gram, cross = found.gram, found.cross
-    if not bias:
-        cross = cross - before[:, -1:] * gram[-1:]
-        gram, cross = gram[:-1, :-1], cross[:, :-1]
-        amount = torch.full((len(gram),), float(gram.diag().mean()) * share, dtype=gram.dtype).clamp_(min=1e-12)
-        return torch.cat([_solved(gram, cross, before[:, :-1], amount), before[:, -1:]], 1)
-    return _solved(gram, cross, before, ridge(gram, share))
+    amount = _amount(found, share)
+    weight, shift = before[:, :-1].to(found.dtype), before[:, -1].to(found.dtype)
+    if found.scarce:
+        x, y = found.kept_rows()
+        mean_x = x.mean(0) if bias and len(x) else x.new_zeros(found.columns)
+        mean_y = y.mean(0) if bias and len(x) else shift
+        x, y = x - mean_x, y - mean_y
+        rest = y - x @ weight.t()
+        solved = weight + torch.cholesky_solve(rest, factor_of(x @ x.t(), amount)).t() @ x
+        bias = bias and len(x) > 0
+    else:
+        gram, cross, count = found.gram, found.cross, max(1, found.rows)
+        mean_x, mean_y = gram[-1, :-1] / count, cross[:, -1] / count
+        if bias:
+            wanted = cross[:, :-1] - count * torch.outer(mean_y, mean_x)
+            inner = found.centred()
+        else:
+            wanted, inner = cross[:, :-1] - torch.outer(shift, gram[-1, :-1]), gram[:-1, :-1]
+        rest = wanted - weight @ inner
+        solved = weight + torch.cholesky_solve(rest.t(), factor_of(inner, amount)).t()
+    shift = mean_y - solved @ mean_x if bias else shift
+    return torch.cat([solved, shift[:, None]], 1).to(before.dtype)
 
 
-def _solved(gram: torch.Tensor, cross: torch.Tensor, before: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.linalg.solve(gram + amount.diag(), (cross + before * amount).t())
-    return found.t()
+def _amount(found: Moments, share: float) -> float:
+    """The ridge: a share of the mean square of a column, summed over the rows."""
+    if found.scarce:
+        square = float(found.kept_rows()[0].square().sum())
+    else:
+        square = float(found.gram.diag()[:-1].sum())
+    return ridge_of(square, found.columns, share)
+
+
+def ridge_of(square: float, columns: int, share: float) -> float:
+    """A share of the mean square of a column, of columns with so much as the sum of all squares."""
+    return max(share * square / max(1, columns), 1e-12)
+
+
+def factor_of(matrix: torch.Tensor, amount: float) -> torch.Tensor:
+    """The lower Cholesky factor of a matrix with a ridge; the ridge grows where rounding has left it indefinite."""
+    for _ in range(8):
+        ridged = matrix.clone()
+        ridged.diagonal().add_(amount)
+        factor: torch.Tensor
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        if not int(failed):
+            return factor
+        del ridged, factor
+        amount = max(10 * amount, 1e-7 * float(matrix.diagonal().abs().max()))
+    raise PassError("the moments of the calibration data have no Cholesky factor: are its numbers finite?")

@@ -7,57 +7,75 @@ A constant column takes the mean of what went into the bias, or into the running
 
 Where the output is added to another branch, the layer takes over what that branch has lost: its target is the original
 sum minus the other addend (He et al. 2017, Channel Pruning for Accelerating Very Deep Networks, section 3.3).
+
+Layers that share a weight, and experts, whose rows are sorted otherwise once the router has drifted, are refitted to
+the original's own inputs, before all others: X is what the cut leaves of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from regauge.ir.edit import set_weight
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim, flat_indices, touches
+from regauge.ir.extents import Keep, flat_indices, touches
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.lockstep import Lockstep
+from regauge.ir.mapped import mapped, on_disk
 from regauge.passes.calibration.layers import Layer, layer_of
-from regauge.passes.calibration.moments import Moments, least_squares
+from regauge.passes.calibration.moments import Halves
+from regauge.passes.pruning.refit import refitted
 
-RIDGE = 3e-2  # share of the mean square of a column
+Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""What a layer gets now, what it should give, and the offsets of its experts, where it has some."""
 
-Keep = Mapping[Dim, np.ndarray]
+
+@dataclass
+class Repaired:
+    """How many layers were refitted, and how many stayed since no refit lowered their error on the data."""
+
+    refitted: int = 0
+    stayed: int = 0
 
 
-def compensate(original: Graph, pruned: Graph, keep: Keep, batches: Sequence[Any], *, by: str) -> int:
-    """Refit the layers of ``pruned`` that read something else than in ``original``; returns how many.
+def compensate(original: Graph, pruned: Graph, keep: Keep, batches: Sequence[Any], *, by: str) -> Repaired:
+    """Refit the layers of ``pruned`` that read something else than in ``original``.
 
-    ``pruned`` is ``original`` resized to ``keep``, and is changed. Both run once on the batches, side by side.
+    ``pruned`` is ``original`` resized to ``keep``, and is changed. Both run once on the batches, side by side; new
+    weights of a model on disk go into temporary files, so that memory holds one layer's at a time.
     """
     run = _Compensation(original, pruned, keep, batches, by)
     run.run()
-    return run.refitted
+    return run.done
 
 
 class _Compensation:
     def __init__(self, original: Graph, pruned: Graph, keep: Keep, batches: Sequence[Any], by: str) -> None:
         self.original, self.pruned, self.keep, self.by = original, pruned, keep, by
+        self.batches = batches
         self.before, self.now = Lockstep(original, batches), Lockstep(pruned, batches)
         self.twin: dict[Value, Value] = dict(zip(pruned.inputs, original.inputs, strict=True))
+        self.parameters = {parameter.name: parameter for parameter in original.all_parameters()}
         self.drifted: set[Value] = set()
-        self.refitted = 0
+        self.done = Repaired()
 
     def run(self) -> None:
+        self._refit_by_original()
         for was, node in self._pairs():
             self.before.execute(was)
-            layer = layer_of(node)
-            read = [value for _, value in node.operands()]
-            if layer is not None and read[0] in self.drifted:
-                self._refit(layer, was)
-                self.refitted += 1
+            layer = layer_of(node, blocks=True)
+            if layer is not None and node.inputs[0] in self.drifted and node.op != "grouped_mm":
+                targets = self._targets(layer, was)
+                inputs = self.now.values(node.inputs[0])
+                self._refit(layer, ((x, y, None) for x, y in zip(inputs, targets, strict=True)))
+            elif node.regions:
+                self._refit_inside(was, node)
             self.now.execute(node)
-            if any(value in self.drifted or self._is_cut(value) for value in read):
+            if any(value in self.drifted or self._is_cut(value) for value in _read(node)):
                 self.drifted.update(node.outputs)
 
     def _pairs(self) -> Iterator[tuple[Node, Node]]:
@@ -68,22 +86,23 @@ class _Compensation:
             yield was, node
 
     def _is_cut(self, value: Value) -> bool:
-        return isinstance(value, Parameter) and value.shape != self.original.parameters[value.name].shape
+        return isinstance(value, Parameter) and value.shape != self.parameters[value.name].shape
 
     # -- one layer ---------------------------------------------------------------------------------------------------
 
-    def _refit(self, layer: Layer, was: Node) -> None:
-        weight = layer.matrix(layer.weight.tensor.detach()).double()
-        bias = layer.bias.tensor.detach().double() if layer.bias is not None else weight.new_zeros(len(weight))
-        found = Moments(weight.shape[1], len(weight))
-        inputs = self.now.values(layer.node.inputs[0])
-        for x, y in zip(inputs, self._targets(layer, was), strict=True):
-            found.add(layer.rows_of_input(x), layer.rows_of_output(y))
-        found.check(layer.node.label)
-        free = layer.bias is not None or layer.norm is not None
-        solved = least_squares(found, torch.cat([weight, bias[:, None]], 1), RIDGE, bias=free)
-        set_weight(self.pruned, layer.weight, layer.stored(solved[:, :-1]), by=self.by)
-        shifted = layer.shifted(solved[:, -1] - bias)
+    def _refit(self, layer: Layer, pairs: Iterable[Pair]) -> None:
+        self._solve(layer, gathered(layer, pairs))
+
+    def _solve(self, layer: Layer, moments: Sequence[Halves]) -> None:
+        found = refitted(layer, moments)
+        if found is None:
+            self.done.stayed += 1
+            return
+        self.done.refitted += 1
+        weight, shift = found
+        to_disk = on_disk(self.parameters[layer.weight.name].weight)
+        set_weight(self.pruned, layer.weight, mapped(weight) if to_disk else weight, by=self.by)
+        shifted = layer.shifted(shift)
         if shifted is not None:
             set_weight(self.pruned, *shifted, by=self.by)
 
@@ -122,6 +141,101 @@ class _Compensation:
             if touches(extent, self.keep):
                 tensor = tensor.index_select(axis, torch.from_numpy(flat_indices(extent, self.keep)))
         return tensor
+
+    # -- layers inside regions ---------------------------------------------------------------------------------------
+
+    def _refit_inside(self, was: Node, node: Node) -> None:
+        """Refit the layers in the regions of a node, in order; each on what it reads every time that it runs."""
+        if not any(value in self.drifted or self._is_cut(value) for value in _read(node)):
+            return
+        twins = dict(zip(_inside(node), _inside(was), strict=True))
+        for inner, twin in twins.items():
+            layer = layer_of(inner, blocks=True)
+            if layer is None or inner.op == "grouped_mm" or not _own_region(node, layer.weight):
+                continue
+            now, before = self.now.calls(node, inner), self.before.calls(was, twin)
+            calls = [zip(*both, strict=False) for both in zip(now, before, strict=True) if len(both[0]) == len(both[1])]
+            read = twin.inputs[0]
+            assert isinstance(read, Value)
+            pairs = [
+                (now_operands[0], self._kept(results[0], twin.output), None)
+                for batch in calls
+                for (now_operands, _), (_, results) in batch
+            ]
+            if pairs and any(not _same(x, self._kept(y[0], read)) for x, y in _inputs(now, before)):
+                self._refit(layer, pairs)
+
+    # -- layers that are refitted to what the original reads ---------------------------------------------------------
+
+    def _refit_by_original(self) -> None:
+        """Refit layers that share their weights, and experts, whose columns were cut."""
+        wanted: dict[Node, Layer] = {}
+        for was, node in zip(self.original.nodes, self.pruned.nodes, strict=True):
+            layer = layer_of(node, blocks=True, shared=True)
+            if layer is None or (len(layer.weight.uses) == 1 and node.op != "grouped_mm"):
+                continue
+            if touches(self.original.axes.of[was.inputs[1]][layer.contracted], self.keep):  # type: ignore[index]
+                wanted[was] = layer
+        if not wanted:
+            return
+        found: dict[Parameter, tuple[Layer, list[Halves]]] = {}
+        run = Lockstep(self.original, self.batches)
+        for was in run.steps():
+            layer = wanted.get(was)
+            if layer is None:
+                continue
+            run.execute(was)
+            x, y = was.inputs[0], was.output
+            assert isinstance(x, Value)
+            inputs = [self._kept(tensor, x) for tensor in run.values(x)]
+            outputs = [self._kept(tensor, y) for tensor in run.values(y)]
+            ends = run.values(was.inputs[2]) if was.op == "grouped_mm" else [None] * len(run)
+            _, moments = found.get(layer.weight, (layer, None))
+            pairs = zip(inputs, outputs, ends, strict=True)
+            found[layer.weight] = (layer, gathered(layer, pairs, moments))
+        for layer, moments in found.values():
+            self._solve(layer, moments)
+
+
+def gathered(layer: Layer, pairs: Iterable[Pair], moments: list[Halves] | None = None) -> list[Halves]:
+    """The moments of each block of a layer, added to those that are given."""
+    found = moments or [Halves(layer.columns, layer.outputs) for _ in range(layer.blocks)]
+    for x, y, ends in pairs:
+        parts = zip(layer.blocks_of_input(x, ends), layer.blocks_of_output(y, ends), strict=True)
+        for own, (rows, wanted) in zip(found, parts, strict=True):
+            own.add(rows, wanted)
+    for own in found:
+        own.check(layer.node.label)
+    return found
+
+
+def _read(node: Node) -> Iterator[Value]:
+    """What a node reads, itself or inside its regions."""
+    for _, value in node.operands():
+        yield value
+    for inner in _inside(node):
+        for _, value in inner.operands():
+            yield value
+
+
+def _inside(node: Node) -> list[Node]:
+    return [inner for region in node.regions for _, inner in region.walk()]
+
+
+def _own_region(node: Node, weight: Parameter) -> bool:
+    """Whether only nodes inside a node read a weight."""
+    inner = set(_inside(node))
+    return all(user in inner for user, _ in weight.uses)
+
+
+def _inputs(now: Any, before: Any) -> Iterator[tuple[torch.Tensor, list[Any]]]:
+    for ours, theirs in zip(now, before, strict=True):
+        for (operands, _), (old, _) in zip(ours, theirs, strict=False):
+            yield operands[0], old
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.shape == y.shape and bool(torch.equal(x, y))
 
 
 def _gain(norm: Node) -> torch.Tensor:

@@ -126,8 +126,9 @@ class Prune(Pass):
         _note_recomputed(graph, [group.dim for group in cut], context)
         result = resize(graph, keep, by=self.name)
         if batches is not None and self.compensate is not False:
-            refitted = compensate(graph, result, keep, batches, by=self.name)
-            context.note(f"layers refitted on {sum(map(examples_in, batches))} examples: {refitted}")
+            done = compensate(graph, result, keep, batches, by=self.name)
+            stayed = f"; {done.stayed} stayed, as no refit lowered their error" if done.stayed else ""
+            context.note(f"layers refitted on {sum(map(examples_in, batches))} examples: {done.refitted}{stayed}")
         return result
 
     def _batches(self, graph: Graph, context: Context) -> list[Any] | None:

@@ -1,0 +1,282 @@
+"""The optimal brain surgeon on one Dim: in which order its indices go, and what each costs once others make up for it.
+
+A step removes a few per cent of the indices. What goes is found one after the other among those that cost least now,
+exactly, since the downdate of H^-1 and of W on these needs no other columns; then all columns are updated at once,
+which is a product of matrices.
+
+Where the matrices of all layers that read the Dim do not fit into :data:`MEMORY`, only the indices that cost least
+alone are taken apart so, and the others keep their order by what each costs alone; these would be the last to go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from regauge.ir.extents import Dim
+from regauge.ir.graph import Graph, Parameter
+from regauge.passes.calibration.layers import Layer
+from regauge.passes.calibration.moments import Moments, inverse
+
+RIDGE = 1e-2  # share of the mean square of a column
+MEMORY = 2 << 30  # bytes of inverse Hessians and weights that are held for one Dim
+_STEPS = 24  # a Dim is taken apart in about so many steps
+_NEAR = 3  # times the indices that go in a step: so many of the cheapest are looked at
+_SUBSTEPS = 8  # a step removes its indices in about so many turns
+_DOUBLE = 1024  # matrices up to this size are handled in double precision
+
+Change = Callable[[dict[str, torch.Tensor]], float]
+
+
+@dataclass
+class Part:
+    """Columns of one block of layers that read the same rows: [H^-1] of them, and their (scaled) weights."""
+
+    columns: torch.Tensor  # [indices, columns each]: where each index is in the matrices
+    inverse: torch.Tensor  # [columns, columns]
+    rows: torch.Tensor  # [r, columns], of which only rows'rows counts
+
+    def costs(self, alive: torch.Tensor) -> torch.Tensor:
+        """dE of each index in ``alive``, were it to go next."""
+        columns = self.columns[alive]
+        if columns.shape[1] == 1:
+            columns = columns[:, 0]
+            square: torch.Tensor = torch.linalg.vector_norm(self.rows, dim=0).square()[columns]
+            return (square / self.inverse.diagonal()[columns].clamp(min=1e-30)).double()
+        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
+        own = self.rows[:, columns].permute(1, 2, 0)  # index, column, row
+        half: torch.Tensor = torch.linalg.solve_triangular(_factors(blocks), own, upper=False)
+        return half.square().sum((1, 2)).double()
+
+    def remove(self, gone: torch.Tensor) -> None:
+        """Take indices out and let the other columns make up for them; what is left gets smaller, and so faster."""
+        columns = self.columns[gone].reshape(-1)
+        kept = torch.ones(len(self.inverse), dtype=torch.bool)
+        kept[columns] = False
+        left = kept.nonzero()[:, 0]
+        across = self.inverse[columns][:, left]
+        factor = _factors(self.inverse[columns][:, columns])
+        half = torch.linalg.solve_triangular(factor, across, upper=False)
+        solved = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        self.rows = torch.addmm(self.rows[:, left], self.rows[:, columns], solved, alpha=-1)
+        self.inverse = self.inverse[left][:, left].addmm_(half.t(), half, alpha=-1)
+        self.columns = (torch.cumsum(kept, 0) - 1)[self.columns]
+
+    def near(self, indices: torch.Tensor) -> Part:
+        """The same of a few indices alone: what goes among them changes the others of them exactly so."""
+        columns = self.columns[indices]
+        flat = columns.reshape(-1)
+        places = torch.arange(len(flat)).reshape(columns.shape)
+        return Part(places, self.inverse[flat][:, flat], self.rows[:, flat])
+
+
+def _factors(blocks: torch.Tensor) -> torch.Tensor:
+    """Cholesky factors of one matrix or many; what rounding has left indefinite gets a ridge of its own."""
+    factors: torch.Tensor
+    factors, failed = torch.linalg.cholesky_ex(blocks)
+    size, tiny = blocks.shape[-1], torch.finfo(blocks.dtype).eps
+    share = 10 * size * tiny
+    while bool(failed.any()) and share < 1:
+        level = blocks.diagonal(dim1=-2, dim2=-1).abs().amax(-1).clamp(min=torch.finfo(blocks.dtype).tiny)
+        ridge = torch.diag_embed((level * share)[..., None].expand(*level.shape, size))
+        factors, failed = torch.linalg.cholesky_ex(blocks + ridge)
+        share *= 10
+    return factors
+
+
+@dataclass
+class Share:
+    """What layers that read the same rows have to say about the indices of a Dim."""
+
+    layers: tuple[Layer, ...]
+    scales: tuple[torch.Tensor, ...]  # of the rows of each layer's matrix
+    block: int
+    moments: Moments
+    columns: torch.Tensor  # [indices of the Dim, columns each], in the layer's matrix
+
+    @classmethod
+    def of(
+        cls,
+        graph: Graph,
+        dim: Dim,
+        layers: Sequence[Layer],
+        sensitivity: Mapping[Layer, torch.Tensor],
+        block: int,
+        moments: Moments,
+    ) -> Share:
+        """``sensitivity`` is [blocks, outputs] for each layer; layers that share their weight are one."""
+        own: dict[Parameter, Layer] = {}
+        for layer in layers:
+            own.setdefault(layer.weight, layer)
+        scales = []
+        for weight in own:
+            square = torch.stack([sensitivity[layer][block] for layer in layers if layer.weight is weight]).mean(0)
+            scales.append(square.clamp(min=max(1e-6 * float(square.mean()), 1e-30)).sqrt())
+        columns = torch.from_numpy(next(iter(own.values())).columns_of(graph, dim))
+        return cls(tuple(own.values()), tuple(scales), block, moments, columns)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.moments.columns <= _DOUBLE else torch.float32
+
+    def bytes(self, indices: int) -> int:
+        """Of the matrices for so many indices."""
+        columns = indices * self.columns.shape[1]
+        outputs = min(columns, sum(layer.outputs for layer in self.layers))
+        return self.dtype.itemsize * columns * (columns + outputs)
+
+    def part(self, indices: torch.Tensor, whole: torch.Tensor) -> Part:
+        """The matrices of the given indices; ``whole`` is :meth:`inverse`."""
+        columns = self.columns[indices]
+        flat = columns.reshape(-1)
+        places = torch.arange(len(flat)).reshape(columns.shape)
+        everything = len(flat) == len(whole) and bool((flat == torch.arange(len(flat))).all())
+        return Part(places, whole if everything else whole[flat][:, flat], self._rows(flat))
+
+    def inverse(self) -> torch.Tensor:
+        return inverse(self.moments, RIDGE).to(self.dtype)
+
+    def costs_alone(self, whole: torch.Tensor) -> torch.Tensor:
+        """dE of each index, were it the only one to go."""
+        total = torch.zeros(len(self.columns), dtype=torch.float64)
+        many = max(1, 2048 // self.columns.shape[1])
+        for start in range(0, len(self.columns), many):
+            indices = torch.arange(start, min(start + many, len(self.columns)))
+            part = self.part(indices, whole)
+            total[indices] = part.costs(torch.arange(len(indices)))
+        return total
+
+    def _rows(self, columns: torch.Tensor) -> torch.Tensor:
+        """Scaled weights [outputs, columns] of all layers, or the square root of their product where that is less."""
+        outputs = sum(layer.outputs for layer in self.layers)
+        parts = (
+            self._matrix(layer)[:, columns].to(self.dtype) * scale.to(self.dtype)[:, None]
+            for layer, scale in zip(self.layers, self.scales, strict=True)
+        )
+        if outputs <= 1.5 * len(columns):
+            return torch.cat(list(parts))
+        square = torch.zeros(len(columns), len(columns), dtype=self.dtype)
+        for part in parts:
+            square.addmm_(part.t(), part)
+        return _factors(square).mT
+
+    def _matrix(self, layer: Layer) -> torch.Tensor:
+        return layer.matrices(layer.weight.tensor.detach())[self.block]
+
+    def without(self, gone: torch.Tensor, whole: torch.Tensor) -> list[tuple[Layer, torch.Tensor, torch.Tensor]]:
+        """For each layer its matrix without these indices, others making up for them, and the bias that this takes."""
+        columns = self.columns[gone].reshape(-1)
+        factor = _factors(whole[columns][:, columns])
+        solved = torch.cholesky_solve(whole[columns], factor)
+        means = self.moments.means().to(self.dtype)
+        found = []
+        for layer in self.layers:
+            before = self._matrix(layer).to(self.dtype)
+            after = before - before[:, columns] @ solved
+            after[:, columns] = 0
+            found.append((layer, after, (before - after) @ means))
+        return found
+
+
+def taken_apart(shares: Sequence[Share], size: int, change: Change | None) -> tuple[np.ndarray, float]:
+    """Scores of all indices, and what to multiply them by: each is what the index adds when it goes, never less than
+    what went before it.
+
+    ``change`` measures how much the outputs change with other weights. What was added up is brought to that at a
+    quarter and at half of the indices: errors at different places of an image may add up or cancel behind the layer.
+    """
+    scores, pool, parts, wholes = _opened(shares, size, keep=change is not None)
+    alive = torch.ones(len(pool), dtype=torch.bool)
+    highest, total, factors = 0.0, 0.0, list[float]()
+    marks = [size // 4, size - size // 2] if change is not None else []
+    many = max(1, -(-size // _STEPS))
+    while int(alive.sum()) > 1:
+        left = alive.nonzero()[:, 0]
+        for place, cost in _next(parts, left, min(many, len(left) - 1)):
+            highest = max(highest, cost)
+            scores[int(pool[place])] = highest
+            total += cost
+            alive[place] = False
+        gone = left[~alive[left]]
+        for part in parts:
+            part.remove(gone)
+        if marks and change is not None and len(pool) - int(alive.sum()) >= marks[0] and total > 0:
+            marks.pop(0)
+            factors.append(change(_weights(shares, pool[~alive], wholes)) / total)
+    last = alive.nonzero()[:, 0]
+    scores[int(pool[last])] = max(highest, float(_costs(parts, last)))
+    rest = np.ones(size, dtype=bool)
+    rest[pool.numpy()] = False
+    scores[rest] = np.maximum(scores[rest], scores[int(pool[last])])
+    return scores, float(np.median(factors)) if factors else 1.0
+
+
+def _opened(
+    shares: Sequence[Share], size: int, *, keep: bool
+) -> tuple[np.ndarray, torch.Tensor, list[Part], list[torch.Tensor | None]]:
+    """Costs of indices alone, where not all fit; the indices that are taken apart; their matrices; H^-1, if kept."""
+    needed, everything = sum(share.bytes(size) for share in shares), torch.arange(size)
+    costs = torch.zeros(size, dtype=torch.float64)
+    if needed > MEMORY:
+        for share in shares:
+            costs += share.costs_alone(share.inverse())
+    count = size if needed <= MEMORY else max(2, int(size * (MEMORY / needed) ** 0.5))
+    pool = everything if count >= size else torch.argsort(costs)[:count].sort().values
+    parts, wholes = [], list[torch.Tensor | None]()
+    keep = keep and 2 * needed <= MEMORY
+    for share in shares:
+        whole = share.inverse()
+        parts.append(share.part(pool, whole))
+        wholes.append(whole if keep else None)
+    return costs.numpy(), pool, parts, wholes
+
+
+def _costs(parts: Sequence[Part], alive: torch.Tensor) -> torch.Tensor:
+    return sum((part.costs(alive) for part in parts), torch.zeros(len(alive), dtype=torch.float64))
+
+
+def _next(parts: Sequence[Part], left: torch.Tensor, count: int) -> list[tuple[int, float]]:
+    """The ``count`` indices that go next, one after the other, each with what it costs then."""
+    costs = _costs(parts, left)
+    if count == 1:
+        place = int(costs.argmin())
+        return [(int(left[place]), float(costs[place]))]
+    near = left[torch.argsort(costs)[: _NEAR * count]]
+    local = [part.near(near) for part in parts]
+    alive = torch.ones(len(near), dtype=torch.bool)
+    found: list[tuple[int, float]] = []
+    many = max(1, count // _SUBSTEPS)
+    while len(found) < count:
+        here = alive.nonzero()[:, 0]
+        costs = _costs(local, here)
+        cheapest = torch.argsort(costs)[: min(many, count - len(found))]
+        found += [(int(near[here[place]]), float(costs[place])) for place in cheapest]
+        alive[here[cheapest]] = False
+        if len(found) < count:
+            for part in local:
+                part.remove(here[cheapest])
+    return found
+
+
+def _weights(
+    shares: Sequence[Share], gone: torch.Tensor, wholes: Sequence[torch.Tensor | None]
+) -> dict[str, torch.Tensor]:
+    """The parameters of all layers without some indices, by name: what the graph has to be run with."""
+    matrices: dict[Layer, torch.Tensor] = {}
+    shifts: dict[Layer, torch.Tensor] = {}
+    for share, whole in zip(shares, wholes, strict=True):
+        for layer, matrix, shift in share.without(gone, share.inverse() if whole is None else whole):
+            if layer not in matrices:
+                matrices[layer] = layer.matrices(layer.weight.tensor.detach()).to(matrix.dtype, copy=True)
+                shifts[layer] = torch.zeros(layer.blocks, layer.outputs, dtype=matrix.dtype)
+            matrices[layer][share.block], shifts[layer][share.block] = matrix, shift
+    found: dict[str, torch.Tensor] = {}
+    for layer, matrix in matrices.items():
+        found[layer.weight.name] = layer.from_matrices(matrix)
+        shifted = layer.shifted(shifts[layer].reshape(-1))
+        if shifted is not None:
+            found[shifted[0].name] = shifted[1]
+    return found
