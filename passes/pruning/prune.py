@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from regauge.ir.cost import Metric, cost
-from regauge.ir.errors import PassError
+from regauge.ir.errors import PassError, RegaugeError
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
@@ -27,12 +27,15 @@ from regauge.passes.budget import (
     uniform_wishes,
     with_multiples,
 )
-from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.batches import examples_in
+from regauge.passes.calibration.generated import STEPS, generated_batches, statistics_in
+from regauge.passes.calibration.losses import Labelled, labelled
 from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
 from regauge.passes.pruning.compensation import compensate
-from regauge.passes.pruning.distortion import distortion_scores
-from regauge.passes.pruning.scores import Criterion, Scores, batch_norm_gains, score
+from regauge.passes.pruning.preserve import PRESERVED, preserve
+from regauge.passes.pruning.score_table import SCORES, criterion, score
+from regauge.passes.pruning.scores import Normalise, Reduce, Scores
 from regauge.passes.pruning.selection import select
 from regauge.passes.rounding import Rounding
 
@@ -73,12 +76,18 @@ class Prune(Pass):
     scope: Literal["uniform", "global"] | None = option(
         None, "the same share of every Dim, or one ranking of all; uniform, but global for budgets with distortion"
     )
-    score: Criterion | None = option(
-        None,
-        "importance: change of the outputs on data, norms of weights, BatchNorm gains (l2 where there are none), or "
-        "chance; distortion where data is given, else l2",
+    score: str | None = option(
+        None, "importance, one of the scores below; distortion where data is given or can be made up, else l2"
     )
-    compensate: bool | None = option(None, "refit the layers behind cuts on data; true where data is given")
+    reduce: Reduce | None = option(None, "how what the members of a Dim say becomes one score; sum for most scores")
+    normalise: Normalise | None = option(None, "what is done with scores within each Dim; each score has its own")
+    loss: Any = option(None, "loss(outputs, batch) for scores that need one, in Python; else cross-entropy or |y|^2")
+    compensate: bool | None = option(
+        None, "refit the layers behind cuts on data; true where data is given, or can be made up from batch norms"
+    )
+    examples: int | None = option(None, "inputs made up where no data is given; 32 to 256 by size", at_least=1)
+    steps: int = option(STEPS, "steps in which inputs made up are fitted to the statistics of batch norms", at_least=0)
+    preserve: bool = option(False, "means and RMSNorms over cut Dims give what the masked original gives; no refit")
     round_to: int = option(1, "sizes of axes that are cut stay multiples of this", at_least=1)
     minimum: int = option(1, "indices that every Dim keeps", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of Dims or parameters: cut nothing else")
@@ -97,15 +106,61 @@ class Prune(Pass):
         for name in _BUDGETS:
             if getattr(self, name) is not None:
                 parse_amount(getattr(self, name), name)
+        if self.score is not None:
+            criterion(self.score)
+        if self.preserve and self.compensate:
+            raise PassError("prune takes preserve or compensate, not both: what is refitted is not the masked original")
+        if self.loss is not None and not callable(self.loss):
+            raise PassError("option 'loss' of prune must be a function, loss(outputs, batch)")
+
+    @classmethod
+    def details(cls) -> list[tuple[str, str]]:
+        return [(f"score={name}", f"{entry.help}; needs {entry.needs}") for name, entry in SCORES.items()]
+
+    @property
+    def _refits(self) -> bool:
+        return self.compensate is not False and not self.preserve
+
+    @property
+    def _score_needs_data(self) -> bool:
+        return self.score is not None and criterion(self.score).needs != "nothing"
 
     def call(self, graph: Graph, context: Context) -> Graph:
+        if context.data is None and self._refits:
+            made_up = self._data_free(graph, context)
+            return self._cut(graph, context) if made_up is None else made_up
+        return self._cut(graph, context)
+
+    def _data_free(self, graph: Graph, context: Context) -> Graph | None:
+        """The result with inputs that are made up: where that is asked for, and where batch norms tell what to make."""
+        asked = bool(self.compensate) or self._score_needs_data
+        if not asked and (self.score is not None or not statistics_in(graph) or self.ratio == 0):
+            return None
+        if not asked:  # a first try tells at once what cannot be done, and whether there is anything to do
+            first = Context()
+            if replace(self, compensate=False)._cut(graph, first) is graph:
+                context.left = first.left
+                return graph
+        trial = Context()
+        try:
+            trial.data = generated_batches(graph, examples=self.examples, steps=self.steps, seed=self.seed)
+            trial.note(_made_up(graph, trial.data))
+            result = self._cut(graph, trial)
+        except RegaugeError as reason:
+            if asked:
+                raise
+            context.note(f"nothing is refitted on inputs made up: {reason}")
+            return None
+        context.cuts, context.left = trial.cuts, trial.left
+        context.notes += trial.notes if result is not graph else []
+        return result
+
+    def _cut(self, graph: Graph, context: Context) -> Graph:
         groups = select(graph.groups(), self.include, self.exclude, context.left)
         batches = self._batches(graph, context)
-        criterion = self.score or ("l2" if batches is None else "distortion")
-        scores = self._scores(graph, groups, criterion, batches)
-        if criterion == "bn":
-            _note_without_batch_norm(graph, groups, context)
-        by_loss = criterion == "distortion" and self.ratio is None
+        name = self.score or ("l2" if batches is None else "distortion")
+        scores = self._scores(graph, groups, name, batches, context)
+        by_loss = name == "distortion" and self.ratio is None
         uniform = self.scope == "uniform" or (self.scope is None and not by_loss)
         counts = self._counts(graph, groups, scores, uniform, context)
         cut = [group for group in groups if counts[group.dim] < group.dim.size]
@@ -116,31 +171,32 @@ class Prune(Pass):
         context.cuts += [
             Cut(group.name, int(group.dim.size), counts[group.dim], axis_change(graph, group, keep)) for group in cut
         ]
-        _note_recomputed(graph, [group.dim for group in cut], context)
+        _note_recomputed(graph, [group.dim for group in cut], self.preserve, context)
         result = resize(graph, keep, by=self.name)
-        if batches is not None and self.compensate is not False:
-            refitted = compensate(graph, result, keep, batches, by=self.name)
-            context.note(f"layers refitted on {sum(map(examples_in, batches))} examples: {refitted}")
+        if self.preserve:
+            context.note(f"means and norms kept what they were: {preserve(graph, result, by=self.name)}")
+        if batches is not None and self._refits:
+            refitted = compensate(graph, result, keep, [batch.inputs for batch in batches], by=self.name)
+            context.note(f"layers refitted on {_count(batches)} examples: {refitted}")
         return result
 
-    def _batches(self, graph: Graph, context: Context) -> list[Any] | None:
+    def _batches(self, graph: Graph, context: Context) -> list[Labelled] | None:
         """The calibration data, where there is any and the options want it."""
-        wanted = "score=distortion" if self.score == "distortion" else "compensate" if self.compensate else ""
-        if context.data is None and wanted:
-            raise PassError(f"prune needs data for {wanted}: give batches, optimize(graph, passes, data=...)")
-        if context.data is None or (self.score not in (None, "distortion") and self.compensate is False):
+        unused = self.score is not None and not self._score_needs_data and not self._refits
+        if context.data is None or unused:
             return None
-        return calibration_batches(graph, context)
+        return [labelled(graph, batch) for batch in context.batches()]
 
     def _scores(
-        self, graph: Graph, groups: Sequence[Group], criterion: Criterion, batches: Sequence[Any] | None
+        self, graph: Graph, groups: Sequence[Group], name: str, batches: Sequence[Labelled] | None, context: Context
     ) -> Scores:
         """Scores to rank by: of distortion what is lost per unit of the budget, where there is one."""
-        if criterion != "distortion" or batches is None:
-            return score(graph, groups, criterion, self.seed)
-        found = distortion_scores(graph, groups, batches, self.seed)
+        found = score(
+            graph, groups, name, self.seed, batches=batches or (), loss=self.loss, reduce=self.reduce,
+            normalise=self.normalise, notes=context.notes,
+        )  # fmt: skip
         budget = next((metric for name, metric in _BUDGETS.items() if getattr(self, name) is not None), None)
-        if budget is None:
+        if budget is None or name != "distortion":
             return found
         running = cost(graph).running(budget)
         saved = {dim: running.original - running.with_size(dim, int(dim.size) - 1) for dim in found}
@@ -179,19 +235,22 @@ def best(scores: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
-def _note_without_batch_norm(graph: Graph, groups: Sequence[Group], context: Context) -> None:
-    """Exporters fold BatchNorms away, and then there are no gains to go by."""
-    without = len(groups) - len(batch_norm_gains(graph, groups))
-    if without:
-        context.note(f"{without} of {len(groups)} Dims have no BatchNorm and are scored by l2")
+def _made_up(graph: Graph, batches: Sequence[Any]) -> str:
+    count, norms = sum(map(examples_in, batches)), len(statistics_in(graph))
+    source = f"from the statistics of {norms} batch norms" if norms else "as noise, since there is no batch norm"
+    return f"no data: {count} inputs are made up {source}; compensate=false only removes indices"
 
 
-def _note_recomputed(graph: Graph, dims: Sequence[Dim], context: Context) -> None:
+def _count(batches: Sequence[Labelled]) -> int:
+    return sum(examples_in(batch.inputs) for batch in batches)
+
+
+def _note_recomputed(graph: Graph, dims: Sequence[Dim], preserved: bool, context: Context) -> None:
     """Say where the result is not the masked original: something normalises or averages over a Dim that was cut."""
     cut, found = set(dims), dict[str, set[Dim]]()
     for node, call in graph.axes.calls.items():
         for role, extent in call.roles:
-            if role in _RECOMPUTED and node.op != "sum":
+            if role in _RECOMPUTED and node.op != "sum" and not (preserved and node.op in PRESERVED):
                 found.setdefault(node.op, set()).update(dim for dim in leaves(extent) if dim in cut)
     for op, over in found.items():
         if over:
