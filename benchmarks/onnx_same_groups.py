@@ -120,7 +120,7 @@ def measure(name: str, how: str, path: Path, inputs: tuple[Any, ...], ratio: flo
     for group in groups:
         if not group.free and group.pins:
             pinned.setdefault(group.size, []).append(f"{group.name}: {group.pins[0]}")
-    small = regauge.optimize(graph, f"prune{{ratio={ratio}}}")
+    small = regauge.optimize(graph, f"prune{{ratio={ratio},compensate=false}}")
     nodes = len(graph.metadata["onnx"].graph)
     error = difference(graph, path, inputs)
     free, after = free_sizes(graph), free_sizes(small)

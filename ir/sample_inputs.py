@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from regauge.ir.errors import GraphError, RegaugeError
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.sizes import evaluate
 from regauge.ir.weights import writes
 
@@ -134,14 +134,24 @@ def _sample(value: Value, bindings: dict[sympy.Symbol, int], generator: torch.Ge
 
 def _index_bound(value: Value) -> int:
     """The entries of the smallest table in which the value is looked up; 2, as for a mask, where none is found."""
-    pending, seen, bounds = [value], {value}, []
+    return lookup_bound(value) or 2
+
+
+def lookup_bound(value: Value) -> int | None:
+    """The entries, at least 2, of the smallest table in which the value is looked up; None where it is in none."""
+    tables = [node.inputs[0] for node, slot in followed_uses(value) if node.op == "embedding" and slot > 0]
+    sizes = [table.shape[0] for table in tables if isinstance(table, Value)]
+    bounds = [size for size in sizes if isinstance(size, int)]
+    return max(2, min(bounds)) if bounds else None
+
+
+def followed_uses(value: Value) -> Iterator[tuple[Node, int]]:
+    """Where a value is read, also behind operators that only cast it, lay it out anew or bound it."""
+    pending, seen = [value], {value}
     while pending:
         for node, slot in pending.pop().uses:
-            table = node.inputs[0] if node.inputs else None
-            if node.op == "embedding" and slot > 0 and isinstance(table, Value) and isinstance(table.shape[0], int):
-                bounds.append(table.shape[0])
+            yield node, slot
             if node.op in _FOLLOWED:
                 new = [output for output in node.outputs if output not in seen]
                 seen.update(new)
                 pending.extend(new)
-    return max(2, min(bounds)) if bounds else 2

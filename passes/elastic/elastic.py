@@ -15,15 +15,19 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from regauge.ir.cost import Metric, cost
 from regauge.ir.errors import PassError
 from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
 from regauge.ir.resize import resize
-from regauge.passes.budget import Choice, allocate, parse_amount, round_wishes, uniform_plan, with_multiples
+from regauge.passes.allocation.amounts import parse_amount
+from regauge.passes.allocation.budgets import Budget, Budgets
+from regauge.passes.allocation.choices import Choice, round_wishes, with_multiples
+from regauge.passes.allocation.fit import allocate
+from regauge.passes.allocation.plans import uniform_plan
+from regauge.passes.allocation.search import UNITS, budgets_of
 from regauge.passes.elastic.reorder import may_be_reordered, reorder
-from regauge.passes.pruning.scores import Criterion, score
+from regauge.passes.pruning.score_table import criterion, score
 from regauge.passes.pruning.selection import select
 from regauge.passes.rounding import Rounding
 
@@ -81,13 +85,11 @@ class Elastic:
         The budget is what is kept, as in ``prune``; single indices are added until it is used. For :meth:`cut_to`.
         Raises PassError where a budget cannot be met.
         """
-        metric, amount = _budget(macs, params, bytes)
+        budget = _budget(self.graph, macs=macs, params=params, bytes=bytes)
         dims = self._dims()
         choices = [Choice(dims[name], found) for name, found in self.scores.items()]
         choices = with_multiples(choices, Rounding(self.graph, self.round_to))
-        running = cost(self.graph).running(metric)
-        target = parse_amount(amount, metric).of(running.original)
-        found = allocate(choices, uniform_plan(choices), running, target, f"{metric}={amount}")
+        found = allocate(choices, uniform_plan(choices), Budgets([budget]), f"the budget in {budget.name}")
         return {dim.name: count for dim, count in found.items()}
 
     def mix(
@@ -106,14 +108,13 @@ class Elastic:
         layer to layer, by hand; the greedy choice by score is ours. Mixes that no training has seen may be poor:
         :class:`regauge.training.Supernet` takes them among its widths. Raises PassError where a budget cannot be met.
         """
-        metric, amount = _budget(macs, params, bytes)
+        budget = _budget(self.graph, macs=macs, params=params, bytes=bytes)
         steps = [self.counts(share) for share in sorted({*granularities, 1.0}, reverse=True)]
-        return self._narrowed(steps, metric, amount)
+        return self._narrowed(steps, budget)
 
-    def _narrowed(self, steps: Sequence[Mapping[str, int]], metric: Metric, amount: Any) -> dict[str, int]:
+    def _narrowed(self, steps: Sequence[Mapping[str, int]], budget: Budget) -> dict[str, int]:
         dims = self._dims()
-        running = cost(self.graph).running(metric)
-        target = parse_amount(amount, metric).of(running.original)
+        running, target = budget.meter, budget.target
         place = dict.fromkeys(self.scores, 0)
 
         def rate(name: str) -> float:
@@ -126,8 +127,8 @@ class Elastic:
             narrower = [name for name in self.scores if place[name] + 1 < len(steps)]
             if not narrower:
                 raise PassError(
-                    f"{metric}={amount} cannot be met: {running.total / running.original:.1%} are left with every Dim "
-                    "at its smallest granularity; raise the budget or add smaller granularities"
+                    f"{budget.name}={budget.show(target)} cannot be met: {running.total / running.original:.1%} are "
+                    "left with every Dim at its smallest granularity; raise the budget or add smaller granularities"
                 )
             name = min(narrower, key=rate)
             place[name] += 1
@@ -142,12 +143,12 @@ class Elastic:
         return {group.name: group.dim for group in self.graph.groups()}
 
 
-def _budget(macs: Any, params: Any, bytes: Any) -> tuple[Metric, Any]:
-    budgets: dict[Metric, Any] = {"macs": macs, "parameters": params, "bytes": bytes}
-    given = [(metric, amount) for metric, amount in budgets.items() if amount is not None]
+def _budget(graph: Graph, **options: Any) -> Budget:
+    given = {name: amount for name, amount in options.items() if amount is not None}
     if len(given) != 1:
-        raise PassError(f"give exactly one of macs, params and bytes, not {len(given)}: mix(macs=0.5)")
-    return given[0]
+        raise PassError(f"give exactly one of {', '.join(options)}, not {len(given)}: mix(macs=0.5)")
+    (budget,) = budgets_of(graph, {name: parse_amount(amount, name, UNITS[name]) for name, amount in given.items()})
+    return budget
 
 
 def _share(name: str, given: Mapping[str, float]) -> float:
@@ -157,7 +158,7 @@ def _share(name: str, given: Mapping[str, float]) -> float:
 def elastic(
     graph: Graph,
     *,
-    score_by: Criterion | Mapping[str, Sequence[float]] = "l2",
+    score_by: str | Mapping[str, Sequence[float]] = "l2",
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     round_to: int = 1,
@@ -188,10 +189,10 @@ def elastic(
 
 
 def _scores(
-    graph: Graph, groups: Sequence[Group], given: Criterion | Mapping[str, Sequence[float]], seed: int
+    graph: Graph, groups: Sequence[Group], given: str | Mapping[str, Sequence[float]], seed: int
 ) -> dict[Dim, np.ndarray]:
     if not isinstance(given, Mapping):
-        if given == "distortion":
+        if criterion(given).needs != "nothing":
             raise PassError("elastic orders by weights: for scores of data give them by name of Dim")
         return score(graph, groups, given, seed)
     by_name = {group.name: group.dim for group in groups}

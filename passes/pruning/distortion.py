@@ -33,8 +33,9 @@ from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.calibration.moments import Moments
-from regauge.passes.pruning.scores import Scores, accumulate, score
+from regauge.passes.pruning.scores import Scores, accumulate
 from regauge.passes.pruning.surgeon import Share, taken_apart
+from regauge.passes.pruning.weight_scores import magnitudes
 
 _READ = 4 << 30  # bytes of weights that are read to measure the Dims of a kind: of a large model only a few are
 
@@ -56,7 +57,8 @@ def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[A
     unseen = [group for group in groups if group.dim not in found]
     if unseen:  # what data says nothing about goes by its weights, at the scale of the others
         typical = float(np.mean([scores.mean() for scores in found.values()])) if found else 1.0
-        for dim, scores in score(graph, unseen, "l2", seed).items():
+        for dim, members in magnitudes(graph, unseen, 2).items():
+            scores = np.sqrt(np.sum(members, 0))
             found[dim] = scores / max(float(scores.mean()), 1e-30) * typical
     return found
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from regauge.ir.errors import PassError
+from regauge.ir.errors import PassError, RegaugeError
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
@@ -21,11 +21,14 @@ from regauge.passes.allocation.latency import LatencySearch, device_of
 from regauge.passes.allocation.search import UNITS, Scope, Search, budgets_of
 from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.generated import STEPS, generated_batches, statistics_in
+from regauge.passes.calibration.losses import Labelled, labelled
 from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
 from regauge.passes.pruning.compensation import compensate
-from regauge.passes.pruning.distortion import distortion_scores
-from regauge.passes.pruning.scores import Criterion, Scores, batch_norm_gains, score
+from regauge.passes.pruning.preserve import PRESERVED, preserve
+from regauge.passes.pruning.score_table import SCORES, criterion, score
+from regauge.passes.pruning.scores import Normalise, Reduce, Scores
 from regauge.passes.pruning.selection import select
 from regauge.passes.rounding import Rounding
 
@@ -74,12 +77,18 @@ class Prune(Pass):
         "the same share of every Dim, one ranking of all, one of each class of Dims that are alike, the best sum of "
         "scores, or of measured losses (dp, with data); uniform, but global for budgets with distortion",
     )
-    score: Criterion | None = option(
-        None,
-        "importance: change of the outputs on data, norms of weights, BatchNorm gains (l2 where there are none), or "
-        "chance; distortion where data is given, else l2",
+    score: str | None = option(
+        None, "importance, one of the scores below; distortion where data is given or can be made up, else l2"
     )
-    compensate: bool | None = option(None, "refit the layers behind cuts on data; true where data is given")
+    reduce: Reduce | None = option(None, "how what the members of a Dim say becomes one score; sum for most scores")
+    normalise: Normalise | None = option(None, "what is done with scores within each Dim; each score has its own")
+    loss: Any = option(None, "loss(outputs, batch) for scores that need one, in Python; else cross-entropy or |y|^2")
+    compensate: bool | None = option(
+        None, "refit the layers behind cuts on data; true where data is given, or can be made up from batch norms"
+    )
+    examples: int | None = option(None, "inputs made up where no data is given; 32 to 256 by size", at_least=1)
+    steps: int = option(STEPS, "steps in which inputs made up are fitted to the statistics of batch norms", at_least=0)
+    preserve: bool = option(False, "means and RMSNorms over cut Dims give what the masked original gives; no refit")
     round_to: int | Literal["device"] = option(
         1, "sizes of axes that are cut stay multiples of this; of what the device prefers", at_least=1
     )
@@ -101,6 +110,24 @@ class Prune(Pass):
             raise PassError(f"prune takes a ratio, or budgets ({', '.join(UNITS)}), but {found}: {_EXAMPLE}")
         self._amounts()
         device_of(self.device)
+        if self.score is not None:
+            criterion(self.score)
+        if self.preserve and self.compensate:
+            raise PassError("prune takes preserve or compensate, not both: what is refitted is not the masked original")
+        if self.loss is not None and not callable(self.loss):
+            raise PassError("option 'loss' of prune must be a function, loss(outputs, batch)")
+
+    @classmethod
+    def details(cls) -> list[tuple[str, str]]:
+        return [(f"score={name}", f"{entry.help}; needs {entry.needs}") for name, entry in SCORES.items()]
+
+    @property
+    def _refits(self) -> bool:
+        return self.compensate is not False and not self.preserve
+
+    @property
+    def _score_needs_data(self) -> bool:
+        return self.score is not None and criterion(self.score).needs != "nothing"
 
     def _amounts(self) -> dict[str, Amount]:
         """The budgets that are given."""
@@ -108,13 +135,42 @@ class Prune(Pass):
         return {name: parse_amount(value, name, UNITS[name]) for name, value in given.items() if value is not None}
 
     def call(self, graph: Graph, context: Context) -> Graph:
+        if context.data is None and self._refits:
+            made_up = self._data_free(graph, context)
+            return self._cut(graph, context) if made_up is None else made_up
+        return self._cut(graph, context)
+
+    def _data_free(self, graph: Graph, context: Context) -> Graph | None:
+        """The result with inputs that are made up: where that is asked for, and where batch norms tell what to make."""
+        asked = bool(self.compensate) or self._score_needs_data
+        if not asked and (self.score is not None or not statistics_in(graph) or self.ratio == 0):
+            return None
+        if not asked:  # a first try tells at once what cannot be done, and whether there is anything to do
+            first = Context()
+            if replace(self, compensate=False)._cut(graph, first) is graph:
+                context.left = first.left
+                return graph
+        trial = Context(measure=context.measure)
+        try:
+            trial.data = generated_batches(graph, examples=self.examples, steps=self.steps, seed=self.seed)
+            trial.note(_made_up(graph, trial.data))
+            result = self._cut(graph, trial)
+        except RegaugeError as reason:
+            if asked:
+                raise
+            context.note(f"nothing is refitted on inputs made up: {reason}")
+            return None
+        context.cuts, context.left = trial.cuts, trial.left
+        context.notes += trial.notes if result is not graph else []
+        return result
+
+    def _cut(self, graph: Graph, context: Context) -> Graph:
         groups = select(graph.groups(), self.include, self.exclude, context.left)
         batches = self._batches(graph, context)
-        criterion = self.score or ("l2" if batches is None else "distortion")
-        scores = self._scores(graph, groups, criterion, batches)
-        if criterion == "bn":
-            _note_without_batch_norm(graph, groups, context)
-        counts = self._counts(graph, groups, scores, criterion, batches, context)
+        name = self.score or ("l2" if batches is None else "distortion")
+        scores = self._scores(graph, groups, name, batches, context)
+        inputs = None if batches is None else [batch.inputs for batch in batches]
+        counts = self._counts(graph, groups, scores, name, inputs, context)
         cut = [group for group in groups if counts[group.dim] < group.dim.size]
         cut = cut if self.limit is None else cut[: self.limit]
         if not cut:
@@ -123,41 +179,42 @@ class Prune(Pass):
         context.cuts += [
             Cut(group.name, int(group.dim.size), counts[group.dim], axis_change(graph, group, keep)) for group in cut
         ]
-        _note_recomputed(graph, [group.dim for group in cut], context)
+        _note_recomputed(graph, [group.dim for group in cut], self.preserve, context)
         result = resize(graph, keep, by=self.name)
-        if batches is not None and self.compensate is not False:
-            done = compensate(graph, result, keep, batches, by=self.name)
+        if self.preserve:
+            context.note(f"means and norms kept what they were: {preserve(graph, result, by=self.name)}")
+        if inputs is not None and self._refits:
+            done = compensate(graph, result, keep, inputs, by=self.name)
             stayed = f"; {done.stayed} stayed, as no refit lowered their error" if done.stayed else ""
-            context.note(f"layers refitted on {sum(map(examples_in, batches))} examples: {done.refitted}{stayed}")
+            context.note(f"layers refitted on {sum(map(examples_in, inputs))} examples: {done.refitted}{stayed}")
         return result
 
-    def _batches(self, graph: Graph, context: Context) -> list[Any] | None:
+    def _batches(self, graph: Graph, context: Context) -> list[Labelled] | None:
         """The calibration data, where there is any and the options want it."""
-        wanted = "score=distortion" if self.score == "distortion" else "compensate" if self.compensate else ""
-        if context.data is None and wanted:
-            raise PassError(f"prune needs data for {wanted}: give batches, optimize(graph, passes, data=...)")
-        if context.data is None or (self.score not in (None, "distortion") and self.compensate is False):
+        unused = self.score is not None and not self._score_needs_data and not self._refits
+        if context.data is None or unused:
             return None
-        return calibration_batches(graph, context)
+        return [labelled(graph, batch) for batch in context.batches()]
 
     def _scores(
-        self, graph: Graph, groups: Sequence[Group], criterion: Criterion, batches: Sequence[Any] | None
+        self, graph: Graph, groups: Sequence[Group], name: str, batches: Sequence[Labelled] | None, context: Context
     ) -> Scores:
-        """Scores to rank by: of distortion what is lost per unit of the budget, where there is one."""
-        if criterion != "distortion" or batches is None:
-            return score(graph, groups, criterion, self.seed)
-        return distortion_scores(graph, groups, batches, self.seed)
+        """Scores to rank by."""
+        return score(
+            graph, groups, name, self.seed, batches=batches or (), loss=self.loss, reduce=self.reduce,
+            normalise=self.normalise, notes=context.notes,
+        )  # fmt: skip
 
     def _counts(
         self,
         graph: Graph,
         groups: Sequence[Group],
         scores: Scores,
-        criterion: Criterion,
+        name: str,
         batches: Sequence[Any] | None,
         context: Context,
     ) -> Counts:
-        losses = criterion == "distortion" and self.ratio is None
+        losses = name == "distortion" and self.ratio is None
         scope: Scope = self.scope or ("global" if losses else "uniform")
         choices = [self._choice(group, scores[group.dim], scope == "uniform") for group in groups]
         multiple = device_of(self.device).multiple if self.round_to == "device" else self.round_to
@@ -220,19 +277,18 @@ def best(scores: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
-def _note_without_batch_norm(graph: Graph, groups: Sequence[Group], context: Context) -> None:
-    """Exporters fold BatchNorms away, and then there are no gains to go by."""
-    without = len(groups) - len(batch_norm_gains(graph, groups))
-    if without:
-        context.note(f"{without} of {len(groups)} Dims have no BatchNorm and are scored by l2")
+def _made_up(graph: Graph, batches: Sequence[Any]) -> str:
+    count, norms = sum(map(examples_in, batches)), len(statistics_in(graph))
+    source = f"from the statistics of {norms} batch norms" if norms else "as noise, since there is no batch norm"
+    return f"no data: {count} inputs are made up {source}; compensate=false only removes indices"
 
 
-def _note_recomputed(graph: Graph, dims: Sequence[Dim], context: Context) -> None:
+def _note_recomputed(graph: Graph, dims: Sequence[Dim], preserved: bool, context: Context) -> None:
     """Say where the result is not the masked original: something normalises or averages over a Dim that was cut."""
     cut, found = set(dims), dict[str, set[Dim]]()
     for node, call in graph.axes.calls.items():
         for role, extent in call.roles:
-            if role in _RECOMPUTED and node.op != "sum":
+            if role in _RECOMPUTED and node.op != "sum" and not (preserved and node.op in PRESERVED):
                 found.setdefault(node.op, set()).update(dim for dim in leaves(extent) if dim in cut)
     for op, over in found.items():
         if over:

@@ -11,7 +11,6 @@ import torch
 from regauge.ir.cost import cost
 from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
-from regauge.passes.budget import parse_amount
 from regauge.passes.training.target import Target
 
 
@@ -33,7 +32,7 @@ class SizeShare:
             least = {s: max(1, graph.symbols.get(s, (1, None))[0]) for s in figure.free_symbols - set(chosen)}
             self._figure = sympy.lambdify(chosen, figure.subs({**least, **others}), modules="math")
             self._whole = float(self._figure(*(int(dim.size) for dim in self.dims)))
-            self.wanted = parse_amount(getattr(target, target.budget), target.budget).of(self._whole) / self._whole
+            self.wanted = target.kept(self._whole) / self._whole
 
     def __call__(self, counts: Mapping[Dim, torch.Tensor]) -> torch.Tensor:
         given = [counts[dim] for dim in self.dims]

@@ -14,17 +14,12 @@ from regauge.ir.errors import PassError
 from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
-from regauge.passes.budget import (
-    Choice,
-    Counts,
-    allocate,
-    parse_amount,
-    ranked_plan,
-    ranked_wishes,
-    round_wishes,
-    uniform_plan,
-    with_multiples,
-)
+from regauge.passes.allocation.amounts import parse_amount
+from regauge.passes.allocation.budgets import Budget, Budgets
+from regauge.passes.allocation.choices import Choice, Counts, round_wishes, with_multiples
+from regauge.passes.allocation.fit import allocate
+from regauge.passes.allocation.plans import ranked_plan, ranked_wishes, uniform_plan
+from regauge.passes.allocation.search import UNITS
 from regauge.passes.pruning.selection import select
 from regauge.passes.rounding import Rounding
 from regauge.passes.training.places import normalised_dims
@@ -69,7 +64,7 @@ class Target:
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise PassError(f"Target(ratio={self.ratio:g}) is out of range: write a share of 0 or more and below 1")
         if given[0] in _BUDGETS:
-            parse_amount(getattr(self, given[0]), given[0])
+            parse_amount(getattr(self, given[0]), given[0], UNITS[given[0]])
 
     @property
     def budget(self) -> str | None:
@@ -80,6 +75,12 @@ class Target:
     def metric(self) -> Metric | None:
         """The figure that is limited, where it is a budget."""
         return None if self.budget is None else _BUDGETS[self.budget]
+
+    def kept(self, original: float) -> float:
+        """What the budget leaves of the figure that is limited."""
+        assert self.budget is not None
+        amount = parse_amount(getattr(self, self.budget), self.budget, UNITS[self.budget])
+        return min(amount.of(original), original)
 
     def select(self, graph: Graph, left: Counter[str]) -> list[Group]:
         """The groups that may be cut; ``left`` counts the others by reason."""
@@ -120,11 +121,14 @@ class Plan:
         assert budget is not None and metric is not None
         running = self._cost.running(metric)
         running.set_sizes({choice.dim: choice.size for choice in choices})
-        final = min(parse_amount(getattr(self.target, budget), budget).of(running.original), running.original)
+        final = min(
+            parse_amount(getattr(self.target, budget), budget, UNITS[budget]).of(running.original), running.original
+        )
         amount = running.original - (running.original - final) * progress
         choices = with_multiples(choices, self._rounding)
         plan = uniform_plan(choices) if self.scope == "uniform" else ranked_plan(choices)
-        return allocate(choices, plan, running, amount, f"Target({budget}={getattr(self.target, budget)})")
+        budgets = Budgets([Budget(budget, running, amount, UNITS[budget])])
+        return allocate(choices, plan, budgets, f"Target({budget}={getattr(self.target, budget)})")
 
     def _by_ratio(self, choices: list[Choice], gone: float) -> Counts:
         if self.scope == "uniform":

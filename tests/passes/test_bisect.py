@@ -21,9 +21,9 @@ def test_first_bad_pass_and_dim() -> None:
 
 
 def test_nothing_is_wrong() -> None:
-    assert bisect(residual_network(), "prune{ratio=0.5}", wide_enough) is None
+    assert bisect(residual_network(), "prune{compensate=false,ratio=0.5}", wide_enough) is None
 
 
 def test_check_that_fails_from_the_start() -> None:
     with pytest.raises(PassError, match="fails on the graph before any pass"):
-        bisect(residual_network(), "prune{ratio=0.5}", lambda graph: False)
+        bisect(residual_network(), "prune{compensate=false,ratio=0.5}", lambda graph: False)

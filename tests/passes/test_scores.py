@@ -9,18 +9,21 @@ from hypothesis import strategies as st
 from random_networks import networks
 from regauge.ir.extents import Concat, Dim, Product, flat_indices
 from regauge.ir.graph import Graph
-from regauge.passes.pruning import scores
-from regauge.passes.pruning.scores import accumulate, axis_sums, score
+from regauge.passes.pruning import weight_scores
+from regauge.passes.pruning.batch_norm_scales import batch_norm_scales
+from regauge.passes.pruning.score_table import score
+from regauge.passes.pruning.scores import accumulate, scored_members
+from regauge.passes.pruning.weight_scores import axis_sums
 
 
 @given(networks())
 def test_score_is_the_norm_of_the_owned_slices(graph: Graph) -> None:
     groups = [group for group in graph.groups() if group.free]
-    scales = scores._batch_norm_scales(graph)
-    found = score(graph, groups, "l2")
+    scales = batch_norm_scales(graph)
+    found = score(graph, groups, "l2", reduce="sum")
     for group in groups:
         expected = np.zeros(group.size)
-        for member in scores._scored_members(group):
+        for member in scored_members(group):
             tensor, extent = member.parameter.tensor.double(), graph.axes.of[member.parameter][member.axis]
             for axis in range(tensor.dim()):
                 if (member.parameter, axis) in scales:
@@ -50,7 +53,7 @@ def test_sums_do_not_depend_on_the_chunks(shape: list[int], power: int, chunk: i
     scale = {len(shape) - 1: np.linspace(1, 2, shape[-1])}
     whole = tensor * torch.from_numpy(scale[len(shape) - 1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scores, "_CHUNK", chunk)
+        patch.setattr(weight_scores, "_CHUNK", chunk)
         found = axis_sums(tensor, range(len(shape)), power, scale)
     for axis, sums in found.items():
         others = [other for other in range(len(shape)) if other != axis]

@@ -1,0 +1,146 @@
+"""Gradients of a loss for weights, batch by batch or example by example, and their products with the Hessian.
+
+The graph runs on the reference interpreter with gradients: what it holds is what autograd keeps of one batch, or of one
+example where examples can be run alone (the number of examples is dynamic).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.interpret import Interpreter, last_uses
+from regauge.passes.calibration.batches import examples_in
+from regauge.passes.calibration.losses import Labelled, Loss, example_slices, loss_of
+
+Gradients = dict[Parameter, torch.Tensor]
+Replace = Callable[[Node, Value, torch.Tensor], torch.Tensor]
+"""What a node reads in place of a value: masks are put in here."""
+
+
+class Differentiable:
+    """A graph that is run with gradients for some of its parameters."""
+
+    def __init__(self, graph: Graph, parameters: Sequence[Parameter], replace: Replace | None = None) -> None:
+        self.graph = graph
+        self.replace = replace
+        self.weights = {p: p.tensor.detach().clone().requires_grad_() for p in parameters}
+        self._interpreter = Interpreter(graph, weights={p.name: w for p, w in self.weights.items()})
+        self._drop = last_uses(graph)
+
+    def run(self, inputs: Any) -> list[Any]:
+        """The outputs."""
+        environment, bindings = self._interpreter.bound(inputs)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            for step, node in enumerate(self.graph.nodes):
+                with self._replaced(node, environment):
+                    results = self._interpreter.run_node(node, environment, bindings)
+                environment.update(zip(node.outputs, results, strict=True))
+                for value in self._drop.get(step, ()):
+                    environment.pop(value, None)
+            return [self._interpreter.read(output, environment, bindings) for output in self.graph.outputs]
+
+    @contextmanager
+    def _replaced(self, node: Node, environment: dict[Value, Any]) -> Iterator[None]:
+        if self.replace is None:
+            yield
+            return
+        before = {value: environment[value] for _, value in node.operands() if value in environment}
+        for value, tensor in before.items():
+            if isinstance(tensor, torch.Tensor):
+                environment[value] = self.replace(node, value, tensor)
+        yield
+        environment.update(before)
+
+
+def batch_gradients(
+    graph: Graph, parameters: Sequence[Parameter], batches: Sequence[Labelled], loss: Loss | None, seed: int = 0
+) -> Gradients:
+    """The gradient of the mean loss over all examples; parameters that it does not depend on are left out."""
+    total: Gradients = {}
+    whole = max(1, sum(examples_in(batch.inputs) for batch in batches))
+    for batch, found in _each(graph, parameters, batches, loss, seed):
+        share = examples_in(batch.inputs) / whole
+        for parameter, gradient in found.items():
+            total[parameter] = total.get(parameter, 0) + gradient * share
+    return total
+
+
+def _each(
+    graph: Graph, parameters: Sequence[Parameter], batches: Sequence[Labelled], loss: Loss | None, seed: int
+) -> Iterator[tuple[Labelled, Gradients]]:
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:
+        network = Differentiable(graph, parameters)
+        value = loss_of(network.run(batch.inputs), batch, loss, squared=False, generator=generator)
+        if value is not None:
+            found = torch.autograd.grad(value, list(network.weights.values()), allow_unused=True)
+            yield batch, _present(network.weights, found)
+
+
+def example_gradients(
+    graph: Graph, parameters: Sequence[Parameter], batches: Sequence[Labelled], loss: Loss | None, seed: int = 0
+) -> Iterator[Gradients]:
+    """The gradient of each example's own loss, one after the other.
+
+    A graph of a fixed number of examples runs once on the batch, and back for each example.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    network = Differentiable(graph, parameters)
+    weights = list(network.weights.values())
+    for outputs, example in example_outputs(network, batches):
+        value = loss_of(outputs, example, loss, squared=True, generator=generator)
+        if value is not None:
+            found = torch.autograd.grad(value, weights, allow_unused=True, retain_graph=True)
+            yield _present(network.weights, found)
+
+
+def example_outputs(network: Differentiable, batches: Sequence[Labelled]) -> Iterator[tuple[list[Any], Labelled]]:
+    """The outputs of each example, and the example."""
+    first = network.graph.inputs[0].shape[:1] if network.graph.inputs else ()
+    alone = (
+        bool(first) and isinstance(first[0], sympy.Symbol) and network.graph.symbols.get(first[0], (1, None))[0] <= 1
+    )
+    for batch in batches:
+        count = examples_in(batch.inputs)
+        examples = example_slices(batch, count)
+        if alone:
+            yield from ((network.run(example.inputs), example) for example in examples)
+            continue
+        outputs = network.run(batch.inputs)
+        if not all(isinstance(y, torch.Tensor) and y.dim() and y.shape[0] == count for y in outputs):
+            yield outputs, batch  # results are of the batch as a whole: it is one example
+            continue
+        yield from (([y[n : n + 1] for y in outputs], example) for n, example in enumerate(examples))
+
+
+def hessian_products(
+    graph: Graph, parameters: Sequence[Parameter], batches: Sequence[Labelled], loss: Loss | None, seed: int = 0
+) -> Gradients:
+    """H g, with H the Hessian and g the gradient of a batch's loss; the mean over batches, a double backward each."""
+    generator = torch.Generator().manual_seed(seed)
+    total: Gradients = {}
+    for batch in batches:
+        network = Differentiable(graph, parameters)
+        weights = list(network.weights.values())
+        value = loss_of(network.run(batch.inputs), batch, loss, squared=False, generator=generator)
+        if value is None:
+            continue
+        gradients = torch.autograd.grad(value, weights, create_graph=True, allow_unused=True)
+        products = [(g * g.detach()).sum().double() for g in gradients if g is not None]
+        product = torch.stack(products).sum() if products else value.detach()
+        if product.requires_grad:
+            found = torch.autograd.grad(product, weights, allow_unused=True)
+            for parameter, part in _present(network.weights, found).items():
+                total[parameter] = total.get(parameter, 0) + part / len(batches)
+    return total
+
+
+def _present(weights: Mapping[Parameter, torch.Tensor], found: Sequence[torch.Tensor | None]) -> Gradients:
+    return {p: gradient.detach() for p, gradient in zip(weights, found, strict=True) if gradient is not None}

@@ -1,0 +1,119 @@
+"""Scores from the weights alone, in one streaming read of the parameters.
+
+Only sums along axes are kept, never a tensor, so that a model on disk is read once and the memory stays near one tensor
+(``fpgm`` compares slices with one another: it holds one parameter and a square matrix of distances).
+
+What a BatchNorm does to the channels of the layer before it is part of that layer's weight: rows are scaled by
+|gamma| / sqrt(var + eps) before they are measured (:mod:`regauge.passes.pruning.batch_norm_scales`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from regauge.ir.graph import Graph, Parameter
+from regauge.ir.groups import Group
+from regauge.passes.pruning.batch_norm_scales import batch_norm_scales
+from regauge.passes.pruning.scores import MemberScores, Scores, on_dim, positions_on, scored_members
+
+Measure: TypeAlias = Callable[[Parameter, list[int]], dict[int, np.ndarray]]
+
+_CHUNK = 1 << 22  # elements that are measured at a time
+
+
+def magnitudes(graph: Graph, groups: Sequence[Group], power: int) -> MemberScores:
+    """Sums of |w|^power over the slice of each index, for each member."""
+    scales = batch_norm_scales(graph)
+    sums = _sums_of(groups, lambda parameter, axes: axis_sums(parameter.tensor, axes, power, _scale(scales, parameter)))
+    return {
+        group.dim: [
+            on_dim(graph.axes.of[m.parameter][m.axis], group.dim, sums[m.parameter][m.axis])
+            for m in scored_members(group)
+        ]
+        for group in groups
+    }
+
+
+def _sums_of(groups: Sequence[Group], measure: Measure) -> dict[Parameter, dict[int, np.ndarray]]:
+    wanted: dict[Parameter, dict[int, None]] = {}
+    for group in groups:
+        for member in scored_members(group):
+            wanted.setdefault(member.parameter, {})[member.axis] = None
+    return {parameter: measure(parameter, list(axes)) for parameter, axes in wanted.items()}
+
+
+def _scale(scales: Mapping[tuple[Parameter, int], np.ndarray], parameter: Parameter) -> dict[int, np.ndarray]:
+    return {axis: scales[parameter, axis] for axis in range(parameter.rank) if (parameter, axis) in scales}
+
+
+def axis_sums(
+    tensor: torch.Tensor, axes: Sequence[int], power: int, scale: Mapping[int, np.ndarray]
+) -> dict[int, np.ndarray]:
+    """For each axis the sums of |w|^power over all others, in one pass; ``scale`` multiplies along an axis first."""
+    tensor = tensor.detach()
+    result = {axis: np.zeros(tensor.shape[axis]) for axis in axes}
+    rows = max(1, _CHUNK // max(1, tensor[:1].numel()))
+    for start in range(0, tensor.shape[0], rows):
+        chunk = _widened(tensor[start : start + rows])
+        for axis, factors in scale.items():
+            part = factors[start : start + rows] if axis == 0 else factors
+            chunk = chunk * torch.as_tensor(part, dtype=chunk.dtype).reshape([-1] + [1] * (chunk.dim() - 1 - axis))
+        chunk = chunk.abs() if power == 1 else chunk.square()
+        for axis in axes:
+            others = [other for other in range(chunk.dim()) if other != axis]
+            sums = (chunk.sum(others, dtype=torch.float64) if others else chunk.double()).numpy()
+            if axis == 0:
+                result[axis][start : start + rows] += sums
+            else:
+                result[axis] += sums
+    return result
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Real numbers wide enough to be squared and summed."""
+    tensor = tensor.cpu()
+    if tensor.is_complex():
+        return tensor.abs()
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def lamp(squares: np.ndarray) -> np.ndarray:
+    """Layer-adaptive magnitudes u_k / sum of all u_l >= u_k of the Dim (Lee et al. 2021, eq. 3), from squares u.
+
+    The best index of every Dim scores 1, so that a ranking of all Dims empties none.
+    """
+    order = np.argsort(squares, kind="stable")
+    ranked = squares[order]
+    remaining = np.cumsum(ranked[::-1])[::-1]
+    found = np.empty_like(squares)
+    found[order] = np.divide(ranked, remaining, out=np.zeros_like(ranked), where=remaining > 0)
+    return found
+
+
+def geometric_median(graph: Graph, groups: Sequence[Group]) -> MemberScores:
+    """Sums of the distances of each index's slice to those of all others (FPGM, He et al. 2019, eq. 4), per member.
+
+    The lowest are nearest to the geometric median of the slices: the others say what they say.
+    """
+    scales = batch_norm_scales(graph)
+    found: MemberScores = {}
+    for group in groups:
+        found[group.dim] = []
+        for member in scored_members(group):
+            tensor = _widened(member.parameter.tensor.detach()).double()
+            for axis, factors in _scale(scales, member.parameter).items():
+                tensor = tensor * torch.from_numpy(factors).reshape([-1] + [1] * (tensor.dim() - 1 - axis))
+            places = torch.from_numpy(positions_on(graph.axes.of[member.parameter][member.axis], group.dim))
+            rows = tensor.movedim(member.axis, 0)[places].flatten(1)
+            found[group.dim].append(torch.cdist(rows, rows).sum(1).numpy())
+    return found
+
+
+def chance(groups: Sequence[Group], seed: int) -> Scores:
+    """Uniform random numbers: what every other score has to beat."""
+    draws = np.random.default_rng(seed)
+    return {group.dim: draws.random(int(group.dim.size)) for group in groups}
