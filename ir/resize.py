@@ -1,4 +1,4 @@
-"""Removing indices from Dims: the one operation behind every kind of structured pruning.
+"""Removing indices from Dims, the one operation behind every kind of structured pruning; and reordering them.
 
 before   w1: f32[64,3,3,3]  ->  relu  ->  w2: f32[10,64]      resize(graph, {dim 64: [0, 2, 5]})
 after    w1: f32[3,3,3,3]   ->  relu  ->  w2: f32[10,3]
@@ -43,6 +43,33 @@ def resize(graph: Graph, keep: Selection, *, by: str = "resize") -> Graph:
     kept = {found: _indices(dim, indices) for found, (dim, indices) in zip(dims, keep.items(), strict=True)}
     for dim, indices in kept.items():
         _check(dim, indices)
+    result = _taken(graph, kept)
+    for dim, indices in kept.items():
+        sizes = (dim.name, int(dim.size), len(indices))
+        record(result, by, f"{dim.name}: {dim.size} -> {len(indices)}", sizes)
+    return result
+
+
+def reorder(graph: Graph, orders: Selection, *, by: str = "reorder") -> Graph:
+    """A new graph that computes the same, in which the indices of each given Dim stand in the given order.
+
+    Every parameter that has the Dim is permuted with it. Dims are given as to :func:`resize`; raises GraphError for a
+    pinned one, and for an order that does not name each index once.
+    """
+    dims = _dims(graph, orders)
+    found = {dim: np.asarray(list(order), dtype=np.int64) for dim, order in zip(dims, orders.values(), strict=True)}
+    for dim, order in found.items():
+        _check(dim, np.sort(order))
+        if not np.array_equal(np.sort(order), np.arange(dim.size)):
+            raise GraphError(f"{dim.name} has the indices 0..{dim.size - 1}: name each of them once")
+    result = _taken(graph, found)
+    for dim in found:
+        record(result, by, f"{dim.name}: reordered")
+    return result
+
+
+def _taken(graph: Graph, kept: Mapping[Dim, np.ndarray]) -> Graph:
+    """A copy in which each Dim has the given indices in the given order."""
     analysis = graph.axes
     mapping: dict[Value, Value] = {}
     result = copy_graph(graph, mapping)
@@ -60,9 +87,6 @@ def resize(graph: Graph, keep: Selection, *, by: str = "resize") -> Graph:
             assert copied is not None
             for attribute, extents in call.derived.items():
                 copied.attributes[attribute] = sizes_after(extents, kept)
-    for dim, indices in kept.items():
-        sizes = (dim.name, int(dim.size), len(indices))
-        record(result, by, f"{dim.name}: {dim.size} -> {len(indices)}", sizes)
     return result
 
 
