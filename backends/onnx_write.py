@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx_ir
 
+from regauge.backends.onnx_sparse import store_sparsely
 from regauge.backends.staged_files import Staging, check_location
 from regauge.ir.errors import EmitError
 
@@ -92,17 +93,19 @@ def write_model(
     external_data: bool | str | None = None,
     overwrite: bool = True,
     checks: Sequence[Check] = (),
+    sparse_weights: bool = False,
 ) -> None:
     """Write ``model``; its tensors become the written ones. ``checks`` see the finished file before it is published.
 
     ``external_data``: None keeps each tensor where it was (in the file or beside it), True or a file name puts all but
-    small ones beside it, False puts all into the file. More than 1.8 GB never go into one file.
+    small ones beside it, False puts all into the file. More than 1.8 GB never go into one file. ``sparse_weights`` lets
+    weights in the file be sparse where that is smaller.
     """
     with Staging(target, overwrite) as staging:
         plan = _plan(model, target, external_data)
         for location, slots in plan.items():
             _write_data(slots, staging, location)
-        _serialize(model, staging.main)
+        _serialize(model, staging.main, sparse_weights)
         for check in checks:
             check(staging.main)
         staging.publish()
@@ -230,11 +233,13 @@ def _has_gap(sources: list[onnx_ir.ExternalTensor]) -> bool:
     return any(start > end for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
 
 
-def _serialize(model: onnx_ir.Model, path: Path) -> None:
+def _serialize(model: onnx_ir.Model, path: Path, sparse_weights: bool) -> None:
     try:
         proto = onnx_ir.to_proto(model)
         proto.training_info.extend(model.meta.get("training_info", ()))
         _drop_declarations(proto.graph, model.meta.get("declared", ()))
+        if sparse_weights:
+            store_sparsely(proto.graph)
         data = proto.SerializeToString()
     except Exception as error:  # protobuf raises its own types; a model past 2 GiB ends here
         raise EmitError(f"the model cannot be serialised: {error}") from error

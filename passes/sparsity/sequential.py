@@ -83,7 +83,8 @@ def sparsify_on_data(
             continue
         name = layer.weight.name
         kept, weight, bias = _Solver(run, layer, was, recipe).solve(shares[name], rows[name], done)
-        set_weight(changed, layer.weight, layer.stored(weight), by=by)
+        # a product with the mask may leave negative zeros, which are bits that sparse storage would keep
+        set_weight(changed, layer.weight, layer.stored(torch.where(kept, weight, 0)), by=by)
         done.zeros[name] = int((~kept).sum())
         shifted = layer.shifted(bias) if bias is not None else None
         if shifted is not None:

@@ -142,7 +142,7 @@ class Sparsify(Pass):
         for layer in layers:
             kept = mask_by_magnitude(layer, self._pattern(), self._share())
             weight = layer.matrix(layer.weight.tensor.detach())
-            set_weight(result, layer.weight, layer.stored(weight * kept), by=self.name)
+            set_weight(result, layer.weight, layer.stored(torch.where(kept, weight, 0)), by=self.name)
             done.zeros[layer.weight.name] = int((~kept).sum())
         return done
 

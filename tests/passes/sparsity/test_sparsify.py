@@ -96,6 +96,7 @@ def test_every_layer_that_fits_gets_the_pattern(network: Network, with_data: boo
     found = matrices(graph, sparse)
     assert len(found) == LAYERS[network]
     assert all(NofM(2, 4).holds(matrix != 0) for matrix in found.values())
+    assert not any(bool((matrix.signbit() & (matrix == 0)).any()) for matrix in found.values())  # zeros are all bits 0
     assert "2:4: 50.0% of the weights" in str(sparse.report)
 
 
