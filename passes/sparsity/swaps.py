@@ -18,13 +18,16 @@ import torch
 from regauge.passes.sparsity.quadratic import Quadratic
 
 _BYTES = 256 << 20  # of tables that are held at a time
+_WIDEST = 32  # inputs of a row all of whose pairs are looked at
+_SHORTLIST = 16  # entries on either side that are looked at where a whole row is the group
 _LEAST_GAIN = 1e-6  # share of a row's error that an exchange has to save
 
 
 def exchange(problem: Quadratic, kept: torch.Tensor, group: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The bettered mask and the refitted weight, both [outputs, columns].
 
-    Entries change places within groups of ``group`` neighbours, at most ``most`` times per row. Costs memory and time
+    Entries change places within groups of ``group`` neighbours, or anywhere in a row where ``group`` is its length, at
+    most ``most`` times per row. Costs memory and time
     of columns^2 per row and exchange, and columns^3 per row to begin with.
     """
     columns = kept.shape[1]
@@ -60,8 +63,9 @@ class _Tables:
     def exchange(self, group: int, most: int) -> None:
         """Exchange entries until no row has an exchange that lowers its error, at most ``most`` times."""
         self.active = torch.ones(len(self.kept), dtype=torch.bool)
+        whole = group == self.kept.shape[1] > _WIDEST
         for _ in range(most):
-            change, goes, comes = self._best(group)
+            change, goes, comes = self._best_of_shortlist() if whole else self._best(group)
             self.active &= change < -_LEAST_GAIN * self.loss
             if not self.active.any():
                 return
@@ -84,6 +88,23 @@ class _Tables:
         best, place = change.reshape(count, -1).min(1)
         number, goes, comes = torch.unravel_index(place, change.shape[1:])
         return best, number * group + goes, number * group + comes
+
+    def _best_of_shortlist(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As :meth:`_best`, for whole rows: of the entries that cost least to give up, and those that gain most."""
+        every = torch.arange(len(self.kept))[:, None]
+        diagonal = self.table.diagonal(dim1=1, dim2=2)
+        worth = self.vector.square() / diagonal  # negative of the cost where kept, else the gain
+        goes = torch.where(self.kept, worth, -torch.inf).topk(_SHORTLIST, 1).indices
+        comes = torch.where(self.kept, -torch.inf, worth).topk(_SHORTLIST, 1).indices
+        across = self.table[every[:, :, None], goes[:, :, None], comes[:, None, :]]
+        step = (self.vector / diagonal)[every, comes]
+        weight = self.vector[every, goes][:, :, None] - across * step[:, None, :]
+        left = across.square() / diagonal[every, comes][:, None, :] - diagonal[every, goes][:, :, None]
+        change = weight.square() / left - worth[every, comes][:, None, :]
+        valid = self.kept[every, goes][:, :, None] & ~self.kept[every, comes][:, None, :]
+        best, place = torch.where(valid, change, torch.inf).reshape(len(change), -1).min(1)
+        one, other = place // _SHORTLIST, place % _SHORTLIST
+        return best, goes[every[:, 0], one], comes[every[:, 0], other]
 
     def _replace(self, goes: torch.Tensor, comes: torch.Tensor) -> None:
         """In every active row one entry comes and one goes: two sweeps, made in one pass over the table."""
