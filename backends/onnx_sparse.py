@@ -42,7 +42,7 @@ def _sparse(tensor: Any) -> Any:
     import onnx
 
     entries = np.frombuffer(tensor.raw_data, dtype=np.uint8).reshape(-1, _BYTES[tensor.data_type])
-    positions = entries.any(1).nonzero()[0]
+    positions = np.flatnonzero(entries.any(1))
     sparse = onnx.SparseTensorProto()
     sparse.values.CopyFrom(tensor)
     sparse.values.raw_data = entries[positions].tobytes()

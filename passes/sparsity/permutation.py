@@ -122,7 +122,7 @@ def _best_exchanges(costs: torch.Tensor, keep: int, of: int) -> list[tuple[int, 
     least = best[:, :, -1]
     fixed = best[:, :, :-1].sum((0, 2))
     chunk = max(1, _NUMBERS // (rows * columns))
-    places = torch.arange(columns).split(chunk)
+    places = torch.split(torch.arange(columns), chunk)
     with_other = torch.cat([torch.maximum(least[:, p, None], costs[:, None, :]).sum(0) for p in places])
     now = NofM(keep, of).kept(costs).sum(0).repeat_interleave(of)  # what the group of each place keeps
     gain = with_other + fixed[:, None] - now[:, None]

@@ -16,6 +16,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.verify import verify
 from regauge.passes.base import Context
+from regauge.passes.sparsity.allocation import least_total
 from regauge.passes.sparsity.patterns import NofM
 from regauge.passes.sparsity.permutation import permuted
 
@@ -131,15 +132,39 @@ def test_every_option_gives_a_network_that_works(network: Network, options: str)
 
 @pytest.mark.parametrize("options", ["pattern=unstructured,ratio=0.7", "pattern=block,block=4x4,ratio=0.5"])
 def test_ratios_are_met_over_all_layers_and_unlike_between_them(options: str) -> None:
-    graph, data, unseen = transformer()
+    graph, data, _ = transformer()
     sparse = regauge.optimize(graph, f"sparsify{{{options}}}", data=data)
-    shares = {n: float((m == 0).float().mean()) for n, m in matrices(graph, sparse).items()}
+    shares = {name: float((matrix == 0).float().mean()) for name, matrix in matrices(graph, sparse).items()}
     sizes = {name: graph.parameters[name].tensor.numel() for name in shares}
     gone = sum(shares[name] * sizes[name] for name in shares) / sum(sizes.values())
     assert gone == pytest.approx(float(options.rpartition("=")[2]), abs=0.02)
     assert max(shares.values()) - min(shares.values()) > 0.05
-    uniform = regauge.optimize(graph, f"sparsify{{{options},allocation=uniform}}", data=data)
-    assert error(graph, sparse, unseen) < error(graph, uniform, unseen)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block,block=2x2"])
+def test_more_goes_where_the_outputs_lose_less(pattern: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    with torch.no_grad():
+        model[0].weight[8:] = model[0].weight[:8].repeat(3, 1)  # the second layer gets every input four times
+        model[0].bias[8:] = model[0].bias[:8].repeat(3)
+    x = torch.randn(400, 16)
+    graph = capture(model, (x[:2],), dynamic={0: {0: "batch"}})
+    errors = [
+        error(
+            graph, regauge.optimize(graph, f"sparsify{{pattern={pattern},ratio=0.35{more}}}", data=[x[:200]]), x[200:]
+        )
+        for more in ("", ",allocation=uniform")
+    ]
+    assert errors[0] < 0.4 * errors[1]
+
+
+def test_the_least_sum_takes_pieces_by_their_slopes() -> None:
+    curves = {"flat": [0.0, 1.0, 2.0], "steep": [0.0, 10.0, 11.0]}  # the bump of the second lies above its hull
+    found = least_total(curves, {"flat": 100, "steep": 100}, (0.0, 0.5, 1.0), 0.5)
+    assert found == {"flat": 1.0, "steep": 0.0}
+    found = least_total(curves, {"flat": 100, "steep": 100}, (0.0, 0.5, 1.0), 0.75)
+    assert found == {"flat": 1.0, "steep": 0.5}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
