@@ -45,7 +45,7 @@ def _listed(names: list[str]) -> str:
 def _cuts(graph: Graph) -> dict[str, str]:
     """The Dims that were cut, with their sizes before and after."""
     found = [edit.sizes for edit in graph.history if edit.sizes is not None]
-    return {name: f"{before} -> {after}" for name, before, after in found}
+    return {name: f"{before} -> {after}" for name, before, after in found if before != after}
 
 
 def _dims_in(graph: Graph, path: str, cuts: Iterable[str]) -> list[str]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx_ir
 
+from regauge.backends.onnx_sparse import store_sparsely
 from regauge.backends.onnx_streaming import hollow_initializers, write_proto
 from regauge.backends.staged_files import Staging, check_location
 from regauge.ir.allocation import without_collection
@@ -94,17 +96,19 @@ def write_model(
     external_data: bool | str | None = None,
     overwrite: bool = True,
     checks: Sequence[Check] = (),
+    sparse_weights: bool = False,
 ) -> None:
     """Write ``model``; its tensors become the written ones. ``checks`` see the finished file before it is published.
 
     ``external_data``: None keeps each tensor where it was (in the file or beside it), True or a file name puts all but
-    small ones beside it, False puts all into the file. More than 1.8 GB never go into one file.
+    small ones beside it, False puts all into the file. More than 1.8 GB never go into one file. ``sparse_weights`` lets
+    weights in the file be sparse where that is smaller.
     """
     with Staging(target, overwrite) as staging:
         plan = _plan(model, target, external_data)
         for location, slots in plan.items():
             _write_data(slots, staging, location)
-        _serialize(model, staging.main)
+        _serialize(model, staging.main, sparse_weights)
         for check in checks:
             check(staging.main)
         staging.publish()
@@ -232,12 +236,17 @@ def _has_gap(sources: list[onnx_ir.ExternalTensor]) -> bool:
     return any(start > end for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
 
 
-def _serialize(model: onnx_ir.Model, path: Path) -> None:
+def _serialize(model: onnx_ir.Model, path: Path, sparse_weights: bool) -> None:
     try:
-        with without_collection(), hollow_initializers(model) as tensors:
+        hollow: AbstractContextManager[dict[int, Any]] = nullcontext({})
+        if not sparse_weights:
+            hollow = hollow_initializers(model)
+        with without_collection(), hollow as tensors:
             proto = onnx_ir.to_proto(model)
         proto.training_info.extend(model.meta.get("training_info", ()))
         _drop_declarations(proto.graph, model.meta.get("declared", ()))
+        if sparse_weights:
+            store_sparsely(proto.graph)
         write_proto(proto, tensors, path)
     except OSError:
         raise

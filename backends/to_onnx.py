@@ -33,6 +33,7 @@ def to_onnx(
     path: str | os.PathLike[str],
     *,
     external_data: bool | str | None = None,
+    sparse_weights: bool = False,
     verify: bool = True,
     overwrite: bool = True,
     inputs: Inputs | None = None,
@@ -41,10 +42,12 @@ def to_onnx(
     """Write ``graph`` as an ONNX model at ``path`` and return the path.
 
     ``external_data``: None keeps the layout of the source, True puts the weights into ``<name>.data`` beside the model,
-    a text names that file, False puts them into the model; more than 1.8 GB always go beside it. With ``verify`` the
-    finished file is run in onnxruntime and compared with the graph, on ``inputs`` or on made-up ones; a ``check`` of
-    one's own is called with its path, unless it is a copy of the source. The file appears whole or not at all. Raises
-    EmitError when something cannot be expressed, written, or computes something else.
+    a text names that file, False puts them into the model; more than 1.8 GB always go beside it. ``sparse_weights``
+    stores weights with many zeros as sparse initializers where the file becomes smaller by that; they are dense again
+    once they are loaded. With ``verify`` the finished file is run in onnxruntime and compared with the graph, on
+    ``inputs`` or on made-up ones; a ``check`` of one's own is called with its path, unless it is a copy of the source.
+    The file appears whole or not at all. Raises EmitError when something cannot be expressed, written, or computes
+    something else.
     """
     target = Path(path)
     if external_data is not None and not isinstance(external_data, bool | str):
@@ -56,19 +59,33 @@ def to_onnx(
 
         model = exported_model(graph)
         _note_passes(model, graph)
-        write_model(model, target, external_data=external_data, overwrite=overwrite, checks=checks)
+        write_model(
+            model,
+            target,
+            external_data=external_data,
+            overwrite=overwrite,
+            checks=checks,
+            sparse_weights=sparse_weights,
+        )
         return target
     changes = find_changes(_imported(graph), graph)
     source = _unchanged_source(graph)
     folds = bool(graph.metadata.get("onnx_fold"))
     with without_collection():  # a clone of the model and all that is made of it lives until the file is written
         model, changed = patched_model(graph, changes) if changes or folds else (_copied(graph), False)
-    if not changed and external_data is None and source is not None:
+    if not changed and external_data is None and not sparse_weights and source is not None:
         copy_model(source, target, external_locations(graph.metadata["onnx"]), overwrite=overwrite)
         return target
     if changed:
         _note_passes(model, graph)
-    write_model(model, target, external_data=external_data, overwrite=overwrite, checks=checks if changed else ())
+    write_model(
+        model,
+        target,
+        external_data=external_data,
+        overwrite=overwrite,
+        checks=checks if changed or sparse_weights else (),
+        sparse_weights=sparse_weights,
+    )
     return target
 
 

@@ -338,6 +338,7 @@ class Graph:
         path: str | os.PathLike[str],
         *,
         external_data: bool | str | None = None,
+        sparse_weights: bool = False,
         verify: bool = True,
         overwrite: bool = True,
         inputs: Sequence[Any] | Mapping[str, Any] | None = None,
@@ -345,7 +346,8 @@ class Graph:
     ) -> Path:
         """Write the graph as an ONNX model and return its path.
 
-        ``external_data`` says if weights go beside the model, ``verify`` if the file is run and compared with the
+        ``external_data`` says if weights go beside the model, ``sparse_weights`` if those with many zeros are stored as
+        such where the file becomes smaller by that, ``verify`` if the file is run and compared with the
         graph, on ``inputs`` or on made-up ones, ``overwrite`` if a file that exists may be replaced; a ``check`` of
         one's own sees the file before it appears. See
         :func:`regauge.backends.to_onnx.to_onnx`. Raises EmitError when something cannot be expressed or written.
@@ -354,6 +356,7 @@ class Graph:
             self,
             path,
             external_data=external_data,
+            sparse_weights=sparse_weights,
             verify=verify,
             overwrite=overwrite,
             inputs=inputs,

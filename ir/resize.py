@@ -1,4 +1,4 @@
-"""Removing indices from Dims: the one operation behind every kind of structured pruning.
+"""Removing indices from Dims, the one operation behind every kind of structured pruning; and reordering them.
 
 before   w1: f32[64,3,3,3]  ->  relu  ->  w2: f32[10,64]      resize(graph, {dim 64: [0, 2, 5]})
 after    w1: f32[3,3,3,3]   ->  relu  ->  w2: f32[10,3]
@@ -39,10 +39,19 @@ def resize(graph: Graph, keep: Selection, *, by: str = "resize") -> Graph:
     given as an object (of ``graph.groups()`` or ``graph.dims(value)``) or by name. Raises GraphError for a pinned Dim
     (its reasons are in the message), an empty or out-of-range selection.
     """
-    dims = _dims(graph, keep)
+    dims = dims_meant(graph, keep)
     kept = {found: _indices(dim, indices) for found, (dim, indices) in zip(dims, keep.items(), strict=True)}
     for dim, indices in kept.items():
         _check(dim, indices)
+    result = taken(graph, kept)
+    for dim, indices in kept.items():
+        sizes = (dim.name, int(dim.size), len(indices))
+        record(result, by, f"{dim.name}: {dim.size} -> {len(indices)}", sizes, tuple(indices.tolist()))
+    return result
+
+
+def taken(graph: Graph, kept: Mapping[Dim, np.ndarray]) -> Graph:
+    """A copy in which each Dim has the given indices in the given order; nothing is checked."""
     analysis = graph.axes
     mapping: dict[Value, Value] = {}
     result = copy_graph(graph, mapping)
@@ -60,9 +69,6 @@ def resize(graph: Graph, keep: Selection, *, by: str = "resize") -> Graph:
             assert copied is not None
             for attribute, extents in call.derived.items():
                 copied.attributes[attribute] = sizes_after(extents, kept)
-    for dim, indices in kept.items():
-        sizes = (dim.name, int(dim.size), len(indices))
-        record(result, by, f"{dim.name}: {dim.size} -> {len(indices)}", sizes, tuple(indices.tolist()))
     return result
 
 
@@ -100,7 +106,7 @@ def _indices(dim: Dim | str, given: Iterable[int]) -> np.ndarray:
     return np.unique(np.asarray(list(given), dtype=np.int64))
 
 
-def _dims(graph: Graph, given: Iterable[Dim | str]) -> list[Dim]:
+def dims_meant(graph: Graph, given: Iterable[Dim | str]) -> list[Dim]:
     """The Dims of the graph as it is analysed now that are meant."""
     return [find_group(graph, dim).dim if isinstance(dim, str) else _resolved(graph, dim) for dim in given]
 

@@ -19,6 +19,7 @@ GROUP = "regauge.passes"
 
 BUILT_IN = {
     "prune": "regauge.passes.pruning.prune:Prune",
+    "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
 }
 

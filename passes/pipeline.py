@@ -89,7 +89,7 @@ def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures, measure: Meas
 def _recorded_cuts(before: Graph, after: Graph) -> tuple[Cut, ...]:
     """The cuts of a pass that told none itself, as ``resize`` wrote them into the history."""
     new = after.history[len(before.history) :] if after is not before else []
-    return tuple(Cut(*edit.sizes) for edit in new if edit.sizes is not None)
+    return tuple(Cut(*edit.sizes) for edit in new if edit.sizes is not None and edit.sizes[1] != edit.sizes[2])
 
 
 def _clear(one: Pass, before: Graph, after: Graph) -> None:

@@ -19,6 +19,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
+from regauge.ir.reorder import may_be_reordered, reorder
 from regauge.ir.resize import resize
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.allocation.budgets import Budget, Budgets
@@ -26,7 +27,6 @@ from regauge.passes.allocation.choices import Choice, round_wishes, with_multipl
 from regauge.passes.allocation.fit import allocate
 from regauge.passes.allocation.plans import uniform_plan
 from regauge.passes.allocation.search import UNITS, budgets_of
-from regauge.passes.elastic.reorder import may_be_reordered, reorder
 from regauge.passes.pruning.score_table import criterion, score
 from regauge.passes.pruning.selection import select
 from regauge.passes.rounding import Rounding

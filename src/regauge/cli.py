@@ -98,6 +98,10 @@ def optimize(
         typer.Option(help="a pipeline, such as 'prune{ratio=0.5}'; may be repeated. None: the model is converted only"),
     ] = None,
     data: Data = None,
+    sparse_weights: Annotated[
+        bool,
+        typer.Option("--sparse-weights", help="store weights with many zeros sparsely where that is smaller (ONNX)"),
+    ] = False,
 ) -> None:
     """Run passes over a model and write the result.
 
@@ -117,7 +121,7 @@ def optimize(
     graph = open_file(model)
     result = run_optimize(graph, pipeline, read_batches(data, graph))
     if output.suffix.lower() == ".onnx":
-        result.to_onnx(output)
+        result.to_onnx(output, sparse_weights=sparse_weights)
     else:
         result.write(output)
     if result.report.passes:

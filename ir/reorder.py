@@ -6,17 +6,16 @@ after    w1[[2, 0, 3, 1]], w2[:, [2, 0, 3, 1]]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
 from regauge.ir.edit import record
 from regauge.ir.errors import GraphError
-from regauge.ir.extents import Dim, flat_indices, touches
+from regauge.ir.extents import Dim
 from regauge.ir.gauge import Gauge, gauges
-from regauge.ir.graph import Graph, Value
-from regauge.ir.graph_copy import copy_graph
-from regauge.ir.weights import cut
+from regauge.ir.graph import Graph
+from regauge.ir.resize import Selection, dims_meant, taken
 
 
 def may_be_reordered(graph: Graph, dims: Iterable[Dim]) -> list[Dim]:
@@ -25,27 +24,23 @@ def may_be_reordered(graph: Graph, dims: Iterable[Dim]) -> list[Dim]:
     return [dim for dim in dims if not dim.pins and Gauge.PERMUTE in found.get(dim, Gauge.FIXED)]
 
 
-def reorder(graph: Graph, orders: Mapping[Dim, Iterable[int]], *, by: str = "reorder") -> Graph:
+def reorder(graph: Graph, orders: Selection, *, by: str = "reorder") -> Graph:
     """A new graph whose Dims have their indices in the given orders: index i is what was index ``order[i]``.
 
-    It computes the same, up to rounding in sums. Raises GraphError for a Dim that must not be permuted, or an order
-    that is no permutation.
+    It computes the same, up to rounding in sums. Dims are given as to :func:`regauge.ir.resize.resize`. Raises
+    GraphError for a Dim that must not be permuted, and for an order that does not name each index once.
     """
-    given = {dim: np.asarray(list(order), dtype=np.int64) for dim, order in orders.items()}
+    dims = dims_meant(graph, orders)
+    given = {dim: np.asarray(list(order), dtype=np.int64) for dim, order in zip(dims, orders.values(), strict=True)}
     allowed = set(may_be_reordered(graph, given))
     for dim, order in given.items():
         if dim not in allowed:
             raise GraphError(f"{dim.name} cannot be reordered: {'; '.join(map(str, dim.pins)) or 'its order is read'}")
         if not np.array_equal(np.sort(order), np.arange(int(dim.size))):
-            raise GraphError(f"the order of {dim.name} is no permutation of 0..{int(dim.size) - 1}")
-    mapping: dict[Value, Value] = {}
-    result = copy_graph(graph, mapping)
-    for parameter in graph.all_parameters():
-        axes = graph.axes.of[parameter]
-        if any(touches(extent, given) for extent in axes):
-            chosen = [flat_indices(extent, given) if touches(extent, given) else None for extent in axes]
-            mapping[parameter].weight = cut(parameter.weight, chosen)  # type: ignore[attr-defined]
-    for dim in given:
-        record(result, by, f"{dim.name}: reordered")
+            raise GraphError(f"{dim.name} has the indices 0..{int(dim.size) - 1}: name each of them once")
+    result = taken(graph, given)
+    for dim, order in given.items():
+        size = int(dim.size)
+        record(result, by, f"{dim.name}: reordered", (dim.name, size, size), tuple(order.tolist()))
     result.version += 1
     return result

@@ -1,0 +1,91 @@
+"""A graph and a changed copy of it, run together: what each layer is given now, and what it should give.
+
+Layers are looked at in the order of the graph, with the inputs that the changed layers before them give. The target is
+what the layer gave in the original. Where its output is only added to another branch, the layer takes over what that
+branch has lost: the target is the original sum minus the other addend (He et al. 2017, Channel Pruning for Accelerating
+Very Deep Networks, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.lockstep import Lockstep
+from regauge.passes.calibration.layers import Layer
+
+
+class SideBySide:
+    """One run of both graphs on all batches; ``changed`` has the nodes and shapes of ``original``.
+
+    for was, node in run.steps():           # both about to run; weights of ``node`` may still be changed
+        run.inputs(layer), run.targets(layer, was)
+    """
+
+    def __init__(self, original: Graph, changed: Graph, batches: Sequence[Any]) -> None:
+        self.original, self.changed = original, changed
+        self.before, self.now = Lockstep(original, batches), Lockstep(changed, batches)
+        self.twin: dict[Value, Value] = dict(zip(changed.inputs, original.inputs, strict=True))
+        self.drifted: set[Value] = set()
+
+    def steps(self) -> Iterator[tuple[Node, Node]]:
+        """The nodes of both graphs; that of the original has run, that of the copy runs when the next is asked for."""
+        for was, node in zip(self.before.steps(), self.now.steps(), strict=True):
+            if was.name != node.name or was.op != node.op:
+                raise PassError(f"{node.label} does not stand where {was.label} stood: it cannot be compensated")
+            self.twin.update(zip(node.outputs, was.outputs, strict=True))
+            self.before.execute(was)
+            yield was, node
+            self.now.execute(node)
+            read = [(value, old) for (_, value), (_, old) in zip(node.operands(), was.operands(), strict=True)]
+            if any(value in self.drifted or _differs(value, old) for value, old in read):
+                self.drifted.update(node.outputs)
+
+    def inputs(self, layer: Layer) -> list[torch.Tensor]:
+        """What the layer is given now, for each batch."""
+        return self.now.values(layer.node.inputs[0])
+
+    def targets(self, layer: Layer, was: Node) -> list[torch.Tensor]:
+        """What the layer should give, for each batch."""
+        targets = self.before.values(was.output)
+        norm = layer.norm
+        lost = self._lost_beside(norm or layer.node)
+        if lost is None:
+            return targets
+        if norm is not None:
+            gain = _gain(norm).to(targets[0].dtype).reshape([1, -1] + [1] * (targets[0].dim() - 2))
+            usable = gain.abs() > 1e-2 * gain.abs().mean()
+            lost = [torch.where(usable, part / torch.where(usable, gain, 1.0), 0.0) for part in lost]
+        return [target + part for target, part in zip(targets, lost, strict=True)]
+
+    def _lost_beside(self, node: Node) -> list[torch.Tensor] | None:
+        """What the other addend was and is no more, where the node's result is only added to one that runs before."""
+        result = node.output
+        users = list(result.uses)
+        if len(users) != 1 or users[0][0].op != "add":
+            return None
+        add, slot = users[0]
+        other = add.inputs[1 - slot]
+        if not isinstance(other, Value) or other not in self.drifted or other.shape != result.shape:
+            return None
+        old = self.twin.get(other)
+        if old is None or not self.now.holds(other) or not self.before.holds(old):
+            return None
+        values = zip(self.before.values(old), self.now.values(other), strict=True)
+        return [was - now for was, now in values]
+
+
+def _differs(value: Value, old: Value) -> bool:
+    return isinstance(value, Parameter) and isinstance(old, Parameter) and value.weight is not old.weight
+
+
+def _gain(norm: Node) -> torch.Tensor:
+    """What a batch norm in inference multiplies each channel by."""
+    gain, variance = norm.inputs[1], norm.inputs[4]
+    assert isinstance(variance, Parameter)
+    scale = (variance.tensor.detach().double() + float(norm.attributes["eps"])).rsqrt()
+    return scale * gain.tensor.detach().double() if isinstance(gain, Parameter) else scale

@@ -1,0 +1,1 @@
+"""Sparsity: weights that keep their shape and lose entries, in patterns that storage and kernels can use."""

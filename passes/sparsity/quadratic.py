@@ -1,0 +1,105 @@
+"""What a layer's error on data is as a function of its weight alone, and its least value over weights with given zeros.
+
+    sum of |y - W x - b|^2 over rows  +  r |W - W0|^2   =   tr( (W - W*) H (W - W*)' ) + constant     for the best b
+
+with H = X'X + r I of centred inputs and W* the dense least-squares weight. Rows of W do not meet, and on a support S a
+row is least at w_S = [H_SS]^-1 [H w*]_S (Frantar and Alistarh 2022, Optimal Brain Compression, section 3.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from regauge.passes.calibration.moments import Moments
+
+_STEPS = 400  # conjugate gradient steps at most
+_CLOSE = 1e-7  # norm of what is left of the gradient, as a share of the first one's
+
+
+@dataclass
+class Quadratic:
+    """``hessian`` [columns, columns], ``optimum`` [outputs, columns], and the means that give the bias."""
+
+    hessian: torch.Tensor
+    optimum: torch.Tensor
+    input_mean: torch.Tensor
+    target_mean: torch.Tensor
+
+    def bias(self, weight: torch.Tensor) -> torch.Tensor:
+        """The best bias beside a weight."""
+        return self.target_mean - weight @ self.input_mean
+
+    def losses(self, weight: torch.Tensor) -> torch.Tensor:
+        """What each row [outputs] of a weight adds to the error of the optimum."""
+        off = weight - self.optimum
+        return ((off @ self.hessian) * off).sum(1)
+
+    def ordered(self, columns: torch.Tensor) -> Quadratic:
+        """The same with the columns in another order."""
+        hessian, optimum = self.hessian[columns][:, columns], self.optimum[:, columns]
+        return Quadratic(hessian, optimum, self.input_mean[columns], self.target_mean)
+
+
+def least_error(found: Moments, weight: torch.Tensor, bias: torch.Tensor, share: float, *, free: bool) -> Quadratic:
+    """The error against the targets in ``found.cross``; r is a ``share`` of the mean square of a column.
+
+    ``weight`` [outputs, columns] and ``bias`` [outputs] are what the layer had. Unless the bias is ``free`` it stays.
+    """
+    gram, cross, mean, target = _centred(found, bias, free)
+    amount = _ridge(gram, share)
+    optimum = torch.linalg.solve(gram + amount.diag(), (cross + weight * amount).t()).t()
+    return Quadratic(gram + amount.diag(), optimum, mean, target)
+
+
+def change_of_output(
+    found: Moments, weight: torch.Tensor, bias: torch.Tensor, share: float, *, free: bool = False
+) -> Quadratic:
+    """The change of the layer's own output: its weight is the optimum. Unless it is ``free`` the bias stays."""
+    gram, sums = found.gram[:-1, :-1], found.gram[-1, :-1]
+    mean = sums / found.gram[-1, -1] if free else torch.zeros_like(sums)
+    gram = gram - torch.outer(sums, mean)
+    return Quadratic(gram + _ridge(gram, share).diag(), weight, mean, bias + weight @ mean)
+
+
+def _centred(
+    found: Moments, bias: torch.Tensor, free: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    gram, cross, sums = found.gram[:-1, :-1], found.cross[:, :-1], found.gram[-1, :-1]
+    if not free:
+        return gram, cross - torch.outer(bias, sums), torch.zeros_like(sums), bias
+    rows = found.gram[-1, -1]
+    mean, target = sums / rows, found.cross[:, -1] / rows
+    return gram - torch.outer(sums, mean), cross - torch.outer(target, sums), mean, target
+
+
+def _ridge(gram: torch.Tensor, share: float) -> torch.Tensor:
+    amount = float(gram.diag().mean()) * share
+    return torch.full((len(gram),), max(amount, 1e-12), dtype=gram.dtype)
+
+
+def refit(problem: Quadratic, kept: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """The weight [outputs, columns] of least error with zeros outside of ``kept``, from ``start``.
+
+    Conjugate gradients with a diagonal preconditioner, all rows side by side (Meng et al. 2024, ALPS, section 3.2).
+    """
+    mask = kept.to(problem.optimum.dtype)
+    scale = 1 / problem.hessian.diag()
+    weight = start * mask
+    residual = ((problem.optimum - weight) @ problem.hessian) * mask
+    enough = _CLOSE * float(((problem.optimum @ problem.hessian) * mask).norm())
+    direction = residual * scale
+    energy = (residual * direction).sum(1, keepdim=True)
+    for _ in range(_STEPS):
+        if float(residual.norm()) <= enough:
+            break
+        image = (direction @ problem.hessian) * mask
+        length = energy / (direction * image).sum(1, keepdim=True).clamp(min=1e-300)
+        weight = weight + length * direction
+        residual = residual - length * image
+        step = residual * scale
+        next_energy = (residual * step).sum(1, keepdim=True)
+        direction = step + next_energy / energy.clamp(min=1e-300) * direction
+        energy = next_energy
+    return weight

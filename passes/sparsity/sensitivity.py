@@ -1,0 +1,58 @@
+"""How much the outputs of a graph move with each output of a layer: what an error of the layer weighs there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from regauge.ir.graph import Graph, Value
+from regauge.ir.lockstep import Lockstep
+from regauge.passes.calibration.batches import examples_in
+from regauge.passes.calibration.gradients import visit_gradients
+from regauge.passes.calibration.layers import Layer, layer_of
+from regauge.passes.calibration.moments import Moments
+
+
+def layers_by_name(graph: Graph, names: Collection[str]) -> dict[str, Layer]:
+    """The layers with weights of these names, in the order of the graph."""
+    found = (layer_of(node) for node in graph.nodes)
+    return {layer.weight.name: layer for layer in found if layer is not None and layer.weight.name in names}
+
+
+def row_sensitivity(graph: Graph, names: Collection[str], batches: Sequence[Any], seed: int) -> dict[str, torch.Tensor]:
+    """For each layer [outputs], the mean squared gradient over its rows, per example.
+
+    With it a sum of squared errors over a layer's rows is, to first order, the squared change of the graph's outputs
+    per example, so that layers can be compared (:mod:`regauge.passes.calibration.gradients`).
+    """
+    layers = layers_by_name(graph, names)
+    by_output = {layer.node.output: name for name, layer in layers.items()}
+    squares = {name: torch.zeros(layer.outputs, dtype=torch.float64) for name, layer in layers.items()}
+    rows = dict.fromkeys(layers, 0)
+
+    def visit(value: Value, _: torch.Tensor, gradient: torch.Tensor) -> None:
+        name = by_output[value]
+        own = layers[name].rows_of_output(gradient).double().square()
+        squares[name] += own.sum(0)
+        rows[name] += len(own)
+
+    visit_gradients(graph, batches, list(by_output), visit, seed=seed)
+    examples = max(1, sum(examples_in(batch) for batch in batches))
+    return {name: total / max(1, rows[name]) / examples for name, total in squares.items()}
+
+
+def visit_moments(graph: Graph, names: Collection[str], batches: Sequence[Any]) -> Iterator[tuple[Layer, Moments]]:
+    """Each layer with the moments of its inputs, one at a time, in one run of the graph."""
+    by_node = {layer.node: layer for layer in layers_by_name(graph, names).values()}
+    run = Lockstep(graph, batches)
+    for node in run.steps():
+        layer = by_node.get(node)
+        if layer is None:
+            continue
+        moments = Moments(layer.columns)
+        for x in run.values(node.inputs[0]):
+            moments.add(layer.rows_of_input(x))
+        moments.check(node.label)
+        yield layer, moments

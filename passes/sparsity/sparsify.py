@@ -1,0 +1,162 @@
+"""``sparsify``: zeros in weights, in patterns that storage and kernels can use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from regauge.ir.edit import set_weight
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph
+from regauge.passes.base import Context, Contract, Pass
+from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.layers import Layer
+from regauge.passes.options import option
+from regauge.passes.sparsity.allocation import adaptive_shares
+from regauge.passes.sparsity.patterns import Pattern, parse_pattern
+from regauge.passes.sparsity.permutation import permuted
+from regauge.passes.sparsity.sensitivity import row_sensitivity
+from regauge.passes.sparsity.sequential import (
+    Done,
+    Method,
+    Recipe,
+    Refinement,
+    Update,
+    is_counted,
+    mask_by_magnitude,
+    may_exchange,
+    sparsify_on_data,
+)
+from regauge.passes.sparsity.targets import find_layers
+
+RATIO = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsify(Pass):
+    """Set weights of linear layers and convolutions to zero; shapes stay.
+
+    before  w: f32[64,128]
+    after   w: f32[64,128], of which 2 in every 4 neighbours along the inputs are zero
+
+    N:M counts along the axis that the weight shares with its input: input features, or the input channels of each place
+    of a kernel. Tied and grouped weights are left alone, and layers whose sizes are no multiple of the pattern's.
+
+    Without data the smallest weights go. With data masks are chosen by the optimal brain surgeon, kept and removed
+    entries change places while that lowers the error, and what is kept is solved by least squares, layer by layer, to
+    give what the layer gave in the original.
+    """
+
+    name: ClassVar[str] = "sparsify"
+    contract: ClassVar[Contract] = "approximate"
+
+    pattern: str = option("2:4", "N:M, which keeps N of every M neighbours, or unstructured, or block")
+    ratio: float | None = option(
+        None, f"share of the weights that goes, for unstructured and block ({RATIO} if not given)", above=0, below=1
+    )
+    block: str = option("4x4", "rows by columns of a block")
+    transposable: bool = option(False, "N:M in both directions of the weight")
+    method: Method | None = option(None, "how masks are chosen; obs where data is given, else magnitude")
+    refine: Refinement | None = option(
+        None,
+        "how masks are bettered: off, means (DSnoT), or exchange while the error after least squares falls; the last "
+        "with obs, where rows are independent",
+    )
+    update: Update | None = option(
+        None,
+        "what kept weights become: off (as they are), columns (the update of obs), or least-squares; the last where "
+        "data is given",
+    )
+    allocation: Literal["uniform", "adaptive"] | None = option(
+        None, "the same ratio for every layer, or by what each costs on data; adaptive for a ratio with data"
+    )
+    permute: bool = option(False, "first reorder input axes, exactly, so that N:M loses less")
+    include: tuple[str, ...] = option((), "globs on names of weights: only these")
+    exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
+    seed: int = option(0, "seed of the search for orders and of the directions of gradients", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pattern = self._pattern()
+        if self.ratio is not None and not is_counted(pattern):
+            raise PassError(f"sparsify: {self.pattern} says itself how much goes: give no ratio")
+        if self.transposable and is_counted(pattern):
+            raise PassError(f"sparsify: transposable is for patterns N:M, not {self.pattern}")
+        if self.permute and is_counted(pattern):
+            raise PassError(f"sparsify: permute is for patterns N:M, not {self.pattern}")
+        if self.refine in ("means", "exchange") and not may_exchange(pattern):
+            raise PassError(f"sparsify: refine={self.refine} is not for {pattern}, whose rows depend on one another")
+        if self.refine == "exchange" and self.update not in (None, "least-squares"):
+            raise PassError(f"sparsify: refine=exchange counts on update=least-squares, not {self.update}")
+        if self.update == "columns" and self.method not in (None, "obs"):
+            raise PassError(f"sparsify: update=columns belongs to method=obs, not {self.method}")
+
+    def call(self, graph: Graph, context: Context) -> Graph:
+        batches = self._batches(graph, context)
+        pattern = self._pattern()
+        names = [layer.weight.name for layer in find_layers(graph, pattern, self.include, self.exclude, context.left)]
+        if not names:
+            return graph
+        original = graph
+        if self.permute:
+            original = permuted(graph, names, pattern, batches, self.seed, context, by=self.name)
+        result = original.copy()
+        layers = find_layers(result, pattern, self.include, self.exclude, Counter())
+        done = (
+            self._by_magnitude(result, layers) if batches is None else self._on_data(original, result, layers, batches)
+        )
+        total = sum(layer.outputs * layer.columns for layer in layers)
+        gone = sum(done.zeros.values()) / total
+        context.note(f"{pattern}: {gone:.1%} of the weights of {len(layers)} layers are zero")
+        if batches is not None:
+            context.note(f"chosen on {sum(map(examples_in, batches))} examples")
+        if done.not_exchanged:
+            context.note(f"{done.not_exchanged} layers are too large to exchange entries of their masks")
+        return result
+
+    def _pattern(self) -> Pattern:
+        return parse_pattern(self.pattern, self.block, self.transposable)
+
+    def _batches(self, graph: Graph, context: Context) -> list[Any] | None:
+        """The calibration data, where there is any and the options want it."""
+        asked = {"method": ("wanda", "obs"), "refine": ("means", "exchange"), "update": ("columns", "least-squares")}
+        wants = [f"{name}={getattr(self, name)}" for name, values in asked.items() if getattr(self, name) in values]
+        wants += ["allocation=adaptive"] if self.allocation == "adaptive" else []
+        if context.data is None and wants:
+            raise PassError(f"sparsify needs data for {wants[0]}: give batches, optimize(graph, passes, data=...)")
+        nothing = self.method == "magnitude" and self.update == "off" and not wants
+        return None if context.data is None or nothing else calibration_batches(graph, context)
+
+    def _recipe(self) -> Recipe:
+        pattern, method = self._pattern(), self.method or "obs"
+        update = self.update or "least-squares"
+        exchanges = method == "obs" and update == "least-squares" and may_exchange(pattern)
+        return Recipe(pattern, method, self.refine or ("exchange" if exchanges else "off"), update)
+
+    def _by_magnitude(self, result: Graph, layers: Sequence[Layer]) -> Done:
+        done = Done()
+        for layer in layers:
+            kept = mask_by_magnitude(layer, self._pattern(), self._share())
+            weight = layer.matrix(layer.weight.tensor.detach())
+            set_weight(result, layer.weight, layer.stored(torch.where(kept, weight, 0)), by=self.name)
+            done.zeros[layer.weight.name] = int((~kept).sum())
+        return done
+
+    def _on_data(self, original: Graph, result: Graph, layers: Sequence[Layer], batches: Sequence[Any]) -> Done:
+        rows: Mapping[str, torch.Tensor]
+        pattern, names = self._pattern(), [layer.weight.name for layer in layers]
+        if is_counted(pattern) or self.transposable:
+            rows = row_sensitivity(original, names, batches, self.seed)
+        else:  # each row of N:M is a matter of its own
+            rows = {layer.weight.name: torch.ones(layer.outputs, dtype=torch.float64) for layer in layers}
+        shares = dict.fromkeys(names, self._share())
+        if is_counted(pattern) and self.allocation != "uniform":
+            shares = adaptive_shares(original, rows, batches, pattern, self._share())
+        return sparsify_on_data(original, result, shares, rows, layers, batches, self._recipe(), by=self.name)
+
+    def _share(self) -> float:
+        return RATIO if self.ratio is None else self.ratio

@@ -1,0 +1,236 @@
+"""``sparsify`` on networks: patterns in every layer, errors beside magnitude's, what is left alone, ONNX in and out."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import regauge
+from regauge.cli import main
+from regauge.frontends.capture import capture
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph
+from regauge.ir.verify import verify
+from regauge.passes.base import Context
+from regauge.passes.sparsity.allocation import least_total
+from regauge.passes.sparsity.patterns import NofM
+from regauge.passes.sparsity.permutation import permuted
+
+
+class Attention(nn.Module):
+    """A transformer block with a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.ln1, self.ln2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(self.ln1(x)).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        x = x + self.down(nn.functional.gelu(self.up(self.ln2(x))))
+        return x @ self.embed.weight.t()
+
+
+@cache
+def transformer() -> tuple[Graph, list[torch.Tensor], torch.Tensor]:
+    torch.manual_seed(0)
+    model = Attention().eval()
+    with torch.no_grad():
+        model.embed.weight.mul_(torch.linspace(0.2, 2, 16))  # inputs of unlike size
+        model.up.bias.add_(0.5)
+    tokens = torch.randint(0, 20, (48, 12), generator=torch.Generator().manual_seed(1))
+    graph = capture(model, (tokens[:2],), dynamic={0: {0: "batch"}})
+    return graph, list(tokens[:32].split(16)), tokens[32:]
+
+
+@cache
+def convolutional() -> tuple[Graph, list[torch.Tensor], torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 8, 1), nn.ReLU(),
+        nn.AvgPool2d(3), nn.Flatten(), nn.Linear(8 * 4, 4),
+    )  # fmt: skip
+    x = torch.randn(160, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model(x[:40])  # running statistics
+    graph = capture(model.eval(), (x[:2],), dynamic={0: {0: "batch"}})
+    return graph, list(x[:96].split(48)), x[96:]
+
+
+Network = Callable[[], tuple[Graph, list[torch.Tensor], torch.Tensor]]
+NETWORKS = [transformer, convolutional]
+LAYERS = {transformer: 4, convolutional: 3}
+
+
+def error(graph: Graph, sparse: Graph, x: torch.Tensor) -> float:
+    """The squared error of the outputs, as a share of their variance."""
+    (y,), (z,) = graph.run(x), sparse.run(x)
+    return float((z - y).square().sum() / (y - y.mean(0)).square().sum())
+
+
+def matrices(graph: Graph, sparse: Graph) -> dict[str, torch.Tensor]:
+    """The weights that changed and have zeros now, as [rows, inputs]."""
+    found = {}
+    for name, parameter in sparse.parameters.items():
+        now = parameter.tensor
+        if parameter.rank > 1 and bool((now == 0).any()) and not torch.equal(now, graph.parameters[name].tensor):
+            found[name] = now.movedim(1, -1).reshape(-1, now.shape[1])
+    return found
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("with_data", [False, True])
+def test_every_layer_that_fits_gets_the_pattern(network: Network, with_data: bool) -> None:
+    graph, data, _ = network()
+    sparse = regauge.optimize(graph, "sparsify{pattern=2:4}", data=data if with_data else None)
+    verify(sparse)
+    found = matrices(graph, sparse)
+    assert len(found) == LAYERS[network]
+    assert all(NofM(2, 4).holds(matrix != 0) for matrix in found.values())
+    assert not any(bool((matrix.signbit() & (matrix == 0)).any()) for matrix in found.values())  # zeros are all bits 0
+    assert "2:4: 50.0% of the weights" in str(sparse.report)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_each_method_loses_less_than_the_one_before(network: Network) -> None:
+    graph, data, unseen = network()
+    steps = ["method=magnitude,update=off", "update=columns,refine=off", "refine=off", ""]
+    errors = [
+        error(graph, regauge.optimize(graph, f"sparsify{{pattern=2:4,{step}}}", data=data), unseen) for step in steps
+    ]
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[2] < errors[1]
+    assert errors[3] < 1.05 * errors[2] and errors[3] < 0.4 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["pattern=1:4", "pattern=2:4,transposable=true", "pattern=unstructured,ratio=0.6",
+     "pattern=block,block=2x4,ratio=0.3",
+     "method=wanda,refine=means", "method=wanda,update=off", "pattern=unstructured,method=wanda,allocation=uniform",
+     "method=magnitude,refine=exchange", "permute=true"],
+)  # fmt: skip
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_option_gives_a_network_that_works(network: Network, options: str) -> None:
+    graph, data, unseen = network()
+    sparse = regauge.optimize(graph, f"sparsify{{{options}}}", data=data)
+    verify(sparse)
+    module = sparse.to_torch()
+    torch.testing.assert_close(module(unseen), sparse.run(unseen)[0], rtol=1e-4, atol=1e-4)
+    assert error(graph, sparse, unseen) < 1 or "update=off" in options  # nothing is trained: small outputs
+
+
+@pytest.mark.parametrize("options", ["pattern=unstructured,ratio=0.7", "pattern=block,block=4x4,ratio=0.5"])
+def test_ratios_are_met_over_all_layers_and_unlike_between_them(options: str) -> None:
+    graph, data, _ = transformer()
+    sparse = regauge.optimize(graph, f"sparsify{{{options}}}", data=data)
+    shares = {name: float((matrix == 0).float().mean()) for name, matrix in matrices(graph, sparse).items()}
+    sizes = {name: graph.parameters[name].tensor.numel() for name in shares}
+    gone = sum(shares[name] * sizes[name] for name in shares) / sum(sizes.values())
+    assert gone == pytest.approx(float(options.rpartition("=")[2]), abs=0.02)
+    assert max(shares.values()) - min(shares.values()) > 0.05
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block,block=2x2"])
+def test_more_goes_where_the_outputs_lose_less(pattern: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    with torch.no_grad():
+        model[0].weight[8:] = model[0].weight[:8].repeat(3, 1)  # the second layer gets every input four times
+        model[0].bias[8:] = model[0].bias[:8].repeat(3)
+    x = torch.randn(400, 16)
+    graph = capture(model, (x[:2],), dynamic={0: {0: "batch"}})
+    errors = [
+        error(
+            graph, regauge.optimize(graph, f"sparsify{{pattern={pattern},ratio=0.35{more}}}", data=[x[:200]]), x[200:]
+        )
+        for more in ("", ",allocation=uniform")
+    ]
+    assert errors[0] < 0.4 * errors[1]
+
+
+def test_the_least_sum_takes_pieces_by_their_slopes() -> None:
+    curves = {"flat": [0.0, 1.0, 2.0], "steep": [0.0, 10.0, 11.0]}  # the bump of the second lies above its hull
+    found = least_total(curves, {"flat": 100, "steep": 100}, (0.0, 0.5, 1.0), 0.5)
+    assert found == {"flat": 1.0, "steep": 0.0}
+    found = least_total(curves, {"flat": 100, "steep": 100}, (0.0, 0.5, 1.0), 0.75)
+    assert found == {"flat": 1.0, "steep": 0.5}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_reordering_raises_what_masks_keep(network: Network) -> None:
+    graph, data, _ = network()
+    kept = {}
+    for permute in ("false", "true"):
+        sparse = regauge.optimize(graph, f"sparsify{{permute={permute}}}")
+        kept[permute] = sum(float(matrix.abs().sum()) for matrix in matrices(graph, sparse).values())
+    assert kept["true"] > 1.005 * kept["false"]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_reordered_networks_compute_the_same(network: Network) -> None:
+    graph, data, unseen = network()
+    context = Context()
+    names = list(graph.parameters)
+    for batches in (None, [(part,) for part in data]):
+        reordered = permuted(graph, names, NofM(2, 4), batches, 0, context, by="sparsify")
+        verify(reordered)
+        assert any(edit.what.endswith("reordered") for edit in reordered.history)
+        (y,), (z,) = graph.run(unseen), reordered.run(unseen)
+        assert float((y - z).abs().max()) <= 1e-6 * float(y.abs().max())
+
+
+def test_what_is_left_alone_is_counted_with_its_reason() -> None:
+    graph, data, _ = convolutional()
+    left = regauge.optimize(graph, "sparsify{exclude=[11.*]}").report.passes[0].left
+    assert left["excluded"] == 1
+    assert left["a grouped convolution"] == 1
+    assert left["its inputs are no multiple of 4"] == 1
+    graph, data, _ = transformer()
+    sparse = regauge.optimize(graph, "sparsify{include=[up.*]}", data=data)
+    assert list(matrices(graph, sparse)) == ["up.weight"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("pattern=4:2", "no pattern"),
+        ("pattern=2:4,ratio=0.5", "give no ratio"),
+        ("pattern=block,block=4y4", "no size of a block"),
+        ("pattern=unstructured,transposable=true", "is for patterns N:M"),
+        ("method=obs", "needs data for method=obs"),
+        ("transposable=true,refine=exchange", "rows depend on one another"),
+        ("exclude=[haed.*]", "matches no parameter"),
+    ],
+)
+def test_wrong_options_are_told(options: str, reason: str) -> None:
+    with pytest.raises(PassError, match=reason):
+        regauge.optimize(transformer()[0], f"sparsify{{{options}}}")
+
+
+def test_onnx_in_and_out_by_the_command_line(tmp_path: Path) -> None:
+    graph, batches, unseen = convolutional()
+    graph.to_onnx(tmp_path / "in.onnx")
+    loaded = regauge.load(tmp_path / "in.onnx")
+    np.savez(tmp_path / "x.npz", **{loaded.inputs[0].name: torch.cat(batches).numpy()})
+    errors = []
+    for given in ([], ["--data", str(tmp_path / "x.npz")]):
+        out = str(tmp_path / "out.onnx")
+        assert (
+            main(["optimize", str(tmp_path / "in.onnx"), "-o", out, "--passes", "sparsify{pattern=2:4}", *given]) == 0
+        )
+        written = regauge.load(out)
+        found = matrices(loaded, written)
+        assert len(found) == 3 and all(NofM(2, 4).holds(matrix != 0) for matrix in found.values())
+        errors.append(error(loaded, written, unseen))
+    assert errors[1] < 0.1 * errors[0]
