@@ -18,6 +18,7 @@ from regauge.passes.pipeline_text import parse_pipeline
 GROUP = "regauge.passes"
 
 BUILT_IN = {
+    "depth": "regauge.passes.depth.depth:Depth",
     "prune": "regauge.passes.pruning.prune:Prune",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "simplify": "regauge.passes.simplify.simplify:Simplify",

@@ -1,0 +1,1 @@
+"""Removing whole parts of a network: residual branches and repeated blocks."""
