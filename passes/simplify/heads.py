@@ -10,9 +10,12 @@ between, and depthwise convolutions of one value read it twice over (two filters
 runtime has kernels for one: measured). Channels are laid out so that the last reshape finds what belongs together side
 by side.
 
-Zeros cost MACs. A level is merged only where each node that this saves costs at most ``NODE_MACS``, what a core does in
-about ten microseconds, and all levels together at most one part in ``MOST_ADDED`` of the MACs of the graph; otherwise
-the results of its heads are laid side by side.
+Zeros cost MACs and bytes. A level is merged only where each node that this saves costs at most ``NODE_MACS``, what a
+core does in about ten microseconds, where all levels together cost at most one part in ``MOST_ADDED`` of the MACs of
+the graph, and where the zeros fit into the bytes that folding has freed; otherwise the results of its heads are laid
+side by side. Measured on the face detector of the benchmarks, in onnxruntime on one core: of four levels the three
+small ones run in 38 us less of 237, the large one, whose zeros are 1.4% of all MACs, in 68 us more of 128; with all
+else that is saved the file takes 1.00 of the time that it took with 24 nodes more.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ def join_heads(graph: Graph, limits: Limits) -> int:
         for concats in _families(owner, build):
             if not any(node.output in elsewhere for node in concats):
                 most = figures(graph).macs // MOST_ADDED
-                count += _Joining(owner, build, most, limits.most_bytes - total_bytes(graph)).join(concats)
+                count += _Joining(owner, build, most, limits.bytes_before - total_bytes(graph)).join(concats)
     return count
 
 

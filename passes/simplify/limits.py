@@ -20,10 +20,14 @@ BYTES_BEFORE = "bytes_before_simplify"  # metadata: so that a second run does no
 
 @dataclass(frozen=True)
 class Limits:
-    """``most_bytes``: of the parameters of the whole graph. ``tie_trained``: whether equal trained weights are tied."""
+    """``most_bytes``: of the parameters of the whole graph. ``tie_trained``: whether equal trained weights are tied.
+
+    ``bytes_before``: of them before any run of ``simplify``, for what may use only the room that others made.
+    """
 
     most_bytes: int
     tie_trained: bool = False
+    bytes_before: int = 0
 
 
 def limits_of(graph: Graph, growth: float, tie_trained: bool) -> Limits:
@@ -31,7 +35,7 @@ def limits_of(graph: Graph, growth: float, tie_trained: bool) -> Limits:
     now = total_bytes(graph)
     before = min(now, graph.metadata.get(BYTES_BEFORE, now))
     least = LEAST_GROWTH if growth > 0 and "onnx" not in graph.metadata else 0
-    return Limits(before + max(int(growth * before), least), tie_trained)
+    return Limits(before + max(int(growth * before), least), tie_trained, before)
 
 
 def total_bytes(graph: Graph) -> int:

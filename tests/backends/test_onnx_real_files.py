@@ -14,8 +14,8 @@ from regauge.backends.run_onnxruntime import Session
 
 CORPUS = Path(__file__).parents[3] / "shared" / "corpus" / "onnx"
 NODES = {  # of all scopes, without Constants: before, and at most after
-    "face_version-RFB-320": (211, 122),
-    "face_version-RFB-320_simplified": (110, 110),
+    "face_version-RFB-320": (211, 97),
+    "face_version-RFB-320_simplified": (110, 107),
     "magika_standard_v1": (88, 62),
     "magika_standard_v2_1": (72, 56),
     "silero_v3": (430, 246),
