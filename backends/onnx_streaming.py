@@ -1,4 +1,4 @@
-"""Writing a model without a second copy of its weights: they go into the file one by one, in between what is serialised.
+"""Writing a model without a second copy of its weights: one by one, in between what is serialised.
 
 The file is the one that protobuf would write, byte for byte: fields in the order of their numbers.
 """
@@ -74,7 +74,7 @@ def write_proto(proto: Any, tensors: Mapping[int, Any], path: Path) -> None:
                 data = _data_of(tensor)
                 if data.nbytes != length:
                     raise ValueError(f"{tensor.name} has {data.nbytes} bytes, its shape and type say {length}")
-                file.write(data)
+                file.write(data.data)
             file.write(tail)
         file.write(after + last)
 
