@@ -60,6 +60,7 @@ def write_proto(proto: Any, tensors: Mapping[int, Any], path: Path) -> None:
 
     The message is not to be used afterwards. Raises ValueError where a tensor is not as large as it says.
     """
+    names = {place: proto.graph.initializer[place].name for place in tensors}
     pieces = [_initializer(tensor, tensors.get(place)) for place, tensor in enumerate(proto.graph.initializer)]
     del proto.graph.initializer[:]
     before, after = _around(proto.graph.SerializeToString(), _INITIALIZER)
@@ -68,12 +69,12 @@ def write_proto(proto: Any, tensors: Mapping[int, Any], path: Path) -> None:
     first, last = _around(proto.SerializeToString(), _GRAPH)
     with open(path, "wb") as file:
         file.write(first + delimited(_GRAPH, size) + before)
-        for head, length, tensor, tail in pieces:
+        for place, (head, length, tensor, tail) in enumerate(pieces):
             file.write(head)
             if tensor is not None:
                 data = _data_of(tensor)
                 if data.nbytes != length:
-                    raise ValueError(f"{tensor.name} has {data.nbytes} bytes, its shape and type say {length}")
+                    raise ValueError(f"{names[place]} has {data.nbytes} bytes, its shape and type say {length}")
                 file.write(data.data)
             file.write(tail)
         file.write(after + last)
