@@ -19,6 +19,7 @@ from regauge.passes.simplify.dead_code import drop_orphans, remove_dead_code
 from regauge.passes.simplify.limits import BYTES_BEFORE, Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 from regauge.passes.simplify.partitions import split_partitions
+from regauge.passes.simplify.pooling import pool_means
 
 STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "dead-code": remove_dead_code,
@@ -29,6 +30,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "weights": fold_into_weights,
     "initializers": fold_initializers,
     "partitions": split_partitions,
+    "pools": pool_means,
 }
 FILE_STEPS = {
     "dead-code",
@@ -37,7 +39,7 @@ FILE_STEPS = {
     "ties",
     "merging",
 }  # done to ONNX files too
-AFTER_RULES = ("weights", "initializers", "partitions")  # rules may do without what these would change
+AFTER_RULES = ("weights", "initializers", "partitions", "pools")  # rules may do without what these would change
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
