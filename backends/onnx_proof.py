@@ -13,7 +13,7 @@ from regauge.backends.onnx_write import MOST_INLINE_BYTES
 from regauge.backends.run_onnxruntime import Optimisation, Session
 from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Graph
-from regauge.ir.sample_inputs import input_symbols, sample_runs
+from regauge.ir.sample_inputs import candidates, input_symbols
 
 LEVELS: tuple[Optimisation, ...] = ("off", "all")
 
@@ -43,8 +43,8 @@ class Proof:
                 after = Session(path, optimisation=level)
             except RegaugeError as error:
                 raise EmitError(f"the written model does not load with optimisation {level}: {error}") from error
-            for inputs in self._inputs(before):
-                self._compare(before, after, inputs, level)
+            for inputs, expected in self._runs(before):
+                self._compare(before.outputs, expected, after, inputs, level)
 
     def _check(self, path: Path) -> None:
         import onnx
@@ -58,24 +58,37 @@ class Proof:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise EmitError(f"the written model does not pass the onnx checker: {reason}") from error
 
-    def _inputs(self, session: Session) -> Iterator[Mapping[str, Any]]:
-        """Batches that the original runs on."""
+    def _runs(self, session: Session) -> Iterator[tuple[Mapping[str, Any], list[Any]]]:
+        """Batches that the original runs on, with its results."""
         if self.batches is not None:
-            yield from self.batches
+            yield from ((batch, session.run(batch)) for batch in self.batches)
             return
-        names = [value.name for value in self.graph.inputs]
-        made = (dict(zip(names, inputs, strict=True)) for inputs, _ in sample_runs(self.graph))
-        yield from islice(filter(lambda inputs: _runs(session, inputs), made), 2 if input_symbols(self.graph) else 1)
+        yield from islice(self._made_up(session), 2 if input_symbols(self.graph) else 1)
 
-    def _compare(self, before: Session, after: Session, inputs: Mapping[str, Any], level: Optimisation) -> None:
+    def _made_up(self, session: Session) -> Iterator[tuple[Mapping[str, Any], list[Any]]]:
+        names = [value.name for value in self.graph.inputs]
+        for made in candidates(self.graph):
+            inputs = dict(zip(names, made, strict=True))
+            try:
+                yield inputs, session.run(inputs)
+            except RegaugeError:
+                continue
+
+    def _compare(
+        self,
+        names: Sequence[str],
+        expected: Sequence[Any],
+        after: Session,
+        inputs: Mapping[str, Any],
+        level: Optimisation,
+    ) -> None:
         random = any(node.operator.random for _, node in self.graph.walk())
-        expected = before.run(inputs)
         try:
             found = after.run(inputs)
         except RegaugeError as error:
             raise EmitError(f"the written model does not run with optimisation {level}: {error}") from error
         steps = quantization_steps(self.graph)
-        for name, ours, theirs in zip(before.outputs, expected, found, strict=True):
+        for name, ours, theirs in zip(names, expected, found, strict=True):
             compare_result(name, ours, theirs, values=not random, step=steps.get(name))
 
 
@@ -85,13 +98,5 @@ def _passes_checker(path: Path) -> bool:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception:  # the checker raises several types
-        return False
-    return True
-
-
-def _runs(session: Session, inputs: Mapping[str, Any]) -> bool:
-    try:
-        session.run(inputs)
-    except RegaugeError:
         return False
     return True

@@ -398,7 +398,7 @@ def _branch_outputs(graph: Graph, carrier: Carrier) -> dict[onnx_ir.Value, onnx_
 
 
 def _tensor_of(parameter: Parameter) -> onnx_ir.TensorProtocol:
-    return onnx_ir.tensor(parameter.tensor.contiguous())
+    return onnx_ir.tensor_adapters.TorchTensor(parameter.tensor.contiguous())
 
 
 def _who(node: Node) -> str:

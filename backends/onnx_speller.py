@@ -144,7 +144,7 @@ class OnnxSpeller:
         ]
         while values and values[-1] is None:
             values.pop()
-        made = [onnx_ir.convenience.convert_attribute(name, self._plain(name, value)) for name, value in given.items()]
+        made = [self._attribute(name, value) for name, value in given.items()]
         name = self.carrier.unique(f"{self.node.name}_{op_type.lower()}")
         node = onnx_ir.Node("", op_type, values, made, name=name, num_outputs=outputs)
         for index, value in enumerate(node.outputs):
@@ -158,7 +158,9 @@ class OnnxSpeller:
         tensor = content if isinstance(content, torch.Tensor) else torch.tensor(np.asarray(content))
         if dtype is not None:
             tensor = tensor.to(dtype)
-        return self.carrier.add_initializer(f"{self.node.name}_constant", onnx_ir.tensor(tensor.contiguous()))
+        return self.carrier.add_initializer(
+            f"{self.node.name}_constant", onnx_ir.tensor_adapters.TorchTensor(tensor.contiguous())
+        )
 
     def cast(self, value: onnx_ir.Value, dtype: torch.dtype) -> onnx_ir.Value:
         code = int(onnx_ir.tensor_adapters.from_torch_dtype(dtype))
@@ -227,6 +229,14 @@ class OnnxSpeller:
         unknown = [name for name in attributes if name not in schema.attributes]
         if unknown:
             raise self.refusal(f"{op_type} has no attribute {unknown[0]} in opset {self.opset}")
+
+    def _attribute(self, name: str, value: Any) -> onnx_ir.Attr:
+        plain = self._plain(name, value)
+        kind = None  # said for numbers, since onnx_ir looks for all sorts of things in a list before it looks for them
+        if isinstance(plain, list) and plain:
+            kinds = {int: onnx_ir.AttributeType.INTS, float: onnx_ir.AttributeType.FLOATS}
+            kind = kinds.get(type(plain[0])) if len({type(part) for part in plain}) == 1 else None
+        return onnx_ir.convenience.convert_attribute(name, plain, kind)
 
     def _plain(self, name: str, value: Any) -> Any:
         if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Writing a model without a second copy of its weights: they go into the file one by one, between what is serialised.
+"""Writing a model without a second copy of its weights: one by one, in between what is serialised.
 
 The file is the one that protobuf would write, byte for byte: fields in the order of their numbers.
 """
@@ -60,6 +60,7 @@ def write_proto(proto: Any, tensors: Mapping[int, Any], path: Path) -> None:
 
     The message is not to be used afterwards. Raises ValueError where a tensor is not as large as it says.
     """
+    names = {place: proto.graph.initializer[place].name for place in tensors}
     pieces = [_initializer(tensor, tensors.get(place)) for place, tensor in enumerate(proto.graph.initializer)]
     del proto.graph.initializer[:]
     before, after = _around(proto.graph.SerializeToString(), _INITIALIZER)
@@ -68,13 +69,13 @@ def write_proto(proto: Any, tensors: Mapping[int, Any], path: Path) -> None:
     first, last = _around(proto.SerializeToString(), _GRAPH)
     with open(path, "wb") as file:
         file.write(first + delimited(_GRAPH, size) + before)
-        for head, length, tensor, tail in pieces:
+        for place, (head, length, tensor, tail) in enumerate(pieces):
             file.write(head)
             if tensor is not None:
                 data = _data_of(tensor)
                 if data.nbytes != length:
-                    raise ValueError(f"{tensor.name} has {data.nbytes} bytes, its shape and type say {length}")
-                file.write(data)  # type: ignore[arg-type]
+                    raise ValueError(f"{names[place]} has {data.nbytes} bytes, its shape and type say {length}")
+                file.write(data.data)
             file.write(tail)
         file.write(after + last)
 

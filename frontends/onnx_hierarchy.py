@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+from typing import Any
 
 import onnx_ir
 
@@ -24,10 +25,18 @@ def recorded_scope(node: onnx_ir.Node, *, by_torch: bool) -> Scope:
     if not paths or not classes:
         return _scope_of_name(node.name or "") if by_torch else ()
     try:
-        pairs = list(zip(ast.literal_eval(paths), ast.literal_eval(classes), strict=True))
+        pairs = list(zip(_listed(paths), _listed(classes), strict=True))
     except (ValueError, SyntaxError):
         return ()
     return tuple((str(path), str(name).rpartition(".")[2]) for path, name in pairs[:-1])
+
+
+def _listed(text: str) -> list[Any]:
+    """A list of texts as Python shows it."""
+    if text.startswith("['") and text.endswith("']") and "\\" not in text and '"' not in text:
+        return text[2:-2].split("', '")
+    found: list[Any] = ast.literal_eval(text)
+    return found
 
 
 def _scope_of_name(name: str) -> Scope:

@@ -61,11 +61,17 @@ def torch_from_array(array: np.ndarray, dtype: Dtype) -> Any:
         return array
     if not array.flags.c_contiguous or array.dtype.byteorder == ">":
         array = np.ascontiguousarray(array)
+    if array.flags.writeable:
+        return _shared(array, dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
-        if dtype in _AS_BITS:
-            return torch.from_numpy(array.view(_AS_BITS[dtype])).view(dtype)
-        return torch.from_numpy(array) if array.ndim else torch.from_numpy(array.reshape(1)).reshape(())
+        return _shared(array, dtype)
+
+
+def _shared(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    if dtype in _AS_BITS:
+        return torch.from_numpy(array.view(_AS_BITS[dtype])).view(dtype)
+    return torch.from_numpy(array) if array.ndim else torch.from_numpy(array.reshape(1)).reshape(())
 
 
 def read_tensor(tensor: onnx_ir.TensorProtocol) -> Any:

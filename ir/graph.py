@@ -37,8 +37,8 @@ class Value:
 
     def __init__(self, *, name: str, shape: Sequence[Size], dtype: Dtype, producer: Node | None = None, index: int = 0):
         self.name = name
-        unknown = isinstance(shape, UnknownRank)
-        self.shape: tuple[Size, ...] = shape if unknown else tuple(simplify(size) for size in shape)  # type: ignore[assignment]
+        plain = isinstance(shape, UnknownRank) or type(shape) is tuple and all(type(size) is int for size in shape)
+        self.shape: tuple[Size, ...] = shape if plain else tuple(simplify(size) for size in shape)  # type: ignore[assignment]
         self.dtype = dtype
         self.producer = producer
         self.index = index

@@ -78,6 +78,23 @@ def match(pattern: Pattern, node: Node, *, shared: bool = False, held: Container
     return search.best
 
 
+def may_match(pattern: Pattern, node: Node) -> bool:
+    """A cheap test before :func:`match`: whether the node, or the first operand that a call computes, could fit.
+
+    Where it is False, at most the node itself would match.
+    """
+    for call, slot, ops in pattern.leads:
+        if node.op not in call.ops:
+            continue
+        if slot < 0:
+            return True
+        either = node.operator.commutative and len(node.inputs) == 2
+        for operand in node.inputs if either else node.inputs[slot : slot + 1]:
+            if isinstance(operand, Value) and operand.producer is not None and operand.producer.op in ops:
+                return True
+    return False
+
+
 def _root_values(root: Any, state: _State) -> tuple[Value, ...]:
     outputs = state.nodes[call_of(root)].outputs
     return outputs if root.index == EVERY else (outputs[root.index],)

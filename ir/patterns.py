@@ -25,6 +25,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import EllipsisType
 from typing import Any, TypeAlias
 
@@ -146,10 +147,15 @@ class Pattern:
     roots: tuple[CallPattern | ResultPattern | Either, ...]
     calls: tuple[CallPattern, ...] = field(default=())
 
-    @property
+    @cached_property
     def anchors(self) -> tuple[CallPattern | ResultPattern, ...]:
         """What the first root may be."""
         return tuple(_alternatives(self.roots[0]))
+
+    @cached_property
+    def leads(self) -> tuple[tuple[CallPattern, int, frozenset[str]], ...]:
+        """Of each anchor the first operand that only a call fits, and the operators that may compute it; none: -1."""
+        return tuple(_lead(call_of(anchor)) for anchor in self.anchors)
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.roots))
@@ -157,6 +163,14 @@ class Pattern:
 
 def call_of(pattern: CallPattern | ResultPattern) -> CallPattern:
     return pattern.call if isinstance(pattern, ResultPattern) else pattern
+
+
+def _lead(call: CallPattern) -> tuple[CallPattern, int, frozenset[str]]:
+    for slot, operand in enumerate(call.fixed):
+        options = list(_alternatives(operand))
+        if all(isinstance(option, CallPattern | ResultPattern) for option in options):
+            return call, slot, frozenset(op for option in options for op in call_of(option).ops)
+    return call, -1, frozenset()
 
 
 def _alternatives(pattern: Any) -> Iterator[Any]:

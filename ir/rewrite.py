@@ -22,7 +22,7 @@ from regauge.ir.allocation import without_collection
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import PatternError
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.matcher import Match, Miss, match
+from regauge.ir.matcher import Match, Miss, match, may_match
 from regauge.ir.patterns import Pattern, call_of, parse_pattern
 from regauge.ir.purity import is_fixed
 from regauge.ir.sizes import may_be_same, same
@@ -258,6 +258,8 @@ class _Driver:
     def _visit(self, node: Node) -> list[Node]:
         """Try the rules at a node; the nodes to look at again where one fitted."""
         for entry in self.rules.by_operator.get(node.op, ()):
+            if not may_match(entry.pattern, node) and self._has_missed(entry):
+                continue
             start = time.perf_counter()
             found = match(entry.pattern, node, shared=entry.shared, held=self.held)
             touched = self._apply(entry, found) if isinstance(found, Match) else None
@@ -269,6 +271,11 @@ class _Driver:
                 self.log.counts[entry.name] = self.log.counts.get(entry.name, 0) + 1
                 return touched
         return []
+
+    def _has_missed(self, entry: RewriteRule) -> bool:
+        """Whether a miss is known that came as far as one where only the first node fits."""
+        known = self.log.misses.get(entry.name)
+        return known is not None and known.matched >= 1
 
     def _apply(self, entry: RewriteRule, found: Match) -> list[Node] | None:
         graph = self.owner[found.root]

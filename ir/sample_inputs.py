@@ -36,7 +36,7 @@ def sample_runs(graph: Graph) -> Iterator[tuple[list[Any], list[Any]]]:
     """
     from regauge.ir.interpret import run_seeded
 
-    for inputs in _candidates(graph):
+    for inputs in candidates(graph):
         try:
             results = run_seeded(graph, inputs)
         except (RegaugeError, RuntimeError):
@@ -68,7 +68,8 @@ _LARGER = (16, 64, 256, 512, 224)
 _FEW = 2  # for the axes that only count examples or steps
 
 
-def _candidates(graph: Graph) -> Iterator[list[Any]]:
+def candidates(graph: Graph) -> Iterator[list[Any]]:
+    """Made-up inputs that the graph may run on, the likeliest first; nothing is run to tell."""
     symbols = input_symbols(graph)
     try:
         yield _with_defaults(graph, sample_inputs(graph))

@@ -73,12 +73,15 @@ def infer_shortly(operator: Operator, operands: Sequence[Any], attributes: Mappi
         return None
     dtypes = {tensor.dtype for tensor in tensors}
     dtype = dtypes.pop()
-    moves = operator.symmetry is Symmetry.LAYOUT  # a sum of integers is of another type, what was moved is not
-    if dtypes or not isinstance(dtype, torch.dtype) or not (moves or dtype.is_floating_point):
+    moves = operator.symmetry is Symmetry.LAYOUT
+    if dtypes or not isinstance(dtype, torch.dtype):
         return None
     try:
         shape = operator.shape(*operands, **attributes)
-    except Exception:  # a call that is wrong: torch says in which way
+        if not (moves or dtype.is_floating_point):  # a sum of integers is of another type, what was moved is not
+            with torch.no_grad():
+                dtype = operator.evaluate(*map(_single, operands), **attributes).dtype
+    except Exception:  # a call that is wrong, or not one of single elements: torch says more
         return None
     return None if shape is None else [(tuple(simplify(size) for size in shape), dtype)]
 

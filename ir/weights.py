@@ -62,7 +62,7 @@ class LazyWeight:
 
 @dataclass(eq=False)
 class KeptWeight:
-    """A tensor that is computed when it is first asked for and kept from then on: for what is made of resident ones."""
+    """A tensor that is computed when it is first asked for and then kept: for what is made of resident ones."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str

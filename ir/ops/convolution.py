@@ -19,7 +19,7 @@ from regauge.ir.ops.padding import pad_by
 from regauge.ir.ops.slicing import slice_axis
 from regauge.ir.ops.windows import per_axis
 from regauge.ir.rules import Call
-from regauge.ir.sizes import Size, floor_divide, product, same, simplify
+from regauge.ir.sizes import Size, floor_divide, product, same, simplify, symbols_in
 
 Sizes = tuple[Size, ...]
 
@@ -223,8 +223,29 @@ def _conv_layer(node: Node) -> str | None:
     return _module("Conv", node, inputs, weight.shape[0], (("stride", 1), ("padding", 0), ("dilation", 1)))
 
 
+def _conv_shape(
+    x: Value, weight: Value, bias: Value | None = None, *, stride: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[Size, ...] | None:
+    """The shape where all sizes are numbers and the kernel fits."""
+    rank = weight.rank - 2
+    if x.rank != weight.rank or not 1 <= rank <= 3 or symbols_in([x.shape, weight.shape]):
+        return None
+    channels = weight.shape[0]
+    if x.shape[1] != weight.shape[1] * groups or channels % groups or (bias is not None and bias.shape != (channels,)):
+        return None
+    found = []
+    given = zip(*(per_axis(one, rank) for one in (stride, padding, dilation)), strict=True)
+    for size, kernel, (step, pad, spread) in zip(x.shape[2:], weight.shape[2:], given, strict=True):
+        room = size + 2 * pad - spread * (kernel - 1) - 1
+        if room < 0 or min(step, spread, kernel) < 1 or pad < 0:
+            return None
+        found.append(room // step + 1)
+    return x.shape[0], channels, *found
+
+
 @operator(
     rule=lambda call: _spatial_rule(call, "(g o) i", (("stride", 1), ("padding", 0))),
+    shape=_conv_shape,
     aten={
         "conv1d": _conv, "conv2d": _conv, "conv3d": _conv, "convolution": _convolution, "_convolution": _convolution,
         "conv_tbc": _conv_tbc,

@@ -15,6 +15,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.onnx_resize import read_resize, read_upsample, write_resize
 from regauge.ir.rules import Axes, Call
+from regauge.ir.sizes import symbols_in
 
 _WITH_CORNERS = {"linear", "bilinear", "bicubic", "trilinear"}
 
@@ -111,8 +112,27 @@ def _spell(onnx: Any, node: Node) -> Any:
     return onnx.Resize(onnx.operand(0), absent, absent, onnx.sizes([*x.shape[:2], *given["size"]]), **options)
 
 
+_RANKS = {
+    "nearest": (3, 4, 5), "nearest-exact": (3, 4, 5), "area": (3, 4, 5), "linear": (3,), "bilinear": (4,),
+    "bicubic": (4,), "trilinear": (5,),
+}  # fmt: skip
+
+
+def _interpolate_shape(x: Value, *, size: Any = None, scale: Any = None, mode: str = "nearest", **options: Any) -> Any:
+    """The shape where it is given in numbers, or by factors of which every size has a whole multiple."""
+    if x.rank not in _RANKS.get(mode, ()) or options.get("antialias") or symbols_in([x.shape, size or ()]):
+        return None
+    if options.get("align_corners") is not None and mode in ("nearest", "nearest-exact", "area"):
+        return None
+    target = size if size is not None else [n * factor for n, factor in zip(x.shape[2:], scale, strict=True)]
+    if len(target) != x.rank - 2 or any(n != int(n) or n < 1 for n in (*x.shape, *target)):
+        return None
+    return (*x.shape[:2], *map(int, target))
+
+
 @operator(
     rule="n c s... -> n c t... ; window s t",
+    shape=_interpolate_shape,
     aten=_names(),
     onnx={
         "Resize": OnnxForm(read=read_resize, write=write_resize, stores_shape=True),

@@ -19,7 +19,7 @@ from regauge.ir.ops import spell_normalisation as spelling
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.onnx_normalisation import GROUP_NORM_FORMS, LAYER_NORM_FORMS, RMS_NORM_FORMS
 from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size
+from regauge.ir.sizes import Size, product
 from regauge.ir.training_notes import TRACKED
 
 # -- batch norm --------------------------------------------------------------------------------------------------------
@@ -110,6 +110,23 @@ def _batch_norm_layer(node: Node) -> str | None:
 
 def _batch_norm_shape(x: Value, *parts: Value | None, training: bool = False, **_: Any) -> Any:
     fits = x.rank > 1 and not training and all(part is None or part.shape == x.shape[1:2] for part in parts)
+    return x.shape if fits else None
+
+
+def _group_norm_shape(x: Value, *parts: Value | None, num_groups: int, **_: Any) -> Any:
+    if x.rank < 2 or not isinstance(x.shape[1], int) or x.shape[1] % num_groups:
+        return None
+    return _norm_shape(x, parts, product((x.shape[0], x.shape[1] // num_groups, *x.shape[2:])))
+
+
+def _instance_norm_shape(x: Value, *parts: Value | None, **_: Any) -> Any:
+    return _norm_shape(x, parts, product(x.shape[2:]))
+
+
+def _norm_shape(x: Value, parts: Sequence[Value | None], elements: Size) -> Any:
+    """The shape of what is normalised over so many elements, of which torch wants more than one."""
+    fixed = all(isinstance(size, int) for size in x.shape)
+    fits = fixed and elements > 1 and all(part is None or part.shape == x.shape[1:2] for part in parts)
     return x.shape if fits else None
 
 
@@ -285,6 +302,7 @@ def _group_norm_layer(node: Node) -> str | None:
 
 @operator(
     rule="n (g c) s..., (g c)?, (g c)? -> n (g c) s... ; normalise c s ; num_groups = g",
+    shape=_group_norm_shape,
     aten={"group_norm": _group_norm, "native_group_norm": _native_group_norm},
     onnx=GROUP_NORM_FORMS,
     samples=lambda: [
@@ -328,6 +346,7 @@ def _instance_norm_layer(node: Node) -> str | None:
 
 @operator(
     rule="n c s..., c?, c? -> n c s... ; normalise s",
+    shape=_instance_norm_shape,
     aten={"instance_norm": _instance_norm},
     onnx={
         "InstanceNormalization": lambda build, call: build.instance_norm(

@@ -65,14 +65,18 @@ def _scanned() -> list[Sample]:
     return [sample(randn(2, 3, 4), dim=1), sample(randn(2, 3), dim=-1), sample(randn(4), dim=0)]
 
 
+def _scan_shape(x: Value, *, dim: int) -> Any:
+    return x.shape if -x.rank <= dim < x.rank else None
+
+
 def _running(**fields: Any) -> Callable[[Function], Function]:
     """Register a running reduction along one axis."""
 
     def register(evaluate: Function) -> Function:
         name = evaluate.__name__
-        aten = {name: _aten_scan(name)}
+        aten, shape = {name: _aten_scan(name)}, _scan_shape
         register_operator(
-            Operator(name=name, evaluate=evaluate, rule=_scan_rule, aten=aten, samples=_scanned, **fields)
+            Operator(name=name, evaluate=evaluate, rule=_scan_rule, shape=shape, aten=aten, samples=_scanned, **fields)
         )
         return evaluate
 

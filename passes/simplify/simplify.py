@@ -21,6 +21,7 @@ from regauge.passes.simplify.heads import join_heads
 from regauge.passes.simplify.limits import BYTES_BEFORE, Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 from regauge.passes.simplify.partitions import split_partitions
+from regauge.passes.simplify.pooling import pool_means
 
 STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "dead-code": remove_dead_code,
@@ -32,6 +33,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "initializers": fold_initializers,
     "partitions": split_partitions,
     "carrying": carry_back,
+    "pools": pool_means,
     "heads": join_heads,
 }
 FILE_STEPS = {
@@ -42,7 +44,7 @@ FILE_STEPS = {
     "merging",
 }  # done to ONNX files too
 # Rules may do without what these would change; heads are joined last, when their maps have taken in all they can.
-AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "heads")
+AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "pools", "heads")
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 

@@ -9,7 +9,7 @@ from regauge.ir.equivalence import prove_rule
 from regauge.ir.errors import EquivalenceError, PatternError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
-from regauge.ir.matcher import Match, Miss, is_number, match, number_of
+from regauge.ir.matcher import Match, Miss, is_number, match, may_match, number_of
 from regauge.ir.pattern_instances import Weight
 from regauge.ir.patterns import parse_pattern
 from regauge.ir.rewrite import RewriteRule, RuleSet, refuse, rewrite_graph
@@ -343,3 +343,28 @@ def test_the_builder_of_a_replacement_may_have_any_name() -> None:
 def test_a_pattern_with_too_many_operands_is_refused() -> None:
     with pytest.raises(PatternError, match=r"mul takes 2 operands \(x, y\), got 3"):
         parse_pattern(lambda op, x: op.mul(x, op.sigmoid(x), x))
+
+
+def test_a_rule_that_is_passed_over_at_a_look_is_told_as_before() -> None:
+    """Its inner operator is not there: the reason is that of the full match, found once for all such nodes."""
+    graph = chain(3)
+    rule = RewriteRule("neg", lambda op, x: op.relu(op.neg(x)), lambda build, x: build.relu(x))
+    first, *rest = graph.nodes
+    assert not any(may_match(rule.pattern, node) for node in graph.nodes)
+    log = rewrite_graph(graph, RuleSet([rule]))
+    assert not log.total and log.misses["neg"].matched == 1
+    expected = match(rule.pattern, first)
+    assert isinstance(expected, Miss) and str(log.misses["neg"]) == str(expected)
+
+
+def test_a_look_takes_both_orders_of_a_commutative_operator_and_every_alternative() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 3), torch.float64)
+    left, right, neither = build.add(build.neg(x), x), build.add(x, build.tanh(x)), build.sub(x, build.neg(x))
+    graph.outputs = [left, right, neither]
+    pattern = parse_pattern(lambda op, x, y: op.add(op.either(op.neg(x), op.tanh(x)), y))
+    assert [may_match(pattern, value.producer) for value in (left, right, neither)] == [True, True, False]
+    ordered = parse_pattern(lambda op, x, y: op.sub(op.neg(x), y))
+    assert not may_match(ordered, neither.producer)
+    assert may_match(parse_pattern(lambda op, x, y: op.sub(x, y)), neither.producer)

@@ -1,5 +1,6 @@
 """Steps over whole graphs: folding within a budget, weights that take in, merging, ties, branches, dead code."""
 
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -9,6 +10,7 @@ from onnx import TensorProto, helper
 from torch import nn, randn
 
 import regauge
+from onnx_simplified import assert_equal_runs, normal, parsed, simplified
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
 from regauge.passes.base import Context
@@ -393,3 +395,43 @@ def test_the_buffers_of_a_module_go_with_it_and_those_of_a_module_that_is_left_s
     assert set(graph.parameters) >= {"version", "gain", "norm.num_batches_tracked"}
     after = regauge.optimize(graph, "simplify")
     assert set(after.parameters) == {"conv.weight", "conv.bias", "version"}
+
+
+POOLED = """
+<ir_version: 8, opset_import: ["" : 17]>
+gate (float[n, 3, 8, 8] x) => (float[n, 4, 8, 8] y, float[n, 4, 1, 1] z) {
+  h = Conv (x, k)
+  r = Relu (h)
+  s = Sigmoid (r)
+  u = Mul (r, s)
+  m = ReduceMean <axes = [MEAN], keepdims = 1> (u)
+  g = Sigmoid (m)
+  y = Mul (u, g)
+  z = Neg (m)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("axes", "pools"),
+    [("2, 3", 1), ("-1, -2", 1), ("1, 2, 3", 0), ("2", 0)],
+    ids=["both", "from-the-end", "all", "one"],
+)
+def test_a_mean_over_the_axes_of_images_is_a_global_pool(axes: str, pools: int, tmp_path: Path) -> None:
+    model = parsed(POOLED.replace("MEAN", axes).replace("float[n, 4, 1, 1] z", "float z"), k=normal(4, 3, 1, 1))
+    del model.graph.output[1].type.tensor_type.shape.dim[:]
+    model.graph.output[1].type.tensor_type.ClearField("shape")
+    small = simplified(model, tmp_path)
+    found = [node.op_type for node in small.graph.node]
+    assert found.count("GlobalAveragePool") == pools and found.count("ReduceMean") == 1 - pools
+    assert len(found) == 8
+    assert_equal_runs(model, small, {"x": normal(2, 3, 8, 8)})
+
+
+def test_a_mean_that_is_no_image_or_was_captured_from_torch_stays() -> None:
+    class Gate(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.max_pool2d(x, 2).mean((2, 3), keepdim=True).relu()
+
+    graph = regauge.capture(Gate(), (torch.randn(2, 3, 8, 8),))
+    assert "mean" in [node.op for node in regauge.optimize(graph, "simplify").nodes]
