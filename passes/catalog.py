@@ -20,6 +20,7 @@ GROUP = "regauge.passes"
 BUILT_IN = {
     "prune": "regauge.passes.pruning.prune:Prune",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
+    "sort": "regauge.passes.elastic.sort:Sort",
 }
 
 Passes: TypeAlias = str | Pass | Sequence["str | Pass"]
