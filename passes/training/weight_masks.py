@@ -41,8 +41,8 @@ class WeightSparsifier(Sparsifier):
     """Zeros in the weights that contract their input (linear maps, convolutions); sizes stay as they are.
 
     What ``finish`` gives holds zeros as ordinary weights, which further training would fill: train to the end with the
-    sparsifier. Other parameters (biases, norms, embeddings, depthwise kernels) are left dense, and with an n:m pattern also weights
-    whose contracted axis is no multiple of m.
+    sparsifier. Other parameters (biases, norms, embeddings, depthwise kernels) are left dense, and with an n:m pattern
+    also weights whose contracted axis is no multiple of m.
     """
 
     def __init__(
