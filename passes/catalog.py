@@ -22,6 +22,7 @@ BUILT_IN = {
     "prune": "regauge.passes.pruning.prune:Prune",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
+    "sort": "regauge.passes.elastic.sort:Sort",
 }
 
 Passes: TypeAlias = str | Pass | Sequence["str | Pass"]

@@ -103,16 +103,21 @@ class ForwardWeights:
         self._bound, self._make = bound, make
         self._held: list[tuple[nn.Module, str, Any]] = []
         self._hooks = [
-            bound.model.register_forward_pre_hook(lambda module, args: self._swap()),
+            bound.model.register_forward_pre_hook(lambda module, args: self._swap(module)),
             bound.model.register_forward_hook(lambda module, args, result: self._restore(), always_call=True),
         ]
 
-    def _swap(self) -> None:
+    def _swap(self, module: nn.Module) -> None:
+        if module is not self._bound.model:  # hooks are copied with a module, and would change the one they came from
+            raise PassError(
+                "this is a copy of a model that a sparsifier works on: copy it before the sparsifier is made, or load "
+                "its state_dict into such a copy"
+            )
         self._restore()
         for parameter, tensor in self._make().items():
-            for module, leaf in self._bound.places(parameter):
-                self._held.append((module, leaf, module._parameters[leaf]))
-                module._parameters[leaf] = tensor  # type: ignore[assignment]
+            for owner, leaf in self._bound.places(parameter):
+                self._held.append((owner, leaf, owner._parameters[leaf]))
+                owner._parameters[leaf] = tensor  # type: ignore[assignment]
 
     def _restore(self) -> None:
         for module, leaf, tensor in reversed(self._held):

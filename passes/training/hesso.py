@@ -62,7 +62,7 @@ class Hesso(GroupSparsifier):
         """The mean of five measures, each divided by its norm over all indices of all Dims.
 
         With x the entries of an index and g their gradients: |x|, |x| / number of entries, 1 + cos(x, g), |x'g| and
-        (x'g)^2 / 2. The cosine is large where a step of descent takes x towards zero.
+        (x'g)^2 / 2. All count for an index, the cosine with the sign that the authors' code gives it.
         """
         tensors = {m.parameter: self.bound.tensor(m.parameter) for dim in self.dims for m in self._makers[dim]}
         if all(tensor.grad is None for tensor in tensors.values()):

@@ -123,10 +123,11 @@ class Hsm(LearnedSparsifier):
 
     def _operated(self, layer: Layer, parameter: Parameter, mask: torch.Tensor) -> torch.Tensor:
         """v m (x + D2 D1 x) on the rows of a layer's matrix, or on its bias."""
-        down, up, gain = (self.learned[f"{part}.{layer.weight.name}"] for part in ("down", "up", "gain"))
         tensor = self.bound.tensor(parameter)
+        parts = (self.learned[f"{part}.{layer.weight.name}"].to(tensor.dtype) for part in ("down", "up", "gain"))
+        down, up, gain = parts
         rows = layer.matrix(tensor) if parameter is layer.weight else tensor[:, None]
-        result = (gain * mask)[:, None] * (rows + up @ (down @ rows))
+        result = (gain * mask.to(tensor.dtype))[:, None] * (rows + up @ (down @ rows))
         return result if parameter is layer.weight else result[:, 0]
 
     def _step(self) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim, leaves
+from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.groups import Group, Member
 from regauge.ir.resize import resize
@@ -199,8 +199,3 @@ def _makers(group: Group, trained: set[Parameter], read: set[Member]) -> list[Me
     """The members that make the indices rather than read them; all of them where none does."""
     own = [member for member in group.members if member.parameter in trained]
     return [member for member in own if member not in read] or own
-
-
-def has_dims(graph: Graph, parameter: Parameter, dims: set[Dim]) -> bool:
-    """Whether a parameter has one of the Dims."""
-    return any(dim in dims for extent in graph.axes.of[parameter] for dim in leaves(extent))

@@ -40,8 +40,9 @@ def nm_mask(values: torch.Tensor, axis: int, n: int, m: int) -> torch.Tensor:
 class WeightSparsifier(Sparsifier):
     """Zeros in the weights that contract their input (linear maps, convolutions); sizes stay as they are.
 
-    Other parameters (biases, norms, embeddings, depthwise kernels) are left dense, and with an n:m pattern also weights
-    whose contracted axis is no multiple of m.
+    What ``finish`` gives holds zeros as ordinary weights, which further training would fill: train to the end with the
+    sparsifier. Other parameters (biases, norms, embeddings, depthwise kernels) are left dense, and with an n:m pattern
+    also weights whose contracted axis is no multiple of m.
     """
 
     def __init__(

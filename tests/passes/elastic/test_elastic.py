@@ -66,6 +66,14 @@ def test_scores_of_ones_own_and_rounding() -> None:
     assert nested.counts(0.3) == {"0.weight:0": 4}
 
 
+def test_sort_is_an_exact_pass() -> None:
+    graph = residual_network()
+    report = regauge.optimize(graph, "sort{score=l1,exclude=[head.weight]}").report
+    assert report.passes[0].error < 1e-12
+    assert report.passes[0].notes == ("2 Dims sorted",)
+    assert report.before == report.after
+
+
 def test_errors_say_what_to_do() -> None:
     graph = captured(convolutional())
     nested = regauge.elastic(graph)

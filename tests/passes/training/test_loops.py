@@ -6,7 +6,7 @@ from torch import nn
 
 import regauge
 from digits_training import captured, convolutional, digits
-from regauge.training import GradualGroups, Hesso, Lapp, NMSparsity, Target, Vib
+from regauge.training import GradualGroups, Hesso, Hsm, Lapp, NMSparsity, Target, Vib
 
 
 def gradients(parts: int) -> list[torch.Tensor]:
@@ -85,3 +85,17 @@ def test_a_compiled_wrapper_is_seen_through() -> None:
     graph = captured(model)
     wrapped = torch.compile(model, backend="eager")
     assert GradualGroups(wrapped, graph, Target(ratio=0.5)).bound.model is model
+
+
+@pytest.mark.parametrize("make", [Hesso, Lapp, Vib, Hsm], ids=lambda kind: kind.__name__)
+def test_models_of_another_precision(make: type) -> None:
+    model = convolutional().double()
+    x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    graph = regauge.capture(model, (x,))
+    options = {"periods": 1, "period_steps": 2} if make is Hesso else {"learning": 2}
+    sparsifier = make(model, graph, Target(ratio=0.5), **options)
+    for _ in range(3):
+        (model(x).square().mean() + sparsifier.loss()).backward()
+        sparsifier.step()
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    torch.testing.assert_close(sparsifier.finish().run(x)[0], model.eval()(x), rtol=1e-10, atol=1e-10)

@@ -1,5 +1,7 @@
 """N:M recipes: gradients by hand, masks, and what is left on the module when they are done."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -87,6 +89,15 @@ def test_parameters_are_back_when_the_module_raises() -> None:
     with pytest.raises(RuntimeError):
         model(torch.zeros(1, 3))
     assert model[0].weight is weight
+
+
+def test_a_copy_of_the_model_says_that_it_is_one() -> None:
+    model = linear()
+    sparsifier = of(model)
+    with pytest.raises(regauge.RegaugeError, match="copy it before"):
+        copy.deepcopy(model)(torch.zeros(1, 4))
+    sparsifier.finish()
+    copy.deepcopy(model)(torch.zeros(1, 4))
 
 
 def test_weights_that_fit_no_pattern_are_left() -> None:
