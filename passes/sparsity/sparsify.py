@@ -114,8 +114,8 @@ class Sparsify(Pass):
         context.note(f"{pattern}: {gone:.1%} of the weights of {len(layers)} layers are zero")
         if batches is not None:
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")
-        if done.not_exchanged:
-            context.note(f"{done.not_exchanged} layers are too large to exchange entries of their masks")
+        if done.large:
+            context.note(f"{done.large} large layers: entries changed places with the other weights held fixed")
         return result
 
     def _pattern(self) -> Pattern:

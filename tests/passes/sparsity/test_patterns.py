@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from regauge.passes.sparsity.column_updates import prune_by_columns
 from regauge.passes.sparsity.patterns import Blocks, NofM, Pattern, TransposableNofM, Unstructured
 from regauge.passes.sparsity.quadratic import Quadratic, refit
+from regauge.passes.sparsity.quick_swaps import exchange_with_fixed
 from regauge.passes.sparsity.refinement import swap_by_means
 from regauge.passes.sparsity.swaps import exchange
 
@@ -66,6 +67,17 @@ def test_exchanged_masks_keep_the_pattern_and_lose_less_than_half_of_magnitude(p
     assert loss[0] < 0.8 * loss[1] < loss[1] < loss[2]
     by_size = pattern.mask(found.optimum.abs(), 0.5)
     assert loss[0] < 0.6 * float(found.losses(refit(found, by_size, found.optimum)).sum())
+
+
+@pytest.mark.parametrize("pattern", [NofM(2, 4), NofM(4, 8), Unstructured()], ids=str)
+def test_exchanges_with_the_other_weights_fixed_lower_the_error_too(pattern: Pattern) -> None:
+    found = problem(24, 64)
+    kept, weight = prune_by_columns(found, pattern, 0.5, ones(24))
+    group = pattern.of if isinstance(pattern, NofM) else 64
+    better, fitted = exchange_with_fixed(found, kept, weight, group, 100)
+    assert pattern.holds(better) and bool((better.sum(1) == kept.sum(1)).all())
+    assert bool((found.losses(fitted) <= found.losses(refit(found, kept, weight)) * (1 + 1e-6)).all())
+    assert float(found.losses(fitted).sum()) < 0.9 * float(found.losses(refit(found, kept, weight)).sum())
 
 
 def test_an_exchange_finds_the_best_mask_of_a_single_group() -> None:
