@@ -92,6 +92,8 @@ class Sparsify(Pass):
             raise PassError(f"sparsify: refine={self.refine} is not for {pattern}, whose rows depend on one another")
         if self.refine == "exchange" and self.update not in (None, "least-squares"):
             raise PassError(f"sparsify: refine=exchange counts on update=least-squares, not {self.update}")
+        if self.refine == "means" and self.update == "columns":
+            raise PassError("sparsify: update=columns solves for the mask of obs, which refine=means would change")
         if self.update == "columns" and self.method not in (None, "obs"):
             raise PassError(f"sparsify: update=columns belongs to method=obs, not {self.method}")
 

@@ -225,6 +225,7 @@ def test_what_is_left_alone_is_counted_with_its_reason() -> None:
         ("pattern=unstructured,transposable=true", "is for patterns N:M"),
         ("method=obs", "needs data for method=obs"),
         ("transposable=true,refine=exchange", "rows depend on one another"),
+        ("refine=means,update=columns", "which refine=means would change"),
         ("exclude=[haed.*]", "matches no parameter"),
     ],
 )
