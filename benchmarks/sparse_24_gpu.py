@@ -17,8 +17,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "src")]  # a GPU machine may have the files only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))  # a GPU machine may have the files only
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import nn
