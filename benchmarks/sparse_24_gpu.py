@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))  # a GPU machine may have the files only
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -115,7 +116,7 @@ def measure(stack: nn.Sequential, rows: int, kind: str) -> list[list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--widths", type=int, nargs="*", default=[1024, 2048, 4096])
     parser.add_argument("--rows", type=int, nargs="*", default=[16, 256, 1024, 4096])
     parser.add_argument("--types", nargs="*", choices=list(TYPES), default=list(TYPES))
     parser.add_argument("--layers", type=int, default=4)

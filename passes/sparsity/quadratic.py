@@ -14,8 +14,8 @@ import torch
 
 from regauge.passes.calibration.moments import Moments
 
-_STEPS = 400  # conjugate gradient steps at most
-_CLOSE = 1e-7  # norm of what is left of the gradient, as a share of the first one's
+_STEPS = 200  # conjugate gradient steps at most
+_CLOSE = 1e-5  # norm of what is left of the gradient, as a share of the first one's
 
 
 @dataclass

@@ -21,6 +21,7 @@ from regauge.passes.calibration.side_by_side import SideBySide
 from regauge.passes.sparsity.column_updates import prune_by_columns
 from regauge.passes.sparsity.patterns import Blocks, NofM, Pattern, Unstructured, grouped
 from regauge.passes.sparsity.quadratic import Quadratic, change_of_output, least_error, refit
+from regauge.passes.sparsity.quick_swaps import exchange_with_fixed
 from regauge.passes.sparsity.refinement import swap_by_means
 from regauge.passes.sparsity.swaps import exchange
 
@@ -29,7 +30,7 @@ Refinement: TypeAlias = Literal["off", "means", "exchange"]
 Update: TypeAlias = Literal["off", "columns", "least-squares"]
 
 RIDGE = 1e-2  # share of the mean square of a column
-MOST_WORK = 2e12  # multiply-accumulates that exchanging entries of one layer may take
+MOST_WORK = 2e11  # multiply-accumulates that exact exchanges in one layer may take to begin with
 _MOST_EXCHANGES = 200  # per row
 
 
@@ -48,7 +49,7 @@ class Done:
     """What was done, by the names of the layers' weights."""
 
     zeros: dict[str, int] = field(default_factory=dict)
-    not_exchanged: int = 0
+    large: int = 0  # layers whose entries change places with all other weights held fixed
 
 
 def mask_by_magnitude(layer: Layer, pattern: Pattern, share: float) -> torch.Tensor:
@@ -130,7 +131,8 @@ class _Solver:
             if self._work() <= MOST_WORK:
                 kept, weight = exchange(self.problem, kept, self._group(), _MOST_EXCHANGES)
             else:
-                done.not_exchanged += 1
+                kept, weight = exchange_with_fixed(self.problem, kept, updated, self._group(), _MOST_EXCHANGES)
+                done.large += 1
         if weight is None:
             weight = {
                 "off": ordered * kept,

@@ -92,6 +92,8 @@ class Sparsify(Pass):
             raise PassError(f"sparsify: refine={self.refine} is not for {pattern}, whose rows depend on one another")
         if self.refine == "exchange" and self.update not in (None, "least-squares"):
             raise PassError(f"sparsify: refine=exchange counts on update=least-squares, not {self.update}")
+        if self.refine == "means" and self.update == "columns":
+            raise PassError("sparsify: update=columns solves for the mask of obs, which refine=means would change")
         if self.update == "columns" and self.method not in (None, "obs"):
             raise PassError(f"sparsify: update=columns belongs to method=obs, not {self.method}")
 
@@ -114,8 +116,8 @@ class Sparsify(Pass):
         context.note(f"{pattern}: {gone:.1%} of the weights of {len(layers)} layers are zero")
         if batches is not None:
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")
-        if done.not_exchanged:
-            context.note(f"{done.not_exchanged} layers are too large to exchange entries of their masks")
+        if done.large:
+            context.note(f"{done.large} large layers: entries changed places with the other weights held fixed")
         return result
 
     def _pattern(self) -> Pattern:

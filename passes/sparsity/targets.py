@@ -11,6 +11,7 @@ from regauge.passes.name_patterns import check_patterns, matches
 from regauge.passes.sparsity.patterns import Pattern
 
 _LINEAR = {"linear", "conv", "matmul"}
+_CHOSEN = {"not included", "excluded"}
 
 
 def find_layers(
@@ -31,6 +32,8 @@ def find_layers(
             seen.add(value)
             layer = layer_of(node) if owner is graph and value is node.inputs[1] else None
             reason = _reason(node, value, layer, pattern, include, exclude)
+            if owner is not graph and node.op in _LINEAR and reason not in _CHOSEN:
+                reason = "it lies in a branch or the body of a loop"
             if reason:
                 left[reason] += 1
             elif layer is not None:

@@ -1,9 +1,10 @@
 """Masks that are N:M along rows and along columns, so that the backward pass, or a transposed use, has the pattern too.
 
 Every M x M block is a matter of its own: choose entries of a high sum, at most N in each row and column (Hubara et al.
-2021, Accelerated Sparse Neural Training, section 4). For M = 4 all 90 masks of 2:4 (24 of 1:4 and of 3:4) are tried, so
-the choice is the best one. For greater M entries are taken in falling order where row and column have room, which is at
-least half of the best sum (their section 4.2), and then exchanged in pairs while that raises it.
+2021, Accelerated Sparse Neural Training, section 4). For M = 4 all 90 masks of 2:4 (24 of 1:4 and of 3:4) are tried,
+so the choice is the best one. For greater M entries are taken in falling order where row and column have room, which
+is at least half of the best sum (their section 4.2); what that leaves unfilled is filled, and entries change places in
+pairs while the sum rises.
 """
 
 from __future__ import annotations
@@ -56,7 +57,28 @@ def _greedy(blocks: torch.Tensor, keep: int) -> torch.Tensor:
         kept[every, entry] = room
         in_row[every, row] += room
         in_column[every, column] += room
-    return _exchanged(blocks, kept.reshape(count, size, size))
+    return _exchanged(blocks, _filled(blocks, kept.reshape(count, size, size), keep))
+
+
+def _filled(blocks: torch.Tensor, kept: torch.Tensor, keep: int) -> torch.Tensor:
+    """Row r and column d that have room, though not for (r, d): (r, c) and (s, d) come where (s, c) goes."""
+    count, size = blocks.shape[:2]
+    for _ in range(size * keep):
+        row, column = kept.sum(2) < keep, kept.sum(1) < keep
+        comes = torch.where(kept, -torch.inf, blocks)
+        goes = torch.where(kept, blocks, torch.inf)
+        first = comes + torch.where(row, 0, -torch.inf)[:, :, None]  # (r, c)
+        second = comes + torch.where(column, 0, -torch.inf)[:, None, :]  # (s, d)
+        gain = first[:, :, :, None, None] + second[:, None, None, :, :]  # [blocks, r, c, s, d]
+        gain = (gain - goes.transpose(1, 2)[:, None, :, :, None]).reshape(count, -1)
+        best, place = gain.max(1)
+        open_blocks = best.isfinite().nonzero()[:, 0]
+        if not len(open_blocks):
+            break
+        r, c, s, d = torch.unravel_index(place[open_blocks], (size, size, size, size))
+        kept[open_blocks, s, c] = False
+        kept[open_blocks, r, c] = kept[open_blocks, s, d] = True
+    return kept
 
 
 def _exchanged(blocks: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

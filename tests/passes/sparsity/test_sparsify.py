@@ -190,6 +190,21 @@ def test_reordered_networks_compute_the_same(network: Network) -> None:
         assert float((y - z).abs().max()) <= 1e-6 * float(y.abs().max())
 
 
+def test_large_layers_are_bettered_without_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, data, unseen = transformer()
+    off = error(graph, regauge.optimize(graph, "sparsify{refine=off}", data=data), unseen)
+    monkeypatch.setattr("regauge.passes.sparsity.sequential.MOST_WORK", 0)
+    sparse = regauge.optimize(graph, "sparsify", data=data)
+    assert error(graph, sparse, unseen) < 1.2 * off  # what layers save does not add up in so small a network
+    assert "4 large layers: entries changed places with the other weights held fixed" in str(sparse.report)
+
+
+def test_infinite_inputs_are_told_with_their_layer() -> None:
+    graph, data, _ = convolutional()
+    with pytest.raises(PassError, match="infinite numbers on the calibration data"):
+        regauge.optimize(graph, "sparsify", data=[data[0] * torch.inf])
+
+
 def test_what_is_left_alone_is_counted_with_its_reason() -> None:
     graph, data, _ = convolutional()
     left = regauge.optimize(graph, "sparsify{exclude=[11.*]}").report.passes[0].left
@@ -210,6 +225,7 @@ def test_what_is_left_alone_is_counted_with_its_reason() -> None:
         ("pattern=unstructured,transposable=true", "is for patterns N:M"),
         ("method=obs", "needs data for method=obs"),
         ("transposable=true,refine=exchange", "rows depend on one another"),
+        ("refine=means,update=columns", "which refine=means would change"),
         ("exclude=[haed.*]", "matches no parameter"),
     ],
 )
