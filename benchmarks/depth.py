@@ -1,6 +1,6 @@
 """What removing whole blocks without fine-tuning leaves of trained networks, refitted and not.
 
-    python benchmarks/depth.py [--write] [--windows 256] [--crops 250]
+    python benchmarks/depth.py [--write] [--networks char_gpt resnet56] [--windows 256] [--crops 250]
 
 Of a GPT on characters the perplexity over text that it was not trained on, beside the original's; of a residual network
 for 32x32 images the share of held-out crops of photographs put into the class that the original puts them in, and the
@@ -28,24 +28,22 @@ from benchmarks import char_gpt, cifar_resnet
 from benchmarks.prune import Judge
 from benchmarks.report import append_table, environment
 
-HEADS = ["network", "pass", "data", "removed", "parameters", "result", "seconds"]
+NETWORKS = ("char_gpt", "resnet56")
+HEADS = ["pass", "data", "removed", "parameters", "result", "seconds"]
 GPT = (
     ("depth{blocks=1}", False),
     ("depth{blocks=1,compensate=false}", True),
-    ("depth{blocks=1,score=similarity}", True),
     ("depth{blocks=1}", True),
     ("depth{blocks=2,compensate=false}", True),
     ("depth{blocks=2}", True),
     ("depth{params=0.65,unit=block}", True),
-    ("depth{params=0.65,iterative=false}", True),
     ("depth{params=0.65}", True),
 )
 RESNET = (
-    ("depth{blocks=3,compensate=false}", True),
+    ("depth{blocks=3,score=similarity,compensate=false}", True),
     ("depth{blocks=3,score=similarity}", True),
+    ("depth{blocks=3,compensate=false}", True),
     ("depth{blocks=3}", True),
-    ("depth{blocks=9,compensate=false}", True),
-    ("depth{blocks=9}", True),
 )
 
 
@@ -57,7 +55,7 @@ def measure(
     result: Callable[[nn.Module], str],
 ) -> list[list[str]]:
     """One row per pipeline, the original first."""
-    rows = [[name, "original", "", "", "100%", result(graph.to_torch().eval()), ""]]
+    rows = [["original", "", "", "100%", result(graph.to_torch().eval()), ""]]
     for pipeline, with_data in pipelines:
         start = time.perf_counter()
         small = regauge.optimize(graph, pipeline, data=batches if with_data else None)
@@ -66,8 +64,8 @@ def measure(
         removed = ", ".join(cut.dim for cut in entry.cuts)
         kept = f"{entry.after.parameters / entry.before.parameters:.1%}"
         found = result(small.to_torch().eval())
-        rows.append([name, pipeline, "yes" if with_data else "no", removed, kept, found, f"{seconds:.0f}"])
-        print("  ".join(rows[-1]), flush=True)
+        rows.append([pipeline, "yes" if with_data else "no", removed, kept, found, f"{seconds:.0f}"])
+        print(name, "  ".join(rows[-1]), flush=True)
     return rows
 
 
@@ -93,20 +91,22 @@ def residual(depth: int, crops: int) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", choices=["char_gpt", "resnet20", "resnet56"], default=NETWORKS)
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--crops", type=int, default=250)
-    parser.add_argument("--depth", type=int, default=56)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = character_gpt(options.windows) + residual(options.depth, options.crops)
-    print(environment())
-    if options.write:
-        note = (
-            f"No fine-tuning. {options.windows} windows of training text, {options.crops} calibration crops; measured "
-            "on the first half of the validation text, and on 1,000 crops of the other halves of the photographs."
-        )
-        append_table("Removing blocks without fine-tuning", HEADS, rows, note)
+    for name in options.networks:
+        if name == "char_gpt":
+            rows = character_gpt(options.windows)
+            note = f"{options.windows} windows of training text; perplexity over the first half of the validation text."
+        else:
+            rows = residual(int(name.removeprefix("resnet")), options.crops)
+            note = f"{options.crops} calibration crops; 1,000 crops of the other halves of the photographs."
+        print(environment())
+        if options.write:
+            append_table(f"Removing blocks without fine-tuning: {name}", HEADS, rows, note)
 
 
 if __name__ == "__main__":

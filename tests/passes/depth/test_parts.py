@@ -123,6 +123,18 @@ def test_a_branch_that_broadcasts_its_shortcut_is_left_alone() -> None:
     assert not branches and not blocks and left == {OTHER_SHAPE: 1}
 
 
+def test_every_addend_of_a_long_sum_is_a_branch() -> None:
+    graph = Graph("experts")
+    build = Builder(graph)
+    x = total = build.input("x", (3, 4), torch.float64)
+    for expert in range(5):
+        weight = build.parameter(f"experts.{expert}.weight", torch.randn(4, 4).double())
+        total = build.add(total, build.linear(build.tanh(x), weight))
+    graph.outputs = [build.tanh(total)]
+    branches, _, left = found_in(graph)
+    assert names(branches) == [f"experts.{expert}" for expert in range(5)] and not left
+
+
 def test_structure_tells_wiring_apart() -> None:
     graph = Graph("wiring")
     build = Builder(graph)
