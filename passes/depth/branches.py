@@ -38,6 +38,8 @@ class _Branches:
         self.parts: list[Part] = []
         self.left: Counter[str] = Counter()
         self._inner: set[Node] = set()  # sums inside a branch, with that branch
+        self._addends: dict[Node, list[_Branch]] = {}
+        self._starts: dict[Value, Value | None] = {}
 
     def look_at(self, node: Node) -> None:
         if not is_sum(node) or node in self._inner:
@@ -76,6 +78,11 @@ class _Branches:
 
     def _weighted(self, node: Node) -> list[_Branch]:
         """The addends of a sum that only it reads, and that have weights of their own; the later one first."""
+        if node not in self._addends:
+            self._addends[node] = self._find_weighted(node)
+        return self._addends[node]
+
+    def _find_weighted(self, node: Node) -> list[_Branch]:
         found = []
         for value, other in (node.inputs, node.inputs[::-1]):
             assert isinstance(value, Value) and isinstance(other, Value)
@@ -87,13 +94,19 @@ class _Branches:
         return sorted(found, key=lambda branch: -self.order.position[branch.nodes[-1]])
 
     def _reads(self, branch: _Branch, shortcut: Value) -> bool:
-        return self.order.depends([branch.value], shortcut, stop=lambda node: is_sum(node) and node not in branch.nodes)
+        inside = set(branch.nodes)
+        return self.order.depends([branch.value], shortcut, stop=lambda node: is_sum(node) and node not in inside)
 
     def _shortcut(self, value: Value) -> Value | None:
         """Where a shortcut without weights starts: the value itself, or what it is computed from.
 
         Of a sum that is only an addend itself it is the shortcut of that sum.
         """
+        if value not in self._starts:
+            self._starts[value] = self._find_shortcut(value)
+        return self._starts[value]
+
+    def _find_shortcut(self, value: Value) -> Value | None:
         nodes = self.order.needed_by([value]) if len(value.uses) == 1 and value not in self.order.held else []
         if not own_weights(nodes):
             outside = read_outside(nodes) if nodes else [value]

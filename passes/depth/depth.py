@@ -43,7 +43,8 @@ class Depth(Pass):
 
     Give exactly one of blocks, ratio, params and macs; params and macs are what is kept. With data the layers behind a
     removed part, and those that write into the stream in front of it, are refitted by least squares so that the stream
-    comes back, without gradients; parts are then chosen by what is lost after that. Without data, parts are chosen by
+    comes back, without gradients; parts are then chosen by what is lost after that, which refits once per part on a
+    few examples (score=similarity runs once for all parts). Without data, parts are chosen by
     how far made-up inputs (normal numbers, random indices) move the outputs.
     """
 

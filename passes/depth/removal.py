@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from regauge.ir.edit import dead_nodes, record, remove_dead, replace_uses
+from regauge.ir.edit import dead_nodes, record, remove_dead, remove_parameter, replace_uses
 from regauge.ir.graph import Graph, Value
 from regauge.ir.graph_copy import copy_graph
 from regauge.passes.depth.parts import Order, Part
@@ -43,8 +43,23 @@ def without(graph: Graph, parts: Iterable[Part], *, by: str) -> tuple[Graph, dic
             moved[known[repeated]] = new
         record(result, by, f"{part.name}: removed")
     remove_dead(result, keep={node.name for node in dead_nodes(graph)})
+    _forget_modules(graph, result, by)
     live = set(result.values())
     return result, {old: new for old, new in moved.items() if new in live}
+
+
+def _forget_modules(graph: Graph, result: Graph, by: str) -> None:
+    """Remove what nothing reads of modules that are gone: a batch norm counts its batches in a buffer of its own."""
+    gone = {_module(name) for name in graph.parameters.keys() - result.parameters.keys()}
+    gone -= {_module(name) for name, parameter in result.parameters.items() if parameter.was_read}
+    for name, parameter in list(result.parameters.items()):
+        is_output = any(output is parameter for output in result.outputs)
+        if _module(name) in gone - {""} and not parameter.was_read and not is_output:
+            remove_parameter(result, parameter, by=by)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _skip(result: Graph, old: Value, new: Value) -> None:

@@ -92,7 +92,7 @@ def _back(node: Node, lost: list[torch.Tensor], read: Read) -> list[torch.Tensor
         return [_divided(part, gain.reshape([1, -1] + [1] * (part.dim() - 2))) for part in lost]
     if node.op == "mul":
         scale = next(operand for slot, operand in enumerate(node.inputs) if _is_fixed(node, slot))
-        gain = scale.tensor.detach() if isinstance(scale, Parameter) else torch.tensor(float(scale))
+        gain = scale.tensor.detach() if isinstance(scale, Parameter) else torch.as_tensor(scale)
         return [_divided(part, gain) for part in lost]
     return lost
 

@@ -20,6 +20,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Value
 from regauge.ir.lockstep import Lockstep
+from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.depth.healing import heal
 from regauge.passes.depth.parts import Part
@@ -27,21 +28,22 @@ from regauge.passes.depth.removal import without
 
 Criterion: TypeAlias = Literal["distortion", "macro", "similarity"]
 
+EXAMPLES = 128  # that removals are judged on: they rank parts as more do, and a part more costs a run of them
 _ROWS = 16  # per column of a layer that is refitted to judge a removal: 256 of them rank parts no better
 
 
 class Judge:
     """The loss of removing parts from a graph, measured on batches.
 
-    ``healed``: layers are refitted first, on all batches but the last, which is the one that is measured on; where
-    there is one batch it serves for both.
+    Looked at are the first batches that hold :data:`EXAMPLES`. ``healed``: layers are refitted first, on these, and
+    what is measured on is the last batch, which is none of them unless there is only one.
     """
 
     def __init__(self, graph: Graph, batches: Sequence[Any], criterion: Criterion, *, healed: bool, by: str) -> None:
         self.graph, self.criterion, self.by = graph, criterion, by
         self.healed = healed and criterion == "distortion"
-        self.seen = list(batches[:-1]) or list(batches)
-        self.measured = list(batches[-1:]) if self.healed else list(batches)
+        self.seen = _first_examples(batches[:-1] or batches)
+        self.measured = list(batches[-1:]) if self.healed else _first_examples(batches)
         self.expected = [_outputs(graph.run(batch)) for batch in self.measured]
         self.features = _contracted(graph)
         if not any(self.expected):
@@ -96,6 +98,13 @@ class Judge:
         axes = [a for a, e in enumerate(self.graph.axes.of[part.result]) if self.features & set(leaves(e))]
         axes = axes or list(range(1, part.result.rank)) or [0]
         return _mean([1 - torch.cosine_similarity(_rows(a, axes), _rows(b, axes), dim=-1) for a, b in pairs])
+
+
+def _first_examples(batches: Sequence[Any]) -> list[Any]:
+    found: list[Any] = []
+    while len(found) < len(batches) and sum(map(examples_in, found)) < EXAMPLES:
+        found.append(batches[len(found)])
+    return found
 
 
 def _outputs(found: Sequence[Any]) -> list[torch.Tensor]:
