@@ -25,8 +25,9 @@ from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
 from regauge.passes.pruning.compensation import compensate
 from regauge.passes.pruning.distortion import distortion_scores
+from regauge.passes.pruning.rate_distortion import measured_curves
 from regauge.passes.pruning.scores import Criterion, Scores, batch_norm_gains, score
-from regauge.passes.pruning.selection import select
+from regauge.passes.pruning.selection import best, select
 from regauge.passes.rounding import Rounding
 
 _MOST_GOES = 0.9  # ranked together, a Dim still keeps a tenth of its indices: no layer vanishes
@@ -132,10 +133,12 @@ class Prune(Pass):
 
     def _batches(self, graph: Graph, context: Context) -> list[Any] | None:
         """The calibration data, where there is any and the options want it."""
-        wanted = "score=distortion" if self.score == "distortion" else "compensate" if self.compensate else ""
+        needing = {"score=distortion": self.score == "distortion", "scope=dp": self.scope == "dp"}
+        wanted = next((name for name, needs in needing.items() if needs), "compensate" if self.compensate else "")
         if context.data is None and wanted:
             raise PassError(f"prune needs data for {wanted}: give batches, optimize(graph, passes, data=...)")
-        if context.data is None or (self.score not in (None, "distortion") and self.compensate is False):
+        unread = self.score not in (None, "distortion") and self.compensate is False and self.scope != "dp"
+        if context.data is None or unread:
             return None
         return calibration_batches(graph, context)
 
@@ -162,6 +165,10 @@ class Prune(Pass):
         multiple = device_of(self.device).multiple if self.round_to == "device" else self.round_to
         rounding = Rounding(graph, multiple)
         search = Search(graph, with_multiples(choices, rounding), scope, str(self), losses)
+        if scope == "dp":
+            refit = self.compensate is not False
+            curves = measured_curves(graph, search.choices, scores, batches or [], refit=refit)
+            search = replace(search, curves=curves)
         if self.ratio is not None and scope not in ("knapsack", "dp"):
             decided = round_wishes(choices, replace(search, choices=choices).wishes()(self.ratio), rounding)
             self._note_stuck([choice for choice, _ in decided], multiple, context)
@@ -212,11 +219,6 @@ def _first(graph: Graph, batches: Sequence[Any] | None, context: Context) -> Any
     """The first batch of the data, where there is any, as the graph takes it."""
     found = calibration_batches(graph, context) if batches is None and context.data is not None else batches
     return found[0] if found else None
-
-
-def best(scores: np.ndarray, count: int) -> np.ndarray:
-    """The sorted indices of the ``count`` highest scores; of equals the first."""
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
 def _note_without_batch_norm(graph: Graph, groups: Sequence[Group], context: Context) -> None:

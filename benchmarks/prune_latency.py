@@ -1,0 +1,151 @@
+"""Pruning to a latency, measured, beside pruning to multiply-accumulates that give the same latency.
+
+    python benchmarks/prune_latency.py [--write] [--latency 0.6] [--networks resnet mobilenet transformer]
+
+Networks of random weights are cut to a share of their time in onnxruntime and in torch, one thread. Asked and measured
+shares are those of the pass and of a second measurement afterwards, in which all versions run in turns. For comparison
+the share of MACs is searched for (global ranking, no notion of time) that measures the same latency: what it keeps of
+parameters and MACs, and what torch-pruning would get where it takes a share of MACs for a share of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+
+import regauge
+from benchmarks.report import append_table, environment
+from regauge.backends.latency import measure
+from regauge.ir.cost import figures
+from regauge.ir.graph import Graph
+
+HEADS = [
+    "network", "runtime", "method", "asked", "as measured by the pass", "measured afterwards", "noise", "MACs kept",
+    "parameters kept", "seconds",
+]  # fmt: skip
+
+
+class Encoder(nn.Module):
+    """A small transformer over tokens that are vectors already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(192, 6, 768, dropout=0.0, batch_first=True, activation="gelu")
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(192, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.layers(x).mean(1))
+        return logits
+
+
+def resnet() -> tuple[nn.Module, torch.Tensor]:
+    from torchvision.models import resnet18
+
+    return resnet18(), torch.randn(1, 3, 96, 96)
+
+
+def mobilenet() -> tuple[nn.Module, torch.Tensor]:
+    from torchvision.models import mobilenet_v2
+
+    return mobilenet_v2(), torch.randn(1, 3, 96, 96)
+
+
+def transformer() -> tuple[nn.Module, torch.Tensor]:
+    return Encoder(), torch.randn(1, 64, 192)
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
+    "resnet": resnet,
+    "mobilenet": mobilenet,
+    "transformer": transformer,
+}
+
+
+def graphs(name: str) -> dict[str, Graph]:
+    """The network as captured, and as loaded from ONNX, which decides where its latency is measured."""
+    torch.manual_seed(0)
+    model, example = NETWORKS[name]()
+    graph = regauge.capture(model.eval(), (example,))
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = regauge.load(graph.to_onnx(Path(folder) / "model.onnx"))
+        for parameter in loaded.all_parameters():
+            parameter.weight.load()
+        return {"torch": graph, "onnxruntime": loaded}
+
+
+def kept(graph: Graph, small: Graph) -> list[str]:
+    before, after = figures(graph), figures(small)
+    return [f"{after.macs / before.macs:.2f}", f"{after.parameters / before.parameters:.2f}"]
+
+
+def by_macs(graph: Graph, share: float) -> tuple[Graph, float]:
+    """The version of the greatest share of MACs, of twelve, that takes at most a share of the time; and that share."""
+    versions = {
+        macs / 100: regauge.optimize(graph, f"prune{{macs={macs / 100},scope=global}}") for macs in range(20, 80, 5)
+    }
+    original, *timings = measure([graph, *versions.values()])
+    fits = [
+        macs
+        for macs, timing in zip(versions, timings, strict=True)
+        if timing.milliseconds <= share * original.milliseconds
+    ]
+    macs = max(fits, default=min(versions))
+    return versions[macs], macs
+
+
+def rows_of(name: str, share: float) -> list[list[str]]:
+    rows = []
+    for runtime, graph in graphs(name).items():
+        start = time.perf_counter()
+        ours = regauge.optimize(graph, f"prune{{latency={share},scope=global}}")
+        seconds = time.perf_counter() - start
+        told = next(note for note in ours.report.passes[0].notes if note.startswith("latency"))
+        alike, macs = by_macs(graph, share)
+        same = regauge.optimize(graph, f"prune{{macs={share},scope=global}}")
+        original, *timings = measure([graph, ours, alike, same])
+        measured = [f"{timing.milliseconds / original.milliseconds:.3f}" for timing in timings]
+        noise = [f"{(timing.noise**2 + original.noise**2) ** 0.5:.1%}" for timing in timings]
+        methods = [
+            ("latency", f"{share:.2f}", _shares(told), ours, f"{seconds:.0f}"),
+            ("MACs, searched for the same time", f"{macs:.2f} of MACs", "-", alike, "-"),
+            ("MACs, the same share", f"{share:.2f} of MACs", "-", same, "-"),
+        ]
+        for (method, asked, own, small, took), after, error in zip(methods, measured, noise, strict=True):
+            rows.append([name, runtime, method, asked, own, after, error, *kept(graph, small), took])
+            print("  ".join(rows[-1]), flush=True)
+    return rows
+
+
+def _shares(note: str) -> str:
+    """What the pass measured as a share: ``latency: 3.1 ms of 5.2 ms measured in ...``."""
+    words = note.split()
+    return f"{float(words[1]) / float(words[4]):.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latency", type=float, default=0.6)
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = [row for name in options.networks for row in rows_of(name, options.latency)]
+    print(environment())
+    if options.write:
+        note = "Random weights; one thread, medians of runs in turns, as shares of the original's time."
+        append_table("Pruning to a latency", HEADS, rows, note)
+
+
+if __name__ == "__main__":
+    main()
