@@ -3,9 +3,10 @@
     python benchmarks/prune_latency.py [--write] [--latency 0.6] [--networks resnet mobilenet transformer]
 
 Networks of random weights are cut to a share of their time in onnxruntime and in torch, one thread. Asked and measured
-shares are those of the pass and of a second measurement afterwards, in which all versions run in turns. For comparison
-the share of MACs is searched for (global ranking, no notion of time) that measures the same latency: what it keeps of
-parameters and MACs, and what torch-pruning would get where it takes a share of MACs for a share of time.
+shares are those of the pass and of a second measurement afterwards, in which all versions run in turns. Beside that the
+share of MACs is searched for that measures the same latency, and the time is measured of the version that has the asked
+share of MACs, as a tool gives it that takes MACs for time. What is kept of the scores (the L2 norms by which both
+choose, each by the same knapsack) says which of two versions of equal time is the better one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,10 +30,11 @@ from benchmarks.report import append_table, environment
 from regauge.backends.latency import measure
 from regauge.ir.cost import figures
 from regauge.ir.graph import Graph
+from regauge.passes.pruning.scores import score
 
 HEADS = [
     "network", "runtime", "method", "asked", "as measured by the pass", "measured afterwards", "noise", "MACs kept",
-    "parameters kept", "seconds",
+    "parameters kept", "scores kept", "seconds",
 ]  # fmt: skip
 
 
@@ -85,34 +88,39 @@ def graphs(name: str) -> dict[str, Graph]:
 
 
 def kept(graph: Graph, small: Graph) -> list[str]:
+    """Shares of MACs, of parameters and of all scores that are left."""
     before, after = figures(graph), figures(small)
-    return [f"{after.macs / before.macs:.2f}", f"{after.parameters / before.parameters:.2f}"]
+    groups = [group for group in graph.groups() if group.free]
+    scores = score(graph, groups, "l2")
+    counts = {cut.dim: cut.after for cut in small.report.passes[0].cuts}
+    left = sum(np.sort(scores[g.dim])[::-1][: counts.get(g.name, g.size)].sum() for g in groups)
+    total = sum(own.sum() for own in scores.values())
+    return [f"{after.macs / before.macs:.2f}", f"{after.parameters / before.parameters:.2f}", f"{left / total:.3f}"]
 
 
 def by_macs(graph: Graph, share: float) -> tuple[Graph, float]:
-    """The version of the greatest share of MACs, of twelve, that takes at most a share of the time; and that share."""
-    versions = {
-        macs / 100: regauge.optimize(graph, f"prune{{macs={macs / 100},scope=global}}") for macs in range(20, 80, 5)
-    }
-    original, *timings = measure([graph, *versions.values()])
-    fits = [
-        macs
-        for macs, timing in zip(versions, timings, strict=True)
-        if timing.milliseconds <= share * original.milliseconds
-    ]
-    macs = max(fits, default=min(versions))
-    return versions[macs], macs
+    """The version by MACs that takes a share of the time, and its share of MACs: by bisection on the measured time."""
+    low, high = 0.1, 1.0
+    for _ in range(6):
+        macs = (low + high) / 2
+        small = regauge.optimize(graph, f"prune{{macs={macs:.4f},scope=knapsack}}")
+        original, timing = measure([graph, small])
+        if timing.milliseconds > share * original.milliseconds:
+            high = macs
+        else:
+            low, best, found = macs, small, macs
+    return best, found
 
 
 def rows_of(name: str, share: float) -> list[list[str]]:
     rows = []
     for runtime, graph in graphs(name).items():
         start = time.perf_counter()
-        ours = regauge.optimize(graph, f"prune{{latency={share},scope=global}}")
+        ours = regauge.optimize(graph, f"prune{{latency={share},scope=knapsack}}")
         seconds = time.perf_counter() - start
         told = next(note for note in ours.report.passes[0].notes if note.startswith("latency"))
         alike, macs = by_macs(graph, share)
-        same = regauge.optimize(graph, f"prune{{macs={share},scope=global}}")
+        same = regauge.optimize(graph, f"prune{{macs={share},scope=knapsack}}")
         original, *timings = measure([graph, ours, alike, same])
         measured = [f"{timing.milliseconds / original.milliseconds:.3f}" for timing in timings]
         noise = [f"{(timing.noise**2 + original.noise**2) ** 0.5:.1%}" for timing in timings]

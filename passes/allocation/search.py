@@ -74,11 +74,11 @@ class Search:
             return isomorphic_wishes(self.choices, signatures(self.graph, [c.dim for c in self.choices]))
         return ranked_wishes(self.choices)
 
-    def counts(self, budgets: Budgets) -> Counts:
-        """The counts within the budgets; raises PassError naming one that cannot be met."""
+    def counts(self, budgets: Budgets, near: Counts | None = None) -> Counts:
+        """The counts within the budgets, ``near`` those of nearly the same; PassError names one that cannot be met."""
         if self.scope in ("knapsack", "dp"):
             curves = self.curves or {choice.dim: score_curve(choice) for choice in self.choices}
-            return Knapsack(self.choices, curves, budgets, self.what).solve()
+            return Knapsack(self.choices, curves, budgets, self.what).solve(near)
         if self.scope == "uniform":
             return allocate(self.choices, uniform_plan(self.choices), budgets, self.what)
         if self.scope == "isomorphic":
