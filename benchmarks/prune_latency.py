@@ -52,16 +52,57 @@ class Encoder(nn.Module):
         return logits
 
 
-def resnet() -> tuple[nn.Module, torch.Tensor]:
-    from torchvision.models import resnet18
+class Block(nn.Module):
+    """Layers beside a shortcut, which is a convolution where sizes change."""
 
-    return resnet18(), torch.randn(1, 3, 96, 96)
+    def __init__(self, layers: nn.Sequential, shortcut: nn.Module, last: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.shortcut, self.last = layers, shortcut, last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.layers(x) + self.shortcut(x))
+        return y
+
+
+def layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
+    parts = [
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs),
+    ]
+    return nn.Sequential(*parts, *([nn.ReLU()] if act else []))
+
+
+def headed(layers: list[nn.Module], width: int) -> nn.Sequential:
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1000))
+
+
+def resnet() -> tuple[nn.Module, torch.Tensor]:
+    """ResNet-18 of He et al. 2016."""
+    layers, width = [layer(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)], 64
+    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        for step in (stride, 1):
+            body = nn.Sequential(layer(width, outputs, 3, step), layer(outputs, outputs, 3, act=False))
+            changes = width != outputs
+            shortcut = layer(width, outputs, 1, step, act=False) if changes else nn.Identity()
+            layers.append(Block(body, shortcut, nn.ReLU()))
+            width = outputs
+    return headed(layers, width), torch.randn(1, 3, 96, 96)
 
 
 def mobilenet() -> tuple[nn.Module, torch.Tensor]:
-    from torchvision.models import mobilenet_v2
-
-    return mobilenet_v2(), torch.randn(1, 3, 96, 96)
+    """MobileNet v2 of Sandler et al. 2018."""
+    layers: list[nn.Module] = [layer(3, 32, 3, 2)]
+    width = 32
+    table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    for expansion, outputs, repeats, first in table:
+        for step in [first] + [1] * (repeats - 1):
+            hidden = width * expansion
+            expand = [layer(width, hidden, 1)] if expansion > 1 else []
+            body = nn.Sequential(*expand, layer(hidden, hidden, 3, step, hidden), layer(hidden, outputs, 1, act=False))
+            plain = step > 1 or width != outputs
+            layers.append(body if plain else Block(body, nn.Identity(), nn.Identity()))
+            width = outputs
+    return headed([*layers, layer(width, 1280, 1)], 1280), torch.randn(1, 3, 96, 96)
 
 
 def transformer() -> tuple[nn.Module, torch.Tensor]:

@@ -192,7 +192,7 @@ class Knapsack:
         """What each count costs more than the least, where the other Dims are as the budgets have them."""
         asked = counts[np.unique(np.linspace(0, len(counts) - 1, _MOST_PRICED).round().astype(int))]
         shares = [
-            weight * np.array([budget.meter.with_size(choice.dim, int(count)) for count in asked]) / budget.target
+            weight * np.array([budget.load_of(budget.meter.with_size(choice.dim, int(count))) for count in asked])
             for weight, budget in zip(multipliers, self.budgets, strict=True)
         ]
         total = np.interp(counts, asked, np.maximum.accumulate(np.sum(shares, axis=0)))

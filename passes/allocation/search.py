@@ -92,7 +92,7 @@ def _per_cost(choice: Choice, budgets: Budgets) -> Choice:
     """A choice with what is lost per unit of the budgets: of each Dim half is taken, since costs may fall in steps."""
     half = choice.size // 2
     saved = sum(
-        (budget.meter.original - budget.meter.with_size(choice.dim, half)) / budget.target
+        budget.load_of(budget.meter.original) - budget.load_of(budget.meter.with_size(choice.dim, half))
         for budget in budgets
         if budget.meter.original > budget.target
     )

@@ -73,7 +73,7 @@ class Prune(Pass):
     scope: Scope | None = option(
         None,
         "the same share of every Dim, one ranking of all, one of each class of Dims that are alike, the best sum of "
-        "scores, or of measured losses (dp, with data); uniform, but global for budgets with distortion",
+        "scores, or of measured losses (dp, with data); uniform, but knapsack for budgets with distortion",
     )
     score: Criterion | None = option(
         None,
@@ -160,7 +160,7 @@ class Prune(Pass):
         context: Context,
     ) -> Counts:
         losses = criterion == "distortion" and self.ratio is None
-        scope: Scope = self.scope or ("global" if losses else "uniform")
+        scope: Scope = self.scope or ("knapsack" if losses else "uniform")
         choices = [self._choice(group, scores[group.dim], scope == "uniform") for group in groups]
         multiple = device_of(self.device).multiple if self.round_to == "device" else self.round_to
         rounding = Rounding(graph, multiple)
