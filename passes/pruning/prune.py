@@ -72,8 +72,9 @@ class Prune(Pass):
     latency: float | str | None = option(None, "time of one run: a share or a time (5ms)")
     scope: Scope | None = option(
         None,
-        "the same share of every Dim, one ranking of all, one of each class of Dims that are alike, the best sum of "
-        "scores, or of measured losses (dp, with data); uniform, but knapsack for budgets with distortion",
+        "uniform: the same share of every Dim; global: one ranking of all indices; isomorphic: one for each class of "
+        "Dims that are alike; knapsack: the best sum of scores; dp: the least sum of losses measured on data; default "
+        "uniform, but knapsack for budgets with distortion",
     )
     score: Criterion | None = option(
         None,
@@ -82,12 +83,12 @@ class Prune(Pass):
     )
     compensate: bool | None = option(None, "refit the layers behind cuts on data; true where data is given")
     round_to: int | Literal["device"] = option(
-        1, "sizes of axes that are cut stay multiples of this; of what the device prefers", at_least=1
+        1, "sizes of axes that are cut stay multiples of this; device: of the multiple that it prefers", at_least=1
     )
     device: str | Mapping[str, int | float] | None = option(
         None, "what latency is predicted for: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
     )
-    measure: bool = option(True, "measure latency where it is a budget, and do not only predict it")
+    measure: bool = option(True, "measure latency where it is a budget; false: only predict it")
     minimum: int = option(1, "indices that every Dim keeps", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of Dims or parameters: cut nothing else")
     exclude: tuple[str, ...] = option((), "globs on names of Dims or parameters: these keep their shape")
