@@ -1,11 +1,13 @@
 """What pruning without fine-tuning leaves of trained networks, beside torch-pruning.
 
     python benchmarks/prune.py [--write] [--depths 20 56] [--examples 1000]
+    python benchmarks/prune.py --scopes uniform global knapsack dp [--write] [--depths 20 56] [--examples 500]
 
 Residual networks for 32x32 images with trained weights are cut to shares of their multiply-accumulates. Shown are, on
 crops of photographs that no method saw, the share of images put into the class that the original puts them in, and the
 squared error of the logits as a share of their variance. The peer's row is the better of its magnitude and batch-norm
 criteria, ranked globally, each with batch norms estimated anew on the same crops; it cuts the channels inside blocks.
+With ``--scopes`` ways to weigh Dims against one another are compared, all by distortion and refitted.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,6 +36,7 @@ OURS = {
     "l2, refitted": ("prune{{macs={share},score=l2}}", True),
     "distortion, refitted": ("prune{{macs={share}}}", True),
 }
+SCOPES = ("uniform", "isomorphic", "global", "knapsack", "dp")
 HEADS = ["network", "MACs kept", "method", "same class", "error", "seconds"]
 
 
@@ -129,13 +132,36 @@ def measure(depth: int, examples: int) -> list[list[str]]:
     return rows
 
 
+def measure_scopes(depth: int, examples: int, scopes: Sequence[str]) -> list[list[str]]:
+    model = trained(depth)
+    judge = Judge(model, crops(1000, held_out=True))
+    data = [(batch,) for batch in crops(examples, held_out=False).split(125)]
+    graph = regauge.capture(model, (torch.zeros(2, 3, 32, 32),), dynamic={0: {0: "batch"}})
+    rows = []
+    for share in SHARES:
+        for scope in scopes:
+            start = time.perf_counter()
+            small = regauge.optimize(graph, f"prune{{macs={share},scope={scope}}}", data=data)
+            seconds, (same, error) = time.perf_counter() - start, judge(small.to_torch().eval())
+            rows.append([f"resnet{depth}", f"{share:.2f}", scope, f"{same:.1%}", f"{error:.3f}", f"{seconds:.0f}"])
+            print("  ".join(rows[-1]), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="*", default=[20, 56])
     parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--scopes", nargs="*", choices=SCOPES)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.scopes:
+        rows = [row for depth in options.depths for row in measure_scopes(depth, options.examples, options.scopes)]
+        if options.write:
+            note = f"No fine-tuning; {options.examples} calibration crops, 1,000 held-out crops of the other halves."
+            append_table("Allocation with data", [*HEADS[:2], "scope", *HEADS[3:]], rows, note)
+        return
     rows = [row for depth in options.depths for row in measure(depth, options.examples)]
     print(environment())
     if options.write:

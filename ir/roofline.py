@@ -10,7 +10,7 @@ arithmetic falls in steps: 33 channels take as long as 40 where the blocks are 8
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -54,14 +54,23 @@ DEVICES: Mapping[str, Device] = {
 
 
 class _Step:
-    """One node: its MACs, and the values that it reads and writes."""
+    """One node: its MACs, and for each value that it reads or writes the bytes of what stays, and the axes that may go.
 
-    def __init__(self, node: NodeTerm, model: CostModel) -> None:
-        self.node = node
-        self.dims = node.dims
-        read = [] if node.node.op in _VIEWS else [v for v in node.node.inputs if isinstance(v, Value)]
-        written = [] if node.node.op in _VIEWS else list(node.node.outputs)
-        self.moved = [(model.axes(value), item_size(value.dtype)) for value in [*dict.fromkeys(read), *written]]
+    ``fixed`` holds the sizes of axes that no cut changes, by identity: a search asks for them very often.
+    """
+
+    def __init__(self, node: NodeTerm, model: CostModel, cut: Container[Dim], fixed: dict[int, int]) -> None:
+        self.node, self.dims = node, node.dims
+        for axes in (*node.inputs, *node.outputs):
+            for extent in axes if isinstance(axes, list) else ():
+                if not any(dim in cut for dim in leaves(extent)):
+                    fixed[id(extent)] = int(sized(extent, model.number))
+        values = [] if node.node.op in _VIEWS else [*node.node.inputs, *node.node.outputs]
+        self.moved = []
+        for value in dict.fromkeys(value for value in values if isinstance(value, Value)):
+            axes = model.axes(value)
+            still = product(fixed[id(extent)] for extent in axes if id(extent) in fixed)
+            self.moved.append((item_size(value.dtype) * float(still), [e for e in axes if id(e) not in fixed]))
 
 
 class Roofline(Running[_Step]):
@@ -69,17 +78,19 @@ class Roofline(Running[_Step]):
 
     def __init__(self, model: CostModel, device: Device) -> None:
         self.device = device
-        self._cut = {group.dim for group in model.graph.groups() if group.free}
-        steps = [_Step(NodeTerm(node, model), model) for _, node in model.graph.walk()]
+        self._fixed: dict[int, int] = {}
+        cut = {group.dim for group in model.graph.groups() if group.free}
+        steps = [_Step(NodeTerm(node, model), model, cut, self._fixed) for _, node in model.graph.walk()]
         super().__init__(steps, self._seconds, model.number)
 
     def _seconds(self, step: _Step, size_of: SizeOf) -> float:
-        def padded(extent: Extent) -> int:
-            size = int(sized(extent, size_of))
-            blocks = self.device.multiple if any(dim in self._cut for dim in leaves(extent)) else 1
-            return -(-size // blocks) * blocks
+        blocks = self.device.multiple
 
-        moved = sum(item * float(product(sized(e, size_of) for e in axes)) for axes, item in step.moved)
+        def padded(extent: Extent) -> int:
+            known = self._fixed.get(id(extent))
+            return known if known is not None else -(-int(sized(extent, size_of)) // blocks) * blocks
+
+        moved = sum(still * float(product(sized(e, size_of) for e in axes)) for still, axes in step.moved)
         compute = 2 * float(step.node.macs(padded, size_of)) / self.device.flops
         return self.device.overhead + max(compute, moved / self.device.bandwidth)
 

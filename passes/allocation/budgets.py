@@ -22,11 +22,11 @@ class Budget:
     @property
     def load(self) -> float:
         """How much of the budget is used: above 1 it is exceeded."""
-        return self.meter.total / self.target
+        return self.load_of(self.meter.total)
 
-    @property
-    def exceeded(self) -> bool:
-        return self.meter.total > self.target
+    def load_of(self, total: float) -> float:
+        """The load if the figure were another one; of a figure that is 0 from the start nothing is used."""
+        return total / self.target if self.target > 0 else float("inf") if total > 0 else 0.0
 
     def show(self, number: float) -> str:
         return shown(number, self.unit)
@@ -44,7 +44,7 @@ class Budgets:
 
     def __init__(self, budgets: Sequence[Budget]) -> None:
         self.budgets = list(budgets)
-        self.original = max(budget.meter.original / budget.target for budget in self.budgets)
+        self.original = max(budget.load_of(budget.meter.original) for budget in self.budgets)
 
     def __iter__(self) -> Iterator[Budget]:
         return iter(self.budgets)
@@ -63,7 +63,7 @@ class Budgets:
         return self.total
 
     def with_size(self, dim: Dim, size: int) -> float:
-        return max(budget.meter.with_size(dim, size) / budget.target for budget in self.budgets)
+        return max(budget.load_of(budget.meter.with_size(dim, size)) for budget in self.budgets)
 
 
 class IndexCount:

@@ -25,6 +25,7 @@ from regauge.passes.allocation.plans import Plan, uniform_plan
 BINS = 4096
 _ROUNDS = 4  # linearisations of the costs
 _MOST_OPTIONS = 32  # counts per Dim that are weighed
+_MOST_PRICED = 12  # of these, at which costs are asked for: between them they are linear, or nearly
 _MOST_PROBED = 64  # Dims; of more, fewer starts are tried
 _HUBS, _HUB_SHARES = 3, (0.85, 0.7, 0.55, 0.4)
 _RATE = 4.0  # of the multipliers
@@ -113,12 +114,16 @@ class Knapsack:
     def loss(self, counts: Counts) -> float:
         return sum(self.curves[choice.dim].loss(counts[choice.dim]) for choice in self.choices)
 
-    def solve(self) -> Counts:
-        """The best counts found; raises PassError naming a budget that the smallest counts exceed."""
+    def solve(self, near: Counts | None = None) -> Counts:
+        """The best counts found; raises PassError naming a budget that the smallest counts exceed.
+
+        ``near``, counts that were best for nearly the same budgets, saves most of the search.
+        """
         uniform = self._uniform(self.choices)
         whole = {choice.dim: choice.size for choice in self.choices}
-        found = [uniform, *self._beside(whole)]
-        found += [self._improved(self.choices, start) for start in (uniform, whole, min(found, key=self.loss))]
+        found = [uniform] if near else [uniform, *self._beside(whole)]
+        starts = [near] if near else [uniform, whole, min(found, key=self.loss)]
+        found += [self._improved(self.choices, start) for start in starts]
         best = min(found, key=self.loss)
         equal = np.ones(len(self.budgets.budgets)) / len(self.budgets.budgets)
         return fill(self._linearised(self.choices, best, equal)[1], self.budgets, best)
@@ -185,11 +190,12 @@ class Knapsack:
 
     def _costs(self, choice: Choice, counts: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
         """What each count costs more than the least, where the other Dims are as the budgets have them."""
+        asked = counts[np.unique(np.linspace(0, len(counts) - 1, _MOST_PRICED).round().astype(int))]
         shares = [
-            weight * np.array([budget.meter.with_size(choice.dim, int(count)) for count in counts]) / budget.target
+            weight * np.array([budget.load_of(budget.meter.with_size(choice.dim, int(count))) for count in asked])
             for weight, budget in zip(multipliers, self.budgets, strict=True)
         ]
-        total = np.maximum.accumulate(np.sum(shares, axis=0))
+        total = np.interp(counts, asked, np.maximum.accumulate(np.sum(shares, axis=0)))
         return np.asarray(total - total[0])
 
     def _gains(self, choice: Choice, counts: np.ndarray, costs: np.ndarray) -> np.ndarray:

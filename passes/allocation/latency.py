@@ -73,9 +73,9 @@ class LatencySearch:
             return counts, budgets, f"{budgets.budgets[-1]}; as predicted, nothing was measured"
         return self._measured(self.measure)
 
-    def _search(self, meter: Calibrated, target: float) -> tuple[Counts, Budgets]:
+    def _search(self, meter: Calibrated, target: float, near: Counts | None = None) -> tuple[Counts, Budgets]:
         budgets = Budgets([*self.others, Budget("latency", meter, target, "time")])
-        return self.search.counts(budgets), budgets
+        return self.search.counts(budgets, near), budgets
 
     def _calibrated(self, measure: Measure) -> tuple[Calibrated, Calibrated]:
         """The model with the blocks of the device and one without, both brought to the same measurements."""
@@ -106,7 +106,8 @@ class LatencySearch:
         aim, own = self.amount.of(meter.original), list[_Trial]()
         for _ in range(most):
             try:
-                counts, _ = self._search(meter, aim)
+                near = own[-1].counts if own else None
+                counts, _ = self._search(meter, aim, near)
             except PassError:
                 if not own and not before:
                     raise

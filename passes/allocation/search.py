@@ -29,7 +29,6 @@ from regauge.passes.allocation.plans import (
 )
 
 Scope: TypeAlias = Literal["uniform", "global", "isomorphic", "knapsack", "dp"]
-Curves: TypeAlias = Callable[[Sequence[Choice]], Mapping[Dim, Curve]]
 
 UNITS: Mapping[str, Unit] = {"params": "count", "macs": "count", "bytes": "bytes", "peak": "bytes", "latency": "time"}
 """The options that are budgets."""
@@ -65,7 +64,7 @@ class Search:
     scope: Scope
     what: str
     losses: bool = False
-    curves: Curves | None = None
+    curves: Mapping[Dim, Curve] | None = None
 
     def wishes(self) -> Wishes:
         """What a ratio asks for, count by count; not of the knapsack, which chooses all together."""
@@ -75,10 +74,11 @@ class Search:
             return isomorphic_wishes(self.choices, signatures(self.graph, [c.dim for c in self.choices]))
         return ranked_wishes(self.choices)
 
-    def counts(self, budgets: Budgets) -> Counts:
-        """The counts within the budgets; raises PassError naming one that cannot be met."""
+    def counts(self, budgets: Budgets, near: Counts | None = None) -> Counts:
+        """The counts within the budgets, ``near`` those of nearly the same; PassError names one that cannot be met."""
         if self.scope in ("knapsack", "dp"):
-            return Knapsack(self.choices, self._curves(), budgets, self.what).solve()
+            curves = self.curves or {choice.dim: score_curve(choice) for choice in self.choices}
+            return Knapsack(self.choices, curves, budgets, self.what).solve(near)
         if self.scope == "uniform":
             return allocate(self.choices, uniform_plan(self.choices), budgets, self.what)
         if self.scope == "isomorphic":
@@ -87,17 +87,12 @@ class Search:
         choices = [_per_cost(choice, budgets) for choice in self.choices] if self.losses else self.choices
         return allocate(choices, ranked_plan(choices), budgets, self.what)
 
-    def _curves(self) -> Mapping[Dim, Curve]:
-        if self.curves is not None:
-            return self.curves(self.choices)
-        return {choice.dim: score_curve(choice) for choice in self.choices}
-
 
 def _per_cost(choice: Choice, budgets: Budgets) -> Choice:
     """A choice with what is lost per unit of the budgets: of each Dim half is taken, since costs may fall in steps."""
     half = choice.size // 2
     saved = sum(
-        (budget.meter.original - budget.meter.with_size(choice.dim, half)) / budget.target
+        budget.load_of(budget.meter.original) - budget.load_of(budget.meter.with_size(choice.dim, half))
         for budget in budgets
         if budget.meter.original > budget.target
     )

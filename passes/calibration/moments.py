@@ -28,6 +28,14 @@ class Moments:
         self._kept: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._summed: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @classmethod
+    def of(cls, gram: torch.Tensor, cross: torch.Tensor, rows: int) -> Moments:
+        """Of sums that are at hand, over so many rows; |Y|^2 is not known of them."""
+        found = cls(len(gram) - 1, len(cross))
+        found._summed = (gram.to(found.dtype), cross.to(found.dtype))
+        found.rows = rows
+        return found
+
     def add(self, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
         """Add rows of inputs [rows, columns], and of wanted outputs [rows, outputs]."""
         self.rows += len(x)

@@ -13,8 +13,8 @@ from regauge.ir.cost import Metric, figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter
 from regauge.ir.sample_inputs import sample_runs
+from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Contract, Cut, Pass
-from regauge.passes.budget import parse_amount
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.depth.blocks import repeated_blocks
 from regauge.passes.depth.branches import residual_branches

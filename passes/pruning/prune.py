@@ -27,9 +27,10 @@ from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
 from regauge.passes.pruning.compensation import compensate
 from regauge.passes.pruning.preserve import PRESERVED, preserve
+from regauge.passes.pruning.rate_distortion import measured_curves
 from regauge.passes.pruning.score_table import SCORES, criterion, score
 from regauge.passes.pruning.scores import Normalise, Reduce, Scores
-from regauge.passes.pruning.selection import select
+from regauge.passes.pruning.selection import best, select
 from regauge.passes.rounding import Rounding
 
 _MOST_GOES = 0.9  # ranked together, a Dim still keeps a tenth of its indices: no layer vanishes
@@ -74,8 +75,9 @@ class Prune(Pass):
     latency: float | str | None = option(None, "time of one run: a share or a time (5ms)")
     scope: Scope | None = option(
         None,
-        "the same share of every Dim, one ranking of all, one of each class of Dims that are alike, the best sum of "
-        "scores, or of measured losses (dp, with data); uniform, but global for budgets with distortion",
+        "uniform: the same share of every Dim; global: one ranking of all indices; isomorphic: one for each class of "
+        "Dims that are alike; knapsack: the best sum of scores; dp: the least sum of losses measured on data; default "
+        "uniform, but knapsack for budgets with distortion",
     )
     score: str | None = option(
         None, "importance, one of the scores below; distortion where data is given or can be made up, else l2"
@@ -90,12 +92,12 @@ class Prune(Pass):
     steps: int = option(STEPS, "steps in which inputs made up are fitted to the statistics of batch norms", at_least=0)
     preserve: bool = option(False, "means and RMSNorms over cut Dims give what the masked original gives; no refit")
     round_to: int | Literal["device"] = option(
-        1, "sizes of axes that are cut stay multiples of this; of what the device prefers", at_least=1
+        1, "sizes of axes that are cut stay multiples of this; device: of the multiple that it prefers", at_least=1
     )
     device: str | Mapping[str, int | float] | None = option(
         None, "what latency is predicted for: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
     )
-    measure: bool = option(True, "measure latency where it is a budget, and do not only predict it")
+    measure: bool = option(True, "measure latency where it is a budget; false: only predict it")
     minimum: int = option(1, "indices that every Dim keeps", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of Dims or parameters: cut nothing else")
     exclude: tuple[str, ...] = option((), "globs on names of Dims or parameters: these keep their shape")
@@ -126,8 +128,8 @@ class Prune(Pass):
         return self.compensate is not False and not self.preserve
 
     @property
-    def _score_needs_data(self) -> bool:
-        return self.score is not None and criterion(self.score).needs != "nothing"
+    def _needs_data(self) -> bool:
+        return self.scope == "dp" or (self.score is not None and criterion(self.score).needs != "nothing")
 
     def _amounts(self) -> dict[str, Amount]:
         """The budgets that are given."""
@@ -142,7 +144,7 @@ class Prune(Pass):
 
     def _data_free(self, graph: Graph, context: Context) -> Graph | None:
         """The result with inputs that are made up: where that is asked for, and where batch norms tell what to make."""
-        asked = bool(self.compensate) or self._score_needs_data
+        asked = bool(self.compensate) or self._needs_data
         if not asked and (self.score is not None or not statistics_in(graph) or self.ratio == 0):
             return None
         if not asked:  # a first try tells at once what cannot be done, and whether there is anything to do
@@ -191,7 +193,9 @@ class Prune(Pass):
 
     def _batches(self, graph: Graph, context: Context) -> list[Labelled] | None:
         """The calibration data, where there is any and the options want it."""
-        unused = self.score is not None and not self._score_needs_data and not self._refits
+        unused = self.score is not None and not self._needs_data and not self._refits
+        if context.data is None and self.scope == "dp":
+            raise PassError("prune needs data for scope=dp: give batches, optimize(graph, passes, data=...)")
         if context.data is None or unused:
             return None
         return [labelled(graph, batch) for batch in context.batches()]
@@ -215,11 +219,15 @@ class Prune(Pass):
         context: Context,
     ) -> Counts:
         losses = name == "distortion" and self.ratio is None
-        scope: Scope = self.scope or ("global" if losses else "uniform")
+        scope: Scope = self.scope or ("knapsack" if losses else "uniform")
         choices = [self._choice(group, scores[group.dim], scope == "uniform") for group in groups]
         multiple = device_of(self.device).multiple if self.round_to == "device" else self.round_to
         rounding = Rounding(graph, multiple)
         search = Search(graph, with_multiples(choices, rounding), scope, str(self), losses)
+        if scope == "dp":
+            refit = self.compensate is not False
+            curves = measured_curves(graph, search.choices, scores, batches or [], refit=refit)
+            search = replace(search, curves=curves)
         if self.ratio is not None and scope not in ("knapsack", "dp"):
             decided = round_wishes(choices, replace(search, choices=choices).wishes()(self.ratio), rounding)
             self._note_stuck([choice for choice, _ in decided], multiple, context)
@@ -270,11 +278,6 @@ def _first(graph: Graph, batches: Sequence[Any] | None, context: Context) -> Any
     """The first batch of the data, where there is any, as the graph takes it."""
     found = calibration_batches(graph, context) if batches is None and context.data is not None else batches
     return found[0] if found else None
-
-
-def best(scores: np.ndarray, count: int) -> np.ndarray:
-    """The sorted indices of the ``count`` highest scores; of equals the first."""
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
 def _made_up(graph: Graph, batches: Sequence[Any]) -> str:

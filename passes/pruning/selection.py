@@ -1,4 +1,4 @@
-"""Which Dims a pruning pass may cut: free ones, filtered by name; and why the others stay."""
+"""Which Dims a pruning pass may cut: free ones, filtered by name; and why the others stay. Which indices are kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+
+import numpy as np
 
 from regauge.ir.errors import PassError
 from regauge.ir.groups import Group
@@ -63,3 +65,8 @@ def _included(group: Group, patterns: Sequence[str]) -> bool:
         return True
     members = [member.parameter.names for member in group.members]
     return all(any(fnmatchcase(name, pattern) for name in names for pattern in patterns) for names in members)
+
+
+def best(scores: np.ndarray, count: int) -> np.ndarray:
+    """The sorted indices of the ``count`` highest scores; of equals the first."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])

@@ -14,7 +14,8 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.weights import LazyWeight
 from regauge.optimize import optimize
-from regauge.passes.pruning.prune import Prune, best
+from regauge.passes.pruning.prune import Prune
+from regauge.passes.pruning.selection import best
 from small_graphs import multilayer_perceptron, residual_network
 
 

@@ -124,9 +124,17 @@ def test_rounded_axes_are_weighed_too() -> None:
     assert all(cut.after % 8 == 0 for cut in small.report.passes[0].cuts)
 
 
-def test_a_width_that_is_read_by_a_constant_graph_is_left() -> None:
+@pytest.mark.parametrize("options", ["macs=0.5", "params=0.5,scope=knapsack", "ratio=0.5,scope=knapsack", "peak=1"])
+def test_what_a_graph_has_nothing_of_is_no_budget(options: str) -> None:
     graph = Graph("one")
     build = Builder(graph)
     x = build.input("x", (2, 4), torch.float64)
     graph.outputs = [build.relu(x)]
-    assert not regauge.optimize(graph, "prune{peak=1}").report.passes[0].changed
+    assert not regauge.optimize(graph, f"prune{{{options}}}").report.passes[0].changed
+
+
+def test_a_budget_that_is_wide_is_no_hindrance_to_another() -> None:
+    graph = multilayer_perceptron(8, 40, 8)
+    for scope in SCOPES:
+        small = regauge.optimize(graph, f"prune{{bytes=0.5,latency=1s,measure=false,scope={scope}}}")
+        assert 0.97 * 0.5 <= figures(small).bytes / figures(graph).bytes <= 0.5
