@@ -22,6 +22,7 @@ from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments, inverse
 
 RIDGE = 1e-2  # share of the mean square of a column
+_MANY = 10  # so many times the columns are many rows; with fewer the ridge rises as they are short of that
 MEMORY = 2 << 30  # bytes of inverse Hessians and weights that are held for one Dim
 _STEPS = 24  # a Dim is taken apart in about so many steps
 _NEAR = 3  # times the indices that go in a step: so many of the cheapest are looked at
@@ -137,7 +138,9 @@ class Share:
         return Part(places, whole if everything else whole[flat][:, flat], self._rows(flat))
 
     def inverse(self) -> torch.Tensor:
-        return inverse(self.moments, RIDGE).to(self.dtype)
+        """H^-1 of all columns; few rows could be made up for by any columns, and more is added to their H."""
+        short = _MANY * self.moments.columns / max(1, self.moments.rows)
+        return inverse(self.moments, RIDGE * max(1.0, short)).to(self.dtype)
 
     def costs_alone(self, whole: torch.Tensor) -> torch.Tensor:
         """dE of each index, were it the only one to go."""
