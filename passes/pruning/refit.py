@@ -29,14 +29,14 @@ def refitted(layer: Layer, moments: Sequence[Halves]) -> tuple[torch.Tensor, tor
     found, shift = before.clone(), torch.zeros_like(bias)
     taken = False
     for block, own in enumerate(moments):
-        new = _fitted(own, before[block], bias[block], free) if own.rows else None
+        new = fitted(own, before[block], bias[block], free) if own.rows else None
         if new is not None:
             found[block], shift[block] = new[0], new[1] - bias[block]
             taken = True
     return (layer.from_matrices(found), shift.reshape(-1)) if taken else None
 
 
-def _fitted(halves: Halves, weight: torch.Tensor, bias: torch.Tensor, free: bool) -> tuple[torch.Tensor, ...] | None:
+def fitted(halves: Halves, weight: torch.Tensor, bias: torch.Tensor, free: bool) -> tuple[torch.Tensor, ...] | None:
     """A weight in the type of the old one, and a bias, that have a lower error than these; None where none is found."""
     both = torch.cat([weight.double(), bias[:, None]], 1)
     share = judged(halves, both, bias=free) if halves.rows < _MANY * halves.columns else RIDGE

@@ -97,6 +97,20 @@ def transposed() -> nn.Module:
     )  # fmt: skip
 
 
+class Recurrent(nn.Module):
+    """A stack of recurrent layers between linear ones, on rows of the images as sequences."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: bool) -> None:
+        super().__init__()
+        self.into = nn.Linear(6, 16)
+        self.stack = kind(16, 20, 2, batch_first=True, **options)
+        self.out = nn.Linear(40 if options.get("bidirectional") else 20, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.relu(self.into(x.mean(3).transpose(1, 2)))
+        return self.out(self.stack(3 * rows)[0])
+
+
 def error(graph: Graph, pruned: Graph, x: torch.Tensor) -> float:
     """The squared error of the outputs, as a share of their variance."""
     (y,), (z,) = graph.run(x), pruned.run(x)
@@ -117,6 +131,8 @@ Make = Callable[[], nn.Module]
         pytest.param(Shared, images, 0.1, id="shared weight"),
         pytest.param(lambda: HalfPrecision(torch.bfloat16), images, 0.1, id="bfloat16"),
         pytest.param(lambda: HalfPrecision(torch.float16), images, 0.1, id="float16"),
+        pytest.param(lambda: Recurrent(nn.LSTM), images, 0.6, id="LSTM"),
+        pytest.param(lambda: Recurrent(nn.GRU, bidirectional=True), images, 0.6, id="GRU in both directions"),
         pytest.param(Embedded, words, 0.1, id="behind a table"),
     ],
 )
