@@ -222,16 +222,16 @@ def least_squares(found: Moments, before: torch.Tensor, share: float, *, bias: b
     Minimises |Y - X W'|^2 + r |W - W0|^2, with W0 = ``before`` of the same shape and r a ``share`` of the mean square
     of a column: where the data says nothing, the weight stays. Without ``bias`` the last column stays as it was.
     """
+    if not found.rows:
+        return before
     amount = _amount(found, share)
     weight, shift = before[:, :-1].to(found.dtype), before[:, -1].to(found.dtype)
     if found.scarce:
         x, y = found.kept_rows()
-        mean_x = x.mean(0) if bias and len(x) else x.new_zeros(found.columns)
-        mean_y = y.mean(0) if bias and len(x) else shift
+        mean_x, mean_y = (x.mean(0), y.mean(0)) if bias else (x.new_zeros(found.columns), shift)
         x, y = x - mean_x, y - mean_y
         rest = y - x @ weight.t()
         solved = weight + torch.cholesky_solve(rest, factor_of(x @ x.t(), amount)).t() @ x
-        bias = bias and len(x) > 0
     else:
         gram, cross, count = found.gram, found.cross, max(1, found.rows)
         mean_x, mean_y = gram[-1, :-1] / count, cross[:, -1] / count

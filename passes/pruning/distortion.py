@@ -91,6 +91,7 @@ class _Ordering:
         self.wanted = Counter(layer.source for layers in readers.values() for layer in layers)
         self.waiting = {dim: {layer.node for layer in layers} for dim, layers in readers.items() if layers}
         self.by_node: dict[Node, Layer] = {layer.node: layer for layers in readers.values() for layer in layers}
+        self.feeders: dict[Hashable, Node] = {}  # in regions: of layers that read the same rows, the one that counts
         self.found: Scores = {}
         self.factors: dict[Dim, float] = {}
 
@@ -110,7 +111,9 @@ class _Ordering:
         return {dim: scores * self._factor(dim) for dim, scores in self.found.items()}
 
     def _watch(self, node: Node, operands: list[Any], _: tuple[Any, ...]) -> None:
-        self._add(self.by_node[node], operands[0], operands[2] if node.op == "grouped_mm" else None)
+        layer = self.by_node[node]
+        if self.feeders.setdefault(layer.source, node) is node or layer.source is layer.weight:
+            self._add(layer, operands[0], operands[2] if node.op == "grouped_mm" else None)
 
     def _add(self, layer: Layer, x: torch.Tensor, ends: torch.Tensor | None) -> None:
         moments = self.moments.setdefault(layer.source, [Moments(layer.columns) for _ in range(layer.blocks)])
