@@ -161,12 +161,15 @@ class _Ordering:
         return dim.size, tuple(sorted(Counter((layer.node.op, layer.columns) for layer in layers).items()))
 
     def _measured(self) -> set[Dim]:
-        """Dims whose removal is measured at the outputs: all of a small model, some of each kind of a large one."""
+        """Dims whose removal is measured at the outputs: all of a small model, some of each kind of a large one.
+
+        Never one that is read by so much that what all its layers would be could not be held.
+        """
         kinds: dict[Hashable, list[Dim]] = {}
         for dim, layers in self.readers.items():
-            if layers:
+            if layers and sum(layer.weight.tensor.nbytes for layer in layers) <= _READ:
                 kinds.setdefault(self._kind(dim), []).append(dim)
-        many = max(1, int(_READ / max(1, figures(self.graph).bytes)))
+        many = max(2, int(_READ / max(1, figures(self.graph).bytes)))
         found: set[Dim] = set()
         for dims in kinds.values():
             places = np.linspace(0, len(dims) - 1, min(many, len(dims)) + 2).round().astype(int)
@@ -174,12 +177,16 @@ class _Ordering:
         return found
 
     def _factor(self, dim: Dim) -> float:
-        """The factor that was measured for a Dim, or for the nearest one of its kind."""
-        if dim in self.measured:
-            return self.factors.get(dim, 1.0)
-        order = list(self.readers)
-        near = [other for other in self.measured & self.factors.keys() if self._kind(other) == self._kind(dim)]
-        return self.factors[min(near, key=lambda d: abs(order.index(d) - order.index(dim)))] if near else 1.0
+        """The factor that was measured for a Dim, or lies between those of its kind; else the middle one of all."""
+        known = {other: self.factors[other] for other in self.readers if other in self.measured & self.factors.keys()}
+        if dim in known or not known:
+            return known.get(dim, 1.0)
+        order = {other: place for place, other in enumerate(self.readers)}
+        near = {order[other]: factor for other, factor in known.items() if self._kind(other) == self._kind(dim)}
+        if not near:
+            return float(np.median(list(known.values())))
+        logarithms = np.log(np.maximum(list(near.values()), 1e-30))
+        return float(np.exp(np.interp(order[dim], list(near), logarithms)))
 
 
 def _by_source(layers: Sequence[Layer]) -> dict[Hashable, list[Layer]]:

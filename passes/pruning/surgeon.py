@@ -129,13 +129,13 @@ class Share:
         outputs = min(columns, sum(layer.outputs for layer in self.layers))
         return self.dtype.itemsize * columns * (columns + outputs)
 
-    def part(self, indices: torch.Tensor, whole: torch.Tensor) -> Part:
-        """The matrices of the given indices; ``whole`` is :meth:`inverse`."""
+    def part(self, indices: torch.Tensor, whole: torch.Tensor, *, lasting: bool = True) -> Part:
+        """The matrices of the given indices; ``whole`` is :meth:`inverse`. One that is not lasting is used once."""
         columns = self.columns[indices]
         flat = columns.reshape(-1)
         places = torch.arange(len(flat)).reshape(columns.shape)
         everything = len(flat) == len(whole) and bool((flat == torch.arange(len(flat))).all())
-        return Part(places, whole if everything else whole[flat][:, flat], self._rows(flat))
+        return Part(places, whole if everything else whole[flat][:, flat], self._rows(flat, lasting))
 
     def inverse(self) -> torch.Tensor:
         """H^-1 of all columns; few rows could be made up for by any columns, and more is added to their H."""
@@ -148,18 +148,18 @@ class Share:
         many = max(1, 2048 // self.columns.shape[1])
         for start in range(0, len(self.columns), many):
             indices = torch.arange(start, min(start + many, len(self.columns)))
-            part = self.part(indices, whole)
+            part = self.part(indices, whole, lasting=False)
             total[indices] = part.costs(torch.arange(len(indices)))
         return total
 
-    def _rows(self, columns: torch.Tensor) -> torch.Tensor:
+    def _rows(self, columns: torch.Tensor, lasting: bool) -> torch.Tensor:
         """Scaled weights [outputs, columns] of all layers, or the square root of their product where that is less."""
         outputs = sum(layer.outputs for layer in self.layers)
         parts = (
             self._matrix(layer)[:, columns].to(self.dtype) * scale.to(self.dtype)[:, None]
             for layer, scale in zip(self.layers, self.scales, strict=True)
         )
-        if outputs <= 1.5 * len(columns):
+        if outputs <= 1.5 * len(columns) or not lasting:
             return torch.cat(list(parts))
         square = torch.zeros(len(columns), len(columns), dtype=self.dtype)
         for part in parts:

@@ -10,11 +10,12 @@ from torch import nn
 import regauge
 from regauge.frontends.capture import capture
 from regauge.ir import lockstep
+from regauge.ir.cost import figures
 from regauge.ir.graph import Graph
 from regauge.ir.weights import CutWeight, DenseWeight, file_of
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.moments import Halves, Moments, inverse, least_squares
-from regauge.passes.pruning import surgeon
+from regauge.passes.pruning import distortion, surgeon
 from regauge.passes.pruning.surgeon import Share, taken_apart
 
 
@@ -154,3 +155,30 @@ def test_scores_rise_in_the_order_in_which_indices_go() -> None:
     _, share, _, _ = wide_layer(40)
     scores, factor = taken_apart([share], 256, None)
     assert factor == 1.0 and np.isfinite(scores).all() and (scores > 0).all()
+
+
+def test_of_large_models_two_dims_of_a_kind_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(part for _ in range(5) for part in (nn.Linear(32, 32), nn.GELU())), nn.Linear(32, 32)
+    ).eval()
+    x = rows(200, 32)
+    graph = capture(model, (x,))
+    runs: list[int] = []
+    change = distortion._Probe.change
+
+    def counted(probe: distortion._Probe, weights: dict[str, torch.Tensor]) -> float:
+        runs.append(len(weights))
+        return change(probe, weights)
+
+    monkeypatch.setattr(distortion._Probe, "change", counted)
+    groups = [group for group in graph.groups() if group.free]
+    every = distortion.distortion_scores(graph, groups, [(x,)])
+    assert len(runs) == 2 * len(groups) == 10
+    monkeypatch.setattr(distortion, "_READ", figures(graph).bytes)
+    runs.clear()
+    some = distortion.distortion_scores(graph, groups, [(x,)])
+    assert len(runs) == 4
+    for dim, scores in some.items():  # the same order at another scale
+        np.testing.assert_array_equal(np.argsort(scores), np.argsort(every[dim]))
+        assert 1 / 3 < float((scores / every[dim]).mean()) < 3
