@@ -111,7 +111,8 @@ class Moments:
         changed = ((both @ gram) - 2 * cross).mul_(both)
         return float(self.squares.sum() + changed.double().sum())
 
-    def _sum_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``gram`` and ``cross`` in the precision in which they are held; rows that were kept are summed up for it."""
         if self._summed is None:
             size = self.columns + 1
             self._summed = (
