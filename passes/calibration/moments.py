@@ -45,25 +45,25 @@ class Moments:
         if self._summed is None and self.rows < self.columns:
             self._kept.append((x, y))
             return
-        self._sum_up()
+        self.sums()
         self._sum(x, y)
 
     def merge(self, other: Moments) -> None:
         """Add all that was added to another, which is of no use afterwards."""
-        for mine, theirs in zip(self._sum_up(), other._sum_up(), strict=True):
+        for mine, theirs in zip(self.sums(), other.sums(), strict=True):
             mine += theirs
         self.squares += other.squares
         self.rows += other.rows
 
     @property
     def gram(self) -> torch.Tensor:
-        """X'X, [columns + 1, columns + 1]."""
-        return self._sum_up()[0]
+        """X'X, [columns + 1, columns + 1], in double precision."""
+        return self.sums()[0].double()
 
     @property
     def cross(self) -> torch.Tensor:
-        """Y'X, [outputs, columns + 1]."""
-        return self._sum_up()[1]
+        """Y'X, [outputs, columns + 1], in double precision."""
+        return self.sums()[1].double()
 
     @property
     def scarce(self) -> bool:
@@ -98,7 +98,7 @@ class Moments:
     def means(self) -> torch.Tensor:
         """The mean of each column."""
         count = max(1, self.rows)
-        return self.kept_rows()[0].sum(0) / count if self.scarce else self.gram[-1, :-1] / count
+        return self.kept_rows()[0].sum(0) / count if self.scarce else self.sums()[0][-1, :-1] / count
 
     def centred(self) -> torch.Tensor:
         """(X - mean)'(X - mean), [columns, columns]: what is left once constants are taken out."""
@@ -107,7 +107,7 @@ class Moments:
             x = x - x.mean(0) if len(x) else x
             return x.t() @ x
         mean = self.means()
-        return self.gram[:-1, :-1] - self.rows * torch.outer(mean, mean)
+        return self.sums()[0][:-1, :-1] - self.rows * torch.outer(mean, mean)
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor) -> float:
         """|Y - X W' - b|^2 over all rows, of a weight [outputs, columns] and a bias [outputs]."""
@@ -115,11 +115,12 @@ class Moments:
             x, y = self.kept_rows()
             return float((y - x @ weight.to(x.dtype).t() - bias.to(x.dtype)).double().square().sum())
         both = torch.cat([weight, bias[:, None].to(weight.dtype)], 1).to(self.dtype)
-        gram, cross = self.gram, self.cross
+        gram, cross = self.sums()
         changed = ((both @ gram) - 2 * cross).mul_(both)
         return float(self.squares.sum() + changed.double().sum())
 
-    def _sum_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``gram`` and ``cross`` in the precision in which they are held; rows that were kept are summed up for it."""
         if self._summed is None:
             size = self.columns + 1
             self._summed = (
@@ -230,18 +231,18 @@ def least_squares(found: Moments, before: torch.Tensor, share: float, *, bias: b
     Minimises |Y - X W'|^2 + r |W - W0|^2, with W0 = ``before`` of the same shape and r a ``share`` of the mean square
     of a column: where the data says nothing, the weight stays. Without ``bias`` the last column stays as it was.
     """
+    if not found.rows:
+        return before
     amount = _amount(found, share)
     weight, shift = before[:, :-1].to(found.dtype), before[:, -1].to(found.dtype)
     if found.scarce:
         x, y = found.kept_rows()
-        mean_x = x.mean(0) if bias and len(x) else x.new_zeros(found.columns)
-        mean_y = y.mean(0) if bias and len(x) else shift
+        mean_x, mean_y = (x.mean(0), y.mean(0)) if bias else (x.new_zeros(found.columns), shift)
         x, y = x - mean_x, y - mean_y
         rest = y - x @ weight.t()
         solved = weight + torch.cholesky_solve(rest, factor_of(x @ x.t(), amount)).t() @ x
-        bias = bias and len(x) > 0
     else:
-        gram, cross, count = found.gram, found.cross, max(1, found.rows)
+        (gram, cross), count = found.sums(), max(1, found.rows)
         mean_x, mean_y = gram[-1, :-1] / count, cross[:, -1] / count
         if bias:
             wanted = cross[:, :-1] - count * torch.outer(mean_y, mean_x)
@@ -259,7 +260,7 @@ def _amount(found: Moments, share: float) -> float:
     if found.scarce:
         square = float(found.kept_rows()[0].square().sum())
     else:
-        square = float(found.gram.diag()[:-1].sum())
+        square = float(found.sums()[0].diag()[:-1].sum())
     return ridge_of(square, found.columns, share)
 
 

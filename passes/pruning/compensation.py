@@ -28,6 +28,7 @@ from regauge.ir.lockstep import Lockstep
 from regauge.ir.mapped import mapped, on_disk
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.calibration.moments import Halves
+from regauge.passes.pruning.recurrent_refit import STATES, refitted_stack
 from regauge.passes.pruning.refit import refitted
 
 Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -74,6 +75,8 @@ class _Compensation:
                 self._refit(layer, ((x, y, None) for x, y in zip(inputs, targets, strict=True)))
             elif node.regions:
                 self._refit_inside(was, node)
+            elif node.op in STATES and any(value in self.drifted or self._is_cut(value) for value in _read(node)):
+                self._refit_stack(was, node)
             self.now.execute(node)
             if any(value in self.drifted or self._is_cut(value) for value in _read(node)):
                 self.drifted.update(node.outputs)
@@ -141,6 +144,20 @@ class _Compensation:
             if touches(extent, self.keep):
                 tensor = tensor.index_select(axis, torch.from_numpy(flat_indices(extent, self.keep)))
         return tensor
+
+    def _refit_stack(self, was: Node, node: Node) -> None:
+        """Refit a stack of recurrent layers."""
+        before, now = (
+            list(zip(*(run.values(operand) for operand in one.inputs), strict=True))
+            for run, one in ((self.before, was), (self.now, node))
+        )
+        found = refitted_stack(self.original, self.keep, was, node, before, now)
+        if found is None:
+            self.done.stayed += 1
+            return
+        self.done.refitted += 1
+        for parameter, tensor in found.items():
+            set_weight(self.pruned, parameter, tensor, by=self.by)
 
     # -- layers inside regions ---------------------------------------------------------------------------------------
 

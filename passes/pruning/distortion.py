@@ -93,6 +93,7 @@ class _Ordering:
         self.wanted = Counter(layer.source for layers in readers.values() for layer in layers)
         self.waiting = {dim: {layer.node for layer in layers} for dim, layers in readers.items() if layers}
         self.by_node: dict[Node, Layer] = {layer.node: layer for layers in readers.values() for layer in layers}
+        self.feeders: dict[Hashable, Node] = {}  # in regions: of layers that read the same rows, the one that counts
         self.found: Scores = {}
         self.factors: dict[Dim, float] = {}
 
@@ -112,7 +113,9 @@ class _Ordering:
         return {dim: scores * self._factor(dim) for dim, scores in self.found.items()}
 
     def _watch(self, node: Node, operands: list[Any], _: tuple[Any, ...]) -> None:
-        self._add(self.by_node[node], operands[0], operands[2] if node.op == "grouped_mm" else None)
+        layer = self.by_node[node]
+        if self.feeders.setdefault(layer.source, node) is node or layer.source is layer.weight:
+            self._add(layer, operands[0], operands[2] if node.op == "grouped_mm" else None)
 
     def _add(self, layer: Layer, x: torch.Tensor, ends: torch.Tensor | None) -> None:
         moments = self.moments.setdefault(layer.source, [Moments(layer.columns) for _ in range(layer.blocks)])
@@ -160,12 +163,15 @@ class _Ordering:
         return dim.size, tuple(sorted(Counter((layer.node.op, layer.columns) for layer in layers).items()))
 
     def _measured(self) -> set[Dim]:
-        """Dims whose removal is measured at the outputs: all of a small model, some of each kind of a large one."""
+        """Dims whose removal is measured at the outputs: all of a small model, some of each kind of a large one.
+
+        Never one that is read by so much that what all its layers would be could not be held.
+        """
         kinds: dict[Hashable, list[Dim]] = {}
         for dim, layers in self.readers.items():
-            if layers:
+            if layers and sum(layer.weight.tensor.nbytes for layer in layers) <= _READ:
                 kinds.setdefault(self._kind(dim), []).append(dim)
-        many = max(1, int(_READ / max(1, figures(self.graph).bytes)))
+        many = max(2, int(_READ / max(1, figures(self.graph).bytes)))
         found: set[Dim] = set()
         for dims in kinds.values():
             places = np.linspace(0, len(dims) - 1, min(many, len(dims)) + 2).round().astype(int)
@@ -173,12 +179,16 @@ class _Ordering:
         return found
 
     def _factor(self, dim: Dim) -> float:
-        """The factor that was measured for a Dim, or for the nearest one of its kind."""
-        if dim in self.measured:
-            return self.factors.get(dim, 1.0)
-        order = list(self.readers)
-        near = [other for other in self.measured & self.factors.keys() if self._kind(other) == self._kind(dim)]
-        return self.factors[min(near, key=lambda d: abs(order.index(d) - order.index(dim)))] if near else 1.0
+        """The factor that was measured for a Dim, or lies between those of its kind; else the middle one of all."""
+        known = {other: self.factors[other] for other in self.readers if other in self.measured & self.factors.keys()}
+        if dim in known or not known:
+            return known.get(dim, 1.0)
+        order = {other: place for place, other in enumerate(self.readers)}
+        near = {order[other]: factor for other, factor in known.items() if self._kind(other) == self._kind(dim)}
+        if not near:
+            return float(np.median(list(known.values())))
+        logarithms = np.log(np.maximum(list(near.values()), 1e-30))
+        return float(np.exp(np.interp(order[dim], list(near), logarithms)))
 
 
 def _by_source(layers: Sequence[Layer]) -> dict[Hashable, list[Layer]]:

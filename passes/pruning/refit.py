@@ -29,21 +29,22 @@ def refitted(layer: Layer, moments: Sequence[Halves]) -> tuple[torch.Tensor, tor
     found, shift = before.clone(), torch.zeros_like(bias)
     taken = False
     for block, own in enumerate(moments):
-        new = _fitted(own, before[block], bias[block], free) if own.rows else None
+        new = fitted(own, before[block], bias[block], free) if own.rows else None
         if new is not None:
             found[block], shift[block] = new[0], new[1] - bias[block]
             taken = True
     return (layer.from_matrices(found), shift.reshape(-1)) if taken else None
 
 
-def _fitted(halves: Halves, weight: torch.Tensor, bias: torch.Tensor, free: bool) -> tuple[torch.Tensor, ...] | None:
+def fitted(halves: Halves, weight: torch.Tensor, bias: torch.Tensor, free: bool) -> tuple[torch.Tensor, ...] | None:
     """A weight in the type of the old one, and a bias, that have a lower error than these; None where none is found."""
-    both = torch.cat([weight.double(), bias[:, None]], 1)
+    dtype = halves.parts[0].dtype
+    both = torch.cat([weight.to(dtype), bias[:, None].to(dtype)], 1)
     share = judged(halves, both, bias=free) if halves.rows < _MANY * halves.columns else RIDGE
     if share is None:
         return None
     found = halves.together()
-    solved = least_squares(found, both.to(found.dtype), share, bias=free)
+    solved = least_squares(found, both, share, bias=free)
     new, shifted = solved[:, :-1].to(weight.dtype), solved[:, -1].double() if free else bias
     if not bool(new.isfinite().all() and shifted.isfinite().all()):
         return None
@@ -58,7 +59,6 @@ def judged(halves: Halves, before: torch.Tensor, *, bias: bool) -> float | None:
     one, other = halves.parts
     if not one.rows or not other.rows:
         return None
-    before = before.to(one.dtype)
     errors, base = dict.fromkeys(_RIDGES, 0.0), 0.0
     for fit, test in ((one, other), (other, one)):
         base += test.error(before[:, :-1], before[:, -1])

@@ -22,6 +22,7 @@ from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments, inverse
 
 RIDGE = 1e-2  # share of the mean square of a column
+_MANY = 10  # so many times the columns are many rows; with fewer the ridge rises as they are short of that
 MEMORY = 2 << 30  # bytes of inverse Hessians and weights that are held for one Dim
 _STEPS = 24  # a Dim is taken apart in about so many steps
 _NEAR = 3  # times the indices that go in a step: so many of the cheapest are looked at
@@ -128,16 +129,18 @@ class Share:
         outputs = min(columns, sum(layer.outputs for layer in self.layers))
         return self.dtype.itemsize * columns * (columns + outputs)
 
-    def part(self, indices: torch.Tensor, whole: torch.Tensor) -> Part:
-        """The matrices of the given indices; ``whole`` is :meth:`inverse`."""
+    def part(self, indices: torch.Tensor, whole: torch.Tensor, *, lasting: bool = True) -> Part:
+        """The matrices of the given indices; ``whole`` is :meth:`inverse`. One that is not lasting is used once."""
         columns = self.columns[indices]
         flat = columns.reshape(-1)
         places = torch.arange(len(flat)).reshape(columns.shape)
         everything = len(flat) == len(whole) and bool((flat == torch.arange(len(flat))).all())
-        return Part(places, whole if everything else whole[flat][:, flat], self._rows(flat))
+        return Part(places, whole if everything else whole[flat][:, flat], self._rows(flat, lasting))
 
     def inverse(self) -> torch.Tensor:
-        return inverse(self.moments, RIDGE).to(self.dtype)
+        """H^-1 of all columns; few rows could be made up for by any columns, and more is added to their H."""
+        short = _MANY * self.moments.columns / max(1, self.moments.rows)
+        return inverse(self.moments, RIDGE * max(1.0, short)).to(self.dtype)
 
     def costs_alone(self, whole: torch.Tensor) -> torch.Tensor:
         """dE of each index, were it the only one to go."""
@@ -145,18 +148,18 @@ class Share:
         many = max(1, 2048 // self.columns.shape[1])
         for start in range(0, len(self.columns), many):
             indices = torch.arange(start, min(start + many, len(self.columns)))
-            part = self.part(indices, whole)
+            part = self.part(indices, whole, lasting=False)
             total[indices] = part.costs(torch.arange(len(indices)))
         return total
 
-    def _rows(self, columns: torch.Tensor) -> torch.Tensor:
+    def _rows(self, columns: torch.Tensor, lasting: bool) -> torch.Tensor:
         """Scaled weights [outputs, columns] of all layers, or the square root of their product where that is less."""
         outputs = sum(layer.outputs for layer in self.layers)
         parts = (
             self._matrix(layer)[:, columns].to(self.dtype) * scale.to(self.dtype)[:, None]
             for layer, scale in zip(self.layers, self.scales, strict=True)
         )
-        if outputs <= 1.5 * len(columns):
+        if outputs <= 1.5 * len(columns) or not lasting:
             return torch.cat(list(parts))
         square = torch.zeros(len(columns), len(columns), dtype=self.dtype)
         for part in parts:

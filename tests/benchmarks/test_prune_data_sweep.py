@@ -1,0 +1,73 @@
+"""``prune`` with data on ten families of networks: refitted they are nearer to the original than without.
+
+Slow: run them with ``pytest -m sweep``. They need what ``test_coverage_sweep`` needs. Weights are random.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.zoo import SHARED, build, redraw
+
+import regauge
+from regauge.frontends.capture import capture
+from regauge.ir.graph import Graph
+
+LIST = SHARED / "tools" / "coverage_models.py"
+NAMES = [
+    "timm:resnet18:64", "timm:mobilenetv3_small_100:64", "timm:convnext_atto:64", "timm:vit_tiny_patch16_224:224",
+    "timm:swin_tiny_patch4_window7_224:224", "hf:bert", "hf:opt", "hf:llama", "hf:t5", "hf:gpt2",
+]  # fmt: skip
+
+
+def drawn(inputs: Any, seed: int) -> Any:
+    """Other inputs of the same kind: normal numbers, or integers of the same range; masks stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def other(name: str, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or "mask" in name or x.dtype == torch.bool:
+            return x
+        if x.is_floating_point():
+            return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return torch.randint(int(x.min()), int(x.max()) + 1, x.shape, generator=generator, dtype=x.dtype)
+
+    if isinstance(inputs, Mapping):
+        return {name: other(name, x) for name, x in inputs.items()}
+    return tuple(other("", x) for x in inputs)
+
+
+def error(graph: Graph, pruned: Graph, batches: list[Any]) -> float:
+    """The squared error of all real outputs, as a share of their squares."""
+    lost = whole = 0.0
+    for batch in batches:
+        for y, z in zip(graph.run(batch), pruned.run(batch), strict=True):
+            if isinstance(y, torch.Tensor) and y.is_floating_point():
+                assert bool(z.isfinite().all())
+                lost += float((z - y).double().square().sum())
+                whole += float(y.double().square().sum())
+    return lost / whole
+
+
+def refit_over_masked(name: str, *, count: int = 12) -> float:
+    case = build(name)
+    redraw(case.model)
+    graph = capture(case.model, case.args, case.kwargs)
+    data = [drawn(case.inputs, seed) for seed in range(count)]
+    if isinstance(case.inputs, Mapping):  # by the order in which the graph has them
+        names = [value.name for value in graph.inputs]
+        data = [{key: batch[key] for key in names} for batch in data]
+    unseen = data[-3:]
+    masked = regauge.optimize(graph, "prune{ratio=0.25}")
+    refitted = regauge.optimize(graph, "prune{ratio=0.25,score=l2}", data=data[:-3])
+    return error(graph, refitted, unseen) / error(graph, masked, unseen)
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(not LIST.exists(), reason="the model list lies in shared/tools beside the repository")
+@pytest.mark.parametrize("name", NAMES if "sweep" in " ".join(sys.argv) else ["any"])
+def test_refitted_networks_are_nearer_than_masked_ones(name: str) -> None:
+    for library in ("timm", "torchvision", "transformers"):
+        pytest.importorskip(library)
+    assert refit_over_masked(name) < 1
