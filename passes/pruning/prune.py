@@ -126,7 +126,7 @@ class Prune(Pass):
         return self.score is not None and criterion(self.score).needs != "nothing"
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        if context.data is None and self._refits:
+        if context.data is None and (self._refits or self._score_needs_data):
             made_up = self._data_free(graph, context)
             return self._cut(graph, context) if made_up is None else made_up
         return self._cut(graph, context)
