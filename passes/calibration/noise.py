@@ -20,15 +20,15 @@ from regauge.ir.sizes import evaluate
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.image_noise import image_noise
 
-_PLACES = 1 << 18  # places of all inputs together that are enough for the moments of most layers
-_FEWEST, _MOST = 32, 256  # examples
+_PLACES = 384 << 10  # places of all inputs together that are enough for the moments of most layers
+_FEWEST, _MOST = 32, 384  # examples
 _BATCH_PLACES = 1 << 17
 
 
 def noise_batches(graph: Graph, examples: int | None = None, seed: int = 0, *, parts: int = 1) -> list[tuple[Any, ...]]:
     """Made-up batches that the graph runs on, about ``examples`` in all; the same for the same seed.
 
-    By default 32 to 256 examples, fewer of large images. Only one of so many ``parts`` of them is made, for callers
+    By default 32 to 384 examples, fewer of large images. Only one of so many ``parts`` of them is made, for callers
     that make others of it. Raises PassError where no made-up inputs run.
     """
     sizes = _sizes(graph)

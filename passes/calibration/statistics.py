@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,7 +176,7 @@ class Statistics:
         if path is not None and path.exists():
             self._load(path)
         done = self.batches
-        total = len(batches) if hasattr(batches, "__len__") else 0
+        total = len(batches) if isinstance(batches, Sized) else 0
         with progress("collecting statistics", total) as advance:
             for place, batch in enumerate(batches):
                 if place >= done:
