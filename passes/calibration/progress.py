@@ -12,7 +12,10 @@ _EVERY = 0.2  # seconds between two lines
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each of ``total`` steps (0: nobody knows how many); the line it writes over and over is wiped at the end."""
+    """A function to call after each of ``total`` steps, 0 where nobody knows how many.
+
+    The line it writes over and over is wiped at the end.
+    """
     shown, done, last = sys.stderr.isatty(), 0, 0.0
 
     def advance() -> None:
