@@ -151,10 +151,10 @@ class Prune(Pass):
             trial.data = generated_batches(graph, examples=self.examples, steps=self.steps, seed=self.seed)
             trial.note(_made_up(graph, trial.data))
             result = self._cut(graph, trial)
-        except RegaugeError as reason:
+        except (RegaugeError, RuntimeError) as reason:  # autograd and solvers raise the latter
             if asked:
                 raise
-            context.note(f"nothing is refitted on inputs made up: {reason}")
+            context.note(f"nothing is refitted on inputs made up, which failed: {str(reason).splitlines()[0]}")
             return None
         context.cuts, context.left = trial.cuts, trial.left
         context.notes += trial.notes if result is not graph else []

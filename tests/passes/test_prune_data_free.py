@@ -94,6 +94,23 @@ def test_what_can_be_told_at_once_is_told_before_inputs_are_made(monkeypatch: py
     regauge.optimize(graph, "prune{ratio=0.5,preserve=true}")
 
 
+@pytest.mark.parametrize("problem", [PassError("no inputs run"), RuntimeError("no derivative\nof this")])
+def test_where_inputs_cannot_be_made_the_result_is_masked(problem: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    from regauge.passes.pruning import prune
+
+    def fail(*_: object, **__: object) -> None:
+        raise problem
+
+    graph = captured(network())
+    masked = regauge.optimize(graph, "prune{ratio=0.5,compensate=false}")
+    monkeypatch.setattr(prune, "generated_batches", fail)
+    small = regauge.optimize(graph, "prune{ratio=0.5}")
+    assert torch.equal(small.run(images(2, 5))[0], masked.run(images(2, 5))[0])
+    assert f"which failed: {str(problem).splitlines()[0]}" in str(small.report)
+    with pytest.raises((PassError, RuntimeError), match="no"):
+        regauge.optimize(graph, "prune{ratio=0.5,compensate=true}")
+
+
 def test_a_graph_without_batch_norms_is_masked_unless_asked() -> None:
     torch.manual_seed(0)
     graph = capture(nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 4)), (torch.randn(8, 6),))
