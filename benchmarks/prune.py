@@ -31,7 +31,8 @@ from benchmarks.report import append_table, environment
 
 SHARES = (0.7, 0.5)
 OURS = {
-    "l2": ("prune{{macs={share}}}", False),
+    "l2": ("prune{{macs={share},compensate=false}}", False),
+    "no data, refitted": ("prune{{macs={share}}}", False),
     "distortion": ("prune{{macs={share},compensate=false}}", True),
     "l2, refitted": ("prune{{macs={share},score=l2}}", True),
     "distortion, refitted": ("prune{{macs={share}}}", True),

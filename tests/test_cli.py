@@ -97,7 +97,7 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "identities/neutral-number" in capsys.readouterr().out
     assert run("passes", "prune") == 0
     shown = capsys.readouterr().out
-    assert "before" in shown and "round_to" in shown and "one of distortion, l1, l2, bn, random" in shown
+    assert "before" in shown and "round_to" in shown and "score=mask-gradient" in shown
 
 
 @pytest.mark.parametrize(

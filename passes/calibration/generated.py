@@ -1,13 +1,17 @@
 """Inputs made up from what batch norms remember of the data that a network was trained on.
 
-Each batch norm in inference holds the mean and the variance of its input over the training data. Smooth noise is
-changed by gradient steps (Adam) until the statistics of each batch agree with these at every batch norm:
+Each batch norm in inference holds the mean and the variance of its input over the training data. Noise, of images with
+their statistics, is changed by gradient steps (Adam) until the statistics of a batch agree with these at every batch
+norm:
 
     loss = mean over batch norms and channels of (m - mean)^2 / (var + eps) + (s / sqrt(var + eps) - 1)^2
 
 with m and s the batch's mean and deviation: the distilled data of ZeroQ (Cai et al. 2020, section 3.1) and the feature
 statistics of DeepInversion (Yin et al. 2020, eq. 4). Deviations from both: distances are in units of the deviation,
-so that all layers count alike; there are no labels and no image priors, for which the smooth start stands in.
+so that all layers count alike; there are no labels and no image priors, for which the start stands in; and each batch
+is kept both as it was and as it became. What was matched shows a network what it was trained on and little else, and
+layers refitted on that alone are far off on other images: the logits of a residual network had on photographs a squared
+error of 1.75 of their variance, and 0.70 with both.
 
 No data is read, and the same seed gives the same inputs.
 """
@@ -27,7 +31,7 @@ from regauge.ir.interpret import Interpreter, last_uses
 from regauge.passes.calibration.noise import float_inputs, noise_batches
 from regauge.passes.calibration.progress import progress
 
-STEPS = 30
+STEPS = 15
 RATE = 0.1  # of Adam, in deviations of the start; falls to zero as a half cosine
 
 
@@ -72,12 +76,12 @@ def generated_batches(
     Without batch norms, or without inputs that are real numbers, they stay noise. Time: three runs of the graph for
     each batch and step. Memory: what the graph computes for one batch. Raises PassError where nothing runs.
     """
-    batches = noise_batches(graph, examples, seed)
     statistics = statistics_in(graph)
-    if not statistics or not list(float_inputs(graph)):
-        return batches
+    if not statistics or not list(float_inputs(graph)) or not steps:
+        return noise_batches(graph, examples, seed)
+    batches = noise_batches(graph, examples, seed, parts=2)
     with progress("making up inputs", len(batches) * steps) as advance:
-        return [_matched(graph, batch, statistics, steps, advance) for batch in batches]
+        return batches + [_matched(graph, batch, statistics, steps, advance) for batch in batches]
 
 
 def _matched(

@@ -1,8 +1,7 @@
 """Inputs made up where there is no data: noise by the type and the shape of each input.
 
 Floating-point inputs get normal numbers, integers valid indices of the table that they are looked up in, masks ones.
-What a convolution reads gets smooth images instead: the amplitudes of natural images fall as 1 / frequency (Field 1987,
-Relations between the statistics of natural images), and the channels of a colour image go together.
+What a convolution reads gets images (:mod:`regauge.passes.calibration.image_noise`).
 """
 
 from __future__ import annotations
@@ -19,22 +18,23 @@ from regauge.ir.graph import Graph, Value
 from regauge.ir.sample_inputs import followed_uses, lookup_bound, sample_inputs, sample_runs
 from regauge.ir.sizes import evaluate
 from regauge.passes.calibration.batches import examples_in
+from regauge.passes.calibration.image_noise import image_noise
 
-_COLOURS = 4  # an input of more channels is no colour image, and its channels are independent
-_SHARED = 0.9  # share of the amplitude that the channels of a colour image have in common
-_PLACES = 1 << 18  # places of all inputs together that are enough for the moments of most layers
-_FEWEST, _MOST = 32, 256  # examples
+_PLACES = 384 << 10  # places of all inputs together that are enough for the moments of most layers
+_FEWEST, _MOST = 32, 384  # examples
 _BATCH_PLACES = 1 << 17
 
 
-def noise_batches(graph: Graph, examples: int | None = None, seed: int = 0) -> list[tuple[Any, ...]]:
-    """Made-up batches that the graph runs on, about ``examples`` of them in all; the same for the same seed.
+def noise_batches(graph: Graph, examples: int | None = None, seed: int = 0, *, parts: int = 1) -> list[tuple[Any, ...]]:
+    """Made-up batches that the graph runs on, about ``examples`` in all; the same for the same seed.
 
-    By default 32 to 256 examples, fewer of large images. Raises PassError where no made-up inputs run.
+    By default 32 to 384 examples, fewer of large images. Only one of so many ``parts`` of them is made, for callers
+    that make others of it. Raises PassError where no made-up inputs run.
     """
     sizes = _sizes(graph)
     symbol = _batch_symbol(graph)
     wanted = examples or min(max(_PLACES // _places(graph, sizes), _FEWEST), _MOST)
+    wanted = -(-wanted // parts)
     whole = min(wanted, max(2, _BATCH_PLACES // _places(graph, sizes)), 64)
     batches: list[tuple[Any, ...]] = []
     found = 0
@@ -84,7 +84,7 @@ def _noise(graph: Graph, sizes: dict[sympy.Symbol, int], seed: int) -> tuple[Any
         if value.name in defaults:
             found.append(defaults[value.name].load())
         elif x.is_floating_point() and x.dim() > 2 and _is_image(value):
-            found.append(smooth_noise(tuple(x.shape), seed).to(x.dtype))
+            found.append(image_noise(tuple(x.shape), seed).to(x.dtype))
         elif not x.is_floating_point() and not x.is_complex() and lookup_bound(value) is None:
             found.append(torch.ones_like(x))
         else:
@@ -94,32 +94,6 @@ def _noise(graph: Graph, sizes: dict[sympy.Symbol, int], seed: int) -> tuple[Any
 
 def _is_image(value: Value) -> bool:
     return any(node.op == "conv" and slot == 0 for node, slot in followed_uses(value))
-
-
-def smooth_noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Images [examples, channels, places...] of zero mean and unit variance with a 1 / frequency spectrum."""
-    generator = torch.Generator().manual_seed(seed)
-    own = _pink(shape, generator)
-    if not 1 < shape[1] <= _COLOURS:
-        return own
-    shared = _pink((shape[0], 1, *shape[2:]), generator)
-    return _SHARED * shared + math.sqrt(1 - _SHARED**2) * own
-
-
-def _pink(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    places = shape[2:]
-    axes = tuple(range(2, len(shape)))
-    square = torch.zeros(*places[:-1], places[-1] // 2 + 1)
-    for axis, size in enumerate(places):
-        steps = torch.fft.rfftfreq(size) if axis == len(places) - 1 else torch.fft.fftfreq(size)
-        square = square + steps.square().reshape([-1 if a == axis else 1 for a in range(len(places))])
-    frequency = square.sqrt().clamp(min=1 / max(places))
-    white = torch.randn(shape, generator=generator)
-    image = torch.fft.irfftn(torch.fft.rfftn(white, dim=axes) / frequency, s=places, dim=axes)
-    centred = image - image.mean(axes, keepdim=True)
-    deviation = centred.square().mean(tuple(range(1, len(shape))), keepdim=True).sqrt()
-    found: torch.Tensor = centred / deviation.clamp(min=1e-6)
-    return found
 
 
 def float_inputs(graph: Graph) -> Iterator[tuple[int, Value]]:

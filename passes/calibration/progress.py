@@ -12,7 +12,10 @@ _EVERY = 0.2  # seconds between two lines
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each of ``total`` steps; the line it writes over and over is wiped at the end."""
+    """A function to call after each of ``total`` steps, 0 where nobody knows how many.
+
+    The line it writes over and over is wiped at the end.
+    """
     shown, done, last = sys.stderr.isatty(), 0, 0.0
 
     def advance() -> None:
@@ -21,12 +24,12 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         now = time.monotonic()
         if shown and now - last > _EVERY:
             last = now
-            sys.stderr.write(f"\r{what}: {done}/{total} ")
+            sys.stderr.write(f"\r{what}: {done}/{total} " if total else f"\r{what}: {done} ")
             sys.stderr.flush()
 
     try:
         yield advance
     finally:
         if shown and done:
-            sys.stderr.write("\r" + " " * (len(f"{what}: {total}/{total} ")) + "\r")
+            sys.stderr.write("\r" + " " * (len(f"{what}: {done}/{total} ")) + "\r")
             sys.stderr.flush()

@@ -46,10 +46,15 @@ class Prune(Pass):
     after   h = relu(conv(x, w1: f32[32,3,3,3]))    y = conv(h, w2: f32[128,32,3,3])
 
     Every axis that must shrink with another one does: all of a Dim's members are cut at the same indices. Inputs and
-    outputs of the graph keep their sizes. The result equals the original with the removed entries set to zero, except
-    where something normalises over a Dim that was cut (LayerNorm, softmax, a mean): that is computed over what is kept,
-    and the report says so. With data the indices go whose removal changes the outputs least, once the layers behind
-    have made up for it, and these layers are refitted: the result is then nearer to the original than the masked one.
+    outputs of the graph keep their sizes. With compensate=false the result equals the original with the removed entries
+    set to zero, except where something normalises over a Dim that was cut (LayerNorm, softmax, a mean): that is
+    computed over what is kept, and the report says so; preserve=true folds the difference of means and RMSNorms away.
+
+    With data the indices go whose removal changes the outputs least, once the layers behind have made up for it, and
+    these layers are refitted: the result is then nearer to the original than the masked one. Without data the same is
+    done on inputs made up from the statistics of batch norms in inference, where there are any (15 steps of 192 images
+    forth and back); a graph without them is only masked, unless compensate=true asks for a refit on noise. A score
+    that is given is taken as it is: without data, one that needs none only removes indices.
 
     Give a ratio, or one or more budgets: of several all are met. A budget is what is kept, and is met within 1 % where
     single indices are that fine. MACs and peak memory are counted with every dynamic size at its least, usually 1:
@@ -88,7 +93,7 @@ class Prune(Pass):
     compensate: bool | None = option(
         None, "refit the layers behind cuts on data; true where data is given, or can be made up from batch norms"
     )
-    examples: int | None = option(None, "inputs made up where no data is given; 32 to 256 by size", at_least=1)
+    examples: int | None = option(None, "inputs made up where no data is given; 32 to 384 by size", at_least=1)
     steps: int = option(STEPS, "steps in which inputs made up are fitted to the statistics of batch norms", at_least=0)
     preserve: bool = option(False, "means and RMSNorms over cut Dims give what the masked original gives; no refit")
     round_to: int | Literal["device"] = option(
@@ -101,7 +106,7 @@ class Prune(Pass):
     minimum: int = option(1, "indices that every Dim keeps", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of Dims or parameters: cut nothing else")
     exclude: tuple[str, ...] = option((), "globs on names of Dims or parameters: these keep their shape")
-    seed: int = option(0, "seed of score=random", at_least=0)
+    seed: int = option(0, "seed of random numbers: of score=random, and of inputs made up", at_least=0)
     limit: int | None = option(None, "cut only the first so many Dims (to find one that does harm)", at_least=0)
 
     def __post_init__(self) -> None:
@@ -137,7 +142,7 @@ class Prune(Pass):
         return {name: parse_amount(value, name, UNITS[name]) for name, value in given.items() if value is not None}
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        if context.data is None and self._refits:
+        if context.data is None and (self._refits or self._score_needs_data):
             made_up = self._data_free(graph, context)
             return self._cut(graph, context) if made_up is None else made_up
         return self._cut(graph, context)
@@ -157,10 +162,10 @@ class Prune(Pass):
             trial.data = generated_batches(graph, examples=self.examples, steps=self.steps, seed=self.seed)
             trial.note(_made_up(graph, trial.data))
             result = self._cut(graph, trial)
-        except RegaugeError as reason:
+        except (RegaugeError, RuntimeError) as reason:  # autograd and solvers raise the latter
             if asked:
                 raise
-            context.note(f"nothing is refitted on inputs made up: {reason}")
+            context.note(f"nothing is refitted on inputs made up, which failed: {str(reason).splitlines()[0]}")
             return None
         context.cuts, context.left = trial.cuts, trial.left
         context.notes += trial.notes if result is not graph else []

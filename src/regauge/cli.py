@@ -362,7 +362,7 @@ def passes(
         print("no options")
     if one.details():
         print()
-        print_table([["rule or step", "what it does"], *map(list, one.details())])
+        print_table([["choice", "what it does"], *map(list, one.details())])
 
 
 def _pass_rows(names: Sequence[str]) -> list[list[str]]:

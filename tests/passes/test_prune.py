@@ -152,7 +152,7 @@ def test_pattern_that_matches_nothing_is_an_error() -> None:
         ({"ratio": "half"}, "'ratio' of prune must be a number, not 'half'"),
         ({"params": "many"}, "params=many is not an amount"),
         ({"macs": 0}, "macs=0 is out of range"),
-        ({"ratio": 0.5, "score": "l3"}, "there is no score 'l3': scores are distortion, l1, l2"),
+        ({"ratio": 0.5, "score": "l3"}, "there is no score 'l3': scores are distortion, l1, l2, bn"),
         ({"ratio": 0.5, "round_to": 0}, "'round_to' of prune must be at least 1"),
     ],
 )

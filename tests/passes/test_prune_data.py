@@ -73,7 +73,7 @@ def test_what_others_can_take_over_goes_and_nothing_is_lost() -> None:
 
 def test_refitted_networks_are_nearer_on_images_that_were_not_seen() -> None:
     graph, batches, unseen = network(), [(images(64, seed),) for seed in (2, 3)], images(200, 9)
-    masked = error(graph, regauge.optimize(graph, "prune{macs=0.5}"), unseen)
+    masked = error(graph, regauge.optimize(graph, "prune{macs=0.5,compensate=false}"), unseen)
     chosen = error(graph, regauge.optimize(graph, "prune{macs=0.5,compensate=false}", data=batches), unseen)
     repaired = error(graph, regauge.optimize(graph, "prune{macs=0.5}", data=batches), unseen)
     uniform = error(graph, regauge.optimize(graph, "prune{macs=0.5,score=l2}", data=batches), unseen)
@@ -103,12 +103,6 @@ def test_heads_and_head_sizes_are_scored_by_data() -> None:
     pruned = regauge.optimize(graph, "prune{ratio=0.5}", data=[(x,)])
     assert figures(pruned).parameters < 0.5 * figures(graph).parameters
     assert error(graph, pruned, x) < error(graph, regauge.optimize(graph, "prune{ratio=0.5}"), x)
-
-
-@pytest.mark.parametrize("wanted", ["score=distortion", "compensate=true"])
-def test_data_that_is_missing_is_asked_for(wanted: str) -> None:
-    with pytest.raises(PassError, match="prune needs data for"):
-        regauge.optimize(network(), f"prune{{macs=0.5,{wanted}}}")
 
 
 @pytest.mark.parametrize("score", ["l2", "distortion"])
