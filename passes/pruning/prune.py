@@ -142,7 +142,7 @@ class Prune(Pass):
         return {name: parse_amount(value, name, UNITS[name]) for name, value in given.items() if value is not None}
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        if context.data is None and (self._refits or self._score_needs_data):
+        if context.data is None and (self._refits or self._needs_data):
             made_up = self._data_free(graph, context)
             return self._cut(graph, context) if made_up is None else made_up
         return self._cut(graph, context)
