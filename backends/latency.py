@@ -1,7 +1,8 @@
 """Measured latency of graphs: in onnxruntime where they were loaded from ONNX, as emitted torch modules else.
 
 All graphs run in turns on one thread, so that a busy machine slows all of them alike. What counts is the median of the
-processor time of that thread: the time that a run takes where nobody else wants the core.
+processor time of that thread: the time that a run takes where nobody else wants the core. On a GPU it is the time until
+the device is done.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from regauge.backends.to_onnx import to_onnx
 from regauge.backends.to_torch import to_torch
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import Interpreter
+from regauge.ir.interpret import Interpreter, device_of
 from regauge.ir.sample_inputs import sample_runs
 from regauge.ir.timing import Timing
 
@@ -43,8 +44,9 @@ def measure(graphs: Sequence[Graph], inputs: Any = None) -> list[Timing]:
     given = inputs if inputs is not None else _made_up(graphs[0])
     runtime = "onnxruntime" if "onnx" in graphs[0].metadata else "torch"
     prepare = _in_onnxruntime if runtime == "onnxruntime" else _in_torch
+    clock = _device_clock if runtime == "torch" and device_of(graphs[0]).type == "cuda" else time.thread_time
     with _one_thread(), torch.no_grad():
-        times = _rounds([prepare(graph, given) for graph in graphs])
+        times = _rounds([prepare(graph, given) for graph in graphs], clock)
     return [Timing(statistics.median(own), _noise(own), runtime) for own in times]
 
 
@@ -70,7 +72,12 @@ def _in_onnxruntime(graph: Graph, inputs: Any) -> Once:
     return lambda: session.milliseconds(feeds)  # of which nothing counts but that it ran
 
 
-def _rounds(runs: Sequence[Once]) -> list[list[float]]:
+def _device_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _rounds(runs: Sequence[Once], clock: Callable[[], float]) -> list[list[float]]:
     """Milliseconds of each, in turns, until the medians are known well enough or the time is used up."""
     for _ in range(_WARMUP):
         for run in runs:
@@ -79,9 +86,9 @@ def _rounds(runs: Sequence[Once]) -> list[list[float]]:
     start = time.perf_counter()
     for turn in range(MOST):
         for run, own in zip(runs, times, strict=True):
-            before = time.thread_time()
+            before = clock()
             run()
-            own.append((time.thread_time() - before) * 1e3)
+            own.append((clock() - before) * 1e3)
         enough = turn + 1 >= FEWEST
         if enough and (time.perf_counter() - start > SECONDS or all(_noise(own) < CLOSE for own in times)):
             break

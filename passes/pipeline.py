@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from regauge.ir.cost import Figures, figures
+from regauge.ir.device import on_device
 from regauge.ir.edit import dead_nodes, record, remove_dead
 from regauge.ir.errors import EquivalenceError, PassError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run_seeded
+from regauge.ir.interpret import device_of, run_seeded
 from regauge.ir.sample_inputs import input_symbols, remember_runs, sample_runs
 from regauge.ir.timing import Measure
 from regauge.ir.verify import verify
@@ -41,10 +42,13 @@ def run_passes(
     """The graph after all passes, with its ``report``; the given graph is not changed.
 
     ``after(index, graph)`` is called with the result of each pass; ``measure`` times graphs for passes that ask for it.
-    Raises PassError where a pass lacks what it needs or breaks its contract, naming the pass.
+    A graph on a GPU is brought to the CPU for it, and the result back. Raises PassError where a pass lacks what it
+    needs or breaks its contract, naming the pass.
     """
     if not isinstance(graph, Graph):
         raise PassError(f"passes run on a Graph, not a {type(graph).__name__}: make one by regauge.capture or load")
+    if device_of(graph).type not in ("cpu", "meta"):
+        return _run_from(device_of(graph), graph, passes, data, after, measure)
     result, entries = graph, []
     known = figures(graph)
     for index, one in enumerate(passes):
@@ -57,6 +61,32 @@ def run_passes(
         result = graph.copy()
     result.report = Report(tuple(entries))
     return result
+
+
+def _run_from(
+    device: torch.device,
+    graph: Graph,
+    passes: Sequence[Pass],
+    data: Any,
+    after: AfterPass | None,
+    measure: Measure | None,
+) -> Graph:
+    """:func:`run_passes` for a graph on another device than the CPU; passes compute with arrays that are there."""
+    here, origin = on_device(graph, torch.device("cpu"))
+
+    def back(found: Graph) -> Graph:
+        return on_device(found, device, origin)[0]
+
+    result = run_passes(
+        here,
+        passes,
+        data,
+        after=None if after is None else lambda index, found: after(index, back(found)),
+        measure=None if measure is None else lambda graphs, inputs: measure([back(g) for g in graphs], inputs),
+    )
+    found = back(result)
+    found.report = result.report
+    return found
 
 
 def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures, measure: Measure | None) -> tuple[Graph, PassReport]:

@@ -6,15 +6,19 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 import regauge
+from regauge.frontends.capture import capture
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import EquivalenceError, PassError
 from regauge.ir.graph import Graph
 from regauge.ir.weights import dense
 from regauge.optimize import optimize
+from regauge.passes import pipeline
 from regauge.passes.base import Context, Contract, Cut, Need, Pass
 from regauge.passes.catalog import as_passes
+from regauge.passes.pipeline import run_passes
 from small_graphs import multilayer_perceptron
 
 
@@ -219,3 +223,17 @@ def test_an_entry_point_may_be_a_rewrite_and_has_the_name_of_its_pass(monkeypatc
         as_passes("other")
     with pytest.raises(PassError, match="neither a subclass of regauge.Pass nor a rewrite"):
         as_passes("number")
+
+
+def test_weights_that_no_pass_changed_come_back_from_the_cpu_as_they_were() -> None:
+    """What a graph on a GPU goes through; here the device that it comes back to is the CPU as well."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    graph = capture(model, (torch.randn(2, 4),))
+    passes = as_passes("prune{ratio=0.5,include=[2.weight:0]}")
+    found = pipeline._run_from(torch.device("cpu"), graph, passes, None, None, None)
+    expected = run_passes(graph, passes)
+    assert found.report.passes[0].cuts == expected.report.passes[0].cuts
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(found.run(x), expected.run(x))
+    assert found.parameters["0.weight"].weight is graph.parameters["0.weight"].weight
+    assert found.parameters["4.weight"].shape == (3, 4)
