@@ -14,7 +14,7 @@ from regauge.backends.run_onnxruntime import Session
 
 CORPUS = Path(__file__).parents[3] / "shared" / "corpus" / "onnx"
 NODES = {  # of all scopes, without Constants: before, and at most after
-    "face_version-RFB-320": (211, 97),
+    "face_version-RFB-320": (211, 100),
     "face_version-RFB-320_simplified": (110, 107),
     "magika_standard_v1": (88, 62),
     "magika_standard_v2_1": (72, 56),

@@ -97,13 +97,20 @@ def work(build: Builder, x: Value) -> list[Value]:
     return [build.conv(x, weight, padding=(2, 2))]
 
 
-def test_a_level_whose_nodes_would_cost_too_much_is_laid_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("price", "conv", "relu", "concat", "added"),
+    [({}, 4, 1, 2, 0), ({"COPY_MACS": 1 << 30}, 6, 2, 1, 1), ({"COPY_MACS": 1 << 30, "NODE_MACS": 0}, 6, 2, 2, 0)],
+)
+def test_a_level_is_joined_or_summed_or_laid_side_by_side(
+    price: dict[str, int], conv: int, relu: int, concat: int, added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a whole, or without reading a value twice over, or not at all, as the prices say."""
     levels = ({"anchors": 3, "deep": True}, {"anchors": 2})
     graph = made(lambda b, x, y: [*detector((2, 4), levels)(b, x, y), *work(b, x)], **MAPS)
-    monkeypatch.setattr(heads, "NODE_MACS", 1)
-    after = joined(graph)
-    assert counts(after)["conv"] == 6 and counts(after)["relu"] == 2 and counts(after)["concat"] == 2
-    assert figures(after).macs == figures(graph).macs
+    for name, value in {"RUN_MACS": 0, **price}.items():
+        monkeypatch.setattr(heads, name, value)
+    found = counts(joined(graph))
+    assert [found.get(op, 0) for op in ("conv", "relu", "concat", "add")] == [conv, relu, concat, added]
 
 
 def test_zeros_take_the_room_that_others_made() -> None:
