@@ -42,10 +42,10 @@ class Depth(Pass):
     rotary tables, norms that two branches share.
 
     Give exactly one of blocks, ratio, params and macs; params and macs are what is kept. With data the layers behind a
-    removed part, and those that write into the stream in front of it, are refitted by least squares so that the stream
-    comes back, without gradients; parts are then chosen by what is lost after that, which refits once per part on a
-    few examples (score=similarity runs once for all parts). Without data, parts are chosen by
-    how far made-up inputs (normal numbers, random indices) move the outputs.
+    removed part, and the last one that writes into the stream in front of it, are refitted by least squares so that the
+    stream comes back, without gradients. Parts are then chosen by what is lost after that, which refits once per part
+    on a few examples; score=similarity looks at the data once for all parts. Without data, parts are chosen by how far
+    made-up inputs (normal numbers, random indices) move the outputs.
     """
 
     name: ClassVar[str] = "depth"
