@@ -27,7 +27,7 @@ _ROUNDS = 4  # linearisations of the costs
 _MOST_OPTIONS = 32  # counts per Dim that are weighed
 _MOST_PRICED = 12  # of these, at which costs are asked for: between them they are linear, or nearly
 _MOST_PROBED = 64  # Dims; of more, fewer starts are tried
-_HUBS, _HUB_SHARES = 3, (0.85, 0.7, 0.55, 0.4)
+_HUBS, _HUB_SHARES = 3, (1.0, 0.85, 0.7, 0.55, 0.4)
 _RATE = 4.0  # of the multipliers
 
 

@@ -64,9 +64,9 @@ def test_less_is_lost_where_layers_are_refitted() -> None:
 def test_the_budget_is_met_by_what_costs_least() -> None:
     graph, batches = network(), [(images(48, seed),) for seed in (1, 2)]
     small = regauge.optimize(graph, "prune{macs=0.5,scope=dp,compensate=false}", data=batches)
-    assert 0.93 * 0.5 <= figures(small).macs / figures(graph).macs <= 0.5
+    assert figures(small).macs <= 0.5 * figures(graph).macs
     cuts = {cut.dim: cut.after for cut in small.report.passes[0].cuts}
-    assert cuts["0.weight:0"] <= 13 and cuts.get("2.weight:0", 8) >= 7
+    assert cuts == {"0.weight:0": 11}, "12 would cost 20 MACs too many, and all of the narrow layer matters"
 
 
 def test_layers_can_be_weighed_by_measured_losses_whatever_the_scores() -> None:
