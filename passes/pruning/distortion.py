@@ -34,7 +34,7 @@ from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.pruning.scores import Scores, accumulate
-from regauge.passes.pruning.surgeon import Share, taken_apart
+from regauge.passes.pruning.surgeon import MEMORY, Share, taken_apart
 from regauge.passes.pruning.weight_scores import magnitudes
 
 _READ = 4 << 30  # bytes of weights that are read to measure the Dims of a kind: of a large model only a few are
@@ -169,7 +169,7 @@ class _Ordering:
         """
         kinds: dict[Hashable, list[Dim]] = {}
         for dim, layers in self.readers.items():
-            if layers and sum(layer.weight.tensor.nbytes for layer in layers) <= _READ:
+            if layers and sum(layer.weight.tensor.nbytes for layer in layers) <= MEMORY:
                 kinds.setdefault(self._kind(dim), []).append(dim)
         many = max(2, int(_READ / max(1, figures(self.graph).bytes)))
         found: set[Dim] = set()

@@ -10,7 +10,7 @@ alone are taken apart so, and the others keep their order by what each costs alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,19 +169,17 @@ class Share:
     def _matrix(self, layer: Layer) -> torch.Tensor:
         return layer.matrices(layer.weight.tensor.detach())[self.block]
 
-    def without(self, gone: torch.Tensor, whole: torch.Tensor) -> list[tuple[Layer, torch.Tensor, torch.Tensor]]:
+    def without(self, gone: torch.Tensor, whole: torch.Tensor) -> Iterator[tuple[Layer, torch.Tensor, torch.Tensor]]:
         """For each layer its matrix without these indices, others making up for them, and the bias that this takes."""
         columns = self.columns[gone].reshape(-1)
         factor = _factors(whole[columns][:, columns])
         solved = torch.cholesky_solve(whole[columns], factor)
         means = self.moments.means().to(self.dtype)
-        found = []
         for layer in self.layers:
             before = self._matrix(layer).to(self.dtype)
             after = before - before[:, columns] @ solved
             after[:, columns] = 0
-            found.append((layer, after, (before - after) @ means))
-        return found
+            yield layer, after, (before - after) @ means
 
 
 def taken_apart(shares: Sequence[Share], size: int, change: Change | None) -> tuple[np.ndarray, float]:
@@ -270,16 +268,23 @@ def _weights(
     """The parameters of all layers without some indices, by name: what the graph has to be run with."""
     matrices: dict[Layer, torch.Tensor] = {}
     shifts: dict[Layer, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
+
+    def store(layer: Layer, matrix: torch.Tensor, shift: torch.Tensor) -> None:
+        found[layer.weight.name] = layer.from_matrices(matrix)
+        shifted = layer.shifted(shift.reshape(-1))
+        if shifted is not None:
+            found[shifted[0].name] = shifted[1]
+
     for share, whole in zip(shares, wholes, strict=True):
         for layer, matrix, shift in share.without(gone, share.inverse() if whole is None else whole):
+            if layer.blocks == 1:  # at once, in the type of the weight: all layers may be half of the model
+                store(layer, matrix[None], shift)
+                continue
             if layer not in matrices:
                 matrices[layer] = layer.matrices(layer.weight.tensor.detach()).to(matrix.dtype, copy=True)
                 shifts[layer] = torch.zeros(layer.blocks, layer.outputs, dtype=matrix.dtype)
             matrices[layer][share.block], shifts[layer][share.block] = matrix, shift
-    found: dict[str, torch.Tensor] = {}
     for layer, matrix in matrices.items():
-        found[layer.weight.name] = layer.from_matrices(matrix)
-        shifted = layer.shifted(shifts[layer].reshape(-1))
-        if shifted is not None:
-            found[shifted[0].name] = shifted[1]
+        store(layer, matrix, shifts[layer])
     return found
