@@ -24,7 +24,8 @@ from regauge.passes.calibration.moments import Moments, inverse
 RIDGE = 1e-2  # share of the mean square of a column
 _MANY = 10  # so many times the columns are many rows; with fewer the ridge rises as they are short of that
 MEMORY = 2 << 30  # bytes of inverse Hessians and weights that are held for one Dim
-_STEPS = 24  # a Dim is taken apart in about so many steps
+_STEPS = 24  # a larger Dim is taken apart in about so many steps
+_SMALL = 96  # a Dim of so many indices loses one in each step
 _NEAR = 3  # times the indices that go in a step: so many of the cheapest are looked at
 _SUBSTEPS = 8  # a step removes its indices in about so many turns
 _DOUBLE = 1024  # matrices up to this size are handled in double precision
@@ -193,7 +194,7 @@ def taken_apart(shares: Sequence[Share], size: int, change: Change | None) -> tu
     alive = torch.ones(len(pool), dtype=torch.bool)
     highest, total, factors = 0.0, 0.0, list[float]()
     marks = [size // 4, size - size // 2] if change is not None else []
-    many = max(1, -(-size // _STEPS))
+    many = 1 if size <= _SMALL else size // _STEPS
     while int(alive.sum()) > 1:
         left = alive.nonzero()[:, 0]
         for place, cost in _next(parts, left, min(many, len(left) - 1)):
