@@ -7,6 +7,7 @@ reaches into, is *dissolved*: what is left of it is spelled anew, node by node, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import onnx_ir
 import torch
@@ -71,6 +72,9 @@ class _Rewiring:
         self.imported_nodes: dict[onnx_ir.Node, list[Node]] = {}
         for _, node in imported.walk():
             self.imported_nodes.setdefault(node.origin, []).append(node)
+        self.rewired_by: dict[Any, list[Rewired]] = {}
+        for edge in changes.rewired:
+            self.rewired_by.setdefault(edge.node.origin if edge.node is not None else None, []).append(edge)
         self.graphs: dict[Graph, onnx_ir.Graph] = {graph: carrier.model.graph, imported: carrier.model.graph}
         self.branch_outputs = _branch_outputs(graph, carrier)
         self.parents = _parents(carrier.model.graph)
@@ -171,8 +175,8 @@ class _Rewiring:
         ]
         moved = {
             (self.changes.old_of[other.node], other.slot)
-            for other in self.changes.rewired
-            if other.node is not None and other.node.origin is edge.node.origin and other.after is edge.after
+            for other in self.rewired_by[edge.node.origin]
+            if other.node is not None and other.after is edge.after
         }
         return slots if slots and all(reader in moved for reader in readers) else None
 
