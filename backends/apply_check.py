@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
+from regauge.ir.interpret import device_of, run
 from regauge.ir.sizes import evaluate
 
 TOLERANCE = 1e-4  # of the largest value of a result; float32 sums in another order stay well below
@@ -27,7 +27,8 @@ class Check:
             inputs = made_up_inputs(graph)
         if isinstance(inputs, Mapping):
             inputs = [inputs[value.name] for value in graph.inputs]
-        self.inputs = list(inputs)
+        device = device_of(graph)
+        self.inputs = [tensor.to(device) for tensor in inputs]
         self.expected = run(graph, self.inputs)
 
     def failure(self, model: nn.Module) -> str | None:

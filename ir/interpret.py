@@ -13,6 +13,7 @@ from regauge.ir.dtypes import dtype_name
 from regauge.ir.errors import GraphError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sizes import evaluate, solve_bindings
+from regauge.ir.weights import device_of_weight
 
 Hook = Callable[[Node, tuple[Any, ...]], tuple[Any, ...] | None]
 """Called after each node with its results; may return other results in their place."""
@@ -148,7 +149,7 @@ def device_of(graph: Graph) -> torch.device:
     """Where the graph's weights are: its inputs go there, and tables made during a run are made there."""
     for parameter in graph.parameters.values():
         if parameter.kind != "constant":
-            return parameter.tensor.device
+            return device_of_weight(parameter.weight)
     return torch.device("cpu")
 
 

@@ -103,6 +103,13 @@ def dense(tensor: torch.Tensor) -> DenseWeight:
     return DenseWeight(tensor.detach())
 
 
+def device_of_weight(weight: Weight) -> torch.device:
+    """Where a weight is; what is read or computed when it is asked for is on the CPU."""
+    if isinstance(weight, CutWeight):
+        return device_of_weight(weight.base)
+    return weight.tensor.device if isinstance(weight, DenseWeight) else torch.device("cpu")
+
+
 def is_resident(weight: Weight) -> bool:
     """Whether the data lies in memory, so that to keep what is computed from it costs no other order of memory."""
     if isinstance(weight, CutWeight):

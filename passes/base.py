@@ -62,6 +62,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)  # why things were left alone: reason -> how many
     measure: Measure | None = None  # times graphs in a runtime; None where nothing can
+    made_up: bool = False  # whether a pass made the data itself, so that its size says nothing of what runs will get
 
     def batches(self) -> Iterator[Any]:
         """The batches of ``data``, each as ``graph.run`` takes it; raises PassError where there is none."""

@@ -152,12 +152,12 @@ class Prune(Pass):
         asked = bool(self.compensate) or self._needs_data
         if not asked and (self.score is not None or not statistics_in(graph) or self.ratio == 0):
             return None
-        if not asked:  # a first try tells at once what cannot be done, and whether there is anything to do
+        if not asked and self.latency is None:  # a first try tells at once what cannot be done, and if anything is
             first = Context()
             if replace(self, compensate=False)._cut(graph, first) is graph:
                 context.left = first.left
                 return graph
-        trial = Context(measure=context.measure)
+        trial = Context(measure=context.measure, made_up=True)
         try:
             trial.data = generated_batches(graph, examples=self.examples, steps=self.steps, seed=self.seed)
             trial.note(_made_up(graph, trial.data))
@@ -199,8 +199,6 @@ class Prune(Pass):
     def _batches(self, graph: Graph, context: Context) -> list[Labelled] | None:
         """The calibration data, where there is any and the options want it."""
         unused = self.score is not None and not self._needs_data and not self._refits
-        if context.data is None and self.scope == "dp":
-            raise PassError("prune needs data for scope=dp: give batches, optimize(graph, passes, data=...)")
         if context.data is None or unused:
             return None
         return [labelled(graph, batch) for batch in context.batches()]
@@ -281,6 +279,8 @@ def _cut(graph: Graph, scores: Scores, counts: Counts) -> Graph:
 
 def _first(graph: Graph, batches: Sequence[Any] | None, context: Context) -> Any:
     """The first batch of the data, where there is any, as the graph takes it."""
+    if context.made_up:
+        return None
     found = calibration_batches(graph, context) if batches is None and context.data is not None else batches
     return found[0] if found else None
 
