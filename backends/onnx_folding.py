@@ -18,11 +18,9 @@ from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_contents import Contents
 from regauge.backends.onnx_inlining import nested_graphs
 from regauge.backends.onnx_sharing import share_equal, share_sizes
-from regauge.backends.onnx_write import tensor_slots
 from regauge.ir.graph import Graph
+from regauge.ir.growth import FILE_ROOM, NODE_BYTES
 from regauge.ir.onnx_sizes import Content
-
-NODE_BYTES = 64  # what a node takes in a file, about: a small constant in its place does not make it larger
 
 
 def fold_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
@@ -30,7 +28,7 @@ def fold_known(graph: Graph, carrier: Carrier, contents: Contents) -> None:
     steps = graph.metadata.get("onnx_fold", ())
     if "constants" in steps:
         carrier.unlist_weights()
-        _write_known(carrier, contents, graph.metadata.get("onnx_growth", 0.0))
+        _write_known(carrier, contents, graph.metadata.get(FILE_ROOM, 0), shared="ties" in steps)
     if "ties" in steps:
         share_equal(carrier)
     if "merging" in steps:
@@ -52,7 +50,9 @@ def skip_aliases(graph: Graph, carrier: Carrier) -> None:
         carrier.redirect(mine, other)
 
 
-def _write_known(carrier: Carrier, contents: Contents, growth: float) -> None:
+def _write_known(carrier: Carrier, contents: Contents, room: int, *, shared: bool) -> None:
+    """Constants for known values that something else reads, as far as the room in bytes goes; where they are
+    ``shared``, equal ones are one, and take room once."""
     known: dict[onnx_ir.Node, list[Content]] = {}
     for node, copied in carrier.nodes.items():
         if node.op_type == "Constant" or copied.graph is None or copied.graph in carrier.function_graphs:
@@ -60,22 +60,25 @@ def _write_known(carrier: Carrier, contents: Contents, growth: float) -> None:
         found = [content for output in node.outputs if (content := contents.of(output)) is not None]
         if len(found) == len(node.outputs) and all(content.static for content in found):
             known[copied] = found
-    budget = growth * sum(slot.tensor.nbytes for slot in tensor_slots(carrier.model))
+    shared = shared and (carrier.model.ir_version or 0) >= 4
+    made: dict[object, onnx_ir.Value] = {}
     for node, found in known.items():
         for output, content in zip(node.outputs, found, strict=True):
             readers = [use for use in output.uses() if use.node not in known]
-            more = content.array.nbytes - NODE_BYTES
-            if not readers or more > max(budget, 0):
+            array = np.array(content.array).astype(content.data_type.numpy())
+            key = (content.data_type, array.shape, array.tobytes())
+            constant = made.get(key) if shared else None
+            if not readers or (constant is None and array.nbytes - NODE_BYTES > max(room, 0)):
                 continue
-            budget -= max(more, 0)
-            constant = _constant(carrier, node, output, content)
+            if constant is None:
+                room -= max(array.nbytes - NODE_BYTES, 0)
+                constant = made[key] = _constant(carrier, node, output, array)
             for use in readers:
                 use.node.replace_input_with(use.idx, constant)
 
 
-def _constant(carrier: Carrier, node: onnx_ir.Node, output: onnx_ir.Value, content: Content) -> onnx_ir.Value:
+def _constant(carrier: Carrier, node: onnx_ir.Node, output: onnx_ir.Value, array: np.ndarray) -> onnx_ir.Value:
     """An initializer of the main graph, which every scope inside it sees; a Constant node where that is not allowed."""
-    array = np.array(content.array).astype(content.data_type.numpy())
     base = f"{output.name}_folded"
     if (carrier.model.ir_version or 0) < 4:
         return carrier.insert_constant(node, array, base)

@@ -24,6 +24,7 @@ from regauge.backends.onnx_write import Check, copy_model, external_locations, w
 from regauge.ir.allocation import without_collection
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
+from regauge.ir.growth import BYTES_BEFORE, BYTES_PROPERTY
 
 Inputs = Sequence[Any] | Mapping[str, Any]
 
@@ -111,6 +112,8 @@ def _note_passes(model: onnx_ir.Model, graph: Graph) -> None:
         model.metadata_props["regauge.passes"] = ",".join(passes)
     notes = [*graph.metadata.get("onnx_notes", ())]
     if "onnx" in graph.metadata:
+        if BYTES_BEFORE in graph.metadata:
+            model.metadata_props[BYTES_PROPERTY] = str(graph.metadata[BYTES_BEFORE])
         unlisted = len(graph.metadata["onnx"].graph.inputs) - len(model.graph.inputs)
         notes += [f"weights that were listed as inputs and are constants now: {unlisted}"] if unlisted else []
     if notes:

@@ -31,6 +31,7 @@ from regauge.ir.dtypes import Dtype
 from regauge.ir.edit import Builder, remove_node
 from regauge.ir.errors import LoadError, OperatorError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.growth import BYTES_BEFORE, noted_bytes
 from regauge.ir.onnx_folding import Question, fold
 from regauge.ir.onnx_sizes import Unknown, as_type, constant_tensor, content, of_shape
 from regauge.ir.operator import Operator, find_onnx
@@ -56,6 +57,9 @@ def load(source: Any, *, freeze: bool = False) -> Graph:
         importer = _Importer(model, label, freeze=freeze or _lists_every_weight(model))
         graph = importer.run()
     graph.metadata["onnx_notes"] = (*notes, *importer.notes)
+    before = noted_bytes(model.metadata_props)
+    if before is not None:
+        graph.metadata[BYTES_BEFORE] = before
     if isinstance(source, str | os.PathLike):
         state = os.stat(source)
         graph.metadata["onnx_source"] = (os.path.abspath(source), state.st_size, state.st_mtime_ns)

@@ -117,17 +117,23 @@ def isinf(x: Tensor) -> Tensor:
 # -- logic -------------------------------------------------------------------------------------------------------------
 
 
-@pointwise(aten=["logical_and"], onnx={"And": onnx_binary("logical_and")}, samples=_combined, commutative=True)
+@pointwise(
+    aten=["logical_and"], onnx={"And": onnx_binary("logical_and", numbers=False)}, samples=_combined, commutative=True
+)
 def logical_and(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_and(x, y)
 
 
-@pointwise(aten=["logical_or"], onnx={"Or": onnx_binary("logical_or")}, samples=_combined, commutative=True)
+@pointwise(
+    aten=["logical_or"], onnx={"Or": onnx_binary("logical_or", numbers=False)}, samples=_combined, commutative=True
+)
 def logical_or(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_or(x, y)
 
 
-@pointwise(aten=["logical_xor"], onnx={"Xor": onnx_binary("logical_xor")}, samples=_combined, commutative=True)
+@pointwise(
+    aten=["logical_xor"], onnx={"Xor": onnx_binary("logical_xor", numbers=False)}, samples=_combined, commutative=True
+)
 def logical_xor(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_xor(x, y)
 

@@ -67,20 +67,25 @@ def aten_binary(op: str) -> Adapter:
     return adapter
 
 
-def onnx_binary(op: str) -> OnnxForm:
-    """``Op(A, B)``: constants without axes become numbers, opset 6 broadcasting is made explicit."""
+def onnx_binary(op: str, *, numbers: bool = True) -> OnnxForm:
+    """``Op(A, B)``: opset 6 broadcasting is made explicit, and constants without axes become numbers, unless torch's
+    function takes tensors only."""
 
     def reader(build: Any, call: Any) -> Any:
-        x, y = onnx_pair(build, call)
-        return build(op, x, y)
+        return build(op, *(onnx_pair(build, call) if numbers else _onnx_tensors(build, call)))
 
     return OnnxForm(read=reader, direct=True)
 
 
-def onnx_pair(build: Any, call: Any) -> tuple[Any, Any]:
+def _onnx_tensors(build: Any, call: Any) -> tuple[Value, Value]:
     x, y = call.operand(0), call.operand(1)
     if call.opset < 7 and call.attribute("broadcast", 0):
         y = _aligned(build, x, y, call.attribute("axis"))
+    return x, y
+
+
+def onnx_pair(build: Any, call: Any) -> tuple[Any, Any]:
+    x, y = _onnx_tensors(build, call)
     left, right = _number(call, 0), _number(call, 1)
     if right is not None:
         return x, right

@@ -19,11 +19,12 @@ from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, remove_dead, remove_node, replace_uses
 from regauge.ir.fold import computed, is_fill, is_table
 from regauge.ir.graph import Graph, Kind, Node, Parameter, Value
+from regauge.ir.growth import NODE_BYTES
 from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.purity import is_pure
 from regauge.ir.rules import broadcast_rule
 from regauge.ir.weight_edits import settle_successors
-from regauge.passes.simplify.limits import NODE_BYTES, Limits, bytes_of, count_of, held_values, scopes, total_bytes
+from regauge.passes.simplify.limits import Limits, bytes_of, count_of, held_values, scopes, size_of, total_bytes
 
 Known: TypeAlias = Callable[[Parameter, Container[Value]], bool]
 
@@ -32,9 +33,13 @@ Known: TypeAlias = Callable[[Parameter, Container[Value]], bool]
 
 def fold_constants(graph: Graph, limits: Limits) -> int:
     """Replace what depends on constants alone by constants, in regions too; returns how many nodes went."""
+    return _fold_all(graph, limits, is_table)
+
+
+def _fold_all(graph: Graph, limits: Limits, is_known: Known) -> int:
     spare, count = limits.most_bytes - total_bytes(graph), 0
     for owner, build in scopes(graph):
-        folding = _Folding(owner, build, spare)
+        folding = _Folding(owner, build, spare, limits.file_bytes, is_known)
         count += folding.run()
         spare = folding.spare
     return count
@@ -43,11 +48,12 @@ def fold_constants(graph: Graph, limits: Limits) -> int:
 class _Folding:
     """Computes all that can be, then decides from the results backward what is kept as a constant."""
 
-    def __init__(self, graph: Graph, build: Builder, spare: int, is_known: Known = is_table) -> None:
+    def __init__(self, graph: Graph, build: Builder, spare: int, file_bytes: int, is_known: Known) -> None:
         self.is_known = is_known
         self.graph = graph
         self.build = build
         self.spare = spare
+        self.file_bytes = file_bytes
         self.held = held_values(graph)
         self.states = {state.before for state in graph.states}
         self.known: dict[Value, torch.Tensor] = {}
@@ -89,8 +95,12 @@ class _Folding:
             return
         read = [value for value in node.outputs if any(user not in self.going for user, _ in value.uses)]
         new = sum(self.known[value].numel() * self.known[value].element_size() for value in read)
-        growth = new - self._freed(node) - NODE_BYTES
-        if growth > 0 and growth > self.spare:
+        stored, computed = self._freed(node)
+        growth = new - stored - NODE_BYTES
+        if growth > max(self.spare, 0) and not (
+            # The file will hold the constants that it computes so far, unless they go.
+            growth - computed <= max(self.spare, 0) and growth <= self.spare + self.file_bytes
+        ):
             return
         self.spare -= growth
         self.going.add(node)
@@ -100,10 +110,10 @@ class _Folding:
             kind: Kind = "parameter" if trained else "constant"
             replace_uses(self.graph, value, self.build.parameter(name, tensor, kind, persistent=trained))
 
-    def _freed(self, node: Node) -> int:
-        """Bytes of the constants that only this node and what goes with it read."""
+    def _freed(self, node: Node) -> tuple[int, int]:
+        """Bytes of the constants that only this node and what goes with it read: stored ones, and computed ones."""
         seen: set[Value] = set()
-        going, stack, freed = {node}, [node], 0
+        going, stack, stored, computed = {node}, [node], 0, 0
         while stack:
             for _, value in stack.pop().operands():
                 source = value.producer
@@ -111,9 +121,11 @@ class _Folding:
                     going.add(source)
                     stack.append(source)
                 elif isinstance(value, Parameter) and self.is_known(value, self.states) and value not in self.held:
-                    freed += bytes_of(value) if value not in seen and self._unread(value, going) else 0
-                    seen.add(value)
-        return freed
+                    if value not in seen and self._unread(value, going):
+                        stored += bytes_of(value)
+                        computed += size_of(value) - bytes_of(value)
+                        seen.add(value)
+        return stored, computed
 
 
 def is_part(node: Node) -> bool:
@@ -128,12 +140,7 @@ def fold_initializers(graph: Graph, limits: Limits) -> int:
     """Replace what depends on stored tensors alone, in a graph that was loaded from ONNX: nothing there is trained."""
     if "onnx" not in graph.metadata:
         return 0
-    spare, count = limits.most_bytes - total_bytes(graph), 0
-    for owner, build in scopes(graph):
-        folding = _Folding(owner, build, spare, is_stored)
-        count += folding.run()
-        spare = folding.spare
-    return count
+    return _fold_all(graph, limits, is_stored)
 
 
 def is_stored(parameter: Parameter, states: Container[Value]) -> bool:

@@ -283,10 +283,13 @@ def _in_order(order: Sequence[int], gone: set[int]) -> bool:
     ],
     shared=True,
 )
-def matmul_of_transposed(build: Builder, x: Value, w: Value, p: Node) -> Value:
+def matmul_of_transposed(build: Builder, x: Value, w: Value, p: Node, match: Match) -> Value:
     """matmul(x, w') is linear(x, w): the weight stays as it is stored."""
     if w.rank != 2 or positive_dims(p) != (1, 0) or not is_real(w.dtype):
         return differs("its second operand is no transposed matrix")
+    own = isinstance(w, Parameter) and len(w.uses) == 1 and match.read_once(p.output)
+    if p.origin is not None and x.rank != 2 and not own:
+        return differs("a file would say it the same way, with a Transpose of a weight that others read")
     return build.linear(x, w)  # type: ignore[no-any-return]
 
 

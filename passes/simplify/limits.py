@@ -11,11 +11,10 @@ import torch
 from regauge.ir.dtypes import Dtype
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Parameter, Value
+from regauge.ir.growth import BYTES_BEFORE
 from regauge.ir.sizes import Size
 
 LEAST_GROWTH = 64 * 1024  # bytes that any module may grow by; a file may not
-NODE_BYTES = 64  # what a node takes in a file, about: a small constant in its place does not make it larger
-BYTES_BEFORE = "bytes_before_simplify"  # metadata: so that a second run does not grant what the first one used up
 
 
 @dataclass(frozen=True)
@@ -23,19 +22,23 @@ class Limits:
     """``most_bytes``: of the parameters of the whole graph. ``tie_trained``: whether equal trained weights are tied.
 
     ``bytes_before``: of them before any run of ``simplify``, for what may use only the room that others made.
+    ``file_bytes``: that a file may grow by on top, for constants in place of what it computes so far.
     """
 
     most_bytes: int
     tie_trained: bool = False
     bytes_before: int = 0
+    file_bytes: int = 0
 
 
-def limits_of(graph: Graph, growth: float, tie_trained: bool) -> Limits:
-    """``growth`` is a part of the graph's bytes, as they were before any run of ``simplify``."""
+def limits_of(graph: Graph, growth: float, tie_trained: bool, *, folds_file: bool = False) -> Limits:
+    """``growth`` is a part of the graph's bytes, as they were before any run of ``simplify``; ``folds_file`` says
+    whether the file of a loaded graph is folded too."""
     now = total_bytes(graph)
     before = min(now, graph.metadata.get(BYTES_BEFORE, now))
-    least = LEAST_GROWTH if growth > 0 and "onnx" not in graph.metadata else 0
-    return Limits(before + max(int(growth * before), least), tie_trained, before)
+    share, loaded = int(growth * before), "onnx" in graph.metadata
+    least = LEAST_GROWTH if growth > 0 and not loaded else 0
+    return Limits(before + max(share, least), tie_trained, before, share if loaded and folds_file else 0)
 
 
 def total_bytes(graph: Graph) -> int:
@@ -44,8 +47,11 @@ def total_bytes(graph: Graph) -> int:
 
 def bytes_of(value: Value) -> int:
     """Bytes of a tensor of fixed size; 0 for types torch does not have, and for what a file computes."""
-    if isinstance(value, Parameter) and not value.stored:
-        return 0
+    return 0 if isinstance(value, Parameter) and not value.stored else size_of(value)
+
+
+def size_of(value: Value) -> int:
+    """Bytes of a tensor wherever it comes from."""
     return count_of(value.shape) * width_of(value.dtype)
 
 

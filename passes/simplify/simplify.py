@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from regauge.ir.allocation import without_collection
 from regauge.ir.graph import Graph
+from regauge.ir.growth import BYTES_BEFORE, FILE_ROOM
 from regauge.ir.rewrite import RewriteLog, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
@@ -18,7 +19,7 @@ from regauge.passes.simplify.constants import fold_constants, fold_initializers,
 from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import drop_orphans, remove_dead_code
 from regauge.passes.simplify.heads import join_heads
-from regauge.passes.simplify.limits import BYTES_BEFORE, Limits, limits_of, total_bytes
+from regauge.passes.simplify.limits import Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 from regauge.passes.simplify.partitions import split_partitions
 from regauge.passes.simplify.pooling import pool_means
@@ -69,7 +70,10 @@ class Simplify(Pass):
     only: tuple[str, ...] = option((), "rules, rule sets or steps to apply: none of the others")
     skip: tuple[str, ...] = option((), "rules, rule sets or steps to leave out")
     growth: float = option(
-        0.01, "part by which folding may make the model larger; of a module 64 KiB if that is more", at_least=0
+        0.01,
+        "part by which folding may make the model larger, of a file once more for what it computes; of a module 64 KiB "
+        "if that is more",
+        at_least=0,
     )
     tie: bool = option(False, "tie equal trained weights and equal vectors, too")
     also: tuple[str, ...] = option((), "rules or rule sets that are off by default: merges, separable")
@@ -98,16 +102,17 @@ class Simplify(Pass):
     def _simplified(self, graph: Graph, context: Context) -> Graph:
         rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also, assemble=self._assembles(graph))
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
-        limits, usual = limits_of(graph, self.growth, self.tie), by_default(rules)
+        limits, usual = limits_of(graph, self.growth, self.tie, folds_file="constants" in steps), by_default(rules)
         _to_fixed_point(result, _stages(usual, steps), limits, log, counts)
         if usual != rules:  # when all else is done: a wide map takes in no batch norm of a part any more
             _to_fixed_point(result, _stages(rules, steps), limits, log, counts)
         drop_orphans(graph, result)
         tell(log, context, counts)
         result.metadata.setdefault(BYTES_BEFORE, total_bytes(graph))
+        result.metadata[FILE_ROOM] = limits.most_bytes + limits.file_bytes - total_bytes(result)
         before, folds = set(graph.metadata.get("onnx_fold", ())), FILE_STEPS & set(steps)
         if "onnx" in graph.metadata and not folds <= before:
-            result.metadata["onnx_fold"], result.metadata["onnx_growth"] = tuple(sorted(before | folds)), self.growth
+            result.metadata["onnx_fold"] = tuple(sorted(before | folds))
             return result
         return result if log.total or any(counts.values()) else graph
 

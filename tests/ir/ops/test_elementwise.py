@@ -266,6 +266,9 @@ def test_onnx_choice_and_logic() -> None:
     check_node("Where", [X > 0, X, np.float32(0)], constants={2})
     for op in ("And", "Or", "Xor"):
         check_node(op, [X > 0, normal(7) > 0])
+        for inputs in ([np.True_, X > 0], [X > 0, np.False_]):  # which torch's functions do not take as numbers
+            constant = {i for i, array in enumerate(inputs) if np.ndim(array) == 0}
+            assert operators(check_node(op, inputs, constants=constant)) == [f"logical_{op.lower()}"]
     check_node("Not", [X > 0])
     check_node("CastLike", [X, np.array([1])])
     check_node("BitShift", [np.array([1, 8], np.uint8), np.array([1, 2], np.uint8)], direction="LEFT")
