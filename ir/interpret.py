@@ -13,6 +13,7 @@ from regauge.ir.dtypes import dtype_name
 from regauge.ir.errors import GraphError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sizes import evaluate, solve_bindings
+from regauge.ir.weights import is_resident
 
 Hook = Callable[[Node, tuple[Any, ...]], tuple[Any, ...] | None]
 """Called after each node with its results; may return other results in their place."""
@@ -145,10 +146,13 @@ class Interpreter:
 
 
 def device_of(graph: Graph) -> torch.device:
-    """Where the graph's weights are: its inputs go there, and tables made during a run are made there."""
+    """Where the graph's weights are: its inputs go there, and tables made during a run are made there.
+
+    Weights that lie in a file are not read for it: they come to the CPU.
+    """
     for parameter in graph.parameters.values():
         if parameter.kind != "constant":
-            return parameter.tensor.device
+            return parameter.tensor.device if is_resident(parameter.weight) else torch.device("cpu")
     return torch.device("cpu")
 
 

@@ -149,6 +149,8 @@ class Prune(Pass):
 
     def _data_free(self, graph: Graph, context: Context) -> Graph | None:
         """The result with inputs that are made up: where that is asked for, and where batch norms tell what to make."""
+        if self.scope == "dp" and not statistics_in(graph):
+            raise PassError("prune needs data for scope=dp: give batches, optimize(graph, passes, data=...)")
         asked = bool(self.compensate) or self._needs_data
         if not asked and (self.score is not None or not statistics_in(graph) or self.ratio == 0):
             return None
@@ -199,8 +201,6 @@ class Prune(Pass):
     def _batches(self, graph: Graph, context: Context) -> list[Labelled] | None:
         """The calibration data, where there is any and the options want it."""
         unused = self.score is not None and not self._needs_data and not self._refits
-        if context.data is None and self.scope == "dp":
-            raise PassError("prune needs data for scope=dp: give batches, optimize(graph, passes, data=...)")
         if context.data is None or unused:
             return None
         return [labelled(graph, batch) for batch in context.batches()]
