@@ -236,6 +236,25 @@ def flat_indices(extent: Extent, keep: Keep) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def positions_on(extent: Extent, dim: Dim) -> np.ndarray:
+    """The positions on an axis that each index of a Dim owns, [indices, positions each]."""
+    found = resolve(extent)
+    if isinstance(found, Dim):
+        return np.arange(int(dim.size))[:, None]
+    if isinstance(found, Product):
+        grid = np.arange(int(size_of(found))).reshape([int(size_of(factor)) for factor in found.factors])
+        place = next(p for p, factor in enumerate(found.factors) if dim in leaves(factor))
+        inner = positions_on(found.factors[place], dim)
+        rows: np.ndarray = np.moveaxis(grid, place, 0).reshape(grid.shape[place], -1)[inner]
+        return rows.reshape(len(inner), -1)
+    parts, offset = [], 0
+    for segment in found.segments:
+        if dim in leaves(segment):
+            parts.append(positions_on(segment, dim) + offset)
+        offset += int(size_of(segment))
+    return np.concatenate(parts, 1)
+
+
 def size_after(extent: Extent, keep: Keep) -> Size:
     """The size of the axis when each Dim of ``keep`` keeps the given indices; works for symbolic sizes too."""
     found = resolve(extent)

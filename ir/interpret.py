@@ -146,7 +146,10 @@ class Interpreter:
 
 
 def device_of(graph: Graph) -> torch.device:
-    """Where the graph's weights are: its inputs go there, and tables made during a run are made there."""
+    """Where the graph's weights are: its inputs go there, and tables made during a run are made there.
+
+    Weights that lie in a file are not read for it: they come to the CPU.
+    """
     for parameter in graph.parameters.values():
         if parameter.kind != "constant":
             return device_of_weight(parameter.weight)

@@ -6,16 +6,19 @@ after    w1: f32[3,3,3,3]   ->  relu  ->  w2: f32[10,3]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 from regauge.ir.edit import record
 from regauge.ir.errors import GraphError
 from regauge.ir.extents import (
     Concat,
     Dim,
+    Extent,
+    Keep,
     Product,
     flat_indices,
     format_extent,
@@ -70,6 +73,14 @@ def taken(graph: Graph, kept: Mapping[Dim, np.ndarray]) -> Graph:
             for attribute, extents in call.derived.items():
                 copied.attributes[attribute] = sizes_after(extents, kept)
     return result
+
+
+def part_kept(tensor: torch.Tensor, axes: Sequence[Extent], kept: Keep) -> torch.Tensor:
+    """A tensor with these axes as it is when each Dim keeps the given indices."""
+    for axis, extent in enumerate(axes):
+        if touches(extent, kept):
+            tensor = tensor.index_select(axis, torch.from_numpy(flat_indices(extent, kept)))
+    return tensor
 
 
 def kept_indices(original: Graph, cut_graph: Graph) -> dict[Dim, np.ndarray]:

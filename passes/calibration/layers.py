@@ -12,7 +12,7 @@ vectors (Gram matrices, least squares, Hessians) goes through here, so that no k
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from regauge.ir.errors import AxisError
-from regauge.ir.extents import Dim, Extent, Product, leaves, resolve, size_of
+from regauge.ir.extents import Dim, leaves, positions_on
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.ops.windows import per_axis
 
@@ -185,7 +184,7 @@ class Layer:
         none = np.zeros((int(dim.size), 0), dtype=np.int64)
         if leaves(extent).count(dim) != 1:
             return none
-        positions = _positions(extent, dim)
+        positions = positions_on(extent, dim)
         if self.node.op == "conv_transpose" and self.blocks > 1:
             channels = self.columns // self.taps
             own = np.sort(positions % channels, 1).reshape(len(positions), -1)
@@ -221,6 +220,16 @@ def layer_of(node: Node, *, blocks: bool = False, shared: bool = False) -> Layer
     return layer if fits and (blocks or layer.blocks == 1) and 0 not in weight.shape else None
 
 
+def contracting(graph: Graph, dims: Iterable[Dim], layers: Iterable[Layer]) -> dict[Dim, list[Layer]]:
+    """Of these layers those that contract each Dim, every index of it in columns of its own."""
+    found: dict[Dim, list[Layer]] = {dim: [] for dim in dims}
+    for layer in layers:
+        for dim in leaves(graph.axes.of[layer.weight][layer.contracted]):
+            if dim in found and layer.columns_of(graph, dim).size:
+                found[dim].append(layer)
+    return found
+
+
 def _is_own(value: Any, node: Node, slot: int, shared: bool) -> bool:
     """Whether a parameter is trained, and read as this node reads it, by nodes of its kind alone."""
     if not isinstance(value, Parameter) or value.kind != "parameter":
@@ -230,25 +239,6 @@ def _is_own(value: Any, node: Node, slot: int, shared: bool) -> bool:
     if any(user.op != node.op or place != slot or user.inputs[1] is not node.inputs[1] for user, place in value.uses):
         return False
     return isinstance(value.dtype, torch.dtype) and value.dtype.is_floating_point
-
-
-def _positions(extent: Extent, dim: Dim) -> np.ndarray:
-    """The positions on an axis that each index of a Dim owns, [indices, positions each]; the Dim occurs once in it."""
-    found = resolve(extent)
-    if isinstance(found, Dim):
-        return np.arange(int(dim.size))[:, None]
-    if isinstance(found, Product):
-        grid = np.arange(int(size_of(found))).reshape([int(size_of(factor)) for factor in found.factors])
-        place = next(p for p, factor in enumerate(found.factors) if dim in leaves(factor))
-        inner = _positions(found.factors[place], dim)
-        rows: np.ndarray = np.moveaxis(grid, place, 0).reshape(grid.shape[place], -1)[inner]
-        return rows.reshape(len(inner), -1)
-    offset = 0
-    for segment in found.segments:
-        if dim in leaves(segment):
-            return _positions(segment, dim) + offset
-        offset += int(size_of(segment))
-    raise AxisError(f"{dim} is not on the axis {found}")
 
 
 def _patches(x: torch.Tensor, node: Node, weight: Parameter) -> torch.Tensor:

@@ -14,20 +14,23 @@ from typing import Any
 import torch
 
 from regauge.ir.errors import PassError
+from regauge.ir.extents import Keep
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.lockstep import Lockstep
+from regauge.ir.resize import part_kept
+from regauge.passes.calibration.batch_norms import before_norm
 from regauge.passes.calibration.layers import Layer
 
 
 class SideBySide:
-    """One run of both graphs on all batches; ``changed`` has the nodes and shapes of ``original``.
+    """One run of both graphs on all batches; ``changed`` has the nodes of ``original``, resized to ``keep``.
 
     for was, node in run.steps():           # both about to run; weights of ``node`` may still be changed
         run.inputs(layer), run.targets(layer, was)
     """
 
-    def __init__(self, original: Graph, changed: Graph, batches: Sequence[Any]) -> None:
-        self.original, self.changed = original, changed
+    def __init__(self, original: Graph, changed: Graph, batches: Sequence[Any], keep: Keep | None = None) -> None:
+        self.original, self.changed, self.keep = original, changed, keep or {}
         self.before, self.now = Lockstep(original, batches), Lockstep(changed, batches)
         self.twin: dict[Value, Value] = dict(zip(changed.inputs, original.inputs, strict=True))
         self.drifted: set[Value] = set()
@@ -41,9 +44,13 @@ class SideBySide:
             self.before.execute(was)
             yield was, node
             self.now.execute(node)
-            read = [(value, old) for (_, value), (_, old) in zip(node.operands(), was.operands(), strict=True)]
-            if any(value in self.drifted or _differs(value, old) for value, old in read):
+            if self.reads_other(node, was):
                 self.drifted.update(node.outputs)
+
+    def reads_other(self, node: Node, was: Node) -> bool:
+        """Whether a node reads, itself or inside its regions, something else than it did in the original."""
+        read = zip(_read(node), _read(was), strict=True)
+        return any(value in self.drifted or _differs(value, old) for value, old in read)
 
     def inputs(self, layer: Layer) -> list[torch.Tensor]:
         """What the layer is given now, for each batch."""
@@ -51,15 +58,13 @@ class SideBySide:
 
     def targets(self, layer: Layer, was: Node) -> list[torch.Tensor]:
         """What the layer should give, for each batch."""
-        targets = self.before.values(was.output)
+        targets = [self.kept(tensor, was.output) for tensor in self.before.values(was.output)]
         norm = layer.norm
         lost = self._lost_beside(norm or layer.node)
         if lost is None:
             return targets
         if norm is not None:
-            gain = _gain(norm).to(targets[0].dtype).reshape([1, -1] + [1] * (targets[0].dim() - 2))
-            usable = gain.abs() > 1e-2 * gain.abs().mean()
-            lost = [torch.where(usable, part / torch.where(usable, gain, 1.0), 0.0) for part in lost]
+            lost = before_norm(norm, lost)
         return [target + part for target, part in zip(targets, lost, strict=True)]
 
     def _lost_beside(self, node: Node) -> list[torch.Tensor] | None:
@@ -76,16 +81,24 @@ class SideBySide:
         if old is None or not self.now.holds(other) or not self.before.holds(old):
             return None
         values = zip(self.before.values(old), self.now.values(other), strict=True)
-        return [was - now for was, now in values]
+        return [self.kept(was, old) - now for was, now in values]
+
+    def kept(self, tensor: torch.Tensor, value: Value) -> torch.Tensor:
+        """A tensor of the original as the cut leaves it."""
+        return part_kept(tensor, self.original.axes.of[value], self.keep) if self.keep else tensor
 
 
 def _differs(value: Value, old: Value) -> bool:
     return isinstance(value, Parameter) and isinstance(old, Parameter) and value.weight is not old.weight
 
 
-def _gain(norm: Node) -> torch.Tensor:
-    """What a batch norm in inference multiplies each channel by."""
-    gain, variance = norm.inputs[1], norm.inputs[4]
-    assert isinstance(variance, Parameter)
-    scale = (variance.tensor.detach().double() + float(norm.attributes["eps"])).rsqrt()
-    return scale * gain.tensor.detach().double() if isinstance(gain, Parameter) else scale
+def _read(node: Node) -> Iterator[Value]:
+    """What a node reads, itself or inside its regions."""
+    yield from (value for _, value in node.operands())
+    for inner in inside(node):
+        yield from (value for _, value in inner.operands())
+
+
+def inside(node: Node) -> list[Node]:
+    """The nodes in the regions of a node, in order."""
+    return [inner for region in node.regions for _, inner in region.walk()]

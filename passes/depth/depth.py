@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -23,6 +21,7 @@ from regauge.passes.depth.healing import heal
 from regauge.passes.depth.parts import Order, Part, Unit
 from regauge.passes.depth.removal import removable, without
 from regauge.passes.depth.scores import Criterion, Judge
+from regauge.passes.name_patterns import check_patterns, matches
 from regauge.passes.options import option
 
 _BUDGETS: dict[str, Metric] = {"params": "parameters", "macs": "macs"}
@@ -108,14 +107,15 @@ class Depth(Pass):
         parts = branches if self._unit == "branch" else repeated_blocks(order, branches)
         names = {part: _names(part) for part in parts}
         for option_name, patterns in (("include", self.include), ("exclude", self.exclude)):
-            for pattern in patterns:
-                _check_pattern(option_name, pattern, {name for found in names.values() for name in found})
+            every = {name for found in names.values() for name in found}
+            listed = f"there are {', '.join(sorted(every)[:6])} ..."
+            check_patterns(option_name, patterns, every, what="part that can be removed", otherwise=listed)
         found = []
         for part in parts:
             reason = removable(order, part)
             if self.include and not _included(part, self.include):
                 reason = "not included"
-            elif _matches(names[part], self.exclude):
+            elif matches(names[part], self.exclude):
                 reason = "excluded"
             if reason is None:
                 found.append(part)
@@ -178,18 +178,6 @@ def _reads_weights(node: Node) -> bool:
     return any(isinstance(value, Parameter) for _, value in node.operands())
 
 
-def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
 def _included(part: Part, patterns: Sequence[str]) -> bool:
     """Whether the patterns name the part itself, or all weights that are in it."""
-    return _matches([part.name], patterns) or all(_matches(weight.names, patterns) for weight in part.weights)
-
-
-def _check_pattern(option_name: str, pattern: str, names: set[str]) -> None:
-    if any(fnmatchcase(name, pattern) for name in names):
-        return
-    close = get_close_matches(pattern.rstrip("*.?"), sorted(names), 2)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(names)[:6])} ..."
-    raise PassError(f"{option_name}={pattern} matches no part that can be removed: {hint}")
+    return matches([part.name], patterns) or all(matches(weight.names, patterns) for weight in part.weights)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Node, Parameter, Value
+from regauge.passes.calibration.batch_norms import before_norm, divided_by
 from regauge.passes.depth.branches import is_sum
 
 _PASSED = ("dropout", "identity")
-_USABLE = 1e-2  # gains smaller than this share of their mean are not divided by
 
 Read = Callable[[Any], list[Any]]  # an operand, for each batch
 
@@ -88,24 +88,9 @@ def _back(node: Node, lost: list[torch.Tensor], read: Read) -> list[torch.Tensor
         sizes = zip(*(read(size) for size in source.shape), strict=True)
         return [part.reshape([int(n) for n in shape]) for part, shape in zip(lost, sizes, strict=True)]
     if node.op == "batch_norm":
-        gain = _norm_gain(node)
-        return [_divided(part, gain.reshape([1, -1] + [1] * (part.dim() - 2))) for part in lost]
+        return before_norm(node, lost)
     if node.op == "mul":
         scale = next(operand for slot, operand in enumerate(node.inputs) if _is_fixed(node, slot))
         gain = scale.tensor.detach() if isinstance(scale, Parameter) else torch.as_tensor(scale)
-        return [_divided(part, gain) for part in lost]
+        return [divided_by(part, gain) for part in lost]
     return lost
-
-
-def _divided(part: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    gain = gain.to(part.dtype)
-    usable = gain.abs() > _USABLE * gain.abs().mean()
-    return torch.where(usable, part / torch.where(usable, gain, 1.0), 0.0)
-
-
-def _norm_gain(norm: Node) -> torch.Tensor:
-    """What a batch norm in inference multiplies each channel by."""
-    gain, variance = norm.inputs[1], norm.inputs[4]
-    assert isinstance(variance, Parameter)
-    scale = (variance.tensor.detach().double() + float(norm.attributes["eps"])).rsqrt()
-    return scale * gain.tensor.detach().double() if isinstance(gain, Parameter) else scale

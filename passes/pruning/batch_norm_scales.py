@@ -12,6 +12,7 @@ import numpy as np
 from regauge.ir.extents import leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.groups import Group
+from regauge.passes.calibration.batch_norms import gain_of
 from regauge.passes.pruning.scores import Axis, Scores, accumulate
 
 _WEIGHT_AXIS = {"conv": (1, 0), "linear": (1, 0), "matmul": (1, -1)}  # operand and axis of a layer's output channels
@@ -24,9 +25,7 @@ def batch_norm_scales(graph: Graph) -> dict[Axis, np.ndarray]:
         axis = _normalised_weight(node)
         if axis is None:
             continue
-        gain, variance = node.inputs[1], node.inputs[4]
-        factors = (_vector(variance) + float(node.attributes["eps"])) ** -0.5
-        scales[axis] = factors * np.abs(_vector(gain)) if gain is not None else factors
+        scales[axis] = gain_of(node).abs().cpu().numpy()
     return scales
 
 

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from regauge.ir.edit import set_weight
-from regauge.ir.errors import PassError
-from regauge.ir.extents import Keep, flat_indices, touches
+from regauge.ir.extents import Keep, touches
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.lockstep import Lockstep
 from regauge.ir.mapped import mapped, on_disk
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.calibration.moments import Halves
+from regauge.passes.calibration.side_by_side import SideBySide, inside
 from regauge.passes.pruning.recurrent_refit import STATES, refitted_stack
 from regauge.passes.pruning.refit import refitted
 
@@ -58,38 +58,21 @@ class _Compensation:
     def __init__(self, original: Graph, pruned: Graph, keep: Keep, batches: Sequence[Any], by: str) -> None:
         self.original, self.pruned, self.keep, self.by = original, pruned, keep, by
         self.batches = batches
-        self.before, self.now = Lockstep(original, batches), Lockstep(pruned, batches)
-        self.twin: dict[Value, Value] = dict(zip(pruned.inputs, original.inputs, strict=True))
+        self.both = SideBySide(original, pruned, batches, keep)
         self.parameters = {parameter.name: parameter for parameter in original.all_parameters()}
-        self.drifted: set[Value] = set()
         self.done = Repaired()
 
     def run(self) -> None:
         self._refit_by_original()
-        for was, node in self._pairs():
-            self.before.execute(was)
+        for was, node in self.both.steps():
             layer = layer_of(node, blocks=True)
-            if layer is not None and node.inputs[0] in self.drifted and node.op != "grouped_mm":
-                targets = self._targets(layer, was)
-                inputs = self.now.values(node.inputs[0])
-                self._refit(layer, ((x, y, None) for x, y in zip(inputs, targets, strict=True)))
+            if layer is not None and node.inputs[0] in self.both.drifted and node.op != "grouped_mm":
+                pairs = zip(self.both.inputs(layer), self.both.targets(layer, was), strict=True)
+                self._refit(layer, ((x, y, None) for x, y in pairs))
             elif node.regions:
                 self._refit_inside(was, node)
-            elif node.op in STATES and any(value in self.drifted or self._is_cut(value) for value in _read(node)):
+            elif node.op in STATES and self.both.reads_other(node, was):
                 self._refit_stack(was, node)
-            self.now.execute(node)
-            if any(value in self.drifted or self._is_cut(value) for value in _read(node)):
-                self.drifted.update(node.outputs)
-
-    def _pairs(self) -> Iterator[tuple[Node, Node]]:
-        for was, node in zip(self.before.steps(), self.now.steps(), strict=True):
-            if was.name != node.name or was.op != node.op:
-                raise PassError(f"{node.label} does not stand where {was.label} stood: it cannot be compensated")
-            self.twin.update(zip(node.outputs, was.outputs, strict=True))
-            yield was, node
-
-    def _is_cut(self, value: Value) -> bool:
-        return isinstance(value, Parameter) and value.shape != self.parameters[value.name].shape
 
     # -- one layer ---------------------------------------------------------------------------------------------------
 
@@ -109,47 +92,11 @@ class _Compensation:
         if shifted is not None:
             set_weight(self.pruned, *shifted, by=self.by)
 
-    def _targets(self, layer: Layer, was: Node) -> list[torch.Tensor]:
-        """What the layer should give, for each batch: what it gave, and what the branch it is added to has lost."""
-        targets = [self._kept(y, was.output) for y in self.before.values(was.output)]
-        norm = layer.norm
-        lost = self._lost_beside(norm or layer.node)
-        if lost is None:
-            return targets
-        if norm is not None:
-            gain = _gain(norm).to(targets[0].dtype).reshape([1, -1] + [1] * (targets[0].dim() - 2))
-            usable = gain.abs() > 1e-2 * gain.abs().mean()
-            lost = [torch.where(usable, part / torch.where(usable, gain, 1.0), 0.0) for part in lost]
-        return [target + part for target, part in zip(targets, lost, strict=True)]
-
-    def _lost_beside(self, node: Node) -> list[torch.Tensor] | None:
-        """What the other addend was and is no more, where the node's result is only added to one that runs before."""
-        result = node.output
-        users = list(result.uses)
-        if len(users) != 1 or users[0][0].op != "add":
-            return None
-        add, slot = users[0]
-        other = add.inputs[1 - slot]
-        if not isinstance(other, Value) or other not in self.drifted or other.shape != result.shape:
-            return None
-        old = self.twin.get(other)
-        if old is None or not self.now.holds(other) or not self.before.holds(old):
-            return None
-        values = zip(self.before.values(old), self.now.values(other), strict=True)
-        return [self._kept(was, old) - now for was, now in values]
-
-    def _kept(self, tensor: torch.Tensor, value: Value) -> torch.Tensor:
-        """A tensor of the original as the cut leaves it."""
-        for axis, extent in enumerate(self.original.axes.of[value]):
-            if touches(extent, self.keep):
-                tensor = tensor.index_select(axis, torch.from_numpy(flat_indices(extent, self.keep)))
-        return tensor
-
     def _refit_stack(self, was: Node, node: Node) -> None:
         """Refit a stack of recurrent layers."""
         before, now = (
             list(zip(*(run.values(operand) for operand in one.inputs), strict=True))
-            for run, one in ((self.before, was), (self.now, node))
+            for run, one in ((self.both.before, was), (self.both.now, node))
         )
         found = refitted_stack(self.original, self.keep, was, node, before, now)
         if found is None:
@@ -163,23 +110,23 @@ class _Compensation:
 
     def _refit_inside(self, was: Node, node: Node) -> None:
         """Refit the layers in the regions of a node, in order; each on what it reads every time that it runs."""
-        if not any(value in self.drifted or self._is_cut(value) for value in _read(node)):
+        if not self.both.reads_other(node, was):
             return
-        twins = dict(zip(_inside(node), _inside(was), strict=True))
+        twins = dict(zip(inside(node), inside(was), strict=True))
         for inner, twin in twins.items():
             layer = layer_of(inner, blocks=True)
             if layer is None or inner.op == "grouped_mm" or not _own_region(node, layer.weight):
                 continue
-            now, before = self.now.calls(node, inner), self.before.calls(was, twin)
+            now, before = self.both.now.calls(node, inner), self.both.before.calls(was, twin)
             calls = [zip(*both, strict=False) for both in zip(now, before, strict=True) if len(both[0]) == len(both[1])]
             read = twin.inputs[0]
             assert isinstance(read, Value)
             pairs = [
-                (now_operands[0], self._kept(results[0], twin.output), None)
+                (now_operands[0], self.both.kept(results[0], twin.output), None)
                 for batch in calls
                 for (now_operands, _), (_, results) in batch
             ]
-            if pairs and any(not _same(x, self._kept(y[0], read)) for x, y in _inputs(now, before)):
+            if pairs and any(not _same(x, self.both.kept(y[0], read)) for x, y in _inputs(now, before)):
                 self._refit(layer, pairs)
 
     # -- layers that are refitted to what the original reads ---------------------------------------------------------
@@ -204,8 +151,8 @@ class _Compensation:
             run.execute(was)
             x, y = was.inputs[0], was.output
             assert isinstance(x, Value)
-            inputs = [self._kept(tensor, x) for tensor in run.values(x)]
-            outputs = [self._kept(tensor, y) for tensor in run.values(y)]
+            inputs = [self.both.kept(tensor, x) for tensor in run.values(x)]
+            outputs = [self.both.kept(tensor, y) for tensor in run.values(y)]
             ends = run.values(was.inputs[2]) if was.op == "grouped_mm" else [None] * len(run)
             _, moments = found.get(layer.weight, (layer, None))
             pairs = zip(inputs, outputs, ends, strict=True)
@@ -226,22 +173,9 @@ def gathered(layer: Layer, pairs: Iterable[Pair], moments: list[Halves] | None =
     return found
 
 
-def _read(node: Node) -> Iterator[Value]:
-    """What a node reads, itself or inside its regions."""
-    for _, value in node.operands():
-        yield value
-    for inner in _inside(node):
-        for _, value in inner.operands():
-            yield value
-
-
-def _inside(node: Node) -> list[Node]:
-    return [inner for region in node.regions for _, inner in region.walk()]
-
-
 def _own_region(node: Node, weight: Parameter) -> bool:
     """Whether only nodes inside a node read a weight."""
-    inner = set(_inside(node))
+    inner = set(inside(node))
     return all(user in inner for user, _ in weight.uses)
 
 
@@ -253,11 +187,3 @@ def _inputs(now: Any, before: Any) -> Iterator[tuple[torch.Tensor, list[Any]]]:
 
 def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.shape == y.shape and bool(torch.equal(x, y))
-
-
-def _gain(norm: Node) -> torch.Tensor:
-    """What a batch norm in inference multiplies each channel by."""
-    gain, variance = norm.inputs[1], norm.inputs[4]
-    assert isinstance(variance, Parameter)
-    scale = (variance.tensor.detach().double() + float(norm.attributes["eps"])).rsqrt()
-    return scale * gain.tensor.detach().double() if isinstance(gain, Parameter) else scale

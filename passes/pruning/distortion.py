@@ -27,12 +27,12 @@ from regauge.ir.cost import figures
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.groups import Group
-from regauge.ir.interpret import run
 from regauge.ir.lockstep import HELD, Lockstep
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
-from regauge.passes.calibration.layers import Layer, layer_of
+from regauge.passes.calibration.layers import Layer, contracting, layer_of
 from regauge.passes.calibration.moments import Moments
+from regauge.passes.pruning.probe import Probe
 from regauge.passes.pruning.scores import Scores, accumulate
 from regauge.passes.pruning.surgeon import MEMORY, Share, taken_apart
 from regauge.passes.pruning.weight_scores import magnitudes
@@ -48,7 +48,8 @@ def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[A
     gradients, the moments of the layers that are still needed (in temporary files where they are many), and
     :data:`regauge.passes.pruning.surgeon.MEMORY` for the Dim that is taken apart.
     """
-    readers = _readers(graph, [group.dim for group in groups])
+    layers = [layer for _, node in graph.walk() if (layer := layer_of(node, blocks=True, shared=True)) is not None]
+    readers = contracting(graph, [group.dim for group in groups], layers)
     sensitivity, first_order = _gradients(graph, readers, batches, seed)
     found = _Ordering(graph, readers, sensitivity, batches).run()
     for dim in readers:
@@ -60,18 +61,6 @@ def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[A
         for dim, members in magnitudes(graph, unseen, 2).items():
             scores = np.sqrt(np.sum(members, 0))
             found[dim] = scores / max(float(scores.mean()), 1e-30) * typical
-    return found
-
-
-def _readers(graph: Graph, dims: Sequence[Dim]) -> dict[Dim, list[Layer]]:
-    """The layers that contract each Dim, every index of it in columns of its own."""
-    found: dict[Dim, list[Layer]] = {dim: [] for dim in dims}
-    for _, node in graph.walk():
-        layer = layer_of(node, blocks=True, shared=True)
-        contracted = leaves(graph.axes.of[layer.weight][layer.contracted]) if layer is not None else []
-        for dim in contracted:
-            if layer is not None and dim in found and layer.columns_of(graph, dim).size:
-                found[dim].append(layer)
     return found
 
 
@@ -87,7 +76,7 @@ class _Ordering:
     ) -> None:
         self.graph, self.readers, self.sensitivity = graph, readers, sensitivity
         self.batches = batches
-        self.probe = _Probe(graph, batches)
+        self.probe = Probe(graph, batches[:1])
         self.measured = self._measured()
         self.moments: dict[Hashable, list[Moments]] = {}
         self.wanted = Counter(layer.source for layers in readers.values() for layer in layers)
@@ -252,30 +241,3 @@ def _first_order(graph: Graph, value: Value, dim: Dim, product: torch.Tensor) ->
         accumulate(graph.axes.of[value][axis], row, own)
         total += own[dim] ** 2
     return total
-
-
-# -- measuring at the outputs ------------------------------------------------------------------------------------------
-
-
-class _Probe:
-    """The outputs of a graph on a few examples, to compare with what it gives with other weights."""
-
-    def __init__(self, graph: Graph, batches: Sequence[Any]) -> None:
-        self.graph = graph
-        self.batches = batches[:1]
-        self.expected: list[list[torch.Tensor]] = []
-        self.examples = max(1, sum(examples_in(batch) for batch in self.batches))
-
-    def _outputs(self, batch: Any, weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        found = run(self.graph, batch, weights=weights)
-        return [y.double() for y in found if isinstance(y, torch.Tensor) and y.is_floating_point()]
-
-    def change(self, weights: dict[str, torch.Tensor]) -> float:
-        """The squared change of the outputs per example."""
-        if not self.expected:
-            self.expected = [self._outputs(batch, {}) for batch in self.batches]
-        total = 0.0
-        for batch, expected in zip(self.batches, self.expected, strict=True):
-            for y, before in zip(self._outputs(batch, weights), expected, strict=True):
-                total += float((y - before).square().sum())
-        return total / self.examples

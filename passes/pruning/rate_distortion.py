@@ -17,14 +17,14 @@ import torch
 from regauge.ir.edit import set_weight
 from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
-from regauge.ir.lockstep import Lockstep
 from regauge.ir.resize import resize
 from regauge.passes.allocation.choices import Choice
 from regauge.passes.allocation.knapsack import Curve, options
 from regauge.passes.calibration.batches import examples_in
-from regauge.passes.calibration.layers import Layer, layer_of
+from regauge.passes.calibration.layer_moments import visit_moments
+from regauge.passes.calibration.layers import Layer, contracting, layer_of
 from regauge.passes.calibration.moments import Moments, least_squares
+from regauge.passes.pruning.probe import Probe
 from regauge.passes.pruning.refit import RIDGE
 from regauge.passes.pruning.selection import best
 
@@ -37,12 +37,13 @@ def measured_curves(
     graph: Graph, choices: Sequence[Choice], scores: Mapping[Dim, np.ndarray], batches: Sequence[Any], *, refit: bool
 ) -> dict[Dim, Curve]:
     """The curve of each choice; the graph runs once for each Dim and count, and once per GiB of Gram matrices."""
-    probe = _Probe(graph, _first(batches))
-    readers = _readers(graph, [choice.dim for choice in choices]) if refit else {}
+    probe = Probe(graph, _first(batches))
+    refittable = [layer for node in graph.nodes if refit and (layer := layer_of(node)) is not None]
+    readers = contracting(graph, [choice.dim for choice in choices], refittable)
     curves = {}
     for part in _parts(choices, readers):
-        layers = {layer.node: layer for choice in part for layer in readers.get(choice.dim, ())}
-        moments = _moments(graph, layers.values(), batches)
+        layers = dict.fromkeys(layer for choice in part for layer in readers[choice.dim])
+        moments = dict(visit_moments(graph, layers, batches))
         for choice in part:
             counts = options(choice)[:-1]
             counts = np.unique(counts[np.linspace(0, len(counts) - 1, _GRID - 1).round().astype(int)])
@@ -50,9 +51,9 @@ def measured_curves(
             for count in counts.tolist():
                 kept = best(scores[choice.dim], count)
                 small = resize(graph, {choice.dim: kept})
-                for layer in readers.get(choice.dim, ()):
+                for layer in readers[choice.dim]:
                     _refit(graph, small, layer, moments[layer], choice.dim, kept)
-                losses.append(probe.change(small))
+                losses.append(probe.change(graph=small))
             falling = np.maximum.accumulate([0.0, *losses[::-1]])[::-1]  # noise aside, more indices lose less
             curves[choice.dim] = Curve(np.array([*counts.tolist(), choice.size]), falling)
     return curves
@@ -68,36 +69,17 @@ def _first(batches: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _readers(graph: Graph, dims: Sequence[Dim]) -> dict[Dim, list[Layer]]:
-    """The layers that contract each Dim and can be refitted."""
-    layers = [layer for node in graph.nodes if (layer := layer_of(node)) is not None]
-    return {dim: [layer for layer in layers if layer.columns_of(graph, dim).size] for dim in dims}
-
-
 def _parts(choices: Sequence[Choice], readers: Mapping[Dim, Sequence[Layer]]) -> Iterator[list[Choice]]:
     """Choices whose layers' Gram matrices fit into memory together."""
     part, held = list[Choice](), 0
     for choice in choices:
-        new = sum(8 * (layer.columns + 1) ** 2 for layer in readers.get(choice.dim, ()))
+        new = sum(8 * (layer.columns + 1) ** 2 for layer in readers[choice.dim])
         if part and held + new > _MEMORY:
             yield part
             part, held = [], 0
         part.append(choice)
         held += new
     yield part
-
-
-def _moments(graph: Graph, layers: Any, batches: Sequence[Any]) -> dict[Layer, Moments]:
-    by_node = {layer.node: layer for layer in layers}
-    found = {layer: Moments(layer.columns) for layer in by_node.values()}
-    lockstep = Lockstep(graph, batches if by_node else [])
-    for node in lockstep.steps() if by_node else ():
-        layer = by_node.get(node)
-        for x in lockstep.values(node.inputs[0]) if layer is not None else ():
-            found[by_node[node]].add(by_node[node].rows_of_input(x))
-    for layer, moments in found.items():
-        moments.check(layer.node.label)
-    return found
 
 
 def _refit(graph: Graph, small: Graph, layer: Layer, moments: Moments, dim: Dim, kept: np.ndarray) -> None:
@@ -120,24 +102,3 @@ def _refit(graph: Graph, small: Graph, layer: Layer, moments: Moments, dim: Dim,
     shifted = twin.shifted(solved[:, -1])
     if shifted is not None:
         set_weight(small, *shifted, by="measured")
-
-
-class _Probe:
-    """The outputs of a graph on a few examples, to compare smaller graphs with."""
-
-    def __init__(self, graph: Graph, batches: Sequence[Any]) -> None:
-        self.batches = batches
-        self.expected = [_outputs(graph, batch) for batch in batches]
-        self.examples = max(1, sum(map(examples_in, batches)))
-
-    def change(self, graph: Graph) -> float:
-        """The squared change of the outputs per example."""
-        total = 0.0
-        for batch, expected in zip(self.batches, self.expected, strict=True):
-            for y, before in zip(_outputs(graph, batch), expected, strict=True):
-                total += float((y - before).square().sum())
-        return total / self.examples
-
-
-def _outputs(graph: Graph, batch: Any) -> list[torch.Tensor]:
-    return [y.double() for y in run(graph, batch) if isinstance(y, torch.Tensor) and y.is_floating_point()]

@@ -15,6 +15,7 @@ import torch
 
 from regauge.ir.extents import Keep, flat_indices, touches
 from regauge.ir.graph import Graph, Node, Parameter
+from regauge.ir.resize import part_kept
 from regauge.passes.calibration.moments import Halves
 from regauge.passes.pruning.refit import fitted
 
@@ -67,10 +68,7 @@ class _Stack:
 
     def kept(self, y: torch.Tensor, was: Node) -> torch.Tensor:
         """A result of the original as the cut leaves it."""
-        for axis, extent in enumerate(self.original.axes.of[was.outputs[0]]):
-            if touches(extent, self.keep):
-                y = y.index_select(axis, torch.from_numpy(flat_indices(extent, self.keep)))
-        return y
+        return part_kept(y, self.original.axes.of[was.outputs[0]], self.keep)
 
     def fitted(self, before: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> Weights:
         """All weights of the stack, layer by layer; each layer reads what those below it give now."""

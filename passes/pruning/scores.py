@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
-from regauge.ir.extents import Dim, Extent, Product, leaves, resolve, size_of
+from regauge.ir.extents import Dim, Extent, Product, resolve, size_of
 from regauge.ir.graph import Parameter
 from regauge.ir.groups import Group, Member
 
@@ -63,25 +63,6 @@ def on_dim(extent: Extent, dim: Dim, values: np.ndarray) -> np.ndarray:
     total = {dim: np.zeros(int(dim.size))}
     accumulate(extent, values, total)
     return total[dim]
-
-
-def positions_on(extent: Extent, dim: Dim) -> np.ndarray:
-    """The positions on an axis that each index of a Dim owns, [indices, positions each]."""
-    found = resolve(extent)
-    if isinstance(found, Dim):
-        return np.arange(int(dim.size))[:, None]
-    if isinstance(found, Product):
-        grid = np.arange(int(size_of(found))).reshape([int(size_of(factor)) for factor in found.factors])
-        place = next(p for p, factor in enumerate(found.factors) if dim in leaves(factor))
-        inner = positions_on(found.factors[place], dim)
-        rows: np.ndarray = np.moveaxis(grid, place, 0).reshape(grid.shape[place], -1)[inner]
-        return rows.reshape(len(inner), -1)
-    parts, offset = [], 0
-    for segment in found.segments:
-        if dim in leaves(segment):
-            parts.append(positions_on(segment, dim) + offset)
-        offset += int(size_of(segment))
-    return np.concatenate(parts, 1)
 
 
 def reduced(members: Sequence[np.ndarray], how: Reduce, size: int) -> np.ndarray:

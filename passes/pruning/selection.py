@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 import numpy as np
 
-from regauge.ir.errors import PassError
 from regauge.ir.groups import Group
+from regauge.passes.name_patterns import check_patterns, matches
+
+_WHERE = "`regauge groups` lists the names"
 
 
 def select(groups: Sequence[Group], include: Sequence[str], exclude: Sequence[str], left: Counter[str]) -> list[Group]:
@@ -22,8 +22,8 @@ def select(groups: Sequence[Group], include: Sequence[str], exclude: Sequence[st
     """
     names = {group.dim: _names(group) for group in groups}
     for option, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            _check_pattern(option, pattern, {name for found in names.values() for name in found})
+        every = {name for found in names.values() for name in found}
+        check_patterns(option, patterns, every, what="parameter and no Dim", otherwise=_WHERE)
     chosen = []
     for group in groups:
         reason = _reason(group, names[group.dim], include, exclude)
@@ -40,20 +40,11 @@ def _names(group: Group) -> set[str]:
     return {group.name} | parameters | axes
 
 
-def _check_pattern(option: str, pattern: str, names: set[str]) -> None:
-    if any(fnmatchcase(name, pattern) for name in names):
-        return
-    parts = {name.rpartition(".")[0] for name in names} | names  # modules count too: haed.* is near head
-    close = get_close_matches(pattern.rstrip("*.:?"), sorted(parts - {""}), 2)
-    hint = f"did you mean {' or '.join(close)}?" if close else "`regauge groups` lists the names"
-    raise PassError(f"{option}={pattern} matches no parameter and no Dim: {hint}")
-
-
 def _reason(group: Group, names: set[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
     """Why a group is left alone: None when it is not, empty when there is nothing to cut in it."""
     if include and not _included(group, include):
         return "not included"
-    if any(fnmatchcase(name, pattern) for name in names for pattern in exclude):
+    if matches(names, exclude):
         return "excluded"
     if group.pins:
         return group.pins[0].reason
@@ -61,10 +52,7 @@ def _reason(group: Group, names: set[str], include: Sequence[str], exclude: Sequ
 
 
 def _included(group: Group, patterns: Sequence[str]) -> bool:
-    if any(fnmatchcase(group.name, pattern) for pattern in patterns):
-        return True
-    members = [member.parameter.names for member in group.members]
-    return all(any(fnmatchcase(name, pattern) for name in names for pattern in patterns) for names in members)
+    return matches([group.name], patterns) or all(matches(m.parameter.names, patterns) for m in group.members)
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:

@@ -15,10 +15,11 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from regauge.ir.extents import positions_on
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.groups import Group
 from regauge.passes.pruning.batch_norm_scales import batch_norm_scales
-from regauge.passes.pruning.scores import MemberScores, Scores, on_dim, positions_on, scored_members
+from regauge.passes.pruning.scores import MemberScores, Scores, on_dim, scored_members
 
 Measure: TypeAlias = Callable[[Parameter, list[int]], dict[int, np.ndarray]]
 

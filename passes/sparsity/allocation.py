@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from regauge.ir.graph import Graph
+from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.sparsity.column_updates import prune_by_columns
 from regauge.passes.sparsity.patterns import Pattern, grouped
 from regauge.passes.sparsity.quadratic import change_of_output, refit
-from regauge.passes.sparsity.sensitivity import visit_moments
+from regauge.passes.sparsity.sensitivity import layers_by_name
 
 RIDGE = 1e-2  # share of the mean square of a column
 _SHARES = (0.25, 0.5, 0.7, 0.85, 0.95)  # where errors are measured; a layer loses no more than the last
@@ -33,7 +34,7 @@ def adaptive_shares(
     if ratio >= _SHARES[-1]:
         return dict.fromkeys(rows, ratio)
     curves, sizes = {}, {}
-    for layer, moments in visit_moments(graph, list(rows), batches):
+    for layer, moments in visit_moments(graph, layers_by_name(graph, rows).values(), batches):
         name = layer.weight.name
         curves[name] = [0.0, *_errors(layer, moments, rows[name], pattern)]
         sizes[name] = layer.outputs * layer.columns

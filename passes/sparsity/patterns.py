@@ -19,6 +19,7 @@ import torch
 
 from regauge.ir.errors import PassError
 from regauge.passes.calibration.layers import Layer
+from regauge.passes.nm_mask import nm_mask
 from regauge.passes.sparsity.transposable import transposable_mask
 
 MOST_AT_ONCE = 128  # columns whose entries compete with one another (Frantar and Alistarh 2023, section 3.3)
@@ -102,9 +103,7 @@ class NofM:
         return None if channels % self.of == 0 else f"its inputs are no multiple of {self.of}"
 
     def mask(self, costs: torch.Tensor, share: float) -> torch.Tensor:
-        groups = costs.reshape(len(costs), -1, self.of)
-        best = groups.topk(self.keep, 2).indices
-        return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, best, True).reshape(costs.shape)
+        return nm_mask(costs, 1, self.keep, self.of)
 
     def joint_mask(self, weight: torch.Tensor, inverse: torch.Tensor, rows: torch.Tensor, share: float) -> torch.Tensor:
         """All masks of one group are tried; for many columns at once, or too many masks, entries are taken singly."""
@@ -143,7 +142,7 @@ class TransposableNofM:
     def misfit(self, outputs: int, channels: int) -> str | None:
         if outputs % self.of:
             return f"its outputs are no multiple of {self.of}"
-        return None if channels % self.of == 0 else f"its inputs are no multiple of {self.of}"
+        return NofM(self.keep, self.of).misfit(outputs, channels)
 
     def mask(self, costs: torch.Tensor, share: float) -> torch.Tensor:
         return transposable_mask(costs, self.keep, self.of)

@@ -18,9 +18,10 @@ from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
 from regauge.ir.reorder import may_be_reordered, reorder
 from regauge.passes.base import Context
+from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.sparsity.patterns import NofM, Pattern, TransposableNofM
-from regauge.passes.sparsity.sensitivity import layers_by_name, row_sensitivity, visit_moments
+from regauge.passes.sparsity.sensitivity import layers_by_name, row_sensitivity
 
 RIDGE = 1e-2  # share of the mean square of a column
 _ROUNDS = 100
@@ -64,7 +65,7 @@ def _costs(graph: Graph, names: Sequence[str], batches: Sequence[Any] | None, se
         return {name: layer.matrix(layer.weight.tensor.detach()).double().abs() for name, layer in layers.items()}
     rows = row_sensitivity(graph, names, batches, seed)
     found = {}
-    for layer, moments in visit_moments(graph, names, batches):
+    for layer, moments in visit_moments(graph, layers_by_name(graph, names).values(), batches):
         gram = moments.gram[:-1, :-1]
         gram = gram + torch.eye(len(gram), dtype=gram.dtype) * (float(gram.diag().mean()) * RIDGE + 1e-12)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).diag()

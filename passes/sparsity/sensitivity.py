@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from regauge.ir.graph import Graph, Value
-from regauge.ir.lockstep import Lockstep
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer, layer_of
-from regauge.passes.calibration.moments import Moments
 
 
 def layers_by_name(graph: Graph, names: Collection[str]) -> dict[str, Layer]:
@@ -41,18 +39,3 @@ def row_sensitivity(graph: Graph, names: Collection[str], batches: Sequence[Any]
     visit_gradients(graph, batches, list(by_output), visit, seed=seed)
     examples = max(1, sum(examples_in(batch) for batch in batches))
     return {name: total / max(1, rows[name]) / examples for name, total in squares.items()}
-
-
-def visit_moments(graph: Graph, names: Collection[str], batches: Sequence[Any]) -> Iterator[tuple[Layer, Moments]]:
-    """Each layer with the moments of its inputs, one at a time, in one run of the graph."""
-    by_node = {layer.node: layer for layer in layers_by_name(graph, names).values()}
-    run = Lockstep(graph, batches)
-    for node in run.steps():
-        layer = by_node.get(node)
-        if layer is None:
-            continue
-        moments = Moments(layer.columns)
-        for x in run.values(node.inputs[0]):
-            moments.add(layer.rows_of_input(x))
-        moments.check(node.label)
-        yield layer, moments

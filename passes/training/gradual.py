@@ -7,10 +7,11 @@ from torch import nn
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter
+from regauge.passes.nm_mask import nm_mask
 from regauge.passes.training.schedules import cubic
 from regauge.passes.training.sparsifier import GroupSparsifier
 from regauge.passes.training.target import Target
-from regauge.passes.training.weight_masks import WeightSparsifier, largest, nm_mask
+from regauge.passes.training.weight_masks import WeightSparsifier, largest
 
 
 class _Refresh:

@@ -10,9 +10,10 @@ from torch import nn
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter
+from regauge.passes.nm_mask import nm_mask
 from regauge.passes.training.bound_model import ForwardWeights
 from regauge.passes.training.schedules import decayed
-from regauge.passes.training.weight_masks import WeightSparsifier, nm_mask
+from regauge.passes.training.weight_masks import WeightSparsifier
 
 Recipe: TypeAlias = Literal["sr-ste", "ste", "linear", "exponential", "structure"]
 _RECIPES = ("sr-ste", "ste", "linear", "exponential", "structure")

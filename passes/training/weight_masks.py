@@ -1,9 +1,8 @@
-"""Masks of single weights: which entries are kept, by magnitude or N:M; and what sparsifiers with such masks share."""
+"""Masks of single weights: which entries are kept; and what sparsifiers with such masks share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter
+from regauge.passes.name_patterns import matches
 from regauge.passes.training.places import contracted_axes
 from regauge.passes.training.sparsifier import Sparsifier
 
@@ -21,20 +21,6 @@ def largest(values: torch.Tensor, count: int) -> torch.Tensor:
     mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
     mask[ranked[:count]] = True
     return mask.reshape(values.shape)
-
-
-def nm_mask(values: torch.Tensor, axis: int, n: int, m: int) -> torch.Tensor:
-    """A mask of the n largest of every m entries in a row along an axis; its size is a multiple of m.
-
-    On the contracted axis that is what sparse tensor cores take; of a convolution that is the axis of input channels,
-    place of the kernel by place (Mishra et al. 2021, Accelerating Sparse Deep Neural Networks).
-    """
-    blocks = values.movedim(axis, -1)
-    shape = blocks.shape
-    ranked = torch.argsort(blocks.reshape(-1, m), dim=1, descending=True, stable=True)
-    mask = torch.zeros(ranked.shape, dtype=torch.bool, device=values.device)
-    mask.scatter_(1, ranked[:, :n], True)
-    return mask.reshape(shape).movedim(-1, axis)
 
 
 class WeightSparsifier(Sparsifier):
@@ -71,9 +57,9 @@ class WeightSparsifier(Sparsifier):
         read = contracted_axes(self.graph)
         for member in sorted((m for m in read if m.parameter in trained), key=lambda m: trained.index(m.parameter)):
             parameter, axis = member.parameter, member.axis
-            if include and not _matches(parameter, include):
+            if include and not matches(parameter.names, include):
                 self.left["not included"] += 1
-            elif _matches(parameter, exclude):
+            elif matches(parameter.names, exclude):
                 self.left["excluded"] += 1
             elif self.pattern is not None and int(parameter.shape[axis]) % self.pattern[1]:
                 self.left[f"its contracted axis is no multiple of {self.pattern[1]}"] += 1
@@ -102,7 +88,3 @@ class WeightSparsifier(Sparsifier):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.masks = {p: state["masks"][p.name].to(self.masks[p].device).clone() for p in self.masks}
-
-
-def _matches(parameter: Parameter, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in parameter.names for pattern in patterns)

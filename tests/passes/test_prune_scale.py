@@ -16,6 +16,7 @@ from regauge.ir.weights import CutWeight, DenseWeight, file_of
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.moments import Halves, Moments, inverse, least_squares
 from regauge.passes.pruning import distortion, surgeon
+from regauge.passes.pruning.probe import Probe
 from regauge.passes.pruning.surgeon import Share, taken_apart
 
 
@@ -165,13 +166,13 @@ def test_of_large_models_two_dims_of_a_kind_are_measured(monkeypatch: pytest.Mon
     x = rows(200, 32)
     graph = capture(model, (x,))
     runs: list[int] = []
-    change = distortion._Probe.change
+    change = Probe.change
 
-    def counted(probe: distortion._Probe, weights: dict[str, torch.Tensor]) -> float:
+    def counted(probe: Probe, weights: dict[str, torch.Tensor]) -> float:
         runs.append(len(weights))
-        return change(probe, weights)
+        return change(probe, weights=weights)
 
-    monkeypatch.setattr(distortion._Probe, "change", counted)
+    monkeypatch.setattr(Probe, "change", counted)
     groups = [group for group in graph.groups() if group.free]
     every = distortion.distortion_scores(graph, groups, [(x,)])
     assert len(runs) == 2 * len(groups) == 10

@@ -8,7 +8,7 @@ from torch import nn
 
 import regauge
 from digits_training import accuracy, captured, convolutional, greatest_difference, train
-from regauge.passes.training.weight_masks import nm_mask
+from regauge.passes.nm_mask import nm_mask
 from regauge.training import NMSparsity
 
 
