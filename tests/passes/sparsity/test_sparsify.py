@@ -216,6 +216,25 @@ def test_what_is_left_alone_is_counted_with_its_reason() -> None:
     assert list(matrices(graph, sparse)) == ["up.weight"]
 
 
+class Prompted(nn.Module):
+    """A token of its own before those of the input, as vision transformers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
+
+
+def test_weights_that_an_operator_of_one_input_reads_are_left_alone() -> None:
+    graph = capture(Prompted(), (torch.randn(2, 3, 8),), dynamic={0: {0: "batch"}})
+    sparse = regauge.optimize(graph, "sparsify")
+    assert list(matrices(graph, sparse)) == ["layer.weight"]
+    assert sparse.report.passes[0].left["no linear layer, but read by expand"] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
