@@ -205,6 +205,23 @@ def test_infinite_inputs_are_told_with_their_layer() -> None:
         regauge.optimize(graph, "sparsify", data=[data[0] * torch.inf])
 
 
+@pytest.mark.parametrize("options", ["", "pattern=unstructured", "permute=true", "method=wanda", "pattern=block"])
+def test_inputs_that_hardly_vary_leave_weights_as_they_are(options: str) -> None:
+    """Centring them leaves rounding, which is no matrix of squares and nothing to fit weights to."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-4)
+        model[0].bias.abs_().add_(1)
+    graph = capture(model, (torch.randn(2, 12),), dynamic={0: {0: "batch"}})
+    data = [torch.randn(64, 12) for _ in range(3)]
+    sparse = regauge.optimize(graph, f"sparsify{{{options}}}", data=data)
+    (expected,), (found,) = graph.run((data[0],)), sparse.run((data[0],))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    weight = graph.parameters["2.weight"].tensor
+    assert float(sparse.parameters["2.weight"].tensor.abs().max()) < 2 * float(weight.abs().max())
+
+
 def test_what_is_left_alone_is_counted_with_its_reason() -> None:
     graph, data, _ = convolutional()
     left = regauge.optimize(graph, "sparsify{exclude=[11.*]}").report.passes[0].left
