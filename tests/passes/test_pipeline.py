@@ -164,8 +164,8 @@ def test_every_pass_reads_all_batches_of_a_generator() -> None:
     """Also what the check of an exact pass has looked at."""
     graph = multilayer_perceptron(8, 12, 3)
     batches = list(torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    result = regauge.optimize(graph, "sort|sparsify{pattern=unstructured}|prune{ratio=0.5}", data=iter(batches))
-    wanted = regauge.optimize(graph, "sort|sparsify{pattern=unstructured}|prune{ratio=0.5}", data=batches)
+    result = regauge.optimize(graph, "sort,sparsify{pattern=unstructured},prune{ratio=0.5}", data=iter(batches))
+    wanted = regauge.optimize(graph, "sort,sparsify{pattern=unstructured},prune{ratio=0.5}", data=batches)
     assert [entry.notes for entry in result.report.passes] == [entry.notes for entry in wanted.report.passes]
     assert "chosen on 12 examples" in result.report.passes[1].notes
 
