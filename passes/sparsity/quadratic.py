@@ -59,7 +59,7 @@ def change_of_output(
 ) -> Quadratic:
     """The change of the layer's own output: its weight is the optimum. Unless it is ``free`` the bias stays."""
     gram, sums = found.gram[:-1, :-1], found.gram[-1, :-1]
-    mean = sums / found.gram[-1, -1] if free else torch.zeros_like(sums)
+    mean = sums / found.gram[-1, -1] if free and found.rows else torch.zeros_like(sums)
     gram = gram - torch.outer(sums, mean)
     return Quadratic(gram + _ridge(gram, found, share).diag(), weight, mean, bias + weight @ mean)
 
@@ -68,7 +68,7 @@ def _centred(
     found: Moments, bias: torch.Tensor, free: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     gram, cross, sums = found.gram[:-1, :-1], found.cross[:, :-1], found.gram[-1, :-1]
-    if not free:
+    if not free or not found.rows:
         return gram, cross - torch.outer(bias, sums), torch.zeros_like(sums), bias
     rows = found.gram[-1, -1]
     mean, target = sums / rows, found.cross[:, -1] / rows

@@ -222,6 +222,16 @@ def test_inputs_that_hardly_vary_leave_weights_as_they_are(options: str) -> None
     assert float(sparse.parameters["2.weight"].tensor.abs().max()) < 2 * float(weight.abs().max())
 
 
+@pytest.mark.parametrize("options", ["", "pattern=unstructured", "method=wanda", "refine=means", "update=columns"])
+def test_a_layer_that_no_example_reaches_keeps_what_is_left_of_it(options: str) -> None:
+    """As an expert that no token is sent to: there are no means, and nothing to move the bias by."""
+    graph = capture(nn.Linear(8, 4), (torch.randn(2, 8),), dynamic={0: {0: "batch"}})
+    sparse = regauge.optimize(graph, f"sparsify{{{options}}}", data=[torch.zeros(0, 8)])
+    before, after = graph.parameters["weight"].tensor, sparse.parameters["weight"].tensor
+    torch.testing.assert_close(after, torch.where(after != 0, before, 0))
+    torch.testing.assert_close(sparse.parameters["bias"].tensor, graph.parameters["bias"].tensor)
+
+
 def test_what_is_left_alone_is_counted_with_its_reason() -> None:
     graph, data, _ = convolutional()
     left = regauge.optimize(graph, "sparsify{exclude=[11.*]}").report.passes[0].left
