@@ -24,6 +24,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import count
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
 from regauge.ir.errors import PassError
@@ -79,6 +80,26 @@ class Context:
     def note(self, text: str) -> None:
         """Add a line to the report."""
         self.notes.append(text)
+
+
+class Replayed:
+    """The batches of an iterator, as often as they are asked for: those that were drawn are held.
+
+    A generator gives its batches once, but every pass of a pipeline reads them, and so does the check of exact ones.
+    """
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self._drawn: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for place in count():
+            if place == len(self._drawn):
+                try:
+                    self._drawn.append(next(self._source))
+                except StopIteration:
+                    return
+            yield self._drawn[place]
 
 
 class OptionInfo(NamedTuple):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.passes.base import Pass
+from regauge.passes.base import Pass, Replayed
 from regauge.passes.catalog import Passes, as_passes
 from regauge.passes.pipeline import run_passes
 
@@ -35,6 +35,7 @@ def bisect(graph: Graph, passes: Passes, check: Check, data: Any = None) -> Culp
     """
     if not check(graph):
         raise PassError("the check fails on the graph before any pass: there is nothing to bisect")
+    data = Replayed(data) if isinstance(data, Iterator) else data
     before = graph
     for index, one in enumerate(as_passes(passes)):
         after = run_passes(before, [one], data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,7 @@ from regauge.ir.sample_inputs import input_symbols, remember_runs, sample_runs
 from regauge.ir.timing import Measure
 from regauge.ir.verify import verify
 from regauge.ir.weights import writes
-from regauge.passes.base import Context, Cut, Pass
+from regauge.passes.base import Context, Cut, Pass, Replayed
 from regauge.passes.report import PassReport, Report
 from regauge.settings import current
 
@@ -47,6 +47,8 @@ def run_passes(
     """
     if not isinstance(graph, Graph):
         raise PassError(f"passes run on a Graph, not a {type(graph).__name__}: make one by regauge.capture or load")
+    if isinstance(data, Iterator):
+        data = Replayed(data)
     if device_of(graph).type not in ("cpu", "meta"):
         return _run_from(device_of(graph), graph, passes, data, after, measure)
     result, entries = graph, []

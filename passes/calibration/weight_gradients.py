@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.interpret import Interpreter, last_uses
 from regauge.passes.calibration.batches import examples_in
@@ -136,10 +137,21 @@ def hessian_products(
         products = [(g * g.detach()).sum().double() for g in gradients if g is not None]
         product = torch.stack(products).sum() if products else value.detach()
         if product.requires_grad:
-            found = torch.autograd.grad(product, weights, allow_unused=True)
+            found = _second(product, weights)
             for parameter, part in _present(network.weights, found).items():
                 total[parameter] = total.get(parameter, 0) + part / len(batches)
     return total
+
+
+def _second(product: torch.Tensor, weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+    """The gradient of what was computed from gradients; raises PassError for an operator that has no second one."""
+    try:
+        return torch.autograd.grad(product, weights, allow_unused=True)
+    except RuntimeError as reason:
+        if "is not implemented" not in str(reason):
+            raise
+        text = str(reason).splitlines()[0]
+        raise PassError(f"the score needs second derivatives: {text}; take one of first ones, as taylor") from reason
 
 
 def _present(weights: Mapping[Parameter, torch.Tensor], found: Sequence[torch.Tensor | None]) -> Gradients:

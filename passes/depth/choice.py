@@ -44,20 +44,22 @@ class Goal:
         """Whether enough is gone without these parts."""
         return self.saved(parts) >= self.amount
 
-    def check(self, candidates: Sequence[Part], unit: str) -> None:
-        """Raise PassError where not even the removal of all candidates is enough."""
+    def check(self, candidates: Sequence[Part], unit: str, left: Mapping[str, int]) -> None:
+        """Raise PassError where not even the removal of all candidates is enough; ``left`` says why others stay."""
         outermost = without_nested(candidates)
         if self.met(outermost):
             return
+        stay = ", ".join(f"{count} x {reason}" for reason, count in left.items() if count)
+        why = f" (left alone: {stay})" if stay else ""
         if self.metric is None:
             there = f"there are {len(outermost)} that can be removed" if outermost else "none can be removed"
             raise PassError(
-                f"{self.text} asks for {self.amount:g} {unit}{'es' if unit == 'branch' else 's'}, but {there}"
-                "; ask for fewer, exclude less, or see report.passes[...].left"
+                f"{self.text} asks for {self.amount:g} {unit}{'es' if unit == 'branch' else 's'}, but {there}{why}"
+                "; ask for fewer, or exclude less"
             )
         whole = getattr(figures(self.graph), self.metric)
         raise PassError(
-            f"{self.text} cannot be met: without all {len(outermost)} parts that can be removed, "
+            f"{self.text} cannot be met: without all {len(outermost)} parts that can be removed{why}, "
             f"{short(whole - self.saved(outermost))} of {short(whole)} are left, and {short(whole - self.amount)} are "
             "wanted; raise the budget or exclude less"
         )

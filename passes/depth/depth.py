@@ -85,7 +85,7 @@ class Depth(Pass):
             raise PassError("depth needs data for compensate: give batches, optimize(graph, passes, data=...)")
         candidates = self._candidates(graph, context)
         goal = self._goal(graph, candidates)
-        goal.check(candidates, self._unit)
+        goal.check(candidates, self._unit, context.left)
         if goal.met([]):
             return graph
         batches = calibration_batches(graph, context) if context.data is not None else _made_up(graph)

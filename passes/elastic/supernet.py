@@ -84,7 +84,10 @@ class Supernet(nn.Module):
         module = self._narrow[0][width].train(self.training)
         state = {**dict(self.full.named_parameters()), **dict(self.full.named_buffers())}
         slices = self._slices[width]
-        cut = {name: _cut(tensor, slices.get(name, {})) for name, tensor in state.items()}
+        cut = {name: _cut(tensor, slices[name]) for name, tensor in state.items() if name in slices}
+        # constants that emission folded, rotary tables say, are each width's own: only their device and type follow
+        own = {name: tensor for name, tensor in module.named_buffers() if name not in slices}
+        cut |= {name: tensor.to(state[name]) for name, tensor in own.items() if name in state}
         return torch.func.functional_call(module, cut, args, kwargs)
 
     def sandwich(

@@ -20,6 +20,7 @@ from regauge.ir.reorder import may_be_reordered, reorder
 from regauge.passes.base import Context
 from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer
+from regauge.passes.calibration.moments import factor_of, ridge_of
 from regauge.passes.sparsity.patterns import NofM, Pattern, TransposableNofM
 from regauge.passes.sparsity.sensitivity import layers_by_name, row_sensitivity
 
@@ -67,8 +68,8 @@ def _costs(graph: Graph, names: Sequence[str], batches: Sequence[Any] | None, se
     found = {}
     for layer, moments in visit_moments(graph, layers_by_name(graph, names).values(), batches):
         gram = moments.gram[:-1, :-1]
-        gram = gram + torch.eye(len(gram), dtype=gram.dtype) * (float(gram.diag().mean()) * RIDGE + 1e-12)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).diag()
+        amount = ridge_of(float(gram.diag().sum()), len(gram), RIDGE)
+        inverse = torch.cholesky_inverse(factor_of(gram, amount)).diag()
         weight = layer.matrix(layer.weight.tensor.detach()).double()
         found[layer.weight.name] = weight.square() / inverse * rows[layer.weight.name][:, None]
     return found

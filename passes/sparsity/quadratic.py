@@ -15,6 +15,7 @@ import torch
 from regauge.passes.calibration.moments import Moments
 
 _STEPS = 200  # conjugate gradient steps at most
+_ROUNDING = 1e-5  # of the mean square of a column: what single precision, in which moments are summed, may get wrong
 _CLOSE = 1e-5  # norm of what is left of the gradient, as a share of the first one's
 
 
@@ -48,7 +49,7 @@ def least_error(found: Moments, weight: torch.Tensor, bias: torch.Tensor, share:
     ``weight`` [outputs, columns] and ``bias`` [outputs] are what the layer had. Unless the bias is ``free`` it stays.
     """
     gram, cross, mean, target = _centred(found, bias, free)
-    amount = _ridge(gram, share)
+    amount = _ridge(gram, found, share)
     optimum = torch.linalg.solve(gram + amount.diag(), (cross + weight * amount).t()).t()
     return Quadratic(gram + amount.diag(), optimum, mean, target)
 
@@ -58,25 +59,30 @@ def change_of_output(
 ) -> Quadratic:
     """The change of the layer's own output: its weight is the optimum. Unless it is ``free`` the bias stays."""
     gram, sums = found.gram[:-1, :-1], found.gram[-1, :-1]
-    mean = sums / found.gram[-1, -1] if free else torch.zeros_like(sums)
+    mean = sums / found.gram[-1, -1] if free and found.rows else torch.zeros_like(sums)
     gram = gram - torch.outer(sums, mean)
-    return Quadratic(gram + _ridge(gram, share).diag(), weight, mean, bias + weight @ mean)
+    return Quadratic(gram + _ridge(gram, found, share).diag(), weight, mean, bias + weight @ mean)
 
 
 def _centred(
     found: Moments, bias: torch.Tensor, free: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     gram, cross, sums = found.gram[:-1, :-1], found.cross[:, :-1], found.gram[-1, :-1]
-    if not free:
+    if not free or not found.rows:
         return gram, cross - torch.outer(bias, sums), torch.zeros_like(sums), bias
     rows = found.gram[-1, -1]
     mean, target = sums / rows, found.cross[:, -1] / rows
     return gram - torch.outer(sums, mean), cross - torch.outer(target, sums), mean, target
 
 
-def _ridge(gram: torch.Tensor, share: float) -> torch.Tensor:
-    amount = float(gram.diag().mean()) * share
-    return torch.full((len(gram),), max(amount, 1e-12), dtype=gram.dtype)
+def _ridge(gram: torch.Tensor, found: Moments, share: float) -> torch.Tensor:
+    """A share of the mean square of a centred column, and more than rounding where the inputs hardly vary.
+
+    There centring cancels, and weights would be fitted to what rounding has left, which may be indefinite.
+    """
+    whole = float(found.gram.diag()[:-1].mean())
+    amount = max(float(gram.diag().mean()) * share, whole * _ROUNDING, 1e-12)
+    return torch.full((len(gram),), amount, dtype=gram.dtype)
 
 
 def refit(problem: Quadratic, kept: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

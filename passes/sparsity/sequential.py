@@ -154,7 +154,7 @@ class _Solver:
         return kept, ordered * kept
 
     def _by_means(self, ordered: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        gram, rows = self.moments.gram, self.moments.rows
+        gram, rows = self.moments.gram, max(1, self.moments.rows)
         mean, second = gram[-1, :-1] / rows, gram.diag()[:-1] / rows
         return swap_by_means(ordered, kept, mean[self.columns], second[self.columns], self._group())
 

@@ -30,7 +30,8 @@ def find_layers(
             if not _is_weight(value) or value in seen:
                 continue
             seen.add(value)
-            layer = layer_of(node) if owner is graph and value is node.inputs[1] else None
+            second = node.inputs[1] if len(node.inputs) > 1 else None  # of a node with one input, as slice, none
+            layer = layer_of(node) if owner is graph and value is second else None
             reason = _reason(node, value, layer, pattern, include, exclude)
             if owner is not graph and node.op in _LINEAR and reason not in _CHOSEN:
                 reason = "it lies in a branch or the body of a loop"

@@ -239,6 +239,14 @@ def test_a_loss_of_ones_own_sees_outputs_and_batch() -> None:
         regauge.optimize(graph, Prune(ratio=0.4, score="taylor", loss=lambda y, batch: y), data=[(x,)])
 
 
+@pytest.mark.parametrize("name", ["grasp", "crop"])
+def test_an_operator_without_second_derivative_is_told(name: str) -> None:
+    """MobileNetV3's: torch has the first derivative of hardsigmoid only."""
+    graph = capture(nn.Sequential(nn.Linear(4, 6), nn.Hardsigmoid(), nn.Linear(6, 2)), (torch.randn(3, 4),))
+    with pytest.raises(PassError, match="needs second derivatives: .*hardsigmoid.* take one of first ones, as taylor"):
+        regauge.optimize(graph, f"prune{{ratio=0.5,score={name}}}", data=[torch.randn(3, 4)])
+
+
 def test_an_unknown_score_is_told_with_what_is_near() -> None:
     with pytest.raises(PassError, match="did you mean 'taylor'"):
         regauge.optimize(two_layers(), "prune{ratio=0.3,score=tailor}")

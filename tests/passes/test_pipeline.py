@@ -160,6 +160,16 @@ def test_exact_pass_is_checked_on_the_given_data() -> None:
     assert seen
 
 
+def test_every_pass_reads_all_batches_of_a_generator() -> None:
+    """Also what the check of an exact pass has looked at."""
+    graph = multilayer_perceptron(8, 12, 3)
+    batches = list(torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    result = regauge.optimize(graph, "sort,sparsify{pattern=unstructured},prune{ratio=0.5}", data=iter(batches))
+    wanted = regauge.optimize(graph, "sort,sparsify{pattern=unstructured},prune{ratio=0.5}", data=batches)
+    assert [entry.notes for entry in result.report.passes] == [entry.notes for entry in wanted.report.passes]
+    assert "chosen on 12 examples" in result.report.passes[1].notes
+
+
 def test_no_passes_give_a_copy_with_an_empty_report() -> None:
     graph = multilayer_perceptron(4, 8, 3)
     result = optimize(graph, [])

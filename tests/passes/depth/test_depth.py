@@ -242,6 +242,16 @@ def test_a_network_without_blocks_says_so() -> None:
         regauge.optimize(graph, "depth{blocks=1}")
 
 
+def test_what_stays_is_told_where_nothing_can_be_removed() -> None:
+    """There is no report to look into where the pass raises."""
+    _, graph = decoder()
+    for options in ("blocks=1", "params=0.5"):
+        with pytest.raises(PassError, match=r"\(left alone: 2 x excluded, 2 x not included\)"):
+            regauge.optimize(
+                graph, f"depth{{{options},unit=block,include=[blocks.0,blocks.1],exclude=[blocks.0,blocks.1]}}"
+            )
+
+
 class KeepsHidden(Decoder):
     """Its outputs are the logits and what every block gives."""
 

@@ -106,6 +106,32 @@ def test_a_step_at_a_narrow_width_moves_only_its_slices() -> None:
     )
 
 
+class Rotary(nn.Module):
+    """Queries turned by their places: the table of angles is a constant as wide as the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.q(x), self.k(x)
+        angle = torch.outer(torch.arange(5.0), 100 ** -torch.arange(0, 1, 0.25)).double()
+        cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+        q, k = (t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in (q, k))
+        return q @ k.transpose(-1, -2)
+
+
+def test_a_narrow_width_has_constants_of_its_own_size() -> None:
+    """The table is no weight of the graph that has a slice, but folded when the module was emitted."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    nested = regauge.elastic(regauge.capture(Rotary().double(), (x,)))
+    (scores,) = nested.scores.values()
+    assert len(scores) == 4
+    net = Supernet(nested, widths=(0.5,))
+    torch.testing.assert_close(net(x, width=0.5), nested.at(0.5).run((x,))[0])
+
+
 def test_widths_trained_together_all_work() -> None:
     model = convolutional()
     train(model, 150)

@@ -205,6 +205,33 @@ def test_infinite_inputs_are_told_with_their_layer() -> None:
         regauge.optimize(graph, "sparsify", data=[data[0] * torch.inf])
 
 
+@pytest.mark.parametrize("options", ["", "pattern=unstructured", "permute=true", "method=wanda", "pattern=block"])
+def test_inputs_that_hardly_vary_leave_weights_as_they_are(options: str) -> None:
+    """Centring them leaves rounding, which is no matrix of squares and nothing to fit weights to."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-4)
+        model[0].bias.abs_().add_(1)
+    graph = capture(model, (torch.randn(2, 12),), dynamic={0: {0: "batch"}})
+    data = [torch.randn(64, 12) for _ in range(3)]
+    sparse = regauge.optimize(graph, f"sparsify{{{options}}}", data=data)
+    (expected,), (found,) = graph.run((data[0],)), sparse.run((data[0],))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    weight = graph.parameters["2.weight"].tensor
+    assert float(sparse.parameters["2.weight"].tensor.abs().max()) < 2 * float(weight.abs().max())
+
+
+@pytest.mark.parametrize("options", ["", "pattern=unstructured", "method=wanda", "refine=means", "update=columns"])
+def test_a_layer_that_no_example_reaches_keeps_what_is_left_of_it(options: str) -> None:
+    """As an expert that no token is sent to: there are no means, and nothing to move the bias by."""
+    graph = capture(nn.Linear(8, 4), (torch.randn(2, 8),), dynamic={0: {0: "batch"}})
+    sparse = regauge.optimize(graph, f"sparsify{{{options}}}", data=[torch.zeros(0, 8)])
+    before, after = graph.parameters["weight"].tensor, sparse.parameters["weight"].tensor
+    torch.testing.assert_close(after, torch.where(after != 0, before, 0))
+    torch.testing.assert_close(sparse.parameters["bias"].tensor, graph.parameters["bias"].tensor)
+
+
 def test_what_is_left_alone_is_counted_with_its_reason() -> None:
     graph, data, _ = convolutional()
     left = regauge.optimize(graph, "sparsify{exclude=[11.*]}").report.passes[0].left
@@ -214,6 +241,25 @@ def test_what_is_left_alone_is_counted_with_its_reason() -> None:
     graph, data, _ = transformer()
     sparse = regauge.optimize(graph, "sparsify{include=[up.*]}", data=data)
     assert list(matrices(graph, sparse)) == ["up.weight"]
+
+
+class Prompted(nn.Module):
+    """A token of its own before those of the input, as vision transformers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
+
+
+def test_weights_that_an_operator_of_one_input_reads_are_left_alone() -> None:
+    graph = capture(Prompted(), (torch.randn(2, 3, 8),), dynamic={0: {0: "batch"}})
+    sparse = regauge.optimize(graph, "sparsify")
+    assert list(matrices(graph, sparse)) == ["layer.weight"]
+    assert sparse.report.passes[0].left["no linear layer, but read by expand"] == 1
 
 
 @pytest.mark.parametrize(
