@@ -95,8 +95,9 @@ def _onnx_batch_norm(build: Any, call: Any) -> Any:
 
 
 def _by_computed_statistics(build: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> Any:
-    """``(x - mean) * weight / sqrt(var + eps) + bias``, as layer norms of TensorFlow become: torch's batch norm gives no
-    gradient to statistics.
+    """``(x - mean) * weight / sqrt(var + eps) + bias``: torch's batch norm has no gradient to its statistics.
+
+    Layer norms of TensorFlow are exported so.
     """
 
     def vector(value: Any) -> Any:
