@@ -1,11 +1,14 @@
 """The residual networks of He et al. 2016 for 32x32 images, with trained weights, and natural images to run them on.
 
 The images are random crops of the two photographs that scikit-learn carries: calibration crops come from their left
-halves, held-out ones from the right halves.
+halves, held-out ones from the right halves. Defaults of ``prune`` without data were chosen on such held-out crops, so
+fresh crops come from other photographs, those that scikit-image carries, on which nothing was decided.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,8 @@ from torch import nn
 WEIGHTS = Path(__file__).resolve().parent.parent.parent / "shared" / "corpus" / "weights"
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
 DEVIATION = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+FRESH = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+FIRST_FRESH_SEED = 1000  # far from the seeds that were measured before
 
 
 class Block(nn.Module):
@@ -71,15 +76,36 @@ def crops(count: int, *, held_out: bool, seed: int = 0) -> torch.Tensor:
     """Normalised crops [count, 3, 32, 32] at several scales, from the left or the right halves of two photographs."""
     from sklearn.datasets import load_sample_images
 
-    draws = np.random.default_rng(seed + held_out)
-    found = []
     photographs = load_sample_images().images
+    middles = [photograph.shape[1] // 2 for photograph in photographs]
+    halves = [p[:, m:] if held_out else p[:, :m] for p, m in zip(photographs, middles, strict=True)]
+    return _drawn(halves, count, seed + held_out)
+
+
+def has_fresh_photographs() -> bool:
+    """Whether scikit-image can be found; it need not be importable."""
+    return find_spec("skimage") is not None
+
+
+def fresh_crops(count: int, *, seed: int = 0) -> torch.Tensor:
+    """Like :func:`crops`, from photographs of scikit-image; without it from right halves, by draws of their own."""
+    if not has_fresh_photographs():
+        return crops(count, held_out=True, seed=FIRST_FRESH_SEED + seed)
+    from PIL import Image
+
+    found = find_spec("skimage")
+    assert found is not None and found.submodule_search_locations
+    folder = Path(next(iter(found.submodule_search_locations))) / "data"
+    return _drawn([np.asarray(Image.open(folder / name).convert("RGB")) for name in FRESH], count, seed)
+
+
+def _drawn(photographs: Sequence[np.ndarray], count: int, seed: int) -> torch.Tensor:
+    draws = np.random.default_rng(seed)
+    found = []
     for index in range(count):
         photograph = photographs[index % len(photographs)]
-        middle = photograph.shape[1] // 2
-        half = photograph[:, middle:] if held_out else photograph[:, :middle]
         size = int(draws.choice([32, 48, 64, 96, 160]))
-        top, left = draws.integers(half.shape[0] - size), draws.integers(half.shape[1] - size)
-        crop = torch.from_numpy(half[top : top + size, left : left + size].copy()).permute(2, 0, 1)[None].float() / 255
-        found.append(F.interpolate(crop, (32, 32), mode="area"))
+        top, left = draws.integers(photograph.shape[0] - size), draws.integers(photograph.shape[1] - size)
+        crop = torch.from_numpy(photograph[top : top + size, left : left + size].copy())
+        found.append(F.interpolate(crop.permute(2, 0, 1)[None].float() / 255, (32, 32), mode="area"))
     return (torch.cat(found) - MEAN) / DEVIATION

@@ -25,7 +25,7 @@ from torch import nn
 
 import regauge
 from benchmarks import char_gpt, cifar_resnet
-from benchmarks.prune import Judge
+from benchmarks.prune_networks import Judge
 from benchmarks.report import append_table, environment
 
 NETWORKS = ("char_gpt", "resnet56")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, rand, randn
 
 from regauge.ir.errors import OperatorError
-from regauge.ir.graph import Node, Value
+from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Symmetry, operator, sample
 from regauge.ir.ops import spell_normalisation as spelling
 from regauge.ir.ops.layout import axis_number
@@ -89,7 +89,25 @@ def _onnx_batch_norm(build: Any, call: Any) -> Any:
     if training:
         mean = var = None
     eps, momentum = call.attribute("epsilon", 1e-5), round(1 - call.attribute("momentum", 0.9), 7)  # stored in float32
+    if not training and not (isinstance(mean, Parameter) and isinstance(var, Parameter)):
+        return _by_computed_statistics(build, x, weight, bias, mean, var, eps)
     return build.batch_norm(x, weight, bias, mean, var, training=training, momentum=momentum, eps=eps)
+
+
+def _by_computed_statistics(build: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> Any:
+    """``(x - mean) * weight / sqrt(var + eps) + bias``: torch's batch norm has no gradient to its statistics.
+
+    Layer norms of TensorFlow are exported so.
+    """
+
+    def vector(value: Any) -> Any:
+        for _ in range(x.rank - 2):
+            value = build.unsqueeze(value, dim=1)
+        return value
+
+    deviation = build.sqrt(build.add(vector(var), eps))
+    y = build.div(build.sub(x, vector(mean)), deviation)
+    return build.add(build.mul(y, vector(weight)), vector(bias))
 
 
 def _batch_norm_layer(node: Node) -> str | None:

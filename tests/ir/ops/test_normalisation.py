@@ -199,6 +199,16 @@ def test_onnx_batch_and_instance_norm() -> None:
     check_node("InstanceNormalization", [X, normal(4), normal(4)], constants={1, 2})
 
 
+def test_an_onnx_batch_norm_by_computed_statistics_has_gradients_to_them() -> None:
+    """TensorFlow writes layer norms so; with data ``prune`` needs the gradients of what lies before."""
+    statistics = [normal(4), normal(4), normal(4), np.abs(normal(4)) + 0.1]
+    graph = check_node("BatchNormalization", [X, *statistics], constants={1, 2}, epsilon=1e-3)
+    mean, var = (torch.tensor(array, requires_grad=True) for array in statistics[2:])
+    y = graph.to_torch().eval()(torch.tensor(X), mean, var)
+    shift, scale = torch.autograd.grad(y.square().sum(), [mean, var])
+    assert bool(shift.all()) and bool(scale.all())
+
+
 @pytest.mark.parametrize(
     ("op", "inputs", "options"),
     [
