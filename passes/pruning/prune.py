@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from regauge.ir.errors import PassError, RegaugeError
-from regauge.ir.extents import Dim, leaves
+from regauge.ir.extents import Dim, Keep, leaves
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
 from regauge.ir.interpret import Interpreter
@@ -25,9 +25,11 @@ from regauge.passes.calibration.generated import STEPS, generated_batches, stati
 from regauge.passes.calibration.losses import Labelled, labelled
 from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
+from regauge.passes.pruning.closed_form import CLOSED_FORMS, ClosedForm, take_over
 from regauge.passes.pruning.compensation import compensate
 from regauge.passes.pruning.preserve import PRESERVED, preserve
 from regauge.passes.pruning.rate_distortion import measured_curves
+from regauge.passes.pruning.reestimate import reestimate
 from regauge.passes.pruning.score_table import SCORES, criterion, score
 from regauge.passes.pruning.scores import Normalise, Reduce, Scores
 from regauge.passes.pruning.selection import best, select
@@ -54,7 +56,9 @@ class Prune(Pass):
     these layers are refitted: the result is then nearer to the original than the masked one. Without data the same is
     done on inputs made up from the statistics of batch norms in inference, where there are any (15 steps of 192 images
     forth and back); a graph without them is only masked, unless compensate=true asks for a refit on noise. A score
-    that is given is taken as it is: without data, one that needs none only removes indices.
+    that is given is taken as it is: without data, one that needs none only removes indices. compensate=moments or udfc
+    runs nothing: layers whose inputs come from others through batch norms and activations alone take over what they
+    lose from channels that are kept; what else reads a cut is counted.
 
     Give a ratio, or one or more budgets: of several all are met. A budget is what is kept, and is met within 1 % where
     single indices are that fine. MACs and peak memory are counted with every dynamic size at its least, usually 1:
@@ -90,9 +94,12 @@ class Prune(Pass):
     reduce: Reduce | None = option(None, "how what the members of a Dim say becomes one score; sum for most scores")
     normalise: Normalise | None = option(None, "what is done with scores within each Dim; each score has its own")
     loss: Any = option(None, "loss(outputs, batch) for scores that need one, in Python; else cross-entropy or |y|^2")
-    compensate: bool | None = option(
-        None, "refit the layers behind cuts on data; true where data is given, or can be made up from batch norms"
+    compensate: bool | ClosedForm | None = option(
+        None,
+        "refit the layers behind cuts on data; true where data is given, or can be made up from batch norms; udfc or "
+        "moments: by weights alone, without a run",
     )
+    reestimate: bool = option(False, "batch norms behind cuts hold mean and variance of what they are given on data")
     examples: int | None = option(None, "inputs made up where no data is given; 32 to 384 by size", at_least=1)
     steps: int = option(STEPS, "steps in which inputs made up are fitted to the statistics of batch norms", at_least=0)
     preserve: bool = option(False, "means and RMSNorms over cut Dims give what the masked original gives; no refit")
@@ -119,8 +126,9 @@ class Prune(Pass):
         device_of(self.device)
         if self.score is not None:
             criterion(self.score)
-        if self.preserve and self.compensate:
-            raise PassError("prune takes preserve or compensate, not both: what is refitted is not the masked original")
+        other = "compensate" if self.compensate else "reestimate" if self.reestimate else None
+        if self.preserve and other:
+            raise PassError(f"prune takes preserve or {other}, not both: what is refitted is not the masked original")
         if self.loss is not None and not callable(self.loss):
             raise PassError("option 'loss' of prune must be a function, loss(outputs, batch)")
 
@@ -130,11 +138,15 @@ class Prune(Pass):
 
     @property
     def _refits(self) -> bool:
-        return self.compensate is not False and not self.preserve
+        return self.compensate in (None, True) and not self.preserve
 
     @property
     def _needs_data(self) -> bool:
-        return self.scope == "dp" or (self.score is not None and criterion(self.score).needs != "nothing")
+        return (
+            self.scope == "dp"
+            or self.reestimate
+            or (self.score is not None and criterion(self.score).needs != "nothing")
+        )
 
     def _amounts(self) -> dict[str, Amount]:
         """The budgets that are given."""
@@ -151,7 +163,7 @@ class Prune(Pass):
         """The result with inputs that are made up: where that is asked for, and where batch norms tell what to make."""
         if self.scope == "dp" and not statistics_in(graph):
             raise PassError("prune needs data for scope=dp: give batches, optimize(graph, passes, data=...)")
-        asked = bool(self.compensate) or self._needs_data
+        asked = self.compensate is True or self._needs_data
         if not asked and (self.score is not None or not statistics_in(graph) or self.ratio == 0):
             return None
         if not asked:  # a first try tells at once what cannot be done, and whether there is anything to do
@@ -192,11 +204,23 @@ class Prune(Pass):
         result = resize(graph, keep, by=self.name)
         if self.preserve:
             context.note(f"means and norms kept what they were: {preserve(graph, result, by=self.name)}")
-        if inputs is not None and self._refits:
+        self._repair(graph, result, keep, inputs, context)
+        return result
+
+    def _repair(self, graph: Graph, result: Graph, keep: Keep, inputs: Sequence[Any] | None, context: Context) -> None:
+        """Let what is left make up for what was cut, as far as the options want it."""
+        examples = sum(map(examples_in, inputs or ()))
+        if self.compensate in CLOSED_FORMS:
+            form: ClosedForm = self.compensate  # type: ignore[assignment]
+            taken = take_over(graph, result, keep, context.left, form=form, by=self.name)
+            context.note(f"layers that take over what was removed, by weights alone ({form}): {taken}")
+        elif inputs is not None and self._refits:
             done = compensate(graph, result, keep, inputs, by=self.name)
             stayed = f"; {done.stayed} stayed, as no refit lowered their error" if done.stayed else ""
-            context.note(f"layers refitted on {sum(map(examples_in, inputs))} examples: {done.refitted}{stayed}")
-        return result
+            context.note(f"layers refitted on {examples} examples: {done.refitted}{stayed}")
+        if inputs is not None and self.reestimate:
+            norms = reestimate(graph, result, keep, inputs, context.left, by=self.name)
+            context.note(f"batch norms with statistics of {examples} examples: {norms}")
 
     def _batches(self, graph: Graph, context: Context) -> list[Labelled] | None:
         """The calibration data, where there is any and the options want it."""
@@ -230,8 +254,8 @@ class Prune(Pass):
         rounding = Rounding(graph, multiple)
         search = Search(graph, with_multiples(choices, rounding), scope, str(self), losses)
         if scope == "dp":
-            refit = self.compensate is not False
-            curves = measured_curves(graph, search.choices, scores, batches or [], refit=refit)
+            refits = self.compensate in (None, True)
+            curves = measured_curves(graph, search.choices, scores, batches or [], refit=refits)
             search = replace(search, curves=curves)
         if self.ratio is not None and scope not in ("knapsack", "dp"):
             decided = round_wishes(choices, replace(search, choices=choices).wishes()(self.ratio), rounding)

@@ -1,0 +1,165 @@
+"""What is known of the channels of a value without data: means and covariances over a Dim, from weights alone.
+
+A layer's inputs are taken for white, so that the covariance of its outputs is W W', and their mean its bias. From there
+on two readings:
+
+    rows       as UDFC has it: batch norms are gains and shifts, activations are passed over. Nothing but the rows w_i
+               and biases b_i of the layer with its batch norm folded in; sums add up.
+    moments    a batch norm in inference knows mean and variance of what it gives, and values before an activation are
+               taken for normal. With Hermite coefficients c_n(i) = E[f(m_i + s_i z) He_n(z)] / sqrt(n!) behind it
+
+                   E[f(x_i) f(x_j)] = sum over n of c_n(i) c_n(j) r_ij^n        (Mehler 1866), r_ij the correlation
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from regauge.ir.extents import Dim, leaves, positions_on
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.operator import Symmetry, symmetry_of
+from regauge.passes.calibration.batch_norms import gain_of, is_fixed, shift_of
+from regauge.passes.calibration.layers import Layer, layer_of
+
+Reading: TypeAlias = Literal["rows", "moments"]
+
+_ORDERS = 12  # of Hermite polynomials
+_NODES = 64  # of the quadrature that finds coefficients
+_RECTIFIERS = {"relu", "leaky_relu", "hardtanh", "clamp", "elu", "celu", "selu", "gelu", "silu", "hardswish", "mish"}
+_OTHERS = {"sigmoid", "hardsigmoid", "tanh", "softplus", "softsign"}  # not linear even by half
+_POOLS = {"max_pool", "adaptive_max_pool"}
+_SUMS = {"add", "sub"}
+
+
+@dataclass(frozen=True)
+class ChannelMoments:
+    """Mean [entries, indices] and covariance [entries, indices, indices]; entries are those that an index owns."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+    def gram(self, weight_of_mean: float = 1.0) -> torch.Tensor:
+        """E[x x'] summed over entries, [indices, indices]."""
+        outer = self.mean[:, :, None] * self.mean[:, None, :]
+        return (self.covariance + weight_of_mean * outer).sum(0)
+
+
+class ChannelReader:
+    """Follows values back to the layers that make them; ``matrices`` are what these have by now, else their weights."""
+
+    def __init__(self, graph: Graph, reading: Reading, matrices: dict[Layer, torch.Tensor]) -> None:
+        self.graph, self.reading, self.matrices = graph, reading, matrices
+        self._known: dict[tuple[Value, Dim], ChannelMoments | str] = {}
+
+    def of(self, value: Value, dim: Dim) -> ChannelMoments | str:
+        """The moments of a value over a Dim; or why they cannot be told."""
+        known = self._known.get((value, dim))
+        if known is None:
+            known = self._of(value, dim)
+            if len(value.uses) > 1:  # what has one reader is asked for once
+                self._known[value, dim] = known
+        return known
+
+    def _of(self, value: Value, dim: Dim) -> ChannelMoments | str:
+        node = value.producer
+        if node is None or node not in self.graph.axes.calls:
+            return "it is an input or a table"
+        if layer_of(node, blocks=True, shared=True) is not None:
+            return self._made_by(layer_of(node), node, dim)
+        values = [one for one in node.inputs if isinstance(one, Value) and not isinstance(one, Parameter)]
+        read = [one for one in values if self._has(one, dim)]
+        if node.op in _SUMS and len(read) == 2 and all(own.shape == value.shape for own in read):
+            return _summed(self.of(read[0], dim), self.of(read[1], dim), -1.0 if node.op == "sub" else 1.0)
+        activations = _RECTIFIERS if self.reading == "rows" else _RECTIFIERS | _OTHERS
+        norm, alike = node.op == "batch_norm" and is_fixed(node), node.op in activations and not _parameters(node)
+        if len(read) != 1 or not (norm or alike or node.op in _POOLS or self._moves(node)):
+            return f"{node.op} stands between"
+        before = self.of(read[0], dim)
+        if isinstance(before, str):
+            return before
+        if norm:
+            return self._behind_norm(node, dim, before)
+        return _behind_activation(node, before) if alike and self.reading == "moments" else before
+
+    def _made_by(self, layer: Layer | None, node: Node, dim: Dim) -> ChannelMoments | str:
+        if layer is None:
+            grouped = layer_of(node, blocks=True) is not None
+            return "a grouped layer stands between" if grouped else "what makes it shares a weight"
+        axis = layer.weight.rank - 1 if node.op == "matmul" else 1 - layer.contracted
+        extent = self.graph.axes.of[layer.weight][axis]
+        if leaves(extent).count(dim) != 1:
+            return f"{node.op} on other axes stands between"
+        places = torch.from_numpy(positions_on(extent, dim)).t()  # [entries, indices]
+        matrix = self.matrices.get(layer)
+        rows = (layer.matrix(layer.weight.tensor.detach()) if matrix is None else matrix).double()[places]
+        mean = torch.zeros(places.shape, dtype=torch.float64)
+        if layer.bias is not None:
+            mean = layer.bias.tensor.detach().double()[places]
+        return ChannelMoments(mean, rows @ rows.mT)
+
+    def _behind_norm(self, node: Node, dim: Dim, before: ChannelMoments) -> ChannelMoments | str:
+        x, bias = node.inputs[0], node.inputs[2]
+        assert isinstance(x, Value)
+        extent = self.graph.axes.of[x][1]
+        if leaves(extent).count(dim) != 1:
+            return "batch_norm on another axis stands between"
+        places = torch.from_numpy(positions_on(extent, dim)).t()
+        if len(places) != len(before.mean):
+            return "a batch norm behind a reshape"
+        gain = gain_of(node)[places]
+        covariance = before.covariance * gain[:, :, None] * gain[:, None, :]
+        if self.reading == "rows":
+            return ChannelMoments(gain * before.mean + shift_of(node)[places], covariance)
+        mean = bias.tensor.detach().double()[places] if isinstance(bias, Parameter) else torch.zeros_like(gain)
+        variance = node.inputs[4]
+        assert isinstance(variance, Parameter)
+        known = gain.square() * variance.tensor.detach().double()[places]
+        scale = known.sum() / covariance.diagonal(dim1=1, dim2=2).sum().clamp(min=1e-30)
+        return ChannelMoments(mean, covariance * scale)
+
+    def _has(self, value: Value, dim: Dim) -> bool:
+        return any(dim in leaves(extent) for extent in self.graph.axes.of[value])
+
+    def _moves(self, node: Node) -> bool:
+        """Whether a node is linear in what it reads, index by index, and has no other result and no constant to add."""
+        if len(node.outputs) != 1 or node.regions or node.op in _SUMS or _parameters(node):
+            return False
+        if symmetry_of(node) is Symmetry.LINEAR:
+            return sum(isinstance(operand, Value) for operand in node.inputs) == 1
+        return symmetry_of(node) is Symmetry.LAYOUT
+
+
+def _parameters(node: Node) -> bool:
+    return any(isinstance(operand, Parameter) for operand in node.inputs)
+
+
+def _summed(one: ChannelMoments | str, other: ChannelMoments | str, sign: float) -> ChannelMoments | str:
+    """The moments of a sum of two independent values."""
+    if isinstance(one, str) or isinstance(other, str):
+        return one if isinstance(one, str) else other
+    if one.mean.shape != other.mean.shape:
+        return "its addends have other layouts"
+    return ChannelMoments(one.mean + sign * other.mean, one.covariance + other.covariance)
+
+
+def _behind_activation(node: Node, before: ChannelMoments) -> ChannelMoments:
+    """Moments of f(x) for normal x."""
+    points, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(_NODES))
+    deviation = before.covariance.diagonal(dim1=1, dim2=2).clamp(min=1e-24).sqrt()
+    values = before.mean[..., None] + deviation[..., None] * points
+    values = node.operator.evaluate(values, *node.inputs[1:], **node.attributes) * (weights / weights.sum())
+    polynomials = [torch.ones_like(points), points]
+    for order in range(2, _ORDERS):  # of unit norm
+        last, previous = polynomials[-1], polynomials[-2]
+        polynomials.append((points * last - (order - 1) ** 0.5 * previous) / order**0.5)
+    coefficients = values @ torch.stack(polynomials, 1)  # [entries, indices, orders]
+    correlation = (before.covariance / (deviation[:, :, None] * deviation[:, None, :])).clamp(-1, 1)
+    covariance, power = torch.zeros_like(correlation), torch.ones_like(correlation)
+    for own in coefficients.unbind(-1)[1:]:
+        power = power * correlation
+        covariance += own[:, :, None] * own[:, None, :] * power
+    return ChannelMoments(coefficients[..., 0], covariance)

@@ -1,0 +1,141 @@
+"""Making up for removed channels by those that are kept, from the weights alone: no data, and no run of the graph.
+
+Each removed channel j is taken for a combination of kept ones, and the layer that reads them takes that over:
+
+    x_j ~ sum_i s_ij x_i      s = (G_KK + l2)^-1 G_KR      V_i += sum_j s_ij V_j
+
+``udfc`` (Bai et al. 2023, Unified Data-Free Compression: Pruning and Quantization without Fine-Tuning) looks at the
+rows w_i and biases b_i of the layer that makes the channels, batch norm folded in, as though activations were linear:
+s minimises |w_j - sum_i s_ij w_i|^2 + l1 (b_j - sum_i s_ij b_i)^2 + l2 |s_j|^2, so that G = W W' + l1 b b'. Our l2 is a
+share of the mean of G's diagonal. Beyond the paper, a sum of several layers' results has the sum of their Gs.
+
+``moments`` takes for G what the channels' products are expected to be behind their activation, by the statistics that
+batch norms hold (:mod:`regauge.passes.pruning.channel_moments`): s then has the least expected squared error. In four
+small trained networks with a tenth of all channels cut the outputs had 0.09 to 0.27 of the squared error of the masked
+ones, and with a third or more still less than all of it. With ``udfc`` they had 0.33 to 2.4 of it, and more where more
+was cut: what is a combination before a relu need not be one behind it.
+
+Between the two layers nothing may mix channels, nor treat them unlike each other but for batch norms in inference.
+Layers take over in the order of the graph, so that what makes channels is as it is once it has taken over itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+
+from regauge.ir.edit import set_weight
+from regauge.ir.extents import Dim, Keep, flat_indices
+from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.mapped import mapped, on_disk
+from regauge.ir.resize import part_kept
+from regauge.passes.calibration.layers import Layer, layer_of
+from regauge.passes.pruning.channel_moments import ChannelMoments, ChannelReader
+
+ClosedForm: TypeAlias = Literal["udfc", "moments"]
+CLOSED_FORMS = get_args(ClosedForm)
+
+BIAS = 1.0  # l1
+RIDGE = {"udfc": 0.3, "moments": 1e-3}  # l2 as a share: rows say less of channels behind an activation
+_LEFT = "no layer takes over from its kept indices: "
+
+
+def take_over(
+    original: Graph,
+    pruned: Graph,
+    keep: Keep,
+    left: Counter[str],
+    *,
+    form: ClosedForm,
+    by: str,
+    ridge: float | None = None,
+) -> int:
+    """Let layers of ``pruned``, which is ``original`` resized to ``keep``, make up for the columns that they lost.
+
+    Returns how many do; ``left`` counts by reason the Dims that a node contracts without. Memory: the new weights, and
+    three matrices [indices, indices] in double precision of the largest Dim.
+    """
+    weights = _TakingOver(original, keep, form, RIDGE[form] if ridge is None else ridge).run(left)
+    parameters = {parameter.name: parameter for parameter in pruned.all_parameters()}
+    for layer, matrix in weights.items():
+        tensor = part_kept(layer.stored(matrix), original.axes.of[layer.weight], keep)
+        to_disk = on_disk(layer.weight.weight)
+        set_weight(pruned, parameters[layer.weight.name], mapped(tensor) if to_disk else tensor, by=by)
+    return len(weights)
+
+
+class _TakingOver:
+    def __init__(self, graph: Graph, keep: Keep, form: ClosedForm, ridge: float) -> None:
+        self.graph, self.keep, self.ridge = graph, keep, ridge
+        self.matrices: dict[Layer, torch.Tensor] = {}  # of the original's size, zero where columns go
+        self.channels = ChannelReader(graph, "rows" if form == "udfc" else "moments", self.matrices)
+
+    def run(self, left: Counter[str]) -> dict[Layer, torch.Tensor]:
+        found = {}
+        own = set(self.graph.nodes)
+        for node, dims in self._readers().items():
+            layer = layer_of(node) if node in own else None
+            if layer is None:
+                left[_LEFT + self._why_not(node, node in own)] += len(dims)
+                continue
+            matrix = layer.matrix(layer.weight.tensor.detach()).double().clone()
+            done = [dim for dim in dims if self._takes_over(layer, matrix, dim, left)]
+            self.matrices[layer] = self._masked(layer, matrix)
+            if done:
+                found[layer] = self.matrices[layer]
+        return found
+
+    def _readers(self) -> dict[Node, list[Dim]]:
+        """The nodes that contract Dims that are cut, in the order of the graph, with these."""
+        found: dict[Node, dict[Dim, None]] = {}
+        for node, role, dims in self.graph.axes.ends:
+            cut = dict.fromkeys(dim for dim in dims if dim in self.keep)
+            if role == "contract" and cut:
+                found.setdefault(node, {}).update(cut)
+        return {node: list(found[node]) for _, node in self.graph.walk() if node in found}
+
+    def _why_not(self, node: Node, own: bool) -> str:
+        if not own:
+            return "it is contracted in a branch or loop"
+        if layer_of(node, blocks=True, shared=True) is None:
+            return f"it is contracted by {node.op}"
+        return "its reader is a grouped layer, or shares its weight"
+
+    def _takes_over(self, layer: Layer, matrix: torch.Tensor, dim: Dim, left: Counter[str]) -> bool:
+        """Add to the columns of kept indices what those of the others are combinations of."""
+        columns = torch.from_numpy(layer.columns_of(self.graph, dim))
+        x = layer.node.inputs[0]
+        assert isinstance(x, Value)
+        moments = self.channels.of(x, dim) if columns.numel() else "its reader has it more than once"
+        if not isinstance(moments, ChannelMoments):
+            left[_LEFT + moments] += 1
+            return False
+        kept = torch.from_numpy(np.asarray(self.keep[dim]))
+        gone = torch.from_numpy(np.setdiff1d(np.arange(int(dim.size)), self.keep[dim]))
+        shares = _combinations(moments.gram(BIAS), kept, gone, self.ridge)
+        matrix[:, columns[kept]] += torch.einsum("oje,ij->oie", matrix[:, columns[gone]], shares)
+        matrix[:, columns[gone].reshape(-1)] = 0
+        return True
+
+    def _masked(self, layer: Layer, matrix: torch.Tensor) -> torch.Tensor:
+        """The matrix in the type of the weight, zero in the columns that go."""
+        kept = flat_indices(self.graph.axes.of[layer.weight][layer.contracted], self.keep)
+        mask = torch.zeros(layer.columns, dtype=matrix.dtype)
+        mask[torch.from_numpy((kept[:, None] * layer.taps + np.arange(layer.taps)).reshape(-1))] = 1
+        assert isinstance(layer.weight.dtype, torch.dtype)
+        return (matrix * mask).to(layer.weight.dtype)
+
+
+def _combinations(gram: torch.Tensor, kept: torch.Tensor, gone: torch.Tensor, ridge: float) -> torch.Tensor:
+    """s = (G_KK + l2)^-1 G_KR, [kept, gone]; of several the least where G_KK is singular."""
+    inner: torch.Tensor = gram[kept][:, kept]
+    inner.diagonal().add_(ridge * inner.diagonal().mean().clamp(min=1e-30))
+    across = gram[kept][:, gone]
+    solved, failed = torch.linalg.solve_ex(inner, across)
+    if bool(failed) or not bool(solved.isfinite().all()):
+        solved = torch.linalg.pinv(inner, hermitian=True) @ across
+    found: torch.Tensor = solved
+    return found
