@@ -54,9 +54,9 @@ class Prune(Pass):
 
     With data the indices go whose removal changes the outputs least, once the layers behind have made up for it, and
     these layers are refitted: the result is then nearer to the original than the masked one. Without data the same is
-    done on inputs made up from the statistics of batch norms in inference, where there are any (15 steps of 192 images
-    forth and back); a graph without them is only masked, unless compensate=true asks for a refit on noise. A score
-    that is given is taken as it is: without data, one that needs none only removes indices. compensate=moments or udfc
+    done on inputs that are made up: images with the spectra and edges of natural ones, noise, any numbers of tables;
+    half of them are matched to the statistics of batch norms in inference, where there are any (15 steps of 192 images
+    forth and back). A score that is given is taken as it is: without data, one that needs none only removes indices. compensate=moments or udfc
     runs nothing: layers whose inputs come from others through batch norms and activations alone take over what they
     lose from channels that are kept; what else reads a cut is counted.
 
@@ -96,7 +96,7 @@ class Prune(Pass):
     loss: Any = option(None, "loss(outputs, batch) for scores that need one, in Python; else cross-entropy or |y|^2")
     compensate: bool | ClosedForm | None = option(
         None,
-        "refit the layers behind cuts on data; true where data is given, or can be made up from batch norms; udfc or "
+        "refit the layers behind cuts on data; true, where no score is given or data is; udfc or "
         "moments: by weights alone, without a run",
     )
     reestimate: bool = option(False, "batch norms behind cuts hold mean and variance of what they are given on data")
@@ -160,11 +160,9 @@ class Prune(Pass):
         return self._cut(graph, context)
 
     def _data_free(self, graph: Graph, context: Context) -> Graph | None:
-        """The result with inputs that are made up: where that is asked for, and where batch norms tell what to make."""
-        if self.scope == "dp" and not statistics_in(graph):
-            raise PassError("prune needs data for scope=dp: give batches, optimize(graph, passes, data=...)")
+        """The result with inputs that are made up: where that is asked for, and where no score says otherwise."""
         asked = self.compensate is True or self._needs_data
-        if not asked and (self.score is not None or not statistics_in(graph) or self.ratio == 0):
+        if not asked and (self.score is not None or self.ratio == 0):
             return None
         if not asked and self.latency is None:  # a first try tells at once what cannot be done, and if anything is
             first = Context()
