@@ -56,8 +56,8 @@ class Prune(Pass):
     these layers are refitted: the result is then nearer to the original than the masked one. Without data the same is
     done on inputs that are made up: images with the spectra and edges of natural ones, noise, any numbers of tables;
     half of them are matched to the statistics of batch norms in inference, where there are any (15 steps of 192 images
-    forth and back). A score that is given is taken as it is: without data, one that needs none only removes indices. compensate=moments or udfc
-    runs nothing: layers whose inputs come from others through batch norms and activations alone take over what they
+    forth and back). A score that is given is taken as it is: without data, one that needs none only removes indices.
+    compensate=moments or udfc runs nothing: layers whose inputs come from others through batch norms and activations alone take over what they
     lose from channels that are kept; what else reads a cut is counted.
 
     Give a ratio, or one or more budgets: of several all are met. A budget is what is kept, and is met within 1 % where
