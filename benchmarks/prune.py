@@ -137,10 +137,8 @@ def section(name: str, options: argparse.Namespace) -> tuple[str, list[str], lis
         for row in prune_onnx.measure(options.seed):
             rows.append(row)
             print("  ".join(row), flush=True)
-        note = (
-            "152 labelled files in two halves, each judged by a network calibrated on the other; onnxruntime. One Dim"
-        )
-        note += " of the file can be cut. loss: mean negative log likelihood of the labels."
+        note = "152 labelled files in two halves, each judged by a network calibrated on the other; onnxruntime."
+        note += " One Dim of the file can be cut. loss: mean negative log likelihood of the labels."
         return "Pruning without fine-tuning: ONNX file-type classifier", prune_onnx.HEADS, rows, note
     if name == "shortcuts":
         rows = [row for depth in RESIDUAL.values() for row in prune_shortcuts.measure(depth)]
