@@ -65,10 +65,12 @@ def _write_known(carrier: Carrier, contents: Contents, room: int, *, shared: boo
     for node, found in known.items():
         for output, content in zip(node.outputs, found, strict=True):
             readers = [use for use in output.uses() if use.node not in known]
+            if not readers:
+                continue
             array = np.array(content.array).astype(content.data_type.numpy())
             key = (content.data_type, array.shape, array.tobytes())
             constant = made.get(key) if shared else None
-            if not readers or (constant is None and array.nbytes - NODE_BYTES > max(room, 0)):
+            if constant is None and array.nbytes - NODE_BYTES > max(room, 0):
                 continue
             if constant is None:
                 room -= max(array.nbytes - NODE_BYTES, 0)

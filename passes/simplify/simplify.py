@@ -109,7 +109,8 @@ class Simplify(Pass):
         drop_orphans(graph, result)
         tell(log, context, counts)
         result.metadata.setdefault(BYTES_BEFORE, total_bytes(graph))
-        result.metadata[FILE_ROOM] = limits.most_bytes + limits.file_bytes - total_bytes(result)
+        if "onnx" in graph.metadata:
+            result.metadata[FILE_ROOM] = limits.most_bytes + limits.file_bytes - total_bytes(result)
         before, folds = set(graph.metadata.get("onnx_fold", ())), FILE_STEPS & set(steps)
         if "onnx" in graph.metadata and not folds <= before:
             result.metadata["onnx_fold"] = tuple(sorted(before | folds))
