@@ -124,3 +124,8 @@ def test_means_swap_until_the_mean_of_the_output_is_kept() -> None:
         assert bool((better.reshape(20, -1, group).sum(2) == kept.reshape(20, -1, group).sum(2)).all())
         before, after = ((weight * mean * ~mask).sum(1).abs() for mask in (kept, better))
         assert bool((after <= before + 1e-12).all()) and float(after.sum()) < 0.5 * float(before.sum())
+
+
+def test_of_equal_entries_in_a_group_the_first_stay() -> None:
+    kept = NofM(2, 4).mask(torch.tensor([[1.0, 1, 1, 1, 0, 2, 0, 0]]), 0.5)
+    assert kept.int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]]
