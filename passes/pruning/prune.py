@@ -154,7 +154,7 @@ class Prune(Pass):
             return None
         if not asked:  # a first try tells at once what cannot be done, and whether there is anything to do
             first = Context()
-            if replace(self, compensate=False)._cut(graph, first) is graph:
+            if self._cut(graph, first) is graph:
                 context.left = first.left
                 return graph
         trial = Context(measure=context.measure)
