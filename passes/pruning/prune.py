@@ -57,8 +57,8 @@ class Prune(Pass):
     done on inputs that are made up: images with the spectra and edges of natural ones, noise, any numbers of tables;
     half of them are matched to the statistics of batch norms in inference, where there are any (15 steps of 192 images
     forth and back). A score that is given is taken as it is: without data, one that needs none only removes indices.
-    compensate=moments or udfc runs nothing: layers whose inputs come from others through batch norms and activations alone take over what they
-    lose from channels that are kept; what else reads a cut is counted.
+    compensate=moments or udfc runs nothing: layers whose inputs come from others through batch norms and activations
+    alone take over what they lose from channels that are kept; what else reads a cut is counted.
 
     Give a ratio, or one or more budgets: of several all are met. A budget is what is kept, and is met within 1 % where
     single indices are that fine. MACs and peak memory are counted with every dynamic size at its least, usually 1:
@@ -166,7 +166,7 @@ class Prune(Pass):
             return None
         if not asked and self.latency is None:  # a first try tells at once what cannot be done, and if anything is
             first = Context()
-            if replace(self, compensate=False)._cut(graph, first) is graph:
+            if self._cut(graph, first) is graph:
                 context.left = first.left
                 return graph
         trial = Context(measure=context.measure, made_up=True)

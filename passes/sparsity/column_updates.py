@@ -46,5 +46,5 @@ def prune_by_columns(
 def _factor_of_inverse(hessian: torch.Tensor) -> torch.Tensor:
     """The upper triangular U with H^-1 = U'U: that of H = R R' with R upper is R^-1, which needs no inverse of H."""
     root = factor_of(hessian.flip(0, 1), 0.0).flip(0, 1)
-    factor: torch.Tensor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
-    return factor
+    upper: torch.Tensor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    return upper

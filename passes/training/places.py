@@ -84,6 +84,27 @@ def contracted_axes(graph: Graph) -> set[Member]:
     return found
 
 
+def directions(graph: Graph) -> set[Member]:
+    """The axes of parameters whose slices only point somewhere, while a factor beside them says how far: weight norm.
+
+    A factor of zero silences such a slice. The slice itself must not be zero, which is no direction: 0 / 0.
+    """
+    found: set[Member] = set()
+    for _, node in graph.walk():
+        slots = [(slot, value) for slot, value in node.operands() if isinstance(value, Parameter)]
+        factors = node.operator.zeroed_by
+        if not slots or not factors or node.operator.rule is None:
+            continue
+        local, names = LocalAxes(node), node.operator.slots
+        named = [slot for slot in range(len(local.operands)) if slot < len(names) and names[slot] in factors]
+        scaled = {dim for slot in named for extent in local.operands[slot] for dim in leaves(extent)}
+        for slot, parameter in slots:
+            if slot not in named:
+                axes = enumerate(local.operands[slot])
+                found |= {Member(parameter, axis) for axis, extent in axes if scaled & set(leaves(extent))}
+    return found
+
+
 def normalised_dims(graph: Graph) -> set[Dim]:
     """Dims over which something normalises or averages: there the cut network is not the masked one."""
     return {

@@ -30,13 +30,14 @@ from torch import nn
 from regauge.ir.errors import PassError
 from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.groups import Group, Member
+from regauge.ir.groups import Member
 from regauge.ir.resize import resize
 from regauge.passes.training.bound_model import BoundModel
 from regauge.passes.training.places import (
     Factors,
     along_axis,
     contracted_axes,
+    directions,
     laid_along,
     multiplied,
     sums_by_index,
@@ -116,9 +117,11 @@ class GroupSparsifier(Sparsifier):
         self.dims = self.plan.dims
         self.alive = {dim: np.ones(int(dim.size), dtype=bool) for dim in self.dims}
         trained = set(self.bound.trained())
-        read = contracted_axes(graph)
-        self._members = {group.dim: [m for m in group.members if m.parameter in trained] for group in groups}
-        self._makers = {group.dim: _makers(group, trained, read) for group in groups}
+        read, pointing = contracted_axes(graph), directions(graph)
+        self._members = {
+            group.dim: [m for m in group.members if m.parameter in trained and m not in pointing] for group in groups
+        }
+        self._makers = {dim: _makers(members, read) for dim, members in self._members.items()}
         self._readers = {dim: [m for m in self._members[dim] if m in read] for dim in self.dims}
 
     # -- slices ------------------------------------------------------------------------------------------------------
@@ -195,7 +198,6 @@ def _by_name(given: Mapping[Dim, np.ndarray]) -> dict[str, torch.Tensor]:
     return {dim.name: torch.from_numpy(values.copy()) for dim, values in given.items()}
 
 
-def _makers(group: Group, trained: set[Parameter], read: set[Member]) -> list[Member]:
+def _makers(members: list[Member], read: set[Member]) -> list[Member]:
     """The members that make the indices rather than read them; all of them where none does."""
-    own = [member for member in group.members if member.parameter in trained]
-    return [member for member in own if member not in read] or own
+    return [member for member in members if member not in read] or members

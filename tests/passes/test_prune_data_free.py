@@ -94,6 +94,11 @@ def test_what_can_be_told_at_once_is_told_before_inputs_are_made(monkeypatch: py
     regauge.optimize(graph, "prune{ratio=0.5,preserve=true}")
 
 
+def test_the_first_try_speaks_of_the_options_that_were_given() -> None:
+    with pytest.raises(PassError, match=r"prune\{macs=0.001\} cannot be met"):
+        regauge.optimize(captured(network()), "prune{macs=0.001}")
+
+
 @pytest.mark.parametrize("problem", [PassError("no inputs run"), RuntimeError("no derivative\nof this")])
 def test_where_inputs_cannot_be_made_the_result_is_masked(problem: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     from regauge.passes.pruning import prune

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import regauge
 from regauge.demo import DigitsNetwork
@@ -66,6 +67,10 @@ CASES = {
     "dense": (Dense, (2, 1, 8, 8)),
     "grouped": (Grouped, (2, 6, 8)),
     "depthwise": (DigitsNetwork, (2, 1, 8, 8)),
+    "weight norm": (
+        lambda: nn.Sequential(weight_norm(nn.Linear(6, 9)), nn.SiLU(), weight_norm(nn.Linear(9, 8)), nn.Linear(8, 4)),
+        (3, 6),
+    ),
     "perceptron": (lambda: nn.Sequential(nn.Linear(6, 9), nn.Sigmoid(), nn.Linear(9, 4)), (3, 6)),
 }
 
@@ -101,6 +106,7 @@ def test_more_than_a_few_dims_are_in_it() -> None:
         "dense": 5,
         "grouped": 5,
         "depthwise": 4,
+        "weight norm": 1,
         "perceptron": 1,
     }
 
