@@ -120,7 +120,7 @@ class Interpreter:
             attributes["regions"] = tuple(self._region(region, bindings) for region in node.regions)
         try:
             with nullcontext() if self.device.type == "cpu" else self.device:  # tables are made there
-                raw = node.operator.evaluate(*operands, **attributes)
+                raw = _function(node, operands)(*operands, **attributes)
         except RegaugeError:
             raise
         except Exception as error:
@@ -143,6 +143,14 @@ class Interpreter:
             return self._run_graph(region, dict(zip(region.inputs, arguments, strict=True)), inner)
 
         return call
+
+
+def _function(node: Node, operands: Sequence[Any]) -> Callable[..., Any]:
+    other = node.operator.with_gradients
+    if other is None or node.attributes.get("training") or not torch.is_grad_enabled():
+        return node.operator.evaluate
+    reached = any(isinstance(operand, torch.Tensor) and operand.requires_grad for operand in operands)
+    return other if reached else node.operator.evaluate
 
 
 def device_of(graph: Graph) -> torch.device:

@@ -185,6 +185,7 @@ class Operator:
                    :mod:`regauge.ir.masking`: without it a product is zeroed by any factor, what has another symmetry
                    than POINTWISE by all its operands together. ``()`` says the latter. A given ``bias`` must be zero
                    besides
+    ``with_gradients`` stands for ``evaluate`` in inference when gradients are to reach operands and torch lacks them
     """
 
     name: str
@@ -202,6 +203,7 @@ class Operator:
     sized_by_data: bool = False
     commutative: bool = False
     zeroed_by: tuple[str, ...] | None = None
+    with_gradients: Callable[..., Any] | None = None
 
     @cached_property
     def signature(self) -> inspect.Signature:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, rand, randn
 
 from regauge.ir.errors import OperatorError
-from regauge.ir.graph import Node, Parameter, Value
+from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Symmetry, operator, sample
 from regauge.ir.ops import spell_normalisation as spelling
 from regauge.ir.ops.layout import axis_number
@@ -89,25 +89,29 @@ def _onnx_batch_norm(build: Any, call: Any) -> Any:
     if training:
         mean = var = None
     eps, momentum = call.attribute("epsilon", 1e-5), round(1 - call.attribute("momentum", 0.9), 7)  # stored in float32
-    if not training and not (isinstance(mean, Parameter) and isinstance(var, Parameter)):
-        return _by_computed_statistics(build, x, weight, bias, mean, var, eps)
     return build.batch_norm(x, weight, bias, mean, var, training=training, momentum=momentum, eps=eps)
 
 
-def _by_computed_statistics(build: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> Any:
-    """``(x - mean) * weight / sqrt(var + eps) + bias``: torch's batch norm has no gradient to its statistics.
-
-    Layer norms of TensorFlow are exported so.
+def _batch_norm_by_parts(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """``(x - mean) * weight / sqrt(var + eps) + bias`` where gradients go to statistics that the graph computes, as it
+    does in layer norms of TensorFlow: torch has no such derivative of its batch norm.
     """
-
-    def vector(value: Any) -> Any:
-        for _ in range(x.rank - 2):
-            value = build.unsqueeze(value, dim=1)
-        return value
-
-    deviation = build.sqrt(build.add(vector(var), eps))
-    y = build.div(build.sub(x, vector(mean)), deviation)
-    return build.add(build.mul(y, vector(weight)), vector(bias))
+    if training or mean is None or var is None or not (mean.requires_grad or var.requires_grad):
+        return F.batch_norm(x, mean, var, weight, bias, training, 1.0 if momentum is None else momentum, eps)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    y = (x - mean.reshape(shape)) / torch.sqrt(var.reshape(shape) + eps)
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape)
 
 
 def _batch_norm_layer(node: Node) -> str | None:
@@ -179,6 +183,7 @@ def given(node: Node, count: int) -> list[Any]:
     layer=_batch_norm_layer,
     spell=spelling.batch_norm,
     zeroed_by=("weight",),
+    with_gradients=_batch_norm_by_parts,
 )
 def batch_norm(
     x: Tensor,

@@ -181,7 +181,7 @@ def test_report_has_a_row_per_pass_and_history_tells_who() -> None:
     assert [entry.text for entry in result.report.passes] == ["prune{ratio=0.5}", "prune{ratio=0.25}"]
     assert result.report.before.parameters == 4 * 8 + 8 * 3
     assert result.report.after.parameters == 4 * 3 + 3 * 3
-    assert [edit.by for edit in result.history] == ["prune"] * 4
+    assert {edit.by for edit in result.history} == {"prune"}
     table = str(result.report)
     assert "pass" in table and "prune{ratio=0.25}" in table and "28 -> 21 (75.0%)" in table
 

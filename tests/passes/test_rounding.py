@@ -35,7 +35,7 @@ def grouped_network(groups: int, channels: int) -> Graph:
 
 @pytest.mark.parametrize("scope", ["uniform", "global"])
 def test_the_axis_is_rounded_and_not_each_dim(scope: str) -> None:
-    small = optimize(grouped_network(4, 32), f"prune{{ratio=0.5,round_to=16,scope={scope}}}")
+    small = optimize(grouped_network(4, 32), f"prune{{compensate=false,ratio=0.5,round_to=16,scope={scope}}}")
     entry = small.report.passes[0]
     assert small.parameters["first"].shape == (16, 3, 3, 3) and small.parameters["last"].shape == (2, 16, 1, 1)
     assert "first:0: 32 -> 16  (4 x 8 -> 4 x 4)" in entry.lines()
@@ -43,22 +43,22 @@ def test_the_axis_is_rounded_and_not_each_dim(scope: str) -> None:
 
 
 def test_later_factors_are_rounded_with_the_sizes_decided_so_far() -> None:
-    small = optimize(grouped_network(8, 64), "prune{ratio=0.5,round_to=8}")
+    small = optimize(grouped_network(8, 64), "prune{compensate=false,ratio=0.5,round_to=8}")
     assert "first:0: 64 -> 16  (8 x 8 -> 4 x 4)" in small.report.passes[0].lines()
-    small = optimize(grouped_network(8, 64), "prune{ratio=0.75,round_to=32}")
+    small = optimize(grouped_network(8, 64), "prune{compensate=false,ratio=0.75,round_to=32}")
     assert "first:0: 64 -> 32  (8 x 8 -> 8 x 4)" in small.report.passes[0].lines()
 
 
 def test_a_ratio_multiplies_on_a_product_axis() -> None:
-    small = optimize(grouped_network(4, 16), "prune{ratio=0.5}")
+    small = optimize(grouped_network(4, 16), "prune{compensate=false,ratio=0.5}")
     assert small.report.passes[0].lines()[1] == "first:0: 16 -> 4  (4 x 4 -> 2 x 2)"
 
 
 def test_budget_is_met_with_rounded_axes() -> None:
-    small = optimize(grouped_network(4, 64), "prune{params=0.6,round_to=16}")
+    small = optimize(grouped_network(4, 64), "prune{compensate=false,params=0.6,round_to=16}")
     assert small.parameters["first"].shape[0] in (32, 16)
     with pytest.raises(PassError, match="cannot be met"):
-        optimize(grouped_network(4, 32), "prune{params=0.2,round_to=16}")
+        optimize(grouped_network(4, 32), "prune{compensate=false,params=0.2,round_to=16}")
 
 
 def test_segments_of_a_sum_are_rounded_each() -> None:
@@ -69,7 +69,7 @@ def test_segments_of_a_sum_are_rounded_each() -> None:
     b = build.linear(x, build.parameter("b", torch.randn(12, 3, dtype=torch.float64)))
     joined = build.concat(a, b, dim=1)
     graph.outputs = [build.linear(joined, build.parameter("c", torch.randn(2, 28, dtype=torch.float64)))]
-    small = optimize(graph, "prune{ratio=0.4,round_to=4}")
+    small = optimize(graph, "prune{compensate=false,ratio=0.4,round_to=4}")
     assert [small.parameters[name].shape[0] for name in "ab"] == [8, 8]  # 9.6 and 7.2
     assert small.parameters["c"].shape == (2, 16)
 
@@ -84,7 +84,7 @@ def test_every_axis_that_was_cut_is_a_multiple(
     graph: Graph, multiple: int, amount: dict[str, float], scope: str
 ) -> None:
     try:
-        small = optimize(graph, Prune(**amount, scope=scope, round_to=multiple))  # type: ignore[arg-type]
+        small = optimize(graph, Prune(compensate=False, **amount, scope=scope, round_to=multiple))  # type: ignore[arg-type]
     except PassError as error:
         assert "cannot be met" in str(error)
         return

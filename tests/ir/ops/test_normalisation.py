@@ -18,7 +18,7 @@ from regauge.frontends.capture import capture
 from regauge.frontends.from_onnx import load
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
+from regauge.ir.interpret import Interpreter, run
 from regauge.ir.operator import get_operator
 from regauge.ir.resize import resize
 
@@ -203,8 +203,12 @@ def test_an_onnx_batch_norm_by_computed_statistics_has_gradients_to_them() -> No
     """TensorFlow writes layer norms so; with data ``prune`` needs the gradients of what lies before."""
     statistics = [normal(4), normal(4), normal(4), np.abs(normal(4)) + 0.1]
     graph = check_node("BatchNormalization", [X, *statistics], constants={1, 2}, epsilon=1e-3)
+    assert [node.op for node in graph.nodes] == ["batch_norm"]
     mean, var = (torch.tensor(array, requires_grad=True) for array in statistics[2:])
-    y = graph.to_torch().eval()(torch.tensor(X), mean, var)
+    interpreter = Interpreter(graph)
+    environment, bindings = interpreter.bound([torch.tensor(X), mean, var])
+    (y,) = interpreter.run_node(graph.nodes[0], environment, bindings)
+    torch.testing.assert_close(y.detach(), graph.run([torch.tensor(X), mean.detach(), var.detach()])[0])
     shift, scale = torch.autograd.grad(y.square().sum(), [mean, var])
     assert bool(shift.all()) and bool(scale.all())
 

@@ -43,7 +43,7 @@ def used(graph: Graph, small: Graph, budgets: dict[str, float]) -> dict[str, flo
 )
 def test_all_budgets_are_met_and_the_tightest_within_one_percent(scope: str, budgets: dict[str, float]) -> None:
     graph = residual_network(48, 3)
-    small = regauge.optimize(graph, Prune(**budgets, scope=scope))  # type: ignore[arg-type]
+    small = regauge.optimize(graph, Prune(compensate=False, **budgets, scope=scope))  # type: ignore[arg-type]
     loads = used(graph, small, budgets)
     assert all(load <= 1 for load in loads.values()), loads
     least = 0.97 if scope == "knapsack" else 0.99  # an index of the stream costs 3 %, and less is lost without it
@@ -54,7 +54,7 @@ def test_all_budgets_are_met_and_the_tightest_within_one_percent(scope: str, bud
 @given(networks(), st.sampled_from(SCOPES), st.sampled_from([{"params": 0.6, "macs": 0.7}, {"peak": 0.8}]))
 def test_no_budget_is_ever_exceeded(graph: Graph, scope: str, budgets: dict[str, float]) -> None:
     try:
-        small = regauge.optimize(graph, Prune(**budgets, scope=scope))  # type: ignore[arg-type]
+        small = regauge.optimize(graph, Prune(compensate=False, **budgets, scope=scope))  # type: ignore[arg-type]
     except PassError as error:
         assert "cannot be met" in str(error)
     else:
@@ -62,18 +62,18 @@ def test_no_budget_is_ever_exceeded(graph: Graph, scope: str, budgets: dict[str,
 
 
 def test_the_report_tells_each_budget() -> None:
-    small = regauge.optimize(multilayer_perceptron(8, 64, 64, 8), "prune{params=0.5,peak=3kB}")
+    small = regauge.optimize(multilayer_perceptron(8, 64, 64, 8), "prune{compensate=false,params=0.5,peak=3kB}")
     assert small.report.passes[0].notes == ("params: 2.54K of 5.12K, 2.56K asked", "peak: 2.75KB of 4.1KB, 3KB asked")
 
 
 def test_a_budget_that_cannot_be_met_is_named() -> None:
     with pytest.raises(PassError, match=r"cannot be met: .* in peak are left, and 1KB are wanted"):
-        regauge.optimize(residual_network(16), "prune{params=0.5,peak=1kB}")
+        regauge.optimize(residual_network(16), "prune{compensate=false,params=0.5,peak=1kB}")
 
 
 def test_only_dims_that_are_alive_at_the_peak_are_cut_for_it() -> None:
     graph = multilayer_perceptron(8, 64, 64, 16, 16, 8)
-    small = regauge.optimize(graph, "prune{peak=0.5}")
+    small = regauge.optimize(graph, "prune{compensate=false,peak=0.5}")
     assert {cut.dim: cut.after for cut in small.report.passes[0].cuts} == {"layer0.weight:0": 32, "layer1.weight:0": 32}
     assert activation_bytes(small)[1] == 0.5 * activation_bytes(graph)[1]
 
@@ -98,7 +98,8 @@ def test_a_class_is_ranked_by_itself() -> None:
         parameter = graph.parameters[f"block0.{name}"]
         factors = weak.reshape([-1, 1, 1, 1] if axis == 0 else [1, -1, 1, 1])
         parameter.weight = type(parameter.weight)(parameter.tensor * factors)  # type: ignore[call-arg]
-    cuts = {c.dim: c.after for c in regauge.optimize(graph, "prune{ratio=0.4,scope=isomorphic}").report.passes[0].cuts}
+    small = regauge.optimize(graph, "prune{compensate=false,ratio=0.4,scope=isomorphic}")
+    cuts = {c.dim: c.after for c in small.report.passes[0].cuts}
     assert cuts == {"stem.weight:0": 10, "block0.first.weight:0": 32 - 26}
 
 
@@ -113,14 +114,14 @@ def lost(graph: Graph, small: Graph) -> float:
 
 def test_a_ratio_is_a_budget_of_indices_for_the_knapsack() -> None:
     graph = multilayer_perceptron(8, 40, 40, 8)
-    small = regauge.optimize(graph, "prune{ratio=0.5,scope=knapsack}")
+    small = regauge.optimize(graph, "prune{compensate=false,ratio=0.5,scope=knapsack}")
     kept = sum(group.size for group in small.groups() if group.free)
     assert kept == 40
     assert small.report.passes[0].notes == ("indices: 40 of 80, 40 asked",)
 
 
 def test_rounded_axes_are_weighed_too() -> None:
-    small = regauge.optimize(residual_network(32, 2), "prune{macs=0.5,scope=knapsack,round_to=8}")
+    small = regauge.optimize(residual_network(32, 2), "prune{compensate=false,macs=0.5,scope=knapsack,round_to=8}")
     assert all(cut.after % 8 == 0 for cut in small.report.passes[0].cuts)
 
 
@@ -130,11 +131,11 @@ def test_what_a_graph_has_nothing_of_is_no_budget(options: str) -> None:
     build = Builder(graph)
     x = build.input("x", (2, 4), torch.float64)
     graph.outputs = [build.relu(x)]
-    assert not regauge.optimize(graph, f"prune{{{options}}}").report.passes[0].changed
+    assert not regauge.optimize(graph, f"prune{{compensate=false,{options}}}").report.passes[0].changed
 
 
 def test_a_budget_that_is_wide_is_no_hindrance_to_another() -> None:
     graph = multilayer_perceptron(8, 40, 8)
     for scope in SCOPES:
-        small = regauge.optimize(graph, f"prune{{bytes=0.5,latency=1s,measure=false,scope={scope}}}")
+        small = regauge.optimize(graph, f"prune{{compensate=false,bytes=0.5,latency=1s,measure=false,scope={scope}}}")
         assert 0.97 * 0.5 <= figures(small).bytes / figures(graph).bytes <= 0.5
