@@ -27,6 +27,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from itertools import count
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
+import numpy as np
+import torch
+
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.timing import Measure
@@ -68,6 +71,8 @@ class Context:
     def batches(self) -> Iterator[Any]:
         """The batches of ``data``, each as ``graph.run`` takes it; raises PassError where there is none."""
         given = self.data() if callable(self.data) else self.data
+        if isinstance(given, torch.Tensor | np.ndarray):
+            raise PassError(f"data is one array of shape {tuple(given.shape)}: give a list of batches, data=[x]")
         found = False
         for batch in given if isinstance(given, Iterable) else ():
             found = True

@@ -142,6 +142,8 @@ class LatencySearch:
             f"{timing.runtime or 'the runtime'}, {asked} asked; {shown(trial.predicted, 'time')} predicted, "
             f"noise {noise:.1%}"
         )
+        if trial.off <= 1 and trial.counts == _whole(self.search.choices):
+            return f"{text}; nothing has to go for it"
         missed = abs(trial.off - 1) > max(_CLOSE, 2 * noise)
         return text + (f"; no counts were found nearer than {trial.off - 1:+.1%}" if missed else "")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
@@ -104,3 +105,10 @@ def test_option_table() -> None:
     table = {info.name: info for info in FoldAllConstants.option_table()}
     assert table["rounds"] == ("rounds", "an integer", "3", "how often")
     assert table["mode"].kind == "one of fast, full"
+
+
+def test_one_array_is_no_list_of_batches() -> None:
+    """Its rows would be taken for batches, and told of as inputs of a wrong shape."""
+    with pytest.raises(PassError, match=r"data is one array of shape \(5, 4\): give a list of batches"):
+        list(Context(data=torch.zeros(5, 4)).batches())
+    assert len(list(Context(data=[torch.zeros(5, 4)]).batches())) == 1

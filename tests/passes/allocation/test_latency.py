@@ -63,6 +63,13 @@ def test_absolute_times() -> None:
     assert "20 ms asked" in str(small.report)
 
 
+def test_what_is_fast_enough_stays_whole() -> None:
+    graph = residual_network(16)
+    small = pruned(graph, FakeRuntime(mostly_overhead), latency="50s", compensate=True, examples=4, steps=1)
+    assert small.report.passes[0].notes == () or "nothing has to go for it" in str(small.report)
+    assert not small.report.passes[0].cuts and "nearer" not in str(small.report)
+
+
 def test_inputs_that_the_pass_made_up_are_not_what_is_timed() -> None:
     """They are many, whatever a run will get; and the budget is one of measured time all the same."""
     graph, runtime = residual_network(8), FakeRuntime(mostly_overhead)
