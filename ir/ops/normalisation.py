@@ -93,21 +93,13 @@ def _onnx_batch_norm(build: Any, call: Any) -> Any:
 
 
 def _batch_norm_by_parts(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
-    *,
-    training: bool = False,
-    momentum: float | None = 0.1,
-    eps: float = 1e-5,
+    x: Tensor, weight: Any = None, bias: Any = None, mean: Any = None, var: Any = None, *, eps: float = 1e-5, **_: Any
 ) -> Any:
     """``(x - mean) * weight / sqrt(var + eps) + bias`` where gradients go to statistics that the graph computes, as it
     does in layer norms of TensorFlow: torch has no such derivative of its batch norm.
     """
-    if training or mean is None or var is None or not (mean.requires_grad or var.requires_grad):
-        return F.batch_norm(x, mean, var, weight, bias, training, 1.0 if momentum is None else momentum, eps)
+    if mean is None or var is None or not (mean.requires_grad or var.requires_grad):
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
     shape = [1, -1] + [1] * (x.dim() - 2)
     y = (x - mean.reshape(shape)) / torch.sqrt(var.reshape(shape) + eps)
     y = y if weight is None else y * weight.reshape(shape)
