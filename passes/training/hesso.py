@@ -5,7 +5,7 @@ Chen et al. 2024, HESSO: Towards Automatic Efficient and User Friendly Any Neura
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from regauge.passes.training.sparsifier import GroupSparsifier
 from regauge.passes.training.target import Scope, Target
 
 _SMALL = 1e-8
+_PROJECTED = (0.25, 0.5, 0.75)  # shares of a Dim that are zero where the loss is measured
 
 
 class Hesso(GroupSparsifier):
@@ -30,9 +31,10 @@ class Hesso(GroupSparsifier):
     paper and the authors' code). From then on they are held at zero, whatever momentum does.
 
     Deviations: the optimizer is the user's own, so the gradients in the saliency are those that lie in ``.grad`` and
-    are read after its step, not before; a budget in MACs or parameters may be given in place of a share of groups;
-    where a group has weights that only read its indices, these take no part in saliency and decay, and become zero
-    when the others have.
+    are read after its step, where the authors' code takes the direction of its own optimizer (momentum included) before
+    the step; its first factor is that of t = 1; a budget in MACs or parameters may be given in place of
+    a share of groups; where a group has weights that only read its indices, these take no part in saliency and decay,
+    and become zero when the others have.
     """
 
     scope: Scope = "global"
@@ -131,12 +133,18 @@ class Cric(Hesso):
 
     After the warm-up, in cycles of ``sampling_steps``: what ranks lowest is the violating set, and goes towards zero
     along a linear path while training goes on and the saliency of every index is added up; then all weights are as they
-    were before the cycle. What ranks lowest by the sums of a cycle and was not tested before is the next violating set,
-    until it is no more than ``tolerance`` of all that has to go, or ``cycles`` are over. The mean over all cycles
-    decides what is redundant, and decays in one period (as the authors' code has it).
+    were before the cycle. Whatever was among the lowest at some step of a cycle and was not tested before is the next
+    violating set, until it is no more than ``tolerance`` of all that has to go, or ``cycles`` are over. The mean over
+    all cycles decides what is redundant, and decays in one period (as the authors' code has it).
 
-    Deviations: the optimizer's own state (momentum) is not put back with the weights; the loss ratios of projected
-    layers, which the code can add to the score, are left out.
+    With ``measure_loss``, which gives the loss of the module as it is on a batch of one's own, each Dim is projected
+    before the first cycle: the lowest 25, 50 and 75 % of its indices are zero in turn, the loss is measured and divided
+    by that of the whole, and the mean of the three over the size of the Dim is added to the score of every index of it
+    (the authors' code). So Dims without which the loss rises keep more.
+
+    Deviations: the optimizer's own state (momentum) is not put back with the weights. The loss is measured on one batch
+    for all, where the code takes whichever the training loop is at, with a step in between; saliency is not sampled
+    meanwhile. ``tolerance`` is a share, where the code counts groups and stops at none.
     """
 
     def __init__(
@@ -150,15 +158,17 @@ class Cric(Hesso):
         sampling_steps: int = 10,
         cycles: int = 10,
         tolerance: float = 0.05,
+        measure_loss: Callable[[], torch.Tensor | float] | None = None,
     ) -> None:
         if sampling_steps < 1 or cycles < 1:
             raise PassError("Cric has sampling_steps >= 1 and cycles >= 1")
         super().__init__(model, graph, target, warmup=warmup, periods=1, period_steps=period_steps)
         self.sampling_steps, self.cycles, self.tolerance = sampling_steps, cycles, tolerance
+        self.measure_loss = measure_loss
         self.cycle, self._time, self._ended_at = 0, 0, -1
-        self._tested = {dim: np.zeros(int(dim.size), dtype=bool) for dim in self.dims}
-        self._sums = {dim: np.zeros(int(dim.size)) for dim in self.dims}  # over this cycle
-        self._means = {dim: np.zeros(int(dim.size)) for dim in self.dims}  # sums of the means of cycles
+        self._tested, self._trial = ({dim: np.zeros(int(dim.size), dtype=bool) for dim in self.dims} for _ in range(2))
+        self._sums = {dim: np.zeros(int(dim.size)) for dim in self.dims}  # of saliencies, over all cycles
+        self._losses = {dim: np.zeros(int(dim.size)) for dim in self.dims}  # what measured losses add to the score
         self._before: dict[Parameter, torch.Tensor] = {}
 
     @property
@@ -167,12 +177,16 @@ class Cric(Hesso):
         ended = self._ended_at if self._ended_at >= 0 else self.warmup + self.cycles * self.sampling_steps
         return ended + self.period_steps
 
+    def scores(self) -> dict[Dim, np.ndarray]:
+        """What decides which indices are redundant: mean saliency, and what the loss said of each Dim."""
+        samples = max(1, self.cycle * self.sampling_steps + self._time)
+        return {dim: self._sums[dim] / samples + self._losses[dim] for dim in self.dims}
+
     def _step(self) -> None:
         if self._ended_at >= 0:
             time = self.steps - self._ended_at - 1
             if time == 0:
-                kept = self.plan.survivors(self._means, self.alive, 1.0)
-                self.redundant = {dim: ~kept[dim] for dim in self.dims}
+                self.redundant = self._lowest(self.scores())
             if time < self.period_steps:
                 self._decay(time)
             self.silence()
@@ -181,24 +195,51 @@ class Cric(Hesso):
 
     def _sample(self) -> None:
         saliency = self.saliency()
+        if self.cycle == 0 and self._time == 0:
+            self.redundant = self._lowest(saliency)
+            if self.measure_loss is not None:
+                self._losses = self._projected_losses(saliency, self.measure_loss)
         if self._time == 0:
-            self._begin_cycle(saliency)
+            self._begin_cycle()
         factor = (self.sampling_steps - self._time - 1) / (self.sampling_steps - self._time)
         violating = {d: torch.as_tensor(v, device=self._device) for d, v in self.redundant.items() if v.any()}
         if violating:
             self.scale({d: torch.where(v, factor, 1.0) for d, v in violating.items()}, self._makers)
+        lowest = self._lowest(saliency)
         for dim in self.dims:
-            self._sums[dim] += saliency[dim]
+            self._sums[dim] = self._sums[dim] + saliency[dim]
+            self._trial[dim] = (self._trial[dim] | lowest[dim]) & ~self._tested[dim]
         self._time += 1
         if self._time == self.sampling_steps:
             self._end_cycle()
 
-    def _begin_cycle(self, saliency: dict[Dim, np.ndarray]) -> None:
-        if self.cycle == 0:
-            self.redundant = self._lowest(saliency)
+    def _projected_losses(
+        self, saliency: Mapping[Dim, np.ndarray], measure_loss: Callable[[], torch.Tensor | float]
+    ) -> dict[Dim, np.ndarray]:
+        """For each Dim the mean ratio of losses without shares of its indices and with all, over its size."""
+        tensors = [*self.bound.model.parameters(), *self.bound.model.buffers()]  # batch norms in training move the last
+        held = [tensor.clone() for tensor in tensors]
+        whole = float(measure_loss())
+        if whole <= 0:
+            raise PassError(f"measure_loss gave {whole:g}: ratios are of losses above 0")
+        found = {}
+        for dim, values in saliency.items():
+            ratios = []
+            for share in _PROJECTED:
+                lowest = np.argsort(values, kind="stable")[: max(1, int(share * len(values)))]
+                factor = torch.ones(len(values), device=self._device)
+                factor[lowest] = 0
+                self.scale({dim: factor}, self._makers)
+                ratios.append(float(measure_loss()) / whole)
+                for tensor, before in zip(tensors, held, strict=True):
+                    tensor.copy_(before)
+            found[dim] = np.full(len(values), np.mean(ratios) / len(values))
+        return found
+
+    def _begin_cycle(self) -> None:
         for dim in self.dims:
-            self._tested[dim] |= self.redundant[dim]
-            self._sums[dim] = np.zeros(int(dim.size))
+            self._tested[dim] = self._tested[dim] | self.redundant[dim]
+            self._trial[dim] = np.zeros(int(dim.size), dtype=bool)
         self._before = {p: self.bound.tensor(p).clone() for p in self.bound.trained()}
 
     def _lowest(self, scores: Mapping[Dim, np.ndarray]) -> dict[Dim, np.ndarray]:
@@ -209,17 +250,15 @@ class Cric(Hesso):
         for parameter, tensor in self._before.items():
             self.bound.tensor(parameter).copy_(tensor)
         self._before = {}
-        for dim in self.dims:
-            self._means[dim] = self._means[dim] + self._sums[dim] / self.sampling_steps
-        lowest = self._lowest(self._sums)
-        self.redundant = {dim: lowest[dim] & ~self._tested[dim] for dim in self.dims}
+        goes = sum(int(v.sum()) for v in self._lowest(self.scores()).values())
+        self.redundant = {dim: trial.copy() for dim, trial in self._trial.items()}
         self._time, self.cycle = 0, self.cycle + 1
-        new, all_of_them = (sum(int(v.sum()) for v in found.values()) for found in (self.redundant, lowest))
-        if new <= self.tolerance * all_of_them or self.cycle == self.cycles:
+        new = sum(int(v.sum()) for v in self.redundant.values())
+        if new <= self.tolerance * goes or self.cycle == self.cycles:
             self._ended_at = self.steps
 
     def state_dict(self) -> dict[str, Any]:
-        arrays = {"tested": self._tested, "sums": self._sums, "means": self._means}
+        arrays = {"tested": self._tested, "trial": self._trial, "sums": self._sums, "losses": self._losses}
         return {
             **super().state_dict(),
             "cycle": (self.cycle, self._time, self._ended_at),
@@ -230,6 +269,7 @@ class Cric(Hesso):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.cycle, self._time, self._ended_at = state["cycle"]
-        self._tested, self._sums, self._means = (self._by_dim(state[n]) for n in ("tested", "sums", "means"))
+        names = ("tested", "trial", "sums", "losses")
+        self._tested, self._trial, self._sums, self._losses = (self._by_dim(state[n]) for n in names)
         named = {p.name: p for p in self.bound.trained()}
         self._before = {named[name]: tensor.clone() for name, tensor in state["before"].items()}

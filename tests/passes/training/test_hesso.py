@@ -124,3 +124,87 @@ def test_cric_puts_weights_back_after_each_cycle_and_ends_at_the_target() -> Non
     assert figures(small).macs <= 0.5 * figures(graph).macs
     assert greatest_difference(model, small.to_torch()) < 1e-4
     assert accuracy(model) > 0.85
+
+
+def test_cric_tests_what_was_lowest_at_any_step_of_a_cycle() -> None:
+    model = perceptron()
+    sparsifier = Cric(
+        model, regauge.capture(model, (torch.zeros(2, 3),)), Target(ratio=0.5), sampling_steps=2, cycles=3, tolerance=0
+    )
+    (dim,) = sparsifier.dims
+    given = iter([[1, 2, 3, 4], [1, 9, 2, 3], [4, 3, 2, 1], [4, 3, 2, 1]])
+    sparsifier.saliency = lambda: {dim: np.array(next(given), dtype=float)}  # type: ignore[method-assign]
+    for _ in range(2):
+        sparsifier.step()
+    assert sparsifier.redundant[dim].tolist() == [False, False, True, False]  # the third was lowest at the second step
+    for _ in range(2):
+        sparsifier.step()
+    assert sparsifier.redundant[dim].tolist() == [False, False, False, True]  # the first two and the third were tested
+    assert sparsifier.scores()[dim].tolist() == [2.5, 4.25, 2.25, 2.25]
+
+
+def test_cric_adds_the_loss_ratios_of_projected_dims_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(3))
+    graph = regauge.capture(model.eval(), (x,))
+    model.train()
+
+    def loss() -> torch.Tensor:
+        return model(x).square().mean()
+
+    sparsifier = Cric(model, graph, Target(ratio=0.5), sampling_steps=4, measure_loss=loss)
+    loss().backward()
+    before = copy.deepcopy(model.state_dict())
+    saliency, makers = sparsifier.saliency(), {4: (0, 1), 8: (3,)}
+    expected = {}
+    for dim, values in saliency.items():
+        whole, ratios = loss().item(), []
+        for count in (len(values) // 4, len(values) // 2, 3 * len(values) // 4):
+            lowest = np.argsort(values)[:count]
+            with torch.no_grad():
+                for place in makers[len(values)]:
+                    model[place].weight[lowest] = 0
+                    model[place].bias[lowest] = 0
+            ratios.append(loss().item() / whole)
+            model.load_state_dict(before)
+        expected[dim] = sum(ratios) / 3 / len(values)
+    sparsifier.step()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if "running" in name or "batches" in name)
+    for dim, values in saliency.items():
+        np.testing.assert_allclose(sparsifier.scores()[dim], values + expected[dim], rtol=1e-4)
+
+
+def test_cric_keeps_more_of_a_dim_without_which_the_loss_rises() -> None:
+    """Two hidden layers alike but for their effect: the second one's outputs hardly count beside a shortcut."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 16), nn.Linear(3, 16)
+            self.c, self.d = nn.Linear(16, 2), nn.Linear(16, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.c(self.a(x).relu()) + 1e-3 * self.d(self.b(x).relu())
+            return found
+
+    torch.manual_seed(0)
+    model = Branch()
+    x = torch.randn(64, 3)
+    y = model(x).detach() + 0.01
+    graph, kept = regauge.capture(model, (x,)), {}
+    for measured in (False, True):
+        own = copy.deepcopy(model)
+
+        def loss(own: nn.Module = own) -> torch.Tensor:
+            return (own(x) - y).square().mean()
+
+        sparsifier = Cric(
+            own, graph, Target(ratio=0.5), sampling_steps=2, cycles=1, period_steps=1,
+            measure_loss=loss if measured else None,
+        )  # fmt: skip
+        for _ in range(3):
+            loss().backward()
+            sparsifier.step()
+        kept[measured] = next(int(a.sum()) for d, a in sparsifier.alive.items() if d.name.startswith("a."))
+    assert kept[True] > kept[False]
