@@ -46,6 +46,11 @@ class Layer:
         return 0 if self.node.op == "conv_transpose" else 1
 
     @property
+    def made(self) -> int:
+        """The axis of the weight that makes the result's, where there is one block."""
+        return self.weight.rank - 1 if self.node.op in ("matmul", "grouped_mm") else 1 - self.contracted
+
+    @property
     def blocks(self) -> int:
         """How many matrices the weight is: groups, experts; usually one."""
         if self.node.op in _CONVOLUTIONS:

@@ -16,7 +16,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.resize import resize
 from regauge.passes.calibration.batch_norms import gain_of
-from regauge.passes.pruning.channel_moments import ChannelReader
+from regauge.passes.pruning.channel_moments import ChannelMoments, ChannelReader
 from regauge.passes.pruning.closed_form import CLOSED_FORMS, ClosedForm, take_over
 
 
@@ -186,6 +186,58 @@ def test_moments_behind_an_activation_are_those_of_normal_inputs() -> None:
     found = ChannelReader(graph, "moments", {}).of(graph.nodes[-1].inputs[0], dim)  # type: ignore[arg-type]
     assert not isinstance(found, str)
     torch.testing.assert_close(found.gram(), hidden.t() @ hidden / len(x), rtol=0.02, atol=0.01)
+
+
+def behind(activation: nn.Module) -> tuple[nn.Sequential, ChannelMoments]:
+    """White inputs, a layer of five channels, a batch norm that holds their statistics, an activation; its moments."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), activation, nn.Linear(5, 3)).double().eval()
+    norm = model[1]
+    assert isinstance(norm, nn.BatchNorm1d)
+    with torch.no_grad():
+        model[0].weight[4] = -model[0].weight[0] + 0.1 * model[0].weight[1]  # type: ignore[operator, index]
+        norm.eps = 0.0
+        norm.running_var.copy_(model[0].weight.square().sum(1))  # type: ignore[operator, union-attr]
+        norm.weight.copy_(torch.tensor([1, 2, 0.5, 3, 1]))
+        norm.bias.copy_(torch.tensor([0, 0.5, -0.5, -3, 0]))
+    graph = captured(model, torch.randn(2, 4).double())
+    dim = next(group.dim for group in graph.groups() if group.free)
+    found = ChannelReader(graph, "moments", {}).of(graph.nodes[-1].inputs[0], dim)  # type: ignore[arg-type]
+    assert not isinstance(found, str)
+    return model, found
+
+
+def test_moments_behind_relu_are_those_of_rectified_normals() -> None:
+    model, found = behind(nn.ReLU())
+    norm, weight = model[1], model[0].weight.detach()
+    mean, deviation = norm.bias.detach(), norm.weight.detach()  # type: ignore[operator]
+    normal = torch.distributions.Normal(torch.zeros(1).double(), torch.ones(1).double())
+    share, density = normal.cdf(mean / deviation), normal.log_prob(mean / deviation).exp()
+    first = mean * share + deviation * density
+    second = (mean.square() + deviation.square()) * share + mean * deviation * density
+    torch.testing.assert_close(found.mean[0], first, rtol=0, atol=3e-4)
+    torch.testing.assert_close(found.covariance[0].diagonal(), second - first.square(), rtol=1e-3, atol=0)
+    # the two of mean 0 and deviation 1 have the closed form of the arc-cosine kernel
+    cosine = (weight[0] @ weight[4]) / weight[0].norm() / weight[4].norm()
+    product = (torch.sqrt(1 - cosine**2) + cosine * (torch.pi - torch.arccos(cosine))) / (2 * torch.pi)
+    assert cosine < -0.9
+    assert float(found.covariance[0, 0, 4]) == pytest.approx(float(product - first[0] * first[4]), abs=2e-3)
+
+
+ACTIVATIONS = [
+    nn.ReLU6(), nn.Hardtanh(-0.5, 1.5), nn.LeakyReLU(0.1), nn.ELU(), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.Mish(),
+    nn.Hardsigmoid(), nn.Tanh(), nn.Softplus(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda activation: type(activation).__name__)
+def test_moments_behind_other_activations_are_those_of_a_sample(activation: nn.Module) -> None:
+    model, found = behind(activation)
+    with torch.no_grad():
+        hidden = model[:3](torch.randn(300_000, 4, dtype=torch.float64))
+    covariance, scale = torch.cov(hidden.t()), hidden.std(0)
+    assert ((found.mean[0] - hidden.mean(0)) / scale).abs().max() < 0.01
+    assert ((found.covariance[0] - covariance) / scale[:, None] / scale).abs().max() < 0.012
 
 
 class Unsound(nn.Module):
