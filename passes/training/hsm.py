@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim, resolve
+from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.groups import Member
-from regauge.passes.calibration.layers import Layer, layer_of
+from regauge.passes.calibration.layers import Layer
 from regauge.passes.training.learned import LearnedSparsifier, straight_through
 from regauge.passes.training.places import multiplied
 from regauge.passes.training.target import Target
@@ -35,7 +35,7 @@ class Hsm(LearnedSparsifier):
     (embeddings, gains) take the mask only. Deviations: any free Dim, not only the residual stream (which
     ``Target(normalised=True)`` adds); the target may be a budget; theta starts at a tenth of the norm of each index,
     relative to the mean, so that indices of a Dim do not cross zero all at once; the course of the temperature is our
-    choice.
+    choice; ``rank`` is 8, where the paper's models of thousands of channels have 200.
     """
 
     def __init__(
@@ -55,18 +55,13 @@ class Hsm(LearnedSparsifier):
         super().__init__(model, graph, target, learning=learning, rate=rate)
 
     def _make_learned(self) -> None:
-        layers = [layer for node in self.graph.nodes if (layer := layer_of(node)) is not None]
-        makers = {dim: set(self._makers[dim]) for dim in self.dims}
-        self._layers: dict[Dim, list[Layer]] = {dim: [] for dim in self.dims}
+        self._layers = self.making_layers()
         self._others: dict[Dim, list[Member]] = {}
         for dim in self.dims:
             norm = self.squares(dim).sqrt()
             self._learn(f"theta.{dim.name}", _START * norm / norm.mean().clamp(min=1e-12))
-            for layer in layers:
-                member = Member(layer.weight, 1 if layer.node.op == "matmul" else 0)
-                if member in makers[dim] and resolve(self.graph.axes.of[layer.weight][member.axis]) is dim:
-                    self._layers[dim].append(layer)
-                    self._make_operator(layer)
+            for layer in self._layers[dim]:
+                self._make_operator(layer)
             taken = {p for layer in self._layers[dim] for p in (layer.weight, layer.bias)}
             self._others[dim] = [member for member in self._makers[dim] if member.parameter not in taken]
 

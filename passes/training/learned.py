@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim
+from regauge.ir.extents import Dim, resolve
 from regauge.ir.graph import Graph, Parameter
+from regauge.ir.groups import Member
+from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.training.bound_model import ForwardWeights
 from regauge.passes.training.places import multiplied
 from regauge.passes.training.size_share import SizeShare
@@ -51,6 +53,16 @@ class LearnedSparsifier(GroupSparsifier):
         """A new learned parameter."""
         self.learned[name] = nn.Parameter(values.detach().clone().to(self._device))
         return self.learned[name]
+
+    def making_layers(self) -> dict[Dim, list[Layer]]:
+        """For each Dim the linear maps and convolutions whose output it alone is."""
+        makers = {dim: set(self._makers[dim]) for dim in self.dims}
+        found: dict[Dim, list[Layer]] = {dim: [] for dim in self.dims}
+        for layer in filter(None, map(layer_of, self.graph.nodes)):
+            made = resolve(self.graph.axes.of[layer.weight][layer.made])
+            if isinstance(made, Dim) and Member(layer.weight, layer.made) in makers.get(made, ()):
+                found[made].append(layer)
+        return found
 
     @abstractmethod
     def _make_learned(self) -> None: ...

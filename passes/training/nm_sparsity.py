@@ -37,6 +37,8 @@ class NMSparsity(WeightSparsifier):
 
     The decays begin at ``begin``. From step ``freeze_at`` on masks stay: by default never with straight-through
     gradients, and once the decay is over with the others, since no gradient reaches a masked weight then.
+
+    Deviation: the exponential decay is 0.01^t over its schedule with a last step to 0, however long it is.
     """
 
     def __init__(

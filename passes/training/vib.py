@@ -38,7 +38,8 @@ class Vib(LearnedSparsifier):
 
     Deviations: one draw for all examples of a batch, on the weights rather than on activations, so that it costs
     nothing and needs no change of the model; all free Dims are gated, where the paper names embeddings, heads, hidden
-    units and layers.
+    units and layers; the mean of the terms where the paper sums them, so that ``kl_weight`` does not depend on the
+    number of gates.
     """
 
     def __init__(

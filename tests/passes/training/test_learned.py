@@ -57,6 +57,45 @@ def test_lapp_gates_and_penalty_by_hand() -> None:
     assert threshold.grad.item() == pytest.approx(float(2 * 0.5 / 0.5 * slope / 4), rel=1e-4)
 
 
+def test_lapp_bypass_by_hand() -> None:
+    """In the middle a closed index has half of its bypass, in the end nothing; an open one both layers, as one."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(5, 12)
+    sparsifier = Lapp(model, regauge.capture(model, (x,)), Target(ratio=0.5), learning=4, bypass=2)
+    torch.testing.assert_close(model(x), nn.Sequential(*model)(x))  # it is zero at first
+    with torch.no_grad():
+        norm = sparsifier.squares(sparsifier.dims[0]).sqrt()
+        norm = norm / norm.mean()
+        sparsifier.learned["0.weight:0"].copy_(norm.sort().values[3:5].mean())
+        sparsifier.learned["bypass.out.0.weight"].normal_()
+    beside = (sparsifier.learned["bypass.out.0.weight"] @ sparsifier.learned["bypass.in.0.weight"]).detach()
+    gate = (norm > sparsifier.learned["0.weight:0"]).float()
+    weight, bias = model[0].weight.detach().clone(), model[0].bias.detach()
+    for steps, stands in ((0, 1.0), (1, 0.75), (2, 0.5)):
+        assert sparsifier.steps == steps and gate.sum() == 4
+        hidden = torch.relu(x @ (gate[:, None] * weight + beside).T + bias)
+        expected = (hidden * (gate + (1 - gate) * stands)) @ model[2].weight.T + model[2].bias
+        torch.testing.assert_close(model(x), expected)
+        sparsifier.step()
+    sparsifier.step()
+    assert isinstance(model[0].weight, nn.Parameter) and not model._forward_hooks
+    small = sparsifier.finish()
+    kept = gate.bool()
+    torch.testing.assert_close(small.parameters["0.weight"].tensor, (weight + beside)[kept])
+    torch.testing.assert_close(small.run(x)[0], model(x))
+
+
+def test_a_bypass_is_lighter_than_its_layer_or_there_is_none() -> None:
+    _, sparsifier = of_perceptron(Lapp, Target(ratio=0.5), bypass=2)
+    assert list(sparsifier.learned) == ["0.weight:0"]  # 4 x 3 against 2 x (4 + 3)
+    model = convolutional()
+    sparsifier = Lapp(model, captured(model), Target(ratio=0.5), bypass=6)
+    sizes = {name: p.numel() for name, p in sparsifier.learned.items() if name.startswith("bypass")}
+    assert sum(sizes.values()) == 6 * (32 + 16 * 9) + 6 * (32 + 288)  # not of the first, 16 x 9
+    assert "bypass.in.0.weight" not in sizes
+
+
 def test_kl_term_and_lagrangian_by_hand() -> None:
     mu, log_variance = torch.tensor([1.0, 2.0]), torch.tensor([0.0, math.log(2.0)])
     assert kl_term(mu, log_variance).tolist() == pytest.approx([0.5 * math.log(2), 0.5 * math.log(3)])
