@@ -3,7 +3,8 @@
 For each layer the error after pruning and refitting is measured at some shares, weighed by how much the outputs move
 with the layer's (:mod:`regauge.passes.sparsity.sensitivity`). Errors of layers are taken to add up, as Xu et al. 2023
 found them to (Efficient Joint Optimization of Layer-Adaptive Weight Pruning, section 3.2). With the lower convex hull
-of each curve the least sum is reached by taking pieces in the order of their slopes, until enough weights are gone.
+of each curve the least sum is reached by taking pieces in the order of their slopes, until enough is gone: weights, or
+what they cost in a run (:mod:`regauge.passes.sparsity.run_costs`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import numpy as np
 import torch
 
 from regauge.ir.graph import Graph
+from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.sparsity.column_updates import prune_by_columns
 from regauge.passes.sparsity.patterns import Pattern, grouped
 from regauge.passes.sparsity.quadratic import change_of_output, refit
+from regauge.passes.sparsity.run_costs import RunCost, cost_per_weight
 from regauge.passes.sparsity.sensitivity import layers_by_name
 
 RIDGE = 1e-2  # share of the mean square of a column
@@ -28,17 +31,27 @@ _SHARES = (0.25, 0.5, 0.7, 0.85, 0.95)  # where errors are measured; a layer los
 
 
 def adaptive_shares(
-    graph: Graph, rows: Mapping[str, torch.Tensor], batches: Sequence[Any], pattern: Pattern, ratio: float
-) -> dict[str, float]:
-    """The share of each layer's weights that goes, by name; together they are ``ratio`` of all weights."""
-    if ratio >= _SHARES[-1]:
-        return dict.fromkeys(rows, ratio)
-    curves, sizes = {}, {}
+    graph: Graph,
+    rows: Mapping[str, torch.Tensor],
+    batches: Sequence[Any],
+    pattern: Pattern,
+    ratio: float,
+    cost: RunCost = "weights",
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The share of each layer's weights that goes, by name, and what the layers cost when all are kept.
+
+    Together the shares are ``ratio`` of all costs.
+    """
+    curves, costs = {}, {}
+    examples = max(1, sum(map(examples_in, batches)))
     for layer, moments in visit_moments(graph, layers_by_name(graph, rows).values(), batches):
         name = layer.weight.name
         curves[name] = [0.0, *_errors(layer, moments, rows[name], pattern)]
-        sizes[name] = layer.outputs * layer.columns
-    return least_total(curves, sizes, (0.0, *_SHARES), ratio)
+        each = cost_per_weight(cost, layer, pattern, moments.rows / examples)
+        costs[name] = layer.outputs * layer.columns * each
+    if ratio >= _SHARES[-1]:
+        return dict.fromkeys(rows, ratio), costs
+    return least_total(curves, costs, (0.0, *_SHARES), ratio), costs
 
 
 def _errors(layer: Layer, moments: Moments, rows: torch.Tensor, pattern: Pattern) -> list[float]:
@@ -55,23 +68,23 @@ def _errors(layer: Layer, moments: Moments, rows: torch.Tensor, pattern: Pattern
 
 
 def least_total(
-    curves: Mapping[str, Sequence[float]], sizes: Mapping[str, int], shares: Sequence[float], ratio: float
+    curves: Mapping[str, Sequence[float]], costs: Mapping[str, float], shares: Sequence[float], ratio: float
 ) -> dict[str, float]:
-    """The share of each layer, such that ``ratio`` of all weights goes and the sum of the curves is least.
+    """The share of each layer, such that ``ratio`` of all costs goes and the sum of the curves is least.
 
     ``curves`` hold the error of each layer at the ``shares``, the first of which is 0.
     """
-    pieces = []  # slope per weight, layer, share to which it leads
+    pieces = []  # slope per cost, layer, share to which it leads
     for name, errors in curves.items():
         hull = _hull(shares, errors)
         for (left, low), (right, high) in zip(hull, hull[1:], strict=False):
-            pieces.append(((high - low) / ((right - left) * sizes[name]), name, left, right))
+            pieces.append(((high - low) / max((right - left) * costs[name], 1e-300), name, left, right))
     found = dict.fromkeys(curves, 0.0)
-    left_over = ratio * sum(sizes.values())
+    left_over = ratio * sum(costs.values())
     for _, name, left, right in sorted(pieces, key=lambda piece: piece[0]):
-        weights = min(left_over, (right - left) * sizes[name])
-        found[name] = left + weights / sizes[name]
-        left_over -= weights
+        saved = min(left_over, (right - left) * costs[name])
+        found[name] = left + (saved / costs[name] if costs[name] else right - left)
+        left_over -= saved
         if left_over <= 0:
             break
     return found

@@ -19,6 +19,7 @@ from regauge.passes.options import option
 from regauge.passes.sparsity.allocation import adaptive_shares
 from regauge.passes.sparsity.patterns import Pattern, parse_pattern
 from regauge.passes.sparsity.permutation import permuted
+from regauge.passes.sparsity.run_costs import RunCost
 from regauge.passes.sparsity.sensitivity import row_sensitivity
 from regauge.passes.sparsity.sequential import (
     Done,
@@ -74,6 +75,10 @@ class Sparsify(Pass):
     allocation: Literal["uniform", "adaptive"] | None = option(
         None, "the same ratio for every layer, or by what each costs on data; adaptive for a ratio with data"
     )
+    cost: RunCost = option(
+        "weights",
+        "what ratio is a share of where allocation is adaptive: weights, their macs, or the energy of a run (LPViT)",
+    )
     permute: bool = option(False, "first reorder input axes, exactly, so that N:M loses less")
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
@@ -88,6 +93,10 @@ class Sparsify(Pass):
             raise PassError(f"sparsify: transposable is for patterns N:M, not {self.pattern}")
         if self.permute and is_counted(pattern):
             raise PassError(f"sparsify: permute is for patterns N:M, not {self.pattern}")
+        if self.cost != "weights" and (not is_counted(pattern) or self.allocation == "uniform"):
+            raise PassError(
+                f"sparsify: cost={self.cost} is for a ratio that layers share out, with allocation=adaptive"
+            )
         if self.refine in ("means", "exchange") and not may_exchange(pattern):
             raise PassError(f"sparsify: refine={self.refine} is not for {pattern}, whose rows depend on one another")
         if self.refine == "exchange" and self.update not in (None, "least-squares"):
@@ -109,7 +118,9 @@ class Sparsify(Pass):
         result = original.copy()
         layers = find_layers(result, pattern, self.include, self.exclude, Counter())
         done = (
-            self._by_magnitude(result, layers) if batches is None else self._on_data(original, result, layers, batches)
+            self._by_magnitude(result, layers)
+            if batches is None
+            else self._on_data(original, result, layers, batches, context)
         )
         total = sum(layer.outputs * layer.columns for layer in layers)
         gone = sum(done.zeros.values()) / total
@@ -128,6 +139,7 @@ class Sparsify(Pass):
         asked = {"method": ("wanda", "obs"), "refine": ("means", "exchange"), "update": ("columns", "least-squares")}
         wants = [f"{name}={getattr(self, name)}" for name, values in asked.items() if getattr(self, name) in values]
         wants += ["allocation=adaptive"] if self.allocation == "adaptive" else []
+        wants += [f"cost={self.cost}"] if self.cost != "weights" else []
         if context.data is None and wants:
             raise PassError(f"sparsify needs data for {wants[0]}: give batches, optimize(graph, passes, data=...)")
         nothing = self.method == "magnitude" and self.update == "off" and not wants
@@ -148,7 +160,9 @@ class Sparsify(Pass):
             done.zeros[layer.weight.name] = int((~kept).sum())
         return done
 
-    def _on_data(self, original: Graph, result: Graph, layers: Sequence[Layer], batches: Sequence[Any]) -> Done:
+    def _on_data(
+        self, original: Graph, result: Graph, layers: Sequence[Layer], batches: Sequence[Any], context: Context
+    ) -> Done:
         rows: Mapping[str, torch.Tensor]
         pattern, names = self._pattern(), [layer.weight.name for layer in layers]
         if is_counted(pattern) or self.transposable:
@@ -157,8 +171,13 @@ class Sparsify(Pass):
             rows = {layer.weight.name: torch.ones(layer.outputs, dtype=torch.float64) for layer in layers}
         shares = dict.fromkeys(names, self._share())
         if is_counted(pattern) and self.allocation != "uniform":
-            shares = adaptive_shares(original, rows, batches, pattern, self._share())
-        return sparsify_on_data(original, result, shares, rows, layers, batches, self._recipe(), by=self.name)
+            shares, costs = adaptive_shares(original, rows, batches, pattern, self._share(), self.cost)
+        done = sparsify_on_data(original, result, shares, rows, layers, batches, self._recipe(), by=self.name)
+        if self.cost != "weights":
+            sizes = {layer.weight.name: layer.outputs * layer.columns for layer in layers}
+            gone = sum(costs[name] * done.zeros[name] / sizes[name] for name in names) / sum(costs.values())
+            context.note(f"{gone:.1%} of their {self.cost} go")
+        return done
 
     def _share(self) -> float:
         return RATIO if self.ratio is None else self.ratio

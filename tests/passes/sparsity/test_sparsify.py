@@ -1,5 +1,6 @@
 """``sparsify`` on networks: patterns in every layer, errors beside magnitude's, what is left alone, ONNX in and out."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,9 +17,11 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.verify import verify
 from regauge.passes.base import Context
+from regauge.passes.calibration.layers import layer_of
 from regauge.passes.sparsity.allocation import least_total
-from regauge.passes.sparsity.patterns import NofM
+from regauge.passes.sparsity.patterns import Blocks, NofM, Unstructured
 from regauge.passes.sparsity.permutation import permuted
+from regauge.passes.sparsity.run_costs import RunCost, cost_per_weight
 
 
 class Attention(nn.Module):
@@ -167,6 +170,64 @@ def test_the_least_sum_takes_pieces_by_their_slopes() -> None:
     assert found == {"flat": 1.0, "steep": 0.5}
 
 
+def test_what_a_weight_costs_by_hand() -> None:
+    graph, _, _ = convolutional()
+    layer = next(layer for layer in map(layer_of, graph.nodes) if layer is not None)
+    assert [cost_per_weight(cost, layer, Blocks(2, 4), 64.0) for cost in ("weights", "macs")] == [1.0, 64.0]
+    arithmetic, moved = 3.7 + 0.9, (4 + 2 * 2) / (2 * 4) * 4 * 2.5  # numbers of 4 bytes
+    found = cost_per_weight("energy", layer, Blocks(2, 4), 64.0)
+    assert found == pytest.approx(64 * (arithmetic + moved) + 4 * 162.5)
+    assert cost_per_weight("energy", layer, Unstructured(), 64.0) == pytest.approx(64 * (4.6 + 30) + 650)
+
+
+def test_the_least_sum_within_a_cost_goes_where_weights_cost_the_most() -> None:
+    curves = {"wide": [0.0, 1.0, 3.0], "long": [0.0, 2.0, 6.0]}
+    assert least_total(curves, {"wide": 100, "long": 100}, (0.0, 0.5, 1.0), 0.25) == {"wide": 0.5, "long": 0.0}
+    # in "long" each weight is used four times: its first half saves 200 for 2, that of "wide" 50 for 1
+    assert least_total(curves, {"wide": 100, "long": 400}, (0.0, 0.5, 1.0), 0.4) == {"wide": 0.0, "long": 0.5}
+
+
+class Pooled(nn.Module):
+    """Two layers on twelve tokens, of which the second has every input four times, and two on their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 32), nn.Linear(32, 8)
+        with torch.no_grad():
+            self.a.weight[8:] = self.a.weight[:8].repeat(3, 1)
+            self.a.bias[8:] = self.a.bias[:8].repeat(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.d(self.c(self.b(self.a(x).relu()).mean(1)).relu())
+        return result
+
+
+@pytest.mark.parametrize("cost", ["macs", "energy"])
+def test_a_share_of_what_a_run_costs_goes_where_the_outputs_lose_least_by_it(cost: RunCost) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 12, 16)
+    graph = capture(Pooled().eval(), (x[:2],), dynamic={0: {0: "batch"}})
+    layers = [layer for layer in map(layer_of, graph.nodes) if layer is not None]
+    each = {
+        layer.weight.name: cost_per_weight(cost, layer, Blocks(2, 2), rows)
+        for layer, rows in zip(layers, (12, 12, 1, 1), strict=True)
+    }
+    kept, errors = {}, {}
+    for options in (f"cost={cost}", "cost=weights", "allocation=uniform"):
+        given = f"sparsify{{pattern=block,block=2x2,ratio=0.4,{options}}}"
+        sparse = regauge.optimize(graph, given, data=[x[:100]])
+        kept[options] = sum(float((sparse.parameters[n].tensor != 0).sum()) * price for n, price in each.items())
+        errors[options] = error(graph, sparse, x[100:])
+        told = re.search(rf"([\d.]+)% of their {cost}", str(sparse.report))
+        assert (told is not None) == (options == f"cost={cost}")
+        if told is not None:
+            assert float(told[1]) == pytest.approx(40, abs=1.5)
+    every = sum(graph.parameters[name].tensor.numel() * price for name, price in each.items())
+    assert kept[f"cost={cost}"] / every == pytest.approx(0.6, abs=0.015)
+    assert abs(kept["cost=weights"] / every - 0.6) > 0.01, "a share of weights is another share of the costs"
+    assert errors[f"cost={cost}"] < 0.7 * errors["allocation=uniform"]
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_reordering_raises_what_masks_keep(network: Network) -> None:
     graph, data, _ = network()
@@ -272,6 +333,9 @@ def test_weights_that_an_operator_of_one_input_reads_are_left_alone() -> None:
         ("method=obs", "needs data for method=obs"),
         ("transposable=true,refine=exchange", "rows depend on one another"),
         ("refine=means,update=columns", "which refine=means would change"),
+        ("pattern=block,cost=macs", "needs data for cost=macs"),
+        ("pattern=block,cost=energy,allocation=uniform", "with allocation=adaptive"),
+        ("cost=energy", "is for a ratio that layers share out"),
         ("exclude=[haed.*]", "matches no parameter"),
     ],
 )
