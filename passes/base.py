@@ -43,15 +43,17 @@ Need: TypeAlias = Literal["data", "gradients"]
 
 
 class Cut(NamedTuple):
-    """One Dim that a pass changed, and its sizes before and after.
+    """One Dim that a pass changed, and its sizes before and after; of a sparse weight, its entries.
 
     Where the Dim is one of several of an axis, ``axis`` is how the report shows that axis, once for all of them.
+    ``lost`` says why what reads it does not make up for the cut, where a pass tries to; layers further on may.
     """
 
     dim: str
     before: int
     after: int
     axis: str = ""
+    lost: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.axis or f"{self.dim}: {self.before} -> {self.after}"

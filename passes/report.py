@@ -31,7 +31,10 @@ class PassReport:
     def lines(self) -> list[str]:
         """The details below the table."""
         lines = list(self.notes)
-        cuts = list(dict.fromkeys(str(cut) for cut in self.cuts))
+        losses: dict[str, dict[str, None]] = {}
+        for cut in self.cuts:
+            losses.setdefault(str(cut), {}).update(dict.fromkeys(cut.lost))
+        cuts = [f"{text}; not made up for: {', '.join(lost)}" if lost else text for text, lost in losses.items()]
         lines += cuts[:_SHOWN_CUTS]
         if len(cuts) > _SHOWN_CUTS:
             lines.append(f"... and {len(cuts) - _SHOWN_CUTS} more")

@@ -21,7 +21,7 @@ Layers take over in the order of the graph, so that what makes channels is as it
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -34,84 +34,82 @@ from regauge.ir.mapped import mapped, on_disk
 from regauge.ir.resize import part_kept
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.pruning.channel_moments import ChannelMoments, ChannelReader
+from regauge.passes.pruning.readers import readers
 
 ClosedForm: TypeAlias = Literal["udfc", "moments"]
 CLOSED_FORMS = get_args(ClosedForm)
 
 BIAS = 1.0  # l1
 RIDGE = {"udfc": 0.3, "moments": 1e-3}  # l2 as a share: rows say less of channels behind an activation
-_LEFT = "no layer takes over from its kept indices: "
+
+
+@dataclass
+class TakenOver:
+    """How many layers take over what they lost; and of each Dim that is cut why readers of it do not, one by one."""
+
+    layers: int = 0
+    left: dict[Dim, list[str]] = field(default_factory=dict)
 
 
 def take_over(
-    original: Graph,
-    pruned: Graph,
-    keep: Keep,
-    left: Counter[str],
-    *,
-    form: ClosedForm,
-    by: str,
-    ridge: float | None = None,
-) -> int:
+    original: Graph, pruned: Graph, keep: Keep, *, form: ClosedForm, by: str, ridge: float | None = None
+) -> TakenOver:
     """Let layers of ``pruned``, which is ``original`` resized to ``keep``, make up for the columns that they lost.
 
-    Returns how many do; ``left`` counts by reason the Dims that a node contracts without. Memory: the new weights, and
-    three matrices [indices, indices] in double precision of the largest Dim.
+    Memory: the new weights, and three matrices [indices, indices] in double precision of the largest Dim.
     """
-    weights = _TakingOver(original, keep, form, RIDGE[form] if ridge is None else ridge).run(left)
+    run = _TakingOver(original, keep, form, RIDGE[form] if ridge is None else ridge)
+    weights = run.run()
     parameters = {parameter.name: parameter for parameter in pruned.all_parameters()}
     for layer, matrix in weights.items():
         tensor = part_kept(layer.stored(matrix), original.axes.of[layer.weight], keep)
         to_disk = on_disk(layer.weight.weight)
         set_weight(pruned, parameters[layer.weight.name], mapped(tensor) if to_disk else tensor, by=by)
-    return len(weights)
+    run.done.layers = len(weights)
+    return run.done
 
 
 class _TakingOver:
     def __init__(self, graph: Graph, keep: Keep, form: ClosedForm, ridge: float) -> None:
         self.graph, self.keep, self.ridge = graph, keep, ridge
+        self.done = TakenOver()
         self.matrices: dict[Layer, torch.Tensor] = {}  # of the original's size, zero where columns go
         self.channels = ChannelReader(graph, "rows" if form == "udfc" else "moments", self.matrices)
 
-    def run(self, left: Counter[str]) -> dict[Layer, torch.Tensor]:
+    def run(self) -> dict[Layer, torch.Tensor]:
         found = {}
         own = set(self.graph.nodes)
-        for node, dims in self._readers().items():
+        for node, dims in readers(self.graph, self.keep).items():
             layer = layer_of(node) if node in own else None
             if layer is None:
-                left[_LEFT + self._why_not(node, node in own)] += len(dims)
+                for dim in dims:
+                    self._leave(dim, self._why_not(node, node in own))
                 continue
             matrix = layer.matrix(layer.weight.tensor.detach()).double().clone()
-            done = [dim for dim in dims if self._takes_over(layer, matrix, dim, left)]
+            done = [dim for dim in dims if self._takes_over(layer, matrix, dim)]
             self.matrices[layer] = self._masked(layer, matrix)
             if done:
                 found[layer] = self.matrices[layer]
         return found
 
-    def _readers(self) -> dict[Node, list[Dim]]:
-        """The nodes that contract Dims that are cut, in the order of the graph, with these."""
-        found: dict[Node, dict[Dim, None]] = {}
-        for node, role, dims in self.graph.axes.ends:
-            cut = dict.fromkeys(dim for dim in dims if dim in self.keep)
-            if role == "contract" and cut:
-                found.setdefault(node, {}).update(cut)
-        return {node: list(found[node]) for _, node in self.graph.walk() if node in found}
+    def _leave(self, dim: Dim, reason: str) -> None:
+        self.done.left.setdefault(dim, []).append(reason)
 
     def _why_not(self, node: Node, own: bool) -> str:
         if not own:
-            return "it is contracted in a branch or loop"
+            return "it is read in a branch or loop"
         if layer_of(node, blocks=True, shared=True) is None:
-            return f"it is contracted by {node.op}"
+            return f"{node.op} reads it"
         return "its reader is a grouped layer, or shares its weight"
 
-    def _takes_over(self, layer: Layer, matrix: torch.Tensor, dim: Dim, left: Counter[str]) -> bool:
+    def _takes_over(self, layer: Layer, matrix: torch.Tensor, dim: Dim) -> bool:
         """Add to the columns of kept indices what those of the others are combinations of."""
         columns = torch.from_numpy(layer.columns_of(self.graph, dim))
         x = layer.node.inputs[0]
         assert isinstance(x, Value)
         moments = self.channels.of(x, dim) if columns.numel() else "its reader has it more than once"
         if not isinstance(moments, ChannelMoments):
-            left[_LEFT + moments] += 1
+            self._leave(dim, moments)
             return False
         kept = torch.from_numpy(np.asarray(self.keep[dim]))
         gone = torch.from_numpy(np.setdiff1d(np.arange(int(dim.size)), self.keep[dim]))

@@ -15,7 +15,7 @@ the original's own inputs, before all others: X is what the cut leaves of these.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,10 +37,14 @@ Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 @dataclass
 class Repaired:
-    """How many layers were refitted, and how many stayed since no refit lowered their error on the data."""
+    """How many layers were refitted, and how many stayed since no refit lowered their error on the data.
+
+    ``nodes`` are the original's of both.
+    """
 
     refitted: int = 0
     stayed: int = 0
+    nodes: set[Node] = field(default_factory=set)
 
 
 def compensate(original: Graph, pruned: Graph, keep: Keep, batches: Sequence[Any], *, by: str) -> Repaired:
@@ -68,7 +72,7 @@ class _Compensation:
             layer = layer_of(node, blocks=True)
             if layer is not None and node.inputs[0] in self.both.drifted and node.op != "grouped_mm":
                 pairs = zip(self.both.inputs(layer), self.both.targets(layer, was), strict=True)
-                self._refit(layer, ((x, y, None) for x, y in pairs))
+                self._refit([was], layer, gathered(layer, ((x, y, None) for x, y in pairs)))
             elif node.regions:
                 self._refit_inside(was, node)
             elif node.op in STATES and self.both.reads_other(node, was):
@@ -76,10 +80,9 @@ class _Compensation:
 
     # -- one layer ---------------------------------------------------------------------------------------------------
 
-    def _refit(self, layer: Layer, pairs: Iterable[Pair]) -> None:
-        self._solve(layer, gathered(layer, pairs))
-
-    def _solve(self, layer: Layer, moments: Sequence[Halves]) -> None:
+    def _refit(self, were: Iterable[Node], layer: Layer, moments: Sequence[Halves]) -> None:
+        """Refit a layer, which these nodes of the original were."""
+        self.done.nodes.update(were)
         found = refitted(layer, moments)
         if found is None:
             self.done.stayed += 1
@@ -94,6 +97,7 @@ class _Compensation:
 
     def _refit_stack(self, was: Node, node: Node) -> None:
         """Refit a stack of recurrent layers."""
+        self.done.nodes.add(was)
         before, now = (
             list(zip(*(run.values(operand) for operand in one.inputs), strict=True))
             for run, one in ((self.both.before, was), (self.both.now, node))
@@ -127,7 +131,7 @@ class _Compensation:
                 for (now_operands, _), (_, results) in batch
             ]
             if pairs and any(not _same(x, self.both.kept(y[0], read)) for x, y in _inputs(now, before)):
-                self._refit(layer, pairs)
+                self._refit([twin], layer, gathered(layer, pairs))
 
     # -- layers that are refitted to what the original reads ---------------------------------------------------------
 
@@ -158,7 +162,7 @@ class _Compensation:
             pairs = zip(inputs, outputs, ends, strict=True)
             found[layer.weight] = (layer, gathered(layer, pairs, moments))
         for layer, moments in found.values():
-            self._solve(layer, moments)
+            self._refit([was for was in wanted if was.inputs[1] is layer.weight], layer, moments)
 
 
 def gathered(layer: Layer, pairs: Iterable[Pair], moments: list[Halves] | None = None) -> list[Halves]:

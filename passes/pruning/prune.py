@@ -29,6 +29,7 @@ from regauge.passes.pruning.closed_form import CLOSED_FORMS, ClosedForm, take_ov
 from regauge.passes.pruning.compensation import compensate
 from regauge.passes.pruning.preserve import PRESERVED, preserve
 from regauge.passes.pruning.rate_distortion import measured_curves
+from regauge.passes.pruning.readers import lost_in
 from regauge.passes.pruning.reestimate import reestimate
 from regauge.passes.pruning.score_table import SCORES, criterion, score
 from regauge.passes.pruning.scores import Normalise, Reduce, Scores
@@ -195,30 +196,38 @@ class Prune(Pass):
         if not cut:
             return graph
         keep: dict[Dim, np.ndarray] = {group.dim: best(scores[group.dim], counts[group.dim]) for group in cut}
-        context.cuts += [
-            Cut(group.name, int(group.dim.size), counts[group.dim], axis_change(graph, group, keep)) for group in cut
-        ]
         _note_recomputed(graph, [group.dim for group in cut], self.preserve, context)
         result = resize(graph, keep, by=self.name)
         if self.preserve:
             context.note(f"means and norms kept what they were: {preserve(graph, result, by=self.name)}")
-        self._repair(graph, result, keep, inputs, context)
+        lost = self._repair(graph, result, keep, inputs, context)
+        for group in cut:
+            sizes = int(group.dim.size), counts[group.dim]
+            context.cuts.append(Cut(group.name, *sizes, axis_change(graph, group, keep), lost.get(group.dim, ())))
         return result
 
-    def _repair(self, graph: Graph, result: Graph, keep: Keep, inputs: Sequence[Any] | None, context: Context) -> None:
-        """Let what is left make up for what was cut, as far as the options want it."""
+    def _repair(
+        self, graph: Graph, result: Graph, keep: Keep, inputs: Sequence[Any] | None, context: Context
+    ) -> dict[Dim, tuple[str, ...]]:
+        """Let what is left make up for what was cut, as far as the options want it; returns by Dim why it does not."""
+        lost: dict[Dim, tuple[str, ...]] = {}
         examples = sum(map(examples_in, inputs or ()))
         if self.compensate in CLOSED_FORMS:
             form: ClosedForm = self.compensate  # type: ignore[assignment]
-            taken = take_over(graph, result, keep, context.left, form=form, by=self.name)
-            context.note(f"layers that take over what was removed, by weights alone ({form}): {taken}")
+            taken = take_over(graph, result, keep, form=form, by=self.name)
+            context.note(f"layers that take over what was removed, by weights alone ({form}): {taken.layers}")
+            for dim, reasons in taken.left.items():
+                context.left.update(f"no layer takes over from its kept indices: {reason}" for reason in reasons)
+                lost[dim] = tuple(reasons)
         elif inputs is not None and self._refits:
             done = compensate(graph, result, keep, inputs, by=self.name)
             stayed = f"; {done.stayed} stayed, as no refit lowered their error" if done.stayed else ""
             context.note(f"layers refitted on {examples} examples: {done.refitted}{stayed}")
+            lost = lost_in(graph, keep, done.nodes)
         if inputs is not None and self.reestimate:
             norms = reestimate(graph, result, keep, inputs, context.left, by=self.name)
             context.note(f"batch norms with statistics of {examples} examples: {norms}")
+        return lost
 
     def _batches(self, graph: Graph, context: Context) -> list[Labelled] | None:
         """The calibration data, where there is any and the options want it."""

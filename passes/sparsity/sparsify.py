@@ -12,7 +12,7 @@ import torch
 from regauge.ir.edit import set_weight
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.passes.base import Context, Contract, Pass
+from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.options import option
@@ -122,8 +122,12 @@ class Sparsify(Pass):
             if batches is None
             else self._on_data(original, result, layers, batches, context)
         )
-        total = sum(layer.outputs * layer.columns for layer in layers)
-        gone = sum(done.zeros.values()) / total
+        sizes = {layer.weight.name: layer.outputs * layer.columns for layer in layers}
+        gone = sum(done.zeros.values()) / sum(sizes.values())
+        if is_counted(pattern):
+            for name, zeros in done.zeros.items():
+                share = f"{name}: {zeros / sizes[name]:.1%} zero"
+                context.cuts.append(Cut(name, sizes[name], sizes[name] - zeros, share))
         context.note(f"{pattern}: {gone:.1%} of the weights of {len(layers)} layers are zero")
         if batches is not None:
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from functools import cache
 
 import numpy as np
@@ -83,10 +82,9 @@ def last_half_cut(graph: Graph, form: ClosedForm, ridge: float) -> tuple[Graph, 
     dim = next(group.dim for group in graph.groups() if group.free)
     keep = {dim: np.arange(4)}
     masked, small = resize(graph, keep), resize(graph, keep)
-    left: Counter[str] = Counter()
-    done = take_over(graph, small, keep, left, form=form, by="test", ridge=ridge)
-    assert not left
-    return masked, small, done
+    done = take_over(graph, small, keep, form=form, by="test", ridge=ridge)
+    assert not done.left
+    return masked, small, done.layers
 
 
 @pytest.mark.parametrize("between", [[], [nn.Dropout()], [nn.AvgPool2d(2)]])
@@ -266,6 +264,9 @@ def test_what_mixes_or_weighs_channels_is_left_and_counted(form: str) -> None:
     assert left[reason + "a grouped layer stands between"] == 1
     assert left[reason + "mul stands between"] == 1
     assert "by weights alone" in str(small.report)
+    lost = {cut.dim: cut.lost for cut in small.report.passes[0].cuts}
+    assert lost["wide.weight:0"] == ("a grouped layer stands between",)
+    assert lost["value.weight:0"] == ("mul stands between",) and not lost["narrow.weight:0"]
     changed = [n for n, p in small.parameters.items() if not torch.equal(p.tensor, masked.parameters[n].tensor)]
     assert set(changed) <= {"value.weight", "gate.weight"}, "only what reads the narrow layer alone"
 

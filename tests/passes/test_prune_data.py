@@ -114,3 +114,31 @@ def test_infinite_inputs_are_told_with_their_layer(score: str) -> None:
 def test_batches_of_another_rank_are_told_with_the_input() -> None:
     with pytest.raises(GraphError, match=r"the input %x: f32\[batch,3,8,8\] got a tensor of shape"):
         regauge.optimize(network(), "prune{macs=0.5}", data=[(images(2)[0],)])
+
+
+class Scored(nn.Module):
+    """A Dim that a product sums over, one that a sum does, and one that a layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 12) for _ in range(3))
+        self.a, self.b, self.out = nn.Linear(8, 10), nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.q(x) @ self.k(x).t()
+        result: torch.Tensor = (
+            scores.sum(-1, keepdim=True) + self.a(x).tanh().sum(-1, keepdim=True) + self.out(self.b(x))
+        )
+        return result
+
+
+def test_the_report_says_of_each_dim_what_nothing_makes_up_for() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    graph = regauge.capture(Scored().eval(), (x,))
+    report = regauge.optimize(graph, "prune{ratio=0.5}", data=[x]).report
+    lost = {cut.dim: cut.lost for cut in report.passes[0].cuts}
+    assert lost == {"q.weight:0": ("matmul reads it",), "a.weight:0": ("sum reads it",), "b.weight:0": ()}
+    assert "a.weight:0: 10 -> 5; not made up for: sum reads it" in str(report)
+    plain = regauge.optimize(graph, "prune{ratio=0.5,compensate=false}", data=[x]).report
+    assert not any(cut.lost for cut in plain.passes[0].cuts), "nothing was to be made up for"

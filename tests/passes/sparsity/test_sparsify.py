@@ -142,6 +142,9 @@ def test_ratios_are_met_over_all_layers_and_unlike_between_them(options: str) ->
     gone = sum(shares[name] * sizes[name] for name in shares) / sum(sizes.values())
     assert gone == pytest.approx(float(options.rpartition("=")[2]), abs=0.02)
     assert max(shares.values()) - min(shares.values()) > 0.05
+    told = {cut.dim: 1 - cut.after / cut.before for cut in sparse.report.passes[0].cuts}
+    assert told == pytest.approx(shares)
+    assert all(f"{name}: {share:.1%} zero" in str(sparse.report) for name, share in shares.items())
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block,block=2x2"])
