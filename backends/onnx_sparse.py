@@ -1,8 +1,9 @@
 """Weights with many zeros as sparse initializers, where the file becomes smaller by that.
 
-A sparse initializer is the values that are not zero, in order, and their flat positions. Positions are written as
-protobuf packs numbers, one to four bytes each, where raw data would take eight: a weight in float32 of which half is
-zero is smaller already. onnxruntime makes such weights dense when it loads a model, so neither memory nor speed change.
+A sparse initializer is a weight in the layout :class:`regauge.ir.sparse_layouts.Coo`, the only one that ONNX has.
+Positions are written as protobuf packs numbers, one to four bytes each, where raw data would take eight: a weight in
+float32 of which half is zero is smaller already. onnxruntime makes such weights dense when it loads a model, so neither
+memory nor speed change.
 The shape inference of the onnx package reads them as another type, and its checker refuses them with full_check=True;
 its ordinary check passes.
 """
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import torch
 
-_BYTES = {1: 4, 10: 2, 11: 8}  # of the element types that are stored so: float, float16, double
+from regauge.ir.sparse_layouts import Coo
+
+_TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64}  # the element types that are stored so
 
 
 def store_sparsely(graph: Any) -> int:
@@ -25,7 +28,7 @@ def store_sparsely(graph: Any) -> int:
     inputs = {value.name for value in graph.input}
     found = {}
     for tensor in graph.initializer:
-        if tensor.name in inputs or tensor.data_type not in _BYTES or not tensor.raw_data:
+        if tensor.name in inputs or tensor.data_type not in _TYPES or not tensor.raw_data:
             continue
         sparse = _sparse(tensor)
         if sparse.ByteSize() < tensor.ByteSize():
@@ -41,11 +44,11 @@ def store_sparsely(graph: Any) -> int:
 def _sparse(tensor: Any) -> Any:
     import onnx
 
-    entries = np.frombuffer(tensor.raw_data, dtype=np.uint8).reshape(-1, _BYTES[tensor.data_type])
-    positions = np.flatnonzero(entries.any(1))
+    entries = torch.frombuffer(bytearray(tensor.raw_data), dtype=_TYPES[tensor.data_type])
+    values, positions = (Coo().pack(entries).parts[part] for part in ("values", "positions"))
     sparse = onnx.SparseTensorProto()
     sparse.values.CopyFrom(tensor)
-    sparse.values.raw_data = entries[positions].tobytes()
+    sparse.values.raw_data = values.numpy().tobytes()
     del sparse.values.dims[:]
     sparse.values.dims.append(len(positions))
     sparse.dims.extend(tensor.dims)

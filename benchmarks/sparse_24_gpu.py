@@ -25,7 +25,7 @@ from torch import nn
 
 import regauge
 from benchmarks.report import append_table, environment
-from regauge.passes.sparsity.semi_structured import use_sparse_kernels
+from regauge.passes.sparsity.kernels import use_sparse_kernels
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BACKENDS = ("cuSPARSELt", "CUTLASS")

@@ -16,6 +16,7 @@ from regauge.optimize import optimize as optimize
 
 if TYPE_CHECKING:
     from regauge import settings as settings
+    from regauge import sparse as sparse
     from regauge import training as training
     from regauge.backends.compare import Comparison as Comparison
     from regauge.backends.compare import compare as compare
@@ -72,6 +73,7 @@ _HOME = {
     "rewrite": "regauge.passes.rewriting",
     "sample": "regauge.ir.operator",
     "settings": "regauge.settings",
+    "sparse": "regauge.sparse",
     "training": "regauge.training",
 }
 
