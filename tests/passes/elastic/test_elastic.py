@@ -1,6 +1,7 @@
 """Nested networks: the order is exact, prefixes are cuts, budgets are met, and widths trained together work."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,3 +160,48 @@ def test_widths_trained_together_all_work() -> None:
     assert accuracy(small.to_torch()) > 0.88
     inside = net(digits()[2], width=0.5)
     torch.testing.assert_close(net.trained().at(0.5).to_torch()(digits()[2]), inside, rtol=1e-4, atol=1e-4)
+
+
+class TiedHead(nn.Module):
+    """A language model whose head is its embedding, read in one of the ways in which that is written."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.embed, self.places, self.norm = nn.Embedding(11, 8), nn.Embedding(6, 8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.form == "one hot":
+            x = nn.functional.one_hot(tokens, 11).to(self.embed.weight.dtype) @ self.embed.weight
+        else:
+            x = self.embed(tokens) * (8**0.5 if self.form == "scaled" else 1)
+        x = x + self.places(torch.arange(6))
+        x = x + self.down(self.up(self.norm(x)).relu())
+        if self.form == "transposed":
+            return x @ self.embed.weight.t()
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+@pytest.mark.parametrize("form", ["linear", "transposed", "scaled", "one hot"])
+def test_a_width_tied_between_embedding_and_head_is_ordered_exactly(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TiedHead(form).double().eval()
+    tokens = torch.randint(11, (2, 6))
+    graph = regauge.capture(model, (tokens,))
+    nested = regauge.elastic(graph, score_by="random", seed=1)
+    assert {name: len(scores) for name, scores in nested.scores.items()} == {"embed.weight:1": 8, "up.weight:0": 16}
+    torch.testing.assert_close(nested.graph.run(tokens), graph.run(tokens), rtol=1e-12, atol=1e-12)
+    ordered = nested.graph.parameters["embed.weight"].tensor
+    assert sorted(ordered[0].tolist()) == sorted(model.embed.weight[0].tolist())
+    assert not torch.equal(ordered, model.embed.weight)
+    half = nested.at(0.5)
+    assert half.parameters["embed.weight"].shape == (11, 4)
+    net = Supernet(nested, widths=(0.5,)).eval()
+    torch.testing.assert_close(net(tokens, width=0.5), half.run(tokens)[0])
+    assert sum(p.numel() for p in net.full.parameters()) == sum(p.numel() for p in model.parameters()), "still tied"
+    report = regauge.optimize(regauge.load(graph.to_onnx(tmp_path / "tied.onnx")), "sort").report.passes[0]
+    assert report.changed and report.error is not None and report.error < 1e-12
