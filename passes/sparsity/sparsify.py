@@ -77,7 +77,8 @@ class Sparsify(Pass):
     )
     cost: RunCost = option(
         "weights",
-        "what ratio is a share of where allocation is adaptive: weights, their macs, or the energy of a run (LPViT)",
+        "what ratio is a share of where allocation is adaptive: weights, their macs, their power by LPViT's formula, "
+        "or the energy of a run",
     )
     permute: bool = option(False, "first reorder input axes, exactly, so that N:M loses less")
     include: tuple[str, ...] = option((), "globs on names of weights: only these")

@@ -32,13 +32,15 @@ class NMSparsity(WeightSparsifier):
     - ``ste``: the same without the term.
     - ``linear``, ``exponential``: w (m + b (1 - m)), b from 1 to 0 over ``steps``, gradients through the product
       (Bambhaniya et al. 2024, Progressive Gradient Flow for Robust N:M Sparsity Training, mask decay).
-    - ``structure``: w m with m - 1 of m, m - 2 of m, ... n of m over ``steps``, in equal stages (the same, structure
-      decay, stepwise).
+    - ``structure``: w m with m - 1 of m, m / 2, m / 4, ... n of m over ``steps``, in equal stages (the same, structure
+      decay; the stages are those of the authors' code).
 
     The decays begin at ``begin``. From step ``freeze_at`` on masks stay: by default never with straight-through
     gradients, and once the decay is over with the others, since no gradient reaches a masked weight then.
 
-    Deviation: the exponential decay is 0.01^t over its schedule with a last step to 0, however long it is.
+    Deviations: the exponential decay is 0.01^t over its schedule with a last step to 0, however long it is. Of the
+    decays, masked weights get the gradient of the product, which vanishes as the abstract of the paper has it; the
+    authors' code passes it on whole.
     """
 
     def __init__(
@@ -97,7 +99,10 @@ class NMSparsity(WeightSparsifier):
         n, m = self.pattern
         if self.recipe != "structure" or self.time >= 1:
             return n, m
-        return m - 1 - int(self.time * (m - n)), m
+        if self.steps < self.begin:
+            return m, m
+        stages = [m - 1, *(kept for i in range(1, m.bit_length()) if n < (kept := m >> i) < m - 1), n]
+        return stages[int(self.time * len(stages))], m
 
     def _weights_now(self) -> dict[Parameter, torch.Tensor]:
         masks = self._masks_now()

@@ -177,6 +177,7 @@ def test_what_a_weight_costs_by_hand() -> None:
     graph, _, _ = convolutional()
     layer = next(layer for layer in map(layer_of, graph.nodes) if layer is not None)
     assert [cost_per_weight(cost, layer, Blocks(2, 4), 64.0) for cost in ("weights", "macs")] == [1.0, 64.0]
+    assert cost_per_weight("power", layer, Blocks(2, 4), 64.0) == pytest.approx(3 / 16 / 8)  # of 3 input channels
     arithmetic, moved = 3.7 + 0.9, (4 + 2 * 2) / (2 * 4) * 4 * 2.5  # numbers of 4 bytes
     found = cost_per_weight("energy", layer, Blocks(2, 4), 64.0)
     assert found == pytest.approx(64 * (arithmetic + moved) + 4 * 162.5)
@@ -205,7 +206,7 @@ class Pooled(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("cost", ["macs", "energy"])
+@pytest.mark.parametrize("cost", ["macs", "power", "energy"])
 def test_a_share_of_what_a_run_costs_goes_where_the_outputs_lose_least_by_it(cost: RunCost) -> None:
     torch.manual_seed(0)
     x = torch.randn(200, 12, 16)

@@ -65,6 +65,21 @@ def test_structure_decay_goes_by_three_of_four() -> None:
     assert kept == [[3, 3], [3, 3], [2, 2], [2, 2], [2, 2]]
 
 
+def test_structure_decay_halves_what_is_kept() -> None:
+    """1:16 goes by 15, 8, 4, 2 and 1 of 16, in equal stages after the dense steps, as in the authors' code."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 1))
+    sparsifier = NMSparsity(
+        model, regauge.capture(model, (torch.zeros(2, 16),)), 1, 16, recipe="structure", begin=2, steps=10
+    )
+    kept = []
+    for _ in range(13):
+        model(torch.ones(1, 16))
+        kept.append(int(next(iter(sparsifier.masks.values())).sum()))
+        sparsifier.step()
+    assert kept == [16, 16, 15, 15, 8, 8, 4, 4, 2, 2, 1, 1, 1]
+
+
 @pytest.mark.parametrize("recipe", ["sr-ste", "ste", "linear", "exponential", "structure"])
 def test_digits_with_two_of_four(recipe: str) -> None:
     model = convolutional()
