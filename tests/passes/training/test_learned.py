@@ -124,10 +124,19 @@ def test_hsm_changes_nothing_at_first_and_is_folded_at_the_end() -> None:
     # at first: no identity loss, a size of 1 against 0.5, logits somewhat away from where they are pulled
     pulled = (sparsifier.learned["theta.0.weight:0"] - 0.5).square().mean().item()
     assert sparsifier.loss().item() == pytest.approx(10 * (1 / 0.5 - 1) + pulled, rel=1e-4)
+    sparsifier.steps = 3  # of 10, until 8 of which the mask is soft
+    theta = sparsifier.learned["theta.0.weight:0"].detach()
+    expected = torch.sigmoid(theta / (1 - math.log(3) / math.log(10))) + 0.2
+    torch.testing.assert_close(
+        next(iter(sparsifier.gates().values())).detach(), expected.clamp(max=1), rtol=1e-4, atol=0
+    )
+    sparsifier.steps = 0
     with torch.no_grad():
         sparsifier.learned["up.0.weight"].normal_()
         sparsifier.learned["gain.0.weight"].uniform_(0.5, 2)
-        sparsifier.learned["theta.0.weight:0"].copy_(torch.tensor([0.5, -0.5, 0.4, -0.4]))
+        sparsifier.learned["theta.0.weight:0"].copy_(torch.tensor([0.5, -0.5, 0.4, -0.1]))
+    # half is kept, as wanted; of those above 0 and of the others a mean each
+    assert sparsifier.loss().item() == pytest.approx((0.0 + 0.01) / 2 + (0.0 + 0.16) / 2, rel=1e-3)
     for _ in range(9):
         sparsifier.step()
     inside = model(x)
