@@ -46,12 +46,12 @@ def adaptive_shares(
     examples = max(1, sum(map(examples_in, batches)))
     for layer, moments in visit_moments(graph, layers_by_name(graph, rows).values(), batches):
         name = layer.weight.name
-        curves[name] = [0.0, *_errors(layer, moments, rows[name], pattern)]
+        if ratio < _SHARES[-1]:
+            curves[name] = [0.0, *_errors(layer, moments, rows[name], pattern)]
         each = cost_per_weight(cost, layer, pattern, moments.rows / examples)
         costs[name] = layer.outputs * layer.columns * each
-    if ratio >= _SHARES[-1]:
-        return dict.fromkeys(rows, ratio), costs
-    return least_total(curves, costs, (0.0, *_SHARES), ratio), costs
+    shares = least_total(curves, costs, (0.0, *_SHARES), ratio) if curves else dict.fromkeys(rows, ratio)
+    return shares, costs
 
 
 def _errors(layer: Layer, moments: Moments, rows: torch.Tensor, pattern: Pattern) -> list[float]:

@@ -123,7 +123,7 @@ class Sparsify(Pass):
             if batches is None
             else self._on_data(original, result, layers, batches, context)
         )
-        sizes = {layer.weight.name: layer.outputs * layer.columns for layer in layers}
+        sizes = _entries(layers)
         gone = sum(done.zeros.values()) / sum(sizes.values())
         if is_counted(pattern):
             for name, zeros in done.zeros.items():
@@ -179,10 +179,14 @@ class Sparsify(Pass):
             shares, costs = adaptive_shares(original, rows, batches, pattern, self._share(), self.cost)
         done = sparsify_on_data(original, result, shares, rows, layers, batches, self._recipe(), by=self.name)
         if self.cost != "weights":
-            sizes = {layer.weight.name: layer.outputs * layer.columns for layer in layers}
+            sizes = _entries(layers)
             gone = sum(costs[name] * done.zeros[name] / sizes[name] for name in names) / sum(costs.values())
-            context.note(f"{gone:.1%} of their {self.cost} go")
+            context.note(f"{gone:.1%} of the {self.cost} of these layers goes")
         return done
 
     def _share(self) -> float:
         return RATIO if self.ratio is None else self.ratio
+
+
+def _entries(layers: Sequence[Layer]) -> dict[str, int]:
+    return {layer.weight.name: layer.outputs * layer.columns for layer in layers}

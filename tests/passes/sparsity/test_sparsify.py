@@ -222,7 +222,7 @@ def test_a_share_of_what_a_run_costs_goes_where_the_outputs_lose_least_by_it(cos
         sparse = regauge.optimize(graph, given, data=[x[:100]])
         kept[options] = sum(float((sparse.parameters[n].tensor != 0).sum()) * price for n, price in each.items())
         errors[options] = error(graph, sparse, x[100:])
-        told = re.search(rf"([\d.]+)% of their {cost}", str(sparse.report))
+        told = re.search(rf"([\d.]+)% of the {cost} of", str(sparse.report))
         assert (told is not None) == (options == f"cost={cost}")
         if told is not None:
             assert float(told[1]) == pytest.approx(40, abs=1.5)
