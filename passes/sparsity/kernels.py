@@ -10,6 +10,8 @@ from torch import nn
 
 from regauge.ir.sparse_layouts import Layout, NofM
 
+_TRIAL_ROWS = 64  # a multiple of what any kernel wants
+
 
 def use_sparse_kernels(module: nn.Module, layouts: Sequence[Layout] = (NofM(2, 4),)) -> dict[str, str]:
     """Let the linear layers of a module run on sparse kernels, in place, for inference.
@@ -40,7 +42,7 @@ def _put(layer: nn.Linear, layout: Layout) -> str | None:
         return reason
     try:
         operand = layout.operand(weight)
-        F.linear(weight.new_zeros(1, weight.shape[1]), operand, layer.bias)
+        F.linear(weight.new_zeros(_TRIAL_ROWS, weight.shape[1]), operand, layer.bias)
     except (RuntimeError, NotImplementedError) as refusal:
         return f"torch does not run it on {weight.device.type}: {str(refusal).splitlines()[0]}"
     layer.weight = nn.Parameter(operand, requires_grad=False)
