@@ -21,8 +21,8 @@ from regauge.ir.sample_inputs import input_symbols, remember_runs, sample_runs
 from regauge.ir.timing import Measure
 from regauge.ir.verify import verify
 from regauge.ir.weights import writes
-from regauge.passes.base import Context, Cut, Pass, Replayed
-from regauge.passes.report import PassReport, Report
+from regauge.passes.base import Context, Pass, Replayed
+from regauge.passes.report import PassReport, Report, recorded_cuts
 from regauge.settings import current
 
 EXACT_TOLERANCE = {torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -114,14 +114,8 @@ def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures, measure: Meas
     if changed and current().print_after:
         print(f"after {one}:\n{result}", file=sys.stderr)
     notes, left = tuple(context.notes), dict(context.left.most_common())
-    cuts = tuple(context.cuts) or _recorded_cuts(graph, result)
+    cuts = tuple(context.cuts) or recorded_cuts(graph, result)
     return result, PassReport(str(one), one.contract, before, after, seconds, changed, error, cuts, notes, left)
-
-
-def _recorded_cuts(before: Graph, after: Graph) -> tuple[Cut, ...]:
-    """The cuts of a pass that told none itself, as ``resize`` wrote them into the history."""
-    new = after.history[len(before.history) :] if after is not before else []
-    return tuple(Cut(*edit.sizes) for edit in new if edit.sizes is not None and edit.sizes[1] != edit.sizes[2])
 
 
 def _clear(one: Pass, before: Graph, after: Graph) -> None:

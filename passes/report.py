@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from regauge.ir.cost import Figures
+from regauge.ir.cost import Figures, figures
+from regauge.ir.graph import Graph
 from regauge.ir.tables import format_table, short
 from regauge.passes.base import Cut
 
@@ -75,6 +77,32 @@ class Report:
         for entry in self.passes:
             lines += ["", entry.text, *(f"  {line}" for line in entry.lines())] if entry.lines() else []
         return "\n".join(lines)
+
+
+def reported(
+    before: Graph, after: Graph, text: str, since: float, cuts: Iterable[Cut], left: Mapping[str, int]
+) -> Graph:
+    """``after`` with a report of the one step that made it of ``before``, where no pipeline did.
+
+    ``since`` is what ``time.perf_counter`` gave when the step began.
+    """
+    seconds = time.perf_counter() - since
+    entry = PassReport(
+        text, "approximate", figures(before), figures(after), seconds, True, cuts=tuple(cuts), left=dict(left)
+    )
+    after.report = Report((entry,))
+    return after
+
+
+def recorded_cuts(before: Graph, after: Graph) -> tuple[Cut, ...]:
+    """What was cut on the way from one graph to another, as ``resize`` wrote it into the history."""
+    new = after.history[len(before.history) :] if after is not before else []
+    return tuple(Cut(*edit.sizes) for edit in new if edit.sizes is not None and edit.sizes[1] != edit.sizes[2])
+
+
+def sparse_cut(name: str, entries: int, zeros: int) -> Cut:
+    """A weight of which some entries are zero."""
+    return Cut(name, entries, entries - zeros, f"{name}: {zeros / entries:.1%} zero")
 
 
 def _change(before: int, after: int) -> str:

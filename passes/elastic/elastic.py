@@ -7,6 +7,7 @@ without training, and a better start for it (:class:`regauge.passes.elastic.supe
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from regauge.passes.allocation.choices import Choice, round_wishes, with_multipl
 from regauge.passes.allocation.fit import allocate
 from regauge.passes.allocation.plans import uniform_plan
 from regauge.passes.allocation.search import UNITS, budgets_of
+from regauge.passes.base import Cut
 from regauge.passes.pruning.score_table import criterion, score
 from regauge.passes.pruning.selection import select
+from regauge.passes.report import reported
 from regauge.passes.rounding import Rounding
 
 Widths: TypeAlias = float | Mapping[str, float]
@@ -72,10 +75,17 @@ class Elastic:
         return self.cut_to(self.counts(width))
 
     def cut_to(self, counts: Mapping[str, int]) -> Graph:
-        """The nested graph whose Dims have so many indices each."""
-        dims = self._dims()
+        """The nested graph whose Dims have so many indices each; its ``report`` says what each lost of its scores."""
+        since, dims = time.perf_counter(), self._dims()
         keep = {name: range(count) for name, count in counts.items() if count < int(dims[name].size)}
-        return resize(self.graph, keep, by="elastic") if keep else self.graph.copy()
+        result = resize(self.graph, keep, by="elastic") if keep else self.graph.copy()
+        cuts = [self._cut(name, len(kept)) for name, kept in keep.items()]
+        return reported(self.graph, result, "elastic", since, cuts, self.left)
+
+    def _cut(self, name: str, count: int) -> Cut:
+        scores = self.scores[name]
+        share = scores[count:].sum() / max(scores.sum(), 1e-300)
+        return Cut(name, len(scores), count, f"{name}: {len(scores)} -> {count}, {share:.1%} of its scores")
 
     def uniform(
         self, *, macs: float | str | None = None, params: float | str | None = None, bytes: float | str | None = None

@@ -122,7 +122,9 @@ class Supernet(nn.Module):
         """
         trained = self.trained()
         graph = trained.cut_to(self.counts[width]) if isinstance(width, str) else trained.at(width)
-        return with_statistics(graph, batches)
+        result = with_statistics(graph, batches)
+        result.report = graph.report
+        return result
 
 
 def _cut(tensor: torch.Tensor, axes: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -12,10 +12,11 @@ import torch
 from regauge.ir.edit import set_weight
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.passes.base import Context, Contract, Cut, Pass
+from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.options import option
+from regauge.passes.report import sparse_cut
 from regauge.passes.sparsity.allocation import adaptive_shares
 from regauge.passes.sparsity.patterns import Pattern, parse_pattern
 from regauge.passes.sparsity.permutation import permuted
@@ -126,9 +127,7 @@ class Sparsify(Pass):
         sizes = _entries(layers)
         gone = sum(done.zeros.values()) / sum(sizes.values())
         if is_counted(pattern):
-            for name, zeros in done.zeros.items():
-                share = f"{name}: {zeros / sizes[name]:.1%} zero"
-                context.cuts.append(Cut(name, sizes[name], sizes[name] - zeros, share))
+            context.cuts += [sparse_cut(name, sizes[name], zeros) for name, zeros in done.zeros.items()]
         context.note(f"{pattern}: {gone:.1%} of the weights of {len(layers)} layers are zero")
         if batches is not None:
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")

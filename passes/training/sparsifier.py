@@ -18,9 +18,10 @@ inside ``step``. A sparsifier is made when the module lies where it is trained, 
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.groups import Member
 from regauge.ir.resize import resize
+from regauge.passes.base import Cut
+from regauge.passes.report import recorded_cuts, reported
 from regauge.passes.training.bound_model import BoundModel
 from regauge.passes.training.places import (
     Factors,
@@ -83,18 +86,25 @@ class Sparsifier(ABC):
     def finish(self) -> Graph:
         """The trained graph without what was removed; the hooks of the sparsifier come off the module.
 
-        It computes what the module computes. Raises PassError before the target is reached.
+        It computes what the module computes; its ``report`` says what each Dim lost, or how much of each weight is
+        zero. Raises PassError before the target is reached.
         """
         if self.steps < self.last_step:
             raise PassError(
                 f"{type(self).__name__} reaches its target at step {self.last_step} and is at {self.steps}: "
                 "train on, or shorten its schedule"
             )
+        since = time.perf_counter()
         with torch.no_grad():
-            return self._finish()
+            result = self._finish()
+        return reported(self.graph, result, self.name, since, self._cuts(result), self.left)
 
     @abstractmethod
     def _finish(self) -> Graph: ...
+
+    def _cuts(self, result: Graph) -> Iterable[Cut]:
+        """What the report shows as lost."""
+        return recorded_cuts(self.graph, result)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs beside those of the module and the optimizer."""

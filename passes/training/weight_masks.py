@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import nn
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter
+from regauge.passes.base import Cut
 from regauge.passes.name_patterns import matches
+from regauge.passes.report import sparse_cut
 from regauge.passes.training.places import contracted_axes
 from regauge.passes.training.sparsifier import Sparsifier
 
@@ -81,6 +83,9 @@ class WeightSparsifier(Sparsifier):
     def _finish(self) -> Graph:
         self.apply()
         return self.bound.trained_graph(self.name)
+
+    def _cuts(self, result: Graph) -> Iterable[Cut]:
+        return [sparse_cut(p.name, mask.numel(), int((~mask).sum())) for p, mask in self.masks.items()]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "masks": {p.name: mask.clone() for p, mask in self.masks.items()}}

@@ -27,6 +27,13 @@ def test_reordering_is_exact_and_prefixes_hold_the_best_indices() -> None:
     name = "stem.weight"
     assert half.parameters[name].shape[0] == 8
     assert torch.equal(quarter.parameters[name].tensor, half.parameters[name].tensor[:4])
+    lost = {name: scores[len(scores) // 2 :].sum() / scores.sum() for name, scores in nested.scores.items()}
+    told = [str(cut) for cut in half.report.passes[0].cuts]
+    assert told == [
+        f"{name}: {len(nested.scores[name])} -> {len(nested.scores[name]) // 2}, {share:.1%} of its scores"
+        for name, share in lost.items()
+    ]
+    assert half.report.after.macs < half.report.before.macs == figures(graph).macs
     pruned = regauge.optimize(graph, "prune{ratio=0.5,score=l2,compensate=false}")
     torch.testing.assert_close(half.run(x), pruned.run(x), rtol=1e-10, atol=1e-10)
 
@@ -156,6 +163,7 @@ def test_widths_trained_together_all_work() -> None:
     assert accuracy(half) > max(0.88, untrained[0.5])
     assert accuracy(full) > 0.9
     small = net.at("small", batches)
+    assert "of its scores" in str(small.report)
     assert figures(small).macs <= 0.3 * figures(nested.graph).macs
     assert accuracy(small.to_torch()) > 0.88
     inside = net(digits()[2], width=0.5)

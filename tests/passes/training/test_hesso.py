@@ -53,6 +53,8 @@ def test_redundant_slices_fall_linearly_to_exact_zero_and_stay_there() -> None:
         assert norm[dead].tolist() == pytest.approx([share] * 2)
         assert norm[~dead].tolist() == pytest.approx([1, 1])
     assert not model[2].weight[:, dead].any()
+    report = sparsifier.finish().report
+    assert "0.weight:0: 4 -> 2" in str(report) and report.before.parameters == 26 and report.after.parameters == 14
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])

@@ -93,6 +93,7 @@ def test_digits_with_two_of_four(recipe: str) -> None:
     assert isinstance(model[3].weight, nn.Parameter)
     assert bool(((model[6].weight.reshape(-1, 4) != 0).sum(1) == 2).all())
     assert sparsifier.sparsity == 0.5
+    assert "6.weight: 50.0% zero" in str(small.report)
     assert greatest_difference(model, small.to_torch()) < 1e-5
     assert accuracy(model) == masked > 0.88
 
