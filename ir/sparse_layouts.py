@@ -79,7 +79,7 @@ class Layout(ABC):
 
     def operand(self, weight: torch.Tensor) -> torch.Tensor:
         """What torch's linear takes in place of a weight that :meth:`kernel_misfit` lets pass."""
-        raise RegaugeError(f"the layout {self.name} {self.kernel_misfit(weight)}")
+        raise RegaugeError(f"nothing multiplies with the layout {self.name}: {self.kernel_misfit(weight)}")
 
 
 @dataclass(frozen=True)
