@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch.utils import _pytree as pytree
 
+from regauge.backends.onnx_bits import FOUR_BITS_SINCE, pack_initializers
 from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Graph, Value
 from regauge.ir.sample_inputs import sample_inputs
@@ -37,6 +38,7 @@ def exported_model(graph: Graph) -> onnx_ir.Model:
     program = _export(flat, tuple(inputs), axes, graph)
     model: onnx_ir.Model = program.model
     _restore_names(model, graph)
+    pack_initializers(model, graph)
     return model
 
 
@@ -73,6 +75,8 @@ def _export(module: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[dict[i
     options: dict[str, Any] = {"input_names": names, "output_names": _output_names(graph)}
     if any(axes):
         options["dynamic_shapes"] = (axes,)
+    if any(node.attributes.get("block_size") for _, node in graph.walk()):
+        options["opset_version"] = FOUR_BITS_SINCE  # the first with scales of blocks
     try:
         with _quiet():
             return torch.onnx.export(module, inputs, dynamo=True, verbose=False, **options)
@@ -123,9 +127,23 @@ def _restore_names(model: onnx_ir.Model, graph: Graph) -> None:
             name = owner + ".bias" if folded else name
         if name not in names:
             value.name = name
+    _make_unique(model.graph)
     for node in model.graph.all_nodes():
         _strip_wrapper(node)
     model.graph.name = graph.name
+
+
+def _make_unique(graph: onnx_ir.Graph) -> None:
+    """The exporter gives outputs the names it was told, whether or not it has called something else so."""
+    firm = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    made = [value for node in graph.all_nodes() for value in node.outputs if not value.is_graph_output()]
+    taken = firm | {value.name for value in made}
+    for value in made:
+        name, number = value.name, 0
+        while value.name in firm:
+            number += 1
+            value.name = f"{name}_{number}" if f"{name}_{number}" not in taken else value.name
+        taken.add(value.name)
 
 
 def _strip_wrapper(node: onnx_ir.Node) -> None:

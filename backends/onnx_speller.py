@@ -11,6 +11,7 @@ import onnx_ir
 import sympy
 import torch
 
+from regauge.backends.onnx_bits import packed, stored_type
 from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_size_nodes import SizeSource, build_vector
 from regauge.backends.onnx_write import ChangedTensor
@@ -119,6 +120,21 @@ class OnnxSpeller:
         made = self.carrier.add_initializer(operand.name if carried is None else f"{operand.name}_turned", turned)
         turned.name = made.name
         self.superseded += [] if carried is None else [carried]
+        return made
+
+    def few_bits(self, slot: int, bits: int) -> onnx_ir.Value | None:
+        """A parameter of 8-bit integers, stored with as few bits as the opset has; None where it is absent."""
+        operand = self.node.inputs[slot] if self.given(slot) else None
+        if operand is None:
+            return None
+        kind = stored_type(operand, bits, self.opset) if isinstance(operand, Parameter) else None
+        if not isinstance(operand, Parameter) or kind is None:
+            raise self.refusal(f"it reads numbers of {bits} bits, which opset {self.opset} has for constants at most")
+        carried = self.carrier.copy_of(operand.origin)
+        self.superseded += [] if carried is None else [carried]
+        tensor = packed(operand, kind)
+        made = self.carrier.add_initializer(operand.name, tensor)
+        tensor.name = made.name
         return made
 
     # -- nodes and constants -----------------------------------------------------------------------------------------

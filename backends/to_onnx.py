@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx_ir
 
+from regauge.backends.onnx_audit import audit_of
 from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_changes import find_changes
 from regauge.backends.onnx_check import Checker
@@ -53,7 +54,8 @@ def to_onnx(
     target = Path(path)
     if external_data is not None and not isinstance(external_data, bool | str):
         raise EmitError(f"external_data is {external_data!r}: give True, False, or the name of a file beside the model")
-    checks: list[Check] = [Checker(graph, inputs)] if verify else []
+    audit = audit_of(graph)
+    checks: list[Check] = [Checker(graph, inputs), *([] if audit is None else [audit])] if verify else []
     checks += [] if check is None else [check]
     if "onnx" not in graph.metadata:
         from regauge.backends.onnx_export import exported_model

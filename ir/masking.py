@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _PROBES = (0.7, -1.3, 2.1, -0.4)
 _WHOLE = (1, -2, 3, -4)
+_CODING = ("quantize", "dequantize")  # of integers in between, the zero point counts as zero: it stands for it
 
 
 def pin_felt(analysis: Analysis) -> None:
@@ -145,6 +146,8 @@ class _Zeros:
         if node.regions:
             given = [*loud.values(), *(self.culprits[v, dim] for v in self._outputs(node.regions, dim))]
             return next((culprit for culprit in given if culprit is not None), None)
+        if node.op in _CODING and holders:
+            return loud.get(holders[0][0])
         if gives_zero(node, value, silent, frozenset(loud)):
             return None
         if node.op == "softmax" and not loud and ("normalise", dim) in self._roles(node):
@@ -198,7 +201,7 @@ def gives_zero(node: Node, result: Value, silent: frozenset[int], loud: frozense
     record = node.operator
     if record.rule is broadcast_rule:
         return _probe(node, result, silent)
-    if not is_real(result.dtype):
+    if not is_real(result.dtype) and record.symmetry is not Symmetry.LAYOUT:
         return False  # positions and truths, which zeros do not make zero
     if not silent:
         return record.name == "full" and node.attributes["value"] == 0

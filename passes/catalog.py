@@ -20,6 +20,7 @@ GROUP = "regauge.passes"
 BUILT_IN = {
     "depth": "regauge.passes.depth.depth:Depth",
     "prune": "regauge.passes.pruning.prune:Prune",
+    "quantize": "regauge.passes.quantization.quantize:Quantize",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
     "sort": "regauge.passes.elastic.sort:Sort",

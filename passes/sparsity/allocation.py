@@ -20,9 +20,9 @@ from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
+from regauge.passes.calibration.quadratic import change_of_output, refit
 from regauge.passes.sparsity.column_updates import prune_by_columns
 from regauge.passes.sparsity.patterns import Pattern, grouped
-from regauge.passes.sparsity.quadratic import change_of_output, refit
 from regauge.passes.sparsity.run_costs import RunCost, cost_per_weight
 from regauge.passes.sparsity.sensitivity import layers_by_name
 

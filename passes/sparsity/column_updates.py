@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from regauge.passes.calibration.moments import factor_of
+from regauge.passes.calibration.quadratic import Quadratic, factor_of_inverse
 from regauge.passes.sparsity.patterns import MOST_AT_ONCE, Pattern
-from regauge.passes.sparsity.quadratic import Quadratic
 
 
 def prune_by_columns(
@@ -23,7 +22,7 @@ def prune_by_columns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mask and the weight, both [outputs, columns]; ``rows`` [outputs] says what a row's error weighs."""
     weight = problem.optimum.clone()
-    upper = _factor_of_inverse(problem.hessian)
+    upper = factor_of_inverse(problem.hessian)
     kept = torch.zeros_like(weight, dtype=torch.bool)
     columns, step = weight.shape[1], pattern.step
     block = max(1, MOST_AT_ONCE // step) * step
@@ -41,10 +40,3 @@ def prune_by_columns(
             errors[:, column - start] = error
         weight[:, end:] -= errors @ upper[start:end, end:]
     return kept, weight
-
-
-def _factor_of_inverse(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper triangular U with H^-1 = U'U: that of H = R R' with R upper is R^-1, which needs no inverse of H."""
-    root = factor_of(hessian.flip(0, 1), 0.0).flip(0, 1)
-    upper: torch.Tensor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
-    return upper

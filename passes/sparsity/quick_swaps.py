@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from regauge.passes.sparsity.quadratic import Quadratic, refit
+from regauge.passes.calibration.quadratic import Quadratic, refit
 
 _BETWEEN_REFITS = 16  # exchanges
 _SHORTLIST = 16  # entries on either side that are looked at where a whole row is the group

@@ -17,10 +17,10 @@ from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph, Node
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
+from regauge.passes.calibration.quadratic import Quadratic, change_of_output, least_error, refit
 from regauge.passes.calibration.side_by_side import SideBySide
 from regauge.passes.sparsity.column_updates import prune_by_columns
 from regauge.passes.sparsity.patterns import Blocks, NofM, Pattern, Unstructured, grouped
-from regauge.passes.sparsity.quadratic import Quadratic, change_of_output, least_error, refit
 from regauge.passes.sparsity.quick_swaps import exchange_with_fixed
 from regauge.passes.sparsity.refinement import swap_by_means
 from regauge.passes.sparsity.swaps import exchange

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from regauge.passes.sparsity.quadratic import Quadratic
+from regauge.passes.calibration.quadratic import Quadratic
 
 _BYTES = 256 << 20  # of tables that are held at a time
 _WIDEST = 32  # inputs of a row all of whose pairs are looked at

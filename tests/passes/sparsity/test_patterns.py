@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from regauge.passes.calibration.quadratic import Quadratic, refit
 from regauge.passes.sparsity.column_updates import prune_by_columns
 from regauge.passes.sparsity.patterns import Blocks, NofM, Pattern, TransposableNofM, Unstructured
-from regauge.passes.sparsity.quadratic import Quadratic, refit
 from regauge.passes.sparsity.quick_swaps import exchange_with_fixed
 from regauge.passes.sparsity.refinement import swap_by_means
 from regauge.passes.sparsity.swaps import exchange

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from regauge.passes.calibration.moments import Moments
+from regauge.passes.calibration.moments import Moments, factor_of
 
 _STEPS = 200  # conjugate gradient steps at most
 _ROUNDING = 1e-5  # of the mean square of a column: what single precision, in which moments are summed, may get wrong
@@ -109,3 +109,10 @@ def refit(problem: Quadratic, kept: torch.Tensor, start: torch.Tensor) -> torch.
         direction = step + next_energy / energy.clamp(min=1e-300) * direction
         energy = next_energy
     return weight
+
+
+def factor_of_inverse(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper triangular U with H^-1 = U'U: that of H = R R' with R upper is R^-1, which needs no inverse of H."""
+    root = factor_of(hessian.flip(0, 1), 0.0).flip(0, 1)
+    upper: torch.Tensor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    return upper

@@ -1,0 +1,74 @@
+"""Whether onnxruntime runs a quantized model with the kernels that it was quantized for.
+
+A layer whose integers a runtime does not take up runs in float behind a conversion of its whole weight, at every run:
+slower than before quantization, and silently so. The graph that onnxruntime makes of the file says which kernels run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from regauge.ir.errors import EmitError
+from regauge.ir.graph import Graph
+from regauge.ir.quantized import PLANNED_FOR, multiplies_integers, quantized_layers
+
+INTEGER_KERNELS = {
+    "QLinearMatMul", "QGemm", "QLinearConv", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits",
+    "MatMulInteger", "ConvInteger", "QAttention",
+}  # fmt: skip
+_FLOAT_KERNELS = {"MatMul", "Gemm", "Conv", "FusedConv", "FusedMatMul", "FusedGemm"}
+
+
+@dataclass
+class Audit:
+    """Called with the staged file of a graph that was quantized for onnxruntime; raises EmitError where kernels are not
+    the planned ones."""
+
+    graph: Graph
+
+    def __call__(self, path: Path) -> None:
+        planned = len(quantized_layers(self.graph))
+        kernels, stray = kernels_of(path)
+        found = sum(count for name, count in kernels.items() if name in INTEGER_KERNELS)
+        if stray:
+            raise EmitError(
+                f"onnxruntime would convert the weights of {len(stray)} layers to float at every run, first of "
+                f"{stray[0]}: leave them out (exclude=...), or quantize with target=reference"
+            )
+        if found < planned:
+            raise EmitError(
+                f"onnxruntime runs {found} integer kernels where {planned} were planned: quantize with "
+                f"target=reference to write the file nevertheless"
+            )
+
+
+def audit_of(graph: Graph) -> Audit | None:
+    """The audit for a graph that is planned for onnxruntime and multiplies integers; None for others."""
+    planned = str(graph.metadata.get(PLANNED_FOR, "")).startswith("ort")
+    return Audit(graph) if planned and any(map(multiplies_integers, quantized_layers(graph))) else None
+
+
+def kernels_of(path: Path) -> tuple[Counter[str], list[str]]:
+    """The operators that onnxruntime runs of a file, and the float layers among them that read a converted constant."""
+    import onnx
+
+    from regauge.backends.run_onnxruntime import optimised_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        optimised_file(path, optimised)
+        model = onnx.load(optimised, load_external_data=False)
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    converted = {
+        node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    }
+    stray = [
+        node.name or node.output[0]
+        for node in graph.node
+        if node.op_type in _FLOAT_KERNELS and any(name in converted for name in node.input[1:2])
+    ]
+    return Counter(node.op_type for node in graph.node), stray

@@ -1,0 +1,203 @@
+"""Quantization: numbers as integers with a scale, for a whole tensor, for each index of an axis, or for blocks of one.
+
+    x ~ (q - zero_point) * scale        q = clamp(round(x / scale) + zero_point), halves to even
+
+The scales of an axis carry its Dim, those of blocks the Dim of the blocks: they are cut, permuted and shared together
+with the weights they belong to. While torch exports a module to ONNX, the functions are the ONNX operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, rand, randint, randn
+
+from regauge.ir.errors import OperatorError
+from regauge.ir.graph import Node, Value
+from regauge.ir.operator import OnnxForm, operator, sample
+from regauge.ir.ops.layout import axis_number, holds_no_sizes
+from regauge.ir.rules import Call
+from regauge.ir.sizes import divide, same
+
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
+"""Types that hold quantized numbers; those of fewer bits lie in the 8-bit ones."""
+
+
+def _scaled_rule(call: Call) -> str:
+    """Scales and zero points have no axes, the one axis that is told apart, or all axes with blocks on one of them."""
+    if call["axis"] is None:
+        return "x..., , ? -> x..."
+    axis = call.normal(call["axis"], call.rank(0))
+    before, after = (
+        " ".join(f"{side}{i}" for i in range(n)) for side, n in (("a", axis), ("z", call.rank(0) - axis - 1))
+    )
+    if call["block_size"] is None:
+        return f"{before} c {after}, c, c? -> {before} c {after}"
+    whole, scales = f"{before} (b k) {after}", f"{before} b {after}"
+    return f"{whole}, {scales}, {scales}? -> {whole} ; whole k ; block_size = k"
+
+
+def _read(build: Any, call: Any) -> tuple[Value, Value, Value | None, dict[str, Any]]:
+    """Operands and attributes of QuantizeLinear and DequantizeLinear; a single scale in a vector is one for all."""
+    x, scale, zero_point = call.operand(0), call.operand(1), call.operand(2) if call.has(2) else None
+    block = call.attribute("block_size", 0)
+    single = all(same(size, 1) for size in scale.shape) and not block
+    axis = None if single else axis_number(call.attribute("axis", 1), x.rank)
+    if single and scale.rank:
+        scale, zero_point = (None if v is None else build.reshape(v, shape=()) for v in (scale, zero_point))
+    if block and (axis is None or divide(x.shape[axis], block) is None):
+        raise OperatorError(f"blocks of {block} do not divide the axis: the node is kept as it is")
+    if call.attribute("precision", 0):
+        raise OperatorError("it says a precision of its own: the node is kept as it is")
+    return x, scale, zero_point, {"axis": axis, "block_size": block or None}
+
+
+def _read_quantize(build: Any, call: Any) -> Any:
+    from regauge.ir.ops.conversion import onnx_dtype
+
+    x, scale, zero_point, attributes = _read(build, call)
+    code = call.attribute("output_dtype", 0)
+    dtype = zero_point.dtype if zero_point is not None else onnx_dtype(code) if code else torch.uint8
+    if dtype not in INTEGERS:
+        raise OperatorError(f"it quantizes to {dtype}: the node is kept as it is")
+    if isinstance(x.dtype, torch.dtype) and x.dtype != scale.dtype:
+        raise OperatorError("its scale is of another type: the node is kept as it is")
+    return build.quantize(x, scale, zero_point, dtype=dtype, **attributes)
+
+
+def _read_dequantize(build: Any, call: Any) -> Any:
+    x, scale, zero_point, attributes = _read(build, call)
+    if x.dtype not in INTEGERS or call.attribute("output_dtype", 0):
+        raise OperatorError(f"it dequantizes {x.dtype}: the node is kept as it is")
+    return build.dequantize(x, scale, zero_point, **attributes)
+
+
+def _spelled(onnx: Any, node: Node) -> tuple[int | None, int | None]:
+    """Axis and block size as attributes; refuses what the opset does not have."""
+    axis, block, bits, x = (
+        node.attributes["axis"],
+        node.attributes["block_size"],
+        node.attributes["bits"],
+        node.inputs[0],
+    )
+    needed = 21 if block is not None or bits is not None else 13 if axis is not None else 10
+    if onnx.opset < needed:
+        raise onnx.refusal(f"it needs opset {needed}, and the model has {onnx.opset}")
+    assert isinstance(x, Value)
+    return None if axis is None else axis_number(axis, x.rank), block
+
+
+def _spell_quantize(onnx: Any, node: Node) -> Any:
+    axis, block = _spelled(onnx, node)
+    if node.attributes["bits"] is not None:
+        raise onnx.refusal(f"it gives numbers of {node.attributes['bits']} bits, which only constants may have")
+    zero_point, dtype, scale = onnx.operand(2), node.attributes["dtype"], node.inputs[1]
+    if zero_point is None and dtype != torch.uint8:
+        shape = [int(size) for size in scale.shape] if isinstance(scale, Value) else []
+        zero_point = onnx.constant(torch.zeros(shape, dtype=dtype))
+    return onnx.QuantizeLinear(onnx.operand(0), onnx.operand(1), zero_point, axis=axis, block_size=block)
+
+
+def _spell_dequantize(onnx: Any, node: Node) -> Any:
+    axis, block = _spelled(onnx, node)
+    bits = node.attributes["bits"]
+    q, zero_point = (onnx.operand(slot) if bits is None else onnx.few_bits(slot, bits) for slot in (0, 2))
+    return onnx.DequantizeLinear(q, onnx.operand(1), zero_point, axis=axis, block_size=block)
+
+
+def _quantized_samples() -> list[Any]:
+    scales = rand(4) + 0.5
+    return [
+        sample(3 * randn(2, 4, 3), torch.tensor(0.05), torch.tensor(130, dtype=torch.uint8), dtype=torch.uint8),
+        sample(3 * randn(2, 4, 3), torch.tensor(0.05)),
+        sample(3 * randn(4, 6), scales / 40, axis=0),
+        sample(3 * randn(2, 4, 3), scales / 40, randint(-9, 9, (4,)).to(torch.int8), axis=1),
+        sample(3 * randn(5, 6), (rand(5, 3) + 0.5) / 4, axis=1, block_size=2, bits=4),
+    ]
+
+
+@operator(
+    rule=_scaled_rule,
+    onnx={"QuantizeLinear": OnnxForm(read=_read_quantize, write=holds_no_sizes)},
+    spell=_spell_quantize,
+    samples=_quantized_samples,
+)
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    axis: int | None = None,
+    block_size: int | None = None,
+    bits: int | None = None,
+    dtype: torch.dtype = torch.int8,
+) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        options = {"axis": 1 if axis is None else axis} | ({} if block_size is None else {"block_size": block_size})
+        zero_point = torch.zeros_like(scale, dtype=dtype) if zero_point is None else zero_point
+        version = 13 if block_size is None else 21
+        return torch.onnx.ops.symbolic(
+            "QuantizeLinear", (x, scale, zero_point), {**options}, dtype=dtype, shape=x.shape, version=version
+        )
+    limits = torch.iinfo(dtype)
+    low, high = limits.min, limits.max
+    if bits is not None:
+        low, high = (0, 2**bits - 1) if low == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    if block_size is not None:
+        scale = scale.repeat_interleave(block_size, axis)
+        zero_point = None if zero_point is None else zero_point.repeat_interleave(block_size, axis)
+    elif axis is not None:
+        shape = [-1 if i == axis % x.dim() else 1 for i in range(x.dim())]
+        scale = scale.reshape(shape)
+        zero_point = None if zero_point is None else zero_point.reshape(shape)
+    q = torch.round(x / scale)
+    q = q if zero_point is None else q + zero_point
+    return torch.clamp(q, low, high).to(dtype)
+
+
+def _dequantized_samples() -> list[Any]:
+    def numbers(*shape: int) -> Tensor:
+        return randint(-128, 128, shape).to(torch.int8)
+
+    return [
+        sample(randint(0, 256, (2, 4, 3)).to(torch.uint8), rand(()), torch.tensor(130, dtype=torch.uint8)),
+        sample(numbers(2, 4, 3), rand(())),
+        sample(numbers(4, 6), rand(4), axis=0),
+        sample(numbers(2, 4, 3), rand(4), randint(-9, 9, (4,)).to(torch.int8), axis=1),
+        sample(randint(-(2**30), 2**30, (4,), dtype=torch.int32), rand(4) * 1e-6, axis=0),
+        sample(randint(-8, 8, (5, 6)).to(torch.int8), rand(5, 3), axis=1, block_size=2, bits=4),
+    ]
+
+
+@operator(
+    rule=_scaled_rule,
+    onnx={"DequantizeLinear": OnnxForm(read=_read_dequantize, write=holds_no_sizes)},
+    spell=_spell_dequantize,
+    samples=_dequantized_samples,
+)
+def dequantize(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    axis: int | None = None,
+    block_size: int | None = None,
+    bits: int | None = None,
+) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        options = {"axis": 1 if axis is None else axis} | ({} if block_size is None else {"block_size": block_size})
+        operands = (q, scale) if zero_point is None else (q, scale, zero_point)
+        version = 13 if block_size is None else 21
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", operands, {**options}, dtype=scale.dtype, shape=q.shape, version=version
+        )
+    if block_size is not None:
+        scale = scale.repeat_interleave(block_size, axis)
+        zero_point = None if zero_point is None else zero_point.repeat_interleave(block_size, axis)
+    elif axis is not None:
+        shape = [-1 if i == axis % q.dim() else 1 for i in range(q.dim())]
+        scale = scale.reshape(shape)
+        zero_point = None if zero_point is None else zero_point.reshape(shape)
+    centred = q.to(torch.int32) if zero_point is None else q.to(torch.int32) - zero_point.to(torch.int32)
+    return centred.to(scale.dtype) * scale

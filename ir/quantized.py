@@ -1,0 +1,28 @@
+"""Layers of a graph that read quantized weights, and the runtime that they were laid out for."""
+
+from __future__ import annotations
+
+from regauge.ir.graph import Graph, Node, Parameter, Value
+
+PLANNED_FOR = "quantized_for"  # in graph.metadata: the target of the pass that chose where integers begin and end
+_LAYERS = ("linear", "matmul", "conv", "conv_transpose")
+
+
+def quantized_layers(graph: Graph) -> list[Node]:
+    """The layers whose weight is dequantized from a constant, in the order of the graph."""
+    return [node for _, node in graph.walk() if node.op in _LAYERS and len(node.inputs) > 1 and _is_stored(node)]
+
+
+def multiplies_integers(node: Node) -> bool:
+    """Whether the input of a quantized layer is dequantized, too: a kernel may do without both."""
+    return _dequantized(node.inputs[0]) is not None
+
+
+def _is_stored(node: Node) -> bool:
+    found = _dequantized(node.inputs[1])
+    return found is not None and isinstance(found.inputs[0], Parameter)
+
+
+def _dequantized(value: object) -> Node | None:
+    producer = value.producer if isinstance(value, Value) else None
+    return producer if producer is not None and producer.op == "dequantize" else None

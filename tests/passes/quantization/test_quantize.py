@@ -1,0 +1,181 @@
+"""``quantize`` on small networks: errors in decibels, sizes, and kernels that onnxruntime runs."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import regauge
+from regauge.backends.onnx_audit import INTEGER_KERNELS, kernels_of
+from regauge.ir.cost import figures
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph
+
+WIDTH, LENGTH = 32, 6
+
+
+class Encoder(nn.Module):
+    """One block of attention behind a norm, and one of two layers, on token ids of 50 kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, WIDTH)
+        self.ln1, self.ln2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        heads = [part.unflatten(-1, (4, 8)).transpose(1, 2) for part in self.qkv(self.ln1(x)).chunk(3, -1)]
+        mixed = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed)
+        return x + self.down(nn.functional.gelu(self.up(self.ln2(x))))
+
+
+class Residual(nn.Module):
+    """Convolutions with norms, a shortcut, pooling and a depthwise convolution, to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.three = nn.Conv2d(16, 16, 1)
+        self.depth, self.head = nn.Conv2d(16, 16, 3, groups=16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(self.bn(self.stem(x)).relu(), 2)
+        x = (x + self.two(self.one(x).relu())).relu()
+        return self.head(self.depth(self.three(x)).relu().mean((2, 3)))
+
+
+def encoder(*, dynamic: bool = False) -> tuple[Graph, list[tuple[torch.Tensor]]]:
+    """Norms of which one channel is far greater than the others, as in trained encoders."""
+    model = Encoder().eval()
+    with torch.no_grad():
+        model.ln1.weight[3] = model.ln2.weight[5] = 20.0
+    batches = [(torch.randint(0, 50, (8, LENGTH)),) for _ in range(4)]
+    return regauge.capture(model, batches[0], dynamic={0: {0: "batch"}} if dynamic else None), batches
+
+
+def residual() -> tuple[Graph, list[tuple[torch.Tensor]]]:
+    model = Residual()
+    batches = [(torch.randn(8, 3, 16, 16),) for _ in range(4)]
+    model(torch.cat([x for (x,) in batches]))
+    return regauge.capture(model.eval(), batches[0]), batches
+
+
+def decibels(graph: Graph, other: Graph, x: torch.Tensor) -> float:
+    (a,), (b,) = graph.run((x,)), other.run((x,))
+    return float(10 * torch.log10(a.square().sum() / (a - b).square().sum()))
+
+
+def bytes_of(graph: Graph) -> int:
+    return int(figures(graph).bytes)
+
+
+def test_a_transformer_in_eight_bits(tmp_path: Path) -> None:
+    """All four layers multiply integers in onnxruntime, static sizes or not; scales are smoothed into the norms."""
+    for dynamic, kernel in ((False, "QGemm"), (True, "MatMulIntegerToFloat")):
+        graph, batches = encoder(dynamic=dynamic)
+        small = regauge.optimize(graph, "quantize", data=batches)
+        fresh = torch.randint(0, 50, (8, LENGTH))
+        assert decibels(graph, small, fresh) > 30
+        assert bytes_of(small) < 0.37 * bytes_of(graph)
+        small.to_onnx(tmp_path / "small.onnx")
+        kernels, stray = kernels_of(tmp_path / "small.onnx")
+        assert kernels[kernel] == 4 and not stray
+        module = small.to_torch()
+        assert float((module(fresh) - small.run((fresh,))[0]).abs().max()) < 1e-5
+
+
+def test_smoothing_gains_where_a_channel_sticks_out() -> None:
+    graph, batches = encoder()
+    fresh = torch.randint(0, 50, (64, LENGTH))[:8]
+    found = {s: regauge.optimize(graph, f"quantize{{{s}}}", data=batches) for s in ("smoothing=0", "")}
+    assert decibels(graph, found[""], fresh) > decibels(graph, found["smoothing=0"], fresh) + 3
+
+
+def test_a_convolutional_network_stays_in_integers(tmp_path: Path) -> None:
+    """Convolutions, their sum, and the pooling between them hand integers on; the depthwise one is left in float."""
+    graph, batches = residual()
+    small = regauge.optimize(graph, "quantize", data=batches)
+    assert decibels(graph, small, torch.randn(8, 3, 16, 16)) > 25
+    assert dict(small.report.passes[0].left) == {"depthwise convolutions are slower with integers": 1}
+    small.to_onnx(tmp_path / "small.onnx")
+    kernels, _ = kernels_of(tmp_path / "small.onnx")
+    assert kernels["QLinearConv"] == 4 and kernels["QLinearAdd"] == 1 and kernels["QGemm"] == 1
+    assert kernels["QuantizeLinear"] == 2  # of the image, and in front of the head
+
+
+def test_an_onnx_file_keeps_what_is_not_quantized(tmp_path: Path) -> None:
+    graph, batches = residual()
+    source = graph.to_onnx(tmp_path / "source.onnx")
+    small = regauge.optimize(regauge.load(source), "quantize", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")
+    before, after = onnx.load(source), onnx.load(tmp_path / "small.onnx")
+    assert after.opset_import == before.opset_import
+    assert [v.name for v in after.graph.output] == [v.name for v in before.graph.output]
+    kernels, _ = kernels_of(tmp_path / "small.onnx")
+    assert sum(kernels[name] for name in INTEGER_KERNELS) == 5
+
+
+@pytest.mark.parametrize(("bits", "least"), [(8, 44), (4, 23), (3, 17), (2, 9)])
+def test_weights_alone(bits: int, least: float) -> None:
+    graph, batches = encoder()
+    fresh = torch.randint(0, 50, (8, LENGTH))
+    small = regauge.optimize(graph, f"quantize{{scheme=w{bits},embeddings=false}}", data=batches)
+    nearest = regauge.optimize(graph, f"quantize{{scheme=w{bits},embeddings=false,method=nearest}}")
+    assert decibels(graph, small, fresh) > max(least, decibels(graph, nearest, fresh))
+
+
+def test_four_bits_are_two_to_a_byte_in_a_file(tmp_path: Path) -> None:
+    """They are read by the kernel for blocks, from a graph of torch and from a file of opset 21."""
+    graph, batches = encoder(dynamic=True)
+    small = regauge.optimize(graph, "quantize{scheme=w4}", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")
+    model = onnx.load(tmp_path / "small.onnx")
+    kinds = {i.name: i.data_type for i in model.graph.initializer}
+    assert kinds["up.weight_quantized"] == onnx.TensorProto.UINT4
+    assert kernels_of(tmp_path / "small.onnx")[0]["MatMulNBits"] == 4
+    again = regauge.load(tmp_path / "small.onnx")  # what is not held in bytes is kept as it is
+    x = torch.randint(0, 50, (3, LENGTH))
+    assert float((again.run((x,))[0] - small.run((x,))[0]).abs().max()) < 1e-3
+
+
+def test_an_old_opset_has_no_blocks(tmp_path: Path) -> None:
+    graph, batches = encoder()
+    source = graph.to_onnx(tmp_path / "source.onnx")
+    small = regauge.optimize(regauge.load(source), "quantize{scheme=w4}", data=batches)
+    with pytest.raises(regauge.RegaugeError, match="needs opset 21, and the model has 20"):
+        small.to_onnx(tmp_path / "small.onnx")
+    assert not (tmp_path / "small.onnx").exists()
+
+
+def test_scales_are_cut_with_their_weights() -> None:
+    """Pruning what was quantized: scales and zero points are cut as their weights are."""
+    graph, batches = encoder()
+    small = regauge.optimize(graph, "quantize", data=batches)
+    cut = regauge.optimize(small, "prune{ratio=0.5,compensate=false}")
+    for name in ("up.weight_quantized", "up.weight_scale", "up.bias_quantized", "up.bias_scale"):
+        assert cut.parameters[name].shape[0] == WIDTH
+    assert cut.parameters["down.weight_quantized"].shape == (WIDTH, WIDTH)
+    assert cut.run((torch.randint(0, 50, (2, LENGTH)).repeat(4, 1),))[0].isfinite().all()
+
+
+def test_activations_need_data() -> None:
+    graph, _ = encoder()
+    with pytest.raises(PassError, match="data"):
+        regauge.optimize(graph, "quantize")
+
+
+def test_a_layer_that_the_runtime_would_convert_is_an_error(tmp_path: Path) -> None:
+    """Weights of 8 bits with a scale for each output run in float behind a conversion at every run."""
+    graph, batches = encoder()
+    slow = regauge.optimize(graph, "quantize{target=reference,smoothing=0}", data=batches)
+    slow.to_onnx(tmp_path / "slow.onnx")  # who asks for no runtime gets the plain form
+    slow.metadata["quantized_for"] = "ort-x86"
+    with pytest.raises(regauge.RegaugeError, match="onnxruntime (would convert|runs)"):
+        slow.to_onnx(tmp_path / "refused.onnx")
+    assert not (tmp_path / "refused.onnx").exists()
