@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Keep
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.kept import Keep, part_kept
 from regauge.ir.lockstep import Lockstep
-from regauge.ir.resize import part_kept
 from regauge.passes.calibration.batch_norms import before_norm
 from regauge.passes.calibration.layers import Layer
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from regauge.ir.edit import set_weight
-from regauge.ir.extents import Keep, touches
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.kept import Keep, touches
 from regauge.ir.lockstep import Lockstep
 from regauge.ir.mapped import mapped, on_disk
 from regauge.passes.calibration.layers import Layer, layer_of

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from regauge.ir.errors import PassError, RegaugeError
-from regauge.ir.extents import Dim, Keep, leaves
+from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
 from regauge.ir.interpret import Interpreter
+from regauge.ir.kept import Keep
 from regauge.ir.resize import resize
 from regauge.passes.allocation.amounts import Amount, parse_amount
 from regauge.passes.allocation.budgets import Budget, Budgets, IndexCount

@@ -1,0 +1,150 @@
+"""Within which other Dims a Dim may be cut, each index of these keeping indices of its own: its majors.
+
+    q, k   (heads x head size)          a head's queries and keys are multiplied with each other: any order will do
+    conv   n (g i), (g o) i -> n (g o)  a group reads its own channels, and gives its own
+    rotary tables [position, size]      all heads read them: the same indices in all
+
+A Dim lies within a major where nothing would notice if its indices were reordered in each index of the major by itself:
+
+    every tensor that has the Dim has the major beside it, on the same axis or on another one, once;
+    every node that reads or makes it lines up the majors of its operands with each other and with those of its results,
+    moves no index of them, and brings none of them together, unless the Dim is brought together with it.
+
+The second is asked of the node's rule, on extents of its own for each operand: those that the rule unifies line up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from regauge.ir.axes import Analysis, apply_rule
+from regauge.ir.errors import AxisError
+from regauge.ir.extents import Concat, Dim, Extent, Product, fresh, leaves, resolve
+from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.rules import ENDING_ROLES, Axes, Call
+
+
+def majors_of(graph: Graph, dims: Iterable[Dim]) -> dict[Dim, tuple[Dim, ...]]:
+    """The majors of each of these Dims, in the order of their first tensor; none is within itself, by no detour."""
+    analysis = graph.axes
+    beside = {dim: _in_all_weights(analysis, dim) for dim in dims}
+    values = _values_with(analysis, {other for dim, majors in beside.items() if majors for other in (dim, *majors)})
+    place = {dim: at for at, dim in enumerate(analysis.groups)}
+
+    def rank(dim: Dim) -> tuple[int, int, int]:
+        """Of Dims that all lie within each other the smallest is a major of the others."""
+        return -len(values[dim]), int(dim.size), place[dim]
+
+    return {
+        dim: tuple(m for m in majors if rank(m) < rank(dim) and _lies_within(analysis, values[dim], dim, m))
+        for dim, majors in beside.items()
+    }
+
+
+def _in_all_weights(analysis: Analysis, dim: Dim) -> list[Dim]:
+    """Dims beside a Dim in each parameter that has it."""
+    group = analysis.groups.get(dim)
+    found: list[Dim] | None = None
+    for parameter in dict.fromkeys(member.parameter for member in group.members) if group is not None else ():
+        here = majors_beside(analysis.of[parameter], dim)
+        found = [m for m in (here if found is None else found) if m in here]
+        if not found:
+            return []
+    return found or []
+
+
+def majors_beside(axes: Sequence[Extent], dim: Dim) -> list[Dim]:
+    """Dims of fixed size of which there is exactly one index wherever there is one of ``dim``, on any of the axes."""
+    found: list[Dim] | None = None
+    for beside, apart in _surroundings(resolve(Product(tuple(axes))), dim):
+        once = [
+            m
+            for m, times in beside.items()
+            if times == 1 and m not in apart and m is not dim and isinstance(m.size, int)
+        ]
+        found = once if found is None else [m for m in found if m in once]
+    return found or []
+
+
+def _surroundings(
+    extent: Extent, dim: Dim, beside: Counter[Dim] | None = None, apart: frozenset[Dim] = frozenset()
+) -> Iterator[tuple[Counter[Dim], frozenset[Dim]]]:
+    """For each place of a Dim the Dims it is multiplied with, and those in segments, some indices of which it meets."""
+    beside = Counter() if beside is None else beside
+    if isinstance(extent, Dim):
+        if extent is dim:
+            yield beside, apart
+        return
+    if isinstance(extent, Concat):
+        for segment in extent.segments:
+            yield from _surroundings(segment, dim, beside, apart)
+        return
+    for place, factor in enumerate(extent.factors):
+        if dim in leaves(factor):
+            others = [other for at, other in enumerate(extent.factors) if at != place]
+            alone = Counter(other for other in others if isinstance(other, Dim))
+            parts = {leaf for other in others if not isinstance(other, Dim) for leaf in leaves(other)}
+            yield from _surroundings(factor, dim, beside + alone, apart | parts)
+
+
+def _values_with(analysis: Analysis, dims: Iterable[Dim]) -> dict[Dim, list[Value]]:
+    found: dict[Dim, list[Value]] = {dim: [] for dim in dims}
+    for value, axes in analysis.of.items() if found else ():
+        for dim in {leaf for extent in axes for leaf in leaves(extent)}:
+            if dim in found:
+                found[dim].append(value)
+    return found
+
+
+def _lies_within(analysis: Analysis, values: Sequence[Value], dim: Dim, major: Dim) -> bool:
+    if not all(major in majors_beside(analysis.of[value], dim) for value in values):
+        return False
+    nodes = {node for value in values for node in (*value.consumers(), value.producer) if node is not None}
+    # what is handed into or out of a region keeps its name there: only its nodes are looked at, not the border
+    return all(
+        node in analysis.calls and not node.regions and keeps_apart(node, analysis, dim, major) for node in nodes
+    )
+
+
+def keeps_apart(node: Node, analysis: Analysis, dim: Dim, major: Dim) -> bool:
+    """Whether a node commutes with reordering ``dim`` in each index of ``major`` by itself, by its rule."""
+    copies: list[dict[Dim, Dim]] = [{} for _ in node.inputs]
+    axes: list[Axes | None] = [
+        None if operand is None else [_copy(e, own) for e in analysis.of[operand]] if isinstance(operand, Value) else []
+        for operand, own in zip(node.inputs, copies, strict=True)
+    ]
+    call = Call(node, axes)
+    try:
+        results = apply_rule(node.operator, call)
+    except AxisError:
+        return False
+    pairs = [(resolve(own[dim]), resolve(own[major])) for own in copies if dim in own]
+    if not all(isinstance(part, Dim) and not part.pins for pair in pairs for part in pair):
+        return False  # its indices are moved, or looked up, or are not one Dim here
+    return _line_up(pairs) and all(_goes_through(call, results, d, m) for d, m in pairs)  # type: ignore[arg-type]
+
+
+def _copy(extent: Extent, copies: dict[Dim, Dim]) -> Extent:
+    """The same extent of Dims that nothing is known of."""
+    found = resolve(extent)
+    if isinstance(found, Dim):
+        return copies.setdefault(found, Dim(found.size, found.name))
+    if isinstance(found, Product):
+        return Product(tuple(_copy(factor, copies) for factor in found.factors)) if found.factors else fresh(1)
+    return Concat(tuple(_copy(segment, copies) for segment in found.segments))
+
+
+def _line_up(pairs: Sequence[tuple[Extent, Extent]]) -> bool:
+    """Whether operands whose minors are unified have unified majors too."""
+    return all(b is d and a is not b for a, b in pairs for c, d in pairs if a is c)
+
+
+def _goes_through(call: Call, results: Sequence[Axes], dim: Dim, major: Dim) -> bool:
+    """Whether the results have the major beside the Dim, and the two end together if the major ends."""
+    for axes in results:
+        if any(dim in leaves(extent) for extent in axes) and major not in majors_beside(axes, dim):
+            return False
+    ends = {role for role, extent in call.roles if role in ENDING_ROLES and major in leaves(extent)}
+    own = {role for role, extent in call.roles if dim in leaves(extent)}
+    return ends <= own
