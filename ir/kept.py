@@ -114,14 +114,14 @@ def after_another(before: Keep, dim: Dim, majors: tuple[Dim, ...], indices: np.n
 
 
 def _positions(axes: Sequence[Extent], axis: int, dim: Dim, kept: KeptWithin) -> np.ndarray:
-    index, step = coordinates(axes[axis], dim)
-    own = [-1 if other == axis else 1 for other in range(len(axes))]
-    has = (index >= 0).reshape(own)
+    index, step = (
+        part.reshape([-1 if at == axis else 1 for at in range(len(axes))]) for part in coordinates(axes[axis], dim)
+    )
+    has = index >= 0
     majors = [_along(axes, axis, major, has) for major in kept.majors]
-    table = kept.order(int(dim.size))
-    places = np.arange(len(index)).reshape(own)
-    index, step = index.clip(min=0).reshape(own), step.reshape(own)
-    found: np.ndarray = places + np.where(has, (table[(*majors, index)] - index) * step, 0)
+    index = index.clip(min=0)
+    new = kept.order(int(dim.size))[(*majors, index)]
+    found: np.ndarray = np.arange(index.size).reshape(index.shape) + np.where(has, (new - index) * step, 0)
     return found
 
 
@@ -129,10 +129,23 @@ def _along(axes: Sequence[Extent], axis: int, major: Dim, has: np.ndarray) -> np
     """The index of a major wherever an axis has the minor: from that axis itself, or from another one."""
     for place in (axis, *(other for other in range(len(axes)) if other != axis)):
         if major in leaves(axes[place]):
-            index = coordinates(axes[place], major)[0].reshape([-1 if a == place else 1 for a in range(len(axes))])
+            index = coordinates(axes[place], major)[0].reshape([-1 if at == place else 1 for at in range(len(axes))])
             if place != axis or bool((index[has] >= 0).all()):
                 return index.clip(min=0)
     raise AxisError(f"no axis has {major.name}, within which another Dim is cut")
+
+
+def numbered(axes: Sequence[Extent], axis: int, dims: Sequence[Dim]) -> np.ndarray:
+    """Which combination of indices of Dims is where in a tensor with these axes: its number, or -1 for none.
+
+    The last Dim, which counts fastest, is on the given axis. The numbers broadcast along axes that have none of them.
+    """
+    last = coordinates(axes[axis], dims[-1])[0].reshape([-1 if at == axis else 1 for at in range(len(axes))])
+    number = np.zeros_like(last)
+    for major in dims[:-1]:
+        number = number * int(major.size) + _along(axes, axis, major, last >= 0)
+    found: np.ndarray = np.where(last >= 0, number * int(dims[-1].size) + last, -1)
+    return found
 
 
 def flat_indices(extent: Extent, keep: Keep) -> np.ndarray:

@@ -27,19 +27,23 @@ from regauge.ir.rules import ENDING_ROLES, Axes, Call
 
 def majors_of(graph: Graph, dims: Iterable[Dim]) -> dict[Dim, tuple[Dim, ...]]:
     """The majors of each of these Dims, in the order of their first tensor; none is within itself, by no detour."""
-    analysis = graph.axes
+    analysis, asked = graph.axes, list(dims)
+    _find(analysis, [dim for dim in asked if dim not in analysis.majors])
+    return {dim: analysis.majors[dim] for dim in asked}
+
+
+def _find(analysis: Analysis, dims: Sequence[Dim]) -> None:
     beside = {dim: _in_all_weights(analysis, dim) for dim in dims}
     values = _values_with(analysis, {other for dim, majors in beside.items() if majors for other in (dim, *majors)})
-    place = {dim: at for at, dim in enumerate(analysis.groups)}
+    place = {dim: at for at, dim in enumerate(analysis.groups)} if values else {}
 
     def rank(dim: Dim) -> tuple[int, int, int]:
         """Of Dims that all lie within each other the smallest is a major of the others."""
         return -len(values[dim]), int(dim.size), place[dim]
 
-    return {
-        dim: tuple(m for m in majors if rank(m) < rank(dim) and _lies_within(analysis, values[dim], dim, m))
-        for dim, majors in beside.items()
-    }
+    for dim, majors in beside.items():
+        fits = (m for m in majors if rank(m) < rank(dim) and _lies_within(analysis, values[dim], dim, m))
+        analysis.majors[dim] = tuple(fits)
 
 
 def _in_all_weights(analysis: Analysis, dim: Dim) -> list[Dim]:

@@ -23,7 +23,7 @@ from regauge.ir.majors import majors_of
 Selection: TypeAlias = Mapping[Dim, Iterable[Any]] | Mapping[str, Iterable[Any]] | Mapping[Dim | str, Iterable[Any]]
 
 
-def resize(graph: Graph, keep: Selection, *, by: str = "resize") -> Graph:
+def resize(graph: Graph, keep: Selection | Keep, *, by: str = "resize") -> Graph:
     """A new graph in which each given Dim keeps only the given indices; the input graph is not changed.
 
     Every parameter is sliced by the positions its extents give, every size-valued attribute is derived anew. A Dim is
@@ -32,17 +32,13 @@ def resize(graph: Graph, keep: Selection, *, by: str = "resize") -> Graph:
     ones in each of these: an array [*sizes of the majors, count]. Raises GraphError for a pinned Dim (its reasons are
     in the message), an empty or out-of-range selection, and an array of another shape.
     """
-    dims = dims_meant(graph, keep)
-    kept = {found: _indices(dim, indices) for found, (dim, indices) in zip(dims, keep.items(), strict=True)}
-    for dim, indices in kept.items():
-        _check(dim, indices)
-    found = _within_majors(graph, kept)
+    found = _checked(graph, keep)
     result = taken(graph, found)
     for dim in in_turn(found):
         sizes = (dim.name, int(dim.size), len(found[dim]))
         majors = tuple(major.name for major in majors_in(found, dim))
         what = f"{dim.name}: {dim.size} -> {len(found[dim])}"
-        record(result, by, what, sizes, tuple(kept[dim].reshape(-1).tolist()), majors)
+        record(result, by, what, sizes, tuple(_array(found[dim]).reshape(-1).tolist()), majors)
     return result
 
 
@@ -95,26 +91,31 @@ def sizes_after(derived: Any, keep: Keep) -> Any:
     return derived
 
 
-def _indices(dim: Dim | str, given: Iterable[Any]) -> np.ndarray:
-    if not isinstance(given, Iterable):
-        raise GraphError(f"{dim} keeps indices, not a number of them: write range({given}) for the first ones")
-    array = np.asarray(given if isinstance(given, np.ndarray) else list(given), dtype=np.int64)
-    return np.unique(array) if array.ndim < 2 else np.sort(array, -1)
-
-
-def _within_majors(graph: Graph, kept: Mapping[Dim, np.ndarray]) -> dict[Dim, np.ndarray | KeptWithin]:
-    """The same, where the indices are other ones in each index of the majors with these."""
-    majors = majors_of(graph, [dim for dim, indices in kept.items() if indices.ndim > 1])
-    found: dict[Dim, np.ndarray | KeptWithin] = dict(kept)
-    for dim, others in majors.items():
-        sizes = tuple(int(major.size) for major in others)
-        if kept[dim].shape[:-1] != sizes:
-            within = " and ".join(f"{major.name}, {major.size}" for major in others) or "no other Dim: give one list"
-            raise GraphError(
-                f"{dim.name} is given indices of the shape {list(kept[dim].shape)}, but it lies within {within}"
-            )
-        found[dim] = KeptWithin(others, kept[dim])
+def _checked(graph: Graph, given: Selection | Keep) -> dict[Dim, np.ndarray | KeptWithin]:
+    """The Dims that are meant and what they keep, sorted; within their majors where they are given more than a list."""
+    dims = dims_meant(graph, given)
+    found: dict[Dim, np.ndarray | KeptWithin] = {}
+    for dim, (name, indices) in zip(dims, given.items(), strict=True):
+        if not isinstance(indices, Iterable | KeptWithin):
+            raise GraphError(f"{name} keeps indices, not a number of them: write range({indices}) for the first ones")
+        array = _array(indices)
+        found[dim] = np.unique(array) if array.ndim < 2 else _within_majors(graph, dim, np.sort(array, -1))
+        _check(dim, _array(found[dim]))
     return found
+
+
+def _array(given: Any) -> np.ndarray:
+    if isinstance(given, KeptWithin):
+        return given.indices
+    return np.asarray(given if isinstance(given, np.ndarray) else list(given), dtype=np.int64)
+
+
+def _within_majors(graph: Graph, dim: Dim, indices: np.ndarray) -> KeptWithin:
+    majors = majors_of(graph, [dim])[dim]
+    if not majors or indices.shape[:-1] != tuple(int(major.size) for major in majors):
+        within = " and ".join(f"{major.name}, {major.size}" for major in majors) or "no other Dim: give one list"
+        raise GraphError(f"{dim.name} is given indices of the shape {list(indices.shape)}, but it lies within {within}")
+    return KeptWithin(majors, indices)
 
 
 def dims_meant(graph: Graph, given: Iterable[Dim | str]) -> list[Dim]:

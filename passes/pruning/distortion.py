@@ -33,7 +33,7 @@ from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer, contracting, layer_of
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.pruning.probe import Probe
-from regauge.passes.pruning.scores import Scores, accumulate
+from regauge.passes.pruning.scores import Scores, profile, summed
 from regauge.passes.pruning.surgeon import MEMORY, Share, taken_apart
 from regauge.passes.pruning.weight_scores import magnitudes
 
@@ -43,24 +43,25 @@ _READ = 4 << 30  # bytes of weights that are read to measure the Dims of a kind:
 def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[Any], seed: int = 0) -> Scores:
     """One score per index of each group's Dim: the squared change of the outputs that its removal adds, per example.
 
-    Within a Dim scores rise in the order in which indices go. The graph runs once on all batches side by side, and a
+    Of a group with majors for each index in each index of these, [*sizes of the majors, size]. Within a Dim, in each
+    of its majors, scores rise in the order in which indices go. The graph runs once on all batches side by side, and a
     Dim is taken apart as soon as the last layer that contracts it has been fed. Memory: what one batch needs with
     gradients, the moments of the layers that are still needed (in temporary files where they are many), and
     :data:`regauge.passes.pruning.surgeon.MEMORY` for the Dim that is taken apart.
     """
     layers = [layer for _, node in graph.walk() if (layer := layer_of(node, blocks=True, shared=True)) is not None]
     readers = contracting(graph, [group.dim for group in groups], layers)
-    sensitivity, first_order = _gradients(graph, readers, batches, seed)
-    found = _Ordering(graph, readers, sensitivity, batches).run()
+    sensitivity, first_order = _gradients(graph, groups, readers, batches, seed)
+    found = _Ordering(graph, groups, readers, sensitivity, batches).run()
     for dim in readers:
         if not readers[dim] and dim in first_order:
             found[dim] = first_order[dim]
     unseen = [group for group in groups if group.dim not in found]
     if unseen:  # what data says nothing about goes by its weights, at the scale of the others
-        typical = float(np.mean([scores.mean() for scores in found.values()])) if found else 1.0
+        typical = float(np.mean([profile(scores).mean() for scores in found.values()])) if found else 1.0
         for dim, members in magnitudes(graph, unseen, 2).items():
             scores = np.sqrt(np.sum(members, 0))
-            found[dim] = scores / max(float(scores.mean()), 1e-30) * typical
+            found[dim] = scores / max(float(profile(scores).mean()), 1e-30) * typical
     return found
 
 
@@ -70,11 +71,13 @@ class _Ordering:
     def __init__(
         self,
         graph: Graph,
+        groups: Sequence[Group],
         readers: dict[Dim, list[Layer]],
         sensitivity: dict[Layer, torch.Tensor],
         batches: Sequence[Any],
     ) -> None:
         self.graph, self.readers, self.sensitivity = graph, readers, sensitivity
+        self.groups = {group.dim: group for group in groups}
         self.batches = batches
         self.probe = Probe(graph, batches[:1])
         self.measured = self._measured()
@@ -131,15 +134,17 @@ class _Ordering:
 
     def _take_apart(self, dim: Dim) -> None:
         layers = [layer for layer in self.readers[dim] if layer.source in self.moments]
+        majors, choices = self.groups[dim].majors, self.groups[dim].choices
         shares = [
-            Share.of(self.graph, dim, same, self.sensitivity, block, moments)
+            Share.of(self.graph, dim, same, self.sensitivity, block, moments, majors)
             for source, same in _by_source(layers).items()
             for block, moments in enumerate(self.moments[source])
             if moments.rows
         ]
         if shares:
             change = self.probe.change if dim in self.measured else None
-            self.found[dim], self.factors[dim] = taken_apart(shares, int(dim.size), change)
+            scores, self.factors[dim] = taken_apart(shares, choices[-1], change, int(np.prod(choices[:-1])))
+            self.found[dim] = scores.reshape(choices)
         for layer in layers:
             self.wanted[layer.source] -= 1
             if not self.wanted[layer.source]:
@@ -191,7 +196,7 @@ def _by_source(layers: Sequence[Layer]) -> dict[Hashable, list[Layer]]:
 
 
 def _gradients(
-    graph: Graph, readers: dict[Dim, list[Layer]], batches: Sequence[Any], seed: int
+    graph: Graph, groups: Sequence[Group], readers: dict[Dim, list[Layer]], batches: Sequence[Any], seed: int
 ) -> tuple[dict[Layer, torch.Tensor], Scores]:
     """Mean squares of the gradients at each layer's output rows, per example; first-order costs of the other Dims."""
     by_output = {layer.node.output: layer for found in readers.values() for layer in found}
@@ -199,7 +204,8 @@ def _gradients(
     layers = by_output.values()
     squares = {layer: torch.zeros(layer.blocks, layer.outputs, dtype=torch.float64) for layer in layers}
     rows = {layer: torch.zeros(layer.blocks, 1, dtype=torch.float64) for layer in layers}
-    costs: Scores = {dim: np.zeros(int(dim.size)) for dim in holders}
+    by_dim = {group.dim: group for group in groups}
+    costs: Scores = {dim: np.zeros(by_dim[dim].choices) for dim in holders}
 
     def visit(value: Value, tensor: torch.Tensor, gradient: torch.Tensor) -> None:
         layer = by_output.get(value)
@@ -211,7 +217,7 @@ def _gradients(
                 rows[layer][block] += len(own)
         for dim, held in holders.items():
             if held is value:
-                costs[dim] += _first_order(graph, value, dim, tensor * gradient)
+                costs[dim] += _first_order(graph, value, by_dim[dim], tensor * gradient)
 
     values = [*by_output, *dict.fromkeys(holders.values())]
     visit_gradients(graph, batches, values, visit, seed=seed)
@@ -230,14 +236,14 @@ def _produced(graph: Graph, dims: set[Dim]) -> dict[Dim, Value]:
     return found
 
 
-def _first_order(graph: Graph, value: Value, dim: Dim, product: torch.Tensor) -> np.ndarray:
+def _first_order(graph: Graph, value: Value, group: Group, product: torch.Tensor) -> np.ndarray:
     """Per index of a Dim the squares, added over examples, of the sum of gradient times value over its entries."""
-    axis = next(a for a, extent in enumerate(graph.axes.of[value]) if dim in leaves(extent))
-    total = np.zeros(int(dim.size))
-    others = [a for a in range(1, product.dim()) if a != axis]
-    per_example = product.double().sum(others) if others else product.double()
-    for row in per_example.numpy() if axis else [per_example.numpy()]:
-        own = {dim: np.zeros(int(dim.size))}
-        accumulate(graph.axes.of[value][axis], row, own)
-        total += own[dim] ** 2
+    axes = graph.axes.of[value]
+    axis = next(a for a, extent in enumerate(axes) if group.dim in leaves(extent))
+    dims = (*group.majors, group.dim)
+    if axis == 0 or any(major in leaves(axes[0]) for major in group.majors):
+        return summed(axes, axis, dims, product) ** 2
+    total = np.zeros(group.choices)
+    for row in product:
+        total += summed(axes[1:], axis - 1, dims, row) ** 2
     return total
