@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from regauge.ir.axes import Analysis, apply_rule
-from regauge.ir.errors import AxisError
-from regauge.ir.extents import Concat, Dim, Extent, Product, fresh, leaves, resolve
+from regauge.ir.axes import Analysis
+from regauge.ir.extents import Concat, Dim, Extent, Product, leaves, resolve
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.rules import ENDING_ROLES, Axes, Call
+from regauge.ir.local_axes import LocalAxes, local_axes, unrelated
+from regauge.ir.rules import ENDING_ROLES
 
 
 def majors_of(graph: Graph, dims: Iterable[Dim]) -> dict[Dim, tuple[Dim, ...]]:
@@ -113,30 +113,15 @@ def _lies_within(analysis: Analysis, values: Sequence[Value], dim: Dim, major: D
 
 def keeps_apart(node: Node, analysis: Analysis, dim: Dim, major: Dim) -> bool:
     """Whether a node commutes with reordering ``dim`` in each index of ``major`` by itself, by its rule."""
-    copies: list[dict[Dim, Dim]] = [{} for _ in node.inputs]
-    axes: list[Axes | None] = [
-        None if operand is None else [_copy(e, own) for e in analysis.of[operand]] if isinstance(operand, Value) else []
-        for operand, own in zip(node.inputs, copies, strict=True)
-    ]
-    call = Call(node, axes)
-    try:
-        results = apply_rule(node.operator, call)
-    except AxisError:
+    copies: dict[int, dict[Dim, Dim]] = {slot: {} for slot, _ in node.operands()}
+    own = {slot: unrelated(analysis.of[operand], copies[slot]) for slot, operand in node.operands()}
+    local = local_axes(node, own)
+    if local is None:
         return False
-    pairs = [(resolve(own[dim]), resolve(own[major])) for own in copies if dim in own]
+    pairs = [(resolve(made[dim]), resolve(made[major])) for made in copies.values() if dim in made]
     if not all(isinstance(part, Dim) and not part.pins for pair in pairs for part in pair):
         return False  # its indices are moved, or looked up, or are not one Dim here
-    return _line_up(pairs) and all(_goes_through(call, results, d, m) for d, m in pairs)  # type: ignore[arg-type]
-
-
-def _copy(extent: Extent, copies: dict[Dim, Dim]) -> Extent:
-    """The same extent of Dims that nothing is known of."""
-    found = resolve(extent)
-    if isinstance(found, Dim):
-        return copies.setdefault(found, Dim(found.size, found.name))
-    if isinstance(found, Product):
-        return Product(tuple(_copy(factor, copies) for factor in found.factors)) if found.factors else fresh(1)
-    return Concat(tuple(_copy(segment, copies) for segment in found.segments))
+    return _line_up(pairs) and all(_goes_through(local, d, m) for d, m in pairs)  # type: ignore[arg-type]
 
 
 def _line_up(pairs: Sequence[tuple[Extent, Extent]]) -> bool:
@@ -144,11 +129,11 @@ def _line_up(pairs: Sequence[tuple[Extent, Extent]]) -> bool:
     return all(b is d and a is not b for a, b in pairs for c, d in pairs if a is c)
 
 
-def _goes_through(call: Call, results: Sequence[Axes], dim: Dim, major: Dim) -> bool:
+def _goes_through(local: LocalAxes, dim: Dim, major: Dim) -> bool:
     """Whether the results have the major beside the Dim, and the two end together if the major ends."""
-    for axes in results:
+    for axes in local.results:
         if any(dim in leaves(extent) for extent in axes) and major not in majors_beside(axes, dim):
             return False
-    ends = {role for role, extent in call.roles if role in ENDING_ROLES and major in leaves(extent)}
-    own = {role for role, extent in call.roles if dim in leaves(extent)}
-    return ends <= own
+    roles = local.call.roles
+    ends = {role for role, extent in roles if role in ENDING_ROLES and major in leaves(extent)}
+    return ends <= {role for role, extent in roles if dim in leaves(extent)}
