@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from regauge.ir.errors import PassError, RegaugeError
-from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
 from regauge.ir.interpret import Interpreter
@@ -29,7 +28,7 @@ from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
 from regauge.passes.pruning.closed_form import CLOSED_FORMS, ClosedForm, take_over
 from regauge.passes.pruning.compensation import compensate
-from regauge.passes.pruning.preserve import PRESERVED, preserve
+from regauge.passes.pruning.preserve import note_recomputed, preserve
 from regauge.passes.pruning.rate_distortion import measured_curves
 from regauge.passes.pruning.reestimate import reestimate
 from regauge.passes.pruning.score_table import SCORES, criterion, score
@@ -39,7 +38,6 @@ from regauge.passes.rounding import Rounding
 
 _MOST_GOES = 0.9  # ranked together, a Dim still keeps a tenth of its indices: no layer vanishes
 _EXAMPLE = "write prune{ratio=0.5} or prune{params=0.6,macs=0.7}"
-_RECOMPUTED = {"normalise", "reduce"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +208,7 @@ class Prune(Pass):
         context.cuts += [
             Cut(group.name, int(group.dim.size), counts[group.dim], axis_change(graph, group, keep)) for group in cut
         ]
-        _note_recomputed(graph, [group.dim for group in cut], self.preserve, context)
+        note_recomputed(graph, [group.dim for group in cut], self.preserve, context)
         apart = sum(isinstance(indices, KeptWithin) for indices in keep.values())
         if apart:
             context.note(f"Dims that keep other indices in each head, group or expert: {apart}")
@@ -329,15 +327,3 @@ def _made_up(graph: Graph, batches: Sequence[Any]) -> str:
     count, norms = sum(map(examples_in, batches)), len(statistics_in(graph))
     source = f"from the statistics of {norms} batch norms" if norms else "as noise, since there is no batch norm"
     return f"no data: {count} inputs are made up {source}; compensate=false only removes indices"
-
-
-def _note_recomputed(graph: Graph, dims: Sequence[Dim], preserved: bool, context: Context) -> None:
-    """Say where the result is not the masked original: something normalises or averages over a Dim that was cut."""
-    cut, found = set(dims), dict[str, set[Dim]]()
-    for node, call in graph.axes.calls.items():
-        for role, extent in call.roles:
-            if role in _RECOMPUTED and node.op != "sum" and not (preserved and node.op in PRESERVED):
-                found.setdefault(node.op, set()).update(dim for dim in leaves(extent) if dim in cut)
-    for op, over in found.items():
-        if over:
-            context.note(f"{op} is computed over the kept indices of {len(over)} Dim{'s' if len(over) > 1 else ''}")
