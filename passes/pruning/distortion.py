@@ -11,7 +11,8 @@ contract it; the index that costs least goes, its layers are updated, and the re
 all Dims can be ranked together.
 
 An index of a Dim that no such layer contracts (the head size of queries and keys) costs the squared change of the
-outputs to first order when its entries become zero, E[(g' a)^2] with g the gradient of a value that has it.
+outputs to first order when its entries become zero, E[(g' a)^2] with g the gradient of a value that has it. Where
+queries and keys share a Dim with values, which a layer does contract, it costs both.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 
 from regauge.ir.cost import figures
 from regauge.ir.extents import Dim, leaves
-from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.groups import Group
 from regauge.ir.lockstep import HELD, Lockstep
 from regauge.passes.calibration.batches import examples_in
@@ -53,9 +54,8 @@ def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[A
     readers = contracting(graph, [group.dim for group in groups], layers)
     sensitivity, first_order = _gradients(graph, groups, readers, batches, seed)
     found = _Ordering(graph, groups, readers, sensitivity, batches).run()
-    for dim in readers:
-        if not readers[dim] and dim in first_order:
-            found[dim] = first_order[dim]
+    for dim, costs in first_order.items():
+        found[dim] = found[dim] + costs if dim in found else costs
     unseen = [group for group in groups if group.dim not in found]
     if unseen:  # what data says nothing about goes by its weights, at the scale of the others
         typical = float(np.mean([profile(scores).mean() for scores in found.values()])) if found else 1.0
@@ -201,6 +201,8 @@ def _gradients(
     """Mean squares of the gradients at each layer's output rows, per example; first-order costs of the other Dims."""
     by_output = {layer.node.output: layer for found in readers.values() for layer in found}
     holders = _produced(graph, {dim for dim, found in readers.items() if not found})
+    for dim, factors in _multiplied(graph, readers).items():
+        holders.setdefault(dim, []).extend(factors)
     layers = by_output.values()
     squares = {layer: torch.zeros(layer.blocks, layer.outputs, dtype=torch.float64) for layer in layers}
     rows = {layer: torch.zeros(layer.blocks, 1, dtype=torch.float64) for layer in layers}
@@ -216,23 +218,34 @@ def _gradients(
                 squares[layer][block] += own.double().square().sum(0)
                 rows[layer][block] += len(own)
         for dim, held in holders.items():
-            if held is value:
+            if value in held:
                 costs[dim] += _first_order(graph, value, by_dim[dim], tensor * gradient)
 
-    values = [*by_output, *dict.fromkeys(holders.values())]
+    values = [*by_output, *dict.fromkeys(value for held in holders.values() for value in held)]
     visit_gradients(graph, batches, values, visit, seed=seed)
     examples = max(1, sum(examples_in(batch) for batch in batches))
     means = {layer: total / rows[layer].clamp(min=1) / examples for layer, total in squares.items()}
     return means, {dim: cost / examples for dim, cost in costs.items()}
 
 
-def _produced(graph: Graph, dims: set[Dim]) -> dict[Dim, Value]:
+def _produced(graph: Graph, dims: set[Dim]) -> dict[Dim, list[Value]]:
     """The first computed value that has each of these Dims."""
-    found: dict[Dim, Value] = {}
+    found: dict[Dim, list[Value]] = {}
     for node in graph.nodes if dims else ():
         for value in node.outputs:
             for extent in graph.axes.of[value]:
-                found.update({dim: value for dim in leaves(extent) if dim in dims and dim not in found})
+                found.update({dim: [value] for dim in leaves(extent) if dim in dims and dim not in found})
+    return found
+
+
+def _multiplied(graph: Graph, readers: dict[Dim, list[Layer]]) -> dict[Dim, list[Value]]:
+    """Of Dims that layers contract, the first factor wherever two computed values contract them too."""
+    found: dict[Dim, list[Value]] = {}
+    for node, role, dims in graph.axes.ends:
+        for dim in dims if role == "contract" else ():
+            having = [v for _, v in node.operands() if any(dim in leaves(extent) for extent in graph.axes.of[v])]
+            if readers.get(dim) and having and not any(isinstance(value, Parameter) for value in having):
+                found.setdefault(dim, []).append(having[0])
     return found
 
 
