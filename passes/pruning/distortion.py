@@ -28,6 +28,7 @@ from regauge.ir.cost import figures
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.groups import Group
+from regauge.ir.kept import numbered
 from regauge.ir.lockstep import HELD, Lockstep
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
@@ -35,7 +36,7 @@ from regauge.passes.calibration.layers import Layer, contracting, layer_of
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.pruning.probe import Probe
 from regauge.passes.pruning.scores import Scores, profile, summed
-from regauge.passes.pruning.surgeon import MEMORY, Share, taken_apart
+from regauge.passes.pruning.surgeon import MEMORY, Share, taken_apart, weights_without
 from regauge.passes.pruning.weight_scores import magnitudes
 
 _READ = 4 << 30  # bytes of weights that are read to measure the Dims of a kind: of a large model only a few are
@@ -53,9 +54,7 @@ def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[A
     layers = [layer for _, node in graph.walk() if (layer := layer_of(node, blocks=True, shared=True)) is not None]
     readers = contracting(graph, [group.dim for group in groups], layers)
     sensitivity, first_order = _gradients(graph, groups, readers, batches, seed)
-    found = _Ordering(graph, groups, readers, sensitivity, batches).run()
-    for dim, costs in first_order.items():
-        found[dim] = found[dim] + costs if dim in found else costs
+    found = _Ordering(graph, groups, readers, sensitivity, first_order, batches).run()
     unseen = [group for group in groups if group.dim not in found]
     if unseen:  # what data says nothing about goes by its weights, at the scale of the others
         typical = float(np.mean([profile(scores).mean() for scores in found.values()])) if found else 1.0
@@ -74,9 +73,10 @@ class _Ordering:
         groups: Sequence[Group],
         readers: dict[Dim, list[Layer]],
         sensitivity: dict[Layer, torch.Tensor],
+        first_order: Scores,
         batches: Sequence[Any],
     ) -> None:
-        self.graph, self.readers, self.sensitivity = graph, readers, sensitivity
+        self.graph, self.readers, self.sensitivity, self.first_order = graph, readers, sensitivity, first_order
         self.groups = {group.dim: group for group in groups}
         self.batches = batches
         self.probe = Probe(graph, batches[:1])
@@ -102,6 +102,8 @@ class _Ordering:
             if node.regions:
                 lockstep.execute(node)
             self._seen({node, *(inside for region in node.regions for _, inside in region.walk())})
+        for dim in self.first_order.keys() - self.found.keys():
+            self._multiplied(dim, [])
         return {dim: scores * self._factor(dim) for dim, scores in self.found.items()}
 
     def _watch(self, node: Node, operands: list[Any], _: tuple[Any, ...]) -> None:
@@ -142,19 +144,53 @@ class _Ordering:
             if moments.rows
         ]
         if shares:
-            change = self.probe.change if dim in self.measured else None
+            change = self.probe.change if dim in self.measured and dim not in self.first_order else None
             scores, self.factors[dim] = taken_apart(shares, choices[-1], change, int(np.prod(choices[:-1])))
             self.found[dim] = scores.reshape(choices)
+            if dim in self.first_order:
+                self._multiplied(dim, shares)
         for layer in layers:
             self.wanted[layer.source] -= 1
             if not self.wanted[layer.source]:
                 del self.moments[layer.source]
 
+    def _multiplied(self, dim: Dim, shares: Sequence[Share]) -> None:
+        """Add to the scores of a Dim what it costs where two computed values contract it.
+
+        What that comes to is measured at a quarter and at half of the indices: layers have made up for them, and the
+        other weights that have them are zero.
+        """
+        scores = self.found[dim] = self.first_order[dim] + self.found.get(dim, 0.0)
+        self.factors.pop(dim, None)
+        factors, size = [], scores.shape[-1]
+        for count in {size // 4, size // 2} - {0} if dim in self.measured else ():
+            goes = np.zeros(scores.shape, dtype=bool)
+            np.put_along_axis(goes, np.argsort(scores, -1)[..., :count], True, -1)
+            without = weights_without(shares, torch.from_numpy(np.flatnonzero(goes)))
+            change = self.probe.change({**self._silenced(dim, goes), **without})
+            factors.append(change / max(float(scores[goes].sum()), 1e-30))
+        if factors:
+            self.factors[dim] = float(np.median(factors))
+
+    def _silenced(self, dim: Dim, goes: np.ndarray) -> dict[str, torch.Tensor]:
+        """The trained parameters that have a Dim, zero at some of its indices."""
+        found: dict[str, torch.Tensor] = {}
+        for parameter, axis in self.groups[dim].members:
+            if parameter.kind == "parameter":
+                places = numbered(self.graph.axes.of[parameter], axis, (*self.groups[dim].majors, dim))
+                gone = torch.from_numpy((places >= 0) & goes.reshape(-1)[places])
+                found[parameter.name] = found.get(parameter.name, parameter.tensor.detach()).masked_fill(gone, 0)
+        return found
+
     # -- bringing sums to what the outputs say -----------------------------------------------------------------------
 
     def _kind(self, dim: Dim) -> Hashable:
         layers = self.readers[dim]
-        return dim.size, tuple(sorted(Counter((layer.node.op, layer.columns) for layer in layers).items()))
+        return (
+            dim.size,
+            dim in self.first_order,
+            tuple(sorted(Counter((layer.node.op, layer.columns) for layer in layers).items())),
+        )
 
     def _measured(self) -> set[Dim]:
         """Dims whose removal is measured at the outputs: all of a small model, some of each kind of a large one.
@@ -163,7 +199,7 @@ class _Ordering:
         """
         kinds: dict[Hashable, list[Dim]] = {}
         for dim, layers in self.readers.items():
-            if layers and sum(layer.weight.tensor.nbytes for layer in layers) <= MEMORY:
+            if (layers or dim in self.first_order) and sum(layer.weight.tensor.nbytes for layer in layers) <= MEMORY:
                 kinds.setdefault(self._kind(dim), []).append(dim)
         many = max(2, int(_READ / max(1, figures(self.graph).bytes)))
         found: set[Dim] = set()

@@ -228,7 +228,7 @@ def taken_apart(shares: Sequence[Share], size: int, change: Change | None, major
             part.remove(gone)
         if marks and change is not None and len(pool) - int(alive.sum()) >= marks[0] and total > 0:
             marks.pop(0)
-            factors.append(change(_weights(shares, pool[~alive], wholes)) / total)
+            factors.append(change(weights_without(shares, pool[~alive], wholes)) / total)
     last = alive.nonzero()[:, 0]
     ends = np.zeros(majors)
     ends[major[last].numpy()] = np.maximum(highest[major[last].numpy()], _costs(parts, last).numpy())
@@ -302,10 +302,13 @@ def _first_of_each(order: torch.Tensor, major: torch.Tensor, counts: Sequence[in
     return order[taken]
 
 
-def _weights(
-    shares: Sequence[Share], gone: torch.Tensor, wholes: Sequence[torch.Tensor | None]
+def weights_without(
+    shares: Sequence[Share], gone: torch.Tensor, wholes: Sequence[torch.Tensor | None] = ()
 ) -> dict[str, torch.Tensor]:
-    """The parameters of all layers without some indices, by name: what the graph has to be run with."""
+    """The parameters of all layers without some indices, by name: what the graph has to be run with.
+
+    ``wholes`` are the shares' :meth:`Share.inverse`, where they are held.
+    """
     matrices: dict[Layer, torch.Tensor] = {}
     shifts: dict[Layer, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
@@ -316,7 +319,7 @@ def _weights(
         if shifted is not None:
             found[shifted[0].name] = shifted[1]
 
-    for share, whole in zip(shares, wholes, strict=True):
+    for share, whole in zip(shares, wholes or [None] * len(shares), strict=True):
         for layer, matrix, shift in share.without(gone, share.inverse() if whole is None else whole):
             if layer.blocks == 1:  # at once, in the type of the weight: all layers may be half of the model
                 store(layer, matrix[None], shift)
