@@ -51,16 +51,17 @@ def shared(keep: Keep) -> dict[Dim, np.ndarray]:
     return {dim: np.arange(len(kept)) if isinstance(kept, KeptWithin) else kept for dim, kept in keep.items()}
 
 
-def orders(axes: Sequence[Extent], keep: Keep) -> Iterator[tuple[int, np.ndarray]]:
+def orders(axes: Sequence[Extent], keep: Keep, rows: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """How a tensor with these axes is reordered before it is cut: axes, and positions to take along them, in turn.
 
-    The positions broadcast along the other axes, as those of ``torch.take_along_dim`` do.
+    The positions broadcast along the other axes, as those of ``torch.take_along_dim`` do. ``rows`` are indices of a
+    major along the first axis of a tensor that has it on none.
     """
     within = {dim: kept for dim, kept in keep.items() if isinstance(kept, KeptWithin)}
     for dim in in_turn(within):
         for axis, extent in enumerate(axes):
             if dim in leaves(extent):
-                yield axis, _positions(axes, axis, dim, within[dim])
+                yield axis, _positions(axes, axis, dim, within[dim], rows)
 
 
 def in_turn(keep: Keep) -> list[Dim]:
@@ -113,25 +114,29 @@ def after_another(before: Keep, dim: Dim, majors: tuple[Dim, ...], indices: np.n
     return KeptWithin(every, found)
 
 
-def _positions(axes: Sequence[Extent], axis: int, dim: Dim, kept: KeptWithin) -> np.ndarray:
+def _positions(axes: Sequence[Extent], axis: int, dim: Dim, kept: KeptWithin, rows: np.ndarray | None) -> np.ndarray:
     index, step = (
         part.reshape([-1 if at == axis else 1 for at in range(len(axes))]) for part in coordinates(axes[axis], dim)
     )
     has = index >= 0
-    majors = [_along(axes, axis, major, has) for major in kept.majors]
+    majors = [_along(axes, axis, major, has, rows) for major in kept.majors]
     index = index.clip(min=0)
     new = kept.order(int(dim.size))[(*majors, index)]
     found: np.ndarray = np.arange(index.size).reshape(index.shape) + np.where(has, (new - index) * step, 0)
     return found
 
 
-def _along(axes: Sequence[Extent], axis: int, major: Dim, has: np.ndarray) -> np.ndarray:
+def _along(
+    axes: Sequence[Extent], axis: int, major: Dim, has: np.ndarray, rows: np.ndarray | None = None
+) -> np.ndarray:
     """The index of a major wherever an axis has the minor: from that axis itself, or from another one."""
     for place in (axis, *(other for other in range(len(axes)) if other != axis)):
         if major in leaves(axes[place]):
             index = coordinates(axes[place], major)[0].reshape([-1 if at == place else 1 for at in range(len(axes))])
             if place != axis or bool((index[has] >= 0).all()):
                 return index.clip(min=0)
+    if rows is not None:
+        return rows.reshape([-1] + [1] * (len(axes) - 1))
     raise AxisError(f"no axis has {major.name}, within which another Dim is cut")
 
 
@@ -179,9 +184,9 @@ def _flat(extent: Extent, keep: Keep) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def part_kept(tensor: torch.Tensor, axes: Sequence[Extent], keep: Keep) -> torch.Tensor:
-    """A tensor with these axes as it is when each Dim keeps the given indices."""
-    for axis, positions in orders(axes, keep):
+def part_kept(tensor: torch.Tensor, axes: Sequence[Extent], keep: Keep, rows: np.ndarray | None = None) -> torch.Tensor:
+    """A tensor with these axes as it is when each Dim keeps the given indices; ``rows`` as in :func:`orders`."""
+    for axis, positions in orders(axes, keep, rows):
         tensor = torch.take_along_dim(tensor, torch.from_numpy(positions).to(tensor.device), axis)
     same = shared(keep)
     for axis, extent in enumerate(axes):

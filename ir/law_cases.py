@@ -119,7 +119,8 @@ class Case:
         having = [own for own in axes if any(dim in leaves(extent) for extent in own)]
         beside = [majors_beside(own, dim) for own in having]
         common = [major for major in beside[0] if all(major in others for others in beside)]
-        return [major for major in common if keeps_apart(self.node, self.analysis, dim, major)]
+        apart = [major for major in common if keeps_apart(self.node, self.analysis, dim, major)]
+        return [major for major in apart if isinstance(major.size, int)]
 
     # -- cuts --------------------------------------------------------------------------------------------------------
 

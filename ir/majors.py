@@ -11,16 +11,18 @@ A Dim lies within a major where nothing would notice if its indices were reorder
     moves no index of them, and brings none of them together, unless the Dim is brought together with it.
 
 The second is asked of the node's rule, on extents of its own for each operand: those that the rule unifies line up.
+
+Rows that are sorted by expert (``grouped_mm``) stand for the experts: each has one index of these, though no axis.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from regauge.ir.axes import Analysis
 from regauge.ir.extents import Concat, Dim, Extent, Product, leaves, resolve
-from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.graph import Graph, Node, Operand, Value
 from regauge.ir.local_axes import LocalAxes, local_axes, unrelated
 from regauge.ir.rules import ENDING_ROLES
 
@@ -37,12 +39,14 @@ def _find(analysis: Analysis, dims: Sequence[Dim]) -> None:
     values = _values_with(analysis, {other for dim, majors in beside.items() if majors for other in (dim, *majors)})
     place = {dim: at for at, dim in enumerate(analysis.groups)} if values else {}
 
-    def rank(dim: Dim) -> tuple[int, int, int]:
-        """Of Dims that all lie within each other the smallest is a major of the others."""
-        return -len(values[dim]), int(dim.size), place[dim]
+    def may_be(major: Dim, dim: Dim) -> bool:
+        """Of Dims that no value has without the others the smallest is a major of these, and they of no other."""
+        own = set(values[dim])
+        smaller = (int(major.size), place[major]) < (int(dim.size), place[dim])
+        return smaller or any(value not in own for value in values[major])
 
     for dim, majors in beside.items():
-        fits = (m for m in majors if rank(m) < rank(dim) and _lies_within(analysis, values[dim], dim, m))
+        fits = (m for m in majors if may_be(m, dim) and _lies_within(analysis, values[dim], dim, m))
         analysis.majors[dim] = tuple(fits)
 
 
@@ -59,14 +63,10 @@ def _in_all_weights(analysis: Analysis, dim: Dim) -> list[Dim]:
 
 
 def majors_beside(axes: Sequence[Extent], dim: Dim) -> list[Dim]:
-    """Dims of fixed size of which there is exactly one index wherever there is one of ``dim``, on any of the axes."""
+    """Dims of which there is exactly one index wherever there is one of ``dim``, on any of the axes."""
     found: list[Dim] | None = None
     for beside, apart in _surroundings(resolve(Product(tuple(axes))), dim):
-        once = [
-            m
-            for m, times in beside.items()
-            if times == 1 and m not in apart and m is not dim and isinstance(m.size, int)
-        ]
+        once = [m for m, times in beside.items() if times == 1 and m not in apart and m is not dim]
         found = once if found is None else [m for m in found if m in once]
     return found or []
 
@@ -102,13 +102,34 @@ def _values_with(analysis: Analysis, dims: Iterable[Dim]) -> dict[Dim, list[Valu
 
 
 def _lies_within(analysis: Analysis, values: Sequence[Value], dim: Dim, major: Dim) -> bool:
-    if not all(major in majors_beside(analysis.of[value], dim) for value in values):
+    by_major = rows_by(analysis, major)
+    beside = {value: majors_beside(analysis.of[value], dim) for value in values}
+    stands = {value: next((m for m in (major, by_major) if m in beside[value]), None) for value in values}
+    if None in stands.values():
         return False
-    nodes = {node for value in values for node in (*value.consumers(), value.producer) if node is not None}
-    # what is handed into or out of a region keeps its name there: only its nodes are looked at, not the border
-    return all(
-        node in analysis.calls and not node.regions and keeps_apart(node, analysis, dim, major) for node in nodes
-    )
+    nodes = dict.fromkeys(node for value in values for node in (*value.consumers(), value.producer) if node is not None)
+    return all(_node_keeps_apart(node, analysis, dim, stands) for node in nodes)
+
+
+def _node_keeps_apart(node: Node, analysis: Analysis, dim: Dim, stands: Mapping[Value, Dim | None]) -> bool:
+    met = {stands[value] for value in (*node.inputs, *node.outputs) if isinstance(value, Value) and value in stands}
+    if len(met) > 1:  # rows on one side and matrices of experts on the other, which meet nowhere else
+        return node.op == "grouped_mm"
+    (major,) = met
+    return not node.regions and major is not None and keeps_apart(node, analysis, dim, major)
+
+
+def rows_by(analysis: Analysis, major: Dim) -> Dim | None:
+    """The rows that are sorted by the indices of a Dim wherever they are multiplied, by the same offsets; else None."""
+    found: dict[Dim, set[tuple[Dim | None, Operand]]] = {}
+    for node in analysis.calls:
+        if node.op == "grouped_mm":
+            x, weight, offsets = node.inputs
+            rows, experts = (resolve(analysis.of[value][0]) for value in (x, weight))  # type: ignore[index]
+            if isinstance(rows, Dim):
+                found.setdefault(rows, set()).add((experts if isinstance(experts, Dim) else None, offsets))
+    sorted_by = [rows for rows, by in found.items() if len(by) == 1 and next(iter(by))[0] is major]
+    return sorted_by[0] if len(sorted_by) == 1 else None
 
 
 def keeps_apart(node: Node, analysis: Analysis, dim: Dim, major: Dim) -> bool:

@@ -243,6 +243,7 @@ def _gradients(
     squares = {layer: torch.zeros(layer.blocks, layer.outputs, dtype=torch.float64) for layer in layers}
     rows = {layer: torch.zeros(layer.blocks, 1, dtype=torch.float64) for layer in layers}
     by_dim = {group.dim: group for group in groups}
+    holders = {dim: held for dim, held in holders.items() if all(_tells(graph, v, by_dim[dim]) for v in held)}
     costs: Scores = {dim: np.zeros(by_dim[dim].choices) for dim in holders}
 
     def visit(value: Value, tensor: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -283,6 +284,11 @@ def _multiplied(graph: Graph, readers: dict[Dim, list[Layer]]) -> dict[Dim, list
             if readers.get(dim) and having and not any(isinstance(value, Parameter) for value in having):
                 found.setdefault(dim, []).append(having[0])
     return found
+
+
+def _tells(graph: Graph, value: Value, group: Group) -> bool:
+    """Whether a value has the majors of a Dim: rows that are sorted by expert have none."""
+    return all(any(major in leaves(extent) for extent in graph.axes.of[value]) for major in group.majors)
 
 
 def _first_order(graph: Graph, value: Value, group: Group, product: torch.Tensor) -> np.ndarray:
