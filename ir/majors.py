@@ -102,34 +102,35 @@ def _values_with(analysis: Analysis, dims: Iterable[Dim]) -> dict[Dim, list[Valu
 
 
 def _lies_within(analysis: Analysis, values: Sequence[Value], dim: Dim, major: Dim) -> bool:
-    by_major = rows_by(analysis, major)
-    beside = {value: majors_beside(analysis.of[value], dim) for value in values}
-    stands = {value: next((m for m in (major, by_major) if m in beside[value]), None) for value in values}
-    if None in stands.values():
-        return False
+    stands = {value: _standing(analysis, value, dim, major) for value in values}
     nodes = dict.fromkeys(node for value in values for node in (*value.consumers(), value.producer) if node is not None)
-    return all(_node_keeps_apart(node, analysis, dim, stands) for node in nodes)
+    return all(stands.values()) and all(_all_keep_apart(node, analysis, dim, stands) for node in nodes)
 
 
-def _node_keeps_apart(node: Node, analysis: Analysis, dim: Dim, stands: Mapping[Value, Dim | None]) -> bool:
+def _standing(analysis: Analysis, value: Value, dim: Dim, major: Dim) -> tuple[Dim, ...]:
+    """The major, where a value has it beside the Dim, or the rows that stand for it; nothing where it has neither."""
+    beside = majors_beside(analysis.of[value], dim)
+    rows = () if major in beside else rows_by(analysis, major)
+    return (major,) if major in beside else rows if all(row in beside for row in rows) else ()
+
+
+def _all_keep_apart(node: Node, analysis: Analysis, dim: Dim, stands: Mapping[Value, tuple[Dim, ...]]) -> bool:
     met = {stands[value] for value in (*node.inputs, *node.outputs) if isinstance(value, Value) and value in stands}
     if len(met) > 1:  # rows on one side and matrices of experts on the other, which meet nowhere else
         return node.op == "grouped_mm"
-    (major,) = met
-    return not node.regions and major is not None and keeps_apart(node, analysis, dim, major)
+    return not node.regions and all(keeps_apart(node, analysis, dim, major) for major in next(iter(met)))
 
 
-def rows_by(analysis: Analysis, major: Dim) -> Dim | None:
-    """The rows that are sorted by the indices of a Dim wherever they are multiplied, by the same offsets; else None."""
-    found: dict[Dim, set[tuple[Dim | None, Operand]]] = {}
+def rows_by(analysis: Analysis, major: Dim) -> tuple[Dim, ...]:
+    """The Dims of rows that are sorted by the indices of a Dim wherever they are multiplied, by the same offsets."""
+    found: dict[tuple[Dim, ...], set[tuple[Extent, Operand]]] = {}
     for node in analysis.calls:
         if node.op == "grouped_mm":
             x, weight, offsets = node.inputs
             rows, experts = (resolve(analysis.of[value][0]) for value in (x, weight))  # type: ignore[index]
-            if isinstance(rows, Dim):
-                found.setdefault(rows, set()).add((experts if isinstance(experts, Dim) else None, offsets))
+            found.setdefault(tuple(leaves(rows)), set()).add((experts, offsets))
     sorted_by = [rows for rows, by in found.items() if len(by) == 1 and next(iter(by))[0] is major]
-    return sorted_by[0] if len(sorted_by) == 1 else None
+    return sorted_by[0] if len(sorted_by) == 1 else ()
 
 
 def keeps_apart(node: Node, analysis: Analysis, dim: Dim, major: Dim) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[A
     """
     layers = [layer for _, node in graph.walk() if (layer := layer_of(node, blocks=True, shared=True)) is not None]
     readers = contracting(graph, [group.dim for group in groups], layers)
+    groups = _told_apart(graph, groups, readers)
     sensitivity, first_order = _gradients(graph, groups, readers, batches, seed)
     found = _Ordering(graph, groups, readers, sensitivity, first_order, batches).run()
     unseen = [group for group in groups if group.dim not in found]
@@ -103,7 +105,7 @@ class _Ordering:
                 lockstep.execute(node)
             self._seen({node, *(inside for region in node.regions for _, inside in region.walk())})
         for dim in self.first_order.keys() - self.found.keys():
-            self._multiplied(dim, [])
+            self._add_first_order(dim, [])
         return {dim: scores * self._factor(dim) for dim, scores in self.found.items()}
 
     def _watch(self, node: Node, operands: list[Any], _: tuple[Any, ...]) -> None:
@@ -148,13 +150,13 @@ class _Ordering:
             scores, self.factors[dim] = taken_apart(shares, choices[-1], change, int(np.prod(choices[:-1])))
             self.found[dim] = scores.reshape(choices)
             if dim in self.first_order:
-                self._multiplied(dim, shares)
+                self._add_first_order(dim, shares)
         for layer in layers:
             self.wanted[layer.source] -= 1
             if not self.wanted[layer.source]:
                 del self.moments[layer.source]
 
-    def _multiplied(self, dim: Dim, shares: Sequence[Share]) -> None:
+    def _add_first_order(self, dim: Dim, shares: Sequence[Share]) -> None:
         """Add to the scores of a Dim what it costs where two computed values contract it.
 
         What that comes to is measured at a quarter and at half of the indices: layers have made up for them, and the
@@ -236,14 +238,11 @@ def _gradients(
 ) -> tuple[dict[Layer, torch.Tensor], Scores]:
     """Mean squares of the gradients at each layer's output rows, per example; first-order costs of the other Dims."""
     by_output = {layer.node.output: layer for found in readers.values() for layer in found}
-    holders = _produced(graph, {dim for dim, found in readers.items() if not found})
-    for dim, factors in _multiplied(graph, readers).items():
-        holders.setdefault(dim, []).extend(factors)
+    holders = _holders(graph, readers)
     layers = by_output.values()
     squares = {layer: torch.zeros(layer.blocks, layer.outputs, dtype=torch.float64) for layer in layers}
     rows = {layer: torch.zeros(layer.blocks, 1, dtype=torch.float64) for layer in layers}
     by_dim = {group.dim: group for group in groups}
-    holders = {dim: held for dim, held in holders.items() if all(_tells(graph, v, by_dim[dim]) for v in held)}
     costs: Scores = {dim: np.zeros(by_dim[dim].choices) for dim in holders}
 
     def visit(value: Value, tensor: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -263,6 +262,12 @@ def _gradients(
     examples = max(1, sum(examples_in(batch) for batch in batches))
     means = {layer: total / rows[layer].clamp(min=1) / examples for layer, total in squares.items()}
     return means, {dim: cost / examples for dim, cost in costs.items()}
+
+
+def _holders(graph: Graph, readers: dict[Dim, list[Layer]]) -> dict[Dim, list[Value]]:
+    """The values at which it is measured what Dims cost apart from the layers that contract them."""
+    found = _produced(graph, {dim for dim, layers in readers.items() if not layers})
+    return {**found, **_multiplied(graph, readers)}
 
 
 def _produced(graph: Graph, dims: set[Dim]) -> dict[Dim, list[Value]]:
@@ -286,9 +291,15 @@ def _multiplied(graph: Graph, readers: dict[Dim, list[Layer]]) -> dict[Dim, list
     return found
 
 
-def _tells(graph: Graph, value: Value, group: Group) -> bool:
-    """Whether a value has the majors of a Dim: rows that are sorted by expert have none."""
-    return all(any(major in leaves(extent) for extent in graph.axes.of[value]) for major in group.majors)
+def _told_apart(graph: Graph, groups: Sequence[Group], readers: dict[Dim, list[Layer]]) -> list[Group]:
+    """The groups, without majors where a value that they are measured at has none, as rows sorted by expert do."""
+    holders = _holders(graph, readers)
+
+    def told(group: Group) -> bool:
+        having = [{dim for extent in graph.axes.of[v] for dim in leaves(extent)} for v in holders.get(group.dim, ())]
+        return all(set(group.majors) <= own for own in having)
+
+    return [group if told(group) else replace(group, majors=()) for group in groups]
 
 
 def _first_order(graph: Graph, value: Value, group: Group, product: torch.Tensor) -> np.ndarray:

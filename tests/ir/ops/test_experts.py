@@ -104,6 +104,19 @@ def test_each_expert_keeps_a_width_of_its_own() -> None:
     expect_masked(graph, small, [randn(60, 4).double()])
 
 
+def test_rows_of_several_axes_stand_for_experts_too() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.reshape(build.input("x", (2, 3, 4), torch.float64), shape=(6, 4))
+    offsets = build.constant(OFFSETS, "offsets")
+    hidden = build.grouped_mm(x, build.parameter("up", randn(3, 4, 12).double()), offsets)
+    gate, value = build.split(hidden, sizes=(6, 6), dim=1)
+    turned = build.permute(build.parameter("down", randn(3, 5, 6).double()), dims=(0, 2, 1))
+    graph.outputs = [build.grouped_mm(build.mul(build.silu(gate), value), turned, offsets)]
+    small = resize(graph, {"down:2": [[0, 1], [2, 5], [3, 4]]})
+    expect_masked(graph, small, [randn(2, 3, 4).double()])
+
+
 @pytest.mark.parametrize("second", ["others", "turned"])
 def test_rows_that_are_sorted_otherwise_stand_for_no_expert(second: str) -> None:
     graph = experts(second)
