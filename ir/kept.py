@@ -81,7 +81,8 @@ def in_turn(keep: Keep) -> list[Dim]:
 
 
 def majors_in(keep: Keep, dim: Dim) -> tuple[Dim, ...]:
-    kept = keep[dim]
+    """The majors within which a Dim is cut."""
+    kept = keep.get(dim)
     return kept.majors if isinstance(kept, KeptWithin) else ()
 
 
@@ -91,13 +92,9 @@ def after_another(before: Keep, dim: Dim, majors: tuple[Dim, ...], indices: np.n
     ``indices`` are [*sizes of the majors, count], in any shape, and count as after the first cut. Raises AxisError
     where a major was itself cut within another Dim.
     """
-    first = before.get(dim)
-    every = majors or majors_in(before, dim) if first is not None else majors
-    if (
-        isinstance(first, KeptWithin)
-        and first.majors != every
-        or any(majors_in(before, m) for m in every if m in before)
-    ):
+    first, earlier = before.get(dim), majors_in(before, dim)
+    every = majors or earlier
+    if (earlier and earlier != every) or any(majors_in(before, major) for major in every):
         raise AxisError(f"{dim.name} was cut within several Dims, one after the other: that cannot be followed")
     if not every:
         left: np.ndarray = indices if first is None else np.asarray(first)[indices]
@@ -106,9 +103,8 @@ def after_another(before: Keep, dim: Dim, majors: tuple[Dim, ...], indices: np.n
     known = [np.asarray(before.get(major, np.arange(size))) for major, size in zip(every, sizes, strict=True)]
     held = first.indices if isinstance(first, KeptWithin) else np.arange(int(dim.size)) if first is None else first
     held = np.broadcast_to(held, (*sizes, np.shape(held)[-1]))
-    second = (
-        indices.reshape(*map(len, known), -1) if majors else np.broadcast_to(indices, (*map(len, known), len(indices)))
-    )
+    sizes_left = [len(part) for part in known]
+    second = indices.reshape(*sizes_left, -1) if majors else np.broadcast_to(indices, (*sizes_left, len(indices)))
     found = np.broadcast_to(held[..., : second.shape[-1]], (*sizes, second.shape[-1])).copy()
     found[np.ix_(*known)] = np.take_along_axis(held[np.ix_(*known)], second, -1)
     return KeptWithin(every, found)

@@ -102,16 +102,18 @@ def _values_with(analysis: Analysis, dims: Iterable[Dim]) -> dict[Dim, list[Valu
 
 
 def _lies_within(analysis: Analysis, values: Sequence[Value], dim: Dim, major: Dim) -> bool:
-    stands = {value: _standing(analysis, value, dim, major) for value in values}
+    rows = rows_by(analysis, major)
+    stands = {value: _standing(analysis.of[value], dim, major, rows) for value in values}
     nodes = dict.fromkeys(node for value in values for node in (*value.consumers(), value.producer) if node is not None)
     return all(stands.values()) and all(_all_keep_apart(node, analysis, dim, stands) for node in nodes)
 
 
-def _standing(analysis: Analysis, value: Value, dim: Dim, major: Dim) -> tuple[Dim, ...]:
-    """The major, where a value has it beside the Dim, or the rows that stand for it; nothing where it has neither."""
-    beside = majors_beside(analysis.of[value], dim)
-    rows = () if major in beside else rows_by(analysis, major)
-    return (major,) if major in beside else rows if all(row in beside for row in rows) else ()
+def _standing(axes: Sequence[Extent], dim: Dim, major: Dim, rows: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """The major, where it is beside the Dim, or the rows that stand for it; nothing where neither is."""
+    beside = majors_beside(axes, dim)
+    if major in beside:
+        return (major,)
+    return rows if all(row in beside for row in rows) else ()
 
 
 def _all_keep_apart(node: Node, analysis: Analysis, dim: Dim, stands: Mapping[Value, tuple[Dim, ...]]) -> bool:
