@@ -78,6 +78,12 @@ def test_pruned_equals_masked(model: Any, majors_too: bool) -> None:
     expect_masked(graph, small, [torch.randn(3, 5, 12).double()])
 
 
+def test_explain_names_the_majors() -> None:
+    graph = captured(Attention("rotary"))
+    text = "indices of it can be removed, other ones in each of q.weight:0.0"
+    assert text in graph.explain("v.weight:0.1") and text not in graph.explain("q.weight:0.2")
+
+
 def test_each_group_of_a_convolution_keeps_channels_of_its_own() -> None:
     model = Groups().double().eval()
     graph = regauge.capture(model, (torch.randn(2, 5, 9).double(),), dynamic={0: {0: "batch"}})
