@@ -182,19 +182,20 @@ def _dims(graph: Graph, found: Found) -> list[Dim]:
 
 
 def _check_ids(found: Found) -> None:
-    """Raise PassError where a node reads ids otherwise than to look them up in the tables."""
+    """Raise PassError where the tables are read with other ids than those of inputs, or these ids otherwise."""
+    for table in found.tables:
+        for node, slot in table.uses:
+            if node.op == "embedding" and slot == 0 and not _sources(node.inputs[1]) <= set(found.inputs):
+                raise PassError(f"{node.label} looks up ids that no input gives, which would be other ones")
     waiting, seen = list(found.inputs), set[Value]()
     while waiting:
-        value = waiting.pop()
-        for node, slot in value.uses:
+        for node, slot in waiting.pop().uses:
             if node.op == "embedding" and slot == 1 and node.inputs[0] in found.tables:
-                if not _sources(value) <= set(found.inputs):
-                    raise PassError(f"{node.label} looks up ids that are not only of inputs")
-            elif node.op not in _MOVES:
+                continue
+            if node.op not in _MOVES:
                 raise PassError(f"{node.label} reads token ids, which would be other ones")
-            else:
-                waiting += [output for output in node.outputs if output not in seen]
-                seen.update(node.outputs)
+            waiting += [output for output in node.outputs if output not in seen]
+            seen.update(node.outputs)
 
 
 def _check_node(graph: Graph, node: Node, dims: Sequence[Dim], found: Found) -> None:

@@ -32,6 +32,8 @@ class Language(nn.Module):
             x = x + self.segments(more[0])
         if self.kind == "pair":
             x = x + self.tok(more[0]).mean(1, keepdim=True)
+        if self.kind == "start":
+            x = x + self.tok(torch.tensor([3]))
         if self.kind == "padding":
             x = x * (ids != 3)[..., None]
         x = self.mix(x).cumsum(1).relu()
@@ -127,6 +129,7 @@ def test_the_table_is_named_where_there_are_several() -> None:
     ("kind", "options", "message"),
     [
         ("padding", "keep=[1,2]", "reads token ids, which would be other ones"),
+        ("start", "keep=[1,2]", "looks up ids that no input gives"),
         ("turned", "keep=[1,2]", "flip.* tells ids apart"),
         ("", "keep=[1,20]", "there is no id 20: tok.weight has 0..19"),
         ("", "keep=[]", "keep names no id"),
