@@ -43,7 +43,7 @@ def patched_model(graph: Graph, changes: Changes) -> tuple[onnx_ir.Model, bool]:
     _freeze_branches(graph, carrier, contents)
     rewire(graph, graph.metadata["onnx_imported"], changes, carrier, sources, contents)
     fold_known(graph, carrier, contents)
-    _write_shapes(changes, carrier)
+    _write_shapes(graph, changes, carrier)
     return carrier.model, bool(changes or carrier.edits)
 
 
@@ -58,9 +58,14 @@ def all_values(graph: Graph) -> Iterator[Value]:
 def _check_interface(graph: Graph, changes: Changes) -> None:
     edge = {*graph.inputs, *(o for o in graph.outputs if isinstance(o, Value))}
     for before, after in changes.shapes:
-        if after in edge:
+        if after in edge and not _meant(graph, after):
             change = f"{before.signature} to {after.signature}"
             raise EmitError(f"{after.name} went from {change}: the interface of an ONNX model must stay as it is")
+
+
+def _meant(graph: Graph, output: Value) -> bool:
+    """Whether a pass was asked to change the shape of an output."""
+    return output.name in graph.metadata.get("changed_outputs", ())
 
 
 def _write_weights(parameters: Iterable[Parameter], carrier: Carrier) -> None:
@@ -249,11 +254,11 @@ def _freeze_in(node: onnx_ir.Node, parameter: Parameter, content: torch.Tensor, 
         carrier.drop_unused([before])
 
 
-def _write_shapes(changes: Changes, carrier: Carrier) -> None:
+def _write_shapes(graph: Graph, changes: Changes, carrier: Carrier) -> None:
     """Declared shapes inside the model follow the cut; what cannot be said as a number is left open."""
     for before, after in changes.shapes:
         value = carrier.copy_of(after.origin)
-        if value is None or value.shape is None or value.is_graph_output():
+        if value is None or value.shape is None or (value.is_graph_output() and not _meant(graph, after)):
             continue
         if value.is_graph_input() and not value.is_initializer():
             continue

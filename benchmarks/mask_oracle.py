@@ -22,42 +22,29 @@ from torch.overrides import TorchFunctionMode
 BOUNDLESS = 1e30  # models write -inf as the least number of their type
 
 
-def kept_indices(original: Tensor, pruned: Tensor) -> list[Tensor | None] | None:
-    """Per axis the kept indices (None: all) of the box of ``original`` that is ``pruned``; None where it is no box."""
-    if original.shape == pruned.shape and torch.equal(original, pruned):
-        return [None] * original.dim()
-    if original.dim() != pruned.dim():
-        return None
+def kept_entries(original: Tensor, pruned: Tensor) -> Tensor | None:
+    """Where the values of ``original`` are that ``pruned`` has; None where it has others, or some more than once.
+
+    A weight that was cut along axes has a box of them; where each head or group kept indices of its own it has not.
+    """
     found = torch.isin(original, pruned)
-    kept: list[Tensor] = []
-    for axis in range(original.dim()):
-        others = [a for a in range(original.dim()) if a != axis]
-        indices = (found.any(dim=others) if others else found).nonzero().view(-1)
-        if len(indices) != pruned.shape[axis]:
-            return None
-        kept.append(indices)
-    box = original
-    for axis, indices in enumerate(kept):
-        box = box.index_select(axis, indices)
-    return list(kept) if torch.equal(box, pruned) else None
+    if original.shape == pruned.shape and torch.equal(original, pruned):
+        return torch.ones_like(found)
+    same = original.dim() == pruned.dim() and int(found.sum()) == pruned.numel()
+    return found if same and torch.equal(original[found].sort().values, pruned.flatten().sort().values) else None
 
 
 def mask_parameters(model: nn.Module, pruned: nn.Module) -> list[str]:
-    """Zero in ``model`` whatever ``pruned`` does not hold; returns the parameters that are no box of the original."""
+    """Zero in ``model`` whatever ``pruned`` does not hold; returns the parameters that are no part of the original."""
     small = dict(pruned.named_parameters(remove_duplicate=False))
     strange = []
     masks: dict[int, tuple[Tensor, Tensor]] = {}
     for name, original in model.named_parameters(remove_duplicate=False):
-        kept = kept_indices(original.data, small[name].data) if name in small else None
+        kept = kept_entries(original.data, small[name].data) if name in small else None
         if kept is None:
             strange.append(name)
             continue
-        mask = torch.ones_like(original.data)
-        for axis, indices in enumerate(kept):
-            if indices is not None:
-                gone = torch.ones(original.shape[axis], dtype=torch.bool)
-                gone[indices] = False
-                mask.index_fill_(axis, gone.nonzero().view(-1), 0)
+        mask = kept.to(original.dtype)
         previous = masks.get(id(original))
         masks[id(original)] = (original.data, mask if previous is None else mask * previous[1])
     for data, mask in masks.values():
@@ -287,7 +274,7 @@ def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> floa
 def masked_error(
     original: nn.Module, pruned: nn.Module, call: Callable[[nn.Module], list[Tensor]]
 ) -> tuple[float, list[str]]:
-    """Relative error of ``pruned`` against the masked ``original`` (overwritten), and parameters that are no box."""
+    """Relative error of ``pruned`` against the masked ``original`` (overwritten), and parameters that are no part."""
     strange = mask_parameters(original, pruned)
     with torch.no_grad():
         actual = call(pruned)

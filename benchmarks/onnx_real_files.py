@@ -30,7 +30,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from benchmarks.mask_oracle import kept_indices
+from benchmarks.mask_oracle import kept_entries
 from benchmarks.report import append_table, environment
 
 FACE, FACE_SIMPLE = "face_version-RFB-320.onnx", "face_version-RFB-320_simplified.onnx"
@@ -104,14 +104,10 @@ def masked(model: onnx.ModelProto, small: onnx.ModelProto) -> onnx.ModelProto:
         if name not in found:
             continue
         original = torch.tensor(numpy_helper.to_array(tensor))
-        indices = kept_indices(original, torch.tensor(numpy_helper.to_array(found[name])))
-        if indices is None:
+        kept = kept_entries(original, torch.tensor(numpy_helper.to_array(found[name])))
+        if kept is None:
             raise SystemExit(f"{name} is no part of the original: {list(tensor.dims)} -> {list(found[name].dims)}")
-        for axis, chosen in enumerate(indices):
-            if chosen is not None:
-                mask = torch.zeros(original.shape[axis])
-                mask[chosen] = 1
-                original *= mask.reshape([-1 if a == axis else 1 for a in range(original.dim())])
+        original *= kept
         set_array(tensor, original.numpy())
     return copied
 

@@ -37,7 +37,7 @@ class Analysis:
     ``of[value]`` are the extents of a value, one per axis (read them through ``axes(value)``); ``calls[node]`` holds
     the roles a node gives to axes and the attributes that are sizes; ``problems`` the nodes whose rule did not fit.
     ``groups[dim]`` are the places in parameters where a Dim occurs, those in trained parameters first; ``held`` the
-    Dims of trained parameters and buffers.
+    Dims of trained parameters and buffers; ``majors`` what was asked of :mod:`regauge.ir.majors` so far.
     """
 
     of: ValueAxes = field(default_factory=ValueAxes)
@@ -45,6 +45,7 @@ class Analysis:
     problems: list[str] = field(default_factory=list)
     groups: dict[Dim, Group] = field(default_factory=dict)
     held: set[Dim] = field(default_factory=set)
+    majors: dict[Dim, tuple[Dim, ...]] = field(default_factory=dict)
     _all_named: bool = False
 
     @cached_property

@@ -374,6 +374,7 @@ def record(
     what: str,
     sizes: tuple[str, int, int] | None = None,
     kept: tuple[int, ...] | None = None,
+    majors: tuple[str, ...] = (),
 ) -> None:
     """Add a line to the history of the graph; of a Dim that was cut with its name, sizes and the indices it kept."""
-    graph.history.append(Edit(by, what, sizes, kept))
+    graph.history.append(Edit(by, what, sizes, kept, majors))

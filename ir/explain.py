@@ -7,6 +7,7 @@ from regauge.ir.extents import Dim, format_extent, leaves
 from regauge.ir.gauge import Gauge, gauge_in_words, gauges
 from regauge.ir.graph import Graph, Parameter, Value
 from regauge.ir.groups import Group
+from regauge.ir.majors import majors_of
 
 MAX_LISTED = 12
 
@@ -73,7 +74,9 @@ def explain_group(graph: Graph, group: Group) -> str:
         lines.append(f"{dim.name} ({dim.size} indices) is pinned: none of its indices can be removed, because")
         lines += [f"  - {pin}" for pin in dim.pins]
     else:
-        lines.append(f"{dim.name} ({dim.size} indices) is free: indices of it can be removed")
+        majors = majors_of(graph, [dim])[dim]
+        within = f", other ones in each of {' and '.join(major.name for major in majors)}" if majors else ""
+        lines.append(f"{dim.name} ({dim.size} indices) is free: indices of it can be removed{within}")
     lines += _members(group)
     lines += _roles(graph, dim)
     if not dim.pins:

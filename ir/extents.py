@@ -11,12 +11,11 @@ The axis of size 1 is the empty product ``ONE``: it vanishes inside a Product, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from regauge.ir.errors import AxisError
 from regauge.ir.sizes import Size, product, total
 
 MAX_PINS = 6  # reasons kept per Dim; a residual stream through a thousand convolutions needs no thousand reasons
@@ -215,27 +214,6 @@ def bind(dim: Dim, target: Extent) -> None:
         target.name = dim.name
 
 
-Keep: TypeAlias = Mapping[Dim, np.ndarray]
-
-
-def flat_indices(extent: Extent, keep: Keep) -> np.ndarray:
-    """The positions on the axis that remain when each Dim of ``keep`` keeps the given (sorted) indices."""
-    found = resolve(extent)
-    if isinstance(found, Dim):
-        kept = keep.get(found)
-        return np.arange(_static(found)) if kept is None else np.asarray(kept)
-    if isinstance(found, Product):
-        result = np.zeros(1, dtype=np.int64)
-        for factor in found.factors:
-            result = (result[:, None] * _static(factor) + flat_indices(factor, keep)[None, :]).reshape(-1)
-        return result
-    parts, offset = [np.zeros(0, dtype=np.int64)], 0
-    for segment in found.segments:
-        parts.append(flat_indices(segment, keep) + offset)
-        offset += _static(segment)
-    return np.concatenate(parts)
-
-
 def positions_on(extent: Extent, dim: Dim) -> np.ndarray:
     """The positions on an axis that each index of a Dim owns, [indices, positions each]."""
     found = resolve(extent)
@@ -255,26 +233,26 @@ def positions_on(extent: Extent, dim: Dim) -> np.ndarray:
     return np.concatenate(parts, 1)
 
 
-def size_after(extent: Extent, keep: Keep) -> Size:
-    """The size of the axis when each Dim of ``keep`` keeps the given indices; works for symbolic sizes too."""
+def coordinates(extent: Extent, dim: Dim) -> tuple[np.ndarray, np.ndarray]:
+    """Of each position on an axis: the index of a Dim there, -1 where it has none, and how far it is to the next."""
     found = resolve(extent)
     if isinstance(found, Dim):
-        kept = keep.get(found)
-        return found.size if kept is None else len(kept)
+        size = int(found.size)
+        own = found is dim
+        return (np.arange(size), np.ones(size, int)) if own else (np.full(size, -1), np.zeros(size, int))
     if isinstance(found, Product):
-        return product(size_after(f, keep) for f in found.factors)
-    return total(size_after(s, keep) for s in found.segments)
-
-
-def touches(extent: Extent, keep: Keep) -> bool:
-    return any(dim in keep for dim in leaves(extent))
-
-
-def _static(extent: Extent) -> int:
-    size = size_of(extent)
-    if not isinstance(size, int):
-        raise AxisError(f"axis {extent} has the dynamic size {size}: its indices cannot be listed")
-    return size
+        sizes = [int(size_of(factor)) for factor in found.factors]
+        for place, factor in enumerate(found.factors):
+            if dim in leaves(factor):
+                index, step = coordinates(factor, dim)
+                rest = int(np.prod(sizes[place + 1 :]))
+                shape = [-1 if other == place else 1 for other in range(len(sizes))]
+                spread = [np.broadcast_to(part.reshape(shape), sizes).reshape(-1) for part in (index, step * rest)]
+                return spread[0], spread[1]
+        whole = int(np.prod(sizes))
+        return np.full(whole, -1), np.zeros(whole, int)
+    parts = [coordinates(segment, dim) for segment in found.segments]
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True)) if parts else (np.zeros(0, int),) * 2  # type: ignore[return-value]
 
 
 def format_extent(extent: Extent) -> str:

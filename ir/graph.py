@@ -194,6 +194,7 @@ class Edit:
     what: str
     sizes: tuple[str, int, int] | None = None  # of a Dim that was cut: its name, indices before and after
     kept: tuple[int, ...] | None = None  # of a Dim that was cut: which of the indices before are there after
+    majors: tuple[str, ...] = ()  # Dims in each index of which other indices were kept: ``kept`` holds these in turn
 
 
 @dataclass(eq=False)

@@ -24,10 +24,14 @@ class Member(NamedTuple):
 
 @dataclass
 class Group:
-    """Axes that are cut together: one Dim and its members."""
+    """Axes that are cut together: one Dim and its members.
+
+    ``majors`` are given where the indices may be chosen in each index of these by itself (:mod:`regauge.ir.majors`).
+    """
 
     dim: Dim
     members: list[Member] = field(default_factory=list)
+    majors: tuple[Dim, ...] = ()
 
     @property
     def name(self) -> str:
@@ -36,6 +40,11 @@ class Group:
     @property
     def size(self) -> Size:
         return self.dim.size
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """What is chosen among: [*sizes of the majors, size]."""
+        return tuple(int(dim.size) for dim in (*self.majors, self.dim))
 
     @property
     def pins(self) -> tuple[Pin, ...]:

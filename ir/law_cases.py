@@ -14,8 +14,10 @@ from regauge.ir.axes import Analysis, infer_axes
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
 from regauge.ir.errors import LawError
-from regauge.ir.extents import Dim, Keep, flat_indices, leaves
+from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.kept import Keep, flat_indices, part_kept
+from regauge.ir.majors import keeps_apart, majors_beside
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.resize import sizes_after
 
@@ -110,6 +112,16 @@ class Case:
         axes = self.analysis.of
         return [value for value in self.node.outputs if any(dim in leaves(extent) for extent in axes[value])]
 
+    def majors(self, dim: Dim) -> list[Dim]:
+        """Dims within which this one may be permuted, as far as this node goes."""
+        values = [value for value in (*self.node.inputs, *self.node.outputs) if isinstance(value, Value)]
+        axes = [self.analysis.of[value] for value in values]
+        having = [own for own in axes if any(dim in leaves(extent) for extent in own)]
+        beside = [majors_beside(own, dim) for own in having]
+        common = [major for major in beside[0] if all(major in others for others in beside)]
+        apart = [major for major in common if keeps_apart(self.node, self.analysis, dim, major)]
+        return [major for major in apart if isinstance(major.size, int)]
+
     # -- cuts --------------------------------------------------------------------------------------------------------
 
     def selected(self, keep: Keep) -> tuple[list[Any], Mapping[str, Any]]:
@@ -127,9 +139,7 @@ class Case:
         return [change(value, o, keep) if isinstance(value, Value) else o for value, o in pairs]
 
     def cut(self, value: Value, tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
-        for axis, extent in enumerate(self.analysis.of[value]):
-            tensor = tensor.index_select(axis, torch.from_numpy(flat_indices(extent, keep)))
-        return tensor
+        return part_kept(tensor, self.analysis.of[value], keep)
 
     def zeroed(self, value: Value, tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
         for axis, extent in enumerate(self.analysis.of[value]):

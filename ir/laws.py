@@ -2,6 +2,7 @@
 
     shape      the rule gives the shapes that the operator computes
     permute    permuting the indices of a free Dim in the operands permutes the results
+    within     so does permuting them in each index of another Dim by itself, where regauge.ir.majors allows that
     cut        where the operator maps over a Dim, cutting commutes with it; where it contracts the Dim, indices that
                hold zeros may be dropped; and always the rule gives the shape after the cut
     symmetry   maps of the gauge class that the symmetry claims commute with the operator (regauge.ir.gauge)
@@ -24,9 +25,10 @@ import torch
 from regauge.ir.aten_law import check_aten_names
 from regauge.ir.cost import cost, figures
 from regauge.ir.errors import LawError, RegaugeError
-from regauge.ir.extents import Dim, size_after
+from regauge.ir.extents import Dim
 from regauge.ir.gauge import node_gauges
 from regauge.ir.gauge_maps import assignments, draw_map, mapped, strongest
+from regauge.ir.kept import KeptWithin, size_after
 from regauge.ir.law_cases import Case, draw_case, sample_count
 from regauge.ir.masking import gives_zero
 from regauge.ir.operator import Cost, Operator, get_operator
@@ -54,7 +56,7 @@ def check_operator(name: str) -> None:
 
 def laws_of(record: Operator) -> list[str]:
     """The laws that can be checked of a record: the shape law first, since without it no other says anything."""
-    skipped = {"permute", "zeros", "symmetry"} if record.random else set()
+    skipped = {"permute", "within", "zeros", "symmetry"} if record.random else set()
     skipped |= (set() if record.macs else {"cost"}) | (set() if record.commutative else {"commute"})
     skipped |= set() if None in record.aten.values() else {"aten"}
     return [law for law in LAWS if law not in skipped]
@@ -93,6 +95,16 @@ def _permute(case: Case) -> None:
             keep = {dim: np.asarray(order)}
             actual = case.evaluate(*case.selected(keep), f"permute {dim}")
             case.expect_same(actual, case.cut_results(case.results, keep), f"permute {dim}", ADVICE_ROLE)
+
+
+def _within(case: Case) -> None:
+    for dim, size in case.free_dims():
+        for major in case.majors(dim):
+            shifts = np.arange(int(major.size))[:, None]
+            keep = {dim: KeptWithin((major,), (np.arange(size) + shifts) % size)}
+            what = f"permute {dim} within {major}"
+            actual = case.evaluate(*case.selected(keep), what)
+            case.expect_same(actual, case.cut_results(case.results, keep), what, ADVICE_ROLE)
 
 
 def _without_middle(dim: Dim, size: int) -> dict[Dim, np.ndarray]:
@@ -186,6 +198,6 @@ def _cost(case: Case) -> None:
 
 
 LAWS: dict[str, Callable[[Case], None]] = {
-    "shape": _shape, "permute": _permute, "cut": _cut, "symmetry": _symmetry, "zeros": _zeros,
+    "shape": _shape, "permute": _permute, "within": _within, "cut": _cut, "symmetry": _symmetry, "zeros": _zeros,
     "commute": _commute, "cost": _cost, "aten": check_aten_names,
 }  # fmt: skip

@@ -36,7 +36,7 @@ class LocalAxes:
             else []
             for slot, operand in enumerate(node.inputs)
         ]
-        call = Call(node, axes)
+        self.call = call = Call(node, axes)
         self.results: list[Axes] = apply_rule(node.operator, call)
         self.operands: list[Axes] = [own or [] for own in axes]
         self.roles = {dim: role for role, extent in call.roles for dim in leaves(extent)}
@@ -91,3 +91,17 @@ def local_axes(node: Node, given: Mapping[int, Axes] | None = None) -> LocalAxes
         return LocalAxes(node, given)
     except AxisError:
         return None
+
+
+def unrelated(axes: Axes, copies: dict[Dim, Dim]) -> Axes:
+    """The same extents of Dims that nothing is known of; ``copies`` receives Dim -> its copy."""
+    return [_unrelated(extent, copies) for extent in axes]
+
+
+def _unrelated(extent: Extent, copies: dict[Dim, Dim]) -> Extent:
+    found = resolve(extent)
+    if isinstance(found, Dim):
+        return copies.setdefault(found, Dim(found.size, found.name))
+    if isinstance(found, Product):
+        return Product([_unrelated(factor, copies) for factor in found.factors]) if found.factors else found
+    return Concat([_unrelated(segment, copies) for segment in found.segments])

@@ -10,12 +10,12 @@ from contextlib import suppress
 
 import torch
 
-from regauge.ir.weights import CutWeight, DenseWeight, Weight, file_of
+from regauge.ir.weights import CutWeight, DenseWeight, ReorderedWeight, Weight, file_of
 
 
 def on_disk(weight: Weight) -> bool:
     """Whether the data of a weight is read from a file at each use, or is mapped."""
-    if isinstance(weight, CutWeight):
+    if isinstance(weight, CutWeight | ReorderedWeight):
         return on_disk(weight.base)
     return file_of(weight.tensor) is not None if isinstance(weight, DenseWeight) else True
 

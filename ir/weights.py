@@ -99,27 +99,48 @@ class CutWeight:
         return tensor
 
 
+@dataclass(frozen=True, eq=False)
+class ReorderedWeight:
+    """Another weight with its entries along an axis in another order, by positions that broadcast along the others."""
+
+    base: Weight
+    axis: int
+    positions: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype | str:
+        return self.base.dtype
+
+    def load(self) -> torch.Tensor:
+        tensor = self.base.load()
+        return torch.take_along_dim(tensor, torch.from_numpy(self.positions).to(tensor.device), self.axis)
+
+
 def dense(tensor: torch.Tensor) -> DenseWeight:
     return DenseWeight(tensor.detach())
 
 
 def device_of_weight(weight: Weight) -> torch.device:
     """Where a weight is; what is read or computed when it is asked for is on the CPU."""
-    if isinstance(weight, CutWeight):
+    if isinstance(weight, CutWeight | ReorderedWeight):
         return device_of_weight(weight.base)
     return weight.tensor.device if isinstance(weight, DenseWeight) else torch.device("cpu")
 
 
 def is_resident(weight: Weight) -> bool:
     """Whether the data lies in memory, so that to keep what is computed from it costs no other order of memory."""
-    if isinstance(weight, CutWeight):
+    if isinstance(weight, CutWeight | ReorderedWeight):
         return is_resident(weight.base)
     return isinstance(weight, DenseWeight | KeptWeight) or isinstance(weight, LazyWeight) and weight.resident
 
 
 def writes(weight: Weight) -> int:
     """How often torch wrote into the tensor of a dense weight; 0 for one read from a file at each use."""
-    if isinstance(weight, CutWeight):
+    if isinstance(weight, CutWeight | ReorderedWeight):
         return writes(weight.base)
     if not isinstance(weight, DenseWeight) or weight.tensor.is_inference():  # the latter keep no count
         return 0
@@ -136,10 +157,18 @@ def cut(weight: Weight, keep: Sequence[np.ndarray | None]) -> Weight:
             for inner, outer in zip(weight.keep, keep, strict=True)
         )
         return CutWeight(weight.base, composed)
-    result = CutWeight(weight, tuple(keep))
-    # In memory the slice is made now and the original may go; a file stays where it is until the slice is written.
-    in_memory = isinstance(weight, DenseWeight) and file_of(weight.tensor) is None
-    return dense(result.load()) if in_memory else result
+    return _made_now_in_memory(CutWeight(weight, tuple(keep)))
+
+
+def reordered(weight: Weight, axis: int, positions: np.ndarray) -> Weight:
+    """``weight`` with its entries along an axis in another order; see :class:`ReorderedWeight`."""
+    return _made_now_in_memory(ReorderedWeight(weight, axis, positions))
+
+
+def _made_now_in_memory(made: CutWeight | ReorderedWeight) -> Weight:
+    """In memory a slice is made now and the original may go; a file stays where it is until the slice is written."""
+    in_memory = isinstance(made.base, DenseWeight) and file_of(made.base.tensor) is None
+    return dense(made.load()) if in_memory else made
 
 
 def file_of(tensor: torch.Tensor) -> str | None:

@@ -24,6 +24,7 @@ BUILT_IN = {
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
     "sort": "regauge.passes.elastic.sort:Sort",
+    "vocabulary": "regauge.passes.pruning.vocabulary:Vocabulary",
 }
 
 Passes: TypeAlias = str | Pass | Sequence["str | Pass"]

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from regauge.ir.extents import flat_indices
 from regauge.ir.graph import Graph
 from regauge.ir.groups import free_groups
 from regauge.ir.interpret import run
+from regauge.ir.kept import flat_indices
 from regauge.ir.resize import resize
 from regauge.ir.verify import verify
 

@@ -11,9 +11,9 @@ import onnx
 import onnx.parser
 from onnx import numpy_helper
 
-from regauge.ir.extents import flat_indices
 from regauge.ir.graph import Graph
 from regauge.ir.groups import free_groups
+from regauge.ir.kept import flat_indices
 from regauge.ir.resize import resize
 
 PERCEPTRON = """

@@ -12,7 +12,7 @@ vectors (Gram matrices, least squares, Hessians) goes through here, so that no k
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from regauge.ir.extents import Dim, leaves, positions_on
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.kept import numbered
 from regauge.ir.ops.windows import per_axis
 
 _CONVOLUTIONS = ("conv", "conv_transpose")
@@ -198,6 +199,21 @@ class Layer:
                 return none  # it chooses among the groups: no group contracts it
             positions = own[:, :: self.blocks]
         return (positions[:, :, None] * self.taps + np.arange(self.taps)).reshape(len(positions), -1)
+
+    def columns_within(self, graph: Graph, dims: Sequence[Dim], block: int) -> np.ndarray:
+        """The columns of one block that each combination of indices of Dims owns, [combinations, columns each].
+
+        The last Dim is contracted, the others are its majors. Rows are -1 for combinations that the block lacks: a
+        group of a convolution has only channels of its own.
+        """
+        numbers = torch.from_numpy(numbered(graph.axes.of[self.weight], self.contracted, dims))
+        whole = self.matrices(numbers.expand([int(size) for size in self.weight.shape]))
+        found = whole[block, 0].numpy()  # the same in all outputs of a block, since these do not say which major it is
+        order = np.argsort(found, kind="stable")[int((found < 0).sum()) :]
+        present = np.unique(found[order])
+        columns = np.full((int(np.prod([int(dim.size) for dim in dims])), len(order) // max(1, len(present))), -1)
+        columns[present] = order.reshape(len(present), -1)
+        return columns
 
 
 def layer_of(node: Node, *, blocks: bool = False, shared: bool = False) -> Layer | None:

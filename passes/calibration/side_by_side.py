@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Keep
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.kept import Keep, part_kept
 from regauge.ir.lockstep import Lockstep
-from regauge.ir.resize import part_kept
 from regauge.passes.calibration.batch_norms import before_norm
 from regauge.passes.calibration.layers import Layer
 
@@ -83,9 +82,13 @@ class SideBySide:
         values = zip(self.before.values(old), self.now.values(other), strict=True)
         return [self.kept(was, old) - now for was, now in values]
 
-    def kept(self, tensor: torch.Tensor, value: Value) -> torch.Tensor:
-        """A tensor of the original as the cut leaves it."""
-        return part_kept(tensor, self.original.axes.of[value], self.keep) if self.keep else tensor
+    def kept(self, tensor: torch.Tensor, value: Value, ends: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor of the original as the cut leaves it; ``ends`` are where the rows of each expert end."""
+        if not self.keep:
+            return tensor
+        experts = None if ends is None else torch.searchsorted(ends, torch.arange(len(tensor)), right=True)
+        rows = None if experts is None or ends is None else experts.clamp(max=len(ends) - 1).numpy()
+        return part_kept(tensor, self.original.axes.of[value], self.keep, rows)
 
 
 def _differs(value: Value, old: Value) -> bool:

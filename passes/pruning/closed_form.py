@@ -28,10 +28,10 @@ import numpy as np
 import torch
 
 from regauge.ir.edit import set_weight
-from regauge.ir.extents import Dim, Keep, flat_indices
+from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.kept import Keep, KeptWithin, flat_indices, part_kept
 from regauge.ir.mapped import mapped, on_disk
-from regauge.ir.resize import part_kept
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.pruning.channel_moments import ChannelMoments, ChannelReader
 from regauge.passes.pruning.readers import readers
@@ -104,6 +104,10 @@ class _TakingOver:
 
     def _takes_over(self, layer: Layer, matrix: torch.Tensor, dim: Dim) -> bool:
         """Add to the columns of kept indices what those of the others are combinations of."""
+        stays = self.keep[dim]
+        if isinstance(stays, KeptWithin):
+            self._leave(dim, f"they are not the same ones in each index of {stays.majors[0].name}")
+            return False
         columns = torch.from_numpy(layer.columns_of(self.graph, dim))
         x = layer.node.inputs[0]
         assert isinstance(x, Value)
@@ -111,8 +115,8 @@ class _TakingOver:
         if not isinstance(moments, ChannelMoments):
             self._leave(dim, moments)
             return False
-        kept = torch.from_numpy(np.asarray(self.keep[dim]))
-        gone = torch.from_numpy(np.setdiff1d(np.arange(int(dim.size)), self.keep[dim]))
+        kept = torch.from_numpy(stays)
+        gone = torch.from_numpy(np.setdiff1d(np.arange(int(dim.size)), stays))
         shares = _combinations(moments.gram(BIAS), kept, gone, self.ridge)
         matrix[:, columns[kept]] += torch.einsum("oje,ij->oie", matrix[:, columns[gone]], shares)
         matrix[:, columns[gone].reshape(-1)] = 0

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from regauge.ir.edit import set_weight
-from regauge.ir.extents import Keep, touches
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.kept import Keep, touches
 from regauge.ir.lockstep import Lockstep
 from regauge.ir.mapped import mapped, on_disk
 from regauge.passes.calibration.layers import Layer, layer_of
@@ -155,9 +155,11 @@ class _Compensation:
             run.execute(was)
             x, y = was.inputs[0], was.output
             assert isinstance(x, Value)
-            inputs = [self.both.kept(tensor, x) for tensor in run.values(x)]
-            outputs = [self.both.kept(tensor, y) for tensor in run.values(y)]
             ends = run.values(was.inputs[2]) if was.op == "grouped_mm" else [None] * len(run)
+            inputs, outputs = (
+                [self.both.kept(tensor, value, end) for tensor, end in zip(run.values(value), ends, strict=True)]
+                for value in (x, y)
+            )
             _, moments = found.get(layer.weight, (layer, None))
             pairs = zip(inputs, outputs, ends, strict=True)
             found[layer.weight] = (layer, gathered(layer, pairs, moments))

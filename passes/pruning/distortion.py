@@ -11,13 +11,15 @@ contract it; the index that costs least goes, its layers are updated, and the re
 all Dims can be ranked together.
 
 An index of a Dim that no such layer contracts (the head size of queries and keys) costs the squared change of the
-outputs to first order when its entries become zero, E[(g' a)^2] with g the gradient of a value that has it.
+outputs to first order when its entries become zero, E[(g' a)^2] with g the gradient of a value that has it. Where
+queries and keys share a Dim with values, which a layer does contract, it costs both.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,16 +27,17 @@ import torch
 
 from regauge.ir.cost import figures
 from regauge.ir.extents import Dim, leaves
-from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.groups import Group
+from regauge.ir.kept import numbered
 from regauge.ir.lockstep import HELD, Lockstep
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer, contracting, layer_of
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.pruning.probe import Probe
-from regauge.passes.pruning.scores import Scores, accumulate
-from regauge.passes.pruning.surgeon import MEMORY, Share, taken_apart
+from regauge.passes.pruning.scores import Scores, profile, summed
+from regauge.passes.pruning.surgeon import MEMORY, Share, taken_apart, weights_without
 from regauge.passes.pruning.weight_scores import magnitudes
 
 _READ = 4 << 30  # bytes of weights that are read to measure the Dims of a kind: of a large model only a few are
@@ -43,24 +46,23 @@ _READ = 4 << 30  # bytes of weights that are read to measure the Dims of a kind:
 def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[Any], seed: int = 0) -> Scores:
     """One score per index of each group's Dim: the squared change of the outputs that its removal adds, per example.
 
-    Within a Dim scores rise in the order in which indices go. The graph runs once on all batches side by side, and a
+    Of a group with majors for each index in each index of these, [*sizes of the majors, size]. Within a Dim, in each
+    of its majors, scores rise in the order in which indices go. The graph runs once on all batches side by side, and a
     Dim is taken apart as soon as the last layer that contracts it has been fed. Memory: what one batch needs with
     gradients, the moments of the layers that are still needed (in temporary files where they are many), and
     :data:`regauge.passes.pruning.surgeon.MEMORY` for the Dim that is taken apart.
     """
     layers = [layer for _, node in graph.walk() if (layer := layer_of(node, blocks=True, shared=True)) is not None]
     readers = contracting(graph, [group.dim for group in groups], layers)
-    sensitivity, first_order = _gradients(graph, readers, batches, seed)
-    found = _Ordering(graph, readers, sensitivity, batches).run()
-    for dim in readers:
-        if not readers[dim] and dim in first_order:
-            found[dim] = first_order[dim]
+    groups = _told_apart(graph, groups, readers)
+    sensitivity, first_order = _gradients(graph, groups, readers, batches, seed)
+    found = _Ordering(graph, groups, readers, sensitivity, first_order, batches).run()
     unseen = [group for group in groups if group.dim not in found]
     if unseen:  # what data says nothing about goes by its weights, at the scale of the others
-        typical = float(np.mean([scores.mean() for scores in found.values()])) if found else 1.0
+        typical = float(np.mean([profile(scores).mean() for scores in found.values()])) if found else 1.0
         for dim, members in magnitudes(graph, unseen, 2).items():
             scores = np.sqrt(np.sum(members, 0))
-            found[dim] = scores / max(float(scores.mean()), 1e-30) * typical
+            found[dim] = scores / max(float(profile(scores).mean()), 1e-30) * typical
     return found
 
 
@@ -70,11 +72,14 @@ class _Ordering:
     def __init__(
         self,
         graph: Graph,
+        groups: Sequence[Group],
         readers: dict[Dim, list[Layer]],
         sensitivity: dict[Layer, torch.Tensor],
+        first_order: Scores,
         batches: Sequence[Any],
     ) -> None:
-        self.graph, self.readers, self.sensitivity = graph, readers, sensitivity
+        self.graph, self.readers, self.sensitivity, self.first_order = graph, readers, sensitivity, first_order
+        self.groups = {group.dim: group for group in groups}
         self.batches = batches
         self.probe = Probe(graph, batches[:1])
         self.measured = self._measured()
@@ -99,6 +104,8 @@ class _Ordering:
             if node.regions:
                 lockstep.execute(node)
             self._seen({node, *(inside for region in node.regions for _, inside in region.walk())})
+        for dim in self.first_order.keys() - self.found.keys():
+            self._add_first_order(dim, [])
         return {dim: scores * self._factor(dim) for dim, scores in self.found.items()}
 
     def _watch(self, node: Node, operands: list[Any], _: tuple[Any, ...]) -> None:
@@ -131,25 +138,61 @@ class _Ordering:
 
     def _take_apart(self, dim: Dim) -> None:
         layers = [layer for layer in self.readers[dim] if layer.source in self.moments]
+        majors, choices = self.groups[dim].majors, self.groups[dim].choices
         shares = [
-            Share.of(self.graph, dim, same, self.sensitivity, block, moments)
+            Share.of(self.graph, dim, same, self.sensitivity, block, moments, majors)
             for source, same in _by_source(layers).items()
             for block, moments in enumerate(self.moments[source])
             if moments.rows
         ]
         if shares:
-            change = self.probe.change if dim in self.measured else None
-            self.found[dim], self.factors[dim] = taken_apart(shares, int(dim.size), change)
+            change = self.probe.change if dim in self.measured and dim not in self.first_order else None
+            scores, self.factors[dim] = taken_apart(shares, choices[-1], change, int(np.prod(choices[:-1])))
+            self.found[dim] = scores.reshape(choices)
+            if dim in self.first_order:
+                self._add_first_order(dim, shares)
         for layer in layers:
             self.wanted[layer.source] -= 1
             if not self.wanted[layer.source]:
                 del self.moments[layer.source]
 
+    def _add_first_order(self, dim: Dim, shares: Sequence[Share]) -> None:
+        """Add to the scores of a Dim what it costs where two computed values contract it.
+
+        What that comes to is measured at a quarter and at half of the indices: layers have made up for them, and the
+        other weights that have them are zero.
+        """
+        scores = self.found[dim] = self.first_order[dim] + self.found.get(dim, 0.0)
+        self.factors.pop(dim, None)
+        factors, size = [], scores.shape[-1]
+        for count in {size // 4, size // 2} - {0} if dim in self.measured else ():
+            goes = np.zeros(scores.shape, dtype=bool)
+            np.put_along_axis(goes, np.argsort(scores, -1)[..., :count], True, -1)
+            without = weights_without(shares, torch.from_numpy(np.flatnonzero(goes)))
+            change = self.probe.change({**self._silenced(dim, goes), **without})
+            factors.append(change / max(float(scores[goes].sum()), 1e-30))
+        if factors:
+            self.factors[dim] = float(np.median(factors))
+
+    def _silenced(self, dim: Dim, goes: np.ndarray) -> dict[str, torch.Tensor]:
+        """The trained parameters that have a Dim, zero at some of its indices."""
+        found: dict[str, torch.Tensor] = {}
+        for parameter, axis in self.groups[dim].members:
+            if parameter.kind == "parameter":
+                places = numbered(self.graph.axes.of[parameter], axis, (*self.groups[dim].majors, dim))
+                gone = torch.from_numpy((places >= 0) & goes.reshape(-1)[places])
+                found[parameter.name] = found.get(parameter.name, parameter.tensor.detach()).masked_fill(gone, 0)
+        return found
+
     # -- bringing sums to what the outputs say -----------------------------------------------------------------------
 
     def _kind(self, dim: Dim) -> Hashable:
         layers = self.readers[dim]
-        return dim.size, tuple(sorted(Counter((layer.node.op, layer.columns) for layer in layers).items()))
+        return (
+            dim.size,
+            dim in self.first_order,
+            tuple(sorted(Counter((layer.node.op, layer.columns) for layer in layers).items())),
+        )
 
     def _measured(self) -> set[Dim]:
         """Dims whose removal is measured at the outputs: all of a small model, some of each kind of a large one.
@@ -158,7 +201,7 @@ class _Ordering:
         """
         kinds: dict[Hashable, list[Dim]] = {}
         for dim, layers in self.readers.items():
-            if layers and sum(layer.weight.tensor.nbytes for layer in layers) <= MEMORY:
+            if (layers or dim in self.first_order) and sum(layer.weight.tensor.nbytes for layer in layers) <= MEMORY:
                 kinds.setdefault(self._kind(dim), []).append(dim)
         many = max(2, int(_READ / max(1, figures(self.graph).bytes)))
         found: set[Dim] = set()
@@ -191,15 +234,16 @@ def _by_source(layers: Sequence[Layer]) -> dict[Hashable, list[Layer]]:
 
 
 def _gradients(
-    graph: Graph, readers: dict[Dim, list[Layer]], batches: Sequence[Any], seed: int
+    graph: Graph, groups: Sequence[Group], readers: dict[Dim, list[Layer]], batches: Sequence[Any], seed: int
 ) -> tuple[dict[Layer, torch.Tensor], Scores]:
     """Mean squares of the gradients at each layer's output rows, per example; first-order costs of the other Dims."""
     by_output = {layer.node.output: layer for found in readers.values() for layer in found}
-    holders = _produced(graph, {dim for dim, found in readers.items() if not found})
+    holders = _holders(graph, readers)
     layers = by_output.values()
     squares = {layer: torch.zeros(layer.blocks, layer.outputs, dtype=torch.float64) for layer in layers}
     rows = {layer: torch.zeros(layer.blocks, 1, dtype=torch.float64) for layer in layers}
-    costs: Scores = {dim: np.zeros(int(dim.size)) for dim in holders}
+    by_dim = {group.dim: group for group in groups}
+    costs: Scores = {dim: np.zeros(by_dim[dim].choices) for dim in holders}
 
     def visit(value: Value, tensor: torch.Tensor, gradient: torch.Tensor) -> None:
         layer = by_output.get(value)
@@ -210,34 +254,62 @@ def _gradients(
                 squares[layer][block] += own.double().square().sum(0)
                 rows[layer][block] += len(own)
         for dim, held in holders.items():
-            if held is value:
-                costs[dim] += _first_order(graph, value, dim, tensor * gradient)
+            if value in held:
+                costs[dim] += _first_order(graph, value, by_dim[dim], tensor * gradient)
 
-    values = [*by_output, *dict.fromkeys(holders.values())]
+    values = [*by_output, *dict.fromkeys(value for held in holders.values() for value in held)]
     visit_gradients(graph, batches, values, visit, seed=seed)
     examples = max(1, sum(examples_in(batch) for batch in batches))
     means = {layer: total / rows[layer].clamp(min=1) / examples for layer, total in squares.items()}
     return means, {dim: cost / examples for dim, cost in costs.items()}
 
 
-def _produced(graph: Graph, dims: set[Dim]) -> dict[Dim, Value]:
+def _holders(graph: Graph, readers: dict[Dim, list[Layer]]) -> dict[Dim, list[Value]]:
+    """The values at which it is measured what Dims cost apart from the layers that contract them."""
+    found = _produced(graph, {dim for dim, layers in readers.items() if not layers})
+    return {**found, **_multiplied(graph, readers)}
+
+
+def _produced(graph: Graph, dims: set[Dim]) -> dict[Dim, list[Value]]:
     """The first computed value that has each of these Dims."""
-    found: dict[Dim, Value] = {}
+    found: dict[Dim, list[Value]] = {}
     for node in graph.nodes if dims else ():
         for value in node.outputs:
             for extent in graph.axes.of[value]:
-                found.update({dim: value for dim in leaves(extent) if dim in dims and dim not in found})
+                found.update({dim: [value] for dim in leaves(extent) if dim in dims and dim not in found})
     return found
 
 
-def _first_order(graph: Graph, value: Value, dim: Dim, product: torch.Tensor) -> np.ndarray:
+def _multiplied(graph: Graph, readers: dict[Dim, list[Layer]]) -> dict[Dim, list[Value]]:
+    """Of Dims that layers contract, the first factor wherever two computed values contract them too."""
+    found: dict[Dim, list[Value]] = {}
+    for node, role, dims in graph.axes.ends:
+        for dim in dims if role == "contract" else ():
+            having = [v for _, v in node.operands() if any(dim in leaves(extent) for extent in graph.axes.of[v])]
+            if readers.get(dim) and having and not any(isinstance(value, Parameter) for value in having):
+                found.setdefault(dim, []).append(having[0])
+    return found
+
+
+def _told_apart(graph: Graph, groups: Sequence[Group], readers: dict[Dim, list[Layer]]) -> list[Group]:
+    """The groups, without majors where a value that they are measured at has none, as rows sorted by expert do."""
+    holders = _holders(graph, readers)
+
+    def told(group: Group) -> bool:
+        having = [{dim for extent in graph.axes.of[v] for dim in leaves(extent)} for v in holders.get(group.dim, ())]
+        return all(set(group.majors) <= own for own in having)
+
+    return [group if told(group) else replace(group, majors=()) for group in groups]
+
+
+def _first_order(graph: Graph, value: Value, group: Group, product: torch.Tensor) -> np.ndarray:
     """Per index of a Dim the squares, added over examples, of the sum of gradient times value over its entries."""
-    axis = next(a for a, extent in enumerate(graph.axes.of[value]) if dim in leaves(extent))
-    total = np.zeros(int(dim.size))
-    others = [a for a in range(1, product.dim()) if a != axis]
-    per_example = product.double().sum(others) if others else product.double()
-    for row in per_example.numpy() if axis else [per_example.numpy()]:
-        own = {dim: np.zeros(int(dim.size))}
-        accumulate(graph.axes.of[value][axis], row, own)
-        total += own[dim] ** 2
+    axes = graph.axes.of[value]
+    axis = next(a for a, extent in enumerate(axes) if group.dim in leaves(extent))
+    dims = (*group.majors, group.dim)
+    if axis == 0 or any(major in leaves(axes[0]) for major in group.majors):
+        return summed(axes, axis, dims, product) ** 2
+    total = np.zeros(group.choices)
+    for row in product:
+        total += summed(axes[1:], axis - 1, dims, row) ** 2
     return total

@@ -23,7 +23,7 @@ from regauge.passes.calibration.weight_gradients import (
     example_outputs,
     hessian_products,
 )
-from regauge.passes.pruning.scores import MemberScores, Scores, normalised, on_dim, scored_members
+from regauge.passes.pruning.scores import MemberScores, Scores, normalised, on_dim, scored_members, summed
 
 Elements: TypeAlias = Mapping[Parameter, torch.Tensor]
 _READ = {"contract", "reduce", "normalise"}  # roles of a Dim whose indices a node brings together
@@ -153,10 +153,14 @@ class LossScores:
         for group in self.groups:
             found[group.dim] = []
             for parameter, axis in scored_members(group):
+                axes, own = self.graph.axes.of[parameter], elements.get(parameter)
+                if group.majors:
+                    dims = (*group.majors, group.dim)
+                    found[group.dim].append(np.zeros(group.choices) if own is None else summed(axes, axis, dims, own))
+                    continue
                 if (parameter, axis) not in sums:
-                    sums[parameter, axis] = _along(elements.get(parameter), axis, int(parameter.shape[axis]))
-                extent = self.graph.axes.of[parameter][axis]
-                found[group.dim].append(on_dim(extent, group.dim, sums[parameter, axis]))
+                    sums[parameter, axis] = _along(own, axis, int(parameter.shape[axis]))
+                found[group.dim].append(on_dim(axes[axis], group.dim, sums[parameter, axis]))
         return found
 
     def _summed(self, elements: Elements) -> Scores:
@@ -169,12 +173,12 @@ class LossScores:
             count += 1
             products = {p: p.tensor.detach().double() * g.double() for p, g in gradients.items()}
             for dim, members in of(self._sums(products)).items():
-                before = total.get(dim, [np.zeros(int(dim.size))] * len(members))
+                before = total.get(dim, [0.0] * len(members))
                 total[dim] = [old + new for old, new in zip(before, members, strict=True)]
         return _mapped(lambda part: part / max(1, count), total)
 
     def _first(self, found: MemberScores) -> Scores:
-        empty: dict[Dim, list[Any]] = {group.dim: [np.zeros(int(group.dim.size))] for group in self.groups}
+        empty: dict[Dim, list[Any]] = {group.dim: [np.zeros(group.choices)] for group in self.groups}
         return {dim: (found.get(dim) or empty[dim])[0] for dim in empty}
 
 

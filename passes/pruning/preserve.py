@@ -13,11 +13,14 @@ such fold: they also shift, by what they see. The scale of attention is a number
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from regauge.ir.edit import Builder, replace_uses, set_input, set_weight
+from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.passes.base import Context
 
 
 def preserve(original: Graph, pruned: Graph, *, by: str) -> int:
@@ -86,3 +89,16 @@ def _scale_result(build: Builder, node: Node, factor: float) -> None:
 
 _FOLDS = {"mean": _scale_result, "rms_norm": _fold_rms_norm}
 PRESERVED = frozenset(_FOLDS)
+_RECOMPUTED = {"normalise", "reduce"}
+
+
+def note_recomputed(graph: Graph, dims: Sequence[Dim], preserved: bool, context: Context) -> None:
+    """Say where the result is not the masked original: something normalises or averages over a Dim that was cut."""
+    cut, found = set(dims), dict[str, set[Dim]]()
+    for node, call in graph.axes.calls.items():
+        for role, extent in call.roles:
+            if role in _RECOMPUTED and node.op != "sum" and not (preserved and node.op in PRESERVED):
+                found.setdefault(node.op, set()).update(dim for dim in leaves(extent) if dim in cut)
+    for op, over in found.items():
+        if over:
+            context.note(f"{op} is computed over the kept indices of {len(over)} Dim{'s' if len(over) > 1 else ''}")

@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from regauge.ir.errors import PassError, RegaugeError
-from regauge.ir.extents import Dim, Keep, leaves
+from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
 from regauge.ir.interpret import Interpreter
+from regauge.ir.kept import Keep, KeptWithin
+from regauge.ir.majors import majors_of
 from regauge.ir.resize import resize
 from regauge.passes.allocation.amounts import Amount, parse_amount
 from regauge.passes.allocation.budgets import Budget, Budgets, IndexCount
@@ -27,18 +29,17 @@ from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
 from regauge.passes.pruning.closed_form import CLOSED_FORMS, ClosedForm, take_over
 from regauge.passes.pruning.compensation import compensate
-from regauge.passes.pruning.preserve import PRESERVED, preserve
+from regauge.passes.pruning.preserve import note_recomputed, preserve
 from regauge.passes.pruning.rate_distortion import measured_curves
 from regauge.passes.pruning.readers import lost_in
 from regauge.passes.pruning.reestimate import reestimate
 from regauge.passes.pruning.score_table import SCORES, criterion, score
-from regauge.passes.pruning.scores import Normalise, Reduce, Scores
-from regauge.passes.pruning.selection import best, select
+from regauge.passes.pruning.scores import Normalise, Reduce, Scores, profile
+from regauge.passes.pruning.selection import best, kept, select
 from regauge.passes.rounding import Rounding
 
 _MOST_GOES = 0.9  # ranked together, a Dim still keeps a tenth of its indices: no layer vanishes
 _EXAMPLE = "write prune{ratio=0.5} or prune{params=0.6,macs=0.7}"
-_RECOMPUTED = {"normalise", "reduce"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,10 @@ class Prune(Pass):
     outputs of the graph keep their sizes. With compensate=false the result equals the original with the removed entries
     set to zero, except where something normalises over a Dim that was cut (LayerNorm, softmax, a mean): that is
     computed over what is kept, and the report says so; preserve=true folds the difference of means and RMSNorms away.
+
+    What lies within heads, groups or experts, as a head size does, is cut in each of these by itself: all keep the same
+    number of indices, each its own. Where all of them read one table or gain over it, as rotary positions are, the
+    indices are the same in all, and with separate=false always.
 
     With data the indices go whose removal changes the outputs least, once the layers behind have made up for it, and
     these layers are refitted: the result is then nearer to the original than the masked one. Without data the same is
@@ -103,6 +108,9 @@ class Prune(Pass):
     reestimate: bool = option(False, "batch norms behind cuts hold mean and variance of what they are given on data")
     examples: int | None = option(None, "inputs made up where no data is given; 32 to 384 by size", at_least=1)
     steps: int = option(STEPS, "steps in which inputs made up are fitted to the statistics of batch norms", at_least=0)
+    separate: bool = option(
+        True, "each head, group or expert keeps indices of its own, as many as the others; false: the same in all"
+    )
     preserve: bool = option(False, "means and RMSNorms over cut Dims give what the masked original gives; no refit")
     round_to: int | Literal["device"] = option(
         1, "sizes of axes that are cut stay multiples of this; device: of the multiple that it prefers", at_least=1
@@ -186,6 +194,9 @@ class Prune(Pass):
 
     def _cut(self, graph: Graph, context: Context) -> Graph:
         groups = select(graph.groups(), self.include, self.exclude, context.left)
+        if self.separate:
+            majors = majors_of(graph, [group.dim for group in groups])
+            groups = [replace(group, majors=majors[group.dim]) for group in groups]
         batches = self._batches(graph, context)
         name = self.score or ("l2" if batches is None else "distortion")
         scores = self._scores(graph, groups, name, batches, context)
@@ -195,8 +206,11 @@ class Prune(Pass):
         cut = cut if self.limit is None else cut[: self.limit]
         if not cut:
             return graph
-        keep: dict[Dim, np.ndarray] = {group.dim: best(scores[group.dim], counts[group.dim]) for group in cut}
-        _note_recomputed(graph, [group.dim for group in cut], self.preserve, context)
+        keep = {group.dim: kept(group, scores[group.dim], counts[group.dim]) for group in cut}
+        note_recomputed(graph, [group.dim for group in cut], self.preserve, context)
+        apart = sum(isinstance(indices, KeptWithin) for indices in keep.values())
+        if apart:
+            context.note(f"Dims that keep other indices in each head, group or expert: {apart}")
         result = resize(graph, keep, by=self.name)
         if self.preserve:
             context.note(f"means and norms kept what they were: {preserve(graph, result, by=self.name)}")
@@ -300,6 +314,7 @@ class Prune(Pass):
             context.left[f"no smaller size keeps its axes multiples of {multiple}"] += stuck
 
     def _choice(self, group: Group, scores: np.ndarray, uniform: bool) -> Choice:
+        scores = profile(scores)
         size = len(scores)
         floor = self.minimum if uniform else max(self.minimum, int(np.ceil((1 - _MOST_GOES) * size)))
         return Choice(group.dim, scores, min(floor, size))
@@ -322,15 +337,3 @@ def _made_up(graph: Graph, batches: Sequence[Any]) -> str:
     count, norms = sum(map(examples_in, batches)), len(statistics_in(graph))
     source = f"from the statistics of {norms} batch norms" if norms else "as noise, since there is no batch norm"
     return f"no data: {count} inputs are made up {source}; compensate=false only removes indices"
-
-
-def _note_recomputed(graph: Graph, dims: Sequence[Dim], preserved: bool, context: Context) -> None:
-    """Say where the result is not the masked original: something normalises or averages over a Dim that was cut."""
-    cut, found = set(dims), dict[str, set[Dim]]()
-    for node, call in graph.axes.calls.items():
-        for role, extent in call.roles:
-            if role in _RECOMPUTED and node.op != "sum" and not (preserved and node.op in PRESERVED):
-                found.setdefault(node.op, set()).update(dim for dim in leaves(extent) if dim in cut)
-    for op, over in found.items():
-        if over:
-            context.note(f"{op} is computed over the kept indices of {len(over)} Dim{'s' if len(over) > 1 else ''}")

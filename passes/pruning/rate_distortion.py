@@ -17,6 +17,7 @@ import torch
 from regauge.ir.edit import set_weight
 from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
+from regauge.ir.majors import majors_of
 from regauge.ir.resize import resize
 from regauge.passes.allocation.choices import Choice
 from regauge.passes.allocation.knapsack import Curve, options
@@ -85,9 +86,12 @@ def _parts(choices: Sequence[Choice], readers: Mapping[Dim, Sequence[Layer]]) ->
 def _refit(graph: Graph, small: Graph, layer: Layer, moments: Moments, dim: Dim, kept: np.ndarray) -> None:
     """Give the layer of the smaller graph the weight that comes nearest to its old outputs."""
     twin = next(own for node in small.nodes if node.name == layer.node.name and (own := layer_of(node)) is not None)
-    columns = layer.columns_of(graph, dim)
+    majors = majors_of(graph, [dim])[dim] if kept.ndim > 1 else ()
+    columns = layer.columns_within(graph, (*majors, dim), 0) if majors else layer.columns_of(graph, dim)
+    goes = np.ones((*kept.shape[:-1], int(dim.size)), dtype=bool)
+    np.put_along_axis(goes, kept, False, -1)
     left = np.ones(layer.columns + 1, dtype=bool)
-    left[np.delete(columns, kept, axis=0).reshape(-1)] = False
+    left[columns[goes.reshape(-1)].reshape(-1)] = False
     left_columns = torch.from_numpy(np.flatnonzero(left))
     matrix = layer.matrix(layer.weight.tensor.detach()).double()
     whole = torch.cat([matrix, matrix.new_zeros(len(matrix), 1)], 1)  # the outputs without their bias

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from regauge.ir.extents import Dim, Keep
+from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Node
+from regauge.ir.kept import Keep
 
 _ROLES = ("contract", "reduce")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -48,17 +48,22 @@ class Request:
 
     def reduced(self, members: MemberScores, default: Reduce = "sum") -> Scores:
         how = self.reduce or default
-        return {group.dim: reduced(members[group.dim], how, int(group.dim.size)) for group in self.groups}
+        return {group.dim: reduced(members[group.dim], how, group.choices) for group in self.groups}
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One score: higher is more important. ``normalise`` is what is done within a Dim where nothing else is asked."""
+    """One score: higher is more important.
+
+    ``normalise`` is what is done within a Dim where nothing else is asked; ``apart`` whether it tells an index in one
+    head from the same index in another.
+    """
 
     compute: Callable[[Request], Scores]
     needs: Needs
     help: str
     normalise: Normalise = "mean"
+    apart: bool = True
 
 
 def _norms(request: Request, power: int) -> Scores:
@@ -69,7 +74,7 @@ def _norms(request: Request, power: int) -> Scores:
         classes = gauges(request.graph)
         for group in request.groups:
             if Gauge.GENERAL in classes.get(group.dim, Gauge.FIXED) and len(members[group.dim]) == 2:
-                found[group.dim] = reduced(members[group.dim], "prod", int(group.dim.size)) ** 0.5
+                found[group.dim] = reduced(members[group.dim], "prod", group.choices) ** 0.5
     return {dim: scores if power == 1 else np.sqrt(scores) for dim, scores in found.items()}
 
 
@@ -82,7 +87,8 @@ def _batch_norm(request: Request) -> Scores:
 
 
 def _lamp(request: Request) -> Scores:
-    return {d: lamp(s) for d, s in request.reduced(magnitudes(request.graph, request.groups, 2)).items()}
+    squares = request.reduced(magnitudes(request.graph, request.groups, 2))
+    return {dim: lamp(own.reshape(-1)).reshape(own.shape) for dim, own in squares.items()}
 
 
 def _with_l2(request: Request, members: MemberScores, without: str) -> Scores:
@@ -101,23 +107,24 @@ SCORES: Mapping[str, Criterion] = {
     ),
     "l1": Criterion(lambda r: _norms(r, 1), "nothing", "sum of |w|"),
     "l2": Criterion(lambda r: _norms(r, 2), "nothing", "norm of w"),
-    "bn": Criterion(_batch_norm, "nothing", "gains of BatchNorms; l2 where there are none"),
+    "bn": Criterion(_batch_norm, "nothing", "gains of BatchNorms; l2 where there are none", apart=False),
     "fpgm": Criterion(
-        lambda r: r.reduced(geometric_median(r.graph, r.groups)), "nothing", "distances to the slices of all others"
+        lambda r: r.reduced(geometric_median(r.graph, r.groups)),
+        "nothing", "distances to the slices of all others", apart=False,
     ),
     "lamp": Criterion(_lamp, "nothing", "w^2 as a share of what is at least as large", "none"),
     "random": Criterion(lambda r: chance(r.groups, r.seed), "nothing", "chance", "none"),
     "activation": Criterion(
         lambda r: _with_l2(r, activation(r.graph, r.groups, r.inputs), "are not seen in values"),
-        "data", "mean of |a| where the Dim is made",
+        "data", "mean of |a| where the Dim is made", apart=False,
     ),
     "activation-norm": Criterion(
         lambda r: _with_l2(r, activation_norm(r.graph, r.groups, r.inputs), "are not seen in values"),
-        "data", "norm over examples of the means of |a| (Minitron)",
+        "data", "norm over examples of the means of |a| (Minitron)", apart=False,
     ),
     "wanda": Criterion(
         lambda r: _with_l2(r, wanda(r.graph, r.groups, r.inputs), "have no layer that contracts them"),
-        "data", "w^2 times the mean square of the input, by columns",
+        "data", "w^2 times the mean square of the input, by columns", apart=False,
     ),
     "taylor": Criterion(lambda r: r.reduced(r.by_loss.taylor()), "loss", "|sum w g|"),
     "taylor-element": Criterion(lambda r: r.reduced(r.by_loss.taylor_element()), "loss", "sum |w g|"),
@@ -128,7 +135,8 @@ SCORES: Mapping[str, Criterion] = {
         lambda r: r.by_loss.fisher(), "loss", "(sum w g)^2 of all members together, mean over examples (NViT)", "none"
     ),
     "mask-gradient": Criterion(
-        lambda r: r.by_loss.mask_gradient(), "loss", "squared gradient of a mask on the Dim, mean over examples", "none"
+        lambda r: r.by_loss.mask_gradient(),
+        "loss", "squared gradient of a mask on the Dim, mean over examples", "none", apart=False,
     ),
     "obd": Criterion(lambda r: r.reduced(r.by_loss.obd()), "loss", "sum h w^2 / 2, h the Hessian's diagonal", "none"),
     "snip": Criterion(lambda r: r.reduced(r.by_loss.snip()), "loss", "share of |w g| on one batch", "none"),
@@ -159,7 +167,8 @@ def score(
     normalise: Normalise | None = None,
     notes: list[str] | None = None,
 ) -> Scores:
-    """One score per index of each group's Dim, higher is more important, finite.
+    """One score per index of each group's Dim, higher is more important, finite; [*sizes of the majors, size] of a
+    group with majors, where the score tells indices of these apart.
 
     ``reduce`` says how what the members of a Dim say becomes one score, where they say it one by one (sum by default);
     ``normalise`` what is done within each Dim. ``notes`` gets what a user should know. Raises PassError for an unknown
@@ -168,6 +177,7 @@ def score(
     entry = criterion(name)
     if entry.needs != "nothing" and not batches:
         raise PassError(f"score={name} needs data: give batches, optimize(graph, passes, data=...)")
-    request = Request(graph, groups, batches, loss, reduce, seed, [] if notes is None else notes)
+    told = groups if entry.apart else [replace(group, majors=()) for group in groups]
+    request = Request(graph, told, batches, loss, reduce, seed, [] if notes is None else notes)
     found = entry.compute(request)
     return {group.dim: normalised(found[group.dim], normalise or entry.normalise) for group in groups}

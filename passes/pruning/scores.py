@@ -1,5 +1,7 @@
 """Scores: one number per index of each Dim, and how they come from what its members say.
 
+Of a group with majors there is one for each index in each index of these: [*sizes of the majors, size].
+
 A Dim's members are (parameter, axis) pairs; index i of the Dim owns a slice of each. A score sums something over these
 slices, reduces over members, and normalises over the indices. What the sums are of is told by the files beside this
 one; :mod:`regauge.passes.pruning.score_table` has them all by name.
@@ -16,6 +18,7 @@ import torch
 from regauge.ir.extents import Dim, Extent, Product, resolve, size_of
 from regauge.ir.graph import Parameter
 from regauge.ir.groups import Group, Member
+from regauge.ir.kept import numbered
 
 Scores: TypeAlias = dict[Dim, np.ndarray]
 Axis: TypeAlias = tuple[Parameter, int]
@@ -65,10 +68,29 @@ def on_dim(extent: Extent, dim: Dim, values: np.ndarray) -> np.ndarray:
     return total[dim]
 
 
-def reduced(members: Sequence[np.ndarray], how: Reduce, size: int) -> np.ndarray:
+def summed(axes: Sequence[Extent], axis: int, dims: Sequence[Dim], tensor: torch.Tensor) -> np.ndarray:
+    """The entries of a tensor with these axes, added up for each combination of indices of Dims, the last on ``axis``.
+
+    Returns [*sizes of the Dims].
+    """
+    sizes = [int(dim.size) for dim in dims]
+    places = numbered(axes, axis, dims)
+    others = [at for at, size in enumerate(places.shape) if size == 1 and at != axis]
+    values = (tensor.sum(others, keepdim=True, dtype=torch.float64) if others else tensor.double()).numpy()
+    places = np.broadcast_to(places, values.shape)
+    found = np.bincount(places[places >= 0], values[places >= 0], int(np.prod(sizes)))
+    return found.reshape(sizes)
+
+
+def profile(scores: np.ndarray) -> np.ndarray:
+    """What goes with each further index, the least first: one index of each index of the majors at a time."""
+    return np.asarray(np.sort(scores, -1).reshape(-1, scores.shape[-1]).sum(0)) if scores.ndim > 1 else scores
+
+
+def reduced(members: Sequence[np.ndarray], how: Reduce, shape: int | tuple[int, ...]) -> np.ndarray:
     """One score per index from what each member says; zeros where no member says anything."""
     if not members:
-        return np.zeros(size)
+        return np.zeros(shape)
     table = np.stack(members)
     if how == "first":
         return np.asarray(table[0])
@@ -82,12 +104,13 @@ def normalised(scores: np.ndarray, how: Normalise) -> np.ndarray:
     mean away and divides by the deviation.
     """
     scores = np.nan_to_num(scores, posinf=0.0, neginf=0.0)
-    shift, scale = 0.0, 1.0
+    whole, shift, scale = profile(scores), 0.0, 1.0
     if how in ("mean", "sum", "max"):
-        scale = float(getattr(np.abs(scores), how)())
+        scale = float(getattr(np.abs(whole), how)())
     elif how == "minmax":
-        shift, scale = float(scores.min()), float(scores.max() - scores.min())
+        shift, scale = float(whole.min()), float(whole.max() - whole.min())
     elif how == "zscore":
-        shift, scale = float(scores.mean()), float(scores.std())
-    found: np.ndarray = (scores - shift) / scale if scale > 0 else scores - shift
+        shift, scale = float(whole.mean()), float(whole.std())
+    moved = scores - shift * whole.size / scores.size  # each index of the majors bears its part of the shift
+    found: np.ndarray = moved / scale if scale > 0 else moved
     return found

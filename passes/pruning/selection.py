@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from regauge.ir.groups import Group
+from regauge.ir.kept import KeptWithin
 from regauge.passes.name_patterns import check_patterns, matches
 
 _WHERE = "`regauge groups` lists the names"
@@ -56,5 +57,11 @@ def _included(group: Group, patterns: Sequence[str]) -> bool:
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:
-    """The sorted indices of the ``count`` highest scores; of equals the first."""
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
+    """The sorted indices of the ``count`` highest scores, in each index of the majors; of equals the first."""
+    return np.sort(np.argsort(-scores, -1, kind="stable")[..., :count], -1)
+
+
+def kept(group: Group, scores: np.ndarray, count: int) -> np.ndarray | KeptWithin:
+    """What a group keeps, by scores as :func:`regauge.passes.pruning.score_table.score` gives them."""
+    found = best(scores, count)
+    return KeptWithin(group.majors, found) if found.ndim > 1 else found

@@ -6,6 +6,9 @@ which is a product of matrices.
 
 Where the matrices of all layers that read the Dim do not fit into :data:`MEMORY`, only the indices that cost least
 alone are taken apart so, and the others keep their order by what each costs alone; these would be the last to go.
+
+Of a Dim that is cut within majors, an *index* here is one in one index of these. They go so that all majors have lost
+equally many after each step.
 """
 
 from __future__ import annotations
@@ -37,13 +40,18 @@ Change = Callable[[dict[str, torch.Tensor]], float]
 class Part:
     """Columns of one block of layers that read the same rows: [H^-1] of them, and their (scaled) weights."""
 
-    columns: torch.Tensor  # [indices, columns each]: where each index is in the matrices
+    columns: torch.Tensor  # [indices, columns each]: where each index is in the matrices; -1 where it is not
     inverse: torch.Tensor  # [columns, columns]
     rows: torch.Tensor  # [r, columns], of which only rows'rows counts
 
     def costs(self, alive: torch.Tensor) -> torch.Tensor:
-        """dE of each index in ``alive``, were it to go next."""
+        """dE of each index in ``alive``, were it to go next; nothing for those that the block lacks."""
         columns = self.columns[alive]
+        here = columns[:, 0] >= 0
+        if not bool(here.all()):
+            total = torch.zeros(len(alive), dtype=torch.float64)
+            total[here] = self.costs(alive[here]) if bool(here.any()) else total[here]
+            return total
         if columns.shape[1] == 1:
             columns = columns[:, 0]
             square: torch.Tensor = torch.linalg.vector_norm(self.rows, dim=0).square()[columns]
@@ -55,7 +63,9 @@ class Part:
 
     def remove(self, gone: torch.Tensor) -> None:
         """Take indices out and let the other columns make up for them; what is left gets smaller, and so faster."""
-        columns = self.columns[gone].reshape(-1)
+        columns = _present(self.columns[gone])
+        if not len(columns):
+            return
         kept = torch.ones(len(self.inverse), dtype=torch.bool)
         kept[columns] = False
         left = kept.nonzero()[:, 0]
@@ -65,14 +75,23 @@ class Part:
         solved = torch.linalg.solve_triangular(factor.mT, half, upper=True)
         self.rows = torch.addmm(self.rows[:, left], self.rows[:, columns], solved, alpha=-1)
         self.inverse = self.inverse[left][:, left].addmm_(half.t(), half, alpha=-1)
-        self.columns = (torch.cumsum(kept, 0) - 1)[self.columns]
+        self.columns = torch.where(self.columns < 0, -1, (torch.cumsum(kept, 0) - 1)[self.columns])
 
     def near(self, indices: torch.Tensor) -> Part:
         """The same of a few indices alone: what goes among them changes the others of them exactly so."""
-        columns = self.columns[indices]
-        flat = columns.reshape(-1)
-        places = torch.arange(len(flat)).reshape(columns.shape)
-        return Part(places, self.inverse[flat][:, flat], self.rows[:, flat])
+        flat = _present(self.columns[indices])
+        return Part(_places(self.columns[indices]), self.inverse[flat][:, flat], self.rows[:, flat])
+
+
+def _present(columns: torch.Tensor) -> torch.Tensor:
+    """The columns of those indices that the block has, in a row."""
+    return columns[columns >= 0]
+
+
+def _places(columns: torch.Tensor) -> torch.Tensor:
+    """Where these columns are once only they are left."""
+    has = columns >= 0
+    return torch.where(has, torch.cumsum(has.reshape(-1), 0).reshape(columns.shape) - 1, -1)
 
 
 def _factors(blocks: torch.Tensor) -> torch.Tensor:
@@ -97,7 +116,7 @@ class Share:
     scales: tuple[torch.Tensor, ...]  # of the rows of each layer's matrix
     block: int
     moments: Moments
-    columns: torch.Tensor  # [indices of the Dim, columns each], in the layer's matrix
+    columns: torch.Tensor  # [indices, columns each], in the layer's matrix; -1 where the block lacks the index
 
     @classmethod
     def of(
@@ -108,6 +127,7 @@ class Share:
         sensitivity: Mapping[Layer, torch.Tensor],
         block: int,
         moments: Moments,
+        majors: Sequence[Dim] = (),
     ) -> Share:
         """``sensitivity`` is [blocks, outputs] for each layer; layers that share their weight are one."""
         own: dict[Parameter, Layer] = {}
@@ -117,8 +137,9 @@ class Share:
         for weight in own:
             square = torch.stack([sensitivity[layer][block] for layer in layers if layer.weight is weight]).mean(0)
             scales.append(square.clamp(min=max(1e-6 * float(square.mean()), 1e-30)).sqrt())
-        columns = torch.from_numpy(next(iter(own.values())).columns_of(graph, dim))
-        return cls(tuple(own.values()), tuple(scales), block, moments, columns)
+        one = next(iter(own.values()))
+        columns = one.columns_within(graph, (*majors, dim), block) if majors else one.columns_of(graph, dim)
+        return cls(tuple(own.values()), tuple(scales), block, moments, torch.from_numpy(columns))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,15 +147,13 @@ class Share:
 
     def bytes(self, indices: int) -> int:
         """Of the matrices for so many indices."""
-        columns = indices * self.columns.shape[1]
+        columns = min(indices * self.columns.shape[1], int((self.columns >= 0).sum()))
         outputs = min(columns, sum(layer.outputs for layer in self.layers))
         return self.dtype.itemsize * columns * (columns + outputs)
 
     def part(self, indices: torch.Tensor, whole: torch.Tensor, *, lasting: bool = True) -> Part:
         """The matrices of the given indices; ``whole`` is :meth:`inverse`. One that is not lasting is used once."""
-        columns = self.columns[indices]
-        flat = columns.reshape(-1)
-        places = torch.arange(len(flat)).reshape(columns.shape)
+        places, flat = _places(self.columns[indices]), _present(self.columns[indices])
         everything = len(flat) == len(whole) and bool((flat == torch.arange(len(flat))).all())
         return Part(places, whole if everything else whole[flat][:, flat], self._rows(flat, lasting))
 
@@ -172,7 +191,7 @@ class Share:
 
     def without(self, gone: torch.Tensor, whole: torch.Tensor) -> Iterator[tuple[Layer, torch.Tensor, torch.Tensor]]:
         """For each layer its matrix without these indices, others making up for them, and the bias that this takes."""
-        columns = self.columns[gone].reshape(-1)
+        columns = _present(self.columns[gone])
         factor = _factors(whole[columns][:, columns])
         solved = torch.cholesky_solve(whole[columns], factor)
         means = self.moments.means().to(self.dtype)
@@ -183,23 +202,25 @@ class Share:
             yield layer, after, (before - after) @ means
 
 
-def taken_apart(shares: Sequence[Share], size: int, change: Change | None) -> tuple[np.ndarray, float]:
+def taken_apart(shares: Sequence[Share], size: int, change: Change | None, majors: int = 1) -> tuple[np.ndarray, float]:
     """Scores of all indices, and what to multiply them by: each is what the index adds when it goes, never less than
-    what went before it.
+    what went before it in the same major. Of a Dim within so many majors these are [majors x size].
 
     ``change`` measures how much the outputs change with other weights. What was added up is brought to that at a
     quarter and at half of the indices: errors at different places of an image may add up or cancel behind the layer.
     """
-    scores, pool, parts, wholes = _opened(shares, size, keep=change is not None)
+    scores, pool, parts, wholes = _opened(shares, size, majors, keep=change is not None)
+    major = pool // size
     alive = torch.ones(len(pool), dtype=torch.bool)
-    highest, total, factors = 0.0, 0.0, list[float]()
-    marks = [size // 4, size - size // 2] if change is not None else []
+    highest, total, factors = np.zeros(majors), 0.0, list[float]()
+    marks = [majors * (size // 4), majors * (size - size // 2)] if change is not None else []
     many = 1 if size <= _SMALL else size // _STEPS
-    while int(alive.sum()) > 1:
+    while int(alive.sum()) > majors:
         left = alive.nonzero()[:, 0]
-        for place, cost in _next(parts, left, min(many, len(left) - 1)):
-            highest = max(highest, cost)
-            scores[int(pool[place])] = highest
+        for place, cost in _next(parts, left, min(many, len(left) // majors - 1), major, majors):
+            own = int(major[place])
+            highest[own] = max(highest[own], cost)
+            scores[int(pool[place])] = highest[own]
             total += cost
             alive[place] = False
         gone = left[~alive[left]]
@@ -207,26 +228,30 @@ def taken_apart(shares: Sequence[Share], size: int, change: Change | None) -> tu
             part.remove(gone)
         if marks and change is not None and len(pool) - int(alive.sum()) >= marks[0] and total > 0:
             marks.pop(0)
-            factors.append(change(_weights(shares, pool[~alive], wholes)) / total)
+            factors.append(change(weights_without(shares, pool[~alive], wholes)) / total)
     last = alive.nonzero()[:, 0]
-    scores[int(pool[last])] = max(highest, float(_costs(parts, last)))
-    rest = np.ones(size, dtype=bool)
+    ends = np.zeros(majors)
+    ends[major[last].numpy()] = np.maximum(highest[major[last].numpy()], _costs(parts, last).numpy())
+    scores[pool[last].numpy()] = ends[major[last].numpy()]
+    rest = np.ones(len(scores), dtype=bool)
     rest[pool.numpy()] = False
-    scores[rest] = np.maximum(scores[rest], scores[int(pool[last])])
+    scores[rest] = np.maximum(scores, ends.repeat(size))[rest]
     return scores, float(np.median(factors)) if factors else 1.0
 
 
 def _opened(
-    shares: Sequence[Share], size: int, *, keep: bool
+    shares: Sequence[Share], size: int, majors: int, *, keep: bool
 ) -> tuple[np.ndarray, torch.Tensor, list[Part], list[torch.Tensor | None]]:
     """Costs of indices alone, where not all fit; the indices that are taken apart; their matrices; H^-1, if kept."""
-    needed, everything = sum(share.bytes(size) for share in shares), torch.arange(size)
-    costs = torch.zeros(size, dtype=torch.float64)
+    every = majors * size
+    needed = sum(share.bytes(every) for share in shares)
+    costs = torch.zeros(every, dtype=torch.float64)
     if needed > MEMORY:
         for share in shares:
             costs += share.costs_alone(share.inverse())
     count = size if needed <= MEMORY else max(2, int(size * (MEMORY / needed) ** 0.5))
-    pool = everything if count >= size else torch.argsort(costs)[:count].sort().values
+    cheapest = torch.argsort(costs.reshape(majors, size), 1)[:, :count].sort(1).values
+    pool = (cheapest + size * torch.arange(majors)[:, None]).reshape(-1)
     parts, wholes = [], list[torch.Tensor | None]()
     keep = keep and 2 * needed <= MEMORY
     for share in shares:
@@ -240,33 +265,50 @@ def _costs(parts: Sequence[Part], alive: torch.Tensor) -> torch.Tensor:
     return sum((part.costs(alive) for part in parts), torch.zeros(len(alive), dtype=torch.float64))
 
 
-def _next(parts: Sequence[Part], left: torch.Tensor, count: int) -> list[tuple[int, float]]:
-    """The ``count`` indices that go next, one after the other, each with what it costs then."""
+def _next(
+    parts: Sequence[Part], left: torch.Tensor, count: int, major: torch.Tensor, majors: int
+) -> list[tuple[int, float]]:
+    """The ``count`` indices of each major that go next, one after the other, each with what it costs then."""
     costs = _costs(parts, left)
-    if count == 1:
+    if count == majors == 1:
         place = int(costs.argmin())
         return [(int(left[place]), float(costs[place]))]
-    near = left[torch.argsort(costs)[: _NEAR * count]]
+    near = left[_first_of_each(torch.argsort(costs), major[left], [_NEAR * count] * majors)]
     local = [part.near(near) for part in parts]
     alive = torch.ones(len(near), dtype=torch.bool)
     found: list[tuple[int, float]] = []
-    many = max(1, count // _SUBSTEPS)
-    while len(found) < count:
+    wanted, total = [count] * majors, count * majors
+    many = max(1, total // _SUBSTEPS)
+    while len(found) < total:
         here = alive.nonzero()[:, 0]
         costs = _costs(local, here)
-        cheapest = torch.argsort(costs)[: min(many, count - len(found))]
+        cheapest = _first_of_each(torch.argsort(costs), major[near[here]], wanted)[: min(many, total - len(found))]
         found += [(int(near[here[place]]), float(costs[place])) for place in cheapest]
+        for place in cheapest:
+            wanted[int(major[near[here[place]]])] -= 1
         alive[here[cheapest]] = False
-        if len(found) < count:
+        if len(found) < total:
             for part in local:
                 part.remove(here[cheapest])
     return found
 
 
-def _weights(
-    shares: Sequence[Share], gone: torch.Tensor, wholes: Sequence[torch.Tensor | None]
+def _first_of_each(order: torch.Tensor, major: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Of places in an order the first so many of each major, in that order."""
+    own = major[order]
+    taken = torch.zeros(len(order), dtype=torch.bool)
+    for which, count in enumerate(counts):
+        taken[(own == which).nonzero()[:count, 0]] = True
+    return order[taken]
+
+
+def weights_without(
+    shares: Sequence[Share], gone: torch.Tensor, wholes: Sequence[torch.Tensor | None] = ()
 ) -> dict[str, torch.Tensor]:
-    """The parameters of all layers without some indices, by name: what the graph has to be run with."""
+    """The parameters of all layers without some indices, by name: what the graph has to be run with.
+
+    ``wholes`` are the shares' :meth:`Share.inverse`, where they are held.
+    """
     matrices: dict[Layer, torch.Tensor] = {}
     shifts: dict[Layer, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
@@ -277,7 +319,7 @@ def _weights(
         if shifted is not None:
             found[shifted[0].name] = shifted[1]
 
-    for share, whole in zip(shares, wholes, strict=True):
+    for share, whole in zip(shares, wholes or [None] * len(shares), strict=True):
         for layer, matrix, shift in share.without(gone, share.inverse() if whole is None else whole):
             if layer.blocks == 1:  # at once, in the type of the weight: all layers may be half of the model
                 store(layer, matrix[None], shift)

@@ -17,9 +17,9 @@ import torch
 
 from regauge.ir.extents import positions_on
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.groups import Group
+from regauge.ir.groups import Group, Member
 from regauge.passes.pruning.batch_norm_scales import batch_norm_scales
-from regauge.passes.pruning.scores import MemberScores, Scores, on_dim, scored_members
+from regauge.passes.pruning.scores import MemberScores, Scores, on_dim, scored_members, summed
 
 Measure: TypeAlias = Callable[[Parameter, list[int]], dict[int, np.ndarray]]
 
@@ -29,14 +29,18 @@ _CHUNK = 1 << 22  # elements that are measured at a time
 def magnitudes(graph: Graph, groups: Sequence[Group], power: int) -> MemberScores:
     """Sums of |w|^power over the slice of each index, for each member."""
     scales = batch_norm_scales(graph)
-    sums = _sums_of(groups, lambda parameter, axes: axis_sums(parameter.tensor, axes, power, _scale(scales, parameter)))
-    return {
-        group.dim: [
-            on_dim(graph.axes.of[m.parameter][m.axis], group.dim, sums[m.parameter][m.axis])
-            for m in scored_members(group)
-        ]
-        for group in groups
-    }
+    plain = [group for group in groups if not group.majors]
+    sums = _sums_of(plain, lambda parameter, axes: axis_sums(parameter.tensor, axes, power, _scale(scales, parameter)))
+
+    def of_member(group: Group, member: Member) -> np.ndarray:
+        axes = graph.axes.of[member.parameter]
+        if not group.majors:
+            return on_dim(axes[member.axis], group.dim, sums[member.parameter][member.axis])
+        tensor = _scaled(_widened(member.parameter.tensor.detach()), _scale(scales, member.parameter))
+        powers = tensor.abs() if power == 1 else tensor.square()
+        return summed(axes, member.axis, (*group.majors, group.dim), powers)
+
+    return {group.dim: [of_member(group, member) for member in scored_members(group)] for group in groups}
 
 
 def _sums_of(groups: Sequence[Group], measure: Measure) -> dict[Parameter, dict[int, np.ndarray]]:
@@ -59,10 +63,8 @@ def axis_sums(
     result = {axis: np.zeros(tensor.shape[axis]) for axis in axes}
     rows = max(1, _CHUNK // max(1, tensor[:1].numel()))
     for start in range(0, tensor.shape[0], rows):
-        chunk = _widened(tensor[start : start + rows])
-        for axis, factors in scale.items():
-            part = factors[start : start + rows] if axis == 0 else factors
-            chunk = chunk * torch.as_tensor(part, dtype=chunk.dtype).reshape([-1] + [1] * (chunk.dim() - 1 - axis))
+        own = {axis: factors[start : start + rows] if axis == 0 else factors for axis, factors in scale.items()}
+        chunk = _scaled(_widened(tensor[start : start + rows]), own)
         chunk = chunk.abs() if power == 1 else chunk.square()
         for axis in axes:
             others = [other for other in range(chunk.dim()) if other != axis]
@@ -72,6 +74,12 @@ def axis_sums(
             else:
                 result[axis] += sums
     return result
+
+
+def _scaled(tensor: torch.Tensor, scale: Mapping[int, np.ndarray]) -> torch.Tensor:
+    for axis, factors in scale.items():
+        tensor = tensor * torch.as_tensor(factors, dtype=tensor.dtype).reshape([-1] + [1] * (tensor.dim() - 1 - axis))
+    return tensor
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,9 +113,7 @@ def geometric_median(graph: Graph, groups: Sequence[Group]) -> MemberScores:
     for group in groups:
         found[group.dim] = []
         for member in scored_members(group):
-            tensor = _widened(member.parameter.tensor.detach()).double()
-            for axis, factors in _scale(scales, member.parameter).items():
-                tensor = tensor * torch.from_numpy(factors).reshape([-1] + [1] * (tensor.dim() - 1 - axis))
+            tensor = _scaled(_widened(member.parameter.tensor.detach()).double(), _scale(scales, member.parameter))
             places = torch.from_numpy(positions_on(graph.axes.of[member.parameter][member.axis], group.dim))
             rows = tensor.movedim(member.axis, 0)[places].flatten(1)
             found[group.dim].append(torch.cdist(rows, rows).sum(1).numpy())
@@ -117,4 +123,4 @@ def geometric_median(graph: Graph, groups: Sequence[Group]) -> MemberScores:
 def chance(groups: Sequence[Group], seed: int) -> Scores:
     """Uniform random numbers: what every other score has to beat."""
     draws = np.random.default_rng(seed)
-    return {group.dim: draws.random(int(group.dim.size)) for group in groups}
+    return {group.dim: draws.random(group.choices) for group in groups}

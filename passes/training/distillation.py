@@ -21,11 +21,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from regauge.ir.errors import PassError
-from regauge.ir.extents import flat_indices, touches
 from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.kept import Keep, part_kept
 from regauge.ir.resize import kept_indices
+from regauge.ir.rules import Axes
 
-Selection = dict[int, torch.Tensor]  # for an axis of the teacher's feature the positions that the student has
+Selection = tuple[Axes, Keep]  # the axes of the teacher's feature, and what the student has of their Dims
 
 
 def soft_cross_entropy(
@@ -126,8 +127,7 @@ class Distillation:
                 f"the student did not run {own!r} since the last call: call it first, then the distillation"
             )
         student, teacher = self._seen["student", own], self._seen["teacher", other]
-        for axis, kept in self._kept[other].items():
-            teacher = teacher.index_select(axis, kept.to(teacher.device))
+        teacher = part_kept(teacher, *self._kept[other])
         if student.shape != teacher.shape:
             raise PassError(
                 f"{own!r} gives {list(student.shape)} and the teacher's {other!r} {list(teacher.shape)} where the "
@@ -154,12 +154,8 @@ def first_tensor(result: Any) -> torch.Tensor:
 
 def _selection(original: Graph | None, pruned: Graph | None, path: str) -> Selection:
     if original is None or pruned is None:
-        return {}
-    kept = kept_indices(original, pruned)
-    axes = original.axes.of[_result_of(original, path)]
-    return {
-        axis: torch.from_numpy(flat_indices(extent, kept)) for axis, extent in enumerate(axes) if touches(extent, kept)
-    }
+        return [], {}
+    return original.axes.of[_result_of(original, path)], kept_indices(original, pruned)
 
 
 def _path(graph: Graph | None, name: str) -> str:

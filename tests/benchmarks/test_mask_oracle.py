@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from benchmarks.mask_oracle import KeptStatistics, kept_indices, masked_error, relative_error
+from benchmarks.mask_oracle import KeptStatistics, kept_entries, masked_error, relative_error
 from torch import nn
 
 
@@ -59,18 +59,20 @@ def test_another_scale_is_wrong() -> None:
     assert masked_error(original(), model, lambda m: [m(x)])[0] > 1e-3
 
 
-def test_changed_values_are_no_box_of_the_original() -> None:
+def test_changed_values_are_no_part_of_the_original() -> None:
     model = cut(original(), [0, 1], [0, 1])
     model.second.weight.data[0, 0] += 1
     x = torch.randn(4, 5, dtype=torch.float64)
     assert masked_error(original(), model, lambda m: [m(x)])[1] == ["second.weight"]
 
 
-def test_kept_indices_are_found_by_value() -> None:
+def test_kept_entries_are_found_by_value() -> None:
     tensor = torch.arange(24.0).reshape(4, 6)
-    found = kept_indices(tensor, tensor[[0, 3]][:, [1, 2, 5]])
-    assert found is not None and [f.tolist() for f in found if f is not None] == [[0, 3], [1, 2, 5]]
-    assert kept_indices(tensor, tensor[:, [2, 1]]) is None
+    found = kept_entries(tensor, tensor[[0, 3]][:, [1, 2, 5]])
+    assert found is not None and found.nonzero().tolist() == [[0, 1], [0, 2], [0, 5], [3, 1], [3, 2], [3, 5]]
+    found = kept_entries(tensor, torch.stack([tensor[0, [1, 2]], tensor[1, [0, 5]]]))
+    assert found is not None and found.nonzero().tolist() == [[0, 1], [0, 2], [1, 0], [1, 5]]
+    assert kept_entries(tensor, tensor[:, [1, 1]]) is None and kept_entries(tensor, tensor[:2] + 0.5) is None
 
 
 def test_a_norm_written_out_centres_on_what_was_kept() -> None:

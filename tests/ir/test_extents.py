@@ -6,20 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regauge.ir.errors import AxisError
-from regauge.ir.extents import (
-    ONE,
-    Concat,
-    Dim,
-    Extent,
-    Product,
-    flat_indices,
-    format_extent,
-    fresh,
-    leaves,
-    pin,
-    resolve,
-    size_of,
-)
+from regauge.ir.extents import ONE, Concat, Dim, Extent, Product, format_extent, fresh, leaves, pin, resolve, size_of
+from regauge.ir.kept import flat_indices
 from regauge.ir.sizes import symbol
 from regauge.ir.unify import reshape, split_at, split_minor, unify
 

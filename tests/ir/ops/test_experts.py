@@ -6,11 +6,17 @@ from torch import nn, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cutting import cut_all, free_sizes
+from headed_networks import expect_masked
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Graph
+from regauge.ir.groups import free_groups
+from regauge.ir.interpret import run
+from regauge.ir.majors import majors_of
 from regauge.ir.operator import find_aten
 from regauge.ir.ops.experts import grouped_mm
+from regauge.ir.resize import resize
+from regauge.optimize import optimize
 
 OFFSETS = torch.tensor([2, 2, 6], dtype=torch.int32)
 
@@ -72,3 +78,60 @@ def test_aten_forms() -> None:
         found[1](build, x, weight, None, weight)
     custom = find_aten("transformers::grouped_mm_fallback")
     assert custom is not None and custom[0].name == "grouped_mm"
+
+
+def experts(second: str = "offsets") -> Graph:
+    """Rows sorted by expert through two products, with an activation between them."""
+    torch.manual_seed(0)
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (60, 4), torch.float64)
+    offsets = {name: build.constant(torch.tensor([15, 20, 60]), name) for name in ("offsets", "others")}
+    hidden = build.relu(build.grouped_mm(x, build.parameter("up", randn(3, 4, 6).double()), offsets["offsets"]))
+    if second == "turned":
+        hidden, second = build.flip(hidden, dims=(0,)), "offsets"
+    graph.outputs = [build.grouped_mm(hidden, build.parameter("down", randn(3, 6, 5).double()), offsets[second])]
+    return graph
+
+
+def test_each_expert_keeps_a_width_of_its_own() -> None:
+    graph = experts()
+    small = resize(graph, {"up:2": [[0, 1], [2, 5], [3, 4]]})
+    up = graph.parameters["up"].tensor
+    torch.testing.assert_close(
+        small.parameters["up"].tensor, torch.stack([up[0, :, :2], up[1, :, [2, 5]], up[2, :, 3:5]])
+    )
+    expect_masked(graph, small, [randn(60, 4).double()])
+
+
+def test_rows_of_several_axes_stand_for_experts_too() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.reshape(build.input("x", (2, 3, 4), torch.float64), shape=(6, 4))
+    offsets = build.constant(OFFSETS, "offsets")
+    hidden = build.grouped_mm(x, build.parameter("up", randn(3, 4, 12).double()), offsets)
+    gate, value = build.split(hidden, sizes=(6, 6), dim=1)
+    turned = build.permute(build.parameter("down", randn(3, 5, 6).double()), dims=(0, 2, 1))
+    graph.outputs = [build.grouped_mm(build.mul(build.silu(gate), value), turned, offsets)]
+    small = resize(graph, {"down:2": [[0, 1], [2, 5], [3, 4]]})
+    expect_masked(graph, small, [randn(2, 3, 4).double()])
+
+
+@pytest.mark.parametrize("second", ["others", "turned"])
+def test_rows_that_are_sorted_otherwise_stand_for_no_expert(second: str) -> None:
+    graph = experts(second)
+    (dim,) = (group.dim for group in free_groups(graph))
+    assert majors_of(graph, [dim]) == {dim: ()}
+
+
+def test_experts_are_refitted_to_what_each_keeps() -> None:
+    graph = experts()
+    for expert, width in enumerate(([0, 1, 2], [2, 3, 4], [1, 3, 5])):  # what each hardly uses
+        graph.parameters["down"].tensor[expert, width] *= 1e-2
+    data = [randn(60, 4).double() for _ in range(4)]
+    errors = {}
+    for options in ("", ",separate=false", ",compensate=false"):
+        small = optimize(graph, f"prune{{ratio=0.5{options}}}", data=data)
+        x = randn(60, 4, generator=torch.Generator().manual_seed(1)).double()
+        errors[options] = float((run(small, [x])[0] - run(graph, [x])[0]).norm())
+    assert errors[""] < errors[",compensate=false"] < 0.2 * errors[",separate=false"], errors
