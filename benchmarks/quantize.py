@@ -1,0 +1,147 @@
+"""What quantization leaves of trained networks: size, speed and numbers, beside onnxruntime's own quantizer.
+
+    PYTHONPATH=PHOTOGRAPHS python benchmarks/quantize.py [--only NAME ...] [--examples 256] [--write]
+    python benchmarks/quantize.py --file MODEL.onnx --data INPUTS.npz [--examples 256]
+
+weights   char_gpt (perplexity) and residual networks on photographs (share in the same class), with weights of few
+          bits: rounded to the nearest, by columns (GPTQ), and by what `quantize` does
+file      an ONNX file with weights and activations of 8 bits, in onnxruntime: decibels of the first output, bytes and
+          time, the float file over the quantized one
+Decibels are 10 log10(|y|^2 / |y - y'|^2) over held-out inputs; times are medians in turns, one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import regauge
+from benchmarks import char_gpt
+from benchmarks.prune_networks import residual
+from benchmarks.report import append_table, environment
+from regauge.backends.run_onnxruntime import Session, latency
+
+WEIGHTS = ["network", "bits", "nearest", "columns (GPTQ)", "quantize"]
+FILE = ["file", "quantizer", "dB", "size", "speed, 1 example", "speed, 8 examples"]
+
+
+def weights(examples: int, only: list[str]) -> Iterator[list[str]]:
+    """Rows of weights alone, in groups of 32 where these are linear layers and per output in convolutions."""
+    networks: dict[str, Callable[[], tuple[Any, list[Any], Callable[[Any], str]]]] = {
+        "char_gpt": lambda: _characters(examples),
+        "resnet20": lambda: _images(20, examples),
+        "resnet56": lambda: _images(56, examples),
+    }
+    for name, build in networks.items():
+        if only and name not in only:
+            continue
+        graph, batches, judge = build()
+        yield [name, "32", "", "", judge(graph)]
+        for bits in (4, 3, 2):
+            found = []
+            for method in ("nearest", "columns", "descent"):
+                step = f"quantize{{scheme=w{bits},target=reference,embeddings=false,method={method}}}"
+                found.append(judge(regauge.optimize(graph, step, data=batches)))
+            yield [name, str(bits), *found]
+
+
+def _characters(examples: int) -> tuple[Any, list[Any], Callable[[Any], str]]:
+    model, windows = char_gpt.trained(), char_gpt.calibration_windows(max(8, examples // 2))
+    graph = regauge.capture(model, (windows[:2],), dynamic={0: {0: "batch"}})
+    batches = [(part,) for part in windows.split(32)]
+    return graph, batches, lambda found: f"{char_gpt.perplexity(found.to_torch().eval()):.3f}"
+
+
+def _images(depth: int, examples: int) -> tuple[Any, list[Any], Callable[[Any], str]]:
+    network = residual(depth, examples, 0)
+    return (
+        network.graph,
+        [(part,) for part in network.batches],
+        lambda found: f"{network.judge(found.to_torch().eval())[0]:.3f}",
+    )
+
+
+def file(path: Path, data: Path, examples: int) -> Iterator[list[str]]:
+    """Rows of an ONNX file with weights and activations of 8 bits, on the first examples of an .npz by input name.
+
+    Half of the examples calibrate, the rest judge; batches of 8.
+    """
+    with np.load(data) as arrays:
+        batches = [
+            {name: torch.from_numpy(arrays[name][start : start + 8]) for name in arrays}
+            for start in range(0, examples, 8)
+        ]
+    chosen, held_out = batches[: len(batches) // 2], batches[len(batches) // 2 :]
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = (Path(folder) / f"{part}.onnx" for part in ("ours", "theirs"))
+        regauge.optimize(regauge.load(path), "quantize", data=chosen).to_onnx(ours)
+        _theirs(path, theirs, chosen)
+        files = {"float": path, "regauge": ours, "onnxruntime, static": theirs}
+        sessions = {tool: Session(file, threads=1) for tool, file in files.items()}
+        results = {tool: [session.run(batch)[0] for batch in held_out] for tool, session in sessions.items()}
+        one = {name: tensor[:1] for name, tensor in held_out[0].items()}
+        times = [latency(sessions, inputs, repeats=30) for inputs in (one, held_out[0])]
+        wanted = torch.cat(results["float"])
+        for tool, found in results.items():
+            noise = float((torch.cat(found) - wanted).square().sum())
+            decibels = f"{10 * math.log10(float(wanted.square().sum()) / noise):.1f}" if noise else ""
+            size = path.stat().st_size / files[tool].stat().st_size
+            yield [path.stem, tool, decibels, f"{size:.2f}", *(f"{t['float'] / t[tool]:.2f}" for t in times)]
+
+
+def _theirs(source: Path, target: Path, batches: Any) -> None:
+    """onnxruntime's static quantizer with the options that serve it best here: per channel, unsigned activations."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.left, None)
+            return None if batch is None else {name: tensor.numpy() for name, tensor in batch.items()}
+
+    quantize_static(
+        str(source), str(target), Reader(), per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="names of networks")
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--file", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if options.file:
+        title, heads = "Weights and activations of 8 bits in onnxruntime", FILE
+        found = file(options.file, options.data, options.examples)
+    else:
+        title, heads = "Quantized weights, no fine-tuning", WEIGHTS
+        found = weights(options.examples, options.only)
+    rows = []
+    for row in found:
+        print("  ".join(row), flush=True)
+        rows.append(row)
+    print(environment())
+    if options.write:
+        append_table(title, heads, rows, f"{options.examples} examples.")
+
+
+if __name__ == "__main__":
+    main()
