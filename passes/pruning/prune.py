@@ -27,6 +27,7 @@ from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
 from regauge.passes.pruning.closed_form import CLOSED_FORMS, ClosedForm, take_over
 from regauge.passes.pruning.compensation import compensate
+from regauge.passes.pruning.held_out import Attempt, judge, move
 from regauge.passes.pruning.preserve import PRESERVED, preserve
 from regauge.passes.pruning.rate_distortion import measured_curves
 from regauge.passes.pruning.reestimate import reestimate
@@ -156,8 +157,29 @@ class Prune(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None and (self._refits or self._needs_data):
             made_up = self._data_free(graph, context)
-            return self._cut(graph, context) if made_up is None else made_up
-        return self._cut(graph, context)
+            return self._cut(graph, context).refitted if made_up is None else made_up
+        return self._with_data(graph, context)
+
+    def _with_data(self, graph: Graph, context: Context) -> Graph:
+        """The result by data; where it is in doubt whether that helps, as far as examples not seen say so."""
+        tried = _anew(context)
+        attempt = self._cut(graph, tried)
+        result, judged = attempt.refitted, None
+        if context.data is not None and self._refits and result is not graph:
+            given = list(context.batches())
+            judged = judge(graph, attempt, given, lambda part: self._cut(graph, _anew(context, part), attempt.counts))
+        if judged is not None:
+            move(result, attempt.cut, judged.share, by=self.name)
+            tried.note(f"on examples not seen it was best to take {judged.share:.0%} of each refit")
+            without = Context(measure=context.measure)
+            other = result if self.score is not None else self.call(graph, without)
+            if other is not result and judged.all.change(graph=other) < judged.change:
+                without.note("on examples not seen that is nearer to the original than what is cut by these data")
+                result, tried = other, without
+        context.cuts += tried.cuts
+        context.notes += tried.notes
+        context.left += tried.left
+        return result
 
     def _data_free(self, graph: Graph, context: Context) -> Graph | None:
         """The result with inputs that are made up: where that is asked for, and where no score says otherwise."""
@@ -166,14 +188,14 @@ class Prune(Pass):
             return None
         if not asked and self.latency is None:  # a first try tells at once what cannot be done, and if anything is
             first = Context()
-            if self._cut(graph, first) is graph:
+            if self._cut(graph, first).cut is graph:
                 context.left = first.left
                 return graph
         trial = Context(measure=context.measure, made_up=True)
         try:
             trial.data = generated_batches(graph, examples=self.examples, steps=self.steps, seed=self.seed)
             trial.note(_made_up(graph, trial.data))
-            result = self._cut(graph, trial)
+            result = self._cut(graph, trial).refitted
         except (RegaugeError, RuntimeError) as reason:  # autograd and solvers raise the latter
             if asked:
                 raise
@@ -183,17 +205,18 @@ class Prune(Pass):
         context.notes += trial.notes if result is not graph else []
         return result
 
-    def _cut(self, graph: Graph, context: Context) -> Graph:
+    def _cut(self, graph: Graph, context: Context, counts: Counts | None = None) -> Attempt:
+        """The result, with these counts where they are given."""
         groups = select(graph.groups(), self.include, self.exclude, context.left)
         batches = self._batches(graph, context)
         name = self.score or ("l2" if batches is None else "distortion")
         scores = self._scores(graph, groups, name, batches, context)
         inputs = None if batches is None else [batch.inputs for batch in batches]
-        counts = self._counts(graph, groups, scores, name, inputs, context)
+        counts = counts or self._counts(graph, groups, scores, name, inputs, context)
         cut = [group for group in groups if counts[group.dim] < group.dim.size]
         cut = cut if self.limit is None else cut[: self.limit]
         if not cut:
-            return graph
+            return Attempt(graph, graph, counts)
         keep: dict[Dim, np.ndarray] = {group.dim: best(scores[group.dim], counts[group.dim]) for group in cut}
         context.cuts += [
             Cut(group.name, int(group.dim.size), counts[group.dim], axis_change(graph, group, keep)) for group in cut
@@ -202,8 +225,9 @@ class Prune(Pass):
         result = resize(graph, keep, by=self.name)
         if self.preserve:
             context.note(f"means and norms kept what they were: {preserve(graph, result, by=self.name)}")
+        before = result.copy()
         self._repair(graph, result, keep, inputs, context)
-        return result
+        return Attempt(before, result, counts)
 
     def _repair(self, graph: Graph, result: Graph, keep: Keep, inputs: Sequence[Any] | None, context: Context) -> None:
         """Let what is left make up for what was cut, as far as the options want it."""
@@ -294,6 +318,11 @@ class Prune(Pass):
         size = len(scores)
         floor = self.minimum if uniform else max(self.minimum, int(np.ceil((1 - _MOST_GOES) * size)))
         return Choice(group.dim, scores, min(floor, size))
+
+
+def _anew(context: Context, data: Any = None) -> Context:
+    """A context for a trial, on the same data or on a part of it."""
+    return Context(data=context.data if data is None else data, measure=context.measure)
 
 
 def _cut(graph: Graph, scores: Scores, counts: Counts) -> Graph:
