@@ -58,6 +58,9 @@ class Prune(Pass):
     done on inputs that are made up: images with the spectra and edges of natural ones, noise, any numbers of tables;
     half of them are matched to the statistics of batch norms in inference, where there are any (15 steps of 192 images
     forth and back). A score that is given is taken as it is: without data, one that needs none only removes indices.
+    Where examples are few (256 vectors of outputs), or refits do not halve what the cut changes, parts of the data
+    judge what is cut and refitted by the others: the share of the refits is taken that changes the outputs least on
+    examples not seen, or what is cut without data, should that be nearer; compensate=true takes refits as they are.
     compensate=moments or udfc runs nothing: layers whose inputs come from others through batch norms and activations
     alone take over what they lose from channels that are kept; what else reads a cut is counted.
 
@@ -97,8 +100,8 @@ class Prune(Pass):
     loss: Any = option(None, "loss(outputs, batch) for scores that need one, in Python; else cross-entropy or |y|^2")
     compensate: bool | ClosedForm | None = option(
         None,
-        "refit the layers behind cuts on data; true, where no score is given or data is; udfc or "
-        "moments: by weights alone, without a run",
+        "refit the layers behind cuts on data; default true where no score is given, or data is, as far as it helps on "
+        "examples not seen; udfc or moments: by weights alone, without a run",
     )
     reestimate: bool = option(False, "batch norms behind cuts hold mean and variance of what they are given on data")
     examples: int | None = option(None, "inputs made up where no data is given; 32 to 384 by size", at_least=1)
@@ -165,17 +168,19 @@ class Prune(Pass):
         tried = _anew(context)
         attempt = self._cut(graph, tried)
         result, judged = attempt.refitted, None
-        if context.data is not None and self._refits and result is not graph:
+        if context.data is not None and self.compensate is None and self._refits and result is not graph:
             given = list(context.batches())
             judged = judge(graph, attempt, given, lambda part: self._cut(graph, _anew(context, part), attempt.counts))
         if judged is not None:
             move(result, attempt.cut, judged.share, by=self.name)
             tried.note(f"on examples not seen it was best to take {judged.share:.0%} of each refit")
-            without = Context(measure=context.measure)
-            other = result if self.score is not None else self.call(graph, without)
-            if other is not result and judged.all.change(graph=other) < judged.change:
-                without.note("on examples not seen that is nearer to the original than what is cut by these data")
-                result, tried = other, without
+            for other in (self, replace(self, score="l2", compensate=False)) if self.score is None else ():
+                without = Context(measure=context.measure)
+                plain = other.call(graph, without)
+                change = judged.all.change(graph=plain)
+                if change < judged.change:
+                    without.note("on examples not seen that is nearer to the original than what is cut by these data")
+                    result, tried, judged = plain, without, replace(judged, change=change)
         context.cuts += tried.cuts
         context.notes += tried.notes
         context.left += tried.left

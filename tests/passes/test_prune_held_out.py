@@ -11,6 +11,7 @@ from digits_training import captured, digits, train
 from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph
 from regauge.passes.calibration.batches import in_folds
+from regauge.passes.pruning import probe
 from regauge.passes.pruning.held_out import Attempt, judge
 
 
@@ -85,3 +86,20 @@ def test_examples_of_one_batch_are_dealt_out_where_their_number_is_free() -> Non
     assert all(part["scale"] is batch["scale"] for (part,) in folds)
     assert in_folds(fixed, [batch], 4) is None
     assert in_folds(fixed, [batch] * 3, 4) == [[batch]] * 3
+
+
+def test_refits_that_are_asked_for_are_taken_as_they_are() -> None:
+    batches = [(digits()[0][:8],)]
+    judged, asked = (
+        str(regauge.optimize(classifier(), f"prune{{macs=0.5,score=l2{option}}}", data=batches).report)
+        for option in ("", ",compensate=true")
+    )
+    assert "on examples not seen it was best to take" in judged and "not seen" not in asked
+
+
+def test_outputs_that_do_not_fit_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "HELD", 48)
+    batches = [(torch.full((8, 1), float(n)),) for n in range(3)]
+    found = probe.Probe(line(1.0), batches)
+    assert found.change(graph=line(3.0)) == pytest.approx(4 * (0 + 1 + 4) / 3)
+    assert (found.rows, len(found._held)) == (24, 1)
