@@ -174,7 +174,8 @@ class Prune(Pass):
         if judged is not None:
             move(result, attempt.cut, judged.share, by=self.name)
             tried.note(f"on examples not seen it was best to take {judged.share:.0%} of each refit")
-            for other in (self, replace(self, score="l2", compensate=False)) if self.score is None else ():
+            chosen = self.score is not None or self.latency is not None  # a latency would be measured anew for each
+            for other in () if chosen else (self, replace(self, score="l2", compensate=False)):
                 without = Context(measure=context.measure)
                 plain = other.call(graph, without)
                 change = judged.all.change(graph=plain)
