@@ -168,7 +168,8 @@ class Prune(Pass):
         tried = _anew(context)
         attempt = self._cut(graph, tried)
         result, judged = attempt.refitted, None
-        if context.data is not None and self.compensate is None and self._refits and result is not graph:
+        asked = self.compensate is not None or self.reestimate  # what is asked for stays
+        if context.data is not None and self._refits and not asked and result is not graph:
             given = list(context.batches())
             judged = judge(graph, attempt, given, lambda part: self._cut(graph, _anew(context, part), attempt.counts))
         if judged is not None:
