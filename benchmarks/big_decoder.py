@@ -200,7 +200,9 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     if options.analyse_only:
         return
     with stage(f"prune to {options.params}, repair"):
-        small = regauge.optimize(graph, f"prune{{params={options.params}}}", data=[(row[None],) for row in tokens])
+        small = regauge.optimize(
+            graph, f"prune{{params={options.params},compensate=true}}", data=[(row[None],) for row in tokens]
+        )
     print(small.report)
     print(f"{figures(small).parameters / count:.3f} of the parameters are left")
     held_out = torch.randint(0, options.vocabulary, (2, options.length), generator=generator)

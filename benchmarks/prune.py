@@ -40,13 +40,11 @@ from benchmarks.prune_networks import Network, on_digits, residual
 from benchmarks.prune_peer import best_of_peer
 from benchmarks.report import append_table, environment
 from regauge.ir.cost import figures
-from regauge.passes.calibration.generated import statistics_in
 
 SHARES = (0.7, 0.5)
 OURS = {
     "l2 masked": ("score=l2,compensate=false", False),
     "no data": ("", False),
-    "no data, refitted on noise": ("compensate=true", False),
     "distortion, masked": ("compensate=false", True),
     "l2, refitted": ("score=l2", True),
     "with data": ("", True),
@@ -71,8 +69,7 @@ def methods(network: Network, share: float) -> Iterator[tuple[str, Callable[[], 
 
     yield "torch-pruning", peer
     for name, (options, with_data) in OURS.items():
-        if "noise" not in name or not statistics_in(network.graph):  # with batch norms the default makes inputs up
-            yield name, lambda options=options, with_data=with_data: ours(options, with_data)  # type: ignore[misc]
+        yield name, lambda options=options, with_data=with_data: ours(options, with_data)  # type: ignore[misc]
 
 
 def measure(network: Network) -> dict[tuple[float, str], Found]:

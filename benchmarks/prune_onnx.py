@@ -27,8 +27,8 @@ FILE = CORPUS / "onnx" / "magika_standard_v2_1.onnx"
 DATA = CORPUS / "data" / "magika_standard_v2_1_inputs.npz"
 BUDGETS = [(unit, share) for unit in ("params", "macs") for share in (0.7, 0.5)]
 METHODS = {
-    "l2 masked, which is the default without data": ("score=l2,compensate=false", False),
-    "no data, refitted on noise": ("compensate=true", False),
+    "l2 masked": ("score=l2,compensate=false", False),
+    "no data": ("", False),
     "with data": ("", True),
 }
 HEADS = ["network", "kept", "method", "params left", "MACs left", "top-1", "same class", "loss"]

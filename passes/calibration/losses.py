@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.passes.calibration.batches import part_of
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 """``loss(outputs, batch)``: of the graph's outputs (one tensor where there is one) and a batch as the data gives it."""
@@ -43,17 +44,8 @@ def labelled(graph: Graph, batch: Any) -> Labelled:
 
 def example_slices(batch: Labelled, examples: int) -> list[Labelled]:
     """The examples of a batch, each a batch of one: tensors of that many rows are cut, all else is shared."""
-
-    def cut(part: Any, place: int) -> Any:
-        if isinstance(part, torch.Tensor) and part.dim() and part.shape[0] == examples:
-            return part[place : place + 1]
-        if isinstance(part, Mapping):
-            return {name: cut(inner, place) for name, inner in part.items()}
-        if isinstance(part, tuple | list):
-            return tuple(cut(inner, place) for inner in part)
-        return part
-
-    return [Labelled(*(cut(part, place) for part in batch)) for place in range(examples)]
+    places = [slice(place, place + 1) for place in range(examples)]
+    return [Labelled(*(part_of(part, place, examples) for part in batch)) for place in places]
 
 
 def loss_of(

@@ -29,6 +29,7 @@ from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
 from regauge.passes.pruning.closed_form import CLOSED_FORMS, ClosedForm, take_over
 from regauge.passes.pruning.compensation import compensate
+from regauge.passes.pruning.held_out import Attempt, judge, move
 from regauge.passes.pruning.preserve import note_recomputed, preserve
 from regauge.passes.pruning.rate_distortion import measured_curves
 from regauge.passes.pruning.readers import lost_in
@@ -63,6 +64,9 @@ class Prune(Pass):
     done on inputs that are made up: images with the spectra and edges of natural ones, noise, any numbers of tables;
     half of them are matched to the statistics of batch norms in inference, where there are any (15 steps of 192 images
     forth and back). A score that is given is taken as it is: without data, one that needs none only removes indices.
+    Where examples are few (256 vectors of outputs), or refits do not halve what the cut changes, parts of the data
+    judge what is cut and refitted by the others: the share of the refits is taken that changes the outputs least on
+    examples not seen, or what is cut without data, should that be nearer; compensate=true takes refits as they are.
     compensate=moments or udfc runs nothing: layers whose inputs come from others through batch norms and activations
     alone take over what they lose from channels that are kept; what else reads a cut is counted.
 
@@ -102,8 +106,8 @@ class Prune(Pass):
     loss: Any = option(None, "loss(outputs, batch) for scores that need one, in Python; else cross-entropy or |y|^2")
     compensate: bool | ClosedForm | None = option(
         None,
-        "refit the layers behind cuts on data; true, where no score is given or data is; udfc or "
-        "moments: by weights alone, without a run",
+        "refit the layers behind cuts on data; default true where no score is given, or data is, as far as it helps on "
+        "examples not seen; udfc or moments: by weights alone, without a run",
     )
     reestimate: bool = option(False, "batch norms behind cuts hold mean and variance of what they are given on data")
     examples: int | None = option(None, "inputs made up where no data is given; 32 to 384 by size", at_least=1)
@@ -165,8 +169,33 @@ class Prune(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None and (self._refits or self._needs_data):
             made_up = self._data_free(graph, context)
-            return self._cut(graph, context) if made_up is None else made_up
-        return self._cut(graph, context)
+            return self._cut(graph, context).refitted if made_up is None else made_up
+        return self._with_data(graph, context)
+
+    def _with_data(self, graph: Graph, context: Context) -> Graph:
+        """The result by data; where it is in doubt whether that helps, as far as examples not seen say so."""
+        tried = _anew(context)
+        attempt = self._cut(graph, tried)
+        result, judged = attempt.refitted, None
+        asked = self.compensate is not None or self.reestimate  # what is asked for stays
+        if context.data is not None and self._refits and not asked and result is not graph:
+            given = list(context.batches())
+            judged = judge(graph, attempt, given, lambda part: self._cut(graph, _anew(context, part), attempt.counts))
+        if judged is not None:
+            move(result, attempt.cut, judged.share, by=self.name)
+            tried.note(f"on examples not seen it was best to take {judged.share:.0%} of each refit")
+            chosen = self.score is not None or self.latency is not None  # a latency would be measured anew for each
+            for other in () if chosen else (self, replace(self, score="l2", compensate=False)):
+                without = Context(measure=context.measure)
+                plain = other.call(graph, without)
+                change = judged.all.change(graph=plain)
+                if change < judged.change:
+                    without.note("on examples not seen that is nearer to the original than what is cut by these data")
+                    result, tried, judged = plain, without, replace(judged, change=change)
+        context.cuts += tried.cuts
+        context.notes += tried.notes
+        context.left += tried.left
+        return result
 
     def _data_free(self, graph: Graph, context: Context) -> Graph | None:
         """The result with inputs that are made up: where that is asked for, and where no score says otherwise."""
@@ -175,14 +204,14 @@ class Prune(Pass):
             return None
         if not asked and self.latency is None:  # a first try tells at once what cannot be done, and if anything is
             first = Context()
-            if self._cut(graph, first) is graph:
+            if self._cut(graph, first).cut is graph:
                 context.left = first.left
                 return graph
         trial = Context(measure=context.measure, made_up=True)
         try:
             trial.data = generated_batches(graph, examples=self.examples, steps=self.steps, seed=self.seed)
             trial.note(_made_up(graph, trial.data))
-            result = self._cut(graph, trial)
+            result = self._cut(graph, trial).refitted
         except (RegaugeError, RuntimeError) as reason:  # autograd and solvers raise the latter
             if asked:
                 raise
@@ -192,7 +221,8 @@ class Prune(Pass):
         context.notes += trial.notes if result is not graph else []
         return result
 
-    def _cut(self, graph: Graph, context: Context) -> Graph:
+    def _cut(self, graph: Graph, context: Context, counts: Counts | None = None) -> Attempt:
+        """The result, with these counts where they are given."""
         groups = select(graph.groups(), self.include, self.exclude, context.left)
         if self.separate:
             majors = majors_of(graph, [group.dim for group in groups])
@@ -201,11 +231,11 @@ class Prune(Pass):
         name = self.score or ("l2" if batches is None else "distortion")
         scores = self._scores(graph, groups, name, batches, context)
         inputs = None if batches is None else [batch.inputs for batch in batches]
-        counts = self._counts(graph, groups, scores, name, inputs, context)
+        counts = counts or self._counts(graph, groups, scores, name, inputs, context)
         cut = [group for group in groups if counts[group.dim] < group.dim.size]
         cut = cut if self.limit is None else cut[: self.limit]
         if not cut:
-            return graph
+            return Attempt(graph, graph, counts)
         keep = {group.dim: kept(group, scores[group.dim], counts[group.dim]) for group in cut}
         note_recomputed(graph, [group.dim for group in cut], self.preserve, context)
         apart = sum(isinstance(indices, KeptWithin) for indices in keep.values())
@@ -214,11 +244,12 @@ class Prune(Pass):
         result = resize(graph, keep, by=self.name)
         if self.preserve:
             context.note(f"means and norms kept what they were: {preserve(graph, result, by=self.name)}")
+        before = result.copy()
         lost = self._repair(graph, result, keep, inputs, context)
         for group in cut:
             sizes = int(group.dim.size), counts[group.dim]
             context.cuts.append(Cut(group.name, *sizes, axis_change(graph, group, keep), lost.get(group.dim, ())))
-        return result
+        return Attempt(before, result, counts)
 
     def _repair(
         self, graph: Graph, result: Graph, keep: Keep, inputs: Sequence[Any] | None, context: Context
@@ -318,6 +349,11 @@ class Prune(Pass):
         size = len(scores)
         floor = self.minimum if uniform else max(self.minimum, int(np.ceil((1 - _MOST_GOES) * size)))
         return Choice(group.dim, scores, min(floor, size))
+
+
+def _anew(context: Context, data: Any = None) -> Context:
+    """A context for a trial, on the same data or on a part of it."""
+    return Context(data=context.data if data is None else data, measure=context.measure)
 
 
 def _cut(graph: Graph, scores: Scores, counts: Counts) -> Graph:

@@ -2,7 +2,9 @@
 
     (x - mean(x)) / sqrt(mean((x - mean(x)) ** 2) + eps)     layer_norm(x)
     x * rsqrt(mean(x ** 2) + eps)                            rms_norm(x)
-    reshape(instance_norm(reshape(x)))                       group_norm(x)
+    reshape(instance_norm(reshape(x)))                       group_norm(x), layer_norm(x)
+    batch_norm(x, 1, 0, mean(x), var(x))                     instance_norm(x), of an only example
+    sum(x) / n                                               mean(x), where so many entries are summed
     layer_norm(x) * gain + shift                             layer_norm(x, gain, shift)
 
 Gains and shifts are taken in by rules of their own, so that each norm is written down once, with or without them.
@@ -20,7 +22,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.matcher import Match, is_number, number_of
 from regauge.ir.pattern_instances import Constant, Weight
-from regauge.ir.rewrite import RuleSet, refuse, rule
+from regauge.ir.rewrite import RuleSet, differs, refuse, rule
 from regauge.ir.sizes import Size, divide, product, same
 
 TRAILING_NORMS = ("layer_norm", "rms_norm")  # over the last axes; gains run along all of them
@@ -38,6 +40,15 @@ def last_axes(x: Value, dims: tuple[int, ...] | None) -> tuple[Size, ...]:
     if not axes or axes != list(range(axes[0], x.rank)):
         return refuse(f"it averages over the axes {axes} of {x.rank}: only the last ones make a whole operator")
     return x.shape[axes[0] :]
+
+
+def everywhere(operand: Operand, wanted: float) -> bool:
+    """Whether an operand is absent, a constant full of a number, or an initializer of a file full of it, expanded."""
+    while isinstance(operand, Value) and operand.producer is not None and operand.producer.op == "expand":
+        operand = operand.producer.inputs[0]
+    if isinstance(operand, Parameter) and operand.origin is not None:
+        return bool((operand.tensor == wanted).all())
+    return operand is None or is_number(operand, wanted)
 
 
 # -- layer norm and RMS norm -------------------------------------------------------------------------------------------
@@ -103,14 +114,66 @@ def rms_norm_from_means(build: Builder, x: Value, dims: tuple[int, ...] | None, 
 
 FROM_MEANS = (layer_norm_from_means, rms_norm_from_means)
 
+
+def _share_of_sum(op: Any, x: Any, by: Any, dims: Any, keep: Any) -> Any:
+    total = op.sum(x, dims=dims, keepdim=keep)
+    return op.either(op.div(total, by), op.mul(total, by), name="way")
+
+
+@rule(
+    _share_of_sum,
+    samples=lambda: [
+        {"x": randn(2, 4, 6).double(), "dims": (2,), "keep": False, "by": 6, "way": 0},
+        {"x": randn(2, 4, 6).double(), "dims": (-1, 1), "keep": True, "way": 1}
+        | {"by": Constant(torch.tensor(1 / 24, dtype=torch.float64))},
+    ],
+)
+def mean_from_sum(
+    build: Builder, x: Value, by: Operand, dims: tuple[int, ...] | None, keep: bool, match: Match
+) -> Value:
+    """A sum over its number of entries is a mean, which a cut leaves one: the number would stay as it was."""
+    count = product([x.shape[dim] for dim in (range(x.rank) if dims is None else dims)])
+    if not isinstance(count, int) or count < 2 or not isinstance(x.dtype, torch.dtype):
+        return refuse("how many entries are summed is not known")
+    if not x.dtype.is_floating_point or not is_number(by, count if match.root.op == "div" else 1 / count):
+        return differs(f"it does not divide by the {count} entries that are summed")
+    return build.mean(x, dims=dims, keepdim=keep)  # type: ignore[no-any-return]
+
+
+def _by_own_statistics(op: Any, x: Any, dims: Any, dropped: Any, eps: Any, ones: Any = None, zeros: Any = None) -> Any:
+    def flat(make: Any) -> Any:
+        return op.either(make(False), op.squeeze(make(True), dims=dropped))
+
+    def mean(keep: bool) -> Any:
+        return op.mean(x, dims=dims, keepdim=keep)
+
+    def variance(keep: bool) -> Any:
+        squares = op.mean(_squared(op, lambda: op.sub(x, mean(True))), dims=dims, keepdim=keep)
+        return op.either(squares, op.var(x, dims=dims, correction=0, keepdim=keep))
+
+    return op.batch_norm(x, ones, zeros, flat(mean), flat(variance), momentum=..., eps=eps)
+
+
+@rule(
+    _by_own_statistics,
+    samples=lambda: [
+        {"x": randn(1, 3, 6, 2).double(), "dims": (0, 2, 3), "dropped": (0, 2, 3), "eps": 1e-3},
+        {"x": randn(1, 3, 6).double(), "dims": (0, 2), "dropped": (2, 0), "eps": 1e-5}
+        | {"ones": Constant(torch.ones(3).double()), "zeros": Constant(torch.zeros(3).double())},
+    ],
+)
+def instance_norm_from_statistics(
+    build: Builder, x: Value, dims: tuple[int, ...], eps: float, ones: Operand, zeros: Operand
+) -> Value:
+    """A batch norm by what is computed of an only example is an instance norm."""
+    if {dim % x.rank for dim in dims} != {0, *range(2, x.rank)} or x.rank < 3 or not same(x.shape[0], 1):
+        return refuse("its statistics are not those of each channel of each example")
+    if not everywhere(ones, 1) or not everywhere(zeros, 0):
+        return refuse("its channels have gains or shifts of their own")
+    return build.instance_norm(x, eps=eps)  # type: ignore[no-any-return]
+
+
 # -- group norm --------------------------------------------------------------------------------------------------------
-
-
-def everywhere(operand: Operand, wanted: float) -> bool:
-    """Whether an operand is absent, a constant full of a number, or an initializer of a file full of it."""
-    if isinstance(operand, Parameter) and operand.origin is not None:
-        return bool((operand.tensor == wanted).all())
-    return operand is None or is_number(operand, wanted)
 
 
 def _group_samples() -> Iterable[dict[str, Any]]:
@@ -147,6 +210,22 @@ def group_norm_from_reshapes(
     if norm.op == "layer_norm" and len(norm.attributes["normalized_shape"]) != len(grouped) - 2:
         return refuse("it averages over a part of each group")
     return build.group_norm(x, num_groups=groups, eps=norm.attributes["eps"])  # type: ignore[no-any-return]
+
+
+@rule(
+    lambda op, x, grouped, back, eps: op.reshape(op.instance_norm(op.reshape(x, shape=grouped), eps=eps), shape=back),
+    samples=lambda: [
+        {"x": randn(2, 6).double(), "grouped": (1, 2, 6, 1), "back": (2, 6), "eps": 1e-3},
+        {"x": randn(2, 3, 4, 5).double(), "grouped": (1, 6, 20), "back": (2, 3, 4, 5), "eps": 1e-5},
+    ],
+)
+def layer_norm_from_rows(build: Builder, x: Value, grouped: tuple[Size, ...], eps: float, match: Match) -> Value:
+    """An instance norm of rows that are last axes is a layer norm."""
+    after, length = match.root.output.shape, product(grouped[2:])
+    first = next((axis for axis in range(1, x.rank) if same(product(x.shape[axis:]), length)), None)
+    if first is None or len(after) != x.rank or not all(map(same, after, x.shape)):
+        return refuse("its reshapes do not make rows of the last axes")
+    return build.layer_norm(x, normalized_shape=x.shape[first:], eps=eps)  # type: ignore[no-any-return]
 
 
 # -- gains and shifts --------------------------------------------------------------------------------------------------
@@ -246,7 +325,10 @@ RULES = RuleSet(
     [
         layer_norm_from_means,
         rms_norm_from_means,
+        mean_from_sum,
+        instance_norm_from_statistics,
         group_norm_from_reshapes,
+        layer_norm_from_rows,
         gain_into_norm,
         shift_into_norm,
         offset_into_gain,

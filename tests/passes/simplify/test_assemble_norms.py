@@ -209,6 +209,53 @@ def test_rows_that_cut_across_channels_are_no_groups() -> None:
     assert "group_norm" not in counts(assembled(spelled((2, 6, 2, 4), rows), (randn(2, 6, 2, 4),)))
 
 
+def _keras_norm(divisor: float) -> Graph:
+    """Two linear layers around a layer norm as tf2onnx writes that of Keras: rows are channels of an only image."""
+    text = f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    network (float[N, 4] x) => (float[N, 3] y) {{
+      one = Constant <value = float[1] {{1.0}}> ()
+      zero = Constant <value = float[1] {{0.0}}> ()
+      n = Constant <value = float {{{divisor}}}> ()
+      to = Constant <value = int64[4] {{1, -1, 6, 1}}> ()
+      back = Constant <value = int64[2] {{-1, 6}}> ()
+      axes = Constant <value = int64[3] {{0, 2, 3}}> ()
+      h = MatMul (x, first)
+      shape = Shape <start = 0, end = 1> (h)
+      ones = Expand (one, shape)
+      zeros = Expand (zero, shape)
+      rows = Reshape (h, to)
+      mean = ReduceMean <axes = [0, 2, 3], keepdims = 1> (rows)
+      centred = Sub (rows, mean)
+      squares = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (centred)
+      variance = Div (squares, n)
+      means = Squeeze (mean, axes)
+      normed = BatchNormalization <epsilon = 0.001> (rows, ones, zeros, means, variance)
+      flat = Reshape (normed, back)
+      scaled = Mul (flat, gain)
+      shifted = Add (scaled, shift)
+      y = MatMul (shifted, second)
+    }}
+    """
+    model = onnx.parser.parse_model(text)
+    for name, shape in {"first": (4, 6), "gain": (6,), "shift": (6,), "second": (6, 3)}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(randn(shape).numpy(), name))
+    return regauge.load(model)
+
+
+def test_a_layer_norm_written_as_a_batch_norm_of_rows_by_sums() -> None:
+    graph, x = _keras_norm(6.0), (randn(5, 4),)
+    result = assembled(graph, x)
+    assert [node.op for node in result.nodes] == ["linear", "layer_norm", "linear"]
+    assert (free(graph), free(result)) == ([], [6])
+    small = regauge.optimize(result, "prune{ratio=0.5,score=l2}")
+    assert {node.op: node.output.shape[1] for node in small.nodes[:2]} == {"linear": 3, "layer_norm": 3}
+
+
+def test_a_sum_over_another_number_is_no_mean() -> None:
+    assert counts(assembled(_keras_norm(5.0), (randn(5, 4),)), "layer_norm", "sum") == {"layer_norm": 0, "sum": 1}
+
+
 def test_an_eps_that_a_kept_operator_draws_is_no_number() -> None:
     """RandomNormal of ONNX has no record here or is run as it is: what it gives is not known before it runs."""
     text = """
