@@ -18,7 +18,7 @@ from typing import Any
 import networkx as nx
 
 from regauge.ir.graph import Node, Parameter, Value
-from regauge.passes.depth.parts import Order, Part, alike, own_weights
+from regauge.passes.depth.parts import Order, Part, alike, own_weights, trained
 
 _LONGEST = 64  # links of a block; longer ones are not looked for
 _SINK = "sink"
@@ -58,10 +58,9 @@ def repeated_blocks(order: Order, branches: Sequence[Part]) -> list[Part]:
 def _block(order: Order, links: Sequence[_Link]) -> Part | None:
     source, result = links[0].source, links[-1].result
     nodes = order.needed_by([result], barrier=source)
-    weights = own_weights(nodes)
-    if not weights or not nodes:
+    if not trained(nodes):
         return None
-    return Part(source, result, tuple(nodes), order.names.of(weights, result.name))
+    return Part(source, result, tuple(nodes), order.names.of(own_weights(nodes), result.name))
 
 
 def _outermost(branches: Sequence[Part]) -> list[Part]:

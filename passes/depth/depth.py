@@ -18,7 +18,7 @@ from regauge.passes.depth.blocks import repeated_blocks
 from regauge.passes.depth.branches import residual_branches
 from regauge.passes.depth.choice import Goal, alone, iterated, without_nested
 from regauge.passes.depth.healing import heal
-from regauge.passes.depth.parts import Order, Part, Unit
+from regauge.passes.depth.parts import Order, Part, Unit, trained
 from regauge.passes.depth.removal import removable, without
 from regauge.passes.depth.scores import Criterion, Judge
 from regauge.passes.name_patterns import check_patterns, matches
@@ -168,7 +168,7 @@ def _made_up(graph: Graph) -> list[Any]:
 
 def _names(part: Part) -> set[str]:
     """The part's own name, those of its weights, and of the modules that hold them."""
-    weights = {name for parameter in part.weights for name in parameter.names}
+    weights = {name for parameter in trained(part.nodes) for name in parameter.names}
     modules = {name.rpartition(".")[0] for name in weights}
     modules |= {node.scope[-1][0] for node in part.nodes if node.scope and _reads_weights(node)}
     return {part.name} | weights | modules - {""}
@@ -179,5 +179,6 @@ def _reads_weights(node: Node) -> bool:
 
 
 def _included(part: Part, patterns: Sequence[str]) -> bool:
-    """Whether the patterns name the part itself, or all weights that are in it."""
-    return matches([part.name], patterns) or all(matches(weight.names, patterns) for weight in part.weights)
+    """Whether the patterns name the part itself, or all weights that are in it alone."""
+    own = part.weights
+    return matches([part.name], patterns) or bool(own) and all(matches(weight.names, patterns) for weight in own)

@@ -98,6 +98,39 @@ def test_a_residual_network_without_a_block_has_no_activation_twice(gone: int) -
     assert not [name for name in small.parameters if name.startswith(f"blocks.{gone}.")]
 
 
+class Shared(nn.Module):
+    """One layer, gone through several times, as in ALBERT."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.norm, self.hidden, self.back = times, nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = x + self.back(torch.tanh(self.hidden(self.norm(x))))
+        out: torch.Tensor = self.head(x)
+        return out
+
+
+def test_layers_that_share_their_weights_are_blocks() -> None:
+    model, x = redrawn(Shared(3)), torch.randn(5, 16)
+    graph = capture(model, (x,))
+    small = regauge.optimize(graph, "depth{blocks=1,compensate=false}", data=[x])
+    assert figures(small).parameters == figures(graph).parameters
+    model.times = 2
+    assert_same(small, model, x)
+
+
+def test_weights_that_parts_share_are_saved_once_all_of_these_are_gone() -> None:
+    model, x = redrawn(Shared(2)), torch.randn(5, 16)
+    graph = capture(model, (x,))
+    small = regauge.optimize(graph, "depth{params=0.1}", data=[x])
+    assert set(small.parameters) == {"head.weight", "head.bias"}
+    with pytest.raises(PassError, match="by what each saves alone"):
+        regauge.optimize(graph, "depth{params=0.1,iterative=false}", data=[x])
+
+
 def test_several_blocks_in_a_row() -> None:
     model, graph = decoder(4)
     small = regauge.optimize(graph, "depth{blocks=3,include=[blocks.0,blocks.1,blocks.2]}")
