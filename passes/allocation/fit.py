@@ -65,8 +65,10 @@ def coarseness(choices: Sequence[Choice], budgets: Budgets, counts: Counts) -> s
     ]
     if not steps or budgets.set_sizes(counts) >= 1 - _CLOSE:
         return None
-    budgets_used = f"{budgets.tightest.name} is used to {budgets.total:.1%}"
-    return f"{budgets_used}: of all single steps to more indices the smallest would use {min(steps):.1%}"
+    return (
+        f"single indices are coarse: {budgets.total:.1%} of what is asked in {budgets.tightest.name} is used, and with "
+        f"one more index of any Dim at least {min(steps):.1%}"
+    )
 
 
 def _unmet(budgets: Budgets, what: str) -> str:
