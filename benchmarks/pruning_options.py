@@ -68,8 +68,8 @@ REMOVED = (
     "score=taylor-squared,params=0.6,scope=global,normalise=minmax", "score=fisher,macs=0.6",
     "score=mask-gradient,params=0.6,scope=knapsack", "score=obd,ratio=0.5,scope=isomorphic,normalise=zscore",
     "score=snip,bytes=0.6,scope=global,reduce=first", "score=grasp,ratio=0.5,normalise=mean",
-    "score=crop,peak=0.8,scope=global", "score=hesso,macs=0.6,scope=global",
-    "score=l2,macs=0.6,scope=dp", "score=l2,ratio=0.5,round_to=8", "score=l2,latency=0.7,measure=false,device=cpu",
+    "score=crop,peak=0.9,scope=global", "score=hesso,macs=0.6,scope=global",
+    "score=l2,macs=0.6,scope=dp", "score=l2,ratio=0.5,round_to=8", "score=l2,latency=0.8,measure=false,device=cpu",
     "score=l2,ratio=0.5,minimum=4,round_to=device,device=gpu",
 )  # fmt: skip
 TRIALS = (
@@ -85,8 +85,8 @@ TRIALS = (
     Trial("sparsify{pattern=1:4,method=wanda,refine=means,update=off}"),
     Trial("sparsify{pattern=unstructured,ratio=0.7,method=obs,update=columns,allocation=uniform}"),
     Trial("sparsify{method=magnitude,permute=true}"), Trial("sparsify{pattern=block,block=8x1}", data=False),
-    Trial("depth{blocks=1}"), Trial("depth{ratio=0.3}", data=False), Trial("depth{params=0.8}"),
-    Trial("depth{macs=0.8,score=macro,iterative=false}"), Trial("depth{blocks=1,unit=branch,score=similarity}"),
+    Trial("depth{blocks=1}"), Trial("depth{ratio=0.3}", data=False), Trial("depth{params=0.9}"),
+    Trial("depth{macs=0.9,score=macro,iterative=false}"), Trial("depth{blocks=1,unit=branch,score=similarity}"),
 )  # fmt: skip
 
 
