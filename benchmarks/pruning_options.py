@@ -69,7 +69,7 @@ REMOVED = (
     "score=mask-gradient,params=0.6,scope=knapsack", "score=obd,ratio=0.5,scope=isomorphic,normalise=zscore",
     "score=snip,bytes=0.6,scope=global,reduce=first", "score=grasp,ratio=0.5,normalise=mean",
     "score=crop,peak=0.9,scope=global", "score=hesso,macs=0.6,scope=global",
-    "score=l2,macs=0.6,scope=dp", "score=l2,ratio=0.5,round_to=8", "score=l2,latency=0.8,measure=false,device=cpu",
+    "score=l2,ratio=0.5,round_to=8", "score=l2,latency=0.8,measure=false,device=cpu",
     "score=l2,ratio=0.5,minimum=4,round_to=device,device=gpu",
 )  # fmt: skip
 TRIALS = (

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -74,22 +75,16 @@ def _outermost(branches: Sequence[Part]) -> list[Part]:
 
 
 def _trunks(order: Order) -> Iterator[list[_Link]]:
-    """For each input of the graph, the links of what it passes through, without gaps."""
+    """For each input of the graph, the links of what it passes through."""
     dominators = _post_dominators(order)
     for value in order.graph.inputs:
-        chain: list[Value | None] = [value]
+        chain = [value]
         node = _first(order, value, dominators)
         while isinstance(node, Node):
-            chain.append(node.output if len(node.outputs) == 1 else None)
+            if len(node.outputs) == 1:  # what is split and joined again, as by channel shuffles, is inside a link
+                chain.append(node.output)
             node = dominators.get(node)
-        run: list[_Link] = []
-        for before, after in zip(chain, chain[1:], strict=False):
-            if before is not None and after is not None:
-                run.append(_link(order, before, after))
-            elif run:
-                yield run
-                run = []
-        yield run
+        yield [_link(order, before, after) for before, after in pairwise(chain)]
 
 
 def _first(order: Order, value: Value, dominators: dict[Any, Any]) -> Any:

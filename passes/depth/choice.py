@@ -61,7 +61,7 @@ class Goal:
         raise PassError(
             f"{self.text} cannot be met: without all {len(outermost)} parts that can be removed{why}, "
             f"{short(whole - self.saved(outermost))} of {short(whole)} are left, and {short(whole - self.amount)} are "
-            "wanted; raise the budget or exclude less"
+            f"wanted; raise the budget{', exclude less or take unit=block' if unit == 'branch' else ' or exclude less'}"
         )
 
 

@@ -98,6 +98,46 @@ def test_a_residual_network_without_a_block_has_no_activation_twice(gone: int) -
     assert not [name for name in small.parameters if name.startswith(f"blocks.{gone}.")]
 
 
+def test_parallel_branches_are_told_apart_by_similarity() -> None:
+    model = redrawn(Decoder(2, ParallelBlock))
+    with torch.no_grad():
+        model.blocks[1].fc2.weight.zero_()
+        model.blocks[1].fc2.bias.zero_()
+    graph = capture(model, (ids(),))
+    small = regauge.optimize(graph, "depth{blocks=1,unit=branch,score=similarity,compensate=false}", data=[(ids(),)])
+    assert small.report.passes[0].cuts[0].dim == "blocks.1.{ln2,fc1,fc2}"
+    assert error(graph, small, ids()) == 0
+
+
+class Shuffling(nn.Module):
+    """Units that split the channels, change one half and shuffle, as in ShuffleNet v2: nothing is added to anything."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.units = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(units))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for unit in self.units:
+            same, changed = x.chunk(2, 1)
+            x = torch.cat([same, torch.relu(unit(changed))], 1)
+            x = x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+        out: torch.Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def test_units_that_split_their_input_are_blocks() -> None:
+    model, x = redrawn(Shuffling(3)), torch.randn(2, 3, 6, 6)
+    small = regauge.optimize(capture(model, (x,)), "depth{blocks=1,compensate=false}", data=[x])
+    gone = int(small.report.passes[0].cuts[0].dim.partition("units.")[2])
+    del model.units[gone]
+    assert_same(small, model, x)
+    with pytest.raises(PassError, match="take unit=block"):
+        regauge.optimize(capture(model, (x,)), "depth{params=0.9}", data=[x])
+
+
 class Shared(nn.Module):
     """One layer, gone through several times, as in ALBERT."""
 
