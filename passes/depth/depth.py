@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar
 
 from regauge.ir.cost import Metric, figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter
-from regauge.ir.sample_inputs import sample_runs
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.noise import noise_batches
 from regauge.passes.depth.blocks import repeated_blocks
 from regauge.passes.depth.branches import residual_branches
 from regauge.passes.depth.choice import Goal, alone, iterated, without_nested
@@ -25,7 +24,7 @@ from regauge.passes.name_patterns import check_patterns, matches
 from regauge.passes.options import option
 
 _BUDGETS: dict[str, Metric] = {"params": "parameters", "macs": "macs"}
-_MADE_UP = 4  # runs on made-up inputs where there is no data
+_MADE_UP = 4  # examples where there is no data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class Depth(Pass):
     removed part, and the last one that writes into the stream in front of it, are refitted by least squares so that the
     stream comes back, without gradients. Parts are then chosen by what is lost after that, which refits once per part
     on a few examples; score=similarity looks at the data once for all parts. Without data, parts are chosen by how far
-    made-up inputs (normal numbers, random indices) move the outputs.
+    the outputs move on inputs that are made up (images, normal numbers, random indices, masks of ones).
     """
 
     name: ClassVar[str] = "depth"
@@ -88,7 +87,7 @@ class Depth(Pass):
         goal.check(candidates, self._unit, context.left)
         if goal.met([]):
             return graph
-        batches = calibration_batches(graph, context) if context.data is not None else _made_up(graph)
+        batches = calibration_batches(graph, context) if context.data is not None else noise_batches(graph, _MADE_UP)
         healed = context.data is not None and self.compensate is not False
         judge = Judge(graph, batches, self.score, healed=healed, by=self.name)
         choose = iterated if self.iterative else alone
@@ -157,13 +156,6 @@ class Depth(Pass):
 
 
 _WORDS = {"distortion": "error", "macro": "macro influence", "similarity": "block influence"}
-
-
-def _made_up(graph: Graph) -> list[Any]:
-    batches = [inputs for inputs, _ in islice(sample_runs(graph), _MADE_UP)]
-    if not batches:
-        raise PassError("depth cannot make up inputs on which the graph runs: give data, optimize(..., data=...)")
-    return batches
 
 
 def _names(part: Part) -> set[str]:

@@ -48,6 +48,8 @@ class Judge:
         self.features = _contracted(graph)
         if not any(self.expected):
             raise PassError(f"{by} finds no real numbers among the outputs: there is nothing to measure")
+        if not all(bool(y.isfinite().all()) for outputs in self.expected for y in outputs):
+            raise PassError(f"{by} cannot measure losses: outputs are not finite on the data; give other data")
 
     def losses(self, removed: Sequence[Part], candidates: Sequence[Part]) -> list[float]:
         """The loss without ``removed`` and each of the candidates."""

@@ -98,6 +98,31 @@ def test_a_residual_network_without_a_block_has_no_activation_twice(gone: int) -
     assert not [name for name in small.parameters if name.startswith(f"blocks.{gone}.")]
 
 
+class Masked(nn.Module):
+    """A model that gives no numbers where a whole row is masked, as a softmax over nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 16)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        y = self.table(x)
+        for block in self.blocks:
+            y = y + torch.tanh(block(y))
+        scores = (y @ y.transpose(1, 2)).masked_fill(mask[:, None] == 0, -torch.inf)
+        out: torch.Tensor = scores.softmax(-1) @ y
+        return out
+
+
+def test_masks_that_are_made_up_leave_something_to_look_at() -> None:
+    model, x = redrawn(Masked()), torch.randint(0, 9, (16, 2))
+    graph = capture(model, (x, torch.ones(16, 2, dtype=torch.int64)))
+    assert len(regauge.optimize(graph, "depth{blocks=1}").report.passes[0].cuts) == 1
+    with pytest.raises(PassError, match="outputs are not finite on the data"):
+        regauge.optimize(graph, "depth{blocks=1}", data=[(x, torch.zeros(16, 2, dtype=torch.int64))])
+
+
 def test_parallel_branches_are_told_apart_by_similarity() -> None:
     model = redrawn(Decoder(2, ParallelBlock))
     with torch.no_grad():
