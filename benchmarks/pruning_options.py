@@ -265,13 +265,13 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         for kind in ("prune", "sparsify", "depth"):
             part = [row for row in own if row.trial.startswith(kind)]
             cells.append(f"{sum(row.verdict == 'ok' for row in part)} of {len(part)}")
-        others = Counter(f"{row.verdict}: {row.note}"[:90] for row in own if row.verdict != "ok")
+        others = Counter(f"{row.verdict}: {row.note}"[:120] for row in own if row.verdict != "ok")
         cells.append("; ".join(f"{count} {text}" for text, count in others.items()))
-        lines.append([*cells, f"{sum(row.seconds for row in own):.0f}"])
+        lines.append(cells)
     return lines
 
 
-HEADS = ["model", "prune ok", "sparsify ok", "depth ok", "else", "s"]
+HEADS = ["model", "prune ok", "sparsify ok", "depth ok", "else"]
 
 
 def main() -> None:

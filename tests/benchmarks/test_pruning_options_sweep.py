@@ -14,6 +14,7 @@ from regauge.passes.pruning.score_table import SCORES
 LIST = SHARED / "tools" / "coverage_models.py"
 ANY = "sweep" in " ".join(sys.argv)
 FINE = ("ok", "unchanged")
+REFUSALS = ("cannot be met", "can be removed")  # of budgets and parts that a network does not have
 
 
 @pytest.mark.sweep
@@ -22,7 +23,8 @@ FINE = ("ok", "unchanged")
 def test_options_on_a_model(name: str) -> None:
     for library in ("timm", "torchvision", "transformers"):
         pytest.importorskip(library)
-    assert [row for row in rows_of(name, TRIALS) if row.verdict not in FINE] == []
+    rows = [row for row in rows_of(name, TRIALS) if row.verdict not in FINE]
+    assert [row for row in rows if row.verdict != "refused" or not any(why in row.note for why in REFUSALS)] == []
 
 
 def test_every_value_of_the_options_is_tried() -> None:
