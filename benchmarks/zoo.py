@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,24 @@ class Case:
         with torch.no_grad():
             result = self.outputs(model(*self.args, **self.kwargs))
         return list(result) if isinstance(result, tuple | list) else [result]
+
+    def drawn(self, seed: int, order: Sequence[str] = ()) -> Any:
+        """Other inputs of the same kind: normal numbers, or integers of the same range; masks stay as they are.
+
+        Mappings have the names of ``order`` alone, in that order, where it is given.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def other(name: str, x: Any) -> Any:
+            if not isinstance(x, Tensor) or "mask" in name or x.dtype == torch.bool:
+                return x
+            if x.is_floating_point():
+                return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            return torch.randint(int(x.min()), int(x.max()) + 1, x.shape, generator=generator, dtype=x.dtype)
+
+        if isinstance(self.inputs, dict):
+            return {name: other(name, self.inputs[name]) for name in order or self.inputs}
+        return tuple(other("", x) for x in self.inputs)
 
     def double(self) -> Case:
         """The same case in float64."""

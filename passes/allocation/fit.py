@@ -56,6 +56,21 @@ def fill(choices: Sequence[Choice], budgets: Budgets, counts: Counts) -> Counts:
     return found
 
 
+def coarseness(choices: Sequence[Choice], budgets: Budgets, counts: Counts) -> str | None:
+    """Why counts use no budget to within 1 %, in words for the user; None where they do, or nothing had to go."""
+    steps = [
+        budgets.with_size(choice.dim, choice.above(counts[choice.dim]))
+        for choice in choices
+        if counts[choice.dim] < choice.size
+    ]
+    if not steps or budgets.set_sizes(counts) >= 1 - _CLOSE:
+        return None
+    return (
+        f"single indices are coarse: {budgets.total:.1%} of what is asked in {budgets.tightest.name} is used, and with "
+        f"one more index of any Dim at least {min(steps):.1%}"
+    )
+
+
 def _unmet(budgets: Budgets, what: str) -> str:
     worst = budgets.tightest
     left, original, wanted = (worst.show(n) for n in (worst.meter.total, worst.meter.original, worst.target))

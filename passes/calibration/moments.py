@@ -8,7 +8,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.mapped import mapped
 from regauge.ir.weights import file_of
 
-_ROWS = 1 << 15  # rows that are multiplied at a time: the products are exact enough in float32, their sums are not
+_ROWS = 1 << 15  # rows that are multiplied at a time: products about means are exact enough in float32, sums are not
 _DOUBLE = 2048  # systems up to this size are kept and solved in double precision, larger ones in single
 
 
@@ -134,21 +134,42 @@ class Moments:
 
     def _sum(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
         assert self._summed is not None
-        gram, cross = self._summed
+        add = _add_about_means if self.dtype == torch.float64 else _add_as_they_are
         for start in range(0, len(x), _ROWS):
-            part = x[start : start + _ROWS].float()
-            part = torch.cat([part, part.new_ones(len(part), 1)], 1)
-            _add_product(gram, part, part)
-            if y is not None:
-                _add_product(cross, y[start : start + _ROWS].float(), part)
+            add(*self._summed, x[start : start + _ROWS], None if y is None else y[start : start + _ROWS])
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left' right; in place where it is in single precision as they are."""
-    if total.dtype == left.dtype:
-        total.addmm_(left.t(), right)
-    else:
-        total += left.t() @ right
+def _add_about_means(gram: torch.Tensor, cross: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None) -> None:
+    """Add X'X and Y'X with products, in single precision, of what is left when the means of these rows are taken out.
+
+    What the means give is added in double precision: of inputs that hardly vary, products of the rows as they are would
+    leave nothing but rounding once a mean is taken out of the sums, and a matrix that is indefinite.
+    """
+    x, sums, mean = _about_mean(torch.cat([x, x.new_ones(len(x), 1)], 1))
+    half = torch.outer(sums + len(x) / 2 * mean, mean)
+    gram += x.t() @ x
+    gram += half
+    gram += half.t()
+    if y is not None:
+        y, left, own = _about_mean(y)
+        cross += y.t() @ x
+        cross += torch.outer(own, sums) + torch.outer(left + len(x) * own, mean)
+
+
+def _about_mean(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows less about their mean, in single precision; the sums of what that leaves, and the mean that was taken."""
+    x = x if x.dtype == torch.float64 else x.float()
+    mean = x.mean(0, dtype=torch.float64).to(x.dtype)
+    rest = (x - mean).float()
+    return rest, rest.sum(0, dtype=torch.float64), mean.double()
+
+
+def _add_as_they_are(gram: torch.Tensor, cross: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None) -> None:
+    """Add X'X and Y'X where they are held in single precision, in place."""
+    x = torch.cat([x.float(), x.new_ones(len(x), 1, dtype=torch.float32)], 1)
+    gram.addmm_(x.t(), x)
+    if y is not None:
+        cross.addmm_(y.float().t(), x)
 
 
 class Halves:

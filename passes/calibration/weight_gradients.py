@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import sympy
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.interpret import Interpreter, last_uses
 from regauge.passes.calibration.batches import examples_in
@@ -78,11 +78,24 @@ def _each(
 ) -> Iterator[tuple[Labelled, Gradients]]:
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
-        network = Differentiable(graph, parameters)
-        value = loss_of(network.run(batch.inputs), batch, loss, squared=False, generator=generator)
-        if value is not None:
-            found = torch.autograd.grad(value, list(network.weights.values()), allow_unused=True)
-            yield batch, _present(network.weights, found)
+        yield batch, _loss_gradients(Differentiable(graph, parameters), batch, loss, generator)
+
+
+def _loss_gradients(
+    network: Differentiable,
+    batch: Labelled,
+    loss: Loss | None,
+    generator: torch.Generator,
+    *,
+    create_graph: bool = False,
+) -> Gradients:
+    """The gradients of a batch's loss for the weights that it depends on."""
+    value = loss_of(network.run(batch.inputs), batch, loss, squared=False, generator=generator)
+    if value is None:
+        return {}
+    weights = list(network.weights.values())
+    found = torch.autograd.grad(value, weights, allow_unused=True, create_graph=create_graph)
+    return {p: gradient for p, gradient in zip(network.weights, found, strict=True) if gradient is not None}
 
 
 def example_gradients(
@@ -124,34 +137,53 @@ def example_outputs(network: Differentiable, batches: Sequence[Labelled]) -> Ite
 def hessian_products(
     graph: Graph, parameters: Sequence[Parameter], batches: Sequence[Labelled], loss: Loss | None, seed: int = 0
 ) -> Gradients:
-    """H g, with H the Hessian and g the gradient of a batch's loss; the mean over batches, a double backward each."""
+    """H g, with H the Hessian and g the gradient of a batch's loss; the mean over batches.
+
+    By a double backward; where an operator has no second derivative in torch, by a central difference of gradients.
+    """
     generator = torch.Generator().manual_seed(seed)
     total: Gradients = {}
     for batch in batches:
         network = Differentiable(graph, parameters)
-        weights = list(network.weights.values())
-        value = loss_of(network.run(batch.inputs), batch, loss, squared=False, generator=generator)
-        if value is None:
-            continue
-        gradients = torch.autograd.grad(value, weights, create_graph=True, allow_unused=True)
-        products = [(g * g.detach()).sum().double() for g in gradients if g is not None]
-        product = torch.stack(products).sum() if products else value.detach()
-        if product.requires_grad:
-            found = _second(product, weights)
-            for parameter, part in _present(network.weights, found).items():
-                total[parameter] = total.get(parameter, 0) + part / len(batches)
+        gradients = partial(_loss_gradients, network, batch, loss, generator)
+        for parameter, part in _hessian_product(network, gradients).items():
+            total[parameter] = total.get(parameter, 0) + part / len(batches)
     return total
 
 
-def _second(product: torch.Tensor, weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
-    """The gradient of what was computed from gradients; raises PassError for an operator that has no second one."""
+def _hessian_product(network: Differentiable, gradients: Callable[..., Gradients]) -> Gradients:
+    found = gradients(create_graph=True)
+    products = [(g * g.detach()).sum().double() for g in found.values() if g.requires_grad]
+    if not products:
+        return {}
     try:
-        return torch.autograd.grad(product, weights, allow_unused=True)
+        second = torch.autograd.grad(torch.stack(products).sum(), list(network.weights.values()), allow_unused=True)
     except RuntimeError as reason:
         if "is not implemented" not in str(reason):
             raise
-        text = str(reason).splitlines()[0]
-        raise PassError(f"the score needs second derivatives: {text}; take one of first ones, as taylor") from reason
+        return _difference(network, {p: g.detach() for p, g in found.items()}, gradients)
+    return _present(network.weights, second)
+
+
+def _difference(network: Differentiable, along: Gradients, gradients: Callable[[], Gradients]) -> Gradients:
+    """(g(w + e d) - g(w - e d)) / 2e for d = ``along``: H d but for terms of order e^2.
+
+    The step is that of a central difference, the cube root of the precision, as a share of the norm of the weights.
+    """
+    lengths = [torch.stack([x[p].detach().double().norm() for p in along]).norm() for x in (network.weights, along)]
+    precision = max(torch.finfo(gradient.dtype).eps for gradient in along.values())
+    step = float(precision ** (1 / 3) * lengths[0] / lengths[1].clamp(min=1e-300))
+
+    def move(by: float) -> None:
+        with torch.no_grad():
+            for parameter, gradient in along.items():
+                network.weights[parameter].add_(gradient, alpha=by)
+
+    move(step)
+    above = gradients()
+    move(-2 * step)
+    below = gradients()
+    return {p: (above[p].detach() - below[p].detach()) / (2 * step) for p in along if p in above and p in below}
 
 
 def _present(weights: Mapping[Parameter, torch.Tensor], found: Sequence[torch.Tensor | None]) -> Gradients:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
 
 from regauge.ir.graph import Node, Parameter, Value
-from regauge.passes.depth.parts import Order, Part, alike, own_weights
+from regauge.passes.depth.parts import Order, Part, alike, own_weights, trained
 
 _LONGEST = 64  # links of a block; longer ones are not looked for
 _SINK = "sink"
@@ -58,10 +59,9 @@ def repeated_blocks(order: Order, branches: Sequence[Part]) -> list[Part]:
 def _block(order: Order, links: Sequence[_Link]) -> Part | None:
     source, result = links[0].source, links[-1].result
     nodes = order.needed_by([result], barrier=source)
-    weights = own_weights(nodes)
-    if not weights or not nodes:
+    if not trained(nodes):
         return None
-    return Part(source, result, tuple(nodes), order.names.of(weights, result.name))
+    return Part(source, result, tuple(nodes), order.names.of(own_weights(nodes), result.name))
 
 
 def _outermost(branches: Sequence[Part]) -> list[Part]:
@@ -75,22 +75,16 @@ def _outermost(branches: Sequence[Part]) -> list[Part]:
 
 
 def _trunks(order: Order) -> Iterator[list[_Link]]:
-    """For each input of the graph, the links of what it passes through, without gaps."""
+    """For each input of the graph, the links of what it passes through."""
     dominators = _post_dominators(order)
     for value in order.graph.inputs:
-        chain: list[Value | None] = [value]
+        chain = [value]
         node = _first(order, value, dominators)
         while isinstance(node, Node):
-            chain.append(node.output if len(node.outputs) == 1 else None)
+            if len(node.outputs) == 1:  # what is split and joined again, as by channel shuffles, is inside a link
+                chain.append(node.output)
             node = dominators.get(node)
-        run: list[_Link] = []
-        for before, after in zip(chain, chain[1:], strict=False):
-            if before is not None and after is not None:
-                run.append(_link(order, before, after))
-            elif run:
-                yield run
-                run = []
-        yield run
+        yield [_link(order, before, after) for before, after in pairwise(chain)]
 
 
 def _first(order: Order, value: Value, dominators: dict[Any, Any]) -> Any:

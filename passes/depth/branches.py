@@ -11,7 +11,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from regauge.ir.graph import Node, Parameter, Value
-from regauge.passes.depth.parts import Order, Part, alike, own_weights, read_outside
+from regauge.passes.depth.parts import Order, Part, alike, own_weights, read_outside, trained
 
 PROJECTED = "sum of two branches that both have weights (a projecting shortcut)"
 OTHER_SHAPE = "residual branch of another shape than its shortcut"
@@ -77,7 +77,7 @@ class _Branches:
                 self._take_apart(one, shortcut)
 
     def _weighted(self, node: Node) -> list[_Branch]:
-        """The addends of a sum that only it reads, and that have weights of their own; the later one first."""
+        """The addends of a sum that only it reads, and that have weights; the later one first."""
         if node not in self._addends:
             self._addends[node] = self._find_weighted(node)
         return self._addends[node]
@@ -89,7 +89,7 @@ class _Branches:
             if len(value.uses) != 1 or value in self.order.held or value.producer is None:
                 continue
             nodes = self.order.needed_by([value])
-            if own_weights(nodes):
+            if trained(nodes):
                 found.append(_Branch(value, nodes, other))
         return sorted(found, key=lambda branch: -self.order.position[branch.nodes[-1]])
 
@@ -108,7 +108,7 @@ class _Branches:
 
     def _find_shortcut(self, value: Value) -> Value | None:
         nodes = self.order.needed_by([value]) if len(value.uses) == 1 and value not in self.order.held else []
-        if not own_weights(nodes):
+        if not trained(nodes):
             outside = read_outside(nodes) if nodes else [value]
             return outside[0] if len(outside) == 1 else None
         node = value.producer

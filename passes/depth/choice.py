@@ -61,7 +61,7 @@ class Goal:
         raise PassError(
             f"{self.text} cannot be met: without all {len(outermost)} parts that can be removed{why}, "
             f"{short(whole - self.saved(outermost))} of {short(whole)} are left, and {short(whole - self.amount)} are "
-            "wanted; raise the budget or exclude less"
+            f"wanted; raise the budget{', exclude less or take unit=block' if unit == 'branch' else ' or exclude less'}"
         )
 
 
@@ -70,7 +70,13 @@ Chosen: TypeAlias = list[tuple[Part, float]]  # the parts that go, and what each
 
 def alone(judge: Judge, candidates: Sequence[Part], goal: Goal) -> Chosen:
     """Measure every part alone and choose those whose losses have the least sum (LAPTOP-Diff: a 0/1 knapsack)."""
-    return _knapsack(dict(zip(candidates, judge.losses([], candidates), strict=True)), goal)
+    found = _knapsack(dict(zip(candidates, judge.losses([], candidates), strict=True)), goal)
+    if found is None:
+        raise PassError(
+            f"{goal.text} finds no parts that meet it, by what each saves alone: exclude less, raise the budget, or "
+            "write iterative=true"
+        )
+    return found
 
 
 def iterated(judge: Judge, candidates: Sequence[Part], goal: Goal) -> Chosen:
@@ -78,7 +84,7 @@ def iterated(judge: Judge, candidates: Sequence[Part], goal: Goal) -> Chosen:
     first = dict(zip(candidates, judge.losses([], candidates), strict=True))
     one = _greedy(judge, first, goal)
     other = _knapsack(first, goal)
-    if {part for part, _ in one} == {part for part, _ in other} or judge.criterion == "similarity":
+    if other is None or {part for part, _ in one} == {part for part, _ in other} or judge.criterion == "similarity":
         return one
     losses = [judge.loss([part for part, _ in chosen]) for chosen in (one, other)]
     return one if losses[0] <= losses[1] else other
@@ -112,7 +118,8 @@ def _greedy(judge: Judge, first: Mapping[Part, float], goal: Goal) -> Chosen:
     return [(part, added[part]) for part in _given_back(chosen, added, goal)]
 
 
-def _knapsack(losses: Mapping[Part, float], goal: Goal) -> Chosen:
+def _knapsack(losses: Mapping[Part, float], goal: Goal) -> Chosen | None:
+    """The parts of least loss in all; None where savings do not add up to the goal, as of weights that parts share."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     parts = list(losses)
@@ -131,7 +138,7 @@ def _knapsack(losses: Mapping[Part, float], goal: Goal) -> Chosen:
         constraints=LinearConstraint(np.array(rows), least, most),
     )
     if found.x is None:
-        raise PassError(f"{goal.text} finds no parts that meet it: exclude less, or raise the budget")
+        return None
     return [(part, loss) for (part, loss), x in zip(losses.items(), found.x, strict=True) if x > 0.5]
 
 

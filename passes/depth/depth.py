@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar
 
 from regauge.ir.cost import Metric, figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter
-from regauge.ir.sample_inputs import sample_runs
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.noise import noise_batches
 from regauge.passes.depth.blocks import repeated_blocks
 from regauge.passes.depth.branches import residual_branches
 from regauge.passes.depth.choice import Goal, alone, iterated, without_nested
 from regauge.passes.depth.healing import heal
-from regauge.passes.depth.parts import Order, Part, Unit
+from regauge.passes.depth.parts import Order, Part, Unit, trained
 from regauge.passes.depth.removal import removable, without
 from regauge.passes.depth.scores import Criterion, Judge
 from regauge.passes.name_patterns import check_patterns, matches
 from regauge.passes.options import option
 
 _BUDGETS: dict[str, Metric] = {"params": "parameters", "macs": "macs"}
-_MADE_UP = 4  # runs on made-up inputs where there is no data
+_MADE_UP = 4  # examples where there is no data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class Depth(Pass):
     removed part, and the last one that writes into the stream in front of it, are refitted by least squares so that the
     stream comes back, without gradients. Parts are then chosen by what is lost after that, which refits once per part
     on a few examples; score=similarity looks at the data once for all parts. Without data, parts are chosen by how far
-    made-up inputs (normal numbers, random indices) move the outputs.
+    the outputs move on inputs that are made up (images, normal numbers, random indices, masks of ones).
     """
 
     name: ClassVar[str] = "depth"
@@ -88,7 +87,7 @@ class Depth(Pass):
         goal.check(candidates, self._unit, context.left)
         if goal.met([]):
             return graph
-        batches = calibration_batches(graph, context) if context.data is not None else _made_up(graph)
+        batches = calibration_batches(graph, context) if context.data is not None else noise_batches(graph, _MADE_UP)
         healed = context.data is not None and self.compensate is not False
         judge = Judge(graph, batches, self.score, healed=healed, by=self.name)
         choose = iterated if self.iterative else alone
@@ -159,16 +158,9 @@ class Depth(Pass):
 _WORDS = {"distortion": "error", "macro": "macro influence", "similarity": "block influence"}
 
 
-def _made_up(graph: Graph) -> list[Any]:
-    batches = [inputs for inputs, _ in islice(sample_runs(graph), _MADE_UP)]
-    if not batches:
-        raise PassError("depth cannot make up inputs on which the graph runs: give data, optimize(..., data=...)")
-    return batches
-
-
 def _names(part: Part) -> set[str]:
     """The part's own name, those of its weights, and of the modules that hold them."""
-    weights = {name for parameter in part.weights for name in parameter.names}
+    weights = {name for parameter in trained(part.nodes) for name in parameter.names}
     modules = {name.rpartition(".")[0] for name in weights}
     modules |= {node.scope[-1][0] for node in part.nodes if node.scope and _reads_weights(node)}
     return {part.name} | weights | modules - {""}
@@ -179,5 +171,6 @@ def _reads_weights(node: Node) -> bool:
 
 
 def _included(part: Part, patterns: Sequence[str]) -> bool:
-    """Whether the patterns name the part itself, or all weights that are in it."""
-    return matches([part.name], patterns) or all(matches(weight.names, patterns) for weight in part.weights)
+    """Whether the patterns name the part itself, or all weights that are in it alone."""
+    own = part.weights
+    return matches([part.name], patterns) or bool(own) and all(matches(weight.names, patterns) for weight in own)

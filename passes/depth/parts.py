@@ -102,8 +102,13 @@ def alike(a: Value, b: Value) -> bool:
 def own_weights(nodes: Sequence[Node]) -> list[Parameter]:
     """Trained parameters that nothing but these nodes reads."""
     inside = set(nodes)
+    return [weight for weight in trained(nodes) if all(user in inside for user, _ in weight.uses)]
+
+
+def trained(nodes: Sequence[Node]) -> list[Parameter]:
+    """Trained parameters that these nodes read; layers that share their weights are parts like any others."""
     read = dict.fromkeys(value for node in nodes for _, value in node.operands() if isinstance(value, Parameter))
-    return [p for p in read if p.kind == "parameter" and all(user in inside for user, _ in p.uses)]
+    return [parameter for parameter in read if parameter.kind == "parameter"]
 
 
 def read_outside(nodes: Sequence[Node]) -> list[Value]:

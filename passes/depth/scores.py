@@ -48,6 +48,8 @@ class Judge:
         self.features = _contracted(graph)
         if not any(self.expected):
             raise PassError(f"{by} finds no real numbers among the outputs: there is nothing to measure")
+        if not all(bool(y.isfinite().all()) for outputs in self.expected for y in outputs):
+            raise PassError(f"{by} cannot measure losses: outputs are not finite on the data; give other data")
 
     def losses(self, removed: Sequence[Part], candidates: Sequence[Part]) -> list[float]:
         """The loss without ``removed`` and each of the candidates."""
@@ -78,7 +80,9 @@ class Judge:
     def _influences(self, removed: Sequence[Part], candidates: Sequence[Part]) -> list[float]:
         """Block influences in the graph as it is without ``removed``; they count as additive."""
         reduced, moved = without(self.graph, removed, by=self.by)
-        values = {value: part for part in candidates for value in (moved[part.result],)}
+        ending: dict[Value, list[Part]] = {}  # parallel branches end in the same sum
+        for part in candidates:
+            ending.setdefault(moved[part.result], []).append(part)
         run, found = Lockstep(reduced, self.measured), dict[Part, float]()
         held: dict[Value, list[Any]] = {}
         sources = {moved[part.source] for part in candidates}
@@ -86,8 +90,7 @@ class Judge:
         for node in run.steps():
             run.execute(node)
             for value in node.outputs:
-                if value in values:
-                    part = values[value]
+                for part in ending.get(value, ()):
                     pairs = zip(held[moved[part.source]], run.values(value), strict=True)
                     found[part] = self._influence(part, list(pairs))
                 if value in sources:

@@ -19,6 +19,7 @@ from regauge.ir.resize import resize
 from regauge.passes.allocation.amounts import Amount, parse_amount
 from regauge.passes.allocation.budgets import Budget, Budgets, IndexCount
 from regauge.passes.allocation.choices import Choice, Counts, round_wishes, with_multiples
+from regauge.passes.allocation.fit import coarseness
 from regauge.passes.allocation.latency import LatencySearch, device_of
 from regauge.passes.allocation.search import UNITS, Scope, Search, budgets_of
 from regauge.passes.base import Context, Contract, Cut, Pass
@@ -337,6 +338,9 @@ class Prune(Pass):
             counts, budgets, told = timed.run()
         for budget in budgets:
             context.note(told if budget.name == "latency" else str(budget))
+        coarse = None if latency else coarseness(search.choices, budgets, counts)
+        if coarse:
+            context.note(coarse)
         return counts
 
     def _note_stuck(self, choices: Sequence[Choice], multiple: int, context: Context) -> None:

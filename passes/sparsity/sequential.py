@@ -30,7 +30,7 @@ Refinement: TypeAlias = Literal["off", "means", "exchange"]
 Update: TypeAlias = Literal["off", "columns", "least-squares"]
 
 RIDGE = 1e-2  # share of the mean square of a column
-MOST_WORK = 2e11  # multiply-accumulates that exact exchanges in one layer may take to begin with
+MOST_WORK = 5e10  # rows times columns^3 of a layer in which entries change places exactly
 _MOST_EXCHANGES = 200  # per row
 
 
@@ -164,7 +164,7 @@ class _Solver:
         return pattern.of if isinstance(pattern, NofM) else self.layer.columns
 
     def _work(self) -> float:
-        return 4.0 * self.layer.outputs * self.layer.columns**3
+        return float(self.layer.outputs * self.layer.columns**3)
 
 
 def wanda_mask(pattern: Pattern, weight: torch.Tensor, squares: torch.Tensor, share: float) -> torch.Tensor:

@@ -27,8 +27,8 @@ def exchange(problem: Quadratic, kept: torch.Tensor, group: int, most: int) -> t
     """The bettered mask and the refitted weight, both [outputs, columns].
 
     Entries change places within groups of ``group`` neighbours, or anywhere in a row where ``group`` is its length, at
-    most ``most`` times per row. Costs memory and time
-    of columns^2 per row and exchange, and columns^3 per row to begin with.
+    most ``most`` times per row. Costs memory and time of columns^2 per row and exchange, and to begin with a third of
+    columns^3 per row, where half of the entries are kept.
     """
     columns = kept.shape[1]
     chunk = max(1, _BYTES // (8 * columns * columns))
@@ -47,18 +47,30 @@ class _Tables:
 
     def __init__(self, problem: Quadratic, kept: torch.Tensor, rows: slice) -> None:
         self.kept = kept.clone()
-        hessian, inside = problem.hessian, kept.to(problem.hessian.dtype)
-        both = inside[:, :, None] * inside[:, None, :]
-        unit = torch.eye(len(hessian), dtype=hessian.dtype)
-        inverse = torch.linalg.inv(hessian * both + unit * (1 - inside)[:, None, :]) * both
-        across = inverse @ hessian * (1 - inside)[:, None, :]  # [H_SS]^-1 H_SP
-        outside = (1 - inside)[:, :, None] * (1 - inside)[:, None, :]
-        self.table = (hessian - hessian @ across) * outside + across + across.transpose(1, 2) - inverse
-        target = problem.optimum[rows] @ hessian
-        weight = (inverse @ target[:, :, None])[:, :, 0]
-        self.vector = weight + (target - weight @ hessian) * (1 - inside)
-        optimum = problem.optimum[rows]
-        self.loss = (((weight - optimum) @ hessian) * (weight - optimum)).sum(1)
+        hessian, optimum = problem.hessian, problem.optimum[rows]
+        target = optimum @ hessian
+        self.table = hessian.new_empty(len(kept), *hessian.shape)
+        self.vector = torch.empty_like(target)
+        for row, mask in enumerate(kept):  # one by one: of the whole only the parts between S and P are computed
+            self._start(row, mask.nonzero()[:, 0], (~mask).nonzero()[:, 0], hessian, target[row])
+        off = self.vector * self.kept - optimum
+        self.loss = ((off @ hessian) * off).sum(1)
+
+    def _start(
+        self, row: int, inside: torch.Tensor, outside: torch.Tensor, hessian: torch.Tensor, target: torch.Tensor
+    ) -> None:
+        """Fill the table and the vector of a row that keeps the entries ``inside``."""
+        between = hessian[inside][:, outside]
+        inverse = torch.linalg.inv(hessian[inside][:, inside])
+        across = inverse @ between  # [H_SS]^-1 H_SP
+        table = self.table[row]
+        table[inside[:, None], inside] = -inverse
+        table[inside[:, None], outside] = across
+        table[outside[:, None], inside] = across.t()
+        table[outside[:, None], outside] = hessian[outside][:, outside] - between.t() @ across
+        weight = inverse @ target[inside]
+        self.vector[row, inside] = weight
+        self.vector[row, outside] = target[outside] - between.t() @ weight
 
     def exchange(self, group: int, most: int) -> None:
         """Exchange entries until no row has an exchange that lowers its error, at most ``most`` times."""

@@ -57,7 +57,8 @@ def _reason(
     if layer is not None:
         return pattern.misfit(layer.outputs, layer.columns // layer.taps)
     if node.op not in _LINEAR:
-        return f"no linear layer, but read by {node.op}"
+        hint = "; simplify before it may make one" if node.op == "permute" else ""  # x @ w.t(), as Falcon has it
+        return f"no linear layer, but read by {node.op}{hint}"
     if len(weight.uses) > 1:
         return "its weight has several readers"
     return "a grouped convolution" if node.op == "conv" else "no single matrix that the input is multiplied by"

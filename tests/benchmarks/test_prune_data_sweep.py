@@ -4,7 +4,6 @@ Slow: run them with ``pytest -m sweep``. They need what ``test_coverage_sweep`` 
 """
 
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -20,22 +19,6 @@ NAMES = [
     "timm:resnet18:64", "timm:mobilenetv3_small_100:64", "timm:convnext_atto:64", "timm:vit_tiny_patch16_224:224",
     "timm:swin_tiny_patch4_window7_224:224", "hf:bert", "hf:opt", "hf:llama", "hf:t5", "hf:gpt2",
 ]  # fmt: skip
-
-
-def drawn(inputs: Any, seed: int) -> Any:
-    """Other inputs of the same kind: normal numbers, or integers of the same range; masks stay as they are."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def other(name: str, x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or "mask" in name or x.dtype == torch.bool:
-            return x
-        if x.is_floating_point():
-            return torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        return torch.randint(int(x.min()), int(x.max()) + 1, x.shape, generator=generator, dtype=x.dtype)
-
-    if isinstance(inputs, Mapping):
-        return {name: other(name, x) for name, x in inputs.items()}
-    return tuple(other("", x) for x in inputs)
 
 
 def error(graph: Graph, pruned: Graph, batches: list[Any]) -> float:
@@ -54,10 +37,7 @@ def refit_over_masked(name: str, *, count: int = 12) -> float:
     case = build(name)
     redraw(case.model)
     graph = capture(case.model, case.args, case.kwargs)
-    data = [drawn(case.inputs, seed) for seed in range(count)]
-    if isinstance(case.inputs, Mapping):  # by the order in which the graph has them
-        names = [value.name for value in graph.inputs]
-        data = [{key: batch[key] for key in names} for batch in data]
+    data = [case.drawn(seed, [value.name for value in graph.inputs]) for seed in range(count)]
     unseen = data[-3:]
     masked = regauge.optimize(graph, "prune{ratio=0.25}")
     refitted = regauge.optimize(graph, "prune{ratio=0.25,score=l2}", data=data[:-3])

@@ -66,6 +66,16 @@ def test_the_report_tells_each_budget() -> None:
     assert small.report.passes[0].notes == ("params: 2.54K of 5.12K, 2.56K asked", "peak: 2.75KB of 4.1KB, 3KB asked")
 
 
+def test_a_budget_that_single_indices_are_too_coarse_for_is_explained() -> None:
+    small = regauge.optimize(multilayer_perceptron(8, 4, 8), "prune{compensate=false,params=0.6}")
+    told, why = small.report.passes[0].notes
+    assert told == "params: 32 of 64, 38.4 asked"  # an index of the hidden Dim is 16 parameters
+    assert why == (
+        "single indices are coarse: 83.3% of what is asked in params is used, and with one more index of any Dim at "
+        "least 125.0%"
+    )
+
+
 def test_a_budget_that_cannot_be_met_is_named() -> None:
     with pytest.raises(PassError, match=r"cannot be met: .* in peak are left, and 1KB are wanted"):
         regauge.optimize(residual_network(16), "prune{compensate=false,params=0.5,peak=1kB}")

@@ -98,6 +98,104 @@ def test_a_residual_network_without_a_block_has_no_activation_twice(gone: int) -
     assert not [name for name in small.parameters if name.startswith(f"blocks.{gone}.")]
 
 
+class Masked(nn.Module):
+    """A model that gives no numbers where a whole row is masked, as a softmax over nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 16)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        y = self.table(x)
+        for block in self.blocks:
+            y = y + torch.tanh(block(y))
+        scores = (y @ y.transpose(1, 2)).masked_fill(mask[:, None] == 0, -torch.inf)
+        out: torch.Tensor = scores.softmax(-1) @ y
+        return out
+
+
+def test_masks_that_are_made_up_leave_something_to_look_at() -> None:
+    model, x = redrawn(Masked()), torch.randint(0, 9, (16, 2))
+    graph = capture(model, (x, torch.ones(16, 2, dtype=torch.int64)))
+    assert len(regauge.optimize(graph, "depth{blocks=1}").report.passes[0].cuts) == 1
+    with pytest.raises(PassError, match="outputs are not finite on the data"):
+        regauge.optimize(graph, "depth{blocks=1}", data=[(x, torch.zeros(16, 2, dtype=torch.int64))])
+
+
+def test_parallel_branches_are_told_apart_by_similarity() -> None:
+    model = redrawn(Decoder(2, ParallelBlock))
+    with torch.no_grad():
+        model.blocks[1].fc2.weight.zero_()
+        model.blocks[1].fc2.bias.zero_()
+    graph = capture(model, (ids(),))
+    small = regauge.optimize(graph, "depth{blocks=1,unit=branch,score=similarity,compensate=false}", data=[(ids(),)])
+    assert small.report.passes[0].cuts[0].dim == "blocks.1.{ln2,fc1,fc2}"
+    assert error(graph, small, ids()) == 0
+
+
+class Shuffling(nn.Module):
+    """Units that split the channels, change one half and shuffle, as in ShuffleNet v2: nothing is added to anything."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.units = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(units))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for unit in self.units:
+            same, changed = x.chunk(2, 1)
+            x = torch.cat([same, torch.relu(unit(changed))], 1)
+            x = x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+        out: torch.Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def test_units_that_split_their_input_are_blocks() -> None:
+    model, x = redrawn(Shuffling(3)), torch.randn(2, 3, 6, 6)
+    small = regauge.optimize(capture(model, (x,)), "depth{blocks=1,compensate=false}", data=[x])
+    gone = int(small.report.passes[0].cuts[0].dim.partition("units.")[2])
+    del model.units[gone]
+    assert_same(small, model, x)
+    with pytest.raises(PassError, match="take unit=block"):
+        regauge.optimize(capture(model, (x,)), "depth{params=0.9}", data=[x])
+
+
+class Shared(nn.Module):
+    """One layer, gone through several times, as in ALBERT."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.norm, self.hidden, self.back = times, nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = x + self.back(torch.tanh(self.hidden(self.norm(x))))
+        out: torch.Tensor = self.head(x)
+        return out
+
+
+def test_layers_that_share_their_weights_are_blocks() -> None:
+    model, x = redrawn(Shared(3)), torch.randn(5, 16)
+    graph = capture(model, (x,))
+    small = regauge.optimize(graph, "depth{blocks=1,compensate=false}", data=[x])
+    assert figures(small).parameters == figures(graph).parameters
+    model.times = 2
+    assert_same(small, model, x)
+
+
+def test_weights_that_parts_share_are_saved_once_all_of_these_are_gone() -> None:
+    model, x = redrawn(Shared(2)), torch.randn(5, 16)
+    graph = capture(model, (x,))
+    small = regauge.optimize(graph, "depth{params=0.1}", data=[x])
+    assert set(small.parameters) == {"head.weight", "head.bias"}
+    with pytest.raises(PassError, match="by what each saves alone"):
+        regauge.optimize(graph, "depth{params=0.1,iterative=false}", data=[x])
+
+
 def test_several_blocks_in_a_row() -> None:
     model, graph = decoder(4)
     small = regauge.optimize(graph, "depth{blocks=3,include=[blocks.0,blocks.1,blocks.2]}")

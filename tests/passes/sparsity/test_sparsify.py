@@ -364,3 +364,22 @@ def test_onnx_in_and_out_by_the_command_line(tmp_path: Path) -> None:
         assert len(found) == 3 and all(NofM(2, 4).holds(matrix != 0) for matrix in found.values())
         errors.append(error(loaded, written, unseen))
     assert errors[1] < 0.1 * errors[0]
+
+
+class Transposed(nn.Module):
+    """A linear layer written as Falcon writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x @ self.weight.t())
+
+
+def test_weights_that_are_turned_first_are_told_what_to_do() -> None:
+    graph = capture(Transposed(), (torch.randn(2, 8),))
+    left = regauge.optimize(graph, "sparsify{pattern=2:4}").report.passes[0].left
+    assert left == {"no linear layer, but read by permute; simplify before it may make one": 1}
+    sparse = regauge.optimize(graph, "simplify,sparsify{pattern=2:4}")
+    assert float((sparse.parameters["weight"].tensor == 0).double().mean()) == 0.5
