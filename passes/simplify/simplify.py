@@ -23,6 +23,7 @@ from regauge.passes.simplify.limits import Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 from regauge.passes.simplify.partitions import split_partitions
 from regauge.passes.simplify.pooling import pool_means
+from regauge.passes.simplify.rows import flatten_rows
 
 STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "dead-code": remove_dead_code,
@@ -36,6 +37,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "carrying": carry_back,
     "pools": pool_means,
     "heads": join_heads,
+    "rows": flatten_rows,
 }
 FILE_STEPS = {
     "dead-code",
@@ -45,7 +47,7 @@ FILE_STEPS = {
     "merging",
 }  # done to ONNX files too
 # Rules may do without what these would change; heads are joined last, when their maps have taken in all they can.
-AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "pools", "heads")
+AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "pools", "heads", "rows")
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
