@@ -23,6 +23,7 @@ from regauge.passes.simplify.limits import Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 from regauge.passes.simplify.partitions import split_partitions
 from regauge.passes.simplify.pooling import pool_means
+from regauge.passes.simplify.projections import join_projections
 from regauge.passes.simplify.rows import flatten_rows
 
 STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
@@ -38,6 +39,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "pools": pool_means,
     "heads": join_heads,
     "rows": flatten_rows,
+    "projections": join_projections,
 }
 FILE_STEPS = {
     "dead-code",
@@ -47,7 +49,7 @@ FILE_STEPS = {
     "merging",
 }  # done to ONNX files too
 # Rules may do without what these would change; heads are joined last, when their maps have taken in all they can.
-AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "pools", "heads", "rows")
+AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "pools", "heads", "rows", "projections")
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
