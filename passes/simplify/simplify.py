@@ -50,6 +50,7 @@ FILE_STEPS = {
 }  # done to ONNX files too
 # Rules may do without what these would change; heads are joined last, when their maps have taken in all they can.
 AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "pools", "heads", "rows", "projections")
+FOR_RUNTIMES = ("rows", "projections")  # how a file is spelled best, which hides whole operators
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
@@ -104,7 +105,9 @@ class Simplify(Pass):
             return self._simplified(graph, context)
 
     def _simplified(self, graph: Graph, context: Context) -> Graph:
-        rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also, assemble=self._assembles(graph))
+        assembles = self._assembles(graph)
+        rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also, assemble=assembles)
+        steps = [step for step in steps if step in self.only or not (assembles and step in FOR_RUNTIMES)]
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
         limits, usual = limits_of(graph, self.growth, self.tie, folds_file="constants" in steps), by_default(rules)
         _to_fixed_point(result, _stages(usual, steps), limits, log, counts)

@@ -1,0 +1,94 @@
+"""Rows in another order: what gives fewer numbers is what is put in order.
+
+permute(embedding(w, x))             embedding(w, permute(x))
+linear(permute(x), w)                permute(linear(x, w)), where it gives no more numbers than it reads
+gather_nd(x, positions of all of x)  reshape(x)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import randint, randn
+
+from regauge.ir.edit import Builder
+from regauge.ir.graph import Node, Operand, Parameter, Value
+from regauge.ir.pattern_instances import Constant, Weight
+from regauge.ir.rewrite import RuleSet, differs, refuse, rule
+from regauge.ir.sizes import at_least
+from regauge.passes.simplify.layout import permuted, positive_dims, regrouped
+
+
+def _orders_rows(p: Node) -> tuple[int, ...]:
+    """The order of the leading axes of a permute that leaves the last one where it is."""
+    *order, last = positive_dims(p)
+    return tuple(order) if last == len(order) else differs("it moves the last axis too")
+
+
+def _table_samples() -> Iterator[dict[str, Any]]:
+    table = Weight(randn(7, 4).double())
+    yield {"w": table, "x": randint(0, 7, (2, 3)), "p.dims": (1, 0, 2)}
+    yield {"w": table, "x": randint(0, 7, (2, 3, 5)), "p.dims": (2, 0, 1, -1)}
+
+
+@rule(
+    lambda op, w, x: op.permute(op.embedding(w, x, attributes=..., name="table"), dims=..., name="p"),
+    samples=_table_samples,
+)
+def permuted_embedding(build: Builder, w: Value, x: Value, table: Node, p: Node) -> Value:
+    """What a table gives for positions in another order: one number is moved per row, not all of the row."""
+    ordered = permuted(build, x, _orders_rows(p))
+    with build.at(table):
+        return build.embedding(w, ordered, **table.attributes)  # type: ignore[no-any-return]
+
+
+def _map_samples() -> Iterator[dict[str, Any]]:
+    x, w = randn(2, 3, 6).double(), Weight(randn(4, 6).double())
+    yield {"x": x, "w": w, "p.dims": (1, 0, 2)}
+    yield {"x": x, "w": w, "b": Weight(randn(4).double()), "p.dims": (-2, 0, -1)}
+
+
+@rule(
+    lambda op, x, w, b=None: op.linear(op.permute(x, dims=..., name="p"), w, b, name="map"),
+    samples=_map_samples,
+)
+def linear_of_ordered(build: Builder, x: Value, w: Value, b: Operand, p: Node, map: Node) -> Value:  # noqa: A002
+    """A linear map of rows in another order gives its rows in that order, which are no longer than those it reads."""
+    order = _orders_rows(p)
+    if not at_least(x.shape[-1], w.shape[0]):
+        return refuse("its results are more numbers than its operand")
+    with build.at(map):
+        rows = build.linear(x, w, b)
+    with build.at(p):
+        return permuted(build, rows, (*order, len(order)))
+
+
+def _positions(*shape: int) -> torch.Tensor:
+    return torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij"), -1)
+
+
+def _position_samples() -> Iterator[dict[str, Any]]:
+    x = randn(2, 3, 4).double()
+    yield {"x": x, "at": Constant(_positions(2, 3).reshape(2, 1, 1, 3, 2))}
+    yield {"x": x, "at": Constant(_positions(2, 3, 4).reshape(6, 4, 3))}
+    yield {"x": x, "at": Constant(torch.arange(2)[:, None])}
+
+
+@rule(lambda op, x, at: op.gather_nd(x, at, batch_dims=0), samples=_position_samples)
+def gathered_in_order(build: Builder, x: Value, at: Operand) -> Value:
+    """What lies at all positions, one after the other, is the value itself in another shape."""
+    if not isinstance(at, Parameter) or at.kind != "constant":
+        return differs("its positions are computed")
+    result, depth = [*at.shape[:-1], *x.shape[int(at.weight.shape[-1]) :]], int(at.weight.shape[-1])
+    sizes = [size for size in x.shape[:depth] if isinstance(size, int)]
+    if len(sizes) < depth or math.prod(sizes) != math.prod(at.weight.shape[:-1]):
+        return differs("it takes some of the entries")
+    if not torch.equal(at.tensor.reshape(-1, depth), _positions(*sizes).reshape(-1, depth).to(at.tensor)):
+        return differs("it takes them in another order")
+    return regrouped(build, x, result)
+
+
+RULES = RuleSet([permuted_embedding, linear_of_ordered, gathered_in_order])
