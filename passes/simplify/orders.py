@@ -3,6 +3,7 @@
 permute(embedding(w, x))             embedding(w, permute(x))
 linear(permute(x), w)                permute(linear(x, w)), where it gives no more numbers than it reads
 gather_nd(x, positions of all of x)  reshape(x)
+reshape(expand(unsqueeze(x)))        repeat_interleave(x)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.pattern_instances import Constant, Weight
 from regauge.ir.rewrite import RuleSet, differs, refuse, rule
-from regauge.ir.sizes import at_least
+from regauge.ir.sizes import at_least, same
 from regauge.passes.simplify.layout import permuted, positive_dims, regrouped
 
 
@@ -91,4 +92,28 @@ def gathered_in_order(build: Builder, x: Value, at: Operand) -> Value:
     return regrouped(build, x, result)
 
 
-RULES = RuleSet([permuted_embedding, linear_of_ordered, gathered_in_order])
+def _copy_samples() -> Iterator[dict[str, Any]]:
+    yield {"x": randn(2, 3, 4).double(), "u": 2, "e.shape": (2, 3, 5, 4), "r.shape": (2, 15, 4)}
+    yield {"x": randn(2, 3).double(), "u": -1, "e.shape": (2, 3, 2), "r.shape": (2, 6)}
+
+
+@rule(
+    lambda op, x, u: op.reshape(op.expand(op.unsqueeze(x, dim=u), shape=..., name="e"), shape=..., name="r"),
+    samples=_copy_samples,
+)
+def copies_side_by_side(build: Builder, x: Value, u: int, e: Node, r: Node) -> Value:
+    """Entries that are expanded along an axis of their own, and joined with it, are repeated one by one."""
+    axis = u % (x.rank + 1)
+    copies = e.output.shape[axis] if e.output.rank == x.rank + 1 else None
+    if axis == 0 or not isinstance(copies, int):
+        return differs("it repeats the whole")
+    shape = [size * copies if place == axis - 1 else size for place, size in enumerate(x.shape)]
+    if len(shape) != r.output.rank or not all(map(same, shape, r.output.shape)):
+        return differs("its copies are joined with other axes")
+    kept = [size for place, size in enumerate(e.output.shape) if place != axis]
+    if not all(map(same, kept, x.shape)):
+        return differs("other axes are expanded too")
+    return build.repeat_interleave(x, repeats=copies, dim=axis - 1)  # type: ignore[no-any-return]
+
+
+RULES = RuleSet([permuted_embedding, linear_of_ordered, gathered_in_order, copies_side_by_side])
