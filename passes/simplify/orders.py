@@ -4,6 +4,7 @@ permute(embedding(w, x))             embedding(w, permute(x))
 linear(permute(x), w)                permute(linear(x, w)), where it gives no more numbers than it reads
 gather_nd(x, positions of all of x)  reshape(x)
 reshape(expand(unsqueeze(x)))        repeat_interleave(x)
+reshape(permute(reshape(x)))         shuffle(x), where two parts of one axis change places
 """
 
 from __future__ import annotations
@@ -116,4 +117,28 @@ def copies_side_by_side(build: Builder, x: Value, u: int, e: Node, r: Node) -> V
     return build.repeat_interleave(x, repeats=copies, dim=axis - 1)  # type: ignore[no-any-return]
 
 
-RULES = RuleSet([permuted_embedding, linear_of_ordered, gathered_in_order, copies_side_by_side])
+def _shuffle_samples() -> Iterator[dict[str, Any]]:
+    yield {"x": randn(2, 6, 4).double(), "i.shape": (2, 2, 3, 4), "p.dims": (0, 2, 1, 3), "o.shape": (2, 6, 4)}
+    yield {"x": randn(6, 4).double(), "i.shape": (3, 2, 4), "p.dims": (1, 0, -1), "o.shape": (6, 4)}
+
+
+@rule(
+    lambda op, x: op.reshape(op.permute(op.reshape(x, shape=..., name="i"), dims=..., name="p"), shape=..., name="o"),
+    samples=_shuffle_samples,
+)
+def shuffled(build: Builder, x: Value, i: Node, p: Node, o: Node) -> Value:
+    """Channels that are taken apart into groups, exchanged with them and joined again are shuffled."""
+    order, apart = positive_dims(p), i.output.shape
+    moved = [place for place, axis in enumerate(order) if place != axis]
+    if len(moved) != 2 or moved[1] != moved[0] + 1 or len(apart) != x.rank + 1:
+        return differs("it moves more than two parts of one axis")
+    axis = moved[0]
+    joined = [*apart[:axis], apart[axis] * apart[axis + 1], *apart[axis + 2 :]]
+    if o.output.rank != x.rank or not all(map(same, joined, x.shape)) or not all(map(same, o.output.shape, x.shape)):
+        return differs("its axes are joined in another way")
+    if not isinstance(groups := apart[axis], int):
+        return differs("it has a dynamic number of groups")
+    return build.shuffle(x, groups=groups, dim=axis)  # type: ignore[no-any-return]
+
+
+RULES = RuleSet([permuted_embedding, linear_of_ordered, gathered_in_order, copies_side_by_side, shuffled])

@@ -156,3 +156,53 @@ def test_copies_are_cut_with_what_they_copy(tmp_path: Path) -> None:
     graph.to_onnx(tmp_path / "cut.onnx")  # compared with the graph in onnxruntime
     (indices,) = [t for t in onnx.load(tmp_path / "cut.onnx").graph.initializer if t.dims == [3]]
     assert onnx.numpy_helper.to_array(indices).tolist() == [0, 1, 2]
+
+
+def shuffled(build: Builder, x: Value, apart: Any = (BATCH, 2, 3, 4), dims: Any = (0, 2, 1, 3)) -> Value:
+    turned = build.permute(build.reshape(x, shape=apart), dims=dims)
+    return build.reshape(turned, shape=x.shape)  # type: ignore[no-any-return]
+
+
+def test_channels_that_are_shuffled_are_one_node() -> None:
+    assert ops(simplified(made(shuffled, x=(BATCH, 6, 4)), RULES)) == ["shuffle"]
+
+
+@pytest.mark.parametrize(
+    ("apart", "dims"),
+    [
+        ((2, 6, 2, 2), (0, 2, 1, 3)), ((2, 2, 3, 4), (0, 3, 2, 1)), ((4, 3, 4), (1, 0, 2)),
+        ((2, 2, 3, 2, 2), (0, 2, 1, 4, 3)),
+    ],
+    ids=["two-axes", "not-neighbours", "with-the-batch", "more"],
+)  # fmt: skip
+def test_entries_that_move_otherwise_stay(apart: tuple[int, ...], dims: tuple[int, ...]) -> None:
+    refusals(made(lambda b, x: shuffled(b, x, apart, dims), x=(2, 6, 4)), RULES)
+
+
+class Shuffled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        n, c, *size = h.shape
+        h = h.view(n, 2, c // 2, *size).transpose(1, 2).reshape(n, c, *size)
+        return self.second(torch.relu(h))
+
+
+def test_a_shuffle_in_a_module_and_in_a_file(tmp_path: Path) -> None:
+    module, x = Shuffled().eval(), randn(2, 3, 4, 5)
+    assert ops(simplified_module(Shuffled(), x)) == ["conv", "shuffle", "relu", "conv"]
+    torch.onnx.export(module, (x,), str(tmp_path / "raw.onnx"), dynamo=True, verbose=False, optimize=False)
+    graph = regauge.optimize(regauge.load(tmp_path / "raw.onnx"), "simplify")
+    graph.to_onnx(tmp_path / "small.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node]
+    assert kinds == ["Conv", "Gather", "Relu", "Conv"]
+    again = regauge.load(tmp_path / "small.onnx")
+    assert ops(again) == ["conv", "shuffle", "relu", "conv"]
+    sizes = [sorted(group.size for group in g.groups() if group.free) for g in (regauge.capture(module, (x,)), again)]
+    assert sizes[0] == sizes[1] == [2, 3]
+    cut = regauge.optimize(again, "prune{ratio=0.34}")
+    assert cut.nodes[1].output.shape == (2, 2, 4, 5)  # of 3 places 2, of 2 groups 1
+    cut.to_onnx(tmp_path / "cut.onnx")  # compared with the graph in onnxruntime
