@@ -5,8 +5,11 @@
 
 In ONNX files only, whose runtimes pay for each node. A split copies what it gives, which torch's does not, so that
 projections stay apart where more is copied than the nodes are worth (the prices of heads.py). Where the axes of a part
-come in another order, as those of keys, it is permuted once more: where that exchanges the last two axes, onnxruntime
-takes it into the product behind it.
+come in another order, as those of keys, it is permuted once more; onnxruntime then moves the first permute behind the
+split and joins the two, so that what is saved there are the products and the reshapes.
+
+Queries, keys and values share the axis of their features afterwards: leave the step out before passes that cut them
+apart.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class Simplify(Pass):
 
     Whole operators are put together from the primitive ones that exporters write (norms, activations, attention) where
     ``assemble`` says so: "auto" leaves a graph that was loaded from an ONNX file as it is spelled there, because the
-    runtime of that file may lack the operator, and the file would have to spell it out again.
+    runtime of that file may lack the operator, and the file would have to spell it out again. Steps that spell a file
+    for its runtime (``rows``, ``projections``) are left out where operators are put together.
     """
 
     name: ClassVar[str] = "simplify"
