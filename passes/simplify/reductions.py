@@ -13,6 +13,7 @@ from torch import randn
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Value
+from regauge.ir.matcher import Match
 from regauge.ir.rewrite import RuleSet, differs, rule
 
 
@@ -30,11 +31,12 @@ def _samples() -> Iterator[dict[str, Any]]:
 
 
 @rule(_root_of_squares, samples=_samples)
-def root_of_squares(build: Builder, x: Value, dims: Any, keepdim: bool) -> Value:
+def root_of_squares(build: Builder, x: Value, dims: Any, keepdim: bool, match: Match) -> Value:
     """The root of a sum of squares is a norm."""
     if not is_real(x.dtype):
         return differs("its numbers are not real")
-    return build.vector_norm(x, ord=2, dims=dims, keepdim=keepdim)  # type: ignore[no-any-return]
+    known = [(match.roots[0].shape, x.dtype)]  # torch would load its compiler to infer it
+    return build("vector_norm", x, results=known, ord=2, dims=dims, keepdim=keepdim)  # type: ignore[no-any-return]
 
 
 RULES = RuleSet([root_of_squares])
