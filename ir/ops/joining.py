@@ -174,7 +174,7 @@ def _spell_repeat_interleave(onnx: Any, node: Node) -> Any:
     axis = axis_number(node.attributes["dim"], len(shape))
     if isinstance(x.shape[axis], int) and isinstance(copies, int):
         table = torch.arange(x.shape[axis]).repeat_interleave(copies)
-        return onnx.Gather(onnx.operand(0), onnx.constant(table), axis=axis)
+        return onnx.Gather(onnx.operand(0), onnx.constant(table, torch.int32), axis=axis)
     repeats = [1] * (len(shape) + 1)
     repeats[axis + 1] = copies
     spread = onnx.Tile(onnx.unsqueeze(onnx.operand(0), axis + 1), onnx.sizes(repeats))

@@ -37,7 +37,7 @@ def _spell_shuffle(onnx: Any, node: Node) -> Any:
     shape, dim, groups = node.outputs[0].shape, node.attributes["dim"], node.attributes["groups"]
     size = shape[dim]
     if isinstance(size, int):
-        return onnx.Gather(onnx.operand(0), onnx.constant(shuffled_places(size, groups)), axis=dim)
+        return onnx.Gather(onnx.operand(0), onnx.constant(shuffled_places(size, groups), torch.int32), axis=dim)
     apart = (*shape[:dim], groups, floor_divide(size, groups), *shape[dim + 1 :])
     split = onnx.Reshape(onnx.operand(0), onnx.target(apart, shape[:dim]))
     turned = onnx.Transpose(split, perm=[*range(dim), dim + 1, dim, *range(dim + 2, len(apart))])
