@@ -25,10 +25,11 @@ _TRANSPOSED = ("transA", "transB")
 
 
 def join_gemms(cores: Iterable[onnx_ir.Node], new: Container[Any], carrier: Carrier, shape_of: Shapes) -> None:
-    """Let each of these products (MatMul or Gemm, of matrices) take in the new nodes around it that a Gemm can say."""
+    """Let each of these nodes that multiplies two matrices take in the new nodes around it that a Gemm can say."""
     for core in cores:
         if core.graph is not None and core.op_type in ("MatMul", "Gemm") and core.outputs[0].dtype in _KINDS:
-            _Joined(core, new, carrier, shape_of).write()
+            if all(len(_shape(operand, shape_of) or ()) == 2 for operand in core.inputs[:2]):
+                _Joined(core, new, carrier, shape_of).write()
 
 
 @dataclass
@@ -130,9 +131,9 @@ class _Joined:
         return all(same(a, 1) or same(a, b) for a, b in zip(reversed(own), reversed(whole), strict=False))
 
 
-def _shape(value: onnx_ir.Value, shape_of: Shapes) -> tuple[Size, ...] | None:
+def _shape(value: onnx_ir.Value | None, shape_of: Shapes) -> tuple[Size, ...] | None:
     known = shape_of(value)
-    if known or value.shape is None:
+    if known or value is None or value.shape is None:
         return known or None
     dims = tuple(value.shape)
     return dims if all(isinstance(dim, int) for dim in dims) else None

@@ -356,8 +356,7 @@ class _Rewiring:
     def tidy(self) -> None:
         """What was spelled anew is as few nodes as before, under the name and with the notes of what it stands for."""
         made = {new: node.origin for new, node in self.new_nodes.items() if isinstance(node.origin, onnx_ir.Node)}
-        products = [new for new, origin in made.items() if new is not None and origin.op_type == "Gemm"]
-        join_gemms(products, self.new_nodes, self.carrier, self.sources.shape_of)
+        join_gemms(list(filter(None, made)), self.new_nodes, self.carrier, self.sources.shape_of)
         heirs = {origin: new for new, origin in made.items() if new is not None and new.op_type == origin.op_type}
         for origin, heir in heirs.items():
             before = self.carrier.nodes.get(origin)

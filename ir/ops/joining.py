@@ -168,12 +168,15 @@ def _spell_repeat(onnx: Any, node: Node) -> Any:
 
 
 def _spell_repeat_interleave(onnx: Any, node: Node) -> Any:
-    """Every entry in an axis of its own is repeated there, and the two axes are joined."""
-    shape, x = node.outputs[0].shape, node.inputs[0]
+    """Every entry is looked up as often as it is there; in an axis of dynamic size it is repeated in one of its own."""
+    shape, x, copies = node.outputs[0].shape, node.inputs[0], node.attributes["repeats"]
     assert isinstance(x, Value)
     axis = axis_number(node.attributes["dim"], len(shape))
+    if isinstance(x.shape[axis], int) and isinstance(copies, int):
+        table = torch.arange(x.shape[axis]).repeat_interleave(copies)
+        return onnx.Gather(onnx.operand(0), onnx.constant(table, torch.int32), axis=axis)
     repeats = [1] * (len(shape) + 1)
-    repeats[axis + 1] = node.attributes["repeats"]
+    repeats[axis + 1] = copies
     spread = onnx.Tile(onnx.unsqueeze(onnx.operand(0), axis + 1), onnx.sizes(repeats))
     return onnx.Reshape(spread, onnx.target(shape, x.shape[:axis]))
 

@@ -16,6 +16,7 @@ from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.broadcasting import broadcast_shape, expand_to
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
+from regauge.ir.ops.shuffling import groups_of, shuffled_places
 from regauge.ir.rules import Axes, Call
 from regauge.ir.sizes import product, same
 
@@ -139,7 +140,7 @@ def _take(build: Builder, x: Value, index: Value) -> Value:
 
 
 def _onnx_gather(build: Builder, call: Any) -> Value:
-    """Gather: a table of embeddings, one entry, a run of entries, or entries anywhere along an axis."""
+    """Gather: a table of embeddings, or of an axis one entry, a run, copies of all, all shuffled, or any entries."""
     x = call.operand(0)
     axis = axis_number(call.attribute("axis", 0), x.rank)
     known, size = call.constant(1), x.shape[axis]
@@ -154,7 +155,20 @@ def _onnx_gather(build: Builder, call: Any) -> Value:
     if known is not None and known.dim() == 1 and _is_run(known):
         start = int(known[0])
         return build.slice(x, dim=axis, start=start, end=start + len(known))  # type: ignore[no-any-return]
+    copies = _copies(known, size) if known is not None and isinstance(size, int) else 1
+    if copies > 1:
+        return build.repeat_interleave(x, repeats=copies, dim=axis)  # type: ignore[no-any-return]
+    groups = groups_of(known, size) if known is not None and isinstance(size, int) else 1
+    if groups > 1:
+        return build.shuffle(x, groups=groups, dim=axis)  # type: ignore[no-any-return]
     return build.index_select(x, call.operand(1), dim=axis)  # type: ignore[no-any-return]
+
+
+def _copies(table: torch.Tensor, size: int) -> int:
+    """How often a table reads each of so many entries before it goes on to the next; 1 where it is no such table."""
+    copies = table.numel() // max(size, 1)
+    each = torch.arange(size, dtype=table.dtype).repeat_interleave(copies)
+    return copies if table.dim() == 1 and torch.equal(each, table) else 1
 
 
 def _is_run(table: torch.Tensor) -> bool:
@@ -163,9 +177,16 @@ def _is_run(table: torch.Tensor) -> bool:
 
 
 def _write_gather(nodes: Sequence[Node], patch: Any) -> None:
-    """Only a run of entries moves when what lies before it is cut."""
-    if nodes[0].op == "slice":
-        patch.set_sizes(1, list(range(nodes[0].attributes["start"], nodes[0].attributes["end"])))
+    """A run of entries moves when what lies before it is cut; what is left is copied or shuffled."""
+    node = nodes[0]
+    if node.op == "slice":
+        patch.set_sizes(1, list(range(node.attributes["start"], node.attributes["end"])))
+    if node.op == "shuffle":
+        size = int(node.outputs[0].shape[node.attributes["dim"]])
+        patch.set_sizes(1, shuffled_places(size, node.attributes["groups"]).tolist())
+    if node.op == "repeat_interleave":
+        entries = range(node.inputs[0].shape[node.attributes["dim"]])  # type: ignore[union-attr]
+        patch.set_sizes(1, [entry for entry in entries for _ in range(node.attributes["repeats"])])
 
 
 def _onnx_compress(build: Builder, call: Any) -> Value:
@@ -182,7 +203,7 @@ def _onnx_compress(build: Builder, call: Any) -> Value:
 @operator(
     rule=_index_select_rule,
     aten={"index_select": _index_select, "take": _take},
-    onnx={"Gather": OnnxForm(read=_onnx_gather, write=_write_gather),
+    onnx={"Gather": OnnxForm(read=_onnx_gather, write=_write_gather, stores_shape=True),
           "Compress": OnnxForm(read=_onnx_compress, write=holds_no_sizes)},
     spell=lambda onnx, node: onnx.Gather(
         *onnx.operands(2), axis=axis_number(node.attributes["dim"], node.inputs[0].rank)

@@ -2,6 +2,7 @@
 
 reshape(reshape(x))          reshape(x)             permute(permute(x))     permute(x)
 reshape(permute(reshape(x)))                    permute(x), where the reshapes only merge axes and take them apart again
+reshape(permute(reshape(x)))                    permute(reshape(x)), where the last one only takes axes apart
 mean(permute(x), dims)       permute(mean(x, dims'))
 matmul(x, permute(w))        linear(x, w)
 linear(flatten(permute(x)))  linear(flatten(x)), with the columns of the weight in another order
@@ -221,6 +222,45 @@ def permute_of_regrouped(build: Builder, x: Value, inner: Node, p: Node, outer: 
     return regrouped(build, permuted(build, x, [*ones, *order]), outer.output.shape)
 
 
+def _apart_samples() -> Iterable[Sample]:
+    x = randn(2, 4, 3, 5).double()
+    yield {"x": x, "inner.shape": (8, 3, 5), "p.dims": (0, 2, 1), "outer.shape": (4, 2, 5, 3)}
+    yield {"x": x, "inner.shape": (24, 5), "p.dims": (1, 0), "outer.shape": (5, 3, 1, 8)}
+
+
+def _runs(sizes: Sequence[Size], shape: Sequence[Size]) -> list[Sequence[Size]] | None:
+    """Of which sizes in a row of ``shape`` each size is the product; None where some are of none."""
+    runs, start = [], 0
+    for size in sizes:
+        end = start
+        while end < len(shape) and (end == start or not same(product(shape[start:end]), size)):
+            end += 1
+        runs.append(shape[start:end])
+        start = end
+    fits = all(same(product(run), size) for run, size in zip(runs, sizes, strict=True))
+    return runs if fits and start == len(shape) else None
+
+
+@rule(
+    lambda op, x: op.reshape(
+        op.permute(op.reshape(x, shape=..., name="inner"), dims=..., name="p"), shape=..., name="outer"
+    ),
+    samples=_apart_samples,
+)
+def reshapes_around_permute(build: Builder, x: Value, inner: Node, p: Node, outer: Node) -> Value:
+    """Axes that are taken apart after a permute, behind a reshape, are taken apart by that one."""
+    runs = _runs(p.output.shape, outer.output.shape)
+    if runs is None or dynamic_sizes(outer.output.shape) > 1:
+        return differs("its last reshape merges axes")
+    dims = positive_dims(p)
+    ordered = [runs[dims.index(axis)] for axis in range(len(dims))]
+    starts = [sum(map(len, ordered[:axis])) for axis in range(len(dims))]
+    with build.at(inner):
+        apart = regrouped(build, x, [size for run in ordered for size in run])
+    with build.at(p):
+        return permuted(build, apart, [starts[dim] + place for dim in dims for place in range(len(ordered[dim]))])
+
+
 def _only_if_plain(result: Value, neighbour: Node) -> Value:
     """Refuses where a reshape would need several dynamic sizes that nothing needed before."""
     made = result.producer
@@ -333,6 +373,7 @@ def flattened_permute_into_weight(
 RULES = RuleSet(
     [
         reshape_of_reshape, permute_of_permute, reshape_of_permuted_ones, permuted_ones_of_reshape,
-        permute_of_regrouped, reduction_of_permute, matmul_of_transposed, flattened_permute_into_weight,
+        permute_of_regrouped, reshapes_around_permute, reduction_of_permute, matmul_of_transposed,
+        flattened_permute_into_weight,
     ]
 )  # fmt: skip

@@ -45,7 +45,7 @@ def joint_name(parameters: Sequence[Parameter], kind: str) -> str:
     return ".".join(part for part in (parent, joint, kind) if part)
 
 
-def _stacked(build: Builder, nodes: Sequence[Node], axis: int) -> tuple[Parameter, Parameter | None]:
+def stacked(build: Builder, nodes: Sequence[Node], axis: int) -> tuple[Parameter, Parameter | None]:
     """The weights of some maps laid side by side along an axis, and their biases along the channels."""
     own = [own_weight(build, node) for node in nodes]
     if len({weight.dtype for weight in own}) > 1:
@@ -80,7 +80,7 @@ def merge_siblings(build: Builder, match: Match) -> tuple[Value, ...]:
     ends = [end for node in nodes if (end := _summed_in(node)) is not None]
     if len(set(ends)) < len(ends):
         return refuse("they start feed-forward layers that are summed, and merged as a whole")
-    weight, bias = _stacked(build, nodes, 0)
+    weight, bias = stacked(build, nodes, 0)
     with build.at(first):
         whole = build(first.op, first.inputs[X], weight, bias, **first.attributes)
         parts: tuple[Value, ...] = build.split(
@@ -105,12 +105,12 @@ def merge_feed_forward(build: Builder, match: Match) -> Value:
     act, other = match["act"], match["other_act"]
     if act.op != other.op or act.attributes != other.attributes:
         return refuse("their activations are different")
-    weight, bias = _stacked(build, (up, second_up), 0)
+    weight, bias = stacked(build, (up, second_up), 0)
     with build.at(up):
         hidden = build.linear(up.inputs[X], weight, bias)
     with build.at(act):
         hidden = build(act.op, hidden, **act.attributes)
-    out, _ = _stacked(build, (down, second_down), 1)
+    out, _ = stacked(build, (down, second_down), 1)
     last: Parameter | None = None
     if bias_of(down) is not None or bias_of(second_down) is not None:
         total = combined(torch.add, wide_bias(down), wide_bias(second_down))

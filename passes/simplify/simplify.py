@@ -23,6 +23,8 @@ from regauge.passes.simplify.limits import Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 from regauge.passes.simplify.partitions import split_partitions
 from regauge.passes.simplify.pooling import pool_means
+from regauge.passes.simplify.projections import join_projections
+from regauge.passes.simplify.rows import flatten_rows
 
 STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "dead-code": remove_dead_code,
@@ -36,6 +38,8 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "carrying": carry_back,
     "pools": pool_means,
     "heads": join_heads,
+    "rows": flatten_rows,
+    "projections": join_projections,
 }
 FILE_STEPS = {
     "dead-code",
@@ -45,7 +49,8 @@ FILE_STEPS = {
     "merging",
 }  # done to ONNX files too
 # Rules may do without what these would change; heads are joined last, when their maps have taken in all they can.
-AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "pools", "heads")
+AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "pools", "heads", "rows", "projections")
+FOR_RUNTIMES = ("rows", "projections")  # how a file is spelled best, which hides whole operators
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
@@ -61,7 +66,8 @@ class Simplify(Pass):
 
     Whole operators are put together from the primitive ones that exporters write (norms, activations, attention) where
     ``assemble`` says so: "auto" leaves a graph that was loaded from an ONNX file as it is spelled there, because the
-    runtime of that file may lack the operator, and the file would have to spell it out again.
+    runtime of that file may lack the operator, and the file would have to spell it out again. Steps that spell a file
+    for its runtime (``rows``, ``projections``) are left out where operators are put together.
     """
 
     name: ClassVar[str] = "simplify"
@@ -100,7 +106,9 @@ class Simplify(Pass):
             return self._simplified(graph, context)
 
     def _simplified(self, graph: Graph, context: Context) -> Graph:
-        rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also, assemble=self._assembles(graph))
+        assembles = self._assembles(graph)
+        rules, steps = choose(self.only, self.skip, tuple(STEPS), self.also, assemble=assembles)
+        steps = [step for step in steps if step in self.only or not (assembles and step in FOR_RUNTIMES)]
         result, log, counts = graph.copy(), RewriteLog(), dict.fromkeys(steps, 0)
         limits, usual = limits_of(graph, self.growth, self.tie, folds_file="constants" in steps), by_default(rules)
         _to_fixed_point(result, _stages(usual, steps), limits, log, counts)

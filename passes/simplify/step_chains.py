@@ -3,6 +3,7 @@
     mul(div(x, a), b)    mul(x, b / a)
     sub(add(x, a), b)    add(x, a - b)
     (x * a) @ (y * b)    (x * (a * b)) @ y      for numbers a and b
+    x * (1 / sqrt(y))    x / sqrt(y)
 
 Only for real numbers: integers wrap and divide differently. Two shifts of which the larger one rounds x to whole
 numbers (``x + 2**23 - 2**23``) are left alone, and so are scales whose product the type of x cannot hold.
@@ -136,4 +137,16 @@ def scales_of_both_factors(build: Builder, x: Value, y: Value, a: Operand, b: Op
     return build.matmul(build.mul(x, float(_values(both))), y, name=product.name)  # type: ignore[no-any-return]
 
 
-RULES = RuleSet([scales_in_a_row, shifts_in_a_row, scales_of_both_factors])
+@rule(
+    lambda op, x, y: op.mul(x, op.reciprocal(op.sqrt(y, name="root"))),
+    samples=lambda: [{"x": randn(2, 4, 3).double(), "y": rand(2, 4, 1).double() + 0.5}],
+)
+def quotient_by_root(build: Builder, x: Operand, root: Node) -> Value:
+    """The inverse of a root as a factor is the root as a divisor, as runtimes know it from an RMS norm.
+
+    Of a root, because its inverse is in range: that of a very small number may be infinite where the quotient is not.
+    """
+    return build.div(x, root.output)  # type: ignore[no-any-return]
+
+
+RULES = RuleSet([scales_in_a_row, shifts_in_a_row, scales_of_both_factors, quotient_by_root])

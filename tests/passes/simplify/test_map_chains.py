@@ -1,11 +1,17 @@
 """Linear maps in a row, and scales and shifts in a row: what becomes one, and what stays."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
+from onnx_simplified import assert_equal_runs, normal, parsed
+from onnx_simplified import simplified as simplified_file
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
@@ -140,3 +146,51 @@ def test_a_weight_that_two_scales_read_stays() -> None:
     x, p = build.input("x", (4,), torch.float32), build.parameter("p", torch.rand(4))
     graph.outputs = [build.mul(build.mul(x, p), 2.0), build.relu(p)]
     assert "read by others" in refusals(graph, RULES)
+
+
+def inverse(function: str = "sqrt", *, read: bool = False) -> Graph:
+    graph = Graph()
+    build = Builder(graph)
+    x, y = build.input("x", (3, 4), torch.float32), build.input("y", (3, 1), torch.float32)
+    factor = build.reciprocal(build(function, y))
+    graph.outputs = [build.mul(x, factor), *([factor] if read else [])]
+    return graph
+
+
+def test_the_inverse_of_a_root_is_a_divisor() -> None:
+    graph = inverse()
+    x, y = torch.randn(3, 4), torch.tensor([[0.0], [torch.inf], [2.0]])
+    expected = run(graph, [x, y])
+    rewrite_graph(graph, RULES)
+    assert [node.op for node in graph.nodes] == ["sqrt", "div"]
+    torch.testing.assert_close(run(graph, [x, y]), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("graph", [inverse("exp"), inverse(read=True)], ids=["no-root", "read"])
+def test_an_inverse_that_may_be_infinite_or_is_read_stays(graph: Graph) -> None:
+    refusals(graph, RULES)
+
+
+RMS = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[2, 3, 8] x) => (float[2, 3, 8] y) {
+  s = Pow (x, two)
+  m = ReduceMean <axes = [-1], keepdims = 1> (s)
+  v = Add (m, eps)
+  q = Sqrt (v)
+  r = Reciprocal (q)
+  n = Mul (x, r)
+  y = Mul (gain, n)
+}"""
+
+
+def test_onnxruntime_knows_the_norm_that_is_left(tmp_path: Path) -> None:
+    before = parsed(RMS, two=np.float32(2), eps=np.float32(1e-6), gain=normal(8))
+    small = simplified_file(before, tmp_path)
+    assert [node.op_type for node in small.graph.node] == ["Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]
+    assert_equal_runs(before, small, {"x": normal(2, 3, 8)})
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "small.onnx"), options, providers=["CPUExecutionProvider"])
+    found = onnx.load(tmp_path / "optimised.onnx").graph.node
+    assert [node.op_type for node in found] == ["SimplifiedLayerNormalization"]

@@ -1,0 +1,139 @@
+"""Projections of heads as one, and heads told apart once they are laid out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, randn
+
+import regauge
+from regauge.ir.edit import Builder, remove_dead
+from regauge.ir.graph import Graph, Value
+from regauge.ir.sizes import Size
+from regauge.passes.simplify.limits import limits_of
+from regauge.passes.simplify.projections import join_projections
+from simplifying import BATCH, made, ops, same_function
+
+QUERIES, KEYS = (0, 2, 1, 3), (0, 2, 3, 1)
+
+
+def joined(graph: Graph) -> Graph:
+    """After the step alone, as if the graph had been loaded from a file; a second run finds nothing to do."""
+    after = graph.copy()
+    after.metadata["onnx"] = "a file"
+    join_projections(after, limits_of(after, 0.0, False, folds_file=False))
+    remove_dead(after)
+    same_function(graph, after)
+    text = str(after)
+    assert join_projections(after, limits_of(after, 0.0, False, folds_file=False)) == 0 and str(after) == text
+    return after
+
+
+def laid_out(build: Builder, x: Value, heads: int, width: int, dims: Sequence[int]) -> Value:
+    shaped = build.reshape(x, shape=(*x.shape[:-1], heads, width))
+    return build.permute(shaped, dims=tuple(dims))  # type: ignore[no-any-return]
+
+
+def projected(build: Builder, x: Value, name: str, outputs: int, bias: bool = True) -> Value:
+    weight = build.parameter(f"{name}.weight", randn(outputs, int(x.shape[-1])).double())
+    vector = build.parameter(f"{name}.bias", randn(outputs).double()) if bias else None
+    return build.linear(x, weight, vector)  # type: ignore[no-any-return]
+
+
+def attention(build: Builder, x: Value, keys: Sequence[int] = KEYS, biases: str = "qv") -> list[Value]:
+    """Queries of three heads, keys and values of one, with and without biases."""
+    values = [
+        (name, projected(build, x, name, 4 * heads, name in biases), heads)
+        for name, heads in zip("qkv", (3, 1, 1), strict=True)
+    ]
+    return [
+        build.tanh(laid_out(build, value, heads, 4, keys if name == "k" else QUERIES)) for name, value, heads in values
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [KEYS, QUERIES])
+def test_projections_of_one_value_become_one(keys: Sequence[int]) -> None:
+    after = joined(made(lambda b, x: attention(b, x, keys), x=(2, 5, 6)))
+    turned = ["permute"] if keys == KEYS else []
+    assert sorted(ops(after)) == sorted(["linear", "reshape", "permute", "split", "tanh", "tanh", "tanh", *turned])
+    assert {name: p.shape for name, p in after.parameters.items()} == {"q_k_v.weight": (20, 6), "q_k_v.bias": (20,)}
+
+
+def test_parts_of_a_split_are_laid_out_before_it() -> None:
+    def parts(build: Builder, x: Value) -> list[Value]:
+        pieces = build.split(x, sizes=(8, 8, 4), dim=2)
+        order = zip(pieces, (2, 2, 1), (QUERIES, KEYS, QUERIES), strict=True)
+        return [build.tanh(laid_out(build, piece, heads, 4, dims)) for piece, heads, dims in order]
+
+    after = joined(made(parts, x=(BATCH, 5, 20)))
+    assert ops(after)[:3] == ["reshape", "permute", "split"] and ops(after).count("permute") == 2
+    assert len(after.nodes) == 7
+
+
+def of_another_width(build: Builder, x: Value) -> list[Value]:
+    return [laid_out(build, projected(build, x, name, 8), 8 // w, w, QUERIES) for name, w in (("q", 2), ("k", 4))]
+
+
+def read_twice(build: Builder, x: Value) -> list[Value]:
+    q, k = (projected(build, x, name, 8) for name in "qk")
+    return [*(laid_out(build, value, 2, 4, QUERIES) for value in (q, k)), build.relu(q)]
+
+
+def shared(build: Builder, x: Value) -> list[Value]:
+    weight = build.parameter("w", randn(8, 6).double())
+    return [laid_out(build, build.linear(y, weight), 2, 4, QUERIES) for y in (x, x)]
+
+
+def of_two_values(build: Builder, x: Value) -> list[Value]:
+    y = build.tanh(x)
+    return [laid_out(build, projected(build, v, n, 8), 2, 4, QUERIES) for v, n in ((x, "q"), (y, "k"))]
+
+
+def in_part(build: Builder, x: Value) -> list[Value]:
+    first, second = build.split(x, sizes=(4, 2), dim=2)
+    return [laid_out(build, first, 2, 2, QUERIES), build.relu(second)]
+
+
+@pytest.mark.parametrize("function", [of_another_width, read_twice, shared, of_two_values, in_part])
+def test_what_is_not_laid_out_alike_stays(function: Callable[..., Any]) -> None:
+    graph = made(lambda b, x: [b.tanh(v) for v in function(b, x)], x=(2, 5, 6))
+    assert str(joined(graph)) == str(graph)
+
+
+@pytest.mark.parametrize("shape", [(8, 1024, 64), (BATCH, 5, 64)])
+def test_projections_whose_copies_cost_more_than_the_nodes_stay(shape: tuple[Size, ...]) -> None:
+    """Numbers of the results are copied by the split; how many of a dynamic size, nobody knows."""
+    graph = made(lambda b, x: attention(b, x), x=shape)
+    assert str(joined(graph)) == str(graph)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        q, k, v = (layer(y).view(2, 5, 2, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        heads = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return x + self.out(heads.reshape(2, 5, 8))
+
+
+def test_an_attention_of_a_file_works_on_matrices_and_has_one_projection(tmp_path: Path) -> None:
+    module, x, path = Attention().eval(), randn(2, 5, 8), tmp_path / "attention.onnx"
+    torch.onnx.export(module, (x,), str(path), dynamo=True, verbose=False, optimize=False)
+    graph = regauge.optimize(regauge.load(path), "simplify")
+    assert ops(graph) == [
+        "reshape", "layer_norm", "linear", "reshape", "permute", "split", "permute", "matmul", "softmax", "matmul",
+        "permute", "reshape", "linear", "reshape", "add",
+    ]  # fmt: skip
+    torch.testing.assert_close(graph.run([x])[0], module(x), rtol=1e-5, atol=1e-5)
+    graph.to_onnx(tmp_path / "small.onnx")
+
+
+def test_a_graph_from_torch_keeps_its_projections() -> None:
+    graph = regauge.optimize(regauge.capture(Attention().eval(), (randn(2, 5, 8),)), "simplify")
+    assert ops(graph).count("linear") == 4 and "q.weight" in graph.parameters
