@@ -32,6 +32,7 @@ import torch
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.ir.interpret import inputs_of
 from regauge.ir.timing import Measure
 from regauge.passes.options import check_options, describe, hints, unknown_option
 
@@ -69,7 +70,7 @@ class Context:
     made_up: bool = False  # whether a pass made the data itself, so that its size says nothing of what runs will get
 
     def batches(self) -> Iterator[Any]:
-        """The batches of ``data``, each as ``graph.run`` takes it; raises PassError where there is none."""
+        """The batches of ``data``, labels and all; raises PassError where there is none. See :meth:`inputs`."""
         given = self.data() if callable(self.data) else self.data
         if isinstance(given, torch.Tensor | np.ndarray):
             raise PassError(f"data is one array of shape {tuple(given.shape)}: give a list of batches, data=[x]")
@@ -81,6 +82,10 @@ class Context:
             raise PassError(
                 "data has no batch: give an iterable of batches, each a tensor, a tuple or a mapping of tensors"
             )
+
+    def inputs(self, graph: Graph) -> Iterator[Any]:
+        """The batches of ``data`` as ``graph.run`` takes them: what they hold behind the graph's inputs is left out."""
+        return (inputs_of(graph, batch) for batch in self.batches())
 
     def note(self, text: str) -> None:
         """Add a line to the report."""

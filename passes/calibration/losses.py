@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.ir.interpret import inputs_of
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 """``loss(outputs, batch)``: of the graph's outputs (one tensor where there is one) and a batch as the data gives it."""
@@ -36,9 +37,9 @@ def labelled(graph: Graph, batch: Any) -> Labelled:
         names = {value.name for value in graph.inputs}
         labels = next((batch[name] for name in _LABELS if name in batch and name not in names), None)
         return Labelled(batch, labels, batch)
-    count = len(graph.inputs)
-    behind = tuple(batch)[count:]
-    return Labelled(tuple(batch)[:count], behind[0] if behind else None, batch)
+    inputs = inputs_of(graph, batch)
+    behind = tuple(batch)[len(inputs) :]
+    return Labelled(inputs, behind[0] if behind else None, batch)
 
 
 def example_slices(batch: Labelled, examples: int) -> list[Labelled]:

@@ -20,7 +20,7 @@ from regauge.passes.allocation.choices import Choice, Counts, round_wishes, with
 from regauge.passes.allocation.latency import LatencySearch, device_of
 from regauge.passes.allocation.search import UNITS, Scope, Search, budgets_of
 from regauge.passes.base import Context, Contract, Cut, Pass
-from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.batches import calibration_batches, check_examples, examples_in
 from regauge.passes.calibration.generated import STEPS, generated_batches, statistics_in
 from regauge.passes.calibration.losses import Labelled, labelled
 from regauge.passes.options import option
@@ -225,7 +225,9 @@ class Prune(Pass):
         unused = self.score is not None and not self._needs_data and not self._refits
         if context.data is None or unused:
             return None
-        return [labelled(graph, batch) for batch in context.batches()]
+        batches = [labelled(graph, batch) for batch in context.batches()]
+        check_examples([batch.inputs for batch in batches])
+        return batches
 
     def _scores(
         self, graph: Graph, groups: Sequence[Group], name: str, batches: Sequence[Labelled] | None, context: Context

@@ -160,6 +160,13 @@ def test_exact_pass_is_checked_on_the_given_data() -> None:
     assert seen
 
 
+def test_exact_passes_leave_out_the_labels_of_the_data() -> None:
+    graph = multilayer_perceptron(8, 12, 3)
+    batch = [torch.randn(4, 8, dtype=torch.float64), torch.tensor([0, 2, 1, 1])]  # as a DataLoader gives it
+    report = regauge.optimize(graph, "sort,prune{ratio=0.5},simplify", data=[batch]).report
+    assert report.passes[0].error is not None and report.passes[0].error < 1e-12
+
+
 def test_every_pass_reads_all_batches_of_a_generator() -> None:
     """Also what the check of an exact pass has looked at."""
     graph = multilayer_perceptron(8, 12, 3)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import regauge
 from regauge.frontends.capture import capture
 from regauge.ir.cost import figures
-from regauge.ir.errors import GraphError, PassError
+from regauge.ir.errors import GraphError, PassError, RegaugeError
 from regauge.ir.graph import Graph
 
 
@@ -114,3 +114,15 @@ def test_infinite_inputs_are_told_with_their_layer(score: str) -> None:
 def test_batches_of_another_rank_are_told_with_the_input() -> None:
     with pytest.raises(GraphError, match=r"the input %x: f32\[batch,3,8,8\] got a tensor of shape"):
         regauge.optimize(network(), "prune{macs=0.5}", data=[(images(2)[0],)])
+
+
+@pytest.mark.parametrize("passes", ["prune{macs=0.5}", "sparsify"])
+def test_batches_without_an_example_are_refused(passes: str) -> None:
+    with pytest.raises(PassError, match="data holds no example"):
+        regauge.optimize(network(), passes, data=[images(2)[:0]])
+
+
+def test_an_input_of_another_type_is_told() -> None:
+    """numpy makes double precision where nothing else is said."""
+    with pytest.raises(RegaugeError, match=r"the input %x: f32.batch,3,8,8. got f64.2,3,8,8."):
+        regauge.optimize(network(), "prune{macs=0.5}", data=[images(2).double().numpy()])
