@@ -92,6 +92,11 @@ class Context:
         self.notes.append(text)
 
 
+def reasons(left: Mapping[str, int]) -> list[str]:
+    """Why things were left alone, each with how many they are."""
+    return [f"{count} x {reason}" for reason, count in left.items() if count]
+
+
 class Replayed:
     """The batches of an iterator, as often as they are asked for: those that were drawn are held.
 
