@@ -250,12 +250,12 @@ def _freeze_in(node: onnx_ir.Node, parameter: Parameter, content: torch.Tensor, 
 
 
 def _write_shapes(changes: Changes, carrier: Carrier) -> None:
-    """Declared shapes inside the model follow the cut; what cannot be said as a number is left open."""
+    """Declared shapes inside the model follow the cut, also those of what bodies and branches take and give; what
+    cannot be said as a number is left open. The interface of the model itself stays as it is."""
+    interface = {*carrier.model.graph.inputs, *carrier.model.graph.outputs}
     for before, after in changes.shapes:
         value = carrier.copy_of(after.origin)
-        if value is None or value.shape is None or value.is_graph_output():
-            continue
-        if value.is_graph_input() and not value.is_initializer():
+        if value is None or value.shape is None or (value in interface and not value.is_initializer()):
             continue
         if value.graph in carrier.function_graphs or len(value.shape) != len(after.shape):
             value.shape = None
