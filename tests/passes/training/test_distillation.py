@@ -1,6 +1,7 @@
 """Distillation: formulae by hand, features of different widths through the cut, and training with it."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -53,8 +54,21 @@ def test_names_of_values_name_the_module_that_gives_them() -> None:
     graph = captured(model)
     by_value = Distillation(model, convolutional(), graph, graph, features=["conv_1"])
     assert by_value._pairs == {"3": "3"}
+    with pytest.raises(regauge.RegaugeError, match="input is not what one module gives: name the path of a module"):
+        Distillation(model, convolutional(), graph, graph, features=["input"])
     with pytest.raises(regauge.RegaugeError, match="has no module 'nowhere'"):
         Distillation(model, convolutional(), features=["nowhere"])
+
+
+def test_a_teacher_that_is_left_in_training_mode_is_told_once() -> None:
+    """Its batch norms take the statistics of what the student is trained on."""
+    teacher, x = convolutional().train(), torch.rand(4, 1, 8, 8)
+    distil = Distillation(teacher, convolutional())
+    with pytest.warns(regauge.RegaugeWarning, match=r"training mode, where 1 \(BatchNorm2d\).*teacher.eval\(\)"):
+        distil(distil.student(x), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distil(distil.student(x), x)
 
 
 def test_features_follow_the_teacher_after_training_with_them() -> None:
