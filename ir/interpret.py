@@ -19,6 +19,10 @@ Hook = Callable[[Node, tuple[Any, ...]], tuple[Any, ...] | None]
 """Called after each node with its results; may return other results in their place."""
 
 
+LABELS = ("labels", "label", "target", "targets")
+"""What labels are called in a batch that is a mapping, where no input of the graph has the name."""
+
+
 class Interpreter:
     """Runs one graph. ``hook`` sees every node's results and may replace them; ``weights`` overrides parameters.
 

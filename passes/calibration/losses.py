@@ -15,12 +15,10 @@ import torch.nn.functional as F
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import inputs_of
+from regauge.ir.interpret import LABELS, inputs_of
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 """``loss(outputs, batch)``: of the graph's outputs (one tensor where there is one) and a batch as the data gives it."""
-
-_LABELS = ("labels", "label", "target", "targets")
 
 
 class Labelled(NamedTuple):
@@ -35,7 +33,7 @@ def labelled(graph: Graph, batch: Any) -> Labelled:
     """A batch taken apart: labels are what a tuple holds behind the inputs, or ``labels`` of a mapping."""
     if isinstance(batch, Mapping):
         names = {value.name for value in graph.inputs}
-        labels = next((batch[name] for name in _LABELS if name in batch and name not in names), None)
+        labels = next((batch[name] for name in LABELS if name in batch and name not in names), None)
         return Labelled(batch, labels, batch)
     inputs = inputs_of(graph, batch)
     behind = tuple(batch)[len(inputs) :]

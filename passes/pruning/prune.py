@@ -131,6 +131,10 @@ class Prune(Pass):
             raise PassError(f"prune takes preserve or {other}, not both: what is refitted is not the masked original")
         if self.loss is not None and not callable(self.loss):
             raise PassError("option 'loss' of prune must be a function, loss(outputs, batch)")
+        if self.loss is not None and (self.score is None or criterion(self.score).needs != "loss"):
+            raise PassError("option 'loss' of prune is for scores that need one: give score, such as taylor")
+        if self.device is not None and self.latency is None and self.round_to != "device":
+            raise PassError("option 'device' of prune is for latency or round_to=device: give one of them")
 
     @classmethod
     def details(cls) -> list[tuple[str, str]]:
@@ -154,6 +158,8 @@ class Prune(Pass):
         return {name: parse_amount(value, name, UNITS[name]) for name, value in given.items() if value is not None}
 
     def call(self, graph: Graph, context: Context) -> Graph:
+        if context.data is not None and (self.examples is not None or self.steps != STEPS):
+            context.note("examples and steps are of inputs made up: there are none, since data is given")
         if context.data is None and (self._refits or self._needs_data):
             made_up = self._data_free(graph, context)
             return self._cut(graph, context) if made_up is None else made_up

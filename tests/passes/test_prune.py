@@ -154,6 +154,8 @@ def test_pattern_that_matches_nothing_is_an_error() -> None:
         ({"macs": 0}, "macs=0 is out of range"),
         ({"ratio": 0.5, "score": "l3"}, "there is no score 'l3': scores are distortion, l1, l2, bn"),
         ({"ratio": 0.5, "round_to": 0}, "'round_to' of prune must be at least 1"),
+        ({"ratio": 0.5, "device": "gpu"}, "'device' of prune is for latency or round_to=device"),
+        ({"ratio": 0.5, "score": "l1", "loss": len}, "'loss' of prune is for scores that need one"),
     ],
 )
 def test_wrong_options(options: dict[str, object], message: str) -> None:

@@ -126,3 +126,8 @@ def test_an_input_of_another_type_is_told() -> None:
     """numpy makes double precision where nothing else is said."""
     with pytest.raises(RegaugeError, match=r"the input %x: f32.batch,3,8,8. got f64.2,3,8,8."):
         regauge.optimize(network(), "prune{macs=0.5}", data=[images(2).double().numpy()])
+
+
+def test_options_of_inputs_made_up_say_nothing_of_data() -> None:
+    small = regauge.optimize(network(), "prune{ratio=0.5,examples=8,score=l2}", data=[images(8)])
+    assert any("examples and steps are of inputs made up" in note for note in small.report.passes[0].notes)

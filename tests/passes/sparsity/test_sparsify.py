@@ -268,6 +268,8 @@ def test_weights_that_an_operator_of_one_input_reads_are_left_alone() -> None:
         ("pattern=4:2", "no pattern"),
         ("pattern=2:4,ratio=0.5", "give no ratio"),
         ("pattern=block,block=4y4", "no size of a block"),
+        ("pattern=2:4,block=4x4", "is for pattern=block"),
+        ("pattern=2:4,allocation=uniform", "give no allocation"),
         ("pattern=unstructured,transposable=true", "is for patterns N:M"),
         ("method=obs", "needs data for method=obs"),
         ("transposable=true,refine=exchange", "rows depend on one another"),
