@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from regauge.ir.dtypes import dtype_name
-from regauge.ir.errors import GraphError, RegaugeError
+from regauge.ir.errors import GraphError, RegaugeError, first_line
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sizes import evaluate, solve_bindings
 from regauge.ir.weights import device_of_weight
@@ -69,6 +69,8 @@ class Interpreter:
             if isinstance(tensor, tuple | list) and isinstance(value.dtype, torch.dtype):
                 kind = type(tensor).__name__
                 raise GraphError(f"the input {value} got {describe(tensor)}, a {kind}: give a tensor for each input")
+            if isinstance(tensor, str):
+                raise GraphError(f"the input {value} got {tensor!r}: give a tensor for each input")
             if isinstance(tensor, torch.Tensor):
                 _check_rank(value, tensor)
                 solve_bindings(value.shape, tensor.shape, bindings)
@@ -128,7 +130,9 @@ class Interpreter:
             shapes = ", ".join(map(describe, operands))
             where = f", called at {node.source}" if node.source else ""
             unlike = f" ({self._unlike})" if self._unlike else ""
-            raise RegaugeError(f"{node.label} failed on operands {shapes}{where}: {error}{unlike}") from error
+            raise RegaugeError(
+                f"{node.label} failed on operands {shapes}{where}: {first_line(error)}{unlike}"
+            ) from error
         results = tuple(raw) if isinstance(raw, tuple | list) else (raw,)
         if len(results) < len(node.outputs):
             raise RegaugeError(f"{node.label} gave {len(results)} results, the graph expects {len(node.outputs)}")

@@ -74,6 +74,8 @@ class Context:
         given = self.data() if callable(self.data) else self.data
         if isinstance(given, torch.Tensor | np.ndarray):
             raise PassError(f"data is one array of shape {tuple(given.shape)}: give a list of batches, data=[x]")
+        if isinstance(given, Mapping | str):
+            raise PassError(f"data is a {type(given).__name__}: give a list of batches, data=[batch]")
         found = False
         for batch in given if isinstance(given, Iterable) else ():
             found = True

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regauge.ir.errors import RegaugeError
+from regauge.ir.errors import RegaugeError, first_line
 
 if TYPE_CHECKING:
     from regauge.ir.graph import Graph
@@ -28,7 +28,7 @@ def open_file(path: Path, *, freeze: bool = False) -> Graph:
         try:
             program = torch.export.load(path)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise RegaugeError(f"{path} is not a program that torch.export saved: {reason}") from error
         return capture(program)
     from regauge.frontends.from_onnx import load
