@@ -95,6 +95,9 @@ class Distillation:
         pairs = dict(features) if isinstance(features, Mapping) else {name: name for name in features}
         paths = {name: _path(original, name) for pair in pairs.items() for name in pair}
         self._pairs = {paths[own]: paths[other] for own, other in pairs.items()}
+        for own, other in self._pairs.items():
+            if own == other and original is not None and pruned is not None:
+                _check_same_value(original, pruned, own)
         self._kept = {other: _selection(original, pruned, other) for other in self._pairs.values()}
         self._seen: dict[tuple[str, str], torch.Tensor] = {}
         self._teacher_was_seen = False
@@ -182,6 +185,18 @@ def _selection(original: Graph | None, pruned: Graph | None, path: str) -> Selec
     return {
         axis: torch.from_numpy(flat_indices(extent, kept)) for axis, extent in enumerate(axes) if touches(extent, kept)
     }
+
+
+def _check_same_value(original: Graph, pruned: Graph, path: str) -> None:
+    """Raise PassError where a module gives another value of the network than it did: that of a norm folded into it."""
+    was, now = _result_of(original, path), list(_exits(pruned, path))
+    others = {value.name for value in original.values()} - {was.name}
+    is_result = any(output in now for output in pruned.outputs)  # which keeps its name, whatever gives it
+    if len(now) == 1 and now[0].name in others and not is_result:
+        raise PassError(
+            f"{path!r} gives {now[0].name} in the student and {was.name} in the teacher, since passes rewrote it: name "
+            f"the module of the teacher that gives {now[0].name}, features={{{path!r}: ...}}"
+        )
 
 
 def _path(graph: Graph | None, name: str) -> str:
