@@ -294,6 +294,9 @@ class Prune(Pass):
         return counts
 
     def _note_stuck(self, choices: Sequence[Choice], multiple: int, context: Context) -> None:
+        small = sum(choice.size <= self.minimum for choice in choices)
+        if small:
+            context.left[f"it has no more than the minimum of {self.minimum} indices"] += small
         stuck = sum(choice.stuck for choice in choices)
         if stuck:
             context.left[f"no smaller size keeps its axes multiples of {multiple}"] += stuck

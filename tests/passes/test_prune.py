@@ -223,3 +223,8 @@ def test_best_prefers_the_first_of_equals() -> None:
 def test_limit_cuts_only_the_first_dims() -> None:
     small = optimize(residual_network(16), "prune{compensate=false,ratio=0.5,limit=1}")
     assert [cut.dim for cut in small.report.passes[0].cuts] == ["stem.weight:0"]
+
+
+def test_dims_at_the_minimum_are_told() -> None:
+    report = optimize(residual_network(16), "prune{compensate=false,ratio=0.5,minimum=16}").report
+    assert report.passes[0].left["it has no more than the minimum of 16 indices"] > 0
