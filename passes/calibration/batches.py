@@ -22,8 +22,9 @@ def calibration_batches(graph: Graph, context: Context) -> list[Any]:
 
 def check_examples(batches: Sequence[Any]) -> None:
     """Raise PassError where batches of inputs hold no example: what is measured on them would say nothing."""
-    if not any(map(examples_in, batches)):
-        raise PassError("data holds no example: the first axis of every batch has size 0")
+    arrays = (x for batch in batches for x in (batch.values() if isinstance(batch, Mapping) else batch))
+    if all(0 in getattr(x, "shape", ()) for x in arrays):
+        raise PassError("data holds no example: every array in it is empty")
 
 
 def examples_in(batch: Any) -> int:
