@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from regauge.ir.errors import EmitError
+from regauge.ir.errors import EmitError, first_line
 from regauge.ir.graph import Graph, Value
 from regauge.ir.interpret import device_of, run
 from regauge.ir.sizes import evaluate
@@ -36,7 +36,7 @@ class Check:
         try:
             found = self.call(model)
         except Exception as error:  # whatever the user's code raises on sizes it does not expect
-            return f"its forward fails ({(str(error).strip() or type(error).__name__).splitlines()[0][:160]})"
+            return f"its forward fails ({first_line(error)[:160]})"
         return self._difference(found)
 
     def call(self, model: nn.Module) -> list[Any]:

@@ -19,6 +19,13 @@ def refusal(graph: Graph, model: nn.Module, changed: Changed, failure: str, fail
     tried = f"with all tensors replaced and its integer attributes searched, {failure}"
     end = "The model is as it was; graph.to_torch() gives a module of its own"
     cuts = _cuts(graph)
+    gone = _gone(graph, model)
+    if gone:
+        return (
+            f"{type(model).__name__} cannot express what passes changed: it still has {_listed(gone)}, and the graph "
+            f"does not. apply_to() follows cuts, not nodes that are gone or rewritten, as simplify and depth leave "
+            f"them. {end}"
+        )
     if failed is None and not cuts and not changed:
         return (
             f"{type(model).__name__} cannot express what passes changed: no tensor has another size, but with the "
@@ -36,6 +43,20 @@ def refusal(graph: Graph, model: nn.Module, changed: Changed, failure: str, fail
     patterns = dict.fromkeys(_alike(model, name) for name in dims)
     excluded = ",".join(f'"{pattern}"' for pattern in patterns)
     return f"{head}: {tried}, in {part}, where {named}. {end}, exclude=[{excluded}] leaves these Dims uncut"
+
+
+def _gone(graph: Graph, model: nn.Module) -> list[str]:
+    """What of the model the graph has no more, removed or folded into other weights: whole modules, or parameters."""
+    known = {name for parameter in graph.all_parameters() for name in parameter.names}
+    names = [name for name, _ in model.named_parameters()]
+    kept = [name for name in names if name in known]
+
+    def outermost(name: str) -> str:
+        parts = name.split(".")
+        paths = [".".join(parts[:end]) for end in range(1, len(parts))]
+        return next((path for path in paths if not any(other.startswith(path + ".") for other in kept)), name)
+
+    return list(dict.fromkeys(outermost(name) for name in names if name not in known))
 
 
 def _listed(names: list[str]) -> str:

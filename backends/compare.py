@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from regauge.backends.run_onnxruntime import Session
-from regauge.ir.errors import EquivalenceError, RegaugeError
+from regauge.ir.errors import EquivalenceError, RegaugeError, first_line
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import describe, run
 from regauge.ir.sample_inputs import sample_inputs
@@ -148,7 +148,7 @@ def _run_module(model: torch.nn.Module, inputs: Any) -> Any:
         except RegaugeError:
             raise
         except Exception as error:  # the user's own code
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise RegaugeError(f"{type(model).__name__} cannot be run on {describe(inputs)}: {reason}") from error
 
 

@@ -122,6 +122,7 @@ class _Comparison:
             if not self._same(old, new):
                 self.changes.rewired.append(Rewired(now, slot, self._outer(old), self._outer(new), owner))
         for old_region, new_region in zip(was.regions, now.regions, strict=True):
+            self._values(self._formals(old_region), self._formals(new_region))
             self._outputs(old_region, new_region)
 
     def _formals(self, region: Graph) -> list[Value]:

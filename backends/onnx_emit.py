@@ -255,12 +255,14 @@ def _freeze_in(node: onnx_ir.Node, parameter: Parameter, content: torch.Tensor, 
 
 
 def _write_shapes(graph: Graph, changes: Changes, carrier: Carrier) -> None:
-    """Declared shapes inside the model follow the cut; what cannot be said as a number is left open."""
+    """Declared shapes inside the model follow the cut, also those of what bodies and branches take and give; what
+    cannot be said as a number is left open. The interface of the model itself stays, unless a pass was asked for it."""
+    interface = {*carrier.model.graph.inputs, *carrier.model.graph.outputs}
     for before, after in changes.shapes:
         value = carrier.copy_of(after.origin)
-        if value is None or value.shape is None or (value.is_graph_output() and not _meant(graph, after)):
+        if value is None or value.shape is None:
             continue
-        if value.is_graph_input() and not value.is_initializer():
+        if value in interface and not value.is_initializer() and not _meant(graph, after):
             continue
         if value.graph in carrier.function_graphs or len(value.shape) != len(after.shape):
             value.shape = None

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir
 import sympy
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from regauge.backends.onnx_bits import FOUR_BITS_SINCE, pack_initializers
@@ -78,7 +79,9 @@ def _export(module: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[dict[i
     if any(node.attributes.get("block_size") for _, node in graph.walk()):
         options["opset_version"] = FOUR_BITS_SINCE  # the first with scales of blocks
     try:
-        with _quiet():
+        # The exporter takes attention apart as the plain kernel computes it. Traced with another one, whose results lie
+        # otherwise in memory, reshapes behind it became views that do not fit: of biased attention on a dynamic batch.
+        with _quiet(), sdpa_kernel(SDPBackend.MATH):
             return torch.onnx.export(module, inputs, dynamo=True, verbose=False, **options)
     except RegaugeError:
         raise

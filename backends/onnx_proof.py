@@ -11,7 +11,7 @@ from typing import Any
 from regauge.backends.onnx_check import compare_result, quantization_steps
 from regauge.backends.onnx_write import MOST_INLINE_BYTES
 from regauge.backends.run_onnxruntime import Optimisation, Session
-from regauge.ir.errors import EmitError, RegaugeError
+from regauge.ir.errors import EmitError, RegaugeError, first_line
 from regauge.ir.graph import Graph
 from regauge.ir.sample_inputs import candidates, input_symbols
 
@@ -55,7 +55,7 @@ class Proof:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:  # the checker raises several types
             if _passes_checker(self.source):
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 raise EmitError(f"the written model does not pass the onnx checker: {reason}") from error
 
     def _runs(self, session: Session) -> Iterator[tuple[Mapping[str, Any], list[Any]]]:

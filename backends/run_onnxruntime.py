@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from regauge.ir.errors import RegaugeError
+from regauge.ir.errors import RegaugeError, first_line
 
 Optimisation = Literal["off", "all"]
 Inputs = Sequence[Any] | Mapping[str, Any]
@@ -51,7 +51,7 @@ class Session:
             return [_to_torch(result, _EIGHTHS.get(kind)) for result, kind in zip(results, self._kinds, strict=True)]
         except Exception as error:  # onnxruntime raises its own types, one per status code
             shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
-            raise RegaugeError(f"onnxruntime failed on inputs {shapes}: {_first_line(error)}") from error
+            raise RegaugeError(f"onnxruntime failed on inputs {shapes}: {first_line(error)}") from error
 
     def feeds(self, inputs: Inputs) -> dict[str, Any]:
         """Inputs as onnxruntime wants them; raises RegaugeError when one is missing or unknown."""
@@ -124,11 +124,7 @@ def _open(source: str | bytes, optimisation: Optimisation, threads: int | None, 
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own types, one per status code
-        raise RegaugeError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RegaugeError(f"onnxruntime cannot load the model: {first_line(error)}") from error
 
 
 def _to_numpy(value: Any) -> Any:

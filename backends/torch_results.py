@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from regauge.backends.torch_sizes import symbols_in
-from regauge.ir.errors import EmitError, RegaugeError
+from regauge.ir.errors import EmitError, RegaugeError, first_line
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Sample
 from regauge.ir.sizes import evaluate as evaluate_sizes
@@ -55,7 +55,7 @@ def _here(node: Node) -> bool:
     except RegaugeError:
         raise
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         raise EmitError(
             f"{node.label} cannot run on the sizes it has: {line}: "
             "if they were cut, keep more (prune takes minimum= and exclude=)"

@@ -46,17 +46,16 @@ def broken(text: str, indent: str) -> list[str]:
         inner = text[start + 1 : end]
         if not inner.strip() or text[end + 1 :].strip("),:]} "):
             continue
-        body = _body(inner, indent + INDENT, is_call=text[start] == "(" and start > 0)
+        body = _body(inner, indent + INDENT)
         return [indent + text[: start + 1], *body, indent + text[end:]]
     return [indent + text]
 
 
-def _body(inner: str, indent: str, is_call: bool) -> list[str]:
+def _body(inner: str, indent: str) -> list[str]:
     """What is inside a pair of brackets: on one line if it fits, else an item per line."""
     items = _split(inner)
     if len(indent) + len(inner) <= WIDTH or len(items) == 1:
-        plain = len(items) == 1 and is_call and (" for " in inner or len(indent) + len(inner) > WIDTH)
-        return broken(inner if plain or not inner.endswith(",") else inner, indent)
+        return broken(inner, indent)
     lines: list[str] = []
     for item in items:
         pieces = broken(item, indent)
@@ -85,7 +84,7 @@ def _bracket_pairs(text: str) -> list[tuple[int, int]]:
 
 
 def _split(text: str) -> list[str]:
-    """The comma-separated items of a bracket's content."""
+    """The comma-separated items of a bracket's content; a comprehension is one, whatever its targets."""
     items: list[str] = []
     depth, start, quote = 0, 0, ""
     for at, character in enumerate(text):
@@ -97,6 +96,8 @@ def _split(text: str) -> list[str]:
             depth += 1
         elif character in _CLOSE:
             depth -= 1
+        elif depth == 0 and text.startswith(" for ", at):
+            return [text.strip()]
         elif character == "," and depth == 0:
             items.append(text[start:at].strip())
             start = at + 1

@@ -30,8 +30,8 @@ class DropQuiet(regauge.Pass):
                     others = [other for other in range(results[0].dim()) if other != axis]
                     size[dims[0]] = size.get(dims[0], 0) + results[0].abs().mean(others)
 
-        for batch in context.batches():
-            graph.run(batch, hook=measure)
+        for inputs in context.inputs(graph):  # of a DataLoader's batches without the labels
+            graph.run(inputs, hook=measure)
         context.note(f"{len(size)} Dims were measured")
         keep = {dim: mean.topk(len(mean) - int(self.ratio * len(mean))).indices.tolist() for dim, mean in size.items()}
         return regauge.resize(graph, keep, by=self.name) if keep else graph

@@ -12,7 +12,7 @@ import torch
 
 from regauge.frontends.traced_sizes import TracedBuilder
 from regauge.ir.edit import Expected, remove_node
-from regauge.ir.errors import OperatorError, RegaugeError
+from regauge.ir.errors import OperatorError, RegaugeError, first_line
 from regauge.ir.graph import Value
 from regauge.ir.operator import Operator, find_aten
 from regauge.ir.ops.torch_opaque import literal_text, region_slot, slot, written_arguments
@@ -81,7 +81,7 @@ def emit_call(build: TracedBuilder, target: Any, args: Sequence[Any], kwargs: di
         roll_back(build, mark)
         if isinstance(error, RegaugeError):
             raise
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         raise OperatorError(f"its adapter failed: {line}") from error
     finally:
         build.expected = ()

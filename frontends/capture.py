@@ -27,7 +27,7 @@ from regauge.frontends.outputs import plain_outputs
 from regauge.frontends.pytrees import Leaf, argument_names, distinct, flatten_call, flatten_outputs, tensors_of
 from regauge.frontends.recurrent_shapes import stated_shapes
 from regauge.frontends.tracing import bind_arguments, explain_run, export_module, in_mode
-from regauge.ir.errors import CaptureError, RegaugeWarning
+from regauge.ir.errors import CaptureError, RegaugeWarning, first_line
 from regauge.ir.graph import Graph
 
 MAX_REPAIRS = 8  # operators whose records may turn out wrong in one model before capture gives up
@@ -181,7 +181,7 @@ def _decompose(traced: Traced, reason: str) -> None:
     try:
         traced.program = traced.program.run_decompositions({})
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         raise CaptureError(f"{traced.name} cannot be captured: {reason}, and torch cannot undo that: {line}") from error
 
 

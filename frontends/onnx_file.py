@@ -12,7 +12,7 @@ import onnx_ir
 
 from regauge.frontends.onnx_reading import Arrays, put_arrays, read_proto
 from regauge.frontends.onnx_weights import tensors_of
-from regauge.ir.errors import LoadError
+from regauge.ir.errors import LoadError, first_line
 
 # In the meta of a model: protos that are written as they are, and names of values that have a type of their own.
 TRAINING_INFO = "training_info"
@@ -293,4 +293,4 @@ def _collect(graph: onnx_ir.Graph, local: set[onnx_ir.Value], found: dict[onnx_i
 def _line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

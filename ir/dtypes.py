@@ -21,6 +21,11 @@ def is_real(dtype: Dtype) -> bool:
     return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
 
 
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of at least single precision: small constants, and sums of squares, need more than half has."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
 def dtype_name(dtype: Dtype) -> str:
     """``f32`` for torch.float32; other types keep torch's name."""
     return dtype if isinstance(dtype, str) else _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")

@@ -7,6 +7,11 @@ class RegaugeError(Exception):
     """Base of every error that Regauge raises on purpose; the command line prints it as one line and exits with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: the first, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class AxisError(RegaugeError):
     """Two axes that must have the same indices cannot (different sizes), or an axis rule does not fit its operands."""
 

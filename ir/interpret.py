@@ -10,13 +10,17 @@ import sympy
 import torch
 
 from regauge.ir.dtypes import dtype_name
-from regauge.ir.errors import GraphError, RegaugeError
+from regauge.ir.errors import GraphError, RegaugeError, first_line
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sizes import evaluate, solve_bindings
 from regauge.ir.weights import device_of_weight
 
 Hook = Callable[[Node, tuple[Any, ...]], tuple[Any, ...] | None]
 """Called after each node with its results; may return other results in their place."""
+
+
+LABELS = ("labels", "label", "target", "targets")
+"""What labels are called in a batch that is a mapping, where no input of the graph has the name."""
 
 
 class Interpreter:
@@ -40,22 +44,17 @@ class Interpreter:
         self.device = device_of(graph) if device is None else torch.device(device)
         self._moves = device is not None  # the parameters too
         self.states: dict[str, torch.Tensor] = {}
+        self._unlike = ""  # what to say of an input that is not of the declared type or sizes, should a node fail
 
     def run(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
         """Results of the graph for inputs in order or by name, which are moved to where the weights are.
 
         Raises RegaugeError naming the node that failed.
         """
+        self._unlike = ""
         environment, bindings = self.bound(inputs)
-        arguments = list(environment.values())
-        try:
-            with torch.no_grad():
-                results = self._run_graph(self.graph, environment, bindings)
-        except RegaugeError as error:
-            unlike = _unlike_declared(self.graph.inputs, arguments)
-            if not unlike:
-                raise
-            raise type(error)(f"{error} ({unlike})") from error
+        with torch.no_grad():
+            results = self._run_graph(self.graph, environment, bindings)
         self.states = {s.name: environment[s.after] for s in self.graph.states}
         return results
 
@@ -70,9 +69,12 @@ class Interpreter:
             if isinstance(tensor, tuple | list) and isinstance(value.dtype, torch.dtype):
                 kind = type(tensor).__name__
                 raise GraphError(f"the input {value} got {describe(tensor)}, a {kind}: give a tensor for each input")
+            if isinstance(tensor, str):
+                raise GraphError(f"the input {value} got {tensor!r}: give a tensor for each input")
             if isinstance(tensor, torch.Tensor):
                 _check_rank(value, tensor)
                 solve_bindings(value.shape, tensor.shape, bindings)
+        self._unlike = self._unlike or _unlike_declared(self.graph.inputs, arguments)
         return dict(zip(self.graph.inputs, arguments, strict=True)), bindings
 
     def _arguments(self, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
@@ -84,7 +86,8 @@ class Interpreter:
             inputs = {**defaults, **inputs}
             missing = [name for name in names if name not in inputs]
             if missing:
-                raise GraphError(f"no value is given for the graph input {missing[0]!r}: inputs are {', '.join(names)}")
+                given = ", ".join(str(name) for name in inputs if name not in defaults) or "nothing"
+                raise GraphError(f"no value is given for the graph input {missing[0]!r}, but for {given}")
             inputs = [inputs[name] for name in names]
         if len(inputs) != len(names):
             raise GraphError(
@@ -126,7 +129,10 @@ class Interpreter:
         except Exception as error:
             shapes = ", ".join(map(describe, operands))
             where = f", called at {node.source}" if node.source else ""
-            raise RegaugeError(f"{node.label} failed on operands {shapes}{where}: {error}") from error
+            unlike = f" ({self._unlike})" if self._unlike else ""
+            raise RegaugeError(
+                f"{node.label} failed on operands {shapes}{where}: {first_line(error)}{unlike}"
+            ) from error
         results = tuple(raw) if isinstance(raw, tuple | list) else (raw,)
         if len(results) < len(node.outputs):
             raise RegaugeError(f"{node.label} gave {len(results)} results, the graph expects {len(node.outputs)}")
@@ -221,6 +227,16 @@ def last_uses(graph: Graph) -> dict[int, list[Value]]:
                 steps = [position[user] for user, _ in value.uses if user in position]
                 result.setdefault(max(steps, default=position[node]), []).append(value)
     return result
+
+
+def inputs_of(graph: Graph, batch: Sequence[Any] | Mapping[str, Any]) -> tuple[Any, ...] | Mapping[str, Any]:
+    """What of a batch are inputs of the graph: a DataLoader gives labels behind them, which are left out."""
+    if isinstance(batch, Mapping):
+        return batch
+    count = len(graph.inputs)
+    if len(batch) < count:  # what has a default need not be given
+        count -= len(graph.metadata.get("input_defaults", {}))
+    return tuple(batch[:count])
 
 
 def run_seeded(graph: Graph, inputs: Sequence[Any] | Mapping[str, Any]) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 from regauge.ir.axes import Analysis, infer_axes
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
-from regauge.ir.errors import LawError
+from regauge.ir.errors import LawError, first_line
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.kept import Keep, flat_indices, part_kept
@@ -87,7 +87,7 @@ class Case:
             try:
                 raw = self.node.operator.evaluate(*operands, **attributes)
             except Exception as error:
-                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                line = first_line(error)
                 advice = "correct the rule, or derive the attributes that hold sizes"
                 raise self.broken(what or "evaluation", f"the operator fails: {line}", advice) from error
         results = list(raw) if isinstance(raw, tuple | list) else [raw]

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 
-from regauge.ir.errors import OperatorError, RegaugeError
+from regauge.ir.errors import OperatorError, RegaugeError, first_line
 from regauge.ir.operator import Operator, Symmetry
 from regauge.ir.rules import broadcast_rule
 from regauge.ir.sizes import (
@@ -137,7 +137,7 @@ def infer_in_full(operator: Operator, operands: Sequence[Any], attributes: Mappi
         raise
     except Exception as error:
         shown = ", ".join(repr(o) for o in operands)
-        raise OperatorError(f"{operator.name}({shown}) cannot be evaluated: {_first_line(error)}") from error
+        raise OperatorError(f"{operator.name}({shown}) cannot be evaluated: {first_line(error)}") from error
 
 
 def _infer_kinked(operator: Operator, operands: Sequence[Any], attributes: Mapping[str, Any]) -> list[Result] | None:
@@ -267,10 +267,6 @@ def _telling(sizes: set[Any], hints: Mapping[sympy.Symbol, int]) -> bool:
     fixed = {size for size in sizes if isinstance(size, int)}
     found = [size.subs(hints) for size in sizes if isinstance(size, sympy.Expr)]
     return all(not number.is_Integer or number > 4 and int(number) not in fixed for number in found)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype:

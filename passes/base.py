@@ -32,6 +32,7 @@ import torch
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.ir.interpret import inputs_of
 from regauge.ir.timing import Measure
 from regauge.passes.options import check_options, describe, hints, unknown_option
 
@@ -71,10 +72,12 @@ class Context:
     made_up: bool = False  # whether a pass made the data itself, so that its size says nothing of what runs will get
 
     def batches(self) -> Iterator[Any]:
-        """The batches of ``data``, each as ``graph.run`` takes it; raises PassError where there is none."""
+        """The batches of ``data``, labels and all; raises PassError where there is none. See :meth:`inputs`."""
         given = self.data() if callable(self.data) else self.data
         if isinstance(given, torch.Tensor | np.ndarray):
             raise PassError(f"data is one array of shape {tuple(given.shape)}: give a list of batches, data=[x]")
+        if isinstance(given, Mapping | str):
+            raise PassError(f"data is a {type(given).__name__}: give a list of batches, data=[batch]")
         found = False
         for batch in given if isinstance(given, Iterable) else ():
             found = True
@@ -84,9 +87,18 @@ class Context:
                 "data has no batch: give an iterable of batches, each a tensor, a tuple or a mapping of tensors"
             )
 
+    def inputs(self, graph: Graph) -> Iterator[Any]:
+        """The batches of ``data`` as ``graph.run`` takes them: what they hold behind the graph's inputs is left out."""
+        return (inputs_of(graph, batch) for batch in self.batches())
+
     def note(self, text: str) -> None:
         """Add a line to the report."""
         self.notes.append(text)
+
+
+def reasons(left: Mapping[str, int]) -> list[str]:
+    """Why things were left alone, each with how many they are."""
+    return [f"{count} x {reason}" for reason, count in left.items() if count]
 
 
 class Replayed:

@@ -107,7 +107,7 @@ def _try_convert(value: Any, annotation: Any, where: str) -> Any:
 
 def describe(annotation: Any) -> str:
     """A type in words: ``a number``, ``one of l1, l2``, ``a list of words``."""
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a word", Any: "a Python object"}
     parts = []
     for candidate in _alternatives(annotation):
         origin = get_origin(candidate)

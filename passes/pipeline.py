@@ -213,7 +213,7 @@ def _measured_error(one: Pass, before: Graph, after: Graph, data: Any) -> float 
 
 def _measured_error_of(before: Graph, after: Graph, data: Any) -> float | None:
     if data is not None:
-        batch = _first_batch(data)
+        batch = next(Context(data=data).inputs(before))
         return _relative_error(run_seeded(before, batch), run_seeded(after, batch))
     wanted = 2 if input_symbols(before) else 1
     errors, runs = [], []
@@ -228,10 +228,6 @@ def _measured_error_of(before: Graph, after: Graph, data: Any) -> float | None:
 def _tolerance(graph: Graph) -> float:
     dtypes = {value.dtype for value in graph.values() if isinstance(value.dtype, torch.dtype)}
     return max([FLOAT_TOLERANCE if torch.float32 in dtypes else 0.0, *(EXACT_TOLERANCE.get(d, 0.0) for d in dtypes)])
-
-
-def _first_batch(data: Any) -> Any:
-    return next(Context(data=data).batches())
 
 
 def _relative_error(expected: Sequence[Any], found: Sequence[Any]) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from regauge.ir.cost import Figures, figures
 from regauge.ir.graph import Graph
 from regauge.ir.tables import format_table, short
-from regauge.passes.base import Cut
+from regauge.passes.base import Cut, reasons
 
 _SHOWN_CUTS = 12
 _SHOWN_REASONS = 6
@@ -40,7 +40,7 @@ class PassReport:
         lines += cuts[:_SHOWN_CUTS]
         if len(cuts) > _SHOWN_CUTS:
             lines.append(f"... and {len(cuts) - _SHOWN_CUTS} more")
-        left = [f"left alone: {count} x {reason}" for reason, count in self.left.items()]
+        left = [f"left alone: {reason}" for reason in reasons(self.left)]
         lines += left[:_SHOWN_REASONS]
         if len(left) > _SHOWN_REASONS:
             lines.append(f"... and {len(left) - _SHOWN_REASONS} more reasons, in report.passes[...].left")

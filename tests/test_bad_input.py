@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import regauge
 from regauge.cli import main
 
 MANY = 100_000
@@ -163,3 +165,9 @@ def test_a_hundred_thousand_nodes_are_read_and_pruned(tmp_path: Path, capsys: py
     assert status == 0, lines
     kept = onnx.load(tmp_path / "out.onnx")
     assert {i.name: list(i.dims) for i in kept.graph.initializer} == {"w": [4, 4], "v": [4, 4]}
+
+
+def test_names_that_no_input_has_are_told() -> None:
+    graph = regauge.capture(torch.nn.Linear(3, 2), (torch.randn(2, 3),))
+    with pytest.raises(regauge.RegaugeError, match="no value is given for the graph input 'input', but for x"):
+        graph.run({"x": torch.randn(2, 3)})

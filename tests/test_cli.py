@@ -150,6 +150,18 @@ def test_arrays_under_wrong_names_are_told_with_those_expected(
     assert capsys.readouterr().err == f"regauge: {data} holds arrays called pixels, but the model takes {name}\n"
 
 
+def test_data_of_passes_may_hold_labels(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = tmp_path / "data.npz", tmp_path / "out.onnx"
+    x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    np.savez(data, **{_input_name(model_file): x, "labels": np.arange(8) % 3})
+    for passes in ("prune{ratio=0.5,score=taylor},simplify", "sort"):
+        assert run("optimize", model_file, "-o", out, "--data", data, "--passes", passes) == 0
+    assert run("compare", model_file, out, "--data", data) == 2
+    np.save(tmp_path / "one.npy", x)
+    assert run("optimize", model_file, "-o", out, "--data", tmp_path / "one.npy") == 2
+    assert "one.npy holds one array without a name: save it by numpy.savez" in capsys.readouterr().err
+
+
 def test_groups_count_what_cannot_be_cut(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("groups", model_file) == 0
     shown = capsys.readouterr().out

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from regauge.ir.errors import OperatorError
+from regauge.ir.errors import OperatorError, first_line
 from regauge.ir.operator import operator
 from regauge.ir.rules import Axes, Call
 
@@ -100,7 +100,7 @@ def onnx_call(*operands, op_type, model, reason=""):  # type: ignore[no-untyped-
     try:
         session = _session(model)
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise OperatorError(f"onnxruntime cannot run {op_type}: {first}; register the operator's library") from error
     names = [value.name for value in session.get_inputs()]
     return tuple(_run(session, {name: _to_runtime(o) for name, o in zip(names, operands, strict=True)}))

@@ -7,18 +7,26 @@ from typing import Any
 
 import torch
 
+from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.passes.base import Context
 
 
 def calibration_batches(graph: Graph, context: Context) -> list[Any]:
-    """The batches of a pass's data, each a tuple or mapping of the graph's inputs; raises PassError where none is.
+    """The batches of a pass's data, each a tuple or mapping of the graph's inputs.
 
-    A DataLoader of examples with labels gives these behind the inputs: what a tuple holds more than the graph has
-    inputs is left out.
+    Labels behind the inputs are left out. Raises PassError where there is no batch, or no example in any.
     """
-    count = len(graph.inputs)
-    return [batch if isinstance(batch, Mapping) else tuple(batch)[:count] for batch in context.batches()]
+    found = list(context.inputs(graph))
+    check_examples(found)
+    return found
+
+
+def check_examples(batches: Sequence[Any]) -> None:
+    """Raise PassError where batches of inputs hold no example: what is measured on them would say nothing."""
+    arrays = (x for batch in batches for x in (batch.values() if isinstance(batch, Mapping) else batch))
+    if all(0 in getattr(x, "shape", ()) for x in arrays):
+        raise PassError("data holds no example: every array in it is empty")
 
 
 def examples_in(batch: Any) -> int:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from regauge.ir.dtypes import widened
 from regauge.ir.errors import PassError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.interpret import Interpreter, last_uses
@@ -46,6 +47,7 @@ class Statistics:
     def distance(self, x: torch.Tensor) -> torch.Tensor:
         """How far the channels of a batch [examples, channels, places...] are from these statistics; 0 is equal."""
         axes = [axis for axis in range(x.dim()) if axis != 1]
+        x = widened(x)
         mean, variance = x.mean(axes), x.var(axes, unbiased=False)
         spread = (variance + 1e-12).sqrt() / self.deviation
         return ((mean - self.mean) / self.deviation).square().mean() + (spread - 1).square().mean()
@@ -64,8 +66,8 @@ def _statistics(node: Node) -> Statistics | None:
         return None
     if not isinstance(mean, Parameter) or not isinstance(variance, Parameter):
         return None
-    spread = (variance.tensor.detach() + float(node.attributes["eps"])).clamp(min=1e-12).sqrt()
-    return Statistics(node, mean.tensor.detach(), spread)
+    spread = (widened(variance.tensor.detach()) + float(node.attributes["eps"])).clamp(min=1e-12).sqrt()
+    return Statistics(node, widened(mean.tensor.detach()), spread)
 
 
 def generated_batches(
@@ -89,13 +91,13 @@ def _matched(
 ) -> tuple[Any, ...]:
     """A batch after ``steps`` steps towards the statistics."""
     places = [place for place, _ in float_inputs(graph)]
-    moving = [batch[place].detach().clone().requires_grad_() for place in places]
+    moving = [widened(batch[place].detach()).clone().requires_grad_() for place in places]
     adam = torch.optim.Adam(moving, lr=RATE)
 
     def whole() -> tuple[Any, ...]:
         inputs = list(batch)
         for place, x in zip(places, moving, strict=True):
-            inputs[place] = x
+            inputs[place] = x.to(batch[place].dtype)
         return tuple(inputs)
 
     for step in range(steps):

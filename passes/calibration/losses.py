@@ -15,12 +15,11 @@ import torch.nn.functional as F
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.ir.interpret import LABELS, inputs_of
 from regauge.passes.calibration.batches import part_of
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 """``loss(outputs, batch)``: of the graph's outputs (one tensor where there is one) and a batch as the data gives it."""
-
-_LABELS = ("labels", "label", "target", "targets")
 
 
 class Labelled(NamedTuple):
@@ -35,11 +34,11 @@ def labelled(graph: Graph, batch: Any) -> Labelled:
     """A batch taken apart: labels are what a tuple holds behind the inputs, or ``labels`` of a mapping."""
     if isinstance(batch, Mapping):
         names = {value.name for value in graph.inputs}
-        labels = next((batch[name] for name in _LABELS if name in batch and name not in names), None)
+        labels = next((batch[name] for name in LABELS if name in batch and name not in names), None)
         return Labelled(batch, labels, batch)
-    count = len(graph.inputs)
-    behind = tuple(batch)[count:]
-    return Labelled(tuple(batch)[:count], behind[0] if behind else None, batch)
+    inputs = inputs_of(graph, batch)
+    behind = tuple(batch)[len(inputs) :]
+    return Labelled(inputs, behind[0] if behind else None, batch)
 
 
 def example_slices(batch: Labelled, examples: int) -> list[Labelled]:

@@ -80,7 +80,9 @@ class Moments:
         """Raise PassError, naming the layer, where what was added is not finite."""
         numbers = (*(x for x, _ in self._kept), self.squares, *(self._summed or ()))
         if not all(bool(part.isfinite().all()) for part in numbers):
-            raise PassError(f"{layer} gets or gives infinite numbers on the calibration data")
+            raise PassError(
+                f"{layer} gets or gives NaN or infinite numbers on the calibration data: look for them in it"
+            )
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from regauge.ir.cost import Metric, figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.tables import short
+from regauge.passes.base import reasons
 from regauge.passes.depth.parts import Part
 from regauge.passes.depth.removal import without
 from regauge.passes.depth.scores import Judge
@@ -49,7 +50,7 @@ class Goal:
         outermost = without_nested(candidates)
         if self.met(outermost):
             return
-        stay = ", ".join(f"{count} x {reason}" for reason, count in left.items() if count)
+        stay = ", ".join(reasons(left))
         why = f" (left alone: {stay})" if stay else ""
         if self.metric is None:
             there = f"there are {len(outermost)} that can be removed" if outermost else "none can be removed"

@@ -28,7 +28,7 @@ from regauge.passes.allocation.choices import Choice, round_wishes, with_multipl
 from regauge.passes.allocation.fit import allocate
 from regauge.passes.allocation.plans import uniform_plan
 from regauge.passes.allocation.search import UNITS, budgets_of
-from regauge.passes.base import Cut
+from regauge.passes.base import Cut, reasons
 from regauge.passes.pruning.score_table import criterion, score
 from regauge.passes.pruning.selection import select
 from regauge.passes.report import reported
@@ -185,14 +185,28 @@ def elastic(
     are not elastic. Where something normalises over a Dim, that is computed over what is kept, as ``prune`` does.
     Loaded ONNX graphs are taken like captured ones. Raises PassError where no Dim is elastic.
     """
+    found = ordered(graph, score_by, include, exclude, round_to, seed)
+    if not found.scores:
+        why = ", ".join(reasons(found.left)) or "none has more than one index"
+        raise PassError(f"no Dim of the graph is elastic: {why}")
+    return found
+
+
+def ordered(
+    graph: Graph,
+    score_by: str | Mapping[str, Sequence[float]],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    round_to: int,
+    seed: int,
+) -> Elastic:
+    """:func:`elastic`, of a graph without elastic Dims too: it is a copy then."""
     left: Counter[str] = Counter()
     groups = select(graph.groups(), include, exclude, left)
     allowed = set(may_be_reordered(graph, [group.dim for group in groups]))
     left["its indices have an order that is read"] += sum(group.dim not in allowed for group in groups)
     chosen = [group for group in groups if group.dim in allowed]
     scores = _scores(graph, chosen, score_by, seed)
-    if not scores:
-        raise PassError(f"no Dim of the graph is elastic: {dict(+left)}")
     orders = {dim: np.argsort(-found, kind="stable") for dim, found in scores.items()}
     ordered = {dim.name: found[orders[dim]] for dim, found in scores.items()}
     return Elastic(reorder(graph, orders, by="elastic"), ordered, +left, round_to)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from regauge.ir.graph import Graph
 from regauge.passes.base import Context, Contract, Pass
-from regauge.passes.elastic.elastic import elastic
+from regauge.passes.elastic.elastic import ordered
 from regauge.passes.options import option
 
 
@@ -32,7 +32,9 @@ class Sort(Pass):
     seed: int = option(0, "seed of score=random", at_least=0)
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        nested = elastic(graph, score_by=self.score, include=self.include, exclude=self.exclude, seed=self.seed)
+        nested = ordered(graph, self.score, self.include, self.exclude, 1, self.seed)
         context.left.update(nested.left)
+        if not nested.scores:
+            return graph
         context.note(f"{len(nested.scores)} Dims sorted")
         return nested.graph

@@ -23,7 +23,7 @@ from regauge.passes.allocation.fit import coarseness
 from regauge.passes.allocation.latency import LatencySearch, device_of
 from regauge.passes.allocation.search import UNITS, Scope, Search, budgets_of
 from regauge.passes.base import Context, Contract, Cut, Pass
-from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.batches import calibration_batches, check_examples, examples_in
 from regauge.passes.calibration.generated import STEPS, generated_batches, statistics_in
 from regauge.passes.calibration.losses import Labelled, labelled
 from regauge.passes.options import option
@@ -145,6 +145,10 @@ class Prune(Pass):
             raise PassError(f"prune takes preserve or {other}, not both: what is refitted is not the masked original")
         if self.loss is not None and not callable(self.loss):
             raise PassError("option 'loss' of prune must be a function, loss(outputs, batch)")
+        if self.loss is not None and (self.score is None or criterion(self.score).needs != "loss"):
+            raise PassError("option 'loss' of prune is for scores that need one: give score, such as taylor")
+        if self.device is not None and self.latency is None and self.round_to != "device":
+            raise PassError("option 'device' of prune is for latency or round_to=device: give one of them")
 
     @classmethod
     def details(cls) -> list[tuple[str, str]]:
@@ -168,6 +172,8 @@ class Prune(Pass):
         return {name: parse_amount(value, name, UNITS[name]) for name, value in given.items() if value is not None}
 
     def call(self, graph: Graph, context: Context) -> Graph:
+        if context.data is not None and (self.examples is not None or self.steps != STEPS):
+            context.note("examples and steps are of inputs made up: there are none, since data is given")
         if context.data is None and (self._refits or self._needs_data):
             made_up = self._data_free(graph, context)
             return self._cut(graph, context).refitted if made_up is None else made_up
@@ -280,7 +286,9 @@ class Prune(Pass):
         unused = self.score is not None and not self._needs_data and not self._refits
         if context.data is None or unused:
             return None
-        return [labelled(graph, batch) for batch in context.batches()]
+        batches = [labelled(graph, batch) for batch in context.batches()]
+        check_examples([batch.inputs for batch in batches])
+        return batches
 
     def _scores(
         self, graph: Graph, groups: Sequence[Group], name: str, batches: Sequence[Labelled] | None, context: Context
@@ -344,6 +352,9 @@ class Prune(Pass):
         return counts
 
     def _note_stuck(self, choices: Sequence[Choice], multiple: int, context: Context) -> None:
+        small = sum(choice.size <= self.minimum for choice in choices)
+        if small:
+            context.left[f"it has no more than the minimum of {self.minimum} indices"] += small
         stuck = sum(choice.stuck for choice in choices)
         if stuck:
             context.left[f"no smaller size keeps its axes multiples of {multiple}"] += stuck

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from regauge.ir.dtypes import widened
 from regauge.ir.extents import positions_on
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.groups import Group, Member
@@ -87,7 +88,7 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.cpu()
     if tensor.is_complex():
         return tensor.abs()
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+    return widened(tensor)
 
 
 def lamp(squares: np.ndarray) -> np.ndarray:

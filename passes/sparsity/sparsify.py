@@ -36,6 +36,7 @@ from regauge.passes.sparsity.sequential import (
 from regauge.passes.sparsity.targets import find_layers
 
 RATIO = 0.5
+BLOCK = "4x4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Sparsify(Pass):
     ratio: float | None = option(
         None, f"share of the weights that goes, for unstructured and block ({RATIO} if not given)", above=0, below=1
     )
-    block: str = option("4x4", "rows by columns of a block")
+    block: str | None = option(None, f"rows by columns of a block, for pattern=block ({BLOCK} if not given)")
     transposable: bool = option(False, "N:M in both directions of the weight")
     method: Method | None = option(None, "how masks are chosen; obs where data is given, else magnitude")
     refine: Refinement | None = option(
@@ -91,6 +92,10 @@ class Sparsify(Pass):
         pattern = self._pattern()
         if self.ratio is not None and not is_counted(pattern):
             raise PassError(f"sparsify: {self.pattern} says itself how much goes: give no ratio")
+        if self.block is not None and self.pattern != "block":
+            raise PassError(f"sparsify: block={self.block} is for pattern=block, not {self.pattern}")
+        if self.allocation is not None and not is_counted(pattern):
+            raise PassError(f"sparsify: {self.pattern} is the same share of every layer: give no allocation")
         if self.transposable and is_counted(pattern):
             raise PassError(f"sparsify: transposable is for patterns N:M, not {self.pattern}")
         if self.permute and is_counted(pattern):
@@ -136,7 +141,7 @@ class Sparsify(Pass):
         return result
 
     def _pattern(self) -> Pattern:
-        return parse_pattern(self.pattern, self.block, self.transposable)
+        return parse_pattern(self.pattern, self.block or BLOCK, self.transposable)
 
     def _batches(self, graph: Graph, context: Context) -> list[Any] | None:
         """The calibration data, where there is any and the options want it."""

@@ -12,15 +12,18 @@ kept, and these are compared.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from regauge.ir.errors import PassError
+from regauge.ir.errors import PassError, RegaugeWarning
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.kept import Keep, part_kept
 from regauge.ir.resize import kept_indices
@@ -63,6 +66,8 @@ class Distillation:
     and ``pruned`` are the teacher's graph and the one that the student was emitted from; they may be left out where
     the features have the same sizes, as when a sparsifier trains a copy of the teacher.
 
+    The teacher runs in the mode that it is in: call ``teacher.eval()`` first.
+
     The value is ``logits`` times the divergence of the outputs (``output="kl"``, at a ``temperature``, classes along
     ``axis``; or ``"mse"``), plus ``weight`` times the mean of :func:`feature_distance`. ``remove()`` takes the hooks
     off both modules. Raises PassError for a module or a value that is not there, or features of different sizes.
@@ -91,8 +96,12 @@ class Distillation:
         pairs = dict(features) if isinstance(features, Mapping) else {name: name for name in features}
         paths = {name: _path(original, name) for pair in pairs.items() for name in pair}
         self._pairs = {paths[own]: paths[other] for own, other in pairs.items()}
+        for own, other in self._pairs.items():
+            if own == other and original is not None and pruned is not None:
+                _check_same_value(original, pruned, own)
         self._kept = {other: _selection(original, pruned, other) for other in self._pairs.values()}
         self._seen: dict[tuple[str, str], torch.Tensor] = {}
+        self._teacher_was_seen = False
         self._hooks = [self._watch("student", student, path) for path in self._pairs]
         self._hooks += [self._watch("teacher", teacher, path) for path in dict.fromkeys(self._pairs.values())]
 
@@ -110,6 +119,9 @@ class Distillation:
 
     def __call__(self, result: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss for what the student just gave for these arguments; runs the teacher on them, without gradients."""
+        if not self._teacher_was_seen:
+            self._teacher_was_seen = True
+            _warn_of_training(self.teacher)
         with torch.no_grad():
             expected = first_tensor(self.teacher(*args, **kwargs))
         found = first_tensor(result)
@@ -141,6 +153,19 @@ class Distillation:
             hook.remove()
 
 
+def _warn_of_training(teacher: nn.Module) -> None:
+    """A teacher that is left in training mode is another one at every step, and its statistics become the student's."""
+    for name, module in teacher.named_modules():
+        if module.training and isinstance(module, _BatchNorm | _DropoutNd):
+            warnings.warn(
+                f"the teacher is in training mode, where {name} ({type(module).__name__}) gives something else at "
+                "every step: call teacher.eval()",
+                RegaugeWarning,
+                stacklevel=3,
+            )
+            return
+
+
 def first_tensor(result: Any) -> torch.Tensor:
     """The tensor that a module gave: itself, ``logits`` of an output object, or the first of several."""
     if isinstance(result, torch.Tensor):
@@ -158,6 +183,18 @@ def _selection(original: Graph | None, pruned: Graph | None, path: str) -> Selec
     return original.axes.of[_result_of(original, path)], kept_indices(original, pruned)
 
 
+def _check_same_value(original: Graph, pruned: Graph, path: str) -> None:
+    """Raise PassError where a module gives another value of the network than it did: that of a norm folded into it."""
+    was, now = _result_of(original, path), list(_exits(pruned, path))
+    others = {value.name for value in original.values()} - {was.name}
+    is_result = any(output in now for output in pruned.outputs)  # which keeps its name, whatever gives it
+    if len(now) == 1 and now[0].name in others and not is_result:
+        raise PassError(
+            f"{path!r} gives {now[0].name} in the student and {was.name} in the teacher, since passes rewrote it: name "
+            f"the module of the teacher that gives {now[0].name}, features={{{path!r}: ...}}"
+        )
+
+
 def _path(graph: Graph | None, name: str) -> str:
     """The path of the module that is meant: the name itself, or the module that gives the value of this name."""
     if graph is None or any(name == path for node in graph.nodes for path, _ in node.scope):
@@ -167,7 +204,9 @@ def _path(graph: Graph | None, name: str) -> str:
     for path, _ in reversed(scope):
         if path and list(_exits(graph, path)) == [value]:
             return path
-    raise PassError(f"{name} is not what one module gives: name a module, such as {scope[-1][0] if scope else ''!r}")
+    inner = next((path for path, _ in reversed(scope) if path), None)
+    around = f" (it is made in {inner!r})" if inner else ""
+    raise PassError(f"{name} is not what one module gives{around}: name the path of a module")
 
 
 def _result_of(graph: Graph, path: str) -> Value:

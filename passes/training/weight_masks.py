@@ -10,7 +10,7 @@ from torch import nn
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter
-from regauge.passes.base import Cut
+from regauge.passes.base import Cut, reasons
 from regauge.passes.name_patterns import matches
 from regauge.passes.report import sparse_cut
 from regauge.passes.training.places import contracted_axes
@@ -48,7 +48,8 @@ class WeightSparsifier(Sparsifier):
         self.pattern = pattern
         self.axes = self._weights(include, exclude)
         if not self.axes:
-            raise PassError(f"{type(self).__name__} finds no weight that it may make sparse: {dict(self.left)}")
+            why = ", ".join(reasons(self.left)) or "none contracts its input"
+            raise PassError(f"{type(self).__name__} finds no weight that it may make sparse: {why}")
         tensors = {parameter: self.bound.tensor(parameter) for parameter in self.axes}
         self.masks = {parameter: torch.ones_like(tensor, dtype=torch.bool) for parameter, tensor in tensors.items()}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regauge.ir.errors import RegaugeError
+from regauge.ir.errors import RegaugeError, first_line
 
 if TYPE_CHECKING:
     from regauge.ir.graph import Graph
@@ -28,7 +28,7 @@ def open_file(path: Path, *, freeze: bool = False) -> Graph:
         try:
             program = torch.export.load(path)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise RegaugeError(f"{path} is not a program that torch.export saved: {reason}") from error
         return capture(program)
     from regauge.frontends.from_onnx import load
@@ -37,16 +37,22 @@ def open_file(path: Path, *, freeze: bool = False) -> Graph:
 
 
 def read_batches(paths: Sequence[Path] | None, model: Graph | Path) -> list[dict[str, Any]] | None:
-    """The batches in .npz files, under the names of the model's inputs; raises RegaugeError where they differ."""
+    """The batches in .npz files, under the names of the model's inputs; raises RegaugeError where they differ.
+
+    Data for passes may hold labels beside them, which some scores need.
+    """
     if not paths:
         return None
+    from regauge.ir.interpret import LABELS
+
     needed, optional = _input_names(model)
+    optional = optional if isinstance(model, Path) else [*optional, *LABELS]
     batches = []
     for path in paths:
         batch = _read_npz(path)
         if not set(needed) <= set(batch) <= {*needed, *optional}:
             raise RegaugeError(
-                f"{path} holds arrays called {', '.join(batch) or 'nothing'}, "
+                f"{path} holds {'arrays called ' + ', '.join(batch) if batch else 'no array'}, "
                 f"but the model takes {', '.join(needed) or 'no inputs'}"
             )
         batches.append(batch)
@@ -72,7 +78,10 @@ def _read_npz(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise RegaugeError(f"there is no file {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise RegaugeError(f"{path} holds one array without a name: save it by numpy.savez, under that of an input")
+        with found as file:
             return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RegaugeError(f"{path} is not an .npz file of arrays: {error}") from error

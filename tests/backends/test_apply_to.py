@@ -202,6 +202,16 @@ def test_a_model_without_the_graphs_tensors_is_refused():
         apply_to(graph, ConvNet())
 
 
+def test_removed_blocks_are_named() -> None:
+    """The message spoke of sizes that the code could not express, of a graph that was cut as well."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    graph = optimize(capture(model, (torch.randn(2, 3, 8),)), "prune{ratio=0.5,score=l2},depth{blocks=1}")
+    with pytest.raises(EmitError, match=r"it still has layers\.\d, and the graph does not"):
+        graph.apply_to(model)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_rewritten_graphs_are_refused_in_words(bias: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.ReLU()).eval()

@@ -66,6 +66,29 @@ def test_pruned_graph_is_written_with_its_history(graph: Graph, tmp_path: Path) 
     assert list(bias.dims) == [4]
 
 
+class BiasedAttention(nn.Module):
+    """Attention with a relative position bias, as in Swin and T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.table = nn.Parameter(torch.randn(9, 2))
+        self.register_buffer("index", torch.arange(36) % 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).reshape(x.shape[0], 6, 2, 4).transpose(1, 2) for layer in self.maps)
+        bias = self.table[self.index].reshape(6, 6, 2).permute(2, 0, 1).unsqueeze(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return y.transpose(1, 2).reshape(x.shape[0], 6, 8)
+
+
+def test_attention_with_a_bias_keeps_its_dynamic_batch(tmp_path: Path) -> None:
+    graph = capture(BiasedAttention().eval(), (torch.randn(2, 6, 8),), dynamic={0: {0: "batch"}})
+    graph.to_onnx(tmp_path / "m.onnx")
+    x = torch.randn(5, 6, 8)
+    torch.testing.assert_close(Session(tmp_path / "m.onnx").run((x,))[0], graph.run(x)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_weights_go_beside_the_model_on_request(graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regauge.backends.onnx_write.LEAST_EXTERNAL_BYTES", 96)
     graph.to_onnx(tmp_path / "m.onnx", external_data=True)

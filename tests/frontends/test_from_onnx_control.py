@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_oracle import assert_equals_runtime, free_sizes, opaque
+from onnx_oracle import assert_equals_runtime, free_sizes, opaque, runtime_outputs
+from regauge.frontends.from_onnx import load
 from regauge.ir.graph import Graph
 from regauge.ir.groups import free_groups
 from regauge.ir.interpret import run
@@ -183,6 +185,54 @@ def test_scan() -> None:
         floats(u=(4, 8), w=(8, 8), v=(8, 3), start=(2, 8)),
     )
     assert free_sizes(assert_equals_runtime(proto)) == [8]
+
+
+def recurrent() -> onnx.ModelProto:
+    """A scan and a loop one after the other, whose bodies declare the sizes of all that they take and give."""
+    step = body(
+        [
+            helper.make_node("MatMul", ["s", "w"], ["a"]),
+            helper.make_node("Add", ["a", "entry"], ["s_next"]),
+            helper.make_node("Tanh", ["s_next"], ["row"]),
+        ],
+        [value("s", FLOAT, ["n", 8]), value("entry", FLOAT, ["n", 8])],
+        [value("s_next", FLOAT, ["n", 8]), value("row", FLOAT, ["n", 8])],
+    )
+    turn = body(
+        [
+            helper.make_node("MatMul", ["h", "m"], ["b"]),
+            helper.make_node("Tanh", ["b"], ["h_next"]),
+            helper.make_node("Identity", ["go"], ["go_on"]),
+        ],
+        [value("i", INT64, []), value("go", BOOL, []), value("h", FLOAT, ["t", "n", 8])],
+        [value("go_on", BOOL, []), value("h_next", FLOAT, ["t", "n", 8])],
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "u"], ["xs"]),
+        helper.make_node("Gather", ["xs", "first"], ["start"]),
+        helper.make_node("Scan", ["start", "xs"], ["last", "rows"], body=step, num_scan_inputs=1),
+        helper.make_node("Loop", ["three", "", "rows"], ["turned"], body=turn),
+        helper.make_node("MatMul", ["turned", "v"], ["z"]),
+    ]
+    numbers = [numpy_helper.from_array(np.array(n), name) for name, n in (("first", 0), ("three", 3))]
+    weights = [*floats(u=(4, 8), w=(8, 8), m=(8, 8), v=(8, 3)), *numbers]
+    return model(nodes, [value("x", FLOAT, ["t", "n", 4])], [value("z", FLOAT, ["t", "n", 3])], weights)
+
+
+def test_what_bodies_declare_follows_a_cut(tmp_path: Path) -> None:
+    """The old sizes stayed, which no runtime loads; and the torch source had a syntax error."""
+    graph = load(recurrent())
+    assert free_sizes(graph) == [8]
+    small = halved(graph)
+    x = torch.randn(5, 2, 4)
+    (wanted,) = small.run((x,))
+    small.to_onnx(tmp_path / "small.onnx")
+    np.testing.assert_allclose(runtime_outputs(tmp_path / "small.onnx", {"x": x.numpy()})[0], wanted, atol=1e-6)
+    torch.testing.assert_close(small.to_torch()(x), wanted)
+    declared = onnx.load(tmp_path / "small.onnx").graph.node[2].attribute[0].g
+    assert [d.dim_value for v in (*declared.input, *declared.output) for d in v.type.tensor_type.shape.dim[1:]] == [
+        4
+    ] * 4
 
 
 def test_sequences_of_known_length_are_splits() -> None:

@@ -160,6 +160,28 @@ def test_exact_pass_is_checked_on_the_given_data() -> None:
     assert seen
 
 
+def test_exact_passes_leave_out_the_labels_of_the_data() -> None:
+    graph = multilayer_perceptron(8, 12, 3)
+    batch = [torch.randn(4, 8, dtype=torch.float64), torch.tensor([0, 2, 1, 1])]  # as a DataLoader gives it
+    report = regauge.optimize(graph, "sort,prune{ratio=0.5},simplify", data=[batch]).report
+    assert report.passes[0].error is not None and report.passes[0].error < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"x": torch.zeros(4, 8)}, "data is a dict: give a list of batches"),
+        ("x.npz", "data is a str: give a list of batches"),
+        (["x.npz"], "got 'x.npz': give a tensor for each input"),
+        ([None], "linear failed on operands None"),
+    ],
+)
+def test_data_that_is_no_batches_is_told_in_one_line(data: Any, message: str) -> None:
+    with pytest.raises(regauge.RegaugeError, match=message) as caught:
+        regauge.optimize(multilayer_perceptron(8, 12, 3), "prune{ratio=0.5}", data=data)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_every_pass_reads_all_batches_of_a_generator() -> None:
     """Also what the check of an exact pass has looked at."""
     graph = multilayer_perceptron(8, 12, 3)

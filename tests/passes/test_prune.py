@@ -154,6 +154,8 @@ def test_pattern_that_matches_nothing_is_an_error() -> None:
         ({"macs": 0}, "macs=0 is out of range"),
         ({"ratio": 0.5, "score": "l3"}, "there is no score 'l3': scores are distortion, l1, l2, bn"),
         ({"ratio": 0.5, "round_to": 0}, "'round_to' of prune must be at least 1"),
+        ({"ratio": 0.5, "device": "gpu"}, "'device' of prune is for latency or round_to=device"),
+        ({"ratio": 0.5, "score": "l1", "loss": len}, "'loss' of prune is for scores that need one"),
     ],
 )
 def test_wrong_options(options: dict[str, object], message: str) -> None:
@@ -221,3 +223,8 @@ def test_best_prefers_the_first_of_equals() -> None:
 def test_limit_cuts_only_the_first_dims() -> None:
     small = optimize(residual_network(16), "prune{compensate=false,ratio=0.5,limit=1}")
     assert [cut.dim for cut in small.report.passes[0].cuts] == ["stem.weight:0"]
+
+
+def test_dims_at_the_minimum_are_told() -> None:
+    report = optimize(residual_network(16), "prune{compensate=false,ratio=0.5,minimum=16}").report
+    assert report.passes[0].left["it has no more than the minimum of 16 indices"] > 0

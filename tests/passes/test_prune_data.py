@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import regauge
 from regauge.frontends.capture import capture
 from regauge.ir.cost import figures
-from regauge.ir.errors import GraphError, PassError
+from regauge.ir.errors import GraphError, PassError, RegaugeError
 from regauge.ir.graph import Graph
 
 
@@ -142,3 +142,20 @@ def test_the_report_says_of_each_dim_what_nothing_makes_up_for() -> None:
     assert "a.weight:0: 10 -> 5; not made up for: sum reads it" in str(report)
     plain = regauge.optimize(graph, "prune{ratio=0.5,compensate=false}", data=[x]).report
     assert not any(cut.lost for cut in plain.passes[0].cuts), "nothing was to be made up for"
+
+
+@pytest.mark.parametrize("passes", ["prune{macs=0.5}", "sparsify"])
+def test_batches_without_an_example_are_refused(passes: str) -> None:
+    with pytest.raises(PassError, match="data holds no example"):
+        regauge.optimize(network(), passes, data=[images(2)[:0]])
+
+
+def test_an_input_of_another_type_is_told() -> None:
+    """numpy makes double precision where nothing else is said."""
+    with pytest.raises(RegaugeError, match=r"the input %x: f32.batch,3,8,8. got f64.2,3,8,8."):
+        regauge.optimize(network(), "prune{macs=0.5}", data=[images(2).double().numpy()])
+
+
+def test_options_of_inputs_made_up_say_nothing_of_data() -> None:
+    small = regauge.optimize(network(), "prune{ratio=0.5,examples=8,score=l2}", data=[images(8)])
+    assert any("examples and steps are of inputs made up" in note for note in small.report.passes[0].notes)

@@ -67,6 +67,17 @@ def test_the_distance_is_that_of_means_and_deviations() -> None:
     assert found == pytest.approx((25 + 9) / 8 + 1)
 
 
+def test_half_precision_is_matched_as_well_as_single() -> None:
+    """Adam's small constant is zero in half: inputs made up in it became NaN."""
+    distances = []
+    for dtype in (torch.float16, torch.float32):
+        graph = capture(network().to(dtype), (images(2, 0).to(dtype),), dynamic={0: {0: "batch"}})
+        found = generated_batches(graph, examples=64)
+        assert {batch[0].dtype for batch in found} == {dtype}
+        distances.append(float(statistics_distance(graph, found[-1], statistics_in(graph))))
+    assert distances[0] == pytest.approx(distances[1], rel=0.05)
+
+
 def test_the_same_seed_makes_the_same_inputs() -> None:
     graph = captured(network())
     (a, b), (c, d), (e, _) = (generated_batches(graph, examples=8, steps=2, seed=seed) for seed in (0, 0, 1))

@@ -38,6 +38,15 @@ def test_reordering_is_exact_and_prefixes_hold_the_best_indices() -> None:
     torch.testing.assert_close(half.run(x), pruned.run(x), rtol=1e-10, atol=1e-10)
 
 
+def test_where_nothing_can_be_ordered_sort_leaves_the_graph_as_it_is() -> None:
+    """It stopped the pipeline; and ``elastic``, which has nothing to give, says why in words."""
+    graph = regauge.capture(nn.Linear(4, 3), (torch.randn(2, 4),))
+    (entry,) = regauge.optimize(graph, "sort").report.passes
+    assert not entry.changed and entry.left["it is an axis of a graph input"] == 1
+    with pytest.raises(regauge.RegaugeError, match="elastic: 1 x it is an axis of a graph output, 1 x it is an axis"):
+        regauge.elastic(graph)
+
+
 def test_attention_is_reordered_exactly() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, activation="gelu").double().eval()

@@ -287,14 +287,27 @@ def test_inputs_that_hardly_vary_leave_weights_as_they_are(options: str) -> None
     assert float(sparse.parameters["2.weight"].tensor.abs().max()) < 2 * float(weight.abs().max())
 
 
+class Experts(nn.Module):
+    """Two layers, each with examples of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.first(x), self.second(y)
+
+
 @pytest.mark.parametrize("options", ["", "pattern=unstructured", "method=wanda", "refine=means", "update=columns"])
 def test_a_layer_that_no_example_reaches_keeps_what_is_left_of_it(options: str) -> None:
     """As an expert that no token is sent to: there are no means, and nothing to move the bias by."""
-    graph = capture(nn.Linear(8, 4), (torch.randn(2, 8),), dynamic={0: {0: "batch"}})
-    sparse = regauge.optimize(graph, f"sparsify{{{options}}}", data=[torch.zeros(0, 8)])
-    before, after = graph.parameters["weight"].tensor, sparse.parameters["weight"].tensor
+    dynamic = {0: {0: "unseen"}, 1: {0: "seen"}}
+    graph = capture(Experts(), (torch.randn(2, 8), torch.randn(3, 8)), dynamic=dynamic)
+    sparse = regauge.optimize(graph, f"sparsify{{{options}}}", data=[(torch.zeros(0, 8), torch.randn(5, 8))])
+    before, after = graph.parameters["first.weight"].tensor, sparse.parameters["first.weight"].tensor
+    assert bool((after == 0).any())
     torch.testing.assert_close(after, torch.where(after != 0, before, 0))
-    torch.testing.assert_close(sparse.parameters["bias"].tensor, graph.parameters["bias"].tensor)
+    torch.testing.assert_close(sparse.parameters["first.bias"].tensor, graph.parameters["first.bias"].tensor)
 
 
 def test_what_is_left_alone_is_counted_with_its_reason() -> None:
@@ -333,6 +346,8 @@ def test_weights_that_an_operator_of_one_input_reads_are_left_alone() -> None:
         ("pattern=4:2", "no pattern"),
         ("pattern=2:4,ratio=0.5", "give no ratio"),
         ("pattern=block,block=4y4", "no size of a block"),
+        ("pattern=2:4,block=4x4", "is for pattern=block"),
+        ("pattern=2:4,allocation=uniform", "give no allocation"),
         ("pattern=unstructured,transposable=true", "is for patterns N:M"),
         ("method=obs", "needs data for method=obs"),
         ("transposable=true,refine=exchange", "rows depend on one another"),

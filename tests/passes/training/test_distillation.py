@@ -1,6 +1,7 @@
 """Distillation: formulae by hand, features of different widths through the cut, and training with it."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -53,8 +54,45 @@ def test_names_of_values_name_the_module_that_gives_them() -> None:
     graph = captured(model)
     by_value = Distillation(model, convolutional(), graph, graph, features=["conv_1"])
     assert by_value._pairs == {"3": "3"}
+    with pytest.raises(regauge.RegaugeError, match="input is not what one module gives: name the path of a module"):
+        Distillation(model, convolutional(), graph, graph, features=["input"])
     with pytest.raises(regauge.RegaugeError, match="has no module 'nowhere'"):
         Distillation(model, convolutional(), features=["nowhere"])
+
+
+def test_a_module_that_took_a_norm_in_is_not_compared_with_itself() -> None:
+    """In silence the student's batch norm was held against the teacher's convolution."""
+    model = convolutional().eval()
+    graph = captured(model)
+    small = regauge.optimize(graph, "simplify")
+    with pytest.raises(regauge.RegaugeError, match="'0' gives batch_norm in the student and conv in the teacher"):
+        Distillation(model, small.to_torch(), graph, small, features=["0"])
+    distil = Distillation(model, small.to_torch().eval(), graph, small, features={"0": "1"}, logits=0.0)
+    images = digits()[2][:8]
+    assert distil(distil.student(images), images).item() < 1e-10
+
+
+def test_what_stands_for_a_removed_last_block_is_compared() -> None:
+    """The result of a graph keeps its name when the block that gave it is gone."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 3, 8)
+    graph = regauge.capture(model, (x,))
+    small = regauge.optimize(graph, "depth{blocks=1,include=[layers.2],compensate=false}")
+    distil = Distillation(model, small.to_torch().eval(), graph, small, features=["layers.1"], logits=0.0)
+    assert distil(distil.student(x), x).item() < 1e-10
+
+
+def test_a_teacher_that_is_left_in_training_mode_is_told_once() -> None:
+    """Its batch norms take the statistics of what the student is trained on."""
+    teacher, x = convolutional().train(), torch.rand(4, 1, 8, 8)
+    distil = Distillation(teacher, convolutional())
+    with pytest.warns(regauge.RegaugeWarning, match=r"training mode, where 1 \(BatchNorm2d\).*teacher.eval\(\)"):
+        distil(distil.student(x), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distil(distil.student(x), x)
 
 
 def test_features_follow_the_teacher_after_training_with_them() -> None:
