@@ -35,10 +35,19 @@ class _Unusual(Exception):
 
 def read_proto(path: Path) -> tuple[Any, Arrays]:
     """The model in a file, and by their place the data of initializers that lack it there; raises what onnx does."""
+    return _read(path, with_data=True)
+
+
+def read_skeleton(path: Path) -> Any:
+    """The model in a file, whose large initializers lack their data; raises what onnx does."""
+    return _read(path, with_data=False)[0]
+
+
+def _read(path: Path, *, with_data: bool) -> tuple[Any, Arrays]:
     if path.suffix == ".onnx" and sys.byteorder == "little":
         try:
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                scanner = _Scanner(file, content)
+                scanner = _Scanner(file, content, with_data)
                 return onnx.ModelProto.FromString(scanner.model()), scanner.arrays
         except Exception:  # whatever is wrong, onnx has words for it
             pass
@@ -58,8 +67,9 @@ def put_arrays(model: onnx_ir.Model, proto: Any, arrays: Arrays) -> None:
 class _Scanner:
     """Goes through a file field by field; what nothing is taken out of is parsed as it stands there."""
 
-    def __init__(self, file: IO[bytes], content: mmap.mmap) -> None:
+    def __init__(self, file: IO[bytes], content: mmap.mmap, with_data: bool) -> None:
         self.file = file
+        self.with_data = with_data
         self.content = content
         self.arrays: Arrays = {}
 
@@ -98,7 +108,8 @@ class _Scanner:
         head = self.content[at:start] + self.content[after:end]
         if body is None or not _fits(onnx.TensorProto.FromString(head), after - body):
             return self.content[at:end]
-        self.arrays[place] = self.array(body, after - body)
+        if self.with_data:
+            self.arrays[place] = self.array(body, after - body)
         return head
 
     def array(self, at: int, length: int) -> np.ndarray:
