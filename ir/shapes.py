@@ -80,7 +80,7 @@ def infer_shortly(operator: Operator, operands: Sequence[Any], attributes: Mappi
         shape = operator.shape(*operands, **attributes)
         if dtypes or not plain:  # a sum of integers is of another type, what was moved is not
             with torch.no_grad():
-                dtype = operator.evaluate(*[_single(o, index=bool(dtypes)) for o in operands], **attributes).dtype
+                dtype = operator.evaluate(*[_single(operand, 0) for operand in operands], **attributes).dtype
     except Exception:  # a call that is wrong, or not one of single elements: torch says more
         return None
     return None if shape is None else [(tuple(simplify(size) for size in shape), dtype)]
@@ -103,13 +103,11 @@ def _infer_pointwise(operator: Operator, operands: Sequence[Any], attributes: Ma
     return [(shape, raw.dtype)] if plain else None
 
 
-def _single(operand: Any, *, index: bool = False) -> Any:
-    """A tensor of one element in place of an operand; with ``index``, integers are the place of that element."""
+def _single(operand: Any, value: int = 1) -> Any:
+    """A tensor of one element in place of an operand: 0 is a place in all others, by 1 can be divided."""
     if not hasattr(operand, "shape"):
         return operand
-    dtype = _torch_dtype(operand.dtype)
-    ones = torch.ones((1,) * len(operand.shape), dtype=dtype)
-    return ones.zero_() if index and not (dtype.is_floating_point or dtype.is_complex) else ones
+    return torch.full((1,) * len(operand.shape), value, dtype=_torch_dtype(operand.dtype))
 
 
 def common_shape(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...] | None:

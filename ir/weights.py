@@ -99,6 +99,15 @@ class CutWeight:
         return tensor
 
 
+SAMPLED_BYTES = 256  # of a weight, before all of it is read to see whether it is equal to another
+
+
+def sampled_bytes(data: np.ndarray) -> bytes:
+    """Some of the bytes of a weight, from all over it, which tell most unequal ones apart."""
+    step = (len(data) // SAMPLED_BYTES) | 1  # odd, so that it is not one same byte of every number
+    return data[::step].tobytes()
+
+
 def dense(tensor: torch.Tensor) -> DenseWeight:
     return DenseWeight(tensor.detach())
 
