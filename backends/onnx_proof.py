@@ -49,7 +49,7 @@ class Proof:
     def _hold(self, path: Path, level: Optimisation, plain: Runs) -> bool:
         """Whether the new file was compared at a level, with what the old one gives plainly or at that level."""
         try:
-            after = Session(path, optimisation=level)
+            after = Session(path, optimisation=level, spin=False)
         except RegaugeError as error:
             if _session(self.source, level) is None:
                 return False  # operators that onnxruntime does not have
@@ -110,7 +110,7 @@ class Proof:
 def _session(path: Path, level: Optimisation) -> Session | None:
     """A file in onnxruntime; None where that cannot load it."""
     try:
-        return Session(path, optimisation=level)
+        return Session(path, optimisation=level, spin=False)
     except RegaugeError:
         return None
 

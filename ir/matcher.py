@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
@@ -48,14 +48,14 @@ class Match:
         return node
 
 
-@dataclass(order=True)
+@dataclass
 class Miss:
     """The best partial match of a rule: how many nodes matched, where it stopped, and why."""
 
     matched: int
-    where: str = field(compare=False)
-    reason: str = field(compare=False)
-    refused: bool = field(default=False, compare=False)  # whether the whole pattern fitted and the rule said no
+    where: str
+    reason: str
+    refused: bool = False  # whether the whole pattern fitted and the rule said no
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason} (after {self.matched} matching node{'s' if self.matched != 1 else ''})"
