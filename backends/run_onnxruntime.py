@@ -28,8 +28,8 @@ class Session:
 
     ``model`` is a path, serialised bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model`` (data files are found for a
     path only). With ``optimisation="off"`` onnxruntime computes the graph as it is written, which is what a comparison
-    wants; ``"all"`` is its default and what a user gets. With ``spin``, also its default, threads keep a core busy while
-    they wait, for the sake of latency; with optimisations off they never do. Raises RegaugeError when onnxruntime
+    wants; ``"all"`` is its default and what a user gets. With ``spin``, also its default, threads keep a core busy
+    while they wait, for the sake of latency; with optimisations off they never do. Raises RegaugeError when onnxruntime
     refuses the model.
     """
 
