@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from regauge.backends.onnx_write import all_graphs, tensor_slots
+from regauge.backends.onnx_write import all_graphs, subgraphs, tensor_slots, with_nested
 
 
 class Carrier:
@@ -29,7 +29,7 @@ class Carrier:
         self._origins: dict[onnx_ir.Value, list[onnx_ir.Value]] = {}
         for origin, copied in self.values.items():
             self._origins.setdefault(copied, []).append(origin)
-        self.function_graphs = {g for f in self.model.functions.values() for g in (f.graph, *f.subgraphs())}
+        self.function_graphs = {g for f in self.model.functions.values() for g in with_nested(f.graph)}
         self._names = Counter(name for graph in all_graphs(self.model) for name in _names(graph))
         self.inputs = {self.values[origin] for origin in inputs if origin in self.values}
         self.referenced = _referenced(self.model)
@@ -77,7 +77,7 @@ class Carrier:
 
     def forget(self, graph: onnx_ir.Graph) -> None:
         """A nested graph will never run: it reads nothing any more, and its names are free."""
-        for inner in (graph, *graph.subgraphs()):
+        for inner in with_nested(graph):
             self._names.subtract(_names(inner))
             for node in inner:
                 for index in range(len(node.inputs)):
@@ -173,7 +173,7 @@ class Carrier:
         read = [value for value in node.inputs if value is not None]
         for attribute in node.attributes.values():
             for nested in subgraphs(attribute):
-                read += [v for inner in (nested, *nested.subgraphs()) for n in inner for v in n.inputs if v is not None]
+                read += [v for inner in with_nested(nested) for n in inner for v in n.inputs if v is not None]
                 self.forget(nested)
         assert node.graph is not None
         node.graph.remove(node, safe=True)
@@ -258,7 +258,7 @@ def _clone(model: onnx_ir.Model) -> onnx_ir.Model:
 def _referenced(model: onnx_ir.Model) -> set[str]:
     """Names of initializers that quantization annotations and training information refer to."""
     found: set[str] = set()
-    for graph in all_graphs(model):
+    for graph in all_graphs(model) if model.meta.get("annotated", True) else ():
         values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
         for value in values:
             found.update(value.meta.get("quant_parameter_tensor_names", {}).values())
@@ -267,15 +267,6 @@ def _referenced(model: onnx_ir.Model) -> set[str]:
             found.update(name for node in inner.node for name in node.input)
         found.update(entry.key for entry in (*training.initialization_binding, *training.update_binding))
     return found
-
-
-def subgraphs(attribute: onnx_ir.Attr) -> Sequence[onnx_ir.Graph]:
-    """The graphs an attribute holds: the bodies of If, Loop and Scan."""
-    if attribute.is_ref():
-        return ()
-    if attribute.type == onnx_ir.AttributeType.GRAPH:
-        return (attribute.as_graph(),)
-    return tuple(attribute.as_graphs()) if attribute.type == onnx_ir.AttributeType.GRAPHS else ()
 
 
 def _names(graph: onnx_ir.Graph) -> Iterator[str]:

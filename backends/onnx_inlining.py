@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from regauge.backends.onnx_carrier import Carrier, subgraphs
+from regauge.backends.onnx_carrier import Carrier
+from regauge.backends.onnx_write import subgraphs
 from regauge.ir.graph import Graph
 
 NO_ITERATION = -1

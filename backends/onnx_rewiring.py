@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir
 import torch
 
-from regauge.backends.onnx_carrier import Carrier, subgraphs
+from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_changes import Changes, Rewired, same_shape
 from regauge.backends.onnx_contents import Contents, gives_sizes, is_content
 from regauge.backends.onnx_gemm import join_gemms
@@ -20,6 +20,7 @@ from regauge.backends.onnx_inlining import nested_graphs
 from regauge.backends.onnx_patch import FOLDED_SIZES
 from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_speller import OnnxSpeller, spell
+from regauge.backends.onnx_write import subgraphs, with_nested
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import find_onnx
@@ -382,11 +383,10 @@ def _reader(edge: Rewired) -> Node:
 def _parents(graph: onnx_ir.Graph) -> dict[onnx_ir.Graph, onnx_ir.Graph]:
     """The graph around each nested graph."""
     found: dict[onnx_ir.Graph, onnx_ir.Graph] = {}
-    for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
-        for attribute in node.attributes.values():
-            for nested in subgraphs(attribute):
-                assert node.graph is not None
-                found[nested] = node.graph
+    for owner in with_nested(graph):
+        for node in owner:
+            for attribute in node.attributes.values():
+                found.update(dict.fromkeys(subgraphs(attribute), owner))
     return found
 
 

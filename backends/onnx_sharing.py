@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import onnx_ir
 
 from regauge.backends.onnx_carrier import Carrier
-from regauge.backends.onnx_write import ChangedTensor
+from regauge.backends.onnx_write import ChangedTensor, with_nested
 from regauge.ir.onnx_sizes import constant_tensor
+from regauge.ir.weights import sampled_bytes
 
 _SHAPE_ARITHMETIC = frozenset(
     {"Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Add", "Sub", "Mul", "Div", "Max", "Min"}
@@ -36,8 +39,7 @@ def share_equal(carrier: Carrier) -> None:
 
 def share_sizes(carrier: Carrier) -> None:
     """Merge equal nodes of shape arithmetic in each scope: sizes are computed anew for every node that needs them."""
-    main = carrier.model.graph
-    for graph in (main, *main.subgraphs()):
+    for graph in with_nested(carrier.model.graph):
         first: dict[object, onnx_ir.Node] = {}
         for node in list(graph):
             if node.domain not in ("", "ai.onnx") or node.op_type not in _SHAPE_ARITHMETIC or len(node.outputs) != 1:
@@ -56,19 +58,28 @@ def _equal(carrier: Carrier) -> list[list[onnx_ir.Value]]:
         tensor = constant_tensor(value)
         if tensor is not None and tensor.dtype != onnx_ir.DataType.STRING and not isinstance(tensor, ChangedTensor):
             alike.setdefault((tensor.dtype, tuple(tensor.shape.numpy())), []).append(value)
-    found: dict[tuple[object, ...], list[onnx_ir.Value]] = {}
-    for key, values in alike.items():
-        if len(values) > 1 and constant_tensor(values[0]).nbytes <= MOST_HASHED:
-            for value in values:
-                digest = hashlib.blake2b(constant_tensor(value).tobytes(), digest_size=16).digest()
-                found.setdefault((*key, digest), []).append(value)
-    return [values for values in found.values() if len(values) > 1]
+    for by in (_some_bytes, _all_bytes):  # most weights are told apart by a few of their bytes
+        told: dict[tuple[object, ...], list[onnx_ir.Value]] = {}
+        for key, values in alike.items():
+            if len(values) > 1 and constant_tensor(values[0]).nbytes <= MOST_HASHED:
+                for value in values:
+                    told.setdefault((*key, by(constant_tensor(value))), []).append(value)
+        alike = told
+    return [values for values in alike.values() if len(values) > 1]
+
+
+def _some_bytes(tensor: Any) -> bytes:
+    array = np.ascontiguousarray(tensor.numpy()).reshape(-1)
+    return sampled_bytes(array.view(np.uint8))
+
+
+def _all_bytes(tensor: Any) -> bytes:
+    return hashlib.blake2b(tensor.tobytes(), digest_size=16).digest()
 
 
 def _constants(carrier: Carrier) -> Iterator[onnx_ir.Value]:
     """Initializers and results of Constant nodes, those of the main graph first."""
-    main = carrier.model.graph
-    for graph in (main, *main.subgraphs()):
+    for graph in with_nested(carrier.model.graph):
         for value in graph.initializers.values():
             if not carrier.is_input(value) and not value.is_graph_output() and _plain(value, carrier):
                 yield value

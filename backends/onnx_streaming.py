@@ -93,7 +93,7 @@ def _initializer(proto: Any, tensor: Any) -> tuple[bytes, int, Any, bytes]:
 
 def _around(message: bytes, number: int) -> tuple[bytes, bytes]:
     """A serialised message in two, at the place of a field that it lacks."""
-    cut = next((start for field, start, _ in fields(message) if field > number), len(message))
+    cut = next((start for field, start, _, _ in fields(message) if field > number), len(message))
     return message[:cut], message[cut:]
 
 

@@ -39,10 +39,26 @@ class TensorSlot:
 
 def all_graphs(model: onnx_ir.Model) -> Iterator[onnx_ir.Graph]:
     """The graph of a model, the bodies of its functions, and every graph nested in them."""
-    yield from model.graphs()
-    for function in model.functions.values():
-        yield function.graph
-        yield from function.subgraphs()
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        yield from with_nested(graph)
+
+
+def with_nested(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Graph]:
+    """A graph, and every graph nested in it."""
+    yield graph
+    for node in graph:
+        for attribute in node.attributes.values():
+            for inner in subgraphs(attribute):
+                yield from with_nested(inner)
+
+
+def subgraphs(attribute: onnx_ir.Attr) -> Sequence[onnx_ir.Graph]:
+    """The graphs an attribute holds: the bodies of If, Loop and Scan."""
+    if attribute.is_ref():
+        return ()
+    if attribute.type == onnx_ir.AttributeType.GRAPH:
+        return (attribute.as_graph(),)
+    return tuple(attribute.as_graphs()) if attribute.type == onnx_ir.AttributeType.GRAPHS else ()
 
 
 def tensor_slots(model: onnx_ir.Model) -> Iterator[TensorSlot]:

@@ -28,14 +28,18 @@ class Session:
 
     ``model`` is a path, serialised bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model`` (data files are found for a
     path only). With ``optimisation="off"`` onnxruntime computes the graph as it is written, which is what a comparison
-    wants; ``"all"`` is its default and what a user gets. Raises RegaugeError when onnxruntime refuses the model.
+    wants; ``"all"`` is its default and what a user gets. With ``spin``, also its default, threads keep a core busy
+    while they wait, for the sake of latency; with optimisations off they never do. Raises RegaugeError when onnxruntime
+    refuses the model.
     """
 
-    def __init__(self, model: Any, *, optimisation: Optimisation = "all", threads: int | None = None) -> None:
+    def __init__(
+        self, model: Any, *, optimisation: Optimisation = "all", threads: int | None = None, spin: bool = True
+    ) -> None:
         if optimisation not in ("off", "all"):
             raise RegaugeError(f"optimisation is {optimisation!r}: say 'off' or 'all'")
         source = _source(model)
-        self._session = _open(source, optimisation, threads)
+        self._session = _open(source, optimisation, threads, spin and optimisation != "off")
         self.inputs: list[str] = [i.name for i in self._session.get_inputs()]
         self.overridable: list[str] = [i.name for i in self._session.get_overridable_initializers()]
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
@@ -106,7 +110,9 @@ def _source(model: Any) -> str | bytes:
     raise RegaugeError(f"a {type(model).__name__} is no ONNX model: give a path, bytes, ModelProto or onnx_ir.Model")
 
 
-def _open(source: str | bytes, optimisation: Optimisation, threads: int | None, *, written_to: str = "") -> Any:
+def _open(
+    source: str | bytes, optimisation: Optimisation, threads: int | None, spin: bool = False, *, written_to: str = ""
+) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -118,6 +124,8 @@ def _open(source: str | bytes, optimisation: Optimisation, threads: int | None, 
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if optimisation == "off":
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False

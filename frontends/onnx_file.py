@@ -17,6 +17,7 @@ from regauge.ir.errors import LoadError, first_line
 # In the meta of a model: protos that are written as they are, and names of values that have a type of their own.
 TRAINING_INFO = "training_info"
 DECLARED = "declared"
+ANNOTATED = "annotated"  # False where no quantization annotation names an initializer
 
 
 def open_model(source: Any) -> tuple[onnx_ir.Model, str, list[str]]:
@@ -148,7 +149,9 @@ def _deserialize(proto: Any, label: str) -> onnx_ir.Model:
     try:
         model: onnx_ir.Model = onnx_ir.from_proto(proto)
         model.meta[TRAINING_INFO] = tuple(proto.training_info)
-        model.meta[DECLARED] = {info.name for graph in _graphs(proto.graph) for info in graph.value_info}
+        graphs = list(_graphs(proto.graph))
+        model.meta[DECLARED] = {info.name for graph in graphs for info in graph.value_info}
+        model.meta[ANNOTATED] = bool(proto.functions) or any(g.quantization_annotation for g in graphs)
         return model
     except Exception as error:
         raise LoadError(f"{label}: not a valid ONNX model ({_line(error)}); check it with onnx.checker") from error

@@ -6,7 +6,7 @@ into arrays of their own, and what is parsed is the rest of the file, which is s
 
 from __future__ import annotations
 
-import os
+import mmap
 import sys
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from regauge.ir.protobuf_wire import DELIMITED, FIXED_BYTES, VARINT, delimited, encode_varint
+from regauge.ir.protobuf_wire import delimited, fields
 
 LEAST_BYTES = 1 << 12  # smaller tensors are parsed with all else
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # numbers of fields in onnx.proto
@@ -35,11 +35,20 @@ class _Unusual(Exception):
 
 def read_proto(path: Path) -> tuple[Any, Arrays]:
     """The model in a file, and by their place the data of initializers that lack it there; raises what onnx does."""
+    return _read(path, with_data=True)
+
+
+def read_skeleton(path: Path) -> Any:
+    """The model in a file, whose large initializers lack their data; raises what onnx does."""
+    return _read(path, with_data=False)[0]
+
+
+def _read(path: Path, *, with_data: bool) -> tuple[Any, Arrays]:
     if path.suffix == ".onnx" and sys.byteorder == "little":
         try:
-            with open(path, "rb") as file:
-                skeleton, arrays = _Scanner(file, os.fstat(file.fileno()).st_size).model()
-            return onnx.ModelProto.FromString(skeleton), arrays
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                scanner = _Scanner(file, content, with_data)
+                return onnx.ModelProto.FromString(scanner.model()), scanner.arrays
         except Exception:  # whatever is wrong, onnx has words for it
             pass
     return onnx.load(str(path), load_external_data=False), {}
@@ -56,107 +65,64 @@ def put_arrays(model: onnx_ir.Model, proto: Any, arrays: Arrays) -> None:
 
 
 class _Scanner:
-    """Goes through a file field by field."""
+    """Goes through a file field by field; what nothing is taken out of is parsed as it stands there."""
 
-    def __init__(self, file: IO[bytes], size: int) -> None:
+    def __init__(self, file: IO[bytes], content: mmap.mmap, with_data: bool) -> None:
         self.file = file
-        self.size = size
-        self.at = 0
+        self.with_data = with_data
+        self.content = content
         self.arrays: Arrays = {}
 
-    def model(self) -> tuple[bytes, Arrays]:
-        """The serialised model without the data of large initializers, and these."""
-        parts: list[bytes] = []
-        graphs = 0
-        while self.at < self.size:
-            key = self.varint()
-            if key == _GRAPH << 3 | DELIMITED:
-                graph = self.graph(self.at_end(self.varint()))
-                parts += [delimited(_GRAPH, len(graph)), graph]
-                graphs += 1
-            else:
-                parts += self.field(key)
-        if graphs != 1:
+    def model(self) -> bytes:
+        """The serialised model without the data of large initializers, which are put into ``arrays``."""
+        graphs = [(start, body, end) for number, start, body, end in fields(self.content) if number == _GRAPH]
+        if len(graphs) != 1:
             raise _Unusual
-        return b"".join(parts), self.arrays
+        ((start, body, end),) = graphs
+        graph = self.graph(body, end)
+        return b"".join((self.content[:start], delimited(_GRAPH, len(graph)), graph, self.content[end:]))
 
-    def graph(self, end: int) -> bytes:
+    def graph(self, at: int | None, end: int) -> bytes:
+        if at is None:
+            raise _Unusual
         parts: list[bytes] = []
         place = 0
-        while self.at < end:
-            key = self.varint()
-            if key != _INITIALIZER << 3 | DELIMITED:
-                parts += self.field(key)
+        for number, start, body, after in fields(self.content, at, end):
+            if number != _INITIALIZER or body is None:
                 continue
-            length = self.varint()
-            tensor = self.read(length) if length < LEAST_BYTES else self.tensor(place, self.at_end(length))
-            parts += [delimited(_INITIALIZER, len(tensor)), tensor]
+            if after - body >= LEAST_BYTES:
+                tensor = self.tensor(place, body, after)
+                parts += [self.content[at:start], delimited(_INITIALIZER, len(tensor)), tensor]
+                at = after
             place += 1
-        return b"".join(parts)
+        return b"".join((*parts, self.content[at:end]))
 
-    def tensor(self, place: int, end: int) -> bytes:
+    def tensor(self, place: int, at: int, end: int) -> bytes:
         """A serialised tensor, without its data where that is put into an array."""
-        parts: list[bytes] = []
-        data: np.ndarray | None = None
-        numbers = set()
-        while self.at < end:
-            key = self.varint()
-            numbers.add(key >> 3)
-            if key == _RAW_DATA << 3 | DELIMITED and data is None:
-                data = self.array(self.varint())
-            else:
-                parts += self.field(key)
-        head = b"".join(parts)
-        if data is not None and numbers <= _PLAIN_FIELDS and _fits(onnx.TensorProto.FromString(head), data):
-            self.arrays[place] = data
-            return head
-        return head if data is None else head + delimited(_RAW_DATA, len(data)) + data.tobytes()
+        found = list(fields(self.content, at, end))
+        numbers = {number for number, _, _, _ in found}
+        data = [(start, body, after) for number, start, body, after in found if number == _RAW_DATA]
+        if len(data) != 1 or not numbers <= _PLAIN_FIELDS:
+            return self.content[at:end]
+        ((start, body, after),) = data
+        head = self.content[at:start] + self.content[after:end]
+        if body is None or not _fits(onnx.TensorProto.FromString(head), after - body):
+            return self.content[at:end]
+        if self.with_data:
+            self.arrays[place] = self.array(body, after - body)
+        return head
 
-    def array(self, length: int) -> np.ndarray:
+    def array(self, at: int, length: int) -> np.ndarray:
         array = np.empty(length, np.uint8)
-        self.at_end(length)
+        self.file.seek(at)
         if self.file.readinto(array) != length:  # type: ignore[attr-defined]
             raise _Unusual
-        self.at += length
         return array
 
-    def field(self, key: int) -> list[bytes]:
-        """A field as it stands in the file."""
-        kind = key & 7
-        if kind == DELIMITED:
-            length = self.varint()
-            return [encode_varint(key), encode_varint(length), self.read(length)]
-        if kind == VARINT:
-            return [encode_varint(key), encode_varint(self.varint())]
-        if kind in FIXED_BYTES:
-            return [encode_varint(key), self.read(FIXED_BYTES[kind])]
-        raise _Unusual
 
-    def varint(self) -> int:
-        number = shift = 0
-        while True:
-            byte = self.read(1)[0]
-            number |= (byte & 127) << shift
-            if byte < 128:
-                return number
-            shift += 7
-
-    def read(self, length: int) -> bytes:
-        self.at_end(length)
-        data = self.file.read(length)
-        self.at += length
-        return data
-
-    def at_end(self, length: int) -> int:
-        """Where ``length`` bytes from here end."""
-        if self.at + length > self.size:
-            raise _Unusual
-        return self.at + length
-
-
-def _fits(tensor: Any, data: np.ndarray) -> bool:
-    """Whether a tensor of a type that numpy has is its data, number by number."""
+def _fits(tensor: Any, length: int) -> bool:
+    """Whether a tensor of a type that numpy has is its data of this many bytes, number by number."""
     data_type = onnx_ir.DataType(tensor.data_type)
     if not tensor.name or data_type.name not in _PLAIN_TYPES:
         return False
-    return int(np.prod(tensor.dims, dtype=object)) * data_type.numpy().itemsize == len(data)
+    return int(np.prod(tensor.dims, dtype=object)) * data_type.numpy().itemsize == length

@@ -419,7 +419,7 @@ def _sorted_nodes(nodes: list[Node]) -> list[Node]:
                 raise GraphError(f"{node.label} depends on its own result: the graph has a cycle")
             open_nodes.add(node)
             stack.append((node, True))
-            for _, value in reversed(list(node.operands())):
-                if value.producer is not None and value.producer not in done:
-                    stack.append((value.producer, False))
+            for operand in reversed(node.inputs):
+                if isinstance(operand, Value) and operand.producer is not None and operand.producer not in done:
+                    stack.append((operand.producer, False))
     return order

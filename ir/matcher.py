@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
@@ -48,14 +48,14 @@ class Match:
         return node
 
 
-@dataclass(order=True)
+@dataclass
 class Miss:
     """The best partial match of a rule: how many nodes matched, where it stopped, and why."""
 
     matched: int
-    where: str = field(compare=False)
-    reason: str = field(compare=False)
-    refused: bool = field(default=False, compare=False)  # whether the whole pattern fitted and the rule said no
+    where: str
+    reason: str
+    refused: bool = False  # whether the whole pattern fitted and the rule said no
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason} (after {self.matched} matching node{'s' if self.matched != 1 else ''})"
@@ -120,9 +120,10 @@ class _Search:
         self.held = held
         self.best = Miss(-1, "", "")
 
-    def fail(self, state: _State, node: Node, reason: str) -> None:
+    def fail(self, state: _State, node: Node, reason: str, *parts: Any) -> None:
+        """Note why an attempt stops, put into words where none came further."""
         if len(state.nodes) > self.best.matched:
-            self.best = Miss(len(state.nodes), node.label, reason)
+            self.best = Miss(len(state.nodes), node.label, reason.format(*parts))
 
     def call(self, pattern: CallPattern, node: Node, state: _State) -> Iterator[_State]:
         """All ways in which a call pattern matches a node."""
@@ -131,7 +132,7 @@ class _Search:
                 yield state
             return
         if node.op not in pattern.ops:
-            self.fail(state, node, f"{' or '.join(pattern.ops)} is expected")
+            self.fail(state, node, "{} is expected", " or ".join(pattern.ops))
             return
         after = self._attributes(pattern, node, state)
         if after is None:
@@ -141,7 +142,7 @@ class _Search:
         if pattern.variadic:
             operands = operands[: len(fixed)]
         if len(operands) > len(fixed):
-            self.fail(state, node, f"it has {len(operands)} operands, the pattern {len(fixed)}")
+            self.fail(state, node, "it has {} operands, the pattern {}", len(operands), len(fixed))
             return
         orders = [operands]
         if node.operator.commutative and len(operands) == 2 and operands[0] is not operands[1]:
@@ -155,11 +156,11 @@ class _Search:
             wanted = pattern.attributes.get(name, ... if pattern.free else defaults[name])
             if isinstance(wanted, Variable):
                 if wanted.name in state.bindings and state.bindings[wanted.name] != value:
-                    self.fail(state, node, f"its {name} is {value}, elsewhere {state.bindings[wanted.name]}")
+                    self.fail(state, node, "its {} is {}, elsewhere {}", name, value, state.bindings[wanted.name])
                     return None
                 state = state.bind(wanted.name, value)
             elif wanted is not ... and not _equal(value, wanted):
-                self.fail(state, node, f"its {name} is {value}, not {wanted}")
+                self.fail(state, node, "its {} is {}, not {}", name, value, wanted)
                 return None
         return state
 
@@ -181,30 +182,30 @@ class _Search:
         elif isinstance(pattern, CallPattern | ResultPattern):
             producer = operand.producer if isinstance(operand, Value) else None
             if not isinstance(operand, Value) or producer is None:
-                self.fail(state, node, f"its operand {operand} is not computed by {'|'.join(call_of(pattern).ops)}")
+                self.fail(state, node, "its operand {} is not computed by {}", operand, "|".join(call_of(pattern).ops))
             elif operand.index != pattern.index:
-                self.fail(state, node, f"it reads result {operand.index} of {producer.label}, not {pattern.index}")
+                self.fail(state, node, "it reads result {} of {}, not {}", operand.index, producer.label, pattern.index)
             else:
                 yield from self.call(call_of(pattern), producer, state)
         elif pattern is None:
             if operand is None:
                 yield state
             else:
-                self.fail(state, node, f"its operand {operand} is not absent")
+                self.fail(state, node, "its operand {} is not absent", operand)
         elif isinstance(pattern, EllipsisType) or is_number(operand, pattern):
             yield state
         else:
-            self.fail(state, node, f"its operand {operand} is not {pattern}")
+            self.fail(state, node, "its operand {} is not {}", operand, pattern)
 
     def _variable(self, variable: Variable, operand: Operand, node: Node, state: _State) -> Iterator[_State]:
         if operand is None and not variable.optional:
-            self.fail(state, node, f"the operand {variable} is absent")
+            self.fail(state, node, "the operand {} is absent", variable)
         elif variable.name not in state.bindings:
             yield state.bind(variable.name, operand)
         elif _same_operand(state.bindings[variable.name], operand):
             yield state
         else:
-            self.fail(state, node, f"{variable} is {operand} here and {state.bindings[variable.name]} elsewhere")
+            self.fail(state, node, "{} is {} here and {} elsewhere", variable, operand, state.bindings[variable.name])
 
     def other_roots(self, pattern: Pattern, state: _State, at: int = 1) -> Iterator[_State]:
         """Match the second root and those after it, found among the readers of what is matched already."""
@@ -252,7 +253,7 @@ class _Search:
                     continue
                 other = next((user.label for user, _ in value.uses if user not in inside), None)
                 if other is not None or value in self.held:
-                    self.fail(state, node, f"{other or 'an output of the graph'} reads it too")
+                    self.fail(state, node, "{} reads it too", other or "an output of the graph")
                     return None
         return found
 

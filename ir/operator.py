@@ -174,10 +174,10 @@ class Operator:
     ``samples``    calls on which its laws are checked (:mod:`regauge.ir.laws`)
     ``symmetry``   how values pass through it, or a function of the node where its operands decide
     ``layer``      the ``torch.nn`` layer that computes a node, as source text; None from it where there is none
-    ``shape``      ``shape(*operands, **attributes)``, a short way to the shape of the only result of common operators,
-                   where all tensors are of one type, which is also the result's; None where the operands do not plainly
-                   fit. Only operators that move entries are asked for other types than floating ones. Without it
-                   ``evaluate`` is asked on meta tensors, for which torch imports its compiler: a second at every start
+    ``shape``      ``shape(*operands, **attributes)``, a short way to the shape of the only result of common operators;
+                   None where the operands do not plainly fit. The type of the result is that of the operands where all
+                   are of one type and either floating or only moved; else ``evaluate`` says it of single elements.
+                   Without it ``evaluate`` is asked on meta tensors, for which torch imports parts of its compiler
     ``random``     whether two runs may differ
     ``sized_by_data`` whether values of operands decide the sizes of results, which who builds a node then states
     ``commutative`` whether its two operands may be exchanged

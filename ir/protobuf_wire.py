@@ -6,7 +6,11 @@ and its own fields (https://protobuf.dev/programming-guides/encoding).
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
+from typing import TypeAlias
+
+Bytes: TypeAlias = bytes | mmap.mmap
 
 VARINT, EIGHT_BYTES, DELIMITED, FOUR_BYTES = 0, 1, 2, 5  # kinds of values; the others are groups, which ONNX has not
 FIXED_BYTES = {EIGHT_BYTES: 8, FOUR_BYTES: 4}
@@ -27,15 +31,27 @@ def delimited(field: int, length: int) -> bytes:
     return encode_varint(field << 3 | DELIMITED) + encode_varint(length)
 
 
-def fields(message: bytes) -> Iterator[tuple[int, int, int]]:
-    """Number, start and end of each field of a serialised message, its key included; raises ValueError for groups."""
-    at = 0
-    while at < len(message):
-        start = at
-        key, at = _varint(message, at)
+def fields(message: Bytes, at: int = 0, end: int | None = None) -> Iterator[tuple[int, int, int | None, int]]:
+    """Of each field of a serialised message its number, its start, key included, and its end.
+
+    Third comes where the bytes of its value start, None where that is a number. The message is what lies in ``message``
+    from ``at`` to ``end``. Raises ValueError for groups and for a field that ends elsewhere, IndexError where there are
+    no bytes.
+    """
+    end = len(message) if end is None else end
+    while at < end:
+        start, body = at, None
+        key = message[at]
+        at += 1
+        if key > 127:
+            key, at = _varint(message, start)
         kind = key & 7
         if kind == DELIMITED:
-            length, at = _varint(message, at)
+            length = message[at]
+            at += 1
+            if length > 127:
+                length, at = _varint(message, at - 1)
+            body = at
             at += length
         elif kind == VARINT:
             _, at = _varint(message, at)
@@ -43,10 +59,12 @@ def fields(message: bytes) -> Iterator[tuple[int, int, int]]:
             at += FIXED_BYTES[kind]
         else:
             raise ValueError(f"field {key >> 3} is of kind {kind}")
-        yield key >> 3, start, at
+        if at > end:
+            raise ValueError(f"field {key >> 3} ends behind its message")
+        yield key >> 3, start, body, at
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
+def _varint(message: Bytes, at: int) -> tuple[int, int]:
     """A number and where it ends."""
     number = shift = 0
     while True:

@@ -172,8 +172,13 @@ class RewriteLog:
             self.miss(name, miss)
 
     def miss(self, name: str, miss: Miss) -> None:
-        if name not in self.misses or miss > self.misses[name]:
+        if self.came_nearer(name, miss.matched):
             self.misses[name] = miss
+
+    def came_nearer(self, name: str, matched: int) -> bool:
+        """Whether more nodes matched than at the nearest miss of a rule that is known."""
+        known = self.misses.get(name)
+        return known is None or matched > known.matched
 
 
 def rewrite_graph(
@@ -296,7 +301,9 @@ class _Driver:
             self._check_outputs(found, news, build)
         except Refusal as refusal:
             build.take_back()
-            self.log.miss(entry.name, Miss(len(found.nodes), found.root.label, str(refusal), refused=refusal.near))
+            if self.log.came_nearer(entry.name, len(found.nodes)):
+                miss = Miss(len(found.nodes), found.root.label, str(refusal), refused=refusal.near)
+                self.log.miss(entry.name, miss)
             return None
         return self._commit(graph, build, found, news)
 

@@ -73,14 +73,14 @@ def infer_shortly(operator: Operator, operands: Sequence[Any], attributes: Mappi
         return None
     dtypes = {tensor.dtype for tensor in tensors}
     dtype = dtypes.pop()
-    moves = operator.symmetry is Symmetry.LAYOUT
-    if dtypes or not isinstance(dtype, torch.dtype):
+    plain = operator.symmetry is Symmetry.LAYOUT or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    if not isinstance(dtype, torch.dtype):
         return None
     try:
         shape = operator.shape(*operands, **attributes)
-        if not (moves or dtype.is_floating_point):  # a sum of integers is of another type, what was moved is not
+        if dtypes or not plain:  # a sum of integers is of another type, what was moved is not
             with torch.no_grad():
-                dtype = operator.evaluate(*map(_single, operands), **attributes).dtype
+                dtype = operator.evaluate(*[_single(operand, 0) for operand in operands], **attributes).dtype
     except Exception:  # a call that is wrong, or not one of single elements: torch says more
         return None
     return None if shape is None else [(tuple(simplify(size) for size in shape), dtype)]
@@ -91,7 +91,7 @@ def _infer_pointwise(operator: Operator, operands: Sequence[Any], attributes: Ma
     others = [operand for operand in operands if not hasattr(operand, "shape")]
     if symbols_in([*others, *attributes.values()]):
         return None
-    shape = _broadcast([operand.shape for operand in operands if hasattr(operand, "shape")])
+    shape = common_shape([operand.shape for operand in operands if hasattr(operand, "shape")])
     if shape is None:
         return None
     try:
@@ -103,16 +103,17 @@ def _infer_pointwise(operator: Operator, operands: Sequence[Any], attributes: Ma
     return [(shape, raw.dtype)] if plain else None
 
 
-def _single(operand: Any) -> Any:
+def _single(operand: Any, value: int = 1) -> Any:
+    """A tensor of one element in place of an operand: 0 is a place in all others, by 1 can be divided."""
     if not hasattr(operand, "shape"):
         return operand
-    return torch.ones((1,) * len(operand.shape), dtype=_torch_dtype(operand.dtype))
+    return torch.full((1,) * len(operand.shape), value, dtype=_torch_dtype(operand.dtype))
 
 
-def _broadcast(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...] | None:
+def common_shape(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...] | None:
     """The common shape, aligned at the last axis; None where two sizes of an axis are neither equal nor one."""
     result: list[Size] = []
-    for place in range(1, max(map(len, shapes)) + 1):
+    for place in range(1, max(map(len, shapes), default=0) + 1):
         sizes = {shape[-place] for shape in shapes if len(shape) >= place} - {1}
         size = sizes.pop() if sizes else 1
         for other in sizes:

@@ -120,6 +120,15 @@ class ReorderedWeight:
         return torch.take_along_dim(tensor, torch.from_numpy(self.positions).to(tensor.device), self.axis)
 
 
+SAMPLED_BYTES = 256  # of a weight, before all of it is read to see whether it is equal to another
+
+
+def sampled_bytes(data: np.ndarray) -> bytes:
+    """Some of the bytes of a weight, from all over it, which tell most unequal ones apart."""
+    step = (len(data) // SAMPLED_BYTES) | 1  # odd, so that it is not one same byte of every number
+    return data[::step].tobytes()
+
+
 def dense(tensor: torch.Tensor) -> DenseWeight:
     return DenseWeight(tensor.detach())
 

@@ -1,6 +1,10 @@
 """``regauge simplify``: what it prints, what it checks before it writes, and how it fails."""
 
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -10,6 +14,7 @@ from onnx import numpy_helper
 import regauge.backends.onnx_emit
 from onnx_simplified import normal, operators, padded_network, parsed, props
 from regauge.backends.onnx_proof import Proof
+from regauge.backends.run_onnxruntime import Inputs, Optimisation, Session
 from regauge.cli import main
 from regauge.frontends.from_onnx import load
 from regauge.ir.errors import EmitError
@@ -162,3 +167,80 @@ def test_the_checker_is_asked_where_the_original_passes_it(source: Path) -> None
     onnx.save(broken, source.with_name("broken.onnx"))
     with pytest.raises(EmitError, match="does not pass the onnx checker"):
         Proof(source, load(source))(source.with_name("broken.onnx"))
+
+
+def test_what_onnxruntime_does_not_have_is_written_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17, "elsewhere" : 1]>
+    net (float[2, 4] x) => (float[2, 4] y) { i = Identity (x)  y = elsewhere.Own (i) }
+    """
+    onnx.save(parsed(text), tmp_path / "m.onnx")
+    assert run("simplify", tmp_path / "m.onnx", "-o", tmp_path / "small.onnx") == 0
+    assert "was not compared with the original: onnxruntime runs it on no inputs" in capsys.readouterr().err
+    assert operators(onnx.load(tmp_path / "small.onnx")) == {"Own": 1}
+
+
+class Shifted(Session):
+    """A session whose results are off where the file of this name runs with optimisations."""
+
+    opened: ClassVar[list[tuple[str, str]]] = []
+    shifts: ClassVar[dict[str, float]] = {}
+
+    def __init__(self, model: Path, *, optimisation: Optimisation, spin: bool = True) -> None:
+        super().__init__(model, optimisation=optimisation, spin=spin)
+        self.opened.append((model.stem, optimisation))
+        self.shift = self.shifts.get(model.stem, 0.0) if optimisation == "all" else 0.0
+
+    def run(self, inputs: Inputs) -> list[Any]:
+        return [result + self.shift for result in super().run(inputs)]
+
+
+@pytest.mark.parametrize(
+    ("shifts", "refused", "opened"),
+    [
+        ({}, False, [("m", "off"), ("new", "off"), ("new", "all")]),
+        ({"m": 1.0, "new": 1.0}, False, [("m", "off"), ("new", "off"), ("new", "all"), ("m", "all")]),
+        ({"new": 1.0}, True, [("m", "off"), ("new", "off"), ("new", "all"), ("m", "all")]),
+    ],
+)
+def test_the_original_is_optimised_only_where_the_optimised_file_differs(
+    shifts: dict[str, float],
+    refused: bool,
+    opened: list[tuple[str, str]],
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("regauge.backends.onnx_proof.Session", Shifted)
+    monkeypatch.setattr(Shifted, "opened", [])
+    monkeypatch.setattr(Shifted, "shifts", shifts)
+    new = source.with_name("new.onnx")
+    new.write_bytes(source.read_bytes())
+    with pytest.raises(EmitError, match="y is off by") if refused else nullcontext():
+        Proof(source, load(source))(new)
+    assert Shifted.opened == opened
+
+
+def test_the_compiler_of_torch_is_left_alone(tmp_path: Path) -> None:
+    """Lookups, products, pools and transposed convolutions of numbers need none of it."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (int64[2, 4] ids, float[1, 4, 8, 8] x) => (float[2, 4, 3] a, float[1, 2, 1, 1] b, int64[2, 4] c) {
+      e = Gather (table, ids)
+      a = MatMul (e, w)
+      p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x)
+      t = ConvTranspose <strides = [2, 2]> (p, k)
+      b = GlobalAveragePool (t)
+      c = GatherElements <axis = 1> (ids, places)
+    }
+    """
+    weights = {"table": normal(9, 5), "w": normal(5, 3), "k": normal(4, 2, 2, 2)}
+    onnx.save(parsed(text, **weights, places=np.zeros((2, 4), np.int64)), tmp_path / "m.onnx")
+    arguments = ["simplify", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "small.onnx")]
+    code = f"import sys; from regauge.cli import main; assert main({arguments!r}) == 0"
+    loaded = (
+        "print([name for name in sys.modules if name in ('torch._dynamo', 'torch.fx.experimental.symbolic_shapes')])"
+    )
+    done = subprocess.run([sys.executable, "-c", f"{code}; {loaded}"], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

@@ -12,6 +12,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Cost, Symmetry, operator, sample
 from regauge.ir.rules import Call
+from regauge.ir.shapes import common_shape
 from regauge.ir.sizes import Size, product, same
 
 # -- linear ------------------------------------------------------------------------------------------------------------
@@ -71,6 +72,13 @@ def _matmul_rule(call: Call) -> str:
     return "... n k, ... k m -> ... n m"
 
 
+def _matmul_shape(x: Value, y: Value) -> tuple[Size, ...] | None:
+    if not x.rank or not y.rank or x.shape[-1] != y.shape[max(y.rank - 2, 0)]:
+        return None
+    batch = common_shape([x.shape[:-2], y.shape[:-2]])
+    return None if batch is None else (*batch, *x.shape[-2:-1], *(y.shape[-1:] if y.rank > 1 else ()))
+
+
 def _accumulated(equation: str | None = None) -> Any:
     """``beta * bias + alpha * (x @ y)``: addmm, baddbmm, addmv; with an equation, products that are no plain matmul."""
 
@@ -104,6 +112,7 @@ def _gemm(build: Builder, call: Any) -> Any:
 
 @operator(
     rule=_matmul_rule,
+    shape=_matmul_shape,
     aten={
         "matmul": None, "bmm": None, "mm": None, "mv": None, "dot": None, "linalg_matmul": None,
         "vdot": lambda build, x, y: build.matmul(build.conj(x) if x.dtype.is_complex else x, y),

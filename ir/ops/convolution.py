@@ -17,7 +17,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Speller, Symmetry, operator, sample
 from regauge.ir.ops.padding import pad_by
 from regauge.ir.ops.slicing import slice_axis
-from regauge.ir.ops.windows import per_axis
+from regauge.ir.ops.windows import per_axis, window_counts
 from regauge.ir.rules import Call
 from regauge.ir.sizes import Size, floor_divide, product, same, simplify, symbols_in
 
@@ -227,20 +227,13 @@ def _conv_shape(
     x: Value, weight: Value, bias: Value | None = None, *, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> tuple[Size, ...] | None:
     """The shape where all sizes are numbers and the kernel fits."""
-    rank = weight.rank - 2
-    if x.rank != weight.rank or not 1 <= rank <= 3 or symbols_in([x.shape, weight.shape]):
+    if x.rank != weight.rank or not 3 <= x.rank <= 5 or symbols_in([x.shape, weight.shape]):
         return None
     channels = weight.shape[0]
     if x.shape[1] != weight.shape[1] * groups or channels % groups or (bias is not None and bias.shape != (channels,)):
         return None
-    found = []
-    given = zip(*(per_axis(one, rank) for one in (stride, padding, dilation)), strict=True)
-    for size, kernel, (step, pad, spread) in zip(x.shape[2:], weight.shape[2:], given, strict=True):
-        room = size + 2 * pad - spread * (kernel - 1) - 1
-        if room < 0 or min(step, spread, kernel) < 1 or pad < 0:
-            return None
-        found.append(room // step + 1)
-    return x.shape[0], channels, *found
+    found = window_counts(x.shape[2:], weight.shape[2:], stride=stride, padding=padding, dilation=dilation)
+    return None if found is None else (x.shape[0], channels, *found)
 
 
 @operator(
@@ -326,6 +319,24 @@ def _onnx_conv_transpose(build: Builder, call: Any) -> Any:
     return result
 
 
+def _conv_transpose_shape(
+    x: Value, weight: Value, bias: Value | None = None, *, groups: int, **options: Any
+) -> tuple[Size, ...] | None:
+    """The shape where all sizes are numbers: each entry starts a window of its own."""
+    rank, channels = weight.rank - 2, weight.shape[1] * groups
+    if x.rank != weight.rank or not 1 <= rank <= 3 or symbols_in([x.shape, weight.shape]) or x.shape[1] % groups:
+        return None
+    if x.shape[1] != weight.shape[0] or (bias is not None and bias.shape != (channels,)):
+        return None
+    given = (per_axis(options[name], rank) for name in ("stride", "padding", "output_padding", "dilation"))
+    found = []
+    for size, kernel, step, pad, extra, spread in zip(x.shape[2:], weight.shape[2:], *given, strict=True):
+        if min(step, spread) < 1 or not 0 <= extra < max(step, spread) or pad < 0:
+            return None
+        found.append((size - 1) * step - 2 * pad + spread * (kernel - 1) + extra + 1)
+    return (x.shape[0], channels, *found) if min(found) > 0 else None
+
+
 def _conv_transpose_layer(node: Node) -> str | None:
     weight = node.inputs[1]
     if not isinstance(weight, Value):
@@ -337,6 +348,7 @@ def _conv_transpose_layer(node: Node) -> str | None:
 
 @operator(
     rule=lambda call: _spatial_rule(call, "(g i) o", (("stride", 1), ("padding", 0), ("output_padding", 0))),
+    shape=_conv_transpose_shape,
     aten={
         "conv_transpose1d": _conv_transpose,
         "conv_transpose2d": _conv_transpose,

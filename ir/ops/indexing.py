@@ -23,7 +23,7 @@ from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import holds_no_sizes
 from regauge.ir.ops.lookup import carried
 from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import same
+from regauge.ir.sizes import Size, same
 
 Indices = Sequence[Value | None]
 
@@ -118,8 +118,16 @@ def _onnx_gather_nd(build: Builder, call: Any) -> Value:
     return build.gather_nd(x, indices, batch_dims=call.attribute("batch_dims", 0))  # type: ignore[no-any-return]
 
 
+def _gather_nd_shape(x: Value, indices: Value, *, batch_dims: int) -> tuple[Size, ...] | None:
+    depth = indices.shape[-1]
+    if not isinstance(depth, int) or batch_dims + depth > x.rank or x.shape[:batch_dims] != indices.shape[:batch_dims]:
+        return None
+    return (*indices.shape[:-1], *x.shape[batch_dims + depth :])
+
+
 @operator(
     rule=_gather_nd_rule,
+    shape=_gather_nd_shape,
     onnx={"GatherND": OnnxForm(read=_onnx_gather_nd, write=holds_no_sizes)},
     spell=lambda onnx, node: onnx.GatherND(*onnx.operands(2), batch_dims=node.attributes["batch_dims"] or None),
     samples=lambda: [

@@ -144,8 +144,14 @@ def _flatten_layer(node: Node) -> str | None:
     return "nn.Flatten()" if start == 1 and not stop else f"nn.Flatten({start}{stop})"
 
 
+def _reshape_shape(x: Value, *, shape: Sequence[Size]) -> Sequence[Size] | None:
+    plain = all(not isinstance(size, int) or size >= 0 for size in shape)
+    return shape if plain and same(product(x.shape), product(shape)) else None
+
+
 @operator(
     rule=_reshape_rule,
+    shape=_reshape_shape,
     aten={
         "view": _view, "reshape": _view, "_unsafe_view": _view, "view.dtype": _view_dtype, "view_as": _view_as,
         "_reshape_alias": lambda build, x, size, stride: _view(build, x, size),
@@ -213,8 +219,14 @@ def _onnx_transpose(build: Builder, call: Any) -> Any:
     return build.permute(x, dims=call.attribute("perm") or tuple(range(x.rank))[::-1])
 
 
+def _permute_shape(x: Value, *, dims: Sequence[int]) -> tuple[Size, ...] | None:
+    order = [axis_number(dim, x.rank) for dim in dims]
+    return tuple(x.shape[dim] for dim in order) if sorted(order) == list(range(x.rank)) else None
+
+
 @operator(
     rule=_permute_rule,
+    shape=_permute_shape,
     aten={
         "permute": _permute, "transpose": _transpose, "swapaxes": _transpose, "swapdims": _transpose, "t": _reversed,
         "numpy_T": _reversed, "mT": lambda build, x: _transpose(build, x, -2, -1),

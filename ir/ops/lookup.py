@@ -18,7 +18,7 @@ from regauge.ir.ops.broadcasting import broadcast_shape, expand_to
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.ops.shuffling import groups_of, shuffled_places
 from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import product, same
+from regauge.ir.sizes import Size, product, same
 
 # -- embedding ---------------------------------------------------------------------------------------------------------
 
@@ -51,8 +51,13 @@ def _embedding_rule(call: Call) -> Axes:
     return [*call.operand(1), *carried(call, [width])]
 
 
+def _embedding_shape(weight: Value, indices: Value, *, padding_idx: int | None) -> tuple[Size, ...] | None:
+    return (*indices.shape, weight.shape[1]) if weight.rank == 2 and padding_idx is None else None
+
+
 @operator(
     rule=_embedding_rule,
+    shape=_embedding_shape,
     aten={"embedding": _embedding},
     spell=lambda onnx, node: onnx.Gather(*onnx.operands(2), axis=0),
     samples=lambda: [
@@ -200,8 +205,14 @@ def _onnx_compress(build: Builder, call: Any) -> Value:
     return build.index_select(x, build.constant(mask.nonzero()[:, 0], "kept"), dim=axis_number(axis, x.rank))  # type: ignore[no-any-return]
 
 
+def _index_select_shape(x: Value, indices: Value, *, dim: int) -> tuple[Size, ...] | None:
+    dim = axis_number(dim, x.rank)
+    return (*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :]) if x.rank else None
+
+
 @operator(
     rule=_index_select_rule,
+    shape=_index_select_shape,
     aten={"index_select": _index_select, "take": _take},
     onnx={"Gather": OnnxForm(read=_onnx_gather, write=_write_gather, stores_shape=True),
           "Compress": OnnxForm(read=_onnx_compress, write=holds_no_sizes)},
@@ -304,8 +315,16 @@ def _spell_gather(onnx: Any, node: Node) -> Any:
     return onnx.GatherElements(operand, onnx.operand(1), axis=axis)
 
 
+def _gather_shape(x: Value, index: Value, *, dim: int) -> tuple[Size, ...] | None:
+    dim = axis_number(dim, x.rank)
+    pairs = [pair for place, pair in enumerate(zip(x.shape, index.shape, strict=True)) if place != dim]
+    fits = all(same(a, b) or (isinstance(a, int) and isinstance(b, int) and b <= a) for a, b in pairs)
+    return index.shape if x.rank and fits else None
+
+
 @operator(
     rule=_gather_rule,
+    shape=_gather_shape,
     aten={"gather": _gather, "take_along_dim": _take_along_dim},
     onnx={"GatherElements": OnnxForm(read=_onnx_gather_elements, write=holds_no_sizes)},
     spell=_spell_gather,

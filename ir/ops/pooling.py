@@ -25,9 +25,9 @@ from regauge.ir.ops.onnx_pooling import (
     read_lp_pool,
     read_max_pool,
 )
-from regauge.ir.ops.windows import per_axis
+from regauge.ir.ops.windows import per_axis, window_counts
 from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import same
+from regauge.ir.sizes import Size, same
 
 
 def window_rule(call: Call, spatial: int) -> list[Axes]:
@@ -54,6 +54,38 @@ def _adaptive_rule(call: Call) -> list[Axes]:
         axes[position] = ONE if alone else call.fresh(size)
         call.role("window", axes[position])
     return [list(axes) for _ in call.node.outputs]
+
+
+def _pool_shape(
+    x: Value,
+    *,
+    kernel_size: Sequence[Any],
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    dilation: Any = 1,
+    return_indices: bool = False,
+    **_: Any,
+) -> tuple[Size, ...] | None:
+    """The shape where all sizes are numbers and only whole windows count."""
+    spatial = len(kernel_size)
+    pads = per_axis(padding, spatial)
+    if (
+        ceil_mode
+        or return_indices
+        or x.rank - spatial not in (1, 2)
+        or any(2 * pad > size for pad, size in zip(pads, kernel_size, strict=True))
+    ):
+        return None
+    kept, slid = x.shape[: x.rank - spatial], x.shape[x.rank - spatial :]
+    found = window_counts(slid, kernel_size, stride=stride, padding=padding, dilation=dilation)
+    return None if found is None else (*kept, *found)
+
+
+def _adaptive_shape(x: Value, *, output_size: Sequence[Any], return_indices: bool = False) -> tuple[Size, ...] | None:
+    kept = x.rank - len(output_size)
+    numbers = all(isinstance(size, int) and size > 0 for size in (*output_size, *x.shape[kept:]))
+    return (*x.shape[:kept], *output_size) if numbers and kept in (1, 2) and not return_indices else None
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -127,6 +159,7 @@ def _max_pool(count: int, *, with_indices: bool = False) -> Adapter:
     rule=_pool_rule,
     aten={f"max_pool{n}d": _max_pool(n) for n in (1, 2, 3)}
     | {f"max_pool{n}d_with_indices": _max_pool(n, with_indices=True) for n in (1, 2, 3)},
+    shape=_pool_shape,
     onnx={"MaxPool": read_max_pool},
     spell=spelling.max_pool,
     samples=lambda: [
@@ -188,6 +221,7 @@ def _avg_pool(count: int) -> Adapter:
 @operator(
     rule=_pool_rule,
     aten={f"avg_pool{n}d": _avg_pool(n) for n in (1, 2, 3)},
+    shape=_pool_shape,
     onnx={"AveragePool": read_average_pool},
     spell=spelling.average_pool,
     samples=lambda: [
@@ -261,6 +295,7 @@ def _adaptive_max(count: int) -> Adapter:
     rule=_adaptive_rule,
     aten={f"adaptive_avg_pool{n}d": _adaptive("adaptive_avg_pool", n) for n in (1, 2, 3)}
     | {f"_adaptive_avg_pool{n}d": _adaptive("adaptive_avg_pool", n) for n in (2, 3)},
+    shape=_adaptive_shape,
     onnx={"GlobalAveragePool": read_global_average_pool},
     spell=spelling.adaptive_pool("GlobalAveragePool", "AveragePool", "ReduceMean"),
     samples=lambda: [
@@ -279,6 +314,7 @@ def adaptive_avg_pool(x: Tensor, *, output_size: Any) -> Tensor:
 @operator(
     rule=_adaptive_rule,
     aten={f"adaptive_max_pool{n}d": _adaptive_max(n) for n in (1, 2, 3)},
+    shape=_adaptive_shape,
     onnx={"GlobalMaxPool": read_global_max_pool},
     spell=spelling.adaptive_pool("GlobalMaxPool", "MaxPool", "ReduceMax"),
     samples=lambda: [

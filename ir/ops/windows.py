@@ -5,8 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from regauge.ir.sizes import Size
+
 
 def per_axis(value: Any, count: int) -> tuple[Any, ...]:
     """A window option as one number per spatial axis: torch writes one number, or a list of one, for all of them."""
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     return values * count if len(values) == 1 else values
+
+
+def window_counts(
+    sizes: Sequence[Size], kernel: Sequence[Any], *, stride: Any, padding: Any, dilation: Any
+) -> list[int] | None:
+    """How many windows fit along each axis; None where a size is no number, or a window fits nowhere."""
+    options = zip(*(per_axis(one, len(sizes)) for one in (stride, padding, dilation)), strict=True)
+    found = []
+    for size, extent, (step, pad, spread) in zip(sizes, kernel, options, strict=True):
+        if not (isinstance(size, int) and isinstance(extent, int)) or min(step, spread, extent) < 1 or pad < 0:
+            return None
+        room = size + 2 * pad - spread * (extent - 1) - 1
+        if room < 0:
+            return None
+        found.append(room // step + 1)
+    return found

@@ -16,9 +16,8 @@ from regauge.ir.dtypes import is_real
 from regauge.ir.edit import remove_node, replace_uses
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.purity import is_pure
+from regauge.ir.weights import sampled_bytes
 from regauge.passes.simplify.limits import Limits, held_values, scopes
-
-SAMPLED_BYTES = 256  # of a weight, before all of it is read to see whether it is equal to another
 
 # -- nodes -------------------------------------------------------------------------------------------------------------
 
@@ -107,9 +106,7 @@ def _sampled_alike(group: Sequence[Parameter]) -> Iterator[list[Parameter]]:
     """Those of several weights that a few of their bytes do not tell apart; only these are worth reading whole."""
     found: dict[bytes, list[Parameter]] = {}
     for parameter in group if len(group) > 1 else ():
-        data = _bytes_of(parameter)
-        step = (len(data) // SAMPLED_BYTES) | 1  # odd, so that it is not one same byte of every number
-        found.setdefault(data[::step].tobytes(), []).append(parameter)
+        found.setdefault(sampled_bytes(_bytes_of(parameter)), []).append(parameter)
     yield from (candidates for candidates in found.values() if len(candidates) > 1)
 
 

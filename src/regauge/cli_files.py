@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from regauge.ir.errors import RegaugeError, first_line
 
 if TYPE_CHECKING:
+    import onnx_ir
+
     from regauge.ir.graph import Graph
 
 
@@ -87,14 +89,21 @@ def _read_npz(path: Path) -> dict[str, Any]:
         raise RegaugeError(f"{path} is not an .npz file of arrays: {error}") from error
 
 
-def file_figures(path: Path, graph: Graph) -> tuple[int, int, int]:
-    """Nodes of all scopes but for Constants, bytes with external data, and MACs of an ONNX file and its graph."""
+def written_model(path: Path) -> onnx_ir.Model:
+    """The model in a file, without the data of large weights in it."""
     import onnx_ir
 
+    from regauge.frontends.onnx_reading import read_skeleton
+
+    model: onnx_ir.Model = onnx_ir.from_proto(read_skeleton(path))
+    return model
+
+
+def file_figures(path: Path, model: onnx_ir.Model, graph: Graph) -> tuple[int, int, int]:
+    """Nodes of all scopes but for Constants, bytes with external data, and MACs of an ONNX file and its graph."""
     from regauge.backends.onnx_write import all_graphs, external_locations
     from regauge.ir.cost import figures
 
-    model = onnx_ir.load(path)
     nodes = sum(node.op_type != "Constant" for inner in all_graphs(model) for node in inner)
     beside = sum((path.parent / location).stat().st_size for location in external_locations(model))
     return nodes, path.stat().st_size + beside, figures(graph).macs

@@ -13,7 +13,7 @@ from regauge.backends.onnx_streaming import hollow_initializers, write_proto
 from regauge.backends.onnx_write import ChangedTensor
 from regauge.frontends import onnx_reading
 from regauge.frontends.from_onnx import load
-from regauge.frontends.onnx_reading import read_proto
+from regauge.frontends.onnx_reading import read_proto, read_skeleton
 from regauge.ir.errors import LoadError
 from regauge.ir.weights import KeptWeight
 
@@ -93,6 +93,11 @@ def test_only_plain_large_initializers_are_read_apart(file: Path) -> None:
         if tensor.name in graph.parameters and tensor.data_type == TensorProto.FLOAT:
             np.testing.assert_array_equal(graph.parameters[tensor.name].tensor.numpy(), numpy_helper.to_array(tensor))
     assert graph.to_onnx(file.with_name("copy.onnx")).read_bytes() == file.read_bytes()
+
+
+def test_a_skeleton_lacks_only_what_is_read_apart(file: Path) -> None:
+    proto, arrays = read_proto(file)
+    assert arrays and read_skeleton(file) == proto
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.9, 0.999])
