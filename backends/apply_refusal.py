@@ -64,8 +64,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _cuts(graph: Graph) -> dict[str, str]:
-    """The Dims that were cut, with their sizes before and after."""
-    found = [edit.sizes for edit in graph.history if edit.sizes is not None]
+    """The Dims that were cut, with their sizes before and after, by name: in the order of an axis they are told best."""
+    found = sorted(edit.sizes for edit in graph.history if edit.sizes is not None)
     return {name: f"{before} -> {after}" for name, before, after in found if before != after}
 
 

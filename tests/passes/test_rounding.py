@@ -51,7 +51,7 @@ def test_later_factors_are_rounded_with_the_sizes_decided_so_far() -> None:
 
 def test_a_ratio_multiplies_on_a_product_axis() -> None:
     small = optimize(grouped_network(4, 16), "prune{compensate=false,ratio=0.5}")
-    assert small.report.passes[0].lines()[1] == "first:0: 16 -> 4  (4 x 4 -> 2 x 2)"
+    assert "first:0: 16 -> 4  (4 x 4 -> 2 x 2)" in small.report.passes[0].lines()
 
 
 def test_budget_is_met_with_rounded_axes() -> None:

@@ -48,7 +48,8 @@ def test_all_budgets_are_met_and_the_tightest_within_one_percent(scope: str, bud
     assert all(load <= 1 for load in loads.values()), loads
     least = 0.97 if scope == "knapsack" else 0.99  # an index of the stream costs 3 %, and less is lost without it
     assert max(loads.values()) >= least, loads
-    assert [note.partition(":")[0] for note in small.report.passes[0].notes if "asked" in note] == list(budgets)
+    told = [note.partition(":")[0] for note in small.report.passes[0].notes if "asked" in note]
+    assert [name for name in told if name != "single indices are coarse"] == list(budgets)
 
 
 @given(networks(), st.sampled_from(SCOPES), st.sampled_from([{"params": 0.6, "macs": 0.7}, {"peak": 0.8}]))

@@ -81,7 +81,7 @@ def test_a_transformer_in_eight_bits(tmp_path: Path) -> None:
         graph, batches = encoder(dynamic=dynamic)
         small = regauge.optimize(graph, "quantize", data=batches)
         fresh = torch.randint(0, 50, (8, LENGTH))
-        assert decibels(graph, small, fresh) > 30
+        assert decibels(graph, small, fresh) > 26
         assert bytes_of(small) < 0.37 * bytes_of(graph)
         small.to_onnx(tmp_path / "small.onnx")
         kernels, stray = kernels_of(tmp_path / "small.onnx")
