@@ -64,7 +64,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _cuts(graph: Graph) -> dict[str, str]:
-    """The Dims that were cut, with their sizes before and after, by name: in the order of an axis they are told best."""
+    """The Dims that were cut, with their sizes before and after, by name: those of an axis in its order."""
     found = sorted(edit.sizes for edit in graph.history if edit.sizes is not None)
     return {name: f"{before} -> {after}" for name, before, after in found if before != after}
 

@@ -83,6 +83,15 @@ def _mark_statistics(graph: Graph) -> None:
                 value.kind, value.trainable = "buffer", False
 
 
+def _mark_quantized(graph: Graph) -> None:
+    """Integers that stand for a trained weight, and their scales, are parts of it, which are trained no more."""
+    for _, node in graph.walk():
+        if node.op == "dequantize" and isinstance(node.inputs[0], Parameter) and node.inputs[0].rank:
+            for value in node.inputs[:2]:
+                if isinstance(value, Parameter):
+                    value.kind, value.trainable = "parameter", False
+
+
 def _drop_unread(graph: Graph) -> None:
     """Constants that readers took for numbers or sizes stay in the carried file alone: to change them means nothing.
 
@@ -130,6 +139,7 @@ class _Importer:
         self.graph.metadata["onnx_aliases"] = self.aliases
         _drop_unread(self.graph)
         _mark_statistics(self.graph)
+        _mark_quantized(self.graph)
         place_by_weights(self.graph)
         return self.graph
 

@@ -1,5 +1,7 @@
 """QuantizeLinear and DequantizeLinear against onnxruntime, in every form of scales, and what is cut through them."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -8,6 +10,7 @@ from onnx import TensorProto, helper
 
 import regauge
 from onnx_node import check_node, normal, operators
+from onnx_simplified import parsed
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
 
@@ -71,6 +74,35 @@ def test_constants_that_are_stored_small_are_not_folded() -> None:
     model = helper.make_model(helper.make_graph(nodes, "g", [inputs], [outputs], constants))
     small = regauge.optimize(regauge.load(model), "simplify")
     assert "dequantize" in operators(small)
+
+
+def test_a_quantized_file_is_cut(tmp_path: Path) -> None:
+    """Between two layers: integers, scales, zero points and biases of the Dim go together."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    quantized (float[n, 8] x) => (float[n, 4] y) {
+      xq = QuantizeLinear (x, xs, xz)
+      xd = DequantizeLinear (xq, xs, xz)
+      wd = DequantizeLinear <axis = 1> (w, ws, wz)
+      h = MatMul (xd, wd)
+      r = Relu (h)
+      vd = DequantizeLinear <axis = 1> (v, vs)
+      y = MatMul (r, vd)
+    }
+    """
+    weights = {
+        "xs": np.float32(0.05), "xz": np.uint8(120), "w": RNG.integers(-127, 127, (8, 16)).astype(np.int8),
+        "ws": np.abs(normal(16)) + 0.1, "wz": np.zeros(16, np.int8), "v": RNG.integers(-9, 9, (16, 4)).astype(np.int8),
+        "vs": HALVES,
+    }  # fmt: skip
+    graph = regauge.load(parsed(text, **weights))
+    assert graph.parameters["w"].kind == "parameter" and not graph.parameters["w"].trainable
+    cut = regauge.optimize(graph, "prune{ratio=0.5,compensate=false}")
+    shapes = {name: tuple(cut.parameters[name].shape) for name in ("w", "ws", "wz", "v", "vs")}
+    assert shapes == {"w": (8, 8), "ws": (8,), "wz": (8,), "v": (8, 4), "vs": (4,)}
+    cut.to_onnx(tmp_path / "cut.onnx")
+    x = torch.randn(3, 8)
+    assert torch.allclose(regauge.load(tmp_path / "cut.onnx").run((x,))[0], cut.run((x,))[0])
 
 
 def test_types_that_torch_lacks_are_kept() -> None:
