@@ -29,6 +29,7 @@ class Writer:
         self._quantized: dict[Value, Value] = {}
         self._plain: dict[Value, Value] = {}  # as they were quantized and back
         self._flat: dict[Value, Value] = {}  # the same as matrices
+        self._inputs: dict[Node, Value] = {}  # what layers read: a layer in front may have been written anew since
 
     # -- activations -------------------------------------------------------------------------------------------------
 
@@ -36,6 +37,7 @@ class Writer:
         """Quantize the values of a placement; layers are pointed at them by :meth:`layer`."""
         for value in placement.measured:
             self._scales[value] = self._scale(value, ends[value])
+        self._inputs = {layer.node: x for layer in placement.layers if isinstance(x := layer.node.inputs[0], Value)}
         for value, source in placement.chained.items():
             self._scales[value] = self._scales[source]
             back = self._pair(value)
@@ -87,8 +89,7 @@ class Writer:
 
     def layer(self, layer: Layer, weight: Coded, bias: torch.Tensor | None) -> None:
         """Let a layer multiply integers: its input is one of the quantized values."""
-        x, node = layer.node.inputs[0], layer.node
-        assert isinstance(x, Value)
+        node, x = layer.node, self._inputs[layer.node]
         known = all(isinstance(size, int) for size in x.shape[:-1])
         with self.build.at(node):
             if layer.node.op == "conv":

@@ -164,6 +164,19 @@ def test_scales_are_cut_with_their_weights() -> None:
     assert cut.run((torch.randint(0, 50, (2, LENGTH)).repeat(4, 1),))[0].isfinite().all()
 
 
+def test_a_layer_that_reads_a_layer(tmp_path: Path) -> None:
+    """What the second one reads is written anew before it is."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)).eval()
+    batches = [(torch.randn(16, 5, 8),)]
+    for dynamic in (None, {0: {0: "batch"}}):
+        graph = regauge.capture(model, batches[0], dynamic=dynamic)
+        small = regauge.optimize(graph, "quantize", data=batches)
+        assert decibels(graph, small, *batches[0]) > 30
+        small.to_onnx(tmp_path / "small.onnx")
+        again = regauge.optimize(small, "quantize", data=batches)
+        assert decibels(small, again, *batches[0]) > 100  # there is nothing left to quantize
+
+
 def test_activations_need_data() -> None:
     graph, _ = encoder()
     with pytest.raises(PassError, match="data"):
