@@ -37,6 +37,12 @@ class Readers:
     range: Range
     spread: Spread
 
+    @property
+    def clamp(self) -> Node | None:
+        """The ReLU that gives the value: scales go through it to the layer in front, a shift does not."""
+        producer = self.value.producer
+        return producer if producer is not None and producer.op == "relu" else None
+
 
 @dataclass
 class Smoothing:
@@ -58,7 +64,7 @@ def smoothing_of(readers: Readers, activations: Grid, weights: Grid, exponent: f
         scale = plain.by_exponent(exponent)
         return Smoothing(scale, zeros, float(plain(scale)) / base)
     found = Smoothing(scale := plain.least(), zeros, float(plain(scale)) / base)
-    if all(layer.bias is not None for layer in readers.layers):
+    if readers.clamp is None and all(layer.bias is not None for layer in readers.layers):
         middle = (low + high) / 2
         squares = spread.variance + (spread.mean - middle).square()
         shifted = _Error(low - middle, high - middle, squares, parts, activations, weights)
@@ -112,8 +118,8 @@ class _Error:
 def smooth(graph: Graph, readers: Readers, found: Smoothing, *, by: str) -> bool:
     """Let the value be smoothed for its layers; False where that is not worth a node. The function stays the same."""
     takers = _takers(graph, readers)
-    if not takers and found.share > _WORTH_A_NODE:
-        return False
+    if not takers and (found.share > _WORTH_A_NODE or readers.clamp is not None):
+        return False  # kernels on integers clamp by rounding: nothing may stand between
     shifts = bool(found.shift.any())
     for layer in readers.layers:
         weight = layer.matrix(layer.weight.tensor.detach()).double()
@@ -149,10 +155,13 @@ def _insert(graph: Graph, readers: Readers, found: Smoothing, by: str) -> None:
 
 def _takers(graph: Graph, readers: Readers) -> list[Parameter]:
     """The parameters of what makes the value that can take scales and shift in, those of the shift last: of a norm, or
-    of a linear layer. None where others read the value, or these parameters."""
+    of a linear layer, behind which a ReLU may stand. None where others read the value, or these parameters."""
     value, producer = readers.value, readers.value.producer
     nodes = {layer.node for layer in readers.layers}
-    if producer is None or any(node not in nodes for node in value.consumers()) or value in graph.outputs:
+    if readers.clamp is not None and not _read_elsewhere(graph, value, nodes):
+        nodes, value = {readers.clamp}, readers.clamp.inputs[0]  # type: ignore[assignment]
+        producer = value.producer
+    if producer is None or _read_elsewhere(graph, value, nodes):
         return []
     if producer.op not in ("layer_norm", "linear"):
         return []
@@ -160,6 +169,10 @@ def _takers(graph: Graph, readers: Readers) -> list[Parameter]:
     if len(found) < 2 or not all(_is_own(parameter, producer) for parameter in found):
         return []
     return [parameter for parameter in found if isinstance(parameter, Parameter)]
+
+
+def _read_elsewhere(graph: Graph, value: Value, nodes: set[Node]) -> bool:
+    return any(node not in nodes for node in value.consumers()) or value in graph.outputs
 
 
 def _is_own(parameter: object, node: Node) -> bool:

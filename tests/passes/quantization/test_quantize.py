@@ -177,6 +177,21 @@ def test_a_layer_that_reads_a_layer(tmp_path: Path) -> None:
         assert decibels(small, again, *batches[0]) > 100  # there is nothing left to quantize
 
 
+def test_scales_go_through_a_clamp(tmp_path: Path) -> None:
+    """A multiplication behind a ReLU would keep it from the kernel in front, which would then be one on floats."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6)).eval()
+    with torch.no_grad():
+        model[0].weight[3] *= 60
+        model[2].weight[:, 3] /= 60
+    batches = [(torch.randn(64, 6),)]
+    graph = regauge.capture(model, batches[0])
+    small = regauge.optimize(graph, "quantize", data=batches)
+    assert not [node for node in small.nodes if node.op == "mul" and node.inputs[0].producer is not None]
+    assert decibels(graph, small, *batches[0]) > 33
+    small.to_onnx(tmp_path / "small.onnx")
+    assert kernels_of(tmp_path / "small.onnx")[0]["QGemm"] == 2
+
+
 def test_activations_need_data() -> None:
     graph, _ = encoder()
     with pytest.raises(PassError, match="data"):
