@@ -121,6 +121,8 @@ def _open(
     options.log_severity_level = 4  # errors reach us as exceptions
     if written_to:
         options.optimized_model_filepath = written_to
+        beside = os.path.basename(written_to) + ".data"  # a model of more than 2 GB has to have its weights there
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", beside)
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

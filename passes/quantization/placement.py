@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.passes.calibration.layers import Layer, layer_of
-from regauge.passes.name_patterns import check_patterns, matches
+from regauge.passes.calibration.layers import Layer
+from regauge.passes.name_patterns import matches
 from regauge.passes.quantization.targets import Target
 
 _LAYERS = ("linear", "matmul", "conv")
 _MOVES = ("reshape", "permute", "squeeze", "unsqueeze", "slice", "max_pool")  # entries stay what they are
-
-
-def find_tables(
-    graph: Graph, include: Sequence[str], exclude: Sequence[str], left: Counter[str]
-) -> list[tuple[Node, Parameter]]:
-    """The lookups in tables of vectors that nothing else reads."""
-    found = []
-    for node in graph.nodes:
-        table = node.inputs[0] if node.op == "embedding" else None
-        if not isinstance(table, Parameter) or table.kind != "parameter" or table.dtype != torch.float32:
-            continue
-        if (include and not matches(table.names, include)) or matches(table.names, exclude):
-            continue
-        if len(table.uses) > 1 or table in graph.outputs:
-            left["its table of vectors has other readers"] += 1
-        else:
-            found.append((node, table))
-    return found
 
 
 @dataclass
@@ -53,59 +34,50 @@ class Placement:
         return list(dict.fromkeys([*self.chained.values(), *self.fed]))
 
 
-def find_layers(
-    graph: Graph, include: Sequence[str], exclude: Sequence[str], left: Counter[str], *, depthwise: bool = True
-) -> list[Layer]:
-    """The layers to quantize, in the order of the graph; ``left`` counts the others by reason.
-
-    Globs are on names of weights. Raises PassError for one that matches none.
-    """
-    every = [name for parameter in graph.all_parameters() for name in parameter.names]
-    check_patterns("include", include, every)
-    check_patterns("exclude", exclude, every)
-    found = []
-    for owner, node in graph.walk():
-        if node.op not in _LAYERS or len(node.inputs) < 2:
-            continue
-        layer, weight = layer_of(node, blocks=True), node.inputs[1]
-        reason = _reason(owner is graph, weight, layer, include, exclude, depthwise)
-        if reason:
-            left[reason] += 1
-        elif layer is not None:
-            found.append(layer)
-    return found
-
-
-def _reason(
-    outermost: bool,
-    weight: object,
-    layer: Layer | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    depthwise: bool,
-) -> str | None:
-    if not isinstance(weight, Parameter):
-        return None  # a product of two activations
-    if include and not matches(weight.names, include):
-        return "not included"
-    if matches(weight.names, exclude):
-        return "excluded"
-    if not outermost:
-        return "it lies in a branch or the body of a loop"
-    if layer is None:
-        return "its weight has other readers, or is no matrix of weights" if weight.kind == "parameter" else None
-    if weight.dtype != torch.float32:
+def misfit(layer: Layer, target: Target) -> str | None:
+    """Why a layer is not quantized for a target; None where it is."""
+    if layer.node.op not in _LAYERS:
+        return f"{layer.node.op} has no quantized form yet"
+    if layer.weight.dtype != torch.float32:
         return "its weight is not in single precision"
     if layer.blocks > 1 and layer.node.op == "matmul":
         return "it is a batch of matrices"
-    if not depthwise and is_depthwise(layer):
+    if not target.depthwise and is_depthwise(layer):
         return "depthwise convolutions are slower with integers"
+    return None
+
+
+def misfit_of_blocks(layer: Layer, target: Target, group: int | None) -> str | None:
+    """Why the weight of a layer alone is not stored in integers for a target; None where it is.
+
+    ``group`` is how many of its columns are to share a scale, None all of a row.
+    """
+    reason = misfit(layer, target)
+    if reason or not target.blocks_alone:
+        return reason
+    if layer.node.op == "conv":
+        return f"{target.name} would convert the weight of a convolution at every run: target=reference stores it"
+    if group is None or layer.columns % group:
+        return f"its inputs are no multiple of {group}: {target.name} reads weights alone in blocks"
     return None
 
 
 def is_depthwise(layer: Layer) -> bool:
     """Whether each input channel has a filter of its own."""
     return layer.blocks > 1 and layer.columns == layer.taps
+
+
+def find_tables(graph: Graph, include: Sequence[str], exclude: Sequence[str]) -> list[tuple[Node, Parameter]]:
+    """The lookups in tables of vectors that nothing else reads."""
+    found = []
+    for node in graph.nodes:
+        table = node.inputs[0] if node.op == "embedding" else None
+        if not isinstance(table, Parameter) or table.kind != "parameter" or table.dtype != torch.float32:
+            continue
+        chosen = (not include or matches(table.names, include)) and not matches(table.names, exclude)
+        if chosen and len(table.uses) == 1 and table not in graph.outputs:
+            found.append((node, table))
+    return found
 
 
 def place(graph: Graph, layers: Sequence[Layer], target: Target) -> Placement:
@@ -151,7 +123,7 @@ def _chains(graph: Graph, layers: set[Node]) -> dict[Value, Value]:
 
 
 def _joins(node: Node, chained: dict[Value, Value]) -> bool:
-    """Whether a node adds or joins integers, all of them of the same shape."""
+    """Whether a node joins integers, or adds those of one shape."""
     operands = [value for _, value in node.operands()]
     if len(operands) < 2 or not all(value in chained for value in operands):
         return False

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from regauge.ir.edit import Builder, replace_uses, set_input
-from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.quantization.grid import Coded, Grid, rounded
@@ -20,7 +20,7 @@ BIAS_BITS = 32
 
 
 class Writer:
-    """Edits one graph. Whoever reads a value as integers shares one pair; scales and weights are buffers."""
+    """Edits one graph. Whoever reads a value as integers shares one pair; what was a weight stays a parameter."""
 
     def __init__(self, graph: Graph, target: Target, *, by: str) -> None:
         self.graph, self.target = graph, target
@@ -87,26 +87,28 @@ class Writer:
 
     # -- layers ------------------------------------------------------------------------------------------------------
 
-    def layer(self, layer: Layer, weight: Coded, bias: torch.Tensor | None) -> None:
+    def layer(self, layer: Layer, weight: Coded) -> None:
         """Let a layer multiply integers: its input is one of the quantized values."""
         node, x = layer.node, self._inputs[layer.node]
         known = all(isinstance(size, int) for size in x.shape[:-1])
         with self.build.at(node):
             if layer.node.op == "conv":
-                self._in_place(node, x, self._weight(layer, weight), self._integer_bias(layer, x, weight, bias))
+                self._in_place(node, x, self._weight(layer, weight), self._integer_bias(layer, x, weight))
             elif self.target.flat and (known or x.rank == 2):
-                made = self._gemm(node, x, layer, weight, bias)
-                replace_uses(self.graph, node.output, made)
+                replace_uses(self.graph, node.output, self._gemm(node, x, layer, weight))
             else:
-                y = self.build.matmul(self._plain[x], self._weight(layer, weight, inputs_first=True))
-                if bias is not None:
-                    y = self.build.add(y, layer.bias)
-                replace_uses(self.graph, node.output, y)
+                self._product(layer, self._plain[x], weight)
 
-    def _gemm(self, node: Node, x: Value, layer: Layer, weight: Coded, bias: torch.Tensor | None) -> Value:
+    def _product(self, layer: Layer, x: Operand, weight: Coded) -> None:
+        """A matmul in place of a layer, its bias in float behind it."""
+        y = self.build.matmul(x, self._weight(layer, weight, inputs_first=True))
+        y = y if layer.bias is None else self.build.add(y, layer.bias)
+        replace_uses(self.graph, layer.node.output, y)
+
+    def _gemm(self, node: Node, x: Value, layer: Layer, weight: Coded) -> Value:
         rows = self._plain[x] if x.rank == 2 else self._as_matrix(x)
         y: Value = self.build.linear(
-            rows, self._weight(layer, weight, outputs_first=True), self._integer_bias(layer, x, weight, bias)
+            rows, self._weight(layer, weight, outputs_first=True), self._integer_bias(layer, x, weight)
         )
         return y if x.rank == 2 else self.build.reshape(y, shape=node.output.shape)
 
@@ -120,14 +122,11 @@ class Writer:
 
     def weight_alone(self, layer: Layer, weight: Coded) -> None:
         """Store the weight of a layer as integers; it computes in float."""
-        node, blocks = layer.node, weight.scale.shape[1] > 1
-        with self.build.at(node):
-            if blocks and self.target.inputs_first and node.op == "linear":
-                y = self.build.matmul(node.inputs[0], self._weight(layer, weight, inputs_first=True))
-                y = self.build.add(y, node.inputs[2]) if layer.bias is not None else y
-                replace_uses(self.graph, node.output, y)
+        with self.build.at(layer.node):
+            if self.target.blocks_alone and layer.node.op == "linear":
+                self._product(layer, layer.node.inputs[0], weight)
             else:
-                set_input(node, 1, self._weight(layer, weight), self.graph)
+                set_input(layer.node, 1, self._weight(layer, weight), self.graph)
 
     def embedding(self, node: Node, table: Parameter) -> None:
         """Store a table of vectors as integers of 8 bits with a scale for each vector, by which those looked up go."""
@@ -165,14 +164,13 @@ class Writer:
         back: Value = self.build.dequantize(q, s, z, name=f"{name}_dequantized", **where, **bits)
         return back
 
-    def _integer_bias(self, layer: Layer, x: Value, weight: Coded, bias: torch.Tensor | None) -> Value | None:
+    def _integer_bias(self, layer: Layer, x: Value, weight: Coded) -> Value | None:
         """The bias in steps of the product, as kernels add it up."""
-        if bias is None:
+        if layer.bias is None:
             return None
         scale = (self._scales[x][0].tensor * weight.scale[:, 0].float()).float()
         limit = 2.0 ** (BIAS_BITS - 1)
-        q = torch.round(bias.double() / scale.double()).clamp(-limit, limit - 1).to(torch.int32)
-        assert layer.bias is not None
+        q = torch.round(layer.bias.tensor.detach().double() / scale.double()).clamp(-limit, limit - 1).to(torch.int32)
         name = layer.bias.name
         back: Value = self.build.dequantize(
             self._buffer(f"{name}_quantized", q), self._buffer(f"{name}_scale", scale), axis=0

@@ -10,15 +10,17 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from regauge.ir.edit import remove_dead
-from regauge.ir.graph import Graph, Value
-from regauge.ir.quantized import PLANNED_FOR
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.quantized_layers import PLANNED_FOR
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.grid import Coded, Grid, rounded
-from regauge.passes.quantization.placement import Placement, find_layers, find_tables, place
+from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
@@ -34,6 +36,7 @@ SCHEMES: Mapping[str, tuple[int, bool]] = {
     "w2": (2, False),
 }
 """Bits of weights, and whether activations have 8 bits."""
+BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,9 @@ class Quantize(Pass):
     before  y = linear(x, w, b)                          w: f32[64,128]
     w8a8    y = linear(back(quantize(x)), back(w'), b')  w': i8[64,128], a scale for each output
     w4      y = linear(x, back(w'), b)                   w': 4 bits, a scale for each 32 inputs of an output
+
+    The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
+    those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte.
     """
 
     name: ClassVar[str] = "quantize"
@@ -52,7 +58,7 @@ class Quantize(Pass):
     group: int | None = option(None, "neighbouring inputs that share a scale", at_least=2)
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
     target: Literal["ort-x86", "reference"] = option("ort-x86", "the runtime that it is written for")
-    calibration: Calibration = option("minmax", "how ranges of activations are found")
+    calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
     method: Method | None = option(
         None, "how weights are rounded: nearest, or on data by columns (GPTQ) or descent, for 8 bits and for fewer"
     )
@@ -63,21 +69,45 @@ class Quantize(Pass):
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_weights = [name for name in ("group", "symmetric") if getattr(self, name) is not None]
+        of_activations = [name for name in ("calibration", "smoothing") if getattr(self, name) is not None]
+        idle = of_weights if self._activations else of_activations
+        if idle:
+            raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
+        group = self.group or BLOCK
+        if TARGETS[self.target].blocks_alone and (group < 16 or group & (group - 1)):
+            raise PassError(f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not group={self.group}")
+
+    @property
+    def _activations(self) -> bool:
+        return SCHEMES[self.scheme][1]
+
+    @property
+    def _block(self) -> int | None:
+        """Columns that share a scale where weights are stored alone; None: all of a row."""
+        bits, _ = SCHEMES[self.scheme]
+        return self.group or (BLOCK if bits < 8 or TARGETS[self.target].blocks_alone else None)
+
     def call(self, graph: Graph, context: Context) -> Graph:
-        bits, activations = SCHEMES[self.scheme]
-        target = TARGETS[self.target]
-        plain = _prepared(graph)
-        original = plain.copy()
-        layers = find_layers(original, self.include, self.exclude, context.left, depthwise=target.depthwise)
-        tables = find_tables(original, self.include, self.exclude, context.left) if self.embeddings else []
+        if context.data is None and self.method in ("columns", "descent"):
+            raise PassError(
+                f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
+            )
+        original, target = _prepared(graph).copy(), TARGETS[self.target]
+        tables = self._tables(original)
+        layers = self._layers(original, context.left)
         if not layers and not tables:
             return graph
-        if activations:
+        if not layers:
+            writer = Writer(original.copy(), target, by=self.name)
+        elif self._activations:
             writer = self._with_activations(original, layers, target, context)
         else:
-            writer = self._weights_alone(original, layers, target, bits, context)
+            writer = self._weights_alone(original, layers, target, context)
         result = writer.graph
-        for node, table in find_tables(result, self.include, self.exclude, Counter()) if tables else ():
+        for node, table in self._tables(result):
             writer.embedding(node, table)
         if tables:
             context.note(f"8 bits: {len(tables)} tables of vectors")
@@ -85,17 +115,29 @@ class Quantize(Pass):
         result.metadata[PLANNED_FOR] = self.target
         return result
 
+    def _tables(self, graph: Graph) -> list[tuple[Node, Parameter]]:
+        return find_tables(graph, self.include, self.exclude) if self.embeddings else []
+
+    def _layers(self, graph: Graph, left: Counter[str]) -> list[Layer]:
+        target = TARGETS[self.target]
+
+        def against(layer: Layer) -> str | None:
+            return misfit(layer, target) if self._activations else misfit_of_blocks(layer, target, self._block)
+
+        tables = {table for _, table in self._tables(graph)}
+        return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=tables)
+
     # -- weights alone -----------------------------------------------------------------------------------------------
 
-    def _weights_alone(
-        self, original: Graph, layers: Sequence[Layer], target: Target, bits: int, context: Context
-    ) -> Writer:
-        symmetric = bits == 8 if self.symmetric is None else self.symmetric
-        wanted = self.group or (32 if bits < 8 else target.block)
-        groups = {layer.weight.name: _group(layer, wanted) for layer in layers}
-        grid = Grid(bits, symmetric)
+    def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
+        bits, _ = SCHEMES[self.scheme]
+        groups = {layer.weight.name: _group(layer, self._block) for layer in layers}
+        whole = sum(size == layer.columns for size, layer in zip(groups.values(), layers, strict=True))
+        if self._block is not None and whole:
+            context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
+        grid = Grid(bits, bits == 8 if self.symmetric is None else self.symmetric)
         result = original.copy()
-        own = find_layers(result, self.include, self.exclude, Counter(), depthwise=target.depthwise)
+        own = self._layers(result, Counter())
         coded = self._coded(original, result, own, grid, groups, context)
         writer = Writer(result, target, by=self.name)
         for layer in own:
@@ -127,7 +169,7 @@ class Quantize(Pass):
         if self.smoothing != 0:
             self._smooth(original, layers, target, batches, context)
         result = original.copy()
-        own = find_layers(result, self.include, self.exclude, Counter(), depthwise=target.depthwise)
+        own = self._layers(result, Counter())
         placement = place(result, own, target)
         ends = self._ends(result, placement, target, batches)
         groups = {layer.weight.name: layer.columns for layer in own}
@@ -135,8 +177,7 @@ class Quantize(Pass):
         writer = Writer(result, target, by=self.name)
         writer.activations(placement, ends)
         for layer in own:
-            bias = None if layer.bias is None else layer.bias.tensor.detach()
-            writer.layer(layer, coded[layer.weight.name], bias)
+            writer.layer(layer, coded[layer.weight.name])
         context.note(f"{len(own)} layers multiply integers; ranges of {len(ends)} values")
         return writer
 
@@ -147,7 +188,8 @@ class Quantize(Pass):
             for value in placement.measured
         }
         statistics.collect(batches)
-        return {value: ends_of(found, target.activations, self.calibration) for value, found in histograms.items()}
+        way = self.calibration or "minmax"
+        return {value: ends_of(found, target.activations, way) for value, found in histograms.items()}
 
     def _smooth(
         self, graph: Graph, layers: Sequence[Layer], target: Target, batches: Sequence[Any], context: Context

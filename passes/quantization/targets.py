@@ -31,8 +31,7 @@ class Target:
     chains: bool  # convolutions give integers, too
     depthwise: bool  # convolutions of one channel each are worth it
     zeros: bool  # symmetric weights have zero points, too
-    inputs_first: bool  # weights of blocks lie as [inputs, outputs]
-    block: int | None  # columns of a block that weights alone need; None: none
+    blocks_alone: bool  # weights alone are worth it in blocks of 16 or more, a power of two, [inputs, outputs]
 
 
 TARGETS: Mapping[str, Target] = {
@@ -46,8 +45,7 @@ TARGETS: Mapping[str, Target] = {
             chains=True,
             depthwise=False,
             zeros=True,
-            inputs_first=True,
-            block=32,
+            blocks_alone=True,
         ),
         Target(
             name="reference",
@@ -57,8 +55,7 @@ TARGETS: Mapping[str, Target] = {
             chains=False,
             depthwise=True,
             zeros=False,
-            inputs_first=False,
-            block=None,
+            blocks_alone=False,
         ),
     )
 }

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 
 from regauge.ir.edit import set_weight
-from regauge.ir.graph import Graph
+from regauge.ir.graph import Graph, Node
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
-from regauge.passes.calibration.quadratic import change_of_output, least_error
+from regauge.passes.calibration.quadratic import Quadratic, change_of_output, least_error
 from regauge.passes.calibration.side_by_side import SideBySide
 from regauge.passes.quantization.grid import Coded, Grid, rounded
 from regauge.passes.quantization.rounding import by_columns, by_descent
 
 Method: TypeAlias = Literal["nearest", "columns", "descent"]
+Solver: TypeAlias = Callable[[Quadratic, Grid, int], Coded]
 
 RIDGE = 1e-2  # share of the mean square of a column
 ENOUGH_ROWS = 8  # for each column: with less data, weights would be fitted to it rather than kept
@@ -38,7 +39,7 @@ def coded_on_data(
     What they stand for is written into ``changed``, and biases that make up for it. Layers of several blocks are
     rounded to the nearest codes.
     """
-    solve = {"columns": by_columns, "descent": by_descent}[method]
+    solve: Solver = {"columns": by_columns, "descent": by_descent}[method]
     by_node, found = {layer.node: layer for layer in layers}, dict[str, Coded]()
     run = SideBySide(original, changed, batches)
     for was, node in run.steps():
@@ -58,7 +59,7 @@ def coded_on_data(
 
 
 def _solved(
-    run: SideBySide, layer: Layer, was: Any, solve: Any, grid: Grid, group: int, changed: Graph, by: str
+    run: SideBySide, layer: Layer, was: Node, solve: Solver, grid: Grid, group: int, changed: Graph, by: str
 ) -> Coded:
     weight = layer.matrix(layer.weight.tensor.detach()).double()
     bias = layer.bias.tensor.detach().double() if layer.bias is not None else torch.zeros(len(weight)).double()
@@ -71,7 +72,7 @@ def _solved(
         problem = change_of_output(moments, weight, bias, RIDGE, free=free)
     else:
         problem = least_error(moments, weight, bias, RIDGE, free=free)
-    coded: Coded = solve(problem, grid, group)
+    coded = solve(problem, grid, group)
     shifted = layer.shifted(problem.bias(coded.values) - bias) if layer.bias is not None else None
     if shifted is not None:
         set_weight(changed, *shifted, by=by)

@@ -14,6 +14,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.options import option
 from regauge.passes.report import sparse_cut
@@ -33,7 +34,6 @@ from regauge.passes.sparsity.sequential import (
     may_exchange,
     sparsify_on_data,
 )
-from regauge.passes.sparsity.targets import find_layers
 
 RATIO = 0.5
 BLOCK = "4x4"
@@ -116,14 +116,14 @@ class Sparsify(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         batches = self._batches(graph, context)
         pattern = self._pattern()
-        names = [layer.weight.name for layer in find_layers(graph, pattern, self.include, self.exclude, context.left)]
+        names = [layer.weight.name for layer in self._layers(graph, context.left)]
         if not names:
             return graph
         original = graph
         if self.permute:
             original = permuted(graph, names, pattern, batches, self.seed, context, by=self.name)
         result = original.copy()
-        layers = find_layers(result, pattern, self.include, self.exclude, Counter())
+        layers = self._layers(result, Counter())
         done = (
             self._by_magnitude(result, layers)
             if batches is None
@@ -139,6 +139,15 @@ class Sparsify(Pass):
         if done.large:
             context.note(f"{done.large} large layers: entries changed places with the other weights held fixed")
         return result
+
+    def _layers(self, graph: Graph, left: Counter[str]) -> list[Layer]:
+        """The layers that take the pattern."""
+        pattern = self._pattern()
+
+        def misfit(layer: Layer) -> str | None:
+            return pattern.misfit(layer.outputs, layer.columns // layer.taps)
+
+        return chosen_layers(graph, self.include, self.exclude, left, misfit)
 
     def _pattern(self) -> Pattern:
         return parse_pattern(self.pattern, self.block or BLOCK, self.transposable)

@@ -192,6 +192,46 @@ def test_scales_go_through_a_clamp(tmp_path: Path) -> None:
     assert kernels_of(tmp_path / "small.onnx")[0]["QGemm"] == 2
 
 
+def test_weights_alone_that_a_runtime_would_convert_stay_in_float(tmp_path: Path) -> None:
+    """onnxruntime has kernels for blocks along the inputs of a product, and none for convolutions."""
+    graph, batches = residual()
+    small = regauge.optimize(graph, "quantize{scheme=w8}", data=batches)
+    assert small.parameters["stem.weight"].dtype == torch.float32 and "head.weight" in small.parameters  # 16 inputs
+    reasons = dict(small.report.passes[0].left)
+    assert sum("weight of a convolution" in reason for reason in reasons) == 1
+    assert sum("no multiple of 32" in reason for reason in reasons) == 1
+    small.to_onnx(tmp_path / "float.onnx")
+    stored = regauge.optimize(graph, "quantize{scheme=w8,target=reference}", data=batches)
+    assert stored.parameters["stem.weight_quantized"].dtype == torch.int8
+    assert bytes_of(stored) < 0.35 * bytes_of(graph)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("group=32", "group does nothing with scheme=w8a8"),
+        ("scheme=w4,smoothing=0.5", "smoothing does nothing with scheme=w4"),
+        ("scheme=w8,calibration=mse", "calibration does nothing with scheme=w8"),
+        ("scheme=w4,group=24", "blocks of 16, 32, 64"),
+        ("scheme=w4,method=descent", "needs data for method=descent"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options: str, reason: str) -> None:
+    graph, _ = encoder()
+    with pytest.raises(PassError, match=reason):
+        regauge.optimize(graph, f"quantize{{{options}}}")
+
+
+def test_what_is_left_is_counted() -> None:
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 3), nn.Conv1d(4, 4, 3, groups=4)).eval()
+    batches = [(torch.randn(8, 4, 12),)]
+    small = regauge.optimize(regauge.capture(model, batches[0]), "quantize", data=batches)
+    assert dict(small.report.passes[0].left) == {
+        "conv_transpose has no quantized form yet": 1,
+        "depthwise convolutions are slower with integers": 1,
+    }
+
+
 def test_activations_need_data() -> None:
     graph, _ = encoder()
     with pytest.raises(PassError, match="data"):

@@ -7,9 +7,9 @@ import torch
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
+from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.quantization.grid import Grid
-from regauge.passes.quantization.placement import find_layers
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
 
 ACTIVATIONS, WEIGHTS = Grid(8, symmetric=False), Grid(8)
@@ -35,7 +35,7 @@ def network(norm: bool, *, read_elsewhere: bool = False) -> Graph:
 
 
 def readers_of(graph: Graph, x: torch.Tensor) -> Readers:
-    layers = find_layers(graph, (), (), Counter())
+    layers = chosen_layers(graph, (), (), Counter(), lambda layer: None)
     value = layers[0].node.inputs[0]
     assert isinstance(value, Value)
     statistics = Statistics(graph)

@@ -1,40 +1,47 @@
-"""Which layers a pattern of zeros can go into, and why the others are left as they are."""
+"""Which layers a pass that changes weights one by one works on, and why the others are left as they are."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.name_patterns import check_patterns, matches
-from regauge.passes.sparsity.patterns import Pattern
 
 _LINEAR = {"linear", "conv", "matmul"}
-_CHOSEN = {"not included", "excluded"}
 
 
-def find_layers(
-    graph: Graph, pattern: Pattern, include: Sequence[str], exclude: Sequence[str], left: Counter[str]
+def chosen_layers(
+    graph: Graph,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    left: Counter[str],
+    misfit: Callable[[Layer], str | None],
+    *,
+    blocks: bool = False,
+    apart: Collection[Value] = (),
 ) -> list[Layer]:
-    """The layers that take the pattern, in the order of the graph; ``left`` counts the other weights by reason.
+    """The layers that ``misfit`` has nothing against, in the order of the graph; ``left`` counts the rest by reason.
 
-    Globs are on names of weights. Raises PassError for one that matches none.
+    Globs are on names of weights. Layers of several ``blocks``, as grouped convolutions are, count where they are asked
+    for; weights that are seen to ``apart`` are passed over. Raises PassError for a glob that matches no weight.
     """
     every = [name for parameter in graph.all_parameters() for name in parameter.names]
     check_patterns("include", include, every)
     check_patterns("exclude", exclude, every)
-    found, seen = [], set[Value]()
+    found, seen = [], {*apart}
     for owner, node in graph.walk():
         for _, value in node.operands():
             if not _is_weight(value) or value in seen:
                 continue
             seen.add(value)
             second = node.inputs[1] if len(node.inputs) > 1 else None  # of a node with one input, as slice, none
-            layer = layer_of(node) if owner is graph and value is second else None
-            reason = _reason(node, value, layer, pattern, include, exclude)
-            if owner is not graph and node.op in _LINEAR and reason not in _CHOSEN:
+            layer = layer_of(node, blocks=blocks) if owner is graph and value is second else None
+            reason = _not_chosen(value, include, exclude)
+            if reason is None and owner is not graph and node.op in _LINEAR:
                 reason = "it lies in a branch or the body of a loop"
+            reason = reason or (misfit(layer) if layer is not None else _no_layer(node, value))
             if reason:
                 left[reason] += 1
             elif layer is not None:
@@ -46,16 +53,14 @@ def _is_weight(value: Value) -> bool:
     return isinstance(value, Parameter) and value.kind == "parameter" and value.ranked and value.rank > 1
 
 
-def _reason(
-    node: Node, weight: Value, layer: Layer | None, pattern: Pattern, include: Sequence[str], exclude: Sequence[str]
-) -> str | None:
+def _not_chosen(weight: Value, include: Sequence[str], exclude: Sequence[str]) -> str | None:
     assert isinstance(weight, Parameter)
     if include and not matches(weight.names, include):
         return "not included"
-    if matches(weight.names, exclude):
-        return "excluded"
-    if layer is not None:
-        return pattern.misfit(layer.outputs, layer.columns // layer.taps)
+    return "excluded" if matches(weight.names, exclude) else None
+
+
+def _no_layer(node: Node, weight: Value) -> str:
     if node.op not in _LINEAR:
         hint = "; simplify before it may make one" if node.op == "permute" else ""  # x @ w.t(), as Falcon has it
         return f"no linear layer, but read by {node.op}{hint}"

@@ -13,11 +13,6 @@ def quantized_layers(graph: Graph) -> list[Node]:
     return [node for _, node in graph.walk() if node.op in _LAYERS and len(node.inputs) > 1 and _is_stored(node)]
 
 
-def multiplies_integers(node: Node) -> bool:
-    """Whether the input of a quantized layer is dequantized, too: a kernel may do without both."""
-    return _dequantized(node.inputs[0]) is not None
-
-
 def _is_stored(node: Node) -> bool:
     found = _dequantized(node.inputs[1])
     return found is not None and isinstance(found.inputs[0], Parameter)
