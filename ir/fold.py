@@ -17,7 +17,7 @@ import torch
 
 from regauge.ir.edit import Builder, remove_dead, replace_uses
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.purity import STORED_SMALL, is_pure
+from regauge.ir.purity import is_pure
 
 MAX_ELEMENTS = 1 << 22
 # A filled tensor alone is no table: it stays a node, whose sizes follow when an axis is cut.
@@ -52,7 +52,7 @@ def computed(
     Of parameters those are known that :func:`is_table` says, or ``is_known``.
     """
     is_known = is_known or is_table
-    if node.regions or not is_pure(node) or _varies(node.attributes) or not node.outputs or node.op in STORED_SMALL:
+    if node.regions or node.operator.expands or not is_pure(node) or _varies(node.attributes) or not node.outputs:
         return None
     if any(not _small(value) for value in node.outputs):
         return None

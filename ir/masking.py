@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _PROBES = (0.7, -1.3, 2.1, -0.4)
 _WHOLE = (1, -2, 3, -4)
-_CODING = ("quantize", "dequantize")  # of integers in between, the zero point counts as zero: it stands for it
 
 
 def pin_felt(analysis: Analysis) -> None:
@@ -146,7 +145,7 @@ class _Zeros:
         if node.regions:
             given = [*loud.values(), *(self.culprits[v, dim] for v in self._outputs(node.regions, dim))]
             return next((culprit for culprit in given if culprit is not None), None)
-        if node.op in _CODING and holders:
+        if node.operator.coding and holders:
             return loud.get(holders[0][0])
         if gives_zero(node, value, silent, frozenset(loud)):
             return None

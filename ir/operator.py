@@ -185,6 +185,9 @@ class Operator:
                    :mod:`regauge.ir.masking`: without it a product is zeroed by any factor, what has another symmetry
                    than POINTWISE by all its operands together. ``()`` says the latter. A given ``bias`` must be zero
                    besides
+    ``coding``     whether it turns its first operand into codes, or codes into numbers: the code that stands for zero
+                   counts as zero for :mod:`regauge.ir.masking`
+    ``expands``    whether it makes constants larger that are stored small on purpose, so that it is never folded
     ``with_gradients`` stands for ``evaluate`` in inference when gradients are to reach operands and torch lacks them
     """
 
@@ -203,6 +206,8 @@ class Operator:
     sized_by_data: bool = False
     commutative: bool = False
     zeroed_by: tuple[str, ...] | None = None
+    coding: bool = False
+    expands: bool = False
     with_gradients: Callable[..., Any] | None = None
 
     @cached_property

@@ -5,7 +5,6 @@ from __future__ import annotations
 from regauge.ir.graph import Node
 
 OPAQUE = frozenset({"torch_call", "onnx_call"})  # what is kept as it is may draw numbers, write, or quantize
-STORED_SMALL = frozenset({"dequantize"})  # computed at every run of what takes less room: never ahead
 FIXED = "fixed"  # in the metadata of a node: why nothing about it may change
 _WHILE_TRAINING = ("training", "dropout", "dropout_p")
 

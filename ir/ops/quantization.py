@@ -122,6 +122,7 @@ def _quantized_samples() -> list[Any]:
     onnx={"QuantizeLinear": OnnxForm(read=_read_quantize, write=holds_no_sizes)},
     spell=_spell_quantize,
     samples=_quantized_samples,
+    coding=True,
 )
 def quantize(
     x: Tensor,
@@ -175,6 +176,8 @@ def _dequantized_samples() -> list[Any]:
     onnx={"DequantizeLinear": OnnxForm(read=_read_dequantize, write=holds_no_sizes)},
     spell=_spell_dequantize,
     samples=_dequantized_samples,
+    coding=True,
+    expands=True,
 )
 def dequantize(
     q: Tensor,
