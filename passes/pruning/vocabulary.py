@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,11 +70,12 @@ class Vocabulary(Pass):
             raise PassError("vocabulary{count=...} needs data, to count ids in: give batches, or name ids with keep=")
         found = self._found(graph)
         kept = self._kept(graph, found, context)
+        result = graph if len(kept) == found.size else self._cut(graph, found, kept, context)
         if self.mapping is not None:
-            pairs = {str(old): new for new, old in enumerate(kept.tolist())}
-            Path(self.mapping).write_text(json.dumps(pairs), encoding="utf-8")
-        if len(kept) == found.size:
-            return graph
+            _write_mapping(Path(self.mapping), kept)
+        return result
+
+    def _cut(self, graph: Graph, found: Found, kept: np.ndarray, context: Context) -> Graph:
         dims = _dims(graph, found)
         keep = dict.fromkeys(dims, kept)
         context.cuts += [Cut(dim.name, found.size, len(kept)) for dim in dims]
@@ -232,6 +234,16 @@ def _outputs_with(graph: Graph, dims: Sequence[Dim]) -> list[str]:
 
 def _has(axes: Sequence[Extent], dims: Sequence[Dim]) -> bool:
     return any(dim in leaves(extent) for extent in axes for dim in dims)
+
+
+def _write_mapping(path: Path, kept: np.ndarray) -> None:
+    """Old ids with their new ones, {"3": 0, "7": 1}; the file is there whole or as it was."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_text(json.dumps({str(old): new for new, old in enumerate(kept.tolist())}), encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise PassError(f"mapping={path} cannot be written: {error.strerror}") from error
 
 
 def _tell(found: Found, outputs: Sequence[str], kept: np.ndarray, context: Context) -> None:

@@ -147,3 +147,9 @@ def test_what_cannot_be_done_is_refused(kind: str, options: str, message: str) -
 def test_all_ids_change_nothing() -> None:
     graph = captured()
     assert not regauge.optimize(graph, f"vocabulary{{keep={list(range(20))}}}").report.passes[0].changed
+
+
+def test_a_mapping_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    place = tmp_path / "absent" / "ids.json"
+    with pytest.raises(PassError, match="cannot be written: No such file"):
+        regauge.optimize(captured(), f"vocabulary{{keep={KEPT},mapping={place}}}")
