@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
@@ -19,7 +20,9 @@ INTEGER_KERNELS = {
     "QLinearMatMul", "QGemm", "QLinearConv", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits",
     "MatMulInteger", "ConvInteger", "QAttention",
 }  # fmt: skip
-_FLOAT_KERNELS = {"MatMul", "Gemm", "Conv", "FusedConv", "FusedMatMul", "FusedGemm"}
+_FLOAT_KERNELS = {
+    "MatMul", "Gemm", "Conv", "ConvTranspose", "FusedConv", "FusedMatMul", "FusedGemm", "LSTM", "GRU", "RNN",
+}  # fmt: skip
 
 
 @dataclass
@@ -61,14 +64,24 @@ def kernels_of(path: Path) -> tuple[Counter[str], list[str]]:
         optimised = Path(folder) / "optimised.onnx"
         optimised_file(path, optimised)
         model = onnx.load(optimised, load_external_data=False)
-    graph = model.graph
-    constants = {tensor.name for tensor in graph.initializer}
-    converted = {
-        node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants
-    }
-    stray = [
-        node.name or node.output[0]
-        for node in graph.node
-        if node.op_type in _FLOAT_KERNELS and any(name in converted for name in node.input[1:2])
-    ]
-    return Counter(node.op_type for node in graph.node), stray
+    kernels, stray = Counter[str](), list[str]()
+    _look(model.graph, set(), kernels, stray)
+    return kernels, stray
+
+
+def _look(graph: Any, known: set[str], kernels: Counter[str], stray: list[str]) -> None:
+    """Count the operators of a graph and of those nested in it; ``known`` are constants around it."""
+    constants = known | {tensor.name for tensor in graph.initializer}
+    converted = set[str]()
+    for node in graph.node:
+        kernels[node.op_type] += 1
+        read = {name for name in node.input if name}
+        if node.op_type == "Constant":
+            constants.update(node.output)
+        elif read and read <= constants | converted:
+            converted.update(node.output)  # at every run: what is computed at load is gone
+        elif node.op_type in _FLOAT_KERNELS and converted.intersection(node.input[1:3]):
+            stray.append(node.name or node.output[0])
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _look(inner, constants, kernels, stray)

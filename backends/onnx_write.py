@@ -271,9 +271,14 @@ def _serialize(model: onnx_ir.Model, path: Path, sparse_weights: bool) -> None:
 
 
 def _drop_declarations(graph: Any, declared: Container[str]) -> None:
-    """Leave out what onnx_ir says of every initializer, and the tensor itself says: its type; unless it was there."""
+    """Leave out, unless it was there, what is said anyhow: types of initializers, and of results without a shape."""
     names = {tensor.name for tensor in graph.initializer}
-    kept = [info for info in graph.value_info if info.name not in names or info.name in declared]
+
+    def says_more(info: Any) -> bool:
+        bare = info.type.HasField("tensor_type") and not info.type.tensor_type.HasField("shape")
+        return info.name in declared or not (bare or info.name in names)
+
+    kept = [info for info in graph.value_info if says_more(info)]
     if len(kept) < len(graph.value_info):
         del graph.value_info[:]
         graph.value_info.extend(kept)

@@ -9,13 +9,13 @@ _LAYERS = ("linear", "matmul", "conv", "conv_transpose")
 
 
 def quantized_layers(graph: Graph) -> list[Node]:
-    """The layers whose weight is dequantized from a constant, in the order of the graph."""
+    """The layers that read integers: whose weight is dequantized from a constant, though not when it is loaded."""
     return [node for _, node in graph.walk() if node.op in _LAYERS and len(node.inputs) > 1 and _is_stored(node)]
 
 
 def _is_stored(node: Node) -> bool:
     found = _dequantized(node.inputs[1])
-    return found is not None and isinstance(found.inputs[0], Parameter)
+    return found is not None and isinstance(found.inputs[0], Parameter) and not found.attributes["at_load"]
 
 
 def _dequantized(value: object) -> Node | None:

@@ -82,7 +82,7 @@ def _spelled(onnx: Any, node: Node) -> tuple[int | None, int | None]:
         node.inputs[0],
     )
     needed = 21 if block is not None or bits is not None else 13 if axis is not None else 10
-    if onnx.opset < needed:
+    if onnx.opset < needed and not node.attributes.get("at_load"):
         raise onnx.refusal(f"it needs opset {needed}, and the model has {onnx.opset}: convert it first")
     assert isinstance(x, Value)
     return None if axis is None else axis_number(axis, x.rank), block
@@ -103,7 +103,26 @@ def _spell_dequantize(onnx: Any, node: Node) -> Any:
     axis, block = _spelled(onnx, node)
     bits = node.attributes["bits"]
     q, zero_point = (onnx.operand(slot) if bits is None else onnx.few_bits(slot, bits) for slot in (0, 2))
+    if node.attributes["at_load"]:
+        return _spell_at_load(onnx, node, q, zero_point, axis, block)
     return onnx.DequantizeLinear(q, onnx.operand(1), zero_point, axis=axis, block_size=block)
+
+
+def _spell_at_load(onnx: Any, node: Node, q: Any, zero_point: Any, axis: int | None, block: int | None) -> Any:
+    """(Cast(q) - Cast(zero_point)) * scale: runtimes compute it once, from constants, where DequantizeLinear stays."""
+    stored, scale = node.inputs[0], onnx.operand(1)
+    assert isinstance(stored, Value)
+    shape, dtype = list(stored.shape), node.output.dtype
+    if axis is not None:  # a vector is laid along its axis; blocks, which have all axes, along one of their own
+        beside = [axis + 1] if block is not None else range(1, stored.rank - axis)
+        scale = onnx.unsqueeze(scale, *beside)
+        zero_point = None if zero_point is None else onnx.unsqueeze(zero_point, *beside)
+    x = onnx.cast(q, dtype)
+    if block is not None and axis is not None:
+        x = onnx.Reshape(x, onnx.sizes([*shape[:axis], -1, block, *shape[axis + 1 :]]))
+    x = x if zero_point is None else onnx.Sub(x, onnx.cast(zero_point, dtype))
+    x = onnx.Mul(x, scale)
+    return x if block is None else onnx.Reshape(x, onnx.sizes(shape))
 
 
 def _quantized_samples() -> list[Any]:
@@ -168,6 +187,8 @@ def _dequantized_samples() -> list[Any]:
         sample(numbers(2, 4, 3), rand(4), randint(-9, 9, (4,)).to(torch.int8), axis=1),
         sample(randint(-(2**30), 2**30, (4,), dtype=torch.int32), rand(4) * 1e-6, axis=0),
         sample(randint(-8, 8, (5, 6)).to(torch.int8), rand(5, 3), axis=1, block_size=2, bits=4),
+        sample(numbers(4, 6, 3), rand(6), randint(-9, 9, (6,)).to(torch.int8), axis=1, at_load=True),
+        sample(numbers(4, 6, 3), rand(4, 3, 3), axis=1, block_size=2, at_load=True),
     ]
 
 
@@ -187,8 +208,10 @@ def dequantize(
     axis: int | None = None,
     block_size: int | None = None,
     bits: int | None = None,
+    at_load: bool = False,
 ) -> Tensor:
-    if torch.onnx.is_in_onnx_export():
+    """``at_load``: of constants, and in ONNX spelled so that runtimes compute it once, when they load the file."""
+    if torch.onnx.is_in_onnx_export() and not at_load:
         options = {"axis": 1 if axis is None else axis} | ({} if block_size is None else {"block_size": block_size})
         operands = (q, scale) if zero_point is None else (q, scale, zero_point)
         version = 13 if block_size is None else 21
@@ -202,5 +225,7 @@ def dequantize(
         shape = [-1 if i == axis % q.dim() else 1 for i in range(q.dim())]
         scale = scale.reshape(shape)
         zero_point = None if zero_point is None else zero_point.reshape(shape)
+    if at_load:
+        return (q.to(scale.dtype) if zero_point is None else q.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
     centred = q.to(torch.int32) if zero_point is None else q.to(torch.int32) - zero_point.to(torch.int32)
     return centred.to(scale.dtype) * scale

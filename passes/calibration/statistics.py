@@ -43,6 +43,10 @@ class Collector(ABC):
     def add(self, x: torch.Tensor) -> None:
         """Take in the value of one batch."""
 
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """What of a value of one batch is taken in."""
+        return x
+
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """[entries, indices of the axis] in double precision."""
         x = x.detach()
@@ -240,6 +244,7 @@ class Statistics:
 def _take_in(value: Value, x: Any, collector: Collector) -> None:
     if not isinstance(x, torch.Tensor):
         raise PassError(f"{value} is no tensor: nothing can be collected")
+    x = collector.seen(x)
     if x.is_floating_point() and not bool(x.isfinite().all()):
         raise PassError(f"{value} is not finite on the calibration data")
     collector.add(x)

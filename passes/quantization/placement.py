@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from regauge.ir.cost import local_figures
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.passes.calibration.layers import Layer
+from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.name_patterns import matches
 from regauge.passes.quantization.targets import Target
 
 _LAYERS = ("linear", "matmul", "conv")
+_OPSET_OF_BLOCKS = 21
+_DEPTH_OF_SOFTMAX = 30.0
+_SMALL_SHARE = 0.02  # of the multiplications of all layers
 _MOVES = ("reshape", "permute", "squeeze", "unsqueeze", "slice", "max_pool")  # entries stay what they are
 
 
@@ -34,32 +38,37 @@ class Placement:
         return list(dict.fromkeys([*self.chained.values(), *self.fed]))
 
 
-def misfit(layer: Layer, target: Target) -> str | None:
-    """Why a layer is not quantized for a target; None where it is."""
+def misfit(layer: Layer) -> str | None:
+    """Why a layer does not multiply integers; None where it may."""
     if layer.node.op not in _LAYERS:
         return f"{layer.node.op} has no quantized form yet"
     if layer.weight.dtype != torch.float32:
         return "its weight is not in single precision"
     if layer.blocks > 1 and layer.node.op == "matmul":
         return "it is a batch of matrices"
-    if not target.depthwise and is_depthwise(layer):
-        return "depthwise convolutions are slower with integers"
     return None
 
 
-def misfit_of_blocks(layer: Layer, target: Target, group: int | None) -> str | None:
-    """Why the weight of a layer alone is not stored in integers for a target; None where it is.
+def misfit_of_weight(layer: Layer) -> str | None:
+    """Why the weight of a layer alone is not stored in integers; None where it is."""
+    if layer.node.op not in _LAYERS:
+        return f"{layer.node.op} has no quantized form yet"
+    return "its weight is not in single precision" if layer.weight.dtype != torch.float32 else None
 
-    ``group`` is how many of its columns are to share a scale, None all of a row.
+
+def reads_blocks(graph: Graph, layer: Layer, target: Target, group: int, bits: int) -> bool:
+    """Whether a target has a kernel for weights alone of a layer, ``group`` of whose columns share a scale.
+
+    Codes of 8 bits have another form where the file's opset is too old for blocks; those of fewer have none.
     """
-    reason = misfit(layer, target)
-    if reason or not target.blocks_alone:
-        return reason
-    if layer.node.op == "conv":
-        return f"{target.name} would convert the weight of a convolution at every run: target=reference stores it"
-    if group is None or layer.columns % group:
-        return f"its inputs are no multiple of {group}: {target.name} reads weights alone in blocks"
-    return None
+    fits = layer.node.op != "conv" and layer.blocks == 1 and layer.columns % group == 0
+    return target.blocks_alone and fits and (bits < 8 or _opset(graph) >= _OPSET_OF_BLOCKS)
+
+
+def _opset(graph: Graph) -> int:
+    """That of the ONNX file that a graph was read from; other graphs are written with a new one."""
+    model = graph.metadata.get("onnx")
+    return _OPSET_OF_BLOCKS if model is None else int(model.opset_imports.get("", 1))
 
 
 def is_depthwise(layer: Layer) -> bool:
@@ -80,6 +89,27 @@ def find_tables(graph: Graph, include: Sequence[str], exclude: Sequence[str]) ->
     return found
 
 
+def left_in_float(graph: Graph, layers: Sequence[Layer], target: Target) -> dict[Node, str]:
+    """The convolutions, with reasons, that are not worth integers for a target.
+
+    A small one whose result nothing reads as integers: its kernel gives integers, which would round it for readers in
+    float, and little time is gained. A depthwise one, unless it stands between kernels on integers.
+    """
+    nodes = {layer.node for layer in layers}
+    chained, held = _chains(graph, nodes) if target.chains else {}, _held(graph)
+    whole = max(local_figures(nodes, graph).macs, 1)
+    found = {}
+    for layer in layers:
+        node = layer.node
+        ends = node.op == "conv" and not _goes_on(tail(node.output, held), nodes, chained, held)
+        small = local_figures([node], graph).macs < _SMALL_SHARE * whole
+        if is_depthwise(layer) and not target.depthwise and (ends or node.inputs[0] not in chained):
+            found[node] = "depthwise convolutions are slower with integers"
+        elif ends and small and target.chains:
+            found[node] = "a small convolution whose result is read in float"
+    return found
+
+
 def place(graph: Graph, layers: Sequence[Layer], target: Target) -> Placement:
     """Where integers begin and end."""
     placement = Placement(list(layers))
@@ -94,6 +124,30 @@ def place(graph: Graph, layers: Sequence[Layer], target: Target) -> Placement:
     return placement
 
 
+def readers_in(value: Value, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
+    """The layers that read a value, of a single block, and the depthwise convolutions beside them.
+
+    None at all where some are convolutions and others are not: their channels lie on different axes.
+    """
+    own = [layer for layer in layers if layer.node.inputs[0] is value and layer.blocks == 1]
+    others = [layer_of(node, blocks=True) for node in value.consumers() if all(node is not one.node for one in own)]
+    beside = [layer for layer in others if layer is not None and is_depthwise(layer) and layer.outputs == 1]
+    beside = [layer for layer in beside if layer.node.inputs[0] is value and layer.weight.shape[1] == 1]
+    kinds = {layer.node.op == "conv" for layer in [*own, *beside]}
+    return (own, beside) if len(kinds) == 1 else ([], [])
+
+
+def depth_of(graph: Graph, value: Value, placement: Placement) -> float | None:
+    """How far below its greatest entry a value matters: where all that reads it is a softmax, exp(-30) is nothing.
+
+    A mask adds numbers such as -1e9, between which and 0 a grid would have one step for everything else.
+    """
+    moved = [other for other, source in placement.chained.items() if source is value] or [value]
+    readers = [node for other in moved for node in other.consumers() if node.op not in _MOVES]
+    inside = readers and _held(graph).isdisjoint(moved)
+    return _DEPTH_OF_SOFTMAX if inside and all(node.op == "softmax" for node in readers) else None
+
+
 def tail(value: Value, held: set[Value]) -> Value:
     """The result of the clamp at zero that alone reads a value: kernels on integers clamp by rounding."""
     readers = value.consumers()
@@ -105,11 +159,10 @@ def tail(value: Value, held: set[Value]) -> Value:
 
 
 def _chains(graph: Graph, layers: set[Node]) -> dict[Value, Value]:
-    held = {output for output in graph.outputs if isinstance(output, Value)}
-    held |= {value for state in graph.states for value in (state.before, state.after)}
+    held = _held(graph)
     chained: dict[Value, Value] = {}
     for node in graph.nodes:
-        if node.op == "conv" and node in layers or _joins(node, chained):
+        if node.op == "conv" and node in layers or _joins(node, chained) or _averages(graph, node, chained):
             end = tail(node.output, held)
             chained[end] = end
         elif node.op in _MOVES and node.inputs[0] in chained and len(node.outputs) == 1:
@@ -117,9 +170,20 @@ def _chains(graph: Graph, layers: set[Node]) -> dict[Value, Value]:
     for value in reversed(list(chained)):
         assert value.producer is not None
         firm = chained[value] is value and _kernel(value) in layers
-        if not firm and not any(node in layers or _given(node, held) in chained for node in value.consumers()):
+        if not firm and not _goes_on(value, layers, chained, held):
             del chained[value]  # nothing goes on with integers from here
     return chained
+
+
+def _held(graph: Graph) -> set[Value]:
+    """What is read from outside the graph."""
+    held = {output for output in graph.outputs if isinstance(output, Value)}
+    return held | {value for state in graph.states for value in (state.before, state.after)}
+
+
+def _goes_on(value: Value, layers: set[Node], chained: dict[Value, Value], held: set[Value]) -> bool:
+    """Whether a reader of a value takes integers."""
+    return any(node in layers or _given(node, held) in chained for node in value.consumers())
 
 
 def _joins(node: Node, chained: dict[Value, Value]) -> bool:
@@ -128,6 +192,15 @@ def _joins(node: Node, chained: dict[Value, Value]) -> bool:
     if len(operands) < 2 or not all(value in chained for value in operands):
         return False
     return node.op == "concat" or node.op == "add" and len({value.shape for value in operands}) == 1
+
+
+def _averages(graph: Graph, node: Node, chained: dict[Value, Value]) -> bool:
+    """Whether a node gives the mean of all places of integers, in a file: torch's exporter writes it as a reduction,
+    which has no kernel on them."""
+    if "onnx" not in graph.metadata:
+        return False
+    whole = node.op == "adaptive_avg_pool" and all(size == 1 for size in node.attributes["output_size"])
+    return whole and node.inputs[0] in chained
 
 
 def _kernel(value: Value) -> Node | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -12,11 +12,13 @@ from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.quantization.grid import Coded, Grid, rounded
-from regauge.passes.quantization.placement import Placement
+from regauge.passes.quantization.placement import Placement, reads_blocks
 from regauge.passes.quantization.ranges import Ends
+from regauge.passes.quantization.storage import Plain, halve, store
 from regauge.passes.quantization.targets import Target
 
 BIAS_BITS = 32
+_WORTH_A_PRODUCT = 128  # scales that take more bytes than the multiplication, computed at load, that gives them
 
 
 class Writer:
@@ -29,6 +31,7 @@ class Writer:
         self._quantized: dict[Value, Value] = {}
         self._plain: dict[Value, Value] = {}  # as they were quantized and back
         self._flat: dict[Value, Value] = {}  # the same as matrices
+        self._scale_of_weight: dict[Parameter, Parameter] = {}
         self._inputs: dict[Node, Value] = {}  # what layers read: a layer in front may have been written anew since
 
     # -- activations -------------------------------------------------------------------------------------------------
@@ -93,7 +96,8 @@ class Writer:
         known = all(isinstance(size, int) for size in x.shape[:-1])
         with self.build.at(node):
             if layer.node.op == "conv":
-                self._in_place(node, x, self._weight(layer, weight), self._integer_bias(layer, x, weight))
+                stored = self._weight(layer, weight)
+                self._in_place(node, x, stored, self._integer_bias(layer, x, weight))
             elif self.target.flat and (known or x.rank == 2):
                 replace_uses(self.graph, node.output, self._gemm(node, x, layer, weight))
             else:
@@ -107,9 +111,8 @@ class Writer:
 
     def _gemm(self, node: Node, x: Value, layer: Layer, weight: Coded) -> Value:
         rows = self._plain[x] if x.rank == 2 else self._as_matrix(x)
-        y: Value = self.build.linear(
-            rows, self._weight(layer, weight, outputs_first=True), self._integer_bias(layer, x, weight)
-        )
+        stored = self._weight(layer, weight, outputs_first=True)
+        y: Value = self.build.linear(rows, stored, self._integer_bias(layer, x, weight))
         return y if x.rank == 2 else self.build.reshape(y, shape=node.output.shape)
 
     def _in_place(self, node: Node, x: Value, weight: Value, bias: Value | None) -> None:
@@ -121,12 +124,24 @@ class Writer:
             set_input(node, 2, bias, self.graph)
 
     def weight_alone(self, layer: Layer, weight: Coded) -> None:
-        """Store the weight of a layer as integers; it computes in float."""
+        """Store the weight of a layer as integers; it computes in float, or with a kernel that reads blocks."""
+        read = reads_blocks(self.graph, layer, self.target, weight.group, weight.grid.bits)
         with self.build.at(layer.node):
-            if self.target.blocks_alone and layer.node.op == "linear":
+            if read and layer.node.op == "linear":
                 self._product(layer, layer.node.inputs[0], weight)
             else:
-                set_input(layer.node, 1, self._weight(layer, weight), self.graph)
+                at_load = self.target.folds and not read
+                set_input(layer.node, 1, self._weight(layer, weight, at_load=at_load), self.graph)
+
+    def stored(self, weights: Iterable[Plain]) -> None:
+        """Store weights that no kernel reads as integers."""
+        for found in weights:
+            store(self.build, found, at_load=self.target.folds)
+
+    def halved(self, vectors: Iterable[tuple[Graph, Parameter]]) -> None:
+        """Store vectors in half precision where a runtime makes them floats at load."""
+        for owner, vector in vectors if self.target.folds else ():
+            halve(self.build, owner, vector)
 
     def embedding(self, node: Node, table: Parameter) -> None:
         """Store a table of vectors as integers of 8 bits with a scale for each vector, by which those looked up go."""
@@ -143,7 +158,15 @@ class Writer:
 
     # -- constants ---------------------------------------------------------------------------------------------------
 
-    def _weight(self, layer: Layer, coded: Coded, *, inputs_first: bool = False, outputs_first: bool = False) -> Value:
+    def _weight(
+        self,
+        layer: Layer,
+        coded: Coded,
+        *,
+        inputs_first: bool = False,
+        outputs_first: bool = False,
+        at_load: bool = False,
+    ) -> Value:
         """The weight as integers and back, laid out as the layer stores it or as asked for."""
         stored_by_inputs = layer.node.op == "matmul"
         turned = inputs_first and not stored_by_inputs or outputs_first and stored_by_inputs
@@ -158,23 +181,26 @@ class Writer:
         else:
             scale, zero = (part.t() if outputs else part for part in (coded.scale, coded.zero))
             where = {"axis": 1 - outputs, "block_size": coded.group}
-        s = self._weight_of(f"{name}_scale", scale.float().contiguous())
-        silent = grid.symmetric and not self.target.zeros
+        s = self._scale_of_weight[layer.weight] = self._weight_of(f"{name}_scale", scale.float().contiguous())
+        silent = grid.symmetric and (at_load or not self.target.zeros or layer.node.op == "conv")
         z = None if silent else self._buffer(f"{name}_zero_point", zero.to(grid.dtype).contiguous())
-        back: Value = self.build.dequantize(q, s, z, name=f"{name}_dequantized", **where, **bits)
+        back: Value = self.build.dequantize(q, s, z, name=f"{name}_dequantized", at_load=at_load, **where, **bits)
         return back
 
     def _integer_bias(self, layer: Layer, x: Value, weight: Coded) -> Value | None:
         """The bias in steps of the product, as kernels add it up."""
         if layer.bias is None:
             return None
-        scale = (self._scales[x][0].tensor * weight.scale[:, 0].float()).float()
+        of_input = self._scales[x][0]
+        scale = (of_input.tensor * weight.scale[:, 0].float()).float()
         limit = 2.0 ** (BIAS_BITS - 1)
         q = torch.round(layer.bias.tensor.detach().double() / scale.double()).clamp(-limit, limit - 1).to(torch.int32)
         name = layer.bias.name
-        back: Value = self.build.dequantize(
-            self._buffer(f"{name}_quantized", q), self._buffer(f"{name}_scale", scale), axis=0
-        )
+        if self.target.folds and len(scale) >= _WORTH_A_PRODUCT:
+            product_of_scales = self.build.mul(of_input, self._scale_of_weight[layer.weight])
+        else:
+            product_of_scales = self._buffer(f"{name}_scale", scale)
+        back: Value = self.build.dequantize(self._buffer(f"{name}_quantized", q), product_of_scales, axis=0)
         return back
 
     def _weight_of(self, name: str, data: torch.Tensor) -> Parameter:

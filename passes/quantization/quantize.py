@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,10 +20,21 @@ from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.grid import Coded, Grid, rounded
-from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
+from regauge.passes.quantization.placement import (
+    Placement,
+    depth_of,
+    find_tables,
+    left_in_float,
+    misfit,
+    misfit_of_weight,
+    place,
+    readers_in,
+    reads_blocks,
+)
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
+from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.weights import Method, coded_on_data
 from regauge.passes.simplify.simplify import Simplify
@@ -66,6 +77,7 @@ class Quantize(Pass):
         None, "exponent of SmoothQuant, 0 for none; if not given, for each value the best", at_least=0, at_most=1
     )
     embeddings: bool = option(True, "tables of vectors, too: 8 bits, and a scale for each vector")
+    storage: bool = option(True, "weights that are read in float, too: 8 bits, made floats when the file is loaded")
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
 
@@ -97,8 +109,10 @@ class Quantize(Pass):
             )
         original, target = _prepared(graph).copy(), TARGETS[self.target]
         tables = self._tables(original)
-        layers = self._layers(original, context.left)
-        if not layers and not tables:
+        layers = self._layers(original, Counter())
+        plain = self._plain(original, layers)
+        self._layers(original, context.left, apart=plain)
+        if not layers and not tables and not plain:
             return graph
         if not layers:
             writer = Writer(original.copy(), target, by=self.name)
@@ -111,6 +125,12 @@ class Quantize(Pass):
             writer.embedding(node, table)
         if tables:
             context.note(f"8 bits: {len(tables)} tables of vectors")
+        remove_dead(result)  # weights that were replaced
+        if plain:
+            writer.stored(self._plain(result))
+            context.note(f"8 bits: {len(plain)} weights that are read in float")
+        if self.storage:
+            writer.halved(plain_vectors(result, self.include, self.exclude))
         remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
         return result
@@ -118,23 +138,31 @@ class Quantize(Pass):
     def _tables(self, graph: Graph) -> list[tuple[Node, Parameter]]:
         return find_tables(graph, self.include, self.exclude) if self.embeddings else []
 
-    def _layers(self, graph: Graph, left: Counter[str]) -> list[Layer]:
-        target = TARGETS[self.target]
+    def _plain(self, graph: Graph, layers: Sequence[Layer] = ()) -> list[Plain]:
+        apart = {table for _, table in self._tables(graph)} | {layer.weight for layer in layers}
+        return plain_weights(graph, self.include, self.exclude, apart) if self.storage else []
 
-        def against(layer: Layer) -> str | None:
-            return misfit(layer, target) if self._activations else misfit_of_blocks(layer, target, self._block)
+    def _layers(self, graph: Graph, left: Counter[str], apart: Sequence[Plain] = ()) -> list[Layer]:
+        elsewhere = {table for _, table in self._tables(graph)} | {found.weight for found in apart}
 
-        tables = {table for _, table in self._tables(graph)}
-        return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=tables)
+        def chosen(against: Callable[[Layer], str | None], left: Counter[str]) -> list[Layer]:
+            return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=elsewhere)
+
+        if not self._activations:
+            return chosen(misfit_of_weight, left)
+        floats = left_in_float(graph, chosen(misfit, Counter()), TARGETS[self.target])
+        return chosen(lambda layer: misfit(layer) or floats.get(layer.node), left)
 
     # -- weights alone -----------------------------------------------------------------------------------------------
 
     def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
         bits, _ = SCHEMES[self.scheme]
-        groups = {layer.weight.name: _group(layer, self._block) for layer in layers}
+        groups = {layer.weight.name: self._group(original, layer) for layer in layers}
         whole = sum(size == layer.columns for size, layer in zip(groups.values(), layers, strict=True))
         if self._block is not None and whole:
-            context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
+            context.note(
+                f"{whole} layers have a scale for each output: no kernel reads them in blocks of {self._block}"
+            )
         grid = Grid(bits, bits == 8 if self.symmetric is None else self.symmetric)
         result = original.copy()
         own = self._layers(result, Counter())
@@ -144,6 +172,14 @@ class Quantize(Pass):
             writer.weight_alone(layer, coded[layer.weight.name])
         context.note(f"{bits} bits: the weights of {len(own)} layers")
         return writer
+
+    def _group(self, graph: Graph, layer: Layer) -> int:
+        """Columns that share a scale: those of a row where no kernel reads blocks, if nobody asks for groups."""
+        target, bits, block = TARGETS[self.target], SCHEMES[self.scheme][0], self._block
+        if block is None or layer.node.op == "conv" or layer.columns % block:
+            return layer.columns
+        wanted = bits < 8 or self.group is not None or reads_blocks(graph, layer, target, block, bits)
+        return block if wanted else layer.columns
 
     def _coded(
         self,
@@ -184,7 +220,9 @@ class Quantize(Pass):
     def _ends(self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]) -> dict[Value, Ends]:
         statistics = Statistics(graph)
         histograms = {
-            value: statistics.register(value, Histogram(*_importance(value, placement.layers)))
+            value: statistics.register(
+                value, Histogram(*_importance(value, placement.layers), depth_of(graph, value, placement))
+            )
             for value in placement.measured
         }
         statistics.collect(batches)
@@ -194,15 +232,15 @@ class Quantize(Pass):
     def _smooth(
         self, graph: Graph, layers: Sequence[Layer], target: Target, batches: Sequence[Any], context: Context
     ) -> None:
-        read: dict[Value, list[Layer]] = {}
-        for layer in layers:
-            if layer.node.op != "conv" and isinstance(layer.node.inputs[0], Value):
-                read.setdefault(layer.node.inputs[0], []).append(layer)
+        placement = place(graph, layers, target)
         statistics = Statistics(graph)
-        found = [
-            Readers(value, own, statistics.register(value, Range(-1)), statistics.register(value, Spread(-1)))
-            for value, own in read.items()
-        ]
+        found = []
+        for value in dict.fromkeys([*placement.measured, *placement.chained]):
+            own, beside = readers_in(value, layers)
+            if own or beside:
+                axis = 1 if (own or beside)[0].node.op == "conv" else -1
+                ranges = statistics.register(value, Range(axis)), statistics.register(value, Spread(axis))
+                found.append(Readers(value, own, *ranges, beside, value in placement.chained))
         if not found:
             return
         statistics.collect(batches)
@@ -234,9 +272,3 @@ def _importance(value: Value, layers: Sequence[Layer]) -> tuple[int, torch.Tenso
 def _rows(layer: Layer) -> torch.Tensor:
     """The weight as [outputs of all blocks, columns]."""
     return layer.matrices(layer.weight.tensor.detach()).double().flatten(0, 1)
-
-
-def _group(layer: Layer, wanted: int | None) -> int:
-    """Columns that share a scale: a whole row of a convolution, or where the group does not divide it."""
-    whole = wanted is None or layer.node.op == "conv" or layer.columns % wanted
-    return layer.columns if whole or wanted is None else wanted

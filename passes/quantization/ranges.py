@@ -30,12 +30,18 @@ class Histogram(Collector):
     """How often entries of a value fall into each of 4096 bins around zero; holds as many numbers, whatever the data.
 
     The bins reach as far as the greatest entry of the first batch. Where one lies further out, they are merged in pairs
-    until they reach it. Entries count by the ``importance`` of their index on an ``axis``, where there is one.
+    until they reach it. Entries count by the ``importance`` of their index on an ``axis``, where there is one, and as
+    no further than ``depth`` below the greatest of their batch, where that is given.
     """
 
-    def __init__(self, axis: int | None = None, importance: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, axis: int | None = None, importance: torch.Tensor | None = None, depth: float | None = None
+    ) -> None:
         super().__init__(axis)
-        self.importance = importance
+        self.importance, self.depth = importance, depth
+
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.depth is None or not x.numel() else x.clamp(min=float(x.max()) - self.depth)
 
     def add(self, x: torch.Tensor) -> None:
         entries = x.detach().reshape(-1).float()

@@ -12,7 +12,7 @@ with one exponent a for all; here s starts there, with the best of a few, and fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,12 +30,17 @@ _WORTH_A_SHIFT = 0.85  # and so an addition
 
 @dataclass
 class Readers:
-    """A value, the linear layers that read it, and what its channels are like on data."""
+    """A value, the layers that read it, and what its channels are like on data.
+
+    ``beside`` are depthwise convolutions: whatever scale a channel has, its weights have as many steps.
+    """
 
     value: Value
     layers: list[Layer]
     range: Range
     spread: Spread
+    beside: list[Layer] = field(default_factory=list)
+    chained: bool = False  # the value comes as integers: no node may stand in front of the layers
 
     @property
     def clamp(self) -> Node | None:
@@ -55,24 +60,36 @@ class Smoothing:
 
 def smoothing_of(readers: Readers, activations: Grid, weights: Grid, exponent: float | None = None) -> Smoothing:
     """The best scales, or those of an ``exponent`` without a shift."""
-    parts = [layer.matrix(layer.weight.tensor.detach()).abs().float() for layer in readers.layers]
+    parts = [_by_channel(layer) for layer in readers.layers]
+    beside = sum((_rows_by_channel(layer) for layer in readers.beside), torch.zeros(len(readers.range.lowest)))
     low, high, spread = readers.range.lowest, readers.range.highest, readers.spread
-    plain = _Error(low, high, spread.mean_square, parts, activations, weights)
+    plain = _Error(low, high, spread.mean_square, parts, beside, activations, weights)
     ones, zeros = torch.ones_like(low), torch.zeros_like(low)
     base = max(float(plain(ones)), 1e-300)
     if exponent is not None:
         scale = plain.by_exponent(exponent)
         return Smoothing(scale, zeros, float(plain(scale)) / base)
     found = Smoothing(scale := plain.least(), zeros, float(plain(scale)) / base)
-    if readers.clamp is None and all(layer.bias is not None for layer in readers.layers):
+    flat = all(layer.bias is not None and layer.node.op != "conv" for layer in readers.layers)
+    if readers.clamp is None and flat and not readers.beside:  # what is padded with zeros cannot be shifted
         middle = (low + high) / 2
         squares = spread.variance + (spread.mean - middle).square()
-        shifted = _Error(low - middle, high - middle, squares, parts, activations, weights)
+        shifted = _Error(low - middle, high - middle, squares, parts, beside, activations, weights)
         scale = shifted.least()
         share = float(shifted(scale)) / base
         if share < _WORTH_A_SHIFT * found.share:
             return Smoothing(scale, middle, share)
     return found
+
+
+def _by_channel(layer: Layer) -> torch.Tensor:
+    """Magnitudes of a weight, [outputs, channels, taps]."""
+    return layer.matrix(layer.weight.tensor.detach()).abs().float().unflatten(1, (-1, layer.taps))
+
+
+def _rows_by_channel(layer: Layer) -> torch.Tensor:
+    """Of a depthwise convolution the squares of each channel's weights."""
+    return layer.weight.tensor.detach().float().flatten(1).square().sum(1)
 
 
 @dataclass
@@ -82,19 +99,24 @@ class _Error:
     low: torch.Tensor
     high: torch.Tensor
     squares: torch.Tensor
-    parts: Sequence[torch.Tensor]  # magnitudes of weights, [outputs, channels]
+    parts: Sequence[torch.Tensor]  # magnitudes of weights, [outputs, channels, taps]
+    beside: torch.Tensor  # squares of the weights of depthwise readers, [channels]
     activations: Grid
     weights: Grid
 
     def __call__(self, s: torch.Tensor) -> torch.Tensor:
         step, _ = self.activations.span((self.low / s).amin(), (self.high / s).amax())
-        norms = sum(part.square().sum(0) for part in self.parts)
-        steps = sum(((part * s).amax(1) / self.weights.high).square().sum() for part in self.parts)
-        return (step.square() * (s.square() * norms).sum() + steps * (self.squares / s.square()).sum()) / 12
+        error = step.square() * (s.square() * self.beside).sum()
+        for part in self.parts:
+            steps = ((part * s[:, None]).flatten(1).amax(1) / self.weights.high).square().sum()
+            error = error + step.square() * (s.square() * part.square().sum((0, 2))).sum()
+            error = error + steps * part.shape[2] * (self.squares / s.square()).sum()
+        return error / 12
 
     def by_exponent(self, exponent: float) -> torch.Tensor:
         reach = torch.maximum(-self.low, self.high).clamp(min=1e-5)
-        greatest = torch.stack([part.abs().amax(0) for part in self.parts]).amax(0).clamp(min=1e-5)
+        found = [part.amax((0, 2)) for part in self.parts] or [torch.ones_like(reach)]
+        greatest = torch.stack(found).amax(0).clamp(min=1e-5)
         s = reach.pow(exponent) / greatest.pow(1 - exponent)
         return s / s.log().mean().exp()
 
@@ -118,15 +140,21 @@ class _Error:
 def smooth(graph: Graph, readers: Readers, found: Smoothing, *, by: str) -> bool:
     """Let the value be smoothed for its layers; False where that is not worth a node. The function stays the same."""
     takers = _takers(graph, readers)
-    if not takers and (found.share > _WORTH_A_NODE or readers.clamp is not None):
+    flat = all(layer.node.op != "conv" for layer in [*readers.layers, *readers.beside])
+    if not takers and (found.share > _WORTH_A_NODE or readers.chained or readers.clamp is not None or not flat):
         return False  # kernels on integers clamp by rounding: nothing may stand between
     shifts = bool(found.shift.any())
     for layer in readers.layers:
         weight = layer.matrix(layer.weight.tensor.detach()).double()
-        set_weight(graph, layer.weight, layer.stored(weight * found.scale), by=by)
+        columns = found.scale.repeat_interleave(layer.taps)
+        set_weight(graph, layer.weight, layer.stored(weight * columns), by=by)
         if shifts and layer.bias is not None:
             bias = layer.bias.tensor.detach()
             set_weight(graph, layer.bias, (bias.double() + weight @ found.shift).to(bias.dtype), by=by)
+    for layer in readers.beside:
+        data = layer.weight.tensor.detach()
+        wider = data.double() * found.scale.reshape(-1, *(1 for _ in data.shape[1:]))
+        set_weight(graph, layer.weight, wider.to(data.dtype), by=by)
     if takers:
         for place, parameter in enumerate(takers):
             data = parameter.tensor.detach()
@@ -155,20 +183,41 @@ def _insert(graph: Graph, readers: Readers, found: Smoothing, by: str) -> None:
 
 def _takers(graph: Graph, readers: Readers) -> list[Parameter]:
     """The parameters of what makes the value that can take scales and shift in, those of the shift last: of a norm, or
-    of a linear layer, behind which a ReLU may stand. None where others read the value, or these parameters."""
+    of a layer, behind which a ReLU may stand. None where others read the value, or these parameters."""
     value, producer = readers.value, readers.value.producer
-    nodes = {layer.node for layer in readers.layers}
+    nodes = {layer.node for layer in [*readers.layers, *readers.beside]}
     if readers.clamp is not None and not _read_elsewhere(graph, value, nodes):
         nodes, value = {readers.clamp}, readers.clamp.inputs[0]  # type: ignore[assignment]
         producer = value.producer
     if producer is None or _read_elsewhere(graph, value, nodes):
         return []
-    if producer.op not in ("layer_norm", "linear"):
+    if producer.op == "add":
+        return _affine(graph, producer)
+    if producer.op not in ("layer_norm", "linear", "conv"):
         return []
     found = producer.inputs[1:3]
     if len(found) < 2 or not all(_is_own(parameter, producer) for parameter in found):
         return []
     return [parameter for parameter in found if isinstance(parameter, Parameter)]
+
+
+def _affine(graph: Graph, shifted: Node) -> list[Parameter]:
+    """Gain and shift of x * gain + shift, where each is a vector over the last axis that nothing else reads."""
+    shift, product = _split(shifted)
+    scaled = product.producer if product is not None else None
+    if shift is None or product is None or scaled is None or scaled.op != "mul":
+        return []
+    gain, x = _split(scaled)
+    alone = x is not None and x.shape == product.shape and not _read_elsewhere(graph, product, {shifted})
+    return [gain, shift] if gain is not None and alone else []
+
+
+def _split(node: Node) -> tuple[Parameter | None, Value | None]:
+    """The vector of its own that a node reads, and its other operand."""
+    for own, other in (node.inputs[:2], node.inputs[1::-1]):
+        if isinstance(own, Parameter) and own.rank == 1 and _is_own(own, node) and isinstance(other, Value):
+            return own, other
+    return None, None
 
 
 def _read_elsewhere(graph: Graph, value: Value, nodes: set[Node]) -> bool:

@@ -6,16 +6,17 @@ ort-x86, onnxruntime on x86 processors:
 - a linear layer is a Gemm of two axes with a bias of 32-bit integers and a float result: a MatMul whose result is
   added to a bias becomes a float Gemm before its integers are seen, unless sizes in front are dynamic. Its weight needs
   a zero point, of 0, to be seen as integers.
-- a convolution has integers on both sides, and an activation behind it, and sums of its kind with them; depthwise ones
-  are slower than in float.
+- a convolution has integers on both sides, and an activation behind it, and sums of its kind with them; a depthwise
+  one alone is slower than in float; between integers its weights would be rounded with one scale for all channels.
 - constant integers in front of a float layer are not folded: plain weights of 8 bits make it slower. In blocks, along
-  the inputs of a MatMul, they are read by a kernel of their own (opset 21).
+  the inputs of a MatMul, they are read by a kernel of their own (opset 21). What Cast, Sub and Mul make of constants is
+  computed when the file is loaded, in branches too: so spelled they cost no time, and the file is as small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from regauge.passes.quantization.grid import Grid
 
@@ -29,9 +30,10 @@ class Target:
     weights: Grid
     flat: bool  # linear layers as products of matrices with an integer bias, if sizes are known
     chains: bool  # convolutions give integers, too
-    depthwise: bool  # convolutions of one channel each are worth it
+    depthwise: bool  # convolutions of one channel each are worth it, even alone
     zeros: bool  # symmetric weights have zero points, too
     blocks_alone: bool  # weights alone are worth it in blocks of 16 or more, a power of two, [inputs, outputs]
+    folds: bool = field(default=True, kw_only=True)  # what computes in float reads weights converted at load
 
 
 TARGETS: Mapping[str, Target] = {
@@ -56,6 +58,7 @@ TARGETS: Mapping[str, Target] = {
             depthwise=True,
             zeros=False,
             blocks_alone=False,
+            folds=False,
         ),
     )
 }

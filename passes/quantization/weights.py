@@ -37,7 +37,7 @@ def coded_on_data(
     """The codes of ``layers``, which are those of ``changed``, a copy of ``original``, by the names of their weights.
 
     What they stand for is written into ``changed``, and biases that make up for it. Layers of several blocks are
-    rounded to the nearest codes.
+    rounded to the nearest codes, and their biases corrected by the mean error.
     """
     solve: Solver = {"columns": by_columns, "descent": by_descent}[method]
     by_node, found = {layer.node: layer for layer in layers}, dict[str, Coded]()
@@ -50,12 +50,26 @@ def coded_on_data(
         if layer.blocks > 1:
             rows = layer.matrices(layer.weight.tensor.detach()).double().flatten(0, 1)
             coded = rounded(rows, grid, groups[name])
+            _correct_bias(run, layer, was, coded, changed, by)
         else:
             coded = _solved(run, layer, was, solve, grid, groups[name], changed, by)
         values = coded.values.reshape(layer.blocks, layer.outputs, layer.columns)
         set_weight(changed, layer.weight, layer.from_matrices(values), by=by)
         found[name] = coded
     return found
+
+
+def _correct_bias(run: SideBySide, layer: Layer, was: Node, coded: Coded, changed: Graph, by: str) -> None:
+    """Take the mean of what a grouped convolution gives amiss, of each channel, out of its bias."""
+    if layer.bias is None or layer.node.op != "conv":
+        return
+    weight = layer.from_matrices(coded.values.reshape(layer.blocks, layer.outputs, layer.columns))
+    bias, total, count = layer.bias.tensor.detach(), torch.zeros(len(layer.bias.tensor)).double(), 0
+    for x, y in zip(run.inputs(layer), run.targets(layer, was), strict=True):
+        error = (y - layer.node.operator.evaluate(x, weight, bias, **layer.node.attributes)).double()
+        total += error.movedim(1, 0).flatten(1).sum(1)
+        count += error.numel() // len(total)
+    set_weight(changed, layer.bias, (bias + total / max(count, 1)).to(bias.dtype), by=by)
 
 
 def _solved(

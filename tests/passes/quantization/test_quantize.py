@@ -192,18 +192,19 @@ def test_scales_go_through_a_clamp(tmp_path: Path) -> None:
     assert kernels_of(tmp_path / "small.onnx")[0]["QGemm"] == 2
 
 
-def test_weights_alone_that_a_runtime_would_convert_stay_in_float(tmp_path: Path) -> None:
+def test_weights_alone_that_no_kernel_reads_are_made_floats_at_load(tmp_path: Path) -> None:
     """onnxruntime has kernels for blocks along the inputs of a product, and none for convolutions."""
     graph, batches = residual()
     small = regauge.optimize(graph, "quantize{scheme=w8}", data=batches)
-    assert small.parameters["stem.weight"].dtype == torch.float32 and "head.weight" in small.parameters  # 16 inputs
-    reasons = dict(small.report.passes[0].left)
-    assert sum("weight of a convolution" in reason for reason in reasons) == 1
-    assert sum("no multiple of 32" in reason for reason in reasons) == 1
-    small.to_onnx(tmp_path / "float.onnx")
-    stored = regauge.optimize(graph, "quantize{scheme=w8,target=reference}", data=batches)
-    assert stored.parameters["stem.weight_quantized"].dtype == torch.int8
-    assert bytes_of(stored) < 0.35 * bytes_of(graph)
+    assert not small.report.passes[0].left
+    assert small.parameters["stem.weight_quantized"].dtype == torch.int8
+    assert small.parameters["head.weight_scale"].shape == (10,)  # 16 inputs are no block
+    assert bytes_of(small) < 0.35 * bytes_of(graph) and decibels(graph, small, *batches[0]) > 40
+    small.to_onnx(tmp_path / "small.onnx")
+    kernels, stray = kernels_of(tmp_path / "small.onnx")
+    assert not stray and not {"Cast", "Mul", "DequantizeLinear"} & set(kernels)
+    plain = regauge.optimize(graph, "quantize{scheme=w8,target=reference}", data=batches)
+    assert decibels(plain, small, *batches[0]) > 120
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""Weights that no kernel reads as integers, stored in 8 bits: what reads them computes in float.
+
+    y, h, c = lstm(x, w, r)     ->    y, h, c = lstm(x, back(w'), back(r'))        w': i8[1,512,128]
+
+A runtime that computes at load what depends on constants alone then holds floats, and runs as fast as before; the
+file has a quarter of the bytes. Any weight that is multiplied with and summed over counts, in a branch or the body of a
+loop too: what its axes mean is told by the rule of the operator that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from regauge.ir.edit import Builder, set_input
+from regauge.ir.extents import leaves
+from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.local_axes import local_axes
+from regauge.ir.sizes import product
+from regauge.passes.calibration.layers import layer_of
+from regauge.passes.name_patterns import matches
+from regauge.passes.quantization.grid import Grid, rounded
+
+LEAST = 256
+"""Entries of a weight: the nodes and names around a smaller one take as much as it saves."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A weight of a graph or a region, and the axis whose indices have a scale each."""
+
+    owner: Graph
+    weight: Parameter
+    axis: int
+
+
+def plain_weights(
+    graph: Graph, include: Sequence[str], exclude: Sequence[str], apart: Collection[Value] = ()
+) -> list[Plain]:
+    """The weights in single precision that are multiplied with and summed over, but for those ``apart``."""
+    found = []
+    for owner in graph.nested():
+        for weight in owner.parameters.values():
+            small = weight.kind != "parameter" or weight.dtype != torch.float32 or product(weight.shape) < LEAST
+            if small or weight in apart or weight in owner.outputs or include and not matches(weight.names, include):
+                continue
+            axis = None if matches(weight.names, exclude) else _axis(weight)
+            if axis is not None:
+                found.append(Plain(owner, weight, axis))
+    return found
+
+
+def plain_vectors(graph: Graph, include: Sequence[str], exclude: Sequence[str]) -> list[tuple[Graph, Parameter]]:
+    """The gains and shifts of many channels, read as they are, that half precision hardly changes,
+    with the graph or region of each."""
+    found = []
+    for owner in graph.nested():
+        for vector in owner.parameters.values():
+            size = product(vector.shape) if vector.dtype == torch.float32 and vector not in owner.outputs else 0
+            if size < LEAST or size != max(vector.shape) or not vector.uses:
+                continue
+            chosen = (not include or matches(vector.names, include)) and not matches(vector.names, exclude)
+            plain = not any(node.operator.coding or node.regions for node, _ in vector.uses)
+            if chosen and plain and _fits_half(vector.tensor.detach()):
+                found.append((owner, vector))
+    return found
+
+
+def _fits_half(x: torch.Tensor) -> bool:
+    """Whether no entry changes by more than a part in a thousand, or in a million of the greatest."""
+    return bool(((x.half().float() - x).abs() <= x.abs() / 1e3 + x.abs().max() / 1e6).all())
+
+
+def _axis(weight: Parameter) -> int | None:
+    """The axis that the first layer among the readers makes results with; None where one of them is no layer."""
+    axes = [_told_apart(node, slot, weight) for node, slot in weight.uses if node.op != "embedding"]
+    return axes[0] if axes and None not in axes else None
+
+
+def _told_apart(node: Node, slot: int, weight: Parameter) -> int | None:
+    """Of a layer the axis of its outputs, else the longest one over which the reader does not sum; None where it sums
+    over none."""
+    layer = layer_of(node, blocks=True) if slot == 1 else None
+    if layer is not None:
+        return layer.made
+    local = None if node.regions else local_axes(node)
+    if local is None or weight.rank < 2:
+        return None
+    summed = [any(local.roles.get(dim) == "contract" for dim in leaves(axis)) for axis in local.operands[slot]]
+    rest = [axis for axis, over in enumerate(summed) if not over]
+    return max(rest, key=lambda axis: int(weight.shape[axis])) if rest and any(summed) else None
+
+
+def store(build: Builder, found: Plain, *, at_load: bool) -> None:
+    """Put codes of 8 bits and their way back in the place of a weight."""
+    owner, weight, axis = found.owner, found.weight, found.axis
+    inner = _within(build, owner)
+    data = weight.tensor.detach().movedim(axis, 0)
+    coded = rounded(data.flatten(1), Grid(8), data[0].numel())
+    codes = coded.codes.reshape(data.shape).movedim(0, axis).to(torch.int8).contiguous()
+    readers = list(weight.uses)
+    with inner.at(readers[0][0]):
+        q = inner.parameter(inner.unique(f"{weight.name}_quantized"), codes, trainable=False)
+        scale = inner.parameter(inner.unique(f"{weight.name}_scale"), coded.scale[:, 0].float(), trainable=False)
+        back = inner.dequantize(q, scale, axis=axis, at_load=at_load, name=f"{weight.name}_dequantized")
+    for node, slot in readers:
+        set_input(node, slot, back, owner)
+
+
+def halve(build: Builder, owner: Graph, vector: Parameter) -> None:
+    """Put half precision, and the way back, in the place of a vector."""
+    inner = _within(build, owner)
+    readers = list(vector.uses)
+    with inner.at(readers[0][0]):
+        name = inner.unique(f"{vector.name}_half")
+        half = inner.parameter(name, vector.tensor.detach().half(), vector.kind, trainable=False)
+        back = inner.cast(half, dtype=torch.float32)
+    for node, slot in readers:
+        set_input(node, slot, back, owner)
+
+
+def _within(build: Builder, owner: Graph) -> Builder:
+    return build if owner is build.graph else build.region(owner)

@@ -1,0 +1,105 @@
+"""Weights that no kernel reads as integers: small in the file, floats when it is loaded, in branches too."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import regauge
+from regauge.backends.onnx_audit import kernels_of
+from regauge.backends.run_onnxruntime import Session
+
+CHANNELS, LENGTH = 32, 20
+
+
+def branch(name: str, seed: int) -> onnx.GraphProto:
+    """A convolution, and an LSTM over what it gives; all weights are constants of the branch."""
+    random = np.random.default_rng(seed)
+    shapes = {"w": (CHANNELS, CHANNELS, 3), "i": (1, 4 * CHANNELS, CHANNELS), "r": (1, 4 * CHANNELS, CHANNELS)}
+    weights = {name: (random.standard_normal(shape) / 10).astype(np.float32) for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("Constant", [], [name + key], value=numpy_helper.from_array(value))
+        for key, value in weights.items()
+    ]
+    nodes += [
+        helper.make_node("Conv", ["x", name + "w"], [name + "a"], pads=[1, 1]),
+        helper.make_node("Transpose", [name + "a"], [name + "b"], perm=[2, 0, 1]),
+        helper.make_node("LSTM", [name + "b", name + "i", name + "r"], ["", name + "h"], hidden_size=CHANNELS),
+    ]
+    return helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(name + "h", TensorProto.FLOAT, None)])
+
+
+def two_branches(path: Path) -> Path:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, CHANNELS, LENGTH])
+    which = helper.make_tensor_value_info("which", TensorProto.BOOL, [])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2, CHANNELS])
+    node = helper.make_node("If", ["which"], ["y"], then_branch=branch("one", 0), else_branch=branch("two", 1))
+    graph = helper.make_graph([node], "voice", [x, which], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+def test_layers_in_branches_are_stored_in_eight_bits(tmp_path: Path) -> None:
+    """Their weights are constants inside an If; onnxruntime makes them floats when it loads the file."""
+    source, target = two_branches(tmp_path / "float.onnx"), tmp_path / "small.onnx"
+    small = regauge.optimize(regauge.load(source), "quantize{scheme=w8}")
+    assert not small.report.passes[0].left
+    small.to_onnx(target)
+    assert source.stat().st_size > 3.5 * target.stat().st_size
+    kernels, stray = kernels_of(target)
+    assert kernels["LSTM"] == kernels["Conv"] == 2 and not stray
+    assert not {"Cast", "Mul", "DequantizeLinear"} & set(kernels)
+    before, after = Session(source), Session(target)
+    for which in (True, False):
+        inputs = {"x": torch.randn(2, CHANNELS, LENGTH), "which": torch.tensor(which)}
+        (a,), (b,), (c,) = before.run(inputs), after.run(inputs), small.run(inputs)
+        assert float((a - b).abs().max()) < 0.005 and float((b - c).abs().max()) < 1e-5
+
+
+def test_weights_of_float_layers_are_stored_beside_integers(tmp_path: Path) -> None:
+    """A depthwise convolution stays in float among convolutions of integers, and a vector in half precision."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.depth = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3, groups=64)
+            self.two, self.gain = nn.Conv2d(64, 64, 1), nn.Parameter(torch.rand(400))
+            self.head = nn.Linear(64, 400)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.two(self.depth(self.one(x)).relu()).mean((2, 3))).tanh() * self.gain
+
+    batches = [(torch.randn(8, 3, 10, 10),) for _ in range(2)]
+    graph = regauge.capture(Mixed().eval(), batches[0])
+    small = regauge.optimize(graph, "quantize", data=batches)
+    assert small.parameters["depth.weight_quantized"].shape == (64, 1, 3, 3)
+    assert small.parameters["gain_half"].dtype == torch.float16
+    small.to_onnx(tmp_path / "small.onnx")
+    kernels, stray = kernels_of(tmp_path / "small.onnx")
+    assert not stray and not kernels["Cast"]
+    whole = regauge.optimize(graph, "quantize{storage=false}", data=batches)
+    assert "depth.weight" in whole.parameters and "gain" in whole.parameters
+
+
+def test_a_tied_table_gets_one_scale_for_each_row() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(40, 16), nn.Linear(16, 40, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(tokens))
+
+    tokens = torch.arange(40)[None]
+    graph = regauge.capture(Tied().eval(), (tokens,))
+    small = regauge.optimize(graph, "quantize{scheme=w8}")
+    (codes,) = [p for p in small.parameters.values() if p.dtype == torch.int8]
+    (scale,) = [p for p in small.parameters.values() if p.dtype == torch.float32]
+    assert codes.shape == (40, 16) and scale.shape == (40,)
+    (a,), (b,) = graph.run((tokens,)), small.run((tokens,))
+    assert float(10 * torch.log10(a.square().sum() / (a - b).square().sum())) > 35
