@@ -86,7 +86,7 @@ def file(path: Path, data: Path, examples: int) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = (Path(folder) / f"{part}.onnx" for part in ("ours", "theirs"))
         regauge.optimize(regauge.load(path), "quantize", data=chosen).to_onnx(ours)
-        _theirs(path, theirs, chosen)
+        theirs(path, theirs, chosen)
         files = {"float": path, "regauge": ours, "onnxruntime, static": theirs}
         sessions = {tool: Session(file, threads=1) for tool, file in files.items()}
         results = {tool: [session.run(batch)[0] for batch in held_out] for tool, session in sessions.items()}
@@ -100,7 +100,7 @@ def file(path: Path, data: Path, examples: int) -> Iterator[list[str]]:
             yield [path.stem, tool, decibels, f"{size:.2f}", *(f"{t['float'] / t[tool]:.2f}" for t in times)]
 
 
-def _theirs(source: Path, target: Path, batches: Any) -> None:
+def theirs(source: Path, target: Path, batches: Any) -> None:
     """onnxruntime's static quantizer with the options that serve it best here: per channel, unsigned activations."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
