@@ -219,12 +219,11 @@ class Quantize(Pass):
 
     def _ends(self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]) -> dict[Value, Ends]:
         statistics = Statistics(graph)
-        histograms = {
-            value: statistics.register(
-                value, Histogram(*_importance(value, placement.layers), depth_of(graph, value, placement))
-            )
-            for value in placement.measured
-        }
+        histograms = {}
+        for value in placement.measured:
+            axis, importance = _importance(value, placement.layers)
+            collector = Histogram(axis, importance, depth_of(graph, value, placement))
+            histograms[value] = statistics.register(value, collector)
         statistics.collect(batches)
         way = self.calibration or "minmax"
         return {value: ends_of(found, target.activations, way) for value, found in histograms.items()}

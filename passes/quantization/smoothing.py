@@ -84,7 +84,8 @@ def smoothing_of(readers: Readers, activations: Grid, weights: Grid, exponent: f
 
 def _by_channel(layer: Layer) -> torch.Tensor:
     """Magnitudes of a weight, [outputs, channels, taps]."""
-    return layer.matrix(layer.weight.tensor.detach()).abs().float().unflatten(1, (-1, layer.taps))
+    matrix = layer.matrix(layer.weight.tensor.detach()).abs().float()
+    return matrix.reshape(len(matrix), -1, layer.taps)
 
 
 def _rows_by_channel(layer: Layer) -> torch.Tensor:

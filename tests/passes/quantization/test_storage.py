@@ -71,7 +71,7 @@ def test_weights_of_float_layers_are_stored_beside_integers(tmp_path: Path) -> N
             self.head = nn.Linear(64, 400)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.two(self.depth(self.one(x)).relu()).mean((2, 3))).tanh() * self.gain
+            return self.head(self.two(self.depth(self.one(x)).tanh()).mean((2, 3))).tanh() * self.gain
 
     batches = [(torch.randn(8, 3, 10, 10),) for _ in range(2)]
     graph = regauge.capture(Mixed().eval(), batches[0])
