@@ -225,6 +225,10 @@ def dequantize(
         shape = [-1 if i == axis % q.dim() else 1 for i in range(q.dim())]
         scale = scale.reshape(shape)
         zero_point = None if zero_point is None else zero_point.reshape(shape)
+    if at_load and zero_point is None and torch.onnx.is_in_onnx_export():  # else its names may meet the model's own
+        code = {torch.float32: 1, torch.float64: 11, torch.float16: 10}[scale.dtype]
+        x = torch.onnx.ops.symbolic("Cast", (q,), {"to": code}, dtype=scale.dtype, shape=q.shape, version=13)
+        return torch.onnx.ops.symbolic("Mul", (x, scale), {}, dtype=scale.dtype, shape=q.shape, version=14)
     if at_load:
         return (q.to(scale.dtype) if zero_point is None else q.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
     centred = q.to(torch.int32) if zero_point is None else q.to(torch.int32) - zero_point.to(torch.int32)
