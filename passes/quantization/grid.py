@@ -53,6 +53,14 @@ def _positive(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a matrix is stored: on a grid, with a scale for each ``group`` of neighbouring columns of a row."""
+
+    grid: Grid
+    group: int
+
+
 @dataclass
 class Coded:
     """A matrix [rows, columns] on a grid; ``scale`` and ``zero`` are [rows, groups] of neighbouring columns."""

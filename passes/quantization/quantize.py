@@ -19,23 +19,16 @@ from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
-from regauge.passes.quantization.grid import Coded, Grid, rounded
+from regauge.passes.quantization.grid import Coded, Form, Grid, rounded
 from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
+from regauge.passes.quantization.schemes import SCHEMES, Scheme
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.weights import Method, coded_on_data
 from regauge.passes.simplify.simplify import Simplify
 
-SCHEMES: Mapping[str, tuple[int, bool]] = {
-    "w8a8": (8, True),
-    "w8": (8, False),
-    "w4": (4, False),
-    "w3": (3, False),
-    "w2": (2, False),
-}
-"""Bits of weights, and whether activations have 8 bits."""
 BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
 
 
@@ -73,7 +66,7 @@ class Quantize(Pass):
         super().__post_init__()
         of_weights = [name for name in ("group", "symmetric") if getattr(self, name) is not None]
         of_activations = [name for name in ("calibration", "smoothing") if getattr(self, name) is not None]
-        idle = of_weights if self._activations else of_activations
+        idle = of_weights if self._scheme.activations else of_activations
         if idle:
             raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
         group = self.group or BLOCK
@@ -81,14 +74,13 @@ class Quantize(Pass):
             raise PassError(f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not group={self.group}")
 
     @property
-    def _activations(self) -> bool:
-        return SCHEMES[self.scheme][1]
+    def _scheme(self) -> Scheme:
+        return SCHEMES[self.scheme]
 
     @property
     def _block(self) -> int | None:
         """Columns that share a scale where weights are stored alone; None: all of a row."""
-        bits, _ = SCHEMES[self.scheme]
-        return self.group or (BLOCK if bits < 8 or TARGETS[self.target].blocks_alone else None)
+        return self.group or (BLOCK if self._scheme.bits < 8 or TARGETS[self.target].blocks_alone else None)
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None and self.method in ("columns", "descent"):
@@ -102,7 +94,7 @@ class Quantize(Pass):
             return graph
         if not layers:
             writer = Writer(original.copy(), target, by=self.name)
-        elif self._activations:
+        elif self._scheme.activations:
             writer = self._with_activations(original, layers, target, context)
         else:
             writer = self._weights_alone(original, layers, target, context)
@@ -122,7 +114,7 @@ class Quantize(Pass):
         target = TARGETS[self.target]
 
         def against(layer: Layer) -> str | None:
-            return misfit(layer, target) if self._activations else misfit_of_blocks(layer, target, self._block)
+            return misfit(layer, target) if self._scheme.activations else misfit_of_blocks(layer, target, self._block)
 
         tables = {table for _, table in self._tables(graph)}
         return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=tables)
@@ -130,15 +122,16 @@ class Quantize(Pass):
     # -- weights alone -----------------------------------------------------------------------------------------------
 
     def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
-        bits, _ = SCHEMES[self.scheme]
+        bits = self._scheme.bits
         groups = {layer.weight.name: _group(layer, self._block) for layer in layers}
         whole = sum(size == layer.columns for size, layer in zip(groups.values(), layers, strict=True))
         if self._block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
         grid = Grid(bits, bits == 8 if self.symmetric is None else self.symmetric)
+        forms = {name: Form(grid, group) for name, group in groups.items()}
         result = original.copy()
         own = self._layers(result, Counter())
-        coded = self._coded(original, result, own, grid, groups, context)
+        coded = self._coded(original, result, own, forms, context)
         writer = Writer(result, target, by=self.name)
         for layer in own:
             writer.weight_alone(layer, coded[layer.weight.name])
@@ -150,17 +143,16 @@ class Quantize(Pass):
         original: Graph,
         result: Graph,
         layers: Sequence[Layer],
-        grid: Grid,
-        groups: Mapping[str, int],
+        forms: Mapping[str, Form],
         context: Context,
     ) -> dict[str, Coded]:
         """The codes of each layer's weight, by its name; biases of ``result`` make up for them where there is data."""
-        method = self.method or ("columns" if grid.bits == 8 else "descent")
-        if context.data is None or method == "nearest":
-            return {layer.weight.name: rounded(_rows(layer), grid, groups[layer.weight.name]) for layer in layers}
+        if context.data is None or self.method == "nearest":
+            pairs = [(layer, forms[layer.weight.name]) for layer in layers]
+            return {layer.weight.name: rounded(_rows(layer), form.grid, form.group) for layer, form in pairs}
         batches = calibration_batches(original, context)
         context.note(f"chosen on {sum(map(examples_in, batches))} examples")
-        return coded_on_data(original, result, layers, batches, grid, groups, method, by=self.name)
+        return coded_on_data(original, result, layers, batches, forms, self.method, by=self.name)
 
     # -- activations -------------------------------------------------------------------------------------------------
 
@@ -172,8 +164,8 @@ class Quantize(Pass):
         own = self._layers(result, Counter())
         placement = place(result, own, target)
         ends = self._ends(result, placement, target, batches)
-        groups = {layer.weight.name: layer.columns for layer in own}
-        coded = self._coded(original, result, own, target.weights, groups, context)
+        forms = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
+        coded = self._coded(original, result, own, forms, context)
         writer = Writer(result, target, by=self.name)
         writer.activations(placement, ends)
         for layer in own:

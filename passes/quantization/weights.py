@@ -13,11 +13,13 @@ from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.calibration.quadratic import Quadratic, change_of_output, least_error
 from regauge.passes.calibration.side_by_side import SideBySide
-from regauge.passes.quantization.grid import Coded, Grid, rounded
+from regauge.passes.quantization.grid import Coded, Form, Grid, rounded
 from regauge.passes.quantization.rounding import by_columns, by_descent
 
 Method: TypeAlias = Literal["nearest", "columns", "descent"]
 Solver: TypeAlias = Callable[[Quadratic, Grid, int], Coded]
+
+_SOLVERS: Mapping[Method, Solver] = {"columns": by_columns, "descent": by_descent}
 
 RIDGE = 1e-2  # share of the mean square of a column
 ENOUGH_ROWS = 8  # for each column: with less data, weights would be fitted to it rather than kept
@@ -28,18 +30,17 @@ def coded_on_data(
     changed: Graph,
     layers: Sequence[Layer],
     batches: Sequence[Any],
-    grid: Grid,
-    groups: Mapping[str, int],
-    method: Method,
+    forms: Mapping[str, Form],
+    method: Method | None,
     *,
     by: str,
 ) -> dict[str, Coded]:
-    """The codes of ``layers``, which are those of ``changed``, a copy of ``original``, by the names of their weights.
+    """The codes of ``layers``, which are those of ``changed``, a copy of ``original``, by the names of their weights,
+    as are their forms. Without a method that of the form's bits is taken.
 
     What they stand for is written into ``changed``, and biases that make up for it. Layers of several blocks are
     rounded to the nearest codes.
     """
-    solve: Solver = {"columns": by_columns, "descent": by_descent}[method]
     by_node, found = {layer.node: layer for layer in layers}, dict[str, Coded]()
     run = SideBySide(original, changed, batches)
     for was, node in run.steps():
@@ -47,20 +48,24 @@ def coded_on_data(
         if layer is None:
             continue
         name = layer.weight.name
+        form = forms[name]
         if layer.blocks > 1:
             rows = layer.matrices(layer.weight.tensor.detach()).double().flatten(0, 1)
-            coded = rounded(rows, grid, groups[name])
+            coded = rounded(rows, form.grid, form.group)
         else:
-            coded = _solved(run, layer, was, solve, grid, groups[name], changed, by)
+            coded = _solved(run, layer, was, form, _SOLVERS[method or best_method(form)], changed, by)
         values = coded.values.reshape(layer.blocks, layer.outputs, layer.columns)
         set_weight(changed, layer.weight, layer.from_matrices(values), by=by)
         found[name] = coded
     return found
 
 
-def _solved(
-    run: SideBySide, layer: Layer, was: Node, solve: Solver, grid: Grid, group: int, changed: Graph, by: str
-) -> Coded:
+def best_method(form: Form) -> Method:
+    """How weights are rounded on data where nothing is said: rounding to 8 bits loses too little for more."""
+    return "columns" if form.grid.bits == 8 else "descent"
+
+
+def _solved(run: SideBySide, layer: Layer, was: Node, form: Form, solve: Solver, changed: Graph, by: str) -> Coded:
     weight = layer.matrix(layer.weight.tensor.detach()).double()
     bias = layer.bias.tensor.detach().double() if layer.bias is not None else torch.zeros(len(weight)).double()
     moments = Moments(layer.columns, layer.outputs)
@@ -72,7 +77,7 @@ def _solved(
         problem = change_of_output(moments, weight, bias, RIDGE, free=free)
     else:
         problem = least_error(moments, weight, bias, RIDGE, free=free)
-    coded = solve(problem, grid, group)
+    coded = solve(problem, form.grid, form.group)
     shifted = layer.shifted(problem.bias(coded.values) - bias) if layer.bias is not None else None
     if shifted is not None:
         set_weight(changed, *shifted, by=by)
