@@ -19,6 +19,7 @@ GROUP = "regauge.passes"
 
 BUILT_IN = {
     "depth": "regauge.passes.depth.depth:Depth",
+    "factorize": "regauge.passes.factorization.factorize:Factorize",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
