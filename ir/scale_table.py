@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 
 from regauge.ir.graph import Parameter
@@ -18,6 +19,12 @@ def scale_rows(scales: Scales, *, everything: bool = False) -> list[list[str]]:
             along = [f"{dim.name} ({dim.size})" for dim in scales.along(variable)]
             rows.append([variable.name, variable.state, _sharing(variable), _why(variable), _listed(along)])
     return rows
+
+
+def scale_counts(scales: Scales) -> str:
+    """How many variables of activations are in each state: ``4 moves, 2 fixed``."""
+    states = Counter(variable.state for variable in scales.variables if not variable.of_weights)
+    return ", ".join(f"{count} {state}" for state, count in states.most_common())
 
 
 def _sharing(variable: ScaleVariable) -> str:

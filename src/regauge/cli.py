@@ -323,13 +323,12 @@ def scales(
     \b
     regauge scales model.onnx
     """
-    from regauge.ir.scale_table import scale_rows
+    from regauge.ir.scale_table import scale_counts, scale_rows
     from regauge.ir.scales import find_scales
 
     found = find_scales(open_file(model))
     print_table(scale_rows(found, everything=everything))
-    states = Counter(variable.state for variable in found.variables if not variable.of_weights)
-    print("\n" + ", ".join(f"{count} {state}" for state, count in states.most_common()))
+    print(f"\n{scale_counts(found)}")
 
 
 @app.command()
