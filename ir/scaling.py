@@ -53,8 +53,9 @@ class Joint:
 
 @dataclass(frozen=True)
 class NodeScaling:
-    """What one node does with the scales of its real tensors; ``numbers`` are Python numbers that join them.
+    """What one node does with the scales of its real tensors.
 
+    ``numbers`` are slots of Python numbers that join tensors, ``factors`` of those that multiply, with their powers.
     Every slot with a real tensor is in ``joints``, in ``opposed``, the ``bias``, or ``broken``.
     """
 
@@ -65,6 +66,7 @@ class NodeScaling:
     within: tuple[float, float] | None
     sums: bool
     numbers: tuple[int, ...]
+    factors: tuple[Joint, ...] = ()
 
     @property
     def starts(self) -> bool:
@@ -81,11 +83,13 @@ def node_scaling(node: Node) -> NodeScaling:
     bias = next((slot for slot in real if names[slot] == "bias"), None)
     if stated is None:
         return _by_symmetry(node, real, bias)
-    joints = []
+    joints, factors = [], []
     for key, power in stated.powers.items():
         slots = tuple(slot for slot in real if names[slot] in key.split())
         if slots:
             joints.append(Joint(slots, power))
+        elif power:
+            factors += [Joint((s,), power) for s, o in enumerate(node.inputs) if names[s] == key and _is_number(o)]
     pair = tuple(slot for slot in real if names[slot] in (stated.opposed or ()))
     opposed = (pair[0], pair[1]) if len(pair) == 2 else None
     used = {slot for joint in joints for slot in joint.slots} | set(opposed or ())
@@ -99,6 +103,7 @@ def node_scaling(node: Node) -> NodeScaling:
         within=stated.within,
         sums=stated.sums,
         numbers=tuple(slot for slot, o in enumerate(node.inputs) if names[slot] in joins and _is_number(o) and joints),
+        factors=tuple(factors) if joints else (),
     )
 
 
@@ -107,16 +112,18 @@ def _by_symmetry(node: Node, real: list[int], bias: int | None) -> NodeScaling:
 
     joints: tuple[Joint, ...] = ()
     numbers: tuple[int, ...] = ()
+    factors: tuple[Joint, ...] = ()
     match symmetry := symmetry_of(node):
         case Symmetry.PRODUCT:
             joints = tuple(Joint((slot,), 1) for slot in real if slot != bias)
+            factors = tuple(Joint((slot,), 1) for slot, operand in enumerate(node.inputs) if _is_number(operand))
         case Symmetry.LINEAR | Symmetry.LAYOUT | Symmetry.HOMOGENEOUS | Symmetry.INDEXWISE if real:
             joints, bias = (Joint(tuple(real), 1),), None
             if symmetry is not Symmetry.LAYOUT:  # there numbers are sizes
                 numbers = tuple(slot for slot, operand in enumerate(node.inputs) if _is_number(operand))
     if not joints:
         return NodeScaling((), None, tuple(real), None, None, False, ())
-    return NodeScaling(joints, bias, (), None, None, False, numbers)
+    return NodeScaling(joints, bias, (), None, None, False, numbers, factors)
 
 
 def _slot_names(node: Node) -> list[str]:

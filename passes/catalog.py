@@ -19,6 +19,7 @@ GROUP = "regauge.passes"
 
 BUILT_IN = {
     "depth": "regauge.passes.depth.depth:Depth",
+    "scalify": "regauge.passes.scaling.scalify:Scalify",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
