@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 
@@ -40,21 +41,23 @@ class FactorBuilder:
 
     def __init__(self, build: Builder, wide: torch.dtype) -> None:
         self.build, self.wide = build, wide
-        self._casts: dict[tuple[Value, Dtype], Value] = {}
+        self._made: dict[tuple[Any, ...], Value] = {}
 
     def times(self, a: Factor, b: Factor) -> Factor:
         if a.value is None or b.value is None:
             return Factor(a.exponent + b.exponent, a.value if b.value is None else b.value)
-        return Factor(a.exponent + b.exponent, self.build.mul(a.value, b.value, name="scale"))
+        return Factor(a.exponent + b.exponent, self._once("mul", a.value, b.value))
 
     def power(self, factor: Factor, power: Fraction) -> Factor | None:
         """None where the result would be no power of two, or a run would have to tell."""
         exponent = factor.exponent * power
         if exponent.denominator != 1 or (factor.value is not None and power.denominator != 1):
             return None
-        value = factor.value
-        if value is not None and power != 1:
-            value = None if not power else self.build.pow(value, float(power), name="scale")
+        if factor.value is None or not power:
+            return Factor(int(exponent))
+        value = one = factor.value if power > 0 else self._once("reciprocal", factor.value)
+        for _ in range(abs(int(power)) - 1):  # exact, which pow is not in all runtimes
+            value = self._once("mul", value, one)
         return Factor(int(exponent), value)
 
     def inverse(self, factor: Factor) -> Factor:
@@ -69,15 +72,24 @@ class FactorBuilder:
             if first.value is other.value:
                 first = Factor(max(first.exponent, other.exponent), first.value)
             else:
-                first = Factor(0, self.build.maximum(self.whole(first), self.whole(other), name="scale"))
+                first = Factor(0, self._once("maximum", self.whole(first), self.whole(other)))
         return first
 
     def whole(self, factor: Factor) -> Value:
         """A scale as one value."""
         if factor.value is None:
-            return self.build.constant(torch.tensor(2.0**factor.exponent, dtype=self.wide), "scale")
-        value: Value = factor.value
-        return value if not factor.exponent else self.build.mul(value, 2.0**factor.exponent, name="scale")
+            key = ("constant", factor.exponent)
+            if key not in self._made:
+                self._made[key] = self.build.constant(torch.tensor(2.0**factor.exponent, dtype=self.wide), "scale")
+            return self._made[key]
+        return factor.value if not factor.exponent else self._once("mul", factor.value, 2.0**factor.exponent)
+
+    def _once(self, op: str, *operands: Any, **attributes: Any) -> Value:
+        """The result of an operator on scales; the same where it was asked for before."""
+        key = (op, *operands, *attributes.values())
+        if key not in self._made:
+            self._made[key] = self.build(op, *operands, name="scale", **attributes)
+        return self._made[key]
 
     def rounded_down(self, norm: Value) -> Value:
         """The greatest power of two below a norm."""
@@ -88,11 +100,17 @@ class FactorBuilder:
     def norm(self, x: Value, kind: str) -> Value:
         """The greatest entry, the mean of the magnitudes, or the root of the mean square, without axes."""
         x = x if x.dtype == self.wide else self.build.cast(x, dtype=self.wide)
-        if kind == "l2":
-            return self.build.sqrt(self.build.mean(self.build.mul(x, x)))  # type: ignore[no-any-return]
-        sizes = self.build.abs(x)
-        found: Value = self.build.mean(sizes) if kind == "l1" else self.build.amax(sizes, dims=tuple(range(x.rank)))
-        return found
+        build, dims = self.build, tuple(range(x.rank))
+        sizes: Value = build.abs(x)
+        if not dims:
+            return sizes
+        match kind:
+            case "max":
+                return build.amax(sizes, dims=dims)  # type: ignore[no-any-return]
+            case "l1":
+                return build.mean(sizes, dims=dims)  # type: ignore[no-any-return]
+            case _:
+                return build.sqrt(build.mean(build.mul(x, x), dims=dims))  # type: ignore[no-any-return]
 
     def multiplied(self, x: Value, factor: Factor) -> Value:
         """Data times a scale, in the type of the data."""
@@ -109,11 +127,8 @@ class FactorBuilder:
     def _as(self, value: Value, dtype: Dtype) -> Value:
         if value.dtype == dtype:
             return value
-        if (value, dtype) not in self._casts:
-            low, high = _steps(dtype)
-            bounded = self.build.clamp(value, 2.0**low, 2.0**high)
-            self._casts[value, dtype] = self.build.cast(bounded, dtype=dtype)
-        return self._casts[value, dtype]
+        low, high = _steps(dtype)
+        return self._once("cast", self._once("clamp", value, 2.0**low, 2.0**high), dtype=dtype)
 
 
 def _steps(dtype: Dtype) -> tuple[int, int]:
