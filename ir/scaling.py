@@ -133,7 +133,7 @@ def _slot_names(node: Node) -> list[str]:
 
 
 def _is_number(operand: Any) -> bool:
-    """Whether an operand is a number that a scale would change: not zero, and no table, flag or absent operand."""
+    """Whether an operand is a number that has a scale: no tensor, flag or absent operand."""
     from regauge.ir.graph import Value
 
-    return operand is not None and not isinstance(operand, Value | bool) and operand != 0
+    return operand is not None and not isinstance(operand, Value | bool)

@@ -255,6 +255,11 @@ def _masked_fill(build: Any, x: Any, mask: Any, value: Any) -> Any:
     return build.where(mask, value, x)
 
 
+def _threshold_backward(build: Any, gradient: Any, x: Any, threshold: float) -> Any:
+    """The gradient of a ReLU in a captured backward pass."""
+    return build.where(build.gt(x, threshold), gradient, 0.0)
+
+
 def _choice_symmetry(node: Node) -> Symmetry:
     """A choice between two values of one shape, or a value and zero, is linear in them with every index for itself."""
     like = (node.output.shape, node.output.dtype)
@@ -277,6 +282,7 @@ def _choices() -> list[Sample]:
 
 @pointwise(
     aten={
+        "threshold_backward": _threshold_backward,
         "where.self": _where,
         "where.Scalar": _where,
         "where.ScalarSelf": _where,

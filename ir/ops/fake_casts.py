@@ -40,7 +40,7 @@ def gradient_cast(x: Tensor, *, dtype: torch.dtype, margin: int = 0, bias: int |
     It is multiplied by 2^bias before, or by the power of two that brings its greatest entry as near to the greatest
     number of the type as ``margin`` lets it, and divided by that behind.
     """
-    if torch.compiler.is_compiling() or not x.requires_grad:
+    if torch.compiler.is_exporting() or not x.requires_grad:
         return x
 
     def rounded(gradient: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Holder:
             if isinstance(value, Parameter):
                 held.natural = magnitudes_of(value.tensor).exponent("l2")
                 held.any_scale = held.natural is None
-                held.read = value in self._kept
+                held.read = value in self._kept or self._trained(value)
                 held.sole = len(value.uses) == 1 and value not in self._kept
         return self._held[value]
 
@@ -157,18 +157,17 @@ class Holder:
     def _split(self, weight: Parameter, held: Held, exponent: int) -> None:
         """Let a weight be stored as data at a scale; one that is read as it is too is divided in each run."""
         held.scale = Factor(exponent)
-        stored: Any = weight.dtype if self._trained(weight) else self.narrowed_type(weight.dtype)
         if held.read:
             assert held.true is not None
             held.data = self._narrowed(self.factors.multiplied(held.true, Factor(-exponent)))
             return
-        data: Value = weight
+        stored, held.data, held.true = self.narrowed_type(weight.dtype), weight, None
         if exponent or stored != weight.dtype:
-            data = self.build.folded(weight, lambda t: t * 2.0**-exponent, dtype=stored)
-        held.data, held.true = self._narrowed(data), None
+            held.data = self.build.folded(weight, lambda t: t * 2.0**-exponent, dtype=stored)
 
     def _trained(self, weight: Parameter) -> bool:
-        """Whether a weight stays as wide as it is, since steps of training are smaller than a narrow type tells."""
+        """Whether a weight stays as it is: optimizers take steps that narrow types do not tell, and have rates for its
+        own scale."""
         return self.plan.gradients is not None and weight.trainable
 
     def _entry_scale(self, value: Value, true: Value) -> Factor:
@@ -185,8 +184,7 @@ class Holder:
         assert dtype is not None
         held, limit = self.of(value), torch.finfo(dtype).max
         sizes = self.plan.measured.get(value)
-        weight = isinstance(value, Parameter) and not self._trained(value)
-        if isinstance(value, Parameter) and weight:
+        if isinstance(value, Parameter) and not self._trained(value):
             sizes = magnitudes_of(value.tensor)
         if self.plan.bias is None and sizes is None:
             return self._round_by_run(value, limit)
@@ -195,13 +193,11 @@ class Holder:
             assert sizes is not None
             exponent = exponent_below(limit / (sizes.norm("max") or 1.0)) - self.plan.margin
         scale = Factor(-exponent)
-        if weight and held.sole and held.data is None and not held.read:
-            assert isinstance(value, Parameter) and isinstance(value.dtype, torch.dtype)
-            wide = value.dtype
+        if isinstance(value, Parameter) and held.sole and held.data is None and not held.read:
             stored = self.build.folded(value, lambda t: (t * 2.0**exponent).clamp(-limit, limit), dtype=dtype)
-            held.data = self.build.cast(stored, dtype=wide)
+            data = held.data = self.build.cast(stored, dtype=value.dtype)
             held.scale, held.true = scale, None
-            return held.data, scale
+            return data, scale
         return self._through_float8(self.at(value, scale), limit), scale
 
     def _round_by_run(self, value: Value, limit: float) -> tuple[Value, Factor]:

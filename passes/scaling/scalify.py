@@ -40,9 +40,9 @@ class Scalify(Pass):
 
     With data, the norms are measured; without, or with ``dynamic``, they are taken in every run. In float16 and
     bfloat16, what scales do not go through (exp, softmax, norms) is computed as it was. With float8, operands of layers
-    are rounded to it, as in FP8 mixed precision (Noune et al. 2022, Perez et al. 2023): weights are stored so, and the
-    rest stays as it is. ``gradients`` makes a module to be trained: weights stay wide and are rounded in every run,
-    gradients of layers are scaled and rounded on their way back.
+    are rounded to it, as in FP8 mixed precision (Noune et al. 2022; AMAX and CSCALE: Perez et al. 2023): weights are
+    stored so, and the rest stays as it is. ``gradients`` makes a module to be trained: weights stay as they are and are
+    rounded in every run, gradients of layers are scaled and rounded on their way back.
     """
 
     name: ClassVar[str] = "scalify"
