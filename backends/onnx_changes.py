@@ -198,7 +198,7 @@ def _alike(old: Node, new: Node) -> bool:
     if len(old.outputs) != len(new.outputs):
         return False
     pairs = zip(old.outputs, new.outputs, strict=True)
-    return all(a.origin is b.origin or b.origin is None for a, b in pairs)
+    return all(a.dtype == b.dtype and (a.origin is b.origin or b.origin is None) for a, b in pairs)
 
 
 def _by_name(nodes: Iterable[Node]) -> dict[str, Node]:

@@ -22,6 +22,7 @@ BUILT_IN = {
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
+    "scalify": "regauge.passes.scaling.scalify:Scalify",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
     "sort": "regauge.passes.elastic.sort:Sort",

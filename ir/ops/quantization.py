@@ -18,6 +18,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, operator, sample
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.rules import Call
+from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import divide, same
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
@@ -123,6 +124,7 @@ def _quantized_samples() -> list[Any]:
     spell=_spell_quantize,
     samples=_quantized_samples,
     coding=True,
+    scaling=Scaling(powers={"x scale": 0}),
 )
 def quantize(
     x: Tensor,
@@ -178,6 +180,7 @@ def _dequantized_samples() -> list[Any]:
     samples=_dequantized_samples,
     coding=True,
     expands=True,
+    scaling=Scaling(powers={"scale": 1}),
 )
 def dequantize(
     q: Tensor,

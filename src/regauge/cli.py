@@ -312,6 +312,26 @@ def explain(
 
 
 @app.command()
+def scales(
+    model: Model,
+    everything: Annotated[bool, typer.Option("--all", help="also the scales that weights alone have")] = False,
+) -> None:
+    """List the scales that values share, which of them can be moved, and what holds the others.
+
+    Where a scale moves, the weights named beside it take it up, and the same function is computed.
+
+    \b
+    regauge scales model.onnx
+    """
+    from regauge.ir.scale_table import scale_counts, scale_rows
+    from regauge.ir.scales import find_scales
+
+    found = find_scales(open_file(model))
+    print_table(scale_rows(found, everything=everything))
+    print(f"\n{scale_counts(found)}")
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="an ONNX file or a .pt2 file")],
     second: Annotated[Path, typer.Argument(metavar="B", help="an ONNX file or a .pt2 file")],
