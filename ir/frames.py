@@ -126,7 +126,13 @@ def _why(graph: Graph, dims: Sequence[Dim]) -> Iterator[str]:
     yield from list(seen)[:3]
 
 
-def frame_at(frames: Iterable[Frame], value: Value, axis: int) -> list[tuple[Frame, int]]:
-    """The frames that run along an axis of a value, each with the occurrence of its Dim there."""
+def frames_at(frames: Iterable[Frame], value: Value, axis: int) -> list[tuple[Frame, Place, int]]:
+    """The frames that run along an axis of a value: each with the place, and +1 where it takes the map, else -1."""
     axis %= value.rank
-    return [(f, n) for f in frames for v, a, n in (*f.values, *f.opposite) if v is value and a == axis]
+    return [
+        (frame, place, side)
+        for frame in frames
+        for places, side in ((frame.values, 1), (frame.opposite, -1))
+        for place in places
+        if place[0] is value and place[1] == axis
+    ]

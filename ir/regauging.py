@@ -17,11 +17,11 @@ import torch
 from regauge.ir.edit import record, set_weight
 from regauge.ir.errors import GraphError
 from regauge.ir.extents import Dim, Extent, Product, coordinates, leaves, resolve, size_of
-from regauge.ir.frames import Frame, Side
+from regauge.ir.frame_links import Place
+from regauge.ir.frames import Frame
 from regauge.ir.gauge import Gauge, gauge_in_words
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.kept import numbered
-from regauge.ir.rules import Axes
 from regauge.ir.weight_edits import computed_weight
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -60,21 +60,13 @@ def rotated(graph: Graph, matrices: Mapping[Frame, torch.Tensor], *, by: str = "
     return _changed(graph, changes, [frame.name for frame in matrices], by)
 
 
-def entries(graph: Graph, frame: Frame, side: Side) -> np.ndarray:
-    """Which of a frame's scales, counted through, belongs to each entry of a parameter; -1 for none. It broadcasts."""
-    axes = graph.axes.of[side.parameter]
-    return _own_entries(axes, side.axis, side.number, frame)
+def entries(graph: Graph, frame: Frame, place: Place) -> np.ndarray:
+    """Which of a frame's scales, counted through, belongs to each entry of a tensor; -1 for none. It broadcasts.
 
-
-def channels(graph: Graph, frame: Frame, axes: Axes, axis: int, number: int) -> np.ndarray:
-    """Which of a frame's scales belongs to each position on one axis of a value, [positions]; -1 for none.
-
-    Raises AxisError where the axis lacks one of the majors.
+    The place is a parameter or a value of the frame: the tensor, the axis, and which occurrence of the Dim it is there.
     """
-    return _own_entries([axes[axis]], 0, number, frame)
-
-
-def _own_entries(axes: Axes, axis: int, number: int, frame: Frame) -> np.ndarray:
+    value, axis, number = place
+    axes = graph.axes.of[value]
     index = numbered(axes, axis, (*frame.majors, frame.dim))
     own = _covered(axes[axis], number).reshape([-1 if at == axis else 1 for at in range(len(axes))])
     return np.where(own, index, -1)

@@ -19,6 +19,7 @@ GROUP = "regauge.passes"
 
 BUILT_IN = {
     "depth": "regauge.passes.depth.depth:Depth",
+    "equalize": "regauge.passes.quantization.equalize:Equalize",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
