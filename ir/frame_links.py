@@ -72,6 +72,10 @@ class Links:
             if root not in gains:
                 yield place, root, sign
 
+    def holds(self, place: Place) -> bool:
+        """Whether a place lies on a Dim of parameters."""
+        return place in self._parent
+
     def dim(self, place: Place) -> Dim:
         value, axis, number = place
         return leaves(self.analysis.of[value][axis])[number]

@@ -9,7 +9,7 @@ more Dims admit, are applied by :mod:`regauge.ir.reorder`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -56,8 +56,21 @@ def rotated(graph: Graph, matrices: Mapping[Frame, torch.Tensor], *, by: str = "
         for sides, factor in ((frame.writers, matrix), (frame.readers, torch.linalg.inv(matrix).T)):
             for side in sides:
                 positions = fibres(graph.axes.of[side.parameter][side.axis], side.number)
-                changes.setdefault(side.parameter, []).append(_mixed(side.axis, torch.from_numpy(positions), factor))
+                changes.setdefault(side.parameter, []).append(mixed(side.axis, torch.from_numpy(positions), factor))
     return _changed(graph, changes, [frame.name for frame in matrices], by)
+
+
+def written_through(graph: Graph, sides: Iterable[Place], matrix: torch.Tensor, *, by: str) -> Graph:
+    """A new graph in which parameters write M h in place of h; M is [size, size], and nothing is undone elsewhere.
+
+    The function stays the same only where all who read h read the same of M h.
+    """
+    changes: dict[Parameter, list[Change]] = {}
+    for parameter, axis, number in sides:
+        assert isinstance(parameter, Parameter)
+        positions = fibres(graph.axes.of[parameter][axis], number)
+        changes.setdefault(parameter, []).append(mixed(axis, torch.from_numpy(positions), matrix))
+    return _changed(graph, changes, [], by)
 
 
 def entries(graph: Graph, frame: Frame, place: Place) -> np.ndarray:
@@ -107,7 +120,9 @@ def _multiplied(index: torch.Tensor, factor: torch.Tensor) -> Change:
     return lambda tensor: tensor * table[index]
 
 
-def _mixed(axis: int, positions: torch.Tensor, matrix: torch.Tensor) -> Change:
+def mixed(axis: int, positions: torch.Tensor, matrix: torch.Tensor) -> Change:
+    """What multiplies the lines at these positions of an axis, [size, lines], by a matrix; gradients go through."""
+
     def change(tensor: torch.Tensor) -> torch.Tensor:
         moved = tensor.movedim(axis, 0)
         result = moved.clone()

@@ -20,6 +20,7 @@ GROUP = "regauge.passes"
 BUILT_IN = {
     "depth": "regauge.passes.depth.depth:Depth",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
+    "rotate": "regauge.passes.quantization.rotate:Rotate",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
