@@ -19,13 +19,15 @@ GROUP = "regauge.passes"
 
 BUILT_IN = {
     "depth": "regauge.passes.depth.depth:Depth",
+    "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
+    "rotate": "regauge.passes.quantization.rotate:Rotate",
     "scalify": "regauge.passes.scaling.scalify:Scalify",
-    "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
     "sort": "regauge.passes.elastic.sort:Sort",
+    "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "vocabulary": "regauge.passes.pruning.vocabulary:Vocabulary",
 }
 

@@ -35,8 +35,9 @@ class Differentiable:
         self._interpreter = Interpreter(graph, weights={p.name: w for p, w in self.weights.items()})
         self._drop = last_uses(graph)
 
-    def run(self, inputs: Any) -> list[Any]:
-        """The outputs."""
+    def run(self, inputs: Any, weights: Mapping[str, torch.Tensor] | None = None) -> list[Any]:
+        """The outputs; ``weights`` are read in place of parameters of these names."""
+        self._interpreter.weights |= weights or {}
         environment, bindings = self._interpreter.bound(inputs)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             for step, node in enumerate(self.graph.nodes):

@@ -21,13 +21,13 @@ from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.grid import Coded, Form, Grid, rounded
 from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
+from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
 from regauge.passes.quantization.schemes import SCHEMES, Scheme
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.weights import Method, coded_on_data
-from regauge.passes.simplify.simplify import Simplify
 
 BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
 
@@ -87,7 +87,7 @@ class Quantize(Pass):
             raise PassError(
                 f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
             )
-        original, target = _prepared(graph).copy(), TARGETS[self.target]
+        original, target = prepared(graph).copy(), TARGETS[self.target]
         tables = self._tables(original)
         layers = self._layers(original, context.left)
         if not layers and not tables:
@@ -203,13 +203,6 @@ class Quantize(Pass):
             best = smoothing_of(readers, target.activations, target.weights, self.smoothing)
             count += best.share < 1 and smooth(graph, readers, best, by=self.name)
         context.note(f"{count} of {len(found)} values smoothed")
-
-
-def _prepared(graph: Graph) -> Graph:
-    """With norms folded into layers, and linear layers put together."""
-    for step in (Simplify(), Simplify(only=("assemble-linear", "dead-code"))):
-        graph = step.call(graph, Context())
-    return graph
 
 
 def _importance(value: Value, layers: Sequence[Layer]) -> tuple[int, torch.Tensor] | tuple[None, None]:
