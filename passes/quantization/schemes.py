@@ -1,23 +1,63 @@
-"""Schemes of quantization: how weights are stored, and whether layers multiply integers."""
+"""Schemes of quantization: how weights are stored, and whether layers multiply quantized numbers.
+
+A scheme is a line here: a function from what is wanted of it to a format, and the options that it takes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from regauge.passes.quantization.formats import Format
+from regauge.passes.quantization.grid import Form, Grid, Ternary
+
+Statistic: TypeAlias = Literal["least", "mean", "median"]
+Per: TypeAlias = Literal["tensor", "row", "group"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for a weight: columns that share a scale, or ``shared``: one scale for all; what options say."""
+
+    bits: int
+    group: int
+    shared: bool
+    symmetric: bool | None = None
+    statistic: Statistic | None = None
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """``bits`` of weights; ``activations``: whether what layers read is quantized, too, to 8 bits."""
+    """``bits`` of weights where nothing else is said; ``activations``: whether what layers read is quantized, too.
+
+    ``takes`` are the options of the pass that say how weights are stored. ``kind`` is what a runtime must have kernels
+    for, ``integers`` or something else (:class:`regauge.passes.quantization.targets.Target`).
+    """
 
     bits: int
+    make: Callable[[Wanted], Format]
+    takes: tuple[str, ...] = ()
     activations: bool = False
+    kind: str = "integers"
 
+
+def _integers(wanted: Wanted) -> Format:
+    symmetric = wanted.bits == 8 if wanted.symmetric is None else wanted.symmetric
+    return Form(Grid(wanted.bits, symmetric), wanted.group, shared=wanted.shared)
+
+
+def _ternary(wanted: Wanted) -> Format:
+    return Form(Ternary(), wanted.group, wanted.statistic or "least", wanted.shared)
+
+
+_OF_INTEGERS = ("per", "group", "symmetric", "packed")
 
 SCHEMES: Mapping[str, Scheme] = {
-    "w8a8": Scheme(8, activations=True),
-    "w8": Scheme(8),
-    "w4": Scheme(4),
-    "w3": Scheme(3),
-    "w2": Scheme(2),
+    "w8a8": Scheme(8, _integers, activations=True),
+    "w8": Scheme(8, _integers, _OF_INTEGERS),
+    "w4": Scheme(4, _integers, _OF_INTEGERS),
+    "w3": Scheme(3, _integers, _OF_INTEGERS),
+    "w2": Scheme(2, _integers, _OF_INTEGERS),
+    "ternary": Scheme(2, _ternary, ("per", "group", "packed", "statistic")),
 }

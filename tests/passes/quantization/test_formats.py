@@ -1,0 +1,106 @@
+"""Formats of weights beyond integers of a few bits: what they lose, how small they are, and the same numbers in torch
+and onnxruntime."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import regauge
+from regauge.backends.run_onnxruntime import Session
+from regauge.ir.cost import figures
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph
+from regauge.passes.calibration.quadratic import Quadratic
+from regauge.passes.quantization.grid import Form, Ternary
+
+WIDTH = 40  # no multiple of what a byte holds of trits
+
+
+def network() -> tuple[Graph, list[tuple[torch.Tensor]]]:
+    """Two linear layers and a convolution, on channels of unlike sizes."""
+    front = nn.Conv1d(6, WIDTH, 3), nn.ReLU(), nn.Flatten(1)
+    model = nn.Sequential(*front, nn.Linear(4 * WIDTH, 256), nn.ReLU(), nn.Linear(256, 128))
+    sizes = torch.linspace(0.3, 2.0, 6)[:, None]
+    batches = [(torch.randn(128, 6, 6) * sizes,) for _ in range(4)]
+    return regauge.capture(model.eval(), batches[0], dynamic={0: {0: "batch"}}), batches
+
+
+def decibels(graph: Graph, other: Graph) -> float:
+    x = torch.randn(64, 6, 6) * torch.linspace(0.3, 2.0, 6)[:, None]
+    (a,), (b,) = graph.run((x,)), other.run((x,))
+    return float(10 * torch.log10(a.square().sum() / (a - b).square().sum()))
+
+
+def stored(scheme: str, tmp_path: Path, *, data: bool = True) -> tuple[float, float, float]:
+    """Decibels of a scheme, and bytes in memory and in a file as shares; torch and onnxruntime agree with the graph."""
+    graph, batches = network()
+    step = f"quantize{{scheme={scheme},target=reference}}"
+    small = regauge.optimize(graph, step, data=batches if data else None)
+    x = torch.randn(5, 6, 6)
+    (wanted,) = small.run((x,))
+    assert torch.allclose(small.to_torch()(x), wanted, atol=1e-5)
+    small.to_onnx(tmp_path / "small.onnx")
+    (found,) = Session(tmp_path / "small.onnx").run({small.inputs[0].name: x})
+    assert torch.allclose(found, wanted, atol=1e-4)
+    whole = int(figures(graph).bytes)
+    size = sum(len(tensor.raw_data) for tensor in onnx.load(tmp_path / "small.onnx").graph.initializer)
+    return decibels(graph, small), int(figures(small).bytes) / whole, size / whole
+
+
+def problem(rows: int = 24, columns: int = 64) -> Quadratic:
+    x = torch.randn(2000, columns, dtype=torch.float64).cumsum(1) * torch.linspace(0.1, 3, columns).double()
+    hessian = x.t() @ x + torch.eye(columns, dtype=torch.float64)
+    zero = torch.zeros(columns, dtype=torch.float64)
+    weight = torch.randn(rows, columns, dtype=torch.float64)
+    return Quadratic(hessian, weight, zero, torch.zeros(rows, dtype=torch.float64))
+
+
+def share(weight: torch.Tensor, values: torch.Tensor) -> float:
+    return float((values - weight).square().sum() / weight.square().sum())
+
+
+def test_ternary_scales_are_those_of_bitnet() -> None:
+    """round(w / g) within -1 ... 1, g the mean or median of magnitudes, of the tensor, of a row, or of a group."""
+    weight = torch.randn(6, 64).double()
+    for statistic, g in (("mean", weight.abs().mean()), ("median", weight.abs().median())):
+        coded = Form(Ternary(), 64, statistic, shared=True).rounded(weight)
+        assert torch.allclose(coded.values, (weight / g).round().clamp(-1, 1) * g)
+    rows = Form(Ternary(), 16, "mean").rounded(weight)
+    assert torch.allclose(rows.scale, weight.abs().reshape(6, 4, 16).mean(2))
+    errors = [share(weight, Form(Ternary(), 64, s).rounded(weight).values) for s in ("least", "mean", "median")]
+    assert errors[0] < 0.21 and errors[0] < min(errors[1:])  # a normal weight keeps 0.19 of its square at best
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_ternary_columns_make_up_for_one_another(shared: bool) -> None:
+    given = problem()
+    for scales in ("least", "mean"):
+        form = Form(Ternary(), 64, scales, shared)  # type: ignore[arg-type]
+        losses = [
+            float(given.losses(coded.values).sum())
+            for coded in (form.rounded(given.optimum), form.fitted(given, "columns"), form.fitted(given, None))
+        ]
+        assert losses[1] < 0.6 * losses[0] and losses[2] < losses[1]
+        assert set(form.fitted(given, None).codes.unique().tolist()) == {-1, 0, 1}
+
+
+def test_ternary_weights_in_a_file(tmp_path: Path) -> None:
+    """Two bits in a graph of torch take four in a file of opset 21; packed, five trits share a byte in both."""
+    gained, _, size = stored("ternary,per=row", tmp_path)
+    _, packed, packed_size = stored("ternary,per=row,packed=true", tmp_path)
+    assert gained > 8 and size < 0.14
+    assert packed < 0.065 and packed_size < 0.065
+
+
+def test_ternary_blocks_run_on_the_kernel_of_onnxruntime(tmp_path: Path) -> None:
+    batches = [(torch.randn(16, 9, 64),)]
+    graph = regauge.capture(nn.Linear(64, 32).eval(), batches[0], dynamic={0: {0: "batch"}})
+    small = regauge.optimize(graph, "quantize{scheme=ternary}", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")  # audited
+    with pytest.raises(PassError, match="ort-x86 reads blocks of 16, 32, 64, ... inputs, not per=tensor"):
+        regauge.optimize(graph, "quantize{scheme=ternary,per=tensor}")
+    with pytest.raises(PassError, match="statistic does nothing with scheme=w4"):
+        regauge.optimize(graph, "quantize{scheme=w4,statistic=mean}")
