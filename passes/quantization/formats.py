@@ -107,7 +107,7 @@ class Constants:
             return found
         groups = scale.shape[1]
         parts = self.build.reshape(matrix, shape=(rows, groups, columns // groups))
-        found = self.build.mul(parts, self.build.unsqueeze(factor, dims=(2,)))
+        found = self.build.mul(parts, self.build.unsqueeze(factor, dim=2))
         back: Value = self.build.reshape(found, shape=(rows, columns))
         return back
 

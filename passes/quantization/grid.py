@@ -51,6 +51,16 @@ class Grid:
         """How many bits codes have where these are fewer than those of their type."""
         return self.bits if self.bits < 8 else None
 
+    @property
+    def table(self) -> torch.Tensor | None:
+        """The numbers, where codes are places among them; None where codes are the numbers."""
+        return None
+
+    @property
+    def free_scales(self) -> bool:
+        """Whether any scale will do."""
+        return True
+
     def span(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero of ranges, which are widened to hold 0: it must stay 0."""
         low, high = low.clamp(max=0), high.clamp(min=0)
@@ -186,7 +196,7 @@ class Coded:
         return replace(self, codes=codes)
 
     def refitted(self, problem: Quadratic) -> Coded:
-        if self.form.scales not in ("searched", "least"):
+        if self.form.scales not in ("searched", "least") or not self.grid.free_scales:
             return self
         units = self.codes - self.spread(self.zero)
         if not self.shared:
@@ -201,7 +211,12 @@ class Coded:
         return replace(self, codes=codes, scale=scale)
 
     def write(self, to: Constants) -> Value:
-        return self.laid_out(to, self.codes, 0)
+        table = self.grid.table
+        if table is None:
+            return self.laid_out(to, self.codes, 0)
+        digits, base = self.grid.digits(self.codes)
+        matrix = to.build.codebook(to.digits(digits, base), to.buffer("levels", table[None]))
+        return to.scaled(matrix, self.scale[:1, :1] if self.shared else self.scale)
 
     def laid_out(self, to: Constants, codes: torch.Tensor, outputs: int) -> Value:
         """The matrix, with its codes laid out in another shape, whose axis ``outputs`` has the rows."""

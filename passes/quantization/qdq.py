@@ -153,7 +153,7 @@ class Writer:
         turned = inputs_first and not stored_by_inputs or outputs_first and stored_by_inputs
         to = Constants(self.build, layer.weight.name, packed=self.packed, zeros=self.target.zeros)
         by_inputs = layer.node.op != "conv" and stored_by_inputs != turned
-        if isinstance(stored, Coded) and not self.packed:
+        if isinstance(stored, Coded) and stored.grid.table is None and not self.packed:
             codes = _stored(layer, stored.codes)
             return stored.laid_out(to, codes.t() if turned else codes, int(by_inputs))
         matrix: Value = stored.write(to)
@@ -164,8 +164,8 @@ class Writer:
         return matrix
 
     def _integer_bias(self, layer: Layer, x: Value, weight: Coded) -> Value | None:
-        """The bias in steps of the product, as kernels add it up."""
-        if layer.bias is None:
+        """The bias in steps of the product, as kernels add it up; None where there is none, or products are floats."""
+        if layer.bias is None or weight.grid.dtype.is_floating_point:
             return None
         scale = (self._scales[x][0].tensor * weight.scale[:, 0].float()).float()
         limit = 2.0 ** (BIAS_BITS - 1)

@@ -31,7 +31,7 @@ from regauge.passes.quantization.weights import rows_of, stored_on_data
 from regauge.passes.simplify.simplify import Simplify
 
 BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
-_OF_WEIGHTS = ("per", "group", "statistic", "packed")
+_OF_WEIGHTS = ("per", "group", "statistic", "packed", "bits")
 _OF_ACTIVATIONS = ("calibration", "smoothing")
 
 
@@ -44,15 +44,17 @@ class Quantize(Pass):
     w4      y = linear(x, back(w'), b)                   w': 4 bits, a scale for each 32 inputs of an output
 
     The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
-    those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte.
+    those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte unless they are packed.
+    Of activations in floats of 8 bits onnxruntime makes what it does not run unless its optimisations are off.
     """
 
     name: ClassVar[str] = "quantize"
     contract: ClassVar[Contract] = "approximate"
 
-    scheme: Literal["w8a8", "w8", "w4", "w3", "w2", "ternary"] = option(
-        "w8a8", "bits of weights, and of activations; or another format of weights"
-    )
+    scheme: Literal[
+        "w8a8", "w8", "w4", "w3", "w2", "ternary", "fp8", "e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz", "pow2", "bfp"
+    ] = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both, the others of weights")
+    bits: int | None = option(None, "of pow2 and bfp, sign included; 4 if not given", at_least=2, at_most=8)
     per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")
     group: int | None = option(None, "neighbouring inputs that share a scale", at_least=2)
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
@@ -76,6 +78,8 @@ class Quantize(Pass):
         super().__post_init__()
         scheme, target = self._scheme, TARGETS[self.target]
         taken = {*scheme.takes, *(_OF_ACTIVATIONS if scheme.activations else ())}
+        if scheme.numbers is not None:
+            taken -= {"smoothing"}
         idle = [name for name in (*_OF_WEIGHTS, *_OF_ACTIVATIONS) if getattr(self, name) and name not in taken]
         idle += [name for name in ("symmetric", "smoothing") if getattr(self, name) is not None and name not in taken]
         if idle:
@@ -85,6 +89,8 @@ class Quantize(Pass):
                 f"quantize: no kernel of {self.target} reads {scheme.kind}, which it would convert at every run: "
                 f"target=reference stores scheme={self.scheme}"
             )
+        if self.calibration == "entropy" and scheme.numbers is not None:
+            raise PassError("quantize: calibration=entropy counts steps of equal width, which floats have not")
         if self.group and self.per not in (None, "group"):
             raise PassError(f"quantize: group={self.group} is not for per={self.per}: leave one out")
         group = self.group or BLOCK
@@ -105,7 +111,7 @@ class Quantize(Pass):
         """Columns that share a scale where weights are stored alone; None: all of a row."""
         if self.per in ("tensor", "row"):
             return None
-        few = self._scheme.bits < 8 or self.per == "group"
+        few = self._scheme.bits < 8 and self._scheme.grouped or self.per == "group"
         return self.group or (BLOCK if few or TARGETS[self.target].blocks_alone else None)
 
     def call(self, graph: Graph, context: Context) -> Graph:
@@ -113,7 +119,7 @@ class Quantize(Pass):
             raise PassError(
                 f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
             )
-        original, target = _prepared(graph).copy(), TARGETS[self.target]
+        original, target = _prepared(graph).copy(), self._scheme.on(TARGETS[self.target])
         tables = self._tables(original)
         layers = self._layers(original, context.left)
         if not layers and not tables:
@@ -164,7 +170,11 @@ class Quantize(Pass):
 
     def _format(self, layer: Layer) -> Format:
         wanted = Wanted(
-            self._scheme.bits, _group(layer, self._block), self.per == "tensor", self.symmetric, self.statistic
+            self.bits or self._scheme.bits,
+            _group(layer, self._block),
+            self.per == "tensor",
+            self.symmetric,
+            self.statistic,
         )
         return self._scheme.make(wanted)
 
@@ -187,7 +197,7 @@ class Quantize(Pass):
 
     def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
         batches = calibration_batches(original, context)
-        if self.smoothing != 0:
+        if self.smoothing != 0 and self._scheme.numbers is None:
             self._smooth(original, layers, target, batches, context)
         result = original.copy()
         own = self._layers(result, Counter())
