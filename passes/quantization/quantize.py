@@ -21,6 +21,7 @@ from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.grid import Form
+from regauge.passes.quantization.neuron_groups import with_like_rows_together
 from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
@@ -31,7 +32,7 @@ from regauge.passes.quantization.weights import rows_of, stored_on_data
 from regauge.passes.simplify.simplify import Simplify
 
 BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
-_OF_WEIGHTS = ("per", "group", "statistic", "packed", "bits")
+_OF_WEIGHTS = ("per", "group", "statistic", "packed", "bits", "permute")
 _OF_ACTIVATIONS = ("calibration", "smoothing")
 
 
@@ -52,11 +53,27 @@ class Quantize(Pass):
     contract: ClassVar[Contract] = "approximate"
 
     scheme: Literal[
-        "w8a8", "w8", "w4", "w3", "w2", "ternary", "fp8", "e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz", "pow2", "bfp"
+        "w8a8",
+        "w8",
+        "w4",
+        "w3",
+        "w2",
+        "ternary",
+        "fp8",
+        "e4m3",
+        "e5m2",
+        "e4m3fnuz",
+        "e5m2fnuz",
+        "pow2",
+        "bfp",
+        "codebook",
     ] = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both, the others of weights")
-    bits: int | None = option(None, "of pow2 and bfp, sign included; 4 if not given", at_least=2, at_most=8)
+    bits: int | None = option(None, "of pow2, bfp and codebook; 4 if not given", at_least=2, at_most=8)
     per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")
-    group: int | None = option(None, "neighbouring inputs that share a scale", at_least=2)
+    group: int | None = option(
+        None, "neighbouring inputs that share a scale; of codebooks, neighbouring outputs that share one", at_least=2
+    )
+    permute: bool = option(False, "first reorder outputs, exactly, so that those which share a codebook are alike")
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
     statistic: Statistic | None = option(
         None, "scale of ternary weights: that of least error, or the mean or median of magnitudes"
@@ -89,6 +106,8 @@ class Quantize(Pass):
                 f"quantize: no kernel of {self.target} reads {scheme.kind}, which it would convert at every run: "
                 f"target=reference stores scheme={self.scheme}"
             )
+        if self.permute and not self.group:
+            raise PassError("quantize: permute=true is for codebooks of neighbouring outputs: say group=N")
         if self.calibration == "entropy" and scheme.numbers is not None:
             raise PassError("quantize: calibration=entropy counts steps of equal width, which floats have not")
         if self.group and self.per not in (None, "group"):
@@ -109,7 +128,7 @@ class Quantize(Pass):
     @property
     def _block(self) -> int | None:
         """Columns that share a scale where weights are stored alone; None: all of a row."""
-        if self.per in ("tensor", "row"):
+        if self.per in ("tensor", "row") or self._scheme.kind == "codebooks":
             return None
         few = self._scheme.bits < 8 and self._scheme.grouped or self.per == "group"
         return self.group or (BLOCK if few or TARGETS[self.target].blocks_alone else None)
@@ -154,6 +173,10 @@ class Quantize(Pass):
     # -- weights alone -----------------------------------------------------------------------------------------------
 
     def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
+        if self.permute and self.group:
+            original, count = with_like_rows_together(original, layers, self.group, by=self.name)
+            layers = self._layers(original, Counter())
+            context.note(f"{count} Dims reordered, so that groups of {self.group} outputs are alike")
         whole = sum(_group(layer, self._block) == layer.columns for layer in layers)
         if self._block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
@@ -170,11 +193,12 @@ class Quantize(Pass):
 
     def _format(self, layer: Layer) -> Format:
         wanted = Wanted(
-            self.bits or self._scheme.bits,
-            _group(layer, self._block),
-            self.per == "tensor",
-            self.symmetric,
-            self.statistic,
+            bits=self.bits or self._scheme.bits,
+            group=_group(layer, self._block),
+            shared=self.per == "tensor",
+            symmetric=self.symmetric,
+            statistic=self.statistic,
+            rows=1 if self.per == "row" else self.group,
         )
         return self._scheme.make(wanted)
 

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from regauge.passes.quantization.codebooks import Tables
 from regauge.passes.quantization.float_grids import Float8, Powers
 from regauge.passes.quantization.formats import Format
 from regauge.passes.quantization.grid import Form, Grid, Ternary
@@ -22,13 +23,17 @@ Per: TypeAlias = Literal["tensor", "row", "group"]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for a weight: columns that share a scale, or ``shared``: one scale for all; what options say."""
+    """What is asked for a weight: columns that share a scale, or ``shared``: one scale for all; what options say.
+
+    ``rows`` share a codebook, None: all.
+    """
 
     bits: int
     group: int
     shared: bool
     symmetric: bool | None = None
     statistic: Statistic | None = None
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,10 @@ def _blocks(wanted: Wanted) -> Format:
     return Form(Grid(wanted.bits), wanted.group, "powers", wanted.shared)
 
 
+def _tables(wanted: Wanted) -> Format:
+    return Tables(wanted.bits, wanted.rows)
+
+
 _OF_INTEGERS = ("per", "group", "symmetric", "packed")
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -92,5 +101,6 @@ SCHEMES: Mapping[str, Scheme] = {
     "e4m3fnuz": Scheme(8, _floats(torch.float8_e4m3fnuz), ("per",), kind="float8", grouped=False),
     "e5m2fnuz": Scheme(8, _floats(torch.float8_e5m2fnuz), ("per",), kind="float8", grouped=False),
     "pow2": Scheme(4, _powers, ("per", "group", "bits"), kind="powers of two", grouped=False),
+    "codebook": Scheme(4, _tables, ("per", "group", "bits", "permute"), kind="codebooks", grouped=False),
     "bfp": Scheme(4, _blocks, ("per", "group", "bits", "packed")),
 }

@@ -15,6 +15,7 @@ from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.passes.calibration.quadratic import Quadratic
+from regauge.passes.quantization.codebooks import Tables
 from regauge.passes.quantization.float_grids import Float8, Powers
 from regauge.passes.quantization.grid import Form, Grid, Ternary
 
@@ -177,3 +178,56 @@ def test_blocks_share_an_exponent(tmp_path: Path) -> None:
     assert (coded.codes.abs() <= 16).all() and share(weight, coded.values) < 4e-3
     gained, size, _ = stored("bfp,bits=4,packed=true", tmp_path)
     assert gained > 20 and size < 0.17
+
+
+def test_codebooks_are_those_of_k_means() -> None:
+    """Four clusters are found; importance draws numbers to the columns that have it."""
+    centres = torch.tensor([-3.0, -0.5, 0.2, 2.0]).double()
+    weight = centres[torch.randint(0, 4, (8, 64))] + 0.01 * torch.randn(8, 64).double()
+    found = Tables(2).rounded(weight)
+    assert torch.allclose(found.table[0], centres, atol=0.01) and share(weight, found.values) < 1e-4
+    normal = torch.randn(4, 64).double()
+    importance = torch.ones(64).double()
+    importance[:8] = 100
+    plain, weighted = Tables(3).rounded(normal), Tables(3).rounded(normal, importance)
+    assert share(normal[:, :8], weighted.values[:, :8]) < 0.6 * share(normal[:, :8], plain.values[:, :8])
+    assert share(normal, plain.values) < 0.05  # of a normal variable 8 numbers keep all but 0.035
+    rows = Tables(3, 1).rounded(normal)
+    assert rows.table.shape == (4, 8) and share(normal, rows.values) < share(normal, plain.values)
+
+
+@pytest.mark.parametrize("rows", [None, 8, 1])
+def test_tables_and_codes_are_bettered_in_turns(rows: int | None) -> None:
+    given, form = problem(), Tables(3, rows)
+    start = form.rounded(given.optimum)
+    losses = [
+        float(given.losses(found.values).sum())
+        for found in (start, start.refitted(given), form.fitted(given, "columns"), form.fitted(given, None))
+    ]
+    assert losses[1] < losses[0] and losses[2] < 0.3 * losses[0] and losses[3] < losses[2]
+
+
+def test_codebooks_in_a_file(tmp_path: Path) -> None:
+    gained, size, in_file = stored("codebook,bits=4", tmp_path)
+    assert gained > 20 and size < 0.14 and in_file < 0.14
+    two, size, _ = stored("codebook,bits=2,group=8", tmp_path)
+    assert 8 < two < gained and size < 0.085
+
+
+def test_like_outputs_share_a_codebook() -> None:
+    """Rows of two kinds that alternate: brought together, exactly, a table for each kind loses far less."""
+    front, back = nn.Linear(64, 32), nn.Linear(32, 8)
+    with torch.no_grad():
+        front.weight[::2] *= 20
+        back.weight[:, ::2] /= 20
+    graph = regauge.capture(nn.Sequential(front, nn.ReLU(), back).eval(), (torch.randn(2, 64),))
+    step = "quantize{scheme=codebook,bits=2,group=16,target=reference,include=0.weight"
+    x = torch.randn(2, 64)
+    (wanted,) = graph.run((x,))
+    errors = []
+    for rest in ("}", ",permute=true}"):
+        small = regauge.optimize(graph, step + rest)
+        errors.append(float((small.run((x,))[0] - wanted).square().sum()))
+    assert errors[1] < 0.5 * errors[0]
+    with pytest.raises(PassError, match="say group=N"):
+        regauge.optimize(graph, "quantize{scheme=codebook,permute=true,target=reference}")
