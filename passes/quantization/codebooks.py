@@ -14,7 +14,7 @@ import torch
 
 from regauge.ir.graph import Value
 from regauge.passes.calibration.quadratic import Quadratic
-from regauge.passes.quantization.formats import Constants, Method
+from regauge.passes.quantization.formats import Coding, Constants, Method
 from regauge.passes.quantization.grid import SCALE_BITS
 from regauge.passes.quantization.rounding import by_columns, by_descent
 
@@ -44,7 +44,7 @@ class Tables:
 
 
 @dataclass
-class Tabled:
+class Tabled(Coding):
     """``codes`` [rows, columns], and ``table`` [groups of neighbouring rows, numbers], each row of it rising."""
 
     bits_each: int

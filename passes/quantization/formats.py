@@ -33,6 +33,10 @@ class Stored(Protocol):
         """What gives the matrix in a graph, [rows, columns] in single precision."""
         ...
 
+    def product(self, to: Constants, x: Value) -> Value | None:
+        """What gives the products of x [..., columns] with the rows, where that is less work without the matrix."""
+        return None
+
 
 class Coding(Stored, Protocol):
     """A matrix with a code for each entry, and numbers beside them that say what codes stand for."""
@@ -88,6 +92,11 @@ class Constants:
 
     def buffer(self, suffix: str, data: torch.Tensor) -> Parameter:
         return self.build.parameter(self.build.unique(f"{self.name}_{suffix}"), data.contiguous(), kind="buffer")
+
+    def half(self, suffix: str, data: torch.Tensor) -> Value:
+        """Numbers stored in half precision, as such of single precision."""
+        found: Value = self.build.cast(self.weight(suffix, data.half()), dtype=torch.float32)
+        return found
 
     def digits(self, digits: torch.Tensor, base: int, suffix: str = "packed") -> Value:
         """Numbers [..., n] from 0 to below ``base`` as bytes that each hold several of them along the last axis."""

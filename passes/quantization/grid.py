@@ -12,7 +12,7 @@ import torch
 
 from regauge.ir.graph import Value
 from regauge.passes.calibration.quadratic import Quadratic
-from regauge.passes.quantization.formats import Constants, Method
+from regauge.passes.quantization.formats import Coding, Constants, Method
 from regauge.passes.quantization.rounding import best_scales, by_columns, by_descent
 
 _SHRINKS = torch.linspace(1.0, 0.35, 27, dtype=torch.float64)  # shares of the range that are tried
@@ -149,7 +149,7 @@ class Form:
 
 
 @dataclass
-class Coded:
+class Coded(Coding):
     """A matrix [rows, columns] in a form; ``scale`` and ``zero`` are [rows, groups] of neighbouring columns."""
 
     form: Form

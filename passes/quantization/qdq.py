@@ -124,11 +124,20 @@ class Writer:
 
     def weight_alone(self, layer: Layer, weight: Stored) -> None:
         """Store the weight of a layer alone; it computes in float."""
-        with self.build.at(layer.node):
-            if self.target.blocks_alone and layer.node.op == "linear":
-                self._product(layer, layer.node.inputs[0], weight)
+        node, x = layer.node, layer.node.inputs[0]
+        assert isinstance(x, Value)
+        with self.build.at(node):
+            product = weight.product(self._constants(layer), x) if node.op in ("linear", "matmul") else None
+            if product is not None:
+                y = product if layer.bias is None else self.build.add(product, layer.bias)
+                replace_uses(self.graph, node.output, y)
+            elif self.target.blocks_alone and node.op == "linear":
+                self._product(layer, x, weight)
             else:
-                set_input(layer.node, 1, self._weight(layer, weight), self.graph)
+                set_input(node, 1, self._weight(layer, weight), self.graph)
+
+    def _constants(self, layer: Layer) -> Constants:
+        return Constants(self.build, layer.weight.name, packed=self.packed, zeros=self.target.zeros)
 
     def embedding(self, node: Node, table: Parameter) -> None:
         """Store a table of vectors as integers of 8 bits with a scale for each vector, by which those looked up go."""
@@ -151,7 +160,7 @@ class Writer:
         """The weight as it is stored and back, laid out as the layer has it or as asked for."""
         stored_by_inputs = layer.node.op == "matmul"
         turned = inputs_first and not stored_by_inputs or outputs_first and stored_by_inputs
-        to = Constants(self.build, layer.weight.name, packed=self.packed, zeros=self.target.zeros)
+        to = self._constants(layer)
         by_inputs = layer.node.op != "conv" and stored_by_inputs != turned
         if isinstance(stored, Coded) and stored.grid.table is None and not self.packed:
             codes = _stored(layer, stored.codes)

@@ -67,6 +67,7 @@ class Quantize(Pass):
         "pow2",
         "bfp",
         "codebook",
+        "onebit",
     ] = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both, the others of weights")
     bits: int | None = option(None, "of pow2, bfp and codebook; 4 if not given", at_least=2, at_most=8)
     per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")

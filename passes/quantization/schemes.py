@@ -15,6 +15,7 @@ from regauge.passes.quantization.codebooks import Tables
 from regauge.passes.quantization.float_grids import Float8, Powers
 from regauge.passes.quantization.formats import Format
 from regauge.passes.quantization.grid import Form, Grid, Ternary
+from regauge.passes.quantization.signs import OneBit
 from regauge.passes.quantization.targets import Target
 
 Statistic: TypeAlias = Literal["least", "mean", "median"]
@@ -86,6 +87,10 @@ def _tables(wanted: Wanted) -> Format:
     return Tables(wanted.bits, wanted.rows)
 
 
+def _signs(wanted: Wanted) -> Format:
+    return OneBit()
+
+
 _OF_INTEGERS = ("per", "group", "symmetric", "packed")
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -102,5 +107,6 @@ SCHEMES: Mapping[str, Scheme] = {
     "e5m2fnuz": Scheme(8, _floats(torch.float8_e5m2fnuz), ("per",), kind="float8", grouped=False),
     "pow2": Scheme(4, _powers, ("per", "group", "bits"), kind="powers of two", grouped=False),
     "codebook": Scheme(4, _tables, ("per", "group", "bits", "permute"), kind="codebooks", grouped=False),
+    "onebit": Scheme(1, _signs, kind="signs", grouped=False),
     "bfp": Scheme(4, _blocks, ("per", "group", "bits", "packed")),
 }

@@ -18,6 +18,7 @@ from regauge.passes.calibration.quadratic import Quadratic
 from regauge.passes.quantization.codebooks import Tables
 from regauge.passes.quantization.float_grids import Float8, Powers
 from regauge.passes.quantization.grid import Form, Grid, Ternary
+from regauge.passes.quantization.signs import OneBit
 
 WIDTH = 40  # no multiple of what a byte holds of trits
 
@@ -231,3 +232,30 @@ def test_like_outputs_share_a_codebook() -> None:
     assert errors[1] < 0.5 * errors[0]
     with pytest.raises(PassError, match="say group=N"):
         regauge.optimize(graph, "quantize{scheme=codebook,permute=true,target=reference}")
+
+
+def test_signs_and_the_best_magnitudes_of_rank_one() -> None:
+    weight = torch.randn(24, 64).double() * torch.rand(24, 1).double() * torch.rand(64).double()
+    found = OneBit().rounded(weight)
+    assert torch.equal(torch.sign(found.values), torch.sign(weight)) and (found.a > 0).all() and (found.b > 0).all()
+    sizes = torch.linalg.svdvals(weight.abs())
+    left = float((weight.abs() - torch.outer(found.a, found.b)).square().sum())
+    assert left == pytest.approx(float(sizes[1:].square().sum()), rel=1e-3)
+    assert found.bits == 24 * 64 + 16 * (24 + 64)
+
+
+def test_signs_make_up_for_one_another() -> None:
+    given = problem()
+    start = OneBit().rounded(given.optimum)
+    losses = [
+        float(given.losses(found.values).sum())
+        for found in (start, start.refitted(given), OneBit().fitted(given, "columns"), OneBit().fitted(given, None))
+    ]
+    assert losses[1] < losses[0] and losses[2] < 0.6 * losses[0] and losses[3] < 0.9 * losses[2]
+    assert set(OneBit().fitted(given, None).codes.unique().tolist()) == {-1, 1}
+
+
+def test_signs_in_a_file(tmp_path: Path) -> None:
+    """y = ((x b) s') a: a bit for each weight."""
+    gained, size, in_file = stored("onebit", tmp_path)
+    assert gained > 4 and size < 0.06 and in_file < 0.06
