@@ -155,7 +155,7 @@ class Case:
     def zeroed(self, value: Value, tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
         for axis, extent in enumerate(self.analysis.of[value]):
             gone = np.setdiff1d(np.arange(tensor.shape[axis]), flat_indices(extent, keep))
-            tensor = tensor.index_fill(axis, torch.from_numpy(gone), 0)
+            tensor = _plain(tensor).index_fill(axis, torch.from_numpy(gone), 0).to(tensor.dtype)
         return tensor
 
     def cut_results(self, results: Sequence[torch.Tensor], keep: Keep) -> list[torch.Tensor]:
@@ -184,8 +184,14 @@ class Case:
     ) -> None:
         for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
             relative, absolute = TOLERANCE.get(a.dtype, COARSE if is_real(a.dtype) else (0.0, 0.0))
+            a, b = _plain(a), _plain(b)
             if a.shape != b.shape or not torch.allclose(a, b, relative, absolute, equal_nan=True):
                 raise self.broken(what, f"result {number} {_difference(a, b)}", advice)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Floats of 8 bits as such that torch computes with."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> str:

@@ -1,6 +1,8 @@
-"""Quantization: numbers as integers with a scale, for a whole tensor, for each index of an axis, or for blocks of one.
+"""Quantization: numbers as integers, or floats of 8 bits, with a scale, for a whole tensor, for each index of an axis,
+or for blocks of one.
 
     x ~ (q - zero_point) * scale        q = clamp(round(x / scale) + zero_point), halves to even
+    x ~ q * scale                       q = the nearest float of 8 bits, what is beyond its greatest one clamped
 
 The scales of an axis carry its Dim, those of blocks the Dim of the blocks: they are cut, permuted and shared together
 with the weights they belong to. While torch exports a module to ONNX, the functions are the ONNX operators.
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, rand, randint, randn
 
 from regauge.ir.errors import OperatorError
-from regauge.ir.graph import Node, Value
+from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import OnnxForm, operator, sample
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.rules import Call
@@ -23,6 +25,8 @@ from regauge.ir.sizes import divide, same
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
 """Types that hold quantized numbers; those of fewer bits lie in the 8-bit ones."""
+FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+"""The floats of 8 bits; they have no zero point."""
 
 
 def _scaled_rule(call: Call) -> str:
@@ -54,13 +58,22 @@ def _read(build: Any, call: Any) -> tuple[Value, Value, Value | None, dict[str, 
     return x, scale, zero_point, {"axis": axis, "block_size": block or None}
 
 
+def _check_no_zero_point(zero_point: Value | None) -> None:
+    """That of floats only says their type; raises OperatorError where it may be another number than 0."""
+    if zero_point is not None and not (isinstance(zero_point, Parameter) and not zero_point.tensor.float().any()):
+        raise OperatorError("its zero point is not 0: the node is kept as it is")
+
+
 def _read_quantize(build: Any, call: Any) -> Any:
     from regauge.ir.ops.conversion import onnx_dtype
 
     x, scale, zero_point, attributes = _read(build, call)
     code = call.attribute("output_dtype", 0)
     dtype = zero_point.dtype if zero_point is not None else onnx_dtype(code) if code else torch.uint8
-    if dtype not in INTEGERS:
+    if dtype in FLOATS and call.attribute("saturate", 1):
+        _check_no_zero_point(zero_point)
+        zero_point = None
+    elif dtype not in INTEGERS:
         raise OperatorError(f"it quantizes to {dtype}: the node is kept as it is")
     if isinstance(x.dtype, torch.dtype) and x.dtype != scale.dtype:
         raise OperatorError("its scale is of another type: the node is kept as it is")
@@ -69,7 +82,10 @@ def _read_quantize(build: Any, call: Any) -> Any:
 
 def _read_dequantize(build: Any, call: Any) -> Any:
     x, scale, zero_point, attributes = _read(build, call)
-    if x.dtype not in INTEGERS or call.attribute("output_dtype", 0):
+    if x.dtype in FLOATS and not call.attribute("output_dtype", 0):
+        _check_no_zero_point(zero_point)
+        zero_point = None
+    elif x.dtype not in INTEGERS or call.attribute("output_dtype", 0):
         raise OperatorError(f"it dequantizes {x.dtype}: the node is kept as it is")
     return build.dequantize(x, scale, zero_point, **attributes)
 
@@ -82,7 +98,9 @@ def _spelled(onnx: Any, node: Node) -> tuple[int | None, int | None]:
         node.attributes["bits"],
         node.inputs[0],
     )
-    needed = 21 if block is not None or bits is not None else 13 if axis is not None else 10
+    kinds = {node.attributes.get("dtype"), x.dtype if isinstance(x, Value) else None}
+    needed = 13 if axis is not None else 10
+    needed = 21 if block is not None or bits is not None else 19 if kinds & {*FLOATS} else needed
     if onnx.opset < needed:
         raise onnx.refusal(f"it needs opset {needed}, and the model has {onnx.opset}: convert it first")
     assert isinstance(x, Value)
@@ -115,6 +133,7 @@ def _quantized_samples() -> list[Any]:
         sample(3 * randn(4, 6), scales / 40, axis=0),
         sample(3 * randn(2, 4, 3), scales / 40, randint(-9, 9, (4,)).to(torch.int8), axis=1),
         sample(3 * randn(5, 6), (rand(5, 3) + 0.5) / 4, axis=1, block_size=2, bits=4),
+        sample(900 * randn(4, 6), scales, axis=0, dtype=torch.float8_e4m3fn),
     ]
 
 
@@ -138,12 +157,12 @@ def quantize(
 ) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         options = {"axis": 1 if axis is None else axis} | ({} if block_size is None else {"block_size": block_size})
-        zero_point = torch.zeros_like(scale, dtype=dtype) if zero_point is None else zero_point
-        version = 13 if block_size is None else 21
+        zero_point = torch.zeros_like(scale).to(dtype) if zero_point is None else zero_point
+        version = 21 if block_size is not None else 19 if dtype.is_floating_point else 13
         return torch.onnx.ops.symbolic(
             "QuantizeLinear", (x, scale, zero_point), {**options}, dtype=dtype, shape=x.shape, version=version
         )
-    limits = torch.iinfo(dtype)
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     low, high = limits.min, limits.max
     if bits is not None:
         low, high = (0, 2**bits - 1) if low == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -154,7 +173,7 @@ def quantize(
         shape = [-1 if i == axis % x.dim() else 1 for i in range(x.dim())]
         scale = scale.reshape(shape)
         zero_point = None if zero_point is None else zero_point.reshape(shape)
-    q = torch.round(x / scale)
+    q = x / scale if dtype.is_floating_point else torch.round(x / scale)
     q = q if zero_point is None else q + zero_point
     return torch.clamp(q, low, high).to(dtype)
 
@@ -170,6 +189,8 @@ def _dequantized_samples() -> list[Any]:
         sample(numbers(2, 4, 3), rand(4), randint(-9, 9, (4,)).to(torch.int8), axis=1),
         sample(randint(-(2**30), 2**30, (4,), dtype=torch.int32), rand(4) * 1e-6, axis=0),
         sample(randint(-8, 8, (5, 6)).to(torch.int8), rand(5, 3), axis=1, block_size=2, bits=4),
+        sample(randn(4, 6).to(torch.float8_e4m3fn), rand(4), axis=0),
+        sample(randn(2, 4).to(torch.float8_e5m2), rand(())),
     ]
 
 
@@ -194,7 +215,7 @@ def dequantize(
     if torch.onnx.is_in_onnx_export():
         options = {"axis": 1 if axis is None else axis} | ({} if block_size is None else {"block_size": block_size})
         operands = (q, scale) if zero_point is None else (q, scale, zero_point)
-        version = 13 if block_size is None else 21
+        version = 21 if block_size is not None else 19 if q.is_floating_point() else 13
         return torch.onnx.ops.symbolic(
             "DequantizeLinear", operands, {**options}, dtype=scale.dtype, shape=q.shape, version=version
         )
@@ -205,5 +226,7 @@ def dequantize(
         shape = [-1 if i == axis % q.dim() else 1 for i in range(q.dim())]
         scale = scale.reshape(shape)
         zero_point = None if zero_point is None else zero_point.reshape(shape)
+    if q.is_floating_point():
+        return q.to(scale.dtype) * scale
     centred = q.to(torch.int32) if zero_point is None else q.to(torch.int32) - zero_point.to(torch.int32)
     return centred.to(scale.dtype) * scale

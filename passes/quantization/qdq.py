@@ -11,7 +11,8 @@ from regauge.ir.edit import Builder, replace_uses, set_input
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.quantization.grid import Coded, Grid, rounded
+from regauge.passes.quantization.formats import Constants, Stored
+from regauge.passes.quantization.grid import Coded, Form, Grid
 from regauge.passes.quantization.placement import Placement
 from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.targets import Target
@@ -22,8 +23,8 @@ BIAS_BITS = 32
 class Writer:
     """Edits one graph. Whoever reads a value as integers shares one pair; what was a weight stays a parameter."""
 
-    def __init__(self, graph: Graph, target: Target, *, by: str) -> None:
-        self.graph, self.target = graph, target
+    def __init__(self, graph: Graph, target: Target, *, by: str, packed: bool = False) -> None:
+        self.graph, self.target, self.packed = graph, target, packed
         self.build = Builder(graph, by=by)
         self._scales: dict[Value, tuple[Parameter, Parameter | None]] = {}
         self._quantized: dict[Value, Value] = {}
@@ -87,8 +88,9 @@ class Writer:
 
     # -- layers ------------------------------------------------------------------------------------------------------
 
-    def layer(self, layer: Layer, weight: Coded) -> None:
+    def layer(self, layer: Layer, weight: Stored) -> None:
         """Let a layer multiply integers: its input is one of the quantized values."""
+        assert isinstance(weight, Coded)
         node, x = layer.node, self._inputs[layer.node]
         known = all(isinstance(size, int) for size in x.shape[:-1])
         with self.build.at(node):
@@ -99,7 +101,7 @@ class Writer:
             else:
                 self._product(layer, self._plain[x], weight)
 
-    def _product(self, layer: Layer, x: Operand, weight: Coded) -> None:
+    def _product(self, layer: Layer, x: Operand, weight: Stored) -> None:
         """A matmul in place of a layer, its bias in float behind it."""
         y = self.build.matmul(x, self._weight(layer, weight, inputs_first=True))
         y = y if layer.bias is None else self.build.add(y, layer.bias)
@@ -120,17 +122,26 @@ class Writer:
                 node.inputs = (*node.inputs, None)
             set_input(node, 2, bias, self.graph)
 
-    def weight_alone(self, layer: Layer, weight: Coded) -> None:
-        """Store the weight of a layer as integers; it computes in float."""
-        with self.build.at(layer.node):
-            if self.target.blocks_alone and layer.node.op == "linear":
-                self._product(layer, layer.node.inputs[0], weight)
+    def weight_alone(self, layer: Layer, weight: Stored) -> None:
+        """Store the weight of a layer alone; it computes in float."""
+        node, x = layer.node, layer.node.inputs[0]
+        assert isinstance(x, Value)
+        with self.build.at(node):
+            product = weight.product(self._constants(layer), x) if node.op in ("linear", "matmul") else None
+            if product is not None:
+                y = product if layer.bias is None else self.build.add(product, layer.bias)
+                replace_uses(self.graph, node.output, y)
+            elif self.target.blocks_alone and node.op == "linear":
+                self._product(layer, x, weight)
             else:
-                set_input(layer.node, 1, self._weight(layer, weight), self.graph)
+                set_input(node, 1, self._weight(layer, weight), self.graph)
+
+    def _constants(self, layer: Layer) -> Constants:
+        return Constants(self.build, layer.weight.name, packed=self.packed, zeros=self.target.zeros)
 
     def embedding(self, node: Node, table: Parameter) -> None:
         """Store a table of vectors as integers of 8 bits with a scale for each vector, by which those looked up go."""
-        coded = rounded(table.tensor.detach(), Grid(8), int(table.shape[1]))
+        coded = Form(Grid(8), int(table.shape[1])).rounded(table.tensor.detach())
         rest = node.inputs[1:]
         with self.build.at(node):
             q = self._weight_of(f"{table.name}_quantized", coded.codes.to(torch.int8))
@@ -143,30 +154,27 @@ class Writer:
 
     # -- constants ---------------------------------------------------------------------------------------------------
 
-    def _weight(self, layer: Layer, coded: Coded, *, inputs_first: bool = False, outputs_first: bool = False) -> Value:
-        """The weight as integers and back, laid out as the layer stores it or as asked for."""
+    def _weight(
+        self, layer: Layer, stored: Stored, *, inputs_first: bool = False, outputs_first: bool = False
+    ) -> Value:
+        """The weight as it is stored and back, laid out as the layer has it or as asked for."""
         stored_by_inputs = layer.node.op == "matmul"
         turned = inputs_first and not stored_by_inputs or outputs_first and stored_by_inputs
-        codes = _stored(layer, coded.codes)
-        codes = codes.t() if turned else codes
-        outputs = int(layer.node.op != "conv" and (stored_by_inputs != turned))
-        grid, name = coded.grid, layer.weight.name
-        bits = {} if grid.bits == 8 else {"bits": grid.bits}
-        q = self._weight_of(f"{name}_quantized", codes.to(grid.dtype).contiguous())
-        if coded.scale.shape[1] == 1:
-            scale, zero, where = coded.scale[:, 0], coded.zero[:, 0], {"axis": outputs}
-        else:
-            scale, zero = (part.t() if outputs else part for part in (coded.scale, coded.zero))
-            where = {"axis": 1 - outputs, "block_size": coded.group}
-        s = self._weight_of(f"{name}_scale", scale.float().contiguous())
-        silent = grid.symmetric and not self.target.zeros
-        z = None if silent else self._buffer(f"{name}_zero_point", zero.to(grid.dtype).contiguous())
-        back: Value = self.build.dequantize(q, s, z, name=f"{name}_dequantized", **where, **bits)
-        return back
+        to = self._constants(layer)
+        by_inputs = layer.node.op != "conv" and stored_by_inputs != turned
+        if isinstance(stored, Coded) and stored.grid.table is None and not self.packed:
+            codes = _stored(layer, stored.codes)
+            return stored.laid_out(to, codes.t() if turned else codes, int(by_inputs))
+        matrix: Value = stored.write(to)
+        if layer.node.op == "conv":
+            matrix = self.build.reshape(matrix, shape=layer.weight.shape)
+        elif by_inputs:
+            matrix = self.build.permute(matrix, dims=(1, 0))
+        return matrix
 
     def _integer_bias(self, layer: Layer, x: Value, weight: Coded) -> Value | None:
-        """The bias in steps of the product, as kernels add it up."""
-        if layer.bias is None:
+        """The bias in steps of the product, as kernels add it up; None where there is none, or products are floats."""
+        if layer.bias is None or weight.grid.dtype.is_floating_point:
             return None
         scale = (self._scales[x][0].tensor * weight.scale[:, 0].float()).float()
         limit = 2.0 ** (BIAS_BITS - 1)

@@ -19,17 +19,21 @@ from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
-from regauge.passes.quantization.grid import Coded, Form, Grid, rounded
+from regauge.passes.quantization.formats import Format, Method, Stored
+from regauge.passes.quantization.grid import Form
+from regauge.passes.quantization.neuron_groups import with_like_rows_together
 from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
 from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
-from regauge.passes.quantization.schemes import SCHEMES, Scheme
+from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, Statistic, Wanted
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
 from regauge.passes.quantization.targets import TARGETS, Target
-from regauge.passes.quantization.weights import Method, coded_on_data
+from regauge.passes.quantization.weights import rows_of, stored_on_data
 
 BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
+_OF_WEIGHTS = ("per", "group", "statistic", "packed", "bits", "permute")
+_OF_ACTIVATIONS = ("calibration", "smoothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +45,41 @@ class Quantize(Pass):
     w4      y = linear(x, back(w'), b)                   w': 4 bits, a scale for each 32 inputs of an output
 
     The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
-    those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte.
+    those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte unless they are packed.
+    Of activations in floats of 8 bits onnxruntime makes what it does not run unless its optimisations are off.
     """
 
     name: ClassVar[str] = "quantize"
     contract: ClassVar[Contract] = "approximate"
 
-    scheme: Literal["w8a8", "w8", "w4", "w3", "w2"] = option("w8a8", "bits of weights, and of activations")
-    group: int | None = option(None, "neighbouring inputs that share a scale", at_least=2)
+    scheme: Literal[
+        "w8a8",
+        "w8",
+        "w4",
+        "w3",
+        "w2",
+        "ternary",
+        "fp8",
+        "e4m3",
+        "e5m2",
+        "e4m3fnuz",
+        "e5m2fnuz",
+        "pow2",
+        "bfp",
+        "codebook",
+        "onebit",
+    ] = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both, the others of weights")
+    bits: int | None = option(None, "of pow2, bfp and codebook; 4 if not given", at_least=2, at_most=8)
+    per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")
+    group: int | None = option(
+        None, "neighbouring inputs that share a scale; of codebooks, neighbouring outputs that share one", at_least=2
+    )
+    permute: bool = option(False, "first reorder outputs, exactly, so that those which share a codebook are alike")
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
+    statistic: Statistic | None = option(
+        None, "scale of ternary weights: that of least error, or the mean or median of magnitudes"
+    )
+    packed: bool = option(False, "codes share bytes in torch too, ternary ones five a byte; unpacked at every run")
     target: Literal["ort-x86", "reference"] = option("ort-x86", "the runtime that it is written for")
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
     method: Method | None = option(
@@ -64,14 +94,33 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        of_weights = [name for name in ("group", "symmetric") if getattr(self, name) is not None]
-        of_activations = [name for name in ("calibration", "smoothing") if getattr(self, name) is not None]
-        idle = of_weights if self._scheme.activations else of_activations
+        scheme, target = self._scheme, TARGETS[self.target]
+        taken = {*scheme.takes, *(_OF_ACTIVATIONS if scheme.activations else ())}
+        if scheme.numbers is not None:
+            taken -= {"smoothing"}
+        idle = [name for name in (*_OF_WEIGHTS, *_OF_ACTIVATIONS) if getattr(self, name) and name not in taken]
+        idle += [name for name in ("symmetric", "smoothing") if getattr(self, name) is not None and name not in taken]
         if idle:
             raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
+        if scheme.kind not in target.kinds:
+            raise PassError(
+                f"quantize: no kernel of {self.target} reads {scheme.kind}, which it would convert at every run: "
+                f"target=reference stores scheme={self.scheme}"
+            )
+        if self.permute and not self.group:
+            raise PassError("quantize: permute=true is for codebooks of neighbouring outputs: say group=N")
+        if self.calibration == "entropy" and scheme.numbers is not None:
+            raise PassError("quantize: calibration=entropy counts steps of equal width, which floats have not")
+        if self.group and self.per not in (None, "group"):
+            raise PassError(f"quantize: group={self.group} is not for per={self.per}: leave one out")
         group = self.group or BLOCK
-        if TARGETS[self.target].blocks_alone and (group < 16 or group & (group - 1)):
-            raise PassError(f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not group={self.group}")
+        blocks = target.blocks_alone and not scheme.activations
+        if blocks and (self.packed or self.per in ("tensor", "row") or group < 16 or group & (group - 1)):
+            found = f"per={self.per}" if self.per in ("tensor", "row") else f"group={self.group}"
+            raise PassError(
+                f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not "
+                f"{'packed=true' if self.packed else found}"
+            )
 
     @property
     def _scheme(self) -> Scheme:
@@ -80,14 +129,17 @@ class Quantize(Pass):
     @property
     def _block(self) -> int | None:
         """Columns that share a scale where weights are stored alone; None: all of a row."""
-        return self.group or (BLOCK if self._scheme.bits < 8 or TARGETS[self.target].blocks_alone else None)
+        if self.per in ("tensor", "row") or self._scheme.kind == "codebooks":
+            return None
+        few = self._scheme.bits < 8 and self._scheme.grouped or self.per == "group"
+        return self.group or (BLOCK if few or TARGETS[self.target].blocks_alone else None)
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None and self.method in ("columns", "descent"):
             raise PassError(
                 f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
             )
-        original, target = prepared(graph).copy(), TARGETS[self.target]
+        original, target = prepared(graph).copy(), self._scheme.on(TARGETS[self.target])
         tables = self._tables(original)
         layers = self._layers(original, context.left)
         if not layers and not tables:
@@ -122,54 +174,66 @@ class Quantize(Pass):
     # -- weights alone -----------------------------------------------------------------------------------------------
 
     def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
-        bits = self._scheme.bits
-        groups = {layer.weight.name: _group(layer, self._block) for layer in layers}
-        whole = sum(size == layer.columns for size, layer in zip(groups.values(), layers, strict=True))
+        if self.permute and self.group:
+            original, count = with_like_rows_together(original, layers, self.group, by=self.name)
+            layers = self._layers(original, Counter())
+            context.note(f"{count} Dims reordered, so that groups of {self.group} outputs are alike")
+        whole = sum(_group(layer, self._block) == layer.columns for layer in layers)
         if self._block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
-        grid = Grid(bits, bits == 8 if self.symmetric is None else self.symmetric)
-        forms = {name: Form(grid, group) for name, group in groups.items()}
+        formats = {layer.weight.name: self._format(layer) for layer in layers}
         result = original.copy()
         own = self._layers(result, Counter())
-        coded = self._coded(original, result, own, forms, context)
-        writer = Writer(result, target, by=self.name)
+        stored = self._stored(original, result, own, formats, context)
+        writer = Writer(result, target, by=self.name, packed=self.packed)
         for layer in own:
-            writer.weight_alone(layer, coded[layer.weight.name])
-        context.note(f"{bits} bits: the weights of {len(own)} layers")
+            writer.weight_alone(layer, stored[layer.weight.name])
+        each = sum(found.bits for found in stored.values()) / sum(_count(layer) for layer in own)
+        context.note(f"the weights of {len(own)} layers, {each:.2f} bits each with scales")
         return writer
 
-    def _coded(
+    def _format(self, layer: Layer) -> Format:
+        wanted = Wanted(
+            bits=self.bits or self._scheme.bits,
+            group=_group(layer, self._block),
+            shared=self.per == "tensor",
+            symmetric=self.symmetric,
+            statistic=self.statistic,
+            rows=1 if self.per == "row" else self.group,
+        )
+        return self._scheme.make(wanted)
+
+    def _stored(
         self,
         original: Graph,
         result: Graph,
         layers: Sequence[Layer],
-        forms: Mapping[str, Form],
+        formats: Mapping[str, Format],
         context: Context,
-    ) -> dict[str, Coded]:
-        """The codes of each layer's weight, by its name; biases of ``result`` make up for them where there is data."""
+    ) -> dict[str, Stored]:
+        """What is stored of each layer's weight, by its name; biases of ``result`` make up where there is data."""
         if context.data is None or self.method == "nearest":
-            pairs = [(layer, forms[layer.weight.name]) for layer in layers]
-            return {layer.weight.name: rounded(_rows(layer), form.grid, form.group) for layer, form in pairs}
+            return {layer.weight.name: formats[layer.weight.name].rounded(rows_of(layer)) for layer in layers}
         batches = calibration_batches(original, context)
         context.note(f"chosen on {sum(map(examples_in, batches))} examples")
-        return coded_on_data(original, result, layers, batches, forms, self.method, by=self.name)
+        return stored_on_data(original, result, layers, batches, formats, self.method, by=self.name)
 
     # -- activations -------------------------------------------------------------------------------------------------
 
     def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
         batches = calibration_batches(original, context)
-        if self.smoothing != 0:
+        if self.smoothing != 0 and self._scheme.numbers is None:
             self._smooth(original, layers, target, batches, context)
         result = original.copy()
         own = self._layers(result, Counter())
         placement = place(result, own, target)
         ends = self._ends(result, placement, target, batches)
-        forms = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
-        coded = self._coded(original, result, own, forms, context)
+        formats = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
+        stored = self._stored(original, result, own, formats, context)
         writer = Writer(result, target, by=self.name)
         writer.activations(placement, ends)
         for layer in own:
-            writer.layer(layer, coded[layer.weight.name])
+            writer.layer(layer, stored[layer.weight.name])
         context.note(f"{len(own)} layers multiply integers; ranges of {len(ends)} values")
         return writer
 
@@ -212,13 +276,12 @@ def _importance(value: Value, layers: Sequence[Layer]) -> tuple[int, torch.Tenso
         return None, None
     total = torch.zeros(own[0].columns // own[0].taps, dtype=torch.float64)
     for layer in own:
-        total += _rows(layer).square().sum(0).reshape(-1, layer.taps).sum(1)
+        total += rows_of(layer).square().sum(0).reshape(-1, layer.taps).sum(1)
     return (1 if own[0].node.op == "conv" else -1), total
 
 
-def _rows(layer: Layer) -> torch.Tensor:
-    """The weight as [outputs of all blocks, columns]."""
-    return layer.matrices(layer.weight.tensor.detach()).double().flatten(0, 1)
+def _count(layer: Layer) -> int:
+    return layer.blocks * layer.outputs * layer.columns
 
 
 def _group(layer: Layer, wanted: int | None) -> int:

@@ -32,6 +32,7 @@ class Target:
     depthwise: bool  # convolutions of one channel each are worth it
     zeros: bool  # symmetric weights have zero points, too
     blocks_alone: bool  # weights alone are worth it in blocks of 16 or more, a power of two, [inputs, outputs]
+    kinds: tuple[str, ...] = ("integers",)  # formats that its kernels read; others it would convert at every run
 
 
 TARGETS: Mapping[str, Target] = {
@@ -56,6 +57,7 @@ TARGETS: Mapping[str, Target] = {
             depthwise=True,
             zeros=False,
             blocks_alone=False,
+            kinds=("integers", "float8", "powers of two", "codebooks", "signs"),
         ),
     )
 }

@@ -1,9 +1,9 @@
-"""Weights coded one layer after the other on data, each with the inputs that the coded layers before it give."""
+"""Weights stored one layer after the other on data, each with the inputs that the stored layers before it give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,61 +11,55 @@ from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph, Node
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
-from regauge.passes.calibration.quadratic import Quadratic, change_of_output, least_error
+from regauge.passes.calibration.quadratic import change_of_output, least_error
 from regauge.passes.calibration.side_by_side import SideBySide
-from regauge.passes.quantization.grid import Coded, Form, Grid, rounded
-from regauge.passes.quantization.rounding import by_columns, by_descent
-
-Method: TypeAlias = Literal["nearest", "columns", "descent"]
-Solver: TypeAlias = Callable[[Quadratic, Grid, int], Coded]
-
-_SOLVERS: Mapping[Method, Solver] = {"columns": by_columns, "descent": by_descent}
+from regauge.passes.quantization.formats import Format, Method, Stored
 
 RIDGE = 1e-2  # share of the mean square of a column
 ENOUGH_ROWS = 8  # for each column: with less data, weights would be fitted to it rather than kept
 
 
-def coded_on_data(
+def stored_on_data(
     original: Graph,
     changed: Graph,
     layers: Sequence[Layer],
     batches: Sequence[Any],
-    forms: Mapping[str, Form],
+    formats: Mapping[str, Format],
     method: Method | None,
     *,
     by: str,
-) -> dict[str, Coded]:
-    """The codes of ``layers``, which are those of ``changed``, a copy of ``original``, by the names of their weights,
-    as are their forms. Without a method that of the form's bits is taken.
+) -> dict[str, Stored]:
+    """What is stored of ``layers``, which are those of ``changed``, a copy of ``original``, by the names of their
+    weights, as are their formats. Without a method that of the format is taken.
 
-    What they stand for is written into ``changed``, and biases that make up for it. Layers of several blocks are
-    rounded to the nearest codes.
+    What it stands for is written into ``changed``, and biases that make up for it. Layers of several blocks are
+    rounded to the nearest.
     """
-    by_node, found = {layer.node: layer for layer in layers}, dict[str, Coded]()
+    by_node, found = {layer.node: layer for layer in layers}, dict[str, Stored]()
     run = SideBySide(original, changed, batches)
     for was, node in run.steps():
         layer = by_node.get(node)
         if layer is None:
             continue
         name = layer.weight.name
-        form = forms[name]
         if layer.blocks > 1:
-            rows = layer.matrices(layer.weight.tensor.detach()).double().flatten(0, 1)
-            coded = rounded(rows, form.grid, form.group)
+            stored = formats[name].rounded(rows_of(layer))
         else:
-            coded = _solved(run, layer, was, form, _SOLVERS[method or best_method(form)], changed, by)
-        values = coded.values.reshape(layer.blocks, layer.outputs, layer.columns)
+            stored = _solved(run, layer, was, formats[name], method, changed, by)
+        values = stored.values.reshape(layer.blocks, layer.outputs, layer.columns)
         set_weight(changed, layer.weight, layer.from_matrices(values), by=by)
-        found[name] = coded
+        found[name] = stored
     return found
 
 
-def best_method(form: Form) -> Method:
-    """How weights are rounded on data where nothing is said: rounding to 8 bits loses too little for more."""
-    return "columns" if form.grid.bits == 8 else "descent"
+def rows_of(layer: Layer) -> torch.Tensor:
+    """The weight as [outputs of all blocks, columns]."""
+    return layer.matrices(layer.weight.tensor.detach()).double().flatten(0, 1)
 
 
-def _solved(run: SideBySide, layer: Layer, was: Node, form: Form, solve: Solver, changed: Graph, by: str) -> Coded:
+def _solved(
+    run: SideBySide, layer: Layer, was: Node, form: Format, method: Method | None, changed: Graph, by: str
+) -> Stored:
     weight = layer.matrix(layer.weight.tensor.detach()).double()
     bias = layer.bias.tensor.detach().double() if layer.bias is not None else torch.zeros(len(weight)).double()
     moments = Moments(layer.columns, layer.outputs)
@@ -77,8 +71,8 @@ def _solved(run: SideBySide, layer: Layer, was: Node, form: Form, solve: Solver,
         problem = change_of_output(moments, weight, bias, RIDGE, free=free)
     else:
         problem = least_error(moments, weight, bias, RIDGE, free=free)
-    coded = solve(problem, form.grid, form.group)
-    shifted = layer.shifted(problem.bias(coded.values) - bias) if layer.bias is not None else None
+    stored = form.fitted(problem, method)
+    shifted = layer.shifted(problem.bias(stored.values) - bias) if layer.bias is not None else None
     if shifted is not None:
         set_weight(changed, *shifted, by=by)
-    return coded
+    return stored
