@@ -76,8 +76,8 @@ def _export(module: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[dict[i
     options: dict[str, Any] = {"input_names": names, "output_names": _output_names(graph)}
     if any(axes):
         options["dynamic_shapes"] = (axes,)
-    if any(node.attributes.get("block_size") for _, node in graph.walk()):
-        options["opset_version"] = FOUR_BITS_SINCE  # the first with scales of blocks
+    if any(node.attributes.get(name) for _, node in graph.walk() for name in ("block_size", "bits")):
+        options["opset_version"] = FOUR_BITS_SINCE  # the first with scales of blocks, too
     try:
         # The exporter takes attention apart as the plain kernel computes it. Traced with another one, whose results lie
         # otherwise in memory, reshapes behind it became views that do not fit: of biased attention on a dynamic batch.

@@ -9,21 +9,26 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from regauge.ir.cost import figures
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.quantized_layers import PLANNED_FOR
+from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Contract, Pass
-from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.batches import calibration_batches, check_examples, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
+from regauge.passes.calibration.losses import labelled
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.grid import Coded, Form, Grid, rounded
+from regauge.passes.quantization.mixed import Mixed
 from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
 from regauge.passes.quantization.schemes import SCHEMES, Scheme
+from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.weights import Method, coded_on_data
@@ -39,15 +44,32 @@ class Quantize(Pass):
     before  y = linear(x, w, b)                          w: f32[64,128]
     w8a8    y = linear(back(quantize(x)), back(w'), b')  w': i8[64,128], a scale for each output
     w4      y = linear(x, back(w'), b)                   w': 4 bits, a scale for each 32 inputs of an output
+    mixed   y = linear(x, back(w'), b)                   w': of each layer the bits that are best, or float
 
     The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
     those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte.
+
+    With scheme=mixed each layer gets the bits that lose least within ``bytes`` of the whole graph's weights (3 bits
+    count as 3), or the fewest that keep an ``accuracy``; the report says what each layer would lose with how many bits.
     """
 
     name: ClassVar[str] = "quantize"
     contract: ClassVar[Contract] = "approximate"
 
-    scheme: Literal["w8a8", "w8", "w4", "w3", "w2"] = option("w8a8", "bits of weights, and of activations")
+    scheme: Literal["w8a8", "w8", "w4", "w3", "w2", "mixed"] = option("w8a8", "bits of weights, and of activations")
+    bytes: float | str | None = option(None, "of scheme=mixed: bytes of weights kept, a share or a number (5MB)")
+    accuracy: float | None = option(
+        None,
+        "of scheme=mixed: share of the data's rows of the first output that keep their class",
+        above=0,
+        at_most=1,
+    )
+    bits: tuple[Literal[2, 3, 4, 8], ...] = option(
+        (), "of scheme=mixed: what it chooses from beside float; 2,3,4,8, in onnxruntime 4,8"
+    )
+    sensitivity: Sensitivity | None = option(
+        None, "of scheme=mixed: what bits cost: loss, gradient, hessian, lim or zd; loss, without data zd"
+    )
     group: int | None = option(None, "neighbouring inputs that share a scale", at_least=2)
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
     target: Literal["ort-x86", "reference"] = option("ort-x86", "the runtime that it is written for")
@@ -69,9 +91,20 @@ class Quantize(Pass):
         idle = of_weights if self._scheme.activations else of_activations
         if idle:
             raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
+        self._check_mixed()
         group = self.group or BLOCK
         if TARGETS[self.target].blocks_alone and (group < 16 or group & (group - 1)):
             raise PassError(f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not group={self.group}")
+
+    def _check_mixed(self) -> None:
+        bounds = [name for name in ("bytes", "accuracy") if getattr(self, name) is not None]
+        given = bounds + [name for name in ("bits", "sensitivity") if getattr(self, name)]
+        if self.scheme != "mixed" and given:
+            raise PassError(f"quantize: {given[0]} is of scheme=mixed: leave it out")
+        if self.scheme == "mixed" and len(bounds) != 1:
+            raise PassError("quantize: scheme=mixed takes bytes or accuracy: write quantize{scheme=mixed,bytes=0.2}")
+        if self.bytes is not None:
+            parse_amount(self.bytes, "bytes", "bytes")
 
     @property
     def _scheme(self) -> Scheme:
@@ -80,7 +113,10 @@ class Quantize(Pass):
     @property
     def _block(self) -> int | None:
         """Columns that share a scale where weights are stored alone; None: all of a row."""
-        return self.group or (BLOCK if self._scheme.bits < 8 or TARGETS[self.target].blocks_alone else None)
+        return self.group or (BLOCK if self._scheme.bits != 8 or TARGETS[self.target].blocks_alone else None)
+
+    def _form(self, bits: int, layer: Layer) -> Form:
+        return Form(Grid(bits, bits == 8 if self.symmetric is None else self.symmetric), _group(layer, self._block))
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None and self.method in ("columns", "descent"):
@@ -123,20 +159,47 @@ class Quantize(Pass):
 
     def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
         bits = self._scheme.bits
-        groups = {layer.weight.name: _group(layer, self._block) for layer in layers}
-        whole = sum(size == layer.columns for size, layer in zip(groups.values(), layers, strict=True))
+        if bits is None:
+            forms = self._mixed(original, layers, target, context)
+        else:
+            forms = {layer.weight.name: self._form(bits, layer) for layer in layers}
+        whole = sum(form.group != self._block for form in forms.values())
         if self._block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
-        grid = Grid(bits, bits == 8 if self.symmetric is None else self.symmetric)
-        forms = {name: Form(grid, group) for name, group in groups.items()}
         result = original.copy()
-        own = self._layers(result, Counter())
+        own = [layer for layer in self._layers(result, Counter()) if layer.weight.name in forms]
         coded = self._coded(original, result, own, forms, context)
         writer = Writer(result, target, by=self.name)
         for layer in own:
             writer.weight_alone(layer, coded[layer.weight.name])
-        context.note(f"{bits} bits: the weights of {len(own)} layers")
+        counts = Counter(form.grid.bits for form in forms.values())
+        for size, count in sorted(counts.items()):
+            context.note(f"{size} bits: the weights of {count} layers")
         return writer
+
+    def _mixed(self, graph: Graph, layers: list[Layer], target: Target, context: Context) -> dict[str, Form]:
+        """The forms of the layers that do not stay in float."""
+        way = self.sensitivity or ("zd" if context.data is None else "loss")
+        if context.data is None and (self.accuracy is not None or way not in WITHOUT_DATA):
+            asked = f"sensitivity={way}" if self.accuracy is None else "accuracy"
+            raise PassError(f"quantize needs data for {asked}: give batches, optimize(graph, passes, data=...)")
+        bits = sorted(self.bits or ((4, 8) if target.blocks_alone else (2, 3, 4, 8)))
+        forms = {layer.weight.name: [self._form(size, layer) for size in bits] for layer in layers}
+        batches = None if context.data is None else [labelled(graph, batch) for batch in context.batches()]
+        if batches is not None:
+            check_examples([batch.inputs for batch in batches])
+        mixed = Mixed(graph, layers, forms, way, batches, target.zeros)
+        if self.accuracy is not None:
+            picked = mixed.accurate(self.accuracy)
+        else:
+            assert self.bytes is not None
+            whole = figures(graph).bytes
+            own = sum(sizes[-1] for sizes in mixed.sizes.values())
+            saved = sum(_saved(table) for _, table in self._tables(graph))
+            picked = mixed.within(parse_amount(self.bytes, "bytes", "bytes").of(whole) - (whole - own - saved))
+        for name, place_of_form in picked.items():
+            context.note(mixed.why(name, place_of_form))
+        return {name: forms[name][at] for name, at in picked.items() if at < len(forms[name])}
 
     def _coded(
         self,
@@ -226,6 +289,11 @@ def _importance(value: Value, layers: Sequence[Layer]) -> tuple[int, torch.Tenso
 def _rows(layer: Layer) -> torch.Tensor:
     """The weight as [outputs of all blocks, columns]."""
     return layer.matrices(layer.weight.tensor.detach()).double().flatten(0, 1)
+
+
+def _saved(table: Parameter) -> int:
+    """Bytes that a table of vectors loses in 8 bits: it has a scale for each vector."""
+    return int(table.tensor.detach().nbytes - table.tensor.numel() - 4 * len(table.tensor))
 
 
 def _group(layer: Layer, wanted: int | None) -> int:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scheme:
-    """``bits`` of weights; ``activations``: whether what layers read is quantized, too, to 8 bits."""
+    """``bits`` of weights, None where each layer's are chosen; ``activations``: what layers read is of 8 bits, too."""
 
-    bits: int
+    bits: int | None
     activations: bool = False
 
 
@@ -20,4 +20,5 @@ SCHEMES: Mapping[str, Scheme] = {
     "w4": Scheme(4),
     "w3": Scheme(3),
     "w2": Scheme(2),
+    "mixed": Scheme(None),
 }
