@@ -21,7 +21,7 @@ from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.regauging import fibres, mixed
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.calibration.weight_gradients import Differentiable
-from regauge.passes.quantization.grid import Grid, rounded
+from regauge.passes.quantization.grid import Form, Grid
 
 _REACH = 1.0  # the norm of t A at the start, which falls to nothing
 
@@ -102,7 +102,7 @@ class _Rounded:
         if layer is None:
             return tensor
         rows = layer.matrix(tensor.detach())
-        given = layer.matrices_as_stored(rounded(rows, self.weights, rows.shape[1]).values[None])
+        given = layer.matrices_as_stored(Form(self.weights, rows.shape[1]).rounded(rows).values[None])
         return tensor + (given - tensor.detach())
 
     def _rounded(self, node: Node, value: Value, tensor: torch.Tensor) -> torch.Tensor:

@@ -9,30 +9,37 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from regauge.ir.cost import figures
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.quantized_layers import PLANNED_FOR
+from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Contract, Pass
-from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.batches import calibration_batches, check_examples, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
+from regauge.passes.calibration.losses import labelled
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.grid import Form
+from regauge.passes.quantization.mixed import Mixed
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
 from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
 from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
-from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, Statistic, Wanted
+from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, Statistic, Wanted, integers
+from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.weights import rows_of, stored_on_data
 
 BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
-_OF_WEIGHTS = ("per", "group", "statistic", "packed", "bits", "permute")
+_OF_WEIGHTS = (
+    "per", "group", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "sensitivity"
+)  # fmt: skip
 _OF_ACTIVATIONS = ("calibration", "smoothing")
 
 
@@ -43,10 +50,14 @@ class Quantize(Pass):
     before  y = linear(x, w, b)                          w: f32[64,128]
     w8a8    y = linear(back(quantize(x)), back(w'), b')  w': i8[64,128], a scale for each output
     w4      y = linear(x, back(w'), b)                   w': 4 bits, a scale for each 32 inputs of an output
+    mixed   y = linear(x, back(w'), b)                   w': of each layer the bits that are best, or float
 
     The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
     those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte unless they are packed.
     Of activations in floats of 8 bits onnxruntime makes what it does not run unless its optimisations are off.
+
+    With scheme=mixed each layer gets the bits that lose least within ``bytes`` of the whole graph's weights (3 bits
+    count as 3), or the fewest that keep an ``accuracy``; the report says what each layer would lose with how many bits.
     """
 
     name: ClassVar[str] = "quantize"
@@ -58,6 +69,7 @@ class Quantize(Pass):
         "w4",
         "w3",
         "w2",
+        "mixed",
         "ternary",
         "fp8",
         "e4m3",
@@ -69,7 +81,20 @@ class Quantize(Pass):
         "codebook",
         "onebit",
     ] = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both, the others of weights")
-    bits: int | None = option(None, "of pow2, bfp and codebook; 4 if not given", at_least=2, at_most=8)
+    bits: tuple[Literal[2, 3, 4, 5, 6, 7, 8], ...] = option(
+        (),
+        "of pow2, bfp and codebook, 4 if not given; what mixed chooses from beside float: 2,3,4,8, in onnxruntime 4,8",
+    )
+    bytes: float | str | None = option(None, "of scheme=mixed: bytes of weights kept, a share or a number (5MB)")
+    accuracy: float | None = option(
+        None,
+        "of scheme=mixed: share of the data's rows of the first output that keep their class",
+        above=0,
+        at_most=1,
+    )
+    sensitivity: Sensitivity | None = option(
+        None, "of scheme=mixed: what bits cost: loss, gradient, hessian, lim or zd; loss, without data zd"
+    )
     per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")
     group: int | None = option(
         None, "neighbouring inputs that share a scale; of codebooks, neighbouring outputs that share one", at_least=2
@@ -113,6 +138,7 @@ class Quantize(Pass):
             raise PassError("quantize: calibration=entropy counts steps of equal width, which floats have not")
         if self.group and self.per not in (None, "group"):
             raise PassError(f"quantize: group={self.group} is not for per={self.per}: leave one out")
+        self._check_bits()
         group = self.group or BLOCK
         blocks = target.blocks_alone and not scheme.activations
         if blocks and (self.packed or self.per in ("tensor", "row") or group < 16 or group & (group - 1)):
@@ -121,6 +147,15 @@ class Quantize(Pass):
                 f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not "
                 f"{'packed=true' if self.packed else found}"
             )
+
+    def _check_bits(self) -> None:
+        bounds = [name for name in ("bytes", "accuracy") if getattr(self, name) is not None]
+        if len(self.bits) > 1 and not self._scheme.mixed:
+            raise PassError(f"quantize: scheme={self.scheme} takes one number of bits, not {len(self.bits)}")
+        if self._scheme.mixed and len(bounds) != 1:
+            raise PassError("quantize: scheme=mixed takes bytes or accuracy: write quantize{scheme=mixed,bytes=0.2}")
+        if self.bytes is not None:
+            parse_amount(self.bytes, "bytes", "bytes")
 
     @property
     def _scheme(self) -> Scheme:
@@ -181,27 +216,56 @@ class Quantize(Pass):
         whole = sum(_group(layer, self._block) == layer.columns for layer in layers)
         if self._block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
-        formats = {layer.weight.name: self._format(layer) for layer in layers}
+        formats: Mapping[str, Format]
+        if self._scheme.mixed:
+            formats = self._mixed(original, layers, target, context)
+        else:
+            bits = self.bits[0] if self.bits else self._scheme.bits
+            formats = {layer.weight.name: self._scheme.make(self._wanted(layer, bits)) for layer in layers}
         result = original.copy()
-        own = self._layers(result, Counter())
+        own = [layer for layer in self._layers(result, Counter()) if layer.weight.name in formats]
         stored = self._stored(original, result, own, formats, context)
         writer = Writer(result, target, by=self.name, packed=self.packed)
         for layer in own:
             writer.weight_alone(layer, stored[layer.weight.name])
-        each = sum(found.bits for found in stored.values()) / sum(_count(layer) for layer in own)
-        context.note(f"the weights of {len(own)} layers, {each:.2f} bits each with scales")
+        if own:
+            each = sum(found.bits for found in stored.values()) / sum(map(_count, own))
+            context.note(f"the weights of {len(own)} layers, {each:.2f} bits each with scales")
         return writer
 
-    def _format(self, layer: Layer) -> Format:
-        wanted = Wanted(
-            bits=self.bits or self._scheme.bits,
+    def _wanted(self, layer: Layer, bits: int) -> Wanted:
+        return Wanted(
+            bits=bits,
             group=_group(layer, self._block),
             shared=self.per == "tensor",
             symmetric=self.symmetric,
             statistic=self.statistic,
             rows=1 if self.per == "row" else self.group,
         )
-        return self._scheme.make(wanted)
+
+    def _mixed(self, graph: Graph, layers: list[Layer], target: Target, context: Context) -> Mapping[str, Format]:
+        """The forms of the layers that do not stay in float."""
+        way = self.sensitivity or ("zd" if context.data is None else "loss")
+        if context.data is None and (self.accuracy is not None or way not in WITHOUT_DATA):
+            asked = f"sensitivity={way}" if self.accuracy is None else "accuracy"
+            raise PassError(f"quantize needs data for {asked}: give batches, optimize(graph, passes, data=...)")
+        bits = sorted(self.bits or ((4, 8) if target.blocks_alone else (2, 3, 4, 8)))
+        forms = {layer.weight.name: [integers(self._wanted(layer, size)) for size in bits] for layer in layers}
+        batches = None if context.data is None else [labelled(graph, batch) for batch in context.batches()]
+        if batches is not None:
+            check_examples([batch.inputs for batch in batches])
+        mixed = Mixed(graph, layers, forms, way, batches, target.zeros)
+        if self.accuracy is not None:
+            picked = mixed.accurate(self.accuracy)
+        else:
+            assert self.bytes is not None
+            whole = figures(graph).bytes
+            own = sum(sizes[-1] for sizes in mixed.sizes.values())
+            saved = sum(_saved(table) for _, table in self._tables(graph))
+            picked = mixed.within(parse_amount(self.bytes, "bytes", "bytes").of(whole) - (whole - own - saved))
+        for name, place_of_form in picked.items():
+            context.note(mixed.why(name, place_of_form))
+        return {name: forms[name][at] for name, at in picked.items() if at < len(forms[name])}
 
     def _stored(
         self,
@@ -282,6 +346,11 @@ def _importance(value: Value, layers: Sequence[Layer]) -> tuple[int, torch.Tenso
 
 def _count(layer: Layer) -> int:
     return layer.blocks * layer.outputs * layer.columns
+
+
+def _saved(table: Parameter) -> int:
+    """Bytes that a table of vectors loses in 8 bits: it has a scale for each vector."""
+    return int(table.tensor.detach().nbytes - table.tensor.numel() - 4 * len(table.tensor))
 
 
 def _group(layer: Layer, wanted: int | None) -> int:

@@ -44,7 +44,7 @@ class Scheme:
     ``takes`` are the options of the pass that say how weights are stored. ``kind`` is what a runtime must have kernels
     for, ``integers`` or something else (:class:`regauge.passes.quantization.targets.Target`). ``grouped``: whether
     neighbouring inputs share a scale where nothing is said, and not whole rows. ``numbers``: the grid of weights and
-    activations in place of the target's integers.
+    activations in place of the target's integers. ``mixed``: whether each layer's bits are chosen.
     """
 
     bits: int
@@ -54,6 +54,7 @@ class Scheme:
     kind: str = "integers"
     grouped: bool = True
     numbers: Grid | None = None
+    mixed: bool = False
 
     def on(self, target: Target) -> Target:
         """A target as it is for this scheme."""
@@ -62,7 +63,7 @@ class Scheme:
         return replace(target, activations=self.numbers, weights=self.numbers, flat=False, chains=False, zeros=False)
 
 
-def _integers(wanted: Wanted) -> Format:
+def integers(wanted: Wanted) -> Form:
     symmetric = wanted.bits == 8 if wanted.symmetric is None else wanted.symmetric
     return Form(Grid(wanted.bits, symmetric), wanted.group, shared=wanted.shared)
 
@@ -94,11 +95,12 @@ def _signs(wanted: Wanted) -> Format:
 _OF_INTEGERS = ("per", "group", "symmetric", "packed")
 
 SCHEMES: Mapping[str, Scheme] = {
-    "w8a8": Scheme(8, _integers, activations=True),
-    "w8": Scheme(8, _integers, _OF_INTEGERS),
-    "w4": Scheme(4, _integers, _OF_INTEGERS),
-    "w3": Scheme(3, _integers, _OF_INTEGERS),
-    "w2": Scheme(2, _integers, _OF_INTEGERS),
+    "w8a8": Scheme(8, integers, activations=True),
+    "w8": Scheme(8, integers, _OF_INTEGERS),
+    "w4": Scheme(4, integers, _OF_INTEGERS),
+    "w3": Scheme(3, integers, _OF_INTEGERS),
+    "w2": Scheme(2, integers, _OF_INTEGERS),
+    "mixed": Scheme(4, integers, ("group", "symmetric", "bits", "bytes", "accuracy", "sensitivity"), mixed=True),
     "ternary": Scheme(2, _ternary, ("per", "group", "packed", "statistic")),
     "fp8": Scheme(8, _floats(torch.float8_e4m3fn), activations=True, kind="float8", numbers=Float8()),
     "e4m3": Scheme(8, _floats(torch.float8_e4m3fn), ("per",), kind="float8", grouped=False),

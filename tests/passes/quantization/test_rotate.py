@@ -14,7 +14,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.weights import dense
 from regauge.passes.calibration.layers import layer_of
-from regauge.passes.quantization.grid import Grid, rounded
+from regauge.passes.quantization.grid import Form, Grid
 from regauge.passes.quantization.hadamard import rotation, signs_of, two_factors
 
 
@@ -30,7 +30,7 @@ def in_few_bits(graph: Graph, inputs: Any, bits: int) -> float:
         layer = layer_of(node)
         if layer is not None:
             rows = layer.matrix(layer.weight.tensor.detach())
-            layer.weight.weight = dense(layer.stored(rounded(rows, Grid(bits), rows.shape[1]).values))
+            layer.weight.weight = dense(layer.stored(Form(Grid(bits), rows.shape[1]).rounded(rows).values))
             read.add(node.inputs[0])
 
     def cut(node: Any, results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
