@@ -90,6 +90,11 @@ class Coded:
     def with_scale(self, scale: torch.Tensor) -> Coded:
         return replace(self, scale=scale)
 
+    def coarser(self, factor: torch.Tensor) -> Coded:
+        """The same numbers on scales that are ``factor`` [rows] times as large."""
+        codes = torch.round((self.codes - self.spread(self.zero)) / factor[:, None]) + self.spread(self.zero)
+        return replace(self, codes=codes, scale=self.scale * factor[:, None])
+
 
 def rounded(weight: torch.Tensor, grid: Grid, group: int, importance: torch.Tensor | None = None) -> Coded:
     """A matrix rounded to the nearest codes, with the scales that lose least.

@@ -16,7 +16,8 @@ from regauge.passes.quantization.placement import Placement
 from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.targets import Target
 
-BIAS_BITS = 32
+PACKED = 4  # bits at most that are stored in less than a byte
+GREATEST = 2.0**30  # of a bias in steps, and of a sum of products: both together stay within 32 bits
 
 
 class Writer:
@@ -90,6 +91,7 @@ class Writer:
     def layer(self, layer: Layer, weight: Coded) -> None:
         """Let a layer multiply integers: its input is one of the quantized values."""
         node, x = layer.node, self._inputs[layer.node]
+        weight = _within_32_bits(layer, weight, float(self._scales[x][0].tensor), self.target.activations)
         known = all(isinstance(size, int) for size in x.shape[:-1])
         with self.build.at(node):
             if layer.node.op == "conv":
@@ -151,7 +153,7 @@ class Writer:
         codes = codes.t() if turned else codes
         outputs = int(layer.node.op != "conv" and (stored_by_inputs != turned))
         grid, name = coded.grid, layer.weight.name
-        bits = {} if grid.bits == 8 else {"bits": grid.bits}
+        bits = {} if grid.bits > PACKED else {"bits": grid.bits}
         q = self._weight_of(f"{name}_quantized", codes.to(grid.dtype).contiguous())
         if coded.scale.shape[1] == 1:
             scale, zero, where = coded.scale[:, 0], coded.zero[:, 0], {"axis": outputs}
@@ -169,8 +171,7 @@ class Writer:
         if layer.bias is None:
             return None
         scale = (self._scales[x][0].tensor * weight.scale[:, 0].float()).float()
-        limit = 2.0 ** (BIAS_BITS - 1)
-        q = torch.round(layer.bias.tensor.detach().double() / scale.double()).clamp(-limit, limit - 1).to(torch.int32)
+        q = torch.round(layer.bias.tensor.detach().double() / scale.double()).to(torch.int32)
         name = layer.bias.name
         back: Value = self.build.dequantize(
             self._buffer(f"{name}_quantized", q), self._buffer(f"{name}_scale", scale), axis=0
@@ -183,6 +184,16 @@ class Writer:
 
     def _buffer(self, name: str, data: torch.Tensor) -> Parameter:
         return self.build.parameter(self.build.unique(name), data, kind="buffer")
+
+
+def _within_32_bits(layer: Layer, weight: Coded, input_scale: float, activations: Grid) -> Coded:
+    """The weight on coarser scales in rows whose bias or sums would overflow: those of a channel that is all but dead
+    have a bias of far more steps than there are integers, and thousands of columns may add up to more."""
+    steps = weight.codes.abs().sum(1) * max(-activations.low, activations.high)
+    if layer.bias is not None:
+        bias = layer.bias.tensor.detach().double().abs()
+        steps = torch.maximum(steps, bias / (input_scale * weight.scale[:, 0].double()))
+    return weight.coarser((steps / GREATEST).clamp(min=1)) if bool((steps > GREATEST).any()) else weight
 
 
 def _stored(layer: Layer, codes: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ class Quantize(Pass):
     scheme: Literal["w8a8", "w8", "w4", "w3", "w2"] = option("w8a8", "bits of weights, and of activations")
     group: int | None = option(None, "neighbouring inputs that share a scale", at_least=2)
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
-    target: Literal["ort-x86", "reference"] = option("ort-x86", "the runtime that it is written for")
+    target: Literal["ort-x86", "ort-x86-avx2", "reference"] = option("ort-x86", "the runtime that it is written for")
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
     method: Method | None = option(
         None, "how weights are rounded: nearest, or on data by columns (GPTQ) or descent, for 8 bits and for fewer"

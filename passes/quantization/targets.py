@@ -10,12 +10,16 @@ ort-x86, onnxruntime on x86 processors:
   are slower than in float.
 - constant integers in front of a float layer are not folded: plain weights of 8 bits make it slower. In blocks, along
   the inputs of a MatMul, they are read by a kernel of their own (opset 21).
+
+ort-x86-avx2, the same on processors without VNNI:
+- products of unsigned and signed bytes are added up in pairs of 16 bits, which clip at 2^15 - 1 = 32767 (vpmaddubsw):
+  2 * 255 * 127 does not fit, 2 * 255 * 64 does. Weights have 7 bits, which a byte holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from regauge.passes.quantization.grid import Grid
 
@@ -34,19 +38,22 @@ class Target:
     blocks_alone: bool  # weights alone are worth it in blocks of 16 or more, a power of two, [inputs, outputs]
 
 
+_ORT_X86 = Target(
+    name="ort-x86",
+    activations=Grid(8, symmetric=False),
+    weights=Grid(8),
+    flat=True,
+    chains=True,
+    depthwise=False,
+    zeros=True,
+    blocks_alone=True,
+)
+
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
-        Target(
-            name="ort-x86",
-            activations=Grid(8, symmetric=False),
-            weights=Grid(8),
-            flat=True,
-            chains=True,
-            depthwise=False,
-            zeros=True,
-            blocks_alone=True,
-        ),
+        _ORT_X86,
+        replace(_ORT_X86, name="ort-x86-avx2", weights=Grid(7)),
         Target(
             name="reference",
             activations=Grid(8, symmetric=False),
