@@ -51,6 +51,10 @@ class Writer:
             self._scales[back] = self._scales[value]
         for value in placement.fed:
             self._pair(value)
+        for node, slot in placement.addends:
+            addend = node.inputs[slot]
+            assert isinstance(addend, Value)
+            set_input(node, slot, self._plain[addend], self.graph)
 
     def _scale(self, value: Value, ends: Ends) -> tuple[Parameter, Parameter | None]:
         grid = self.target.activations
@@ -95,7 +99,8 @@ class Writer:
         known = all(isinstance(size, int) for size in x.shape[:-1])
         with self.build.at(node):
             if layer.node.op == "conv":
-                self._in_place(node, x, self._weight(layer, weight), self._integer_bias(layer, x, weight))
+                bias = self._integer_bias(layer, x, weight) if self.target.integer_bias else layer.bias
+                self._in_place(node, x, self._weight(layer, weight), bias)
             elif self.target.flat and (known or x.rank == 2):
                 replace_uses(self.graph, node.output, self._gemm(node, x, layer, weight))
             else:

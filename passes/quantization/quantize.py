@@ -29,8 +29,6 @@ from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.weights import Method, coded_on_data
 from regauge.passes.simplify.simplify import Simplify
 
-BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
-
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
@@ -50,7 +48,9 @@ class Quantize(Pass):
     scheme: Literal["w8a8", "w8", "w4", "w3", "w2"] = option("w8a8", "bits of weights, and of activations")
     group: int | None = option(None, "neighbouring inputs that share a scale", at_least=2)
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
-    target: Literal["ort-x86", "ort-x86-avx2", "reference"] = option("ort-x86", "the runtime that it is written for")
+    target: Literal["ort-x86", "ort-x86-avx2", "ort-arm", "tensorrt", "reference"] = option(
+        "ort-x86", "the runtime that it is written for"
+    )
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
     method: Method | None = option(
         None, "how weights are rounded: nearest, or on data by columns (GPTQ) or descent, for 8 bits and for fewer"
@@ -69,9 +69,14 @@ class Quantize(Pass):
         idle = of_weights if self._scheme.activations else of_activations
         if idle:
             raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
-        group = self.group or BLOCK
-        if TARGETS[self.target].blocks_alone and (group < 16 or group & (group - 1)):
+        target = TARGETS[self.target]
+        group = self.group or target.block
+        if target.blocks_alone and (group < 16 or group & (group - 1)):
             raise PassError(f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not group={self.group}")
+        if not self._scheme.activations and self._scheme.bits > target.bits_alone:
+            raise PassError(f"quantize: {self.target} has weights alone of {target.bits_alone} bits: scheme=w4")
+        if target.centred and self.symmetric is False:
+            raise PassError(f"quantize: weights have no zero points for {self.target}: leave symmetric=false out")
 
     @property
     def _scheme(self) -> Scheme:
@@ -80,7 +85,8 @@ class Quantize(Pass):
     @property
     def _block(self) -> int | None:
         """Columns that share a scale where weights are stored alone; None: all of a row."""
-        return self.group or (BLOCK if self._scheme.bits < 8 or TARGETS[self.target].blocks_alone else None)
+        target = TARGETS[self.target]
+        return self.group or (target.block if self._scheme.bits < 8 or target.blocks_alone else None)
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None and self.method in ("columns", "descent"):
@@ -127,7 +133,7 @@ class Quantize(Pass):
         whole = sum(size == layer.columns for size, layer in zip(groups.values(), layers, strict=True))
         if self._block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
-        grid = Grid(bits, bits == 8 if self.symmetric is None else self.symmetric)
+        grid = Grid(bits, (bits == 8 or target.centred) if self.symmetric is None else self.symmetric)
         forms = {name: Form(grid, group) for name, group in groups.items()}
         result = original.copy()
         own = self._layers(result, Counter())
@@ -181,7 +187,9 @@ class Quantize(Pass):
         }
         statistics.collect(batches)
         way = self.calibration or "minmax"
-        return {value: ends_of(found, target.activations, way) for value, found in histograms.items()}
+        return placement.aligned(
+            {value: ends_of(found, target.activations, way) for value, found in histograms.items()}
+        )
 
     def _smooth(
         self, graph: Graph, layers: Sequence[Layer], target: Target, batches: Sequence[Any], context: Context
