@@ -19,6 +19,7 @@ from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
+from regauge.passes.quantization.gate import Gate, check_latency
 from regauge.passes.quantization.grid import Coded, Form, Grid, rounded
 from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
 from regauge.passes.quantization.qdq import Writer
@@ -59,6 +60,7 @@ class Quantize(Pass):
         None, "exponent of SmoothQuant, 0 for none; if not given, for each value the best", at_least=0, at_most=1
     )
     embeddings: bool = option(True, "tables of vectors, too: 8 bits, and a scale for each vector")
+    gate: Gate = option("off", "measure it beside the float graph on a batch: warn, or refuse, where it is slower")
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
 
@@ -77,6 +79,8 @@ class Quantize(Pass):
             raise PassError(f"quantize: {self.target} has weights alone of {target.bits_alone} bits: scheme=w4")
         if target.centred and self.symmetric is False:
             raise PassError(f"quantize: weights have no zero points for {self.target}: leave symmetric=false out")
+        if self.gate != "off" and not target.machines:
+            raise PassError(f"quantize: {self.target} cannot be run here, so gate={self.gate} has nothing to measure")
 
     @property
     def _scheme(self) -> Scheme:
@@ -111,6 +115,8 @@ class Quantize(Pass):
             context.note(f"8 bits: {len(tables)} tables of vectors")
         remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
+        inputs = None if context.data is None else next(context.inputs(graph))
+        check_latency(graph, result, target, inputs, context, self.gate)
         return result
 
     def _tables(self, graph: Graph) -> list[tuple[Node, Parameter]]:

@@ -59,6 +59,7 @@ class Target:
     centred: bool = False  # weights have no zero points, whatever their bits
     block: int = 32  # inputs that share a scale, where weights alone are stored in blocks
     bits_alone: int = 8  # greatest number of bits of weights alone
+    machines: tuple[str, ...] = ()  # processors that it runs on, as ``platform.machine`` calls them
 
 
 _ORT_X86 = Target(
@@ -70,6 +71,7 @@ _ORT_X86 = Target(
     depthwise=False,
     zeros=True,
     blocks_alone=True,
+    machines=("x86_64", "AMD64"),
 )
 
 TARGETS: Mapping[str, Target] = {
@@ -77,7 +79,7 @@ TARGETS: Mapping[str, Target] = {
     for target in (
         _ORT_X86,
         replace(_ORT_X86, name="ort-x86-avx2", weights=Grid(7)),
-        replace(_ORT_X86, name="ort-arm", depthwise=True),
+        replace(_ORT_X86, name="ort-arm", depthwise=True, machines=("aarch64", "arm64", "ARM64")),
         Target(
             name="tensorrt",
             activations=Grid(8),
