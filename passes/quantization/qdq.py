@@ -16,6 +16,7 @@ from regauge.passes.quantization.placement import Placement
 from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.targets import Target
 
+_ACTIVATIONS = {"relu", "leaky_relu", "sigmoid", "tanh", "softplus", "softsign", "elu", "hardsigmoid"}
 PACKED = 4  # bits at most that are stored in less than a byte
 GREATEST = 2.0**30  # of a bias in steps, and of a sum of products: both together stay within 32 bits
 
@@ -106,10 +107,14 @@ class Writer:
             else:
                 self._product(layer, self._plain[x], weight)
 
-    def _product(self, layer: Layer, x: Operand, weight: Coded) -> None:
-        """A matmul in place of a layer, its bias in float behind it."""
+    def _product(self, layer: Layer, x: Operand, weight: Coded, *, apart: bool = False) -> None:
+        """A matmul in place of a layer, its bias in float behind it: ``apart`` in a form that is not taken for one."""
         y = self.build.matmul(x, self._weight(layer, weight, inputs_first=True))
-        y = y if layer.bias is None else self.build.add(y, layer.bias)
+        if layer.bias is not None and apart:
+            negative = -layer.bias.tensor.detach()
+            y = self.build.sub(y, self._buffer(f"{layer.bias.name}_negative", negative))
+        elif layer.bias is not None:
+            y = self.build.add(y, layer.bias)
         replace_uses(self.graph, layer.node.output, y)
 
     def _gemm(self, node: Node, x: Value, layer: Layer, weight: Coded) -> Value:
@@ -131,7 +136,8 @@ class Writer:
         """Store the weight of a layer as integers; it computes in float."""
         with self.build.at(layer.node):
             if self.target.blocks_alone and layer.node.op == "linear":
-                self._product(layer, layer.node.inputs[0], weight)
+                apart = self.target.apart and _in_a_gemm(layer.node)
+                self._product(layer, layer.node.inputs[0], weight, apart=apart)
             else:
                 set_input(layer.node, 1, self._weight(layer, weight), self.graph)
 
@@ -189,6 +195,13 @@ class Writer:
 
     def _buffer(self, name: str, data: torch.Tensor) -> Parameter:
         return self.build.parameter(self.build.unique(name), data, kind="buffer")
+
+
+def _in_a_gemm(node: Node) -> bool:
+    """Whether onnxruntime would compute a layer and an activation behind it as one float Gemm."""
+    x = node.inputs[0]
+    matrix = isinstance(x, Value) and (x.rank == 2 or all(isinstance(size, int) for size in x.shape[:-1]))
+    return matrix and any(reader.op in _ACTIVATIONS for reader in node.output.consumers())
 
 
 def _within_32_bits(layer: Layer, weight: Coded, input_scale: float, activations: Grid) -> Coded:

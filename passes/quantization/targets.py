@@ -10,7 +10,8 @@ ort-x86, onnxruntime on x86 processors:
 - a convolution has integers on both sides, and an activation behind it, and sums of its kind with them; depthwise ones
   are slower than in float.
 - constant integers in front of a float layer are not folded: plain weights of 8 bits make it slower. In blocks, along
-  the inputs of a MatMul, they are read by a kernel of their own (opset 21).
+  the inputs of a MatMul, they are read by a kernel of their own (opset 21). Not so where an activation follows its
+  bias: all three become one float Gemm, if the bias is added; it is subtracted with its sign turned there.
 
 ort-x86-avx2, the same on processors without VNNI:
 - products of unsigned and signed bytes are added up in pairs of 16 bits, which clip at 2^15 - 1 = 32767 (vpmaddubsw):
@@ -58,6 +59,7 @@ class Target:
     aligned: bool = False  # of values that hold entries of one another, all have one scale
     centred: bool = False  # weights have no zero points, whatever their bits
     block: int = 32  # inputs that share a scale, where weights alone are stored in blocks
+    apart: bool = False  # a bias between a product and an activation must not be seen as one
     bits_alone: int = 8  # greatest number of bits of weights alone
     machines: tuple[str, ...] = ()  # processors that it runs on, as ``platform.machine`` calls them
 
@@ -71,6 +73,7 @@ _ORT_X86 = Target(
     depthwise=False,
     zeros=True,
     blocks_alone=True,
+    apart=True,
     machines=("x86_64", "AMD64"),
 )
 

@@ -55,6 +55,7 @@ class Network:
 def quantized(model: onnx.ModelProto, options: str, folder: Path, shape: list[int]) -> onnx.ModelProto:
     """The model quantized on random data, as it is written for a target."""
     onnx.save(model, folder / "source.onnx")
+    torch.manual_seed(0)
     batches = [(torch.randn(shape),) for _ in range(2)]
     small = regauge.optimize(regauge.load(folder / "source.onnx"), f"quantize{{{options}}}", data=batches)
     small.to_onnx(folder / "small.onnx")
@@ -67,7 +68,8 @@ def check(model: onnx.ModelProto, x: np.ndarray, *, fused: bool) -> tuple[Findin
     for optimisation in ("off", "all"):
         session = Session(exposed(model), optimisation=optimisation, threads=1)
         results = dict(zip(session.outputs, [value.numpy() for value in session.run([x])], strict=True))
-        reference = IntegerReference(model, fused=fused and optimisation == "all")
+        optimised = optimisation == "all"
+        reference = IntegerReference(model, fused=fused and optimised, optimised=optimised)
         found.append(reference.check(results | {session.inputs[0]: x}))
     return found[0], found[1]
 
