@@ -8,6 +8,11 @@ PLANNED_FOR = "quantized_for"  # in graph.metadata: the target of the pass that 
 _LAYERS = ("linear", "matmul", "conv", "conv_transpose")
 
 
+def planned_for_onnxruntime(graph: Graph) -> bool:
+    """Whether a graph was quantized for one of the targets that onnxruntime runs."""
+    return str(graph.metadata.get(PLANNED_FOR, "")).startswith("ort")
+
+
 def quantized_layers(graph: Graph) -> list[Node]:
     """The layers whose weight is dequantized from a constant, in the order of the graph."""
     return [node for _, node in graph.walk() if node.op in _LAYERS and len(node.inputs) > 1 and _is_stored(node)]

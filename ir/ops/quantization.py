@@ -102,7 +102,9 @@ def _spelled(onnx: Any, node: Node) -> tuple[int | None, int | None]:
     needed = 13 if axis is not None else 10
     needed = 21 if block is not None or bits is not None else 19 if kinds & {*FLOATS} else needed
     if onnx.opset < needed:
-        raise onnx.refusal(f"it needs opset {needed}, and the model has {onnx.opset}: convert it first")
+        raise onnx.refusal(
+            f"it needs opset {needed}, and the model has {onnx.opset}: load it with opset={needed}, or --opset {needed}"
+        )
     assert isinstance(x, Value)
     return None if axis is None else axis_number(axis, x.rank), block
 

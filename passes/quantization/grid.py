@@ -18,6 +18,7 @@ from regauge.passes.quantization.rounding import best_scales, by_columns, by_des
 _SHRINKS = torch.linspace(1.0, 0.35, 27, dtype=torch.float64)  # shares of the range that are tried
 _TURNS = 12  # of codes and scales, where scales are those of least squares
 SCALE_BITS = 32
+_SHARING = 4  # bits at most of codes that lie together in a byte
 
 Scales: TypeAlias = Literal["searched", "least", "mean", "median", "powers"]
 """How scales are found: the best share of the range; least squares from the mean of magnitudes on; that mean or median
@@ -48,8 +49,8 @@ class Grid:
 
     @property
     def few_bits(self) -> int | None:
-        """How many bits codes have where these are fewer than those of their type."""
-        return self.bits if self.bits < 8 else None
+        """How many bits codes have where several of them can lie in a byte."""
+        return self.bits if self.bits <= _SHARING else None
 
     @property
     def table(self) -> torch.Tensor | None:
@@ -238,6 +239,11 @@ class Coded(Coding):
         few = {} if bits is None else {"bits": bits}
         found: Value = to.build.dequantize(q, s, z, name=f"{to.name}_dequantized", **where, **few)
         return found
+
+    def coarser(self, factor: torch.Tensor) -> Coded:
+        """The same numbers on scales that are ``factor`` [rows] times as large."""
+        codes = torch.round((self.codes - self.spread(self.zero)) / factor[:, None]) + self.spread(self.zero)
+        return replace(self, codes=codes, scale=self.scale * factor[:, None])
 
 
 def _searched(grid: Grid, parts: torch.Tensor, weighs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

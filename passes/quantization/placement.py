@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.name_patterns import matches
+from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.targets import Target
 
 _LAYERS = ("linear", "matmul", "conv")
@@ -21,17 +22,28 @@ class Placement:
     """Layers to compute with integers, and the values that are quantized for it.
 
     ``chained`` values are given by kernels on integers, or moved by others: all who read them read integers. Of the
-    value on the right they have the scale. ``fed`` ones come from elsewhere; of those who read them only layers do.
+    value on the right they have the scale. ``fed`` ones come from elsewhere; of those who read them only layers do,
+    and ``addends``, the operands of sums that are quantized. Each set of ``alike`` values has one scale.
     """
 
     layers: list[Layer]
     chained: dict[Value, Value] = field(default_factory=dict)
     fed: list[Value] = field(default_factory=list)
+    addends: list[tuple[Node, int]] = field(default_factory=list)
+    alike: list[set[Value]] = field(default_factory=list)
 
     @property
     def measured(self) -> list[Value]:
         """The values whose ranges are needed."""
         return list(dict.fromkeys([*self.chained.values(), *self.fed]))
+
+    def aligned(self, ends: Mapping[Value, Ends]) -> dict[Value, Ends]:
+        """Ranges of which those of alike values are the widest among them."""
+        result = dict(ends)
+        for values in self.alike:
+            lows, highs = zip(*(ends[value] for value in values), strict=True)
+            result |= dict.fromkeys(values, (min(lows), max(highs)))
+        return result
 
 
 def misfit(layer: Layer, target: Target) -> str | None:
@@ -91,7 +103,51 @@ def place(graph: Graph, layers: Sequence[Layer], target: Target) -> Placement:
         assert isinstance(x, Value)
         if x not in placement.chained and x not in placement.fed:
             placement.fed.append(x)
+    if target.addends:
+        placement.addends = _addends(graph, nodes)
+        added = [node.inputs[slot] for node, slot in placement.addends]
+        placement.fed += [value for value in dict.fromkeys(added) if value not in placement.fed]  # type: ignore[misc]
+    if target.aligned:
+        placement.alike = _alike(placement.measured)
     return placement
+
+
+def _addends(graph: Graph, layers: set[Node]) -> list[tuple[Node, int]]:
+    """The operands of sums that are added to the result of a convolution, which no one else reads: of two such results
+    to that of the later one."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    found = []
+    for node in graph.nodes:
+        operands = [value for _, value in node.operands() if not isinstance(value, Parameter)]
+        if node.op != "add" or len(operands) < 2 or operands[0].shape != operands[1].shape:
+            continue
+        makers = [value.producer if len(value.uses) == 1 and value.producer in layers else None for value in operands]
+        places = [order[maker] if maker is not None and maker.op == "conv" else -1 for maker in makers]
+        if max(places) >= 0:
+            found.append((node, int(places[0] > places[1])))
+    return found
+
+
+def _alike(values: Sequence[Value]) -> list[set[Value]]:
+    """The sets of values, of more than one, of which each holds entries of another: moved, or joined with others."""
+    sets: list[tuple[set[Value], set[Value]]] = []  # of the values, and all that they are made of by moves and joins
+    for value in values:
+        own, made_of = {value}, _made_of(value)
+        for other in [pair for pair in sets if pair[1] & made_of]:
+            own, made_of = own | other[0], made_of | other[1]
+            sets.remove(other)
+        sets.append((own, made_of))
+    return [own for own, _ in sets if len(own) > 1]
+
+
+def _made_of(value: Value) -> set[Value]:
+    found, pending = set[Value](), [value]
+    while pending:
+        one = pending.pop()
+        found.add(one)
+        if one.producer is not None and one.producer.op in (*_MOVES, "concat"):
+            pending += [operand for _, operand in one.producer.operands() if operand not in found]
+    return found
 
 
 def tail(value: Value, held: set[Value]) -> Value:

@@ -17,7 +17,8 @@ from regauge.passes.quantization.placement import Placement
 from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.targets import Target
 
-BIAS_BITS = 32
+_ACTIVATIONS = {"relu", "leaky_relu", "sigmoid", "tanh", "softplus", "softsign", "elu", "hardsigmoid"}
+GREATEST = 2.0**30  # of a bias in steps, and of a sum of products: both together stay within 32 bits
 
 
 class Writer:
@@ -51,6 +52,10 @@ class Writer:
             self._scales[back] = self._scales[value]
         for value in placement.fed:
             self._pair(value)
+        for node, slot in placement.addends:
+            addend = node.inputs[slot]
+            assert isinstance(addend, Value)
+            set_input(node, slot, self._plain[addend], self.graph)
 
     def _scale(self, value: Value, ends: Ends) -> tuple[Parameter, Parameter | None]:
         grid = self.target.activations
@@ -92,19 +97,26 @@ class Writer:
         """Let a layer multiply integers: its input is one of the quantized values."""
         assert isinstance(weight, Coded)
         node, x = layer.node, self._inputs[layer.node]
+        if not weight.grid.dtype.is_floating_point:
+            weight = _within_32_bits(layer, weight, float(self._scales[x][0].tensor), self.target.activations)
         known = all(isinstance(size, int) for size in x.shape[:-1])
         with self.build.at(node):
             if layer.node.op == "conv":
-                self._in_place(node, x, self._weight(layer, weight), self._integer_bias(layer, x, weight))
+                bias = self._integer_bias(layer, x, weight) if self.target.integer_bias else layer.bias
+                self._in_place(node, x, self._weight(layer, weight), bias)
             elif self.target.flat and (known or x.rank == 2):
                 replace_uses(self.graph, node.output, self._gemm(node, x, layer, weight))
             else:
                 self._product(layer, self._plain[x], weight)
 
-    def _product(self, layer: Layer, x: Operand, weight: Stored) -> None:
-        """A matmul in place of a layer, its bias in float behind it."""
+    def _product(self, layer: Layer, x: Operand, weight: Stored, *, apart: bool = False) -> None:
+        """A matmul in place of a layer, its bias in float behind it: ``apart`` in a form that is not taken for one."""
         y = self.build.matmul(x, self._weight(layer, weight, inputs_first=True))
-        y = y if layer.bias is None else self.build.add(y, layer.bias)
+        if layer.bias is not None and apart:
+            negative = -layer.bias.tensor.detach()
+            y = self.build.sub(y, self._buffer(f"{layer.bias.name}_negative", negative))
+        elif layer.bias is not None:
+            y = self.build.add(y, layer.bias)
         replace_uses(self.graph, layer.node.output, y)
 
     def _gemm(self, node: Node, x: Value, layer: Layer, weight: Coded) -> Value:
@@ -132,7 +144,7 @@ class Writer:
                 y = product if layer.bias is None else self.build.add(product, layer.bias)
                 replace_uses(self.graph, node.output, y)
             elif self.target.blocks_alone and node.op == "linear":
-                self._product(layer, x, weight)
+                self._product(layer, x, weight, apart=self.target.apart and _in_a_gemm(node))
             else:
                 set_input(node, 1, self._weight(layer, weight), self.graph)
 
@@ -177,8 +189,7 @@ class Writer:
         if layer.bias is None or weight.grid.dtype.is_floating_point:
             return None
         scale = (self._scales[x][0].tensor * weight.scale[:, 0].float()).float()
-        limit = 2.0 ** (BIAS_BITS - 1)
-        q = torch.round(layer.bias.tensor.detach().double() / scale.double()).clamp(-limit, limit - 1).to(torch.int32)
+        q = torch.round(layer.bias.tensor.detach().double() / scale.double()).to(torch.int32)
         name = layer.bias.name
         back: Value = self.build.dequantize(
             self._buffer(f"{name}_quantized", q), self._buffer(f"{name}_scale", scale), axis=0
@@ -191,6 +202,23 @@ class Writer:
 
     def _buffer(self, name: str, data: torch.Tensor) -> Parameter:
         return self.build.parameter(self.build.unique(name), data, kind="buffer")
+
+
+def _in_a_gemm(node: Node) -> bool:
+    """Whether onnxruntime would compute a layer and an activation behind it as one float Gemm."""
+    x = node.inputs[0]
+    matrix = isinstance(x, Value) and (x.rank == 2 or all(isinstance(size, int) for size in x.shape[:-1]))
+    return matrix and any(reader.op in _ACTIVATIONS for reader in node.output.consumers())
+
+
+def _within_32_bits(layer: Layer, weight: Coded, input_scale: float, activations: Grid) -> Coded:
+    """The weight on coarser scales in rows whose bias or sums would overflow: those of a channel that is all but dead
+    have a bias of far more steps than there are integers, and thousands of columns may add up to more."""
+    steps = weight.codes.abs().sum(1) * max(-activations.low, activations.high)
+    if layer.bias is not None:
+        bias = layer.bias.tensor.detach().double().abs()
+        steps = torch.maximum(steps, bias / (input_scale * weight.scale[:, 0].double()))
+    return weight.coarser((steps / GREATEST).clamp(min=1)) if bool((steps > GREATEST).any()) else weight
 
 
 def _stored(layer: Layer, codes: torch.Tensor) -> torch.Tensor:

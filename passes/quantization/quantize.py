@@ -23,6 +23,7 @@ from regauge.passes.calibration.losses import labelled
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.formats import Format, Method, Stored
+from regauge.passes.quantization.gate import Gate, check_latency
 from regauge.passes.quantization.grid import Form
 from regauge.passes.quantization.mixed import Mixed
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
@@ -36,7 +37,6 @@ from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.weights import rows_of, stored_on_data
 
-BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
 _OF_WEIGHTS = (
     "per", "group", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "sensitivity"
 )  # fmt: skip
@@ -105,7 +105,9 @@ class Quantize(Pass):
         None, "scale of ternary weights: that of least error, or the mean or median of magnitudes"
     )
     packed: bool = option(False, "codes share bytes in torch too, ternary ones five a byte; unpacked at every run")
-    target: Literal["ort-x86", "reference"] = option("ort-x86", "the runtime that it is written for")
+    target: Literal["ort-x86", "ort-x86-avx2", "ort-arm", "tensorrt", "reference"] = option(
+        "ort-x86", "the runtime that it is written for"
+    )
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
     method: Method | None = option(
         None, "how weights are rounded: nearest, or on data by columns (GPTQ) or descent, for 8 bits and for fewer"
@@ -114,6 +116,7 @@ class Quantize(Pass):
         None, "exponent of SmoothQuant, 0 for none; if not given, for each value the best", at_least=0, at_most=1
     )
     embeddings: bool = option(True, "tables of vectors, too: 8 bits, and a scale for each vector")
+    gate: Gate = option("off", "measure it beside the float graph on a batch: warn, or refuse, where it is slower")
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
 
@@ -139,7 +142,7 @@ class Quantize(Pass):
         if self.group and self.per not in (None, "group"):
             raise PassError(f"quantize: group={self.group} is not for per={self.per}: leave one out")
         self._check_bits()
-        group = self.group or BLOCK
+        group = self.group or target.block
         blocks = target.blocks_alone and not scheme.activations
         if blocks and (self.packed or self.per in ("tensor", "row") or group < 16 or group & (group - 1)):
             found = f"per={self.per}" if self.per in ("tensor", "row") else f"group={self.group}"
@@ -147,6 +150,12 @@ class Quantize(Pass):
                 f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not "
                 f"{'packed=true' if self.packed else found}"
             )
+        if not scheme.activations and scheme.bits > target.bits_alone:
+            raise PassError(f"quantize: {self.target} has weights alone of {target.bits_alone} bits: scheme=w4")
+        if target.centred and self.symmetric is False:
+            raise PassError(f"quantize: weights have no zero points for {self.target}: leave symmetric=false out")
+        if self.gate != "off" and not target.machines:
+            raise PassError(f"quantize: {self.target} cannot be run here, so gate={self.gate} has nothing to measure")
 
     def _check_bits(self) -> None:
         bounds = [name for name in ("bytes", "accuracy") if getattr(self, name) is not None]
@@ -166,8 +175,9 @@ class Quantize(Pass):
         """Columns that share a scale where weights are stored alone; None: all of a row."""
         if self.per in ("tensor", "row") or self._scheme.kind == "codebooks":
             return None
+        target = TARGETS[self.target]
         few = self._scheme.bits < 8 and self._scheme.grouped or self.per == "group"
-        return self.group or (BLOCK if few or TARGETS[self.target].blocks_alone else None)
+        return self.group or (target.block if few or target.blocks_alone else None)
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None and self.method in ("columns", "descent"):
@@ -192,6 +202,8 @@ class Quantize(Pass):
             context.note(f"8 bits: {len(tables)} tables of vectors")
         remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
+        inputs = None if context.data is None else next(context.inputs(graph))
+        check_latency(graph, result, target, inputs, context, self.gate)
         return result
 
     def _tables(self, graph: Graph) -> list[tuple[Node, Parameter]]:
@@ -238,7 +250,7 @@ class Quantize(Pass):
             bits=bits,
             group=_group(layer, self._block),
             shared=self.per == "tensor",
-            symmetric=self.symmetric,
+            symmetric=True if TARGETS[self.target].centred else self.symmetric,
             statistic=self.statistic,
             rows=1 if self.per == "row" else self.group,
         )
@@ -250,6 +262,7 @@ class Quantize(Pass):
             asked = f"sensitivity={way}" if self.accuracy is None else "accuracy"
             raise PassError(f"quantize needs data for {asked}: give batches, optimize(graph, passes, data=...)")
         bits = sorted(self.bits or ((4, 8) if target.blocks_alone else (2, 3, 4, 8)))
+        bits = [size for size in bits if size <= target.bits_alone]
         forms = {layer.weight.name: [integers(self._wanted(layer, size)) for size in bits] for layer in layers}
         batches = None if context.data is None else [labelled(graph, batch) for batch in context.batches()]
         if batches is not None:
@@ -309,7 +322,9 @@ class Quantize(Pass):
         }
         statistics.collect(batches)
         way = self.calibration or "minmax"
-        return {value: ends_of(found, target.activations, way) for value, found in histograms.items()}
+        return placement.aligned(
+            {value: ends_of(found, target.activations, way) for value, found in histograms.items()}
+        )
 
     def _smooth(
         self, graph: Graph, layers: Sequence[Layer], target: Target, batches: Sequence[Any], context: Context

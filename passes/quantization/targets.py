@@ -1,4 +1,5 @@
-"""What runtimes want of a quantized graph. Each rule is measured; another runtime is another value here.
+"""What runtimes want of a quantized graph; another runtime is another value here. Rules of x86 are measured, those of
+ARM and TensorRT are taken from their sources and manuals: neither runs here.
 
 ort-x86, onnxruntime on x86 processors:
 - activations are unsigned with a zero point, weights signed and symmetric per output channel: what VNNI multiplies.
@@ -9,13 +10,34 @@ ort-x86, onnxruntime on x86 processors:
 - a convolution has integers on both sides, and an activation behind it, and sums of its kind with them; depthwise ones
   are slower than in float.
 - constant integers in front of a float layer are not folded: plain weights of 8 bits make it slower. In blocks, along
-  the inputs of a MatMul, they are read by a kernel of their own (opset 21).
+  the inputs of a MatMul, they are read by a kernel of their own (opset 21). Not so where an activation follows its
+  bias: all three become one float Gemm, if the bias is added; it is subtracted with its sign turned there.
+
+ort-x86-avx2, the same on processors without VNNI:
+- products of unsigned and signed bytes are added up in pairs of 16 bits, which clip at 2^15 - 1 = 32767 (vpmaddubsw):
+  2 * 255 * 127 does not fit, 2 * 255 * 64 does. Weights have 7 bits, which a byte holds.
+
+ort-arm, onnxruntime on 64-bit ARM processors:
+- UDOT and UMMLA multiply unsigned bytes and add into 32 bits, without clipping: signed weights are turned unsigned when
+  they are packed. Signed activations, with SDOT, are as fast, but a zero point other than the lowest code keeps a clamp
+  from the kernel in front: unsigned ones are taken here as well.
+- with symmetric weights for each channel, convolutions have kernels of their own that do not copy their input, and so
+  have those of one channel each.
+
+tensorrt, NVIDIA TensorRT with explicit quantization:
+- activations and weights are signed and have no zero point; one scale for an activation, one for each output of a
+  weight. Biases stay in float.
+- what layers read is quantized, what they give is not, and nothing stands between a convolution, its norm and its
+  clamp: Q moves up and DQ down to where they meet a layer.
+- a sum behind a convolution becomes part of it where the other addend is quantized, too.
+- Q moves up past what only moves entries, and past joins: all that one of them holds has one scale.
+- norms and softmax stay in float. Weights alone have 4 bits, in blocks along the inputs of a product of matrices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from regauge.passes.quantization.grid import Grid
 
@@ -33,20 +55,50 @@ class Target:
     zeros: bool  # symmetric weights have zero points, too
     blocks_alone: bool  # weights alone are worth it in blocks of 16 or more, a power of two, [inputs, outputs]
     kinds: tuple[str, ...] = ("integers",)  # formats that its kernels read; others it would convert at every run
+    integer_bias: bool = True  # biases are integers in steps of the product
+    addends: bool = False  # what is added to a convolution's result is quantized, too
+    aligned: bool = False  # of values that hold entries of one another, all have one scale
+    centred: bool = False  # weights have no zero points, whatever their bits
+    block: int = 32  # inputs that share a scale, where weights alone are stored in blocks
+    apart: bool = False  # a bias between a product and an activation must not be seen as one
+    bits_alone: int = 8  # greatest number of bits of weights alone
+    machines: tuple[str, ...] = ()  # processors that it runs on, as ``platform.machine`` calls them
 
+
+_ORT_X86 = Target(
+    name="ort-x86",
+    activations=Grid(8, symmetric=False),
+    weights=Grid(8),
+    flat=True,
+    chains=True,
+    depthwise=False,
+    zeros=True,
+    blocks_alone=True,
+    apart=True,
+    machines=("x86_64", "AMD64"),
+)
 
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
+        _ORT_X86,
+        replace(_ORT_X86, name="ort-x86-avx2", weights=Grid(7)),
+        replace(_ORT_X86, name="ort-arm", depthwise=True, machines=("aarch64", "arm64", "ARM64")),
         Target(
-            name="ort-x86",
-            activations=Grid(8, symmetric=False),
+            name="tensorrt",
+            activations=Grid(8),
             weights=Grid(8),
-            flat=True,
-            chains=True,
-            depthwise=False,
-            zeros=True,
+            flat=False,
+            chains=False,
+            depthwise=True,
+            zeros=False,
             blocks_alone=True,
+            integer_bias=False,
+            addends=True,
+            aligned=True,
+            centred=True,
+            block=128,
+            bits_alone=4,
         ),
         Target(
             name="reference",

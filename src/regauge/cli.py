@@ -107,6 +107,9 @@ def optimize(
         bool,
         typer.Option("--sparse-weights", help="store weights with many zeros sparsely where that is smaller (ONNX)"),
     ] = False,
+    opset: Annotated[
+        int | None, typer.Option(help="convert an ONNX model to this newer opset first, proven by running both")
+    ] = None,
 ) -> None:
     """Run passes over a model and write the result.
 
@@ -123,7 +126,7 @@ def optimize(
             f"{output} would be a {output.suffix} file: name an .onnx file, or a folder without a suffix"
         )
     pipeline = as_passes(passes or [])  # a wrong option is told before a large file is read
-    graph = open_file(model)
+    graph = open_file(model, opset=opset)
     result = run_optimize(graph, pipeline, read_batches(data, graph))
     if output.suffix.lower() == ".onnx":
         result.to_onnx(output, sparse_weights=sparse_weights)
