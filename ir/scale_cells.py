@@ -36,6 +36,7 @@ class Layout:
     axes: tuple[int, ...]
     dims: tuple[tuple[frozenset[Dim], ...], ...]
     sizes: tuple[tuple[int, ...], ...]
+    on_axes: tuple[frozenset[Dim], ...]  # all Dims of each axis that is in segments
     all_dims: frozenset[Dim]
     whole: frozenset[Dim]  # of the axes that are not in segments
 
@@ -75,8 +76,9 @@ def layout_of(value: Value, analysis: Analysis) -> Layout:
         dims.append(tuple(frozenset(leaves(segment)) for segment in segments))
         sizes.append(tuple(int(n) for n in lengths))
     cells = tuple(Cell(value, chosen) for chosen in product(*(range(len(own)) for own in dims)))
-    everything = whole.union(*(segment for own in dims for segment in own))
-    return Layout(cells, tuple(axes), tuple(dims), tuple(sizes), frozenset(everything), frozenset(whole))
+    on_axes = tuple(frozenset[Dim]().union(*own) for own in dims)
+    all_dims = frozenset(whole.union(*on_axes))
+    return Layout(cells, tuple(axes), tuple(dims), tuple(sizes), on_axes, all_dims, frozenset(whole))
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,7 @@ class Meeting:
 
     def _admits(self, part: Part, beside: Part) -> bool:
         (layout, cell), (other, other_cell) = part, beside
-        for own, segment in zip(layout.dims, cell.segments, strict=True):
-            everything = frozenset[Dim]().union(*own)
+        for own, everything, segment in zip(layout.dims, layout.on_axes, cell.segments, strict=True):
             if not everything.isdisjoint(self.mixed) or everything.isdisjoint(other.all_dims):
                 continue
             if own[segment].isdisjoint(other.of(other_cell)):

@@ -38,7 +38,8 @@ class Scalify(Pass):
     while the type stays as it is. Unlike there, convolutions are scaled as matrix products are, and a root of an odd
     power of two takes a factor of two into the data.
 
-    With data, the norms are measured; without, or with ``dynamic``, they are taken in every run. In float16 and
+    Where scales are set anew, by ``rescale``, norms are measured on data; without data, or with ``dynamic``, they are
+    taken in every run. In float16 and
     bfloat16, what scales do not go through (exp, softmax, norms) is computed as it was. With float8, operands of layers
     are rounded to it, as in FP8 mixed precision (Noune et al. 2022; AMAX and CSCALE: Perez et al. 2023): weights are
     stored so, and the rest stays as it is. ``gradients`` makes a module to be trained: weights stay as they are and are
@@ -57,7 +58,9 @@ class Scalify(Pass):
     dynamic: bool = option(False, "norms are taken in every run, also where there is data")
     at: tuple[str, ...] = option((), "globs on names of values or modules: norms are brought to 1 only there")
     rule: Literal["amax", "cscale"] = option("amax", "exponents of float8: by the greatest entry, or one for all")
-    margin: int | None = option(None, "powers of two that amax leaves above the greatest entry; 0 if not given")
+    margin: int | None = option(
+        None, "powers of two that amax leaves above the greatest entry; 0 if not given", at_least=0
+    )
     bias: int | None = option(None, "the exponent of cscale; 0 if not given")
     gradients: Literal["float8_e4m3", "float8_e5m2"] | None = option(
         None, "to be trained with float8: the type of gradients, best float8_e5m2"
