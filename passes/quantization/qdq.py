@@ -134,12 +134,21 @@ class Writer:
 
     def weight_alone(self, layer: Layer, weight: Coded) -> None:
         """Store the weight of a layer as integers; it computes in float."""
+        if self.target.apart and layer.bias is None and layer.node.op != "conv":
+            self._part_clamp(layer.node)
         with self.build.at(layer.node):
             if self.target.blocks_alone and layer.node.op == "linear":
                 apart = self.target.apart and _in_a_gemm(layer.node)
                 self._product(layer, layer.node.inputs[0], weight, apart=apart)
             else:
                 set_input(layer.node, 1, self._weight(layer, weight), self.graph)
+
+    def _part_clamp(self, node: Node) -> None:
+        """Let a ReLU right behind a product be a leaky one that does not leak."""
+        for reader in node.output.consumers():
+            if reader.op == "relu":
+                with self.build.at(reader):
+                    replace_uses(self.graph, reader.output, self.build.leaky_relu(node.output, negative_slope=0.0))
 
     def embedding(self, node: Node, table: Parameter) -> None:
         """Store a table of vectors as integers of 8 bits with a scale for each vector, by which those looked up go."""
