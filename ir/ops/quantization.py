@@ -45,7 +45,10 @@ def _scaled_rule(call: Call) -> str:
 
 def _read(build: Any, call: Any) -> tuple[Value, Value, Value | None, dict[str, Any]]:
     """Operands and attributes of QuantizeLinear and DequantizeLinear; a single scale in a vector is one for all."""
-    x, scale, zero_point = call.operand(0), call.operand(1), call.operand(2) if call.has(2) else None
+    (x, bits), (zero_point, bits_of_zero) = call.codes(0), call.codes(2)
+    scale = call.operand(1)
+    if zero_point is not None and bits != bits_of_zero:
+        raise OperatorError("its zero points have other bits: the node is kept as it is")
     block = call.attribute("block_size", 0)
     single = all(same(size, 1) for size in scale.shape) and not block
     axis = None if single else axis_number(call.attribute("axis", 1), x.rank)
@@ -55,7 +58,7 @@ def _read(build: Any, call: Any) -> tuple[Value, Value, Value | None, dict[str, 
         raise OperatorError(f"blocks of {block} do not divide the axis: the node is kept as it is")
     if call.attribute("precision", 0):
         raise OperatorError("it says a precision of its own: the node is kept as it is")
-    return x, scale, zero_point, {"axis": axis, "block_size": block or None}
+    return x, scale, zero_point, {"axis": axis, "block_size": block or None, "bits": bits}
 
 
 def _check_no_zero_point(zero_point: Value | None) -> None:

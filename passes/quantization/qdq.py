@@ -138,6 +138,8 @@ class Writer:
         """Store the weight of a layer alone; it computes in float."""
         node, x = layer.node, layer.node.inputs[0]
         assert isinstance(x, Value)
+        if self.target.apart and layer.bias is None and node.op != "conv":
+            self._part_clamp(node)
         with self.build.at(node):
             product = weight.product(self._constants(layer), x) if node.op in ("linear", "matmul") else None
             if product is not None:
@@ -150,6 +152,13 @@ class Writer:
 
     def _constants(self, layer: Layer) -> Constants:
         return Constants(self.build, layer.weight.name, packed=self.packed, zeros=self.target.zeros)
+
+    def _part_clamp(self, node: Node) -> None:
+        """Let a ReLU right behind a product be a leaky one that does not leak."""
+        for reader in node.output.consumers():
+            if reader.op == "relu":
+                with self.build.at(reader):
+                    replace_uses(self.graph, reader.output, self.build.leaky_relu(node.output, negative_slope=0.0))
 
     def embedding(self, node: Node, table: Parameter) -> None:
         """Store a table of vectors as integers of 8 bits with a scale for each vector, by which those looked up go."""

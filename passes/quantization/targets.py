@@ -11,7 +11,8 @@ ort-x86, onnxruntime on x86 processors:
   are slower than in float.
 - constant integers in front of a float layer are not folded: plain weights of 8 bits make it slower. In blocks, along
   the inputs of a MatMul, they are read by a kernel of their own (opset 21). Not so where an activation follows its
-  bias: all three become one float Gemm, if the bias is added; it is subtracted with its sign turned there.
+  bias: all three become one float Gemm, if the bias is added; it is subtracted with its sign turned there. Nor where a
+  ReLU follows at once, as that would belong to a product of integers: it is a leaky one there, which leaks nothing.
 
 ort-x86-avx2, the same on processors without VNNI:
 - products of unsigned and signed bytes are added up in pairs of 16 bits, which clip at 2^15 - 1 = 32767 (vpmaddubsw):
@@ -60,7 +61,7 @@ class Target:
     aligned: bool = False  # of values that hold entries of one another, all have one scale
     centred: bool = False  # weights have no zero points, whatever their bits
     block: int = 32  # inputs that share a scale, where weights alone are stored in blocks
-    apart: bool = False  # a bias between a product and an activation must not be seen as one
+    apart: bool = False  # behind weights alone a bias in front of an activation, and a ReLU, must not be seen as such
     bits_alone: int = 8  # greatest number of bits of weights alone
     machines: tuple[str, ...] = ()  # processors that it runs on, as ``platform.machine`` calls them
 

@@ -139,7 +139,8 @@ def test_four_bits_are_two_to_a_byte_in_a_file(tmp_path: Path) -> None:
     kinds = {i.name: i.data_type for i in model.graph.initializer}
     assert kinds["up.weight_quantized"] == onnx.TensorProto.UINT4
     assert kernels_of(tmp_path / "small.onnx")[0]["MatMulNBits"] == 4
-    again = regauge.load(tmp_path / "small.onnx")  # what is not held in bytes is kept as it is
+    again = regauge.load(tmp_path / "small.onnx")
+    assert [node.attributes["bits"] for node in again.nodes if node.op == "dequantize"][-4:] == [4] * 4
     x = torch.randint(0, 50, (3, LENGTH))
     assert float((again.run((x,))[0] - small.run((x,))[0]).abs().max()) < 1e-3
 
@@ -190,6 +191,17 @@ def test_scales_go_through_a_clamp(tmp_path: Path) -> None:
     assert decibels(graph, small, *batches[0]) > 33
     small.to_onnx(tmp_path / "small.onnx")
     assert kernels_of(tmp_path / "small.onnx")[0]["QGemm"] == 2
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_alone_with_an_activation_behind_them(tmp_path: Path, activation: type[nn.Module], bias: bool) -> None:
+    """onnxruntime makes one float Gemm of a product, a bias and an activation, and keeps a ReLU for integers."""
+    layers = [nn.Linear(32, 48, bias=bias), activation(), nn.Linear(48, 32, bias=bias), activation()]
+    graph = regauge.capture(nn.Sequential(*layers, nn.Linear(32, 4)).eval(), (torch.randn(3, 32),))
+    small = regauge.optimize(graph, "quantize{scheme=w4,group=16}")
+    small.to_onnx(tmp_path / "small.onnx")
+    assert kernels_of(tmp_path / "small.onnx")[0]["MatMulNBits"] == 3
 
 
 def test_weights_alone_that_a_runtime_would_convert_stay_in_float(tmp_path: Path) -> None:
