@@ -34,6 +34,15 @@ def scaled(graph: Graph, scales: Mapping[Frame, torch.Tensor], *, by: str = "sca
     The function stays the same up to rounding. Frames are those of ``find_frames(graph)``; scales may also be [size],
     the same in all majors. Raises GraphError where a frame admits no scale, and for numbers that are none.
     """
+    return _changed(graph.copy(), _scaling(graph, scales), [frame.name for frame in scales], by)
+
+
+def rescale(graph: Graph, scales: Mapping[Frame, torch.Tensor], *, by: str) -> None:
+    """As :func:`scaled`, in place; frames that were found before are of no use then."""
+    _changed(graph, _scaling(graph, scales), [frame.name for frame in scales], by)
+
+
+def _scaling(graph: Graph, scales: Mapping[Frame, torch.Tensor]) -> dict[Parameter, list[Change]]:
     changes: dict[Parameter, list[Change]] = {}
     for frame, given in scales.items():
         scale = _checked_scale(frame, given)
@@ -41,7 +50,7 @@ def scaled(graph: Graph, scales: Mapping[Frame, torch.Tensor], *, by: str = "sca
             for side in sides:
                 index = torch.from_numpy(entries(graph, frame, side))
                 changes.setdefault(side.parameter, []).append(_multiplied(index, factor))
-    return _changed(graph, changes, [frame.name for frame in scales], by)
+    return changes
 
 
 def rotated(graph: Graph, matrices: Mapping[Frame, torch.Tensor], *, by: str = "rotated") -> Graph:
@@ -57,7 +66,7 @@ def rotated(graph: Graph, matrices: Mapping[Frame, torch.Tensor], *, by: str = "
             for side in sides:
                 positions = fibres(graph.axes.of[side.parameter][side.axis], side.number)
                 changes.setdefault(side.parameter, []).append(mixed(side.axis, torch.from_numpy(positions), factor))
-    return _changed(graph, changes, [frame.name for frame in matrices], by)
+    return _changed(graph.copy(), changes, [frame.name for frame in matrices], by)
 
 
 def written_through(graph: Graph, sides: Iterable[Place], matrix: torch.Tensor, *, by: str) -> Graph:
@@ -70,7 +79,7 @@ def written_through(graph: Graph, sides: Iterable[Place], matrix: torch.Tensor, 
         assert isinstance(parameter, Parameter)
         positions = fibres(graph.axes.of[parameter][axis], number)
         changes.setdefault(parameter, []).append(mixed(axis, torch.from_numpy(positions), matrix))
-    return _changed(graph, changes, [], by)
+    return _changed(graph.copy(), changes, [], by)
 
 
 def entries(graph: Graph, frame: Frame, place: Place) -> np.ndarray:
@@ -133,8 +142,8 @@ def mixed(axis: int, positions: torch.Tensor, matrix: torch.Tensor) -> Change:
     return change
 
 
-def _changed(graph: Graph, changes: Mapping[Parameter, list[Change]], names: list[str], by: str) -> Graph:
-    result = graph.copy()
+def _changed(result: Graph, changes: Mapping[Parameter, list[Change]], names: list[str], by: str) -> Graph:
+    """The graph, whose parameters of the same names are changed in place."""
     for parameter, steps in changes.items():
         own = result.parameters[parameter.name]
         assert isinstance(own.dtype, torch.dtype)

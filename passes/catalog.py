@@ -25,6 +25,7 @@ BUILT_IN = {
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
+    "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",
     "vocabulary": "regauge.passes.pruning.vocabulary:Vocabulary",
 }
