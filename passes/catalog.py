@@ -18,6 +18,7 @@ from regauge.passes.pipeline_text import parse_pipeline
 GROUP = "regauge.passes"
 
 BUILT_IN = {
+    "arrange": "regauge.passes.quantization.arrange:Arrange",
     "depth": "regauge.passes.depth.depth:Depth",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",
