@@ -22,6 +22,7 @@ BUILT_IN = {
     "depth": "regauge.passes.depth.depth:Depth",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",
+    "flatten": "regauge.passes.quantization.flatten:Flatten",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",

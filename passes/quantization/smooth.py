@@ -19,7 +19,7 @@ from regauge.passes.quantization.activation_aware import Magnitude, Read, clippe
 from regauge.passes.quantization.grid import Grid
 from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.smoothing import Readers, Room, Smoothing, best_exponent, smoothing_of, whole_room
-from regauge.passes.quantization.smoothing_moves import readers_of, smooth_all
+from regauge.passes.quantization.smoothing_moves import linear_misfit, readers_of, smooth_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Smooth(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         result = prepared(graph).copy()
-        layers = chosen_layers(result, self.include, self.exclude, context.left, _misfit)
+        layers = chosen_layers(result, self.include, self.exclude, context.left, linear_misfit)
         batches = calibration_batches(result, context)
         found = readers_of(result, layers, batches)
         if not found:
@@ -116,7 +116,3 @@ class Smooth(Pass):
     def _group(self, layer: Layer) -> int:
         wanted = self.group or 32
         return layer.columns if layer.columns % wanted else wanted
-
-
-def _misfit(layer: Layer) -> str | None:
-    return "a convolution: equalize scales its channels" if layer.node.op == "conv" else None

@@ -50,6 +50,11 @@ def smooth_all(graph: Graph, found: Sequence[Readers], choose: Choice, *, nodes:
     return count
 
 
+def linear_misfit(layer: Layer) -> str | None:
+    """Why a layer's inputs are not told apart by channel; None where they are."""
+    return "a convolution: equalize scales its channels" if layer.node.op == "conv" else None
+
+
 def readers_of(graph: Graph, layers: Sequence[Layer], batches: Sequence[Any]) -> list[Readers]:
     """The values that linear layers read, with what these are like on data."""
     read: dict[Value, list[Layer]] = {}
