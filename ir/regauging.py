@@ -29,10 +29,11 @@ _ORTHOGONAL_TO = 1e-6  # how far Q'Q may be from one, at its worst entry
 
 
 def scaled(graph: Graph, scales: Mapping[Frame, torch.Tensor], *, by: str = "scaled") -> Graph:
-    """A new graph in which the values of each frame are multiplied by positive scales [*sizes of its majors, size].
+    """A new graph in which the values of each frame are multiplied by scales [*sizes of its majors, size].
 
-    The function stays the same up to rounding. Frames are those of ``find_frames(graph)``; scales may also be [size],
-    the same in all majors. Raises GraphError where a frame admits no scale, and for numbers that are none.
+    Scales are positive, or of any sign where the frame's gauge has signs; they may also be [size], the same in all
+    majors. The function stays the same up to rounding. Frames are those of ``find_frames(graph)``. Raises GraphError
+    where a frame admits no scale, and for numbers that are none.
     """
     return _changed(graph.copy(), _scaling(graph, scales), [frame.name for frame in scales], by)
 
@@ -126,17 +127,17 @@ def fibres(extent: Extent, number: int) -> np.ndarray:
 
 def _multiplied(index: torch.Tensor, factor: torch.Tensor) -> Change:
     table = torch.cat([factor.reshape(-1), torch.ones(1, dtype=torch.float64)])  # the last is for -1
-    return lambda tensor: tensor * table[index]
+    return lambda tensor: tensor * table[index].to(tensor.device)
 
 
 def mixed(axis: int, positions: torch.Tensor, matrix: torch.Tensor) -> Change:
     """What multiplies the lines at these positions of an axis, [size, lines], by a matrix; gradients go through."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
-        moved = tensor.movedim(axis, 0)
+        moved, flat = tensor.movedim(axis, 0), positions.reshape(-1).to(tensor.device)
         result = moved.clone()
-        part = moved[positions.reshape(-1)].reshape(len(positions), -1)
-        result[positions.reshape(-1)] = (matrix @ part).reshape(-1, *moved.shape[1:])
+        part = moved[flat].reshape(len(positions), -1)
+        result[flat] = (matrix.to(part) @ part).reshape(-1, *moved.shape[1:])
         return result.movedim(0, axis)
 
     return change
@@ -165,8 +166,10 @@ def _checked_scale(frame: Frame, given: torch.Tensor) -> torch.Tensor:
     if tuple(given.shape) not in (frame.shape, frame.shape[-1:]):
         raise GraphError(f"{frame.name} is scaled by numbers of the shape {list(frame.shape)}, not {list(given.shape)}")
     scale = given.detach().double().cpu()
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise GraphError(f"{frame.name} is scaled by positive numbers: these have one that is not")
+    signs = Gauge.SIGN in frame.gauge
+    if not bool((torch.isfinite(scale) & ((scale != 0) if signs else (scale > 0))).all()):
+        what = "numbers other than zero" if signs else "positive numbers"
+        raise GraphError(f"{frame.name} is scaled by {what}: these have one that is not")
     return scale.expand(frame.shape)
 
 

@@ -133,6 +133,35 @@ def test_streams_that_others_than_norms_read_keep_their_layer_norms() -> None:
     assert [node.op for node in found.nodes].count("layer_norm") == 4
 
 
+class Picked(nn.Module):
+    """A stream of which one layer reads the norm as it is, and another some rows of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(20, 16), nn.LayerNorm(16)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 3)
+        self.register_buffer("rows", torch.tensor([3, 0, 2]))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.table(tokens))
+        return torch.cat([self.a(y).tanh().flatten(1), self.b(y[:, self.rows]).flatten(1)], 1)
+
+
+def test_gains_go_through_whatever_stands_before_a_layer() -> None:
+    """A negative gain and a lookup of rows; where a gain is zero, it stays and so does the stream."""
+    tokens = torch.randint(0, 20, (2, 5))
+    model = redrawn(Picked())
+    with torch.no_grad():
+        model.norm.weight[4] = -2.0
+    for rotations in (1, 0):
+        graph = regauge.capture(model, (tokens,))
+        found = regauge.optimize(graph, "rotate")
+        assert relative(graph, found, (tokens,)) < 1e-5
+        assert any("table.weight:1" in note for note in found.report.passes[0].notes) is bool(rotations)
+        with torch.no_grad():
+            model.norm.weight[4] = 0.0
+
+
 def test_an_onnx_file_stays_the_same(tmp_path: Any) -> None:
     graph, example = decoder(GroupedDecoder)
     loaded = regauge.load(graph.to_onnx(tmp_path / "a.onnx"))
