@@ -292,13 +292,19 @@ class Links:
         """Give gains to what they read and write; then link what is left by those that are fixed."""
         times = Counter(root for trio in self._trios for root in {self.find(p)[0] for p in trio[:3]})
         computed = {self.find(p)[0] for p in self._parent if self._keeps(p[0])}
+        by_root: dict[Place, list[Signed]] = {}
+        for place in self._parent:
+            root, side = self.find(place)
+            by_root.setdefault(root, []).append((place, side))
         open_trios = []
         for trio in self._trios:
             gain = next((p for p in (trio.b, trio.a) if self._absorbs(p, times, computed)), None)
             if gain is None:
                 open_trios.append(trio)
             else:
-                self._absorb(trio, gain)
+                root, side = self.find(gain)
+                members = [(place, sign * side) for place, sign in by_root[root]]
+                self.absorbers.append(Absorber(members, trio.a if gain == trio.b else trio.b, trio.result))
         while open_trios:
             left = [trio for trio in open_trios if not self._linked_by_fixed(trio)]
             if len(left) == len(open_trios):
@@ -312,12 +318,6 @@ class Links:
     def _absorbs(self, place: Place, times: Counter[Place], computed: set[Place]) -> bool:
         root, _ = self.find(place)
         return root not in computed and times[root] == 1 and Gauge.SCALE in self._gauge[root]
-
-    def _absorb(self, trio: Trio, gain: Place) -> None:
-        other = trio.a if gain == trio.b else trio.b
-        root, side = self.find(gain)
-        members = [(p, sign * side) for p in self._parent for r, sign in (self.find(p),) if r == root]
-        self.absorbers.append(Absorber(members, other, trio.result))
 
     def _linked_by_fixed(self, trio: Trio) -> bool:
         a, b, result = trio[:3]

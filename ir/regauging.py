@@ -29,11 +29,21 @@ _ORTHOGONAL_TO = 1e-6  # how far Q'Q may be from one, at its worst entry
 
 
 def scaled(graph: Graph, scales: Mapping[Frame, torch.Tensor], *, by: str = "scaled") -> Graph:
-    """A new graph in which the values of each frame are multiplied by positive scales [*sizes of its majors, size].
+    """A new graph in which the values of each frame are multiplied by scales [*sizes of its majors, size].
 
-    The function stays the same up to rounding. Frames are those of ``find_frames(graph)``; scales may also be [size],
-    the same in all majors. Raises GraphError where a frame admits no scale, and for numbers that are none.
+    Scales are positive, or of any sign where the frame's gauge has signs; they may also be [size], the same in all
+    majors. The function stays the same up to rounding. Frames are those of ``find_frames(graph)``. Raises GraphError
+    where a frame admits no scale, and for numbers that are none.
     """
+    return _changed(graph.copy(), _scaling(graph, scales), [frame.name for frame in scales], by)
+
+
+def rescale(graph: Graph, scales: Mapping[Frame, torch.Tensor], *, by: str) -> None:
+    """As :func:`scaled`, in place; frames that were found before are of no use then."""
+    _changed(graph, _scaling(graph, scales), [frame.name for frame in scales], by)
+
+
+def _scaling(graph: Graph, scales: Mapping[Frame, torch.Tensor]) -> dict[Parameter, list[Change]]:
     changes: dict[Parameter, list[Change]] = {}
     for frame, given in scales.items():
         scale = _checked_scale(frame, given)
@@ -41,7 +51,7 @@ def scaled(graph: Graph, scales: Mapping[Frame, torch.Tensor], *, by: str = "sca
             for side in sides:
                 index = torch.from_numpy(entries(graph, frame, side))
                 changes.setdefault(side.parameter, []).append(_multiplied(index, factor))
-    return _changed(graph, changes, [frame.name for frame in scales], by)
+    return changes
 
 
 def rotated(graph: Graph, matrices: Mapping[Frame, torch.Tensor], *, by: str = "rotated") -> Graph:
@@ -57,7 +67,7 @@ def rotated(graph: Graph, matrices: Mapping[Frame, torch.Tensor], *, by: str = "
             for side in sides:
                 positions = fibres(graph.axes.of[side.parameter][side.axis], side.number)
                 changes.setdefault(side.parameter, []).append(mixed(side.axis, torch.from_numpy(positions), factor))
-    return _changed(graph, changes, [frame.name for frame in matrices], by)
+    return _changed(graph.copy(), changes, [frame.name for frame in matrices], by)
 
 
 def written_through(graph: Graph, sides: Iterable[Place], matrix: torch.Tensor, *, by: str) -> Graph:
@@ -70,7 +80,7 @@ def written_through(graph: Graph, sides: Iterable[Place], matrix: torch.Tensor, 
         assert isinstance(parameter, Parameter)
         positions = fibres(graph.axes.of[parameter][axis], number)
         changes.setdefault(parameter, []).append(mixed(axis, torch.from_numpy(positions), matrix))
-    return _changed(graph, changes, [], by)
+    return _changed(graph.copy(), changes, [], by)
 
 
 def entries(graph: Graph, frame: Frame, place: Place) -> np.ndarray:
@@ -117,24 +127,24 @@ def fibres(extent: Extent, number: int) -> np.ndarray:
 
 def _multiplied(index: torch.Tensor, factor: torch.Tensor) -> Change:
     table = torch.cat([factor.reshape(-1), torch.ones(1, dtype=torch.float64)])  # the last is for -1
-    return lambda tensor: tensor * table[index]
+    return lambda tensor: tensor * table[index].to(tensor.device)
 
 
 def mixed(axis: int, positions: torch.Tensor, matrix: torch.Tensor) -> Change:
     """What multiplies the lines at these positions of an axis, [size, lines], by a matrix; gradients go through."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
-        moved = tensor.movedim(axis, 0)
+        moved, flat = tensor.movedim(axis, 0), positions.reshape(-1).to(tensor.device)
         result = moved.clone()
-        part = moved[positions.reshape(-1)].reshape(len(positions), -1)
-        result[positions.reshape(-1)] = (matrix @ part).reshape(-1, *moved.shape[1:])
+        part = moved[flat].reshape(len(positions), -1)
+        result[flat] = (matrix.to(part) @ part).reshape(-1, *moved.shape[1:])
         return result.movedim(0, axis)
 
     return change
 
 
-def _changed(graph: Graph, changes: Mapping[Parameter, list[Change]], names: list[str], by: str) -> Graph:
-    result = graph.copy()
+def _changed(result: Graph, changes: Mapping[Parameter, list[Change]], names: list[str], by: str) -> Graph:
+    """The graph, whose parameters of the same names are changed in place."""
     for parameter, steps in changes.items():
         own = result.parameters[parameter.name]
         assert isinstance(own.dtype, torch.dtype)
@@ -156,8 +166,10 @@ def _checked_scale(frame: Frame, given: torch.Tensor) -> torch.Tensor:
     if tuple(given.shape) not in (frame.shape, frame.shape[-1:]):
         raise GraphError(f"{frame.name} is scaled by numbers of the shape {list(frame.shape)}, not {list(given.shape)}")
     scale = given.detach().double().cpu()
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise GraphError(f"{frame.name} is scaled by positive numbers: these have one that is not")
+    signs = Gauge.SIGN in frame.gauge
+    if not bool((torch.isfinite(scale) & ((scale != 0) if signs else (scale > 0))).all()):
+        what = "numbers other than zero" if signs else "positive numbers"
+        raise GraphError(f"{frame.name} is scaled by {what}: these have one that is not")
     return scale.expand(frame.shape)
 
 

@@ -18,14 +18,17 @@ from regauge.passes.pipeline_text import parse_pipeline
 GROUP = "regauge.passes"
 
 BUILT_IN = {
+    "arrange": "regauge.passes.quantization.arrange:Arrange",
     "depth": "regauge.passes.depth.depth:Depth",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
+    "flatten": "regauge.passes.quantization.flatten:Flatten",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",
     "scalify": "regauge.passes.scaling.scalify:Scalify",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
+    "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "vocabulary": "regauge.passes.pruning.vocabulary:Vocabulary",

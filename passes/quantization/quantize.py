@@ -20,7 +20,7 @@ from regauge.passes.calibration.batches import calibration_batches, check_exampl
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.losses import labelled
-from regauge.passes.calibration.statistics import Range, Spread, Statistics
+from regauge.passes.calibration.statistics import Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.gate import Gate, check_latency
@@ -33,7 +33,8 @@ from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, Statistic, Wanted, integers
 from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
-from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
+from regauge.passes.quantization.smoothing import Readers, Room, Smoothing, smoothing_of
+from regauge.passes.quantization.smoothing_moves import readers_of, smooth_all
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.weights import rows_of, stored_on_data
 
@@ -329,22 +330,14 @@ class Quantize(Pass):
     def _smooth(
         self, graph: Graph, layers: Sequence[Layer], target: Target, batches: Sequence[Any], context: Context
     ) -> None:
-        read: dict[Value, list[Layer]] = {}
-        for layer in layers:
-            if layer.node.op != "conv" and isinstance(layer.node.inputs[0], Value):
-                read.setdefault(layer.node.inputs[0], []).append(layer)
-        statistics = Statistics(graph)
-        found = [
-            Readers(value, own, statistics.register(value, Range(-1)), statistics.register(value, Spread(-1)))
-            for value, own in read.items()
-        ]
+        found = readers_of(graph, layers, batches)
         if not found:
             return
-        statistics.collect(batches)
-        count = 0
-        for readers in found:
-            best = smoothing_of(readers, target.activations, target.weights, self.smoothing)
-            count += best.share < 1 and smooth(graph, readers, best, by=self.name)
+
+        def choose(readers: Readers, room: Room | None) -> Smoothing:
+            return smoothing_of(readers, target.activations, target.weights, self.smoothing, room)
+
+        count = smooth_all(graph, found, choose, nodes=True, by=self.name)
         context.note(f"{count} of {len(found)} values smoothed")
 
 

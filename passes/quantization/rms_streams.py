@@ -16,14 +16,15 @@ import torch
 
 from regauge.ir.edit import Builder, remove_node, replace_uses, set_input
 from regauge.ir.frame_links import Links, Place
-from regauge.ir.frames import find_frames
-from regauge.ir.gauge import Gauge
+from regauge.ir.frames import Frame, find_frames, frames_at
+from regauge.ir.gauge import DIAGONAL, Gauge
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.regauging import written_through
+from regauge.ir.regauging import scaled, written_through
 from regauge.passes.base import Context
 from regauge.passes.simplify.simplify import Simplify
 
 _NORMS = ("layer_norm", "rms_norm")
+_LEAST = 1e-3  # of the greatest gain: a shift over a gain is not to drown the value that it is added to
 
 
 @dataclass
@@ -48,6 +49,7 @@ def with_bare_norms(graph: Graph, *, by: str) -> Graph:
     """The graph with norms without gains wherever the stream in front of them can be rotated then."""
     untied = graph.copy()
     _untie(Builder(untied, by=by))
+    untied = _gains_moved(untied, [norm for stream in _streams(untied) for norm in stream.norms], by)
     streams = [stream for stream in _streams(untied) if stream.may_be_bare and any(map(_dressed, stream.norms))]
     if not streams:
         return graph
@@ -86,6 +88,28 @@ def _streams(graph: Graph) -> list[Stream]:
     return list(found.values())
 
 
+def _gains_moved(graph: Graph, norms: Sequence[Node], by: str) -> Graph:
+    """The graph with gains in what reads the norms, wherever it stands; a gain with entries near zero stays."""
+    frames = find_frames(graph)
+    scales: dict[Frame, torch.Tensor] = {}
+    for norm in norms:
+        gain = norm.inputs[1] if len(norm.inputs) > 1 else None
+        for frame, place, side in frames_at(frames, norm.output, -1):
+            own = {writer.parameter for writer in frame.writers} <= set(norm.inputs[1:])
+            signed = DIAGONAL in frame.gauge and side > 0 and place[2] == 0
+            if not isinstance(gain, Parameter) or not own or not signed or frame.majors or frame in scales:
+                continue
+            size = gain.tensor.detach().double()
+            if tuple(size.shape) == frame.shape and float(size.abs().min()) > _LEAST * float(size.abs().max()):
+                scales[frame] = 1 / size
+    return scaled(graph, scales, by=by) if scales else graph
+
+
+def _is(parameter: object, number: float) -> bool:
+    """Whether nothing is left of a gain or a shift."""
+    return isinstance(parameter, Parameter) and bool(((parameter.tensor - number).abs() < 1e-12).all())
+
+
 def _computed_gain(norm: Node) -> bool:
     return any(isinstance(value, Value) and not isinstance(value, Parameter) for value in norm.inputs[1:])
 
@@ -112,8 +136,8 @@ def _undress(build: Builder, norm: Node) -> None:
     with build.at(norm):
         attributes = {name: norm.attributes[name] for name in ("normalized_shape", "eps")}
         y = build.rms_norm(x, name=f"{norm.name}_bare", **attributes)
-        y = y if gain is None else build.mul(y, gain)
-        y = y if shift is None else build.add(y, shift)
+        y = y if gain is None or _is(gain, 1) else build.mul(y, gain)
+        y = y if shift is None or _is(shift, 0) else build.add(y, shift)
     replace_uses(build.graph, norm.output, y)
     remove_node(build.graph, norm)
 

@@ -167,8 +167,12 @@ def test_refusals_say_why() -> None:
     (frame,) = frames_of(graph, "gate.weight:0")
     with pytest.raises(GraphError, match="takes no rotation: its gauge is permutation, sign, positive scale .*mul"):
         rotated(graph, {frame: torch.eye(12)})
-    with pytest.raises(GraphError, match="positive numbers"):
+    with pytest.raises(GraphError, match="numbers other than zero"):
         scaled(graph, {frame: torch.zeros(12)})
+    rectified = captured(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3).double())
+    (relu,) = frames_of(rectified, "0.weight:0")
+    with pytest.raises(GraphError, match="positive numbers"):
+        scaled(rectified, {relu: -torch.ones(4)})
     with pytest.raises(GraphError, match=r"of the shape \[12\], not \[3\]"):
         scaled(graph, {frame: torch.ones(3)})
 

@@ -12,35 +12,8 @@ import regauge
 from layered_networks import Decoder, GroupedDecoder, encoder, ids, redrawn
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.weights import dense
-from regauge.passes.calibration.layers import layer_of
-from regauge.passes.quantization.grid import Form, Grid
 from regauge.passes.quantization.hadamard import rotation, signs_of, two_factors
-
-
-def relative(graph: Graph, other: Graph, inputs: Any) -> float:
-    (a,), (b,) = graph.run(inputs), other.run(inputs)
-    return float((a - b).abs().max() / a.abs().max())
-
-
-def in_few_bits(graph: Graph, inputs: Any, bits: int) -> float:
-    """The error in decibels with weights of so many bits for each row, and what layers read with 8 for all of it."""
-    result, read, grid = graph.copy(), set(), Grid(8, symmetric=False)
-    for node in result.nodes:
-        layer = layer_of(node)
-        if layer is not None:
-            rows = layer.matrix(layer.weight.tensor.detach())
-            layer.weight.weight = dense(layer.stored(Form(Grid(bits), rows.shape[1]).rounded(rows).values))
-            read.add(node.inputs[0])
-
-    def cut(node: Any, results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if node.outputs[0] not in read:
-            return None
-        scale, zero = grid.span(results[0].min(), results[0].max())
-        return ((grid.codes(results[0], scale, zero) - zero) * scale,)
-
-    (a,), (b,) = graph.run(inputs), result.run(inputs, hook=cut)
-    return float(10 * torch.log10(a.square().sum() / (a - b).square().sum()))
+from rounded_networks import in_few_bits, relative
 
 
 class Wide(nn.Module):
@@ -158,6 +131,35 @@ def test_streams_that_others_than_norms_read_keep_their_layer_norms() -> None:
     found = regauge.optimize(graph, "rotate")
     assert relative(graph, found, (x,)) < 1e-5
     assert [node.op for node in found.nodes].count("layer_norm") == 4
+
+
+class Picked(nn.Module):
+    """A stream of which one layer reads the norm as it is, and another some rows of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(20, 16), nn.LayerNorm(16)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 3)
+        self.register_buffer("rows", torch.tensor([3, 0, 2]))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.table(tokens))
+        return torch.cat([self.a(y).tanh().flatten(1), self.b(y[:, self.rows]).flatten(1)], 1)
+
+
+def test_gains_go_through_whatever_stands_before_a_layer() -> None:
+    """A negative gain and a lookup of rows; where a gain is zero, it stays and so does the stream."""
+    tokens = torch.randint(0, 20, (2, 5))
+    model = redrawn(Picked())
+    with torch.no_grad():
+        model.norm.weight[4] = -2.0
+    for rotations in (1, 0):
+        graph = regauge.capture(model, (tokens,))
+        found = regauge.optimize(graph, "rotate")
+        assert relative(graph, found, (tokens,)) < 1e-5
+        assert any("table.weight:1" in note for note in found.report.passes[0].notes) is bool(rotations)
+        with torch.no_grad():
+            model.norm.weight[4] = 0.0
 
 
 def test_an_onnx_file_stays_the_same(tmp_path: Any) -> None:
