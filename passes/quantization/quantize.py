@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
+from regauge.ir.cost import figures
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.quantized_layers import PLANNED_FOR
+from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
+from regauge.passes.quantization.bitstack import Terms
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.grid import Form
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
@@ -28,11 +32,12 @@ from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, end
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, Statistic, Wanted
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
 from regauge.passes.quantization.targets import TARGETS, Target
+from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
 from regauge.passes.quantization.weights import rows_of, stored_on_data
 from regauge.passes.simplify.simplify import Simplify
 
 BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
-_OF_WEIGHTS = ("per", "group", "statistic", "packed", "bits", "permute")
+_OF_WEIGHTS = ("per", "group", "statistic", "packed", "bits", "permute", "bytes", "stack", "rank")
 _OF_ACTIVATIONS = ("calibration", "smoothing")
 
 
@@ -68,6 +73,7 @@ class Quantize(Pass):
         "bfp",
         "codebook",
         "onebit",
+        "bitstack",
     ] = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both, the others of weights")
     bits: int | None = option(None, "of pow2, bfp and codebook; 4 if not given", at_least=2, at_most=8)
     per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")
@@ -79,6 +85,9 @@ class Quantize(Pass):
     statistic: Statistic | None = option(
         None, "scale of ternary weights: that of least error, or the mean or median of magnitudes"
     )
+    bytes: float | str | None = option(None, "of bitstack: bytes of all that is stored, a share or a number (5MB)")
+    stack: str | None = option(None, "of bitstack: the file its terms are read from, or written to where there is none")
+    rank: int | None = option(None, "of bitstack's magnitudes, at most 16 by size if not given", at_least=1)
     packed: bool = option(False, "codes share bytes in torch too, ternary ones five a byte; unpacked at every run")
     target: Literal["ort-x86", "reference"] = option("ort-x86", "the runtime that it is written for")
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
@@ -146,15 +155,20 @@ class Quantize(Pass):
             return graph
         if not layers:
             writer = Writer(original.copy(), target, by=self.name)
+        elif self._scheme.kind == "stacks":
+            writer = self._from_stack(original, layers, target, context)
         elif self._scheme.activations:
             writer = self._with_activations(original, layers, target, context)
         else:
             writer = self._weights_alone(original, layers, target, context)
+        if tables:
+            context.note(f"8 bits: {len(tables)} tables of vectors")
+        return self._finished(writer)
+
+    def _finished(self, writer: Writer) -> Graph:
         result = writer.graph
         for node, table in self._tables(result):
             writer.embedding(node, table)
-        if tables:
-            context.note(f"8 bits: {len(tables)} tables of vectors")
         remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
         return result
@@ -166,6 +180,8 @@ class Quantize(Pass):
         target = TARGETS[self.target]
 
         def against(layer: Layer) -> str | None:
+            if self._scheme.kind == "stacks" and layer.blocks > 1:
+                return "a weight of several blocks has no stack of terms"
             return misfit(layer, target) if self._scheme.activations else misfit_of_blocks(layer, target, self._block)
 
         tables = {table for _, table in self._tables(graph)}
@@ -192,6 +208,38 @@ class Quantize(Pass):
         context.note(f"the weights of {len(own)} layers, {each:.2f} bits each with scales")
         return writer
 
+    def _from_stack(self, original: Graph, layers: Sequence[Layer], target: Target, context: Context) -> Writer:
+        stack = self._stack(original, layers, context)
+        found = dict(stack.weights)
+        if self.bytes is not None:
+            most = parse_amount(self.bytes, "bytes", "bytes").of(figures(original).bytes)
+            least = {name: terms.first(1) for name, terms in found.items()}
+            beside = figures(self._finished(self._of_terms(original, least, target))).bytes - _bytes(least)
+            found = stack.within(int(most - beside))
+        each = 8 * _bytes(found) / sum(_count(layer) for layer in layers)
+        context.note(
+            f"{sum(terms.count for terms in found.values())} of {len(stack.order)} terms, {each:.2f} bits each"
+        )
+        return self._of_terms(original, found, target)
+
+    def _stack(self, original: Graph, layers: Sequence[Layer], context: Context) -> UniversalStack:
+        if self.stack is not None and Path(self.stack).exists():
+            stack = UniversalStack.load(self.stack)
+            stack.check(layers, self.stack)
+            return stack
+        batches = calibration_batches(original, context)
+        stack = stack_of(original, layers, batches, self.rank, by=self.name)
+        if self.stack is not None:
+            stack.save(self.stack)
+        return stack
+
+    def _of_terms(self, original: Graph, found: Mapping[str, Terms], target: Target) -> Writer:
+        result = original.copy()
+        writer = Writer(result, target, by=self.name)
+        for layer in self._layers(result, Counter()):
+            writer.weight_alone(layer, found[layer.weight.name])
+        return writer
+
     def _format(self, layer: Layer) -> Format:
         wanted = Wanted(
             bits=self.bits or self._scheme.bits,
@@ -201,6 +249,7 @@ class Quantize(Pass):
             statistic=self.statistic,
             rows=1 if self.per == "row" else self.group,
         )
+        assert self._scheme.make is not None
         return self._scheme.make(wanted)
 
     def _stored(
@@ -285,6 +334,10 @@ def _importance(value: Value, layers: Sequence[Layer]) -> tuple[int, torch.Tenso
     for layer in own:
         total += rows_of(layer).square().sum(0).reshape(-1, layer.taps).sum(1)
     return (1 if own[0].node.op == "conv" else -1), total
+
+
+def _bytes(found: Mapping[str, Terms]) -> int:
+    return int(sum(terms.bits for terms in found.values()) / 8)
 
 
 def _count(layer: Layer) -> int:

@@ -41,14 +41,15 @@ class Wanted:
 class Scheme:
     """``bits`` of weights where nothing else is said; ``activations``: whether what layers read is quantized, too.
 
-    ``takes`` are the options of the pass that say how weights are stored. ``kind`` is what a runtime must have kernels
-    for, ``integers`` or something else (:class:`regauge.passes.quantization.targets.Target`). ``grouped``: whether
-    neighbouring inputs share a scale where nothing is said, and not whole rows. ``numbers``: the grid of weights and
-    activations in place of the target's integers.
+    ``make`` gives the format of a weight, None where weights are stored together. ``takes`` are the options of the pass
+    that say how weights are stored. ``kind`` is what a runtime must have kernels for, ``integers`` or something else
+    (:class:`regauge.passes.quantization.targets.Target`). ``grouped``: whether neighbouring inputs share a scale where
+    nothing is said, and not whole rows. ``numbers``: the grid of weights and activations in place of the target's
+    integers.
     """
 
     bits: int
-    make: Callable[[Wanted], Format]
+    make: Callable[[Wanted], Format] | None
     takes: tuple[str, ...] = ()
     activations: bool = False
     kind: str = "integers"
@@ -108,5 +109,6 @@ SCHEMES: Mapping[str, Scheme] = {
     "pow2": Scheme(4, _powers, ("per", "group", "bits"), kind="powers of two", grouped=False),
     "codebook": Scheme(4, _tables, ("per", "group", "bits", "permute"), kind="codebooks", grouped=False),
     "onebit": Scheme(1, _signs, kind="signs", grouped=False),
+    "bitstack": Scheme(8, None, ("bytes", "stack", "rank"), kind="stacks", grouped=False),
     "bfp": Scheme(4, _blocks, ("per", "group", "bits", "packed")),
 }

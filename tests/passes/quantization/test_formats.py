@@ -10,32 +10,15 @@ import torch
 from torch import nn
 
 import regauge
+from format_network import decibels, network, share
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph
 from regauge.passes.calibration.quadratic import Quadratic
 from regauge.passes.quantization.codebooks import Tables
 from regauge.passes.quantization.float_grids import Float8, Powers
 from regauge.passes.quantization.grid import Form, Grid, Ternary
 from regauge.passes.quantization.signs import OneBit
-
-WIDTH = 40  # no multiple of what a byte holds of trits
-
-
-def network() -> tuple[Graph, list[tuple[torch.Tensor]]]:
-    """Two linear layers and a convolution, on channels of unlike sizes."""
-    front = nn.Conv1d(6, WIDTH, 3), nn.ReLU(), nn.Flatten(1)
-    model = nn.Sequential(*front, nn.Linear(4 * WIDTH, 256), nn.ReLU(), nn.Linear(256, 128))
-    sizes = torch.linspace(0.3, 2.0, 6)[:, None]
-    batches = [(torch.randn(128, 6, 6) * sizes,) for _ in range(4)]
-    return regauge.capture(model.eval(), batches[0], dynamic={0: {0: "batch"}}), batches
-
-
-def decibels(graph: Graph, other: Graph) -> float:
-    x = torch.randn(64, 6, 6) * torch.linspace(0.3, 2.0, 6)[:, None]
-    (a,), (b,) = graph.run((x,)), other.run((x,))
-    return float(10 * torch.log10(a.square().sum() / (a - b).square().sum()))
 
 
 def stored(scheme: str, tmp_path: Path, *, data: bool = True) -> tuple[float, float, float]:
@@ -63,10 +46,6 @@ def problem(rows: int = 24, columns: int = 64) -> Quadratic:
     zero = torch.zeros(columns, dtype=torch.float64)
     weight = torch.randn(rows, columns, dtype=torch.float64)
     return Quadratic(hessian, weight, zero, torch.zeros(rows, dtype=torch.float64))
-
-
-def share(weight: torch.Tensor, values: torch.Tensor) -> float:
-    return float((values - weight).square().sum() / weight.square().sum())
 
 
 def test_ternary_scales_are_those_of_bitnet() -> None:
