@@ -18,7 +18,7 @@ from regauge.passes.quantization.formats import Constants, Stored, packed_digits
 from regauge.passes.quantization.signs import HALF_BITS, as_half, factors, signs
 
 MOST_RANK = 16  # that of the paper, which has weights of 4096 columns
-_SHARE = 4  # magnitudes may take so small a part of what signs take
+_SHARE = 2  # magnitudes may take half of what signs take
 _LEAST_NORM = 1e-3  # of an input, as a share of the mean one: inputs that are always 0 have some, too
 
 

@@ -13,7 +13,7 @@ import torch
 from regauge.ir.cost import figures
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.graph import Graph, Value
 from regauge.ir.quantized_layers import PLANNED_FOR
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Contract, Pass
@@ -24,12 +24,20 @@ from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.bitstack import Terms
 from regauge.passes.quantization.formats import Format, Method, Stored
-from regauge.passes.quantization.grid import Form
+from regauge.passes.quantization.grid import Form, Grid
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
-from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
+from regauge.passes.quantization.placement import (
+    Placement,
+    Table,
+    find_tables,
+    misfit,
+    misfit_of_blocks,
+    misfit_of_table,
+    place,
+)
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
-from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, Statistic, Wanted
+from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
@@ -48,6 +56,7 @@ class Quantize(Pass):
     before  y = linear(x, w, b)                          w: f32[64,128]
     w8a8    y = linear(back(quantize(x)), back(w'), b')  w': i8[64,128], a scale for each output
     w4      y = linear(x, back(w'), b)                   w': 4 bits, a scale for each 32 inputs of an output
+    onebit  y = linear(x * v, signs(w')) * u + b         w': u8[64,16], eight signs to a byte
 
     The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
     those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte unless they are packed.
@@ -57,24 +66,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     contract: ClassVar[Contract] = "approximate"
 
-    scheme: Literal[
-        "w8a8",
-        "w8",
-        "w4",
-        "w3",
-        "w2",
-        "ternary",
-        "fp8",
-        "e4m3",
-        "e5m2",
-        "e4m3fnuz",
-        "e5m2fnuz",
-        "pow2",
-        "bfp",
-        "codebook",
-        "onebit",
-        "bitstack",
-    ] = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both, the others of weights")
+    scheme: SchemeName = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both")
     bits: int | None = option(None, "of pow2, bfp and codebook; 4 if not given", at_least=2, at_most=8)
     per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")
     group: int | None = option(
@@ -97,7 +89,8 @@ class Quantize(Pass):
     smoothing: float | None = option(
         None, "exponent of SmoothQuant, 0 for none; if not given, for each value the best", at_least=0, at_most=1
     )
-    embeddings: bool = option(True, "tables of vectors, too: 8 bits, and a scale for each vector")
+    embeddings: bool = option(True, "tables of vectors, too, with a scale for each vector")
+    table_bits: int = option(8, "bits of numbers in tables of vectors", at_least=2, at_most=8)
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
 
@@ -149,11 +142,11 @@ class Quantize(Pass):
                 f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
             )
         original, target = _prepared(graph).copy(), self._scheme.on(TARGETS[self.target])
-        tables = self._tables(original)
+        tables = self._tables(original, context.left)
         layers = self._layers(original, context.left)
         if not layers and not tables:
             return graph
-        if not layers:
+        if not layers and not self._tied(original):
             writer = Writer(original.copy(), target, by=self.name)
         elif self._scheme.kind == "stacks":
             writer = self._from_stack(original, layers, target, context)
@@ -162,19 +155,32 @@ class Quantize(Pass):
         else:
             writer = self._weights_alone(original, layers, target, context)
         if tables:
-            context.note(f"8 bits: {len(tables)} tables of vectors")
+            context.note(f"{self.table_bits} bits: {len(tables)} tables of vectors")
         return self._finished(writer)
 
     def _finished(self, writer: Writer) -> Graph:
         result = writer.graph
-        for node, table in self._tables(result):
-            writer.embedding(node, table)
+        for table in self._tables(result, Counter()):
+            writer.table(table, self.table_bits)
         remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
         return result
 
-    def _tables(self, graph: Graph) -> list[tuple[Node, Parameter]]:
-        return find_tables(graph, self.include, self.exclude) if self.embeddings else []
+    def _tables(self, graph: Graph, left: Counter[str]) -> list[Table]:
+        target, found = TARGETS[self.target], []
+        for table in find_tables(graph, self.include, self.exclude) if self.embeddings else []:
+            reason = misfit_of_table(table, target, activations=self._scheme.activations and self.table_bits == 8)
+            if reason is None:
+                found.append(table)
+            else:
+                left[reason] += 1
+        return found
+
+    def _tied(self, graph: Graph) -> list[Layer]:
+        """The layers that multiply integers of tables."""
+        if not self._scheme.activations or self._scheme.numbers is not None or self.table_bits != 8:
+            return []
+        return [layer for table in self._tables(graph, Counter()) for layer in table.layers]
 
     def _layers(self, graph: Graph, left: Counter[str]) -> list[Layer]:
         target = TARGETS[self.target]
@@ -184,7 +190,9 @@ class Quantize(Pass):
                 return "a weight of several blocks has no stack of terms"
             return misfit(layer, target) if self._scheme.activations else misfit_of_blocks(layer, target, self._block)
 
-        tables = {table for _, table in self._tables(graph)}
+        tables = (
+            {table.parameter for table in find_tables(graph, self.include, self.exclude)} if self.embeddings else ()
+        )
         return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=tables)
 
     # -- weights alone -----------------------------------------------------------------------------------------------
@@ -272,10 +280,12 @@ class Quantize(Pass):
     def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
         batches = calibration_batches(original, context)
         if self.smoothing != 0 and self._scheme.numbers is None:
-            self._smooth(original, layers, target, batches, context)
+            apart = {layer.node.inputs[0] for layer in self._tied(original)}
+            free = [layer for layer in layers if layer.node.inputs[0] not in apart]
+            self._smooth(original, free, target, batches, context)
         result = original.copy()
-        own = self._layers(result, Counter())
-        placement = place(result, own, target)
+        own, tied = self._layers(result, Counter()), self._tied(result)
+        placement = place(result, [*own, *tied], target)
         ends = self._ends(result, placement, target, batches)
         formats = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
         stored = self._stored(original, result, own, formats, context)
@@ -283,7 +293,9 @@ class Quantize(Pass):
         writer.activations(placement, ends)
         for layer in own:
             writer.layer(layer, stored[layer.weight.name])
-        context.note(f"{len(own)} layers multiply integers; ranges of {len(ends)} values")
+        for layer in tied:
+            writer.layer(layer, Form(Grid(self.table_bits), layer.columns).rounded(rows_of(layer)))
+        context.note(f"{len(own) + len(tied)} layers multiply integers; ranges of {len(ends)} values")
         return writer
 
     def _ends(self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]) -> dict[Value, Ends]:

@@ -18,6 +18,10 @@ from regauge.passes.quantization.grid import Form, Grid, Ternary
 from regauge.passes.quantization.signs import OneBit
 from regauge.passes.quantization.targets import Target
 
+SchemeName: TypeAlias = Literal[
+    "w8a8", "w8", "w4", "w3", "w2", "ternary", "fp8", "e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz", "pow2", "bfp", "codebook",
+    "onebit", "bitstack",
+]  # fmt: skip
 Statistic: TypeAlias = Literal["least", "mean", "median"]
 Per: TypeAlias = Literal["tensor", "row", "group"]
 
@@ -94,7 +98,7 @@ def _signs(wanted: Wanted) -> Format:
 
 _OF_INTEGERS = ("per", "group", "symmetric", "packed")
 
-SCHEMES: Mapping[str, Scheme] = {
+SCHEMES: Mapping[SchemeName, Scheme] = {
     "w8a8": Scheme(8, _integers, activations=True),
     "w8": Scheme(8, _integers, _OF_INTEGERS),
     "w4": Scheme(4, _integers, _OF_INTEGERS),

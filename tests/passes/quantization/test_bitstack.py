@@ -33,9 +33,9 @@ def test_a_budget_loads_a_prefix_of_one_file(tmp_path: Path) -> None:
     for share_of_bytes, data in ((0.1, batches), (0.15, None), (0.22, None)):
         step = f"quantize{{scheme=bitstack,target=reference,bytes={share_of_bytes},stack={path}}}"
         small = regauge.optimize(graph, step, data=data)
-        assert share_of_bytes * whole - 7000 < figures(small).bytes <= share_of_bytes * whole
+        assert share_of_bytes * whole - 12_000 < figures(small).bytes <= share_of_bytes * whole
         found.append(decibels(graph, small))
-    assert found[0] > 8 and found[1] > found[0] + 4 and found[2] > found[1] + 4
+    assert found[0] > 5 and found[1] > found[0] + 4 and found[2] > found[1] + 4
     stack = UniversalStack.load(path)
     assert sorted(set(stack.order)) == sorted(stack.weights) and path.stat().st_size < 0.4 * whole
     other = regauge.capture(torch.nn.Linear(8, 4).eval(), (torch.randn(2, 8),))

@@ -238,3 +238,21 @@ def test_signs_in_a_file(tmp_path: Path) -> None:
     """y = ((x b) s') a: a bit for each weight."""
     gained, size, in_file = stored("onebit", tmp_path)
     assert gained > 4 and size < 0.06 and in_file < 0.06
+
+
+@pytest.mark.parametrize(
+    "scheme", ["onebit", "pow2", "codebook,bits=2", "w4,packed=true,symmetric=true", "ternary,per=row,packed=true"]
+)
+def test_what_is_packed_is_cut_by_bytes(scheme: str) -> None:
+    """Outputs go one by one, inputs as many at a time as share a byte; where none divides them they stay."""
+    graph, batches = network()
+    small = regauge.optimize(graph, f"quantize{{scheme={scheme},target=reference}}", data=batches)
+    cut = regauge.optimize(small, "prune{ratio=0.5,compensate=false}")
+    assert cut.run((torch.randn(4, 6, 6),))[0].isfinite().all()
+    assert figures(cut).bytes < 0.6 * figures(small).bytes
+
+
+def test_simplify_leaves_what_is_stored_small() -> None:
+    graph, batches = network()
+    small = regauge.optimize(graph, "quantize{scheme=onebit,target=reference}", data=batches)
+    assert figures(regauge.optimize(small, "simplify")).bytes == figures(small).bytes
