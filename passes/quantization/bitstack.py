@@ -41,7 +41,8 @@ class Terms(Stored):
 
     @property
     def values(self) -> torch.Tensor:
-        return (self.signs * (self.u @ self.v)).sum(0) / self.norms
+        terms = (sign * (u @ v) for sign, u, v in zip(self.signs, self.u, self.v, strict=True))
+        return sum(terms, torch.zeros(())) / self.norms
 
     @property
     def bits(self) -> float:
@@ -72,7 +73,7 @@ class Terms(Stored):
         u, v, norms = (parts[name].double() for name in ("u", "v", "norms"))
         bits = parts["signs"].unsqueeze(-1).bitwise_right_shift(torch.arange(8, dtype=torch.uint8)) & 1
         whole = bits.flatten(-2)[..., : v.shape[2]]
-        return Terms(whole.double() * 2 - 1, u, v, norms)
+        return Terms(whole.to(torch.int8) * 2 - 1, u, v, norms)
 
 
 def stacked(weight: torch.Tensor, norms: torch.Tensor, count: int, rank: int | None) -> Terms:
@@ -84,7 +85,7 @@ def stacked(weight: torch.Tensor, norms: torch.Tensor, count: int, rank: int | N
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for _ in range(count):
         u, v = (as_half(part) for part in factors(rest.abs(), rank))
-        sign = torch.where(rest < 0, -1.0, 1.0).to(rest.dtype)
+        sign = torch.where(rest < 0, -1, 1).to(torch.int8)
         found.append((sign, u, v))
         rest = rest - sign * (u @ v)
     all_signs, us, vs = (torch.stack(parts) for parts in zip(*found, strict=True))

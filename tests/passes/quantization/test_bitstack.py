@@ -21,7 +21,7 @@ def test_each_term_is_that_of_what_the_ones_before_leave() -> None:
     errors = [share(weight, terms.first(count).values) for count in range(1, 7)]
     assert errors[0] < 0.4 and all(b < 0.6 * a for a, b in zip(errors, errors[1:], strict=False))
     rest = weight * terms.norms - terms.signs[0] * (terms.u[0] @ terms.v[0])
-    assert torch.equal(terms.signs[1], torch.where(rest < 0, -1.0, 1.0).double())
+    assert torch.equal(terms.signs[1], torch.where(rest < 0, -1, 1).to(torch.int8))
     assert terms.bytes_of_a_term == 24 * 5 + (24 + 40) * 2 * 2
 
 

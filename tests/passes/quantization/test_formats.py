@@ -256,3 +256,17 @@ def test_simplify_leaves_what_is_stored_small() -> None:
     graph, batches = network()
     small = regauge.optimize(graph, "quantize{scheme=onebit,target=reference}", data=batches)
     assert figures(regauge.optimize(small, "simplify")).bytes == figures(small).bytes
+
+
+@pytest.mark.parametrize("scheme", ["onebit", "ternary,packed=true", "codebook,bits=2,group=8", "pow2,group=16", "fp8"])
+def test_formats_in_a_file_that_was_loaded(scheme: str, tmp_path: Path) -> None:
+    """Written by the records, in the opset that the file has, and read back."""
+    graph, batches = network()
+    loaded = regauge.load(graph.to_onnx(tmp_path / "float.onnx"))
+    small = regauge.optimize(loaded, f"quantize{{scheme={scheme},target=reference}}", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")
+    x = torch.randn(5, 6, 6)
+    (wanted,) = small.run((x,))
+    (found,) = Session(tmp_path / "small.onnx", optimisation="off").run({small.inputs[0].name: x})
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(regauge.load(tmp_path / "small.onnx").run((x,))[0], wanted, atol=1e-5)
