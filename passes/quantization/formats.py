@@ -104,23 +104,23 @@ class Constants:
         found: Value = self.build.cast(self.weight(suffix, data.half()), dtype=torch.float32)
         return found
 
-    def digits(self, digits: torch.Tensor, base: int, suffix: str = "packed") -> Value:
+    def digits(self, digits: torch.Tensor, base: int) -> Value:
         """Numbers [..., n] from 0 to below ``base`` as bytes that each hold several of them along the last axis."""
         count, columns = digits_in_a_byte(base), int(digits.shape[-1])
-        stored = self.weight(suffix, packed_digits(digits, base))
+        stored = self.weight("packed", packed_digits(digits, base))
         found: Value = self.build.unpack(stored, base=base, count=count)
         if columns % count:
             found = self.build.slice(found, dim=digits.dim() - 1, start=0, end=columns)
         return found
 
-    def scaled(self, matrix: Value, scale: torch.Tensor, suffix: str = "scale") -> Value:
+    def scaled(self, matrix: Value, scale: torch.Tensor) -> Value:
         """A matrix [rows, columns] times scales [rows, groups] of neighbouring columns."""
         rows, columns = (int(size) for size in matrix.shape)
         if scale.shape[1] == 1:
-            by_row = self.weight(suffix, scale[:, 0].float())
+            by_row = self.weight("scale", scale[:, 0].float())
             found: Value = self.build.mul(matrix, self.build.unsqueeze(by_row, dim=1))
             return found
-        groups, factor = scale.shape[1], self.weight(suffix, scale.float())
+        groups, factor = scale.shape[1], self.weight("scale", scale.float())
         parts = self.build.reshape(matrix, shape=(rows, groups, columns // groups))
         found = self.build.mul(parts, self.build.unsqueeze(factor, dim=2))
         back: Value = self.build.reshape(found, shape=(rows, columns))

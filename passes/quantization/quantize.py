@@ -109,8 +109,10 @@ class Quantize(Pass):
                 f"quantize: no kernel of {self.target} reads {scheme.kind}, which it would convert at every run: "
                 f"target=reference stores scheme={self.scheme}"
             )
-        if self.permute and not self.group:
-            raise PassError("quantize: permute=true is for codebooks of neighbouring outputs: say group=N")
+        if scheme.kind == "codebooks" and (self.permute or self.per == "group") and not self.group:
+            raise PassError("quantize: codebooks of neighbouring outputs need their number: say group=N")
+        if self.table_bits != 8 and not self.embeddings:
+            raise PassError("quantize: table_bits does nothing with embeddings=false: leave it out")
         if self.calibration == "entropy" and scheme.numbers is not None:
             raise PassError("quantize: calibration=entropy counts steps of equal width, which floats have not")
         if self.group and self.per not in (None, "group"):
@@ -205,6 +207,9 @@ class Quantize(Pass):
         whole = sum(_group(layer, self._block) == layer.columns for layer in layers)
         if self._block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
+        alone = sum(layer.outputs * layer.blocks % (self.group or 1) > 0 for layer in layers)
+        if self._scheme.kind == "codebooks" and alone:
+            context.note(f"{alone} layers have one codebook: {self.group} does not divide their outputs")
         formats = {layer.weight.name: self._format(layer) for layer in layers}
         result = original.copy()
         own = self._layers(result, Counter())
@@ -222,8 +227,12 @@ class Quantize(Pass):
         if self.bytes is not None:
             most = parse_amount(self.bytes, "bytes", "bytes").of(figures(original).bytes)
             least = {name: terms.first(1) for name, terms in found.items()}
-            beside = figures(self._finished(self._of_terms(original, least, target))).bytes - _bytes(least)
-            found = stack.within(int(most - beside))
+            needed = figures(self._finished(self._of_terms(original, least, target))).bytes
+            if most < needed:
+                raise PassError(
+                    f"quantize: bytes={self.bytes} is less than one term of each weight and all else take: {needed}"
+                )
+            found = stack.within(int(most - needed) + _bytes(least))
         each = 8 * _bytes(found) / sum(_count(layer) for layer in layers)
         context.note(
             f"{sum(terms.count for terms in found.values())} of {len(stack.order)} terms, {each:.2f} bits each"

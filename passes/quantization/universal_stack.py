@@ -46,7 +46,7 @@ class UniversalStack:
                 break
             counts[name] += 1
         if not all(counts.values()):
-            raise PassError(f"quantize: {most} bytes hold no term for each of {len(counts)} weights: allow more")
+            raise PassError(f"{most} bytes hold no term for each of {len(counts)} weights: allow more")
         return {name: self.weights[name].first(count) for name, count in counts.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:

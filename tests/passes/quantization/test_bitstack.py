@@ -37,11 +37,14 @@ def test_a_budget_loads_a_prefix_of_one_file(tmp_path: Path) -> None:
         found.append(decibels(graph, small))
     assert found[0] > 5 and found[1] > found[0] + 4 and found[2] > found[1] + 4
     stack = UniversalStack.load(path)
+    assert sum(terms.count for terms in stack.within(10**9).values()) == len(stack.order)
+    with pytest.raises(PassError, match="hold no term for each of 3 weights"):
+        stack.within(500)
     assert sorted(set(stack.order)) == sorted(stack.weights) and path.stat().st_size < 0.4 * whole
     other = regauge.capture(torch.nn.Linear(8, 4).eval(), (torch.randn(2, 8),))
     with pytest.raises(PassError, match="is of another model"):
         regauge.optimize(other, f"quantize{{scheme=bitstack,target=reference,stack={path}}}")
-    with pytest.raises(PassError, match="hold no term for each of 3 weights"):
+    with pytest.raises(PassError, match="less than one term of each weight and all else take"):
         regauge.optimize(graph, f"quantize{{scheme=bitstack,target=reference,bytes=0.01,stack={path}}}")
 
 

@@ -88,3 +88,9 @@ def test_a_tied_weight_that_a_runtime_would_convert_is_left(tmp_path: Path) -> N
         small = regauge.optimize(graph, step, data=batches)
         assert [reason in left for left in small.report.passes[0].left] == [True]
         assert small.parameters["table.weight"].dtype == torch.float32
+
+
+def test_bits_of_tables_that_stay_are_refused() -> None:
+    graph, _ = tied()
+    with pytest.raises(regauge.RegaugeError, match="table_bits does nothing with embeddings=false"):
+        regauge.optimize(graph, "quantize{scheme=w8,table_bits=4,embeddings=false}")
