@@ -35,6 +35,7 @@ def _spell_unpack(onnx: Any, node: Node) -> Any:
         sample(randint(0, 243, (2, 3, 4)).to(torch.uint8), base=3, count=5),
         sample(randint(0, 256, (6,)).to(torch.uint8), base=16, count=2),
     ],
+    coding=True,
     expands=True,
 )
 def unpack(q: Tensor, *, base: int, count: int) -> Tensor:
@@ -69,6 +70,7 @@ def _spell_codebook(onnx: Any, node: Node) -> Any:
         sample(randint(0, 5, (4, 3)).to(torch.uint8), randn(1, 5)),
         sample(randint(0, 5, (6, 4)).to(torch.uint8), randn(2, 5)),
     ],
+    coding=True,
     expands=True,
 )
 def codebook(q: Tensor, table: Tensor) -> Tensor:

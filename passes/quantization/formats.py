@@ -80,41 +80,47 @@ class Format(Protocol):
 
 
 class Constants:
-    """Adds what is stored of one weight to a graph, under names that begin with the weight's."""
+    """Adds what is stored of one weight to a graph, under names that begin with the weight's; each part once."""
 
     def __init__(self, build: Builder, name: str, *, packed: bool = False, zeros: bool = False) -> None:
         self.build, self.name, self.packed, self.zeros = build, name, packed, zeros
+        self._made: dict[str, Parameter] = {}
 
     def weight(self, suffix: str, data: torch.Tensor) -> Parameter:
         """A part of a trained weight, which is trained no more."""
-        name = self.build.unique(f"{self.name}_{suffix}")
-        return self.build.parameter(name, data.contiguous(), trainable=False)
+        return self._once(suffix, data, kind="parameter", trainable=False)
 
     def buffer(self, suffix: str, data: torch.Tensor) -> Parameter:
-        return self.build.parameter(self.build.unique(f"{self.name}_{suffix}"), data.contiguous(), kind="buffer")
+        return self._once(suffix, data, kind="buffer")
+
+    def _once(self, suffix: str, data: torch.Tensor, **fields: Any) -> Parameter:
+        if suffix not in self._made:
+            name = self.build.unique(f"{self.name}_{suffix}")
+            self._made[suffix] = self.build.parameter(name, data.contiguous(), **fields)
+        return self._made[suffix]
 
     def half(self, suffix: str, data: torch.Tensor) -> Value:
         """Numbers stored in half precision, as such of single precision."""
         found: Value = self.build.cast(self.weight(suffix, data.half()), dtype=torch.float32)
         return found
 
-    def digits(self, digits: torch.Tensor, base: int, suffix: str = "packed") -> Value:
+    def digits(self, digits: torch.Tensor, base: int) -> Value:
         """Numbers [..., n] from 0 to below ``base`` as bytes that each hold several of them along the last axis."""
         count, columns = digits_in_a_byte(base), int(digits.shape[-1])
-        stored = self.weight(suffix, packed_digits(digits, base))
+        stored = self.weight("packed", packed_digits(digits, base))
         found: Value = self.build.unpack(stored, base=base, count=count)
         if columns % count:
             found = self.build.slice(found, dim=digits.dim() - 1, start=0, end=columns)
         return found
 
-    def scaled(self, matrix: Value, scale: torch.Tensor, suffix: str = "scale") -> Value:
+    def scaled(self, matrix: Value, scale: torch.Tensor) -> Value:
         """A matrix [rows, columns] times scales [rows, groups] of neighbouring columns."""
         rows, columns = (int(size) for size in matrix.shape)
-        factor: Any = self.weight(suffix, scale.float())
         if scale.shape[1] == 1:
-            found: Value = self.build.mul(matrix, factor)
+            by_row = self.weight("scale", scale[:, 0].float())
+            found: Value = self.build.mul(matrix, self.build.unsqueeze(by_row, dim=1))
             return found
-        groups = scale.shape[1]
+        groups, factor = scale.shape[1], self.weight("scale", scale.float())
         parts = self.build.reshape(matrix, shape=(rows, groups, columns // groups))
         found = self.build.mul(parts, self.build.unsqueeze(factor, dim=2))
         back: Value = self.build.reshape(found, shape=(rows, columns))

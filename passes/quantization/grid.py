@@ -212,20 +212,23 @@ class Coded(Coding):
         return replace(self, codes=codes, scale=scale)
 
     def write(self, to: Constants) -> Value:
-        table = self.grid.table
-        if table is None:
+        table, scale = self.grid.table, self.scale[:1, :1] if self.shared else self.scale
+        if table is not None:
+            digits, base = self.grid.digits(self.codes)
+            matrix = to.build.codebook(to.digits(digits, base), to.buffer("levels", table[None]))
+            return to.scaled(matrix, scale)
+        if not to.packed or self.grid.few_bits is None:
             return self.laid_out(to, self.codes, 0)
-        digits, base = self.grid.digits(self.codes)
-        matrix = to.build.codebook(to.digits(digits, base), to.buffer("levels", table[None]))
-        return to.scaled(matrix, self.scale[:1, :1] if self.shared else self.scale)
+        q = to.digits(*self.grid.digits(self.codes))
+        if not self.grid.symmetric:
+            return self._back(to, q, None, 0)
+        return to.scaled(to.build.add(to.build.cast(q, dtype=torch.float32), float(self.grid.low)), scale)
 
     def laid_out(self, to: Constants, codes: torch.Tensor, outputs: int) -> Value:
         """The matrix, with its codes laid out in another shape, whose axis ``outputs`` has the rows."""
-        if to.packed and self.grid.few_bits is not None:
-            digits, base = self.grid.digits(codes)
-            q, shift, bits = to.digits(digits, base), -self.grid.low, None
-        else:
-            q, shift, bits = to.weight("quantized", codes.to(self.grid.dtype)), 0, self.grid.few_bits
+        return self._back(to, to.weight("quantized", codes.to(self.grid.dtype)), self.grid.few_bits, outputs)
+
+    def _back(self, to: Constants, q: Value, bits: int | None, outputs: int) -> Value:
         if self.shared:
             scale, zero, where = self.scale[0, 0], self.zero[0, 0], {}
         elif self.scale.shape[1] == 1:
@@ -234,8 +237,8 @@ class Coded(Coding):
             scale, zero = (part.t() if outputs else part for part in (self.scale, self.zero))
             where = {"axis": 1 - outputs, "block_size": self.group}
         s = to.weight("scale", scale.float())
-        silent = self.grid.symmetric and not to.zeros and not shift
-        z = None if silent else to.buffer("zero_point", (zero + shift).to(q.dtype))
+        silent = self.grid.symmetric and not to.zeros
+        z = None if silent else to.buffer("zero_point", zero.to(self.grid.dtype))
         few = {} if bits is None else {"bits": bits}
         found: Value = to.build.dequantize(q, s, z, name=f"{to.name}_dequantized", **where, **few)
         return found

@@ -79,17 +79,49 @@ def is_depthwise(layer: Layer) -> bool:
     return layer.blocks > 1 and layer.columns == layer.taps
 
 
-def find_tables(graph: Graph, include: Sequence[str], exclude: Sequence[str]) -> list[tuple[Node, Parameter]]:
-    """The lookups in tables of vectors that nothing else reads."""
+@dataclass(frozen=True)
+class Table:
+    """A table of vectors [entries, width], the lookups in it, and linear layers whose weight it is as well."""
+
+    parameter: Parameter
+    lookups: list[Node]
+    layers: list[Layer]
+
+
+def find_tables(graph: Graph, include: Sequence[str], exclude: Sequence[str]) -> list[Table]:
+    """The tables that only lookups and linear layers read."""
     found = []
-    for node in graph.nodes:
-        table = node.inputs[0] if node.op == "embedding" else None
-        if not isinstance(table, Parameter) or table.kind != "parameter" or table.dtype != torch.float32:
+    for table in graph.all_parameters():
+        lookups = [node for node, slot in table.uses if node.op == "embedding" and slot == 0]
+        linear = [node for node, slot in table.uses if node.op == "linear" and slot == 1]
+        others = len(table.uses) - len(lookups) - len(linear)
+        if not lookups or others or table in graph.outputs or table.kind != "parameter":
             continue
         chosen = (not include or matches(table.names, include)) and not matches(table.names, exclude)
-        if chosen and len(table.uses) == 1 and table not in graph.outputs:
-            found.append((node, table))
+        own = {*graph.nodes}
+        if chosen and table.dtype == torch.float32 and own.issuperset([*lookups, *linear]):
+            found.append(Table(table, lookups, [_tied(node, table) for node in linear]))
     return found
+
+
+def _tied(node: Node, table: Parameter) -> Layer:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return Layer(node, table, bias if isinstance(bias, Parameter) else None)
+
+
+def misfit_of_table(table: Table, target: Target, *, activations: bool) -> str | None:
+    """Why a table whose layers cannot read its integers is left as it is; None where they can, or it has none."""
+    if not table.layers or not activations and not target.blocks_alone:
+        return None
+    if not activations:
+        return f"it is a table and the weight of a layer, of which {target.name} reads blocks of inputs alone"
+    if target.flat and not all(_rows_are_known(layer.node.inputs[0]) for layer in table.layers):
+        return f"it is a table and the weight of a layer, which {target.name} reads in integers if sizes are known"
+    return None
+
+
+def _rows_are_known(x: object) -> bool:
+    return isinstance(x, Value) and (x.rank == 2 or all(isinstance(size, int) for size in x.shape[:-1]))
 
 
 def place(graph: Graph, layers: Sequence[Layer], target: Target) -> Placement:

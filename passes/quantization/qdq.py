@@ -11,9 +11,9 @@ from regauge.ir.edit import Builder, replace_uses, set_input
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.quantization.formats import Constants, Stored
+from regauge.passes.quantization.formats import Constants, Stored, digits_in_a_byte, packed_digits
 from regauge.passes.quantization.grid import Coded, Form, Grid
-from regauge.passes.quantization.placement import Placement
+from regauge.passes.quantization.placement import Placement, Table
 from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.targets import Target
 
@@ -31,6 +31,7 @@ class Writer:
         self._quantized: dict[Value, Value] = {}
         self._plain: dict[Value, Value] = {}  # as they were quantized and back
         self._flat: dict[Value, Value] = {}  # the same as matrices
+        self._stored: dict[str, Constants] = {}
         self._inputs: dict[Node, Value] = {}  # what layers read: a layer in front may have been written anew since
 
     # -- activations -------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class Writer:
         if self.target.apart and layer.bias is None and node.op != "conv":
             self._part_clamp(node)
         with self.build.at(node):
-            product = weight.product(self._constants(layer), x) if node.op in ("linear", "matmul") else None
+            product = weight.product(self._constants(layer.weight.name), x) if node.op in ("linear", "matmul") else None
             if product is not None:
                 y = product if layer.bias is None else self.build.add(product, layer.bias)
                 replace_uses(self.graph, node.output, y)
@@ -150,8 +151,11 @@ class Writer:
             else:
                 set_input(node, 1, self._weight(layer, weight), self.graph)
 
-    def _constants(self, layer: Layer) -> Constants:
-        return Constants(self.build, layer.weight.name, packed=self.packed, zeros=self.target.zeros)
+    def _constants(self, name: str, *, packed: bool = False) -> Constants:
+        """What is stored of a weight, once for all who read it."""
+        if name not in self._stored:
+            self._stored[name] = Constants(self.build, name, packed=packed or self.packed, zeros=self.target.zeros)
+        return self._stored[name]
 
     def _part_clamp(self, node: Node) -> None:
         """Let a ReLU right behind a product be a leaky one that does not leak."""
@@ -160,18 +164,41 @@ class Writer:
                 with self.build.at(reader):
                     replace_uses(self.graph, reader.output, self.build.leaky_relu(node.output, negative_slope=0.0))
 
-    def embedding(self, node: Node, table: Parameter) -> None:
-        """Store a table of vectors as integers of 8 bits with a scale for each vector, by which those looked up go."""
-        coded = Form(Grid(8), int(table.shape[1])).rounded(table.tensor.detach())
-        rest = node.inputs[1:]
-        with self.build.at(node):
-            q = self._weight_of(f"{table.name}_quantized", coded.codes.to(torch.int8))
-            scale = self._weight_of(f"{table.name}_scale", coded.scale.float())
-            vectors = self.build.cast(
-                self.build(node.op, q, *rest, **node.attributes), dtype=torch.float32, name=f"{node.name}_integers"
-            )
-            scales = self.build(node.op, scale, *rest, **node.attributes)
-            replace_uses(self.graph, node.output, self.build.mul(vectors, scales))
+    def table(self, table: Table, bits: int) -> None:
+        """Store a table of vectors as integers with a scale for each vector, by which those looked up go.
+
+        Layers whose weight it is as well read the same integers, if they do not multiply them already.
+        """
+        weight = table.parameter
+        coded = Form(Grid(bits), int(weight.shape[1])).rounded(weight.tensor.detach())
+        to = self._constants(weight.name, packed=bits < 8)
+        for node in table.lookups:
+            with self.build.at(node):
+                replace_uses(self.graph, node.output, self._looked_up(node, coded, to))
+        for layer in table.layers:
+            if layer.node.inputs[1] is weight:
+                with self.build.at(layer.node):
+                    set_input(layer.node, 1, coded.write(to), self.graph)
+
+    def _looked_up(self, node: Node, coded: Coded, to: Constants) -> Value:
+        def rows(stored: Operand) -> Value:
+            found: Value = self.build(node.op, stored, *node.inputs[1:], **node.attributes)
+            return found
+
+        grid = coded.grid
+        if to.packed:
+            digits, base = grid.digits(coded.codes)
+            count = digits_in_a_byte(base)
+            vectors = self.build.unpack(rows(to.weight("packed", packed_digits(digits, base))), base=base, count=count)
+            if vectors.shape[-1] != coded.codes.shape[1]:
+                vectors = self.build.slice(vectors, dim=vectors.rank - 1, start=0, end=coded.codes.shape[1])
+            vectors = self.build.add(self.build.cast(vectors, dtype=torch.float32), float(grid.low))
+        else:
+            integers = rows(to.weight("quantized", coded.codes.to(grid.dtype)))
+            vectors = self.build.cast(integers, dtype=torch.float32, name=f"{node.name}_integers")
+        scale = self.build.unsqueeze(to.weight("scale", coded.scale[:, 0].float()), dim=1)
+        found: Value = self.build.mul(vectors, rows(scale))
+        return found
 
     # -- constants ---------------------------------------------------------------------------------------------------
 
@@ -181,7 +208,7 @@ class Writer:
         """The weight as it is stored and back, laid out as the layer has it or as asked for."""
         stored_by_inputs = layer.node.op == "matmul"
         turned = inputs_first and not stored_by_inputs or outputs_first and stored_by_inputs
-        to = self._constants(layer)
+        to = self._constants(layer.weight.name)
         by_inputs = layer.node.op != "conv" and stored_by_inputs != turned
         if isinstance(stored, Coded) and stored.grid.table is None and not self.packed:
             codes = _stored(layer, stored.codes)
@@ -204,10 +231,6 @@ class Writer:
             self._buffer(f"{name}_quantized", q), self._buffer(f"{name}_scale", scale), axis=0
         )
         return back
-
-    def _weight_of(self, name: str, data: torch.Tensor) -> Parameter:
-        """A part of a trained weight, which is trained no more."""
-        return self.build.parameter(self.build.unique(name), data, trainable=False)
 
     def _buffer(self, name: str, data: torch.Tensor) -> Parameter:
         return self.build.parameter(self.build.unique(name), data, kind="buffer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from regauge.ir.cost import figures
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.graph import Graph, Value
 from regauge.ir.quantized_layers import PLANNED_FOR
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Contract, Pass
@@ -22,24 +23,34 @@ from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.losses import labelled
 from regauge.passes.calibration.statistics import Statistics
 from regauge.passes.options import option
+from regauge.passes.quantization.bitstack import Terms
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.gate import Gate, check_latency
-from regauge.passes.quantization.grid import Form
+from regauge.passes.quantization.grid import Form, Grid
 from regauge.passes.quantization.mixed import Mixed
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
-from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
+from regauge.passes.quantization.placement import (
+    Placement,
+    Table,
+    find_tables,
+    misfit,
+    misfit_of_blocks,
+    misfit_of_table,
+    place,
+)
 from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
-from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, Statistic, Wanted, integers
+from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
 from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
 from regauge.passes.quantization.smoothing import Readers, Room, Smoothing, smoothing_of
 from regauge.passes.quantization.smoothing_moves import readers_of, smooth_all
 from regauge.passes.quantization.targets import TARGETS, Target
+from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
 from regauge.passes.quantization.weights import rows_of, stored_on_data
 
 _OF_WEIGHTS = (
-    "per", "group", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "sensitivity"
+    "per", "group", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "sensitivity", "stack", "rank"
 )  # fmt: skip
 _OF_ACTIVATIONS = ("calibration", "smoothing")
 
@@ -52,6 +63,7 @@ class Quantize(Pass):
     w8a8    y = linear(back(quantize(x)), back(w'), b')  w': i8[64,128], a scale for each output
     w4      y = linear(x, back(w'), b)                   w': 4 bits, a scale for each 32 inputs of an output
     mixed   y = linear(x, back(w'), b)                   w': of each layer the bits that are best, or float
+    onebit  y = linear(x * v, signs(w')) * u + b         w': u8[64,16], eight signs to a byte
 
     The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
     those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte unless they are packed.
@@ -64,37 +76,22 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     contract: ClassVar[Contract] = "approximate"
 
-    scheme: Literal[
-        "w8a8",
-        "w8",
-        "w4",
-        "w3",
-        "w2",
-        "mixed",
-        "ternary",
-        "fp8",
-        "e4m3",
-        "e5m2",
-        "e4m3fnuz",
-        "e5m2fnuz",
-        "pow2",
-        "bfp",
-        "codebook",
-        "onebit",
-    ] = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both, the others of weights")
+    scheme: SchemeName = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both")
     bits: tuple[Literal[2, 3, 4, 5, 6, 7, 8], ...] = option(
         (),
         "of pow2, bfp and codebook, 4 if not given; what mixed chooses from beside float: 2,3,4,8, in onnxruntime 4,8",
     )
-    bytes: float | str | None = option(None, "of scheme=mixed: bytes of weights kept, a share or a number (5MB)")
+    bytes: float | str | None = option(
+        None, "of mixed and bitstack: bytes of all that is stored, a share or a number (5MB)"
+    )
     accuracy: float | None = option(
         None,
-        "of scheme=mixed: share of the data's rows of the first output that keep their class",
+        "of mixed: share of the data's rows of the first output that keep their class",
         above=0,
         at_most=1,
     )
     sensitivity: Sensitivity | None = option(
-        None, "of scheme=mixed: what bits cost: loss, gradient, hessian, lim or zd; loss, without data zd"
+        None, "of mixed: what bits cost: loss, gradient, hessian, lim or zd; loss, without data zd"
     )
     per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")
     group: int | None = option(
@@ -105,6 +102,8 @@ class Quantize(Pass):
     statistic: Statistic | None = option(
         None, "scale of ternary weights: that of least error, or the mean or median of magnitudes"
     )
+    stack: str | None = option(None, "of bitstack: the file its terms are read from, or written to where there is none")
+    rank: int | None = option(None, "of bitstack's magnitudes, at most 16 by size if not given", at_least=1)
     packed: bool = option(False, "codes share bytes in torch too, ternary ones five a byte; unpacked at every run")
     target: Literal["ort-x86", "ort-x86-avx2", "ort-arm", "tensorrt", "reference"] = option(
         "ort-x86", "the runtime that it is written for"
@@ -116,7 +115,8 @@ class Quantize(Pass):
     smoothing: float | None = option(
         None, "exponent of SmoothQuant, 0 for none; if not given, for each value the best", at_least=0, at_most=1
     )
-    embeddings: bool = option(True, "tables of vectors, too: 8 bits, and a scale for each vector")
+    embeddings: bool = option(True, "tables of vectors, too, with a scale for each vector")
+    table_bits: int = option(8, "bits of numbers in tables of vectors", at_least=2, at_most=8)
     gate: Gate = option("off", "measure it beside the float graph on a batch: warn, or refuse, where it is slower")
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
@@ -136,8 +136,10 @@ class Quantize(Pass):
                 f"quantize: no kernel of {self.target} reads {scheme.kind}, which it would convert at every run: "
                 f"target=reference stores scheme={self.scheme}"
             )
-        if self.permute and not self.group:
-            raise PassError("quantize: permute=true is for codebooks of neighbouring outputs: say group=N")
+        if scheme.kind == "codebooks" and (self.permute or self.per == "group") and not self.group:
+            raise PassError("quantize: codebooks of neighbouring outputs need their number: say group=N")
+        if self.table_bits != 8 and not self.embeddings:
+            raise PassError("quantize: table_bits does nothing with embeddings=false: leave it out")
         if self.calibration == "entropy" and scheme.numbers is not None:
             raise PassError("quantize: calibration=entropy counts steps of equal width, which floats have not")
         if self.group and self.per not in (None, "group"):
@@ -186,37 +188,60 @@ class Quantize(Pass):
                 f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
             )
         original, target = prepared(graph).copy(), self._scheme.on(TARGETS[self.target])
-        tables = self._tables(original)
+        tables = self._tables(original, context.left)
         layers = self._layers(original, context.left)
         if not layers and not tables:
             return graph
-        if not layers:
+        if not layers and not self._tied(original):
             writer = Writer(original.copy(), target, by=self.name)
+        elif self._scheme.kind == "stacks":
+            writer = self._from_stack(original, layers, target, context)
         elif self._scheme.activations:
             writer = self._with_activations(original, layers, target, context)
         else:
             writer = self._weights_alone(original, layers, target, context)
-        result = writer.graph
-        for node, table in self._tables(result):
-            writer.embedding(node, table)
         if tables:
-            context.note(f"8 bits: {len(tables)} tables of vectors")
-        remove_dead(result)
-        result.metadata[PLANNED_FOR] = self.target
+            context.note(f"{self.table_bits} bits: {len(tables)} tables of vectors")
+        result = self._finished(writer)
         inputs = None if context.data is None else next(context.inputs(graph))
         check_latency(graph, result, target, inputs, context, self.gate)
         return result
 
-    def _tables(self, graph: Graph) -> list[tuple[Node, Parameter]]:
-        return find_tables(graph, self.include, self.exclude) if self.embeddings else []
+    def _finished(self, writer: Writer) -> Graph:
+        result = writer.graph
+        for table in self._tables(result, Counter()):
+            writer.table(table, self.table_bits)
+        remove_dead(result)
+        result.metadata[PLANNED_FOR] = self.target
+        return result
+
+    def _tables(self, graph: Graph, left: Counter[str]) -> list[Table]:
+        target, found = TARGETS[self.target], []
+        for table in find_tables(graph, self.include, self.exclude) if self.embeddings else []:
+            reason = misfit_of_table(table, target, activations=self._scheme.activations and self.table_bits == 8)
+            if reason is None:
+                found.append(table)
+            else:
+                left[reason] += 1
+        return found
+
+    def _tied(self, graph: Graph) -> list[Layer]:
+        """The layers that multiply integers of tables."""
+        if not self._scheme.activations or self._scheme.numbers is not None or self.table_bits != 8:
+            return []
+        return [layer for table in self._tables(graph, Counter()) for layer in table.layers]
 
     def _layers(self, graph: Graph, left: Counter[str]) -> list[Layer]:
         target = TARGETS[self.target]
 
         def against(layer: Layer) -> str | None:
+            if self._scheme.kind == "stacks" and layer.blocks > 1:
+                return "a weight of several blocks has no stack of terms"
             return misfit(layer, target) if self._scheme.activations else misfit_of_blocks(layer, target, self._block)
 
-        tables = {table for _, table in self._tables(graph)}
+        tables = (
+            {table.parameter for table in find_tables(graph, self.include, self.exclude)} if self.embeddings else ()
+        )
         return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=tables)
 
     # -- weights alone -----------------------------------------------------------------------------------------------
@@ -229,11 +254,15 @@ class Quantize(Pass):
         whole = sum(_group(layer, self._block) == layer.columns for layer in layers)
         if self._block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
+        alone = sum(layer.outputs * layer.blocks % (self.group or 1) > 0 for layer in layers)
+        if self._scheme.kind == "codebooks" and alone:
+            context.note(f"{alone} layers have one codebook: {self.group} does not divide their outputs")
         formats: Mapping[str, Format]
         if self._scheme.mixed:
             formats = self._mixed(original, layers, target, context)
         else:
             bits = self.bits[0] if self.bits else self._scheme.bits
+            assert self._scheme.make is not None
             formats = {layer.weight.name: self._scheme.make(self._wanted(layer, bits)) for layer in layers}
         result = original.copy()
         own = [layer for layer in self._layers(result, Counter()) if layer.weight.name in formats]
@@ -244,6 +273,42 @@ class Quantize(Pass):
         if own:
             each = sum(found.bits for found in stored.values()) / sum(map(_count, own))
             context.note(f"the weights of {len(own)} layers, {each:.2f} bits each with scales")
+        return writer
+
+    def _from_stack(self, original: Graph, layers: Sequence[Layer], target: Target, context: Context) -> Writer:
+        stack = self._stack(original, layers, context)
+        found = dict(stack.weights)
+        if self.bytes is not None:
+            most = parse_amount(self.bytes, "bytes", "bytes").of(figures(original).bytes)
+            least = {name: terms.first(1) for name, terms in found.items()}
+            needed = figures(self._finished(self._of_terms(original, least, target))).bytes
+            if most < needed:
+                raise PassError(
+                    f"quantize: bytes={self.bytes} is less than one term of each weight and all else take: {needed}"
+                )
+            found = stack.within(int(most - needed) + _bytes(least))
+        each = 8 * _bytes(found) / sum(_count(layer) for layer in layers)
+        context.note(
+            f"{sum(terms.count for terms in found.values())} of {len(stack.order)} terms, {each:.2f} bits each"
+        )
+        return self._of_terms(original, found, target)
+
+    def _stack(self, original: Graph, layers: Sequence[Layer], context: Context) -> UniversalStack:
+        if self.stack is not None and Path(self.stack).exists():
+            stack = UniversalStack.load(self.stack)
+            stack.check(layers, self.stack)
+            return stack
+        batches = calibration_batches(original, context)
+        stack = stack_of(original, layers, batches, self.rank, by=self.name)
+        if self.stack is not None:
+            stack.save(self.stack)
+        return stack
+
+    def _of_terms(self, original: Graph, found: Mapping[str, Terms], target: Target) -> Writer:
+        result = original.copy()
+        writer = Writer(result, target, by=self.name)
+        for layer in self._layers(result, Counter()):
+            writer.weight_alone(layer, found[layer.weight.name])
         return writer
 
     def _wanted(self, layer: Layer, bits: int) -> Wanted:
@@ -275,7 +340,7 @@ class Quantize(Pass):
             assert self.bytes is not None
             whole = figures(graph).bytes
             own = sum(sizes[-1] for sizes in mixed.sizes.values())
-            saved = sum(_saved(table) for _, table in self._tables(graph))
+            saved = sum(_saved(table, self.table_bits) for table in self._tables(graph, Counter()))
             picked = mixed.within(parse_amount(self.bytes, "bytes", "bytes").of(whole) - (whole - own - saved))
         for name, place_of_form in picked.items():
             context.note(mixed.why(name, place_of_form))
@@ -301,10 +366,12 @@ class Quantize(Pass):
     def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
         batches = calibration_batches(original, context)
         if self.smoothing != 0 and self._scheme.numbers is None:
-            self._smooth(original, layers, target, batches, context)
+            apart = {layer.node.inputs[0] for layer in self._tied(original)}
+            free = [layer for layer in layers if layer.node.inputs[0] not in apart]
+            self._smooth(original, free, target, batches, context)
         result = original.copy()
-        own = self._layers(result, Counter())
-        placement = place(result, own, target)
+        own, tied = self._layers(result, Counter()), self._tied(result)
+        placement = place(result, [*own, *tied], target)
         ends = self._ends(result, placement, target, batches)
         formats = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
         stored = self._stored(original, result, own, formats, context)
@@ -312,7 +379,9 @@ class Quantize(Pass):
         writer.activations(placement, ends)
         for layer in own:
             writer.layer(layer, stored[layer.weight.name])
-        context.note(f"{len(own)} layers multiply integers; ranges of {len(ends)} values")
+        for layer in tied:
+            writer.layer(layer, Form(Grid(self.table_bits), layer.columns).rounded(rows_of(layer)))
+        context.note(f"{len(own) + len(tied)} layers multiply integers; ranges of {len(ends)} values")
         return writer
 
     def _ends(self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]) -> dict[Value, Ends]:
@@ -352,13 +421,18 @@ def _importance(value: Value, layers: Sequence[Layer]) -> tuple[int, torch.Tenso
     return (1 if own[0].node.op == "conv" else -1), total
 
 
+def _bytes(found: Mapping[str, Terms]) -> int:
+    return int(sum(terms.bits for terms in found.values()) / 8)
+
+
 def _count(layer: Layer) -> int:
     return layer.blocks * layer.outputs * layer.columns
 
 
-def _saved(table: Parameter) -> int:
-    """Bytes that a table of vectors loses in 8 bits: it has a scale for each vector."""
-    return int(table.tensor.detach().nbytes - table.tensor.numel() - 4 * len(table.tensor))
+def _saved(table: Table, bits: int) -> int:
+    """Bytes that a table of vectors loses in so few bits: it has a scale for each vector."""
+    data = table.parameter.tensor.detach()
+    return int(data.nbytes - data.numel() * bits / 8 - 4 * len(data))
 
 
 def _group(layer: Layer, wanted: int | None) -> int:

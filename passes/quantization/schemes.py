@@ -18,6 +18,10 @@ from regauge.passes.quantization.grid import Form, Grid, Ternary
 from regauge.passes.quantization.signs import OneBit
 from regauge.passes.quantization.targets import Target
 
+SchemeName: TypeAlias = Literal[
+    "w8a8", "w8", "w4", "w3", "w2", "mixed", "ternary", "fp8", "e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz", "pow2", "bfp",
+    "codebook", "onebit", "bitstack",
+]  # fmt: skip
 Statistic: TypeAlias = Literal["least", "mean", "median"]
 Per: TypeAlias = Literal["tensor", "row", "group"]
 
@@ -41,14 +45,15 @@ class Wanted:
 class Scheme:
     """``bits`` of weights where nothing else is said; ``activations``: whether what layers read is quantized, too.
 
-    ``takes`` are the options of the pass that say how weights are stored. ``kind`` is what a runtime must have kernels
-    for, ``integers`` or something else (:class:`regauge.passes.quantization.targets.Target`). ``grouped``: whether
-    neighbouring inputs share a scale where nothing is said, and not whole rows. ``numbers``: the grid of weights and
-    activations in place of the target's integers. ``mixed``: whether each layer's bits are chosen.
+    ``make`` gives the format of a weight, None where weights are stored together. ``takes`` are the options of the pass
+    that say how weights are stored. ``kind`` is what a runtime must have kernels for, ``integers`` or something else
+    (:class:`regauge.passes.quantization.targets.Target`). ``grouped``: whether neighbouring inputs share a scale where
+    nothing is said, and not whole rows. ``numbers``: the grid of weights and activations in place of the target's
+    integers. ``mixed``: whether each layer's bits are chosen.
     """
 
     bits: int
-    make: Callable[[Wanted], Format]
+    make: Callable[[Wanted], Format] | None
     takes: tuple[str, ...] = ()
     activations: bool = False
     kind: str = "integers"
@@ -94,7 +99,7 @@ def _signs(wanted: Wanted) -> Format:
 
 _OF_INTEGERS = ("per", "group", "symmetric", "packed")
 
-SCHEMES: Mapping[str, Scheme] = {
+SCHEMES: Mapping[SchemeName, Scheme] = {
     "w8a8": Scheme(8, integers, activations=True),
     "w8": Scheme(8, integers, _OF_INTEGERS),
     "w4": Scheme(4, integers, _OF_INTEGERS),
@@ -110,5 +115,6 @@ SCHEMES: Mapping[str, Scheme] = {
     "pow2": Scheme(4, _powers, ("per", "group", "bits"), kind="powers of two", grouped=False),
     "codebook": Scheme(4, _tables, ("per", "group", "bits", "permute"), kind="codebooks", grouped=False),
     "onebit": Scheme(1, _signs, kind="signs", grouped=False),
+    "bitstack": Scheme(8, None, ("bytes", "stack", "rank"), kind="stacks", grouped=False),
     "bfp": Scheme(4, _blocks, ("per", "group", "bits", "packed")),
 }

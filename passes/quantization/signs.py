@@ -2,7 +2,7 @@
 
     w ~ sign(w) * (a b')        y = ((x b) sign(w)') a        OneBit (Xu et al. 2024), SVID
 
-SVID is sign-value-independent decomposition. a [rows] and b [columns] are the greatest singular pair of |w|, which has
+SVID is sign-value-independent decomposition: a [rows] and b [columns] are the greatest singular pair of |w|, which has
 no negative entry. On data signs make up for one another column by column, and in turns with them a and b are those of
 least squares: without the training that OneBit follows up with. Both vectors are stored in half precision.
 """

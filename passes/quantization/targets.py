@@ -110,7 +110,7 @@ TARGETS: Mapping[str, Target] = {
             depthwise=True,
             zeros=False,
             blocks_alone=False,
-            kinds=("integers", "float8", "powers of two", "codebooks", "signs"),
+            kinds=("integers", "float8", "powers of two", "codebooks", "signs", "stacks"),
         ),
     )
 }

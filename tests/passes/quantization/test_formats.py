@@ -10,32 +10,15 @@ import torch
 from torch import nn
 
 import regauge
+from format_network import decibels, network, share
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph
 from regauge.passes.calibration.quadratic import Quadratic
 from regauge.passes.quantization.codebooks import Tables
 from regauge.passes.quantization.float_grids import Float8, Powers
 from regauge.passes.quantization.grid import Form, Grid, Ternary
 from regauge.passes.quantization.signs import OneBit
-
-WIDTH = 40  # no multiple of what a byte holds of trits
-
-
-def network() -> tuple[Graph, list[tuple[torch.Tensor]]]:
-    """Two linear layers and a convolution, on channels of unlike sizes."""
-    front = nn.Conv1d(6, WIDTH, 3), nn.ReLU(), nn.Flatten(1)
-    model = nn.Sequential(*front, nn.Linear(4 * WIDTH, 256), nn.ReLU(), nn.Linear(256, 128))
-    sizes = torch.linspace(0.3, 2.0, 6)[:, None]
-    batches = [(torch.randn(128, 6, 6) * sizes,) for _ in range(4)]
-    return regauge.capture(model.eval(), batches[0], dynamic={0: {0: "batch"}}), batches
-
-
-def decibels(graph: Graph, other: Graph) -> float:
-    x = torch.randn(64, 6, 6) * torch.linspace(0.3, 2.0, 6)[:, None]
-    (a,), (b,) = graph.run((x,)), other.run((x,))
-    return float(10 * torch.log10(a.square().sum() / (a - b).square().sum()))
 
 
 def stored(scheme: str, tmp_path: Path, *, data: bool = True) -> tuple[float, float, float]:
@@ -63,10 +46,6 @@ def problem(rows: int = 24, columns: int = 64) -> Quadratic:
     zero = torch.zeros(columns, dtype=torch.float64)
     weight = torch.randn(rows, columns, dtype=torch.float64)
     return Quadratic(hessian, weight, zero, torch.zeros(rows, dtype=torch.float64))
-
-
-def share(weight: torch.Tensor, values: torch.Tensor) -> float:
-    return float((values - weight).square().sum() / weight.square().sum())
 
 
 def test_ternary_scales_are_those_of_bitnet() -> None:
@@ -259,3 +238,35 @@ def test_signs_in_a_file(tmp_path: Path) -> None:
     """y = ((x b) s') a: a bit for each weight."""
     gained, size, in_file = stored("onebit", tmp_path)
     assert gained > 4 and size < 0.06 and in_file < 0.06
+
+
+@pytest.mark.parametrize(
+    "scheme", ["onebit", "pow2", "codebook,bits=2", "w4,packed=true,symmetric=true", "ternary,per=row,packed=true"]
+)
+def test_what_is_packed_is_cut_by_bytes(scheme: str) -> None:
+    """Outputs go one by one, inputs as many at a time as share a byte; where none divides them they stay."""
+    graph, batches = network()
+    small = regauge.optimize(graph, f"quantize{{scheme={scheme},target=reference}}", data=batches)
+    cut = regauge.optimize(small, "prune{ratio=0.5,compensate=false}")
+    assert cut.run((torch.randn(4, 6, 6),))[0].isfinite().all()
+    assert figures(cut).bytes < 0.6 * figures(small).bytes
+
+
+def test_simplify_leaves_what_is_stored_small() -> None:
+    graph, batches = network()
+    small = regauge.optimize(graph, "quantize{scheme=onebit,target=reference}", data=batches)
+    assert figures(regauge.optimize(small, "simplify")).bytes == figures(small).bytes
+
+
+@pytest.mark.parametrize("scheme", ["onebit", "ternary,packed=true", "codebook,bits=2,group=8", "pow2,group=16", "fp8"])
+def test_formats_in_a_file_that_was_loaded(scheme: str, tmp_path: Path) -> None:
+    """Written by the records, in the opset that the file has, and read back."""
+    graph, batches = network()
+    loaded = regauge.load(graph.to_onnx(tmp_path / "float.onnx"))
+    small = regauge.optimize(loaded, f"quantize{{scheme={scheme},target=reference}}", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")
+    x = torch.randn(5, 6, 6)
+    (wanted,) = small.run((x,))
+    (found,) = Session(tmp_path / "small.onnx", optimisation="off").run({small.inputs[0].name: x})
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(regauge.load(tmp_path / "small.onnx").run((x,))[0], wanted, atol=1e-5)
