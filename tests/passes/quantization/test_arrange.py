@@ -8,7 +8,7 @@ from torch import nn
 import regauge
 from random_networks import networks
 from regauge.ir.graph import Graph
-from regauge.passes.quantization.grid import Grid, rounded
+from regauge.passes.quantization.grid import Form, Grid
 from rounded_networks import relative
 
 
@@ -28,7 +28,7 @@ def hidden() -> tuple[Graph, torch.Tensor]:
 def error_in_groups(graph: Graph) -> float:
     """Of the last layer's weight in 3 bits, with a scale for each 8 columns: noise over signal."""
     weight = graph.parameters["4.weight"].tensor.double()
-    apart = rounded(weight, Grid(3), 8).values - weight
+    apart = Form(Grid(3), 8).rounded(weight).values - weight
     return float((apart / weight.abs().mean(0)).square().mean())
 
 
