@@ -149,14 +149,15 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     Each code is cut into parts of 8, 4, 2 or 1 bits (three bits: the lower two, then the upper
     one). Parts of one width lie together, the first of them in the lowest bits of a byte.
     """
-    codes, shift, start = torch.zeros_like(packed[:, :1]).expand(-1, count), 0, 0
+    codes, place, start = packed.new_zeros(()), 1, 0
     for width in (8, 4, 2, 1):
         if bits & width:
             size = -(-count * width // 8)
             part = packed[:, start : start + size, None]
-            part = torch.cat([(part >> at) & (2**width - 1) for at in range(0, 8, width)], 2)
-            codes = codes | part.flatten(1)[:, :count] << shift
-            shift, start = shift + width, start + size
+            # Divided, not shifted: torch's ONNX exporter shifts bytes as signed numbers.
+            part = torch.cat([part // 2**at & 2**width - 1 for at in range(0, 8, width)], 2)
+            codes = codes + place * part.flatten(1)[:, :count]
+            place, start = place << width, start + size
     return codes
 
 
@@ -252,10 +253,11 @@ class QLinearWeightFast(QLinearWeight):
         fits = self.in_features // groups in (32, 64, 128, 256) and outputs % 16 == 0
         if self.bits > 4 or not fits or not hasattr(torch, "_weight_int4pack_mm_for_cpu"):
             return None
-        codes = unpack(self.weight, self.bits, self.in_features).to(torch.int32)
-        scales = torch.stack([self.scale, (8 - self.zeros()) * self.scale], 2)
-        scales = scales.transpose(0, 1).to(torch.bfloat16).contiguous()
-        return torch._convert_weight_to_int4pack_for_cpu(codes, 1), scales
+        middle = 2 ** (self.bits - 1)  # of the codes: shifts are small beside it, and lose little
+        codes = unpack(self.weight, self.bits, self.in_features).int() + (8 - middle)
+        scale = self.scale.to(torch.bfloat16)
+        scales = torch.stack([scale, scale * (middle - self.zeros())], 2).to(torch.bfloat16)
+        return torch._convert_weight_to_int4pack_for_cpu(codes, 1), scales.transpose(0, 1).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "laid_out"}

@@ -20,7 +20,7 @@ from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.grid import Coded, Grid, rounded
-from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
+from regauge.passes.quantization.placement import Placement, find_tables, misfit_of_blocks, misfit_of_products, place
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
 from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
@@ -57,7 +57,9 @@ class Quantize(Pass):
     scheme: Literal["w8a8", "w8", "w4", "w3", "w2"] = option("w8a8", "bits of weights, and of activations")
     group: int | None = option(None, "neighbouring inputs that share a scale", at_least=2)
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
-    target: Literal["ort-x86", "reference"] = option("ort-x86", "the runtime that it is written for")
+    target: Literal["ort-x86", "torch-cpu", "torch-cuda", "reference"] = option(
+        "ort-x86", "the runtime that it is written for"
+    )
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
     method: Method | None = option(
         None, "how weights are rounded: nearest, or on data by columns (GPTQ) or descent, for 8 bits and for fewer"
@@ -122,7 +124,9 @@ class Quantize(Pass):
         target = TARGETS[self.target]
 
         def against(layer: Layer) -> str | None:
-            return misfit(layer, target) if self._activations else misfit_of_blocks(layer, target, self._block)
+            if self._activations:
+                return misfit_of_products(layer, target)
+            return misfit_of_blocks(layer, target, self._block)
 
         tables = {table for _, table in self._tables(graph)}
         return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=tables)
