@@ -3,6 +3,7 @@
     q = quantize(x, s, z); y = linear(dequantize(q, s, z), dequantize(w, t), b)     QLinear(in, out), of x
     conv of the same                                                                 QConv2d(in, out, kernel)
     y = matmul(x, dequantize(w, t, z, block_size=32, bits=4)) + b                    QLinearWeight(in, out, bits=4, ...)
+    conv of the same                                                                 QConvWeight(in, out, kernel, ...)
 
 On a copy of the graph. The layer is a node ``linear`` or ``conv`` of x and the integers, which says in its metadata
 what it is; its other tensors are found by their names, below the path of the layer. See torch_quantized.py for them.
@@ -10,6 +11,7 @@ what it is; its other tensors are found by their names, below the path of the la
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +85,7 @@ def _codes(node: Node) -> Codes | None:
         return None
     q, scale, zero = (*source.inputs, None)[:3]
     turned = node.op == "matmul"
-    if not isinstance(q, Parameter) or len(q.uses) != 1 or q.rank != (4 if node.op == "conv" else 2):
+    if not isinstance(q, Parameter) or len(q.uses) != 1 or (q.rank > 2) != (node.op == "conv") or q.rank < 2:
         return None
     if q.dtype not in (torch.int8, torch.uint8) or not isinstance(scale, Parameter):
         return None
@@ -156,14 +158,11 @@ def _lowered(build: Builder, node: Node, weight: Codes) -> Home | None:
     if ends is None:
         return None
     bias, last = ends
-    if read is not None and weight.plain:
-        found = _on_integers(node, weight, read, bias)
-    else:
-        fast = str(build.graph.metadata.get(PLANNED_FOR, "")).startswith("torch")
-        found = None if node.op == "conv" else _weight_alone(weight, bias, fast)
-        read = None
+    found = _on_integers(node, weight, read, bias) if read is not None and weight.plain else None
     if found is None:
-        return None
+        read = None
+        fast = str(build.graph.metadata.get(PLANNED_FOR, "")).startswith("torch")
+        found = _weight_alone(node, weight, bias, fast)
     text, parts = found
     home, old = Home(weight.parameter.name, text), last.output
     with build.at(node):
@@ -224,23 +223,30 @@ def _own_bias(bias: Parameter | torch.Tensor | None) -> Parts:
     return {} if bias is None else {"bias": (bias, "parameter")}
 
 
-def _weight_alone(weight: Codes, bias: Parameter | torch.Tensor | None, fast: bool) -> tuple[str, Parts]:
-    (outputs, groups), bits = weight.scale.shape, weight.bits
-    inputs = int(weight.parameter.shape[1 - int(weight.turned)])
+def _weight_alone(node: Node, weight: Codes, bias: Parameter | torch.Tensor | None, fast: bool) -> tuple[str, Parts]:
+    (outputs, groups), bits, shape = weight.scale.shape, weight.bits, weight.parameter.weight.shape
+    inputs = math.prod(shape) // outputs
     low = 1 << bits - 1 if weight.parameter.dtype == torch.int8 else 0  # codes are stored from 0 on
 
     def laid_out() -> torch.Tensor:
-        return pack((weight.load().to(torch.int16) + low).to(torch.uint8), bits)
+        return pack((weight.load().flatten(1).to(torch.int16) + low).to(torch.uint8), bits)
 
     parts: Parts = {
         "weight": (LazyWeight((outputs, packed_size(inputs, bits)), torch.uint8, laid_out), "parameter"),
         "scale": (weight.scale.contiguous(), "parameter"),
     }
-    options = f"bits={bits}" + (f", groups={groups}" if groups > 1 else "")
+    options = "" if bias is not None else ", bias=False"
     zero = weight.zero if weight.zero is not None or low else torch.zeros(outputs, groups)
     if zero is None:
         options += ", zero_points=False"
     else:
         parts["zero_point"] = (pack((zero.to(torch.int16) + low).to(torch.uint8), bits), "buffer")
-    options += ", bias=False" if bias is None else ""
-    return f"QLinearWeight{'Fast' * fast}({inputs}, {outputs}, {options})", parts | _own_bias(bias)
+    if node.op == "conv":
+        ways = [per_axis(node.attributes[name], len(shape) - 2) for name in ("stride", "padding", "dilation")]
+        blocks = int(node.attributes["groups"])
+        given = ", ".join(map(str, (blocks * shape[1], outputs, tuple(shape[2:]), bits, *ways)))
+        text = f"QConvWeight({given}{f', groups={blocks}' if blocks > 1 else ''}{options})"
+    else:
+        in_groups = f", groups={groups}" if groups > 1 else ""
+        text = f"QLinearWeight{'Fast' * fast}({inputs}, {outputs}, bits={bits}{in_groups}{options})"
+    return text, parts | _own_bias(bias)

@@ -7,6 +7,7 @@ long. The kernels for weights of 4 and 8 bits are worth it in bfloat16 only.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -198,10 +199,12 @@ class QLinearWeight(nn.Module):
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
         """With the weight in floating point, made anew for each call."""
+        return F.linear(x, self.dense().to(x.dtype), self.bias)
+
+    def dense(self) -> torch.Tensor:
         codes = unpack(self.weight, self.bits, self.in_features).to(self.scale.dtype)
         grouped = codes.reshape(*self.scale.shape, -1) - self.zeros()[..., None]
-        weight = (grouped * self.scale[..., None]).flatten(1)
-        return F.linear(x, weight.to(x.dtype), self.bias)
+        return (grouped * self.scale[..., None]).flatten(1)
 
     def zeros(self) -> torch.Tensor:
         """The codes of zero [out_features, groups], or one for all."""
@@ -261,3 +264,30 @@ class QLinearWeightFast(QLinearWeight):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "laid_out"}
+
+
+class QConvWeight(QLinearWeight):
+    """A convolution whose weight is stored in few bits, that of an output as a row of QLinearWeight."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, ...],
+        bits: int,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int = 1,
+        bias: bool = True,
+        zero_points: bool = True,
+    ) -> None:
+        self.shape = (out_channels, in_channels // groups, *kernel_size)
+        columns = math.prod(self.shape[1:])
+        super().__init__(columns, out_channels, bits, bias=bias, zero_points=zero_points)
+        self.convolution = (F.conv1d, F.conv2d, F.conv3d)[len(kernel_size) - 1]
+        self.options = (stride, padding, dilation, groups)
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.dense().reshape(self.shape).to(x.dtype)
+        return self.convolution(x, weight, self.bias, *self.options)

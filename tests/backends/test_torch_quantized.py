@@ -13,6 +13,7 @@ from torch import nn
 import regauge
 from regauge.backends import torch_quantized as layers
 from regauge.backends.torch_packing import pack
+from regauge.ir.cost import figures
 
 torch.manual_seed(0)
 
@@ -37,10 +38,6 @@ def quantized(options: str):
     data = [(torch.randn(16, 3, 12, 12),)]
     graph = regauge.capture(Net().eval(), data[0], dynamic={0: {0: "batch"}})
     return regauge.optimize(graph, f"quantize{{{options}}}", data=data)
-
-
-def size(graph) -> int:
-    return sum(t.numel() * t.element_size() for t in graph.to_torch().state_dict().values())
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -100,7 +97,7 @@ def test_a_module_computes_what_its_graph_does(options: str, target: str) -> Non
     graph = quantized(f"scheme={options},target={target}")
     module, x = graph.to_torch(), torch.randn(5, 3, 12, 12)
     names = [type(child).__name__ for child in module.children()]
-    assert sum(name.startswith("Q") for name in names) == (4 if options == "w8a8" else 2)
+    assert sum(name.startswith("Q") for name in names) == 4
     assert ("QLinearWeightFast" in names) == (target == "torch-cpu" and options != "w8a8")
     with torch.no_grad():
         found, wanted = module(x), graph.run((x,))[0]
@@ -140,3 +137,14 @@ def test_a_module_can_be_exported_to_onnx(options: str, tmp_path) -> None:
     found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
     with torch.no_grad():
         torch.testing.assert_close(found, module(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("options", ["w8", "w4", "w3", "w2"])
+def test_a_module_is_as_small_as_is_said(options: str, tmp_path) -> None:
+    """Codes and zero points are packed; what is left of the last byte of each of the 122 rows is not counted."""
+    graph = quantized(f"scheme={options},target=reference")
+    said = figures(graph).bytes
+    found = sum(t.numel() * t.element_size() for t in graph.to_torch().state_dict().values())
+    assert said <= found <= said + 122
+    written = graph.write(tmp_path / "model") / "model.safetensors"
+    assert written.stat().st_size < found + 4096
