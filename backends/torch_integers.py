@@ -4,6 +4,7 @@
     conv of the same                                                                 QConv2d(in, out, kernel)
     y = matmul(x, dequantize(w, t, z, block_size=32, bits=4)) + b                    QLinearWeight(in, out, bits=4, ...)
     conv of the same                                                                 QConvWeight(in, out, kernel, ...)
+    q, s = quantize_rows(x); y = matmul(q * s, dequantize(w, t)) + b                 QLinearDynamic(in, out)
 
 On a copy of the graph. The layer is a node ``linear`` or ``conv`` of x and the integers, which says in its metadata
 what it is; its other tensors are found by their names, below the path of the layer. See torch_quantized.py for them.
@@ -55,9 +56,9 @@ class Input:
     """What a layer reads before it is rounded."""
 
     value: Value
-    scale: torch.Tensor
-    zero: torch.Tensor
-    moved: list[Node]  # reshapes of the codes, the last one first
+    scale: torch.Tensor | None = None  # None: each row has its own
+    zero: torch.Tensor = torch.zeros((), dtype=torch.int32)
+    moved: tuple[Node, ...] = ()  # reshapes of the codes, the last one first
 
 
 def as_integer_layers(graph: Graph) -> tuple[Graph, list[Home]]:
@@ -110,6 +111,8 @@ def _codes(node: Node) -> Codes | None:
 def _input(node: Node) -> Input | None:
     """The input of a layer, if it is quantized to 8 bits; codes may have been moved since."""
     back = node.inputs[0].producer if isinstance(node.inputs[0], Value) else None
+    if back is not None and back.op == "mul" and node.op != "conv":
+        return _rows(back)
     if back is None or back.op != "dequantize" or back.attributes["bits"]:
         return None
     moved, codes = [], back.inputs[0]
@@ -129,7 +132,17 @@ def _input(node: Node) -> Input | None:
         return None
     signed = torch.zeros((), dtype=torch.int32) if zero is None else zero.tensor.detach().to(torch.int32).reshape(())
     signed = signed - (128 if dtype == torch.uint8 else 0)
-    return Input(x, scale.tensor.detach().reshape(()), signed, moved)
+    return Input(x, scale.tensor.detach().reshape(()), signed, tuple(moved))
+
+
+def _rows(back: Node) -> Input | None:
+    """What is rounded row by row, where ``back`` multiplies the codes by their scales."""
+    cast, scale = (operand.producer if isinstance(operand, Value) else None for operand in back.inputs)
+    codes = cast.inputs[0] if cast is not None and cast.op == "cast" else None
+    if scale is None or scale.op != "quantize_rows" or codes is not scale.outputs[0]:
+        return None
+    x = scale.inputs[0]
+    return Input(x) if back.inputs[1] is scale.outputs[1] and isinstance(x, Value) else None
 
 
 def _bias(graph: Graph, node: Node) -> tuple[Parameter | torch.Tensor | None, Node] | None:
@@ -158,7 +171,9 @@ def _lowered(build: Builder, node: Node, weight: Codes) -> Home | None:
     if ends is None:
         return None
     bias, last = ends
-    found = _on_integers(node, weight, read, bias) if read is not None and weight.plain else None
+    found = None
+    if read is not None and weight.plain:
+        found = _by_rows(weight, bias) if read.scale is None else _on_integers(node, weight, read, bias)
     if found is None:
         read = None
         fast = str(build.graph.metadata.get(PLANNED_FOR, "")).startswith("torch")
@@ -186,9 +201,21 @@ def _moved(build: Builder, read: Input) -> Value:
     return x
 
 
+def _by_rows(weight: Codes, bias: Parameter | torch.Tensor | None) -> tuple[str, Parts] | None:
+    outputs, inputs = weight.load().shape
+    if inputs * 2**14 >= 2**31:  # a sum of products in 32 bits
+        return None
+    parts: Parts = {
+        "weight": (LazyWeight((outputs, inputs), torch.int8, lambda: weight.load().contiguous()), "parameter"),
+        "scale": (weight.scale[:, 0].contiguous(), "buffer"),
+    }
+    return f"QLinearDynamic({inputs}, {outputs}{', bias=False' if bias is None else ''})", parts | _own_bias(bias)
+
+
 def _on_integers(
     node: Node, weight: Codes, read: Input, bias: Parameter | torch.Tensor | None
 ) -> tuple[str, Parts] | None:
+    assert read.scale is not None
     codes = weight.load()
     scale = (read.scale.double() * weight.scale[:, 0].double()).float()
     sums = codes.flatten(1).sum(1, dtype=torch.int64)

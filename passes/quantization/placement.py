@@ -48,11 +48,16 @@ def misfit(layer: Layer, target: Target) -> str | None:
     return None
 
 
-def misfit_of_products(layer: Layer, target: Target) -> str | None:
-    """Why a layer does not multiply integers for a target; None where it does."""
+def misfit_of_products(layer: Layer, target: Target, *, dynamic: bool = False) -> str | None:
+    """Why a layer does not multiply integers for a target; None where it does.
+
+    ``dynamic`` says that its input is rounded by ranges that are found when it runs.
+    """
     reason = misfit(layer, target)
     if reason:
         return reason
+    if dynamic and layer.node.op == "conv":
+        return "windows of a convolution share entries, and so no range of their own: activations=static"
     if target.windows and layer.node.op == "conv":
         gaps = any(step != 1 for step in per_axis(layer.node.attributes["dilation"], layer.weight.rank - 2))
         if layer.weight.rank != 4 or layer.blocks > 1 or gaps:

@@ -47,8 +47,10 @@ class Quantize(Pass):
     w8a8    y = linear(back(quantize(x)), back(w'), b')  w': i8[64,128], a scale for each output
     w4      y = linear(x, back(w'), b)                   w': 4 bits, a scale for each 32 inputs of an output
 
+    Ranges of activations are found on data, or with activations=dynamic at every run, for each row (a token) its own.
     The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
-    those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte.
+    those of 2 below opset 25; weights alone need opset 21 there. In a torch module they are
+    packed, those of 3 bits too.
     """
 
     name: ClassVar[str] = "quantize"
@@ -59,6 +61,9 @@ class Quantize(Pass):
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
     target: Literal["ort-x86", "torch-cpu", "torch-cuda", "reference"] = option(
         "ort-x86", "the runtime that it is written for"
+    )
+    activations: Literal["static", "dynamic"] = option(
+        "static", "ranges of activations from data, or found at every run"
     )
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
     method: Method | None = option(
@@ -75,15 +80,20 @@ class Quantize(Pass):
         super().__post_init__()
         of_weights = [name for name in ("group", "symmetric") if getattr(self, name) is not None]
         of_activations = [name for name in ("calibration", "smoothing") if getattr(self, name) is not None]
-        idle = of_weights if self._activations else of_activations
+        dynamic, known = self.activations == "dynamic", f"scheme={self.scheme}"
+        idle = of_weights if self._multiplies else [*of_activations, *["activations"][: int(dynamic)]]
+        if not idle and dynamic and self.calibration is not None:
+            idle, known = ["calibration"], "activations=dynamic"
         if idle:
-            raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
+            raise PassError(f"quantize: {idle[0]} does nothing with {known}: leave it out")
+        if dynamic and not TARGETS[self.target].rows:
+            raise PassError(f"quantize: {self.target} does not round rows by their own ranges: use activations=static")
         group = self.group or BLOCK
         if TARGETS[self.target].blocks_alone and (group < 16 or group & (group - 1)):
             raise PassError(f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not group={self.group}")
 
     @property
-    def _activations(self) -> bool:
+    def _multiplies(self) -> bool:
         return SCHEMES[self.scheme][1]
 
     @property
@@ -104,7 +114,7 @@ class Quantize(Pass):
             return graph
         if not layers:
             writer = Writer(original.copy(), target, by=self.name)
-        elif self._activations:
+        elif self._multiplies:
             writer = self._with_activations(original, layers, target, context)
         else:
             writer = self._weights_alone(original, layers, target, context)
@@ -124,8 +134,8 @@ class Quantize(Pass):
         target = TARGETS[self.target]
 
         def against(layer: Layer) -> str | None:
-            if self._activations:
-                return misfit_of_products(layer, target)
+            if self._multiplies:
+                return misfit_of_products(layer, target, dynamic=self.activations == "dynamic")
             return misfit_of_blocks(layer, target, self._block)
 
         tables = {table for _, table in self._tables(graph)}
@@ -169,20 +179,26 @@ class Quantize(Pass):
     # -- activations -------------------------------------------------------------------------------------------------
 
     def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
-        batches = calibration_batches(original, context)
-        if self.smoothing != 0:
+        dynamic = self.activations == "dynamic"
+        needless = dynamic and context.data is None and not self.smoothing
+        batches = [] if needless else calibration_batches(original, context)
+        if self.smoothing != 0 and batches:
             self._smooth(original, layers, target, batches, context)
         result = original.copy()
         own = self._layers(result, Counter())
         placement = place(result, own, target)
-        ends = self._ends(result, placement, target, batches)
+        ends = {} if dynamic else self._ends(result, placement, target, batches)
         groups = {layer.weight.name: layer.columns for layer in own}
         coded = self._coded(original, result, own, target.weights, groups, context)
         writer = Writer(result, target, by=self.name)
-        writer.activations(placement, ends)
+        if dynamic:
+            writer.rows(placement)
+        else:
+            writer.activations(placement, ends)
         for layer in own:
             writer.layer(layer, coded[layer.weight.name])
-        context.note(f"{len(own)} layers multiply integers; ranges of {len(ends)} values")
+        ranges = "each row by its own range" if dynamic else f"ranges of {len(ends)} values"
+        context.note(f"{len(own)} layers multiply integers; {ranges}")
         return writer
 
     def _ends(self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]) -> dict[Value, Ends]:

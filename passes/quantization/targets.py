@@ -48,6 +48,7 @@ class Target:
     zeros: bool  # symmetric weights have zero points, too
     blocks_alone: bool  # weights alone are worth it in blocks of 16 or more, a power of two, [inputs, outputs]
     windows: bool = False  # convolutions are products of their windows: of two axes, in one group, without gaps
+    rows: bool = False  # each row may be rounded by its own range, found when it runs
     multiple: int = 1  # inputs and outputs of a product of integers are multiples of this
 
 
@@ -73,6 +74,7 @@ TARGETS: Mapping[str, Target] = {
             depthwise=True,
             zeros=False,
             blocks_alone=False,
+            rows=True,
         ),
         Target(
             name="torch-cpu",
@@ -84,6 +86,7 @@ TARGETS: Mapping[str, Target] = {
             zeros=False,
             blocks_alone=False,
             windows=True,
+            rows=True,
         ),
         Target(
             name="torch-cuda",
@@ -95,6 +98,7 @@ TARGETS: Mapping[str, Target] = {
             zeros=False,
             blocks_alone=False,
             windows=True,
+            rows=True,
             multiple=8,
         ),
     )
