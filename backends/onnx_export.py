@@ -30,7 +30,7 @@ def exported_model(graph: Graph) -> onnx_ir.Model:
     """The graph as an ONNX model, by way of ``to_torch`` and ``torch.onnx.export``; raises EmitError when it fails."""
     from regauge.backends.to_torch import to_torch
 
-    module = to_torch(graph)
+    module = to_torch(graph, integers=False)
     described = graph.metadata.get("torch") or {}
     module.train(bool(described.get("training", False)))
     inputs = sample_inputs(graph)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.ops.windows import per_axis
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.name_patterns import matches
 from regauge.passes.quantization.ranges import Ends
@@ -56,6 +57,25 @@ def misfit(layer: Layer, target: Target) -> str | None:
         return "it is a batch of matrices"
     if not target.depthwise and is_depthwise(layer):
         return "depthwise convolutions are slower with integers"
+    return None
+
+
+def misfit_of_products(layer: Layer, target: Target, *, dynamic: bool = False) -> str | None:
+    """Why a layer does not multiply integers for a target; None where it does.
+
+    ``dynamic`` says that its input is rounded by ranges that are found when it runs.
+    """
+    reason = misfit(layer, target)
+    if reason:
+        return reason
+    if dynamic and layer.node.op == "conv":
+        return "windows of a convolution share entries, and so no range of their own: activations=static"
+    if target.windows and layer.node.op == "conv":
+        gaps = any(step != 1 for step in per_axis(layer.node.attributes["dilation"], layer.weight.rank - 2))
+        if layer.weight.rank != 4 or layer.blocks > 1 or gaps:
+            return f"{target.name} has no such convolution of integers"
+    if layer.columns % target.multiple or layer.outputs % target.multiple:
+        return f"its sizes are no multiples of {target.multiple}: {target.name} has no product of integers for them"
     return None
 
 

@@ -58,6 +58,14 @@ class Writer:
             assert isinstance(addend, Value)
             set_input(node, slot, self._plain[addend], self.graph)
 
+    def rows(self, placement: Placement) -> None:
+        """Quantize each row of what layers read by its own range; layers are pointed at them by :meth:`layer`."""
+        self._inputs = {layer.node: x for layer in placement.layers if isinstance(x := layer.node.inputs[0], Value)}
+        for value in placement.fed:
+            with self._behind(value):
+                q, scale = self.build.quantize_rows(value, name=f"{value.name}_quantized")
+                self._plain[value] = self.build.mul(self.build.cast(q, dtype=value.dtype), scale)
+
     def _scale(self, value: Value, ends: Ends) -> tuple[Parameter, Parameter | None]:
         grid = self.target.activations
         scale, zero = grid.span(*(torch.tensor(end, dtype=torch.float64) for end in ends))

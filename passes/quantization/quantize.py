@@ -33,8 +33,8 @@ from regauge.passes.quantization.placement import (
     Placement,
     Table,
     find_tables,
-    misfit,
     misfit_of_blocks,
+    misfit_of_products,
     misfit_of_table,
     place,
 )
@@ -65,8 +65,9 @@ class Quantize(Pass):
     mixed   y = linear(x, back(w'), b)                   w': of each layer the bits that are best, or float
     onebit  y = linear(x * v, signs(w')) * u + b         w': u8[64,16], eight signs to a byte
 
+    Ranges of activations are found on data, or with activations=dynamic at every run, for each row (a token) its own.
     The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
-    those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte unless they are packed.
+    those of 2 below opset 25; weights alone need opset 21 there. In a torch module they are packed.
     Of activations in floats of 8 bits onnxruntime makes what it does not run unless its optimisations are off.
 
     With scheme=mixed each layer gets the bits that lose least within ``bytes`` of the whole graph's weights (3 bits
@@ -105,8 +106,11 @@ class Quantize(Pass):
     stack: str | None = option(None, "of bitstack: the file its terms are read from, or written to where there is none")
     rank: int | None = option(None, "of bitstack's magnitudes, at most 16 by size if not given", at_least=1)
     packed: bool = option(False, "codes share bytes in torch too, ternary ones five a byte; unpacked at every run")
-    target: Literal["ort-x86", "ort-x86-avx2", "ort-arm", "tensorrt", "reference"] = option(
+    target: Literal["ort-x86", "ort-x86-avx2", "ort-arm", "tensorrt", "torch-cpu", "torch-cuda", "reference"] = option(
         "ort-x86", "the runtime that it is written for"
+    )
+    activations: Literal["static", "dynamic"] = option(
+        "static", "ranges of activations from data, or found at every run"
     )
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
     method: Method | None = option(
@@ -131,6 +135,7 @@ class Quantize(Pass):
         idle += [name for name in ("symmetric", "smoothing") if getattr(self, name) is not None and name not in taken]
         if idle:
             raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
+        self._check_activations()
         if scheme.kind not in target.kinds:
             raise PassError(
                 f"quantize: no kernel of {self.target} reads {scheme.kind}, which it would convert at every run: "
@@ -159,6 +164,16 @@ class Quantize(Pass):
             raise PassError(f"quantize: weights have no zero points for {self.target}: leave symmetric=false out")
         if self.gate != "off" and not target.machines:
             raise PassError(f"quantize: {self.target} cannot be run here, so gate={self.gate} has nothing to measure")
+
+    def _check_activations(self) -> None:
+        if self.activations == "static":
+            return
+        if not self._scheme.activations:
+            raise PassError(f"quantize: activations does nothing with scheme={self.scheme}: leave it out")
+        if self.calibration is not None:
+            raise PassError("quantize: calibration does nothing with activations=dynamic: leave it out")
+        if not TARGETS[self.target].rows:
+            raise PassError(f"quantize: {self.target} does not round rows by their own ranges: use activations=static")
 
     def _check_bits(self) -> None:
         bounds = [name for name in ("bytes", "accuracy") if getattr(self, name) is not None]
@@ -237,7 +252,9 @@ class Quantize(Pass):
         def against(layer: Layer) -> str | None:
             if self._scheme.kind == "stacks" and layer.blocks > 1:
                 return "a weight of several blocks has no stack of terms"
-            return misfit(layer, target) if self._scheme.activations else misfit_of_blocks(layer, target, self._block)
+            if self._scheme.activations:
+                return misfit_of_products(layer, target, dynamic=self.activations == "dynamic")
+            return misfit_of_blocks(layer, target, self._block)
 
         tables = (
             {table.parameter for table in find_tables(graph, self.include, self.exclude)} if self.embeddings else ()
@@ -364,24 +381,30 @@ class Quantize(Pass):
     # -- activations -------------------------------------------------------------------------------------------------
 
     def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
-        batches = calibration_batches(original, context)
-        if self.smoothing != 0 and self._scheme.numbers is None:
+        dynamic = self.activations == "dynamic"
+        needless = dynamic and context.data is None and not self.smoothing
+        batches = [] if needless else calibration_batches(original, context)
+        if self.smoothing != 0 and self._scheme.numbers is None and batches:
             apart = {layer.node.inputs[0] for layer in self._tied(original)}
             free = [layer for layer in layers if layer.node.inputs[0] not in apart]
             self._smooth(original, free, target, batches, context)
         result = original.copy()
         own, tied = self._layers(result, Counter()), self._tied(result)
         placement = place(result, [*own, *tied], target)
-        ends = self._ends(result, placement, target, batches)
+        ends = {} if dynamic else self._ends(result, placement, target, batches)
         formats = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
         stored = self._stored(original, result, own, formats, context)
         writer = Writer(result, target, by=self.name)
-        writer.activations(placement, ends)
+        if dynamic:
+            writer.rows(placement)
+        else:
+            writer.activations(placement, ends)
         for layer in own:
             writer.layer(layer, stored[layer.weight.name])
         for layer in tied:
             writer.layer(layer, Form(Grid(self.table_bits), layer.columns).rounded(rows_of(layer)))
-        context.note(f"{len(own) + len(tied)} layers multiply integers; ranges of {len(ends)} values")
+        ranges = "each row by its own range" if dynamic else f"ranges of {len(ends)} values"
+        context.note(f"{len(own) + len(tied)} layers multiply integers; {ranges}")
         return writer
 
     def _ends(self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]) -> dict[Value, Ends]:

@@ -33,6 +33,21 @@ tensorrt, NVIDIA TensorRT with explicit quantization:
 - a sum behind a convolution becomes part of it where the other addend is quantized, too.
 - Q moves up past what only moves entries, and past joins: all that one of them holds has one scale.
 - norms and softmax stay in float. Weights alone have 4 bits, in blocks along the inputs of a product of matrices.
+
+torch-cpu, emitted modules on x86 processors (torch 2.13; the layers are those of backends/torch_quantized.py):
+- weights are signed and symmetric per output channel: torch._int_mm multiplies them with signed codes, exactly, and a
+  zero point of the activations costs one addition. It is as fast as oneDNN's qlinear_pointwise for wide layers and
+  twice as fast for small ones; that takes a thousand times as long for signed activations.
+- a convolution is such a product of its windows. There are no grouped ones, and none of other than two axes.
+- codes are not handed on from layer to layer: each rounds what it reads.
+- weights alone are worth it in bfloat16, where kernels read 4 bits in groups of 32, 64, 128 or 256 inputs, and 8 bits
+  with a scale for each output; with activations in single precision these kernels are 5 to 100 times slower, so the
+  layers cast. Convolutions have none: they compute in float, on weights that are unpacked at every call.
+- products of float8 are 2 to 50 times slower than those in float.
+
+torch-cuda, emitted modules on NVIDIA GPUs, where nothing was measured yet:
+- torch._int_mm takes more than 16 rows, and inputs and outputs in multiples of 8; layers of other sizes stay in float.
+- a zero point would have to be subtracted from every product all the same: activations are symmetric.
 """
 
 from __future__ import annotations
@@ -64,6 +79,9 @@ class Target:
     apart: bool = False  # behind weights alone a bias in front of an activation, and a ReLU, must not be seen as such
     bits_alone: int = 8  # greatest number of bits of weights alone
     machines: tuple[str, ...] = ()  # processors that it runs on, as ``platform.machine`` calls them
+    windows: bool = False  # convolutions are products of their windows: of two axes, in one group, without gaps
+    rows: bool = False  # each row may be rounded by its own range, found when it runs
+    multiple: int = 1  # inputs and outputs of a product of integers are multiples of this
 
 
 _ORT_X86 = Target(
@@ -111,6 +129,32 @@ TARGETS: Mapping[str, Target] = {
             zeros=False,
             blocks_alone=False,
             kinds=("integers", "float8", "powers of two", "codebooks", "signs", "stacks"),
+            rows=True,
+        ),
+        Target(
+            name="torch-cpu",
+            activations=Grid(8, symmetric=False),
+            weights=Grid(8),
+            flat=False,
+            chains=False,
+            depthwise=False,
+            zeros=False,
+            blocks_alone=False,
+            windows=True,
+            rows=True,
+        ),
+        Target(
+            name="torch-cuda",
+            activations=Grid(8),
+            weights=Grid(8),
+            flat=False,
+            chains=False,
+            depthwise=False,
+            zeros=False,
+            blocks_alone=False,
+            windows=True,
+            rows=True,
+            multiple=8,
         ),
     )
 }

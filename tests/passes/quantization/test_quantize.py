@@ -225,6 +225,9 @@ def test_weights_alone_that_a_runtime_would_convert_stay_in_float(tmp_path: Path
         ("scheme=w4,smoothing=0.5", "smoothing does nothing with scheme=w4"),
         ("scheme=w8,calibration=mse", "calibration does nothing with scheme=w8"),
         ("scheme=w4,group=24", "blocks of 16, 32, 64"),
+        ("scheme=w4,activations=dynamic,target=torch-cpu", "activations does nothing with scheme=w4"),
+        ("activations=dynamic,calibration=mse,target=torch-cpu", "calibration does nothing with activations=dynamic"),
+        ("activations=dynamic", "ort-x86 does not round rows"),
         ("scheme=w4,method=descent", "needs data for method=descent"),
     ],
 )
@@ -242,6 +245,22 @@ def test_what_is_left_is_counted() -> None:
         "conv_transpose has no quantized form yet": 1,
         "depthwise convolutions are slower with integers": 1,
     }
+
+
+def test_what_torch_has_no_product_of_integers_for_stays_in_float() -> None:
+    convolutions = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Unflatten(1, (4, 1)), nn.Conv2d(4, 8, (1, 3), dilation=2))
+    model = nn.Sequential(convolutions, nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 16)).eval()
+    batches = [(torch.randn(8, 4, 12),)]
+    graph = regauge.capture(model, batches[0])
+
+    def left(options: str) -> list[str]:
+        report = regauge.optimize(graph, f"quantize{{{options}}}", data=batches).report
+        return [reason for reason, count in dict(report.passes[0].left).items() for _ in range(count)]
+
+    assert left("target=torch-cpu") == ["torch-cpu has no such convolution of integers"] * 2
+    found = left("target=torch-cuda")
+    assert sum("no multiples of 8" in reason for reason in found) == 2 and len(found) == 4
+    assert sum("share entries" in reason for reason in left("target=torch-cpu,activations=dynamic")) == 2
 
 
 def test_activations_need_data() -> None:
