@@ -13,7 +13,7 @@ import regauge
 from regauge.backends.onnx_audit import kernels_of
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph, Parameter
+from regauge.ir.graph import Graph
 from regauge.passes.calibration.losses import Labelled
 from regauge.passes.calibration.weight_gradients import hessian_traces
 from regauge.passes.quantization.mixed import _by_bisection, stored_bytes
@@ -63,14 +63,8 @@ def error(small: Graph) -> float:
     return float((a - b).square().sum() / a.square().sum())
 
 
-def bytes_in(small: Graph) -> float:
-    """What a graph's weights take, codes and zero points by their bits."""
-    total = float(figures(small).bytes)
-    for node in small.nodes:
-        for part in (node.inputs[0], *node.inputs[2:3]) if node.op == "dequantize" else ():
-            if isinstance(part, Parameter):
-                total -= part.tensor.numel() * (1 - (node.attributes["bits"] or 8) / 8)
-    return total
+def bytes_in(small: Graph) -> int:
+    return figures(small).bytes
 
 
 @cache
