@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import regauge
 from random_networks import networks
 from regauge.ir.edit import Builder
-from regauge.ir.errors import PassError
+from regauge.ir.errors import EmitError, PassError
 from regauge.ir.graph import Graph
 from regauge.ir.sample_inputs import sample_inputs
 from regauge.settings import using
@@ -215,6 +215,26 @@ def test_onnx_files_stay_onnx_files(options: str, tmp_path: Any) -> None:
     scalified(graph, f"scalify{{{options}}}").to_onnx(tmp_path / "b.onnx")  # checked in onnxruntime
     found = regauge.compare(tmp_path / "a.onnx", tmp_path / "b.onnx", [torch.randn(2, 6)])
     assert found.equal({"": 1e-6, "rescale=max": 1e-6, "dtype=float16": 5e-3}.get(options, 0.1))
+
+
+def test_float8_is_refused_where_the_opset_of_a_file_has_none(tmp_path: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU()).eval()
+    torch.onnx.export(model, (torch.randn(2, 6),), tmp_path / "a.onnx", dynamo=False, opset_version=13)
+    result = scalified(regauge.load(tmp_path / "a.onnx"), "scalify{dtype=float8_e4m3}")
+    with pytest.raises(EmitError, match="float8_e4m3fn needs opset 19, and the model has 13"):
+        result.to_onnx(tmp_path / "b.onnx")
+
+
+def test_normalisation_that_is_trained_stays_in_single_precision() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).train()
+    x = torch.randn(4, 3, 6, 6)
+    graph = regauge.capture(model, (x,))
+    result = scalified(graph, "scalify{dtype=float16}")
+    assert relative_error(result.run(x)[0], graph.run(x)[0]) < 2e-3
+    assert {p.name: p.dtype for p in result.parameters.values()} == {
+        p.name: torch.float16 if p.name.startswith("0.") else p.dtype for p in graph.parameters.values()
+    }
 
 
 def test_regions_read_values_as_they_were() -> None:
