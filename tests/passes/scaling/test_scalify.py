@@ -285,3 +285,8 @@ def test_what_is_promised_is_exact_only_where_the_type_stays() -> None:
     graph = multilayer_perceptron(3, 4)
     entries = [scalified(graph, text).report.passes[0] for text in ("scalify", "scalify{dtype=float16}")]
     assert [entry.contract for entry in entries] == ["exact", "approximate"]
+
+
+def test_what_is_computed_as_it_was_is_counted() -> None:
+    graph = multilayer_perceptron(3, 8, 8, 4, norm=True)
+    assert dict(scalified(graph).report.passes[0].left) == {"layer_norm is computed on values as they were": 2}
