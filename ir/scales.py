@@ -91,10 +91,9 @@ class Scales:
 
     def along(self, variable: ScaleVariable) -> list[Dim]:
         """The Dims of its activations along which each index may have a scale of its own."""
-        axes = self.graph.axes
+        self.graph.axes.name_values()
         values = [value for value in variable.values if not isinstance(value, Parameter)] or variable.values
         found = dict.fromkeys(dim for value in values for dim in sorted(self.layouts[value].all_dims, key=_by_name))
-        axes.name_values()
         return [dim for dim in found if Gauge.SCALE in self._gauges.get(dim, Gauge.FIXED)]
 
     @cached_property
