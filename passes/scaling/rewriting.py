@@ -22,6 +22,8 @@ from regauge.passes.scaling.held import WIDE, Held, Holder, Plan
 
 _COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
+_LARGER, _SMALLER = 8, 2  # powers of two by which the data of a weight may leave its norm of 1, or of 1 / sqrt(terms)
+
 
 def fan_in(node: Node, scaling: NodeScaling) -> int:
     """How many products or entries an entry of the result adds up; 1 where it adds none, or sizes do not tell."""
@@ -229,10 +231,12 @@ class Scaler:
         return None
 
     def _wanted(self, node: Node, others: Factor, natural: Factor, shift: int) -> int:
-        """The exponent of a weight such that the result has the scale that it is to have."""
+        """The exponent of a weight such that the result has the scale that it is to have, as far as the data of the
+        weight then stays well inside of a narrow type: what is left is multiplied behind the node."""
         value = node.outputs[0]
         if value in self.plan.points and value in self.plan.measured and others.value is None:
-            return (self.plan.measured[value].exponent(self.plan.norm) or 0) - others.exponent
+            wanted = (self.plan.measured[value].exponent(self.plan.norm) or 0) - others.exponent
+            return min(max(wanted, natural.exponent - _LARGER), natural.exponent + shift + _SMALLER)
         return natural.exponent + shift
 
     def _emitted(self, node: Node, operands: Sequence[Any]) -> Sequence[Value]:

@@ -127,6 +127,18 @@ def test_masks_and_zeros_adopt_the_scale_of_what_they_are_added_to() -> None:
     assert float(found[:, 2:4].abs().max()) == 0
 
 
+def test_weights_stay_in_range_where_results_cancel() -> None:
+    graph = Graph("cancels")
+    build = Builder(graph)
+    x = build.input("x", (4, 2), torch.float32)
+    graph.outputs = [build.linear(x, build.parameter("w", torch.tensor([[1.0, -1.0]])), name="y")]
+    base = torch.randn(4, 1, generator=torch.Generator().manual_seed(0))
+    inputs = torch.cat([base, base * (1 - 2.0**-20)], 1)
+    result = scalified(graph, "scalify{dtype=float16}", [inputs])
+    assert result.parameters["w"].tensor.abs().max() == 256  # and not 2^20, which float16 does not hold
+    assert bool(result.run(inputs)[0].isfinite().all())
+
+
 def test_a_convolutional_network_in_every_type() -> None:
     graph = residual_network(dtype=torch.float32)
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
