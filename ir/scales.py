@@ -82,19 +82,18 @@ class Scales:
     graph: Graph
     variables: list[ScaleVariable]
     _of: dict[Cell, ScaleVariable]
-    _layouts: Mapping[Value, Layout]
+    layouts: Mapping[Value, Layout]
 
     def of(self, value: Value) -> list[ScaleVariable]:
         """The variables of the parts of a value; none for one of integers."""
-        layout = self._layouts.get(value)
+        layout = self.layouts.get(value)
         return [] if layout is None else [self._of[cell] for cell in layout.cells]
 
     def along(self, variable: ScaleVariable) -> list[Dim]:
         """The Dims of its activations along which each index may have a scale of its own."""
-        axes = self.graph.axes
+        self.graph.axes.name_values()
         values = [value for value in variable.values if not isinstance(value, Parameter)] or variable.values
-        found = dict.fromkeys(dim for value in values for dim in sorted(self._layouts[value].all_dims, key=_by_name))
-        axes.name_values()
+        found = dict.fromkeys(dim for value in values for dim in sorted(self.layouts[value].all_dims, key=_by_name))
         return [dim for dim in found if Gauge.SCALE in self._gauges.get(dim, Gauge.FIXED)]
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from regauge.ir.dtypes import widened
 from regauge.passes.calibration.statistics import Collector
 from regauge.passes.scaling.factors import exponent_below
 
@@ -17,14 +18,15 @@ class Magnitudes(Collector):
     """
 
     def add(self, x: torch.Tensor) -> None:
-        sizes = x.detach().abs().double().reshape(-1)
-        sizes = sizes[sizes < _HUGE]
+        sizes = widened(x.detach().abs().reshape(-1))
+        if len(sizes) and not bool(sizes.max() < _HUGE):
+            sizes = sizes[sizes < _HUGE]
         if len(sizes):
-            greatest = sizes.max()
+            greatest = sizes.max().double()
             self.state["greatest"] = torch.maximum(self.state.get("greatest", greatest), greatest)
             self.plus("count", torch.tensor(float(len(sizes)), dtype=torch.float64))
-            self.plus("sum", sizes.sum())
-            self.plus("squares", sizes.square().sum())
+            self.plus("sum", sizes.sum(dtype=torch.float64))
+            self.plus("squares", torch.linalg.vector_norm(sizes, dtype=torch.float64).square())
 
     def norm(self, kind: str) -> float:
         """The norm ``max``, ``l1`` (the mean of the magnitudes) or ``l2`` (the root of the mean square)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -21,10 +22,12 @@ from regauge.passes.scaling.held import WIDE, Held, Holder, Plan
 
 _COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
+_LARGER, _SMALLER = 8, 2  # powers of two by which the data of a weight may leave its norm of 1, or of 1 / sqrt(terms)
+
 
 def fan_in(node: Node, scaling: NodeScaling) -> int:
     """How many products or entries an entry of the result adds up; 1 where it adds none, or sizes do not tell."""
-    if not node.outputs or not (scaling.sums or len(scaling.joints) > 1 and node.operator.macs is not None):
+    if not node.outputs or not (scaling.sums or is_layer(node, scaling)):
         return 1
     results = count(node.outputs[0].shape)
     if scaling.sums:
@@ -39,7 +42,7 @@ def fan_in(node: Node, scaling: NodeScaling) -> int:
 
 def is_layer(node: Node, scaling: NodeScaling) -> bool:
     """Whether a node adds up products of its operands."""
-    return not scaling.sums and fan_in(node, scaling) > 1
+    return len(scaling.joints) > 1 and node.operator.macs is not None
 
 
 def stays_as_it_is(node: Node, scaling: NodeScaling, narrow: torch.dtype | None) -> bool:
@@ -57,10 +60,10 @@ def stays_as_it_is(node: Node, scaling: NodeScaling, narrow: torch.dtype | None)
 
 
 class Scaler:
-    """Rewrites one graph in place."""
+    """Rewrites one graph in place; ``left`` counts the nodes that are computed as they were."""
 
-    def __init__(self, graph: Graph, plan: Plan, *, by: str) -> None:
-        self.graph, self.plan = graph, plan
+    def __init__(self, graph: Graph, plan: Plan, left: Counter[str], *, by: str) -> None:
+        self.graph, self.plan, self.left = graph, plan, left
         self.build = Builder(graph, by=by)
         self.holder = Holder(graph, self.build, plan)
         self.factors = self.holder.factors
@@ -109,6 +112,8 @@ class Scaler:
     # -- nodes that need values as they were -------------------------------------------------------------------------
 
     def _keep(self, node: Node) -> None:
+        if any(is_real(value.dtype) for _, value in node.operands()):
+            self.left[f"{node.op} is computed on values as they were"] += 1
         for slot, value in list(node.operands()):
             self._set(node, slot, self._as_it_was(value), self.graph)
         for region in node.regions:
@@ -226,10 +231,12 @@ class Scaler:
         return None
 
     def _wanted(self, node: Node, others: Factor, natural: Factor, shift: int) -> int:
-        """The exponent of a weight such that the result has the scale that it is to have."""
+        """The exponent of a weight such that the result has the scale that it is to have, as far as the data of the
+        weight then stays well inside of a narrow type: what is left is multiplied behind the node."""
         value = node.outputs[0]
         if value in self.plan.points and value in self.plan.measured and others.value is None:
-            return (self.plan.measured[value].exponent(self.plan.norm) or 0) - others.exponent
+            wanted = (self.plan.measured[value].exponent(self.plan.norm) or 0) - others.exponent
+            return min(max(wanted, natural.exponent - _LARGER), natural.exponent + shift + _SMALLER)
         return natural.exponent + shift
 
     def _emitted(self, node: Node, operands: Sequence[Any]) -> Sequence[Value]:

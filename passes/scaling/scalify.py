@@ -38,8 +38,8 @@ class Scalify(Pass):
     while the type stays as it is. Unlike there, convolutions are scaled as matrix products are, and a root of an odd
     power of two takes a factor of two into the data.
 
-    Where scales are set anew, by ``rescale``, norms are measured on data; without data, or with ``dynamic``, they are
-    taken in every run. In float16 and
+    Where scales are set anew, by ``rescale`` and for float8, norms are measured on data; without data, in training and
+    with ``dynamic`` they are taken in every run. In float16 and
     bfloat16, what scales do not go through (exp, softmax, norms) is computed as it was. With float8, operands of layers
     are rounded to it, as in FP8 mixed precision (Noune et al. 2022; AMAX and CSCALE: Perez et al. 2023): weights are
     stored so, and the rest stays as it is. ``gradients`` makes a module to be trained: weights stay as they are and are
@@ -84,13 +84,13 @@ class Scalify(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()
         plan = self._plan(result, context)
-        Scaler(result, plan, by=self.name).run()
+        Scaler(result, plan, context.left, by=self.name).run()
         return result
 
     def _plan(self, graph: Graph, context: Context) -> Plan:
         narrow = HALVES.get(self.dtype or "")
         float8 = FLOAT8.get(self.dtype or "")
-        on_data = context.data is not None and not self.dynamic
+        on_data = context.data is not None and not self.dynamic and self.gradients is None
         norm = self.rescale or ("l2" if narrow is not None and (on_data or self.dynamic) else None)
         places = list(_places(graph, narrow))
         points = frozenset(self._chosen(places) if norm is not None else ())

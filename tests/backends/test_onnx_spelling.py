@@ -26,12 +26,12 @@ SPELLED = {name: record for name, record in all_operators().items() if record.in
 
 # Calls that ONNX has no words for, at all opsets together: statistics and random numbers of training, indices counted
 # otherwise, windows of different sizes, roundings to decimals, smoothed and area resizing; in older opsets bits,
-# wrapped padding and triangles.
+# float8, wrapped padding and triangles.
 REFUSED = {
     "batch_norm": 8, "dropout": 4, "feature_dropout": 4, "max_pool": 4, "adaptive_max_pool": 8, "adaptive_avg_pool": 8,
     "round": 4, "local_response_norm": 4, "bitwise_and": 4, "bitwise_or": 4, "bitwise_xor": 4, "bitwise_not": 2,
     "scatter_nd": 4, "pad": 2, "tril": 2, "triu": 2, "interpolate": 8,
-    "quantize": 4, "dequantize": 4,
+    "quantize": 4, "dequantize": 4, "fake_cast": 2,
 }  # fmt: skip
 
 

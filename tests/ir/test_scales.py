@@ -33,7 +33,7 @@ def moved(scales: Scales, which: ScaleVariable, amount: float) -> Graph:
                 parameter = result.parameters[cell.value.name]
                 tensor = parameter.tensor.clone()
                 view = tensor
-                for axis, positions in scales._layouts[cell.value].places(cell):
+                for axis, positions in scales.layouts[cell.value].places(cell):
                     view = view.narrow(axis, positions.start, positions.stop - positions.start)
                 view *= amount ** float(power * part_power)
                 set_weight(result, parameter, tensor)

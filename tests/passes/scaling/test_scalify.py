@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import regauge
 from random_networks import networks
 from regauge.ir.edit import Builder
-from regauge.ir.errors import PassError
+from regauge.ir.errors import EmitError, PassError
 from regauge.ir.graph import Graph
 from regauge.ir.sample_inputs import sample_inputs
 from regauge.settings import using
@@ -127,6 +127,18 @@ def test_masks_and_zeros_adopt_the_scale_of_what_they_are_added_to() -> None:
     assert float(found[:, 2:4].abs().max()) == 0
 
 
+def test_weights_stay_in_range_where_results_cancel() -> None:
+    graph = Graph("cancels")
+    build = Builder(graph)
+    x = build.input("x", (4, 2), torch.float32)
+    graph.outputs = [build.linear(x, build.parameter("w", torch.tensor([[1.0, -1.0]])), name="y")]
+    base = torch.randn(4, 1, generator=torch.Generator().manual_seed(0))
+    inputs = torch.cat([base, base * (1 - 2.0**-20)], 1)
+    result = scalified(graph, "scalify{dtype=float16}", [inputs])
+    assert result.parameters["w"].tensor.abs().max() == 256  # and not 2^20, which float16 does not hold
+    assert bool(result.run(inputs)[0].isfinite().all())
+
+
 def test_a_convolutional_network_in_every_type() -> None:
     graph = residual_network(dtype=torch.float32)
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -217,6 +229,26 @@ def test_onnx_files_stay_onnx_files(options: str, tmp_path: Any) -> None:
     assert found.equal({"": 1e-6, "rescale=max": 1e-6, "dtype=float16": 5e-3}.get(options, 0.1))
 
 
+def test_float8_is_refused_where_the_opset_of_a_file_has_none(tmp_path: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU()).eval()
+    torch.onnx.export(model, (torch.randn(2, 6),), tmp_path / "a.onnx", dynamo=False, opset_version=13)
+    result = scalified(regauge.load(tmp_path / "a.onnx"), "scalify{dtype=float8_e4m3}")
+    with pytest.raises(EmitError, match="float8_e4m3fn needs opset 19, and the model has 13"):
+        result.to_onnx(tmp_path / "b.onnx")
+
+
+def test_normalisation_that_is_trained_stays_in_single_precision() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).train()
+    x = torch.randn(4, 3, 6, 6)
+    graph = regauge.capture(model, (x,))
+    result = scalified(graph, "scalify{dtype=float16}")
+    assert relative_error(result.run(x)[0], graph.run(x)[0]) < 2e-3
+    assert {p.name: p.dtype for p in result.parameters.values()} == {
+        p.name: torch.float16 if p.name.startswith("0.") else p.dtype for p in graph.parameters.values()
+    }
+
+
 def test_regions_read_values_as_they_were() -> None:
     class Choice(torch.nn.Module):
         def __init__(self) -> None:
@@ -265,3 +297,8 @@ def test_what_is_promised_is_exact_only_where_the_type_stays() -> None:
     graph = multilayer_perceptron(3, 4)
     entries = [scalified(graph, text).report.passes[0] for text in ("scalify", "scalify{dtype=float16}")]
     assert [entry.contract for entry in entries] == ["exact", "approximate"]
+
+
+def test_what_is_computed_as_it_was_is_counted() -> None:
+    graph = multilayer_perceptron(3, 8, 8, 4, norm=True)
+    assert dict(scalified(graph).report.passes[0].left) == {"layer_norm is computed on values as they were": 2}
