@@ -300,7 +300,8 @@ class Links:
             by_root.setdefault(root, []).append((place, side))
         open_trios = []
         for trio in self._trios:
-            gain = next((p for p in (trio.b, trio.a) if self._absorbs(p, times, computed)), None)
+            apart = len({self.find(place)[0] for place in trio[:3]}) == 3
+            gain = next((p for p in (trio.b, trio.a) if apart and self._absorbs(p, times, computed)), None)
             if gain is None:
                 open_trios.append(trio)
             else:
