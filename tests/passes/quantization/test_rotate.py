@@ -64,7 +64,7 @@ def decoder(kind: type[nn.Module]) -> tuple[Graph, Any]:
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    itertools.product([Decoder, GroupedDecoder], ["", "{online=[inputs,queries]}", "{kind=random,seed=3}"]),
+    list(itertools.product([Decoder, GroupedDecoder], ["", "{online=[inputs,queries]}", "{kind=random,seed=3}"])),
 )
 def test_decoders_stay_the_same(kind: type[nn.Module], options: str) -> None:
     """Layer norms or RMS norms, heads that share keys and values, position codes or none: the stream and all heads."""
