@@ -59,6 +59,7 @@ class Links:
         self._trios: list[Trio] = []
         self._stored: set[Value] = set()  # parameters, and what is computed of them alone
         self.absorbers: list[Absorber] = []
+        self.on_both_sides: list[Place] = []  # of frames with values that are contracted with one another
         self._walk()
         self._settle()
 
@@ -113,6 +114,7 @@ class Links:
         (first, left), (second, right) = self.find(a), self.find(b)
         if first == second:
             if left * right != side:
+                self.on_both_sides.append(first)
                 self.restrict(first, ROTATION, f"{why} reads it on both sides")
             return
         self._parent[second] = first, left * right * side
@@ -298,7 +300,8 @@ class Links:
             by_root.setdefault(root, []).append((place, side))
         open_trios = []
         for trio in self._trios:
-            gain = next((p for p in (trio.b, trio.a) if self._absorbs(p, times, computed)), None)
+            apart = len({self.find(place)[0] for place in trio[:3]}) == 3
+            gain = next((p for p in (trio.b, trio.a) if apart and self._absorbs(p, times, computed)), None)
             if gain is None:
                 open_trios.append(trio)
             else:

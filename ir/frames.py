@@ -105,14 +105,13 @@ def _enter(frame: Frame, place: Place, sign: int) -> None:
         (frame.values if sign > 0 else frame.opposite).append(place)
 
 
-def frames_of(graph: Graph, name: str, frames: Iterable[Frame] | None = None) -> list[Frame]:
+def frames_of(graph: Graph, name: str) -> list[Frame]:
     """The frames of a Dim given by its name, or of all Dims of a parameter axis, in which a map is free.
 
     Raises ExplainError for an unknown name, and GraphError where nothing but permutations is free, saying why.
     """
     dims = [group.dim for group in find_groups(graph, name)]
-    every = find_frames(graph) if frames is None else list(frames)
-    found = [frame for frame in every if frame.dim in dims]
+    found = [frame for frame in find_frames(graph) if frame.dim in dims]
     if found:
         return found
     raise GraphError(f"no scale and no rotation is free along {name}: {'; '.join(_why(graph, dims)) or 'none is read'}")

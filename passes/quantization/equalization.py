@@ -30,7 +30,12 @@ def balances(graph: Graph, frames: Sequence[Frame]) -> list[Balance]:
 def equalizing(between: Sequence[Balance]) -> tuple[dict[Frame, torch.Tensor], int]:
     """By what the values of each frame are multiplied, and how many rounds it took."""
     sides = [side for balance in between for side in (*balance.writers, *balance.readers)]
-    weights = {side.parameter: side.parameter.tensor.detach().double().abs() for side in sides}
+    weights: dict[Parameter, torch.Tensor] = {}
+    for weight in {side.parameter for side in sides}:
+        indices = [side.scales for side in sides if side.parameter is weight]
+        idle = [axis for axis in range(weight.rank) if all(index.shape[axis] == 1 for index in indices)]
+        size = weight.tensor.detach().double().abs()
+        weights[weight] = size.amax(idle, keepdim=True) if idle else size  # places of a kernel are scaled alike
     scales = {b.frame: torch.ones(b.frame.shape, dtype=torch.float64).reshape(-1) for b in between}
     rounds, moved = 0, float("inf")
     while rounds < ROUNDS and moved >= SETTLED:

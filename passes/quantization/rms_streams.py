@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from regauge.ir.edit import Builder, remove_node, replace_uses, set_input
+from regauge.ir.extents import leaves
 from regauge.ir.frame_links import Links, Place
 from regauge.ir.frames import Frame, find_frames, frames_at
 from regauge.ir.gauge import DIAGONAL, Gauge
@@ -75,16 +76,17 @@ def _streams(graph: Graph) -> list[Stream]:
         if not isinstance(x, Value) or len(node.attributes["normalized_shape"]) != 1 or _computed_gain(node):
             continue
         place = (x, x.rank - 1, 0)
-        if links.holds(place):
+        if links.holds(place) and len(leaves(graph.axes.of[x][-1])) == 1:  # the mean of pieces is not that of each
             root, side = links.find(place)
             found.setdefault(root, Stream()).norms.append(node)
             sides[root] = side
     for place, root, side in links.members():
-        if root in found and isinstance(place[0], Parameter):
-            if side == sides[root]:
-                found[root].writers.append(place)
-            else:
-                found[root].read = True
+        if root in found and side != sides[root]:
+            found[root].read = True
+        elif root in found and isinstance(place[0], Parameter):
+            found[root].writers.append(place)
+    for place in links.on_both_sides:
+        found.get(links.find(place)[0], Stream()).read = True
     return list(found.values())
 
 

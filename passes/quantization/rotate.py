@@ -66,7 +66,9 @@ class Rotate(Pass):
         generator = torch.Generator().manual_seed(self.seed)
         result = rotated(start, self._matrices(start, frames, generator, context), by=self.name) if frames else start
         names = [frame.name for frame in frames]
-        context.note(f"{len(names)} Dims rotated: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+        context.note(
+            f"{len(names)} Dims rotated{': ' if names else ''}{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
+        )
         count = rotate_inputs(result, generator, by=self.name) if "inputs" in self.online else 0
         count += rotate_queries(result, generator, by=self.name) if "queries" in self.online else 0
         if self.online:

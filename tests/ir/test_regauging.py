@@ -188,3 +188,15 @@ def test_a_length_norm_takes_orthogonal_matrices_only() -> None:
         rotated(graph, {frame: 2 * torch.eye(6)})
     with pytest.raises(GraphError, match="takes no scale"):
         scaled(graph, {frame: torch.ones(6)})
+
+
+def test_a_gain_times_itself_is_no_gain_that_takes_a_scale() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    gain = build.parameter("gain", torch.rand(6).double() + 0.5)
+    x = build.linear(build.input("x", (4, 5), torch.float64), build.parameter("w", torch.randn(6, 5).double()))
+    y = build.mul(x, build.mul(gain, gain))
+    graph.outputs = [build.linear(y, build.parameter("v", torch.randn(3, 6).double()))]
+    (frame,) = find_frames(graph)
+    assert [side.parameter.name for side in (*frame.writers, *frame.readers)] == ["w", "v"]
+    assert difference(graph, all_scaled(graph)[0], (torch.randn(4, 5).double(),)) < 1e-10

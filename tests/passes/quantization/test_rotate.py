@@ -64,7 +64,7 @@ def decoder(kind: type[nn.Module]) -> tuple[Graph, Any]:
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    itertools.product([Decoder, GroupedDecoder], ["", "{online=[inputs,queries]}", "{kind=random,seed=3}"]),
+    list(itertools.product([Decoder, GroupedDecoder], ["", "{online=[inputs,queries]}", "{kind=random,seed=3}"])),
 )
 def test_decoders_stay_the_same(kind: type[nn.Module], options: str) -> None:
     """Layer norms or RMS norms, heads that share keys and values, position codes or none: the stream and all heads."""
@@ -145,6 +145,48 @@ class Picked(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         y = self.norm(self.table(tokens))
         return torch.cat([self.a(y).tanh().flatten(1), self.b(y[:, self.rows]).flatten(1)], 1)
+
+
+class Merged(nn.Module):
+    """Pairs of neighbours are laid end to end behind a norm, and normalised together, as Swin merges patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.inner = nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.merged, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        x = x + self.inner(self.norm(x))
+        return self.head(self.merged(torch.cat([x[:, ::2], x[:, 1::2]], -1)))
+
+
+def test_a_norm_over_several_pieces_keeps_their_mean() -> None:
+    tokens = torch.randint(0, 20, (2, 6))
+    graph = regauge.capture(redrawn(Merged()), (tokens,))
+    found = regauge.optimize(graph, "rotate")
+    assert relative(graph, found, (tokens,)) < 1e-5
+    assert "layer_norm" in [node.op for node in found.nodes]
+
+
+class Similar(nn.Module):
+    """Rows of the stream are compared with one another, mean and all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.head = nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        return self.head(self.norm(x)).mean(-1) + (x @ x.transpose(1, 2)).tanh().mean(-1)
+
+
+def test_a_stream_whose_values_are_compared_keeps_its_mean() -> None:
+    tokens = torch.randint(0, 20, (2, 6))
+    graph = regauge.capture(redrawn(Similar()), (tokens,))
+    found = regauge.optimize(graph, "rotate")
+    assert relative(graph, found, (tokens,)) < 1e-5
+    assert [node.op for node in found.nodes].count("layer_norm") == 1
 
 
 def test_gains_go_through_whatever_stands_before_a_layer() -> None:
