@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -49,10 +49,11 @@ from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
 from regauge.passes.quantization.weights import rows_of, stored_on_data
 
-_OF_WEIGHTS = (
-    "per", "group", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "sensitivity", "stack", "rank"
-)  # fmt: skip
 _OF_ACTIVATIONS = ("calibration", "smoothing")
+_OF_SCHEMES = (
+    "per", "group", "symmetric", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "sensitivity", "stack",
+    "rank", "method", *_OF_ACTIVATIONS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +130,11 @@ class Quantize(Pass):
         super().__post_init__()
         scheme, target = self._scheme, TARGETS[self.target]
         taken = {*scheme.takes, *(_OF_ACTIVATIONS if scheme.activations else ())}
-        if scheme.numbers is not None:
-            taken -= {"smoothing"}
-        idle = [name for name in (*_OF_WEIGHTS, *_OF_ACTIVATIONS) if getattr(self, name) and name not in taken]
-        idle += [name for name in ("symmetric", "smoothing") if getattr(self, name) is not None and name not in taken]
+        taken -= {"smoothing"} if scheme.numbers is not None else set()
+        taken |= {"method"} if scheme.make is not None else set()
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        given = [name for name in _OF_SCHEMES if getattr(self, name) is not defaults[name]]
+        idle = [name for name in given if name not in taken]
         if idle:
             raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
         self._check_activations()
@@ -141,23 +143,28 @@ class Quantize(Pass):
                 f"quantize: no kernel of {self.target} reads {scheme.kind}, which it would convert at every run: "
                 f"target=reference stores scheme={self.scheme}"
             )
-        if scheme.kind == "codebooks" and (self.permute or self.per == "group") and not self.group:
-            raise PassError("quantize: codebooks of neighbouring outputs need their number: say group=N")
         if self.table_bits != 8 and not self.embeddings:
             raise PassError("quantize: table_bits does nothing with embeddings=false: leave it out")
         if self.calibration == "entropy" and scheme.numbers is not None:
             raise PassError("quantize: calibration=entropy counts steps of equal width, which floats have not")
+        self._check_groups(blocks=target.blocks_alone and not scheme.activations)
+        self._check_bits()
+        self._check_target()
+
+    def _check_groups(self, *, blocks: bool) -> None:
+        """Raise PassError for groups that do not go together, or that a target which reads ``blocks`` does not."""
+        if self._scheme.kind == "codebooks" and (self.permute or self.per == "group") and not self.group:
+            raise PassError("quantize: codebooks of neighbouring outputs need their number: say group=N")
         if self.group and self.per not in (None, "group"):
             raise PassError(f"quantize: group={self.group} is not for per={self.per}: leave one out")
-        self._check_bits()
-        group = self.group or target.block
-        blocks = target.blocks_alone and not scheme.activations
+        group = self.group or TARGETS[self.target].block
         if blocks and (self.packed or self.per in ("tensor", "row") or group < 16 or group & (group - 1)):
             found = f"per={self.per}" if self.per in ("tensor", "row") else f"group={self.group}"
-            raise PassError(
-                f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not "
-                f"{'packed=true' if self.packed else found}"
-            )
+            found = "packed=true" if self.packed else found
+            raise PassError(f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not {found}")
+
+    def _check_target(self) -> None:
+        scheme, target = self._scheme, TARGETS[self.target]
         if not scheme.activations and scheme.bits > target.bits_alone:
             raise PassError(f"quantize: {self.target} has weights alone of {target.bits_alone} bits: scheme=w4")
         if target.centred and self.symmetric is False:
@@ -256,10 +263,9 @@ class Quantize(Pass):
                 return misfit_of_products(layer, target, dynamic=self.activations == "dynamic")
             return misfit_of_blocks(layer, target, self._block)
 
-        tables = (
-            {table.parameter for table in find_tables(graph, self.include, self.exclude)} if self.embeddings else ()
-        )
-        return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=tables)
+        tables = find_tables(graph, self.include, self.exclude) if self.embeddings else []
+        apart = {table.parameter for table in tables}
+        return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=apart)
 
     # -- weights alone -----------------------------------------------------------------------------------------------
 

@@ -4,8 +4,9 @@ The error is the quadratic form of :mod:`regauge.passes.calibration.quadratic`, 
 
 columns   column by column, the columns behind making up for each rounding (Frantar et al. 2022, GPTQ), those of the
           greatest inputs first, with the scales of groups fixed beforehand
-descent   from there coordinate descent over single codes (Behdin et al. 2023, QuantEase, algorithm 1), in turns with
-          the scales that are best beside the codes, which is least squares in the scales of a row
+descent   from there, and anew with the scales that are best beside those codes, which is least squares in the scales of
+          a row; then coordinate descent over single codes (Behdin et al. 2023, QuantEase, algorithm 1), in turns with
+          such scales
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from regauge.passes.calibration.quadratic import Quadratic, factor_of_inverse
 from regauge.passes.quantization.formats import Coding
 
 _BLOCK = 128  # columns whose updates of those behind are made together
+_ROUNDS = 2  # of columns and scales, before descent
 _TURNS = 4  # of codes and scales
 _SWEEPS = 3  # over all columns in a turn
 _ROWS_OF_SCALES = 1 << 24  # numbers held at a time while scales are solved for
@@ -46,9 +48,19 @@ def by_columns(problem: Quadratic, start: C) -> C:
 
 
 def by_descent(problem: Quadratic, start: C) -> C:
-    """Codes, and what is free beside them, bettered in turns until neither gains any more."""
+    """Codes, and what is free beside them, bettered in turns until neither gains any more.
+
+    First as GPTQ finds codes, anew with what is best beside those that it found: then by single codes.
+    """
     best = by_columns(problem, start)
     least = _losses(problem, best)
+    for _ in range(_ROUNDS):
+        fitted = best.refitted(problem)
+        if fitted is best:
+            break
+        found = by_columns(problem, fitted)
+        losses = _losses(problem, found)
+        best, least = best.with_rows(found, losses < least), torch.minimum(least, losses)
     for _ in range(_TURNS):
         found = _swept(problem, best).refitted(problem)
         losses = _losses(problem, found)

@@ -30,7 +30,7 @@ def test_columns_make_up_for_one_another_and_descent_gains_on_them() -> None:
                 by_descent(given, start(given, grid, 16)),
             )
         ]
-        assert losses[1] < 0.25 * losses[0] and losses[2] < 0.97 * losses[1]
+        assert losses[1] < 0.25 * losses[0] and losses[2] < 0.92 * losses[1]
 
 
 def test_codes_stay_on_their_grid() -> None:
