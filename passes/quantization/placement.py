@@ -59,6 +59,16 @@ def misfit(layer: Layer, target: Target) -> str | None:
     return None
 
 
+def misfit_of_products(layer: Layer, target: Target, *, dynamic: bool = False) -> str | None:
+    """Why a layer does not multiply integers for a target; None where it does.
+
+    ``dynamic`` says that its input is rounded by ranges that are found when it runs.
+    """
+    if dynamic and layer.node.op == "conv":
+        return "convolutions by ranges found at every run are slower than in float: activations=static"
+    return misfit(layer, target)
+
+
 def misfit_of_blocks(layer: Layer, target: Target, group: int | None) -> str | None:
     """Why the weight of a layer alone is not stored in integers for a target; None where it is.
 

@@ -57,6 +57,14 @@ class Writer:
             assert isinstance(addend, Value)
             set_input(node, slot, self._plain[addend], self.graph)
 
+    def at_every_run(self, placement: Placement) -> None:
+        """Quantize what layers read by ranges found when it runs; layers are pointed at them by :meth:`layer`."""
+        self._inputs = {layer.node: x for layer in placement.layers if isinstance(x := layer.node.inputs[0], Value)}
+        for value in placement.fed:
+            with self._behind(value):
+                q, scale, zero = self.build.quantize_dynamic(value, name=f"{value.name}_quantized")
+                self._plain[value] = self.build.dequantize(q, scale, zero, name=f"{value.name}_dequantized")
+
     def _scale(self, value: Value, ends: Ends) -> tuple[Parameter, Parameter | None]:
         grid = self.target.activations
         scale, zero = grid.span(*(torch.tensor(end, dtype=torch.float64) for end in ends))
@@ -96,6 +104,10 @@ class Writer:
     def layer(self, layer: Layer, weight: Coded) -> None:
         """Let a layer multiply integers: its input is one of the quantized values."""
         node, x = layer.node, self._inputs[layer.node]
+        if x not in self._scales:
+            with self.build.at(node):
+                self._product(layer, self._plain[x], weight, apart=self.target.apart and _is_matrix(x))
+            return
         weight = _within_32_bits(layer, weight, float(self._scales[x][0].tensor), self.target.activations)
         known = all(isinstance(size, int) for size in x.shape[:-1])
         with self.build.at(node):
@@ -109,6 +121,8 @@ class Writer:
 
     def _product(self, layer: Layer, x: Operand, weight: Coded, *, apart: bool = False) -> None:
         """A matmul in place of a layer, its bias in float behind it: ``apart`` in a form that is not taken for one."""
+        if self.target.apart and layer.bias is None:
+            self._part_clamp(layer.node)
         y = self.build.matmul(x, self._weight(layer, weight, inputs_first=True))
         if layer.bias is not None and apart:
             negative = -layer.bias.tensor.detach()
@@ -134,8 +148,6 @@ class Writer:
 
     def weight_alone(self, layer: Layer, weight: Coded) -> None:
         """Store the weight of a layer as integers; it computes in float."""
-        if self.target.apart and layer.bias is None and layer.node.op != "conv":
-            self._part_clamp(layer.node)
         with self.build.at(layer.node):
             if self.target.blocks_alone and layer.node.op == "linear":
                 apart = self.target.apart and _in_a_gemm(layer.node)
@@ -144,9 +156,9 @@ class Writer:
                 set_input(layer.node, 1, self._weight(layer, weight), self.graph)
 
     def _part_clamp(self, node: Node) -> None:
-        """Let a ReLU right behind a product be a leaky one that does not leak."""
+        """Let a ReLU right behind a product be a leaky one that does not leak, but where it is rounded to integers."""
         for reader in node.output.consumers():
-            if reader.op == "relu":
+            if reader.op == "relu" and all(further.op != "quantize" for further in reader.output.consumers()):
                 with self.build.at(reader):
                     replace_uses(self.graph, reader.output, self.build.leaky_relu(node.output, negative_slope=0.0))
 
@@ -208,9 +220,12 @@ class Writer:
 
 def _in_a_gemm(node: Node) -> bool:
     """Whether onnxruntime would compute a layer and an activation behind it as one float Gemm."""
-    x = node.inputs[0]
-    matrix = isinstance(x, Value) and (x.rank == 2 or all(isinstance(size, int) for size in x.shape[:-1]))
-    return matrix and any(reader.op in _ACTIVATIONS for reader in node.output.consumers())
+    return _is_matrix(node.inputs[0]) and any(reader.op in _ACTIVATIONS for reader in node.output.consumers())
+
+
+def _is_matrix(x: Operand) -> bool:
+    """Whether a product with it may become a Gemm: its rows are one axis, or known."""
+    return isinstance(x, Value) and (x.rank == 2 or all(isinstance(size, int) for size in x.shape[:-1]))
 
 
 def _within_32_bits(layer: Layer, weight: Coded, input_scale: float, activations: Grid) -> Coded:

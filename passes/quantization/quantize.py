@@ -21,7 +21,7 @@ from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.gate import Gate, check_latency
 from regauge.passes.quantization.grid import Coded, Form, Grid, rounded
-from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
+from regauge.passes.quantization.placement import Placement, find_tables, misfit_of_blocks, misfit_of_products, place
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
 from regauge.passes.quantization.schemes import SCHEMES, Scheme
@@ -52,6 +52,9 @@ class Quantize(Pass):
     target: Literal["ort-x86", "ort-x86-avx2", "ort-arm", "tensorrt", "reference"] = option(
         "ort-x86", "the runtime that it is written for"
     )
+    activations: Literal["static", "dynamic"] = option(
+        "static", "ranges of activations from data, or found at every run"
+    )
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
     method: Method | None = option(
         None, "how weights are rounded: nearest, or on data by columns (GPTQ) or descent, for 8 bits and for fewer"
@@ -68,9 +71,12 @@ class Quantize(Pass):
         super().__post_init__()
         of_weights = [name for name in ("group", "symmetric") if getattr(self, name) is not None]
         of_activations = [name for name in ("calibration", "smoothing") if getattr(self, name) is not None]
-        idle = of_weights if self._scheme.activations else of_activations
+        dynamic, known = self.activations == "dynamic", f"scheme={self.scheme}"
+        idle = of_weights if self._scheme.activations else [*of_activations, *["activations"][: int(dynamic)]]
+        if not idle and dynamic and self.calibration is not None:
+            idle, known = ["calibration"], "activations=dynamic"
         if idle:
-            raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
+            raise PassError(f"quantize: {idle[0]} does nothing with {known}: leave it out")
         target = TARGETS[self.target]
         group = self.group or target.block
         if target.blocks_alone and (group < 16 or group & (group - 1)):
@@ -79,6 +85,8 @@ class Quantize(Pass):
             raise PassError(f"quantize: {self.target} has weights alone of {target.bits_alone} bits: scheme=w4")
         if target.centred and self.symmetric is False:
             raise PassError(f"quantize: weights have no zero points for {self.target}: leave symmetric=false out")
+        if dynamic and not target.whole:
+            raise PassError(f"quantize: {self.target} has no ranges that are found at every run: activations=static")
         if self.gate != "off" and not target.machines:
             raise PassError(f"quantize: {self.target} cannot be run here, so gate={self.gate} has nothing to measure")
 
@@ -126,7 +134,9 @@ class Quantize(Pass):
         target = TARGETS[self.target]
 
         def against(layer: Layer) -> str | None:
-            return misfit(layer, target) if self._scheme.activations else misfit_of_blocks(layer, target, self._block)
+            if self._scheme.activations:
+                return misfit_of_products(layer, target, dynamic=self.activations == "dynamic")
+            return misfit_of_blocks(layer, target, self._block)
 
         tables = {table for _, table in self._tables(graph)}
         return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=tables)
@@ -169,20 +179,26 @@ class Quantize(Pass):
     # -- activations -------------------------------------------------------------------------------------------------
 
     def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
-        batches = calibration_batches(original, context)
-        if self.smoothing != 0:
+        dynamic = self.activations == "dynamic"
+        needless = dynamic and context.data is None and not self.smoothing
+        batches = [] if needless else calibration_batches(original, context)
+        if self.smoothing != 0 and batches:
             self._smooth(original, layers, target, batches, context)
         result = original.copy()
         own = self._layers(result, Counter())
         placement = place(result, own, target)
-        ends = self._ends(result, placement, target, batches)
+        ends = {} if dynamic else self._ends(result, placement, target, batches)
         forms = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
         coded = self._coded(original, result, own, forms, context)
         writer = Writer(result, target, by=self.name)
-        writer.activations(placement, ends)
+        if dynamic:
+            writer.at_every_run(placement)
+        else:
+            writer.activations(placement, ends)
         for layer in own:
             writer.layer(layer, coded[layer.weight.name])
-        context.note(f"{len(own)} layers multiply integers; ranges of {len(ends)} values")
+        ranges = "found at every run" if dynamic else f"of {len(ends)} values"
+        context.note(f"{len(own)} layers multiply integers; ranges {ranges}")
         return writer
 
     def _ends(self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]) -> dict[Value, Ends]:
