@@ -124,11 +124,14 @@ class Writer:
         if self.target.apart and layer.bias is None:
             self._part_clamp(layer.node)
         y = self.build.matmul(x, self._weight(layer, weight, inputs_first=True))
-        if layer.bias is not None and apart:
+        if layer.bias is not None and not apart:
+            y = self.build.add(y, layer.bias)
+        elif layer.bias is not None:
             negative = -layer.bias.tensor.detach()
             y = self.build.sub(y, self._buffer(f"{layer.bias.name}_negative", negative))
-        elif layer.bias is not None:
-            y = self.build.add(y, layer.bias)
+        elif self.target.apart and _is_summed(layer.node):
+            nothing = torch.zeros(layer.outputs, dtype=layer.weight.tensor.dtype)
+            y = self.build.sub(y, self._buffer(f"{layer.weight.name}_nothing", nothing))
         replace_uses(self.graph, layer.node.output, y)
 
     def _gemm(self, node: Node, x: Value, layer: Layer, weight: Coded) -> Value:
@@ -221,6 +224,11 @@ class Writer:
 def _in_a_gemm(node: Node) -> bool:
     """Whether onnxruntime would compute a layer and an activation behind it as one float Gemm."""
     return _is_matrix(node.inputs[0]) and any(reader.op in _ACTIVATIONS for reader in node.output.consumers())
+
+
+def _is_summed(node: Node) -> bool:
+    """Whether onnxruntime would take what is added to a product without a bias for its bias, in one float Gemm."""
+    return _is_matrix(node.inputs[0]) and any(reader.op == "add" for reader in node.output.consumers())
 
 
 def _is_matrix(x: Operand) -> bool:

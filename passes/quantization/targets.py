@@ -13,6 +13,7 @@ ort-x86, onnxruntime on x86 processors:
   the inputs of a MatMul, they are read by a kernel of their own (opset 21). Not so where an activation follows its
   bias: all three become one float Gemm, if the bias is added; it is subtracted with its sign turned there. Nor where a
   ReLU follows at once, as that would belong to a product of integers: it is a leaky one there, which leaks nothing.
+  Nor where another matrix is added at once, which is taken for a bias: a vector of zeros is subtracted in between.
 - by ranges that are found when it runs, of whole activations, products of matrices are as fast as by ranges of data
   (DynamicQuantizeMatMul), if no bias is seen as part of one; convolutions are 5 to 25 times slower than in float.
 

@@ -230,6 +230,26 @@ def test_values_that_several_layers_read_are_quantized_once_at_every_run(tmp_pat
     assert decibels(graph, small, torch.randint(0, 50, (8, LENGTH))) > 26
 
 
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64, bias=False), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).tanh())
+
+
+@pytest.mark.parametrize("options", ["activations=dynamic", "scheme=w4", "scheme=w8a8"])
+@pytest.mark.parametrize("lead", [(16,), (2, 8)])
+def test_what_is_added_to_a_product_is_no_bias(tmp_path: Path, options: str, lead: tuple[int, ...]) -> None:
+    """onnxruntime would make a float Gemm of both."""
+    graph, batches = regauge.capture(Sum().eval(), (torch.randn(*lead, 32),)), [torch.randn(*lead, 32)]
+    small = regauge.optimize(graph, f"quantize{{{options}}}", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")
+    kernels, _ = kernels_of(tmp_path / "small.onnx")
+    assert sum(kernels[name] for name in INTEGER_KERNELS) == 2
+
+
 def test_convolutions_have_no_ranges_at_every_run() -> None:
     graph, batches = residual()
     small = regauge.optimize(graph, "quantize{activations=dynamic}", data=batches)
