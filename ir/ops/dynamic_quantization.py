@@ -20,6 +20,12 @@ from regauge.ir.operator import operator, sample
     samples=lambda: [sample(3 * randn(2, 4, 3)), sample(randn(5, 6) + 2)],
 )
 def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.onnx.is_in_onnx_export():
+        kinds, shapes = (torch.uint8, x.dtype, torch.uint8), (x.shape, (), ())
+        q, s, z = torch.onnx.ops.symbolic_multi_out(
+            "DynamicQuantizeLinear", (x,), dtypes=kinds, shapes=shapes, version=11
+        )
+        return q, s, z
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

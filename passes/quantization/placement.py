@@ -69,7 +69,7 @@ def misfit_of_products(layer: Layer, target: Target, *, dynamic: bool = False) -
     if reason:
         return reason
     if dynamic and layer.node.op == "conv":
-        return "windows of a convolution share entries, and so no range of their own: activations=static"
+        return "convolutions by ranges found at every run are slower than in float: activations=static"
     if target.windows and layer.node.op == "conv":
         gaps = any(step != 1 for step in per_axis(layer.node.attributes["dilation"], layer.weight.rank - 2))
         if layer.weight.rank != 4 or layer.blocks > 1 or gaps:

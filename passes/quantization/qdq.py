@@ -58,13 +58,17 @@ class Writer:
             assert isinstance(addend, Value)
             set_input(node, slot, self._plain[addend], self.graph)
 
-    def rows(self, placement: Placement) -> None:
-        """Quantize each row of what layers read by its own range; layers are pointed at them by :meth:`layer`."""
+    def at_every_run(self, placement: Placement) -> None:
+        """Quantize what layers read by ranges found when it runs; layers are pointed at them by :meth:`layer`."""
         self._inputs = {layer.node: x for layer in placement.layers if isinstance(x := layer.node.inputs[0], Value)}
         for value in placement.fed:
             with self._behind(value):
-                q, scale = self.build.quantize_rows(value, name=f"{value.name}_quantized")
-                self._plain[value] = self.build.mul(self.build.cast(q, dtype=value.dtype), scale)
+                if self.target.at_run == "rows":
+                    q, scale = self.build.quantize_rows(value, name=f"{value.name}_quantized")
+                    self._plain[value] = self.build.mul(self.build.cast(q, dtype=value.dtype), scale)
+                else:
+                    q, scale, zero = self.build.quantize_dynamic(value, name=f"{value.name}_quantized")
+                    self._plain[value] = self.build.dequantize(q, scale, zero, name=f"{value.name}_dequantized")
 
     def _scale(self, value: Value, ends: Ends) -> tuple[Parameter, Parameter | None]:
         grid = self.target.activations
@@ -106,6 +110,10 @@ class Writer:
         """Let a layer multiply integers: its input is one of the quantized values."""
         assert isinstance(weight, Coded)
         node, x = layer.node, self._inputs[layer.node]
+        if x not in self._scales:
+            with self.build.at(node):
+                self._product(layer, self._plain[x], weight, apart=self.target.apart and _is_matrix(x))
+            return
         if not weight.grid.dtype.is_floating_point:
             weight = _within_32_bits(layer, weight, float(self._scales[x][0].tensor), self.target.activations)
         known = all(isinstance(size, int) for size in x.shape[:-1])
@@ -120,12 +128,17 @@ class Writer:
 
     def _product(self, layer: Layer, x: Operand, weight: Stored, *, apart: bool = False) -> None:
         """A matmul in place of a layer, its bias in float behind it: ``apart`` in a form that is not taken for one."""
+        if self.target.apart and layer.bias is None:
+            self._part_clamp(layer.node)
         y = self.build.matmul(x, self._weight(layer, weight, inputs_first=True))
-        if layer.bias is not None and apart:
+        if layer.bias is not None and not apart:
+            y = self.build.add(y, layer.bias)
+        elif layer.bias is not None:
             negative = -layer.bias.tensor.detach()
             y = self.build.sub(y, self._buffer(f"{layer.bias.name}_negative", negative))
-        elif layer.bias is not None:
-            y = self.build.add(y, layer.bias)
+        elif self.target.apart and _is_summed(layer.node):
+            nothing = torch.zeros(layer.outputs, dtype=layer.weight.tensor.dtype)
+            y = self.build.sub(y, self._buffer(f"{layer.weight.name}_nothing", nothing))
         replace_uses(self.graph, layer.node.output, y)
 
     def _gemm(self, node: Node, x: Value, layer: Layer, weight: Coded) -> Value:
@@ -147,8 +160,6 @@ class Writer:
         """Store the weight of a layer alone; it computes in float."""
         node, x = layer.node, layer.node.inputs[0]
         assert isinstance(x, Value)
-        if self.target.apart and layer.bias is None and node.op != "conv":
-            self._part_clamp(node)
         with self.build.at(node):
             product = weight.product(self._constants(layer.weight.name), x) if node.op in ("linear", "matmul") else None
             if product is not None:
@@ -166,9 +177,9 @@ class Writer:
         return self._stored[name]
 
     def _part_clamp(self, node: Node) -> None:
-        """Let a ReLU right behind a product be a leaky one that does not leak."""
+        """Let a ReLU right behind a product be a leaky one that does not leak, but where it is rounded to integers."""
         for reader in node.output.consumers():
-            if reader.op == "relu":
+            if reader.op == "relu" and all(further.op != "quantize" for further in reader.output.consumers()):
                 with self.build.at(reader):
                     replace_uses(self.graph, reader.output, self.build.leaky_relu(node.output, negative_slope=0.0))
 
@@ -246,9 +257,17 @@ class Writer:
 
 def _in_a_gemm(node: Node) -> bool:
     """Whether onnxruntime would compute a layer and an activation behind it as one float Gemm."""
-    x = node.inputs[0]
-    matrix = isinstance(x, Value) and (x.rank == 2 or all(isinstance(size, int) for size in x.shape[:-1]))
-    return matrix and any(reader.op in _ACTIVATIONS for reader in node.output.consumers())
+    return _is_matrix(node.inputs[0]) and any(reader.op in _ACTIVATIONS for reader in node.output.consumers())
+
+
+def _is_summed(node: Node) -> bool:
+    """Whether onnxruntime would take what is added to a product without a bias for its bias, in one float Gemm."""
+    return _is_matrix(node.inputs[0]) and any(reader.op == "add" for reader in node.output.consumers())
+
+
+def _is_matrix(x: Operand) -> bool:
+    """Whether a product with it may become a Gemm: its rows are one axis, or known."""
+    return isinstance(x, Value) and (x.rank == 2 or all(isinstance(size, int) for size in x.shape[:-1]))
 
 
 def _within_32_bits(layer: Layer, weight: Coded, input_scale: float, activations: Grid) -> Coded:

@@ -66,7 +66,7 @@ class Quantize(Pass):
     mixed   y = linear(x, back(w'), b)                   w': of each layer the bits that are best, or float
     onebit  y = linear(x * v, signs(w')) * u + b         w': u8[64,16], eight signs to a byte
 
-    Ranges of activations are found on data, or with activations=dynamic at every run, for each row (a token) its own.
+    Ranges of activations are found on data, or with activations=dynamic at every run, in torch for each row (a token).
     The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
     those of 2 below opset 25; weights alone need opset 21 there. In a torch module they are packed.
     Of activations in floats of 8 bits onnxruntime makes what it does not run unless its optimisations are off.
@@ -179,8 +179,10 @@ class Quantize(Pass):
             raise PassError(f"quantize: activations does nothing with scheme={self.scheme}: leave it out")
         if self.calibration is not None:
             raise PassError("quantize: calibration does nothing with activations=dynamic: leave it out")
-        if not TARGETS[self.target].rows:
-            raise PassError(f"quantize: {self.target} does not round rows by their own ranges: use activations=static")
+        if TARGETS[self.target].at_run is None:
+            raise PassError(
+                f"quantize: {self.target} has no ranges that are found at every run: activations=static"
+            )
 
     def _check_bits(self) -> None:
         bounds = [name for name in ("bytes", "accuracy") if getattr(self, name) is not None]
@@ -402,14 +404,14 @@ class Quantize(Pass):
         stored = self._stored(original, result, own, formats, context)
         writer = Writer(result, target, by=self.name)
         if dynamic:
-            writer.rows(placement)
+            writer.at_every_run(placement)
         else:
             writer.activations(placement, ends)
         for layer in own:
             writer.layer(layer, stored[layer.weight.name])
         for layer in tied:
             writer.layer(layer, Form(Grid(self.table_bits), layer.columns).rounded(rows_of(layer)))
-        ranges = "each row by its own range" if dynamic else f"ranges of {len(ends)} values"
+        ranges = "ranges found at every run" if dynamic else f"ranges of {len(ends)} values"
         context.note(f"{len(own) + len(tied)} layers multiply integers; {ranges}")
         return writer
 

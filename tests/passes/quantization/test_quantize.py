@@ -204,6 +204,58 @@ def test_weights_alone_with_an_activation_behind_them(tmp_path: Path, activation
     assert kernels_of(tmp_path / "small.onnx")[0]["MatMulNBits"] == 3
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [(16,), (2, 8)])
+def test_ranges_found_at_every_run(
+    tmp_path: Path, activation: type[nn.Module], bias: bool, lead: tuple[int, ...]
+) -> None:
+    """Without data; products are one kernel with the search for the range, whatever is behind them."""
+    layers = [nn.Linear(32, 48, bias=bias), activation(), nn.Linear(48, 8, bias=bias)]
+    graph = regauge.capture(nn.Sequential(*layers).eval(), (torch.randn(*lead, 32),))
+    small = regauge.optimize(graph, "quantize{activations=dynamic}")
+    x = 9 * torch.randn(*lead, 32)  # no range was fixed before
+    assert decibels(graph, small, x) > 34
+    small.to_onnx(tmp_path / "small.onnx", inputs=(x,))
+    assert kernels_of(tmp_path / "small.onnx")[0]["DynamicQuantizeMatMul"] == 2
+
+
+def test_values_that_several_layers_read_are_quantized_once_at_every_run(tmp_path: Path) -> None:
+    graph, batches = encoder(dynamic=True)
+    source = graph.to_onnx(tmp_path / "source.onnx")
+    small = regauge.optimize(regauge.load(source), "quantize{activations=dynamic}", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")
+    assert onnx.load(tmp_path / "small.onnx").opset_import == onnx.load(source).opset_import
+    assert kernels_of(tmp_path / "small.onnx")[0]["DynamicQuantizeMatMul"] == 4
+    assert decibels(graph, small, torch.randint(0, 50, (8, LENGTH))) > 26
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64, bias=False), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).tanh())
+
+
+@pytest.mark.parametrize("options", ["activations=dynamic", "scheme=w4", "scheme=w8a8"])
+@pytest.mark.parametrize("lead", [(16,), (2, 8)])
+def test_what_is_added_to_a_product_is_no_bias(tmp_path: Path, options: str, lead: tuple[int, ...]) -> None:
+    """onnxruntime would make a float Gemm of both."""
+    graph, batches = regauge.capture(Sum().eval(), (torch.randn(*lead, 32),)), [torch.randn(*lead, 32)]
+    small = regauge.optimize(graph, f"quantize{{{options}}}", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")
+    kernels, _ = kernels_of(tmp_path / "small.onnx")
+    assert sum(kernels[name] for name in INTEGER_KERNELS) == 2
+
+
+def test_convolutions_have_no_ranges_at_every_run() -> None:
+    graph, batches = residual()
+    small = regauge.optimize(graph, "quantize{activations=dynamic}", data=batches)
+    assert sum("convolutions by ranges found at every run" in reason for reason in small.report.passes[0].left) == 1
+
+
 def test_weights_alone_that_a_runtime_would_convert_stay_in_float(tmp_path: Path) -> None:
     """onnxruntime has kernels for blocks along the inputs of a product, and none for convolutions."""
     graph, batches = residual()
@@ -233,7 +285,7 @@ def test_weights_alone_that_a_runtime_would_convert_stay_in_float(tmp_path: Path
         ("scheme=w4,group=24", "blocks of 16, 32, 64"),
         ("scheme=w4,activations=dynamic,target=torch-cpu", "activations does nothing with scheme=w4"),
         ("activations=dynamic,calibration=mse,target=torch-cpu", "calibration does nothing with activations=dynamic"),
-        ("activations=dynamic", "ort-x86 does not round rows"),
+        ("activations=dynamic,target=tensorrt", "no ranges that are found at every run"),
         ("scheme=w4,method=descent", "needs data for method=descent"),
     ],
 )
