@@ -241,8 +241,9 @@ def _on_integers(
     given += ", smoothed=True" if read.factor is not None else ""
     text, shape = f"QLinear({codes.shape[1]}, {codes.shape[0]}{given})", codes.shape
     if node.op == "conv":
-        stride, padding, dilation = (per_axis(node.attributes[n], 2) for n in ("stride", "padding", "dilation"))
-        if node.attributes["groups"] != 1 or dilation != (1, 1):
+        axes = codes.dim() - 2
+        stride, padding, dilation = (per_axis(node.attributes[n], axes) for n in ("stride", "padding", "dilation"))
+        if codes.dim() != 4 or node.attributes["groups"] != 1 or tuple(dilation) != (1, 1):
             return None
         text = f"QConv2d({shape[1]}, {shape[0]}, {tuple(shape[2:])}, {tuple(stride)}, {tuple(padding)}{given})"
         shape = torch.Size((shape[0], *shape[2:], shape[1]))

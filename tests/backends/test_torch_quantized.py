@@ -166,6 +166,17 @@ def test_factors_of_smoothing_are_scales_of_inputs() -> None:
         torch.testing.assert_close(module(x), small.run((x,))[0])
 
 
+def test_other_convolutions_keep_their_weights_in_integers() -> None:
+    """Of one axis, in groups, with gaps: they compute in float, on weights that are stored as codes."""
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=2, padding=1)).eval()
+    x = torch.randn(16, 4, 12)
+    small = regauge.optimize(regauge.capture(model, (x,)), "quantize{target=reference}", data=[(x,)])
+    module = small.to_torch()
+    assert sum(type(child).__name__ == "QConvWeight" for child in module.modules()) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), small.run((x,))[0])
+
+
 def test_rows_are_rounded_by_their_own_ranges() -> None:
     """Without data too; a row that is a hundred times as large as others costs these nothing. Dims can still be cut."""
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8, bias=False)).eval()
