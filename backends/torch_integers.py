@@ -59,6 +59,7 @@ class Input:
     scale: torch.Tensor | None = None  # None: each row has its own
     zero: torch.Tensor = torch.zeros((), dtype=torch.int32)
     moved: tuple[Node, ...] = ()  # reshapes of the codes, the last one first
+    factor: torch.Tensor | None = None  # by which each channel is multiplied before it is rounded
 
 
 def as_integer_layers(graph: Graph) -> tuple[Graph, list[Home]]:
@@ -132,7 +133,22 @@ def _input(node: Node) -> Input | None:
         return None
     signed = torch.zeros((), dtype=torch.int32) if zero is None else zero.tensor.detach().to(torch.int32).reshape(())
     signed = signed - (128 if dtype == torch.uint8 else 0)
-    return Input(x, scale.tensor.detach().reshape(()), signed, tuple(moved))
+    factor = None
+    if node.op != "conv" and not moved:
+        x, factor = _unsmoothed(x)
+    return Input(x, scale.tensor.detach().reshape(()), signed, tuple(moved), factor)
+
+
+def _unsmoothed(x: Value) -> tuple[Value, torch.Tensor | None]:
+    """What a value is without the factor for each of its channels, and these."""
+    source = x.producer
+    if source is None or source.op != "mul":
+        return x, None
+    whole, factor = source.inputs[:2]
+    if not isinstance(whole, Value) or not isinstance(factor, Parameter) or whole.shape != x.shape:
+        return x, None
+    positive = factor.shape == x.shape[-1:] and bool((factor.tensor > 0).all())
+    return (whole, factor.tensor.detach()) if positive else (x, None)
 
 
 def _rows(back: Node) -> Input | None:
@@ -222,10 +238,12 @@ def _on_integers(
     if codes[0].numel() * 2**16 >= 2**31:  # a sum of products, and the offset, in 32 bits
         return None
     given = ", bias=False" if bias is None else ""
+    given += ", smoothed=True" if read.factor is not None else ""
     text, shape = f"QLinear({codes.shape[1]}, {codes.shape[0]}{given})", codes.shape
     if node.op == "conv":
-        stride, padding, dilation = (per_axis(node.attributes[n], 2) for n in ("stride", "padding", "dilation"))
-        if node.attributes["groups"] != 1 or dilation != (1, 1):
+        axes = codes.dim() - 2
+        stride, padding, dilation = (per_axis(node.attributes[n], axes) for n in ("stride", "padding", "dilation"))
+        if codes.dim() != 4 or node.attributes["groups"] != 1 or tuple(dilation) != (1, 1):
             return None
         text = f"QConv2d({shape[1]}, {shape[0]}, {tuple(shape[2:])}, {tuple(stride)}, {tuple(padding)}{given})"
         shape = torch.Size((shape[0], *shape[2:], shape[1]))
@@ -238,7 +256,7 @@ def _on_integers(
         "weight": (LazyWeight(tuple(shape), torch.int8, laid_out), "parameter"),
         "offset": ((-read.zero * sums).to(torch.int32), "buffer"),
         "scale": (scale, "buffer"),
-        "input_scale": (read.scale, "buffer"),
+        "input_scale": (read.scale if read.factor is None else read.scale / read.factor, "buffer"),
         "input_zero_point": (read.zero.to(torch.int8), "buffer"),
     }
     return text, parts | _own_bias(bias)

@@ -50,6 +50,7 @@ class QLinear(nn.Module):
 
     There is an s for each output, scale = input_scale * s, and offset is the sum of each row of
     weight times -input_zero_point: y = (q weight^T + offset) * scale + bias, the first sum in 32 bits.
+    What is ``smoothed`` has an input_scale for each input, in parts of which weight was multiplied.
     """
 
     scale: torch.Tensor
@@ -57,13 +58,13 @@ class QLinear(nn.Module):
     input_zero_point: torch.Tensor
     offset: torch.Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, smoothed: bool = False) -> None:
         super().__init__()
         weight = torch.zeros(out_features, in_features, dtype=torch.int8)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("offset", torch.zeros(out_features, dtype=torch.int32))
         self.register_buffer("scale", torch.ones(out_features))
-        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("input_scale", torch.ones(in_features if smoothed else ()))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int8))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 

@@ -1,6 +1,6 @@
 """Quantized modules in torch beside the float module and torch's own dynamic quantization: decibels, size and speed.
 
-    python benchmarks/quantize_torch.py [--file MODEL.onnx --data INPUTS.npz] [--examples 64] [--write]
+    python benchmarks/quantize_torch.py [--file MODEL.onnx --data INPUTS.npz] [--examples 64] [--nearest] [--write]
 
 char_gpt, and an ONNX file with inputs by name where one is given; half of the examples calibrate, the rest judge.
 Decibels are 10 log10(|y|^2 / |y - y'|^2) of the result; size is that of the file of the state_dict, float over
@@ -37,12 +37,14 @@ OURS = ("w8a8", "w8a8,activations=dynamic", "w8", "w4")
 ROUNDS = 31
 
 
-def rows(name: str, graph: Any, model: nn.Module, batches: list[tuple[torch.Tensor, ...]]) -> Iterator[list[str]]:
+def rows(
+    name: str, graph: Any, model: nn.Module, batches: list[tuple[torch.Tensor, ...]], method: str
+) -> Iterator[list[str]]:
     chosen, held_out = batches[: len(batches) // 2], batches[len(batches) // 2 :]
     modules = {"float": model}
     for scheme in OURS:
         modules[scheme] = regauge.optimize(
-            graph, f"quantize{{scheme={scheme},target=torch-cpu}}", data=chosen
+            graph, f"quantize{{scheme={scheme},target=torch-cpu{method}}}", data=chosen
         ).to_torch()
     for engine in ("x86", "fbgemm"):
         torch.backends.quantized.engine = engine
@@ -78,18 +80,18 @@ def stored(module: nn.Module) -> int:
     return file.tell()
 
 
-def characters(examples: int) -> Iterator[list[str]]:
+def characters(examples: int, method: str) -> Iterator[list[str]]:
     model, windows = char_gpt.trained(), char_gpt.calibration_windows(examples)
     graph = regauge.capture(model, (windows[:2],), dynamic={0: {0: "batch"}})
-    return rows("char_gpt", graph, model, [(part,) for part in windows.split(8)])
+    return rows("char_gpt", graph, model, [(part,) for part in windows.split(8)], method)
 
 
-def file(path: Path, data: Path, examples: int) -> Iterator[list[str]]:
+def file(path: Path, data: Path, examples: int, method: str) -> Iterator[list[str]]:
     graph = regauge.load(path)
     with np.load(data) as arrays:
         whole = [torch.from_numpy(arrays[value.name][:examples]) for value in graph.inputs]
     batches = list(zip(*(tensor.split(8) for tensor in whole), strict=True))
-    return rows(path.stem, graph, graph.to_torch().eval(), batches)
+    return rows(path.stem, graph, graph.to_torch().eval(), batches, method)
 
 
 def main() -> None:
@@ -97,14 +99,16 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--file", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--nearest", action="store_true", help="weights rounded to the nearest: quick")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = []
-    parts = [characters(options.examples)]
+    method = ",method=nearest" if options.nearest else ""
+    parts = [characters(options.examples, method)]
     if options.file:
-        parts.append(file(options.file, options.data, options.examples))
+        parts.append(file(options.file, options.data, options.examples, method))
     for row in itertools.chain(*parts):
         print("  ".join(row), flush=True)
         found.append(row)

@@ -150,6 +150,33 @@ def test_a_module_is_as_small_as_is_said(options: str, tmp_path) -> None:
     assert written.stat().st_size < found + 4096
 
 
+def test_factors_of_smoothing_are_scales_of_inputs() -> None:
+    """No multiplication is left in front of a layer that rounds what it reads."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)).eval()
+    with torch.no_grad():
+        model[0].weight[3] *= 60
+    x = torch.randn(64, 16)
+    graph = regauge.capture(model, (x,), dynamic={0: {0: "batch"}})
+    small = regauge.optimize(graph, "quantize{smoothing=0.5,target=torch-cpu}", data=[(x,)])
+    assert sum(node.op == "mul" for node in small.nodes) >= 1
+    module = small.to_torch()
+    assert [type(child).__name__ for child in module.children()] == ["QLinear", "GELU", "QLinear"]
+    assert module[2].input_scale.shape == (32,)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), small.run((x,))[0])
+
+
+def test_other_convolutions_keep_their_weights_in_integers() -> None:
+    """Of one axis, in groups, with gaps: they compute in float, on weights that are stored as codes."""
+    model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU(), nn.Conv1d(8, 8, 3, groups=2, padding=1)).eval()
+    x = torch.randn(16, 4, 12)
+    small = regauge.optimize(regauge.capture(model, (x,)), "quantize{target=reference}", data=[(x,)])
+    module = small.to_torch()
+    assert sum(type(child).__name__ == "QConvWeight" for child in module.modules()) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), small.run((x,))[0])
+
+
 def test_rows_are_rounded_by_their_own_ranges() -> None:
     """Without data too; a row that is a hundred times as large as others costs these nothing. Dims can still be cut."""
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8, bias=False)).eval()
