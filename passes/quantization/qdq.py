@@ -147,7 +147,8 @@ class Writer:
         """The weight as integers and back, laid out as the layer stores it or as asked for."""
         stored_by_inputs = layer.node.op == "matmul"
         turned = inputs_first and not stored_by_inputs or outputs_first and stored_by_inputs
-        codes = _stored(layer, coded.codes)
+        flat = layer.node.op == "conv" and coded.scale.shape[1] > 1  # blocks are of channels and places of the kernel
+        codes = coded.codes if flat else _stored(layer, coded.codes)
         codes = codes.t() if turned else codes
         outputs = int(layer.node.op != "conv" and (stored_by_inputs != turned))
         grid, name = coded.grid, layer.weight.name
@@ -162,7 +163,7 @@ class Writer:
         silent = grid.symmetric and not self.target.zeros
         z = None if silent else self._buffer(f"{name}_zero_point", zero.to(grid.dtype).contiguous())
         back: Value = self.build.dequantize(q, s, z, name=f"{name}_dequantized", **where, **bits)
-        return back
+        return self.build.reshape(back, shape=layer.weight.shape, name=f"{name}_kernels") if flat else back
 
     def _integer_bias(self, layer: Layer, x: Value, weight: Coded) -> Value | None:
         """The bias in steps of the product, as kernels add it up."""

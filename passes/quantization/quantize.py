@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 
@@ -23,6 +23,8 @@ from regauge.passes.calibration.losses import labelled
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.options import option
 from regauge.passes.quantization.grid import Coded, Form, Grid, rounded
+from regauge.passes.quantization.learned_codes import Learned
+from regauge.passes.quantization.learned_rounding import STEPS, learned
 from regauge.passes.quantization.mixed import Mixed
 from regauge.passes.quantization.placement import Placement, find_tables, misfit, misfit_of_blocks, place
 from regauge.passes.quantization.qdq import Writer
@@ -70,13 +72,21 @@ class Quantize(Pass):
     sensitivity: Sensitivity | None = option(
         None, "of scheme=mixed: what bits cost: loss, gradient, hessian, lim or zd; loss, without data zd"
     )
-    group: int | None = option(None, "neighbouring inputs that share a scale", at_least=2)
+    group: int | None = option(
+        None,
+        "neighbouring inputs that share a scale; 32 in linear layers, all of an output in convolutions, where an input "
+        "counts as often as the kernel has places",
+        at_least=2,
+    )
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
     target: Literal["ort-x86", "reference"] = option("ort-x86", "the runtime that it is written for")
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
-    method: Method | None = option(
-        None, "how weights are rounded: nearest, or on data by columns (GPTQ) or descent, for 8 bits and for fewer"
+    method: Method | Learned | None = option(
+        None,
+        "how weights are rounded: nearest, or on data by columns (GPTQ), descent, or gradients through blocks "
+        "of layers (adaround, flexround); columns for 8 bits, descent for fewer",
     )
+    steps: int | None = option(None, f"of adaround and flexround: steps for each block; {STEPS}", at_least=1)
     smoothing: float | None = option(
         None, "exponent of SmoothQuant, 0 for none; if not given, for each value the best", at_least=0, at_most=1
     )
@@ -91,6 +101,8 @@ class Quantize(Pass):
         idle = of_weights if self._scheme.activations else of_activations
         if idle:
             raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
+        if self.steps is not None and self.method not in get_args(Learned):
+            raise PassError("quantize: steps are of method=adaround or flexround: leave them out")
         self._check_mixed()
         group = self.group or BLOCK
         if TARGETS[self.target].blocks_alone and (group < 16 or group & (group - 1)):
@@ -116,10 +128,12 @@ class Quantize(Pass):
         return self.group or (BLOCK if self._scheme.bits != 8 or TARGETS[self.target].blocks_alone else None)
 
     def _form(self, bits: int, layer: Layer) -> Form:
-        return Form(Grid(bits, bits == 8 if self.symmetric is None else self.symmetric), _group(layer, self._block))
+        return Form(
+            Grid(bits, bits == 8 if self.symmetric is None else self.symmetric), _group(layer, self._block, self.group)
+        )
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        if context.data is None and self.method in ("columns", "descent"):
+        if context.data is None and self.method not in (None, "nearest"):
             raise PassError(
                 f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
             )
@@ -163,7 +177,8 @@ class Quantize(Pass):
             forms = self._mixed(original, layers, target, context)
         else:
             forms = {layer.weight.name: self._form(bits, layer) for layer in layers}
-        whole = sum(form.group != self._block for form in forms.values())
+        linear = [layer for layer in layers if layer.node.op != "conv" and layer.weight.name in forms]
+        whole = sum(forms[layer.weight.name].group != self._block for layer in linear)
         if self._block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
         result = original.copy()
@@ -215,7 +230,10 @@ class Quantize(Pass):
             return {layer.weight.name: rounded(_rows(layer), form.grid, form.group) for layer, form in pairs}
         batches = calibration_batches(original, context)
         context.note(f"chosen on {sum(map(examples_in, batches))} examples")
-        return coded_on_data(original, result, layers, batches, forms, self.method, by=self.name)
+        if self.method in get_args(Learned):
+            steps = self.steps or STEPS
+            return learned(original, result, layers, batches, forms, cast(Learned, self.method), steps, by=self.name)
+        return coded_on_data(original, result, layers, batches, forms, cast(Method | None, self.method), by=self.name)
 
     # -- activations -------------------------------------------------------------------------------------------------
 
@@ -296,7 +314,14 @@ def _saved(table: Parameter) -> int:
     return int(table.tensor.detach().nbytes - table.tensor.numel() - 4 * len(table.tensor))
 
 
-def _group(layer: Layer, wanted: int | None) -> int:
-    """Columns that share a scale: a whole row of a convolution, or where the group does not divide it."""
-    whole = wanted is None or layer.node.op == "conv" or layer.columns % wanted
-    return layer.columns if whole or wanted is None else wanted
+def _group(layer: Layer, wanted: int | None, of_kernels: int | None) -> int:
+    """Columns that share a scale: a whole row where the group does not divide it.
+
+    Of a convolution as many whole channels as go into ``of_kernels``; a row where none does.
+    """
+    if layer.node.op == "conv":
+        channels = layer.columns // layer.taps
+        most = min(channels, (of_kernels or 0) // layer.taps)
+        found = max((count for count in range(1, most + 1) if channels % count == 0), default=channels)
+        return found * layer.taps
+    return layer.columns if wanted is None or layer.columns % wanted else wanted
