@@ -50,7 +50,8 @@ def learned(
     first = 0
     for last in ends_of_blocks(changed, layers):
         nodes = changed.nodes[first : last + 1]
-        own = [layer for layer in layers if layer.node in nodes]
+        inside = set(nodes)
+        own = [layer for layer in layers if layer.node in inside]
         for _ in range(first, last + 1):
             before.execute(next(old))
         if own:
