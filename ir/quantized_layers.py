@@ -25,4 +25,6 @@ def _is_stored(node: Node) -> bool:
 
 def _dequantized(value: object) -> Node | None:
     producer = value.producer if isinstance(value, Value) else None
+    if producer is not None and producer.op == "reshape":  # kernels whose blocks are of channels and places
+        return _dequantized(producer.inputs[0])
     return producer if producer is not None and producer.op == "dequantize" else None

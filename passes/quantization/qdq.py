@@ -230,8 +230,9 @@ class Writer:
         to = self._constants(layer.weight.name)
         by_inputs = layer.node.op != "conv" and stored_by_inputs != turned
         if isinstance(stored, Coded) and stored.grid.table is None and not self.packed:
-            codes = _stored(layer, stored.codes)
-            return stored.laid_out(to, codes.t() if turned else codes, int(by_inputs))
+            if layer.node.op != "conv" or stored.scale.shape[1] == 1:
+                codes = _stored(layer, stored.codes)
+                return stored.laid_out(to, codes.t() if turned else codes, int(by_inputs))
         matrix: Value = stored.write(to)
         if layer.node.op == "conv":
             matrix = self.build.reshape(matrix, shape=layer.weight.shape)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 
@@ -27,6 +27,8 @@ from regauge.passes.quantization.bitstack import Terms
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.gate import Gate, check_latency
 from regauge.passes.quantization.grid import Form, Grid
+from regauge.passes.quantization.learned_codes import Learned
+from regauge.passes.quantization.learned_rounding import STEPS, learned
 from regauge.passes.quantization.mixed import Mixed
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
 from regauge.passes.quantization.placement import (
@@ -97,7 +99,10 @@ class Quantize(Pass):
     )
     per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")
     group: int | None = option(
-        None, "neighbouring inputs that share a scale; of codebooks, neighbouring outputs that share one", at_least=2
+        None,
+        "neighbouring inputs that share a scale; 32 in linear layers, all of an output in convolutions, where an input "
+        "counts as often as the kernel has places; of codebooks, neighbouring outputs that share one",
+        at_least=2,
     )
     permute: bool = option(False, "first reorder outputs, exactly, so that those which share a codebook are alike")
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
@@ -114,9 +119,12 @@ class Quantize(Pass):
         "static", "ranges of activations from data, or found at every run"
     )
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
-    method: Method | None = option(
-        None, "how weights are rounded: nearest, or on data by columns (GPTQ) or descent, for 8 bits and for fewer"
+    method: Method | Learned | None = option(
+        None,
+        "how weights are rounded: nearest, or on data by columns (GPTQ), descent, or gradients through blocks "
+        "of layers (adaround, flexround); columns for 8 bits, descent for fewer",
     )
+    steps: int | None = option(None, f"of adaround and flexround: steps for each block; {STEPS}", at_least=1)
     smoothing: float | None = option(
         None, "exponent of SmoothQuant, 0 for none; if not given, for each value the best", at_least=0, at_most=1
     )
@@ -150,6 +158,10 @@ class Quantize(Pass):
         self._check_groups(blocks=target.blocks_alone and not scheme.activations)
         self._check_bits()
         self._check_target()
+        if self.steps is not None and self.method not in get_args(Learned):
+            raise PassError("quantize: steps are of method=adaround or flexround: leave them out")
+        if self.method in get_args(Learned) and scheme.kind != "integers":
+            raise PassError(f"quantize: method={self.method} is for integers, not scheme={self.scheme}")
 
     def _check_groups(self, *, blocks: bool) -> None:
         """Raise PassError for groups that do not go together, or that a target which reads ``blocks`` does not."""
@@ -180,9 +192,7 @@ class Quantize(Pass):
         if self.calibration is not None:
             raise PassError("quantize: calibration does nothing with activations=dynamic: leave it out")
         if TARGETS[self.target].at_run is None:
-            raise PassError(
-                f"quantize: {self.target} has no ranges that are found at every run: activations=static"
-            )
+            raise PassError(f"quantize: {self.target} has no ranges that are found at every run: activations=static")
 
     def _check_bits(self) -> None:
         bounds = [name for name in ("bytes", "accuracy") if getattr(self, name) is not None]
@@ -207,7 +217,7 @@ class Quantize(Pass):
         return self.group or (target.block if few or target.blocks_alone else None)
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        if context.data is None and self.method in ("columns", "descent"):
+        if context.data is None and self.method not in (None, "nearest"):
             raise PassError(
                 f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
             )
@@ -276,7 +286,8 @@ class Quantize(Pass):
             original, count = with_like_rows_together(original, layers, self.group, by=self.name)
             layers = self._layers(original, Counter())
             context.note(f"{count} Dims reordered, so that groups of {self.group} outputs are alike")
-        whole = sum(_group(layer, self._block) == layer.columns for layer in layers)
+        linear = [layer for layer in layers if layer.node.op != "conv"]
+        whole = sum(_group(layer, self._block, self.group) != self._block for layer in linear)
         if self._block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
         alone = sum(layer.outputs * layer.blocks % (self.group or 1) > 0 for layer in layers)
@@ -339,7 +350,7 @@ class Quantize(Pass):
     def _wanted(self, layer: Layer, bits: int) -> Wanted:
         return Wanted(
             bits=bits,
-            group=_group(layer, self._block),
+            group=_group(layer, self._block, self.group),
             shared=self.per == "tensor",
             symmetric=True if TARGETS[self.target].centred else self.symmetric,
             statistic=self.statistic,
@@ -384,7 +395,12 @@ class Quantize(Pass):
             return {layer.weight.name: formats[layer.weight.name].rounded(rows_of(layer)) for layer in layers}
         batches = calibration_batches(original, context)
         context.note(f"chosen on {sum(map(examples_in, batches))} examples")
-        return stored_on_data(original, result, layers, batches, formats, self.method, by=self.name)
+        if self.method in get_args(Learned):
+            forms = {name: form for name, form in formats.items() if isinstance(form, Form)}
+            way, steps = cast(Learned, self.method), self.steps or STEPS
+            return dict(learned(original, result, layers, batches, forms, way, steps, by=self.name))
+        method = cast(Method | None, self.method)
+        return stored_on_data(original, result, layers, batches, formats, method, by=self.name)
 
     # -- activations -------------------------------------------------------------------------------------------------
 
@@ -466,7 +482,14 @@ def _saved(table: Table, bits: int) -> int:
     return int(data.nbytes - data.numel() * bits / 8 - 4 * len(data))
 
 
-def _group(layer: Layer, wanted: int | None) -> int:
-    """Columns that share a scale: a whole row of a convolution, or where the group does not divide it."""
-    whole = wanted is None or layer.node.op == "conv" or layer.columns % wanted
-    return layer.columns if whole or wanted is None else wanted
+def _group(layer: Layer, wanted: int | None, of_kernels: int | None) -> int:
+    """Columns that share a scale: a whole row where the group does not divide it.
+
+    Of a convolution as many whole channels as go into ``of_kernels``; a row where none does.
+    """
+    if layer.node.op == "conv":
+        channels = layer.columns // layer.taps
+        most = min(channels, (of_kernels or 0) // layer.taps)
+        found = max((count for count in range(1, most + 1) if channels % count == 0), default=channels)
+        return found * layer.taps
+    return layer.columns if wanted is None or layer.columns % wanted else wanted

@@ -130,6 +130,16 @@ def test_a_file_holds_blocks_of_four_and_eight_bits(tmp_path: Path) -> None:
     assert kernels_of(tmp_path / "small.onnx")[0]["MatMulNBits"] == 8
 
 
+def test_tables_of_vectors_count_with_the_bytes() -> None:
+    """They take 8 bits in any case, and a scale for each vector; layers get the rest."""
+    model = nn.Sequential(nn.Embedding(40, WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 8)).eval()
+    graph = regauge.capture(model, (torch.arange(8).reshape(2, 4),), dynamic={0: {0: "batch"}})
+    for share in (0.3, 0.4):
+        budget = int(share * figures(graph).bytes)
+        small = regauge.optimize(graph, f"quantize{{scheme=mixed,bytes={budget},target=reference}}")
+        assert 0.85 * budget < bytes_in(small) <= budget
+
+
 @pytest.mark.parametrize("labels", [False, True])
 def test_traces_of_the_hessian(labels: bool) -> None:
     """Against the whole Hessian of a linear classifier."""

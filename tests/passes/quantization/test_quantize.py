@@ -12,6 +12,7 @@ from regauge.backends.onnx_audit import INTEGER_KERNELS, kernels_of
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.ir.quantized_layers import quantized_layers
 
 WIDTH, LENGTH = 32, 6
 
@@ -128,6 +129,21 @@ def test_weights_alone(bits: int, least: float) -> None:
     small = regauge.optimize(graph, f"quantize{{scheme=w{bits},embeddings=false}}", data=batches)
     nearest = regauge.optimize(graph, f"quantize{{scheme=w{bits},embeddings=false,method=nearest}}")
     assert decibels(graph, small, fresh) > max(least, decibels(graph, nearest, fresh))
+
+
+def test_kernels_in_groups_of_channels(tmp_path: Path) -> None:
+    """Scales of four channels each by nine places gain where channels differ; the file has blocks, and is verified."""
+    model, x = nn.Conv2d(16, 8, 3), torch.randn(8, 16, 9, 9)
+    with torch.no_grad():
+        model.weight *= torch.logspace(-1, 1, 16).reshape(1, 16, 1, 1)
+    graph = regauge.capture(model, (x,))
+    whole, small = (regauge.optimize(graph, f"quantize{{scheme=w4,target=reference{o}}}") for o in ("", ",group=36"))
+    assert decibels(graph, small, x) > decibels(graph, whole, x) + 3
+    assert {node.inputs[1].shape for node in small.nodes if node.op == "dequantize"} == {(8, 4)}
+    small.to_onnx(tmp_path / "small.onnx")
+    kinds = {i.name: i.data_type for i in onnx.load(tmp_path / "small.onnx").graph.initializer}
+    assert kinds["weight_quantized"] == onnx.TensorProto.UINT4
+    assert len(quantized_layers(small)) == 1
 
 
 def test_four_bits_are_two_to_a_byte_in_a_file(tmp_path: Path) -> None:
