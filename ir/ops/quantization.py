@@ -24,7 +24,7 @@ INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
 """Types that hold quantized numbers; those of fewer bits lie in the 8-bit ones."""
 
 
-def _scaled_rule(call: Call) -> str:
+def scaled_rule(call: Call) -> str:
     """Scales and zero points have no axes, the one axis that is told apart, or all axes with blocks on one of them."""
     if call["axis"] is None:
         return "x..., , ? -> x..."
@@ -118,7 +118,7 @@ def _quantized_samples() -> list[Any]:
 
 
 @operator(
-    rule=_scaled_rule,
+    rule=scaled_rule,
     onnx={"QuantizeLinear": OnnxForm(read=_read_quantize, write=holds_no_sizes)},
     spell=_spell_quantize,
     samples=_quantized_samples,
@@ -172,7 +172,7 @@ def _dequantized_samples() -> list[Any]:
 
 
 @operator(
-    rule=_scaled_rule,
+    rule=scaled_rule,
     onnx={"DequantizeLinear": OnnxForm(read=_read_dequantize, write=holds_no_sizes)},
     spell=_spell_dequantize,
     samples=_dequantized_samples,

@@ -90,11 +90,10 @@ class Writer:
     def layer(self, layer: Layer, weight: Coded) -> None:
         """Let a layer multiply integers: its input is one of the quantized values."""
         node, x = layer.node, self._inputs[layer.node]
-        known = all(isinstance(size, int) for size in x.shape[:-1])
         with self.build.at(node):
             if layer.node.op == "conv":
                 self._in_place(node, x, self._weight(layer, weight), self._integer_bias(layer, x, weight))
-            elif self.target.flat and (known or x.rank == 2):
+            elif is_gemm(x, self.target):
                 replace_uses(self.graph, node.output, self._gemm(node, x, layer, weight))
             else:
                 self._product(layer, self._plain[x], weight)
@@ -183,6 +182,11 @@ class Writer:
 
     def _buffer(self, name: str, data: torch.Tensor) -> Parameter:
         return self.build.parameter(self.build.unique(name), data, kind="buffer")
+
+
+def is_gemm(x: Value, target: Target) -> bool:
+    """Whether a linear layer on a quantized value becomes a product of matrices with an integer bias."""
+    return target.flat and (x.rank == 2 or all(isinstance(size, int) for size in x.shape[:-1]))
 
 
 def _stored(layer: Layer, codes: torch.Tensor) -> torch.Tensor:

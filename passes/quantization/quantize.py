@@ -85,7 +85,7 @@ class Quantize(Pass):
         return SCHEMES[self.scheme][1]
 
     @property
-    def _block(self) -> int | None:
+    def block(self) -> int | None:
         """Columns that share a scale where weights are stored alone; None: all of a row."""
         bits, _ = SCHEMES[self.scheme]
         return self.group or (BLOCK if bits < 8 or TARGETS[self.target].blocks_alone else None)
@@ -95,9 +95,9 @@ class Quantize(Pass):
             raise PassError(
                 f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
             )
-        original, target = _prepared(graph).copy(), TARGETS[self.target]
+        original, target = prepared(graph).copy(), TARGETS[self.target]
         tables = self._tables(original)
-        layers = self._layers(original, context.left)
+        layers = self.layers_of(original, context.left)
         if not layers and not tables:
             return graph
         if not layers:
@@ -118,11 +118,12 @@ class Quantize(Pass):
     def _tables(self, graph: Graph) -> list[tuple[Node, Parameter]]:
         return find_tables(graph, self.include, self.exclude) if self.embeddings else []
 
-    def _layers(self, graph: Graph, left: Counter[str]) -> list[Layer]:
+    def layers_of(self, graph: Graph, left: Counter[str]) -> list[Layer]:
+        """The layers that are quantized, of a graph as :func:`prepared`; ``left`` counts the others by reason."""
         target = TARGETS[self.target]
 
         def against(layer: Layer) -> str | None:
-            return misfit(layer, target) if self._activations else misfit_of_blocks(layer, target, self._block)
+            return misfit(layer, target) if self._activations else misfit_of_blocks(layer, target, self.block)
 
         tables = {table for _, table in self._tables(graph)}
         return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=tables)
@@ -131,13 +132,13 @@ class Quantize(Pass):
 
     def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
         bits, _ = SCHEMES[self.scheme]
-        groups = {layer.weight.name: _group(layer, self._block) for layer in layers}
+        groups = {layer.weight.name: group_of(layer, self.block) for layer in layers}
         whole = sum(size == layer.columns for size, layer in zip(groups.values(), layers, strict=True))
-        if self._block is not None and whole:
-            context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
+        if self.block is not None and whole:
+            context.note(f"{whole} layers have a scale for each output: {self.block} does not divide their inputs")
         grid = Grid(bits, bits == 8 if self.symmetric is None else self.symmetric)
         result = original.copy()
-        own = self._layers(result, Counter())
+        own = self.layers_of(result, Counter())
         coded = self._coded(original, result, own, grid, groups, context)
         writer = Writer(result, target, by=self.name)
         for layer in own:
@@ -157,7 +158,7 @@ class Quantize(Pass):
         """The codes of each layer's weight, by its name; biases of ``result`` make up for them where there is data."""
         method = self.method or ("columns" if grid.bits == 8 else "descent")
         if context.data is None or method == "nearest":
-            return {layer.weight.name: rounded(_rows(layer), grid, groups[layer.weight.name]) for layer in layers}
+            return {layer.weight.name: rounded(rows_of(layer), grid, groups[layer.weight.name]) for layer in layers}
         batches = calibration_batches(original, context)
         context.note(f"chosen on {sum(map(examples_in, batches))} examples")
         return coded_on_data(original, result, layers, batches, grid, groups, method, by=self.name)
@@ -167,11 +168,11 @@ class Quantize(Pass):
     def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
         batches = calibration_batches(original, context)
         if self.smoothing != 0:
-            self._smooth(original, layers, target, batches, context)
+            self.smooth_values(original, layers, target, batches, context)
         result = original.copy()
-        own = self._layers(result, Counter())
+        own = self.layers_of(result, Counter())
         placement = place(result, own, target)
-        ends = self._ends(result, placement, target, batches)
+        ends = self.ends_of_values(result, placement, target, batches)
         groups = {layer.weight.name: layer.columns for layer in own}
         coded = self._coded(original, result, own, target.weights, groups, context)
         writer = Writer(result, target, by=self.name)
@@ -181,7 +182,10 @@ class Quantize(Pass):
         context.note(f"{len(own)} layers multiply integers; ranges of {len(ends)} values")
         return writer
 
-    def _ends(self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]) -> dict[Value, Ends]:
+    def ends_of_values(
+        self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]
+    ) -> dict[Value, Ends]:
+        """The ranges of the values that a placement needs, on batches of inputs."""
         statistics = Statistics(graph)
         histograms = {
             value: statistics.register(value, Histogram(*_importance(value, placement.layers)))
@@ -191,9 +195,10 @@ class Quantize(Pass):
         way = self.calibration or "minmax"
         return {value: ends_of(found, target.activations, way) for value, found in histograms.items()}
 
-    def _smooth(
+    def smooth_values(
         self, graph: Graph, layers: Sequence[Layer], target: Target, batches: Sequence[Any], context: Context
     ) -> None:
+        """Move range from what linear layers read into their weights."""
         read: dict[Value, list[Layer]] = {}
         for layer in layers:
             if layer.node.op != "conv" and isinstance(layer.node.inputs[0], Value):
@@ -213,7 +218,7 @@ class Quantize(Pass):
         context.note(f"{count} of {len(found)} values smoothed")
 
 
-def _prepared(graph: Graph) -> Graph:
+def prepared(graph: Graph) -> Graph:
     """With norms folded into layers, and linear layers put together."""
     for step in (Simplify(), Simplify(only=("assemble-linear", "dead-code"))):
         graph = step.call(graph, Context())
@@ -227,16 +232,16 @@ def _importance(value: Value, layers: Sequence[Layer]) -> tuple[int, torch.Tenso
         return None, None
     total = torch.zeros(own[0].columns // own[0].taps, dtype=torch.float64)
     for layer in own:
-        total += _rows(layer).square().sum(0).reshape(-1, layer.taps).sum(1)
+        total += rows_of(layer).square().sum(0).reshape(-1, layer.taps).sum(1)
     return (1 if own[0].node.op == "conv" else -1), total
 
 
-def _rows(layer: Layer) -> torch.Tensor:
+def rows_of(layer: Layer) -> torch.Tensor:
     """The weight as [outputs of all blocks, columns]."""
     return layer.matrices(layer.weight.tensor.detach()).double().flatten(0, 1)
 
 
-def _group(layer: Layer, wanted: int | None) -> int:
+def group_of(layer: Layer, wanted: int | None) -> int:
     """Columns that share a scale: a whole row of a convolution, or where the group does not divide it."""
     whole = wanted is None or layer.node.op == "conv" or layer.columns % wanted
     return layer.columns if whole or wanted is None else wanted

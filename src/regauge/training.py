@@ -18,6 +18,7 @@ from regauge.passes.training.hesso import Hesso as Hesso
 from regauge.passes.training.hsm import Hsm as Hsm
 from regauge.passes.training.lapp import Lapp as Lapp
 from regauge.passes.training.nm_sparsity import NMSparsity as NMSparsity
+from regauge.passes.training.qat import Qat as Qat
 from regauge.passes.training.sparse_momentum import SparseMomentum as SparseMomentum
 from regauge.passes.training.sparsifier import Sparsifier as Sparsifier
 from regauge.passes.training.target import Target as Target
