@@ -139,14 +139,14 @@ class Quantize(Pass):
         grid = Grid(bits, bits == 8 if self.symmetric is None else self.symmetric)
         result = original.copy()
         own = self.layers_of(result, Counter())
-        coded = self._coded(original, result, own, grid, groups, context)
+        coded = self.coded(original, result, own, grid, groups, context)
         writer = Writer(result, target, by=self.name)
         for layer in own:
             writer.weight_alone(layer, coded[layer.weight.name])
         context.note(f"{bits} bits: the weights of {len(own)} layers")
         return writer
 
-    def _coded(
+    def coded(
         self,
         original: Graph,
         result: Graph,
@@ -174,7 +174,7 @@ class Quantize(Pass):
         placement = place(result, own, target)
         ends = self.ends_of_values(result, placement, target, batches)
         groups = {layer.weight.name: layer.columns for layer in own}
-        coded = self._coded(original, result, own, target.weights, groups, context)
+        coded = self.coded(original, result, own, target.weights, groups, context)
         writer = Writer(result, target, by=self.name)
         writer.activations(placement, ends)
         for layer in own:

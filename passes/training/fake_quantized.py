@@ -11,10 +11,9 @@ from regauge.ir.edit import Builder, set_input
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.ops.fake_quantization import spread
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.quantization.grid import Coded, Grid, rounded
+from regauge.passes.quantization.grid import Coded, Grid
 from regauge.passes.quantization.placement import Placement
 from regauge.passes.quantization.qdq import BIAS_BITS, is_gemm
-from regauge.passes.quantization.quantize import rows_of
 from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.targets import Target
 from regauge.passes.training.bound_model import BoundModel
@@ -33,18 +32,17 @@ class FakeQuantizer:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def weight(self, layer: Layer, grid: Grid, group: int) -> None:
-        """Let a layer read its weight rounded to a grid, with a scale for each row or group of its columns."""
-        name, whole = layer.weight.name, group == layer.columns
+    def weight(self, layer: Layer, coded: Coded) -> None:
+        """Let a layer read its weight rounded to the grid of ``coded``, whose scales are where those here begin."""
+        name, grid, whole = layer.weight.name, coded.grid, coded.group == layer.columns
         outputs = int(layer.node.op == "matmul")
-        where = {"axis": outputs} if whole else {"axis": 1 - outputs, "block_size": group}
+        where = {"axis": outputs} if whole else {"axis": 1 - outputs, "block_size": coded.group}
         limits = {"low": grid.low, "high": grid.high}
         with self.build.at(layer.node):
             if self.scales == "statistics":
                 scale = self.build.mean_scale(layer.weight, bits=grid.bits, **where)
                 found = self.build.fake_quantize(layer.weight, scale, midrise=True, **limits, **where)
             else:
-                coded = rounded(rows_of(layer), grid, group)
                 parts = [part[:, 0] if whole else part.t() if outputs else part for part in (coded.scale, coded.zero)]
                 scale = self._scale(name, parts[0])
                 zero = None if grid.symmetric else self._buffer(f"{name}_zero_point", parts[1].to(grid.dtype))

@@ -50,11 +50,12 @@ class Qat:
     whose ranges are observed on ``data``; kernels multiply bytes, so weights of fewer bits lie in bytes then). The
     other options are those of ``quantize``. ``scales``:
 
-    - ``learned``: those of weights and activations begin where rounding loses least, or at what was observed, and are
-      trained with the gradient of LSQ (Esser et al. 2020). Deviation: what is trained is their logarithm (Jain et al.
-      2020, Trained Quantization Thresholds, section 3.2), with which Adam moves all of them at one pace, and which
-      keeps them positive; LSQ's factor on the gradient, which does the same for plain gradient descent, is left out.
-    - ``fixed``: they stay where they begin.
+    - ``learned``: they begin as ``quantize`` would have them, with codes and biases chosen on ``data`` where it is
+      given, and those of weights and activations are trained with the gradient of LSQ (Esser et al. 2020). Deviation:
+      what is trained is their logarithm (Jain et al. 2020, Trained Quantization Thresholds, section 3.2), with which
+      Adam moves all of them at one pace, and which keeps them positive; LSQ's factor on the gradient, which does the
+      same for plain gradient descent, is left out.
+    - ``fixed``: they stay where those begin.
     - ``statistics``: of weights 4 mean|w| / 2^bits, drawn anew in each pass, with levels half way between integers, as
       in StatsQ (Liu et al. 2023, Oscillation-free Quantization for Low-bit Vision Transformers, and its authors' code);
       those of activations are learned. Deviation: weights beyond the last level get no gradient, there they do.
@@ -99,8 +100,9 @@ class Qat:
         batches = calibration_batches(self._float, Context(data=data)) if self.activations else []
         if self.activations and smoothing != 0:
             self._placing.smooth_values(self._float, layers, self.target, batches, Context())
-        plain = scales == "statistics" or self.activations or bits == 8
-        quantizer = self._fake(scales, Grid(bits, plain if symmetric is None else symmetric), batches)
+        plain = self.activations or bits == 8 or scales == "statistics"
+        grid = Grid(bits, plain if symmetric is None else symmetric)
+        quantizer = self._fake(scales, grid, batches, data)
         self.module: nn.Module = quantizer.graph.to_torch()
         self._bound = BoundModel(self.module, self._float)
         self._grids = TrainedGrids(quantizer, BoundModel(self.module, quantizer.graph))
@@ -109,16 +111,20 @@ class Qat:
         self._boundary: float | None = None
         self._frozen: dict[Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def _fake(self, scales: Scales, grid: Grid, batches: Sequence[Any]) -> FakeQuantizer:
+    def _fake(self, scales: Scales, grid: Grid, batches: Sequence[Any], data: Any) -> FakeQuantizer:
         graph = self._float.copy()
-        quantizer = FakeQuantizer(graph, self.target, scales, by=self.name)
         layers = self._placing.layers_of(graph, Counter())
+        quantizer = FakeQuantizer(graph, self.target, scales, by=self.name)
+        placement = place(graph, layers, self.target)
+        ends = self._placing.ends_of_values(graph, placement, self.target, batches) if self.activations else {}
+        block = None if self.activations else self._placing.block
+        groups = {layer.weight.name: group_of(layer, block) for layer in layers}
+        start = Context(data=None if scales == "statistics" else data)
+        coded = self._placing.coded(self._float, graph, layers, grid, groups, start)
         if self.activations:
-            placement = place(graph, layers, self.target)
-            ends = self._placing.ends_of_values(graph, placement, self.target, batches)
             quantizer.activations(placement, ends)
         for layer in layers:
-            quantizer.weight(layer, grid, layer.columns if self.activations else group_of(layer, self._placing.block))
+            quantizer.weight(layer, coded[layer.weight.name])
         return quantizer
 
     def anneal(self, boundary: float = 0.005) -> None:

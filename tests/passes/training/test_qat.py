@@ -105,7 +105,7 @@ def test_convolutions_that_hand_integers_on(scheme: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("scales", ["learned", "fixed", "statistics"])
 def test_two_bits_get_better(scales: Any) -> None:
     graph, batches = encoder()
-    qat = Qat(graph, "w2", scales=scales, data=batches)
+    qat = Qat(graph, "w2", scales=scales)
     before = error(graph, qat.finish(), batches[0])
     fit(qat, graph, batches, steps=60, rate=3e-4)
     assert error(graph, qat.finish(), batches[0]) < 0.6 * before
@@ -121,14 +121,16 @@ def test_digits_in_two_bits() -> None:
     assert before < accuracy(model) - 0.05 and after > accuracy(model) - 0.02, (before, after, accuracy(model))
 
 
-def test_layers_are_those_that_quantize_chooses() -> None:
+def test_it_begins_where_quantize_ends() -> None:
+    """With its layers and codes, chosen on data where there is any."""
     graph, batches = encoder()
     options = {"include": ("qkv*", "up*"), "exclude": ("up*",)}
-    small = Qat(graph, "w4", **options).finish()
-    step = "quantize{scheme=w4,method=nearest,include=[qkv*,up*],exclude=[up*]}"
-    same = regauge.optimize(graph, step)
-    assert str(small) == str(same)
-    torch.testing.assert_close(small.run(batches[0])[0], same.run(batches[0])[0])  # untrained: to the nearest
+    chosen = "include=[qkv*,up*],exclude=[up*],embeddings=false"
+    for data in (None, batches):
+        small = Qat(graph, "w4", data=data, **options).finish()
+        same = regauge.optimize(graph, f"quantize{{scheme=w4,{chosen}}}", data=data)
+        assert str(small) == str(same)
+        torch.testing.assert_close(small.run(batches[0])[0], same.run(batches[0])[0])
     assert dict(small.report.passes[0].left) == dict(same.report.passes[0].left)
 
 
