@@ -1,6 +1,6 @@
 """What training is worth to networks in few bits: before it, and after a few hundred steps by each method.
 
-    PYTHONPATH=PHOTOGRAPHS python benchmarks/train_quantized.py [--only NAME ...] [--steps 200] [--write]
+    PYTHONPATH=PHOTOGRAPHS python benchmarks/train_quantized.py [--only NAME ...] [--schemes w2 ...] [--write]
 
 char_gpt is judged by perplexity, and trained on windows of the text that it learned from; a residual network by the
 share of photograph crops that stay in their class, and trained on other crops against what it gave in float.
@@ -9,10 +9,11 @@ share of photograph crops that stay in their class, and trained on other crops a
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from regauge import training
 
 HEADS = ["network", "scheme", "method", "before", "after"]
 RATE, CALIBRATION = 5e-4, 128
+DISTILLED = 0.3  # share of the labels in the loss where the rest is distillation
 Method = Callable[["Network", str], Any]
 
 
@@ -116,25 +118,51 @@ def quantized(*, on_data: bool = True, share: float = 1.0, anneal: bool = False,
     return run
 
 
+def levels(network: Network, scheme: str) -> tuple[float, float]:
+    """Differentiable quantization of weights alone."""
+    found = training.LearnedLevels(network.graph, int(scheme[1]))
+    before = network.judge(found.finish().to_torch())
+    network.train(found.module, lambda step: None)
+    return before, network.judge(found.finish().to_torch())
+
+
+def sparse_first(network: Network, scheme: str) -> tuple[float, float]:
+    """2:4 and then integers, both learnt under distillation; the steps are shared out."""
+    half = replace(network, steps=network.steps // 2)
+    model = copy.deepcopy(network.model)
+    sparsifier = training.NMSparsity(model, network.graph)
+    half.train(model, lambda step: sparsifier.step(), DISTILLED)
+    qat = training.Qat(
+        sparsifier.finish(), scheme, data=network.data, target="reference", keep_zeros=True, symmetric=True
+    )
+    before = network.judge(qat.finish().to_torch())
+    half.train(qat.module, lambda step: qat.step(), DISTILLED)
+    return before, network.judge(qat.finish().to_torch())
+
+
 METHODS: dict[str, Method] = {
     "learned scales, from nearest codes": quantized(on_data=False),
     "learned scales, from codes chosen on data": quantized(),
     "fixed scales, from codes chosen on data": quantized(scales="fixed"),
     "StatsQ": quantized(scales="statistics"),
     "StatsQ, then CGA": quantized(scales="statistics", anneal=True),
-    "quantized distillation": quantized(share=0.3),
+    "quantized distillation": quantized(share=DISTILLED),
+    "differentiable levels": levels,
+    "2:4, then integers, distilled": sparse_first,
 }
 
 
-def measure(only: list[str], steps: int) -> Iterator[list[str]]:
-    networks = {"char_gpt": (characters, ("w2", "w3a8")), "resnet20": (images, ("w3", "w2"))}
-    for name, (build, schemes) in networks.items():
+def measure(only: list[str], schemes: list[str], chosen: list[str], steps: int) -> Iterator[list[str]]:
+    networks = {"char_gpt": characters, "resnet20": images}
+    for name, build in networks.items():
         if only and name not in only:
             continue
         network = build(steps)
         yield [name, "float", "", "", f"{network.judge(network.model):.3f}"]
         for scheme in schemes:
             for method, run in METHODS.items():
+                if chosen and method not in chosen:
+                    continue
                 if method == "quantized distillation" and network.loss is None:
                     continue  # without labels all are distilled
                 before, after = run(network, scheme)
@@ -144,13 +172,15 @@ def measure(only: list[str], steps: int) -> Iterator[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="names of networks")
+    parser.add_argument("--schemes", nargs="*", default=["w2"])
+    parser.add_argument("--methods", nargs="*", default=[], choices=list(METHODS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rows = []
-    for row in measure(options.only, options.steps):
+    for row in measure(options.only, options.schemes, options.methods, options.steps):
         print("  ".join(row), flush=True)
         rows.append(row)
     print(environment())

@@ -83,3 +83,10 @@ def mean_scale(x: Tensor, *, axis: int, block_size: int | None = None, bits: int
         means = magnitude.reshape(*x.shape[:axis], -1, block_size, *x.shape[axis + 1 :]).mean(axis + 1)
     scale: Tensor = means * (4 / 2**bits)
     return scale
+
+
+@operator(rule="x..., l -> x... ; whole l", samples=lambda: [sample(randn(4, 6), randn(4))])
+def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
+    """The nearest of some numbers; gradients reach these alone, each from the entries that it stands for."""
+    levels = torch.sort(levels).values
+    return levels[torch.bucketize(x.detach(), (levels[1:] + levels[:-1]) / 2)]

@@ -34,18 +34,17 @@ class FakeQuantizer:
 
     def weight(self, layer: Layer, coded: Coded) -> None:
         """Let a layer read its weight rounded to the grid of ``coded``, whose scales are where those here begin."""
-        name, grid, whole = layer.weight.name, coded.grid, coded.group == layer.columns
-        outputs = int(layer.node.op == "matmul")
-        where = {"axis": outputs} if whole else {"axis": 1 - outputs, "block_size": coded.group}
+        name, grid = layer.weight.name, coded.grid
+        where = placed(layer, coded.group)
         limits = {"low": grid.low, "high": grid.high}
         with self.build.at(layer.node):
             if self.scales == "statistics":
                 scale = self.build.mean_scale(layer.weight, bits=grid.bits, **where)
                 found = self.build.fake_quantize(layer.weight, scale, midrise=True, **limits, **where)
             else:
-                parts = [part[:, 0] if whole else part.t() if outputs else part for part in (coded.scale, coded.zero)]
-                scale = self._scale(name, parts[0])
-                zero = None if grid.symmetric else self._buffer(f"{name}_zero_point", parts[1].to(grid.dtype))
+                scale, zeros = (laid_out(layer, part) for part in (coded.scale, coded.zero))
+                scale = self._scale(name, scale)
+                zero = None if grid.symmetric else self._buffer(f"{name}_zero_point", zeros.to(grid.dtype))
                 found = self.build.fake_quantize(layer.weight, scale, zero, **limits, **where)
             if layer.bias is not None and layer.node in self._added:
                 step = self.build.mul(self._added[layer.node], found.producer.inputs[1])
@@ -153,6 +152,19 @@ class TrainedGrids:
         rows = layer.matrices(codes.cpu()).flatten(0, 1)
         found = Coded(grid, rows, scale.cpu(), zero.cpu().float())
         return found.with_codes(rows + found.spread(found.zero))
+
+
+def placed(layer: Layer, group: int) -> dict[str, int]:
+    """Attributes that say along which axis of the stored weight scales lie, one for each ``group`` of columns."""
+    outputs = int(layer.node.op == "matmul")
+    return {"axis": outputs} if group == layer.columns else {"axis": 1 - outputs, "block_size": group}
+
+
+def laid_out(layer: Layer, scale: torch.Tensor) -> torch.Tensor:
+    """Scales [rows, groups] as operators take them: [rows] where there is one group, else as the weight is stored."""
+    if scale.shape[1] == 1:
+        return scale[:, 0]
+    return scale.t().contiguous() if layer.node.op == "matmul" else scale
 
 
 def _by_row(node: Node, scale: torch.Tensor) -> torch.Tensor:

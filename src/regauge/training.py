@@ -17,6 +17,7 @@ from regauge.passes.training.hesso import Cric as Cric
 from regauge.passes.training.hesso import Hesso as Hesso
 from regauge.passes.training.hsm import Hsm as Hsm
 from regauge.passes.training.lapp import Lapp as Lapp
+from regauge.passes.training.learned_levels import LearnedLevels as LearnedLevels
 from regauge.passes.training.nm_sparsity import NMSparsity as NMSparsity
 from regauge.passes.training.qat import Qat as Qat
 from regauge.passes.training.sparse_momentum import SparseMomentum as SparseMomentum
