@@ -99,12 +99,15 @@ def images(steps: int) -> Network:
     )
 
 
-def quantized(*, on_data: bool = True, share: float = 1.0, anneal: bool = False, **options: Any) -> Method:
-    """Training with fake quantization."""
+def quantized(
+    *, on_data: bool = True, share: float = 1.0, anneal: bool = False, products: bool = False, **options: Any
+) -> Method:
+    """Training with fake quantization; ``products`` of queries and keys are quantized in place of these."""
 
     def run(network: Network, scheme: str) -> tuple[float, float]:
-        data = network.data if on_data or scheme.endswith("a8") else None
-        qat = training.Qat(network.graph, scheme, data=data, target="reference", **options)
+        data = network.data if on_data else None
+        graph = training.query_key_products(network.graph) if products else network.graph
+        qat = training.Qat(graph, scheme, data=data, target="reference", **options)
         before = network.judge(qat.finish().to_torch())
 
         def after(step: int) -> None:
@@ -146,10 +149,13 @@ METHODS: dict[str, Method] = {
     "fixed scales, from codes chosen on data": quantized(scales="fixed"),
     "StatsQ": quantized(scales="statistics"),
     "StatsQ, then CGA": quantized(scales="statistics", anneal=True),
+    "StatsQ with QKR": quantized(scales="statistics", products=True),
     "quantized distillation": quantized(share=DISTILLED),
     "differentiable levels": levels,
     "2:4, then integers, distilled": sparse_first,
 }
+
+WEIGHTS_ALONE = (METHODS["learned scales, from nearest codes"], levels)
 
 
 def measure(only: list[str], schemes: list[str], chosen: list[str], steps: int) -> Iterator[list[str]]:
@@ -165,6 +171,10 @@ def measure(only: list[str], schemes: list[str], chosen: list[str], steps: int) 
                     continue
                 if method == "quantized distillation" and network.loss is None:
                     continue  # without labels all are distilled
+                if method == "StatsQ with QKR" and not any(node.op == "attention" for node in network.graph.nodes):
+                    continue
+                if run in WEIGHTS_ALONE and scheme.endswith("a8"):
+                    continue
                 before, after = run(network, scheme)
                 yield [name, scheme, method, f"{before:.3f}", f"{after:.3f}"]
 

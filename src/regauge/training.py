@@ -20,6 +20,7 @@ from regauge.passes.training.lapp import Lapp as Lapp
 from regauge.passes.training.learned_levels import LearnedLevels as LearnedLevels
 from regauge.passes.training.nm_sparsity import NMSparsity as NMSparsity
 from regauge.passes.training.qat import Qat as Qat
+from regauge.passes.training.query_key import query_key_products as query_key_products
 from regauge.passes.training.sparse_momentum import SparseMomentum as SparseMomentum
 from regauge.passes.training.sparsifier import Sparsifier as Sparsifier
 from regauge.passes.training.target import Target as Target
