@@ -74,14 +74,17 @@ def _mean_rule(call: Call) -> str:
     ],
 )
 def mean_scale(x: Tensor, *, axis: int, block_size: int | None = None, bits: int) -> Tensor:
-    """Steps of 2^bits levels that reach to twice the mean magnitude on both sides; no gradient passes (StatsQ)."""
+    """Steps of 2^bits levels that reach to twice the mean magnitude on both sides; no gradient passes (StatsQ).
+
+    Where all is zero the mean counts as 1e-6, so that a bias still has room in 32 bits of such steps.
+    """
     magnitude = x.detach().abs()
     if block_size is None:
         means = magnitude.movedim(axis, 0).flatten(1).mean(1)
     else:
         axis %= x.dim()
         means = magnitude.reshape(*x.shape[:axis], -1, block_size, *x.shape[axis + 1 :]).mean(axis + 1)
-    scale: Tensor = means * (4 / 2**bits)
+    scale: Tensor = means.clamp(min=1e-6) * (4 / 2**bits)
     return scale
 
 

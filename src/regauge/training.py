@@ -1,10 +1,10 @@
-"""Sparsity while training: objects beside the optimizer of any torch training loop.
+"""Sparsity and few bits while training: objects beside the optimizer of any torch training loop.
 
     sparsifier = regauge.training.Hesso(model, graph, regauge.training.Target(macs=0.5), warmup=200)
     ...  # loss = loss + sparsifier.loss(); after optimizer.step(): sparsifier.step()
     small = sparsifier.finish()
 
-See :mod:`regauge.passes.training.sparsifier` for the protocol.
+See :mod:`regauge.passes.training.sparsifier` for the protocol, and :mod:`regauge.passes.training.qat` for few bits.
 """
 
 from regauge.passes.elastic.supernet import Supernet as Supernet

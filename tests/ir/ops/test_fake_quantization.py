@@ -49,3 +49,9 @@ def test_mean_scales_of_blocks() -> None:
     expected = X.reshape(3, 2, 8).abs().mean(1) / 4
     torch.testing.assert_close(mean_scale(X, axis=0, block_size=2, bits=4), expected)
     torch.testing.assert_close(mean_scale(X, axis=-1, block_size=4, bits=2), X.reshape(6, 2, 4).abs().mean(2))
+
+
+def test_rows_of_zeros_have_a_scale() -> None:
+    x = torch.zeros(2, 4)
+    found = fake_quantize(x, mean_scale(x, axis=0, bits=2), axis=0, low=-2, high=1, midrise=True)
+    assert float(found.abs().max()) < 1e-6
