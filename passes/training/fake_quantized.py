@@ -116,7 +116,8 @@ class TrainedGrids:
     def ends(self, name: str) -> Ends:
         """The range that the grid of a value covers, from which it comes to the same scale and zero point."""
         node = self.nodes[name]
-        scale, zero = float(self._tensor(node.inputs[1])), int(self._tensor(node.inputs[2]))
+        scale = float(self._tensor(node.inputs[1]))
+        zero = int(self._tensor(node.inputs[2])) if len(node.inputs) > 2 else 0
         return (node.attributes["low"] - zero) * scale, (node.attributes["high"] - zero) * scale
 
     def in_steps(self, name: str) -> torch.Tensor:

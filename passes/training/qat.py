@@ -102,10 +102,11 @@ class Qat:
         batches = calibration_batches(self._float, Context(data=data)) if self.activations else []
         if self.activations and smoothing != 0:
             self._placing.smooth_values(self._float, layers, self.target, batches, Context())
-        plain = self.activations or bits == 8 or scales == "statistics"
-        grid = Grid(bits, plain if symmetric is None else symmetric)
-        start = None if keep_zeros or scales == "statistics" else data  # codes chosen on data fill zeros
-        quantizer = self._fake(scales, grid, batches, start)
+        signed = self.activations or bits == 8 or scales == "statistics"
+        grid = Grid(bits, signed if symmetric is None else symmetric)
+        chosen_on = batches if self.activations else data  # which a generator gives once
+        plain_start = keep_zeros or scales == "statistics"  # codes chosen on data fill zeros
+        quantizer = self._fake(scales, grid, batches, None if plain_start else chosen_on)
         self.module: nn.Module = quantizer.graph.to_torch()
         self._bound = BoundModel(self.module, self._float)
         self._grids = TrainedGrids(quantizer, BoundModel(self.module, quantizer.graph))
@@ -114,7 +115,7 @@ class Qat:
         self._boundary: float | None = None
         self._frozen: dict[Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def _fake(self, scales: Scales, grid: Grid, batches: Sequence[Any], start: Any) -> FakeQuantizer:
+    def _fake(self, scales: Scales, grid: Grid, batches: Sequence[Any], chosen_on: Any) -> FakeQuantizer:
         graph = self._float.copy()
         layers = self._placing.layers_of(graph, Counter())
         quantizer = FakeQuantizer(graph, self.target, scales, by=self.name)
@@ -122,7 +123,7 @@ class Qat:
         ends = self._placing.ends_of_values(graph, placement, self.target, batches) if self.activations else {}
         block = None if self.activations else self._placing.block
         groups = {layer.weight.name: group_of(layer, block) for layer in layers}
-        coded = self._placing.coded(self._float, graph, layers, grid, groups, Context(data=start))
+        coded = self._placing.coded(self._float, graph, layers, grid, groups, Context(data=chosen_on))
         if self.activations:
             quantizer.activations(placement, ends)
         for layer in layers:

@@ -92,7 +92,7 @@ def test_what_is_emitted_is_what_was_trained(scheme: str, options: dict[str, Any
 def test_convolutions_that_hand_integers_on(scheme: str, tmp_path: Path) -> None:
     _, graph = trained_digits()
     images, _, others, _ = digits()
-    qat = Qat(graph, scheme, data=images[:256].split(64))
+    qat = Qat(graph, scheme, data=iter(images[:256].split(64)))
     train(qat.module, 5, optimizer=torch.optim.Adam(qat.module.parameters(), lr=1e-4), after=qat.step)
     small = qat.finish()
     wanted = qat.module(others)
