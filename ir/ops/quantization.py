@@ -29,7 +29,7 @@ FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.f
 """The floats of 8 bits; they have no zero point."""
 
 
-def _scaled_rule(call: Call) -> str:
+def scaled_rule(call: Call) -> str:
     """Scales and zero points have no axes, the one axis that is told apart, or all axes with blocks on one of them."""
     if call["axis"] is None:
         return "x..., , ? -> x..."
@@ -143,7 +143,7 @@ def _quantized_samples() -> list[Any]:
 
 
 @operator(
-    rule=_scaled_rule,
+    rule=scaled_rule,
     onnx={"QuantizeLinear": OnnxForm(read=_read_quantize, write=holds_no_sizes)},
     spell=_spell_quantize,
     samples=_quantized_samples,
@@ -200,7 +200,7 @@ def _dequantized_samples() -> list[Any]:
 
 
 @operator(
-    rule=_scaled_rule,
+    rule=scaled_rule,
     onnx={"DequantizeLinear": OnnxForm(read=_read_dequantize, write=holds_no_sizes)},
     spell=_spell_dequantize,
     samples=_dequantized_samples,

@@ -116,12 +116,11 @@ class Writer:
             return
         if not weight.grid.dtype.is_floating_point:
             weight = _within_32_bits(layer, weight, float(self._scales[x][0].tensor), self.target.activations)
-        known = all(isinstance(size, int) for size in x.shape[:-1])
         with self.build.at(node):
             if layer.node.op == "conv":
                 bias = self._integer_bias(layer, x, weight) if self.target.integer_bias else layer.bias
                 self._in_place(node, x, self._weight(layer, weight), bias)
-            elif self.target.flat and (known or x.rank == 2):
+            elif is_gemm(x, self.target):
                 replace_uses(self.graph, node.output, self._gemm(node, x, layer, weight))
             else:
                 self._product(layer, self._plain[x], weight)
@@ -279,6 +278,11 @@ def _within_32_bits(layer: Layer, weight: Coded, input_scale: float, activations
         bias = layer.bias.tensor.detach().double().abs()
         steps = torch.maximum(steps, bias / (input_scale * weight.scale[:, 0].double()))
     return weight.coarser((steps / GREATEST).clamp(min=1)) if bool((steps > GREATEST).any()) else weight
+
+
+def is_gemm(x: Value, target: Target) -> bool:
+    """Whether a linear layer on a quantized value becomes a product of matrices with an integer bias."""
+    return target.flat and _is_matrix(x)
 
 
 def _stored(layer: Layer, codes: torch.Tensor) -> torch.Tensor:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
-
-import torch
+from typing import ClassVar, Literal, cast, get_args
 
 from regauge.ir.cost import figures
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Graph
 from regauge.ir.quantized_layers import PLANNED_FOR
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Contract, Pass
@@ -21,8 +19,8 @@ from regauge.passes.calibration.batches import calibration_batches, check_exampl
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.losses import labelled
-from regauge.passes.calibration.statistics import Statistics
 from regauge.passes.options import option
+from regauge.passes.quantization.activations import ends_of_values, smooth_values
 from regauge.passes.quantization.bitstack import Terms
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.gate import Gate, check_latency
@@ -31,8 +29,8 @@ from regauge.passes.quantization.learned_codes import Learned
 from regauge.passes.quantization.learned_rounding import STEPS, learned
 from regauge.passes.quantization.mixed import Mixed
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
+from regauge.passes.quantization.option_checks import check_options
 from regauge.passes.quantization.placement import (
-    Placement,
     Table,
     find_tables,
     misfit_of_blocks,
@@ -42,20 +40,12 @@ from regauge.passes.quantization.placement import (
 )
 from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.qdq import Writer
-from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
+from regauge.passes.quantization.ranges import Calibration
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
 from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
-from regauge.passes.quantization.smoothing import Readers, Room, Smoothing, smoothing_of
-from regauge.passes.quantization.smoothing_moves import readers_of, smooth_all
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
-from regauge.passes.quantization.weights import rows_of, stored_on_data
-
-_OF_ACTIVATIONS = ("calibration", "smoothing")
-_OF_SCHEMES = (
-    "per", "group", "symmetric", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "sensitivity", "stack",
-    "rank", "method", *_OF_ACTIVATIONS,
-)  # fmt: skip
+from regauge.passes.quantization.weights import group_of, rows_of, stored_on_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,79 +126,14 @@ class Quantize(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scheme, target = self._scheme, TARGETS[self.target]
-        taken = {*scheme.takes, *(_OF_ACTIVATIONS if scheme.activations else ())}
-        taken -= {"smoothing"} if scheme.numbers is not None else set()
-        taken |= {"method"} if scheme.make is not None else set()
-        defaults = {entry.name: entry.default for entry in fields(self)}
-        given = [name for name in _OF_SCHEMES if getattr(self, name) is not defaults[name]]
-        idle = [name for name in given if name not in taken]
-        if idle:
-            raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
-        self._check_activations()
-        if scheme.kind not in target.kinds:
-            raise PassError(
-                f"quantize: no kernel of {self.target} reads {scheme.kind}, which it would convert at every run: "
-                f"target=reference stores scheme={self.scheme}"
-            )
-        if self.table_bits != 8 and not self.embeddings:
-            raise PassError("quantize: table_bits does nothing with embeddings=false: leave it out")
-        if self.calibration == "entropy" and scheme.numbers is not None:
-            raise PassError("quantize: calibration=entropy counts steps of equal width, which floats have not")
-        self._check_groups(blocks=target.blocks_alone and not scheme.activations)
-        self._check_bits()
-        self._check_target()
-        if self.steps is not None and self.method not in get_args(Learned):
-            raise PassError("quantize: steps are of method=adaround or flexround: leave them out")
-        if self.method in get_args(Learned) and scheme.kind != "integers":
-            raise PassError(f"quantize: method={self.method} is for integers, not scheme={self.scheme}")
-
-    def _check_groups(self, *, blocks: bool) -> None:
-        """Raise PassError for groups that do not go together, or that a target which reads ``blocks`` does not."""
-        if self._scheme.kind == "codebooks" and (self.permute or self.per == "group") and not self.group:
-            raise PassError("quantize: codebooks of neighbouring outputs need their number: say group=N")
-        if self.group and self.per not in (None, "group"):
-            raise PassError(f"quantize: group={self.group} is not for per={self.per}: leave one out")
-        group = self.group or TARGETS[self.target].block
-        if blocks and (self.packed or self.per in ("tensor", "row") or group < 16 or group & (group - 1)):
-            found = f"per={self.per}" if self.per in ("tensor", "row") else f"group={self.group}"
-            found = "packed=true" if self.packed else found
-            raise PassError(f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not {found}")
-
-    def _check_target(self) -> None:
-        scheme, target = self._scheme, TARGETS[self.target]
-        if not scheme.activations and scheme.bits > target.bits_alone:
-            raise PassError(f"quantize: {self.target} has weights alone of {target.bits_alone} bits: scheme=w4")
-        if target.centred and self.symmetric is False:
-            raise PassError(f"quantize: weights have no zero points for {self.target}: leave symmetric=false out")
-        if self.gate != "off" and not target.machines:
-            raise PassError(f"quantize: {self.target} cannot be run here, so gate={self.gate} has nothing to measure")
-
-    def _check_activations(self) -> None:
-        if self.activations == "static":
-            return
-        if not self._scheme.activations:
-            raise PassError(f"quantize: activations does nothing with scheme={self.scheme}: leave it out")
-        if self.calibration is not None:
-            raise PassError("quantize: calibration does nothing with activations=dynamic: leave it out")
-        if TARGETS[self.target].at_run is None:
-            raise PassError(f"quantize: {self.target} has no ranges that are found at every run: activations=static")
-
-    def _check_bits(self) -> None:
-        bounds = [name for name in ("bytes", "accuracy") if getattr(self, name) is not None]
-        if len(self.bits) > 1 and not self._scheme.mixed:
-            raise PassError(f"quantize: scheme={self.scheme} takes one number of bits, not {len(self.bits)}")
-        if self._scheme.mixed and len(bounds) != 1:
-            raise PassError("quantize: scheme=mixed takes bytes or accuracy: write quantize{scheme=mixed,bytes=0.2}")
-        if self.bytes is not None:
-            parse_amount(self.bytes, "bytes", "bytes")
+        check_options(self)
 
     @property
     def _scheme(self) -> Scheme:
         return SCHEMES[self.scheme]
 
     @property
-    def _block(self) -> int | None:
+    def block(self) -> int | None:
         """Columns that share a scale where weights are stored alone; None: all of a row."""
         if self.per in ("tensor", "row") or self._scheme.kind == "codebooks":
             return None
@@ -223,7 +148,7 @@ class Quantize(Pass):
             )
         original, target = prepared(graph).copy(), self._scheme.on(TARGETS[self.target])
         tables = self._tables(original, context.left)
-        layers = self._layers(original, context.left)
+        layers = self.layers_of(original, context.left)
         if not layers and not tables:
             return graph
         if not layers and not self._tied(original):
@@ -265,7 +190,8 @@ class Quantize(Pass):
             return []
         return [layer for table in self._tables(graph, Counter()) for layer in table.layers]
 
-    def _layers(self, graph: Graph, left: Counter[str]) -> list[Layer]:
+    def layers_of(self, graph: Graph, left: Counter[str]) -> list[Layer]:
+        """The layers that are quantized, of a graph as :func:`prepared`; ``left`` counts the others by reason."""
         target = TARGETS[self.target]
 
         def against(layer: Layer) -> str | None:
@@ -273,7 +199,7 @@ class Quantize(Pass):
                 return "a weight of several blocks has no stack of terms"
             if self._scheme.activations:
                 return misfit_of_products(layer, target, dynamic=self.activations == "dynamic")
-            return misfit_of_blocks(layer, target, self._block)
+            return misfit_of_blocks(layer, target, self.block)
 
         tables = find_tables(graph, self.include, self.exclude) if self.embeddings else []
         apart = {table.parameter for table in tables}
@@ -284,12 +210,12 @@ class Quantize(Pass):
     def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
         if self.permute and self.group:
             original, count = with_like_rows_together(original, layers, self.group, by=self.name)
-            layers = self._layers(original, Counter())
+            layers = self.layers_of(original, Counter())
             context.note(f"{count} Dims reordered, so that groups of {self.group} outputs are alike")
         linear = [layer for layer in layers if layer.node.op != "conv"]
-        whole = sum(_group(layer, self._block, self.group) != self._block for layer in linear)
-        if self._block is not None and whole:
-            context.note(f"{whole} layers have a scale for each output: {self._block} does not divide their inputs")
+        whole = sum(group_of(layer, self.block, self.group) != self.block for layer in linear)
+        if self.block is not None and whole:
+            context.note(f"{whole} layers have a scale for each output: {self.block} does not divide their inputs")
         alone = sum(layer.outputs * layer.blocks % (self.group or 1) > 0 for layer in layers)
         if self._scheme.kind == "codebooks" and alone:
             context.note(f"{alone} layers have one codebook: {self.group} does not divide their outputs")
@@ -301,8 +227,8 @@ class Quantize(Pass):
             assert self._scheme.make is not None
             formats = {layer.weight.name: self._scheme.make(self._wanted(layer, bits)) for layer in layers}
         result = original.copy()
-        own = [layer for layer in self._layers(result, Counter()) if layer.weight.name in formats]
-        stored = self._stored(original, result, own, formats, context)
+        own = [layer for layer in self.layers_of(result, Counter()) if layer.weight.name in formats]
+        stored = self.stored(original, result, own, formats, context)
         writer = Writer(result, target, by=self.name, packed=self.packed)
         for layer in own:
             writer.weight_alone(layer, stored[layer.weight.name])
@@ -343,14 +269,14 @@ class Quantize(Pass):
     def _of_terms(self, original: Graph, found: Mapping[str, Terms], target: Target) -> Writer:
         result = original.copy()
         writer = Writer(result, target, by=self.name)
-        for layer in self._layers(result, Counter()):
+        for layer in self.layers_of(result, Counter()):
             writer.weight_alone(layer, found[layer.weight.name])
         return writer
 
     def _wanted(self, layer: Layer, bits: int) -> Wanted:
         return Wanted(
             bits=bits,
-            group=_group(layer, self._block, self.group),
+            group=group_of(layer, self.block, self.group),
             shared=self.per == "tensor",
             symmetric=True if TARGETS[self.target].centred else self.symmetric,
             statistic=self.statistic,
@@ -382,7 +308,7 @@ class Quantize(Pass):
             context.note(mixed.why(name, place_of_form))
         return {name: forms[name][at] for name, at in picked.items() if at < len(forms[name])}
 
-    def _stored(
+    def stored(
         self,
         original: Graph,
         result: Graph,
@@ -411,13 +337,14 @@ class Quantize(Pass):
         if self.smoothing != 0 and self._scheme.numbers is None and batches:
             apart = {layer.node.inputs[0] for layer in self._tied(original)}
             free = [layer for layer in layers if layer.node.inputs[0] not in apart]
-            self._smooth(original, free, target, batches, context)
+            moved, all_values = smooth_values(original, free, target, self.smoothing, batches, by=self.name)
+            context.note(f"{moved} of {all_values} values smoothed")
         result = original.copy()
-        own, tied = self._layers(result, Counter()), self._tied(result)
+        own, tied = self.layers_of(result, Counter()), self._tied(result)
         placement = place(result, [*own, *tied], target)
-        ends = {} if dynamic else self._ends(result, placement, target, batches)
+        ends = {} if dynamic else ends_of_values(result, placement, target, self.calibration, batches)
         formats = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
-        stored = self._stored(original, result, own, formats, context)
+        stored = self.stored(original, result, own, formats, context)
         writer = Writer(result, target, by=self.name)
         if dynamic:
             writer.at_every_run(placement)
@@ -430,42 +357,6 @@ class Quantize(Pass):
         ranges = "ranges found at every run" if dynamic else f"ranges of {len(ends)} values"
         context.note(f"{len(own) + len(tied)} layers multiply integers; {ranges}")
         return writer
-
-    def _ends(self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]) -> dict[Value, Ends]:
-        statistics = Statistics(graph)
-        histograms = {
-            value: statistics.register(value, Histogram(*_importance(value, placement.layers)))
-            for value in placement.measured
-        }
-        statistics.collect(batches)
-        way = self.calibration or "minmax"
-        return placement.aligned(
-            {value: ends_of(found, target.activations, way) for value, found in histograms.items()}
-        )
-
-    def _smooth(
-        self, graph: Graph, layers: Sequence[Layer], target: Target, batches: Sequence[Any], context: Context
-    ) -> None:
-        found = readers_of(graph, layers, batches)
-        if not found:
-            return
-
-        def choose(readers: Readers, room: Room | None) -> Smoothing:
-            return smoothing_of(readers, target.activations, target.weights, self.smoothing, room)
-
-        count = smooth_all(graph, found, choose, nodes=True, by=self.name)
-        context.note(f"{count} of {len(found)} values smoothed")
-
-
-def _importance(value: Value, layers: Sequence[Layer]) -> tuple[int, torch.Tensor] | tuple[None, None]:
-    """The axis of a value that layers contract, and what the error of each of its indices makes in their outputs."""
-    own = [layer for layer in layers if layer.node.inputs[0] is value]
-    if not own or any(layer.blocks > 1 for layer in own):
-        return None, None
-    total = torch.zeros(own[0].columns // own[0].taps, dtype=torch.float64)
-    for layer in own:
-        total += rows_of(layer).square().sum(0).reshape(-1, layer.taps).sum(1)
-    return (1 if own[0].node.op == "conv" else -1), total
 
 
 def _bytes(found: Mapping[str, Terms]) -> int:
@@ -480,16 +371,3 @@ def _saved(table: Table, bits: int) -> int:
     """Bytes that a table of vectors loses in so few bits: it has a scale for each vector."""
     data = table.parameter.tensor.detach()
     return int(data.nbytes - data.numel() * bits / 8 - 4 * len(data))
-
-
-def _group(layer: Layer, wanted: int | None, of_kernels: int | None) -> int:
-    """Columns that share a scale: a whole row where the group does not divide it.
-
-    Of a convolution as many whole channels as go into ``of_kernels``; a row where none does.
-    """
-    if layer.node.op == "conv":
-        channels = layer.columns // layer.taps
-        most = min(channels, (of_kernels or 0) // layer.taps)
-        found = max((count for count in range(1, most + 1) if channels % count == 0), default=channels)
-        return found * layer.taps
-    return layer.columns if wanted is None or layer.columns % wanted else wanted

@@ -76,3 +76,16 @@ def _solved(
     if shifted is not None:
         set_weight(changed, *shifted, by=by)
     return stored
+
+
+def group_of(layer: Layer, wanted: int | None, of_kernels: int | None = None) -> int:
+    """Columns that share a scale: a whole row where the group does not divide it.
+
+    Of a convolution as many whole channels as go into ``of_kernels``; a row where none does.
+    """
+    if layer.node.op == "conv":
+        channels = layer.columns // layer.taps
+        most = min(channels, (of_kernels or 0) // layer.taps)
+        found = max((count for count in range(1, most + 1) if channels % count == 0), default=channels)
+        return found * layer.taps
+    return layer.columns if wanted is None or layer.columns % wanted else wanted

@@ -71,7 +71,7 @@ def bytes_in(small: Graph) -> int:
 def uniform() -> tuple[float, int]:
     """The error and the bytes of 3 bits in all layers."""
     step = Quantize(scheme="w3", target="reference")
-    layers = step._layers(branches(), Counter())
+    layers = step.layers_of(branches(), Counter())
     saved = (x.weight.tensor.nbytes - stored_bytes(x, integers(step._wanted(x, 3)), zeros=False) for x in layers)
     return error(quantized("scheme=w3")), int(figures(branches()).bytes - sum(saved))
 
