@@ -376,10 +376,10 @@ def passes(
     regauge passes
     regauge passes prune
     """
-    from regauge.passes.catalog import find_pass, pass_names
+    from regauge.passes.catalog import find_pass, pass_rows
 
     if name is None:
-        print_table([["pass", "contract", "what it does"], *_pass_rows(pass_names())])
+        print_table([["pass", "contract", "what it does"], *pass_rows()])
         return
     import inspect as python_inspect
 
@@ -394,19 +394,6 @@ def passes(
     if one.details():
         print()
         print_table([["choice", "what it does"], *map(list, one.details())])
-
-
-def _pass_rows(names: Sequence[str]) -> list[list[str]]:
-    from regauge.passes.catalog import find_pass
-
-    rows = []
-    for name in names:
-        try:
-            one = find_pass(name)
-            rows.append([name, one.contract, one.summary()])
-        except RegaugeError as error:  # a broken plug-in must not hide the others
-            rows.append([name, "-", f"cannot be used: {error}"])
-    return rows
 
 
 @app.command()

@@ -11,7 +11,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.quantization.blocks import ends_of_blocks
-from regauge.passes.quantization.grid import Grid, rounded
+from regauge.passes.quantization.grid import Form, Grid
 from regauge.passes.quantization.learned_codes import Divided, UpOrDown
 
 
@@ -56,7 +56,7 @@ def test_blocks_end_where_one_value_goes_on() -> None:
 def test_learning_starts_at_the_nearest_codes(way: type, grid: Grid) -> None:
     """Gradients reach what is learned."""
     layer = layers(pooled())[0]
-    start = rounded(layer.matrix(layer.weight.tensor.detach()), grid, 36)
+    start = Form(grid, 36).rounded(layer.matrix(layer.weight.tensor.detach()))
     codes = way(layer, start)
     assert torch.equal(codes.coded().codes, start.codes)
     assert float((codes.coded().values - start.values).abs().max()) < 1e-6
