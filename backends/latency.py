@@ -1,4 +1,5 @@
-"""Measured latency of graphs: in onnxruntime where they were loaded from ONNX, as emitted torch modules else.
+"""Measured latency of graphs: in onnxruntime where they were loaded from ONNX, or one was quantized for it; as emitted
+torch modules else.
 
 All graphs run in turns on one thread, so that a busy machine slows all of them alike. What counts is the median of the
 processor time of that thread: the time that a run takes where nobody else wants the core. On a GPU it is the time until
@@ -24,6 +25,7 @@ from regauge.backends.to_torch import to_torch
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import Interpreter, device_of
+from regauge.ir.quantized_layers import planned_for_onnxruntime
 from regauge.ir.sample_inputs import sample_runs
 from regauge.ir.timing import Timing
 
@@ -42,7 +44,8 @@ def measure(graphs: Sequence[Graph], inputs: Any = None) -> list[Timing]:
     Raises RegaugeError where a graph cannot be run in the runtime, or no inputs are given and none can be made up.
     """
     given = inputs if inputs is not None else _made_up(graphs[0])
-    runtime = "onnxruntime" if "onnx" in graphs[0].metadata else "torch"
+    in_onnxruntime = "onnx" in graphs[0].metadata or any(map(planned_for_onnxruntime, graphs))
+    runtime = "onnxruntime" if in_onnxruntime else "torch"
     prepare = _in_onnxruntime if runtime == "onnxruntime" else _in_torch
     clock = _device_clock if runtime == "torch" and device_of(graphs[0]).type == "cuda" else time.thread_time
     with _one_thread(), torch.no_grad():

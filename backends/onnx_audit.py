@@ -14,7 +14,7 @@ from typing import Any
 
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
-from regauge.ir.quantized_layers import PLANNED_FOR, quantized_layers
+from regauge.ir.quantized_layers import planned_for_onnxruntime, quantized_layers
 
 INTEGER_KERNELS = {
     "QLinearMatMul", "QGemm", "QLinearConv", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits",
@@ -50,8 +50,7 @@ class Audit:
 
 def audit_of(graph: Graph) -> Audit | None:
     """The audit for a graph that was laid out for onnxruntime; None for others."""
-    planned = str(graph.metadata.get(PLANNED_FOR, "")).startswith("ort")
-    return Audit(graph) if planned and quantized_layers(graph) else None
+    return Audit(graph) if planned_for_onnxruntime(graph) and quantized_layers(graph) else None
 
 
 def kernels_of(path: Path) -> tuple[Counter[str], list[str]]:

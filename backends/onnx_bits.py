@@ -18,6 +18,11 @@ def stored_type(parameter: Value, bits: int, opset: int) -> onnx_ir.DataType | N
     return onnx_ir.DataType[f"{'U' if parameter.dtype == torch.uint8 else ''}INT{wide}"]
 
 
+def is_packed(kind: onnx_ir.DataType) -> bool:
+    """Whether several integers of a type share a byte."""
+    return kind.is_integer() and kind.bitwidth < 8
+
+
 def packed(parameter: Parameter, kind: onnx_ir.DataType) -> onnx_ir.TensorProtocol:
     """The parameter as a tensor of that type, made when it is written."""
     weight = parameter.weight

@@ -86,6 +86,7 @@ class _Comparison:
             self.changes.same.update(zip(new.outputs, old.outputs, strict=True))
             for now, was in zip(new.regions, old.regions, strict=True):
                 self.changes.same.update(zip(self._formals(now), self._formals(was), strict=True))
+        self.still_there = set(self.changes.same.values())
 
     def run(self) -> None:
         self._values(self.imported.inputs, self.graph.inputs)
@@ -155,7 +156,7 @@ class _Comparison:
             return was.origin is now.origin and (was.origin is not None or was.name == now.name)
         if isinstance(was, Value) and isinstance(now, Value):
             if now not in self.changes.same:
-                return was.origin is not None and was.name == now.name
+                return was.origin is not None and was.name == now.name and was not in self.still_there
             return self.changes.same[now] is was or (was.origin is None and self._equal(was, now))
         return type(was) is type(now) and was == now
 
@@ -198,7 +199,7 @@ def _alike(old: Node, new: Node) -> bool:
     if len(old.outputs) != len(new.outputs):
         return False
     pairs = zip(old.outputs, new.outputs, strict=True)
-    return all(a.origin is b.origin or b.origin is None for a, b in pairs)
+    return all(a.dtype == b.dtype and (a.origin is b.origin or b.origin is None) for a, b in pairs)
 
 
 def _by_name(nodes: Iterable[Node]) -> dict[str, Node]:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir
 import torch
 
+from regauge.backends.onnx_bits import is_packed, packed
 from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_changes import Changes
 from regauge.backends.onnx_contents import Contents, equal_contents, is_content
@@ -98,10 +99,15 @@ def _set_constant_node(node: onnx_ir.Node, tensor: Any) -> None:
 
 
 def changed_tensor(parameter: Parameter, before: Any = None) -> ChangedTensor:
-    """A parameter as an ONNX tensor that reads its weight when it is written; named and laid out like ``before``."""
+    """A parameter as an ONNX tensor that reads its weight when it is written; named and laid out like ``before``, and
+    of its type where that has fewer bits than a byte."""
     dtype = onnx_type(parameter)
+    if before is not None and is_packed(before.dtype):
+        dtype = before.dtype
 
     def read() -> Any:
+        if is_packed(dtype):
+            return packed(parameter, dtype)
         return onnx_ir.tensor_adapters.TorchTensor(parameter.weight.load().contiguous())
 
     return ChangedTensor(

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from regauge.backends.onnx_bits import FOUR_BITS_SINCE, pack_initializers
 from regauge.ir.errors import EmitError, RegaugeError
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sample_inputs import sample_inputs
 
 _PREFIX = "module."  # what the wrapper adds to every name
@@ -30,7 +30,7 @@ def exported_model(graph: Graph) -> onnx_ir.Model:
     """The graph as an ONNX model, by way of ``to_torch`` and ``torch.onnx.export``; raises EmitError when it fails."""
     from regauge.backends.to_torch import to_torch
 
-    module = to_torch(graph)
+    module = to_torch(graph, integers=False)
     described = graph.metadata.get("torch") or {}
     module.train(bool(described.get("training", False)))
     inputs = sample_inputs(graph)
@@ -76,17 +76,53 @@ def _export(module: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[dict[i
     options: dict[str, Any] = {"input_names": names, "output_names": _output_names(graph)}
     if any(axes):
         options["dynamic_shapes"] = (axes,)
-    if any(node.attributes.get("block_size") for _, node in graph.walk()):
-        options["opset_version"] = FOUR_BITS_SINCE  # the first with scales of blocks
+    if any(node.attributes.get("block_size") or node.attributes.get("bits") for _, node in graph.walk()):
+        options["opset_version"] = FOUR_BITS_SINCE  # the first with scales of blocks, and with less than bytes
+    small = stored_small(graph)
     try:
         # The exporter takes attention apart as the plain kernel computes it. Traced with another one, whose results lie
         # otherwise in memory, reshapes behind it became views that do not fit: of biased attention on a dynamic batch.
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
-            return torch.onnx.export(module, inputs, dynamo=True, verbose=False, **options)
+            program: Any = torch.onnx.export(module, inputs, dynamo=True, verbose=False, optimize=not small, **options)
+            if small:
+                _optimise(program.model, small)
+            return program
     except RegaugeError:
         raise
     except Exception as error:  # the exporter raises one type per stage
         raise EmitError(f"torch's ONNX exporter refused the emitted module: {_reason(error)}") from error
+
+
+def stored_small(graph: Graph) -> set[str]:
+    """Names of the parameters that are made larger where they are read: nothing may be computed of them beforehand."""
+    return {
+        value.name
+        for _, node in graph.walk()
+        for value in node.inputs
+        if isinstance(value, Parameter) and _widens(node)
+    }
+
+
+def _widens(node: Node) -> bool:
+    """Whether a node gives more bytes than it reads, on purpose; DequantizeLinear onnxscript knows by itself."""
+    if node.op == "dequantize":
+        return bool(node.attributes["at_load"])
+    if node.op != "cast":
+        return node.operator.expands
+    kinds = [value.dtype for value in (node.inputs[0], node.output) if isinstance(value, Value)]
+    sizes = [kind.itemsize for kind in kinds if isinstance(kind, torch.dtype)]
+    return len(sizes) == 2 and sizes[0] < sizes[1]
+
+
+def _optimise(model: onnx_ir.Model, small: set[str]) -> None:
+    """What the exporter does at the end, but for constants that are stored small."""
+    import onnxscript.optimizer
+
+    def should_fold(node: onnx_ir.Node) -> bool | None:
+        named = any(value is not None and (value.name or "").removeprefix(_PREFIX) in small for value in node.inputs)
+        return False if named else None
+
+    onnxscript.optimizer.optimize_ir(model, should_fold=should_fold)
 
 
 def _output_names(graph: Graph) -> list[str]:

@@ -128,6 +128,8 @@ class _Joined:
         own, whole = _shape(value, self.shape_of), _shape(self.core.outputs[0], self.shape_of)
         if own is None or whole is None or len(whole) != 2 or len(own) > 2:
             return False
+        if len(own) != 1 and any(map(_is_dequantized, self.core.inputs[:2])):
+            return False  # kernels that read integers take a vector at most
         return all(same(a, 1) or same(a, b) for a, b in zip(reversed(own), reversed(whole), strict=False))
 
 
@@ -137,6 +139,11 @@ def _shape(value: onnx_ir.Value | None, shape_of: Shapes) -> tuple[Size, ...] | 
         return known or None
     dims = tuple(value.shape)
     return dims if all(isinstance(dim, int) for dim in dims) else None
+
+
+def _is_dequantized(value: onnx_ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _read_once(value: onnx_ir.Value | None) -> bool:

@@ -15,10 +15,12 @@ from regauge.backends.onnx_bits import packed, stored_type
 from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_size_nodes import SizeSource, build_vector
 from regauge.backends.onnx_write import ChangedTensor
+from regauge.ir.dtypes import dtype_name
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.sizes import Size
 
+FLOAT8_SINCE = 19  # opset
 OLDEST = 7  # before this opset binary operators broadcast by attributes
 Content: TypeAlias = torch.Tensor | np.ndarray | Sequence[Any] | bool | int | float
 Find: TypeAlias = Callable[[Value], onnx_ir.Value]
@@ -179,6 +181,8 @@ class OnnxSpeller:
         )
 
     def cast(self, value: onnx_ir.Value, dtype: torch.dtype) -> onnx_ir.Value:
+        if dtype.itemsize == 1 and dtype.is_floating_point and self.opset < FLOAT8_SINCE:
+            raise self.refusal(f"{dtype_name(dtype)} needs opset {FLOAT8_SINCE}, and the model has {self.opset}")
         code = int(onnx_ir.tensor_adapters.from_torch_dtype(dtype))
         return self("Cast", value, to=code)
 

@@ -76,6 +76,7 @@ def to_onnx(
     folds = bool(graph.metadata.get("onnx_fold"))
     with without_collection():  # a clone of the model and all that is made of it lives until the file is written
         model, changed = patched_model(graph, changes) if changes or folds else (_copied(graph), False)
+    changed = changed or bool(graph.metadata.get("onnx_converted"))
     if not changed and external_data is None and not sparse_weights and source is not None:
         copy_model(source, target, external_locations(graph.metadata["onnx"]), overwrite=overwrite)
         return target

@@ -18,9 +18,11 @@ from torch import nn
 
 from regauge.backends.torch_forward import Forward
 from regauge.backends.torch_frames import frame_tree
+from regauge.backends.torch_integers import as_integer_layers
 from regauge.backends.torch_layer_names import as_layers
 from regauge.backends.torch_modules import Classes
 from regauge.backends.torch_places import Places
+from regauge.backends.torch_quantized_source import layer_sources
 from regauge.backends.torch_runtime import import_source
 from regauge.backends.torch_source import assemble
 from regauge.backends.torch_tensors import needs_gradient
@@ -37,25 +39,32 @@ class Emitted:
     places: Places
 
 
-def emit(graph: Graph) -> Emitted:
-    """Source without weights; raises EmitError naming the node that has no torch form."""
-    graph = as_layers(graph)
+def emit(graph: Graph, *, integers: bool = True) -> Emitted:
+    """Source without weights; raises EmitError naming the node that has no torch form.
+
+    Quantized layers compute on ``integers``, or stay pairs of quantize and dequantize, as an ONNX exporter wants them.
+    """
+    spelt = as_layers(graph)
+    graph, homes = as_integer_layers(spelt) if integers else (spelt, [])
     frame = frame_tree(graph)
     places = Places(graph, frame)
     forward = Forward(graph, places)
     code = forward.root(frame)
+    if any(getattr(forward.modules.get(home.path), "layer", None) != home.text for home in homes):
+        return emit(spelt, integers=False)  # a layer that could not be one: of a module that runs in several forms
+    forward.helpers.sources.update(layer_sources(home.text for home in homes))
     classes = Classes(graph, forward, code)
     source = assemble(f"{classes.root}, written by Regauge.", forward.helpers.sources, classes.texts, classes.imports)
     return Emitted(source, classes.root, places)
 
 
-def to_torch(graph: Graph, *, device: torch.device | str | None = None) -> nn.Module:
+def to_torch(graph: Graph, *, device: torch.device | str | None = None, integers: bool = True) -> nn.Module:
     """A module of its own that computes the graph: importable, trainable, picklable, exportable again.
 
     Its tensors are copies. It takes the arguments the captured module took, or the graph's inputs in order, and gives
-    the same structure of results. Raises EmitError where a node has no torch form.
+    the same structure of results. Raises EmitError where a node has no torch form. For ``integers`` see :func:`emit`.
     """
-    emitted = emit(graph)
+    emitted = emit(graph, integers=integers)
     python = import_source(emitted.source, _module_name(graph))
     with torch.device("meta"):
         module: nn.Module = getattr(python, emitted.root)()

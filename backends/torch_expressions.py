@@ -81,7 +81,7 @@ class Helpers:
     def _copied(self, name: str, body: Body) -> str:
         tree = copy.deepcopy(body.function)
         tree.name, tree.decorator_list = name, []
-        tree = _Unannotated().visit(tree)
+        tree = Unannotated().visit(tree)
         self.resolve_names(tree, body.names, _local_names(tree))
         return ast.unparse(ast.fix_missing_locations(tree))
 
@@ -109,7 +109,7 @@ class Helpers:
         return literal(value)
 
 
-class _Unannotated(ast.NodeTransformer):
+class Unannotated(ast.NodeTransformer):
     """A function without type annotations: they name types that the emitted module does not import."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:

@@ -7,6 +7,7 @@ import re
 from regauge.backends.torch_frames import scope_of
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.sizes import Size
 from regauge.ir.weights import DenseWeight, LazyWeight, Weight, dense
 
 
@@ -60,7 +61,7 @@ def _turned(weight: Weight) -> Weight:
 def _fuse(graph: Graph, build: Builder, product: Node, weight: Value) -> None:
     operands = [product.inputs[0], weight]
     last = product
-    found = _bias(graph, product, weight)
+    found = following_bias(graph, product, weight.shape[0])
     if found is not None:
         last, bias = found
         operands.append(bias)
@@ -77,7 +78,7 @@ def _fuse(graph: Graph, build: Builder, product: Node, weight: Value) -> None:
             remove_node(graph, source.producer)
 
 
-def _bias(graph: Graph, product: Node, weight: Value) -> tuple[Node, Parameter] | None:
+def following_bias(graph: Graph, product: Node, outputs: Size) -> tuple[Node, Parameter] | None:
     """The sum that follows a product in the same module, and the bias it adds."""
     value = product.output
     users = value.consumers()
@@ -89,6 +90,6 @@ def _bias(graph: Graph, product: Node, weight: Value) -> tuple[Node, Parameter] 
     others = [operand for operand in total.inputs[:2] if operand is not value]
     bias = others[0] if len(others) == 1 else None
     plain = len(total.inputs) == 2 and all(v in (1, None) for v in total.attributes.values())
-    if isinstance(bias, Parameter) and bias.shape == weight.shape[:1] and plain:
+    if isinstance(bias, Parameter) and bias.shape == (outputs,) and plain:
         return total, bias
     return None

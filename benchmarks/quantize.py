@@ -1,10 +1,14 @@
 """What quantization leaves of trained networks: size, speed and numbers, beside onnxruntime's own quantizer.
 
     PYTHONPATH=PHOTOGRAPHS python benchmarks/quantize.py [--only NAME ...] [--examples 256] [--write]
+    python benchmarks/quantize.py --formats [--only SCHEME ...] [--examples 256] [--write]
+    PYTHONPATH=PHOTOGRAPHS python benchmarks/quantize.py --mixed [--only NAME ...] [--examples 256] [--write]
     python benchmarks/quantize.py --file MODEL.onnx --data INPUTS.npz [--examples 256]
 
 weights   char_gpt (perplexity) and residual networks on photographs (share in the same class), with weights of few
           bits: rounded to the nearest, by columns (GPTQ), and by what `quantize` does
+formats   char_gpt with its weights in the other formats: perplexity and bits of a weight, scales and tables included
+mixed     the same networks: each layer's bits chosen, within the bytes of the same bits in all layers
 file      an ONNX file with weights and activations of 8 bits, in onnxruntime: decibels of the first output, bytes and
           time, the float file over the quantized one
 Decibels are 10 log10(|y|^2 / |y - y'|^2) over held-out inputs; times are medians in turns, one thread.
@@ -13,7 +17,9 @@ Decibels are 10 log10(|y|^2 / |y - y'|^2) over held-out inputs; times are median
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import re
 import sys
 import tempfile
 import warnings
@@ -31,22 +37,23 @@ from benchmarks import char_gpt
 from benchmarks.prune_networks import residual
 from benchmarks.report import append_table, environment
 from regauge.backends.run_onnxruntime import Session, latency
+from regauge.ir.cost import figures
 
 WEIGHTS = ["network", "bits", "nearest", "columns (GPTQ)", "quantize"]
+FORMATS = ["format", "bits a weight", "without data", "on data"]
+OTHERS = (
+    "e4m3", "e5m2", "fp8", "pow2", "pow2,bits=3", "bfp", "bfp,bits=3", "codebook", "codebook,bits=3", "codebook,bits=2",
+    "codebook,bits=2,per=row", "codebook,bits=2,group=32", "codebook,bits=2,group=32,permute=true", "ternary",
+    "ternary,per=row", "ternary,per=row,statistic=mean", "ternary,per=row,statistic=median", "ternary,per=tensor",
+    "onebit", "bitstack,bytes=0.3", "bitstack,bytes=0.25", "bitstack,bytes=0.2",
+)  # fmt: skip
+MIXED = ["network", "bits", "group in convolutions", "kB", "same bits", "mixed", "mixed, no data for the choice"]
 FILE = ["file", "quantizer", "dB", "size", "speed, 1 example", "speed, 8 examples"]
 
 
 def weights(examples: int, only: list[str]) -> Iterator[list[str]]:
     """Rows of weights alone, in groups of 32 where these are linear layers and per output in convolutions."""
-    networks: dict[str, Callable[[], tuple[Any, list[Any], Callable[[Any], str]]]] = {
-        "char_gpt": lambda: _characters(examples),
-        "resnet20": lambda: _images(20, examples),
-        "resnet56": lambda: _images(56, examples),
-    }
-    for name, build in networks.items():
-        if only and name not in only:
-            continue
-        graph, batches, judge = build()
+    for name, graph, batches, judge in _networks(examples, only):
         yield [name, "32", "", "", judge(graph)]
         for bits in (4, 3, 2):
             found = []
@@ -54,6 +61,46 @@ def weights(examples: int, only: list[str]) -> Iterator[list[str]]:
                 step = f"quantize{{scheme=w{bits},target=reference,embeddings=false,method={method}}}"
                 found.append(judge(regauge.optimize(graph, step, data=batches)))
             yield [name, str(bits), *found]
+
+
+def mixed(examples: int, only: list[str]) -> Iterator[list[str]]:
+    """Rows of mixed precision at the bytes of uniform bits."""
+    for name, graph, batches, judge in _networks(examples, only):
+        yield [name, "32", "", f"{figures(graph).bytes / 1e3:.0f}", judge(graph), "", ""]
+        for bits, group in itertools.product((4, 3), ("", "36") if name.startswith("resnet") else ("",)):
+            options = "target=reference,embeddings=false" + (f",group={group}" if group else "")
+            same = regauge.optimize(graph, f"quantize{{scheme=w{bits},{options}}}", data=batches)
+            room = figures(same).bytes
+            found = [judge(same)]
+            for way in ("loss", "zd"):
+                step = f"quantize{{scheme=mixed,bytes={room},sensitivity={way},{options}}}"
+                found.append(judge(regauge.optimize(graph, step, data=batches)))
+            yield [name, str(bits), group, f"{room / 1e3:.0f}", *found]
+
+
+def _networks(examples: int, only: list[str]) -> Iterator[tuple[str, Any, list[Any], Callable[[Any], str]]]:
+    networks: dict[str, Callable[[], tuple[Any, list[Any], Callable[[Any], str]]]] = {
+        "char_gpt": lambda: _characters(examples),
+        "resnet20": lambda: _images(20, examples),
+        "resnet56": lambda: _images(56, examples),
+    }
+    for name, build in networks.items():
+        if not only or name in only:
+            yield name, *build()
+
+
+def formats(examples: int, only: list[str]) -> Iterator[list[str]]:
+    """Rows of the other formats of weights: rounded to the nearest without data, and as they are on data."""
+    graph, batches, judge = _characters(examples)
+    yield ["float", "32", "", judge(graph)]
+    for scheme in OTHERS:
+        if only and scheme.partition(",")[0] not in only:
+            continue
+        step = f"quantize{{scheme={scheme},target=reference,embeddings=false}}"
+        alone = "" if scheme.startswith(("fp8", "bitstack")) else judge(regauge.optimize(graph, step))
+        found = regauge.optimize(graph, step, data=batches)
+        bits = re.search(r"([\d.]+) bits", " ".join(found.report.passes[0].notes))
+        yield [scheme, bits.group(1) if bits else "8", alone, judge(found)]
 
 
 def _characters(examples: int) -> tuple[Any, list[Any], Callable[[Any], str]]:
@@ -122,6 +169,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="names of networks")
     parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--formats", action="store_true", help="formats of weights beyond integers")
+    parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--file", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--write", action="store_true")
@@ -131,6 +180,12 @@ def main() -> None:
     if options.file:
         title, heads = "Weights and activations of 8 bits in onnxruntime", FILE
         found = file(options.file, options.data, options.examples)
+    elif options.formats:
+        title, heads = "Weights in other formats, no fine-tuning", FORMATS
+        found = formats(options.examples, options.only)
+    elif options.mixed:
+        title, heads = "Mixed precision at the bytes of uniform bits, no fine-tuning", MIXED
+        found = mixed(options.examples, options.only)
     else:
         title, heads = "Quantized weights, no fine-tuning", WEIGHTS
         found = weights(options.examples, options.only)

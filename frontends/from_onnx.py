@@ -18,10 +18,11 @@ import onnx
 import onnx_ir
 
 from regauge.frontends.onnx_call import OnnxCall
-from regauge.frontends.onnx_file import in_order, open_model
+from regauge.frontends.onnx_file import in_order, lists_every_weight, open_model
 from regauge.frontends.onnx_functions import expand_function
 from regauge.frontends.onnx_hierarchy import place_by_weights, recorded_scope
 from regauge.frontends.onnx_opaque import emit_opaque
+from regauge.frontends.onnx_opset import in_opset, prove_equal
 from regauge.frontends.onnx_regions import read_cond, read_loop, read_scan
 from regauge.frontends.onnx_scope import Entry, Scope, tensor_entry
 from regauge.frontends.onnx_sequences import SEQUENCE_OPERATORS, read_sequence
@@ -41,38 +42,37 @@ OVERRIDABLE = "overridable initializer: pass freeze=True to treat it as a weight
 _CONTROL = {"If": read_cond, "Loop": read_loop, "Scan": read_scan}
 
 
-def load(source: Any, *, freeze: bool = False) -> Graph:
+def load(source: Any, *, freeze: bool = False, opset: int | None = None) -> Graph:
     """Load an ONNX model from a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; the source is not changed.
 
     Weights stay in the file until they are read. Initializers that are also graph inputs can be overridden by whoever
     runs the model: they stay inputs, pinned, unless ``freeze`` is given. In files of old exporters, which listed every
     weight as an input (IR version below 4, or below 7 with nine in ten initializers listed), they are weights.
+    With ``opset`` the model is converted to that newer opset, by onnx, and held to what it was by running both.
     ``graph.metadata`` holds the carried model under "onnx", the graph as it was read under "onnx_imported", the file
     with its size and time under "onnx_source", contents that were folded under "onnx_folded", branches of an If taken
     at import under "onnx_branches" and notes on what was changed under "onnx_notes".
-    Raises LoadError, in one line, when the file is broken.
+    Raises LoadError, in one line, when the file is broken or cannot be converted.
     """
     with without_collection():
-        model, label, notes = open_model(source)
-        importer = _Importer(model, label, freeze=freeze or _lists_every_weight(model))
+        given, label, notes = open_model(source)
+        freeze = freeze or lists_every_weight(given)
+        model = given if opset is None else in_opset(given, opset, label)
+        importer = _Importer(model, label, freeze=freeze)
         graph = importer.run()
+    if model is not given:
+        graph.metadata["onnx_converted"] = True
+        prove_equal(lambda: _Importer(given, label, freeze=freeze).run(), graph, label)
     graph.metadata["onnx_notes"] = (*notes, *importer.notes)
     before = noted_bytes(model.metadata_props)
     if before is not None:
         graph.metadata[BYTES_BEFORE] = before
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, str | os.PathLike) and model is given:
         state = os.stat(source)
         graph.metadata["onnx_source"] = (os.path.abspath(source), state.st_size, state.st_mtime_ns)
     graph.metadata["onnx_imported"] = graph.copy()
     importer.warn()
     return graph
-
-
-def _lists_every_weight(model: onnx_ir.Model) -> bool:
-    weights = model.graph.initializers.values()
-    listed = sum(value.is_graph_input() for value in weights)
-    version = model.ir_version or 0
-    return version < 4 or (version < 7 and listed > 0 and listed >= 0.9 * len(weights))
 
 
 def _mark_statistics(graph: Graph) -> None:
@@ -162,7 +162,7 @@ class _Importer:
             self.graph.metadata["input_reasons"] = reasons
 
     def _note_frozen(self) -> None:
-        if self.freeze and not _lists_every_weight(self.model):
+        if self.freeze and not lists_every_weight(self.model):
             names = [value.name or "" for value in self.model.graph.inputs if value.is_initializer()]
             if names:
                 self.notes.append(f"initializers that callers could override are frozen: {', '.join(names)}")

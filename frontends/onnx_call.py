@@ -87,6 +87,11 @@ class OnnxCall:
             )
         return self.scope.operand(onnx)
 
+    def codes(self, index: int) -> tuple[Value | None, int | None]:
+        """An input that is dequantized, None where it is absent, and its bits where they are fewer than a byte has."""
+        onnx = self.node.inputs[index] if index < len(self.node.inputs) else None
+        return (None, None) if onnx is None else self.scope.codes(onnx)
+
     def attribute(self, name: str, default: Any = None) -> Any:
         """An attribute as a plain Python value or torch tensor; the default where it is not given."""
         attribute = self._attributes.get(name)

@@ -54,6 +54,14 @@ def open_model(source: Any) -> tuple[onnx_ir.Model, str, list[str]]:
     return model, label, notes
 
 
+def lists_every_weight(model: onnx_ir.Model) -> bool:
+    """Whether it is of an exporter that listed every weight among the inputs."""
+    weights = model.graph.initializers.values()
+    listed = sum(value.is_graph_input() for value in weights)
+    version = model.ir_version or 0
+    return version < 4 or (version < 7 and listed > 0 and listed >= 0.9 * len(weights))
+
+
 def _read_proto(path: Path) -> tuple[Any, Arrays]:
     if not path.exists():
         raise LoadError(f"{path}: no such file; give the path of an ONNX model")

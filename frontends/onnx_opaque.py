@@ -71,13 +71,15 @@ def _one_node_model(
     node_proto.attribute.extend(onnx_ir.to_proto(a) for a in resolved_attributes(node, scope).values())
     inputs, casts = [], []
     for onnx_value, value in zip(onnx_operands, operands, strict=True):
-        info = onnx.helper.make_tensor_value_info(onnx_value.name or "", int(data_type_of(value.dtype)), None)
+        tensor = scope.find(onnx_value).tensor  # of few bits, it may be held in bytes
+        kind = value.dtype if tensor is None else dtype_of(tensor.dtype)
+        info = onnx.helper.make_tensor_value_info(onnx_value.name or "", int(data_type_of(kind)), None)
         if value.dtype in ("sequence", "optional") and onnx_value.type is not None:
             info = onnx_ir.to_proto(onnx_ir.Value(name=onnx_value.name, type=onnx_value.type))
-        if value.dtype in CARRIED_AS:
+        if kind in CARRIED_AS:
             info.name = f"{onnx_value.name}__held"
-            info.type.tensor_type.elem_type = int(CARRIED_AS[str(value.dtype)])
-            cast_to = int(data_type_of(value.dtype))
+            info.type.tensor_type.elem_type = int(CARRIED_AS[str(kind)])
+            cast_to = int(data_type_of(kind))
             casts.append(onnx.helper.make_node("Cast", [info.name], [onnx_value.name or ""], to=cast_to))
         inputs.append(info)
     outputs = [onnx.ValueInfoProto(name=name) for name in node_proto.output if name]

@@ -10,13 +10,14 @@ import numpy as np
 import onnx_ir
 import sympy
 
-from regauge.frontends.onnx_weights import dtype_of, is_float, torch_from_array, weight_of
+from regauge.frontends.onnx_weights import FEW_BITS, codes_of, dtype_of, is_float, torch_from_array, weight_of
 from regauge.ir.dtypes import Dtype
 from regauge.ir.edit import Builder
 from regauge.ir.errors import LoadError
 from regauge.ir.graph import Value
 from regauge.ir.onnx_sizes import LIMIT, Content
 from regauge.ir.sizes import Size, UnknownRank, symbols_in
+from regauge.ir.weights import Weight
 
 VECTOR_LIMIT = 64  # a vector of dynamic sizes is stacked from scalars; exporters never need more than a rank's worth
 
@@ -131,6 +132,17 @@ class Scope:
                 entry.value.origin = entry.onnx
         return entry.value
 
+    def codes(self, onnx: onnx_ir.Value) -> tuple[Value, int | None]:
+        """An operand, and the bits of a constant of integers of fewer than a byte, which is held in bytes then."""
+        entry = self.find(onnx)
+        few = None if entry.tensor is None else FEW_BITS.get(entry.tensor.dtype)
+        if few is None or entry.tensor is None:
+            return self.operand(onnx), None
+        if entry.value is None:
+            entry.value = self._parameter(entry, codes_of(entry.tensor), is_weight=False)
+            entry.value.origin = entry.onnx
+        return entry.value, few[1]
+
     def sequence(self, entry: Entry) -> list[Value] | None:
         """The pieces of a sequence of known length, as values that nodes of this scope may read."""
         if entry.sequence is None and entry.outer is not None and self.parent is not None:
@@ -146,7 +158,7 @@ class Scope:
         if entry.outer is not None and (is_weight or entry.tensor is None and not _static(entry.content)):
             return self._capture(entry)
         if entry.tensor is not None:
-            return self._parameter(entry, is_weight)
+            return self._parameter(entry, weight_of(entry.tensor), is_weight=is_weight)
         assert entry.content is not None
         if entry.content.static:
             return self._constant(entry)
@@ -163,13 +175,12 @@ class Scope:
         self.captures[outside] = inner
         return inner
 
-    def _parameter(self, entry: Entry, is_weight: bool) -> Value:
-        assert entry.tensor is not None
+    def _parameter(self, entry: Entry, weight: Weight, *, is_weight: bool) -> Value:
         name = entry.onnx.name or "constant"
         if name in self.build.graph.parameters or not self.build.free(name):
             name = self.build.unique(name)
         kind: Any = "parameter" if is_weight and not self.fixed else "constant"
-        return self.build.parameter(name, weight_of(entry.tensor), kind)
+        return self.build.parameter(name, weight, kind)
 
     def _constant(self, entry: Entry) -> Value:
         """A constant for content that was folded: it is frozen as of now."""

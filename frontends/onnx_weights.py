@@ -34,6 +34,12 @@ _AS_BITS = {
     torch.float8_e5m2: np.uint8, torch.float8_e5m2fnuz: np.uint8, torch.float8_e8m0fnu: np.uint8,
 }  # fmt: skip
 
+# Integers of fewer bits than a byte: what holds each of them in a graph, and their bits.
+FEW_BITS = {
+    _TYPES.INT4: (torch.int8, 4), _TYPES.UINT4: (torch.uint8, 4), _TYPES.INT2: (torch.int8, 2),
+    _TYPES.UINT2: (torch.uint8, 2),
+}  # fmt: skip
+
 DENSE_BYTES = 1024  # a tensor up to this size is simply kept
 
 
@@ -110,6 +116,15 @@ def weight_of(tensor: onnx_ir.TensorProtocol) -> Weight:
         return DenseWeight(read_tensor(tensor).clone())
     resident = not isinstance(tensor, onnx_ir.ExternalTensor)
     return LazyWeight(tuple(tensor.shape.numpy()), dtype, lambda: read_tensor(tensor), resident)
+
+
+def codes_of(tensor: onnx_ir.TensorProtocol) -> Weight:
+    """A tensor of integers of fewer bits than a byte as a weight that has a byte for each."""
+    dtype, _ = FEW_BITS[tensor.dtype]
+    kind = np.int8 if dtype == torch.int8 else np.uint8
+    resident = not isinstance(tensor, onnx_ir.ExternalTensor)
+    shape = tuple(tensor.shape.numpy())
+    return LazyWeight(shape, dtype, lambda: torch.from_numpy(np.asarray(read_tensor(tensor)).astype(kind)), resident)
 
 
 def tensors_of(graph: onnx_ir.Graph | onnx_ir.Function) -> Iterator[onnx_ir.TensorProtocol]:

@@ -61,6 +61,14 @@ def item_size(dtype: Dtype) -> float:
     return int(digits) / 8 if digits else 0.0
 
 
+def stored_size(parameter: Parameter) -> float:
+    """Bytes of one element as it is stored: what is only expanded from codes of few bits is packed."""
+    if parameter.dtype not in (torch.int8, torch.uint8):
+        return item_size(parameter.dtype)
+    bits = {node.attributes.get("bits") if node.operator.expands else None for node, _ in parameter.uses}
+    return (bits.pop() or 8) / 8 if len(bits) == 1 else 1.0
+
+
 class Meter(Protocol):
     """One figure of a graph while sizes of its Dims change; it never falls when a size grows."""
 
@@ -102,7 +110,7 @@ def figures(graph: Graph) -> Figures:
     for parameter in graph.all_parameters():
         elements = int(product(parameter.weight.shape))
         parameters += elements if parameter.kind == "parameter" else 0
-        size += elements * item_size(parameter.dtype)
+        size += elements * stored_size(parameter)
     for _, node in graph.walk():
         if node.operator.macs is not None:
             macs += int(node.operator.macs(Cost(_bound_view(node, bound))))
@@ -119,7 +127,7 @@ def local_figures(nodes: Iterable[Node], graph: Graph) -> Figures:
     read = dict.fromkeys(value for node in taken for _, value in node.operands() if isinstance(value, Parameter))
     elements = {parameter: int(product(parameter.weight.shape)) for parameter in read}
     macs = sum(int(node.operator.macs(Cost(_bound_view(node, bound)))) for node in taken if node.operator.macs)
-    return Figures(sum(elements.values()), macs, int(sum(n * item_size(p.dtype) for p, n in elements.items())))
+    return Figures(sum(elements.values()), macs, int(sum(n * stored_size(p) for p, n in elements.items())))
 
 
 def _bound_view(node: Node, bound: Callable[[Size], int]) -> _NodeView:
@@ -160,7 +168,7 @@ class _ParameterTerm:
         self.weight = {
             "parameters": 1.0 if parameter.kind == "parameter" else 0.0,
             "macs": 0.0,
-            "bytes": item_size(parameter.dtype),
+            "bytes": stored_size(parameter),
         }
 
     def amount(self, metric: Metric, size_of: SizeOf) -> Any:

@@ -22,7 +22,7 @@ or produced by its place in a rule says nothing about linearity: ``tanh(w @ x)``
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,7 @@ from regauge.ir.dtypes import is_real
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.rules import Axes
+from regauge.ir.rules import Axes, Call
 
 
 class Gauge(enum.Flag):
@@ -80,15 +80,20 @@ def gauges(graph: Graph) -> Mapping[Dim, Gauge]:
 
 def node_gauges(node: Node, analysis: Analysis) -> dict[Dim, Gauge]:
     """What one node leaves of the gauge of each Dim that it touches."""
-    call = analysis.calls[node]
+    results = [analysis.of[value] for value in node.outputs]
+    return {dim: at.gauge for dim, at in dims_at(analysis.calls[node], results).items()}
+
+
+def dims_at(call: Call, results: Sequence[Axes]) -> dict[Dim, DimAt]:
+    """Each Dim that a node touches, as it stands there; the extents may be those of a graph or the node's own."""
     roles: dict[Dim, list[str]] = {}
     for role, extent in call.roles:
         for dim in set(leaves(extent)):
             roles.setdefault(dim, []).append(role)
     operands = [_dims(axes) if axes is not None else [] for axes in call.axes]
-    results = set(_dims([extent for value in node.outputs for extent in analysis.of[value]]))
-    touched = results.union(*operands)
-    return {dim: _gauge_at(_Place(node, dim, roles.get(dim, []), operands, dim in results)) for dim in touched}
+    made = set(_dims([extent for axes in results for extent in axes]))
+    touched = made.union(*operands)
+    return {dim: DimAt(call.node, dim, roles.get(dim, []), operands, dim in made) for dim in touched}
 
 
 def _dims(axes: Axes) -> list[Dim]:
@@ -97,7 +102,7 @@ def _dims(axes: Axes) -> list[Dim]:
 
 
 @dataclass(frozen=True)
-class _Place:
+class DimAt:
     """A Dim at a node: its roles there (one per name that has it), and which operands have it."""
 
     node: Node
@@ -105,6 +110,11 @@ class _Place:
     roles: list[str]
     operands: list[list[Dim]]
     in_result: bool
+
+    @cached_property
+    def gauge(self) -> Gauge:
+        """The maps that the node lets through where all that is computed takes the same one."""
+        return _gauge_at(self)
 
     @cached_property
     def holders(self) -> list[int]:
@@ -134,7 +144,7 @@ class _Place:
         return held - 2 * self.roles.count("contract")
 
 
-def _gauge_at(place: _Place) -> Gauge:
+def _gauge_at(place: DimAt) -> Gauge:
     if "normalise" in place.roles:
         return _normaliser_gauge(place)
     if "reduce" in place.roles:
@@ -148,7 +158,7 @@ def _gauge_at(place: _Place) -> Gauge:
     return _gauge_by_symmetry(place, symmetry)
 
 
-def _normaliser_gauge(place: _Place) -> Gauge:
+def _normaliser_gauge(place: DimAt) -> Gauge:
     """A norm by length commutes with rotations unless a gain tells indices apart; the others with permutations."""
     if place.node.op in _LENGTH_NORMS and len(place.holders) == 1:
         return ROTATION
@@ -158,7 +168,7 @@ def _normaliser_gauge(place: _Place) -> Gauge:
 _LENGTH_NORMS = {"rms_norm"}
 
 
-def _gauge_by_symmetry(place: _Place, symmetry: Symmetry) -> Gauge:
+def _gauge_by_symmetry(place: DimAt, symmetry: Symmetry) -> Gauge:
     """The gauge of a Dim that goes through the node index by index, or that two factors contract."""
     holders, inputs = place.holders, place.node.inputs
     match symmetry:
@@ -185,7 +195,7 @@ def _gauge_by_symmetry(place: _Place, symmetry: Symmetry) -> Gauge:
     return Gauge.PERMUTE
 
 
-def _product_gauge(place: _Place) -> Gauge:
+def _product_gauge(place: DimAt) -> Gauge:
     if not place.in_result:
         return ANY if place.factors == 0 else Gauge.PERMUTE
     if place.bias is not None and place.bias not in place.holders:

@@ -21,7 +21,7 @@ import torch
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import Dim, Extent, Product, coordinates, leaves, resolve, size_of
 from regauge.ir.sizes import Size, product, total
-from regauge.ir.weights import Weight, cut, reordered
+from regauge.ir.weights import Weight, cut, reordered, taken_along
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,7 @@ def _flat(extent: Extent, keep: Keep) -> np.ndarray:
 def part_kept(tensor: torch.Tensor, axes: Sequence[Extent], keep: Keep, rows: np.ndarray | None = None) -> torch.Tensor:
     """A tensor with these axes as it is when each Dim keeps the given indices; ``rows`` as in :func:`orders`."""
     for axis, positions in orders(axes, keep, rows):
-        tensor = torch.take_along_dim(tensor, torch.from_numpy(positions).to(tensor.device), axis)
+        tensor = taken_along(tensor, positions, axis)
     same = shared(keep)
     for axis, extent in enumerate(axes):
         if touches(extent, same):

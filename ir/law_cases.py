@@ -31,13 +31,17 @@ Select = Callable[[torch.Tensor, Sequence[np.ndarray]], torch.Tensor]
 
 @dataclass(eq=False)
 class Case:
-    """A sampled call; ``computed`` are the operand slots whose values are computed, not parameters of the graph."""
+    """A sampled call; ``computed`` are the operand slots whose values are computed, not parameters of the graph.
+
+    ``joined`` is an operand slot and an axis of it: there it is a concatenation of two parameters.
+    """
 
     name: str
     index: int
     operands: list[Any]
     attributes: Mapping[str, Any]
     computed: frozenset[int] = frozenset()
+    joined: tuple[int, int] | None = None
 
     def broken(self, what: str, message: str, advice: str) -> LawError:
         return LawError(f"operator {self.name}, sample {self.index}, {what}: {message}: {advice}")
@@ -52,7 +56,14 @@ class Case:
         for slot, operand in enumerate(self.operands):
             if isinstance(operand, torch.Tensor):
                 kind: Any = "parameter" if is_real(operand.dtype) else "constant"
-                operand = build.parameter(_operand_name(slots, slot), operand, kind)
+                name = _operand_name(slots, slot)
+                if self.joined is not None and self.joined[0] == slot:
+                    axis = self.joined[1]
+                    halves = operand.tensor_split(2, axis)
+                    parts = [build.parameter(f"{name}.{number}", half, kind) for number, half in enumerate(halves)]
+                    operand = build.concat(*parts, dim=axis)
+                else:
+                    operand = build.parameter(name, operand, kind)
                 operand = build.identity(operand) if slot in self.computed else operand
             given.append(operand)
         build(self.name, *given, results=self._stated_results(), **self.attributes)
@@ -144,7 +155,7 @@ class Case:
     def zeroed(self, value: Value, tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
         for axis, extent in enumerate(self.analysis.of[value]):
             gone = np.setdiff1d(np.arange(tensor.shape[axis]), flat_indices(extent, keep))
-            tensor = tensor.index_fill(axis, torch.from_numpy(gone), 0)
+            tensor = _plain(tensor).index_fill(axis, torch.from_numpy(gone), 0).to(tensor.dtype)
         return tensor
 
     def cut_results(self, results: Sequence[torch.Tensor], keep: Keep) -> list[torch.Tensor]:
@@ -173,8 +184,14 @@ class Case:
     ) -> None:
         for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
             relative, absolute = TOLERANCE.get(a.dtype, COARSE if is_real(a.dtype) else (0.0, 0.0))
+            a, b = _plain(a), _plain(b)
             if a.shape != b.shape or not torch.allclose(a, b, relative, absolute, equal_nan=True):
                 raise self.broken(what, f"result {number} {_difference(a, b)}", advice)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Floats of 8 bits as such that torch computes with."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> str:

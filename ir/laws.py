@@ -6,6 +6,7 @@
     cut        where the operator maps over a Dim, cutting commutes with it; where it contracts the Dim, indices that
                hold zeros may be dropped; and always the rule gives the shape after the cut
     symmetry   maps of the gauge class that the symmetry claims commute with the operator (regauge.ir.gauge)
+    scales     scaled operands give scaled results, as regauge.ir.scales says of them and of their segments
     commute    where the record says so, the two operands may be exchanged
     zeros      what regauge.ir.masking claims of zeros in one operand, and in all of them, holds
     cost       the cost function gives the same for a node as for the bare sizes of its axes
@@ -32,6 +33,7 @@ from regauge.ir.kept import KeptWithin, size_after
 from regauge.ir.law_cases import Case, draw_case, sample_count
 from regauge.ir.masking import gives_zero
 from regauge.ir.operator import Cost, Operator, get_operator
+from regauge.ir.scale_law import check_scales
 
 ADVICE_ROLE = "state its role in the rule, or bind the axes that hold it by one name (ir/notation.py)"
 ADVICE_SYMMETRY = "claim a weaker symmetry; POINTWISE is always right (ir/operator.py)"
@@ -56,7 +58,7 @@ def check_operator(name: str) -> None:
 
 def laws_of(record: Operator) -> list[str]:
     """The laws that can be checked of a record: the shape law first, since without it no other says anything."""
-    skipped = {"permute", "within", "zeros", "symmetry"} if record.random else set()
+    skipped = {"permute", "within", "zeros", "symmetry", "scales"} if record.random else set()
     skipped |= (set() if record.macs else {"cost"}) | (set() if record.commutative else {"commute"})
     skipped |= set() if None in record.aten.values() else {"aten"}
     return [law for law in LAWS if law not in skipped]
@@ -199,5 +201,6 @@ def _cost(case: Case) -> None:
 
 LAWS: dict[str, Callable[[Case], None]] = {
     "shape": _shape, "permute": _permute, "within": _within, "cut": _cut, "symmetry": _symmetry, "zeros": _zeros,
+    "scales": check_scales,
     "commute": _commute, "cost": _cost, "aten": check_aten_names,
 }  # fmt: skip

@@ -33,6 +33,7 @@ import torch
 
 from regauge.ir.errors import OperatorError
 from regauge.ir.record_checks import check_record
+from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import Size
 
 if TYPE_CHECKING:
@@ -173,6 +174,8 @@ class Operator:
     ``macs``       multiply-accumulates of a call; None costs nothing
     ``samples``    calls on which its laws are checked (:mod:`regauge.ir.laws`)
     ``symmetry``   how values pass through it, or a function of the node where its operands decide
+    ``scaling``    what it does with scales where its symmetry does not tell (:mod:`regauge.ir.scaling`), or a function
+                   of the node
     ``layer``      the ``torch.nn`` layer that computes a node, as source text; None from it where there is none
     ``shape``      ``shape(*operands, **attributes)``, a short way to the shape of the only result of common operators;
                    None where the operands do not plainly fit. The type of the result is that of the operands where all
@@ -200,6 +203,7 @@ class Operator:
     macs: Callable[[Cost], Size] | None = None
     samples: Callable[[], Iterable[Sample]] | None = None
     symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE
+    scaling: Scaling | Callable[[Node], Scaling | None] | None = None
     layer: Callable[[Node], str | None] | None = None
     shape: Callable[..., Sequence[Size] | None] | None = None
     random: bool = False

@@ -8,6 +8,11 @@ PLANNED_FOR = "quantized_for"  # in graph.metadata: the target of the pass that 
 _LAYERS = ("linear", "matmul", "conv", "conv_transpose")
 
 
+def planned_for_onnxruntime(graph: Graph) -> bool:
+    """Whether a graph was quantized for one of the targets that onnxruntime runs."""
+    return str(graph.metadata.get(PLANNED_FOR, "")).startswith("ort")
+
+
 def quantized_layers(graph: Graph) -> list[Node]:
     """The layers that read integers: whose weight is dequantized from a constant, though not when it is loaded."""
     return [node for _, node in graph.walk() if node.op in _LAYERS and len(node.inputs) > 1 and _is_stored(node)]
@@ -20,4 +25,6 @@ def _is_stored(node: Node) -> bool:
 
 def _dequantized(value: object) -> Node | None:
     producer = value.producer if isinstance(value, Value) else None
+    if producer is not None and producer.op == "reshape":  # kernels whose blocks are of channels and places
+        return _dequantized(producer.inputs[0])
     return producer if producer is not None and producer.op == "dequantize" else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, TypeAlias
 
 import sympy
@@ -47,6 +47,12 @@ def simplify(size: Any) -> Size:
     """An int where the value is one, else an expanded sympy expression (so that equal sizes are structurally equal)."""
     if isinstance(size, int):
         return int(size)
+    return _simplified(size)
+
+
+@lru_cache(maxsize=1 << 14, typed=True)
+def _simplified(size: Any) -> Size:
+    """Sizes recur all over a graph, and those with limits take sympy milliseconds."""
     expression = sympy.expand(size)
     if expression.has(sympy.Min, sympy.Max):
         expression = _evaluated(expression)

@@ -116,8 +116,13 @@ class ReorderedWeight:
         return self.base.dtype
 
     def load(self) -> torch.Tensor:
-        tensor = self.base.load()
-        return torch.take_along_dim(tensor, torch.from_numpy(self.positions).to(tensor.device), self.axis)
+        return taken_along(self.base.load(), self.positions, self.axis)
+
+
+def taken_along(tensor: torch.Tensor, positions: np.ndarray, axis: int) -> torch.Tensor:
+    """``torch.take_along_dim``, which torch lacks for floats of 8 bits: of these the bytes are taken."""
+    plain = tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+    return torch.take_along_dim(plain, torch.from_numpy(positions).to(tensor.device), axis).view(tensor.dtype)
 
 
 SAMPLED_BYTES = 256  # of a weight, before all of it is read to see whether it is equal to another

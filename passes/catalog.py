@@ -11,19 +11,26 @@ from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeAlias
 
-from regauge.ir.errors import PassError
+from regauge.ir.errors import PassError, RegaugeError
 from regauge.passes.base import Pass
 from regauge.passes.pipeline_text import parse_pipeline
 
 GROUP = "regauge.passes"
 
 BUILT_IN = {
+    "arrange": "regauge.passes.quantization.arrange:Arrange",
     "depth": "regauge.passes.depth.depth:Depth",
+    "equalize": "regauge.passes.quantization.equalize:Equalize",
+    "factorize": "regauge.passes.factorization.factorize:Factorize",
+    "flatten": "regauge.passes.quantization.flatten:Flatten",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
-    "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
+    "rotate": "regauge.passes.quantization.rotate:Rotate",
+    "scalify": "regauge.passes.scaling.scalify:Scalify",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
+    "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",
+    "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "vocabulary": "regauge.passes.pruning.vocabulary:Vocabulary",
 }
 
@@ -46,6 +53,18 @@ def find_pass(name: str) -> type[Pass]:
     close = get_close_matches(name, pass_names(), 1)
     hint = f": did you mean {close[0]!r}?" if close else f": there are {', '.join(pass_names())}"
     raise PassError(f"no pass is called {name!r}{hint}")
+
+
+def pass_rows() -> list[list[str]]:
+    """Of each pass its name, contract and summary; of one that cannot be used the reason, so that it hides no other."""
+    rows = []
+    for name in pass_names():
+        try:
+            one = find_pass(name)
+            rows.append([name, one.contract, one.summary()])
+        except RegaugeError as error:
+            rows.append([name, "-", f"cannot be used: {error}"])
+    return rows
 
 
 def _load(point: EntryPoint) -> type[Pass]:

@@ -162,6 +162,13 @@ def test_data_of_passes_may_hold_labels(model_file: Path, tmp_path: Path, capsys
     assert "one.npy holds one array without a name: save it by numpy.savez" in capsys.readouterr().err
 
 
+def test_scales_tell_what_moves_and_what_takes_it_up(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("scales", model_file) == 0
+    shown = capsys.readouterr().out
+    assert "it is an input of the graph" in shown and "0.weight, 0.bias, 2.weight^-1" in shown
+    assert shown.endswith("\n2 fixed, 2 moves\n")
+
+
 def test_groups_count_what_cannot_be_cut(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("groups", model_file) == 0
     shown = capsys.readouterr().out

@@ -29,7 +29,11 @@ MAY_IMPORT = {
     "__main__": ("cli",),
 }
 # Families of passes that stand on another one.
-STANDS_ON = {"quantization": ("simplify",), "training": ("pruning",), "elastic": ("pruning", "training")}
+STANDS_ON = {
+    "quantization": ("simplify",),
+    "training": ("pruning", "quantization"),
+    "elastic": ("pruning", "training"),
+}
 # A module of such a name hides the library, or says nothing about what is in it.
 BANNED_NAMES = {"torch", "onnx", "triton", "utils", "helpers"}
 SHARED_FOLDERS = {"calibration", "allocation"}  # of `passes`, for all families

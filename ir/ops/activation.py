@@ -16,6 +16,7 @@ from regauge.ir.operator import Adapter, OnnxForm, Speller, Symmetry, operator, 
 from regauge.ir.ops import spell_activation as spelling
 from regauge.ir.ops.elementwise import Function, pointwise
 from regauge.ir.rules import Call
+from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import divide, same
 
 
@@ -26,6 +27,7 @@ def activation(
     aten: Mapping[str, Adapter | None] | None = None,
     symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE,
     spell: Speller | None = None,
+    scaling: Scaling | Callable[[Node], Scaling] | None = None,
 ) -> Callable[[Function], Function]:
     """Register an activation; ``layer`` is its module in ``torch.nn`` with attributes in braces, ``variants`` are
     the attributes of its samples."""
@@ -43,6 +45,7 @@ def activation(
             symmetry=symmetry,
             layer=text,
             spell=spell,
+            scaling=scaling,
         )(evaluate)
 
     return register
@@ -136,6 +139,7 @@ def _onnx_prelu(build: Any, call: Any) -> Any:
     symmetry=_slope_symmetry,
     zeroed_by=("x",),
     layer=lambda node: f"nn.PReLU({node.inputs[1].shape[0]})",
+    scaling=Scaling(powers={"x": 1}),
 )
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
     return F.prelu(x, weight)
@@ -267,12 +271,12 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x)
 
 
-@activation("Sigmoid()", onnx=["Sigmoid"], aten={"special_expit": None})
+@activation("Sigmoid()", onnx=["Sigmoid"], aten={"special_expit": None}, scaling=Scaling(within=(0, 1)))
 def sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x)
 
 
-@activation("Tanh()", onnx=["Tanh"], symmetry=Symmetry.ODD)
+@activation("Tanh()", onnx=["Tanh"], symmetry=Symmetry.ODD, scaling=Scaling(within=(-1, 1)))
 def tanh(x: Tensor) -> Tensor:
     return torch.tanh(x)
 
@@ -290,7 +294,12 @@ def _onnx_hard_sigmoid(build: Any, call: Any) -> Any:
     return build.clamp(build.add(build.mul(x, alpha), beta), 0.0, 1.0)
 
 
-@activation("Hardsigmoid()", onnx={"HardSigmoid": _onnx_hard_sigmoid}, spell=spelling.hard_sigmoid)
+@activation(
+    "Hardsigmoid()",
+    onnx={"HardSigmoid": _onnx_hard_sigmoid},
+    spell=spelling.hard_sigmoid,
+    scaling=Scaling(within=(0, 1)),
+)
 def hardsigmoid(x: Tensor) -> Tensor:
     return F.hardsigmoid(x)
 
@@ -312,6 +321,7 @@ def _clip_symmetry(node: Node) -> Symmetry:
     aten={"relu6": lambda build, x: build.hardtanh(x, min_val=0.0, max_val=6.0)},
     symmetry=_clip_symmetry,
     spell=spelling.hard_tanh,
+    scaling=lambda node: Scaling(within=(node.attributes["min_val"], node.attributes["max_val"])),
 )
 def hardtanh(x: Tensor, *, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
     return F.hardtanh(x, min_val, max_val)
@@ -322,6 +332,7 @@ def hardtanh(x: Tensor, *, min_val: float = -1.0, max_val: float = 1.0) -> Tenso
     samples=lambda: [sample(randn(2, 3, 4) * 2)],
     symmetry=Symmetry.ODD,
     layer=lambda node: "nn.Softsign()",
+    scaling=Scaling(within=(-1, 1)),
 )
 def softsign(x: Tensor) -> Tensor:
     return F.softsign(x)

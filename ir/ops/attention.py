@@ -31,6 +31,7 @@ from regauge.ir.ops.onnx_attention import (
 from regauge.ir.ops.onnx_rotary import read_contrib_rotary, read_rotary, write_rotary
 from regauge.ir.ops.spell_attention import spell_attention
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import Size, divide, same
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
@@ -183,6 +184,7 @@ def _math(
     macs=_macs,
     samples=_samples,
     zeroed_by=("v",),
+    scaling=Scaling(powers={"v": 1}, opposed=("q", "k")),
 )
 def attention(
     q: torch.Tensor,
@@ -212,7 +214,14 @@ def _capped_samples() -> list[Sample]:
     ]
 
 
-@operator(rule=_attention_rule, macs=_macs, samples=_capped_samples, zeroed_by=("v",), spell=spell_attention)
+@operator(
+    rule=_attention_rule,
+    macs=_macs,
+    samples=_capped_samples,
+    zeroed_by=("v",),
+    spell=spell_attention,
+    scaling=Scaling(powers={"v": 1}, opposed=("q", "k")),
+)
 def capped_attention(
     q: torch.Tensor,
     k: torch.Tensor,

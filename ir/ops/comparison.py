@@ -11,6 +11,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Sample, Symmetry, sample
 from regauge.ir.ops import spell_arithmetic as spelling
 from regauge.ir.ops.elementwise import aten_binary, onnx_binary, onnx_pair, pointwise
+from regauge.ir.scaling import Scaling
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -41,7 +42,13 @@ def _bits() -> list[Sample]:
 # -- comparisons -------------------------------------------------------------------------------------------------------
 
 
-@pointwise(aten={"eq": aten_binary("eq")}, onnx={"Equal": onnx_binary("eq")}, samples=_compared, commutative=True)
+@pointwise(
+    aten={"eq": aten_binary("eq")},
+    onnx={"Equal": onnx_binary("eq")},
+    samples=_compared,
+    commutative=True,
+    scaling=Scaling(powers={"x y": 0}),
+)
 def eq(x: Tensor, y: Tensor) -> Tensor:
     return x == y
 
@@ -51,12 +58,18 @@ def eq(x: Tensor, y: Tensor) -> Tensor:
     samples=_compared,
     spell=lambda onnx, node: onnx.Not(onnx.Equal(*onnx.operands(2, onnx.common_type))),
     commutative=True,
+    scaling=Scaling(powers={"x y": 0}),
 )
 def ne(x: Tensor, y: Tensor) -> Tensor:
     return x != y
 
 
-@pointwise(aten=dict.fromkeys(("lt", "less"), aten_binary("lt")), onnx={"Less": onnx_binary("lt")}, samples=_compared)
+@pointwise(
+    aten=dict.fromkeys(("lt", "less"), aten_binary("lt")),
+    onnx={"Less": onnx_binary("lt")},
+    samples=_compared,
+    scaling=Scaling(powers={"x y": 0}),
+)
 def lt(x: Tensor, y: Tensor) -> Tensor:
     return x < y
 
@@ -65,13 +78,17 @@ def lt(x: Tensor, y: Tensor) -> Tensor:
     aten=dict.fromkeys(("le", "less_equal"), aten_binary("le")),
     onnx={"LessOrEqual": onnx_binary("le")},
     samples=_compared,
+    scaling=Scaling(powers={"x y": 0}),
 )
 def le(x: Tensor, y: Tensor) -> Tensor:
     return x <= y
 
 
 @pointwise(
-    aten=dict.fromkeys(("gt", "greater"), aten_binary("gt")), onnx={"Greater": onnx_binary("gt")}, samples=_compared
+    aten=dict.fromkeys(("gt", "greater"), aten_binary("gt")),
+    onnx={"Greater": onnx_binary("gt")},
+    samples=_compared,
+    scaling=Scaling(powers={"x y": 0}),
 )
 def gt(x: Tensor, y: Tensor) -> Tensor:
     return x > y
@@ -81,17 +98,25 @@ def gt(x: Tensor, y: Tensor) -> Tensor:
     aten=dict.fromkeys(("ge", "greater_equal"), aten_binary("ge")),
     onnx={"GreaterOrEqual": onnx_binary("ge")},
     samples=_compared,
+    scaling=Scaling(powers={"x y": 0}),
 )
 def ge(x: Tensor, y: Tensor) -> Tensor:
     return x >= y
 
 
-@pointwise(aten=["isnan"], onnx=["IsNaN"], samples=lambda: [sample(randn(2, 3).log())])
+@pointwise(
+    aten=["isnan"], onnx=["IsNaN"], samples=lambda: [sample(randn(2, 3).log())], scaling=Scaling(powers={"x": 0})
+)
 def isnan(x: Tensor) -> Tensor:
     return torch.isnan(x)
 
 
-@pointwise(aten=["isfinite"], samples=lambda: [sample(1 / _numbers(2, 3))], spell=spelling.is_finite)
+@pointwise(
+    aten=["isfinite"],
+    samples=lambda: [sample(1 / _numbers(2, 3))],
+    spell=spelling.is_finite,
+    scaling=Scaling(powers={"x": 0}),
+)
 def isfinite(x: Tensor) -> Tensor:
     return torch.isfinite(x)
 
@@ -109,6 +134,7 @@ def _onnx_infinite(build: Any, call: Any) -> Any:
     aten=["isinf"],
     onnx={"IsInf": OnnxForm(read=_onnx_infinite, direct=True)},
     samples=lambda: [sample(1 / _numbers(2, 3))],
+    scaling=Scaling(powers={"x": 0}),
 )
 def isinf(x: Tensor) -> Tensor:
     return torch.isinf(x)
@@ -229,6 +255,11 @@ def _masked_fill(build: Any, x: Any, mask: Any, value: Any) -> Any:
     return build.where(mask, value, x)
 
 
+def _threshold_backward(build: Any, gradient: Any, x: Any, threshold: float) -> Any:
+    """The gradient of a ReLU in a captured backward pass."""
+    return build.where(build.gt(x, threshold), gradient, 0.0)
+
+
 def _choice_symmetry(node: Node) -> Symmetry:
     """A choice between two values of one shape, or a value and zero, is linear in them with every index for itself."""
     like = (node.output.shape, node.output.dtype)
@@ -251,6 +282,7 @@ def _choices() -> list[Sample]:
 
 @pointwise(
     aten={
+        "threshold_backward": _threshold_backward,
         "where.self": _where,
         "where.Scalar": _where,
         "where.ScalarSelf": _where,
@@ -261,6 +293,7 @@ def _choices() -> list[Sample]:
     spell=spelling.where,
     samples=_choices,
     symmetry=_choice_symmetry,
+    scaling=Scaling(powers={"x y": 1}),
 )
 def where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.where(condition, x, y)

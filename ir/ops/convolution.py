@@ -226,8 +226,8 @@ def _conv_layer(node: Node) -> str | None:
 def _conv_shape(
     x: Value, weight: Value, bias: Value | None = None, *, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> tuple[Size, ...] | None:
-    """The shape where all sizes are numbers and the kernel fits."""
-    if x.rank != weight.rank or not 3 <= x.rank <= 5 or symbols_in([x.shape, weight.shape]):
+    """The shape where the sizes of the weight are numbers and the kernel fits."""
+    if x.rank != weight.rank or not 3 <= x.rank <= 5 or symbols_in([x.shape[1], weight.shape]):
         return None
     channels = weight.shape[0]
     if x.shape[1] != weight.shape[1] * groups or channels % groups or (bias is not None and bias.shape != (channels,)):
@@ -322,9 +322,9 @@ def _onnx_conv_transpose(build: Builder, call: Any) -> Any:
 def _conv_transpose_shape(
     x: Value, weight: Value, bias: Value | None = None, *, groups: int, **options: Any
 ) -> tuple[Size, ...] | None:
-    """The shape where all sizes are numbers: each entry starts a window of its own."""
+    """The shape where the sizes of the weight are numbers: each entry starts a window of its own."""
     rank, channels = weight.rank - 2, weight.shape[1] * groups
-    if x.rank != weight.rank or not 1 <= rank <= 3 or symbols_in([x.shape, weight.shape]) or x.shape[1] % groups:
+    if x.rank != weight.rank or not 1 <= rank <= 3 or symbols_in([x.shape[1], weight.shape]) or x.shape[1] % groups:
         return None
     if x.shape[1] != weight.shape[0] or (bias is not None and bias.shape != (channels,)):
         return None
@@ -334,7 +334,7 @@ def _conv_transpose_shape(
         if min(step, spread) < 1 or not 0 <= extra < max(step, spread) or pad < 0:
             return None
         found.append((size - 1) * step - 2 * pad + spread * (kernel - 1) + extra + 1)
-    return (x.shape[0], channels, *found) if min(found) > 0 else None
+    return (x.shape[0], channels, *found) if all(size > 0 for size in found if isinstance(size, int)) else None
 
 
 def _conv_transpose_layer(node: Node) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor, rand, randn
 from regauge.ir.operator import Adapter, Speller, Symmetry, sample
 from regauge.ir.ops.elementwise import Function, pointwise, positive
 from regauge.ir.ops.spell_arithmetic import truncated
+from regauge.ir.scaling import Scaling
 
 Draw = Callable[..., Tensor]
 
@@ -24,6 +25,7 @@ def elementary(
     aten: Mapping[str, Adapter | None] | None = None,
     symmetry: Symmetry = Symmetry.POINTWISE,
     spell: Speller | None = None,
+    scaling: Scaling | None = None,
 ) -> Callable[[Function], Function]:
     """Register a function of one tensor; ATen calls it by the same name and by ``aliases``."""
 
@@ -35,6 +37,7 @@ def elementary(
             samples=lambda: [sample(draw(2, 3, 4)), sample(draw(5)), sample(draw(1))],
             symmetry=symmetry,
             spell=spell,
+            scaling=scaling,
         )(evaluate)
 
     return register
@@ -66,7 +69,7 @@ def abs_(x: Tensor) -> Tensor:
     return torch.abs(x)
 
 
-@elementary(onnx=["Sign"], aliases=["sgn"], symmetry=Symmetry.ODD)
+@elementary(onnx=["Sign"], aliases=["sgn"], symmetry=Symmetry.ODD, scaling=Scaling(powers={"x": 0}, within=(-1, 1)))
 def sign(x: Tensor) -> Tensor:
     return torch.sgn(x)
 
@@ -109,27 +112,29 @@ def log1p(x: Tensor) -> Tensor:
     return torch.log1p(x)
 
 
-@elementary(onnx=["Sqrt"], draw=positive)
+@elementary(onnx=["Sqrt"], draw=positive, scaling=Scaling(powers={"x": 0.5}))
 def sqrt(x: Tensor) -> Tensor:
     return torch.sqrt(x)
 
 
-@elementary(draw=positive, spell=_of(lambda onnx, x: onnx.Reciprocal(onnx.Sqrt(x))))
+@elementary(
+    draw=positive, spell=_of(lambda onnx, x: onnx.Reciprocal(onnx.Sqrt(x))), scaling=Scaling(powers={"x": -0.5})
+)
 def rsqrt(x: Tensor) -> Tensor:
     return torch.rsqrt(x)
 
 
-@elementary(onnx=["Reciprocal"], draw=positive)
+@elementary(onnx=["Reciprocal"], draw=positive, scaling=Scaling(powers={"x": -1}))
 def reciprocal(x: Tensor) -> Tensor:
     return torch.reciprocal(x)
 
 
-@elementary(onnx=["Erf"], aliases=["special_erf"], symmetry=Symmetry.ODD)
+@elementary(onnx=["Erf"], aliases=["special_erf"], symmetry=Symmetry.ODD, scaling=Scaling(within=(-1, 1)))
 def erf(x: Tensor) -> Tensor:
     return torch.erf(x)
 
 
-@elementary(aliases=["special_erfc"])
+@elementary(aliases=["special_erfc"], scaling=Scaling(within=(0, 2)))
 def erfc(x: Tensor) -> Tensor:
     return torch.erfc(x)
 
@@ -142,12 +147,12 @@ def erfinv(x: Tensor) -> Tensor:
 # -- trigonometry ------------------------------------------------------------------------------------------------------
 
 
-@elementary(onnx=["Sin"], symmetry=Symmetry.ODD)
+@elementary(onnx=["Sin"], symmetry=Symmetry.ODD, scaling=Scaling(within=(-1, 1)))
 def sin(x: Tensor) -> Tensor:
     return torch.sin(x)
 
 
-@elementary(onnx=["Cos"])
+@elementary(onnx=["Cos"], scaling=Scaling(within=(-1, 1)))
 def cos(x: Tensor) -> Tensor:
     return torch.cos(x)
 

@@ -6,6 +6,7 @@ leaves it as it is. A Python number may stand in any operand slot.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Adapter, OnnxForm, Operator, Sample, Symmetry, register_operator, sample
 from regauge.ir.ops import spell_arithmetic as spelling
 from regauge.ir.rules import broadcast_rule
+from regauge.ir.scaling import Scaling
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Samples = Callable[[], list[Sample]]
@@ -223,6 +225,10 @@ def _onnx_divide(build: Any, call: Any) -> Any:
     return build.div(x, y, rounding_mode="trunc" if whole else None)
 
 
+def _division_scaling(node: Node) -> Scaling | None:
+    return Scaling(powers={"x": 1, "y": -1}) if node.attributes["rounding_mode"] is None else None
+
+
 def _division_symmetry(node: Node) -> Symmetry:
     """Linear in the dividend; a Dim that the divisor alone holds is inverted, which nothing commutes with."""
     x, y = node.inputs
@@ -250,9 +256,16 @@ def _division_symmetry(node: Node) -> Symmetry:
         sample(integers(2, 3), integers(3), rounding_mode="floor"),
     ],
     symmetry=_division_symmetry,
+    scaling=_division_scaling,
 )
 def div(x: Tensor, y: Tensor, *, rounding_mode: str | None = None) -> Tensor:
     return x / y if rounding_mode is None else torch.div(x, y, rounding_mode=rounding_mode)
+
+
+def power_scaling(node: Node) -> Scaling | None:
+    """Of a power whose exponent is a number."""
+    exponent = node.inputs[1]
+    return Scaling(powers={"x": float(exponent)}) if isinstance(exponent, int | float) else None
 
 
 def _onnx_pow(build: Any, call: Any) -> Any:
@@ -275,6 +288,7 @@ def _square(build: Any, x: Any) -> Any:
     onnx={"Pow": _onnx_pow},
     spell=spelling.power,
     samples=_pairs(positive, randn, (None, 2), (2, None), (None, 0.5)),
+    scaling=power_scaling,
 )
 def pow_(x: Tensor, y: Tensor) -> Tensor:
     return x**y
@@ -293,6 +307,7 @@ def _onnx_mod(build: Any, call: Any) -> Any:
     onnx={"Mod": _onnx_mod},
     spell=spelling.remainder,
     samples=_pairs(randn, positive, (None, 0.7), (2.0, None)),
+    scaling=Scaling(powers={"x y": 1}),
 )
 def remainder(x: Tensor, y: Tensor) -> Tensor:
     return x % y
@@ -302,6 +317,7 @@ def remainder(x: Tensor, y: Tensor) -> Tensor:
     aten={"fmod": aten_binary("fmod")},
     samples=_pairs(randn, positive, (None, 0.7)),
     spell=lambda onnx, node: onnx.Mod(*onnx.operands(2, onnx.common_type), fmod=1),
+    scaling=Scaling(powers={"x y": 1}),
 )
 def fmod(x: Tensor, y: Tensor) -> Tensor:
     return torch.fmod(x, y)
@@ -336,7 +352,11 @@ def minimum(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(x, y)
 
 
-@pointwise(aten={"atan2": aten_binary("atan2"), "arctan2": aten_binary("atan2")}, samples=_pairs(randn, randn))
+@pointwise(
+    aten={"atan2": aten_binary("atan2"), "arctan2": aten_binary("atan2")},
+    samples=_pairs(randn, randn),
+    scaling=Scaling(powers={"x y": 0}, within=(-math.pi, math.pi)),
+)
 def atan2(x: Tensor, y: Tensor) -> Tensor:
     return torch.atan2(x, y)
 
@@ -352,7 +372,11 @@ def logaddexp(x: Tensor, y: Tensor) -> Tensor:
 
 
 @pointwise(
-    aten={"hypot": aten_binary("hypot")}, samples=_pairs(randn, randn), spell=spelling.hypotenuse, commutative=True
+    aten={"hypot": aten_binary("hypot")},
+    samples=_pairs(randn, randn),
+    spell=spelling.hypotenuse,
+    commutative=True,
+    scaling=Scaling(powers={"x y": 1}),
 )
 def hypot(x: Tensor, y: Tensor) -> Tensor:
     return torch.hypot(x, y)
@@ -405,6 +429,7 @@ def _clamp_symmetry(node: Node) -> Symmetry:
         sample(randn(2, 3, 4), randn(3, 1) - 1, randn(4) + 2),
     ],
     symmetry=_clamp_symmetry,
+    scaling=Scaling(powers={"x min max": 1}),
 )
 def clamp(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
     return x if min is None and max is None else torch.clamp(x, min, max)
@@ -414,6 +439,7 @@ def clamp(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Te
     aten={"lerp": None, "lerp.Scalar": lambda build, x, end, weight: build.lerp(x, end, weight)},
     samples=lambda: [sample(randn(2, 3), randn(2, 3), 0.3), sample(randn(2, 3), randn(2, 3), rand(3))],
     spell=spelling.interpolation,
+    scaling=Scaling(powers={"x end": 1}),
 )
 def lerp(x: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     return torch.lerp(x, end, weight)

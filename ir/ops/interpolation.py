@@ -15,6 +15,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.onnx_resize import read_resize, read_upsample, write_resize
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import symbols_in
 
 _WITH_CORNERS = {"linear", "bilinear", "bicubic", "trilinear"}
@@ -196,6 +197,7 @@ def _onnx_grid_sample(build: Any, call: Any) -> Any:
         sample(randn(2, 2, 3, 3, 3), rand(2, 2, 3, 2, 3) * 2 - 1),
     ],
     zeroed_by=(),
+    scaling=Scaling(powers={"x": 1}),
 )
 def grid_sample(
     x: Tensor, grid: Tensor, *, mode: str = "bilinear", padding_mode: str = "zeros", align_corners: bool = False

@@ -19,6 +19,7 @@ from regauge.ir.ops import spell_normalisation as spelling
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.onnx_normalisation import GROUP_NORM_FORMS, LAYER_NORM_FORMS, RMS_NORM_FORMS
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import Size, product
 from regauge.ir.training_notes import TRACKED
 
@@ -149,6 +150,11 @@ def given(node: Node, count: int) -> list[Any]:
     return [node.inputs[i] if i < len(node.inputs) else None for i in range(1, count)]
 
 
+def _batch_norm_scaling(node: Node) -> Scaling | None:
+    """Of inference, where it is a gain and a shift; ``eps`` tells the scale of a variance."""
+    return None if node.attributes["training"] else Scaling(powers={"x mean": 1, "weight": 1})
+
+
 @operator(
     rule=_batch_norm_rule,
     shape=_batch_norm_shape,
@@ -176,6 +182,7 @@ def given(node: Node, count: int) -> list[Any]:
     spell=spelling.batch_norm,
     zeroed_by=("weight",),
     with_gradients=_batch_norm_by_parts,
+    scaling=_batch_norm_scaling,
 )
 def batch_norm(
     x: Tensor,
@@ -262,6 +269,7 @@ def _layer_norm_shape(x: Value, *parts: Value | None, normalized_shape: Sequence
     layer=_layer_norm_layer,
     spell=spelling.layer_norm,
     zeroed_by=("weight",),
+    scaling=Scaling(powers={"weight": 1}),
 )
 def layer_norm(
     x: Tensor,
@@ -286,6 +294,7 @@ def layer_norm(
     layer=_rms_norm_layer,
     spell=spelling.rms_norm,
     zeroed_by=("weight",),
+    scaling=Scaling(powers={"weight": 1}),
 )
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, *, normalized_shape: tuple[int, ...], eps: float | None = None
@@ -329,6 +338,7 @@ def _group_norm_layer(node: Node) -> str | None:
     layer=_group_norm_layer,
     spell=spelling.group_norm,
     zeroed_by=("weight",),
+    scaling=Scaling(powers={"weight": 1}),
 )
 def group_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int, eps: float = 1e-5
@@ -372,6 +382,7 @@ def _instance_norm_layer(node: Node) -> str | None:
     layer=_instance_norm_layer,
     spell=spelling.instance_norm,
     zeroed_by=("weight",),
+    scaling=Scaling(powers={"weight": 1}),
 )
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     return F.instance_norm(x, None, None, weight, bias, True, 0.1, eps)

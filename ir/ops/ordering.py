@@ -19,6 +19,7 @@ from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.elementwise import Function
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scaling import Scaling
 
 
 def _along(call: Call, role: str) -> Axes:
@@ -161,6 +162,7 @@ def _positioned() -> list[Sample]:
     onnx={"ArgMax": _onnx_position("argmax")},
     spell=_spell_position("ArgMax"),
     samples=_positioned,
+    scaling=Scaling(powers={"x": 0}),
 )
 def argmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tensor:
     return torch.argmax(x, dim, keepdim)
@@ -172,6 +174,7 @@ def argmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tenso
     onnx={"ArgMin": _onnx_position("argmin")},
     spell=_spell_position("ArgMin"),
     samples=_positioned,
+    scaling=Scaling(powers={"x": 0}),
 )
 def argmin(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tensor:
     return torch.argmin(x, dim, keepdim)
@@ -201,12 +204,12 @@ def _found() -> list[Sample]:
     return [sample(randn(2, 5, 3), dim=1), sample(randn(2, 5), dim=-1, keepdim=True)]
 
 
-@operator(rule=_entry_rule, aten={"median.dim": _entry("median")}, samples=_found)
+@operator(rule=_entry_rule, aten={"median.dim": _entry("median")}, samples=_found, scaling=Scaling(powers={"x": 1}))
 def median(x: Tensor, *, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     return torch.median(x, dim, keepdim)
 
 
-@operator(rule=_entry_rule, aten={"mode": _entry("mode")}, samples=_found)
+@operator(rule=_entry_rule, aten={"mode": _entry("mode")}, samples=_found, scaling=Scaling(powers={"x": 1}))
 def mode(x: Tensor, *, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     return torch.mode(x, dim, keepdim)
 
@@ -215,6 +218,7 @@ def mode(x: Tensor, *, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Te
     rule=_entry_rule,
     aten={"kthvalue": _kth_value},
     samples=lambda: [sample(randn(2, 5, 3), k=2, dim=1), sample(randn(2, 5), k=1, keepdim=True)],
+    scaling=Scaling(powers={"x": 1}),
 )
 def kthvalue(x: Tensor, *, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     return torch.kthvalue(x, k, dim, keepdim)
@@ -229,12 +233,22 @@ def _running_extreme(op: str) -> Adapter:
     return lambda build, x, dim: build(op, x, dim=_axis(x, dim))
 
 
-@operator(rule=_running_extreme_rule, aten={"cummax": _running_extreme("cummax")}, samples=_scanned)
+@operator(
+    rule=_running_extreme_rule,
+    aten={"cummax": _running_extreme("cummax")},
+    samples=_scanned,
+    scaling=Scaling(powers={"x": 1}),
+)
 def cummax(x: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
     return torch.cummax(x, dim)
 
 
-@operator(rule=_running_extreme_rule, aten={"cummin": _running_extreme("cummin")}, samples=_scanned)
+@operator(
+    rule=_running_extreme_rule,
+    aten={"cummin": _running_extreme("cummin")},
+    samples=_scanned,
+    scaling=Scaling(powers={"x": 1}),
+)
 def cummin(x: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
     return torch.cummin(x, dim)
 
@@ -274,6 +288,7 @@ def _msort(build: Any, x: Any) -> Any:
         sample(randn(4), dim=0),
     ],
     zeroed_by=(),
+    scaling=Scaling(powers={"x": 1}),
 )
 def sort(x: Tensor, *, dim: int = -1, descending: bool = False, stable: bool = False) -> tuple[Tensor, Tensor]:
     return torch.sort(x, dim=dim, descending=descending, stable=stable)
@@ -312,6 +327,7 @@ def _onnx_topk(build: Any, call: Any) -> Any:
         sample(randn(4), k=1, dim=0),
     ],
     zeroed_by=(),
+    scaling=Scaling(powers={"x": 1}),
 )
 def topk(x: Tensor, *, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
     return torch.topk(x, k, dim, largest, sorted)

@@ -159,6 +159,24 @@ def _pad_layer(node: Node) -> str | None:
     return f"nn.{name}Pad{rank}d({amounts})"
 
 
+def _pad_shape(x: Value, *, pads: Pads, mode: str = "constant", **_: Any) -> tuple[Size, ...] | None:
+    """The shape where as many entries are there as the mode copies."""
+    amounts = [amount for pair in pads for amount in pair]
+    if len(pads) != x.rank or not all(isinstance(amount, int) for amount in amounts):
+        return None
+    if mode != "constant" and not 2 <= x.rank <= 5:
+        return None
+    longest = {"constant": None, "replicate": None, "reflect": -1, "circular": 0}[mode]
+    for size, pair in zip(x.shape, pads, strict=True):
+        if not isinstance(size, int):
+            continue
+        if size + sum(pair) < 1 or min(pair) < 0 and mode != "constant":
+            return None
+        if longest is not None and max(pair) > size + longest:
+            return None
+    return tuple(size + before + after for size, (before, after) in zip(x.shape, pads, strict=True))
+
+
 def _symmetry(node: Node) -> Symmetry:
     """A border of another number than zero is the same for every index of the other axes."""
     filled = node.attributes["mode"] == "constant" and node.attributes["value"] != 0
@@ -167,6 +185,7 @@ def _symmetry(node: Node) -> Symmetry:
 
 @operator(
     rule=_pad_rule,
+    shape=_pad_shape,
     aten={
         "pad": _pad,
         "constant_pad_nd": lambda build, x, pad, value=0: _pad(build, x, pad, "constant", value),

@@ -27,6 +27,7 @@ from regauge.ir.ops.onnx_pooling import (
 )
 from regauge.ir.ops.windows import per_axis, window_counts
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import Size, same
 
 
@@ -171,6 +172,7 @@ def _max_pool(count: int, *, with_indices: bool = False) -> Adapter:
     ],
     symmetry=lambda node: Symmetry.HOMOGENEOUS if len(node.outputs) == 1 else Symmetry.POINTWISE,
     layer=_layer("MaxPool", "padding", "dilation", "ceil_mode"),
+    scaling=Scaling(powers={"x": 1}),
 )
 def max_pool(
     x: Tensor,
@@ -324,6 +326,7 @@ def adaptive_avg_pool(x: Tensor, *, output_size: Any) -> Tensor:
     ],
     symmetry=lambda node: Symmetry.HOMOGENEOUS if len(node.outputs) == 1 else Symmetry.POINTWISE,
     layer=_adaptive_layer("AdaptiveMaxPool"),
+    scaling=Scaling(powers={"x": 1}),
 )
 def adaptive_max_pool(x: Tensor, *, output_size: Any, return_indices: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     return (

@@ -1,6 +1,8 @@
-"""Quantization: numbers as integers with a scale, for a whole tensor, for each index of an axis, or for blocks of one.
+"""Quantization: numbers as integers, or floats of 8 bits, with a scale, for a whole tensor, for each index of an axis,
+or for blocks of one.
 
     x ~ (q - zero_point) * scale        q = clamp(round(x / scale) + zero_point), halves to even
+    x ~ q * scale                       q = the nearest float of 8 bits, what is beyond its greatest one clamped
 
 The scales of an axis carry its Dim, those of blocks the Dim of the blocks: they are cut, permuted and shared together
 with the weights they belong to. While torch exports a module to ONNX, the functions are the ONNX operators.
@@ -14,17 +16,20 @@ import torch
 from torch import Tensor, rand, randint, randn
 
 from regauge.ir.errors import OperatorError
-from regauge.ir.graph import Node, Value
+from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import OnnxForm, operator, sample
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.rules import Call
+from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import divide, same
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
 """Types that hold quantized numbers; those of fewer bits lie in the 8-bit ones."""
+FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+"""The floats of 8 bits; they have no zero point."""
 
 
-def _scaled_rule(call: Call) -> str:
+def scaled_rule(call: Call) -> str:
     """Scales and zero points have no axes, the one axis that is told apart, or all axes with blocks on one of them."""
     if call["axis"] is None:
         return "x..., , ? -> x..."
@@ -40,7 +45,10 @@ def _scaled_rule(call: Call) -> str:
 
 def _read(build: Any, call: Any) -> tuple[Value, Value, Value | None, dict[str, Any]]:
     """Operands and attributes of QuantizeLinear and DequantizeLinear; a single scale in a vector is one for all."""
-    x, scale, zero_point = call.operand(0), call.operand(1), call.operand(2) if call.has(2) else None
+    (x, bits), (zero_point, bits_of_zero) = call.codes(0), call.codes(2)
+    scale = call.operand(1)
+    if zero_point is not None and bits != bits_of_zero:
+        raise OperatorError("its zero points have other bits: the node is kept as it is")
     block = call.attribute("block_size", 0)
     single = all(same(size, 1) for size in scale.shape) and not block
     axis = None if single else axis_number(call.attribute("axis", 1), x.rank)
@@ -50,7 +58,13 @@ def _read(build: Any, call: Any) -> tuple[Value, Value, Value | None, dict[str, 
         raise OperatorError(f"blocks of {block} do not divide the axis: the node is kept as it is")
     if call.attribute("precision", 0):
         raise OperatorError("it says a precision of its own: the node is kept as it is")
-    return x, scale, zero_point, {"axis": axis, "block_size": block or None}
+    return x, scale, zero_point, {"axis": axis, "block_size": block or None, "bits": bits}
+
+
+def _check_no_zero_point(zero_point: Value | None) -> None:
+    """That of floats only says their type; raises OperatorError where it may be another number than 0."""
+    if zero_point is not None and not (isinstance(zero_point, Parameter) and not zero_point.tensor.float().any()):
+        raise OperatorError("its zero point is not 0: the node is kept as it is")
 
 
 def _read_quantize(build: Any, call: Any) -> Any:
@@ -59,7 +73,10 @@ def _read_quantize(build: Any, call: Any) -> Any:
     x, scale, zero_point, attributes = _read(build, call)
     code = call.attribute("output_dtype", 0)
     dtype = zero_point.dtype if zero_point is not None else onnx_dtype(code) if code else torch.uint8
-    if dtype not in INTEGERS:
+    if dtype in FLOATS and call.attribute("saturate", 1):
+        _check_no_zero_point(zero_point)
+        zero_point = None
+    elif dtype not in INTEGERS:
         raise OperatorError(f"it quantizes to {dtype}: the node is kept as it is")
     if isinstance(x.dtype, torch.dtype) and x.dtype != scale.dtype:
         raise OperatorError("its scale is of another type: the node is kept as it is")
@@ -68,7 +85,10 @@ def _read_quantize(build: Any, call: Any) -> Any:
 
 def _read_dequantize(build: Any, call: Any) -> Any:
     x, scale, zero_point, attributes = _read(build, call)
-    if x.dtype not in INTEGERS or call.attribute("output_dtype", 0):
+    if x.dtype in FLOATS and not call.attribute("output_dtype", 0):
+        _check_no_zero_point(zero_point)
+        zero_point = None
+    elif x.dtype not in INTEGERS or call.attribute("output_dtype", 0):
         raise OperatorError(f"it dequantizes {x.dtype}: the node is kept as it is")
     return build.dequantize(x, scale, zero_point, **attributes)
 
@@ -81,9 +101,13 @@ def _spelled(onnx: Any, node: Node) -> tuple[int | None, int | None]:
         node.attributes["bits"],
         node.inputs[0],
     )
-    needed = 21 if block is not None or bits is not None else 13 if axis is not None else 10
-    if onnx.opset < needed and not node.attributes.get("at_load"):
-        raise onnx.refusal(f"it needs opset {needed}, and the model has {onnx.opset}: convert it first")
+    kinds = {node.attributes.get("dtype"), x.dtype if isinstance(x, Value) else None}
+    needed = 13 if axis is not None else 10
+    needed = 21 if block is not None or bits is not None else 19 if kinds & {*FLOATS} else needed
+    if onnx.opset < needed and not (node.attributes.get("at_load") and bits is None):
+        raise onnx.refusal(
+            f"it needs opset {needed}, and the model has {onnx.opset}: load it with opset={needed}, or --opset {needed}"
+        )
     assert isinstance(x, Value)
     return None if axis is None else axis_number(axis, x.rank), block
 
@@ -113,6 +137,7 @@ def _spell_at_load(onnx: Any, node: Node, q: Any, zero_point: Any, axis: int | N
     stored, scale = node.inputs[0], onnx.operand(1)
     assert isinstance(stored, Value)
     shape, dtype = list(stored.shape), node.output.dtype
+    zero_point = None if zero_point is None else onnx.cast(zero_point, dtype)
     if axis is not None:  # a vector is laid along its axis; blocks, which have all axes, along one of their own
         beside = [axis + 1] if block is not None else range(1, stored.rank - axis)
         scale = onnx.unsqueeze(scale, *beside)
@@ -120,7 +145,7 @@ def _spell_at_load(onnx: Any, node: Node, q: Any, zero_point: Any, axis: int | N
     x = onnx.cast(q, dtype)
     if block is not None and axis is not None:
         x = onnx.Reshape(x, onnx.sizes([*shape[:axis], -1, block, *shape[axis + 1 :]]))
-    x = x if zero_point is None else onnx.Sub(x, onnx.cast(zero_point, dtype))
+    x = x if zero_point is None else onnx.Sub(x, zero_point)
     x = onnx.Mul(x, scale)
     return x if block is None else onnx.Reshape(x, onnx.sizes(shape))
 
@@ -133,15 +158,17 @@ def _quantized_samples() -> list[Any]:
         sample(3 * randn(4, 6), scales / 40, axis=0),
         sample(3 * randn(2, 4, 3), scales / 40, randint(-9, 9, (4,)).to(torch.int8), axis=1),
         sample(3 * randn(5, 6), (rand(5, 3) + 0.5) / 4, axis=1, block_size=2, bits=4),
+        sample(900 * randn(4, 6), scales, axis=0, dtype=torch.float8_e4m3fn),
     ]
 
 
 @operator(
-    rule=_scaled_rule,
+    rule=scaled_rule,
     onnx={"QuantizeLinear": OnnxForm(read=_read_quantize, write=holds_no_sizes)},
     spell=_spell_quantize,
     samples=_quantized_samples,
     coding=True,
+    scaling=Scaling(powers={"x scale": 0}),
 )
 def quantize(
     x: Tensor,
@@ -155,12 +182,12 @@ def quantize(
 ) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         options = {"axis": 1 if axis is None else axis} | ({} if block_size is None else {"block_size": block_size})
-        zero_point = torch.zeros_like(scale, dtype=dtype) if zero_point is None else zero_point
-        version = 13 if block_size is None else 21
+        zero_point = torch.zeros_like(scale).to(dtype) if zero_point is None else zero_point
+        version = 21 if block_size is not None else 19 if dtype.is_floating_point else 13
         return torch.onnx.ops.symbolic(
             "QuantizeLinear", (x, scale, zero_point), {**options}, dtype=dtype, shape=x.shape, version=version
         )
-    limits = torch.iinfo(dtype)
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     low, high = limits.min, limits.max
     if bits is not None:
         low, high = (0, 2**bits - 1) if low == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -171,7 +198,7 @@ def quantize(
         shape = [-1 if i == axis % x.dim() else 1 for i in range(x.dim())]
         scale = scale.reshape(shape)
         zero_point = None if zero_point is None else zero_point.reshape(shape)
-    q = torch.round(x / scale)
+    q = x / scale if dtype.is_floating_point else torch.round(x / scale)
     q = q if zero_point is None else q + zero_point
     return torch.clamp(q, low, high).to(dtype)
 
@@ -187,18 +214,21 @@ def _dequantized_samples() -> list[Any]:
         sample(numbers(2, 4, 3), rand(4), randint(-9, 9, (4,)).to(torch.int8), axis=1),
         sample(randint(-(2**30), 2**30, (4,), dtype=torch.int32), rand(4) * 1e-6, axis=0),
         sample(randint(-8, 8, (5, 6)).to(torch.int8), rand(5, 3), axis=1, block_size=2, bits=4),
+        sample(randn(4, 6).to(torch.float8_e4m3fn), rand(4), axis=0),
+        sample(randn(2, 4).to(torch.float8_e5m2), rand(())),
         sample(numbers(4, 6, 3), rand(6), randint(-9, 9, (6,)).to(torch.int8), axis=1, at_load=True),
         sample(numbers(4, 6, 3), rand(4, 3, 3), axis=1, block_size=2, at_load=True),
     ]
 
 
 @operator(
-    rule=_scaled_rule,
+    rule=scaled_rule,
     onnx={"DequantizeLinear": OnnxForm(read=_read_dequantize, write=holds_no_sizes)},
     spell=_spell_dequantize,
     samples=_dequantized_samples,
     coding=True,
     expands=True,
+    scaling=Scaling(powers={"scale": 1}),
 )
 def dequantize(
     q: Tensor,
@@ -214,10 +244,12 @@ def dequantize(
     if torch.onnx.is_in_onnx_export() and not at_load:
         options = {"axis": 1 if axis is None else axis} | ({} if block_size is None else {"block_size": block_size})
         operands = (q, scale) if zero_point is None else (q, scale, zero_point)
-        version = 13 if block_size is None else 21
+        version = 21 if block_size is not None else 19 if q.is_floating_point() else 13
         return torch.onnx.ops.symbolic(
             "DequantizeLinear", operands, {**options}, dtype=scale.dtype, shape=q.shape, version=version
         )
+    if at_load and zero_point is not None:  # before it is reshaped: a file has it in few bits
+        zero_point = zero_point.to(scale.dtype)
     if block_size is not None:
         scale = scale.repeat_interleave(block_size, axis)
         zero_point = None if zero_point is None else zero_point.repeat_interleave(block_size, axis)
@@ -230,6 +262,8 @@ def dequantize(
         x = torch.onnx.ops.symbolic("Cast", (q,), {"to": code}, dtype=scale.dtype, shape=q.shape, version=13)
         return torch.onnx.ops.symbolic("Mul", (x, scale), {}, dtype=scale.dtype, shape=q.shape, version=14)
     if at_load:
-        return (q.to(scale.dtype) if zero_point is None else q.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
+        return (q.to(scale.dtype) if zero_point is None else q.to(scale.dtype) - zero_point) * scale
+    if q.is_floating_point():
+        return q.to(scale.dtype) * scale
     centred = q.to(torch.int32) if zero_point is None else q.to(torch.int32) - zero_point.to(torch.int32)
     return centred.to(scale.dtype) * scale

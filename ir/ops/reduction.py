@@ -20,6 +20,7 @@ from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.elementwise import Function, positive
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scaling import Scaling
 
 Dims = int | Sequence[int] | None
 
@@ -176,6 +177,7 @@ def mean(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
     shape=_reduced_shape,
     symmetry=Symmetry.LINEAR,
     spell=spelling.reduced("ReduceSum", since=13),
+    scaling=Scaling(powers={"x": 1}, sums=True),
 )
 def sum_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.sum(x, dims, keepdim)
@@ -306,6 +308,7 @@ def _spread_and_mean(op: str) -> Adapter:
     spell=spelling.variance,
     samples=lambda: [*_cases()(), *_cases(correction=0)()],
     zeroed_by=(),
+    scaling=Scaling(powers={"x": 2}),
 )
 def var(x: Tensor, *, dims: tuple[int, ...] | None = None, correction: float = 1, keepdim: bool = False) -> Tensor:
     return torch.var(x, dims, correction=correction, keepdim=keepdim)

@@ -12,6 +12,7 @@ from regauge.ir.operator import Adapter, OnnxForm, Speller, operator, sample
 from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import product, same
 
 
@@ -80,6 +81,7 @@ def _spell(op_type: str) -> Speller:
     spell=_spell("Softmax"),
     samples=lambda: [sample(randn(2, 3, 4), dim=-1), sample(randn(2, 3), dim=0), sample(randn(4), dim=0)],
     layer=lambda node: f"nn.Softmax({node.attributes['dim']})",
+    scaling=Scaling(within=(0, 1)),
 )
 def softmax(x: Tensor, *, dim: int) -> Tensor:
     return torch.softmax(x, dim)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, rand, randn
 
 from regauge.ir.operator import Sample, Symmetry, operator, sample
-from regauge.ir.ops.elementwise import aten_binary, pointwise, positive
+from regauge.ir.ops.elementwise import aten_binary, pointwise, positive, power_scaling
+from regauge.ir.scaling import Scaling
 
 
 def _pairs() -> list[Sample]:
@@ -28,12 +29,20 @@ def logit(x: Tensor, *, eps: float | None = None) -> Tensor:
     return torch.logit(x, eps)
 
 
-@pointwise(aten=["isposinf"], samples=lambda: [sample(randn(2, 3) / torch.tensor([0.0, 1.0, 2.0]))])
+@pointwise(
+    aten=["isposinf"],
+    samples=lambda: [sample(randn(2, 3) / torch.tensor([0.0, 1.0, 2.0]))],
+    scaling=Scaling(powers={"x": 0}),
+)
 def isposinf(x: Tensor) -> Tensor:
     return torch.isposinf(x)
 
 
-@pointwise(aten=["isneginf"], samples=lambda: [sample(randn(2, 3) / torch.tensor([0.0, 1.0, 2.0]))])
+@pointwise(
+    aten=["isneginf"],
+    samples=lambda: [sample(randn(2, 3) / torch.tensor([0.0, 1.0, 2.0]))],
+    scaling=Scaling(powers={"x": 0}),
+)
 def isneginf(x: Tensor) -> Tensor:
     return torch.isneginf(x)
 
@@ -46,12 +55,12 @@ def lgamma(x: Tensor) -> Tensor:
 # -- functions of two values -------------------------------------------------------------------------------------------
 
 
-@pointwise(aten=["fmax"], samples=_pairs, commutative=True)
+@pointwise(aten=["fmax"], samples=_pairs, commutative=True, scaling=Scaling(powers={"x y": 1}))
 def fmax(x: Tensor, y: Tensor) -> Tensor:
     return torch.fmax(x, y)
 
 
-@pointwise(aten=["fmin"], samples=_pairs, commutative=True)
+@pointwise(aten=["fmin"], samples=_pairs, commutative=True, scaling=Scaling(powers={"x y": 1}))
 def fmin(x: Tensor, y: Tensor) -> Tensor:
     return torch.fmin(x, y)
 
@@ -64,12 +73,16 @@ def xlogy(x: Tensor, y: Tensor) -> Tensor:
     return torch.xlogy(x, y)
 
 
-@pointwise(aten={"copysign": aten_binary("copysign")}, samples=lambda: [*_pairs(), sample(randn(2, 3), -1.0)])
+@pointwise(
+    aten={"copysign": aten_binary("copysign")},
+    samples=lambda: [*_pairs(), sample(randn(2, 3), -1.0)],
+    scaling=Scaling(powers={"x": 1, "y": 0}),
+)
 def copysign(x: Tensor, y: Tensor) -> Tensor:
     return torch.copysign(x, y)
 
 
-@pointwise(aten=["heaviside"], samples=_pairs)
+@pointwise(aten=["heaviside"], samples=_pairs, scaling=Scaling(powers={"x": 0}))
 def heaviside(x: Tensor, y: Tensor) -> Tensor:
     return torch.heaviside(x, y)
 
@@ -77,6 +90,7 @@ def heaviside(x: Tensor, y: Tensor) -> Tensor:
 @pointwise(
     aten={"float_power": aten_binary("float_power")},
     samples=lambda: [sample(positive(2, 3), randn(3)), sample(randn(2, 3), 2)],
+    scaling=power_scaling,
 )
 def float_power(x: Tensor, y: Tensor) -> Tensor:
     return torch.float_power(x, y)
@@ -99,6 +113,7 @@ def _pairwise_distance(build: Any, x: Any, y: Any, p: float = 2, eps: float = 1e
     },
     samples=lambda: [sample(randn(2, 3, 4), randn(2, 5, 4)), sample(randn(3, 4), randn(2, 5, 4), p=1.0)],
     symmetry=Symmetry.POINTWISE,
+    scaling=Scaling(powers={"x y": 1}),
 )
 def cdist(x: Tensor, y: Tensor, *, p: float = 2.0) -> Tensor:
     return torch.cdist(x, y, p)

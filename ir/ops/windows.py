@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from regauge.ir.sizes import Size
+from regauge.ir.sizes import Size, floor_divide
 
 
 def per_axis(value: Any, count: int) -> tuple[Any, ...]:
@@ -16,15 +16,15 @@ def per_axis(value: Any, count: int) -> tuple[Any, ...]:
 
 def window_counts(
     sizes: Sequence[Size], kernel: Sequence[Any], *, stride: Any, padding: Any, dilation: Any
-) -> list[int] | None:
-    """How many windows fit along each axis; None where a size is no number, or a window fits nowhere."""
+) -> list[Size] | None:
+    """How many windows fit along each axis; None where a kernel's size is no number, or a window fits nowhere."""
     options = zip(*(per_axis(one, len(sizes)) for one in (stride, padding, dilation)), strict=True)
-    found = []
+    found: list[Size] = []
     for size, extent, (step, pad, spread) in zip(sizes, kernel, options, strict=True):
-        if not (isinstance(size, int) and isinstance(extent, int)) or min(step, spread, extent) < 1 or pad < 0:
+        if not isinstance(extent, int) or min(step, spread, extent) < 1 or pad < 0:
             return None
         room = size + 2 * pad - spread * (extent - 1) - 1
-        if room < 0:
+        if isinstance(room, int) and room < 0:
             return None
-        found.append(room // step + 1)
+        found.append(floor_divide(room, step) + 1)
     return found

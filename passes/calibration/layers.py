@@ -99,16 +99,18 @@ class Layer:
 
     def from_matrices(self, matrices: torch.Tensor) -> torch.Tensor:
         """[blocks, outputs, columns] in the shape and type in which the layer stores its weight."""
+        assert isinstance(self.weight.dtype, torch.dtype)
+        return self.matrices_as_stored(matrices).to(self.weight.dtype).contiguous()
+
+    def matrices_as_stored(self, matrices: torch.Tensor) -> torch.Tensor:
+        """[blocks, outputs, columns] in the shape in which the layer stores its weight."""
         sizes = [int(size) for size in self.weight.shape]
         if self.node.op in ("matmul", "grouped_mm"):
-            found = matrices.mT.reshape(sizes)
-        elif self.node.op == "conv_transpose":
+            return matrices.mT.reshape(sizes)
+        if self.node.op == "conv_transpose":
             channels = self.columns // self.taps
-            found = matrices.reshape(self.blocks, self.outputs, channels, self.taps).transpose(1, 2).reshape(sizes)
-        else:
-            found = matrices.reshape(sizes)
-        assert isinstance(self.weight.dtype, torch.dtype)
-        return found.to(self.weight.dtype).contiguous()
+            return matrices.reshape(self.blocks, self.outputs, channels, self.taps).transpose(1, 2).reshape(sizes)
+        return matrices.reshape(sizes)
 
     def blocks_of_input(self, x: torch.Tensor, ends: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """The input as [rows, columns] for each block; ``ends`` are the offsets of a ``grouped_mm``."""

@@ -63,7 +63,7 @@ def loss_of(
     moved = [y for y in real if y.requires_grad]
     if not moved:
         return None
-    if _are_logits(real[0], batch.labels):
+    if are_logits(real[0], batch.labels):
         classes = 1 if real[0].dim() == 2 else real[0].dim() - 1
         return F.cross_entropy(real[0].movedim(classes, 1), batch.labels)
     examples = max(1, int(moved[0].shape[0]) if moved[0].dim() else 1)
@@ -74,7 +74,7 @@ def loss_of(
     return torch.stack([part.double() for part in parts]).sum() / (1 if squared else examples)
 
 
-def _are_logits(y: torch.Tensor, labels: Any) -> bool:
+def are_logits(y: torch.Tensor, labels: Any) -> bool:
     """Whether labels are class numbers for the last axis of the first output."""
     if not isinstance(labels, torch.Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         return False

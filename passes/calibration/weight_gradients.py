@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.interpret import Interpreter, last_uses
 from regauge.passes.calibration.batches import examples_in
-from regauge.passes.calibration.losses import Labelled, Loss, example_slices, loss_of
+from regauge.passes.calibration.losses import Labelled, Loss, are_logits, example_slices, loss_of
 
 Gradients = dict[Parameter, torch.Tensor]
 Replace = Callable[[Node, Value, torch.Tensor], torch.Tensor]
@@ -35,8 +35,9 @@ class Differentiable:
         self._interpreter = Interpreter(graph, weights={p.name: w for p, w in self.weights.items()})
         self._drop = last_uses(graph)
 
-    def run(self, inputs: Any) -> list[Any]:
-        """The outputs."""
+    def run(self, inputs: Any, weights: Mapping[str, torch.Tensor] | None = None) -> list[Any]:
+        """The outputs; ``weights`` are read in place of parameters of these names."""
+        self._interpreter.weights |= weights or {}
         environment, bindings = self._interpreter.bound(inputs)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             for step, node in enumerate(self.graph.nodes):
@@ -184,6 +185,54 @@ def _difference(network: Differentiable, along: Gradients, gradients: Callable[[
     move(-2 * step)
     below = gradients()
     return {p: (above[p].detach() - below[p].detach()) / (2 * step) for p in along if p in above and p in below}
+
+
+def hessian_traces(
+    graph: Graph, parameters: Sequence[Parameter], batches: Sequence[Labelled], draws: int = 1, seed: int = 0
+) -> dict[Parameter, float]:
+    """The trace of the Hessian of the loss in each parameter, estimated; the mean over examples.
+
+    Where labels are classes of the first output the loss is cross-entropy, and the trace the mean of v' H v over
+    ``draws`` of signs v, by a double backward (Hutchinson 1990). Else it is |y - y0|^2 / 2 of the outputs, whose
+    Hessian at y = y0 is J' J: its trace is the mean of |J' v|^2 over normal v (Gauss-Newton).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = dict.fromkeys(parameters, 0.0)
+    whole = max(1, sum(examples_in(batch.inputs) for batch in batches)) * draws
+    for batch in batches:
+        network = Differentiable(graph, parameters)
+        weights, examples = list(network.weights.values()), examples_in(batch.inputs)
+        outputs = network.run(batch.inputs)
+        real = [y for y in outputs if isinstance(y, torch.Tensor) and y.is_floating_point()]
+        summed = not real or not are_logits(
+            real[0], batch.labels
+        )  # else the loss is the mean over the batch's examples
+        for _ in range(draws):
+            loss = loss_of(outputs, batch, None, squared=True, generator=generator)
+            if loss is None:
+                continue
+            first = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True, create_graph=not summed)
+            parts = _squares(first) if summed else _curvatures(first, weights, generator)
+            for parameter, part in zip(network.weights, parts, strict=True):
+                total[parameter] += part * (1 if summed else examples) / whole
+    return total
+
+
+def _squares(gradients: Sequence[torch.Tensor | None]) -> list[float]:
+    return [0.0 if found is None else float(found.double().square().sum()) for found in gradients]
+
+
+def _curvatures(
+    gradients: Sequence[torch.Tensor | None], weights: Sequence[torch.Tensor], generator: torch.Generator
+) -> list[float]:
+    """v' H v of the block of each weight: signs of others are independent, so that the mean has no cross terms."""
+    signs = [torch.randint(0, 2, w.shape, generator=generator).to(w) * 2 - 1 for w in weights]
+    pairs = zip(gradients, signs, strict=True)
+    along = [(g * v).sum().double() for g, v in pairs if g is not None and g.requires_grad]
+    if not along:
+        return [0.0] * len(weights)
+    second = torch.autograd.grad(torch.stack(along).sum(), weights, allow_unused=True, retain_graph=True)
+    return [0.0 if h is None else float((h * v).double().sum()) for h, v in zip(second, signs, strict=True)]
 
 
 def _present(weights: Mapping[Parameter, torch.Tensor], found: Sequence[torch.Tensor | None]) -> Gradients:

@@ -35,7 +35,7 @@ from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer, contracting, layer_of
 from regauge.passes.calibration.moments import Moments
-from regauge.passes.pruning.probe import Probe
+from regauge.passes.calibration.probe import Probe
 from regauge.passes.pruning.scores import Scores, profile, summed
 from regauge.passes.pruning.surgeon import MEMORY, Share, taken_apart, weights_without
 from regauge.passes.pruning.weight_scores import magnitudes

@@ -24,7 +24,7 @@ from regauge.ir.mapped import mapped, on_disk
 from regauge.passes.allocation.choices import Counts
 from regauge.passes.calibration.batches import in_folds
 from regauge.passes.calibration.losses import labelled
-from regauge.passes.pruning.probe import Probe
+from regauge.passes.calibration.probe import Probe
 
 _SHARES = (1.0, 0.5, 0.25, 0.0)
 _CLEAR = 0.5  # of the change that the cut alone makes: so little is left by refits that clearly help

@@ -25,7 +25,7 @@ from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer, contracting, layer_of
 from regauge.passes.calibration.moments import Moments, least_squares
-from regauge.passes.pruning.probe import Probe
+from regauge.passes.calibration.probe import Probe
 from regauge.passes.pruning.refit import RIDGE
 from regauge.passes.pruning.selection import best
 

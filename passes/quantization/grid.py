@@ -1,4 +1,4 @@
-"""Grids of integers, and matrices rounded to them: codes with a scale for each row, or for groups of its columns.
+"""Grids of numbers, and matrices rounded to them: codes with a scale for each row, or for groups of its columns.
 
 w ~ (code - zero) * scale        symmetric: no zero, codes -2^(b-1) ... 2^(b-1) - 1;  else codes 0 ... 2^b - 1
 """
@@ -6,10 +6,23 @@ w ~ (code - zero) * scale        symmetric: no zero, codes -2^(b-1) ... 2^(b-1) 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 
+from regauge.ir.graph import Value
+from regauge.passes.calibration.quadratic import Quadratic
+from regauge.passes.quantization.formats import Coding, Constants, Method
+from regauge.passes.quantization.rounding import best_scales, by_columns, by_descent
+
 _SHRINKS = torch.linspace(1.0, 0.35, 27, dtype=torch.float64)  # shares of the range that are tried
+_TURNS = 12  # of codes and scales, where scales are those of least squares
+SCALE_BITS = 32
+_SHARING = 4  # bits at most of codes that lie together in a byte
+
+Scales: TypeAlias = Literal["searched", "least", "mean", "median", "powers"]
+"""How scales are found: the best share of the range; least squares from the mean of magnitudes on; that mean or median
+itself (BitNet b1.58); the power of two that just holds the greatest entry (block floating point)."""
 
 
 @dataclass(frozen=True)
@@ -34,33 +47,124 @@ class Grid:
             return torch.int16 if self.symmetric else torch.uint16
         return torch.int8 if self.symmetric else torch.uint8
 
+    @property
+    def few_bits(self) -> int | None:
+        """How many bits codes have where several of them can lie in a byte."""
+        return self.bits if self.bits <= _SHARING else None
+
+    @property
+    def table(self) -> torch.Tensor | None:
+        """The numbers, where codes are places among them; None where codes are the numbers."""
+        return None
+
+    @property
+    def free_scales(self) -> bool:
+        """Whether any scale will do."""
+        return True
+
     def span(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero of ranges, which are widened to hold 0: it must stay 0."""
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.symmetric:
             scale = torch.maximum(-low / -self.low, high / self.high)
-            return _positive(scale), torch.zeros_like(scale)
-        scale = _positive((high - low) / (self.high - self.low))
+            return positive(scale), torch.zeros_like(scale)
+        scale = positive((high - low) / (self.high - self.low))
         return scale, torch.round(-low / scale).clamp(self.low, self.high)
 
     def codes(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """The nearest integers, halves to even, in the type of ``x``."""
         return (torch.round(x / scale) + zero).clamp(self.low, self.high)
 
+    def digits(self, codes: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Codes as numbers from 0 to below a base, and that base."""
+        return codes - self.low, self.high - self.low + 1
 
-def _positive(scale: torch.Tensor) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class Ternary(Grid):
+    """-1, 0 and 1."""
+
+    bits: int = 2
+
+    @property
+    def low(self) -> int:
+        return -1
+
+    @property
+    def high(self) -> int:
+        return 1
+
+
+def positive(scale: torch.Tensor) -> torch.Tensor:
     """A scale of 1 where all entries are 0."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-@dataclass
-class Coded:
-    """A matrix [rows, columns] on a grid; ``scale`` and ``zero`` are [rows, groups] of neighbouring columns."""
+@dataclass(frozen=True)
+class Form:
+    """How a matrix is stored: on a grid, with a scale for each ``group`` of neighbouring columns of a row, or one
+    ``shared`` by all rows, whose groups are whole rows then."""
 
     grid: Grid
+    group: int
+    scales: Scales = "searched"
+    shared: bool = False
+
+    def rounded(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> Coded:
+        rows, columns = weight.shape
+        weighs = torch.ones(columns, dtype=torch.float64) if importance is None else importance.double()
+        whole = weight.double()
+        if self.shared:
+            parts, weighs = whole.reshape(1, 1, -1), weighs.repeat(rows).reshape(1, 1, -1)
+        else:
+            parts, weighs = whole.reshape(rows, -1, self.group), weighs.reshape(1, -1, self.group)
+        scale, zero = self._scales(parts, weighs)
+        if self.shared:
+            scale, zero = scale.expand(rows, 1), zero.expand(rows, 1)
+        coded = Coded(self, whole, scale, zero)
+        return coded.with_codes(self.grid.codes(whole, coded.spread(scale), coded.spread(zero)))
+
+    def fitted(self, problem: Quadratic, method: Method | None) -> Coded:
+        """Rounding to 8 bits loses too little for descent, unless that is asked for."""
+        start = self.rounded(problem.optimum, problem.hessian.diag())
+        columns = method == "columns" or method is None and self.grid.bits >= 8
+        return (by_columns if columns else by_descent)(problem, start)
+
+    def _scales(self, parts: torch.Tensor, weighs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero [rows, groups] of parts [rows, groups, columns]."""
+        if self.scales == "searched":
+            return _searched(self.grid, parts, weighs)
+        sizes = parts.abs()
+        if self.scales == "powers":
+            room = self.grid.bits - 2
+            scale = torch.exp2(torch.floor(torch.log2(positive(sizes.amax(2)))) - room)
+        else:
+            scale = positive(sizes.median(2).values if self.scales == "median" else sizes.mean(2))
+        zero = torch.zeros_like(scale)
+        if self.scales == "least":
+            for _ in range(_TURNS):
+                codes = self.grid.codes(parts, scale[..., None], zero[..., None])
+                fit = (weighs * codes * parts).sum(2) / (weighs * codes.square()).sum(2).clamp(min=1e-300)
+                scale = torch.where(fit > 0, fit, scale)
+        return scale, zero
+
+
+@dataclass
+class Coded(Coding):
+    """A matrix [rows, columns] in a form; ``scale`` and ``zero`` are [rows, groups] of neighbouring columns."""
+
+    form: Form
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
+
+    @property
+    def grid(self) -> Grid:
+        return self.form.grid
+
+    @property
+    def shared(self) -> bool:
+        return self.form.shared
 
     @property
     def group(self) -> int:
@@ -72,27 +176,83 @@ class Coded:
         """[rows, columns]: the numbers that the codes stand for."""
         return (self.codes - self.spread(self.zero)) * self.spread(self.scale)
 
+    @property
+    def bits(self) -> float:
+        each = SCALE_BITS + (0 if self.grid.symmetric else self.grid.bits)
+        return self.codes.numel() * self.grid.bits + each * (1 if self.shared else self.scale.numel())
+
     def spread(self, by_group: torch.Tensor) -> torch.Tensor:
         """[rows, groups] as [rows, columns]."""
         return by_group.repeat_interleave(self.group, 1)
 
+    def nearest(self, wanted: torch.Tensor, column: int) -> torch.Tensor:
+        group = column // self.group
+        return self.grid.codes(wanted, self.scale[:, group], self.zero[:, group])
+
+    def given(self, codes: torch.Tensor, column: int) -> torch.Tensor:
+        group = column // self.group
+        return (codes - self.zero[:, group]) * self.scale[:, group]
+
     def with_codes(self, codes: torch.Tensor) -> Coded:
         return replace(self, codes=codes)
 
-    def with_scale(self, scale: torch.Tensor) -> Coded:
-        return replace(self, scale=scale)
+    def refitted(self, problem: Quadratic) -> Coded:
+        if self.form.scales not in ("searched", "least") or not self.grid.free_scales:
+            return self
+        units = self.codes - self.spread(self.zero)
+        if not self.shared:
+            return replace(self, scale=best_scales(problem, units, self.scale))
+        image = units @ problem.hessian
+        fit = (image * problem.optimum).sum() / (image * units).sum().clamp(min=1e-300)
+        return replace(self, scale=torch.where(fit > 0, fit, self.scale))
+
+    def with_rows(self, other: Coded, rows: torch.Tensor) -> Coded:
+        mask = rows[:, None]
+        codes, scale = torch.where(mask, other.codes, self.codes), torch.where(mask, other.scale, self.scale)
+        return replace(self, codes=codes, scale=scale)
+
+    def write(self, to: Constants) -> Value:
+        table, scale = self.grid.table, self.scale[:1, :1] if self.shared else self.scale
+        if table is not None:
+            digits, base = self.grid.digits(self.codes)
+            matrix = to.build.codebook(to.digits(digits, base), to.buffer("levels", table[None]))
+            return to.scaled(matrix, scale)
+        if not to.packed or self.grid.few_bits is None:
+            return self.laid_out(to, self.codes, 0)
+        q = to.digits(*self.grid.digits(self.codes))
+        if not self.grid.symmetric:
+            return self._back(to, q, None, 0)
+        return to.scaled(to.build.add(to.build.cast(q, dtype=torch.float32), float(self.grid.low)), scale)
+
+    def laid_out(self, to: Constants, codes: torch.Tensor, outputs: int) -> Value:
+        """The matrix, with its codes laid out in another shape, whose axis ``outputs`` has the rows."""
+        return self._back(to, to.weight("quantized", codes.to(self.grid.dtype)), self.grid.few_bits, outputs)
+
+    def _back(self, to: Constants, q: Value, bits: int | None, outputs: int) -> Value:
+        if self.shared:
+            scale, zero, where = self.scale[0, 0], self.zero[0, 0], {}
+        elif self.scale.shape[1] == 1:
+            scale, zero, where = self.scale[:, 0], self.zero[:, 0], {"axis": outputs}
+        else:
+            scale, zero = (part.t() if outputs else part for part in (self.scale, self.zero))
+            where = {"axis": 1 - outputs, "block_size": self.group}
+        s = to.weight("scale", scale.float())
+        silent = self.grid.symmetric and (to.at_load or not to.zeros)
+        z = None if silent else to.buffer("zero_point", zero.to(self.grid.dtype))
+        few = {} if bits is None else {"bits": bits}
+        name = f"{to.name}_dequantized"
+        found: Value = to.build.dequantize(q, s, z, name=name, at_load=to.at_load, **where, **few)
+        return found
+
+    def coarser(self, factor: torch.Tensor) -> Coded:
+        """The same numbers on scales that are ``factor`` [rows] times as large."""
+        codes = torch.round((self.codes - self.spread(self.zero)) / factor[:, None]) + self.spread(self.zero)
+        return replace(self, codes=codes, scale=self.scale * factor[:, None])
 
 
-def rounded(weight: torch.Tensor, grid: Grid, group: int, importance: torch.Tensor | None = None) -> Coded:
-    """A matrix rounded to the nearest codes, with the scales that lose least.
-
-    Of each group the whole range and smaller ones are tried, which clip its extremes (Choukroun et al. 2019, Low-bit
-    Quantization of Neural Networks for Efficient Inference); the error of a column weighs its ``importance`` [columns].
-    """
-    rows, columns = weight.shape
-    parts = weight.double().reshape(rows, columns // group, group)
-    weighs = torch.ones(columns, dtype=torch.float64) if importance is None else importance.double()
-    weighs = weighs.reshape(1, columns // group, group)
+def _searched(grid: Grid, parts: torch.Tensor, weighs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each group the whole range and smaller ones are tried, which clip its extremes (Choukroun et al. 2019, Low-bit
+    Quantization of Neural Networks for Efficient Inference)."""
     least = torch.full(parts.shape[:2], torch.inf, dtype=torch.float64)
     best_scale, best_zero = torch.ones_like(least), torch.zeros_like(least)
     for shrink in _SHRINKS:
@@ -102,5 +262,4 @@ def rounded(weight: torch.Tensor, grid: Grid, group: int, importance: torch.Tens
         better = error < least
         least = torch.where(better, error, least)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    codes = grid.codes(parts, best_scale[..., None], best_zero[..., None]).reshape(rows, columns)
-    return Coded(grid, codes, best_scale, best_zero)
+    return best_scale, best_zero

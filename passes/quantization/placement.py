@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from regauge.ir.cost import local_figures
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.ops.windows import per_axis
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.name_patterns import matches
+from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.targets import Target
 
 _LAYERS = ("linear", "matmul", "conv")
 _OPSET_OF_BLOCKS = 21
 _DEPTH_OF_SOFTMAX = 30.0
+_SLOW_DEPTHWISE = "depthwise convolutions are slower with integers"
 _SMALL_SHARE = 0.02  # of the multiplications of all layers
 _MOVES = ("reshape", "permute", "squeeze", "unsqueeze", "slice", "max_pool")  # entries stay what they are
 
@@ -25,17 +28,28 @@ class Placement:
     """Layers to compute with integers, and the values that are quantized for it.
 
     ``chained`` values are given by kernels on integers, or moved by others: all who read them read integers. Of the
-    value on the right they have the scale. ``fed`` ones come from elsewhere; of those who read them only layers do.
+    value on the right they have the scale. ``fed`` ones come from elsewhere; of those who read them only layers do,
+    and ``addends``, the operands of sums that are quantized. Each set of ``alike`` values has one scale.
     """
 
     layers: list[Layer]
     chained: dict[Value, Value] = field(default_factory=dict)
     fed: list[Value] = field(default_factory=list)
+    addends: list[tuple[Node, int]] = field(default_factory=list)
+    alike: list[set[Value]] = field(default_factory=list)
 
     @property
     def measured(self) -> list[Value]:
         """The values whose ranges are needed."""
         return list(dict.fromkeys([*self.chained.values(), *self.fed]))
+
+    def aligned(self, ends: Mapping[Value, Ends]) -> dict[Value, Ends]:
+        """Ranges of which those of alike values are the widest among them."""
+        result = dict(ends)
+        for values in self.alike:
+            lows, highs = zip(*(ends[value] for value in values), strict=True)
+            result |= dict.fromkeys(values, (min(lows), max(highs)))
+        return result
 
 
 def misfit(layer: Layer) -> str | None:
@@ -49,11 +63,43 @@ def misfit(layer: Layer) -> str | None:
     return None
 
 
-def misfit_of_weight(layer: Layer) -> str | None:
-    """Why the weight of a layer alone is not stored in integers; None where it is."""
-    if layer.node.op not in _LAYERS:
-        return f"{layer.node.op} has no quantized form yet"
-    return "its weight is not in single precision" if layer.weight.dtype != torch.float32 else None
+def misfit_of_products(layer: Layer, target: Target, *, dynamic: bool = False) -> str | None:
+    """Why a layer does not multiply integers for a target; None where it does.
+
+    ``dynamic`` says that its input is rounded by ranges that are found when it runs.
+    """
+    reason = misfit(layer)
+    if reason:
+        return reason
+    if dynamic and layer.node.op == "conv":
+        return "convolutions by ranges found at every run are slower than in float: activations=static"
+    if target.windows and layer.node.op == "conv":
+        gaps = any(step != 1 for step in per_axis(layer.node.attributes["dilation"], layer.weight.rank - 2))
+        if layer.weight.rank != 4 or layer.blocks > 1 or gaps:
+            return f"{target.name} has no such convolution of integers"
+    if layer.columns % target.multiple or layer.outputs % target.multiple:
+        return f"its sizes are no multiples of {target.multiple}: {target.name} has no product of integers for them"
+    return None
+
+
+def misfit_of_blocks(layer: Layer, target: Target, group: int | None) -> str | None:
+    """Why the weight of a layer alone is not stored in integers for a target; None where it is.
+
+    ``group`` is how many of its columns are to share a scale, None all of a row. A runtime that makes floats of what
+    no kernel reads, when it loads the file, takes any.
+    """
+    reason = misfit(layer)
+    if reason or target.folds:
+        return reason
+    if is_depthwise(layer) and not target.depthwise:
+        return _SLOW_DEPTHWISE
+    if not target.blocks_alone:
+        return None
+    if layer.node.op == "conv":
+        return f"{target.name} would convert the weight of a convolution at every run: target=reference stores it"
+    if group is None or layer.columns % group:
+        return f"its inputs are no multiple of {group}: {target.name} reads weights alone in blocks"
+    return None
 
 
 def reads_blocks(graph: Graph, layer: Layer, target: Target, group: int, bits: int) -> bool:
@@ -76,17 +122,49 @@ def is_depthwise(layer: Layer) -> bool:
     return layer.blocks > 1 and layer.columns == layer.taps
 
 
-def find_tables(graph: Graph, include: Sequence[str], exclude: Sequence[str]) -> list[tuple[Node, Parameter]]:
-    """The lookups in tables of vectors that nothing else reads."""
+@dataclass(frozen=True)
+class Table:
+    """A table of vectors [entries, width], the lookups in it, and linear layers whose weight it is as well."""
+
+    parameter: Parameter
+    lookups: list[Node]
+    layers: list[Layer]
+
+
+def find_tables(graph: Graph, include: Sequence[str], exclude: Sequence[str]) -> list[Table]:
+    """The tables that only lookups and linear layers read."""
     found = []
-    for node in graph.nodes:
-        table = node.inputs[0] if node.op == "embedding" else None
-        if not isinstance(table, Parameter) or table.kind != "parameter" or table.dtype != torch.float32:
+    for table in graph.all_parameters():
+        lookups = [node for node, slot in table.uses if node.op == "embedding" and slot == 0]
+        linear = [node for node, slot in table.uses if node.op == "linear" and slot == 1]
+        others = len(table.uses) - len(lookups) - len(linear)
+        if not lookups or others or table in graph.outputs or table.kind != "parameter":
             continue
         chosen = (not include or matches(table.names, include)) and not matches(table.names, exclude)
-        if chosen and len(table.uses) == 1 and table not in graph.outputs:
-            found.append((node, table))
+        own = {*graph.nodes}
+        if chosen and table.dtype == torch.float32 and own.issuperset([*lookups, *linear]):
+            found.append(Table(table, lookups, [_tied(node, table) for node in linear]))
     return found
+
+
+def _tied(node: Node, table: Parameter) -> Layer:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return Layer(node, table, bias if isinstance(bias, Parameter) else None)
+
+
+def misfit_of_table(table: Table, target: Target, *, activations: bool) -> str | None:
+    """Why a table whose layers cannot read its integers is left as it is; None where they can, or it has none."""
+    if not table.layers or not activations and not target.blocks_alone:
+        return None
+    if not activations:
+        return f"it is a table and the weight of a layer, of which {target.name} reads blocks of inputs alone"
+    if target.flat and not all(_rows_are_known(layer.node.inputs[0]) for layer in table.layers):
+        return f"it is a table and the weight of a layer, which {target.name} reads in integers if sizes are known"
+    return None
+
+
+def _rows_are_known(x: object) -> bool:
+    return isinstance(x, Value) and (x.rank == 2 or all(isinstance(size, int) for size in x.shape[:-1]))
 
 
 def left_in_float(graph: Graph, layers: Sequence[Layer], target: Target) -> dict[Node, str]:
@@ -104,7 +182,7 @@ def left_in_float(graph: Graph, layers: Sequence[Layer], target: Target) -> dict
         ends = node.op == "conv" and not _goes_on(tail(node.output, held), nodes, chained, held)
         small = local_figures([node], graph).macs < _SMALL_SHARE * whole
         if is_depthwise(layer) and not target.depthwise and (ends or node.inputs[0] not in chained):
-            found[node] = "depthwise convolutions are slower with integers"
+            found[node] = _SLOW_DEPTHWISE
         elif ends and small and target.chains:
             found[node] = "a small convolution whose result is read in float"
     return found
@@ -121,7 +199,51 @@ def place(graph: Graph, layers: Sequence[Layer], target: Target) -> Placement:
         assert isinstance(x, Value)
         if x not in placement.chained and x not in placement.fed:
             placement.fed.append(x)
+    if target.addends:
+        placement.addends = _addends(graph, nodes)
+        added = [node.inputs[slot] for node, slot in placement.addends]
+        placement.fed += [value for value in dict.fromkeys(added) if value not in placement.fed]  # type: ignore[misc]
+    if target.aligned:
+        placement.alike = _alike(placement.measured)
     return placement
+
+
+def _addends(graph: Graph, layers: set[Node]) -> list[tuple[Node, int]]:
+    """The operands of sums that are added to the result of a convolution, which no one else reads: of two such results
+    to that of the later one."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    found = []
+    for node in graph.nodes:
+        operands = [value for _, value in node.operands() if not isinstance(value, Parameter)]
+        if node.op != "add" or len(operands) < 2 or operands[0].shape != operands[1].shape:
+            continue
+        makers = [value.producer if len(value.uses) == 1 and value.producer in layers else None for value in operands]
+        places = [order[maker] if maker is not None and maker.op == "conv" else -1 for maker in makers]
+        if max(places) >= 0:
+            found.append((node, int(places[0] > places[1])))
+    return found
+
+
+def _alike(values: Sequence[Value]) -> list[set[Value]]:
+    """The sets of values, of more than one, of which each holds entries of another: moved, or joined with others."""
+    sets: list[tuple[set[Value], set[Value]]] = []  # of the values, and all that they are made of by moves and joins
+    for value in values:
+        own, made_of = {value}, _made_of(value)
+        for other in [pair for pair in sets if pair[1] & made_of]:
+            own, made_of = own | other[0], made_of | other[1]
+            sets.remove(other)
+        sets.append((own, made_of))
+    return [own for own, _ in sets if len(own) > 1]
+
+
+def _made_of(value: Value) -> set[Value]:
+    found, pending = set[Value](), [value]
+    while pending:
+        one = pending.pop()
+        found.add(one)
+        if one.producer is not None and one.producer.op in (*_MOVES, "concat"):
+            pending += [operand for _, operand in one.producer.operands() if operand not in found]
+    return found
 
 
 def readers_in(value: Value, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
@@ -130,11 +252,14 @@ def readers_in(value: Value, layers: Sequence[Layer]) -> tuple[list[Layer], list
     None at all where some are convolutions and others are not: their channels lie on different axes.
     """
     own = [layer for layer in layers if layer.node.inputs[0] is value and layer.blocks == 1]
+    kinds = {layer.node.op == "conv" for layer in own}
+    if len(kinds) > 1:
+        return [], []
+    if kinds == {False}:
+        return own, []
     others = [layer_of(node, blocks=True) for node in value.consumers() if all(node is not one.node for one in own)]
-    beside = [layer for layer in others if layer is not None and is_depthwise(layer) and layer.outputs == 1]
-    beside = [layer for layer in beside if layer.node.inputs[0] is value and layer.weight.shape[1] == 1]
-    kinds = {layer.node.op == "conv" for layer in [*own, *beside]}
-    return (own, beside) if len(kinds) == 1 else ([], [])
+    deep = [layer for layer in others if layer is not None and is_depthwise(layer) and layer.outputs == 1]
+    return own, [layer for layer in deep if layer.node.inputs[0] is value and layer.weight.shape[1] == 1]
 
 
 def depth_of(graph: Graph, value: Value, placement: Placement) -> float | None:

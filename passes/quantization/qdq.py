@@ -11,27 +11,29 @@ from regauge.ir.edit import Builder, replace_uses, set_input
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.quantization.grid import Coded, Grid, rounded
-from regauge.passes.quantization.placement import Placement, reads_blocks
+from regauge.passes.quantization.formats import Constants, Stored, digits_in_a_byte, packed_digits
+from regauge.passes.quantization.grid import Coded, Form, Grid
+from regauge.passes.quantization.placement import Placement, Table, reads_blocks
 from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.storage import Plain, halve, store
 from regauge.passes.quantization.targets import Target
 
-BIAS_BITS = 32
+_ACTIVATIONS = {"relu", "leaky_relu", "sigmoid", "tanh", "softplus", "softsign", "elu", "hardsigmoid"}
 _WORTH_A_PRODUCT = 128  # scales that take more bytes than the multiplication, computed at load, that gives them
+GREATEST = 2.0**30  # of a bias in steps, and of a sum of products: both together stay within 32 bits
 
 
 class Writer:
     """Edits one graph. Whoever reads a value as integers shares one pair; what was a weight stays a parameter."""
 
-    def __init__(self, graph: Graph, target: Target, *, by: str) -> None:
-        self.graph, self.target = graph, target
+    def __init__(self, graph: Graph, target: Target, *, by: str, packed: bool = False) -> None:
+        self.graph, self.target, self.packed = graph, target, packed
         self.build = Builder(graph, by=by)
         self._scales: dict[Value, tuple[Parameter, Parameter | None]] = {}
         self._quantized: dict[Value, Value] = {}
         self._plain: dict[Value, Value] = {}  # as they were quantized and back
         self._flat: dict[Value, Value] = {}  # the same as matrices
-        self._scale_of_weight: dict[Parameter, Parameter] = {}
+        self._stored: dict[str, Constants] = {}
         self._inputs: dict[Node, Value] = {}  # what layers read: a layer in front may have been written anew since
 
     # -- activations -------------------------------------------------------------------------------------------------
@@ -53,6 +55,22 @@ class Writer:
             self._scales[back] = self._scales[value]
         for value in placement.fed:
             self._pair(value)
+        for node, slot in placement.addends:
+            addend = node.inputs[slot]
+            assert isinstance(addend, Value)
+            set_input(node, slot, self._plain[addend], self.graph)
+
+    def at_every_run(self, placement: Placement) -> None:
+        """Quantize what layers read by ranges found when it runs; layers are pointed at them by :meth:`layer`."""
+        self._inputs = {layer.node: x for layer in placement.layers if isinstance(x := layer.node.inputs[0], Value)}
+        for value in placement.fed:
+            with self._behind(value):
+                if self.target.at_run == "rows":
+                    q, scale = self.build.quantize_rows(value, name=f"{value.name}_quantized")
+                    self._plain[value] = self.build.mul(self.build.cast(q, dtype=value.dtype), scale)
+                else:
+                    q, scale, zero = self.build.quantize_dynamic(value, name=f"{value.name}_quantized")
+                    self._plain[value] = self.build.dequantize(q, scale, zero, name=f"{value.name}_dequantized")
 
     def _scale(self, value: Value, ends: Ends) -> tuple[Parameter, Parameter | None]:
         grid = self.target.activations
@@ -90,23 +108,39 @@ class Writer:
 
     # -- layers ------------------------------------------------------------------------------------------------------
 
-    def layer(self, layer: Layer, weight: Coded) -> None:
+    def layer(self, layer: Layer, weight: Stored) -> None:
         """Let a layer multiply integers: its input is one of the quantized values."""
+        assert isinstance(weight, Coded)
         node, x = layer.node, self._inputs[layer.node]
-        known = all(isinstance(size, int) for size in x.shape[:-1])
+        if x not in self._scales:
+            with self.build.at(node):
+                self._product(layer, self._plain[x], weight, apart=self.target.apart and _is_matrix(x))
+            return
+        if not weight.grid.dtype.is_floating_point:
+            weight = _within_32_bits(layer, weight, float(self._scales[x][0].tensor), self.target.activations)
         with self.build.at(node):
             if layer.node.op == "conv":
                 stored = self._weight(layer, weight)
-                self._in_place(node, x, stored, self._integer_bias(layer, x, weight))
-            elif self.target.flat and (known or x.rank == 2):
+                bias = self._integer_bias(layer, x, weight) if self.target.integer_bias else layer.bias
+                self._in_place(node, x, stored, bias)
+            elif is_gemm(x, self.target):
                 replace_uses(self.graph, node.output, self._gemm(node, x, layer, weight))
             else:
                 self._product(layer, self._plain[x], weight)
 
-    def _product(self, layer: Layer, x: Operand, weight: Coded) -> None:
-        """A matmul in place of a layer, its bias in float behind it."""
+    def _product(self, layer: Layer, x: Operand, weight: Stored, *, apart: bool = False) -> None:
+        """A matmul in place of a layer, its bias in float behind it: ``apart`` in a form that is not taken for one."""
+        if self.target.apart and layer.bias is None:
+            self._part_clamp(layer.node)
         y = self.build.matmul(x, self._weight(layer, weight, inputs_first=True))
-        y = y if layer.bias is None else self.build.add(y, layer.bias)
+        if layer.bias is not None and not apart:
+            y = self.build.add(y, layer.bias)
+        elif layer.bias is not None:
+            negative = -layer.bias.tensor.detach()
+            y = self.build.sub(y, self._buffer(f"{layer.bias.name}_negative", negative))
+        elif self.target.apart and _is_summed(layer.node):
+            nothing = torch.zeros(layer.outputs, dtype=layer.weight.tensor.dtype)
+            y = self.build.sub(y, self._buffer(f"{layer.weight.name}_nothing", nothing))
         replace_uses(self.graph, layer.node.output, y)
 
     def _gemm(self, node: Node, x: Value, layer: Layer, weight: Coded) -> Value:
@@ -123,92 +157,152 @@ class Writer:
                 node.inputs = (*node.inputs, None)
             set_input(node, 2, bias, self.graph)
 
-    def weight_alone(self, layer: Layer, weight: Coded) -> None:
-        """Store the weight of a layer as integers; it computes in float, or with a kernel that reads blocks."""
-        read = reads_blocks(self.graph, layer, self.target, weight.group, weight.grid.bits)
-        with self.build.at(layer.node):
-            if read and layer.node.op == "linear":
-                self._product(layer, layer.node.inputs[0], weight)
+    def weight_alone(self, layer: Layer, weight: Stored) -> None:
+        """Store the weight of a layer alone; it computes in float, or with a kernel that reads blocks."""
+        node, x = layer.node, layer.node.inputs[0]
+        assert isinstance(x, Value)
+        coded = weight if isinstance(weight, Coded) else None
+        read = coded is not None and reads_blocks(self.graph, layer, self.target, coded.group, coded.grid.bits)
+        to = self._constants(layer.weight.name, at_load=self.target.folds and not read)
+        with self.build.at(node):
+            product = weight.product(to, x) if node.op in ("linear", "matmul") else None
+            if product is not None:
+                y = product if layer.bias is None else self.build.add(product, layer.bias)
+                replace_uses(self.graph, node.output, y)
+            elif read and node.op == "linear":
+                self._product(layer, x, weight, apart=self.target.apart and _in_a_gemm(node))
             else:
-                at_load = self.target.folds and not read
-                set_input(layer.node, 1, self._weight(layer, weight, at_load=at_load), self.graph)
+                set_input(node, 1, self._weight(layer, weight), self.graph)
 
     def stored(self, weights: Iterable[Plain]) -> None:
-        """Store weights that no kernel reads as integers."""
+        """Store weights that no kernel reads in 8 bits, of which floats are made at load."""
         for found in weights:
-            store(self.build, found, at_load=self.target.folds)
+            store(self.build, found)
 
     def halved(self, vectors: Iterable[tuple[Graph, Parameter]]) -> None:
-        """Store vectors in half precision where a runtime makes them floats at load."""
-        for owner, vector in vectors if self.target.folds else ():
+        """Store vectors in half precision, of which floats are made at load."""
+        for owner, vector in vectors:
             halve(self.build, owner, vector)
 
-    def embedding(self, node: Node, table: Parameter) -> None:
-        """Store a table of vectors as integers of 8 bits with a scale for each vector, by which those looked up go."""
-        coded = rounded(table.tensor.detach(), Grid(8), int(table.shape[1]))
-        rest = node.inputs[1:]
-        with self.build.at(node):
-            q = self._weight_of(f"{table.name}_quantized", coded.codes.to(torch.int8))
-            scale = self._weight_of(f"{table.name}_scale", coded.scale.float())
-            vectors = self.build.cast(
-                self.build(node.op, q, *rest, **node.attributes), dtype=torch.float32, name=f"{node.name}_integers"
-            )
-            scales = self.build(node.op, scale, *rest, **node.attributes)
-            replace_uses(self.graph, node.output, self.build.mul(vectors, scales))
+    def _constants(self, name: str, *, packed: bool = False, zeros: bool = True, at_load: bool = False) -> Constants:
+        """What is stored of a weight, once for all who read it; the options are those of who asks first."""
+        if name not in self._stored:
+            packed, zeros = packed or self.packed, zeros and self.target.zeros
+            self._stored[name] = Constants(self.build, name, packed=packed, zeros=zeros, at_load=at_load)
+        return self._stored[name]
+
+    def _part_clamp(self, node: Node) -> None:
+        """Let a ReLU right behind a product be a leaky one that does not leak, but where it is rounded to integers."""
+        for reader in node.output.consumers():
+            if reader.op == "relu" and all(further.op != "quantize" for further in reader.output.consumers()):
+                with self.build.at(reader):
+                    replace_uses(self.graph, reader.output, self.build.leaky_relu(node.output, negative_slope=0.0))
+
+    def table(self, table: Table, bits: int) -> None:
+        """Store a table of vectors as integers with a scale for each vector, by which those looked up go.
+
+        Layers whose weight it is as well read the same integers, if they do not multiply them already.
+        """
+        weight = table.parameter
+        coded = Form(Grid(bits), int(weight.shape[1])).rounded(weight.tensor.detach())
+        to = self._constants(weight.name, packed=bits < 8)
+        for node in table.lookups:
+            with self.build.at(node):
+                replace_uses(self.graph, node.output, self._looked_up(node, coded, to))
+        for layer in table.layers:
+            if layer.node.inputs[1] is weight:
+                with self.build.at(layer.node):
+                    set_input(layer.node, 1, coded.write(to), self.graph)
+
+    def _looked_up(self, node: Node, coded: Coded, to: Constants) -> Value:
+        def rows(stored: Operand) -> Value:
+            found: Value = self.build(node.op, stored, *node.inputs[1:], **node.attributes)
+            return found
+
+        grid = coded.grid
+        if to.packed:
+            digits, base = grid.digits(coded.codes)
+            count = digits_in_a_byte(base)
+            vectors = self.build.unpack(rows(to.weight("packed", packed_digits(digits, base))), base=base, count=count)
+            if vectors.shape[-1] != coded.codes.shape[1]:
+                vectors = self.build.slice(vectors, dim=vectors.rank - 1, start=0, end=coded.codes.shape[1])
+            vectors = self.build.add(self.build.cast(vectors, dtype=torch.float32), float(grid.low))
+        else:
+            integers = rows(to.weight("quantized", coded.codes.to(grid.dtype)))
+            vectors = self.build.cast(integers, dtype=torch.float32, name=f"{node.name}_integers")
+        scale = self.build.unsqueeze(to.weight("scale", coded.scale[:, 0].float()), dim=1)
+        found: Value = self.build.mul(vectors, rows(scale))
+        return found
 
     # -- constants ---------------------------------------------------------------------------------------------------
 
     def _weight(
-        self,
-        layer: Layer,
-        coded: Coded,
-        *,
-        inputs_first: bool = False,
-        outputs_first: bool = False,
-        at_load: bool = False,
+        self, layer: Layer, stored: Stored, *, inputs_first: bool = False, outputs_first: bool = False
     ) -> Value:
-        """The weight as integers and back, laid out as the layer stores it or as asked for."""
+        """The weight as it is stored and back, laid out as the layer has it or as asked for."""
         stored_by_inputs = layer.node.op == "matmul"
         turned = inputs_first and not stored_by_inputs or outputs_first and stored_by_inputs
-        codes = _stored(layer, coded.codes)
-        codes = codes.t() if turned else codes
-        outputs = int(layer.node.op != "conv" and (stored_by_inputs != turned))
-        grid, name = coded.grid, layer.weight.name
-        bits = {} if grid.bits == 8 else {"bits": grid.bits}
-        q = self._weight_of(f"{name}_quantized", codes.to(grid.dtype).contiguous())
-        if coded.scale.shape[1] == 1:
-            scale, zero, where = coded.scale[:, 0], coded.zero[:, 0], {"axis": outputs}
-        else:
-            scale, zero = (part.t() if outputs else part for part in (coded.scale, coded.zero))
-            where = {"axis": 1 - outputs, "block_size": coded.group}
-        s = self._scale_of_weight[layer.weight] = self._weight_of(f"{name}_scale", scale.float().contiguous())
-        silent = grid.symmetric and (at_load or not self.target.zeros or layer.node.op == "conv")
-        z = None if silent else self._buffer(f"{name}_zero_point", zero.to(grid.dtype).contiguous())
-        back: Value = self.build.dequantize(q, s, z, name=f"{name}_dequantized", at_load=at_load, **where, **bits)
-        return back
+        to = self._constants(layer.weight.name, zeros=layer.node.op != "conv")
+        by_inputs = layer.node.op != "conv" and stored_by_inputs != turned
+        if isinstance(stored, Coded) and stored.grid.table is None and not self.packed:
+            if layer.node.op != "conv" or stored.scale.shape[1] == 1:
+                codes = _stored(layer, stored.codes)
+                return stored.laid_out(to, codes.t() if turned else codes, int(by_inputs))
+        matrix: Value = stored.write(to)
+        if layer.node.op == "conv":
+            matrix = self.build.reshape(matrix, shape=layer.weight.shape)
+        elif by_inputs:
+            matrix = self.build.permute(matrix, dims=(1, 0))
+        return matrix
 
     def _integer_bias(self, layer: Layer, x: Value, weight: Coded) -> Value | None:
-        """The bias in steps of the product, as kernels add it up."""
-        if layer.bias is None:
+        """The bias in steps of the product, as kernels add it up; None where there is none, or products are floats."""
+        if layer.bias is None or weight.grid.dtype.is_floating_point:
             return None
         of_input = self._scales[x][0]
         scale = (of_input.tensor * weight.scale[:, 0].float()).float()
-        limit = 2.0 ** (BIAS_BITS - 1)
-        q = torch.round(layer.bias.tensor.detach().double() / scale.double()).clamp(-limit, limit - 1).to(torch.int32)
+        q = torch.round(layer.bias.tensor.detach().double() / scale.double()).to(torch.int32)
         name = layer.bias.name
         if self.target.folds and len(scale) >= _WORTH_A_PRODUCT:
-            product_of_scales = self.build.mul(of_input, self._scale_of_weight[layer.weight])
+            of_weight = self._constants(layer.weight.name).weight("scale", weight.scale[:, 0].float())
+            product_of_scales = self.build.mul(of_input, of_weight)
         else:
             product_of_scales = self._buffer(f"{name}_scale", scale)
         back: Value = self.build.dequantize(self._buffer(f"{name}_quantized", q), product_of_scales, axis=0)
         return back
 
-    def _weight_of(self, name: str, data: torch.Tensor) -> Parameter:
-        """A part of a trained weight, which is trained no more."""
-        return self.build.parameter(self.build.unique(name), data, trainable=False)
-
     def _buffer(self, name: str, data: torch.Tensor) -> Parameter:
         return self.build.parameter(self.build.unique(name), data, kind="buffer")
+
+
+def _in_a_gemm(node: Node) -> bool:
+    """Whether onnxruntime would compute a layer and an activation behind it as one float Gemm."""
+    return _is_matrix(node.inputs[0]) and any(reader.op in _ACTIVATIONS for reader in node.output.consumers())
+
+
+def _is_summed(node: Node) -> bool:
+    """Whether onnxruntime would take what is added to a product without a bias for its bias, in one float Gemm."""
+    return _is_matrix(node.inputs[0]) and any(reader.op == "add" for reader in node.output.consumers())
+
+
+def _is_matrix(x: Operand) -> bool:
+    """Whether a product with it may become a Gemm: its rows are one axis, or known."""
+    return isinstance(x, Value) and (x.rank == 2 or all(isinstance(size, int) for size in x.shape[:-1]))
+
+
+def _within_32_bits(layer: Layer, weight: Coded, input_scale: float, activations: Grid) -> Coded:
+    """The weight on coarser scales in rows whose bias or sums would overflow: those of a channel that is all but dead
+    have a bias of far more steps than there are integers, and thousands of columns may add up to more."""
+    steps = weight.codes.abs().sum(1) * max(-activations.low, activations.high)
+    if layer.bias is not None:
+        bias = layer.bias.tensor.detach().double().abs()
+        steps = torch.maximum(steps, bias / (input_scale * weight.scale[:, 0].double()))
+    return weight.coarser((steps / GREATEST).clamp(min=1)) if bool((steps > GREATEST).any()) else weight
+
+
+def is_gemm(x: Value, target: Target) -> bool:
+    """Whether a linear layer on a quantized value becomes a product of matrices with an integer bias."""
+    return target.flat and _is_matrix(x)
 
 
 def _stored(layer: Layer, codes: torch.Tensor) -> torch.Tensor:

@@ -5,49 +5,50 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, cast, get_args
 
-import torch
-
+from regauge.ir.cost import figures
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.graph import Graph
 from regauge.ir.quantized_layers import PLANNED_FOR
+from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Contract, Pass
-from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.batches import calibration_batches, check_examples, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.calibration.statistics import Range, Spread, Statistics
+from regauge.passes.calibration.losses import labelled
 from regauge.passes.options import option
-from regauge.passes.quantization.grid import Coded, Grid, rounded
+from regauge.passes.quantization.activations import ends_of_values, smooth_values
+from regauge.passes.quantization.bitstack import Terms
+from regauge.passes.quantization.formats import Format, Method, Stored
+from regauge.passes.quantization.gate import Gate, check_latency
+from regauge.passes.quantization.grid import Form, Grid
+from regauge.passes.quantization.learned_codes import Learned
+from regauge.passes.quantization.learned_rounding import STEPS, learned
+from regauge.passes.quantization.mixed import Mixed
+from regauge.passes.quantization.neuron_groups import with_like_rows_together
+from regauge.passes.quantization.option_checks import check_options
 from regauge.passes.quantization.placement import (
-    Placement,
-    depth_of,
+    Table,
     find_tables,
     left_in_float,
-    misfit,
-    misfit_of_weight,
+    misfit_of_blocks,
+    misfit_of_products,
+    misfit_of_table,
     place,
-    readers_in,
     reads_blocks,
 )
+from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.qdq import Writer
-from regauge.passes.quantization.ranges import Calibration, Ends, Histogram, ends_of
-from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
+from regauge.passes.quantization.ranges import Calibration
+from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
+from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
 from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
 from regauge.passes.quantization.targets import TARGETS, Target
-from regauge.passes.quantization.weights import Method, coded_on_data
-from regauge.passes.simplify.simplify import Simplify
-
-SCHEMES: Mapping[str, tuple[int, bool]] = {
-    "w8a8": (8, True),
-    "w8": (8, False),
-    "w4": (4, False),
-    "w3": (3, False),
-    "w2": (2, False),
-}
-"""Bits of weights, and whether activations have 8 bits."""
-BLOCK = 32  # columns that share a scale, where none is said: most kernels' choice
+from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
+from regauge.passes.quantization.weights import group_of, rows_of, stored_on_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,217 +58,359 @@ class Quantize(Pass):
     before  y = linear(x, w, b)                          w: f32[64,128]
     w8a8    y = linear(back(quantize(x)), back(w'), b')  w': i8[64,128], a scale for each output
     w4      y = linear(x, back(w'), b)                   w': 4 bits, a scale for each 32 inputs of an output
+    mixed   y = linear(x, back(w'), b)                   w': of each layer the bits that are best, or float
+    onebit  y = linear(x * v, signs(w')) * u + b         w': u8[64,16], eight signs to a byte
 
+    Ranges of activations are found on data, or with activations=dynamic at every run, in torch for each row (a token).
     The graph is simplified first, so that norms are part of layers. In an ONNX file weights of 3 bits take 4, and so do
-    those of 2 below opset 25; weights alone need opset 21 there. In torch each takes a byte.
+    those of 2 below opset 25; weights alone need opset 21 there. In a torch module they are packed.
+    Of activations in floats of 8 bits onnxruntime makes what it does not run unless its optimisations are off.
+
+    With scheme=mixed each layer gets the bits that lose least within ``bytes`` of the whole graph's weights (3 bits
+    count as 3), or the fewest that keep an ``accuracy``; the report says what each layer would lose with how many bits.
     """
 
     name: ClassVar[str] = "quantize"
     contract: ClassVar[Contract] = "approximate"
 
-    scheme: Literal["w8a8", "w8", "w4", "w3", "w2"] = option("w8a8", "bits of weights, and of activations")
-    group: int | None = option(None, "neighbouring inputs that share a scale", at_least=2)
-    symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
-    target: Literal["ort-x86", "reference"] = option("ort-x86", "the runtime that it is written for")
-    calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
-    method: Method | None = option(
-        None, "how weights are rounded: nearest, or on data by columns (GPTQ) or descent, for 8 bits and for fewer"
+    scheme: SchemeName = option("w8a8", "bits of weights, and of activations; or another format: fp8 of both")
+    bits: tuple[Literal[2, 3, 4, 5, 6, 7, 8], ...] = option(
+        (),
+        "of pow2, bfp and codebook, 4 if not given; what mixed chooses from beside float: 2,3,4,8, in onnxruntime 4,8",
     )
+    bytes: float | str | None = option(
+        None, "of mixed and bitstack: bytes of all that is stored, a share or a number (5MB)"
+    )
+    accuracy: float | None = option(
+        None,
+        "of mixed: share of the data's rows of the first output that keep their class",
+        above=0,
+        at_most=1,
+    )
+    sensitivity: Sensitivity | None = option(
+        None, "of mixed: what bits cost: loss, gradient, hessian, lim or zd; loss, without data zd"
+    )
+    per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")
+    group: int | None = option(
+        None,
+        "neighbouring inputs that share a scale; 32 in linear layers, all of an output in convolutions, where an input "
+        "counts as often as the kernel has places; of codebooks, neighbouring outputs that share one",
+        at_least=2,
+    )
+    permute: bool = option(False, "first reorder outputs, exactly, so that those which share a codebook are alike")
+    symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
+    statistic: Statistic | None = option(
+        None, "scale of ternary weights: that of least error, or the mean or median of magnitudes"
+    )
+    stack: str | None = option(None, "of bitstack: the file its terms are read from, or written to where there is none")
+    rank: int | None = option(None, "of bitstack's magnitudes, at most 16 by size if not given", at_least=1)
+    packed: bool = option(False, "codes share bytes in torch too, ternary ones five a byte; unpacked at every run")
+    target: Literal["ort-x86", "ort-x86-avx2", "ort-arm", "tensorrt", "torch-cpu", "torch-cuda", "reference"] = option(
+        "ort-x86", "the runtime that it is written for"
+    )
+    activations: Literal["static", "dynamic"] = option(
+        "static", "ranges of activations from data, or found at every run"
+    )
+    calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
+    method: Method | Learned | None = option(
+        None,
+        "how weights are rounded: nearest, or on data by columns (GPTQ), descent, or gradients through blocks "
+        "of layers (adaround, flexround); columns for 8 bits, descent for fewer",
+    )
+    steps: int | None = option(None, f"of adaround and flexround: steps for each block; {STEPS}", at_least=1)
     smoothing: float | None = option(
         None, "exponent of SmoothQuant, 0 for none; if not given, for each value the best", at_least=0, at_most=1
     )
-    embeddings: bool = option(True, "tables of vectors, too: 8 bits, and a scale for each vector")
-    storage: bool = option(True, "weights that are read in float, too: 8 bits, made floats when the file is loaded")
+    embeddings: bool = option(True, "tables of vectors, too, with a scale for each vector")
+    table_bits: int = option(8, "bits of numbers in tables of vectors", at_least=2, at_most=8)
+    storage: bool | None = option(
+        None,
+        "weights that are read in float, too: 8 bits, made floats when the file is loaded; if not given, where weights "
+        "alone are integers, in onnxruntime",
+    )
+    gate: Gate = option("off", "measure it beside the float graph on a batch: warn, or refuse, where it is slower")
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        of_weights = [name for name in ("group", "symmetric") if getattr(self, name) is not None]
-        of_activations = [name for name in ("calibration", "smoothing") if getattr(self, name) is not None]
-        idle = of_weights if self._activations else of_activations
-        if idle:
-            raise PassError(f"quantize: {idle[0]} does nothing with scheme={self.scheme}: leave it out")
-        group = self.group or BLOCK
-        if TARGETS[self.target].blocks_alone and (group < 16 or group & (group - 1)):
-            raise PassError(f"quantize: {self.target} reads blocks of 16, 32, 64, ... inputs, not group={self.group}")
+        check_options(self)
 
     @property
-    def _activations(self) -> bool:
-        return SCHEMES[self.scheme][1]
+    def _scheme(self) -> Scheme:
+        return SCHEMES[self.scheme]
 
     @property
-    def _block(self) -> int | None:
+    def block(self) -> int | None:
         """Columns that share a scale where weights are stored alone; None: all of a row."""
-        bits, _ = SCHEMES[self.scheme]
-        return self.group or (BLOCK if bits < 8 or TARGETS[self.target].blocks_alone else None)
+        if self.per in ("tensor", "row") or self._scheme.kind == "codebooks":
+            return None
+        target = TARGETS[self.target]
+        few = self._scheme.bits < 8 and self._scheme.grouped or self.per == "group"
+        return self.group or (target.block if few or target.blocks_alone else None)
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        if context.data is None and self.method in ("columns", "descent"):
+        if context.data is None and self.method not in (None, "nearest"):
             raise PassError(
                 f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
             )
-        original, target = _prepared(graph).copy(), TARGETS[self.target]
-        tables = self._tables(original)
-        layers = self._layers(original, Counter())
-        plain = self._plain(original, layers)
-        self._layers(original, context.left, apart=plain)
+        original, target = prepared(graph).copy(), self._scheme.on(TARGETS[self.target])
+        plain = self._plain(original)
+        tables = self._tables(original, context.left, plain)
+        layers = self.layers_of(original, context.left, plain)
         if not layers and not tables and not plain:
             return graph
-        if not layers:
+        if not layers and not self._tied(original):
             writer = Writer(original.copy(), target, by=self.name)
-        elif self._activations:
+        elif self._scheme.kind == "stacks":
+            writer = self._from_stack(original, layers, target, context)
+        elif self._scheme.activations:
             writer = self._with_activations(original, layers, target, context)
         else:
             writer = self._weights_alone(original, layers, target, context)
-        result = writer.graph
-        for node, table in self._tables(result):
-            writer.embedding(node, table)
         if tables:
-            context.note(f"8 bits: {len(tables)} tables of vectors")
-        remove_dead(result)  # weights that were replaced
+            context.note(f"{self.table_bits} bits: {len(tables)} tables of vectors")
         if plain:
-            writer.stored(self._plain(result))
             context.note(f"8 bits: {len(plain)} weights that are read in float")
-        if self.storage:
+        result = self._finished(writer)
+        inputs = None if context.data is None else next(context.inputs(graph))
+        check_latency(graph, result, target, inputs, context, self.gate)
+        return result
+
+    def _finished(self, writer: Writer) -> Graph:
+        result = writer.graph
+        for table in self._tables(result, Counter()):
+            writer.table(table, self.table_bits)
+        remove_dead(result)  # weights that were replaced
+        if self._stores:
+            writer.stored(plain_weights(result, self.include, self.exclude))
             writer.halved(plain_vectors(result, self.include, self.exclude))
-        remove_dead(result)
+            remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
         return result
 
-    def _tables(self, graph: Graph) -> list[tuple[Node, Parameter]]:
-        return find_tables(graph, self.include, self.exclude) if self.embeddings else []
+    @property
+    def _stores(self) -> bool:
+        """Whether weights that are read in float are stored in 8 bits."""
+        return self._scheme.alone and TARGETS[self.target].folds if self.storage is None else self.storage
 
-    def _plain(self, graph: Graph, layers: Sequence[Layer] = ()) -> list[Plain]:
-        apart = {table for _, table in self._tables(graph)} | {layer.weight for layer in layers}
-        return plain_weights(graph, self.include, self.exclude, apart) if self.storage else []
+    def _plain(self, graph: Graph) -> list[Plain]:
+        """The weights that are stored in 8 bits though they are read in float."""
+        if not self._stores:
+            return []
+        apart = {table.parameter for table in self._tables(graph, Counter())}
+        apart |= {layer.weight for layer in [*self.layers_of(graph, Counter()), *self._tied(graph)]}
+        return plain_weights(graph, self.include, self.exclude, apart)
 
-    def _layers(self, graph: Graph, left: Counter[str], apart: Sequence[Plain] = ()) -> list[Layer]:
-        elsewhere = {table for _, table in self._tables(graph)} | {found.weight for found in apart}
+    def _tables(self, graph: Graph, left: Counter[str], plain: Sequence[Plain] = ()) -> list[Table]:
+        target, found, stored = TARGETS[self.target], [], {one.weight for one in plain}
+        for table in find_tables(graph, self.include, self.exclude) if self.embeddings else []:
+            reason = misfit_of_table(table, target, activations=self._scheme.activations and self.table_bits == 8)
+            if reason is None:
+                found.append(table)
+            elif table.parameter not in stored:
+                left[reason] += 1
+        return found
 
-        def chosen(against: Callable[[Layer], str | None], left: Counter[str]) -> list[Layer]:
-            return chosen_layers(graph, self.include, self.exclude, left, against, blocks=True, apart=elsewhere)
+    def _tied(self, graph: Graph) -> list[Layer]:
+        """The layers that multiply integers of tables."""
+        if not self._scheme.activations or self._scheme.numbers is not None or self.table_bits != 8:
+            return []
+        return [layer for table in self._tables(graph, Counter()) for layer in table.layers]
 
-        if not self._activations:
-            return chosen(misfit_of_weight, left)
-        floats = left_in_float(graph, chosen(misfit, Counter()), TARGETS[self.target])
-        return chosen(lambda layer: misfit(layer) or floats.get(layer.node), left)
+    def layers_of(self, graph: Graph, left: Counter[str], plain: Sequence[Plain] = ()) -> list[Layer]:
+        """The layers that are quantized, of a graph as :func:`prepared`; ``left`` counts the others by reason, but for
+        those whose weights are ``plain``."""
+        target = TARGETS[self.target]
+
+        def against(layer: Layer) -> str | None:
+            if self._scheme.kind == "stacks" and layer.blocks > 1:
+                return "a weight of several blocks has no stack of terms"
+            if self._scheme.activations:
+                return misfit_of_products(layer, target, dynamic=self.activations == "dynamic")
+            return misfit_of_blocks(layer, target, self.block)
+
+        tables = find_tables(graph, self.include, self.exclude) if self.embeddings else []
+        apart = {table.parameter for table in tables} | {found.weight for found in plain}
+
+        def chosen(misfit: Callable[[Layer], str | None], left: Counter[str]) -> list[Layer]:
+            return chosen_layers(graph, self.include, self.exclude, left, misfit, blocks=True, apart=apart)
+
+        if not self._scheme.activations:
+            return chosen(against, left)
+        floats = left_in_float(graph, chosen(against, Counter()), target)
+        return chosen(lambda layer: against(layer) or floats.get(layer.node), left)
 
     # -- weights alone -----------------------------------------------------------------------------------------------
 
     def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
-        bits, _ = SCHEMES[self.scheme]
-        groups = {layer.weight.name: self._group(original, layer) for layer in layers}
-        whole = sum(size == layer.columns for size, layer in zip(groups.values(), layers, strict=True))
-        if self._block is not None and whole:
-            context.note(
-                f"{whole} layers have a scale for each output: no kernel reads them in blocks of {self._block}"
-            )
-        grid = Grid(bits, bits == 8 if self.symmetric is None else self.symmetric)
+        if self.permute and self.group:
+            original, count = with_like_rows_together(original, layers, self.group, by=self.name)
+            layers = self.layers_of(original, Counter())
+            context.note(f"{count} Dims reordered, so that groups of {self.group} outputs are alike")
+        linear = [layer for layer in layers if layer.node.op != "conv"]
+        bits = self.bits[0] if self.bits else self._scheme.bits
+        whole = sum(self._group(original, layer, bits) != self.block for layer in linear)
+        if self.block is not None and whole:
+            context.note(f"{whole} layers have a scale for each output: no kernel reads blocks of {self.block} of them")
+        alone = sum(layer.outputs * layer.blocks % (self.group or 1) > 0 for layer in layers)
+        if self._scheme.kind == "codebooks" and alone:
+            context.note(f"{alone} layers have one codebook: {self.group} does not divide their outputs")
+        formats: Mapping[str, Format]
+        if self._scheme.mixed:
+            formats = self._mixed(original, layers, target, context)
+        else:
+            assert self._scheme.make is not None
+            formats = {layer.weight.name: self._scheme.make(self._wanted(original, layer, bits)) for layer in layers}
         result = original.copy()
-        own = self._layers(result, Counter())
-        coded = self._coded(original, result, own, grid, groups, context)
-        writer = Writer(result, target, by=self.name)
+        own = [layer for layer in self.layers_of(result, Counter()) if layer.weight.name in formats]
+        stored = self.stored(original, result, own, formats, context)
+        writer = Writer(result, target, by=self.name, packed=self.packed)
         for layer in own:
-            writer.weight_alone(layer, coded[layer.weight.name])
-        context.note(f"{bits} bits: the weights of {len(own)} layers")
+            writer.weight_alone(layer, stored[layer.weight.name])
+        if own:
+            each = sum(found.bits for found in stored.values()) / sum(map(_count, own))
+            context.note(f"the weights of {len(own)} layers, {each:.2f} bits each with scales")
         return writer
 
-    def _group(self, graph: Graph, layer: Layer) -> int:
-        """Columns that share a scale: those of a row where no kernel reads blocks, if nobody asks for groups."""
-        target, bits, block = TARGETS[self.target], SCHEMES[self.scheme][0], self._block
-        if block is None or layer.node.op == "conv" or layer.columns % block:
-            return layer.columns
-        wanted = bits < 8 or self.group is not None or reads_blocks(graph, layer, target, block, bits)
-        return block if wanted else layer.columns
+    def _from_stack(self, original: Graph, layers: Sequence[Layer], target: Target, context: Context) -> Writer:
+        stack = self._stack(original, layers, context)
+        found = dict(stack.weights)
+        if self.bytes is not None:
+            most = parse_amount(self.bytes, "bytes", "bytes").of(figures(original).bytes)
+            least = {name: terms.first(1) for name, terms in found.items()}
+            needed = figures(self._finished(self._of_terms(original, least, target))).bytes
+            if most < needed:
+                raise PassError(
+                    f"quantize: bytes={self.bytes} is less than one term of each weight and all else take: {needed}"
+                )
+            found = stack.within(int(most - needed) + _bytes(least))
+        each = 8 * _bytes(found) / sum(_count(layer) for layer in layers)
+        context.note(
+            f"{sum(terms.count for terms in found.values())} of {len(stack.order)} terms, {each:.2f} bits each"
+        )
+        return self._of_terms(original, found, target)
 
-    def _coded(
+    def _stack(self, original: Graph, layers: Sequence[Layer], context: Context) -> UniversalStack:
+        if self.stack is not None and Path(self.stack).exists():
+            stack = UniversalStack.load(self.stack)
+            stack.check(layers, self.stack)
+            return stack
+        batches = calibration_batches(original, context)
+        stack = stack_of(original, layers, batches, self.rank, by=self.name)
+        if self.stack is not None:
+            stack.save(self.stack)
+        return stack
+
+    def _of_terms(self, original: Graph, found: Mapping[str, Terms], target: Target) -> Writer:
+        result = original.copy()
+        writer = Writer(result, target, by=self.name)
+        for layer in self.layers_of(result, Counter()):
+            writer.weight_alone(layer, found[layer.weight.name])
+        return writer
+
+    def _group(self, graph: Graph, layer: Layer, bits: int) -> int:
+        """Columns that share a scale: those of a row where no kernel reads blocks, if nobody asks for groups."""
+        group = group_of(layer, self.block, self.group)
+        asked = bits < 8 or self.group is not None or self.per == "group"
+        read = asked or reads_blocks(graph, layer, TARGETS[self.target], group, bits)
+        return group if read else layer.columns
+
+    def _wanted(self, graph: Graph, layer: Layer, bits: int) -> Wanted:
+        return Wanted(
+            bits=bits,
+            group=self._group(graph, layer, bits),
+            shared=self.per == "tensor",
+            symmetric=True if TARGETS[self.target].centred else self.symmetric,
+            statistic=self.statistic,
+            rows=1 if self.per == "row" else self.group,
+        )
+
+    def _mixed(self, graph: Graph, layers: list[Layer], target: Target, context: Context) -> Mapping[str, Format]:
+        """The forms of the layers that do not stay in float."""
+        way = self.sensitivity or ("zd" if context.data is None else "loss")
+        if context.data is None and (self.accuracy is not None or way not in WITHOUT_DATA):
+            asked = f"sensitivity={way}" if self.accuracy is None else "accuracy"
+            raise PassError(f"quantize needs data for {asked}: give batches, optimize(graph, passes, data=...)")
+        bits = sorted(self.bits or ((4, 8) if target.blocks_alone else (2, 3, 4, 8)))
+        bits = [size for size in bits if size <= target.bits_alone]
+        forms = {layer.weight.name: [integers(self._wanted(graph, layer, size)) for size in bits] for layer in layers}
+        batches = None if context.data is None else [labelled(graph, batch) for batch in context.batches()]
+        if batches is not None:
+            check_examples([batch.inputs for batch in batches])
+        mixed = Mixed(graph, layers, forms, way, batches, target.zeros)
+        if self.accuracy is not None:
+            picked = mixed.accurate(self.accuracy)
+        else:
+            assert self.bytes is not None
+            whole = figures(graph).bytes
+            own = sum(sizes[-1] for sizes in mixed.sizes.values())
+            saved = sum(_saved(table, self.table_bits) for table in self._tables(graph, Counter()))
+            picked = mixed.within(parse_amount(self.bytes, "bytes", "bytes").of(whole) - (whole - own - saved))
+        for name, place_of_form in picked.items():
+            context.note(mixed.why(name, place_of_form))
+        return {name: forms[name][at] for name, at in picked.items() if at < len(forms[name])}
+
+    def stored(
         self,
         original: Graph,
         result: Graph,
         layers: Sequence[Layer],
-        grid: Grid,
-        groups: Mapping[str, int],
+        formats: Mapping[str, Format],
         context: Context,
-    ) -> dict[str, Coded]:
-        """The codes of each layer's weight, by its name; biases of ``result`` make up for them where there is data."""
-        method = self.method or ("columns" if grid.bits == 8 else "descent")
-        if context.data is None or method == "nearest":
-            return {layer.weight.name: rounded(_rows(layer), grid, groups[layer.weight.name]) for layer in layers}
+    ) -> dict[str, Stored]:
+        """What is stored of each layer's weight, by its name; biases of ``result`` make up where there is data."""
+        if context.data is None or self.method == "nearest":
+            return {layer.weight.name: formats[layer.weight.name].rounded(rows_of(layer)) for layer in layers}
         batches = calibration_batches(original, context)
         context.note(f"chosen on {sum(map(examples_in, batches))} examples")
-        return coded_on_data(original, result, layers, batches, grid, groups, method, by=self.name)
+        if self.method in get_args(Learned):
+            forms = {name: form for name, form in formats.items() if isinstance(form, Form)}
+            way, steps = cast(Learned, self.method), self.steps or STEPS
+            return dict(learned(original, result, layers, batches, forms, way, steps, by=self.name))
+        method = cast(Method | None, self.method)
+        return stored_on_data(original, result, layers, batches, formats, method, by=self.name)
 
     # -- activations -------------------------------------------------------------------------------------------------
 
     def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
-        batches = calibration_batches(original, context)
-        if self.smoothing != 0:
-            self._smooth(original, layers, target, batches, context)
+        dynamic = self.activations == "dynamic"
+        needless = dynamic and context.data is None and not self.smoothing
+        batches = [] if needless else calibration_batches(original, context)
+        if self.smoothing != 0 and self._scheme.numbers is None and batches:
+            apart = {layer.node.inputs[0] for layer in self._tied(original)}
+            free = [layer for layer in layers if layer.node.inputs[0] not in apart]
+            moved, all_values = smooth_values(original, free, target, self.smoothing, batches, by=self.name)
+            context.note(f"{moved} of {all_values} values smoothed")
         result = original.copy()
-        own = self._layers(result, Counter())
-        placement = place(result, own, target)
-        ends = self._ends(result, placement, target, batches)
-        groups = {layer.weight.name: layer.columns for layer in own}
-        coded = self._coded(original, result, own, target.weights, groups, context)
+        own, tied = self.layers_of(result, Counter()), self._tied(result)
+        placement = place(result, [*own, *tied], target)
+        ends = {} if dynamic else ends_of_values(result, placement, target, self.calibration, batches)
+        formats = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
+        stored = self.stored(original, result, own, formats, context)
         writer = Writer(result, target, by=self.name)
-        writer.activations(placement, ends)
+        if dynamic:
+            writer.at_every_run(placement)
+        else:
+            writer.activations(placement, ends)
         for layer in own:
-            writer.layer(layer, coded[layer.weight.name])
-        context.note(f"{len(own)} layers multiply integers; ranges of {len(ends)} values")
+            writer.layer(layer, stored[layer.weight.name])
+        for layer in tied:
+            writer.layer(layer, Form(Grid(self.table_bits), layer.columns).rounded(rows_of(layer)))
+        ranges = "ranges found at every run" if dynamic else f"ranges of {len(ends)} values"
+        context.note(f"{len(own) + len(tied)} layers multiply integers; {ranges}")
         return writer
 
-    def _ends(self, graph: Graph, placement: Placement, target: Target, batches: Sequence[Any]) -> dict[Value, Ends]:
-        statistics = Statistics(graph)
-        histograms = {}
-        for value in placement.measured:
-            axis, importance = _importance(value, placement.layers)
-            collector = Histogram(axis, importance, depth_of(graph, value, placement))
-            histograms[value] = statistics.register(value, collector)
-        statistics.collect(batches)
-        way = self.calibration or "minmax"
-        return {value: ends_of(found, target.activations, way) for value, found in histograms.items()}
 
-    def _smooth(
-        self, graph: Graph, layers: Sequence[Layer], target: Target, batches: Sequence[Any], context: Context
-    ) -> None:
-        placement = place(graph, layers, target)
-        statistics = Statistics(graph)
-        found = []
-        for value in dict.fromkeys([*placement.measured, *placement.chained]):
-            own, beside = readers_in(value, layers)
-            if own or beside:
-                axis = 1 if (own or beside)[0].node.op == "conv" else -1
-                ranges = statistics.register(value, Range(axis)), statistics.register(value, Spread(axis))
-                found.append(Readers(value, own, *ranges, beside, value in placement.chained))
-        if not found:
-            return
-        statistics.collect(batches)
-        count = 0
-        for readers in found:
-            best = smoothing_of(readers, target.activations, target.weights, self.smoothing)
-            count += best.share < 1 and smooth(graph, readers, best, by=self.name)
-        context.note(f"{count} of {len(found)} values smoothed")
+def _bytes(found: Mapping[str, Terms]) -> int:
+    return int(sum(terms.bits for terms in found.values()) / 8)
 
 
-def _prepared(graph: Graph) -> Graph:
-    """With norms folded into layers, and linear layers put together."""
-    for step in (Simplify(), Simplify(only=("assemble-linear", "dead-code"))):
-        graph = step.call(graph, Context())
-    return graph
+def _count(layer: Layer) -> int:
+    return layer.blocks * layer.outputs * layer.columns
 
 
-def _importance(value: Value, layers: Sequence[Layer]) -> tuple[int, torch.Tensor] | tuple[None, None]:
-    """The axis of a value that layers contract, and what the error of each of its indices makes in their outputs."""
-    own = [layer for layer in layers if layer.node.inputs[0] is value]
-    if not own or any(layer.blocks > 1 for layer in own):
-        return None, None
-    total = torch.zeros(own[0].columns // own[0].taps, dtype=torch.float64)
-    for layer in own:
-        total += _rows(layer).square().sum(0).reshape(-1, layer.taps).sum(1)
-    return (1 if own[0].node.op == "conv" else -1), total
-
-
-def _rows(layer: Layer) -> torch.Tensor:
-    """The weight as [outputs of all blocks, columns]."""
-    return layer.matrices(layer.weight.tensor.detach()).double().flatten(0, 1)
+def _saved(table: Table, bits: int) -> int:
+    """Bytes that a table of vectors loses in so few bits: it has a scale for each vector."""
+    data = table.parameter.tensor.detach()
+    return int(data.nbytes - data.numel() * bits / 8 - 4 * len(data))

@@ -16,16 +16,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from regauge.ir.edit import Builder, set_input, set_weight
-from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.frames import Frame
+from regauge.ir.graph import Node, Value
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.statistics import Range, Spread
 from regauge.passes.quantization.grid import Grid
 
 EXPONENTS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _STEPS, _RATE = 60, 0.06  # of the descent, in logarithms of scales
-_WORTH_A_NODE = 0.7  # of the error that is left: a multiplication more is worth it
-_WORTH_A_SHIFT = 0.85  # and so an addition
+_WORTH_A_SHIFT = 0.85  # of the error that is left: an addition more is worth it
 
 
 @dataclass
@@ -43,6 +42,11 @@ class Readers:
     chained: bool = False  # the value comes as integers: no node may stand in front of the layers
 
     @property
+    def in_space(self) -> bool:
+        """Whether convolutions read the value: its channels lie along axis 1."""
+        return (self.layers or self.beside)[0].node.op == "conv"
+
+    @property
     def clamp(self) -> Node | None:
         """The ReLU that gives the value: scales go through it to the layer in front, a shift does not."""
         producer = self.value.producer
@@ -58,28 +62,67 @@ class Smoothing:
     share: float
 
 
-def smoothing_of(readers: Readers, activations: Grid, weights: Grid, exponent: float | None = None) -> Smoothing:
-    """The best scales, or those of an ``exponent`` without a shift."""
+@dataclass
+class Room:
+    """Scales that the channels of a value may take with no node added: the number of each channel's, or -1 for none.
+
+    ``moves`` say how they are inserted: a frame, the number of its scale for each channel, and the value's side of it.
+    """
+
+    numbers: torch.Tensor  # [channels]
+    count: int
+    moves: list[tuple[Frame, torch.Tensor, int]]
+
+    def spread(self, scales: torch.Tensor) -> torch.Tensor:
+        """[scales] as [channels]."""
+        return torch.cat([scales, torch.ones(1, dtype=scales.dtype)])[self.numbers]
+
+    def greatest(self, channels: torch.Tensor) -> torch.Tensor:
+        """The greatest entry of the channels that share each scale."""
+        found = torch.zeros(self.count + 1, dtype=channels.dtype)
+        places = torch.where(self.numbers < 0, self.count, self.numbers)
+        return found.scatter_reduce(0, places, channels, "amax")[:-1]
+
+
+def whole_room(channels: int) -> Room:
+    """A scale for each channel, wherever they go."""
+    return Room(torch.arange(channels), channels, [])
+
+
+def smoothing_of(
+    readers: Readers, activations: Grid, weights: Grid, exponent: float | None = None, room: Room | None = None
+) -> Smoothing:
+    """The best scales, or those of an ``exponent`` without a shift; in a ``room`` those that it has, and no shift.
+
+    What convolutions read is padded with zeros, and so cannot be shifted.
+    """
     parts = [_by_channel(layer) for layer in readers.layers]
-    beside = sum((_rows_by_channel(layer) for layer in readers.beside), torch.zeros(len(readers.range.lowest)))
+    beside = sum((_squares_by_channel(layer) for layer in readers.beside), torch.zeros(len(readers.range.lowest)))
     low, high, spread = readers.range.lowest, readers.range.highest, readers.spread
-    plain = _Error(low, high, spread.mean_square, parts, beside, activations, weights)
-    ones, zeros = torch.ones_like(low), torch.zeros_like(low)
-    base = max(float(plain(ones)), 1e-300)
+    room = room or whole_room(len(low))
+    plain = _Error(low, high, spread.mean_square, parts, beside, activations, weights, room)
+    zeros = torch.zeros_like(low)
+    base = max(float(plain(plain.ones)), 1e-300)
     if exponent is not None:
         scale = plain.by_exponent(exponent)
-        return Smoothing(scale, zeros, float(plain(scale)) / base)
-    found = Smoothing(scale := plain.least(), zeros, float(plain(scale)) / base)
-    flat = all(layer.bias is not None and layer.node.op != "conv" for layer in readers.layers)
-    if readers.clamp is None and flat and not readers.beside:  # what is padded with zeros cannot be shifted
+        return Smoothing(room.spread(scale), zeros, float(plain(scale)) / base)
+    found = Smoothing(room.spread(scale := plain.least()), zeros, float(plain(scale)) / base)
+    biased = all(layer.bias is not None for layer in readers.layers)
+    if biased and not room.moves and readers.clamp is None and not readers.in_space:
         middle = (low + high) / 2
         squares = spread.variance + (spread.mean - middle).square()
-        shifted = _Error(low - middle, high - middle, squares, parts, beside, activations, weights)
+        shifted = _Error(low - middle, high - middle, squares, parts, beside, activations, weights, room)
         scale = shifted.least()
         share = float(shifted(scale)) / base
         if share < _WORTH_A_SHIFT * found.share:
             return Smoothing(scale, middle, share)
     return found
+
+
+def best_exponent(readers: Readers, activations: Grid, weights: Grid, room: Room | None = None) -> Smoothing:
+    """The scales of the exponent that loses least, as SmoothQuant has them."""
+    tried = (smoothing_of(readers, activations, weights, exponent, room) for exponent in EXPONENTS)
+    return min(tried, key=lambda found: found.share)
 
 
 def _by_channel(layer: Layer) -> torch.Tensor:
@@ -88,14 +131,14 @@ def _by_channel(layer: Layer) -> torch.Tensor:
     return matrix.reshape(len(matrix), -1, layer.taps)
 
 
-def _rows_by_channel(layer: Layer) -> torch.Tensor:
+def _squares_by_channel(layer: Layer) -> torch.Tensor:
     """Of a depthwise convolution the squares of each channel's weights."""
     return layer.weight.tensor.detach().float().flatten(1).square().sum(1)
 
 
 @dataclass
 class _Error:
-    """The expected error of the layers as a function of the scales; see the module docstring."""
+    """The expected error of the layers as a function of the scales of a room; see the module docstring."""
 
     low: torch.Tensor
     high: torch.Tensor
@@ -104,8 +147,14 @@ class _Error:
     beside: torch.Tensor  # squares of the weights of depthwise readers, [channels]
     activations: Grid
     weights: Grid
+    room: Room
 
-    def __call__(self, s: torch.Tensor) -> torch.Tensor:
+    @property
+    def ones(self) -> torch.Tensor:
+        return torch.ones(self.room.count, dtype=self.low.dtype)
+
+    def __call__(self, scales: torch.Tensor) -> torch.Tensor:
+        s = self.room.spread(scales)
         step, _ = self.activations.span((self.low / s).amin(), (self.high / s).amax())
         error = step.square() * (s.square() * self.beside).sum()
         for part in self.parts:
@@ -115,14 +164,14 @@ class _Error:
         return error / 12
 
     def by_exponent(self, exponent: float) -> torch.Tensor:
-        reach = torch.maximum(-self.low, self.high).clamp(min=1e-5)
-        found = [part.amax((0, 2)) for part in self.parts] or [torch.ones_like(reach)]
-        greatest = torch.stack(found).amax(0).clamp(min=1e-5)
-        s = reach.pow(exponent) / greatest.pow(1 - exponent)
+        reach = self.room.greatest(torch.maximum(-self.low, self.high)).clamp(min=1e-5)
+        found = [part.amax((0, 2)) for part in self.parts] or [torch.ones_like(self.low)]
+        greatest = torch.stack(found).amax(0).to(self.low.dtype)
+        s = reach.pow(exponent) / self.room.greatest(greatest).clamp(min=1e-5).pow(1 - exponent)
         return s / s.log().mean().exp()
 
     def least(self) -> torch.Tensor:
-        starts = [torch.ones_like(self.low), *map(self.by_exponent, EXPONENTS)]
+        starts = [self.ones, *map(self.by_exponent, EXPONENTS)]
         best = min(starts, key=lambda s: float(self(s)))
         least = float(self(best))
         logarithm = best.log().requires_grad_(True)
@@ -136,94 +185,3 @@ class _Error:
             error.log().backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         return best
-
-
-def smooth(graph: Graph, readers: Readers, found: Smoothing, *, by: str) -> bool:
-    """Let the value be smoothed for its layers; False where that is not worth a node. The function stays the same."""
-    takers = _takers(graph, readers)
-    flat = all(layer.node.op != "conv" for layer in [*readers.layers, *readers.beside])
-    if not takers and (found.share > _WORTH_A_NODE or readers.chained or readers.clamp is not None or not flat):
-        return False  # kernels on integers clamp by rounding: nothing may stand between
-    shifts = bool(found.shift.any())
-    for layer in readers.layers:
-        weight = layer.matrix(layer.weight.tensor.detach()).double()
-        columns = found.scale.repeat_interleave(layer.taps)
-        set_weight(graph, layer.weight, layer.stored(weight * columns), by=by)
-        if shifts and layer.bias is not None:
-            bias = layer.bias.tensor.detach()
-            set_weight(graph, layer.bias, (bias.double() + weight @ found.shift).to(bias.dtype), by=by)
-    for layer in readers.beside:
-        data = layer.weight.tensor.detach()
-        wider = data.double() * found.scale.reshape(-1, *(1 for _ in data.shape[1:]))
-        set_weight(graph, layer.weight, wider.to(data.dtype), by=by)
-    if takers:
-        for place, parameter in enumerate(takers):
-            data = parameter.tensor.detach()
-            moved = data.double() - found.shift if shifts and place == 1 else data.double()
-            moved = moved / found.scale.reshape(-1, *(1 for _ in data.shape[1:]))
-            set_weight(graph, parameter, moved.to(data.dtype), by=by)
-        return True
-    _insert(graph, readers, found, by)
-    return True
-
-
-def _insert(graph: Graph, readers: Readers, found: Smoothing, by: str) -> None:
-    """Nodes that smooth the value, in front of the layers."""
-    value = readers.value
-    build = Builder(graph, by=by)
-    with build.at(value.producer or readers.layers[0].node):
-        factor = build.parameter(build.unique(f"{value.name}_smoothing"), (1 / found.scale).float(), kind="buffer")
-        product = build.mul(value, factor, name=f"{value.name}_smoothed")
-        if bool(found.shift.any()):
-            amount = (-found.shift / found.scale).float()
-            shift = build.parameter(build.unique(f"{value.name}_shift"), amount, kind="buffer")
-            product = build.add(product, shift, name=f"{value.name}_shifted")
-    for layer in readers.layers:
-        set_input(layer.node, 0, product, graph)
-
-
-def _takers(graph: Graph, readers: Readers) -> list[Parameter]:
-    """The parameters of what makes the value that can take scales and shift in, those of the shift last: of a norm, or
-    of a layer, behind which a ReLU may stand. None where others read the value, or these parameters."""
-    value, producer = readers.value, readers.value.producer
-    nodes = {layer.node for layer in [*readers.layers, *readers.beside]}
-    if readers.clamp is not None and not _read_elsewhere(graph, value, nodes):
-        nodes, value = {readers.clamp}, readers.clamp.inputs[0]  # type: ignore[assignment]
-        producer = value.producer
-    if producer is None or _read_elsewhere(graph, value, nodes):
-        return []
-    if producer.op == "add":
-        return _affine(graph, producer)
-    if producer.op not in ("layer_norm", "linear", "conv"):
-        return []
-    found = producer.inputs[1:3]
-    if len(found) < 2 or not all(_is_own(parameter, producer) for parameter in found):
-        return []
-    return [parameter for parameter in found if isinstance(parameter, Parameter)]
-
-
-def _affine(graph: Graph, shifted: Node) -> list[Parameter]:
-    """Gain and shift of x * gain + shift, where each is a vector over the last axis that nothing else reads."""
-    shift, product = _split(shifted)
-    scaled = product.producer if product is not None else None
-    if shift is None or product is None or scaled is None or scaled.op != "mul":
-        return []
-    gain, x = _split(scaled)
-    alone = x is not None and x.shape == product.shape and not _read_elsewhere(graph, product, {shifted})
-    return [gain, shift] if gain is not None and alone else []
-
-
-def _split(node: Node) -> tuple[Parameter | None, Value | None]:
-    """The vector of its own that a node reads, and its other operand."""
-    for own, other in (node.inputs[:2], node.inputs[1::-1]):
-        if isinstance(own, Parameter) and own.rank == 1 and _is_own(own, node) and isinstance(other, Value):
-            return own, other
-    return None, None
-
-
-def _read_elsewhere(graph: Graph, value: Value, nodes: set[Node]) -> bool:
-    return any(node not in nodes for node in value.consumers()) or value in graph.outputs
-
-
-def _is_own(parameter: object, node: Node) -> bool:
-    return isinstance(parameter, Parameter) and list(parameter.uses) == [(node, node.inputs.index(parameter))]

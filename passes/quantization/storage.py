@@ -21,7 +21,7 @@ from regauge.ir.local_axes import local_axes
 from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.name_patterns import matches
-from regauge.passes.quantization.grid import Grid, rounded
+from regauge.passes.quantization.grid import Form, Grid
 
 LEAST = 256
 """Entries of a weight: the nodes and names around a smaller one take as much as it saves."""
@@ -93,18 +93,18 @@ def _told_apart(node: Node, slot: int, weight: Parameter) -> int | None:
     return max(rest, key=lambda axis: int(weight.shape[axis])) if rest and any(summed) else None
 
 
-def store(build: Builder, found: Plain, *, at_load: bool) -> None:
+def store(build: Builder, found: Plain) -> None:
     """Put codes of 8 bits and their way back in the place of a weight."""
     owner, weight, axis = found.owner, found.weight, found.axis
     inner = _within(build, owner)
     data = weight.tensor.detach().movedim(axis, 0)
-    coded = rounded(data.flatten(1), Grid(8), data[0].numel())
+    coded = Form(Grid(8), data[0].numel()).rounded(data.flatten(1))
     codes = coded.codes.reshape(data.shape).movedim(0, axis).to(torch.int8).contiguous()
     readers = list(weight.uses)
     with inner.at(readers[0][0]):
         q = inner.parameter(inner.unique(f"{weight.name}_quantized"), codes, trainable=False)
         scale = inner.parameter(inner.unique(f"{weight.name}_scale"), coded.scale[:, 0].float(), trainable=False)
-        back = inner.dequantize(q, scale, axis=axis, at_load=at_load, name=f"{weight.name}_dequantized")
+        back = inner.dequantize(q, scale, axis=axis, at_load=True, name=f"{weight.name}_dequantized")
     for node, slot in readers:
         set_input(node, slot, back, owner)
 

@@ -1,10 +1,10 @@
 """Which layer loses how much: the sum of what the layers' sparsity does to the outputs is made least.
 
 For each layer the error after pruning and refitting is measured at some shares, weighed by how much the outputs move
-with the layer's (:mod:`regauge.passes.sparsity.sensitivity`). Errors of layers are taken to add up, as Xu et al. 2023
-found them to (Efficient Joint Optimization of Layer-Adaptive Weight Pruning, section 3.2). With the lower convex hull
-of each curve the least sum is reached by taking pieces in the order of their slopes, until enough is gone: weights, or
-what they cost in a run (:mod:`regauge.passes.sparsity.run_costs`).
+with the layer's (:mod:`regauge.passes.calibration.sensitivity`). Errors of layers are taken to add up, as Xu et al.
+2023 found them to (Efficient Joint Optimization of Layer-Adaptive Weight Pruning, section 3.2). With the lower convex
+hull of each curve the least sum is reached by taking pieces in the order of their slopes, until enough is gone:
+weights, or what they cost in a run (:mod:`regauge.passes.sparsity.run_costs`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.calibration.quadratic import change_of_output, refit
+from regauge.passes.calibration.sensitivity import layers_by_name
 from regauge.passes.sparsity.column_updates import prune_by_columns
 from regauge.passes.sparsity.patterns import Pattern, grouped
 from regauge.passes.sparsity.run_costs import RunCost, cost_per_weight
-from regauge.passes.sparsity.sensitivity import layers_by_name
 
 RIDGE = 1e-2  # share of the mean square of a column
 _SHARES = (0.25, 0.5, 0.7, 0.85, 0.95)  # where errors are measured; a layer loses no more than the last

@@ -21,8 +21,8 @@ from regauge.passes.base import Context
 from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import factor_of, ridge_of
+from regauge.passes.calibration.sensitivity import layers_by_name, row_sensitivity
 from regauge.passes.sparsity.patterns import NofM, Pattern, TransposableNofM
-from regauge.passes.sparsity.sensitivity import layers_by_name, row_sensitivity
 
 RIDGE = 1e-2  # share of the mean square of a column
 _ROUNDS = 100

@@ -16,13 +16,13 @@ from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
+from regauge.passes.calibration.sensitivity import row_sensitivity
 from regauge.passes.options import option
 from regauge.passes.report import sparse_cut
 from regauge.passes.sparsity.allocation import adaptive_shares
 from regauge.passes.sparsity.patterns import Pattern, parse_pattern
 from regauge.passes.sparsity.permutation import permuted
 from regauge.passes.sparsity.run_costs import RunCost
-from regauge.passes.sparsity.sensitivity import row_sensitivity
 from regauge.passes.sparsity.sequential import (
     Done,
     Method,

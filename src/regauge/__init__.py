@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from regauge.ir.rewrite import RewriteRule as RewriteRule
     from regauge.ir.rewrite import RuleSet as RuleSet
     from regauge.ir.rewrite import refuse as refuse
+    from regauge.ir.scaling import Scaling as Scaling
     from regauge.passes.base import Context as Context
     from regauge.passes.base import Pass as Pass
     from regauge.passes.bisect import bisect as bisect
@@ -57,6 +58,7 @@ _HOME = {
     "RegaugeWarning": "regauge.ir.errors",
     "RewriteRule": "regauge.ir.rewrite",
     "RuleSet": "regauge.ir.rewrite",
+    "Scaling": "regauge.ir.scaling",
     "Symmetry": "regauge.ir.operator",
     "bisect": "regauge.passes.bisect",
     "capture": "regauge.frontends.capture",

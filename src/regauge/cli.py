@@ -107,6 +107,9 @@ def optimize(
         bool,
         typer.Option("--sparse-weights", help="store weights with many zeros sparsely where that is smaller (ONNX)"),
     ] = False,
+    opset: Annotated[
+        int | None, typer.Option(help="convert an ONNX model to this newer opset first, proven by running both")
+    ] = None,
 ) -> None:
     """Run passes over a model and write the result.
 
@@ -123,7 +126,7 @@ def optimize(
             f"{output} would be a {output.suffix} file: name an .onnx file, or a folder without a suffix"
         )
     pipeline = as_passes(passes or [])  # a wrong option is told before a large file is read
-    graph = open_file(model)
+    graph = open_file(model, opset=opset)
     result = run_optimize(graph, pipeline, read_batches(data, graph))
     if output.suffix.lower() == ".onnx":
         result.to_onnx(output, sparse_weights=sparse_weights)
@@ -312,6 +315,26 @@ def explain(
 
 
 @app.command()
+def scales(
+    model: Model,
+    everything: Annotated[bool, typer.Option("--all", help="also the scales that weights alone have")] = False,
+) -> None:
+    """List the scales that values share, which of them can be moved, and what holds the others.
+
+    Where a scale moves, the weights named beside it take it up, and the same function is computed.
+
+    \b
+    regauge scales model.onnx
+    """
+    from regauge.ir.scale_table import scale_counts, scale_rows
+    from regauge.ir.scales import find_scales
+
+    found = find_scales(open_file(model))
+    print_table(scale_rows(found, everything=everything))
+    print(f"\n{scale_counts(found)}")
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="an ONNX file or a .pt2 file")],
     second: Annotated[Path, typer.Argument(metavar="B", help="an ONNX file or a .pt2 file")],
@@ -353,10 +376,10 @@ def passes(
     regauge passes
     regauge passes prune
     """
-    from regauge.passes.catalog import find_pass, pass_names
+    from regauge.passes.catalog import find_pass, pass_rows
 
     if name is None:
-        print_table([["pass", "contract", "what it does"], *_pass_rows(pass_names())])
+        print_table([["pass", "contract", "what it does"], *pass_rows()])
         return
     import inspect as python_inspect
 
@@ -371,19 +394,6 @@ def passes(
     if one.details():
         print()
         print_table([["choice", "what it does"], *map(list, one.details())])
-
-
-def _pass_rows(names: Sequence[str]) -> list[list[str]]:
-    from regauge.passes.catalog import find_pass
-
-    rows = []
-    for name in names:
-        try:
-            one = find_pass(name)
-            rows.append([name, one.contract, one.summary()])
-        except RegaugeError as error:  # a broken plug-in must not hide the others
-            rows.append([name, "-", f"cannot be used: {error}"])
-    return rows
 
 
 @app.command()

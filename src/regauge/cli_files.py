@@ -18,11 +18,13 @@ def is_onnx(path: Path) -> bool:
     return path.suffix.lower() in (".onnx", ".textproto", ".pb")
 
 
-def open_file(path: Path, *, freeze: bool = False) -> Graph:
-    """The graph of a file; raises RegaugeError for a file of another kind."""
+def open_file(path: Path, *, freeze: bool = False, opset: int | None = None) -> Graph:
+    """The graph of a file, converted to ``opset`` where given; raises RegaugeError for a file of another kind."""
     if not path.exists():
         raise RegaugeError(f"there is no file {path}")
     if path.suffix.lower() == ".pt2":
+        if opset is not None:
+            raise RegaugeError(f"{path} is a program of torch, which has no opset: leave --opset out")
         import torch
 
         from regauge.frontends.capture import capture
@@ -35,7 +37,7 @@ def open_file(path: Path, *, freeze: bool = False) -> Graph:
         return capture(program)
     from regauge.frontends.from_onnx import load
 
-    return load(path, freeze=freeze)
+    return load(path, freeze=freeze, opset=opset)
 
 
 def read_batches(paths: Sequence[Path] | None, model: Graph | Path) -> list[dict[str, Any]] | None:

@@ -1,10 +1,10 @@
-"""Sparsity while training: objects beside the optimizer of any torch training loop.
+"""Sparsity and few bits while training: objects beside the optimizer of any torch training loop.
 
     sparsifier = regauge.training.Hesso(model, graph, regauge.training.Target(macs=0.5), warmup=200)
     ...  # loss = loss + sparsifier.loss(); after optimizer.step(): sparsifier.step()
     small = sparsifier.finish()
 
-See :mod:`regauge.passes.training.sparsifier` for the protocol.
+See :mod:`regauge.passes.training.sparsifier` for the protocol, and :mod:`regauge.passes.training.qat` for few bits.
 """
 
 from regauge.passes.elastic.supernet import Supernet as Supernet
@@ -17,7 +17,10 @@ from regauge.passes.training.hesso import Cric as Cric
 from regauge.passes.training.hesso import Hesso as Hesso
 from regauge.passes.training.hsm import Hsm as Hsm
 from regauge.passes.training.lapp import Lapp as Lapp
+from regauge.passes.training.learned_levels import LearnedLevels as LearnedLevels
 from regauge.passes.training.nm_sparsity import NMSparsity as NMSparsity
+from regauge.passes.training.qat import Qat as Qat
+from regauge.passes.training.query_key import query_key_products as query_key_products
 from regauge.passes.training.sparse_momentum import SparseMomentum as SparseMomentum
 from regauge.passes.training.sparsifier import Sparsifier as Sparsifier
 from regauge.passes.training.target import Target as Target

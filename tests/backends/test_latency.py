@@ -39,6 +39,12 @@ def test_captured_graphs_run_in_torch_and_loaded_ones_in_onnxruntime(quick: None
         assert all(timing.milliseconds > 0 for timing in timings)
 
 
+def test_a_graph_quantized_for_onnxruntime_is_measured_there(quick: None) -> None:
+    graph = network()
+    small = regauge.optimize(graph, "quantize", data=[torch.randn(16, 8)])
+    assert [timing.runtime for timing in latency.measure([graph, small])] == ["onnxruntime"] * 2
+
+
 class Named(nn.Module):
     def forward(self, pair: dict[str, torch.Tensor], *, scale: torch.Tensor) -> torch.Tensor:
         return (pair["a"] + pair["b"]) * scale

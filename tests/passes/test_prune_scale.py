@@ -15,8 +15,8 @@ from regauge.ir.graph import Graph
 from regauge.ir.weights import CutWeight, DenseWeight, file_of
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.moments import Halves, Moments, inverse, least_squares
+from regauge.passes.calibration.probe import Probe
 from regauge.passes.pruning import distortion, surgeon
-from regauge.passes.pruning.probe import Probe
 from regauge.passes.pruning.surgeon import Share, taken_apart
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from regauge.passes.quantization.grid import Grid, rounded
+from regauge.passes.quantization.grid import Form, Grid
 from regauge.passes.quantization.ranges import Histogram, ends_of
 
 
@@ -30,7 +30,7 @@ def test_zero_stays_zero() -> None:
 
 def test_groups_have_scales_of_their_own() -> None:
     weight = torch.randn(6, 64).double() * torch.tensor([1.0, 50.0]).double().repeat_interleave(32)
-    whole, groups = rounded(weight, Grid(4), 64), rounded(weight, Grid(4), 32)
+    whole, groups = Form(Grid(4), 64).rounded(weight), Form(Grid(4), 32).rounded(weight)
     assert groups.scale.shape == (6, 2) and whole.scale.shape == (6, 1)
     small = slice(0, 32)
     errors = [float((coded.values - weight)[:, small].square().sum()) for coded in (groups, whole)]
@@ -39,7 +39,7 @@ def test_groups_have_scales_of_their_own() -> None:
 
 def test_ends_that_clip_lose_less_than_the_whole_range() -> None:
     weight = torch.randn(8, 256).double()
-    coded = rounded(weight, Grid(3), 256)
+    coded = Form(Grid(3), 256).rounded(weight)
     scale, zero = Grid(3).span(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True))
     plain = (Grid(3).codes(weight, scale, zero) - zero) * scale
     assert float((coded.values - weight).square().sum()) < 0.8 * float((plain - weight).square().sum())

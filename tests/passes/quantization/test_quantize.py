@@ -12,6 +12,7 @@ from regauge.backends.onnx_audit import INTEGER_KERNELS, kernels_of
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.ir.quantized_layers import quantized_layers
 
 WIDTH, LENGTH = 32, 6
 
@@ -130,6 +131,21 @@ def test_weights_alone(bits: int, least: float) -> None:
     assert decibels(graph, small, fresh) > max(least, decibels(graph, nearest, fresh))
 
 
+def test_kernels_in_groups_of_channels(tmp_path: Path) -> None:
+    """Scales of four channels each by nine places gain where channels differ; the file has blocks, and is verified."""
+    model, x = nn.Conv2d(16, 8, 3), torch.randn(8, 16, 9, 9)
+    with torch.no_grad():
+        model.weight *= torch.logspace(-1, 1, 16).reshape(1, 16, 1, 1)
+    graph = regauge.capture(model, (x,))
+    whole, small = (regauge.optimize(graph, f"quantize{{scheme=w4,target=reference{o}}}") for o in ("", ",group=36"))
+    assert decibels(graph, small, x) > decibels(graph, whole, x) + 3
+    assert {node.inputs[1].shape for node in small.nodes if node.op == "dequantize"} == {(8, 4)}
+    small.to_onnx(tmp_path / "small.onnx")
+    kinds = {i.name: i.data_type for i in onnx.load(tmp_path / "small.onnx").graph.initializer}
+    assert kinds["weight_quantized"] == onnx.TensorProto.UINT4
+    assert len(quantized_layers(small)) == 1
+
+
 def test_four_bits_are_two_to_a_byte_in_a_file(tmp_path: Path) -> None:
     """They are read by the kernel for blocks, from a graph of torch and from a file of opset 21."""
     graph, batches = encoder(dynamic=True)
@@ -139,7 +155,8 @@ def test_four_bits_are_two_to_a_byte_in_a_file(tmp_path: Path) -> None:
     kinds = {i.name: i.data_type for i in model.graph.initializer}
     assert kinds["up.weight_quantized"] == onnx.TensorProto.UINT4
     assert kernels_of(tmp_path / "small.onnx")[0]["MatMulNBits"] == 4
-    again = regauge.load(tmp_path / "small.onnx")  # what is not held in bytes is kept as it is
+    again = regauge.load(tmp_path / "small.onnx")
+    assert [node.attributes["bits"] for node in again.nodes if node.op == "dequantize"][-4:] == [4] * 4
     x = torch.randint(0, 50, (3, LENGTH))
     assert float((again.run((x,))[0] - small.run((x,))[0]).abs().max()) < 1e-3
 
@@ -192,6 +209,69 @@ def test_scales_go_through_a_clamp(tmp_path: Path) -> None:
     assert kernels_of(tmp_path / "small.onnx")[0]["QGemm"] == 2
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_alone_with_an_activation_behind_them(tmp_path: Path, activation: type[nn.Module], bias: bool) -> None:
+    """onnxruntime makes one float Gemm of a product, a bias and an activation, and keeps a ReLU for integers."""
+    layers = [nn.Linear(32, 48, bias=bias), activation(), nn.Linear(48, 32, bias=bias), activation()]
+    graph = regauge.capture(nn.Sequential(*layers, nn.Linear(32, 4)).eval(), (torch.randn(3, 32),))
+    small = regauge.optimize(graph, "quantize{scheme=w4,group=16}")
+    small.to_onnx(tmp_path / "small.onnx")
+    assert kernels_of(tmp_path / "small.onnx")[0]["MatMulNBits"] == 3
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [(16,), (2, 8)])
+def test_ranges_found_at_every_run(
+    tmp_path: Path, activation: type[nn.Module], bias: bool, lead: tuple[int, ...]
+) -> None:
+    """Without data; products are one kernel with the search for the range, whatever is behind them."""
+    layers = [nn.Linear(32, 48, bias=bias), activation(), nn.Linear(48, 8, bias=bias)]
+    graph = regauge.capture(nn.Sequential(*layers).eval(), (torch.randn(*lead, 32),))
+    small = regauge.optimize(graph, "quantize{activations=dynamic}")
+    x = 9 * torch.randn(*lead, 32)  # no range was fixed before
+    assert decibels(graph, small, x) > 34
+    small.to_onnx(tmp_path / "small.onnx", inputs=(x,))
+    assert kernels_of(tmp_path / "small.onnx")[0]["DynamicQuantizeMatMul"] == 2
+
+
+def test_values_that_several_layers_read_are_quantized_once_at_every_run(tmp_path: Path) -> None:
+    graph, batches = encoder(dynamic=True)
+    source = graph.to_onnx(tmp_path / "source.onnx")
+    small = regauge.optimize(regauge.load(source), "quantize{activations=dynamic}", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")
+    assert onnx.load(tmp_path / "small.onnx").opset_import == onnx.load(source).opset_import
+    assert kernels_of(tmp_path / "small.onnx")[0]["DynamicQuantizeMatMul"] == 4
+    assert decibels(graph, small, torch.randint(0, 50, (8, LENGTH))) > 26
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64, bias=False), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).tanh())
+
+
+@pytest.mark.parametrize("options", ["activations=dynamic", "scheme=w4", "scheme=w8a8"])
+@pytest.mark.parametrize("lead", [(16,), (2, 8)])
+def test_what_is_added_to_a_product_is_no_bias(tmp_path: Path, options: str, lead: tuple[int, ...]) -> None:
+    """onnxruntime would make a float Gemm of both."""
+    graph, batches = regauge.capture(Sum().eval(), (torch.randn(*lead, 32),)), [torch.randn(*lead, 32)]
+    small = regauge.optimize(graph, f"quantize{{{options}}}", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")
+    kernels, _ = kernels_of(tmp_path / "small.onnx")
+    assert sum(kernels[name] for name in INTEGER_KERNELS) == 2
+
+
+def test_convolutions_have_no_ranges_at_every_run() -> None:
+    graph, batches = residual()
+    small = regauge.optimize(graph, "quantize{activations=dynamic}", data=batches)
+    assert sum("convolutions by ranges found at every run" in reason for reason in small.report.passes[0].left) == 1
+
+
 def test_weights_alone_that_no_kernel_reads_are_made_floats_at_load(tmp_path: Path) -> None:
     """onnxruntime has kernels for blocks along the inputs of a product, and none for convolutions."""
     graph, batches = residual()
@@ -202,9 +282,25 @@ def test_weights_alone_that_no_kernel_reads_are_made_floats_at_load(tmp_path: Pa
     assert bytes_of(small) < 0.35 * bytes_of(graph) and decibels(graph, small, *batches[0]) > 40
     small.to_onnx(tmp_path / "small.onnx")
     kernels, stray = kernels_of(tmp_path / "small.onnx")
+    stored = {tensor.name: tensor.data_type for tensor in onnx.load(tmp_path / "small.onnx").graph.initializer}
+    assert stored["stem.weight_quantized"] == onnx.TensorProto.INT8  # which torch's exporter left as it is
     assert not stray and not {"Cast", "Mul", "DequantizeLinear"} & set(kernels)
     plain = regauge.optimize(graph, "quantize{scheme=w8,target=reference}", data=batches)
     assert decibels(plain, small, *batches[0]) > 120
+
+
+@pytest.mark.parametrize("options", ["scheme=w4", "scheme=w2", "scheme=w4,symmetric=true", "scheme=ternary"])
+@pytest.mark.parametrize("read", [False, True])
+def test_weights_of_few_bits_are_made_floats_at_load(tmp_path: Path, options: str, read: bool) -> None:
+    """Of convolutions, with zero points too; by torch's exporter and into a file that was read."""
+    graph, batches = residual()
+    graph = regauge.load(graph.to_onnx(tmp_path / "float.onnx"), opset=21) if read else graph
+    small = regauge.optimize(graph, f"quantize{{{options}}}", data=batches)
+    small.to_onnx(tmp_path / "small.onnx")
+    kernels, stray = kernels_of(tmp_path / "small.onnx")
+    assert not stray and not {"Cast", "Mul", "DequantizeLinear"} & set(kernels)
+    stored = {tensor.name: tensor.data_type for tensor in onnx.load(tmp_path / "small.onnx").graph.initializer}
+    assert stored["stem.weight_quantized"] in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +309,16 @@ def test_weights_alone_that_no_kernel_reads_are_made_floats_at_load(tmp_path: Pa
         ("group=32", "group does nothing with scheme=w8a8"),
         ("scheme=w4,smoothing=0.5", "smoothing does nothing with scheme=w4"),
         ("scheme=w8,calibration=mse", "calibration does nothing with scheme=w8"),
+        ("symmetric=false", "symmetric does nothing with scheme=w8a8"),
+        ("scheme=w4,smoothing=0", "smoothing does nothing with scheme=w4"),
+        ("scheme=bitstack,target=reference,method=columns", "method does nothing with scheme=bitstack"),
+        ("scheme=codebook,target=reference,per=group", "say group=N"),
+        ("scheme=w4,per=row,group=32", "group=32 is not for per=row"),
+        ("scheme=w4,packed=true", "not packed=true"),
         ("scheme=w4,group=24", "blocks of 16, 32, 64"),
+        ("scheme=w4,activations=dynamic,target=torch-cpu", "activations does nothing with scheme=w4"),
+        ("activations=dynamic,calibration=mse,target=torch-cpu", "calibration does nothing with activations=dynamic"),
+        ("activations=dynamic,target=tensorrt", "no ranges that are found at every run"),
         ("scheme=w4,method=descent", "needs data for method=descent"),
     ],
 )
@@ -231,6 +336,22 @@ def test_what_is_left_is_counted() -> None:
         "conv_transpose has no quantized form yet": 1,
         "depthwise convolutions are slower with integers": 1,
     }
+
+
+def test_what_torch_has_no_product_of_integers_for_stays_in_float() -> None:
+    convolutions = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Unflatten(1, (4, 1)), nn.Conv2d(4, 8, (1, 3), dilation=2))
+    model = nn.Sequential(convolutions, nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 16)).eval()
+    batches = [(torch.randn(8, 4, 12),)]
+    graph = regauge.capture(model, batches[0])
+
+    def left(options: str) -> list[str]:
+        report = regauge.optimize(graph, f"quantize{{{options}}}", data=batches).report
+        return [reason for reason, count in dict(report.passes[0].left).items() for _ in range(count)]
+
+    assert left("target=torch-cpu") == ["torch-cpu has no such convolution of integers"] * 2
+    found = left("target=torch-cuda")
+    assert sum("no multiples of 8" in reason for reason in found) == 2 and len(found) == 4
+    assert sum("found at every run" in reason for reason in left("target=torch-cpu,activations=dynamic")) == 2
 
 
 def test_activations_need_data() -> None:

@@ -10,7 +10,8 @@ from regauge.ir.graph import Graph, Value
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.quantization.grid import Grid
-from regauge.passes.quantization.smoothing import Readers, smooth, smoothing_of
+from regauge.passes.quantization.smoothing import Readers, smoothing_of
+from regauge.passes.quantization.smoothing_moves import smooth
 
 ACTIVATIONS, WEIGHTS = Grid(8, symmetric=False), Grid(8)
 

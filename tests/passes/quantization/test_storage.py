@@ -75,13 +75,13 @@ def test_weights_of_float_layers_are_stored_beside_integers(tmp_path: Path) -> N
 
     batches = [(torch.randn(8, 3, 10, 10),) for _ in range(2)]
     graph = regauge.capture(Mixed().eval(), batches[0])
-    small = regauge.optimize(graph, "quantize", data=batches)
+    small = regauge.optimize(graph, "quantize{storage=true}", data=batches)
     assert small.parameters["depth.weight_quantized"].shape == (64, 1, 3, 3)
     assert small.parameters["gain_half"].dtype == torch.float16
     small.to_onnx(tmp_path / "small.onnx")
     kernels, stray = kernels_of(tmp_path / "small.onnx")
     assert not stray and not kernels["Cast"]
-    whole = regauge.optimize(graph, "quantize{storage=false}", data=batches)
+    whole = regauge.optimize(graph, "quantize", data=batches)
     assert "depth.weight" in whole.parameters and "gain" in whole.parameters
 
 

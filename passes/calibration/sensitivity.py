@@ -12,6 +12,9 @@ from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer, layer_of
 
+_WIDE = 4096  # outputs
+_SMALL = 1e-3  # share of the mean weight of an output
+
 
 def layers_by_name(graph: Graph, names: Collection[str]) -> dict[str, Layer]:
     """The layers with weights of these names, in the order of the graph."""
@@ -39,3 +42,31 @@ def row_sensitivity(graph: Graph, names: Collection[str], batches: Sequence[Any]
     visit_gradients(graph, batches, list(by_output), visit, seed=seed)
     examples = max(1, sum(examples_in(batch) for batch in batches))
     return {name: total / max(1, rows[name]) / examples for name, total in squares.items()}
+
+
+def output_metrics(graph: Graph, names: Collection[str], batches: Sequence[Any], seed: int) -> dict[str, torch.Tensor]:
+    """For each layer [outputs, outputs], the mean over its rows of the gradient's outer product, per example.
+
+    The form of a layer's error in it is, to first order and summed over rows, the squared change of the graph's outputs
+    per example. Directions that hardly count are given a small weight; of very wide layers only the diagonal is held.
+    """
+    layers = layers_by_name(graph, names)
+    by_output = {layer.node.output: name for name, layer in layers.items()}
+    sums = dict[str, torch.Tensor]()
+    rows = dict.fromkeys(layers, 0)
+
+    def visit(value: Value, _: torch.Tensor, gradient: torch.Tensor) -> None:
+        name = by_output[value]
+        own = layers[name].rows_of_output(gradient).double()
+        found = own.t() @ own if layers[name].outputs <= _WIDE else own.square().sum(0)
+        sums[name] = found if name not in sums else sums[name].add_(found)
+        rows[name] += len(own)
+
+    visit_gradients(graph, batches, list(by_output), visit, seed=seed)
+    examples = max(1, sum(examples_in(batch) for batch in batches))
+    for name, total in sums.items():
+        metric = total if total.dim() == 2 else total.diag()
+        metric = metric / max(1, rows[name]) / examples
+        metric.diagonal().add_(max(float(metric.diagonal().mean()) * _SMALL, 1e-30))
+        sums[name] = metric
+    return sums

@@ -1,0 +1,77 @@
+"""Numbers of few bits that share bytes, and codes that are looked up in tables: what weights are stored as.
+
+unpack     digit i of a byte q of so many digits is q // base^i % base: 8 bits, 4 pairs, 2 halves, or 5 trits
+codebook   w[r, c] = table[r's group, q[r, c]], the rows in as many groups of neighbours as the table has rows
+
+While torch exports a module to ONNX, divisions are the ONNX operators: torch's own become a dozen for signs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, randint, randn
+
+from regauge.ir.graph import Node
+from regauge.ir.operator import operator, sample
+
+
+def _spell_unpack(onnx: Any, node: Node) -> Any:
+    base, count = node.attributes["base"], node.attributes["count"]
+    powers = torch.tensor([base**place for place in range(count)], dtype=torch.int32)
+    rank = len(node.inputs[0].shape)  # type: ignore[union-attr]
+    whole = onnx.unsqueeze(onnx.operand(0, torch.int32), rank)
+    digits = onnx.Mod(onnx.Div(whole, onnx.constant(powers)), onnx.constant(torch.tensor(base, dtype=torch.int32)))
+    shape = [*(0 for _ in range(rank - 1)), -1]
+    return onnx.Reshape(onnx.cast(digits, torch.uint8), onnx.constant(torch.tensor(shape)))
+
+
+@operator(
+    rule="x... b -> x... (b k) ; whole k ; count = k",
+    spell=_spell_unpack,
+    samples=lambda: [
+        sample(randint(0, 256, (3, 4)).to(torch.uint8), base=2, count=8),
+        sample(randint(0, 243, (2, 3, 4)).to(torch.uint8), base=3, count=5),
+        sample(randint(0, 256, (6,)).to(torch.uint8), base=16, count=2),
+    ],
+    coding=True,
+    expands=True,
+)
+def unpack(q: Tensor, *, base: int, count: int) -> Tensor:
+    powers = torch.tensor([base**place for place in range(count)], dtype=torch.int32, device=q.device)
+    whole = q.to(torch.int32).unsqueeze(-1)
+    if torch.onnx.is_in_onnx_export():
+        shape = [*q.shape, count]
+        shifted = torch.onnx.ops.symbolic("Div", (whole, powers), dtype=torch.int32, shape=shape)
+        digits = torch.onnx.ops.symbolic(
+            "Mod", (shifted, torch.full_like(powers[:1], base)), dtype=torch.int32, shape=shape
+        )
+        return digits.to(torch.uint8).flatten(-2)
+    return (whole // powers % base).to(torch.uint8).flatten(-2)
+
+
+def _codebook_rule(call: Any) -> str:
+    return "r c, 1 v -> r c ; indexed v" if call.node.inputs[1].shape[0] == 1 else "(g k) c, g v -> (g k) c ; indexed v"
+
+
+def _spell_codebook(onnx: Any, node: Node) -> Any:
+    q, table = onnx.operand(0, torch.int64), onnx.operand(1)
+    groups = int(node.inputs[1].shape[0])  # type: ignore[union-attr]
+    shape = [int(size) for size in node.outputs[0].shape]
+    flat = onnx.Reshape(q, onnx.constant(torch.tensor([groups, -1])))
+    return onnx.Reshape(onnx.GatherElements(table, flat, axis=1), onnx.constant(torch.tensor(shape)))
+
+
+@operator(
+    rule=_codebook_rule,
+    spell=_spell_codebook,
+    samples=lambda: [
+        sample(randint(0, 5, (4, 3)).to(torch.uint8), randn(1, 5)),
+        sample(randint(0, 5, (6, 4)).to(torch.uint8), randn(2, 5)),
+    ],
+    coding=True,
+    expands=True,
+)
+def codebook(q: Tensor, table: Tensor) -> Tensor:
+    return torch.take_along_dim(table, q.long().reshape(table.shape[0], -1), 1).reshape(q.shape)

@@ -1,0 +1,48 @@
+"""A layer as a chain of smaller ones, each a plain operator: what stands in the graph once it is factorized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from regauge.ir.edit import Builder, record, replace_uses
+from regauge.ir.graph import Graph, Parameter, Value
+from regauge.passes.calibration.layers import Layer
+
+
+@dataclass(frozen=True)
+class Link:
+    """One layer of a chain: its name behind that of the original, operator, weight as stored, and attributes."""
+
+    name: str
+    op: str
+    weight: torch.Tensor
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_chain(graph: Graph, layer: Layer, links: Sequence[Link], *, by: str) -> None:
+    """Put a chain in the place of a layer; the last link takes the bias over."""
+    node, build = layer.node, Builder(graph, by=by)
+    whole, _, leaf = layer.weight.name.rpartition(".")
+    stem = f"{whole}." if whole else f"{leaf}_" if leaf != "weight" else ""
+    with build.at(node):
+        value: Value | Any = node.inputs[0]
+        for place, link in enumerate(links):
+            weight = _parameter(build, f"{stem}{link.name}.weight", link.weight, layer.weight)
+            bias = None
+            if place + 1 == len(links) and layer.bias is not None:
+                bias = _parameter(build, f"{stem}{link.name}.bias", layer.bias.tensor.detach(), layer.bias)
+            name = node.output.name if place + 1 == len(links) else f"{node.output.name}_{link.name}"
+            operands = (value, weight) if bias is None else (value, weight, bias)
+            value = build(link.op, *operands, name=name, **link.attributes)
+        replace_uses(graph, node.output, value)
+    record(graph, by, f"{layer.weight.name}: {' '.join('x'.join(map(str, link.weight.shape)) for link in links)}")
+
+
+def _parameter(build: Builder, name: str, data: torch.Tensor, like: Parameter) -> Parameter:
+    assert isinstance(like.dtype, torch.dtype)
+    data = data.to(like.dtype).contiguous()
+    return build.parameter(build.unique(name), data, like.kind, trainable=like.trainable)

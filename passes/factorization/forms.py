@@ -1,0 +1,98 @@
+"""Forms that a layer may be factorized into; each says which ranks it may have, what they cost and lose, and its links.
+
+low-rank   y = up (down x): of a convolution, one to fewer channels and one of single places behind it
+tucker     a convolution between two of single places (:mod:`regauge.passes.factorization.separated`)
+columns    a convolution along the first axis of the kernel, then one along the second
+rows       the other way round
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from regauge.ir.graph import Graph
+from regauge.passes.calibration.layers import Layer
+from regauge.passes.factorization.chains import Link
+from regauge.passes.factorization.problems import Problem, places
+
+_MOST_RANKS = 48  # that are weighed for a layer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A form and its ranks, what the links cost with them, and what they lose."""
+
+    form: str
+    ranks: tuple[int, ...]
+    parameters: int
+    macs: int
+    loss: float
+
+
+class Form(Protocol):
+    """One way to factorize a layer."""
+
+    @property
+    def name(self) -> str: ...
+
+    def misfit(self, layer: Layer) -> str | None:
+        """Why a layer cannot be factorized so; None where it can."""
+
+    def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
+        """The ranks, multiples of a number, with which the layer has fewer parameters or multiplications."""
+
+    def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
+        """The links with these ranks, and the matrix [outputs, columns] that they multiply by."""
+
+
+class LowRank:
+    """Two links: the best directions of what the layer gives, in the metrics of the problem."""
+
+    name = "low-rank"
+
+    def misfit(self, layer: Layer) -> str | None:
+        return None
+
+    def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
+        layer, found = problem.layer, problem.factored
+        each = layer.outputs + layer.columns
+        rows = places(graph, layer.node.output, -1 if layer.taps == 1 and layer.node.op != "conv" else 1)
+        return [
+            Choice(self.name, (rank,), rank * each, rank * each * rows, float(found.tail[rank]) / problem.scale)
+            for rank in ranks_up_to(layer.outputs * layer.columns // each, multiple)
+        ]
+
+    def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
+        (rank,) = ranks
+        layer, node = problem.layer, problem.layer.node
+        up, down = problem.factored.of_rank(rank)
+        if node.op == "linear":
+            return [Link("down", "linear", down), Link("up", "linear", up)], up @ down
+        if node.op == "matmul":
+            return [Link("down", "matmul", down.t()), Link("up", "matmul", up.t())], up @ down
+        kernel = [int(size) for size in layer.weight.shape[2:]]
+        channels = layer.columns // layer.taps
+        if node.op == "conv":
+            first = down.reshape(rank, channels, *kernel)
+        else:
+            first = down.reshape(rank, channels, *kernel).transpose(0, 1)
+        last = up.reshape(layer.outputs, rank, *(1 for _ in kernel))
+        links = [Link("down", node.op, first, node.attributes), Link("up", "conv", last, single_places(len(kernel)))]
+        return links, up @ down
+
+
+def ranks_up_to(limit: int, multiple: int) -> list[int]:
+    """Multiples of a number, below a limit, thinned out evenly where there are many."""
+    found = list(range(multiple, limit, multiple)) or ([1] if limit > 1 else [])
+    if len(found) > _MOST_RANKS:
+        found = [found[round(place * (len(found) - 1) / (_MOST_RANKS - 1))] for place in range(_MOST_RANKS)]
+    return found
+
+
+def single_places(rank: int) -> dict[str, object]:
+    """The attributes of a convolution of single places."""
+    return {"stride": (1,) * rank, "padding": (0,) * rank, "dilation": (1,) * rank, "groups": 1}

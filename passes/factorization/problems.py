@@ -1,0 +1,61 @@
+"""What the factors of one layer are to keep: its weight, and how much what each input and output does matters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from regauge.ir.cost import smallest_sizes
+from regauge.ir.graph import Graph, Value
+from regauge.ir.sizes import product
+from regauge.passes.calibration.layers import Layer
+from regauge.passes.factorization.metric_svd import Factored, factored
+
+
+@dataclass
+class Problem:
+    """A layer [outputs, columns], in double precision; without data both metrics are plain.
+
+    ``inputs`` [columns, columns] is the metric of its inputs, ``outputs`` [outputs, outputs] that of its outputs.
+    """
+
+    layer: Layer
+    weight: torch.Tensor
+    inputs: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
+    _found: dict[str, Factored] = field(default_factory=dict)
+
+    @cached_property
+    def factored(self) -> Factored:
+        """The best factors of the matrix."""
+        return factored(self.weight, self.inputs, self.outputs)
+
+    @property
+    def scale(self) -> float:
+        """By which errors are divided: without data layers are compared by their shares of themselves."""
+        if self.inputs is not None:
+            return 1.0
+        return max(float(self.weight.square().sum()), 1e-300)
+
+    def weighed(self, change: torch.Tensor) -> torch.Tensor:
+        """A matrix [outputs, columns] times both metrics."""
+        change = change if self.inputs is None else change @ self.inputs
+        return change if self.outputs is None else self.outputs @ change
+
+    def error(self, weight: torch.Tensor) -> float:
+        """What another weight in place of this one loses."""
+        off = self.weight - weight
+        return float((self.weighed(off) * off).sum()) / self.scale
+
+
+def matrix_of(layer: Layer) -> torch.Tensor:
+    """The weight [outputs, columns] in double precision."""
+    return layer.matrix(layer.weight.tensor.detach()).double()
+
+
+def places(graph: Graph, value: Value, channels: int) -> int:
+    """How many vectors of channels a value holds, for the smallest dynamic sizes; ``channels`` is their axis."""
+    bound = smallest_sizes(graph)
+    return int(product(bound(size) for axis, size in enumerate(value.shape) if axis != channels % value.rank))

@@ -1,0 +1,65 @@
+"""Which layer is factorized how far: ranks whose losses add up to least within a budget.
+
+A layer stays whole or takes one of the choices of its form; this is the multiple-choice knapsack of
+:mod:`regauge.passes.allocation.knapsack`. Of two budgets the costs are added with weights, of which several are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from regauge.ir.errors import PassError
+from regauge.passes.allocation.knapsack import Table
+from regauge.passes.factorization.forms import Choice
+
+_BINS = 1 << 13
+_WEIGHTS = np.linspace(0, 1, 11)
+
+
+def least_loss(choices: Mapping[str, Sequence[Choice]], allowed: Mapping[str, float]) -> dict[str, Choice]:
+    """The choice of each layer; the first of a layer is to leave it whole.
+
+    ``allowed`` are the most that all layers together may cost, of ``parameters`` and ``macs``. Raises PassError where
+    no choice is small enough.
+    """
+    loads = {
+        name: [np.array([getattr(choice, name) / max(most, 1) for choice in own]) for own in choices.values()]
+        for name, most in allowed.items()
+    }
+    losses = [np.array([choice.loss for choice in own]) for own in choices.values()]
+    found = []
+    for weight in _WEIGHTS if len(loads) > 1 else [1.0]:
+        mixed = _mixed(list(loads.values()), float(weight))
+        found += _solutions(mixed, losses, list(loads.values()))
+    if not found:
+        name, own = max(loads.items(), key=lambda item: sum(cost.min() for cost in item[1]))
+        least = sum(cost.min() for cost in own)
+        raise PassError(
+            f"factorize: the budget of {name} cannot be met: it leaves {max(0, allowed[name]):,.0f} for the layers "
+            f"that may be factorized, and with the smallest ranks these need {least * max(allowed[name], 1):,.0f}"
+        )
+    best = min(found, key=lambda picks: sum(loss[pick] for loss, pick in zip(losses, picks, strict=True)))
+    return {name: own[pick] for (name, own), pick in zip(choices.items(), best, strict=True)}
+
+
+def _mixed(loads: Sequence[Sequence[np.ndarray]], weight: float) -> list[np.ndarray]:
+    if len(loads) == 1:
+        return list(loads[0])
+    return [weight * first + (1 - weight) * second for first, second in zip(*loads, strict=True)]
+
+
+def _solutions(
+    costs: Sequence[np.ndarray], losses: Sequence[np.ndarray], loads: Sequence[Sequence[np.ndarray]]
+) -> list[list[int]]:
+    """The picks of least loss by one mixed cost, at the largest budget of it that keeps within all budgets."""
+    table = Table([np.ceil(cost * _BINS).astype(np.int64) for cost in costs], losses, _BINS)
+    for budget in range(_BINS, 0, -max(1, _BINS // 256)):
+        picks = table.solution(budget)
+        if picks is None:
+            return []
+        used = [sum(cost[pick] for cost, pick in zip(own, picks, strict=True)) for own in loads]
+        if max(used) <= 1:
+            return [picks]
+    return []

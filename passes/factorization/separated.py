@@ -1,0 +1,207 @@
+"""Convolutions in two or three links: one part of the kernel first, the rest behind it.
+
+    W[o, i, r] = sum over p, q  up[o, q] core[q, p, r] first[p, i]
+
+with i the indices of a column of the weight that the first link contracts, and r the others:
+
+tucker    i = channel          r = place of the kernel     three links (Kim et al. 2016, Compression of Deep CNNs)
+columns   i = channel, row     r = column                  two links, up and core are one (Jaderberg et al. 2014)
+rows      i = channel, column  r = row
+
+Beside a first link the best core and up are those of :mod:`regauge.passes.factorization.metric_svd` in the metric that
+it leaves; beside these the first link is a least squares problem. They are solved in turns, from the directions that
+are best with the metric of inputs averaged over r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from regauge.ir.cost import smallest_sizes
+from regauge.ir.graph import Graph, Value
+from regauge.ir.ops.windows import per_axis
+from regauge.ir.sizes import Size
+from regauge.passes.calibration.layers import Layer
+from regauge.passes.factorization.chains import Link
+from regauge.passes.factorization.forms import Choice, ranks_up_to, single_places
+from regauge.passes.factorization.metric_svd import Factored, factored
+from regauge.passes.factorization.multilinear import bettered
+from regauge.passes.factorization.problems import Problem, places
+
+_TURNS = 12
+_GAIN = 1e-3  # of the error in a turn, below which there is no other
+_RANKS_TRIED = 8  # of the first link, when ranks are compared
+_RIDGE = 1e-9  # of the metric behind the first link
+
+
+@dataclass(frozen=True)
+class Separated:
+    """Which axes of a kernel [channels, rows, columns] the first link contracts."""
+
+    name: str
+    first: tuple[int, ...]
+
+    def misfit(self, layer: Layer) -> str | None:
+        if layer.node.op != "conv" or layer.taps == 1:
+            return f"{self.name} is for convolutions of several places"
+        kernel = layer.weight.shape[2:]
+        if not self._whole and (len(kernel) != 2 or 1 in kernel):
+            return f"{self.name} is for kernels of two axes"
+        return None
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the second link is the whole kernel, so that a third makes up its outputs."""
+        return self.first == (0,)
+
+    def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
+        unfolded = _Unfolded(problem, self.first)
+        most = ranks_up_to(min(unfolded.inner, unfolded.rest * problem.layer.outputs), multiple)
+        step = max(1, len(most) // _RANKS_TRIED)
+        found = []
+        for rank in most[step - 1 :: step]:
+            first = unfolded.start(rank)
+            behind = unfolded.behind(first)
+            lost = problem.error(unfolded.flat(unfolded.image(first, behind.up @ behind.down))) * problem.scale
+            outer = ranks_up_to(len(behind.tail) - 1, multiple) if self._whole else [0]
+            for last in outer[:: max(1, len(outer) // _RANKS_TRIED)]:
+                loss = (lost + (float(behind.tail[last]) if self._whole else 0.0)) / problem.scale
+                ranks = (rank, last) if self._whole else (rank,)
+                found.append(Choice(self.name, ranks, *self._cost(problem.layer, graph, ranks), loss))
+        return found
+
+    def _cost(self, layer: Layer, graph: Graph, ranks: Sequence[int]) -> tuple[int, int]:
+        """Parameters and multiply-accumulates."""
+        x, y = layer.node.inputs[0], layer.node.output
+        assert isinstance(x, Value)
+        sizes = [int(size) for size in layer.weight.shape[1:]]
+        inner = 1
+        for axis in self.first:
+            inner *= sizes[axis]
+        rest = layer.columns // inner
+        before, behind = places(graph, x, 1), places(graph, y, 1)
+        if self._whole:
+            into, out = ranks
+            parts = [(into * inner, before), (into * out * rest, behind), (out * layer.outputs, behind)]
+        else:
+            axis = self.first[1]
+            other = 3 - axis  # of the axes of the kernel, 1 and 2
+            between = behind * _known(graph, x.shape[other + 1]) // _known(graph, y.shape[other + 1])
+            parts = [(ranks[0] * inner, between), (ranks[0] * rest * layer.outputs, behind)]
+        return sum(count for count, _ in parts), sum(count * rows for count, rows in parts)
+
+    def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
+        unfolded = _Unfolded(problem, self.first)
+        first = unfolded.start(ranks[0])
+        last = ranks[1] if self._whole else None
+        least = float("inf")
+        for _ in range(_TURNS):
+            up, core = _of_rank(unfolded.behind(first), last)
+            error = problem.error(unfolded.flat(unfolded.image(first, up @ core)))
+            if least - error <= _GAIN * least:
+                break
+            least = error
+            first = unfolded.bettered(first, up @ core)
+        up, core = _of_rank(unfolded.behind(first), last)
+        matrix = unfolded.flat(unfolded.image(first, up @ core))
+        return self._chain(problem.layer, first, up, core), matrix
+
+    def _chain(self, layer: Layer, first: torch.Tensor, up: torch.Tensor, core: torch.Tensor) -> list[Link]:
+        node, sizes = layer.node, [int(size) for size in layer.weight.shape[1:]]
+        spatial = len(sizes) - 1
+        rank = len(first)
+        options = {name: per_axis(node.attributes[name], spatial) for name in ("stride", "padding", "dilation")}
+        if self._whole:
+            kernel = sizes[1:]
+            return [
+                Link("down", "conv", first.reshape(rank, -1, *(1 for _ in kernel)), single_places(spatial)),
+                Link("core", "conv", core.reshape(-1, rank, *kernel), {**options, "groups": 1}),
+                Link("up", "conv", up.reshape(*up.shape, *(1 for _ in kernel)), single_places(spatial)),
+            ]
+        axis = self.first[1] - 1  # of the kernel, that the first link goes along
+        plain = {"stride": 1, "padding": 0, "dilation": 1}
+        along = [
+            {n: tuple(v if i == a else plain[n] for i, v in enumerate(o)) for n, o in options.items()} for a in (0, 1)
+        ]
+        shapes = [[sizes[1 + i] if i == a else 1 for i in (0, 1)] for a in (0, 1)]
+        other = 1 - axis
+        whole = up @ core
+        return [
+            Link("down", "conv", first.reshape(rank, sizes[0], *shapes[axis]), {**along[axis], "groups": 1}),
+            Link("up", "conv", whole.reshape(-1, rank, *shapes[other]), {**along[other], "groups": 1}),
+        ]
+
+
+def _known(graph: Graph, size: Size) -> int:
+    return smallest_sizes(graph)(size)
+
+
+def _of_rank(found: Factored, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return found.of_rank(found.up.shape[1] if rank is None else rank)
+
+
+class _Unfolded:
+    """A problem with the columns in two axes: those that the first link contracts, and the rest."""
+
+    def __init__(self, problem: Problem, first: Sequence[int]) -> None:
+        self.problem = problem
+        self.sizes = [int(size) for size in problem.layer.weight.shape[1:]]
+        self.order = [*first, *(axis for axis in range(len(self.sizes)) if axis not in first)]
+        self.inner = 1
+        for axis in first:
+            self.inner *= self.sizes[axis]
+        self.rest = problem.layer.columns // self.inner
+        self.weight = self._split(problem.weight)
+        if problem.inputs is not None:
+            columns = problem.layer.columns
+            rows = self._split(problem.inputs).reshape(columns, columns)
+            self.metric = self._split(rows.t()).reshape(self.inner, self.rest, self.inner, self.rest)
+        else:
+            self.metric = torch.eye(problem.layer.columns, dtype=torch.float64).reshape(
+                self.inner, self.rest, self.inner, self.rest
+            )
+
+    def _split(self, matrix: torch.Tensor) -> torch.Tensor:
+        """[n, columns] as [n, inner, rest]."""
+        grid = matrix.reshape(len(matrix), *self.sizes)
+        return grid.permute(0, *(axis + 1 for axis in self.order)).reshape(len(matrix), self.inner, self.rest)
+
+    def flat(self, split: torch.Tensor) -> torch.Tensor:
+        """[n, inner, rest] as [n, columns]."""
+        grid = split.reshape(len(split), *(self.sizes[axis] for axis in self.order))
+        back = [self.order.index(axis) + 1 for axis in range(len(self.sizes))]
+        return grid.permute(0, *back).reshape(len(split), -1)
+
+    def start(self, rank: int) -> torch.Tensor:
+        """The first link [rank, inner]: the best directions where the rest of the column does not matter."""
+        rows = self.weight if self.problem.outputs is None else self._rooted()
+        unfolded = rows.permute(0, 2, 1).reshape(-1, self.inner)
+        averaged = torch.einsum("irjr->ij", self.metric) / self.rest
+        found = factored(unfolded, averaged)
+        return found.of_rank(rank)[1]
+
+    def _rooted(self) -> torch.Tensor:
+        assert self.problem.outputs is not None
+        root = torch.linalg.cholesky(self.problem.outputs)
+        return torch.einsum("op,oir->pir", root, self.weight)
+
+    def behind(self, first: torch.Tensor) -> Factored:
+        """The best factors of what follows a first link, [outputs, rank x rest]."""
+        rank = len(first)
+        image = torch.einsum("pi,irjs->prjs", first, self.metric)
+        metric = torch.einsum("prjs,qj->prqs", image, first).reshape(rank * self.rest, -1)
+        metric.diagonal().add_(_RIDGE * float(metric.diagonal().mean()))
+        plain = torch.einsum("oir,ip->opr", self.weight, torch.linalg.pinv(first)).reshape(len(self.weight), -1)
+        left = self.weight - self.image(first, plain)  # nothing at full rank, which is exact whatever the metric
+        cross = torch.einsum("ojs,prjs->opr", left, image).reshape(len(self.weight), -1)
+        return factored(plain + torch.linalg.solve(metric, cross.t()).t(), metric, self.problem.outputs)
+
+    def image(self, first: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        """[outputs, inner, rest] of a first link and what follows it."""
+        return torch.einsum("opr,pi->oir", behind.reshape(len(behind), len(first), self.rest), first)
+
+    def bettered(self, first: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        return bettered(self.problem, lambda one: self.flat(self.image(one, behind)), [first], 0)

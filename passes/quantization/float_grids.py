@@ -1,0 +1,85 @@
+"""Grids of numbers that are no integers: floats of 8 bits, and powers of two with a sign."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from regauge.passes.quantization.grid import Grid, positive
+
+
+@dataclass(frozen=True)
+class Float8(Grid):
+    """The floats of a type of 8 bits. Scales are powers of two, which leave mantissas as they are: the least with which
+    nothing is beyond the greatest float (AMAX of Micikevicius et al. 2022, FP8 Formats for Deep Learning)."""
+
+    bits: int = 8
+    kind: torch.dtype = torch.float8_e4m3fn
+
+    @property
+    def low(self) -> int:
+        return -self.high
+
+    @property
+    def high(self) -> int:
+        return int(torch.finfo(self.kind).max)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kind
+
+    def span(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, zero = super().span(low, high)
+        return torch.exp2(torch.ceil(torch.log2(scale))), zero
+
+    def codes(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """The nearest floats, as numbers in the type of ``x``."""
+        return (x / scale).clamp(self.low, self.high).float().to(self.kind).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Powers(Grid):
+    """0 and sign 2^-k, k from 0 to 2^(bits - 1) - 2: products are shifts. Logarithms are rounded, scales are powers of
+    two (You et al. 2023, ShiftAddViT, section 4.1, whose weights are sign 2^round(log2 |w|); 0 is added to keep zeros).
+    """
+
+    bits: int = 4
+
+    @property
+    def low(self) -> int:
+        return -1
+
+    @property
+    def high(self) -> int:
+        return 1
+
+    @property
+    def least(self) -> int:
+        """The exponent of the smallest number that is not 0."""
+        return 2 - (1 << (self.bits - 1))
+
+    @property
+    def table(self) -> torch.Tensor:
+        powers = torch.exp2(-torch.arange(1.0 - self.least))
+        return torch.cat([torch.zeros(1), powers, -powers])
+
+    @property
+    def free_scales(self) -> bool:
+        return False
+
+    def span(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        greatest = positive(torch.maximum(-low, high))
+        return torch.exp2(torch.round(torch.log2(greatest))), torch.zeros_like(greatest)
+
+    def codes(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """The numbers of nearest logarithm; 0 where that is less than half of the smallest."""
+        size = (x / scale).abs()
+        power = torch.exp2(torch.round(torch.log2(size.clamp(min=1e-30))).clamp(self.least, 0))
+        return torch.where(size < 2.0 ** (self.least - 1), 0.0, power * torch.sign(x))
+
+    def digits(self, codes: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Places in the table."""
+        count = 1 - self.least
+        place = 1 - torch.log2(codes.abs().clamp(min=2.0**self.least))
+        return torch.where(codes == 0, 0.0, place + count * (codes < 0)), 2 * count + 1

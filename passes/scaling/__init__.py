@@ -1,0 +1,1 @@
+"""Scales beside data: the whole graph as pairs of both."""

@@ -1,0 +1,123 @@
+"""Forms of layers: exact at full rank, best in their metrics below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from regauge.frontends.capture import capture
+from regauge.ir.graph import Graph
+from regauge.passes.calibration.layers import Layer, layer_of
+from regauge.passes.factorization.catalog import FORMS
+from regauge.passes.factorization.chains import write_chain
+from regauge.passes.factorization.forms import Form
+from regauge.passes.factorization.metric_svd import factored
+from regauge.passes.factorization.multilinear import fitted
+from regauge.passes.factorization.problems import Problem, matrix_of
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def metric(size: int, seed: int = 0) -> torch.Tensor:
+    """Of strongly correlated numbers."""
+    rows = drawn(4 * size, size, seed=seed) @ (drawn(size, size, seed=seed + 1) * torch.logspace(0, -2, size).double())
+    return rows.t() @ rows + 1e-6 * torch.eye(size, dtype=torch.float64)
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 9), (4, 5, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 5, stride=2, padding=2), (2, 4, 17)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 4, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(3, 4, 2, padding=1), (1, 3, 4, 5, 3)),
+    "pointwise": (lambda: nn.Conv2d(5, 7, 1, stride=2), (2, 5, 6, 6)),
+    "conv_transpose": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 4)),
+}
+
+
+def layer_in(graph: Graph) -> Layer:
+    (layer,) = [layer for node in graph.nodes if (layer := layer_of(node)) is not None]
+    return layer
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_full_rank_is_exact(kind: str, name: str) -> None:
+    form: Form = FORMS[name]
+    build, shape = KINDS[kind]
+    torch.manual_seed(0)
+    x = drawn(*shape)
+    graph = capture(build().double(), (x,))
+    layer = layer_in(graph)
+    if form.misfit(layer) is not None:
+        assert name != "low-rank"
+        return
+    problem = Problem(layer, matrix_of(layer), metric(layer.columns), metric(layer.outputs, 5))
+    links, matrix = form.links(problem, full_ranks(name, layer))
+    assert torch.allclose(matrix, problem.weight, atol=1e-8)
+    changed = graph.copy()
+    write_chain(changed, layer_in(changed), links, by="test")
+    (before,), (after,) = graph.run(x), changed.run(x)
+    assert float((before - after).abs().max()) < 1e-10 * max(1.0, float(before.abs().max())) * 1e2
+
+
+def full_ranks(name: str, layer: Layer) -> tuple[int, ...]:
+    channels = layer.columns // layer.taps
+    sizes = [channels, *(int(size) for size in layer.weight.shape[2:])]
+    if name == "low-rank":
+        return (min(layer.outputs, layer.columns),)
+    if name == "tucker":
+        return (channels, min(layer.outputs, layer.columns))
+    return (channels * sizes[1 if name == "columns" else 2],)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 9), (9, 5)])
+def test_factors_are_the_best_in_both_metrics(rows: int, columns: int) -> None:
+    weight, inputs, outputs = drawn(rows, columns), metric(columns), metric(rows, 3)
+    found = factored(weight, inputs, outputs)
+    roots = torch.linalg.cholesky(outputs).t() @ weight @ torch.linalg.cholesky(inputs)
+    values = torch.linalg.svdvals(roots).square()
+    for rank in range(1, 5):
+        up, down = found.of_rank(rank)
+        off = weight - up @ down
+        error = float(((outputs @ off @ inputs) * off).sum())
+        assert error == pytest.approx(float(values[rank:].sum()), rel=1e-6)
+        assert error == pytest.approx(float(found.tail[rank]), rel=1e-6)
+        assert up.norm(dim=0).tolist() == pytest.approx(down.norm(dim=1).tolist())
+
+
+def test_correlated_inputs_lose_a_third_at_most_of_what_plain_factors_lose() -> None:
+    """So that a metric on the wrong side is noticed: the plain factors lose as much."""
+    layer: Any = None
+    weight, inputs = drawn(24, 32), metric(32)
+    problem = Problem(layer, weight, inputs)
+    up, down = factored(weight, inputs).of_rank(8)
+    plain_up, plain_down = factored(weight).of_rank(8)
+    assert problem.error(up @ down) < 0.3 * problem.error(plain_up @ plain_down)
+
+
+def test_least_squares_in_turns_finds_the_best_factors() -> None:
+    layer: Any = None
+    problem = Problem(layer, drawn(8, 10), metric(10), metric(8, 2))
+    start = [drawn(8, 3, seed=4), drawn(3, 10, seed=5)]
+    up, down = fitted(problem, lambda up, down: up @ down, start, sweeps=400, steps=30)
+    best = float(factored(problem.weight, problem.inputs, problem.outputs).tail[3])
+    assert problem.error(up @ down) < 1.2 * best
+
+
+@pytest.mark.parametrize("name", ["tucker", "columns", "rows"])
+def test_turns_better_the_first_guess_of_separated_convolutions(name: str) -> None:
+    torch.manual_seed(0)
+    graph = capture(nn.Conv2d(8, 12, 3).double(), (drawn(1, 8, 6, 6),))
+    layer = layer_in(graph)
+    problem = Problem(layer, matrix_of(layer), metric(72), metric(12, 2))
+    choices = FORMS[name].choices(problem, graph, 1)
+    for choice in choices[:: max(1, len(choices) // 4)]:
+        links, matrix = FORMS[name].links(problem, choice.ranks)
+        assert problem.error(matrix) <= choice.loss * 1.0001
+        assert sum(link.weight.numel() for link in links) == choice.parameters
