@@ -1,4 +1,4 @@
-"""Codes of few bits packed into bytes, as ``unpack`` of torch_quantized.py reads them."""
+"""Codes of few bits packed into bytes, as ``unpack_bits`` of torch_quantized.py reads them."""
 
 from __future__ import annotations
 

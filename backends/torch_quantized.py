@@ -145,7 +145,7 @@ class QConv2d(nn.Module):
         return self.forward(x, plain_matmul)
 
 
-def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The codes 0 ... 2^bits - 1 of uint8 [rows, bytes] as uint8 [rows, count].
 
     Each code is cut into parts of 8, 4, 2 or 1 bits (three bits: the lower two, then the upper
@@ -172,7 +172,7 @@ class QLinearWeight(nn.Module):
     """y = x W^T + b, the weight in few bits: W ~ (q - zero_point) * scale.
 
     Scales and zero points are those of each group of inputs of an output. Codes and zero points
-    are packed as unpack() reads them; without zero points 2^(bits - 1) stands for 0.
+    are packed as unpack_bits() reads them; without zero points 2^(bits - 1) stands for 0.
     """
 
     zero_point: torch.Tensor | None
@@ -203,7 +203,7 @@ class QLinearWeight(nn.Module):
         return F.linear(x, self.dense().to(x.dtype), self.bias)
 
     def dense(self) -> torch.Tensor:
-        codes = unpack(self.weight, self.bits, self.in_features).to(self.scale.dtype)
+        codes = unpack_bits(self.weight, self.bits, self.in_features).to(self.scale.dtype)
         grouped = codes.reshape(*self.scale.shape, -1) - self.zeros()[..., None]
         return (grouped * self.scale[..., None]).flatten(1)
 
@@ -211,7 +211,7 @@ class QLinearWeight(nn.Module):
         """The codes of zero [out_features, groups], or one for all."""
         if self.zero_point is None:
             return torch.full_like(self.scale[:1, :1], 2 ** (self.bits - 1))
-        return unpack(self.zero_point, self.bits, self.scale.shape[1]).to(self.scale.dtype)
+        return unpack_bits(self.zero_point, self.bits, self.scale.shape[1]).to(self.scale.dtype)
 
 
 class QLinearWeightFast(QLinearWeight):
@@ -258,7 +258,7 @@ class QLinearWeightFast(QLinearWeight):
         if self.bits > 4 or not fits or not hasattr(torch, "_weight_int4pack_mm_for_cpu"):
             return None
         middle = 2 ** (self.bits - 1)  # of the codes: shifts are small beside it, and lose little
-        codes = unpack(self.weight, self.bits, self.in_features).int() + (8 - middle)
+        codes = unpack_bits(self.weight, self.bits, self.in_features).int() + (8 - middle)
         scale = self.scale.to(torch.bfloat16)
         scales = torch.stack([scale, scale * (middle - self.zeros())], 2).to(torch.bfloat16)
         return torch._convert_weight_to_int4pack_for_cpu(codes, 1), scales.transpose(0, 1).contiguous()

@@ -68,11 +68,11 @@ def misfit_of_products(layer: Layer, target: Target, *, dynamic: bool = False) -
 
     ``dynamic`` says that its input is rounded by ranges that are found when it runs.
     """
+    if dynamic and layer.node.op == "conv":
+        return "convolutions by ranges found at every run are slower than in float: activations=static"
     reason = misfit(layer)
     if reason:
         return reason
-    if dynamic and layer.node.op == "conv":
-        return "convolutions by ranges found at every run are slower than in float: activations=static"
     if target.windows and layer.node.op == "conv":
         gaps = any(step != 1 for step in per_axis(layer.node.attributes["dilation"], layer.weight.rank - 2))
         if layer.weight.rank != 4 or layer.blocks > 1 or gaps:

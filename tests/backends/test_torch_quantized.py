@@ -47,7 +47,7 @@ def test_codes_come_out_as_they_were_packed(bits: int, count: int) -> None:
     packed = pack(codes, bits)
     assert packed.shape == (5, layers.packed_size(count, bits))
     assert packed.shape[1] <= count * bits / 8 + bits.bit_count()
-    assert torch.equal(layers.unpack(packed, bits, count), codes)
+    assert torch.equal(layers.unpack_bits(packed, bits, count), codes)
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 5, 7), (3, 384, 16), (40, 130, 33), (0, 8, 8)])
@@ -97,7 +97,8 @@ def test_a_module_computes_what_its_graph_does(options: str, target: str) -> Non
     graph = quantized(f"scheme={options},target={target}")
     module, x = graph.to_torch(), torch.randn(5, 3, 12, 12)
     names = [type(child).__name__ for child in module.children()]
-    assert sum(name.startswith("Q") for name in names) == 4
+    in_groups = options.endswith("group=8")  # a kernel in groups is a matrix that is reshaped, which no layer holds
+    assert sum(name.startswith("Q") for name in names) == (3 if in_groups else 4)
     assert ("QLinearWeightFast" in names) == (target == "torch-cpu" and options != "w8a8")
     with torch.no_grad():
         found, wanted = module(x), graph.run((x,))[0]
