@@ -32,7 +32,9 @@ def int_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         shape = (*q.shape[:-1], n)
         operands = (q, weight.t())
         return torch.onnx.ops.symbolic("MatMulInteger", operands, dtype=torch.int32, shape=shape, version=10)
-    if torch.compiler.is_exporting() or not hasattr(torch, "_int_mm"):
+    if (
+        torch.compiler.is_exporting() or not hasattr(torch, "_int_mm") or k == 1
+    ):  # of one column it reads what is beside
         return plain_matmul(q, weight)
     rows = q.reshape(-1, k)
     if q.is_cuda and (len(rows) <= 16 or k % 8 or n % 8):  # cuBLAS takes no others

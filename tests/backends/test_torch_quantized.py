@@ -50,7 +50,9 @@ def test_codes_come_out_as_they_were_packed(bits: int, count: int) -> None:
     assert torch.equal(layers.unpack_bits(packed, bits, count), codes)
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 5, 7), (3, 384, 16), (40, 130, 33), (0, 8, 8)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 5, 7), (3, 384, 16), (40, 130, 33), (0, 8, 8), (16, 1, 32)]
+)
 def test_sums_are_exact(rows: int, inputs: int, outputs: int) -> None:
     """The kernel gives what NumPy does, to the last bit, and so does the reference; -128 in every place included."""
     q = torch.randint(-128, 128, (2, rows, inputs), dtype=torch.int8)
