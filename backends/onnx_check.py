@@ -68,10 +68,10 @@ class Checker:
                 return False
             raise EmitError(f"the written model does not run: {error}") from error
         random = any(node.operator.random for _, node in self.graph.walk())
-        rounds = any(node.op == "quantize" for _, node in self.graph.walk())
+        coarse = coarsest(self.graph)
         steps = quantization_steps(self.graph)
         for name, ours, theirs in zip(session.outputs, results, found, strict=True):
-            compare_result(name, ours, theirs, values=not random, step=steps.get(name), rounds=rounds)
+            compare_result(name, ours, theirs, values=not random, step=steps.get(name), coarse=coarse)
         return True
 
     def _original_runs(self, inputs: dict[str, Any]) -> bool:
@@ -138,13 +138,23 @@ def quantization_steps(graph: Graph) -> dict[str, float]:
     return found
 
 
+def coarsest(graph: Graph) -> float:
+    """The tolerance of what a graph rounds to on its way, integers or half precision; 0 where it does not."""
+    found = 0.0
+    for _, node in graph.walk():
+        kinds = (value.dtype for value in node.outputs)
+        found = max(found, *(_TOLERANCE.get(kind, 0.0) for kind in kinds if isinstance(kind, torch.dtype)), 0.0)
+        found = max(found, _ROUNDED) if node.op == "quantize" else found
+    return found
+
+
 def compare_result(
-    name: str, ours: Any, theirs: Any, *, values: bool = True, step: float | None = None, rounds: bool = False
+    name: str, ours: Any, theirs: Any, *, values: bool = True, step: float | None = None, coarse: float = 0.0
 ) -> None:
     """Raise EmitError when a result of onnxruntime is not the graph's: another shape, or numbers too far off.
 
     With ``step``, that of a quantized output, they may be off by one step: rounding may fall to the other side. Where
-    the graph ``rounds`` to integers on the way they may be further off.
+    the graph rounds to few bits on the way they may be further off, as ``coarse`` says.
     """
     if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
         return
@@ -164,7 +174,7 @@ def compare_result(
             raise EmitError(f"the written model gives other values of {name}: {differing} of {ours.numel()} differ")
         return
     error = relative_error(ours, theirs)
-    tolerance = _ROUNDED if rounds else _TOLERANCE.get(ours.dtype, _DEFAULT_TOLERANCE)
+    tolerance = max(coarse, _TOLERANCE.get(ours.dtype, _DEFAULT_TOLERANCE))
     if not error <= tolerance:
         raise EmitError(f"the written model computes something else: {name} is off by {error:.2g} of its largest value")
 

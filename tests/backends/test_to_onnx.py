@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+import regauge
 from onnx_models import (
     ATTENTION,
     ATTENTION_WEIGHTS,
@@ -21,6 +22,7 @@ from onnx_models import (
     model_of,
     pruned,
 )
+from regauge.backends.onnx_check import coarsest
 from regauge.backends.run_onnxruntime import Session
 from regauge.frontends.from_onnx import load
 from regauge.ir.errors import EmitError
@@ -259,3 +261,10 @@ def test_half_precision_weights_keep_their_type(tmp_path: Path) -> None:
         model.graph.initializer.append(numpy_helper.from_array(array, name))
     small = onnx.load(pruned(load(model)).to_onnx(tmp_path / "half.onnx"))
     assert {i.data_type for i in small.graph.initializer} == {onnx.TensorProto.FLOAT16}
+
+
+def test_half_precision_on_the_way_may_be_as_far_off_as_in_the_end() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval()
+    graph = regauge.capture(model, (torch.randn(2, 8),))
+    assert coarsest(graph) == 0
+    assert coarsest(regauge.optimize(graph, "scalify{dtype=float16}")) == 0.02
