@@ -12,7 +12,7 @@ from regauge.ir.frames import Frame, find_frames, frames_at
 from regauge.ir.gauge import Gauge
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.regauging import entries, rescale
-from regauge.passes.calibration.layers import Layer
+from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.quantization.placement import readers_in
 from regauge.passes.quantization.smoothing import Readers, Room, Smoothing
@@ -31,7 +31,7 @@ def smooth_all(graph: Graph, found: Sequence[Readers], choose: Choice, *, nodes:
     scales: dict[Frame, torch.Tensor] = {}
     others, count = [], 0
     for readers in found:
-        room = None if readers.in_space or _takers(graph, readers) else room_of(graph, frames, readers.value)
+        room = None if readers.in_space or _takers(graph, readers) else room_of(graph, frames, readers)
         if room is None:
             others.append(readers)
             continue
@@ -73,14 +73,17 @@ def readers_of(
     return found
 
 
-def room_of(graph: Graph, frames: Sequence[Frame], value: Value) -> Room | None:
+def room_of(graph: Graph, frames: Sequence[Frame], readers: Readers) -> Room | None:
     """The scales that frames allow the channels of a value; None where they allow none.
 
     Where several frames run along the axis, a channel has the scale of the one with the most, as a head size within
-    heads has more than the heads.
+    heads has more than the heads. Nothing else that is rounded may lie in them: what suits one value of a stream would
+    ruin the others.
     """
     found = []
-    for frame, place, side in frames_at(frames, value, -1):
+    nodes = {layer.node for layer in readers.layers}
+    free = [frame for frame in frames if not _is_read_by_others(frame, nodes)]
+    for frame, place, side in frames_at(free, readers.value, -1):
         index = torch.from_numpy(entries(graph, frame, place))
         if index.numel() == index.shape[-1]:
             found.append((frame, index.reshape(-1), side))
@@ -96,6 +99,13 @@ def room_of(graph: Graph, frames: Sequence[Frame], value: Value) -> Room | None:
         numbers = torch.where(own >= 0, own + count, numbers)
         count += int(torch.Size(frame.shape).numel())
     return Room(numbers, count, moves)
+
+
+def _is_read_by_others(frame: Frame, nodes: Collection[Node]) -> bool:
+    """Whether layers other than these read a value of a frame."""
+    values = {place[0] for place in (*frame.values, *frame.opposite)}
+    users = (use for value in values for use in value.uses)
+    return any(slot == 0 and node not in nodes and layer_of(node, blocks=True, shared=True) for node, slot in users)
 
 
 def smooth(graph: Graph, readers: Readers, found: Smoothing, *, by: str) -> bool:

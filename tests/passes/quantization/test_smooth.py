@@ -7,10 +7,12 @@ from torch import nn
 import regauge
 from regauge.ir.errors import PassError
 from regauge.ir.frames import find_frames
-from regauge.ir.graph import Graph
+from regauge.ir.graph import Graph, Value
 from regauge.passes.calibration.layers import layer_of
+from regauge.passes.calibration.statistics import Range, Spread
 from regauge.passes.quantization.activation_aware import clipped, rounded_in_groups
 from regauge.passes.quantization.grid import Grid
+from regauge.passes.quantization.smoothing import Readers
 from regauge.passes.quantization.smoothing_moves import room_of
 from rounded_networks import in_few_bits, relative
 
@@ -69,7 +71,9 @@ def test_heads_that_share_values_share_scales() -> None:
     graph, _ = gated()
     graph = regauge.optimize(graph, "simplify")
     (output,) = [node for node in graph.nodes if node.op == "linear" and node.inputs[1].name == "o.weight"]  # type: ignore[union-attr]
-    room = room_of(graph, find_frames(graph), output.inputs[0])  # type: ignore[arg-type]
+    layer, value = layer_of(output), output.inputs[0]
+    assert layer is not None and isinstance(value, Value)
+    room = room_of(graph, find_frames(graph), Readers(value, [layer], Range(-1), Spread(-1)))
     assert room is not None and room.count == 16
     first = torch.arange(8)
     assert torch.equal(room.numbers, torch.cat([first, first, first + 8, first + 8]))
