@@ -10,8 +10,8 @@ import regauge
 from digits_training import captured, digits, train
 from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph
+from regauge.passes.calibration import probe
 from regauge.passes.calibration.batches import in_folds
-from regauge.passes.pruning import probe
 from regauge.passes.pruning.held_out import Attempt, judge
 
 

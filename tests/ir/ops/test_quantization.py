@@ -106,11 +106,11 @@ def test_a_quantized_file_is_cut(tmp_path: Path) -> None:
 
 
 def test_types_that_torch_lacks_are_kept() -> None:
-    four = helper.make_tensor("q", TensorProto.INT4, [2, 4], np.arange(-4, 4))
+    four = helper.make_tensor_value_info("q", TensorProto.INT4, [2, 4])  # constants of it are read, see the files
     nodes = [helper.make_node("DequantizeLinear", ["q", "s"], ["w"]), helper.make_node("Add", ["x", "w"], ["y"])]
     inputs, outputs = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 4]) for n in "xy")
     scale = onnx.numpy_helper.from_array(np.float32(0.5), "s")
-    graph = helper.make_graph(nodes, "g", [inputs], [outputs], [four, scale])
+    graph = helper.make_graph(nodes, "g", [inputs, four], [outputs], [scale])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     with pytest.warns(regauge.RegaugeWarning, match="it dequantizes int4"):
         loaded = regauge.load(model)
