@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from regauge.ir.graph import Graph
+from regauge.ir.graph import Graph, Value
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.problems import Problem, places
@@ -60,9 +60,14 @@ class LowRank:
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
         layer, found = problem.layer, problem.factored
         each = layer.outputs + layer.columns
-        rows = places(graph, layer.node.output, -1 if layer.taps == 1 and layer.node.op != "conv" else 1)
+        channels = 1 if layer.node.op in ("conv", "conv_transpose") else -1
+        behind = places(graph, layer.node.output, channels)
+        x = layer.node.inputs[0]
+        assert isinstance(x, Value)
+        first = places(graph, x, channels) if layer.node.op == "conv_transpose" else behind
+        macs = layer.columns * first + layer.outputs * behind
         return [
-            Choice(self.name, (rank,), rank * each, rank * each * rows, float(found.tail[rank]) / problem.scale)
+            Choice(self.name, (rank,), rank * each, rank * macs, float(found.tail[rank]) / problem.scale)
             for rank in ranks_up_to(layer.outputs * layer.columns // each, multiple)
         ]
 

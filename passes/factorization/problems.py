@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -25,7 +25,6 @@ class Problem:
     weight: torch.Tensor
     inputs: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
-    _found: dict[str, Factored] = field(default_factory=dict)
 
     @cached_property
     def factored(self) -> Factored:

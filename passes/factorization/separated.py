@@ -27,8 +27,8 @@ from regauge.ir.sizes import Size
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.forms import Choice, ranks_up_to, single_places
+from regauge.passes.factorization.least_squares import bettered
 from regauge.passes.factorization.metric_svd import Factored, factored
-from regauge.passes.factorization.multilinear import bettered
 from regauge.passes.factorization.problems import Problem, places
 
 _TURNS = 12
@@ -204,4 +204,4 @@ class _Unfolded:
         return torch.einsum("opr,pi->oir", behind.reshape(len(behind), len(first), self.rest), first)
 
     def bettered(self, first: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
-        return bettered(self.problem, lambda one: self.flat(self.image(one, behind)), [first], 0)
+        return bettered(self.problem, lambda one: self.flat(self.image(one, behind)), first)

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from regauge.frontends.capture import capture
+from regauge.ir.cost import local_figures
 from regauge.ir.graph import Graph
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import write_chain
 from regauge.passes.factorization.forms import Form
 from regauge.passes.factorization.metric_svd import factored
-from regauge.passes.factorization.multilinear import fitted
 from regauge.passes.factorization.problems import Problem, matrix_of
 
 
@@ -101,13 +101,17 @@ def test_correlated_inputs_lose_a_third_at_most_of_what_plain_factors_lose() -> 
     assert problem.error(up @ down) < 0.3 * problem.error(plain_up @ plain_down)
 
 
-def test_least_squares_in_turns_finds_the_best_factors() -> None:
-    layer: Any = None
-    problem = Problem(layer, drawn(8, 10), metric(10), metric(8, 2))
-    start = [drawn(8, 3, seed=4), drawn(3, 10, seed=5)]
-    up, down = fitted(problem, lambda up, down: up @ down, start, sweeps=400, steps=30)
-    best = float(factored(problem.weight, problem.inputs, problem.outputs).tail[3])
-    assert problem.error(up @ down) < 1.2 * best
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_costs_are_those_of_the_written_layers(kind: str) -> None:
+    build, shape = KINDS[kind]
+    graph = capture(build().double(), (drawn(*shape),))
+    layer = layer_in(graph)
+    for choice in FORMS["low-rank"].choices(Problem(layer, matrix_of(layer)), graph, 1):
+        changed = graph.copy()
+        own = layer_in(changed)
+        write_chain(changed, own, FORMS["low-rank"].links(Problem(own, matrix_of(own)), choice.ranks)[0], by="test")
+        nodes = [node for node in changed.nodes if node is not own.node]
+        assert local_figures(nodes, changed).macs == choice.macs
 
 
 @pytest.mark.parametrize("name", ["tucker", "columns", "rows"])
