@@ -16,11 +16,10 @@ from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.calibration.sensitivity import output_metrics
 from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import Link, write_chain
 from regauge.passes.factorization.forms import Choice, Form
-from regauge.passes.factorization.on_data import links_on_data, problems_on_data
+from regauge.passes.factorization.on_data import Sensitivity, links_on_data, problems_on_data
 from regauge.passes.factorization.problems import Problem, matrix_of
 from regauge.passes.factorization.ranks import least_loss
 from regauge.passes.options import option
@@ -72,14 +71,13 @@ class Factorize(Pass):
         layers = self._layers(graph, context.left)
         if not layers:
             return graph
-        batches, metrics = None, {}
-        if context.data is not None:
-            batches = calibration_batches(graph, context)
-            metrics = output_metrics(graph, [layer.weight.name for layer in layers], batches, self.seed)
-        if batches is None:
+        if context.data is None:
+            batches = None
             problems: Iterable[Problem] = (Problem(layer, matrix_of(layer)) for layer in layers)
         else:
-            problems = problems_on_data(graph, layers, batches, metrics)
+            batches = calibration_batches(graph, context)
+            sensitivity = Sensitivity.of(graph, layers, batches, self.seed)
+            problems = problems_on_data(graph, layers, batches, sensitivity)
         picked = self._picked(graph, problems)
         context.left["it is worth more whole"] += len(layers) - len(picked)
         result = graph.copy()
@@ -87,7 +85,7 @@ class Factorize(Pass):
         if batches is None:
             found = [(layer, _links(layer, picked[layer.weight.name])) for layer in own]
         else:
-            found = list(links_on_data(graph, result, own, picked, batches, metrics, by=self.name))
+            found = list(links_on_data(graph, result, own, picked, batches, sensitivity, by=self.name))
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")
         for layer, links in found:
             choice = picked[layer.weight.name]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph
-from regauge.passes.calibration.layer_moments import visit_moments
+from regauge.ir.lockstep import Lockstep
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.calibration.quadratic import Quadratic, change_of_output, least_error
+from regauge.passes.calibration.sensitivity import output_metrics
 from regauge.passes.calibration.side_by_side import SideBySide
+from regauge.passes.factorization.bands import Bands, Spectrum, metrics_in_bands, output_bands
 from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.forms import Choice
@@ -23,14 +26,51 @@ RIDGE = 1e-4  # share of the mean square of a column
 ENOUGH_ROWS = 8  # for each column: with less data, factors would be fitted to it rather than to the layer
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much errors of what layers give matter, by the name of the weight: metrics of outputs, in bands where places
+    of a convolution meet."""
+
+    metrics: Mapping[str, torch.Tensor]
+    bands: Mapping[str, Spectrum]
+
+    @classmethod
+    def of(cls, graph: Graph, layers: Sequence[Layer], batches: Sequence[Any], seed: int) -> Sensitivity:
+        """By gradients of the outputs along random directions."""
+        names = [layer.weight.name for layer in layers]
+        return cls(output_metrics(graph, names, batches, seed), output_bands(graph, layers, batches, seed))
+
+    def problem(
+        self, layer: Layer, quadratic: Quadratic, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    ) -> Problem:
+        """A layer with what it is given and gives, for each batch."""
+        name = layer.weight.name
+        bands: Bands = ()
+        if name in self.bands:
+            spectrum = Spectrum(layer.columns)
+            for x, y in zip(inputs, outputs, strict=True):
+                spectrum.add(layer.rows_of_input(x) - quadratic.input_mean.to(x.dtype), y.shape[2:])
+            bands = metrics_in_bands(spectrum, self.bands[name], RIDGE)
+        return Problem(layer, quadratic.optimum, quadratic.hessian, self.metrics[name], bands)
+
+
 def problems_on_data(
-    graph: Graph, layers: Sequence[Layer], batches: Sequence[Any], metrics: Mapping[str, torch.Tensor]
+    graph: Graph, layers: Sequence[Layer], batches: Sequence[Any], sensitivity: Sensitivity
 ) -> Iterator[Problem]:
-    """Of each layer in the order of the graph, with the inputs that it has there; ``metrics`` are those of outputs."""
-    for layer, moments in visit_moments(graph, layers, batches):
+    """Of each layer in the order of the graph, with the inputs that it has there."""
+    by_node, run = {layer.node: layer for layer in layers}, Lockstep(graph, batches)
+    for node in run.steps():
+        layer = by_node.get(node)
+        if layer is None:
+            continue
+        inputs, moments = run.values(node.inputs[0]), Moments(layer.columns)
+        for x in inputs:
+            moments.add(layer.rows_of_input(x))
+        moments.check(node.label)
         weight = matrix_of(layer)
         found = change_of_output(moments, weight, weight.new_zeros(len(weight)), RIDGE, free=_is_free(layer))
-        yield Problem(layer, weight, found.hessian, metrics[layer.weight.name])
+        run.execute(node)
+        yield sensitivity.problem(layer, found, inputs, run.values(node.output))
 
 
 def links_on_data(
@@ -39,7 +79,7 @@ def links_on_data(
     layers: Sequence[Layer],
     picked: Mapping[str, Choice],
     batches: Sequence[Any],
-    metrics: Mapping[str, torch.Tensor],
+    sensitivity: Sensitivity,
     *,
     by: str,
 ) -> Iterator[tuple[Layer, list[Link]]]:
@@ -53,12 +93,13 @@ def links_on_data(
         layer = by_node.get(node)
         if layer is None:
             continue
+        inputs, targets = run.inputs(layer), run.targets(layer, was)
         moments = Moments(layer.columns, layer.outputs)
-        for x, y in zip(run.inputs(layer), run.targets(layer, was), strict=True):
+        for x, y in zip(inputs, targets, strict=True):
             moments.add(layer.rows_of_input(x), layer.rows_of_output(y))
         moments.check(node.label)
         quadratic = _quadratic(layer, moments)
-        problem = Problem(layer, quadratic.optimum, quadratic.hessian, metrics[layer.weight.name])
+        problem = sensitivity.problem(layer, quadratic, inputs, targets)
         choice = picked[layer.weight.name]
         links, matrix = FORMS[choice.form].links(problem, choice.ranks)
         if _is_free(layer):

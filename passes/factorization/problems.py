@@ -11,6 +11,7 @@ from regauge.ir.cost import smallest_sizes
 from regauge.ir.graph import Graph, Value
 from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import Layer
+from regauge.passes.factorization.bands import Bands
 from regauge.passes.factorization.metric_svd import Factored, factored
 
 
@@ -18,13 +19,15 @@ from regauge.passes.factorization.metric_svd import Factored, factored
 class Problem:
     """A layer [outputs, columns], in double precision; without data both metrics are plain.
 
-    ``inputs`` [columns, columns] is the metric of its inputs, ``outputs`` [outputs, outputs] that of its outputs.
+    ``inputs`` [columns, columns] is the metric of its inputs, ``outputs`` [outputs, outputs] that of its outputs. Where
+    there are ``bands`` errors are told by these, which the two come near to.
     """
 
     layer: Layer
     weight: torch.Tensor
     inputs: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
+    bands: Bands = ()
 
     @cached_property
     def factored(self) -> Factored:
@@ -40,6 +43,9 @@ class Problem:
 
     def weighed(self, change: torch.Tensor) -> torch.Tensor:
         """A matrix [outputs, columns] times both metrics."""
+        if self.bands:
+            parts = (outputs @ change @ inputs for inputs, outputs in self.bands)
+            return sum(parts, start=torch.zeros_like(change))
         change = change if self.inputs is None else change @ self.inputs
         return change if self.outputs is None else self.outputs @ change
 

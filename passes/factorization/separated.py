@@ -15,8 +15,9 @@ are best with the metric of inputs averaged over r.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -31,7 +32,10 @@ from regauge.passes.factorization.least_squares import bettered
 from regauge.passes.factorization.metric_svd import Factored, factored
 from regauge.passes.factorization.problems import Problem, places
 
-_TURNS = 12
+Parts: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""The first link [rank, inner], the core [last or outputs, rank x rest], and [outputs, last] where there is a third."""
+
+_TURNS = 16
 _GAIN = 1e-3  # of the error in a turn, below which there is no other
 _RANKS_TRIED = 8  # of the first link, when ranks are compared
 _RIDGE = 1e-9  # of the metric behind the first link
@@ -65,10 +69,9 @@ class Separated:
         for rank in most[step - 1 :: step]:
             first = unfolded.start(rank)
             behind = unfolded.behind(first)
-            lost = problem.error(unfolded.flat(unfolded.image(first, behind.up @ behind.down))) * problem.scale
-            outer = ranks_up_to(len(behind.tail) - 1, multiple) if self._whole else [0]
+            outer = ranks_up_to(len(behind.tail) - 1, multiple) if self._whole else [behind.up.shape[1]]
             for last in outer[:: max(1, len(outer) // _RANKS_TRIED)]:
-                loss = (lost + (float(behind.tail[last]) if self._whole else 0.0)) / problem.scale
+                loss = problem.error(unfolded.flat(unfolded.image(first, behind.up[:, :last] @ behind.down[:last])))
                 ranks = (rank, last) if self._whole else (rank,)
                 found.append(Choice(self.name, ranks, *self._cost(problem.layer, graph, ranks), loss))
         return found
@@ -95,26 +98,15 @@ class Separated:
 
     def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
         unfolded = _Unfolded(problem, self.first)
-        first = unfolded.start(ranks[0])
-        last = ranks[1] if self._whole else None
-        least = float("inf")
-        for _ in range(_TURNS):
-            up, core = _of_rank(unfolded.behind(first), last)
-            error = problem.error(unfolded.flat(unfolded.image(first, up @ core)))
-            if least - error <= _GAIN * least:
-                break
-            least = error
-            first = unfolded.bettered(first, up @ core)
-        up, core = _of_rank(unfolded.behind(first), last)
-        matrix = unfolded.flat(unfolded.image(first, up @ core))
-        return self._chain(problem.layer, first, up, core), matrix
+        parts = unfolded.in_turns(unfolded.start(ranks[0]), ranks[1] if self._whole else None)
+        return self._chain(problem.layer, *parts), unfolded.product(*parts)
 
-    def _chain(self, layer: Layer, first: torch.Tensor, up: torch.Tensor, core: torch.Tensor) -> list[Link]:
+    def _chain(self, layer: Layer, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> list[Link]:
         node, sizes = layer.node, [int(size) for size in layer.weight.shape[1:]]
         spatial = len(sizes) - 1
         rank = len(first)
         options = {name: per_axis(node.attributes[name], spatial) for name in ("stride", "padding", "dilation")}
-        if self._whole:
+        if up is not None:
             kernel = sizes[1:]
             return [
                 Link("down", "conv", first.reshape(rank, -1, *(1 for _ in kernel)), single_places(spatial)),
@@ -128,19 +120,14 @@ class Separated:
         ]
         shapes = [[sizes[1 + i] if i == a else 1 for i in (0, 1)] for a in (0, 1)]
         other = 1 - axis
-        whole = up @ core
         return [
             Link("down", "conv", first.reshape(rank, sizes[0], *shapes[axis]), {**along[axis], "groups": 1}),
-            Link("up", "conv", whole.reshape(-1, rank, *shapes[other]), {**along[other], "groups": 1}),
+            Link("up", "conv", core.reshape(-1, rank, *shapes[other]), {**along[other], "groups": 1}),
         ]
 
 
 def _known(graph: Graph, size: Size) -> int:
     return smallest_sizes(graph)(size)
-
-
-def _of_rank(found: Factored, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return found.of_rank(found.up.shape[1] if rank is None else rank)
 
 
 class _Unfolded:
@@ -149,6 +136,7 @@ class _Unfolded:
     def __init__(self, problem: Problem, first: Sequence[int]) -> None:
         self.problem = problem
         self.sizes = [int(size) for size in problem.layer.weight.shape[1:]]
+        self.many = len(first)
         self.order = [*first, *(axis for axis in range(len(self.sizes)) if axis not in first)]
         self.inner = 1
         for axis in first:
@@ -188,6 +176,67 @@ class _Unfolded:
         root = torch.linalg.cholesky(self.problem.outputs)
         return torch.einsum("op,oir->pir", root, self.weight)
 
+    def in_turns(self, first: torch.Tensor, last: int | None) -> Parts:
+        """All links from a first one: what follows it in closed form and it beside that, in turns; then, where errors
+        are told by bands, each beside the others. ``last`` is the rank in front of a third link."""
+        plain = self if not self.problem.bands else _Unfolded(replace(self.problem, bands=()), self.order[: self.many])
+        parts = plain.closed(first, last)
+        parts = plain.turned(parts, lambda found: plain.closed(plain.first_bettered(*found), last))
+        if not self.problem.bands:
+            return parts
+        return self.turned(parts, self.bettered)
+
+    def turned(self, parts: Parts, step: Callable[[Parts], Parts]) -> Parts:
+        """The parts after steps, as long as each lowers the error by a share."""
+        least = self.problem.error(self.product(*parts))
+        for _ in range(_TURNS):
+            found = step(parts)
+            error = self.problem.error(self.product(*found))
+            if not error < least:
+                break
+            parts, gained, least = found, least - error, error
+            if gained < _GAIN * least:
+                break
+        return parts
+
+    def closed(self, first: torch.Tensor, last: int | None) -> Parts:
+        """The best links behind a first one, in the metrics of the problem."""
+        behind = self.behind(first)
+        if last is None:
+            return first, behind.up @ behind.down, None
+        up, core = behind.of_rank(last)
+        return first, core, up
+
+    def bettered(self, parts: Parts) -> Parts:
+        """Each part a little better beside the others."""
+        first, core, up = parts
+        first = self.first_bettered(first, core, up)
+        outputs, metric = self.problem.outputs, self.metric_behind(first)
+        left = outputs if up is None or outputs is None else up.t() @ outputs @ up
+        core = bettered(self.problem, lambda found: self.product(first, found, up), core, left, metric)
+        if up is not None:
+            right = core @ metric @ core.t()
+            up = bettered(self.problem, lambda found: self.product(first, core, found), up, outputs, right)
+        return first, core, up
+
+    def first_bettered(self, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+        behind = (core if up is None else up @ core).reshape(-1, len(first), self.rest)
+        rest = torch.einsum("iris->rs", self.metric) / self.metric.diagonal(dim1=0, dim2=2).sum()
+        moved = torch.einsum("opr,rs->ops", behind, rest)
+        weighed = behind if self.problem.outputs is None else torch.einsum("ou,upr->opr", self.problem.outputs, behind)
+        left = torch.einsum("opr,oqr->pq", weighed, moved)
+        right = torch.einsum("irjr->ij", self.metric)
+        return bettered(self.problem, lambda found: self.product(found, core, up), first, left, right)
+
+    def product(self, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+        """What the links multiply by, [outputs, columns]."""
+        return self.flat(self.image(first, core if up is None else up @ core))
+
+    def metric_behind(self, first: torch.Tensor) -> torch.Tensor:
+        """The metric of what a first link gives, [rank x rest, rank x rest]."""
+        image = torch.einsum("pi,irjs->prjs", first, self.metric)
+        return torch.einsum("prjs,qj->prqs", image, first).reshape(len(first) * self.rest, -1)
+
     def behind(self, first: torch.Tensor) -> Factored:
         """The best factors of what follows a first link, [outputs, rank x rest]."""
         rank = len(first)
@@ -202,6 +251,3 @@ class _Unfolded:
     def image(self, first: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
         """[outputs, inner, rest] of a first link and what follows it."""
         return torch.einsum("opr,pi->oir", behind.reshape(len(behind), len(first), self.rest), first)
-
-    def bettered(self, first: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
-        return bettered(self.problem, lambda one: self.flat(self.image(one, behind)), first)

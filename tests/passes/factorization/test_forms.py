@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import write_chain
 from regauge.passes.factorization.forms import Form
 from regauge.passes.factorization.metric_svd import factored
+from regauge.passes.factorization.on_data import Sensitivity, problems_on_data
 from regauge.passes.factorization.problems import Problem, matrix_of
 
 
@@ -125,3 +127,18 @@ def test_turns_better_the_first_guess_of_separated_convolutions(name: str) -> No
         links, matrix = FORMS[name].links(problem, choice.ranks)
         assert problem.error(matrix) <= choice.loss * 1.0001
         assert sum(link.weight.numel() for link in links) == choice.parameters
+
+
+def test_errors_that_are_alike_everywhere_count_more_where_outputs_are_pooled() -> None:
+    """Predicted by bands as measured: without them the change of a mean over places is taken for a tenth of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+    smooth = nn.functional.interpolate(drawn(64, 3, 3, 3), size=(10, 10), mode="bilinear")
+    graph = capture(model, (smooth[:2],), dynamic={0: {0: "batch"}})
+    layer = layer_in(graph)
+    (problem,) = problems_on_data(graph, [layer], [(smooth,)], Sensitivity.of(graph, [layer], [(smooth,)], 0))
+    _, matrix = FORMS["low-rank"].links(problem, (2,))
+    moved = (smooth.unfold(2, 3, 1).unfold(3, 3, 1).mean((2, 3)).flatten(1)) @ (problem.weight - matrix).t()
+    measured = float((moved - moved.mean(0)).square().sum()) / 64
+    assert problem.error(matrix) == pytest.approx(measured, rel=0.5)
+    assert replace(problem, bands=()).error(matrix) < 0.2 * measured
