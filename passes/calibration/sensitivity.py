@@ -18,7 +18,7 @@ _SMALL = 1e-3  # share of the mean weight of an output
 
 def layers_by_name(graph: Graph, names: Collection[str]) -> dict[str, Layer]:
     """The layers with weights of these names, in the order of the graph."""
-    found = (layer_of(node) for node in graph.nodes)
+    found = (layer_of(node, blocks=True) for node in graph.nodes)
     return {layer.weight.name: layer for layer in found if layer is not None and layer.weight.name in names}
 
 
@@ -45,7 +45,7 @@ def row_sensitivity(graph: Graph, names: Collection[str], batches: Sequence[Any]
 
 
 def output_metrics(graph: Graph, names: Collection[str], batches: Sequence[Any], seed: int) -> dict[str, torch.Tensor]:
-    """For each layer [outputs, outputs], the mean over its rows of the gradient's outer product, per example.
+    """For each layer [blocks, outputs, outputs], the mean over its rows of the gradient's outer product, per example.
 
     The form of a layer's error in it is, to first order and summed over rows, the squared change of the graph's outputs
     per example. Directions that hardly count are given a small weight; of very wide layers only the diagonal is held.
@@ -57,16 +57,17 @@ def output_metrics(graph: Graph, names: Collection[str], batches: Sequence[Any],
 
     def visit(value: Value, _: torch.Tensor, gradient: torch.Tensor) -> None:
         name = by_output[value]
-        own = layers[name].rows_of_output(gradient).double()
-        found = own.t() @ own if layers[name].outputs <= _WIDE else own.square().sum(0)
+        own = torch.stack(list(layers[name].blocks_of_output(gradient))).double()
+        found = own.mT @ own if layers[name].outputs <= _WIDE else own.square().sum(1)
         sums[name] = found if name not in sums else sums[name].add_(found)
-        rows[name] += len(own)
+        rows[name] += own.shape[1]
 
     visit_gradients(graph, batches, list(by_output), visit, seed=seed)
     examples = max(1, sum(examples_in(batch) for batch in batches))
     for name, total in sums.items():
-        metric = total if total.dim() == 2 else total.diag()
+        metric = total if total.dim() == 3 else total.diag_embed()
         metric = metric / max(1, rows[name]) / examples
-        metric.diagonal().add_(max(float(metric.diagonal().mean()) * _SMALL, 1e-30))
+        diagonal = metric.diagonal(dim1=1, dim2=2)
+        diagonal.add_((diagonal.mean(1, keepdim=True) * _SMALL).clamp(min=1e-30))
         sums[name] = metric
     return sums

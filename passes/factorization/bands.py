@@ -70,7 +70,7 @@ def output_bands(graph: Graph, layers: Iterable[Layer], batches: Sequence[Any], 
 
     The sums are means over examples, as :func:`regauge.passes.calibration.sensitivity.output_metrics` has them.
     """
-    own = {layer.node.output: layer for layer in layers if layer.node.op in ("conv", "conv_transpose")}
+    own = {layer.node.output: layer for layer in layers if _has_places(layer)}
     found = {layer.weight.name: Spectrum(layer.outputs) for layer in own.values()}
     if not found:
         return found
@@ -84,6 +84,10 @@ def output_bands(graph: Graph, layers: Iterable[Layer], batches: Sequence[Any], 
     for spectrum in found.values():
         spectrum.sums = {band: total / examples for band, total in spectrum.sums.items()}
     return found
+
+
+def _has_places(layer: Layer) -> bool:
+    return layer.node.op in ("conv", "conv_transpose") and layer.blocks == 1
 
 
 def metrics_in_bands(inputs: Spectrum, outputs: Spectrum, share: float) -> Bands:

@@ -16,11 +16,12 @@ from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.factorization.catalog import FORMS
+from regauge.passes.factorization.blocks import choices_of, links_of
+from regauge.passes.factorization.catalog import FORMS, UNASKED
 from regauge.passes.factorization.chains import Link, write_chain
 from regauge.passes.factorization.forms import Choice, Form
 from regauge.passes.factorization.on_data import Sensitivity, links_on_data, problems_on_data
-from regauge.passes.factorization.problems import Problem, matrix_of
+from regauge.passes.factorization.problems import Problem, plain_problems
 from regauge.passes.factorization.ranks import least_loss
 from regauge.passes.options import option
 
@@ -47,8 +48,8 @@ class Factorize(Pass):
     rank: float | None = option(
         None, "the rank of every layer instead: a number, or a share of the greatest that saves anything", above=0
     )
-    form: Literal["low-rank", "tucker", "columns", "rows"] | None = option(
-        None, "what layers become; if not given, for each the best"
+    form: Literal["low-rank", "tucker", "columns", "rows", "cp", "tt"] | None = option(
+        None, "what layers become; if not given, for each the best of the first four"
     )
     multiple: int = option(1, "ranks are multiples of it", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
@@ -73,7 +74,7 @@ class Factorize(Pass):
             return graph
         if context.data is None:
             batches = None
-            problems: Iterable[Problem] = (Problem(layer, matrix_of(layer)) for layer in layers)
+            problems: Iterable[list[Problem]] = map(plain_problems, layers)
         else:
             batches = calibration_batches(graph, context)
             sensitivity = Sensitivity.of(graph, layers, batches, self.seed)
@@ -95,25 +96,25 @@ class Factorize(Pass):
         return result if found else graph
 
     def _forms(self) -> list[Form]:
-        return [FORMS[self.form]] if self.form is not None else list(FORMS.values())
+        return [FORMS[self.form]] if self.form is not None else [FORMS[name] for name in UNASKED]
 
     def _layers(self, graph: Graph, left: Counter[str]) -> list[Layer]:
         def misfit(layer: Layer) -> str | None:
             reasons = [form.misfit(layer) for form in self._forms()]
             return reasons[0] if all(reasons) else None
 
-        return chosen_layers(graph, self.include, self.exclude, left, misfit)
+        return chosen_layers(graph, self.include, self.exclude, left, misfit, blocks=True)
 
-    def _picked(self, graph: Graph, problems: Iterable[Problem]) -> dict[str, Choice]:
+    def _picked(self, graph: Graph, problems: Iterable[list[Problem]]) -> dict[str, Choice]:
         """What each layer that does not stay whole becomes, by the name of its weight."""
         choices = {}
-        for problem in problems:
-            layer = problem.layer
+        for blocks in problems:
+            layer = blocks[0].layer
             macs = local_figures([layer.node], graph).macs
-            choices[layer.weight.name] = [Choice("", (), layer.outputs * layer.columns, macs, 0.0)]
+            choices[layer.weight.name] = [Choice("", (), layer.weight.tensor.numel(), macs, 0.0)]
             for form in self._forms():
                 if form.misfit(layer) is None:
-                    choices[layer.weight.name] += form.choices(problem, graph, self.multiple)
+                    choices[layer.weight.name] += choices_of(form, blocks, graph, self.multiple)
         if self.rank is not None:
             picked = {name: _nearest(own, self.rank) for name, own in choices.items()}
         else:
@@ -132,7 +133,7 @@ class Factorize(Pass):
 
 
 def _links(layer: Layer, choice: Choice) -> list[Link]:
-    return FORMS[choice.form].links(Problem(layer, matrix_of(layer)), choice.ranks)[0]
+    return links_of(FORMS[choice.form], plain_problems(layer), choice.ranks)[0]
 
 
 def _most(layer: Layer) -> int:

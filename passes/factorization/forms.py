@@ -4,6 +4,10 @@ low-rank   y = up (down x): of a convolution, one to fewer channels and one of s
 tucker     a convolution between two of single places (:mod:`regauge.passes.factorization.separated`)
 columns    a convolution along the first axis of the kernel, then one along the second
 rows       the other way round
+cp, tt     along one axis after the other (:mod:`regauge.passes.factorization.tensor_convs`)
+
+Of a layer of several blocks each has the same ranks (:mod:`regauge.passes.factorization.blocks`): a depthwise kernel as
+columns of rank 1 is separable.
 """
 
 from __future__ import annotations
@@ -55,7 +59,8 @@ class LowRank:
     name = "low-rank"
 
     def misfit(self, layer: Layer) -> str | None:
-        return None
+        alone = layer.blocks == 1 or layer.node.op in ("conv", "conv_transpose")
+        return None if alone else "no single matrix that the input is multiplied by"
 
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
         layer, found = problem.layer, problem.factored
@@ -86,7 +91,10 @@ class LowRank:
         else:
             first = down.reshape(rank, channels, *kernel).transpose(0, 1)
         last = up.reshape(layer.outputs, rank, *(1 for _ in kernel))
-        links = [Link("down", node.op, first, node.attributes), Link("up", "conv", last, single_places(len(kernel)))]
+        links = [
+            Link("down", node.op, first, {**node.attributes, "groups": 1}),
+            Link("up", "conv", last, single_places(len(kernel))),
+        ]
         return links, up @ down
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from regauge.passes.calibration.quadratic import Quadratic, change_of_output, le
 from regauge.passes.calibration.sensitivity import output_metrics
 from regauge.passes.calibration.side_by_side import SideBySide
 from regauge.passes.factorization.bands import Bands, Spectrum, metrics_in_bands, output_bands
+from regauge.passes.factorization.blocks import links_of
 from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.forms import Choice
-from regauge.passes.factorization.problems import Problem, matrix_of
+from regauge.passes.factorization.problems import Problem, matrices_of
 
 RIDGE = 1e-4  # share of the mean square of a column
 ENOUGH_ROWS = 8  # for each column: with less data, factors would be fitted to it rather than to the layer
@@ -40,37 +41,41 @@ class Sensitivity:
         names = [layer.weight.name for layer in layers]
         return cls(output_metrics(graph, names, batches, seed), output_bands(graph, layers, batches, seed))
 
-    def problem(
-        self, layer: Layer, quadratic: Quadratic, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
-    ) -> Problem:
-        """A layer with what it is given and gives, for each batch."""
+    def problems(
+        self,
+        layer: Layer,
+        quadratics: Sequence[Quadratic],
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+    ) -> list[Problem]:
+        """Those of the blocks of a layer, with what it is given and gives, for each batch."""
         name = layer.weight.name
         bands: Bands = ()
         if name in self.bands:
             spectrum = Spectrum(layer.columns)
             for x, y in zip(inputs, outputs, strict=True):
-                spectrum.add(layer.rows_of_input(x) - quadratic.input_mean.to(x.dtype), y.shape[2:])
+                spectrum.add(layer.rows_of_input(x) - quadratics[0].input_mean.to(x.dtype), y.shape[2:])
             bands = metrics_in_bands(spectrum, self.bands[name], RIDGE)
-        return Problem(layer, quadratic.optimum, quadratic.hessian, self.metrics[name], bands)
+        pairs = zip(quadratics, self.metrics[name], strict=True)
+        return [Problem(layer, own.optimum, own.hessian, metric, bands) for own, metric in pairs]
 
 
 def problems_on_data(
     graph: Graph, layers: Sequence[Layer], batches: Sequence[Any], sensitivity: Sensitivity
-) -> Iterator[Problem]:
-    """Of each layer in the order of the graph, with the inputs that it has there."""
+) -> Iterator[list[Problem]]:
+    """Of the blocks of each layer in the order of the graph, with the inputs that it has there."""
     by_node, run = {layer.node: layer for layer in layers}, Lockstep(graph, batches)
     for node in run.steps():
         layer = by_node.get(node)
         if layer is None:
             continue
-        inputs, moments = run.values(node.inputs[0]), Moments(layer.columns)
-        for x in inputs:
-            moments.add(layer.rows_of_input(x))
-        moments.check(node.label)
-        weight = matrix_of(layer)
-        found = change_of_output(moments, weight, weight.new_zeros(len(weight)), RIDGE, free=_is_free(layer))
+        inputs, none = run.values(node.inputs[0]), torch.zeros(layer.outputs, dtype=torch.float64)
+        found = [
+            change_of_output(moments, weight, none, RIDGE, free=_is_free(layer))
+            for moments, weight in zip(_moments(layer, inputs), matrices_of(layer), strict=True)
+        ]
         run.execute(node)
-        yield sensitivity.problem(layer, found, inputs, run.values(node.output))
+        yield sensitivity.problems(layer, found, inputs, run.values(node.output))
 
 
 def links_on_data(
@@ -94,32 +99,50 @@ def links_on_data(
         if layer is None:
             continue
         inputs, targets = run.inputs(layer), run.targets(layer, was)
-        moments = Moments(layer.columns, layer.outputs)
-        for x, y in zip(inputs, targets, strict=True):
-            moments.add(layer.rows_of_input(x), layer.rows_of_output(y))
-        moments.check(node.label)
-        quadratic = _quadratic(layer, moments)
-        problem = sensitivity.problem(layer, quadratic, inputs, targets)
+        quadratics = [
+            _quadratic(layer, *own)
+            for own in zip(_moments(layer, inputs, targets), matrices_of(layer), _biases(layer), strict=True)
+        ]
         choice = picked[layer.weight.name]
-        links, matrix = FORMS[choice.form].links(problem, choice.ranks)
+        links, matrices = links_of(
+            FORMS[choice.form], sensitivity.problems(layer, quadratics, inputs, targets), choice.ranks
+        )
         if _is_free(layer):
-            shifted = layer.shifted(quadratic.bias(matrix) - _bias(layer))
+            wanted = torch.cat([own.bias(matrix) for own, matrix in zip(quadratics, matrices, strict=True)])
+            shifted = layer.shifted(wanted - _biases(layer).flatten())
             if shifted is not None:
                 set_weight(changed, *shifted, by=by)
-        set_weight(changed, layer.weight, layer.stored(matrix), by=by)
+        set_weight(changed, layer.weight, layer.from_matrices(matrices), by=by)
         yield layer, links
 
 
-def _quadratic(layer: Layer, moments: Moments) -> Quadratic:
+def _moments(
+    layer: Layer, inputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor] | None = None
+) -> list[Moments]:
+    """Of each block, over all batches."""
+    found = [Moments(layer.columns, 0 if targets is None else layer.outputs) for _ in range(layer.blocks)]
+    for place, x in enumerate(inputs):
+        rows: Iterable[torch.Tensor | None] = (
+            [None] * layer.blocks if targets is None else layer.blocks_of_output(targets[place])
+        )
+        for moments, x_rows, y_rows in zip(found, layer.blocks_of_input(x), rows, strict=True):
+            moments.add(x_rows, y_rows)
+    for moments in found:
+        moments.check(layer.node.label)
+    return found
+
+
+def _quadratic(layer: Layer, moments: Moments, weight: torch.Tensor, bias: torch.Tensor) -> Quadratic:
     enough = moments.rows >= ENOUGH_ROWS * layer.columns
     solve = least_error if enough else change_of_output
-    return solve(moments, matrix_of(layer), _bias(layer), RIDGE, free=_is_free(layer))
+    return solve(moments, weight, bias, RIDGE, free=_is_free(layer))
 
 
-def _bias(layer: Layer) -> torch.Tensor:
+def _biases(layer: Layer) -> torch.Tensor:
+    """[blocks, outputs]"""
     if layer.bias is None:
-        return torch.zeros(layer.outputs, dtype=torch.float64)
-    return layer.bias.tensor.detach().double()
+        return torch.zeros(layer.blocks, layer.outputs, dtype=torch.float64)
+    return layer.bias.tensor.detach().double().reshape(layer.blocks, layer.outputs)
 
 
 def _is_free(layer: Layer) -> bool:

@@ -17,7 +17,7 @@ from regauge.passes.factorization.metric_svd import Factored, factored
 
 @dataclass
 class Problem:
-    """A layer [outputs, columns], in double precision; without data both metrics are plain.
+    """A block of a layer [outputs, columns], in double precision; without data both metrics are plain.
 
     ``inputs`` [columns, columns] is the metric of its inputs, ``outputs`` [outputs, outputs] that of its outputs. Where
     there are ``bands`` errors are told by these, which the two come near to.
@@ -55,9 +55,14 @@ class Problem:
         return float((self.weighed(off) * off).sum()) / self.scale
 
 
-def matrix_of(layer: Layer) -> torch.Tensor:
-    """The weight [outputs, columns] in double precision."""
-    return layer.matrix(layer.weight.tensor.detach()).double()
+def matrices_of(layer: Layer) -> torch.Tensor:
+    """The weight [blocks, outputs, columns] in double precision."""
+    return layer.matrices(layer.weight.tensor.detach()).double()
+
+
+def plain_problems(layer: Layer) -> list[Problem]:
+    """Of each block, where nothing is known but its weight."""
+    return [Problem(layer, weight) for weight in matrices_of(layer)]
 
 
 def places(graph: Graph, value: Value, channels: int) -> int:

@@ -189,7 +189,7 @@ class _Unfolded:
     def turned(self, parts: Parts, step: Callable[[Parts], Parts]) -> Parts:
         """The parts after steps, as long as each lowers the error by a share."""
         least = self.problem.error(self.product(*parts))
-        for _ in range(_TURNS):
+        for _ in range(max(1, _TURNS // self.problem.layer.blocks)):
             found = step(parts)
             error = self.problem.error(self.product(*found))
             if not error < least:

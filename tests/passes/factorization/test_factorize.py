@@ -119,10 +119,25 @@ def test_an_onnx_file_is_factorized(tmp_path: Path) -> None:
 def test_every_form_can_be_asked_for() -> None:
     graph, data, _ = convolutional()
     ops = {}
-    for form in ("low-rank", "tucker", "columns", "rows"):
+    for form in ("low-rank", "tucker", "columns", "rows", "cp", "tt"):
         small = regauge.optimize(graph, f"factorize{{rank=0.5,form={form}}}", data=data)
         ops[form] = sum(node.op in ("conv", "conv_transpose", "linear") for node in small.nodes)
-    assert ops == {"low-rank": 8, "tucker": 8, "columns": 6, "rows": 6}
+    assert ops == {"low-rank": 8, "tucker": 8, "columns": 6, "rows": 6, "cp": 10, "tt": 10}
+
+
+def test_grouped_and_depthwise_convolutions_become_links_of_as_many_groups(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(6, 12, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(12, 12, 5, padding=2, groups=12)]
+    images = torch.randn(24, 6, 9, 9, generator=torch.Generator().manual_seed(1))
+    graph = capture(nn.Sequential(*layers).eval(), (images[:2],), dynamic={0: {0: "batch"}})
+    small = regauge.optimize(graph, "factorize{macs=0.5,form=columns}", data=[images[:16]])
+    groups = [node.attributes["groups"] for node in small.nodes if node.op == "conv"]
+    assert groups == [2, 2, 12, 12]
+    plain = regauge.optimize(graph, "factorize{macs=0.5,form=columns}")
+    assert error(graph, small, images[16:]) < error(graph, plain, images[16:]) < 1
+    small.to_onnx(tmp_path / "small.onnx")
+    found = regauge.load(tmp_path / "small.onnx").run(images[16:])[0]
+    assert torch.allclose(found, small.run(images[16:])[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(

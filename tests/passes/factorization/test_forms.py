@@ -14,12 +14,14 @@ from regauge.frontends.capture import capture
 from regauge.ir.cost import local_figures
 from regauge.ir.graph import Graph
 from regauge.passes.calibration.layers import Layer, layer_of
+from regauge.passes.factorization.blocks import choices_of, links_of
 from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import write_chain
 from regauge.passes.factorization.forms import Form
 from regauge.passes.factorization.metric_svd import factored
 from regauge.passes.factorization.on_data import Sensitivity, problems_on_data
-from regauge.passes.factorization.problems import Problem, matrix_of
+from regauge.passes.factorization.problems import Problem, matrices_of, plain_problems
+from regauge.passes.factorization.tensor_convs import TensorTrain
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -39,11 +41,14 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv3d": (lambda: nn.Conv3d(3, 4, 2, padding=1), (1, 3, 4, 5, 3)),
     "pointwise": (lambda: nn.Conv2d(5, 7, 1, stride=2), (2, 5, 6, 6)),
     "conv_transpose": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 4)),
+    "grouped": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2), (2, 6, 7, 6)),
+    "depthwise": (lambda: nn.Conv2d(5, 5, (3, 5), padding=(1, 2), groups=5), (2, 5, 7, 6)),
+    "grouped transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 5, 4)),
 }
 
 
 def layer_in(graph: Graph) -> Layer:
-    (layer,) = [layer for node in graph.nodes if (layer := layer_of(node)) is not None]
+    (layer,) = [layer for node in graph.nodes if (layer := layer_of(node, blocks=True)) is not None]
     return layer
 
 
@@ -59,23 +64,27 @@ def test_full_rank_is_exact(kind: str, name: str) -> None:
     if form.misfit(layer) is not None:
         assert name != "low-rank"
         return
-    problem = Problem(layer, matrix_of(layer), metric(layer.columns), metric(layer.outputs, 5))
-    links, matrix = form.links(problem, full_ranks(name, layer))
-    assert torch.allclose(matrix, problem.weight, atol=1e-8)
+    problems = [
+        Problem(layer, weight, metric(layer.columns), metric(layer.outputs, 5)) for weight in matrices_of(layer)
+    ]
+    links, matrices = links_of(form, problems, full_ranks(form, layer))
+    assert torch.allclose(matrices, matrices_of(layer), atol=1e-8)
     changed = graph.copy()
     write_chain(changed, layer_in(changed), links, by="test")
     (before,), (after,) = graph.run(x), changed.run(x)
     assert float((before - after).abs().max()) < 1e-10 * max(1.0, float(before.abs().max())) * 1e2
 
 
-def full_ranks(name: str, layer: Layer) -> tuple[int, ...]:
+def full_ranks(form: Form, layer: Layer) -> tuple[int, ...]:
     channels = layer.columns // layer.taps
     sizes = [channels, *(int(size) for size in layer.weight.shape[2:])]
-    if name == "low-rank":
+    if isinstance(form, TensorTrain):
+        return tuple(form.most(layer))
+    if form.name == "low-rank":
         return (min(layer.outputs, layer.columns),)
-    if name == "tucker":
+    if form.name == "tucker":
         return (channels, min(layer.outputs, layer.columns))
-    return (channels * sizes[1 if name == "columns" else 2],)
+    return (layer.columns if form.name == "cp" else channels * sizes[1 if form.name == "columns" else 2],)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 9), (9, 5)])
@@ -103,25 +112,31 @@ def test_correlated_inputs_lose_a_third_at_most_of_what_plain_factors_lose() -> 
     assert problem.error(up @ down) < 0.3 * problem.error(plain_up @ plain_down)
 
 
+@pytest.mark.parametrize("name", list(FORMS))
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_costs_are_those_of_the_written_layers(kind: str) -> None:
+def test_costs_are_those_of_the_written_layers(kind: str, name: str) -> None:
     build, shape = KINDS[kind]
     graph = capture(build().double(), (drawn(*shape),))
     layer = layer_in(graph)
-    for choice in FORMS["low-rank"].choices(Problem(layer, matrix_of(layer)), graph, 1):
+    form = FORMS[name]
+    if form.misfit(layer) is not None:
+        return
+    for choice in choices_of(form, plain_problems(layer), graph, 1):
         changed = graph.copy()
         own = layer_in(changed)
-        write_chain(changed, own, FORMS["low-rank"].links(Problem(own, matrix_of(own)), choice.ranks)[0], by="test")
+        links = links_of(form, plain_problems(own), choice.ranks)[0]
+        write_chain(changed, own, links, by="test")
         nodes = [node for node in changed.nodes if node is not own.node]
         assert local_figures(nodes, changed).macs == choice.macs
+        assert sum(link.weight.numel() for link in links) == choice.parameters
 
 
-@pytest.mark.parametrize("name", ["tucker", "columns", "rows"])
+@pytest.mark.parametrize("name", ["tucker", "columns", "rows", "cp", "tt"])
 def test_turns_better_the_first_guess_of_separated_convolutions(name: str) -> None:
     torch.manual_seed(0)
     graph = capture(nn.Conv2d(8, 12, 3).double(), (drawn(1, 8, 6, 6),))
     layer = layer_in(graph)
-    problem = Problem(layer, matrix_of(layer), metric(72), metric(12, 2))
+    problem = Problem(layer, matrices_of(layer)[0], metric(72), metric(12, 2))
     choices = FORMS[name].choices(problem, graph, 1)
     for choice in choices[:: max(1, len(choices) // 4)]:
         links, matrix = FORMS[name].links(problem, choice.ranks)
@@ -136,7 +151,7 @@ def test_errors_that_are_alike_everywhere_count_more_where_outputs_are_pooled() 
     smooth = nn.functional.interpolate(drawn(64, 3, 3, 3), size=(10, 10), mode="bilinear")
     graph = capture(model, (smooth[:2],), dynamic={0: {0: "batch"}})
     layer = layer_in(graph)
-    (problem,) = problems_on_data(graph, [layer], [(smooth,)], Sensitivity.of(graph, [layer], [(smooth,)], 0))
+    ((problem,),) = problems_on_data(graph, [layer], [(smooth,)], Sensitivity.of(graph, [layer], [(smooth,)], 0))
     _, matrix = FORMS["low-rank"].links(problem, (2,))
     moved = (smooth.unfold(2, 3, 1).unfold(3, 3, 1).mean((2, 3)).flatten(1)) @ (problem.weight - matrix).t()
     measured = float((moved - moved.mean(0)).square().sum()) / 64

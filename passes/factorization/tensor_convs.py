@@ -1,0 +1,235 @@
+"""Convolutions along one axis of the kernel after the other, between two of single places.
+
+cp    W[o, i, r, c] = sum over q  up[o, q] rows[q, r] columns[q, c] first[q, i]         (Lebedev et al. 2015, section 3)
+tt    W[o, i, r, c] = sum over p, q, s  up[o, s] columns[s, q, c] rows[q, p, r] first[p, i]     (Oseledets 2011, TT-SVD)
+
+Of cp the links between are depthwise. It starts from the terms of the higher-order singular value decomposition that
+hold most, which are all of the kernel at full rank, tt from singular value decompositions in turns; then each link is
+bettered beside the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from regauge.ir.cost import smallest_sizes
+from regauge.ir.graph import Graph, Value
+from regauge.ir.ops.windows import per_axis
+from regauge.passes.calibration.layers import Layer
+from regauge.passes.factorization.chains import Link
+from regauge.passes.factorization.forms import Choice, ranks_up_to, single_places
+from regauge.passes.factorization.least_squares import bettered
+from regauge.passes.factorization.problems import Problem, places
+
+_TURNS = 12
+_GAIN = 1e-3  # of the error in a turn, below which there is no other
+_RANKS_TRIED = 8
+
+Factors = list[torch.Tensor]
+Image = Callable[[Factors], torch.Tensor]
+
+
+class Cp:
+    """One rank for all links."""
+
+    name = "cp"
+
+    def misfit(self, layer: Layer) -> str | None:
+        return _misfit(self.name, layer)
+
+    def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
+        layer = problem.layer
+        channels, *kernel = _sizes(layer)
+        each = channels + sum(kernel) + layer.outputs
+        ranks = ranks_up_to(min(layer.outputs * layer.columns // each, layer.columns), multiple)
+        found = []
+        for rank in ranks[:: max(1, len(ranks) // _RANKS_TRIED)]:
+            loss = problem.error(self._image(self._start(problem, rank)))
+            at = _places_between(layer, graph)
+            macs = sum(size * count for size, count in zip((channels, *kernel), at, strict=True))
+            macs += layer.outputs * at[-1]
+            found.append(Choice(self.name, (rank,), rank * each, rank * macs, loss))
+        return found
+
+    def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
+        (rank,) = ranks
+        factors = _in_turns(problem, self._image, self._start(problem, rank))
+        first, *along, up = factors
+        links = [_single("down", first, problem.layer)]
+        for axis, factor in enumerate(along):
+            shape = [rank, 1, *(factor.shape[1] if own == axis else 1 for own in range(len(along)))]
+            links.append(_along(axis, factor.reshape(shape), problem.layer, groups=rank))
+        return [*links, _single("up", up, problem.layer)], self._image(factors)
+
+    def _start(self, problem: Problem, rank: int) -> Factors:
+        """The best terms of the kernel in the bases of its axes, and what is best behind them."""
+        sizes = _sizes(problem.layer)
+        kernel = problem.weight.reshape(-1, *sizes)
+        bases = [_basis(kernel, axis + 1) for axis in range(len(sizes))]
+        core = kernel
+        for basis in bases:
+            core = torch.tensordot(core, basis, dims=([1], [0]))  # the axis that was turned comes last
+        kept = torch.unravel_index(core.square().sum(0).flatten().argsort(descending=True)[:rank], sizes)
+        factors = [basis[:, own].t().contiguous() for basis, own in zip(bases, kept, strict=True)]
+        terms = _terms(factors)
+        up = problem.weight @ terms.t()
+        if problem.inputs is not None:
+            left = problem.weight - up @ terms
+            image = problem.inputs @ terms.t()
+            up = up + torch.linalg.solve(terms @ image, (left @ image).t()).t()
+        return [*factors, up]
+
+    @staticmethod
+    def _image(factors: Factors) -> torch.Tensor:
+        return factors[-1] @ _terms(factors[:-1])
+
+
+def _terms(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[rank, columns]: the outer product of the rows of all factors."""
+    found = factors[0]
+    for factor in factors[1:]:
+        found = (found[:, :, None] * factor[:, None, :]).flatten(1)
+    return found
+
+
+class TensorTrain:
+    """A rank between each two links."""
+
+    name = "tt"
+
+    def misfit(self, layer: Layer) -> str | None:
+        return _misfit(self.name, layer)
+
+    def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
+        layer = problem.layer
+        channels, *kernel = _sizes(layer)
+        most = self.most(layer)
+        at = _places_between(layer, graph)
+        found = dict[tuple[int, ...], Choice]()
+        for step in range(1, _RANKS_TRIED + 1):
+            ranks = self._ranks(layer, most, step / (_RANKS_TRIED + 1), multiple)
+            links = [channels * ranks[0]]
+            links += [before * own * size for before, own, size in zip(ranks, ranks[1:], kernel, strict=False)]
+            links += [ranks[-1] * layer.outputs]
+            parameters, macs = sum(links), sum(a * b for a, b in zip(links, [*at, at[-1]], strict=True))
+            if ranks not in found and parameters < layer.outputs * layer.columns:
+                loss = problem.error(self._image(self._start(problem, ranks)))
+                found[ranks] = Choice(self.name, ranks, parameters, macs, loss)
+        return list(found.values())
+
+    def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
+        factors = _in_turns(problem, self._image, self._start(problem, ranks))
+        first, *along, up = factors
+        links = [_single("down", first, problem.layer)]
+        for axis, factor in enumerate(along):
+            shape = [*factor.shape[:2], *(factor.shape[2] if own == axis else 1 for own in range(len(along)))]
+            links.append(_along(axis, factor.reshape(shape), problem.layer, groups=1))
+        return [*links, _single("up", up, problem.layer)], self._image(factors)
+
+    def most(self, layer: Layer) -> list[int]:
+        """The ranks at which nothing is lost."""
+        sizes, found, before = _sizes(layer), list[int](), 1
+        for axis, size in enumerate(sizes):
+            behind = layer.outputs
+            for other in sizes[axis + 1 :]:
+                behind *= other
+            before = min(before * size, behind)
+            found.append(before)
+        return found
+
+    @staticmethod
+    def _ranks(layer: Layer, most: Sequence[int], share: float, multiple: int) -> tuple[int, ...]:
+        """A share of the greatest ranks, none above what the links before it can give."""
+        found, before = list[int](), 1
+        for rank, size in zip(most, _sizes(layer), strict=True):
+            wanted = max(1, round(share * rank / multiple)) * multiple
+            found.append(min(rank, wanted, before * size))
+            before = found[-1]
+        return tuple(found)
+
+    def _start(self, problem: Problem, ranks: Sequence[int]) -> Factors:
+        sizes = _sizes(problem.layer)
+        rest = problem.weight.reshape(-1, *sizes).movedim(0, -1).reshape(sizes[0], -1)
+        factors, before = Factors(), 1
+        for size, rank in zip(sizes, ranks, strict=True):
+            rest = rest.reshape(before * size, -1)
+            basis = torch.linalg.eigh(rest @ rest.t())[1].flip(1)[:, :rank]
+            factors.append(basis.t().reshape(len(basis.t()), before, size))
+            rest, before = basis.t() @ rest, basis.shape[1]
+        factors[0] = factors[0].flatten(1)
+        return [*factors, rest.t().contiguous()]
+
+    @staticmethod
+    def _image(factors: Factors) -> torch.Tensor:
+        first, *along, up = factors
+        found = first
+        for factor in along:
+            found = torch.einsum("qpr,pc->qcr", factor, found).flatten(1)
+        result: torch.Tensor = up @ found
+        return result
+
+
+def _misfit(name: str, layer: Layer) -> str | None:
+    if layer.node.op != "conv" or layer.taps == 1:
+        return f"{name} is for convolutions of several places"
+    return None
+
+
+def _sizes(layer: Layer) -> list[int]:
+    """Channels of a block, and the axes of the kernel."""
+    return [int(size) for size in layer.weight.shape[1:]]
+
+
+def _basis(kernel: torch.Tensor, axis: int) -> torch.Tensor:
+    """The directions [size, size] of an axis, those that hold most of the kernel first."""
+    rows = kernel.movedim(axis, 0).flatten(1)
+    return torch.linalg.eigh(rows @ rows.t())[1].flip(1)
+
+
+def _places_between(layer: Layer, graph: Graph) -> list[int]:
+    """The places of what the first link gives, and each of those along an axis."""
+    x, y = layer.node.inputs[0], layer.node.output
+    assert isinstance(x, Value)
+    bound = smallest_sizes(graph)
+    found = [places(graph, x, 1)]
+    for axis in range(2, x.rank):
+        found.append(found[-1] // bound(x.shape[axis]) * bound(y.shape[axis]))
+    return found
+
+
+def _single(name: str, weight: torch.Tensor, layer: Layer) -> Link:
+    spatial = len(_sizes(layer)) - 1
+    return Link(name, "conv", weight.reshape(*weight.shape, *(1 for _ in range(spatial))), single_places(spatial))
+
+
+def _along(axis: int, weight: torch.Tensor, layer: Layer, groups: int) -> Link:
+    """A link that goes along one axis of the kernel, with what the layer does there."""
+    spatial = len(_sizes(layer)) - 1
+    found = single_places(spatial)
+    for name in ("stride", "padding", "dilation"):
+        plain = 0 if name == "padding" else 1
+        own = per_axis(layer.node.attributes[name], spatial)
+        found[name] = tuple(own[a] if a == axis else plain for a in range(spatial))
+    return Link(f"axis{axis}", "conv", weight, {**found, "groups": groups})
+
+
+def _in_turns(problem: Problem, image: Image, factors: Factors) -> Factors:
+    """Each factor a little better beside the others, as long as that lowers the error by a share."""
+    least = problem.error(image(factors))
+    for _ in range(max(1, _TURNS // problem.layer.blocks)):
+        found = list(factors)
+        for place in range(len(found)):
+
+            def beside(own: torch.Tensor, place: int = place, others: Factors = found) -> torch.Tensor:
+                return image([*others[:place], own, *others[place + 1 :]])
+
+            found[place] = bettered(problem, beside, found[place])
+        error = problem.error(image(found))
+        if not error < least:
+            break
+        factors, gained, least = found, least - error, error
+        if gained < _GAIN * least:
+            break
+    return factors
