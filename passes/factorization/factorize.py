@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from regauge.ir.cost import figures, local_figures
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
@@ -20,9 +22,11 @@ from regauge.passes.factorization.blocks import choices_of, links_of
 from regauge.passes.factorization.catalog import FORMS, UNASKED
 from regauge.passes.factorization.chains import Link, write_chain
 from regauge.passes.factorization.forms import Choice, Form
+from regauge.passes.factorization.metrics import Metric, squared_gradients
 from regauge.passes.factorization.on_data import Sensitivity, links_on_data, problems_on_data
 from regauge.passes.factorization.problems import Problem, plain_problems
 from regauge.passes.factorization.ranks import least_loss
+from regauge.passes.factorization.rules import Rule, by_rule, nearest, squared_values, wanted_by
 from regauge.passes.options import option
 
 _FIGURES = {"params": "parameters", "macs": "macs"}
@@ -51,6 +55,8 @@ class Factorize(Pass):
     form: Literal["low-rank", "tucker", "columns", "rows", "cp", "tt"] | None = option(
         None, "what layers become; if not given, for each the best of the first four"
     )
+    rule: Rule = option("knapsack", "how ranks are shared out: so that least is lost, or by a rule of thumb")
+    metric: Metric = option("output-aware", "what factors keep on data (without data: plain)")
     multiple: int = option(1, "ranks are multiples of it", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
@@ -72,14 +78,18 @@ class Factorize(Pass):
         layers = self._layers(graph, context.left)
         if not layers:
             return graph
+        squares: Mapping[str, torch.Tensor] = {}
         if context.data is None:
+            self._check_without_data()
             batches = None
             problems: Iterable[list[Problem]] = map(plain_problems, layers)
         else:
             batches = calibration_batches(graph, context)
-            sensitivity = Sensitivity.of(graph, layers, batches, self.seed)
+            sensitivity = Sensitivity.of(graph, layers, batches, self.seed, self.metric)
             problems = problems_on_data(graph, layers, batches, sensitivity)
-        picked = self._picked(graph, problems)
+            if self.rule == "fisher":
+                squares = squared_gradients(graph, layers, batches, self.seed)
+        picked = self._picked(graph, problems, squares)
         context.left["it is worth more whole"] += len(layers) - len(picked)
         result = graph.copy()
         own = [layer for layer in self._layers(result, Counter()) if layer.weight.name in picked]
@@ -105,21 +115,39 @@ class Factorize(Pass):
 
         return chosen_layers(graph, self.include, self.exclude, left, misfit, blocks=True)
 
-    def _picked(self, graph: Graph, problems: Iterable[list[Problem]]) -> dict[str, Choice]:
+    def _check_without_data(self) -> None:
+        if self.rule == "fisher":
+            raise PassError("factorize: rule=fisher takes gradients on data: give data=, or another rule")
+        if self.metric not in ("output-aware", "plain"):
+            raise PassError(f"factorize: metric={self.metric} is of what layers get on data: give data=")
+
+    def _picked(
+        self, graph: Graph, problems: Iterable[list[Problem]], squares: Mapping[str, torch.Tensor]
+    ) -> dict[str, Choice]:
         """What each layer that does not stay whole becomes, by the name of its weight."""
-        choices = {}
+        choices, values = dict[str, list[Choice]](), dict[str, torch.Tensor]()
         for blocks in problems:
             layer = blocks[0].layer
             macs = local_figures([layer.node], graph).macs
             choices[layer.weight.name] = [Choice("", (), layer.weight.tensor.numel(), macs, 0.0)]
+            if self.rule != "knapsack":
+                values[layer.weight.name] = squared_values(blocks)
             for form in self._forms():
                 if form.misfit(layer) is None:
                     choices[layer.weight.name] += choices_of(form, blocks, graph, self.multiple)
         if self.rank is not None:
-            picked = {name: _nearest(own, self.rank) for name, own in choices.items()}
+            picked = {name: self._of_rank(own) for name, own in choices.items()}
+        elif self.rule != "knapsack":
+            picked = by_rule(choices, self._allowed(graph, choices), wanted_by(self.rule, values, squares))
         else:
             picked = least_loss(choices, self._allowed(graph, choices))
         return {name: choice for name, choice in picked.items() if choice.ranks}
+
+    def _of_rank(self, choices: Sequence[Choice]) -> Choice:
+        """The choice of the rank that is asked for; a share is one of the greatest."""
+        most = max((choice.ranks[0] for choice in choices[1:]), default=0)
+        assert self.rank is not None
+        return nearest(choices, min(most, self.rank * most if self.rank < 1 else self.rank))
 
     def _allowed(self, graph: Graph, choices: Mapping[str, Sequence[Choice]]) -> dict[str, float]:
         """The most that the layers together may cost."""
@@ -138,12 +166,3 @@ def _links(layer: Layer, choice: Choice) -> list[Link]:
 
 def _most(layer: Layer) -> int:
     return min(layer.outputs, layer.columns)
-
-
-def _nearest(choices: Sequence[Choice], rank: float) -> Choice:
-    """Of the choices whose ranks come closest that which loses least; a share is one of the greatest."""
-    possible = choices[1:]
-    if not possible:
-        return choices[0]
-    wanted = rank * max(choice.ranks[0] for choice in possible) if rank < 1 else rank
-    return min(possible, key=lambda choice: (max(abs(own - wanted) for own in choice.ranks), choice.loss))

@@ -21,6 +21,7 @@ from regauge.passes.factorization.blocks import links_of
 from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.forms import Choice
+from regauge.passes.factorization.metrics import Metric, Pair, gradient_metrics, in_metric
 from regauge.passes.factorization.problems import Problem, matrices_of
 
 RIDGE = 1e-4  # share of the mean square of a column
@@ -34,12 +35,22 @@ class Sensitivity:
 
     metrics: Mapping[str, torch.Tensor]
     bands: Mapping[str, Spectrum]
+    metric: Metric
+    pairs: Mapping[str, Pair]
 
     @classmethod
-    def of(cls, graph: Graph, layers: Sequence[Layer], batches: Sequence[Any], seed: int) -> Sensitivity:
+    def of(
+        cls,
+        graph: Graph,
+        layers: Sequence[Layer],
+        batches: Sequence[Any],
+        seed: int,
+        metric: Metric = "output-aware",
+    ) -> Sensitivity:
         """By gradients of the outputs along random directions."""
-        names = [layer.weight.name for layer in layers]
-        return cls(output_metrics(graph, names, batches, seed), output_bands(graph, layers, batches, seed))
+        bands = output_bands(graph, layers if metric == "output-aware" else [], batches, seed)
+        metrics = output_metrics(graph, [layer.weight.name for layer in layers], batches, seed)
+        return cls(metrics, bands, metric, gradient_metrics(graph, layers, batches, seed, metric))
 
     def problems(
         self,
@@ -57,7 +68,9 @@ class Sensitivity:
                 spectrum.add(layer.rows_of_input(x) - quadratics[0].input_mean.to(x.dtype), y.shape[2:])
             bands = metrics_in_bands(spectrum, self.bands[name], RIDGE)
         pairs = zip(quadratics, self.metrics[name], strict=True)
-        return [Problem(layer, own.optimum, own.hessian, metric, bands) for own, metric in pairs]
+        found = [Problem(layer, own.optimum, own.hessian, metric, bands) for own, metric in pairs]
+        pair = self.pairs.get(name)
+        return [in_metric(own, self.metric, inputs, block, pair) for block, own in enumerate(found)]
 
 
 def problems_on_data(

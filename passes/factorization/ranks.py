@@ -34,14 +34,25 @@ def least_loss(choices: Mapping[str, Sequence[Choice]], allowed: Mapping[str, fl
         mixed = _mixed(list(loads.values()), float(weight))
         found += _solutions(mixed, losses, list(loads.values()))
     if not found:
-        name, own = max(loads.items(), key=lambda item: sum(cost.min() for cost in item[1]))
-        least = sum(cost.min() for cost in own)
-        raise PassError(
-            f"factorize: the budget of {name} cannot be met: it leaves {max(0, allowed[name]):,.0f} for the layers "
-            f"that may be factorized, and with the smallest ranks these need {least * max(allowed[name], 1):,.0f}"
-        )
+        raise _too_small(choices, allowed)
     best = min(found, key=lambda picks: sum(loss[pick] for loss, pick in zip(losses, picks, strict=True)))
     return {name: own[pick] for (name, own), pick in zip(choices.items(), best, strict=True)}
+
+
+def check_least(choices: Mapping[str, Sequence[Choice]], allowed: Mapping[str, float]) -> None:
+    """Raise PassError where the smallest choice of every layer is too large."""
+    for name, most in allowed.items():
+        if sum(min(getattr(choice, name) for choice in own) for own in choices.values()) > most:
+            raise _too_small(choices, {name: most})
+
+
+def _too_small(choices: Mapping[str, Sequence[Choice]], allowed: Mapping[str, float]) -> PassError:
+    least = {name: sum(min(getattr(c, name) for c in own) for own in choices.values()) for name in allowed}
+    name = max(allowed, key=lambda name: least[name] / max(allowed[name], 1))
+    return PassError(
+        f"factorize: the budget of {name} cannot be met: it leaves {max(0, allowed[name]):,.0f} for the layers "
+        f"that may be factorized, and with the smallest ranks these need {least[name]:,.0f}"
+    )
 
 
 def _mixed(loads: Sequence[Sequence[np.ndarray]], weight: float) -> list[np.ndarray]:

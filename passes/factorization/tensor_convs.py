@@ -167,8 +167,7 @@ class TensorTrain:
         found = first
         for factor in along:
             found = torch.einsum("qpr,pc->qcr", factor, found).flatten(1)
-        result: torch.Tensor = up @ found
-        return result
+        return up @ found
 
 
 def _misfit(name: str, layer: Layer) -> str | None:
@@ -185,7 +184,8 @@ def _sizes(layer: Layer) -> list[int]:
 def _basis(kernel: torch.Tensor, axis: int) -> torch.Tensor:
     """The directions [size, size] of an axis, those that hold most of the kernel first."""
     rows = kernel.movedim(axis, 0).flatten(1)
-    return torch.linalg.eigh(rows @ rows.t())[1].flip(1)
+    found: torch.Tensor = torch.linalg.eigh(rows @ rows.t())[1].flip(1)
+    return found
 
 
 def _places_between(layer: Layer, graph: Graph) -> list[int]:
