@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,6 +21,7 @@ from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.blocks import choices_of, links_of
 from regauge.passes.factorization.catalog import FORMS, UNASKED
 from regauge.passes.factorization.chains import Link, write_chain
+from regauge.passes.factorization.cost_gate import CostGate, Gate
 from regauge.passes.factorization.forms import Choice, Form
 from regauge.passes.factorization.metrics import Metric, squared_gradients
 from regauge.passes.factorization.on_data import Sensitivity, links_on_data, problems_on_data
@@ -57,6 +58,9 @@ class Factorize(Pass):
     )
     rule: Rule = option("knapsack", "how ranks are shared out: so that least is lost, or by a rule of thumb")
     metric: Metric = option("output-aware", "what factors keep on data (without data: plain)")
+    gate: Gate = option(
+        "off", "links that take no less time than their layer, as measured on this machine: warn, or refuse them"
+    )
     multiple: int = option(1, "ranks are multiples of it", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
@@ -89,7 +93,8 @@ class Factorize(Pass):
             problems = problems_on_data(graph, layers, batches, sensitivity)
             if self.rule == "fisher":
                 squares = squared_gradients(graph, layers, batches, self.seed)
-        picked = self._picked(graph, problems, squares)
+        choices, values = self._choices(graph, problems)
+        picked = self._gated(graph, layers, choices, lambda: self._picked(graph, choices, values, squares), context)
         context.left["it is worth more whole"] += len(layers) - len(picked)
         result = graph.copy()
         own = [layer for layer in self._layers(result, Counter()) if layer.weight.name in picked]
@@ -121,10 +126,10 @@ class Factorize(Pass):
         if self.metric not in ("output-aware", "plain"):
             raise PassError(f"factorize: metric={self.metric} is of what layers get on data: give data=")
 
-    def _picked(
-        self, graph: Graph, problems: Iterable[list[Problem]], squares: Mapping[str, torch.Tensor]
-    ) -> dict[str, Choice]:
-        """What each layer that does not stay whole becomes, by the name of its weight."""
+    def _choices(
+        self, graph: Graph, problems: Iterable[list[Problem]]
+    ) -> tuple[dict[str, list[Choice]], dict[str, torch.Tensor]]:
+        """What each layer may become, whole first, by the name of its weight; squared singular values for rules."""
         choices, values = dict[str, list[Choice]](), dict[str, torch.Tensor]()
         for blocks in problems:
             layer = blocks[0].layer
@@ -135,6 +140,46 @@ class Factorize(Pass):
             for form in self._forms():
                 if form.misfit(layer) is None:
                     choices[layer.weight.name] += choices_of(form, blocks, graph, self.multiple)
+        return choices, values
+
+    def _gated(
+        self,
+        graph: Graph,
+        layers: Sequence[Layer],
+        choices: dict[str, list[Choice]],
+        solve: Callable[[], dict[str, Choice]],
+        context: Context,
+    ) -> dict[str, Choice]:
+        """What is picked; what then takes no less time is noted, or taken out of ``choices``, larger ranks too."""
+        picked = solve()
+        if self.gate == "off":
+            return picked
+        if context.measure is None:
+            context.note("times were not measured: nothing can run the graph")
+            return picked
+        gate, by_name = CostGate(graph, context.measure), {layer.weight.name: layer for layer in layers}
+        told = dict[str, str]()  # of each layer the last that was measured too slow
+        while slow := gate.slow(by_name, picked):
+            for name, why in slow.items():
+                bad = picked[name]
+                ranks = ", ".join(map(str, bad.ranks))
+                told[name] = f"{name}: {bad.form} of rank {ranks} takes no less time than the layer, {why}"
+                choices[name] = [own for own in choices[name] if own.form != bad.form or own.macs < bad.macs]
+            if self.gate == "warn":
+                break
+            picked = solve()
+        for text in told.values():
+            context.note(text)
+        return picked
+
+    def _picked(
+        self,
+        graph: Graph,
+        choices: Mapping[str, Sequence[Choice]],
+        values: Mapping[str, torch.Tensor],
+        squares: Mapping[str, torch.Tensor],
+    ) -> dict[str, Choice]:
+        """What each layer that does not stay whole becomes, by the name of its weight."""
         if self.rank is not None:
             picked = {name: self._of_rank(own) for name, own in choices.items()}
         elif self.rule != "knapsack":

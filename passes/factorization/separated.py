@@ -189,7 +189,7 @@ class _Unfolded:
     def turned(self, parts: Parts, step: Callable[[Parts], Parts]) -> Parts:
         """The parts after steps, as long as each lowers the error by a share."""
         least = self.problem.error(self.product(*parts))
-        for _ in range(max(1, _TURNS // self.problem.layer.blocks)):
+        for _ in range(max(1, _TURNS // self.problem.layer.blocks) if least > 0 else 0):
             found = step(parts)
             error = self.problem.error(self.product(*found))
             if not error < least:
@@ -242,7 +242,7 @@ class _Unfolded:
         rank = len(first)
         image = torch.einsum("pi,irjs->prjs", first, self.metric)
         metric = torch.einsum("prjs,qj->prqs", image, first).reshape(rank * self.rest, -1)
-        metric.diagonal().add_(_RIDGE * float(metric.diagonal().mean()))
+        metric.diagonal().add_(max(_RIDGE * float(metric.diagonal().mean()), 1e-30))
         plain = torch.einsum("oir,ip->opr", self.weight, torch.linalg.pinv(first)).reshape(len(self.weight), -1)
         left = self.weight - self.image(first, plain)  # nothing at full rank, which is exact whatever the metric
         cross = torch.einsum("ojs,prjs->opr", left, image).reshape(len(self.weight), -1)

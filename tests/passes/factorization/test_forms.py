@@ -157,3 +157,13 @@ def test_errors_that_are_alike_everywhere_count_more_where_outputs_are_pooled() 
     measured = float((moved - moved.mean(0)).square().sum()) / 64
     assert problem.error(matrix) == pytest.approx(measured, rel=0.5)
     assert replace(problem, bands=()).error(matrix) < 0.2 * measured
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+def test_a_weight_of_zeros_is_factorized(name: str) -> None:
+    graph = capture(nn.Conv2d(4, 6, 3).double(), (drawn(1, 4, 6, 6),))
+    layer = layer_in(graph)
+    problem = Problem(layer, torch.zeros(6, 36).double())
+    for choice in FORMS[name].choices(problem, graph, 1)[::3]:
+        links, matrix = FORMS[name].links(problem, choice.ranks)
+        assert not matrix.any() and all(bool(link.weight.isfinite().all()) for link in links)
