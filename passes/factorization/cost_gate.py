@@ -40,8 +40,10 @@ class CostGate:
     def slow(self, layers: Mapping[str, Layer], picked: Mapping[str, Choice]) -> dict[str, str]:
         """Of the layers, by the names of their weights, those whose links are no faster, with both times."""
         found = {}
-        for name, choice in picked.items():
-            layer = layers[name]
+        for name, layer in layers.items():
+            choice = picked.get(name)
+            if choice is None:
+                continue
             sizes = (self._size(layer), layer.weight.shape, layer.bias is None)
             key = (layer.node.op, str(layer.node.attributes), sizes, choice.form, choice.ranks)
             if key not in self._measured:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -23,11 +23,14 @@ from regauge.passes.factorization.catalog import FORMS, UNASKED
 from regauge.passes.factorization.chains import Link, write_chain
 from regauge.passes.factorization.cost_gate import CostGate, Gate
 from regauge.passes.factorization.forms import Choice, Form
+from regauge.passes.factorization.metric_svd import Factored
 from regauge.passes.factorization.metrics import Metric, squared_gradients
 from regauge.passes.factorization.on_data import Sensitivity, links_on_data, problems_on_data
 from regauge.passes.factorization.problems import Problem, plain_problems
 from regauge.passes.factorization.ranks import least_loss
+from regauge.passes.factorization.readers import Reader, readers_in, squared_reader_gradients
 from regauge.passes.factorization.rules import Rule, by_rule, nearest, squared_values, wanted_by
+from regauge.passes.name_patterns import matches
 from regauge.passes.options import option
 
 _FIGURES = {"params": "parameters", "macs": "macs"}
@@ -64,6 +67,7 @@ class Factorize(Pass):
     multiple: int = option(1, "ranks are multiples of it", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
+    tables: bool = option(False, "tables of vectors and what recurrent layers read are factorized, too")
     seed: int = option(0, "seed of the directions of gradients", at_least=0)
 
     def __post_init__(self) -> None:
@@ -79,8 +83,9 @@ class Factorize(Pass):
             raise PassError(f"factorize: rank={self.rank:g} is neither a share nor a whole number")
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        layers = self._layers(graph, context.left)
-        if not layers:
+        readers = self._readers(graph)
+        layers = self._layers(graph, context.left, readers)
+        if not layers and not readers:
             return graph
         squares: Mapping[str, torch.Tensor] = {}
         if context.data is None:
@@ -94,10 +99,22 @@ class Factorize(Pass):
             if self.rule == "fisher":
                 squares = squared_gradients(graph, layers, batches, self.seed)
         choices, values = self._choices(graph, problems)
+        factors = self._factors(graph, readers, batches)
+        for reader in readers:
+            found_factors = factors[reader.name]
+            choices[reader.name] = reader.choices(graph, found_factors, self.multiple, on_data=batches is not None)
+            values[reader.name] = (found_factors.tail[:-1] - found_factors.tail[1:]).clamp(min=0)
         picked = self._gated(graph, layers, choices, lambda: self._picked(graph, choices, values, squares), context)
-        context.left["it is worth more whole"] += len(layers) - len(picked)
+        context.left["it is worth more whole"] += len(layers) + len(readers) - len(picked)
         result = graph.copy()
-        own = [layer for layer in self._layers(result, Counter()) if layer.weight.name in picked]
+        small = [
+            (reader, factors[reader.name].of_rank(picked[reader.name].ranks[0]))
+            for reader in readers_in(result)
+            if reader.name in picked
+        ]
+        for reader, pair in small:  # which the layers behind make up for
+            reader.set_product(result, *pair, by=self.name)
+        own = [layer for layer in self._layers(result, Counter(), readers) if layer.weight.name in picked]
         if batches is None:
             found = [(layer, _links(layer, picked[layer.weight.name])) for layer in own]
         else:
@@ -107,18 +124,40 @@ class Factorize(Pass):
             choice = picked[layer.weight.name]
             context.cuts.append(Cut(f"{layer.weight.name} ({choice.form}): rank", _most(layer), choice.ranks[0]))
             write_chain(result, layer, links, by=self.name)
+        for reader, (up, down) in small:
+            context.cuts.append(Cut(f"{reader.name} (low-rank): rank", min(len(up), down.shape[1]), len(down)))
+            reader.write(result, up, down, by=self.name)
         remove_dead(result)
-        return result if found else graph
+        return result if picked else graph
 
     def _forms(self) -> list[Form]:
         return [FORMS[self.form]] if self.form is not None else [FORMS[name] for name in UNASKED]
 
-    def _layers(self, graph: Graph, left: Counter[str]) -> list[Layer]:
+    def _readers(self, graph: Graph) -> list[Reader]:
+        if not self.tables or self.form not in (None, "low-rank"):
+            return []
+        return [
+            reader
+            for reader in readers_in(graph)
+            if (not self.include or matches(reader.weights[0].names, self.include))
+            and not matches(reader.weights[0].names, self.exclude)
+        ]
+
+    def _factors(self, graph: Graph, readers: Sequence[Reader], batches: Sequence[Any] | None) -> dict[str, Factored]:
+        """Of tables and recurrent layers; with data in the metrics that squared gradients give."""
+        squares: Mapping[str, torch.Tensor] = {}
+        if readers and batches is not None and self.metric != "plain":
+            squares = squared_reader_gradients(graph, readers, batches, self.seed)
+        return {reader.name: reader.factors(squares.get(reader.name)) for reader in readers}
+
+    def _layers(self, graph: Graph, left: Counter[str], readers: Sequence[Reader]) -> list[Layer]:
         def misfit(layer: Layer) -> str | None:
             reasons = [form.misfit(layer) for form in self._forms()]
             return reasons[0] if all(reasons) else None
 
-        return chosen_layers(graph, self.include, self.exclude, left, misfit, blocks=True)
+        names = {weight.name for reader in readers for weight in reader.weights}
+        apart = [parameter for parameter in graph.all_parameters() if parameter.name in names]
+        return chosen_layers(graph, self.include, self.exclude, left, misfit, blocks=True, apart=apart)
 
     def _check_without_data(self) -> None:
         if self.rule == "fisher":
