@@ -98,14 +98,16 @@ class Factorize(Pass):
             problems = problems_on_data(graph, layers, batches, sensitivity)
             if self.rule == "fisher":
                 squares = squared_gradients(graph, layers, batches, self.seed)
-        choices, values = self._choices(graph, problems)
         factors = self._factors(graph, readers, batches)
+        choices, values = self._choices(graph, problems)
         for reader in readers:
-            found_factors = factors[reader.name]
-            choices[reader.name] = reader.choices(graph, found_factors, self.multiple, on_data=batches is not None)
-            values[reader.name] = (found_factors.tail[:-1] - found_factors.tail[1:]).clamp(min=0)
+            found = factors[reader.name]
+            choices[reader.name] = reader.choices(graph, found, self.multiple, on_data=batches is not None)
+            values[reader.name] = (found.tail[:-1] - found.tail[1:]).clamp(min=0)
         picked = self._gated(graph, layers, choices, lambda: self._picked(graph, choices, values, squares), context)
         context.left["it is worth more whole"] += len(layers) + len(readers) - len(picked)
+        if not picked:
+            return graph
         result = graph.copy()
         small = [
             (reader, factors[reader.name].of_rank(picked[reader.name].ranks[0]))
@@ -116,19 +118,30 @@ class Factorize(Pass):
             reader.set_product(result, *pair, by=self.name)
         own = [layer for layer in self._layers(result, Counter(), readers) if layer.weight.name in picked]
         if batches is None:
-            found = [(layer, _links(layer, picked[layer.weight.name])) for layer in own]
+            links = [(layer, _links(layer, picked[layer.weight.name])) for layer in own]
         else:
-            found = list(links_on_data(graph, result, own, picked, batches, sensitivity, by=self.name))
+            links = list(links_on_data(graph, result, own, picked, batches, sensitivity, by=self.name))
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")
-        for layer, links in found:
+        self._write(result, links, small, picked, context)
+        return result
+
+    def _write(
+        self,
+        result: Graph,
+        links: Sequence[tuple[Layer, list[Link]]],
+        small: Sequence[tuple[Reader, tuple[torch.Tensor, torch.Tensor]]],
+        picked: Mapping[str, Choice],
+        context: Context,
+    ) -> None:
+        """Put what was found in the places of the layers, and say so."""
+        for layer, own in links:
             choice = picked[layer.weight.name]
             context.cuts.append(Cut(f"{layer.weight.name} ({choice.form}): rank", _most(layer), choice.ranks[0]))
-            write_chain(result, layer, links, by=self.name)
+            write_chain(result, layer, own, by=self.name)
         for reader, (up, down) in small:
             context.cuts.append(Cut(f"{reader.name} (low-rank): rank", min(len(up), down.shape[1]), len(down)))
             reader.write(result, up, down, by=self.name)
         remove_dead(result)
-        return result if picked else graph
 
     def _forms(self) -> list[Form]:
         return [FORMS[self.form]] if self.form is not None else [FORMS[name] for name in UNASKED]
