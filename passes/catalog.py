@@ -19,6 +19,7 @@ GROUP = "regauge.passes"
 
 BUILT_IN = {
     "arrange": "regauge.passes.quantization.arrange:Arrange",
+    "canonicalize": "regauge.passes.factorization.canonicalize:Canonicalize",
     "depth": "regauge.passes.depth.depth:Depth",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
