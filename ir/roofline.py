@@ -10,15 +10,25 @@ arithmetic falls in steps: 33 channels take as long as 40 where the blocks are 8
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from regauge.ir.cost import CostModel, Meter, NodeTerm, Running, SizeOf, item_size, sized
+from regauge.ir.cost import (
+    CostModel,
+    Meter,
+    NodeTerm,
+    Running,
+    SizeOf,
+    item_size,
+    local_figures,
+    sized,
+    smallest_sizes,
+)
 from regauge.ir.errors import RegaugeError
 from regauge.ir.extents import Dim, Extent, leaves
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sizes import product
 
 _VIEWS = frozenset({"reshape", "unsqueeze", "squeeze", "identity", "expand", "permute", "select", "slice", "dropout"})
@@ -137,6 +147,18 @@ def _rising(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarr
             xs, ys = before[0] + xs, before[1] + ys
         pools.append((xs, ys))
     return np.array([np.mean(xs) for xs, _ in pools]), np.array([np.mean(ys) for _, ys in pools])
+
+
+def local_seconds(nodes: Iterable[Node], graph: Graph, device: Device) -> float:
+    """The predicted seconds of some nodes of a graph, every dynamic size at its least: does a rewrite pay?"""
+    bound, total = smallest_sizes(graph), 0.0
+    for node in nodes:
+        cost = local_figures([node], graph)
+        values = dict.fromkeys([*(v for _, v in node.operands() if not isinstance(v, Parameter)), *node.outputs])
+        moved = sum(item_size(v.dtype) * float(product(bound(size) for size in v.shape)) for v in values)
+        bytes_ = 0.0 if node.op in _VIEWS else cost.bytes + moved
+        total += device.overhead + max(2 * cost.macs / device.flops, bytes_ / device.bandwidth)
+    return total
 
 
 def roofline(graph: Graph, device: Device, at: Mapping[object, int] | None = None) -> Roofline:

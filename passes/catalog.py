@@ -32,6 +32,7 @@ BUILT_IN = {
     "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
+    "unfactorize": "regauge.passes.simplify.unfactorize:Unfactorize",
     "vocabulary": "regauge.passes.pruning.vocabulary:Vocabulary",
 }
 
