@@ -3,6 +3,7 @@
     PYTHONPATH=PHOTOGRAPHS python benchmarks/factorize.py [--only NAME ...] [--examples 128] [--write]
 
 char_gpt    perplexity with its linear layers at 0.8 and 0.6 of their parameters
+heads       perplexity with fewer directions in each head of attention, canonicalized before and not
 resnet*     share of photographs in the same class at half of the multiplications
 time        onnxruntime's for one batch, of the whole network's; medians in turns, one thread
 """
@@ -29,6 +30,7 @@ from regauge.ir.cost import figures
 from regauge.passes.calibration.layers import layer_of
 
 HEADS = ["network", "kept", "parameters", "MACs", "without data", "with data", "time"]
+OF_HEADS = ["char_gpt", "before", "parameters", "without data", "with data"]
 
 
 def characters(examples: int) -> Iterator[list[str]]:
@@ -40,6 +42,25 @@ def characters(examples: int) -> Iterator[list[str]]:
     for share in (0.8, 0.6):
         step = f"factorize{{params={round(figures(graph).parameters - (1 - share) * own)}}}"
         yield _row("char_gpt", f"{share} of linear layers", graph, step, batches, _perplexity, (windows[:8],))
+
+
+def heads(examples: int) -> Iterator[list[str]]:
+    model, windows = char_gpt.trained(), char_gpt.calibration_windows(examples)
+    graph = regauge.capture(model, (windows[:2],), dynamic={0: {0: "batch"}})
+    batches = [(part,) for part in windows.split(32)]
+    dims = ",".join(f"blocks.{block}.qkv.weight:0.{place}" for block in range(char_gpt.BLOCKS) for place in (1, 5))
+    for ratio in (0.25, 0.5, 0.75):
+        for first in ("", "canonicalize,"):
+            alone = regauge.optimize(graph, f"{first}prune{{ratio={ratio},score=l2,compensate=false,include=[{dims}]}}")
+            found = regauge.optimize(graph, f"{first}prune{{ratio={ratio},include=[{dims}]}}", data=batches)
+            share = f"{figures(found).parameters / figures(graph).parameters:.2f}"
+            yield [
+                f"{1 - ratio:g} of heads",
+                first.strip(",") or "as they are",
+                share,
+                _perplexity(alone),
+                _perplexity(found),
+            ]
 
 
 def images(depth: int, examples: int) -> Iterator[list[str]]:
@@ -80,14 +101,20 @@ def main() -> None:
         "resnet20": lambda: images(20, options.examples),
         "resnet56": lambda: images(56, options.examples),
     }
-    rows = []
-    for name, part in parts.items():
+
+    def measured(name: str, part: Callable[[], Iterator[list[str]]]) -> Iterator[list[str]]:
         for row in part() if not options.only or name in options.only else ():
             print("  ".join(row), flush=True)
-            rows.append(row)
+            yield row
+
+    rows = [row for name, part in parts.items() for row in measured(name, part)]
+    of_heads = list(measured("heads", lambda: heads(options.examples)))
     print(environment())
-    if options.write:
-        append_table("Layers as products of smaller ones, no fine-tuning", HEADS, rows, f"{options.examples} examples.")
+    note = f"{options.examples} examples."
+    if options.write and rows:
+        append_table("Layers as products of smaller ones, no fine-tuning", HEADS, rows, note)
+    if options.write and of_heads:
+        append_table("Fewer directions in heads of attention, no fine-tuning", OF_HEADS, of_heads, note)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ MAY_IMPORT = {
 STANDS_ON = {
     "attention": ("simplify",),
     "quantization": ("simplify",),
-    "training": ("pruning", "quantization"),
+    "training": ("pruning", "quantization", "factorization"),
     "elastic": ("pruning", "training"),
 }
 # A module of such a name hides the library, or says nothing about what is in it.

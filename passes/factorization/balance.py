@@ -8,22 +8,56 @@ In the metric of data the two sides are second moments: of what is contracted ov
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
+from regauge.ir.dtypes import is_real
+from regauge.ir.edit import record, set_weight
 from regauge.ir.extents import leaves
 from regauge.ir.frame_links import Place
 from regauge.ir.frames import Frame
+from regauge.ir.gauge import Gauge
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.lockstep import Lockstep
-from regauge.ir.regauging import within
+from regauge.ir.regauging import rotating, within
 
 _FLOOR = 1e-12  # of the mean entry of a diagonal: directions in which nothing is written or read stay invertible
 
 Moments: TypeAlias = dict[tuple[Frame, int], torch.Tensor]
 """Second moments [majors, size, size] of what takes a frame's map (1), and of what takes its inverse transpose (-1)."""
+
+
+def is_bond(frame: Frame, left: Counter[str]) -> bool:
+    """Whether a frame takes every map, and each of its weights stands on one side of it; else ``left`` says why not."""
+    if Gauge.GENERAL not in frame.gauge:
+        return False
+    if not all(is_real(side.parameter.dtype) for side in (*frame.writers, *frame.readers)):
+        left["a weight beside a bond is not real"] += 1
+        return False
+    written = {side.parameter: side.axis for side in frame.writers}
+    if any(written.get(side.parameter, side.axis) != side.axis for side in frame.readers):
+        left["one weight both reads and writes a bond"] += 1
+        return False
+    return True
+
+
+def balance_frame(graph: Graph, result: Graph, frame: Frame, moments: Moments, *, by: str) -> None:
+    """Bring a frame into singular form in ``result``, a copy of the graph, by the moments that there are of it."""
+    sides = []
+    for sign, parameters in ((1, frame.writers), (-1, frame.readers)):
+        found = moments.get((frame, sign))
+        sides.append(moments_of_weights(graph, frame, parameters, result.parameters) if found is None else found)
+    matrix = balancing(*sides).reshape(*frame.shape, -1)
+    for parameter, steps in rotating(graph, frame, matrix).items():
+        own = result.parameters[parameter.name]
+        changed = own.tensor.detach().double()
+        for step in steps:
+            changed = step(changed)
+        set_weight(result, own, changed.to(own.tensor.dtype), by=by)
+    record(result, by, f"{frame.name}: singular form")
 
 
 def balancing(writers: torch.Tensor, readers: torch.Tensor) -> torch.Tensor:

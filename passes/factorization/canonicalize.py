@@ -9,17 +9,13 @@ from typing import ClassVar
 
 import torch
 
-from regauge.ir.dtypes import is_real
-from regauge.ir.edit import record, set_weight
-from regauge.ir.frames import Frame, find_frames
-from regauge.ir.gauge import Gauge
+from regauge.ir.frames import find_frames
 from regauge.ir.graph import Graph, Value
-from regauge.ir.regauging import rotating
 from regauge.passes.attention.assembled import assembled
 from regauge.passes.attention.sites import Heads, Site, attention_sites
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches
-from regauge.passes.factorization.balance import Moments, balancing, moments_of_weights, moments_on_data
+from regauge.passes.factorization.balance import Moments, balance_frame, is_bond, moments_on_data
 from regauge.passes.factorization.head_bonds import balance_heads, misfit, moments_of_heads
 
 
@@ -47,9 +43,8 @@ class Canonicalize(Pass):
         sites = attention_sites(start)
         fit = [(site, name) for site in sites for name in ("value", "key") if _fits(site, name, context.left)]
         inside = {value for site, name in fit for value in _carrying(site, name)}
-        frames = [
-            f for f in find_frames(start) if _is_bond(f, context.left) and not any(p[0] in inside for p in f.values)
-        ]
+        others = (frame for frame in find_frames(start) if not any(place[0] in inside for place in frame.values))
+        frames = [frame for frame in others if is_bond(frame, context.left)]
         heads: dict[Heads, torch.Tensor] = {}
         moments: Moments = {}
         if context.data is not None and (frames or fit):
@@ -60,23 +55,9 @@ class Canonicalize(Pass):
         for site, name in fit:
             balance_heads(result, site, name, heads, by=self.name)
         for frame in frames:
-            self._balance(start, result, frame, moments)
+            balance_frame(start, result, frame, moments, by=self.name)
         context.note(f"{len(fit)} bonds in heads of attention, {len(frames)} others")
         return result if fit or frames else graph
-
-    def _balance(self, graph: Graph, result: Graph, frame: Frame, moments: Moments) -> None:
-        sides = []
-        for sign, parameters in ((1, frame.writers), (-1, frame.readers)):
-            found = moments.get((frame, sign))
-            sides.append(moments_of_weights(graph, frame, parameters, result.parameters) if found is None else found)
-        matrix = balancing(*sides).reshape(*frame.shape, -1)
-        for parameter, steps in rotating(graph, frame, matrix).items():
-            own = result.parameters[parameter.name]
-            changed = own.tensor.detach().double()
-            for step in steps:
-                changed = step(changed)
-            set_weight(result, own, changed.to(own.tensor.dtype), by=self.name)
-        record(result, self.name, f"{frame.name}: singular form")
 
 
 def _fits(site: Site, name: str, left: Counter[str]) -> bool:
@@ -94,17 +75,3 @@ def _carrying(site: Site, name: str) -> Iterator[Value]:
             yield from node.outputs
     if name == "value":
         yield site.node.output
-
-
-def _is_bond(frame: Frame, left: Counter[str]) -> bool:
-    """Whether a frame takes every map, and each of its weights stands on one side of it."""
-    if Gauge.GENERAL not in frame.gauge:
-        return False
-    if not all(is_real(side.parameter.dtype) for side in (*frame.writers, *frame.readers)):
-        left["a weight beside a bond is not real"] += 1
-        return False
-    written = {side.parameter: side.axis for side in frame.writers}
-    if any(written.get(side.parameter, side.axis) != side.axis for side in frame.readers):
-        left["one weight both reads and writes a bond"] += 1
-        return False
-    return True
