@@ -31,7 +31,7 @@ from regauge.ir.extents import Dim, Extent, leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sizes import product
 
-_VIEWS = frozenset({"reshape", "unsqueeze", "squeeze", "identity", "expand", "permute", "select", "slice", "dropout"})
+VIEWS = frozenset({"reshape", "unsqueeze", "squeeze", "identity", "expand", "permute", "select", "slice", "dropout"})
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Step:
             for extent in axes if isinstance(axes, list) else ():
                 if not any(dim in cut for dim in leaves(extent)):
                     fixed[id(extent)] = int(sized(extent, model.number))
-        values = [] if node.node.op in _VIEWS else [*node.node.inputs, *node.node.outputs]
+        values = [] if node.node.op in VIEWS else [*node.node.inputs, *node.node.outputs]
         self.moved = []
         for value in dict.fromkeys(value for value in values if isinstance(value, Value)):
             axes = model.axes(value)

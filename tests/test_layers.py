@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "demo": ("optimize", "frontends", "passes", "backends", "ir", "settings"),
     "terminal": ("ir",),
     "cli_files": ("frontends", "backends", "ir", "settings"),
+    "cli_tables": ("ir",),
     "cli": ("*",),
     "__main__": ("cli",),
 }

@@ -1,0 +1,124 @@
+"""The loops of a kernel: neighbours that every tensor has, or lacks, one behind the other are one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from regauge.ir.errors import FusionError
+from regauge.ir.extents import Dim
+from regauge.ir.fusion.region import Layout, Region
+from regauge.ir.graph import Value
+from regauge.ir.sizes import is_static
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Dims that a kernel goes through with one index, the slowest first."""
+
+    name: str
+    dims: tuple[Dim, ...]
+
+    def size(self, sizes: Mapping[Dim, int]) -> int:
+        count = 1
+        for dim in self.dims:
+            count *= sizes[dim]
+        return count
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor that a kernel reads or writes, under a name of its own."""
+
+    name: str
+    value: Value
+    layout: Layout
+    axes: frozenset[Dim]
+
+    def loops(self, loops: Iterable[Loop]) -> list[Loop]:
+        """Those of the loops that the tensor has."""
+        return [loop for loop in loops if loop.dims[0] in self.axes]
+
+
+@dataclass(frozen=True, eq=False)
+class Loops:
+    """The loops of a kernel: ``rows``, and ``columns``, which are reduced where anything is."""
+
+    rows: tuple[Loop, ...]
+    columns: tuple[Loop, ...]
+
+    @cached_property
+    def all(self) -> tuple[Loop, ...]:
+        return (*self.rows, *self.columns)
+
+
+def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool) -> Loops:
+    """The loops of a pointwise region, or of one that reduces rows.
+
+    With ``contiguous`` neighbouring axes of a tensor are taken for one, which its strides have to allow
+    (:func:`fits`); else only parts of one axis are. A pointwise region has the last of its loops as columns.
+    """
+
+    def merged(dims: Sequence[Dim]) -> list[tuple[Dim, ...]]:
+        groups: list[tuple[Dim, ...]] = []
+        for dim in dims:
+            if groups and all(_follow(t.layout, groups[-1][-1], dim, contiguous) for t in tensors):
+                groups[-1] = (*groups[-1], dim)
+            else:
+                groups.append((dim,))
+        return groups
+
+    rows = merged([dim for dim in region.loops if dim not in region.reduced])
+    columns = merged([dim for dim in region.loops if dim in region.reduced])
+    if not region.reduced:
+        rows, columns = rows[:-1], rows[-1:]
+    named = [[Loop(region.names[dims[0]], dims) for dims in part] for part in (rows, columns)]
+    return Loops(tuple(named[0]), tuple(named[1]))
+
+
+def _follow(layout: Layout, first: Dim, second: Dim, contiguous: bool) -> bool:
+    """Whether a tensor has neither loop, or the second one right behind the first."""
+    axes = [tuple(dim for axis in layout for dim in axis)] if contiguous else layout
+    flat = [dim for axis in axes for dim in axis]
+    if first not in flat and second not in flat:
+        return True
+    return any((first, second) in zip(axis, axis[1:], strict=False) for axis in axes)
+
+
+def sizes_of(tensors: Iterable[Tensor], given: Mapping[Value, torch.Tensor]) -> dict[Dim, int]:
+    """How many indices each loop has, from the shapes of what is read; raises FusionError where these do not fit."""
+    found: dict[Dim, int] = {}
+    read = [tensor for tensor in tensors if tensor.value in given]
+    for tensor in read:
+        found.update({dim: int(dim.size) for dim in tensor.axes if is_static(dim.size)})
+    for tensor in read:
+        for axis, size in zip(tensor.layout, given[tensor.value].shape, strict=True):
+            unknown = [dim for dim in axis if dim not in found]
+            known = 1
+            for dim in axis:
+                known *= found.get(dim, 1)
+            if len(unknown) == 1:
+                found[unknown[0]] = size // max(known, 1)
+                known *= found[unknown[0]]
+            if unknown[1:] or known != size:
+                raise FusionError(f"{tensor.name} has {size} indices where its kernel expects {known}")
+    return found
+
+
+def strides_of(tensor: Tensor, given: torch.Tensor, sizes: Mapping[Dim, int]) -> dict[Dim, int]:
+    """How far apart in memory neighbouring indices of each loop are."""
+    found: dict[Dim, int] = {}
+    for axis, stride in zip(tensor.layout, given.stride(), strict=True):
+        for dim in reversed(axis):
+            found[dim] = stride
+            stride *= sizes[dim]
+    return found
+
+
+def fits(loop: Loop, strides: Mapping[Dim, int], sizes: Mapping[Dim, int]) -> bool:
+    """Whether a tensor with these strides has the parts of a loop one behind the other."""
+    pairs = zip(loop.dims, loop.dims[1:], strict=False)
+    return all(strides[first] == strides[second] * sizes[second] for first, second in pairs)
