@@ -18,11 +18,13 @@ from regauge.passes.pipeline_text import parse_pipeline
 GROUP = "regauge.passes"
 
 BUILT_IN = {
+    "adapt": "regauge.passes.adapters.adapt:Adapt",
     "arrange": "regauge.passes.quantization.arrange:Arrange",
     "depth": "regauge.passes.depth.depth:Depth",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "flatten": "regauge.passes.quantization.flatten:Flatten",
+    "merge-adapters": "regauge.passes.adapters.merge_adapters:MergeAdapters",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",

@@ -30,6 +30,7 @@ MAY_IMPORT = {
 }
 # Families of passes that stand on another one.
 STANDS_ON = {
+    "adapters": ("simplify",),
     "quantization": ("simplify",),
     "training": ("pruning", "quantization"),
     "elastic": ("pruning", "training"),
