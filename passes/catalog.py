@@ -33,6 +33,7 @@ BUILT_IN = {
     "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
+    "stream": "regauge.passes.streaming.stream:Stream",
     "vocabulary": "regauge.passes.pruning.vocabulary:Vocabulary",
 }
 
