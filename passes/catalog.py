@@ -18,12 +18,14 @@ from regauge.passes.pipeline_text import parse_pipeline
 GROUP = "regauge.passes"
 
 BUILT_IN = {
+    "adapt": "regauge.passes.adapters.adapt:Adapt",
     "arrange": "regauge.passes.quantization.arrange:Arrange",
     "canonicalize": "regauge.passes.factorization.canonicalize:Canonicalize",
     "depth": "regauge.passes.depth.depth:Depth",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "flatten": "regauge.passes.quantization.flatten:Flatten",
+    "merge-adapters": "regauge.passes.adapters.merge_adapters:MergeAdapters",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",
@@ -32,6 +34,7 @@ BUILT_IN = {
     "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
+    "stream": "regauge.passes.streaming.stream:Stream",
     "unfactorize": "regauge.passes.simplify.unfactorize:Unfactorize",
     "vocabulary": "regauge.passes.pruning.vocabulary:Vocabulary",
 }

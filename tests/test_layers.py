@@ -32,6 +32,7 @@ MAY_IMPORT = {
 # Families of passes that stand on another one.
 STANDS_ON = {
     "attention": ("simplify",),
+    "adapters": ("simplify",),
     "quantization": ("simplify",),
     "training": ("pruning", "quantization", "factorization"),
     "elastic": ("pruning", "training"),
