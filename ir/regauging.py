@@ -57,16 +57,16 @@ def _scaling(graph: Graph, scales: Mapping[Frame, torch.Tensor]) -> dict[Paramet
 def rotated(graph: Graph, matrices: Mapping[Frame, torch.Tensor], *, by: str = "rotated") -> Graph:
     """A new graph in which the values h of each frame become T h, with a matrix T [size, size].
 
-    T is orthogonal, or any invertible matrix where the frame's gauge is general linear. Raises GraphError where the
-    frame admits no such matrix.
+    T is orthogonal, or any invertible matrix where the frame's gauge is general linear; it may be another one in each
+    index of the frame's majors, as in each head: [*sizes of its majors, size, size]. Raises GraphError where the frame
+    admits no such matrix.
     """
     changes: dict[Parameter, list[Change]] = {}
     for frame, given in matrices.items():
         matrix = _checked_matrix(frame, given)
-        for sides, factor in ((frame.writers, matrix), (frame.readers, torch.linalg.inv(matrix).T)):
+        for sides, factor in ((frame.writers, matrix), (frame.readers, torch.linalg.inv(matrix).mT)):
             for side in sides:
-                positions = fibres(graph.axes.of[side.parameter][side.axis], side.number)
-                changes.setdefault(side.parameter, []).append(mixed(side.axis, torch.from_numpy(positions), factor))
+                changes.setdefault(side.parameter, []).append(_multiplied_by(graph, frame, side, factor))
     return _changed(graph.copy(), changes, [frame.name for frame in matrices], by)
 
 
@@ -93,6 +93,16 @@ def entries(graph: Graph, frame: Frame, place: Place) -> np.ndarray:
     index = numbered(axes, axis, (*frame.majors, frame.dim))
     own = _covered(axes[axis], number).reshape([-1 if at == axis else 1 for at in range(len(axes))])
     return np.where(own, index, -1)
+
+
+def lines(graph: Graph, frame: Frame, place: Place) -> np.ndarray:
+    """The entries of a tensor, counted through, along the Dim of a frame: [*sizes of its majors, size, lines].
+
+    The lines are in the same order everywhere, so that those of two majors, or of two indices, belong together.
+    """
+    index = np.broadcast_to(entries(graph, frame, place), tuple(int(size) for size in place[0].shape)).reshape(-1)
+    found: np.ndarray = np.argsort(index, kind="stable")[int((index < 0).sum()) :].reshape(*frame.shape, -1)
+    return found
 
 
 def _covered(extent: Extent, number: int) -> np.ndarray:
@@ -128,6 +138,21 @@ def fibres(extent: Extent, number: int) -> np.ndarray:
 def _multiplied(index: torch.Tensor, factor: torch.Tensor) -> Change:
     table = torch.cat([factor.reshape(-1), torch.ones(1, dtype=torch.float64)])  # the last is for -1
     return lambda tensor: tensor * table[index].to(tensor.device)
+
+
+def _multiplied_by(graph: Graph, frame: Frame, side: Place, matrix: torch.Tensor) -> Change:
+    if matrix.dim() == 2:
+        return mixed(side[1], torch.from_numpy(fibres(graph.axes.of[side[0]][side[1]], side[2])), matrix)
+    positions = torch.from_numpy(lines(graph, frame, side))
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        flat = tensor.reshape(-1)
+        own = positions.to(tensor.device)
+        result = flat.clone()
+        result[own] = matrix.to(flat) @ flat[own]
+        return result.reshape(tensor.shape)
+
+    return change
 
 
 def mixed(axis: int, positions: torch.Tensor, matrix: torch.Tensor) -> Change:
@@ -177,10 +202,10 @@ def _checked_matrix(frame: Frame, given: torch.Tensor) -> torch.Tensor:
     size = int(frame.dim.size)
     if not frame.gauge & (Gauge.ORTHOGONAL | Gauge.GENERAL):
         raise _refusal(frame, "takes no rotation")
-    if tuple(given.shape) != (size, size):
+    if tuple(given.shape) not in ((*frame.shape, size), (size, size)):
         raise GraphError(f"{frame.name} is rotated by a matrix [{size}, {size}], not {list(given.shape)}")
     matrix = given.detach().double().cpu()
-    apart = float((matrix.T @ matrix - torch.eye(size, dtype=torch.float64)).abs().max())
+    apart = float((matrix.mT @ matrix - torch.eye(size, dtype=torch.float64)).abs().max())
     if Gauge.GENERAL not in frame.gauge and not apart <= _ORTHOGONAL_TO:
         raise _refusal(frame, f"takes no matrix but orthogonal ones: this one is {apart:.1e} away")
     return matrix
