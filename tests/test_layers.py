@@ -31,6 +31,7 @@ MAY_IMPORT = {
 # Families of passes that stand on another one.
 STANDS_ON = {
     "quantization": ("simplify",),
+    "sharing": ("depth", "factorization"),
     "training": ("pruning", "quantization"),
     "elastic": ("pruning", "training"),
 }

@@ -7,7 +7,7 @@ and each head in a basis of its own; what they share shows once these are taken 
                          write them as in those that read them
     orders               the linear assignment of greatest inner product over all weights that have the Dim (weight
                          matching, Ainsworth et al. 2023, Git Re-Basin, algorithm 1). Of Dims in whose indices a basis
-                         is free, as heads, what is compared is what no basis changes: reading weights times writing ones
+                         is free, as heads, what is compared is what no basis changes: what reads times what writes
     bases                the singular basis of that product, as large on both sides, then the rotation that is nearest
                          to the other blocks (orthogonal Procrustes, Schoenemann 1966); with RMS norms the rotation
 
@@ -100,7 +100,8 @@ def _is_gain(uses: Iterable[tuple[Node, int]]) -> bool:
 def _balance(private: Private, block: int, frame: Frame) -> torch.Tensor:
     written, read = (private.along(block, frame, sides).norm(dim=2) for sides in (frame.writers, frame.readers))
     usable = (written > 0) & (read > 0)
-    return (read / written).where(usable, 1.0).sqrt().reshape(frame.shape)
+    scale: torch.Tensor = (read / written).where(usable, 1.0).sqrt()
+    return scale.reshape(frame.shape)
 
 
 # -- orders ------------------------------------------------------------------------------------------------------------
@@ -147,8 +148,8 @@ def _between_rows(rows: Sequence[torch.Tensor]) -> Likeness:
     lengths = [max(float(own.norm()), 1e-150) for own in rows]
 
     def like(block: int, others: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
-        total = sum(rows[other][order] / lengths[other] for other, order in others)
-        found: np.ndarray = (rows[block] @ total.t()).numpy() / lengths[block]  # type: ignore[union-attr]
+        total = torch.stack([rows[other][order] / lengths[other] for other, order in others]).sum(0)
+        found: np.ndarray = (rows[block] @ total.t()).numpy() / lengths[block]
         return found
 
     return like
@@ -178,8 +179,9 @@ def _between_products(private: Private, dim: Dim, frames: Sequence[Frame]) -> Li
     lengths = [max(float(np.trace(inner(block, block))), 1e-300) ** 0.5 for block in range(len(frames))]
 
     def like(block: int, others: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
-        total = sum(inner(block, other)[:, order] / lengths[other] for other, order in others)
-        return np.asarray(total) / lengths[block]
+        total = [inner(block, other)[:, order] / lengths[other] for other, order in others]
+        found: np.ndarray = np.sum(total, 0) / lengths[block]
+        return found
 
     return like
 
@@ -188,7 +190,7 @@ def _between_products(private: Private, dim: Dim, frames: Sequence[Frame]) -> Li
 
 
 def _turned(private: Private, frames: Sequence[Sequence[Frame]], by: str) -> Graph:
-    matrices = {}
+    matrices = dict[Frame, torch.Tensor]()
     for own in frames:
         if own[0].gauge & Gauge.ORTHOGONAL:
             found = _bases(private, own, Gauge.GENERAL in own[0].gauge)
@@ -208,7 +210,8 @@ def _bases(private: Private, frames: Sequence[Frame], general: bool) -> list[tor
     turns = [eye for _ in frames]
     for turn in range(_ROUNDS):
         for block, others in _turns_of(len(frames), turn):
-            u, _, v = torch.linalg.svd(sum(turns[o] @ both[o] for o in others) @ both[block].mT)
+            total = torch.stack([turns[o] @ both[o] for o in others]).sum(0)
+            u, _, v = torch.linalg.svd(total @ both[block].mT)
             turns[block] = u @ v
     return [turn @ own for turn, own in zip(turns, maps, strict=True)]
 

@@ -28,7 +28,7 @@ def all_scaled(graph: Graph, seed: int = 0) -> tuple[Graph, list[Frame]]:
 
 
 def all_rotated(graph: Graph, seed: int = 0) -> tuple[Graph, list[Frame]]:
-    """Every frame that admits it with a matrix for each index of its majors: any invertible one, or an orthogonal one."""
+    """Every frame that admits it with a matrix per index of its majors: any invertible one, or an orthogonal one."""
     generator = torch.Generator().manual_seed(seed)
     frames = [frame for frame in find_frames(graph) if Gauge.ORTHOGONAL in frame.gauge]
     matrices = {}
