@@ -18,8 +18,8 @@ from regauge.passes.factorization.problems import Problem
 
 Start: TypeAlias = Literal["fit", "average", "stepwise", "lower"]
 
-_TURNS = 6
-_STEPS = 40  # of conjugate gradients
+_TURNS = 10
+_STEPS = 12  # of conjugate gradients in each turn
 _CLOSE = 1e-6  # what is left of the gradient, as a share of the first
 
 
@@ -60,7 +60,7 @@ def atoms(problems: Sequence[Problem], count: int) -> tuple[torch.Tensor, torch.
     """Atoms [count, outputs, columns] and coefficients [layers, count]."""
     weights = torch.stack([problem.weight for problem in problems])
     flat = weights.flatten(1)
-    values, vectors = torch.linalg.eigh(flat @ flat.t())
+    _, vectors = torch.linalg.eigh(flat @ flat.t())
     first = vectors.flip(1)[:, :count]
     found = torch.einsum("ls,lij->sij", first, weights)
     if problems[0].inputs is None:
