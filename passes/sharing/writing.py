@@ -45,11 +45,13 @@ def write_residual(graph: Graph, layer: Layer, links: Sequence[Link], *, by: str
     """
     node, build = layer.node, Builder(graph, by=by)
     with build.at(node):
-        value = node.inputs[0]
+        around, value = _around(layer), node.inputs[0]
         for link in links:
-            name = _beside(layer, link.name)
-            weight = weight_like(build, name, link.weight, layer.weight)
+            name = f"{_stem(layer)}_{link.name}"
+            weight = weight_like(build, f"{name}.weight", link.weight, layer.weight)
+            build.scope = (*around, *((name, kind) for _, kind in node.scope[len(around) :]))
             value = build(link.op, value, weight, name=f"{node.output.name}_{link.name}", **link.attributes)
+        build.scope = around
         total = build.add(node.output, value, name=f"{node.output.name}_sum")
     replace_uses(graph, node.output, total)
     set_input(total.producer, 0, node.output, graph)
@@ -68,10 +70,11 @@ def write_mixture(
     """
     build, first = Builder(graph, by=by), layers[0]
     stored = torch.stack([first.stored(atom) for atom in atoms])
-    table = weight_like(build, _beside(first, "atoms"), stored.flatten(1), first.weight)
+    table = weight_like(build, f"{_stem(first)}_atoms", stored.flatten(1), first.weight)
     for layer, mixture in zip(layers, mixtures, strict=True):
-        own = weight_like(build, _beside(layer, "mixture"), mixture[None], layer.weight)
+        own = weight_like(build, f"{_stem(layer)}_mixture", mixture[None], layer.weight)
         with build.at(layer.node):
+            build.scope = _around(layer)
             if _mixed_after(graph, layer, len(atoms)):
                 replace_uses(graph, layer.node.output, _mixed_results(build, layer, own, table))
             else:
@@ -106,6 +109,7 @@ def _stem(layer: Layer) -> str:
     return layer.weight.name.removesuffix(".weight")
 
 
-def _beside(layer: Layer, name: str) -> str:
-    """The name of a weight of a module beside that of the layer: ``blocks.0.fc1_down.weight``."""
-    return f"{_stem(layer)}_{name}.weight"
+def _around(layer: Layer) -> tuple[tuple[str, str], ...]:
+    """The modules around that of a layer."""
+    scope = layer.node.scope
+    return scope[:-1] if scope and scope[-1][0] == _stem(layer) else scope
