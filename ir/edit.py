@@ -315,6 +315,18 @@ def remove_parameter(graph: Graph, parameter: Parameter, *, by: str = "remove_pa
     graph.version += 1
 
 
+def tie(graph: Graph, kept: Parameter, other: Parameter) -> None:
+    """Let all that reads ``other`` read ``kept``, of the same shape and type; ``other`` goes.
+
+    Where the graph was captured the keys of its state_dict stay; a loaded file names each of its weights once.
+    """
+    replace_uses(graph, other, kept)
+    if "onnx" not in graph.metadata and other.kind == "parameter":
+        kept.aliases = (*kept.aliases, *other.names)
+    del graph.parameters[other.name]
+    graph.version += 1
+
+
 def dead_nodes(graph: Graph, keep: Collection[str] = ()) -> list[Node]:
     """Nodes that no output, no state and no node named in ``keep`` depends on, each after those that read it.
 

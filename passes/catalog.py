@@ -30,6 +30,7 @@ BUILT_IN = {
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",
     "scalify": "regauge.passes.scaling.scalify:Scalify",
+    "share": "regauge.passes.sharing.share:Share",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
     "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",

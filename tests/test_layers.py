@@ -35,6 +35,7 @@ STANDS_ON = {
     "adapters": ("simplify",),
     "quantization": ("simplify",),
     "training": ("pruning", "quantization", "factorization"),
+    "sharing": ("depth", "factorization"),
     "elastic": ("pruning", "training"),
 }
 # A module of such a name hides the library, or says nothing about what is in it.

@@ -31,10 +31,10 @@ def write_chain(graph: Graph, layer: Layer, links: Sequence[Link], *, by: str) -
     with build.at(node):
         value: Value | Any = node.inputs[0]
         for place, link in enumerate(links):
-            weight = _parameter(build, f"{stem}{link.name}.weight", link.weight, layer.weight)
+            weight = weight_like(build, f"{stem}{link.name}.weight", link.weight, layer.weight)
             bias = None
             if place + 1 == len(links) and layer.bias is not None:
-                bias = _parameter(build, f"{stem}{link.name}.bias", layer.bias.tensor.detach(), layer.bias)
+                bias = weight_like(build, f"{stem}{link.name}.bias", layer.bias.tensor.detach(), layer.bias)
             name = node.output.name if place + 1 == len(links) else f"{node.output.name}_{link.name}"
             operands = (value, weight) if bias is None else (value, weight, bias)
             value = build(link.op, *operands, name=name, **link.attributes)
@@ -42,7 +42,8 @@ def write_chain(graph: Graph, layer: Layer, links: Sequence[Link], *, by: str) -
     record(graph, by, f"{layer.weight.name}: {' '.join('x'.join(map(str, link.weight.shape)) for link in links)}")
 
 
-def _parameter(build: Builder, name: str, data: torch.Tensor, like: Parameter) -> Parameter:
+def weight_like(build: Builder, name: str, data: torch.Tensor, like: Parameter) -> Parameter:
+    """A new weight of the type of another one, trained where that is; ``name`` is changed where it is taken."""
     assert isinstance(like.dtype, torch.dtype)
     data = data.to(like.dtype).contiguous()
     return build.parameter(build.unique(name), data, like.kind, trainable=like.trainable)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,32 @@ def links_on_data(
     *,
     by: str,
 ) -> Iterator[tuple[Layer, list[Link]]]:
-    """The links of ``layers``, which are those of ``changed``, a copy of ``original``.
+    """The links of ``layers``, which are those of ``changed``, a copy of ``original``: see :func:`refitted`."""
+    found = dict[str, list[Link]]()
 
-    What they multiply by is written into ``changed``, and biases that make up for it.
+    def matrix(problem: Problem) -> torch.Tensor:
+        name = problem.layer.weight.name
+        found[name], result = FORMS[picked[name].form].links(problem, picked[name].ranks)
+        return result
+
+    for layer in refitted(original, changed, layers, matrix, batches, metrics, by=by):
+        yield layer, found.pop(layer.weight.name)
+
+
+def refitted(
+    original: Graph,
+    changed: Graph,
+    layers: Sequence[Layer],
+    matrix_for: Callable[[Problem], torch.Tensor],
+    batches: Sequence[Any],
+    metrics: Mapping[str, torch.Tensor],
+    *,
+    by: str,
+) -> Iterator[Layer]:
+    """Each of ``layers``, which are those of ``changed``, a copy of ``original``, once it has another matrix.
+
+    ``matrix_for`` gives it for what the layer should do with the inputs that it has by then. It is written into
+    ``changed``, and biases that make up for it.
     """
     by_node = {layer.node: layer for layer in layers}
     run = SideBySide(original, changed, batches)
@@ -59,14 +82,13 @@ def links_on_data(
         moments.check(node.label)
         quadratic = _quadratic(layer, moments)
         problem = Problem(layer, quadratic.optimum, quadratic.hessian, metrics[layer.weight.name])
-        choice = picked[layer.weight.name]
-        links, matrix = FORMS[choice.form].links(problem, choice.ranks)
+        matrix = matrix_for(problem)
         if _is_free(layer):
             shifted = layer.shifted(quadratic.bias(matrix) - _bias(layer))
             if shifted is not None:
                 set_weight(changed, *shifted, by=by)
         set_weight(changed, layer.weight, layer.stored(matrix), by=by)
-        yield layer, links
+        yield layer
 
 
 def _quadratic(layer: Layer, moments: Moments) -> Quadratic:
