@@ -156,7 +156,7 @@ def local_seconds(nodes: Iterable[Node], graph: Graph, device: Device) -> float:
         cost = local_figures([node], graph)
         values = dict.fromkeys([*(v for _, v in node.operands() if not isinstance(v, Parameter)), *node.outputs])
         moved = sum(item_size(v.dtype) * float(product(bound(size) for size in v.shape)) for v in values)
-        bytes_ = 0.0 if node.op in _VIEWS else cost.bytes + moved
+        bytes_ = 0.0 if node.op in VIEWS else cost.bytes + moved
         total += device.overhead + max(2 * cost.macs / device.flops, bytes_ / device.bandwidth)
     return total
 
