@@ -106,8 +106,8 @@ class BondSparsifier(Sparsifier):
         frames = [frame for frame in find_frames(trained) if frame.dim.name in names and is_bond(frame, self.left)]
         for frame in frames:
             balance_frame(trained, result, frame, {}, by=self.name)
-        keep = {name: range(rank) for name, rank in names.items()}
-        return resize(result, keep, by=self.name)
+        keep = {bond.dim.name: range(rank) for bond, rank in self.ranks.items() if rank < bond.size}
+        return resize(result, keep, by=self.name) if keep else result
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "ranks": {bond.dim.name: rank for bond, rank in self.ranks.items()}}

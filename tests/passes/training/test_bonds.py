@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import regauge
-from regauge.training import OrderedDropout, full_rank_factors
+from regauge.training import Dlrt, OrderedDropout, SelfGuided, full_rank_factors
 
 
 def planted(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,6 +20,10 @@ def factored() -> tuple[nn.Module, regauge.Graph]:
     graph = full_rank_factors(regauge.capture(nn.Linear(12, 10).eval(), (torch.randn(2, 12),)))
     model = graph.to_torch()
     return model, regauge.capture(model, (torch.randn(2, 12),), dynamic={0: {0: "batch"}})
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(((found - wanted).norm() / wanted.norm()).detach())
 
 
 def test_factors_of_full_rank_compute_the_same() -> None:
@@ -48,6 +52,71 @@ def test_ordered_dropout_finds_the_rank(rank: int) -> None:
     found = sparsifier.finish()
     assert list(sparsifier.ranks.values()) == [rank] and found.find("down.weight").shape == (rank, 12)
     torch.testing.assert_close(found.run(x)[0], model(x).detach(), rtol=1e-4, atol=1e-5)
-    assert float((found.run(x)[0] - y).norm() / y.norm()) < 1e-3
+    assert relative(found.run(x)[0], y) < 1e-3
     values = found.find("down.weight").tensor.square().sum(1)
     torch.testing.assert_close(values, torch.linspace(3, 1.5, rank), rtol=1e-3, atol=1e-3)  # singular, in order
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_dlrt_finds_the_rank_of_a_matrix(rank: int) -> None:
+    x, y = planted(rank)
+    model, graph = factored()
+    sparsifier = Dlrt(model, graph, learning=600, rate=0.5, tolerance=0.03)
+    optimizer = torch.optim.SGD([model.get_parameter("up.bias")], lr=0.1)
+    for _ in range(600):
+        part = torch.randint(len(x), (64,))
+        model.zero_grad()
+        nn.functional.mse_loss(model(x[part]), y[part]).backward()
+        optimizer.step()
+        sparsifier.step()
+    found = sparsifier.finish()
+    assert list(sparsifier.ranks.values()) == [rank] and found.find("up.weight").shape == (10, rank)
+    assert relative(found.run(x)[0], y) < 1e-4
+
+
+def test_dlrt_finds_the_ranks_of_a_kernel() -> None:
+    """A convolution of Tucker ranks two (inputs) and three (outputs), from six and eight."""
+    down, core, up = torch.randn(2, 6, 1, 1), torch.randn(3, 2, 3, 3), torch.randn(8, 3, 1, 1)
+    kernel = torch.einsum("oa,abhw,bi->oihw", up[..., 0, 0], core, down[..., 0, 0]) / 4
+    x = torch.randn(64, 6, 6, 6)
+    y = nn.functional.conv2d(x, kernel)
+    chain = [nn.Conv2d(6, 6, 1, bias=False), nn.Conv2d(6, 8, 3, bias=False), nn.Conv2d(8, 8, 1)]
+    model = nn.Sequential(*chain)
+    graph = regauge.capture(model, (x[:2],), dynamic={0: {0: "batch"}})
+    sparsifier = Dlrt(model, graph, learning=900, rate=0.3, tolerance=0.03)
+    optimizer = torch.optim.SGD([model.get_parameter("2.bias")], lr=0.3)
+    for _ in range(900):
+        part = torch.randint(len(x), (16,))
+        model.zero_grad()
+        nn.functional.mse_loss(model(x[part]), y[part]).backward()
+        optimizer.step()
+        sparsifier.step()
+    found = sparsifier.finish()
+    assert found.find("1.weight").shape == (3, 2, 3, 3) and found.find("0.weight").shape == (2, 6, 1, 1)
+    assert relative(found.run(x)[0], y) < 1e-4
+
+
+def test_a_dense_guide_fades_out() -> None:
+    x, y = planted(4)
+    model = nn.Sequential(nn.Linear(12, 4, bias=False), nn.Linear(4, 10))
+    graph = regauge.capture(model, (x[:2],), dynamic={0: {0: "batch"}})
+    start = model(x).detach()
+    guide = SelfGuided(model, graph, learning=200, rate=0.03)
+    torch.testing.assert_close(model(x), start, rtol=1e-4, atol=1e-5)  # the dense layer begins as the pair
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    shares, errors = [], []
+    for _ in range(400):
+        part = torch.randint(len(x), (64,))
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x[part]), y[part])
+        loss.backward()
+        optimizer.step()
+        guide.step()
+        shares.append(guide.share)
+        errors.append(float(loss.detach()))
+    assert shares[99] == pytest.approx(0.5) and shares[199] == 0 and errors[20] < 0.7 * errors[0]
+    found = guide.finish()
+    assert relative(found.run(x)[0], y) < 1e-2
+    torch.testing.assert_close(found.run(x)[0], model(x).detach(), rtol=1e-4, atol=1e-5)
+    values = found.find("0.weight").tensor.square().sum(1)
+    torch.testing.assert_close(values, torch.linspace(3, 1.5, 4), rtol=0.02, atol=0.02)
