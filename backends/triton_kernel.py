@@ -10,6 +10,7 @@ behind the other in memory, one for any strides, and of reductions each at once 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -17,19 +18,27 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from regauge.backends.torch_runtime import import_source
-from regauge.backends.triton_loops import Loops, Tensor, fits, sizes_of, strides_of
+from regauge.backends.triton_contraction import ContractionKernel
+from regauge.backends.triton_loops import Loops, Tensor, count, fits, sizes_of, strides_of
 from regauge.backends.triton_rows import RowForm, RowKernel
 from regauge.backends.triton_source import Rounding
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.plan import PERSISTENT
-from regauge.ir.fusion.region import Layout, Region
+from regauge.ir.fusion.region import Kind, Layout, Region
 from regauge.ir.graph import Value
 
 Form: TypeAlias = RowForm | Literal["contraction"]
 BLOCK = 1024
 """Entries of a tile of a pointwise kernel, and columns that a loop over rows takes at a time are twice as many."""
+
+
+_FORMS: Mapping[Kind, tuple[Form, ...]] = {
+    "pointwise": ("pointwise",),
+    "row reduction": ("rows", "looped"),
+    "contraction": ("contraction",),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +48,7 @@ class Source:
     text: str
     name: str
     form: Form
+    rounding: Rounding
     reads: tuple[Tensor, ...]
     writes: tuple[Tensor, ...]
     loops: Loops
@@ -57,11 +67,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is started: how many programs, with which constants, in how many warps."""
+    """How a kernel is started: how many programs, with which constants, in how many warps.
+
+    ``stages`` is how many steps of a loop are in flight at a time.
+    """
 
     programs: int
     constants: Mapping[str, int]
     warps: int
+    stages: int = 2
+
+    def options(self, rounding: Rounding) -> dict[str, Any]:
+        """What Triton is told; where each node is rounded no product may be fused with a sum."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": rounding == "fused"}
 
 
 @dataclass(eq=False)
@@ -84,18 +102,22 @@ class Kernel:
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        return ("pointwise",) if self.region.kind == "pointwise" else ("rows", "looped")
+        return _FORMS[self.region.kind]
 
     def _write(self, form: Form, contiguous: bool) -> Source:
-        assert form != "contraction"
-        writer = RowKernel(self.region, self.name, form, self.rounding, contiguous=contiguous)
-        return Source(writer.source(), self.name, form, tuple(writer.reads), tuple(writer.writes), writer.loops)
+        writer: RowKernel | ContractionKernel
+        if form == "contraction":
+            writer = ContractionKernel(self.region, self.name, self.rounding, contiguous=contiguous)
+        else:
+            writer = RowKernel(self.region, self.name, form, self.rounding, contiguous=contiguous)
+        reads, writes = tuple(writer.reads), tuple(writer.writes)
+        return Source(writer.source(), self.name, form, self.rounding, reads, writes, writer.loops)
 
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
         source = self.source(form)
         sizes = sizes_of(source.reads, given)
-        if form is None and source.form == "rows" and length(source.loops, sizes) > PERSISTENT:
+        if form is None and source.form == "rows" and count(source.loops.columns, sizes) > PERSISTENT:
             source = self.source("looped")
         steps = {tensor: strides_of(tensor, given[tensor.value], sizes) for tensor in source.reads}
         if not all(fits(loop, steps[t], sizes) for t in source.reads for loop in t.loops(source.loops.all)):
@@ -108,13 +130,8 @@ class Kernel:
         if start.programs:
             tensors = [*(given[tensor.value] for tensor in source.reads), *results.values()]
             arguments = numbers(source, sizes, steps)
-            source.function()[(start.programs,)](
-                *tensors,
-                *arguments,
-                **start.constants,
-                num_warps=start.warps,
-                enable_fp_fusion=self.rounding == "fused",
-            )
+            launcher = source.function()[(start.programs,)]
+            launcher(*tensors, *arguments, **start.constants, **start.options(self.rounding))
         return results
 
 
@@ -124,21 +141,11 @@ def triton_kernel(region: Region, name: str = "kernel", *, rounding: Rounding = 
     ``rounding`` is part of what it computes: ``fused`` rounds results once, ``eager`` whatever a node gives.
     """
     reason = fault(region)
-    if reason is None and region.contractions:
-        reason = "contractions have no kernel yet"
     if reason is not None:
         raise FusionError(f"{name}: {reason}")
     if not name.isidentifier():
         raise FusionError(f"a kernel cannot be called {name!r}: give a name that Python can have")
     return Kernel(region, name, rounding)
-
-
-def length(loops: Loops, sizes: Mapping[Dim, int]) -> int:
-    """How many columns a row has."""
-    count = 1
-    for loop in loops.columns:
-        count *= loop.size(sizes)
-    return count
 
 
 def _empty(tensor: Tensor, sizes: Mapping[Dim, int], device: torch.device) -> torch.Tensor:
@@ -147,13 +154,7 @@ def _empty(tensor: Tensor, sizes: Mapping[Dim, int], device: torch.device) -> to
 
 
 def shape_of(layout: Layout, sizes: Mapping[Dim, int]) -> list[int]:
-    shape = []
-    for axis in layout:
-        size = 1
-        for dim in axis:
-            size *= sizes[dim]
-        shape.append(size)
-    return shape
+    return [math.prod(sizes[dim] for dim in axis) for axis in layout]
 
 
 def numbers(source: Source, sizes: Mapping[Dim, int], steps: Mapping[Tensor, Mapping[Dim, int]]) -> list[int]:
@@ -164,10 +165,10 @@ def numbers(source: Source, sizes: Mapping[Dim, int], steps: Mapping[Tensor, Map
 
 
 def launch_of(source: Source, sizes: Mapping[Dim, int]) -> Launch:
-    """How a kernel without a contraction is started for given sizes."""
-    rows, columns = 1, length(source.loops, sizes)
-    for loop in source.loops.rows:
-        rows *= loop.size(sizes)
+    """How a kernel is started for given sizes."""
+    rows, columns = count(source.loops.rows, sizes), count(source.loops.columns, sizes)
+    if source.form == "contraction":
+        return _launch_of_tiles(source, sizes, rows, columns)
     block = min(power_above(columns), BLOCK if source.form == "pointwise" else 2 * BLOCK)
     if source.form == "rows":
         block = power_above(columns)
@@ -180,6 +181,17 @@ def launch_of(source: Source, sizes: Mapping[Dim, int]) -> Launch:
             del constants["ROWS"]
     warps = min(16, max(4, together * block // 512))
     return Launch(programs, constants, warps)
+
+
+def _launch_of_tiles(source: Source, sizes: Mapping[Dim, int], rows: int, columns: int) -> Launch:
+    """Tiles of 128 by 128 at most, of 64 by 64 in single precision, which has no tensor cores; none below 16."""
+    single = any(tensor.value.dtype == torch.float32 for tensor in source.reads)
+    most, deep = (64, 32) if single else (128, 64)
+    high, wide = (min(most, max(16, power_above(size))) for size in (rows, columns))
+    tiles = -(-rows // high) * -(-columns // wide) * count(source.loops.batch, sizes)
+    depth = min(deep, max(16, power_above(count(source.loops.contracted, sizes))))
+    constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": 8}
+    return Launch(tiles, constants, 8 if high * wide > 64 * 128 else 4, stages=2 if single else 3)
 
 
 def power_above(number: int) -> int:

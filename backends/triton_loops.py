@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +24,7 @@ class Loop:
     dims: tuple[Dim, ...]
 
     def size(self, sizes: Mapping[Dim, int]) -> int:
-        count = 1
-        for dim in self.dims:
-            count *= sizes[dim]
-        return count
+        return math.prod(sizes[dim] for dim in self.dims)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,38 +43,49 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Loops:
-    """The loops of a kernel: ``rows``, and ``columns``, which are reduced where anything is."""
+    """The loops of a kernel: ``rows``, and ``columns``, which are reduced where anything is.
+
+    Of a contraction rows are those of its left factor and columns those of its right one; both factors have ``batch``
+    and what is ``contracted``.
+    """
 
     rows: tuple[Loop, ...]
     columns: tuple[Loop, ...]
+    batch: tuple[Loop, ...] = ()
+    contracted: tuple[Loop, ...] = ()
 
     @cached_property
     def all(self) -> tuple[Loop, ...]:
-        return (*self.rows, *self.columns)
+        return (*self.batch, *self.rows, *self.columns, *self.contracted)
+
+
+def count(loops: Iterable[Loop], sizes: Mapping[Dim, int]) -> int:
+    """How many indices loops have together."""
+    return math.prod(loop.size(sizes) for loop in loops)
 
 
 def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool) -> Loops:
-    """The loops of a pointwise region, or of one that reduces rows.
+    """The loops of a region.
 
     With ``contiguous`` neighbouring axes of a tensor are taken for one, which its strides have to allow
     (:func:`fits`); else only parts of one axis are. A pointwise region has the last of its loops as columns.
     """
 
-    def merged(dims: Sequence[Dim]) -> list[tuple[Dim, ...]]:
+    def merged(letter: str) -> tuple[Loop, ...]:
         groups: list[tuple[Dim, ...]] = []
-        for dim in dims:
+        for dim in region.loops:
+            if region.names[dim][0] != letter:
+                continue
             if groups and all(_follow(t.layout, groups[-1][-1], dim, contiguous) for t in tensors):
                 groups[-1] = (*groups[-1], dim)
             else:
                 groups.append((dim,))
-        return groups
+        return tuple(Loop(region.names[dims[0]], dims) for dims in groups)
 
-    rows = merged([dim for dim in region.loops if dim not in region.reduced])
-    columns = merged([dim for dim in region.loops if dim in region.reduced])
-    if not region.reduced:
-        rows, columns = rows[:-1], rows[-1:]
-    named = [[Loop(region.names[dims[0]], dims) for dims in part] for part in (rows, columns)]
-    return Loops(tuple(named[0]), tuple(named[1]))
+    if region.contractions:
+        return Loops(merged("m"), merged("n"), merged("b"), merged("k"))
+    rows, columns = merged("i"), merged("r")
+    return Loops(rows, columns) if region.reduced else Loops(rows[:-1], rows[-1:])
 
 
 def _follow(layout: Layout, first: Dim, second: Dim, contiguous: bool) -> bool:
@@ -97,9 +106,7 @@ def sizes_of(tensors: Iterable[Tensor], given: Mapping[Value, torch.Tensor]) -> 
     for tensor in read:
         for axis, size in zip(tensor.layout, given[tensor.value].shape, strict=True):
             unknown = [dim for dim in axis if dim not in found]
-            known = 1
-            for dim in axis:
-                known *= found.get(dim, 1)
+            known = math.prod(found.get(dim, 1) for dim in axis)
             if len(unknown) == 1:
                 found[unknown[0]] = size // max(known, 1)
                 known *= found[unknown[0]]

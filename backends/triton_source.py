@@ -30,7 +30,27 @@ Rounding: TypeAlias = Literal["fused", "eager"]
 as torch does it node by node."""
 
 HEAD = "import triton\nimport triton.language as tl\n"
-_TAKEN = {"tl", "triton", "row", "col", "ok", "row_ok", "col_ok", "start", "blocks", "float", "range", *FUNCTIONS}
+_TAKEN = {
+    "tl",
+    "triton",
+    "row",
+    "col",
+    "ok",
+    "row_ok",
+    "col_ok",
+    "start",
+    "blocks",
+    "program",
+    "first",
+    "high",
+    "batch",
+    "m",
+    "n",
+    "k",
+    "float",
+    "range",
+    *FUNCTIONS,
+}
 _WIDTH = 112
 _INLINE = 80
 

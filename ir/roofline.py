@@ -39,27 +39,31 @@ class Device:
     """What the model knows of a device: a start that measurements correct.
 
     ``flops`` per second and ``bandwidth`` in bytes per second, as reached on large layers and not as printed on the
-    box; ``overhead`` in seconds of starting a node; ``multiple``, the block of indices that is computed at a time.
+    box; ``overhead`` in seconds of starting a node; ``multiple``, the block of indices that is computed at a time;
+    ``programs``, how many independent pieces of work it takes to reach the bandwidth.
     """
 
     flops: float = 5e10
     bandwidth: float = 1e10
     overhead: float = 2e-6
     multiple: int = 8
+    programs: int = 1
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
             if not value > 0 and not (entry.name == "overhead" and value == 0):
                 raise RegaugeError(f"device: {entry.name}={value:g} must be above 0")
-        if self.multiple != int(self.multiple):
-            raise RegaugeError(f"device: multiple={self.multiple:g} must be a whole number")
-        object.__setattr__(self, "multiple", int(self.multiple))
+        for name in ("multiple", "programs"):
+            value = getattr(self, name)
+            if value != int(value):
+                raise RegaugeError(f"device: {name}={value:g} must be a whole number")
+            object.__setattr__(self, name, int(value))
 
 
 DEVICES: Mapping[str, Device] = {
     "cpu": Device(),  # one core with 8 float lanes
-    "gpu": Device(flops=5e13, bandwidth=1e12, overhead=5e-6, multiple=64),  # tensor cores
+    "gpu": Device(flops=5e13, bandwidth=1e12, overhead=5e-6, multiple=64, programs=128),  # tensor cores
 }
 
 

@@ -110,11 +110,44 @@ def number(f: Form, rows: Any, columns: int) -> Any:
     return f.build.maximum(f.build.mul(f.x(rows, columns), f.x()), f.x(1))
 
 
+def dense_gelu_residual(f: Form, rows: Any, columns: int) -> Any:
+    """Bias, activation and residual behind the product."""
+    y = f.build.gelu(f.build.linear(f.x(rows, 48), f.w(columns, 48), f.w(columns)))
+    return f.build.add(y, f.x(rows, columns))
+
+
+def dense_in_heads(f: Form, rows: Any, columns: int) -> Any:
+    """What a product gives, in heads, scaled, and laid out anew."""
+    b = f.build
+    y = b.linear(f.x(2, rows, 48), f.w(4 * columns, 48))
+    return b.mul(b.permute(b.reshape(y, shape=(2, rows, 4, columns)), dims=(0, 2, 1, 3)), 0.125)
+
+
+def gated_product(f: Form, rows: Any, columns: int) -> Any:
+    """An activation of the factor before the product."""
+    x, y = f.x(rows, columns), f.x(rows, columns)
+    return f.build.linear(f.build.mul(f.build.silu(x), y), f.w(24, columns), f.w(24))
+
+
+def scores(f: Form, rows: Any, columns: int) -> Any:
+    """A product for each of several heads, scaled and masked."""
+    b, x, y = f.build, f.x(2, 3, rows, 48), f.x(2, 3, columns, 48)
+    product = b.mul(b.matmul(x, b.permute(y, dims=(0, 1, 3, 2))), 48**-0.5)
+    return b.where(f.x(rows, columns, dtype=torch.bool), -1e4, product)
+
+
+def with_itself(f: Form, rows: Any, columns: int) -> Any:
+    x = f.x(rows, columns)
+    return f.build.matmul(x, f.build.permute(x, dims=(1, 0)))
+
+
 FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax, layer_norm,
         gated_rms_norm, add_rms_norm, group_norm_silu, deviation, total, turned, number,
+        dense_gelu_residual, dense_in_heads, gated_product, scores,
+        with_itself,
     )
 }  # fmt: skip
 

@@ -62,6 +62,34 @@ def regions(draw: Callable[[Any], Any]) -> Graph:
     return graph
 
 
+@st.composite
+def products(draw: Callable[[Any], Any]) -> Graph:
+    """A graph that is one contraction, with pointwise steps before it and behind it."""
+    dtype = draw(st.sampled_from(DTYPES))
+    batch = draw(st.sampled_from(((), (2,), (2, 3))))
+    rows, columns, depth = (draw(st.sampled_from(sizes)) for sizes in ((2, 17, 70), (3, 33, 80), (5, 16, 40)))
+    graph = Graph("random")
+    build = Builder(graph)
+    x = build.input("x", (*batch, rows, depth), dtype)
+    if draw(st.booleans()):
+        x = build(draw(st.sampled_from(UNARY)), x)
+    if draw(st.booleans()):
+        x = build.mul(x, build.input("scale", (rows, depth), dtype))
+    if draw(st.booleans()):
+        y = build.matmul(x, build.input("y", (*batch, depth, columns), dtype))
+    else:
+        y = build.linear(x, build.input("w", (columns, depth), dtype), build.input("b", (columns,), dtype))
+    others = [build.input("r", y.shape, dtype), build.input("c", (columns,), dtype), build.input("s", (rows, 1), dtype)]
+    values = [y]
+    for _ in range(draw(st.integers(0, 3))):
+        if draw(st.booleans()):
+            values.append(build(draw(st.sampled_from(UNARY)), values[-1]))
+        else:
+            values.append(build(draw(st.sampled_from(BINARY)), values[-1], draw(st.sampled_from(others))))
+    graph.outputs = list(dict.fromkeys([values[-1], draw(st.sampled_from(values))]))
+    return graph
+
+
 def _row(build: Builder, op: str, x: Value, shape: tuple[int, ...]) -> Value:
     if op.endswith("softmax"):
         return build(op, x, dim=len(shape) - 1)

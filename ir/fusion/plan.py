@@ -165,9 +165,15 @@ class _Planner:
         return written + sum(times[value] * self.value_bytes(value) for value in reads)
 
     def _cost(self, group: _Group, moved: float) -> None:
+        """A node by itself is computed as its runtime likes; a program of a kernel that reduces rows has whole rows."""
         macs = sum(node_macs(node, self.bound) for node in group.nodes)
+        busy = 1.0
+        if group.region is not None and len(group.region.nodes) > 1 and group.region.kind == "row reduction":
+            rows = int(product(self.bound(dim.size) for dim in group.region.loops if dim not in group.region.reduced))
+            busy = min(1.0, rows / self.device.programs)
         group.bytes = moved
-        group.seconds = self.device.overhead + max(2 * macs / self.device.flops, moved / self.device.bandwidth)
+        transfer = moved / (self.device.bandwidth * busy)
+        group.seconds = self.device.overhead + max(2 * macs / self.device.flops, transfer)
 
     def readers(self, node: Node) -> list[Node]:
         """The nodes of the graph that read a result of a node, themselves or in their regions."""
@@ -248,7 +254,7 @@ class _Planner:
             return ""
         if union.bytes < above.bytes + below.bytes and union.seconds <= above.seconds + below.seconds:
             return ""
-        return "it would take longer: what it saves is read again"
+        return "it would take longer: rows are read again, or too few to keep the device busy"
 
     def _comes_back(self, union: _Group) -> str:
         """Whether a path leaves the nodes and comes back: then they cannot run at once."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import triton_interpreter
 from kernel_contract import check_kernel, drawn, evaluated
 from kernel_forms import FORMS, form_graph
-from random_regions import DTYPES, regions
+from random_regions import DTYPES, products, regions
 from regauge.backends import triton_kernel as kernels
 from regauge.backends.triton_kernel import triton_kernel
 from regauge.backends.triton_source import Rounding
@@ -39,14 +39,14 @@ def check_random(graph: Graph, rounding: Rounding, seed: int) -> None:
 
 
 @hypothesis_settings(max_examples=40)
-@given(regions(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+@given(regions() | products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
 def test_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)
 
 
 @pytest.mark.nightly
 @hypothesis_settings(max_examples=1000)
-@given(regions(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+@given(regions() | products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
 def test_many_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kernel_forms import FORMS, form_graph
-from regauge.backends.triton_kernel import Kernel, triton_kernel
+from regauge.backends.triton_compile import compile_kernel
+from regauge.backends.triton_kernel import Form, Kernel, triton_kernel
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.region import trace
@@ -89,3 +90,31 @@ def test_what_is_no_kernel_is_told() -> None:
 def test_without_triton_it_is_told_what_to_install() -> None:
     with pytest.raises(FusionError, match=r"pip install 'regauge\[triton\]'"):
         kernel_of(form_graph("swiglu", torch.float32)).source().function()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("name", "form"), [("swiglu", "pointwise"), ("add_rms_norm", "rows"), ("softmax", "looped")])
+def test_kernels_compile_without_a_gpu_and_spill_nothing(name: str, form: Form, architecture: str) -> None:
+    kernel = kernel_of(form_graph(name, torch.bfloat16, 4096, 4096), name)
+    sizes = {dim: int(dim.size) for dim in kernel.region.loops}
+    compiled = compile_kernel(kernel.source(form), sizes, architecture)
+    assert compiled.binary[:4] == b"\x7fELF" and str(HERE).encode() not in compiled.binary
+    assert compiled.spilled == 0 and compiled.registers <= 64
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_a_binary_is_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = kernel_of(form_graph("swiglu", torch.float16, 64, 64), "swiglu")
+    sizes = {dim: int(dim.size) for dim in kernel.region.loops}
+    binaries = []
+    for cache in ("first", "second"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / cache))
+        binaries.append(compile_kernel(kernel.source(), sizes, "sm_80").binary)
+    assert binaries[0] == binaries[1]
+
+
+def test_an_unknown_architecture_is_told() -> None:
+    kernel = kernel_of(form_graph("swiglu", torch.float16))
+    with pytest.raises(FusionError, match="no architecture 'sm_1': give sm_80 or sm_90"):
+        compile_kernel(kernel.source(), {}, "sm_1")

@@ -121,6 +121,16 @@ def test_long_rows_are_read_again_so_that_less_is_gained() -> None:
     assert (moved(4096), moved(32768)) == (2, 4)  # a read and a write; the greatest, the sum and the quotient
 
 
+def test_one_long_row_is_not_given_to_one_program() -> None:
+    def joined(rows: int, device: str) -> bool:
+        graph, build = built()
+        x = build.abs(build.input("x", (rows, 2**22 // rows), torch.float32))
+        graph.outputs = [build.sum(x, dims=(1,))]
+        return len(plan_fusion(graph, DEVICES[device]).regions) == 1
+
+    assert joined(1024, "gpu") and not joined(1, "gpu") and joined(1, "cpu")
+
+
 def test_planning_takes_time_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[int] = []
     trace = planning.trace
