@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from regauge.passes.base import Pass as Pass
     from regauge.passes.bisect import bisect as bisect
     from regauge.passes.elastic.elastic import elastic as elastic
+    from regauge.passes.merging.matching import align as align
+    from regauge.passes.merging.merge import merge as merge
     from regauge.passes.options import option as option
     from regauge.passes.rewriting import rewrite as rewrite
     from regauge.passes.streaming.signals import run_stream as run_stream
@@ -63,6 +65,7 @@ _HOME = {
     "Scaling": "regauge.ir.scaling",
     "Steps": "regauge.ir.states",
     "Symmetry": "regauge.ir.operator",
+    "align": "regauge.passes.merging.matching",
     "bisect": "regauge.passes.bisect",
     "capture": "regauge.frontends.capture",
     "check_operator": "regauge.ir.laws",
@@ -70,6 +73,7 @@ _HOME = {
     "elastic": "regauge.passes.elastic.elastic",
     "examine": "regauge.frontends.examine",
     "load": "regauge.frontends.from_onnx",
+    "merge": "regauge.passes.merging.merge",
     "operator": "regauge.ir.operator",
     "option": "regauge.passes.options",
     "refuse": "regauge.ir.rewrite",
