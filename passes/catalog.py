@@ -19,6 +19,7 @@ GROUP = "regauge.passes"
 
 BUILT_IN = {
     "arrange": "regauge.passes.quantization.arrange:Arrange",
+    "convert-gqa": "regauge.passes.attention.convert_gqa:ConvertGqa",
     "depth": "regauge.passes.depth.depth:Depth",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",

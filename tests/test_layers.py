@@ -30,7 +30,7 @@ MAY_IMPORT = {
 }
 # Families of passes that stand on another one.
 STANDS_ON = {
-    "attention": ("simplify",),
+    "attention": ("depth", "simplify"),
     "quantization": ("simplify",),
     "training": ("pruning", "quantization"),
     "elastic": ("pruning", "training"),
