@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +11,10 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.passes.attention.assembled import assembled
 from regauge.passes.attention.fewer import METHODS, Method, misfit
-from regauge.passes.attention.repair import cache_bytes, rewritten
+from regauge.passes.attention.repair import Copy, cache_note
 from regauge.passes.attention.sharing import NewHeads
 from regauge.passes.attention.site_moments import site_moments
-from regauge.passes.attention.sites import Site, attention_sites
+from regauge.passes.attention.sites import Site
 from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.calibration.noise import noise_batches
@@ -48,26 +48,23 @@ class ConvertGqa(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         if self.repair and context.data is None:
             raise PassError("convert-gqa needs data for repair: give batches, optimize(graph, passes, data=...)")
-        given, graph = graph, assembled(graph)
-        every = attention_sites(graph)
-        sites = self._chosen(graph, every, context.left)
+        copy = Copy(assembled(graph), by=self.name)
+        sites = self._chosen(copy.sites, context.left)
         if not sites:
-            return given
+            return graph
         batches = calibration_batches(graph, context) if context.data is not None else noise_batches(graph)
-        found = list(self._found(graph, sites, batches))
-        repaired = batches if context.data is not None and self.repair is not False else None
-        result, done, note = rewritten(graph, every, found, repaired, context.left, by=self.name)
+        done = copy.write(self._found(copy.result, sites, batches), context.left)
         if not done:
-            return given
-        for site in done:
+            return graph
+        for site, _ in done:
             key = site.parts[1]
             context.cuts.append(Cut(f"{key.layer.weight.name}: heads", key.count, self.kv_heads))
-        context.note(f"cache of keys and values: {cache_bytes(every)} -> {cache_bytes(attention_sites(result))}")
-        if note:
-            context.note(note)
-        return result
+        context.note(cache_note(copy.sites, done))
+        if context.data is not None and self.repair is not False:
+            context.note(copy.heal(batches))
+        return copy.result
 
-    def _chosen(self, graph: Graph, sites: Sequence[Site], left: Counter[str]) -> list[Site]:
+    def _chosen(self, sites: Sequence[Site], left: Counter[str]) -> list[Site]:
         names = [name for site in sites if site.key is not None for name in site.key.layer.weight.names]
         check_patterns("include", self.include, names)
         check_patterns("exclude", self.exclude, names)
@@ -87,8 +84,8 @@ class ConvertGqa(Pass):
                 left[reason] += 1
         return found
 
-    def _found(self, graph: Graph, sites: Sequence[Site], batches: Sequence[Any]) -> Iterable[tuple[Site, NewHeads]]:
+    def _found(self, graph: Graph, sites: Sequence[Site], batches: Sequence[Any]) -> list[tuple[Site, NewHeads]]:
         make = METHODS[self.method]
         if self.method == "mean":
-            return ((site, make(site, None, self.kv_heads)) for site in sites)
-        return ((site, make(site, moments, self.kv_heads)) for site, moments in site_moments(graph, sites, batches))
+            return [(site, make(site, None, self.kv_heads)) for site in sites]
+        return [(site, make(site, moments, self.kv_heads)) for site, moments in site_moments(graph, sites, batches)]

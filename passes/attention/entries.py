@@ -57,11 +57,12 @@ class Entries:
 class Trace:
     """What was met between two values: ``entries``; the ``nodes`` that were followed, in their order; the ``norms``.
 
-    ``norms`` are nodes that multiply entries by what is computed from themselves. ``joined`` says that entries of other
-    values were laid beside them (those of a cache).
+    ``found`` are the entries of every value in between. ``norms`` are nodes that multiply entries by what is computed
+    from themselves. ``joined`` says that entries of other values were laid beside them (those of a cache).
     """
 
     entries: Entries
+    found: dict[Value, Entries]
     nodes: list[Node] = field(default_factory=list)
     norms: list[Node] = field(default_factory=list)
     joined: bool = False
@@ -92,7 +93,7 @@ class Tracer:
         shape = self.shape(source)
         start = torch.arange(1, int(torch.Size(shape).numel()) + 1).reshape(1, *shape)
         found = {source: Entries(start, torch.ones(start.shape, dtype=torch.float64))}
-        trace = Trace(found[source])
+        trace = Trace(found[source], found)
         below = self._descendants(source, target)
         for node in _between(source, target, below, self._place):
             if not followed(node):

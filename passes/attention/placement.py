@@ -17,8 +17,8 @@ import torch
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Value
 from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.rewrite import Refusal, refuse
-from regauge.passes.attention.entries import Tracer
+from regauge.ir.rewrite import refuse
+from regauge.passes.attention.entries import Entries, Tracer
 from regauge.passes.attention.sites import Heads
 
 
@@ -45,14 +45,9 @@ class Placement:
         return (*self.rows, self.head, *self.entry)
 
 
-def placement(tracer: Tracer, heads: Heads, value: Value) -> Placement | None:
-    """Where the heads of a projection lie in a value on its path; None where they have no axes of their own."""
-    result = heads.layer.node.output
-    try:
-        found = tracer.trace(result, value).entries
-    except Refusal:
-        return None
-    channels = tracer.shape(result)[-1]
+def placement(heads: Heads, found: Entries) -> Placement | None:
+    """Where heads lie in a value on their path, of its entries; None where they have no axes of their own."""
+    channels = heads.layer.outputs
     numbers = torch.full((2, channels), -1)
     numbers[0][heads.channels] = torch.arange(heads.count)[:, None].expand(heads.channels.shape)
     numbers[1][heads.channels] = torch.arange(heads.size).expand(heads.channels.shape)
@@ -105,8 +100,9 @@ class Path:
 
     def __init__(self, tracer: Tracer, heads: Heads, read: Value) -> None:
         self.heads = heads
+        traced = tracer.trace(heads.layer.node.output, read).found
         steps = [value for node in heads.nodes for value in node.outputs]
-        self._placed = {value: found for value in steps if (found := placement(tracer, heads, value)) is not None}
+        self._placed = {value: place for value in steps if (place := placement(heads, traced[value])) is not None}
         single = [value for value, found in self._placed.items() if found.copies == 1]
         if not single or read not in self._placed:
             refuse("its heads have no axis of their own")

@@ -79,7 +79,7 @@ def test_heads_that_are_copies_in_another_basis_become_one_exactly(rotation: str
     assert rows == ({"qkv.weight": 8 * SIZE} if with_data else {"v.weight": 2 * SIZE})
     (site,) = attention_sites(found)
     assert site.node.attributes["enable_gqa"] and site.key is not None and site.key.head_of.tolist() == [0, 0, 1, 1]
-    assert "cache of keys and values: 512 bytes per token -> 256 bytes per token" in str(found.report)
+    assert "cache of keys and values: 512 -> 256 bytes per token" in str(found.report)
 
 
 def test_a_group_may_be_larger_than_others() -> None:
