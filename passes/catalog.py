@@ -21,6 +21,7 @@ BUILT_IN = {
     "adapt": "regauge.passes.adapters.adapt:Adapt",
     "arrange": "regauge.passes.quantization.arrange:Arrange",
     "canonicalize": "regauge.passes.factorization.canonicalize:Canonicalize",
+    "convert-gqa": "regauge.passes.attention.convert_gqa:ConvertGqa",
     "depth": "regauge.passes.depth.depth:Depth",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",

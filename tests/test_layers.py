@@ -31,7 +31,7 @@ MAY_IMPORT = {
 }
 # Families of passes that stand on another one.
 STANDS_ON = {
-    "attention": ("simplify",),
+    "attention": ("depth", "simplify"),
     "adapters": ("simplify",),
     "quantization": ("simplify",),
     "training": ("pruning", "quantization", "factorization"),

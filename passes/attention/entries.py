@@ -26,7 +26,7 @@ from regauge.ir.sizes import evaluate, prime_hints, symbols_in
 
 _SAME = {"cast", "identity", "dropout", "feature_dropout"}
 _NORMS = {"rms_norm", "layer_norm"}
-_FOLLOWED = {*_SAME, *_NORMS, "neg", "add", "sub", "mul", "div", "view_as_complex", "view_as_real"}
+_FOLLOWED = {*_SAME, *_NORMS, "neg", "index_select", "add", "sub", "mul", "div", "view_as_complex", "view_as_real"}
 _MOST_TERMS = 2
 _EVALUATION_ERRORS = (RegaugeError, RuntimeError, ValueError, IndexError)
 
@@ -57,11 +57,12 @@ class Entries:
 class Trace:
     """What was met between two values: ``entries``; the ``nodes`` that were followed, in their order; the ``norms``.
 
-    ``norms`` are nodes that multiply entries by what is computed from themselves. ``joined`` says that entries of other
-    values were laid beside them (those of a cache).
+    ``found`` are the entries of every value in between. ``norms`` are nodes that multiply entries by what is computed
+    from themselves. ``joined`` says that entries of other values were laid beside them (those of a cache).
     """
 
     entries: Entries
+    found: dict[Value, Entries]
     nodes: list[Node] = field(default_factory=list)
     norms: list[Node] = field(default_factory=list)
     joined: bool = False
@@ -92,7 +93,7 @@ class Tracer:
         shape = self.shape(source)
         start = torch.arange(1, int(torch.Size(shape).numel()) + 1).reshape(1, *shape)
         found = {source: Entries(start, torch.ones(start.shape, dtype=torch.float64))}
-        trace = Trace(found[source])
+        trace = Trace(found[source], found)
         below = self._descendants(source, target)
         for node in _between(source, target, below, self._place):
             if not followed(node):
@@ -130,6 +131,8 @@ class Tracer:
             return [self._added(node, traced)]
         if node.op == "neg":
             return [x.times(-1)]
+        if node.op == "index_select":
+            return [self._chosen(node, traced)]
         if node.op in ("mul", "div"):
             return [self._scaled(node, traced, below, trace)]
         if node.op == "view_as_complex":
@@ -151,6 +154,12 @@ class Tracer:
             refuse(f"{node.label} adds something else")
         first, second = (entries for entries in traced if entries is not None)
         return _summed([first, second.times(-1) if node.op == "sub" else second])
+
+    def _chosen(self, node: Node, traced: Sequence[Entries | None]) -> Entries:
+        x, index, dim = traced[0], node.inputs[1], node.attributes["dim"]
+        if x is None or not isinstance(index, Parameter):
+            refuse(f"{node.label} takes what is computed")
+        return x.mapped(lambda term: node.operator.evaluate(term, index.tensor, dim=dim))
 
     def _scaled(self, node: Node, traced: Sequence[Entries | None], below: set[Value], trace: Trace) -> Entries:
         slot = 0 if traced[0] is not None else 1

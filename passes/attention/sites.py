@@ -110,6 +110,12 @@ class Site:
         return self.query is not None and self.key is not None and self.query.x is not self.key.x
 
     @property
+    def parts(self) -> tuple[Heads, Heads, Heads, Heads]:
+        """The queries, keys, values and output of a site where none is missing."""
+        assert self.query is not None and self.key is not None and self.value is not None and self.output is not None
+        return self.query, self.key, self.value, self.output
+
+    @property
     def keeps_scale(self) -> bool:
         """Whether scores keep their scale when the size of heads changes: a number, not one that a file derives."""
         return self.node.attributes.get("head_size") is None
