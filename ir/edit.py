@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from regauge.ir.dtypes import Dtype, dtype_name
 from regauge.ir.errors import GraphError
-from regauge.ir.graph import Edit, Graph, Kind, Node, Operand, Parameter, State, Value, add_use
+from regauge.ir.graph import Edit, Graph, Kind, Node, Operand, Parameter, Value, add_use
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
 from regauge.ir.size_sources import untold_sources
@@ -235,7 +236,7 @@ def replace_uses(graph: Graph, old: Value, new: Operand) -> None:
     graph.outputs = [new if output is old else output for output in graph.outputs]
     if isinstance(new, Value):
         graph.states = [
-            State(s.name, new if s.before is old else s.before, new if s.after is old else s.after)
+            replace(s, before=new if s.before is old else s.before, after=new if s.after is old else s.after)
             for s in graph.states
         ]
     graph.version += 1

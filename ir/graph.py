@@ -179,11 +179,16 @@ class Node:
 
 @dataclass(frozen=True)
 class State:
-    """A tensor carried from one run to the next: read as ``before``, written as ``after`` (caches, statistics)."""
+    """A tensor carried from one run to the next: read as ``before``, written as ``after`` (caches, statistics).
+
+    It is written into the buffer or argument that ``before`` is, or ``returned``: then ``after`` is an output that the
+    caller hands in as the input ``before`` of the next run (:mod:`regauge.ir.states`).
+    """
 
     name: str
     before: Value
     after: Value
+    returned: bool = False
 
 
 @dataclass(frozen=True)
