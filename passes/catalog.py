@@ -23,6 +23,7 @@ BUILT_IN = {
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "flatten": "regauge.passes.quantization.flatten:Flatten",
+    "kv-cache": "regauge.passes.decoding.kv_cache:KvCache",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",
