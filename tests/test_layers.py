@@ -30,13 +30,14 @@ MAY_IMPORT = {
 }
 # Families of passes that stand on another one.
 STANDS_ON = {
+    "attention": ("simplify",),
     "quantization": ("simplify",),
     "training": ("pruning", "quantization"),
     "elastic": ("pruning", "training"),
 }
 # A module of such a name hides the library, or says nothing about what is in it.
 BANNED_NAMES = {"torch", "onnx", "triton", "utils", "helpers"}
-SHARED_FOLDERS = {"calibration", "allocation"}  # of `passes`, for all families
+SHARED_FOLDERS = {"calibration", "allocation", "attention"}  # of `passes`, for all families
 MOST_LINES = 450
 
 
