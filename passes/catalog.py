@@ -24,6 +24,7 @@ BUILT_IN = {
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "flatten": "regauge.passes.quantization.flatten:Flatten",
     "kv-cache": "regauge.passes.decoding.kv_cache:KvCache",
+    "kv-latent": "regauge.passes.decoding.kv_latent:KvLatent",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",

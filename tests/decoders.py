@@ -41,7 +41,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             k, v = (part.repeat_interleave(self.heads // self.groups, 1) for part in (k, v))
-            later = torch.full((length, length), -math.inf).triu(1)
+            later = torch.full((length, length), -math.inf, dtype=x.dtype).triu(1)
             if self.kind == "mask":
                 y = F.scaled_dot_product_attention(q, k, v, later)
             else:

@@ -31,6 +31,7 @@ MAY_IMPORT = {
 # Families of passes that stand on another one.
 STANDS_ON = {
     "attention": ("simplify",),
+    "decoding": ("factorization",),
     "quantization": ("simplify",),
     "training": ("pruning", "quantization"),
     "elastic": ("pruning", "training"),

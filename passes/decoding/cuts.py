@@ -2,17 +2,22 @@
 
 Keys that four heads read in turn are kept once, in front of the repetition; keys that a layer makes of a smaller latent
 are kept as the latent; what is stored in few bits is kept as codes and scales. What lies between is computed anew for
-all positions at every step, so that a layer is only repeated where what it reads is a bottleneck: made by a layer from
-something that is no smaller than what it gives.
+all positions at every step, so that a layer is only repeated where what it reads is a bottleneck: smaller than what it
+gives, and made by a layer from something larger.
 """
 
 from __future__ import annotations
 
 from math import prod
 
+import networkx as nx
+
 from regauge.ir.cost import item_size
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.passes.decoding.positions import Positions, courses
+
+_START = ("", "")
+_FINER = 64  # parts of a bit that tell values of one size apart
 
 
 def bytes_each(value: Value, positions: Positions) -> float:
@@ -22,31 +27,41 @@ def bytes_each(value: Value, positions: Positions) -> float:
 
 
 class Cuts:
-    """The cheapest values to keep, for every value that is asked for at all positions."""
+    """The cheapest values to keep, for every value that is asked for at all positions: minimum cuts of the graph."""
 
     def __init__(self, positions: Positions) -> None:
         self.positions = positions
         self._found: dict[Value, frozenset[Value]] = {}
 
     def of(self, value: Value) -> frozenset[Value]:
-        """What to keep to compute all positions of ``value`` from; the value itself where nothing is smaller."""
+        """What to keep to compute all positions of ``value`` from; of cuts of one price the nearest to it."""
         if value not in self._found:
-            self._found[value] = frozenset({value})  # also ends cycles of questions
-            self._found[value] = min(self._ways(value), key=self._price)
+            _, (_, near) = nx.minimum_cut(self._network(value), _START, (value, "made"))
+            inside = {v for v, side in near if side == "made"} - {v for v, side in near if side == "read"}
+            self._found[value] = frozenset(inside)
         return self._found[value]
 
-    def _ways(self, value: Value) -> list[frozenset[Value]]:
-        """To keep the value, and to keep what it is computed from; the first is taken where neither is smaller."""
-        ways = [frozenset({value})]
-        node = value.producer
-        if node is not None and self._repeatable(node):
-            before = [v for _, v in node.operands() if v in self.positions.streamed]
-            ways.append(frozenset().union(*(self.of(v) for v in before)))
-        return ways
+    def _network(self, value: Value) -> nx.DiGraph:
+        """From what has to be kept where it is reached to the value; to keep a value on the way has its price."""
+        network, waiting, seen = nx.DiGraph(), [value], {value}
+        while waiting:
+            own = waiting.pop()
+            network.add_edge((own, "read"), (own, "made"), capacity=self._price(own))
+            node = own.producer
+            before = [v for _, v in node.operands() if v in self.positions.streamed] if node is not None else []
+            if node is None or not self._repeatable(node):
+                network.add_edge(_START, (own, "read"))
+                continue
+            for given in before:
+                network.add_edge((given, "made"), (own, "read"))
+                if given not in seen:
+                    seen.add(given)
+                    waiting.append(given)
+        return network
 
-    def _price(self, kept: frozenset[Value]) -> tuple[float, int]:
-        """Bytes, and for the same the fewest axes of size 1."""
-        return sum(bytes_each(value, self.positions) for value in kept), sum(value.shape.count(1) for value in kept)
+    def _price(self, value: Value) -> int:
+        """Bits, and of values that take the same that with the fewest axes of size 1."""
+        return round(8 * bytes_each(value, self.positions)) * _FINER + value.shape.count(1)
 
     def _repeatable(self, node: Node) -> bool:
         """Whether a node treats each position by itself and is worth running for all of them."""
@@ -59,15 +74,16 @@ class Cuts:
         return not is_layer(node) or self._reads_bottleneck(node)
 
     def _reads_bottleneck(self, node: Node) -> bool:
-        """Whether the layer that made what this one reads, itself read something no smaller than this one's result."""
-        given, made = node.inputs[0], bytes_each(node.outputs[0], self.positions)
+        """Whether what this layer reads is smaller than its result, and than what the layer before it reads."""
+        given = node.inputs[0]
+        least = bytes_each(given, self.positions) if isinstance(given, Value) else 0.0
         while isinstance(given, Value) and given.producer is not None and given in self.positions.streamed:
             before = given.producer
             timed = [v for _, v in before.operands() if v in self.positions.streamed]
             if len(timed) != 1:
                 return False
             if is_layer(before):
-                return bytes_each(timed[0], self.positions) >= made
+                return bytes_each(timed[0], self.positions) > least
             given = timed[0]
         return False
 

@@ -42,7 +42,10 @@ class Incremental:
         self.made: dict[tuple[Value, Spans], Value] = {}
         self.kept: dict[Value, tuple[Value, Value]] = {}  # what is kept of it: the state handed in, and handed out
         self.names: dict[Value, str] = {}
+        self._read = {node: node.inputs for node in graph.nodes}  # before the first of them reads anything else
+        self._replaced: dict[Value, Value] = {}
         self._mask: Value | None = None
+        self._cut: frozenset[Value] | None = None  # what is kept for the value that is being computed for all positions
 
     def run(self) -> None:
         """Raises PassError where positions are mixed in a way that cannot be continued from a state."""
@@ -109,6 +112,7 @@ class Incremental:
             result = self.build(node.op, *operands[:3], self._mask, name=node.op, **attributes)
         result.producer.metadata.update(node.metadata)
         replace_uses(self.graph, node.output, result)
+        self._replaced[node.output] = result
         self.positions.streamed.add(result)
 
     def _as_new(self, output: Operand) -> Operand:
@@ -123,6 +127,7 @@ class Incremental:
 
     def get(self, value: Value, spans: Spans) -> Value:
         """The value with the positions that are asked for on each axis."""
+        value = self._replaced.get(value, value)
         if (value, spans) not in self.made:
             self.made[value, spans] = self._make(value, spans)
         return self.made[value, spans]
@@ -133,12 +138,21 @@ class Incremental:
             return self._whole(value) if NEW not in asked else self._placed(value, spans)
         if value not in self.positions.streamed or asked in ([], [NEW]):
             return value
-        if asked == [ALL] and value in self.cuts.of(value):
-            return self._cached(value)
-        made = self._anew(value, spans)
+        made = self._everywhere(value, spans) if asked == [ALL] else self._anew(value, spans)
         if made is None:
             raise PassError(f"kv-cache: {value} has more than one axis of positions in a way that is not understood")
         return made
+
+    def _everywhere(self, value: Value, spans: Spans) -> Value | None:
+        """All positions of what is computed from inputs: kept, or computed anew from what is kept for it."""
+        asked = self._cut is None
+        if asked:
+            self._cut = self.cuts.of(value)
+        assert self._cut is not None
+        found = self._cached(value) if value in self._cut else self._anew(value, spans)
+        if asked:
+            self._cut = None
+        return found
 
     def _cached(self, value: Value) -> Value:
         """The value of former runs, a state, and that of this one behind it."""
@@ -162,8 +176,10 @@ class Incremental:
         attributes = self._resized(node.attributes, value, spans)
         if attributes is None:
             return None
-        operands = list(node.inputs)
-        for slot, operand in node.operands():
+        operands = list(self._read.get(node, node.inputs))
+        for slot, operand in enumerate(operands):
+            if not isinstance(operand, Value):
+                continue
             known = {axis: spans[to] for (s, axis), to in found.kept.items() if s == slot}
             known |= {axis: ALL for s, axis in found.ended if s == slot}
             if NEW in spans and not self.positions.plain(operand):
@@ -216,7 +232,7 @@ class Incremental:
             self.get(operand, self._spans(operand, dict.fromkeys(range(operand.rank), ALL)))
             if isinstance(operand, Value)
             else self._for_all(operand)
-            for operand in node.inputs
+            for operand in self._read.get(node, node.inputs)
         ]
         attributes = {name: self._for_all(attribute) for name, attribute in node.attributes.items()}
         return self._call(node, operands, attributes, value.index)
