@@ -9,6 +9,7 @@ gives, and made by a layer from something larger.
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import networkx as nx
 
@@ -41,9 +42,10 @@ class Cuts:
             self._found[value] = frozenset(inside)
         return self._found[value]
 
-    def _network(self, value: Value) -> nx.DiGraph:
+    def _network(self, value: Value) -> nx.DiGraph[Any]:
         """From what has to be kept where it is reached to the value; to keep a value on the way has its price."""
-        network, waiting, seen = nx.DiGraph(), [value], {value}
+        network: nx.DiGraph[Any] = nx.DiGraph()
+        waiting, seen = [value], {value}
         while waiting:
             own = waiting.pop()
             network.add_edge((own, "read"), (own, "made"), capacity=self._price(own))
