@@ -47,12 +47,18 @@ def carried(graph: Graph) -> list[State]:
 
 
 def first_states(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Zeros for every carried state, in their order; the ordinary ``inputs`` of the first run tell dynamic sizes."""
+    """Zeros for every carried state, in their order; the ordinary ``inputs`` of the first run tell dynamic sizes.
+
+    A cache, which grows from run to run, has no entries yet.
+    """
     bindings: dict[sympy.Symbol, int] = {}
     for value, tensor in zip(ordinary_inputs(graph), inputs, strict=True):
         solve_bindings(value.shape, tensor.shape, bindings)
     found = []
     for state in carried(graph):
+        for before, after in zip(state.before.shape, state.after.shape, strict=True):
+            if before != after and isinstance(before, sympy.Symbol):
+                bindings.setdefault(before, 0)
         dtype = state.before.dtype
         if not isinstance(dtype, torch.dtype):
             raise GraphError(f"the state {state.before} cannot be made of zeros: hand in a first one")

@@ -26,6 +26,8 @@ BUILT_IN = {
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "flatten": "regauge.passes.quantization.flatten:Flatten",
+    "kv-cache": "regauge.passes.decoding.kv_cache:KvCache",
+    "kv-latent": "regauge.passes.decoding.kv_latent:KvLatent",
     "merge-adapters": "regauge.passes.adapters.merge_adapters:MergeAdapters",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",

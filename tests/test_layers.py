@@ -33,6 +33,7 @@ MAY_IMPORT = {
 STANDS_ON = {
     "attention": ("depth", "simplify"),
     "adapters": ("simplify",),
+    "decoding": ("factorization",),
     "quantization": ("simplify",),
     "training": ("pruning", "quantization", "factorization"),
     "sharing": ("depth", "factorization"),
