@@ -60,7 +60,7 @@ def links_on_data(
         quadratic = _quadratic(layer, moments)
         problem = Problem(layer, quadratic.optimum, quadratic.hessian, metrics[layer.weight.name])
         choice = picked[layer.weight.name]
-        links, matrix = FORMS[choice.form].links(problem, choice.ranks)
+        links, matrix = FORMS[choice.form].links(problem, choice.numbers)
         if _is_free(layer):
             shifted = layer.shifted(quadratic.bias(matrix) - _bias(layer))
             if shifted is not None:
