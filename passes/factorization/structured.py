@@ -9,7 +9,7 @@ are (Oseledets 2011). They are then bettered beside one another in turns, in the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product as combinations
 
@@ -19,6 +19,7 @@ import torch
 from regauge.ir.graph import Graph
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.chains import Link
+from regauge.passes.factorization.curvature import inverse_curvature
 from regauge.passes.factorization.forms import Choice
 from regauge.passes.factorization.least_squares import bettered
 from regauge.passes.factorization.networks import Network, Sizes
@@ -26,6 +27,8 @@ from regauge.passes.factorization.problems import Problem, places
 from regauge.passes.factorization.splitting import balanced, split
 
 _TURNS = 24
+_FIRST_TURNS = 2  # when choices are weighed
+_STEPS = 3  # of conjugate gradients on a factor, in a turn
 _GAIN = 1e-3  # of the error in a turn, below which there is no other
 _SPLITS = 8  # of the axes that are weighed for a layer: those of fewest parameters, and as many of fewest products
 _RANKS = 12  # that are weighed with each
@@ -48,15 +51,18 @@ class Structured:
         return _weighed(self.network, layer.outputs, layer.columns)
 
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
-        layer, network = problem.layer, self.network
-        rows = places(graph, layer.node.output, -1)
-        found = []
-        for axes in self.axes(layer):
+        network, rows = self.network, places(graph, problem.layer.node.output, -1)
+        first = []
+        for axes in self.axes(problem.layer):
             for sizes, factors in self._at_ranks(problem, axes, multiple):
-                parameters, macs = network.parameters(sizes), rows * network.products(sizes)
+                costs = network.parameters(sizes), rows * network.products(sizes)
                 loss = problem.error(network.image(factors, sizes))
-                ranks = network.ranks(sizes)
-                found.append(Choice(self.name, ranks, parameters, macs, loss, tuple(axes.values())))
+                first.append(Choice(self.name, network.ranks(sizes), *costs, loss, tuple(axes.values())))
+        found = []
+        for choice in _worth_having(first):
+            sizes = self._sizes(choice.numbers)
+            factors = _in_turns(network, problem, sizes, split(network, problem, sizes), _FIRST_TURNS)
+            found.append(replace(choice, loss=problem.error(network.image(factors, sizes))))
         return found
 
     def _at_ranks(
@@ -80,11 +86,24 @@ class Structured:
             yield own, _cut(network, greatest, own) if alone else split(network, problem, own)
 
     def links(self, problem: Problem, numbers: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
-        network = self.network
-        letters = network.bonds + network.axes
-        sizes = dict(zip(letters, numbers[-len(letters) :], strict=True))
-        factors = _in_turns(network, problem, sizes, split(network, problem, sizes))
+        network, sizes = self.network, self._sizes(numbers)
+        factors = _in_turns(network, problem, sizes, split(network, problem, sizes), _TURNS)
         return network.links(factors, sizes), network.image(factors, sizes)
+
+    def _sizes(self, numbers: Sequence[int]) -> dict[str, int]:
+        letters = self.network.bonds + self.network.axes
+        return dict(zip(letters, numbers[-len(letters) :], strict=True))
+
+
+def _worth_having(choices: Sequence[Choice]) -> list[Choice]:
+    """Those that lose less than all that have fewer parameters, or than all that have fewer multiplications."""
+    kept: dict[int, Choice] = {}
+    for cost in ("parameters", "macs"):
+        least = float("inf")
+        for number, choice in sorted(enumerate(choices), key=lambda item: (getattr(item[1], cost), item[1].loss)):
+            if choice.loss < least:
+                least, kept[number] = choice.loss, choice
+    return [kept[number] for number in sorted(kept)]
 
 
 @cache
@@ -128,16 +147,20 @@ def _cut(network: Network, factors: Sequence[torch.Tensor], sizes: Sizes) -> lis
     ]
 
 
-def _in_turns(network: Network, problem: Problem, sizes: Sizes, factors: list[torch.Tensor]) -> list[torch.Tensor]:
+def _in_turns(
+    network: Network, problem: Problem, sizes: Sizes, factors: Sequence[torch.Tensor], turns: int
+) -> list[torch.Tensor]:
     """Each factor bettered beside the others, until a turn gains little."""
-    error = problem.error(network.image(factors, sizes))
-    for _ in range(_TURNS):
-        for place in range(len(factors)):
-            factors[place] = bettered(problem, partial(_with_one, network, sizes, factors, place), factors[place])
-        before, error = error, problem.error(network.image(factors, sizes))
+    found, error = list(factors), problem.error(network.image(factors, sizes))
+    for _ in range(turns):
+        for place in range(len(found)):
+            divided = inverse_curvature(network, problem, sizes, found, place)
+            image = partial(_with_one, network, sizes, tuple(found), place)
+            found[place] = bettered(problem, image, found[place], divided, _STEPS)
+        before, error = error, problem.error(network.image(found, sizes))
         if before - error <= _GAIN * before:
             break
-    return balanced(network, factors)
+    return balanced(network, found)
 
 
 def _with_one(
