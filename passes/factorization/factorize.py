@@ -17,7 +17,7 @@ from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.sensitivity import output_metrics
-from regauge.passes.factorization.catalog import FORMS
+from regauge.passes.factorization.catalog import FORMS, UNASKED
 from regauge.passes.factorization.chains import Link, write_chain
 from regauge.passes.factorization.forms import Choice, Form
 from regauge.passes.factorization.on_data import links_on_data, problems_on_data
@@ -48,9 +48,21 @@ class Factorize(Pass):
     rank: float | None = option(
         None, "the rank of every layer instead: a number, or a share of the greatest that saves anything", above=0
     )
-    form: Literal["low-rank", "tucker", "columns", "rows"] | None = option(
-        None, "what layers become; if not given, for each the best"
-    )
+    form: (
+        Literal[
+            "low-rank",
+            "tucker",
+            "columns",
+            "rows",
+            "monarch",
+            "block-dense",
+            "block-diagonal",
+            "btt",
+            "kronecker",
+            "mpo",
+        ]
+        | None
+    ) = option(None, "what layers become; if not given, for each the best of the first four")
     multiple: int = option(1, "ranks are multiples of it", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
@@ -91,13 +103,14 @@ class Factorize(Pass):
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")
         for layer, links in found:
             choice = picked[layer.weight.name]
-            context.cuts.append(Cut(f"{layer.weight.name} ({choice.form}): rank", _most(layer), choice.ranks[0]))
+            form = " ".join([choice.form, "x".join(map(str, choice.axes))]).strip()
+            context.cuts.append(Cut(f"{layer.weight.name} ({form}): rank", _most(layer), choice.ranks[0]))
             write_chain(result, layer, links, by=self.name)
         remove_dead(result)
         return result if found else graph
 
     def _forms(self) -> list[Form]:
-        return [FORMS[self.form]] if self.form is not None else list(FORMS.values())
+        return [FORMS[name] for name in ([self.form] if self.form is not None else UNASKED)]
 
     def _layers(self, graph: Graph, left: Counter[str]) -> list[Layer]:
         def misfit(layer: Layer) -> str | None:
@@ -134,7 +147,7 @@ class Factorize(Pass):
 
 
 def _links(layer: Layer, choice: Choice) -> list[Link]:
-    return FORMS[choice.form].links(Problem(layer, matrix_of(layer)), choice.ranks)[0]
+    return FORMS[choice.form].links(Problem(layer, matrix_of(layer)), choice.numbers)[0]
 
 
 def _most(layer: Layer) -> int:

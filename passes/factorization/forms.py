@@ -4,6 +4,8 @@ low-rank   y = up (down x): of a convolution, one to fewer channels and one of s
 tucker     a convolution between two of single places (:mod:`regauge.passes.factorization.separated`)
 columns    a convolution along the first axis of the kernel, then one along the second
 rows       the other way round
+
+Of linear layers there are structured ones besides (:mod:`regauge.passes.factorization.structured`).
 """
 
 from __future__ import annotations
@@ -24,13 +26,22 @@ _MOST_RANKS = 48  # that are weighed for a layer
 
 @dataclass(frozen=True)
 class Choice:
-    """A form and its ranks, what the links cost with them, and what they lose."""
+    """A form and its ranks, what the links cost with them, and what they lose.
+
+    ``axes`` are the sizes of the axes that the features are split into, where the form splits them.
+    """
 
     form: str
     ranks: tuple[int, ...]
     parameters: int
     macs: int
     loss: float
+    axes: tuple[int, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What the links are determined by."""
+        return self.ranks + self.axes
 
 
 class Form(Protocol):
@@ -46,7 +57,7 @@ class Form(Protocol):
         """The ranks, multiples of a number, with which the layer has fewer parameters or multiplications."""
 
     def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
-        """The links with these ranks, and the matrix [outputs, columns] that they multiply by."""
+        """The links with the numbers of a choice, and the matrix [outputs, columns] that they multiply by."""
 
 
 class LowRank:

@@ -18,8 +18,17 @@ from regauge.passes.factorization.problems import Problem
 _STEPS = 12
 
 
-def bettered(problem: Problem, image: Callable[[torch.Tensor], torch.Tensor], factor: torch.Tensor) -> torch.Tensor:
-    """The factor after some steps; ``image`` gives the matrix [outputs, columns] of one, and is linear."""
+def bettered(
+    problem: Problem,
+    image: Callable[[torch.Tensor], torch.Tensor],
+    factor: torch.Tensor,
+    divided: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
+    steps: int = _STEPS,
+) -> torch.Tensor:
+    """The factor after some steps; ``image`` gives the matrix [outputs, columns] of one, and is linear.
+
+    ``divided`` is a gradient divided by a positive definite guess at the curvature, with which steps go further.
+    """
 
     def transposed(matrix: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
@@ -28,8 +37,9 @@ def bettered(problem: Problem, image: Callable[[torch.Tensor], torch.Tensor], fa
         return found
 
     residual = transposed(problem.weighed(problem.weight - image(factor)))
-    direction, energy = residual, residual.square().sum()
-    for _ in range(_STEPS):
+    direction = divided(residual)
+    energy = (residual * direction).sum()
+    for _ in range(steps):
         moved = transposed(problem.weighed(image(direction)))
         curvature = (direction * moved).sum()
         if not float(curvature) > 0:
@@ -37,6 +47,7 @@ def bettered(problem: Problem, image: Callable[[torch.Tensor], torch.Tensor], fa
         length = energy / curvature
         factor = factor + length * direction
         residual = residual - length * moved
-        before, energy = energy, residual.square().sum()
-        direction = residual + energy / before * direction
+        downhill = divided(residual)
+        before, energy = energy, (residual * downhill).sum()
+        direction = downhill + energy / before * direction
     return factor

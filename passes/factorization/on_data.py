@@ -48,7 +48,7 @@ def links_on_data(
 
     def matrix(problem: Problem) -> torch.Tensor:
         name = problem.layer.weight.name
-        found[name], result = FORMS[picked[name].form].links(problem, picked[name].ranks)
+        found[name], result = FORMS[picked[name].form].links(problem, picked[name].numbers)
         return result
 
     for layer in refitted(original, changed, layers, matrix, batches, metrics, by=by):

@@ -18,6 +18,7 @@ from regauge.passes.factorization.chains import write_chain
 from regauge.passes.factorization.forms import Form
 from regauge.passes.factorization.metric_svd import factored
 from regauge.passes.factorization.problems import Problem, matrix_of
+from regauge.passes.factorization.structured import Structured
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,8 +31,19 @@ def metric(size: int, seed: int = 0) -> torch.Tensor:
     return rows.t() @ rows + 1e-6 * torch.eye(size, dtype=torch.float64)
 
 
+class Matmul(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 9), (4, 5, 6)),
+    "wide": (lambda: nn.Linear(12, 18), (5, 12)),
+    "matmul": (Matmul, (2, 3, 12)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 5, stride=2, padding=2), (2, 4, 17)),
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 4, 9, 8)),
     "conv3d": (lambda: nn.Conv3d(3, 4, 2, padding=1), (1, 3, 4, 5, 3)),
@@ -58,22 +70,32 @@ def test_full_rank_is_exact(kind: str, name: str) -> None:
         assert name != "low-rank"
         return
     problem = Problem(layer, matrix_of(layer), metric(layer.columns), metric(layer.outputs, 5))
-    links, matrix = form.links(problem, full_ranks(name, layer))
-    assert torch.allclose(matrix, problem.weight, atol=1e-8)
-    changed = graph.copy()
-    write_chain(changed, layer_in(changed), links, by="test")
-    (before,), (after,) = graph.run(x), changed.run(x)
-    assert float((before - after).abs().max()) < 1e-10 * max(1.0, float(before.abs().max())) * 1e2
+    for numbers in full_numbers(form, layer):
+        links, matrix = form.links(problem, numbers)
+        assert torch.allclose(matrix, problem.weight, atol=1e-8)
+        changed = graph.copy()
+        write_chain(changed, layer_in(changed), links, by="test")
+        (before,), (after,) = graph.run(x), changed.run(x)
+        assert float((before - after).abs().max()) < 1e-10 * max(1.0, float(before.abs().max()))
 
 
-def full_ranks(name: str, layer: Layer) -> tuple[int, ...]:
+def full_numbers(form: Form, layer: Layer) -> list[tuple[int, ...]]:
+    """The numbers of choices with which nothing is lost: one for each way to split the axes."""
     channels = layer.columns // layer.taps
     sizes = [channels, *(int(size) for size in layer.weight.shape[2:])]
-    if name == "low-rank":
-        return (min(layer.outputs, layer.columns),)
-    if name == "tucker":
-        return (channels, min(layer.outputs, layer.columns))
-    return (channels * sizes[1 if name == "columns" else 2],)
+    if isinstance(form, Structured):
+        network = form.network
+        if not network.bonds:
+            return [(min(layer.outputs, layer.columns), 1, layer.columns, layer.outputs)]  # one block
+        return [
+            (*network.bond_sizes(axes, layer.outputs * layer.columns).values(), *axes.values())
+            for axes in form.axes(layer)
+        ]
+    if form.name == "low-rank":
+        return [(min(layer.outputs, layer.columns),)]
+    if form.name == "tucker":
+        return [(channels, min(layer.outputs, layer.columns))]
+    return [(channels * sizes[1 if form.name == "columns" else 2],)]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 9), (9, 5)])
