@@ -17,8 +17,8 @@ from regauge.ir.interpret import Interpreter, born_inside, last_uses
 from regauge.ir.mapped import mapped
 from regauge.ir.sizes import solve_bindings
 
-HELD = 1 << 30  # bytes of values that are held in memory; what is more goes into temporary files
-_SMALL = 1 << 20  # values below so many bytes stay in memory
+HELD = 1 << 27  # bytes of values that are held in memory; what is more goes into temporary files
+_SMALL = 1 << 17  # values below so many bytes stay in memory
 
 Watcher = Callable[[Node, list[Any], tuple[Any, ...]], None]
 """Called with a node inside a region, its operands and its results, each time that it runs."""
