@@ -97,11 +97,11 @@ class Tracer:
         below = self._descendants(source, target)
         for node in _between(source, target, below, self._place):
             if not followed(node):
-                refuse(f"{node.label} stands between")
+                refuse(f"{node.op} stands between")
             try:
                 results = self._through(node, found, below, trace)
             except _EVALUATION_ERRORS as error:
-                refuse(f"{node.label} cannot be followed: {error}")
+                refuse(f"{node.op} cannot be followed: {error}")
             found.update(zip(node.outputs, results, strict=True))
             trace.nodes.append(node)
         if target not in found:
@@ -144,14 +144,14 @@ class Tracer:
 
     def _normed(self, node: Node, x: Entries, trace: Trace) -> Entries:
         if len(node.attributes.get("normalized_shape", (1,))) != 1:
-            refuse(f"{node.label} goes over several axes")
+            refuse(f"{node.op} goes over several axes")
         trace.norms.append(node)
         gain = node.inputs[1] if len(node.inputs) > 1 else None
         return x if gain is None else x.times(self.numbers(gain))
 
     def _added(self, node: Node, traced: Sequence[Entries | None]) -> Entries:
         if any(entries is None for entries in traced):
-            refuse(f"{node.label} adds something else")
+            refuse(f"{node.op} adds something else")
         first, second = (entries for entries in traced if entries is not None)
         return _summed([first, second.times(-1) if node.op == "sub" else second])
 
@@ -165,7 +165,7 @@ class Tracer:
         slot = 0 if traced[0] is not None else 1
         other, x = node.inputs[1 - slot], traced[slot]
         if node.op == "div" and (slot == 1 or node.attributes.get("rounding_mode")):
-            refuse(f"{node.label} is no product")
+            refuse(f"{node.op} is no product")
         if other in below:
             trace.norms.append(node)
         factor = self.numbers(other)

@@ -161,7 +161,7 @@ def _projection(graph: Graph, tracer: Tracer, node: Node, slot: int, query: Head
         return refuse("it is made by several layers" if layers else "no linear layer makes it")
     layer = layer_of(layers[0])
     if layer is None:
-        return refuse(f"the weight of {layers[0].label} is no trained matrix of its own")
+        return refuse("the weight of a projection is no trained matrix of its own")
     result = layer.node.output
     trace = tracer.trace(result, read)
     shape, axis = tracer.shape(result), _channel_axis(layer, result)
@@ -357,7 +357,7 @@ def _channels_of(tracer: Tracer, layer: Layer, value: Value, unknown: set[int]) 
 def _output(graph: Graph, tracer: Tracer, node: Node, query: Heads | None) -> Heads:
     layer = _layer_below(graph, node.output)
     if layer.taps != 1:
-        return refuse(f"{layer.node.label} is no map of single positions")
+        return refuse("the output projection is no map of single positions")
     x = layer.node.inputs[0]
     assert isinstance(x, Value)
     trace = tracer.trace(node.output, x)
@@ -397,7 +397,7 @@ def _layer_below(graph: Graph, value: Value) -> Layer:
         node, slot = users[0]
         if node.op in ("linear", "matmul", "conv") and slot == 0:
             layer = layer_of(node)
-            return layer if layer is not None else refuse(f"the weight of {node.label} is no trained matrix of its own")
+            return layer if layer is not None else refuse("the weight of a projection is no trained matrix of its own")
         if not followed(node) or len(node.outputs) != 1:
-            return refuse(f"{node.label} reads the result of attention")
+            return refuse(f"{node.op} reads the result of attention")
         value = node.output

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import nn
 
 import regauge
 from attention_networks import LENGTH, WIDTH, Decoder
+from random_networks import networks
 from regauge.ir.graph import Graph
+from regauge.ir.sample_inputs import sample_runs
 from regauge.passes.base import Context
 from regauge.passes.factorization.canonicalize import Canonicalize
 
@@ -56,6 +59,15 @@ def test_the_function_stays(family: str, on_data: bool) -> None:
     for now, before in zip(found.run(x), graph.run(x), strict=True):
         torch.testing.assert_close(now, before, rtol=1e-9, atol=1e-9)
     assert found is not graph and context.left.total() == (family == "normed queries")
+
+
+@settings(max_examples=25)
+@given(networks())
+def test_the_function_of_random_networks_stays(graph: Graph) -> None:
+    found = Canonicalize().call(graph, Context())
+    (inputs, results), *_ = sample_runs(graph)
+    for now, before in zip(found.run(inputs), results, strict=True):
+        torch.testing.assert_close(now, before, rtol=1e-7, atol=1e-7)
 
 
 def test_bonds_have_the_singular_values_on_both_sides() -> None:
