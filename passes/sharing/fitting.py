@@ -24,9 +24,13 @@ _CLOSE = 1e-6  # what is left of the gradient, as a share of the first
 
 
 def shared(problems: Sequence[Problem], rank: int) -> torch.Tensor:
-    """The matrix [outputs, columns] that loses least beside residuals of a rank."""
+    """The matrix [outputs, columns] that loses least beside residuals of a rank.
+
+    Of two layers the mean is a saddle: their residuals are each other's negatives, where together they could have twice
+    the rank. There the start is the first of them.
+    """
     weights = [problem.weight for problem in problems]
-    found = _common(problems, weights, torch.stack(weights).mean(0))
+    found = weights[0] if rank and len(weights) == 2 else _common(problems, weights, torch.stack(weights).mean(0))
     for _ in range(_TURNS if rank else 0):
         rest = [p.weight - residual(p, found, rank) for p in problems]
         found = _common(problems, rest, found)

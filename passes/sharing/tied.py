@@ -106,8 +106,9 @@ class TieLosses:
         return self._tails[place]
 
     def loss(self, place: Place, rank: int) -> float:
-        tail = self.tail(place)
-        return float(tail[min(rank, len(tail) - 1)])
+        """Beside residuals the shared matrix need not be the mean: what they hold together is one layer's more."""
+        tail, count = self.tail(place), len(place[2])
+        return float(tail[min(rank * count // max(1, count - 1), len(tail) - 1)])
 
     def of_group(self, structure: int, group: Members, rank: int) -> float:
         if len(group) == 1:
