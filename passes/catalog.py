@@ -28,6 +28,7 @@ BUILT_IN = {
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",
     "scalify": "regauge.passes.scaling.scalify:Scalify",
+    "share-kv": "regauge.passes.attention.share_kv:ShareKv",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
     "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",
