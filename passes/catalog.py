@@ -34,6 +34,7 @@ BUILT_IN = {
     "rotate": "regauge.passes.quantization.rotate:Rotate",
     "scalify": "regauge.passes.scaling.scalify:Scalify",
     "share": "regauge.passes.sharing.share:Share",
+    "share-kv": "regauge.passes.attention.share_kv:ShareKv",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
     "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",

@@ -53,7 +53,7 @@ def key_driven_heads(site: Site, moments: SiteMoments | None, count: int) -> New
     assert moments is not None
     query, key, *_ = site.parts
     groups = neighbours(key.count, count)
-    keys = torch.stack([_with_bias(key)[list(group)].mean(0) for group in groups])
+    keys = torch.stack([with_bias(key)[list(group)].mean(0) for group in groups])
     squares = (keys @ metric_of(moments.key, bias=key.bias is not None) @ keys.mT).diagonal(dim1=1, dim2=2)
     norms = squares.sum(1).sqrt()
     spread = norms - norms.min()
@@ -87,11 +87,11 @@ def joint_keys(site: Site, moments: SiteMoments) -> JointHeads:
     softmax takes it away.
     """
     query, key, *_ = site.parts
-    asked = _with_bias(query)
+    asked = with_bias(query)
     readers = asked @ metric_of(moments.query, bias=query.bias is not None) @ asked.mT
     rotary = len(key.pairs) > 0
     metric = metric_of(moments.key, bias=key.bias is not None) if rotary else metric_of(moments.key, centred=True)
-    return JointHeads(_with_bias(key) if rotary else key.weight, _per_head(readers, key), metric, key.pairs)
+    return JointHeads(with_bias(key) if rotary else key.weight, per_head(readers, key), metric, key.pairs)
 
 
 def joint_values(site: Site, moments: SiteMoments) -> JointHeads:
@@ -101,9 +101,9 @@ def joint_values(site: Site, moments: SiteMoments) -> JointHeads:
     """
     _, _, value, output = site.parts
     readers = output.weight @ output.weight.mT
-    free = _takes_shift(output)
+    free = takes_shift(output)
     metric = metric_of(moments.value, centred=True) if free else metric_of(moments.value, bias=value.bias is not None)
-    return JointHeads(value.weight if free else _with_bias(value), _per_head(readers, value), metric, value.pairs)
+    return JointHeads(value.weight if free else with_bias(value), per_head(readers, value), metric, value.pairs)
 
 
 def aligned(
@@ -117,11 +117,11 @@ def aligned(
     for group, joints in zip(groups, found, strict=True):
         for back, joint in zip(backs, joints, strict=True):
             back[list(group)] = joint.back
-    asked = backs[0][key.head_of].mT @ _with_bias(query)
+    asked = backs[0][key.head_of].mT @ with_bias(query)
     read = backs[1][value.head_of].mT @ output.weight
     made = torch.stack([joint.weight for _, joint in found])
     shift = None
-    if _takes_shift(output):
+    if takes_shift(output):
         mean = moments.value.means().double()
         before = value.weight @ mean + (0 if value.bias is None else value.bias)
         after = made @ mean
@@ -129,32 +129,33 @@ def aligned(
         shift = torch.einsum("hd,hdo->o", before[value.head_of], output.weight)
         shift -= torch.einsum("hd,hdo->o", after[head_of], read)
     return NewHeads(
-        _parted(asked, query),
-        _parted(torch.stack([joint.weight for joint, _ in found]), key),
-        _parted(made, value),
+        parted(asked, query),
+        parted(torch.stack([joint.weight for joint, _ in found]), key),
+        parted(made, value),
         read,
         tuple(owner[head] for head in key.head_of.tolist()),
         shift,
     )
 
 
-def _with_bias(heads: Heads) -> torch.Tensor:
+def with_bias(heads: Heads) -> torch.Tensor:
     """[heads, size, columns], the bias as one more column where there is one."""
     return heads.weight if heads.bias is None else torch.cat([heads.weight, heads.bias[..., None]], -1)
 
 
-def _parted(weight: torch.Tensor, heads: Heads) -> Projection:
+def parted(weight: torch.Tensor, heads: Heads) -> Projection:
     """A weight that may have the bias as its last column."""
     columns = heads.layer.columns
     return Projection(weight[..., :columns], weight[..., columns] if weight.shape[-1] > columns else None)
 
 
-def _per_head(readers: torch.Tensor, heads: Heads) -> torch.Tensor:
-    """The sum over the query heads that use each head."""
+def per_head(readers: torch.Tensor, heads: Heads) -> torch.Tensor:
+    """[heads, size, size] of [query heads, size, size]: the sum over the query heads that use each head."""
     return readers.new_zeros(heads.count, *readers.shape[1:]).index_add(0, heads.head_of, readers)
 
 
-def _takes_shift(output: Heads) -> bool:
+def takes_shift(output: Heads) -> bool:
+    """Whether something behind the output takes a constant: its bias."""
     return output.layer.shifted(torch.zeros(output.layer.outputs, dtype=torch.float64)) is not None
 
 
@@ -165,10 +166,10 @@ def _pooled(site: Site, groups: Sequence[Group], used: Sequence[int], *, pooled:
     """Means of groups; ``used`` says of each query head which head it uses, of the means (``pooled``) or before."""
     query, key, value, output = site.parts
     owner = {head: place for place, group in enumerate(groups) for head in group}
-    means = [torch.stack([_with_bias(part)[list(group)].mean(0) for group in groups]) for part in (key, value)]
+    means = [torch.stack([with_bias(part)[list(group)].mean(0) for group in groups]) for part in (key, value)]
     head_of = tuple(used) if pooled else tuple(owner[head] for head in used)
     asked = Projection(query.weight, query.bias)
-    return NewHeads(asked, _parted(means[0], key), _parted(means[1], value), output.weight, head_of)
+    return NewHeads(asked, parted(means[0], key), parted(means[1], value), output.weight, head_of)
 
 
 def _allotted(shares: Sequence[float], count: int) -> list[int]:

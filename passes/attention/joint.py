@@ -35,7 +35,7 @@ class JointHeads:
     """
 
     def __init__(self, weights: torch.Tensor, readers: torch.Tensor, metric: torch.Tensor, pairs: torch.Tensor) -> None:
-        self.shape, self.pairs = weights.shape, pairs
+        self.weights, self.pairs = weights, pairs
         free = torch.ones(weights.shape[1], dtype=torch.bool)
         free[pairs.flatten()] = False
         self.free = free.nonzero()[:, 0]
@@ -50,13 +50,36 @@ class JointHeads:
             self._parts.append(_Part(turned, read.to(turned.dtype), metric.to(turned.dtype)))
         self.whole = sum(part.whole for part in self._parts)
 
+    def read_off(self, head: int, weight: torch.Tensor) -> torch.Tensor:
+        """The map B [size, size] with which B @ ``weight``, of any head [size, columns], comes closest to a head."""
+        found = torch.zeros(len(weight), len(weight), dtype=torch.float64)
+        maps = [part.read_off(head, self._split(weight, place)) for place, part in enumerate(self._parts)]
+        if len(self.free):
+            found[self.free[:, None], self.free] = maps[0]
+        if len(self.pairs):
+            self._put_pairs(found, maps[-1][:, 0, 0])
+        return found
+
+    def _split(self, weight: torch.Tensor, place: int) -> torch.Tensor:
+        """What one of the parts has of a head."""
+        if place == 0 and len(self.free):
+            return weight[self.free]
+        i, j = self.pairs.T
+        return torch.complex(weight[i], weight[j])[:, None]
+
+    def _put_pairs(self, maps: torch.Tensor, factors: torch.Tensor) -> None:
+        """Complex factors [..., pairs] as turns and scales of pairs in maps [..., size, size]."""
+        i, j = self.pairs.T
+        maps[..., i, i], maps[..., j, j] = factors.real, factors.real
+        maps[..., i, j], maps[..., j, i] = -factors.imag, factors.imag
+
     def lost(self, group: Sequence[int]) -> float:
         """The sum that is minimised for one head in place of these, as a share of what all heads have."""
         return sum(part.lost(group) for part in self._parts) / (self.whole or 1.0)
 
     def joined(self, group: Sequence[int]) -> Joint:
         """The head in place of these."""
-        _, size, columns = self.shape
+        _, size, columns = self.weights.shape
         weight = torch.zeros(size, columns, dtype=torch.float64)
         back = weight.new_zeros(len(group), size, size)
         found = [part.solved(group) for part in self._parts]
@@ -66,9 +89,7 @@ class JointHeads:
             own, by = found[-1]
             i, j = self.pairs.T
             weight[i], weight[j] = own[:, 0].real, own[:, 0].imag
-            factors = by[..., 0, 0].T  # [heads, pairs]
-            back[:, i, i], back[:, j, j] = factors.real, factors.real
-            back[:, i, j], back[:, j, i] = -factors.imag, factors.imag
+            self._put_pairs(back, by[..., 0, 0].T)
         return Joint(weight, back)
 
 
@@ -89,6 +110,11 @@ class _Part:
         rows = self._rows(group)
         values = torch.linalg.eigvalsh(self.gram[..., rows[:, None], rows])
         return float(values[..., : -self.size].clamp_min(0).sum())
+
+    def read_off(self, head: int, weight: torch.Tensor) -> torch.Tensor:
+        given = self.metric @ weight.mH
+        found: torch.Tensor = self.weights[..., head, :, :] @ given @ torch.linalg.pinv(weight @ given, hermitian=True)
+        return found
 
     def solved(self, group: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The joint weight [..., size, columns] and the maps back [..., heads, size, size]."""

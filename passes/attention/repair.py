@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from regauge.ir.graph import Graph, Value
@@ -35,10 +35,14 @@ class Copy:
             except Refusal as reason:
                 left[str(reason)] += 1
                 continue
-            self._moved[self._before[site.node.output]] = changed
-            self._changed.append(changed)
+            self.replaced(site, changed)
             done.append((site, new))
         return done
+
+    def replaced(self, site: Site, result: Value) -> None:
+        """Note which value of the copy is the result of a site now."""
+        self._moved[self._before[site.node.output]] = result
+        self._changed.append(result)
 
     def heal(self, batches: Sequence[Any]) -> str:
         """Refit what lies behind; returns what to report."""
@@ -48,8 +52,11 @@ class Copy:
         return f"layers refitted on {sum(map(examples_in, batches))} examples: {count}"
 
 
-def cache_note(sites: Sequence[Site], done: Sequence[tuple[Site, NewHeads]]) -> str:
-    """What a cache of keys and values holds for each token, before and after, of all sites that were found."""
+def cache_note(sites: Sequence[Site], done: Sequence[tuple[Site, NewHeads]], followers: Collection[Site] = ()) -> str:
+    """What a cache of keys and values holds for each token, before and after, of all sites that were found.
+
+    ``done`` have new heads, ``followers`` none of their own any more.
+    """
     changed = dict(done)
     before: dict[Any, int] = {}
     after: dict[Any, int] = {}
@@ -61,5 +68,6 @@ def cache_note(sites: Sequence[Site], done: Sequence[tuple[Site, NewHeads]]) -> 
             own = heads.layer.node, *heads.channels.flatten().tolist()  # once where several sites read them
             each = heads.size * heads.layer.weight.tensor.element_size()
             before[own] = each * heads.count
-            after[own] = each * (len(getattr(changed[site], part).weight) if site in changed else heads.count)
+            if site not in followers:
+                after[own] = each * (len(getattr(changed[site], part).weight) if site in changed else heads.count)
     return f"cache of keys and values: {sum(before.values())} -> {sum(after.values())} bytes per token"

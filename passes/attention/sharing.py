@@ -57,7 +57,7 @@ def write_heads(graph: Graph, site: Site, new: NewHeads, *, by: str) -> Value:
     Raises Refusal, before anything is changed, where a path cannot be written for other heads.
     """
     paths = site_paths(graph, site)
-    if _may_be_ordered(site, new.head_of):
+    if may_be_ordered(site, new.head_of):
         order = sorted(range(len(new.head_of)), key=lambda head: new.head_of[head])
         new = _ordered(new, order)
     build = Builder(graph, by=by)
@@ -66,13 +66,13 @@ def write_heads(graph: Graph, site: Site, new: NewHeads, *, by: str) -> Value:
         given = projected(build, [(path.heads.layer, part) for path, part in zip(paths, own, strict=True)])
         operands = [path.laid_out(build, y, len(part.weight)) for path, y, part in zip(paths, given, own, strict=True)]
         result = attend(build, site.node, operands, new.head_of)
-    _write_output(graph, site, new, by)
-    _take_place(graph, build, site.node.output, result, by)
+    write_output(graph, site, new.output, new.shift, by)
+    take_place(graph, build, site.node.output, result, by)
     record(graph, by, f"{site.node.name}: {len(new.key.weight)} heads of keys and values")
     return result
 
 
-def _take_place(graph: Graph, build: Builder, old: Value, new: Value, by: str) -> None:
+def take_place(graph: Graph, build: Builder, old: Value, new: Value, by: str) -> None:
     """Let a value be read in the place of another, and new weights have the names of those that nobody reads then."""
     kept = {node.name for node in dead_nodes(graph)}
     replace_uses(graph, old, new)
@@ -110,7 +110,7 @@ def attend(build: Builder, node: Node, operands: Sequence[Value], head_of: Seque
     return result
 
 
-def _may_be_ordered(site: Site, head_of: Sequence[int]) -> bool:
+def may_be_ordered(site: Site, head_of: Sequence[int]) -> bool:
     """Whether query heads can be sorted by the head that they use: groups are even, and no mask tells heads apart."""
     counts = {head_of.count(head) for head in head_of}
     mask = site.node.inputs[3] if len(site.node.inputs) > 3 else None
@@ -143,15 +143,20 @@ def _linear(build: Builder, layer: Layer, parts: Sequence[Projection]) -> Value:
     if any(bias is not None for bias in biases):
         zeros = [new.weight.new_zeros(new.weight.shape[:2]) for new in parts]
         whole = torch.cat([(zero if b is None else b).flatten() for b, zero in zip(biases, zeros, strict=True)])
-        operands.append(build.folded(layer.bias or layer.weight, lambda _: whole, shape=whole.shape))
+        if layer.bias is not None:
+            operands.append(build.folded(layer.bias, lambda _: whole, shape=whole.shape))
+        else:
+            name = f"{layer.weight.name.removesuffix('weight')}bias"
+            operands.append(build.computed(name, lambda _: whole, layer.weight, shape=whole.shape))
     y: Value = build.linear(*operands, name=layer.node.output.name)
     return y
 
 
-def _write_output(graph: Graph, site: Site, new: NewHeads, by: str) -> None:
+def write_output(graph: Graph, site: Site, output: torch.Tensor, shift: torch.Tensor | None, by: str) -> None:
+    """Give the output of a site other weights [query heads, size, outputs], and add ``shift`` to its bias."""
     heads = site.parts[3]
     layer = heads.layer
-    set_weight(graph, layer.weight, heads.put(layer.weight.tensor.detach(), new.output), by=by)
-    shifted = None if new.shift is None else layer.shifted(new.shift)
+    set_weight(graph, layer.weight, heads.put(layer.weight.tensor.detach(), output), by=by)
+    shifted = None if shift is None else layer.shifted(shift)
     if shifted is not None:
         set_weight(graph, *shifted, by=by)

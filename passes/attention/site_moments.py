@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Graph, Value
+from regauge.ir.lockstep import Lockstep
 from regauge.passes.attention.sites import Site
 from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
 
+_ROWS = 64  # for each column of a layer
 _RIDGE = 1e-4  # share of the mean square of a column: directions that the data does not take are not free
 
 
@@ -41,6 +43,28 @@ def site_moments(graph: Graph, sites: Sequence[Site], batches: Sequence[Any]) ->
             yield site, SiteMoments(*(held[x] for x in inputs))
             still = {x for _, later in waiting for x in later}
             held = {x: found for x, found in held.items() if x in still}
+
+
+def site_rows(graph: Graph, sites: Sequence[Site], batches: Sequence[Any]) -> dict[Value, torch.Tensor]:
+    """What each projection reads, [rows, columns]: of values of one shape the same positions, evenly drawn.
+
+    Memory: at most :data:`_ROWS` rows for each column, of all sites.
+    """
+    layers: dict[Value, Layer] = {}
+    for site in sites:
+        for heads in site.parts[:3]:
+            layers.setdefault(heads.x, heads.layer)
+    by_node = {layer.node: layer for layer in layers.values()}
+    found: dict[Value, torch.Tensor] = {}
+    run = Lockstep(graph, batches)
+    for node in run.steps():
+        layer = by_node.get(node)
+        if layer is None:
+            continue
+        given = [layer.rows_of_input(x) for x in run.values(node.inputs[0])]
+        step = max(1, sum(map(len, given)) // (_ROWS * layer.columns))
+        found[node.inputs[0]] = torch.cat([x[::step] for x in given])  # type: ignore[index]
+    return found
 
 
 def metric_of(moments: Moments, *, centred: bool = False, bias: bool = False) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""Attention layers that read the keys and values of another: exact where these only look different."""
+
+
+import pytest
+import torch
+from torch import nn
+
+import regauge
+from attention_networks import LENGTH, SIZE, WIDTH, Decoder
+from regauge.ir.graph import Graph
+from regauge.passes.attention.sites import attention_sites
+
+
+class Layers(nn.Module):
+    """Layers of attention, one after the other, or all on the same input."""
+
+    def __init__(self, count: int, rotation: str, kv: int, *, fused: bool = False, together: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Decoder(rotation, kv=kv, fused=fused) for _ in range(count))
+        self.together = together
+        for layer in self.layers:
+            layer.angles = self.layers[0].angles
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.together:
+            return torch.stack([layer(x) for layer in self.layers]).sum(0)
+        for layer in self.layers:
+            x = x + 0.3 * layer(x)
+        return x
+
+
+def data(count: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, LENGTH, WIDTH, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def captured(model: nn.Module) -> Graph:
+    return regauge.capture(model.double().eval(), (data()[0][:2],), dynamic={0: {0: "batch"}})
+
+
+def distance(found: Graph, graph: Graph) -> float:
+    x = data()[0]
+    before, after = graph.run(x)[0], found.run(x)[0]
+    torch.testing.assert_close(found.to_torch()(x), after, rtol=0, atol=1e-10)
+    return float((after - before).norm() / before.norm())
+
+
+def turned_copy(model: Layers, rotation: str, kv: int) -> None:
+    """The second layer has the keys and values of the first, heads in another order and each in a basis of its own."""
+    first, second = model.layers
+    half = SIZE // 2
+    for name in ("k", "v"):
+        own, other = getattr(second, name), getattr(first, name)
+        for head in range(kv):
+            basis = torch.randn(SIZE, SIZE)
+            if name == "k" and rotation:
+                a, b = torch.randn(2, half)
+                basis = torch.cat([torch.cat([a.diag(), -b.diag()], 1), torch.cat([b.diag(), a.diag()], 1)])
+            rows, from_rows = (slice(at * SIZE, (at + 1) * SIZE) for at in (head, kv - 1 - head))
+            with torch.no_grad():
+                own.weight[rows] = basis @ other.weight[from_rows]
+                own.bias[rows] = basis @ other.bias[from_rows]
+
+
+@pytest.mark.parametrize("kv", [2, 4])
+@pytest.mark.parametrize("rotation", ["", "half"])
+@pytest.mark.parametrize("method", ["aligned", "cla", "kvsharer"])
+def test_layers_that_differ_by_bases_and_orders_of_heads_share_exactly(method: str, rotation: str, kv: int) -> None:
+    torch.manual_seed(0)
+    model = Layers(2, rotation, kv, together=True)
+    turned_copy(model, rotation, kv)
+    graph = captured(model)
+    found = regauge.optimize(graph, f"share-kv{{layers=1, method={method}, threshold=-1}}", data=data())
+    assert distance(found, graph) < 1e-3  # healing pulls weights, by its ridge
+    names = {name for name in found.parameters if ".k." in name or ".v." in name}
+    assert names == {f"layers.0.{part}.{kind}" for part in "kv" for kind in ("weight", "bias")} & names
+    assert len({site.node.inputs[1] for site in attention_sites(found)}) == 1
+    assert f"{4 * kv * SIZE * 8} -> {2 * kv * SIZE * 8} bytes per token" in str(found.report)
