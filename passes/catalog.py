@@ -25,6 +25,7 @@ BUILT_IN = {
     "flatten": "regauge.passes.quantization.flatten:Flatten",
     "kv-cache": "regauge.passes.decoding.kv_cache:KvCache",
     "kv-latent": "regauge.passes.decoding.kv_latent:KvLatent",
+    "kv-quantize": "regauge.passes.decoding.kv_quantize:KvQuantize",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",
