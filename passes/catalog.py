@@ -28,6 +28,7 @@ BUILT_IN = {
     "flatten": "regauge.passes.quantization.flatten:Flatten",
     "kv-cache": "regauge.passes.decoding.kv_cache:KvCache",
     "kv-latent": "regauge.passes.decoding.kv_latent:KvLatent",
+    "kv-quantize": "regauge.passes.decoding.kv_quantize:KvQuantize",
     "merge-adapters": "regauge.passes.adapters.merge_adapters:MergeAdapters",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",

@@ -76,18 +76,22 @@ class Cuts:
         return not is_layer(node) or self._reads_bottleneck(node)
 
     def _reads_bottleneck(self, node: Node) -> bool:
-        """Whether what this layer reads is smaller than its result, and than what the layer before it reads."""
-        given = node.inputs[0]
-        least = bytes_each(given, self.positions) if isinstance(given, Value) else 0.0
-        while isinstance(given, Value) and given.producer is not None and given in self.positions.streamed:
-            before = given.producer
-            timed = [v for _, v in before.operands() if v in self.positions.streamed]
-            if len(timed) != 1:
+        """Whether all that this layer reads comes from layers that read something larger than it does."""
+        waiting = [value for _, value in node.operands() if value in self.positions.streamed]
+        least, seen = sum(bytes_each(value, self.positions) for value in waiting), set(waiting)
+        while waiting:
+            before = waiting.pop().producer
+            if before is None:
                 return False
+            given = [value for _, value in before.operands() if value in self.positions.streamed]
             if is_layer(before):
-                return bytes_each(timed[0], self.positions) > least
-            given = timed[0]
-        return False
+                if bytes_each(given[0], self.positions) <= least:
+                    return False
+                continue
+            new = [value for value in given if value not in seen]
+            seen.update(new)
+            waiting += new
+        return True
 
 
 def is_layer(node: Node) -> bool:

@@ -16,35 +16,51 @@ from regauge.ir.states import Steps, ordinary_inputs
 
 STEPS = (3, 1, 2)  # positions of each run
 TOLERANCE = 1e-4  # of the greatest entry, in float32
+TRIES = 3  # inputs: on some a number lies so near the middle of two codes that runs of other sizes round it otherwise
 
 
 def check_steps(whole: Graph, stepwise: Graph, length: sympy.Symbol) -> None:
     """Raise PassError where a step of ``stepwise`` gives another result than ``whole`` for all positions so far.
 
-    What has no axis of positions is compared at the last step. Nothing is said where no inputs can be made up that
-    ``whole`` runs on.
+    What has no axis of positions is compared at the last step; one input of several that is the same is enough.
+    Nothing is said where no inputs can be made up that ``whole`` runs on.
     """
     low, high = whole.symbols.get(length, (1, None))
     counts = [count for count in _cumulative(STEPS) if low <= count and (high is None or count <= high)]
     if not counts:
         return
     sizes = {length: counts[-1], **{s: 2 for s in input_symbols(whole) if s != length}}
-    inputs, steps, start = sample_inputs(whole, sizes=sizes), Steps(stepwise), 0
-    try:
-        results = run_seeded(whole, inputs)
-    except RegaugeError:
-        return
+    for seed in range(TRIES):
+        inputs = sample_inputs(whole, seed=seed, sizes=sizes)
+        try:
+            results = run_seeded(whole, inputs)
+        except RegaugeError:
+            return
+        off = _first_difference(whole, stepwise, length, counts, inputs, results)
+        if off is None:
+            return
+        if seed + 1 == TRIES:
+            start, output = off
+            raise PassError(
+                f"kv-cache: position {start} of {output} is not the same step by step: the graph is not causal, or "
+                "counts positions in a way that is not understood"
+            )
+
+
+def _first_difference(
+    whole: Graph, stepwise: Graph, length: sympy.Symbol, counts: list[int], inputs: list[Any], results: list[Any]
+) -> tuple[int, Value] | None:
+    """The first position of a step, and the output, that is not as in the ``results`` of the whole graph."""
+    steps, start = Steps(stepwise), 0
     for count in counts:
         found = steps(*cut_positions(ordinary_inputs(stepwise), inputs, length, start, count))
         wanted = cut_positions(whole.outputs, results, length, start, count)
         for output, a, b in zip(whole.outputs, wanted, found, strict=True):
             counted = isinstance(output, Value) and length in output.shape
-            if (counted or count == counts[-1]) and not _alike(a, b):
-                raise PassError(
-                    f"kv-cache: position {start} of {output} is not the same step by step: the graph is not causal, or "
-                    "counts positions in a way that is not understood"
-                )
+            if (counted or count == counts[-1]) and isinstance(output, Value) and not _alike(a, b):
+                return start, output
         start = count
+    return None
 
 
 def cut_positions(
@@ -64,9 +80,7 @@ def _cumulative(counts: Sequence[int]) -> list[int]:
     return [sum(counts[: place + 1]) for place in range(len(counts))]
 
 
-def _alike(a: Any, b: Any) -> bool:
-    if not isinstance(a, torch.Tensor):
-        return True  # a size
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.double(), b.double()
