@@ -11,6 +11,7 @@ import torch
 from regauge.ir.edit import Builder, record, replace_uses, set_input, set_weight
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Value
+from regauge.passes.adapters.channels import SELECTED, split_channels
 from regauge.passes.adapters.directions import input_directions
 from regauge.passes.adapters.folding import number_of
 from regauge.passes.adapters.forms import FORMS, Factors, Form, Tensors, most_rank, with_directions
@@ -27,18 +28,21 @@ class Adapt(Pass):
     before  y = linear(x, w, b)
     after   y = linear(x, w, b) + linear(linear(x, down), up)      down: f32[8,96], up: f32[384,8], all else frozen
 
-    ``regauge.passes.adapters.forms`` says what each form is and whose. ``merge-adapters`` puts what was trained into
-    the weights. With ``init=eva`` (Paischer et al. 2024) ``down`` starts as the directions in which the inputs of a
-    layer vary most on data, and ranks are shared out by the shares of variance that they explain.
+    ``regauge.passes.adapters.forms`` says what each form is and whose, ``channels`` beside it what s2ft is.
+    ``merge-adapters`` puts what was trained into the weights. With ``init=eva`` (Paischer et al. 2024) ``down`` starts
+    as the directions in which the inputs of a layer vary most on data, and ranks are shared out by the shares of
+    variance that they explain.
     """
 
     name: ClassVar[str] = "adapt"
     contract: ClassVar[Contract] = "exact"
 
-    form: Literal["lora", "svfit", "tensor-train", "tucker", "kronecker", "bone"] = option(
-        "lora", "what is added to a weight"
+    form: Literal["lora", "svfit", "tensor-train", "tucker", "kronecker", "bone", "s2ft"] = option(
+        "lora", "what is added to a weight, or s2ft: columns of it that train themselves"
     )
-    rank: int = option(8, "the rank of an adapter, its number of terms, or the width of its block", at_least=1)
+    rank: int = option(
+        8, "the rank of an adapter, its number of terms, the width of its block, or the channels that train", at_least=1
+    )
     init: Literal["auto", "zero", "principal", "eva"] = option(
         "auto",
         "start at zero, or with the part of the weight that the form holds best (PiSSA, SoKA, DoTA), which leaves the "
@@ -51,6 +55,10 @@ class Adapt(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.form == "s2ft":
+            if self.init != "auto" or self.alpha is not None:
+                raise PassError("adapt: form=s2ft trains columns as they are: it has no init and no alpha")
+            return
         form = FORMS[self.form]
         starts = ["auto", *(["zero"] if form.zero else []), *(["principal"] if form.principal else [])]
         starts += ["eva"] if self.form == "lora" else []
@@ -58,6 +66,23 @@ class Adapt(Pass):
             raise PassError(f"adapt: form={self.form} has no init={self.init}: it starts as {', '.join(starts)}")
 
     def call(self, graph: Graph, context: Context) -> Graph:
+        result, count = self._split(graph, context) if self.form == "s2ft" else self._adapted(graph, context)
+        if not count:
+            return graph
+        trained = sum(math.prod(p.weight.shape) for p in result.all_parameters() if p.trainable)
+        whole = sum(math.prod(p.weight.shape) for p in graph.all_parameters() if p.kind == "parameter")
+        context.note(f"{count} adapters ({self.form}), {trained} parameters train beside {whole}")
+        return result
+
+    def _split(self, graph: Graph, context: Context) -> tuple[Graph, int]:
+        chosen = [site for site in sites(graph, self.include, self.exclude, context.left) if site.layer is not None]
+        names = [site.weight.name for site in chosen if site.blocks == 1]
+        result, count = split_channels(graph, names, self.rank, self.seed, context.left, by=self.name)
+        for parameter in result.all_parameters():
+            parameter.trainable = f"{SELECTED}.weight" in parameter.name and parameter.name not in graph.parameters
+        return result, count
+
+    def _adapted(self, graph: Graph, context: Context) -> tuple[Graph, int]:
         form = FORMS[self.form]
         result = graph.copy()
         chosen = []
@@ -73,12 +98,7 @@ class Adapt(Pass):
         for site in chosen:
             if site.weight.name in starts:
                 self._insert(result, form, site, starts[site.weight.name])
-        if not starts:
-            return graph
-        count = sum(math.prod(p.weight.shape) for p in result.all_parameters() if p.trainable)
-        whole = sum(math.prod(p.weight.shape) for p in graph.all_parameters() if p.kind == "parameter")
-        context.note(f"{len(starts)} adapters ({self.form}), {count} of {whole} parameters train")
-        return result
+        return result, len(starts)
 
     def _starts(
         self, graph: Graph, result: Graph, form: Form, chosen: list[Site], context: Context

@@ -13,12 +13,13 @@ from regauge.ir.edit import Builder, dead_nodes, record, remove_dead, remove_nod
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.rewrite import RuleSet, rewrite_graph
 from regauge.ir.weight_edits import settle_successors
+from regauge.passes.adapters.channel_rule import CHANNELS
 from regauge.passes.adapters.folding import number_of, parameters_below
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.rewriting import tell
 from regauge.passes.simplify.branches import RULES
 
-_ADAPTERS = RuleSet(rule for rule in RULES if "adapter" in rule.name)
+_ADAPTERS = RuleSet([*(rule for rule in RULES if "adapter" in rule.name), CHANNELS])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ class MergeAdapters(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()
         count = _fold_computed(result, self.name)
-        beside = [node for node in result.nodes if node.op == "add" and any(map(_is_adapter, node.operands()))]
-        log = rewrite_graph(result, _ADAPTERS, nodes=beside)
+        adds = [node for node in result.nodes if node.op == "add" and any(map(_is_adapter, node.operands()))]
+        log = rewrite_graph(result, _ADAPTERS, nodes=adds)
         remove_dead(result)
         tell(log, context)
         context.note(f"{count} weights took in what was computed beside them" if count else "no weight was computed")

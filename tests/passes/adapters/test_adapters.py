@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 import regauge
+from regauge.ir.edit import set_weight
+from regauge.ir.equivalence import prove_rule
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.passes.adapters.channel_rule import CHANNELS
 from regauge.passes.adapters.forms import FORMS
 
 
@@ -50,6 +53,13 @@ def trained(graph: Graph, x: torch.Tensor) -> nn.Module:
     return module.eval()
 
 
+def learned_graph(graph: Graph, module: nn.Module) -> Graph:
+    result = graph.copy()
+    for name, parameter in module.named_parameters():
+        set_weight(result, result.parameters[name], parameter.detach().clone())
+    return result
+
+
 STARTS = [(name, init) for name, form in FORMS.items() for init in ("zero", "principal") if getattr(form, init)]
 
 
@@ -67,10 +77,56 @@ def test_insert_train_capture_merge(form: str, init: str) -> None:
     assert not moved & graph.parameters.keys()
     learned = module(x).detach()
     assert (learned - wanted).abs().max() > 1e-4
-    merged = regauge.optimize(regauge.capture(module, (x,), dynamic={0: {0: "batch"}}), "merge-adapters")
+    again = form in ("lora", "kronecker")  # two layers beside a weight, and what is added to it, captured once more
+    found = regauge.capture(module, (x,), dynamic={0: {0: "batch"}}) if again else learned_graph(adapted, module)
+    merged = regauge.optimize(found, "merge-adapters")
     assert (merged.run(x)[0] - learned).abs().max() < 1e-10
     assert {n: p.shape for n, p in merged.parameters.items()} == {n: p.shape for n, p in graph.parameters.items()}
     assert len(merged) == len(graph) and all(p.trainable for p in merged.parameters.values())
+
+
+class Feed(nn.Module):
+    """Attention and a hidden layer on a stream, convolutions in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.patches = nn.Conv1d(3, 12, 3), nn.Conv1d(12, 16, 3, stride=2)
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(self.conv(x).relu()).transpose(1, 2)
+        q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return self.head(x + self.down(nn.functional.gelu(self.up(x))))
+
+
+def test_channels_and_heads_that_train_themselves() -> None:
+    x = torch.randn(2, 3, 20, dtype=torch.float64)
+    graph = regauge.capture(Feed().double().eval(), (x,), dynamic={0: {0: "batch"}})
+    (wanted,) = graph.run(x)
+    adapted = regauge.optimize(graph, "adapt{form=s2ft,rank=2}")
+    assert (adapted.run(x)[0] - wanted).abs().max() < 1e-12
+    shapes = {name: tuple(p.shape) for name, p in adapted.parameters.items() if p.trainable}
+    assert shapes == {
+        "patches.selected.weight": (16, 2, 3),  # two channels
+        "proj.selected.weight": (16, 8),  # two heads of four
+        "down.selected.weight": (16, 2),
+    }
+    module = trained(adapted, x)
+    learned = module(x).detach()
+    assert (learned - wanted).abs().max() > 1e-4
+    merged = regauge.optimize(regauge.capture(module, (x,), dynamic={0: {0: "batch"}}), "merge-adapters")
+    assert (merged.run(x)[0] - learned).abs().max() < 1e-10
+    assert {n: p.shape for n, p in merged.parameters.items()} == {n: p.shape for n, p in graph.parameters.items()}
+    assert len(merged) == len(graph)
+    with pytest.raises(PassError, match="form=s2ft trains columns as they are"):
+        regauge.optimize(graph, "adapt{form=s2ft,init=principal}")
+
+
+def test_the_rule_that_joins_channels_is_proved() -> None:
+    assert prove_rule(CHANNELS)
 
 
 def test_principal_takes_the_best_part_out_of_the_weight() -> None:
