@@ -56,13 +56,16 @@ _INLINE = 80
 
 
 class Names:
-    """Python names for values: their own, with what cannot be in a name left out, and a number where one is taken."""
+    """Python names for values: their own, with what cannot be in a name left out, and a number where one is taken.
+
+    Numbers that values have at the end are not taken over: the same region elsewhere in a graph has the same text.
+    """
 
     def __init__(self, taken: Collection[str] = ()) -> None:
         self.taken = {*_TAKEN, *taken}
 
     def unique(self, name: str) -> str:
-        stem = re.sub(r"\W", "_", name.rpartition(".")[2] if name[-1:] != "." else name)
+        stem = re.sub(r"(?<=\D)_?\d+$", "", re.sub(r"\W", "_", name.rpartition(".")[2]))
         stem = f"v_{stem}" if not stem or stem[0].isdigit() or keyword.iskeyword(stem) else stem
         found, number = stem, 1
         while found in self.taken:

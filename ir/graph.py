@@ -331,13 +331,21 @@ class Graph:
 
         return copy_graph(self)
 
-    def to_torch(self, *, device: torch.device | str | None = None, integers: bool = True) -> torch.nn.Module:
+    def to_torch(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        integers: bool = True,
+        kernels: Literal["triton"] | None = None,
+    ) -> torch.nn.Module:
         """An ``nn.Module`` that computes this graph, on ``device`` or where the weights are.
 
-        Quantized layers multiply ``integers``; without that they are float layers behind codes and their way back.
+        Quantized layers multiply ``integers``; without that they are float layers behind codes and their way back. With
+        ``kernels`` what gains from it is one kernel on a GPU (:mod:`regauge.backends.torch_kernels`).
         See :func:`regauge.backends.to_torch.to_torch`. Raises EmitError where a node has no torch form.
         """
-        module: torch.nn.Module = _edge("regauge.backends.to_torch").to_torch(self, device=device, integers=integers)
+        graph = self if kernels is None else _edge("regauge.backends.torch_kernels").with_kernels(self).graph
+        module: torch.nn.Module = _edge("regauge.backends.to_torch").to_torch(graph, device=device, integers=integers)
         return module
 
     def to_onnx(

@@ -72,9 +72,18 @@ def moves_nothing(node: Node) -> bool:
     return node.op in VIEWS or is_view(node)
 
 
-def plan_fusion(graph: Graph, device: Device | None = None, at: Mapping[object, int] | None = None) -> Plan:
-    """The plan for a device, by default a GPU; dynamic sizes are as ``at`` gives them, or the least they may be."""
-    return _Planner(graph, DEVICES["gpu"] if device is None else device, at).plan()
+def plan_fusion(
+    graph: Graph,
+    device: Device | None = None,
+    at: Mapping[object, int] | None = None,
+    *,
+    contractions: bool = True,
+) -> Plan:
+    """The plan for a device, by default a GPU; dynamic sizes are as ``at`` gives them, or the least they may be.
+
+    Without ``contractions`` these are left to the library of the runtime.
+    """
+    return _Planner(graph, DEVICES["gpu"] if device is None else device, at, contractions).plan()
 
 
 class _Group:
@@ -92,8 +101,8 @@ class _Group:
 
 
 class _Planner:
-    def __init__(self, graph: Graph, device: Device, at: Mapping[object, int] | None) -> None:
-        self.graph, self.device = graph, device
+    def __init__(self, graph: Graph, device: Device, at: Mapping[object, int] | None, contractions: bool) -> None:
+        self.graph, self.device, self.contractions = graph, device, contractions
         self.bound = smallest_sizes(graph, at)
         self.place = {node: place for place, node in enumerate(graph.nodes)}
         # A node reads what its regions read of the graph around them, and what they return of it.
@@ -132,7 +141,8 @@ class _Planner:
         if not region.nodes:
             group.region = region
             return
-        group.why = fault(region) or ""
+        library = "" if self.contractions or not region.contractions else "products are left to the runtime's library"
+        group.why = library or fault(region) or ""
         if not group.why:
             group.region = region
             self._cost(group, self._moved(region))

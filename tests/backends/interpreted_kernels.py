@@ -7,10 +7,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import triton_interpreter
+from decoder_block import decoder_block
 from kernel_contract import check_kernel, drawn, evaluated
 from kernel_forms import FORMS, form_graph
 from random_regions import DTYPES, products, regions
 from regauge.backends import triton_kernel as kernels
+from regauge.backends.torch_kernels import with_kernels
 from regauge.backends.triton_kernel import triton_kernel
 from regauge.backends.triton_source import Rounding
 from regauge.ir.edit import Builder
@@ -64,6 +66,12 @@ def test_one_kernel_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         (found,) = kernel.launch({x: given_tensor}).values()
         torch.testing.assert_close(found, torch.softmax(2 * given_tensor, 1))
     assert {form for form, _ in kernel._sources} == {"rows", "looped"}
+
+
+def test_what_an_operator_launches_is_what_it_computes_in_torch() -> None:
+    for operator in with_kernels(decoder_block(tokens=8, width=16, heads=2, hidden=24, dtype=torch.float32)).operators:
+        tensors = [torch.randn([int(size) for size in value.shape]) for value in operator.reads]
+        torch.testing.assert_close(operator.launch(*tensors), operator.body(*tensors))
 
 
 def test_shapes_that_do_not_fit_are_told() -> None:
