@@ -204,7 +204,7 @@ class Classes:
         return lines
 
     def _tied_module(self, alias: str, name: str) -> tuple[str, str] | None:
-        """The outermost module around a tied tensor, with a class of its own, that is another one; and that other one."""
+        """The outermost module around a tied tensor, with a class of its own, that is another one; and that other."""
         parts = alias.split(".")
         for depth in range(1, len(parts)):
             path, rest = ".".join(parts[:depth]), "." + ".".join(parts[depth:])
