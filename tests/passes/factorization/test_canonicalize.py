@@ -35,6 +35,18 @@ class Bonds(nn.Module):
         return self.last(self.first(self.c(h).tanh())), self.d(h)
 
 
+class OfPixels(nn.Module):
+    """Attention of pixels: projections and output are convolutions, heads are laid before positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Conv1d(LENGTH, 48, 1), nn.Conv1d(16, 7, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(1, (2, 24)).transpose(2, 3).split(8, -1)
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2))
+
+
 def captured(model: nn.Module, width: int = WIDTH) -> Graph:
     return regauge.capture(model.double().eval(), (torch.randn(2, LENGTH, width).double(),))
 
@@ -48,6 +60,7 @@ FAMILIES = {
     "interleaved": lambda: Decoder("interleaved", kv=2, fused=True),
     "partly rotary": lambda: Decoder("partly", kv=2),
     "normed queries": lambda: Decoder("half", norm=True),
+    "pixels": OfPixels,
     "encoder": lambda: nn.TransformerEncoderLayer(WIDTH, 3, 20, batch_first=True),
 }
 
