@@ -3,7 +3,8 @@
     PYTHONPATH=PHOTOGRAPHS python benchmarks/factorize.py [--only NAME ...] [--examples 128] [--write]
 
 char_gpt    perplexity with its linear layers at 0.8 and 0.6 of their parameters
-heads       perplexity with fewer directions in each head of attention, canonicalized before and not
+heads       perplexity with fewer directions in each head of attention (without data, by norms alone), and with parts of
+            the parameters, canonicalized before and not
 resnet*     share of photographs in the same class at half of the multiplications
 time        onnxruntime's for one batch, of the whole network's; medians in turns, one thread
 
@@ -62,18 +63,15 @@ def heads(examples: int) -> Iterator[list[str]]:
     graph = regauge.capture(model, (windows[:2],), dynamic={0: {0: "batch"}})
     batches = [(part,) for part in windows.split(32)]
     dims = ",".join(f"blocks.{block}.qkv.weight:0.{place}" for block in range(char_gpt.BLOCKS) for place in (1, 5))
-    for ratio in (0.25, 0.5, 0.75):
+    parts = {f"{1 - ratio:g} of heads": f"ratio={ratio},include=[{dims}]" for ratio in (0.25, 0.5, 0.75)}
+    parts |= {f"{share} of parameters": f"params={share}" for share in (0.8, 0.6)}
+    for name, what in parts.items():
+        alone = f"{what},score=l2,compensate=false" if "include" in what else what
         for first in ("", "canonicalize,"):
-            alone = regauge.optimize(graph, f"{first}prune{{ratio={ratio},score=l2,compensate=false,include=[{dims}]}}")
-            found = regauge.optimize(graph, f"{first}prune{{ratio={ratio},include=[{dims}]}}", data=batches)
+            found = regauge.optimize(graph, f"{first}prune{{{what}}}", data=batches)
             share = f"{figures(found).parameters / figures(graph).parameters:.2f}"
-            yield [
-                f"{1 - ratio:g} of heads",
-                first.strip(",") or "as they are",
-                share,
-                _perplexity(alone),
-                _perplexity(found),
-            ]
+            without = regauge.optimize(graph, f"{first}prune{{{alone}}}")
+            yield [name, first.strip(",") or "as they are", share, _perplexity(without), _perplexity(found)]
 
 
 def of_forms(examples: int, forms: Sequence[str]) -> Iterator[list[str]]:

@@ -32,7 +32,8 @@ class Canonicalize(Pass):
     2024), where shared heads stay as they are. Under rotary positions each pair of indices takes a complex number.
     Channel scores such as those of ``prune`` are those of singular directions then.
 
-    With data importance is that of the products on it: what h is, and what queries and keys are, is measured.
+    With data importance is that of the products on it: what h is, and what queries and keys are, is measured. What is
+    cut then has to be chosen on data, too, as ``prune`` does by default.
     """
 
     name: ClassVar[str] = "canonicalize"

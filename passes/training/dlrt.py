@@ -79,3 +79,5 @@ class Dlrt(BondSparsifier):
         for (outputs, _), integrator in self.integrators.items():
             own = state["integrators"][outputs.dim.name]
             integrator.core, integrator.bases, integrator.moved = own["core"], own["bases"], list(own["moved"])
+            with torch.no_grad():
+                integrator.write(self.steps % PHASES)

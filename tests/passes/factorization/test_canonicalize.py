@@ -1,5 +1,8 @@
 """Canonical bonds: the same function in every family, singular values in their order, and less lost by a cut."""
 
+from pathlib import Path
+
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +35,18 @@ class Bonds(nn.Module):
         return self.last(self.first(self.c(h).tanh())), self.d(h)
 
 
+class OfPixels(nn.Module):
+    """Attention of pixels: projections and output are convolutions, heads are laid before positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Conv1d(LENGTH, 48, 1), nn.Conv1d(16, 7, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(1, (2, 24)).transpose(2, 3).split(8, -1)
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2))
+
+
 def captured(model: nn.Module, width: int = WIDTH) -> Graph:
     return regauge.capture(model.double().eval(), (torch.randn(2, LENGTH, width).double(),))
 
@@ -45,6 +60,7 @@ FAMILIES = {
     "interleaved": lambda: Decoder("interleaved", kv=2, fused=True),
     "partly rotary": lambda: Decoder("partly", kv=2),
     "normed queries": lambda: Decoder("half", norm=True),
+    "pixels": OfPixels,
     "encoder": lambda: nn.TransformerEncoderLayer(WIDTH, 3, 20, batch_first=True),
 }
 
@@ -112,3 +128,33 @@ def test_heads_of_low_rank_are_cut_to_it(kind: str) -> None:
     small, other = (regauge.optimize(graph, text) for text in (f"canonicalize,{cut}", cut))
     assert small.find(names[0]).shape[0] == graph.find(names[0]).shape[0] * 3 // 8
     assert relative_error(graph, small, x) < 1e-10 < 0.1 < relative_error(graph, other, x)
+
+
+def test_on_data_directions_are_those_that_it_uses() -> None:
+    """Inputs near two directions of twelve: half of each head then loses a small part of what it would by weights."""
+    x = (torch.randn(64, LENGTH, 2) @ torch.randn(2, WIDTH) + 0.02 * torch.randn(64, LENGTH, WIDTH)).double()
+    graph = regauge.capture(Decoder("half", kv=2).double().eval(), (x[:2],), dynamic={0: {0: "batch"}})
+    cut, data = "prune{ratio=0.5,compensate=false,include=[v.weight:0.1]}", [x[:32]]
+    on_data = regauge.optimize(graph, f"canonicalize,{cut}", data=data)
+    by_weights = regauge.optimize(regauge.optimize(graph, "canonicalize"), cut, data=data)
+    as_it_is = regauge.optimize(graph, cut, data=data)
+    errors = [relative_error(graph, other, x[32:]) for other in (on_data, by_weights, as_it_is)]
+    assert errors[0] < 0.01 and errors[1] > 0.2 and errors[2] > 0.5
+
+
+def test_an_onnx_file_is_canonicalized_and_cut(tmp_path: Path) -> None:
+    """It runs in onnxruntime, and scores keep the scale that they had for the whole heads."""
+    torch.onnx.export(
+        Decoder(kv=2).eval(), (torch.randn(2, LENGTH, WIDTH),), tmp_path / "whole.onnx", opset_version=18, verbose=False
+    )
+    whole = regauge.load(tmp_path / "whole.onnx")
+    found = regauge.optimize(whole, "canonicalize")
+    dims = [group.dim.name for group in found.groups() if group.free and group.dim.size == 8]
+    small = regauge.optimize(found, f"prune{{ratio=0.5,score=l2,compensate=false,include=[{','.join(dims)}]}}")
+    small.to_onnx(tmp_path / "small.onnx")
+    x = torch.randn(2, LENGTH, WIDTH)
+    (result,) = onnxruntime.InferenceSession(tmp_path / "small.onnx").run(None, {small.inputs[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), small.run(x)[0], rtol=1e-4, atol=1e-5)
+    assert (
+        len(dims) == 2 and small.parameters["val_0"].shape == (16, 12) and whole.parameters["val_0"].shape == (12, 32)
+    )

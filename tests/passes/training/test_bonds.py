@@ -1,5 +1,7 @@
 """Ranks found while training: what is planted is found, and the finished graph is what was trained."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -120,3 +122,35 @@ def test_a_dense_guide_fades_out() -> None:
     torch.testing.assert_close(found.run(x)[0], model(x).detach(), rtol=1e-4, atol=1e-5)
     values = found.find("0.weight").tensor.square().sum(1)
     torch.testing.assert_close(values, torch.linspace(3, 1.5, 4), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", [OrderedDropout, Dlrt, SelfGuided])
+def test_a_checkpoint_goes_on_where_it_was(kind: type) -> None:
+    """Saved after 50 steps, in the middle of a step of the integrator, and loaded into new objects."""
+    x, y = planted(3)
+
+    def made(state: dict | None) -> tuple[nn.Module, object]:
+        torch.manual_seed(1)
+        model, graph = factored()
+        if state is not None:
+            model.load_state_dict(state)
+        return model.train(), kind(model, graph, learning=90)
+
+    def train(model: nn.Module, sparsifier: object, steps: range) -> None:
+        for step in steps:
+            part = slice(step % 8 * 64, step % 8 * 64 + 64)
+            model.zero_grad()
+            (nn.functional.mse_loss(model(x[part]), y[part]) + sparsifier.loss()).backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.05 * parameter.grad
+            sparsifier.step()
+
+    model, sparsifier = made(None)
+    train(model, sparsifier, range(50))
+    held = copy.deepcopy((model.state_dict(), sparsifier.state_dict()))
+    train(model, sparsifier, range(50, 90))
+    other, resumed = made(held[0])
+    resumed.load_state_dict(held[1])
+    train(other, resumed, range(50, 90))
+    torch.testing.assert_close(resumed.finish().run(x)[0], sparsifier.finish().run(x)[0], rtol=1e-5, atol=1e-6)
