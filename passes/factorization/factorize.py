@@ -21,8 +21,10 @@ from regauge.passes.factorization.catalog import FORMS, UNASKED
 from regauge.passes.factorization.chains import Link, write_chain
 from regauge.passes.factorization.forms import Choice, Form
 from regauge.passes.factorization.on_data import links_on_data, problems_on_data
+from regauge.passes.factorization.orders import in_blocks
 from regauge.passes.factorization.problems import Problem, matrix_of
 from regauge.passes.factorization.ranks import least_loss
+from regauge.passes.factorization.structured import Structured
 from regauge.passes.options import option
 
 _FIGURES = {"params": "parameters", "macs": "macs"}
@@ -63,6 +65,7 @@ class Factorize(Pass):
         ]
         | None
     ) = option(None, "what layers become; if not given, for each the best of the first four")
+    permute: bool = option(True, "hidden channels are reordered where this suits the blocks of structured forms")
     multiple: int = option(1, "ranks are multiples of it", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
@@ -94,12 +97,15 @@ class Factorize(Pass):
             problems = problems_on_data(graph, layers, batches, metrics)
         picked = self._picked(graph, problems)
         context.left["it is worth more whole"] += len(layers) - len(picked)
-        result = graph.copy()
+        original = self._ordered(graph, layers, picked, context) if self.permute else graph
+        if original is not graph and batches is not None:
+            metrics = output_metrics(original, [layer.weight.name for layer in layers], batches, self.seed)
+        result = original.copy()
         own = [layer for layer in self._layers(result, Counter()) if layer.weight.name in picked]
         if batches is None:
             found = [(layer, _links(layer, picked[layer.weight.name])) for layer in own]
         else:
-            found = list(links_on_data(graph, result, own, picked, batches, metrics, by=self.name))
+            found = list(links_on_data(original, result, own, picked, batches, metrics, by=self.name))
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")
         for layer, links in found:
             choice = picked[layer.weight.name]
@@ -134,6 +140,19 @@ class Factorize(Pass):
         else:
             picked = least_loss(choices, self._allowed(graph, choices))
         return {name: choice for name, choice in picked.items() if choice.ranks}
+
+    def _ordered(self, graph: Graph, layers: Sequence[Layer], picked: Mapping[str, Choice], context: Context) -> Graph:
+        """The graph with its hidden channels in the order that suits what is picked."""
+        found = []
+        for layer in layers:
+            choice = picked.get(layer.weight.name)
+            form = None if choice is None else FORMS[choice.form]
+            if choice is not None and isinstance(form, Structured):
+                found.append((layer, form.network, form.sizes(choice.numbers)))
+        ordered, moved = in_blocks(graph, found, by=self.name)
+        if moved:
+            context.note(f"channels reordered for blocks: {', '.join(dim.name for dim in moved)}")
+        return ordered
 
     def _allowed(self, graph: Graph, choices: Mapping[str, Sequence[Choice]]) -> dict[str, float]:
         """The most that the layers together may cost."""

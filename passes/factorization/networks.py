@@ -100,8 +100,11 @@ class Network:
 
     def steps(self, sizes: Sizes) -> list[Step]:
         """The factors in the order of fewest multiplications."""
-        every = [self._in_order(order) for order in permutations(range(len(self.factors)))]
-        return min(every, key=lambda steps: sum(count(step.axes, sizes) for step in steps))
+        return min(self._orders, key=lambda steps: sum(count(step.axes, sizes) for step in steps))
+
+    @cached_property
+    def _orders(self) -> list[list[Step]]:
+        return [self._in_order(order) for order in permutations(range(len(self.factors)))]
 
     def _in_order(self, order: Sequence[int]) -> list[Step]:
         found, state = [], self.inputs

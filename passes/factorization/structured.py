@@ -60,7 +60,7 @@ class Structured:
                 first.append(Choice(self.name, network.ranks(sizes), *costs, loss, tuple(axes.values())))
         found = []
         for choice in _worth_having(first):
-            sizes = self._sizes(choice.numbers)
+            sizes = self.sizes(choice.numbers)
             factors = _in_turns(network, problem, sizes, split(network, problem, sizes), _FIRST_TURNS)
             found.append(replace(choice, loss=problem.error(network.image(factors, sizes))))
         return found
@@ -86,11 +86,12 @@ class Structured:
             yield own, _cut(network, greatest, own) if alone else split(network, problem, own)
 
     def links(self, problem: Problem, numbers: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
-        network, sizes = self.network, self._sizes(numbers)
+        network, sizes = self.network, self.sizes(numbers)
         factors = _in_turns(network, problem, sizes, split(network, problem, sizes), _TURNS)
         return network.links(factors, sizes), network.image(factors, sizes)
 
-    def _sizes(self, numbers: Sequence[int]) -> dict[str, int]:
+    def sizes(self, numbers: Sequence[int]) -> dict[str, int]:
+        """Those of all axes, bonds among them, by the numbers of a choice."""
         letters = self.network.bonds + self.network.axes
         return dict(zip(letters, numbers[-len(letters) :], strict=True))
 

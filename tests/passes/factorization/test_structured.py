@@ -23,6 +23,7 @@ from regauge.passes.factorization.curvature import inverse_curvature
 from regauge.passes.factorization.forms import Choice
 from regauge.passes.factorization.least_squares import bettered
 from regauge.passes.factorization.networks import Network
+from regauge.passes.factorization.orders import in_blocks
 from regauge.passes.factorization.problems import Problem, matrix_of
 from regauge.passes.factorization.splitting import split
 from regauge.passes.factorization.structured import Structured
@@ -224,3 +225,48 @@ def test_the_curvature_of_a_last_dense_factor_is_exact() -> None:
         found = bettered(given, lambda one: net.image([factors[0], one], sizes), factors[1], divided, steps)
         errors.append(given.error(net.image([factors[0], found], sizes)))
     assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+
+
+class Hidden(nn.Module):
+    """A second layer that is a Monarch matrix, but for the order of its inputs, the hidden channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 24), nn.Linear(24, 24)
+        generator = torch.Generator().manual_seed(3)
+        factors = [torch.randn(4, 4, 1, 6, generator=generator), torch.randn(4, 6, 4, 1, generator=generator)]
+        weight = form("monarch").network.image(factors, {"k": 4, "i": 6, "l": 6, "j": 4, "r": 1})
+        self.second.weight.data = weight[:, torch.randperm(24, generator=generator)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(torch.relu(self.first(x)))
+        return found
+
+
+def test_the_order_of_hidden_channels_is_found() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 8)
+    graph = capture(Hidden().eval(), (x,))
+    (layer,) = [layer for node in graph.nodes if (layer := layer_of(node)) and layer.weight.name == "second.weight"]
+    sizes = {"k": 4, "i": 6, "l": 6, "j": 4, "r": 1}
+    net = form("monarch").network
+    ordered, moved = in_blocks(graph, [(layer, net, sizes)], by="test")
+    assert [dim.size for dim in moved] == [24]
+    assert torch.allclose(ordered.run(x)[0], graph.run(x)[0], atol=1e-5)
+    lost = []
+    for one in (graph, ordered):
+        given = Problem(layer, one.parameters["second.weight"].tensor.detach().double())
+        lost.append(given.error(net.image(split(net, given, sizes), sizes)))
+    assert lost[0] > 0.2
+    assert lost[1] < 1e-9
+
+
+def test_reordering_can_be_refused_and_leaves_what_is_read_in_order() -> None:
+    torch.manual_seed(0)
+    graph = capture(Hidden().eval(), (torch.randn(6, 8),))
+    reports = [
+        str(regauge.optimize(graph, f"factorize{{params=0.5,form=monarch,permute={on}}}").report)
+        for on in ("true", "false")
+    ]
+    assert "channels reordered for blocks" in reports[0]
+    assert "channels reordered" not in reports[1]
