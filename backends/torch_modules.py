@@ -204,16 +204,14 @@ class Classes:
         return lines
 
     def _tied_module(self, alias: str, name: str) -> tuple[str, str] | None:
-        """The outermost module around a tied tensor, with a class of its own, that is another one; and that other."""
+        """The outermost module with a class of its own around a tied tensor that is another one, and that other one."""
         parts = alias.split(".")
         for depth in range(1, len(parts)):
             path, rest = ".".join(parts[:depth]), "." + ".".join(parts[depth:])
             source = name.removesuffix(rest)
-            if source in (name, path) or not {source, path} <= self.codes.keys():
+            if source in (name, path) or not {source, path} <= self.built.keys():
                 continue
-            if self.places.below(path) == self.places.below(source) and self._construct(path) == self._construct(
-                source
-            ):
+            if self.places.below(path) == self.places.below(source) and self.built[path] == self.built[source]:
                 return path, source
         return None
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -171,7 +172,10 @@ def _between_products(private: Private, dim: Dim, frames: Sequence[Frame]) -> Li
     written = [by_index(block, frame.writers) for block, frame in enumerate(frames)]
     read = [by_index(block, frame.readers) for block, frame in enumerate(frames)]
 
+    @cache
     def inner(a: int, b: int) -> np.ndarray:
+        if a < b:
+            return inner(b, a).T
         both = [torch.einsum("hmik,gmjk->hgmij", side[a], side[b]) for side in (written, read)]
         found: np.ndarray = (both[0] * both[1]).sum((2, 3, 4)).numpy()
         return found
