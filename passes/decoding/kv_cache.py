@@ -11,6 +11,7 @@ from regauge.passes.base import Context, Pass
 from regauge.passes.decoding.cache_bytes import cache_bytes, in_words
 from regauge.passes.decoding.incremental import Incremental
 from regauge.passes.decoding.positions import find_positions
+from regauge.passes.decoding.recognised import recognised_caches
 from regauge.passes.decoding.same_steps import check_steps
 from regauge.passes.options import option
 
@@ -26,6 +27,9 @@ class KvCache(Pass):
     repeated, the latent of ``kv-latent``, the codes of ``kv-quantize``. Places, angles and masks count from the past
     positions on. ``regauge.ir.states.Steps`` runs the result step by step. What it gives is compared with the whole
     graph on made-up inputs, over three steps; a graph that is not causal is refused (PassError).
+
+    Caches that a graph has already, inputs that come out with new entries behind them, are declared as states, and
+    nothing else is changed.
     """
 
     name = "kv-cache"
@@ -36,11 +40,15 @@ class KvCache(Pass):
         if carried(graph):
             context.left["it has states already"] += 1
             return graph
-        positions = find_positions(graph, self.axis)
         result = graph.copy()
-        rewrite = Incremental(result, find_positions(result, self.axis), by=self.name)
-        rewrite.run()
-        check_steps(graph, result, positions.length)
-        record(result, self.name, f"{len(carried(result))} caches over {rewrite.past}")
+        result.states += recognised_caches(result)
+        if carried(result):
+            result.version += 1
+            context.note("its own caches were found")
+        else:
+            positions = find_positions(graph, self.axis)
+            Incremental(result, find_positions(result, self.axis), by=self.name).run()
+            check_steps(graph, result, positions.length)
+        record(result, self.name, f"{len(carried(result))} caches")
         context.note(f"{len(carried(result))} caches, {in_words(cache_bytes(result))} for each position of a sequence")
         return result

@@ -41,7 +41,8 @@ class KvLatent(Pass):
     the gradients of the graph's outputs (without data W_o and W_q alone); ranks by the knapsack of what they lose.
     Nothing is computed anew where nothing but layout lies between layers and attention. Rotated (or normalised) keys
     have one latent for all heads, from which they are computed at every step; that costs as many multiplications for
-    each past position as the heads have channels, times the rank. With data each layer is fitted to what it gave, on
+    each past position as the heads have channels, times the rank. ``joint`` does the same with values, which loses less
+    where few heads are shared by many queries. With data each layer is fitted to what it gave, on
     what the changed layers before it give, and so is the layer behind attention. Deviations: no Hadamard rotation of
     latents, which paid off for none without outliers; a latent for each head where Palu has one for four, since the
     weights of outputs would grow. ``kv-cache`` afterwards keeps the latents. Exact at full rank.
@@ -50,6 +51,7 @@ class KvLatent(Pass):
     name = "kv-latent"
 
     bytes: float | int | str = option(0.5, "bytes per position: share of those of all keys and values, or 512, 2kB")
+    joint: bool = option(False, "one latent for all heads of unrotated keys and of values, too, each computed anew")
     seed: int = option(0, "seed of the directions of gradients", at_least=0)
 
     def __post_init__(self) -> None:
@@ -60,7 +62,7 @@ class KvLatent(Pass):
         if carried(graph):
             raise PassError("kv-latent: the graph has states already: run it in front of kv-cache")
         original = assembled(graph)
-        parts = list(parts_of(attention_sites(original), context.left))
+        parts = list(parts_of(attention_sites(original), context.left, joint=self.joint))
         if not parts:
             context.left["no attention is understood"] += not context.left
             return graph
@@ -73,7 +75,9 @@ class KvLatent(Pass):
         changed = original.copy()
         picked = {
             own: rank
-            for own, part, rank in zip(parts_of(attention_sites(changed), Counter()), parts, ranks, strict=True)
+            for own, part, rank in zip(
+                parts_of(attention_sites(changed), Counter(), joint=self.joint), parts, ranks, strict=True
+            )
             if rank < part.most
         }
         if not picked:

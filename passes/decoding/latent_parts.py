@@ -80,13 +80,16 @@ def _over_angles(gram: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     return mean
 
 
-def parts_of(sites: Sequence[Site], left: Counter[str]) -> Iterator[Part]:
-    """What can be kept in fewer numbers; ``left`` counts the reasons why others cannot."""
+def parts_of(sites: Sequence[Site], left: Counter[str], *, joint: bool) -> Iterator[Part]:
+    """What can be kept in fewer numbers; ``left`` counts the reasons why others cannot.
+
+    ``joint`` asks for one latent for all heads wherever they have a layer of their own.
+    """
     for site in sites:
         for kind, heads in (("keys", site.key), ("values", site.value)):
             reason = _misfit(site, kind, heads)
             if reason is None and heads is not None:
-                yield Part(site, kind, heads, joint=bool(len(heads.pairs)) or not _is_absorbed(site, kind))
+                yield Part(site, kind, heads, not _is_absorbed(site, kind) or (joint and _fills_layer(heads)))
             else:
                 left[f"{kind}: {reason}"] += 1
 
@@ -101,9 +104,14 @@ def _misfit(site: Site, kind: str, heads: Heads | None) -> str | None:
         return "something else reads them, or they are cached already"
     if _is_absorbed(site, kind):
         return None
-    if len(heads.channels.flatten()) != heads.layer.outputs:
+    if not _fills_layer(heads):
         return "their layer makes something else, too, and what lies between them and attention is no layout"
     return None
+
+
+def _fills_layer(heads: Heads) -> bool:
+    """Whether their layer makes nothing else."""
+    return len(heads.channels.flatten()) == heads.layer.outputs
 
 
 def _is_absorbed(site: Site, kind: str) -> bool:

@@ -84,6 +84,38 @@ def test_modules_and_files_take_and_give_the_states(
         return [torch.from_numpy(found) for found in session.run(None, feeds)]
 
     torch.testing.assert_close(stepped(Steps(cached, run), tokens, counts), wanted, rtol=1e-4, atol=1e-4)
+    loaded = regauge.optimize(regauge.load(tmp_path / "cached.onnx"), "kv-cache")
+    assert "its own caches were found" in str(loaded.report)
+    assert cache_bytes(loaded) == cache_bytes(cached)
+    torch.testing.assert_close(stepped(Steps(loaded), tokens, counts), wanted, rtol=1e-4, atol=1e-4)
+
+
+class WithCache(nn.Module):
+    """A layer that takes and gives keys and values itself, the keys of a cache that starts from an empty tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.kv, self.empty = nn.Embedding(CHARACTERS, 8), nn.Linear(8, 16), nn.Buffer(torch.zeros(2, 0, 8))
+
+    def forward(self, tokens: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.table(tokens)
+        k, v = self.kv(x).chunk(2, -1)
+        keys, values = torch.cat([torch.cat([self.empty, keys], 1), k], 1), torch.cat([values, v], 1)
+        places = torch.arange(keys.shape[1])
+        mask = places[-tokens.shape[1] :, None] >= places
+        return nn.functional.scaled_dot_product_attention(x, keys, values, mask), keys, values
+
+
+def test_caches_that_a_module_has_are_found() -> None:
+    past = torch.zeros(2, 3, 8)
+    dynamic = {0: {1: "length"}, 1: {1: "past"}, 2: {1: "past"}}
+    graph = regauge.capture(WithCache().eval(), (characters(2, 5), past, past), dynamic=dynamic)
+    found = regauge.optimize(graph, "kv-cache")
+    assert [state.name for state in carried(found)] == ["keys", "values"]
+    assert cache_bytes(found) == 2 * 2 * 8 * 4
+    tokens = characters(2, 7)
+    whole, steps = Steps(found)(tokens)[0], Steps(found)
+    torch.testing.assert_close(stepped(steps, tokens, (3, 1, 3)), whole)
 
 
 class Tokens(nn.Module):

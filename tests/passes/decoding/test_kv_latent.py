@@ -87,6 +87,16 @@ def test_data_tells_what_matters() -> None:
     assert "512 bytes -> 256 bytes of keys and values" in str(fitted.report)
 
 
+def test_joint_latents_lose_less() -> None:
+    torch.manual_seed(0)
+    graph, tokens = decoder(Rotary("shared")), characters(64, LONGEST)
+    alone, joint = (
+        regauge.optimize(graph, f"kv-latent{{bytes=0.5,joint={way}}}", data=[tokens]) for way in ("false", "true")
+    )
+    assert error(graph, joint, tokens) < error(graph, alone, tokens)
+    assert cache_bytes(regauge.optimize(joint, "kv-cache")) <= cache_bytes(regauge.optimize(graph, "kv-cache")) / 2
+
+
 def test_budgets_are_refused_where_they_cannot_be_met() -> None:
     graph = decoder(Placed())
     with pytest.raises(PassError, match="the smallest latents take 64 bytes"):
