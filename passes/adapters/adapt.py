@@ -14,7 +14,16 @@ from regauge.ir.graph import Graph, Node, Value
 from regauge.passes.adapters.channels import SELECTED, split_channels
 from regauge.passes.adapters.directions import input_directions
 from regauge.passes.adapters.folding import number_of
-from regauge.passes.adapters.forms import FORMS, Factors, Form, Tensors, most_rank, with_directions
+from regauge.passes.adapters.forms import (
+    FORMS,
+    LENGTH,
+    Factors,
+    Form,
+    Tensors,
+    brought_to_length,
+    most_rank,
+    with_directions,
+)
 from regauge.passes.adapters.sites import Site, sites
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches
@@ -37,7 +46,7 @@ class Adapt(Pass):
     name: ClassVar[str] = "adapt"
     contract: ClassVar[Contract] = "exact"
 
-    form: Literal["lora", "svfit", "tensor-train", "tucker", "kronecker", "bone", "s2ft"] = option(
+    form: Literal["lora", "svfit", "tensor-train", "tucker", "kronecker", "bone", "dora", "s2ft"] = option(
         "lora", "what is added to a weight, or s2ft: columns of it that train themselves"
     )
     rank: int = option(
@@ -140,7 +149,10 @@ class Adapt(Pass):
                     change = build.matmul(change.up, change.down)
                 matrices = number_of(change).reshape(site.blocks, site.outputs, site.columns)
                 added = _scaled(build, site.as_stored(build, change), scale)
-                set_input(node, site.slot, build.add(site.weight, added, name=f"{node.name}_weight"), graph)
+                weight = build.add(site.weight, added, name=f"{node.name}_weight")
+                if LENGTH in given:
+                    weight = brought_to_length(build, site, weight, given[LENGTH])
+                set_input(node, site.slot, weight, graph)
         if bool(matrices.any()):
             whole = site.matrices()
             set_weight(graph, site.weight, site.stored(whole - scale * matrices), by=self.name)

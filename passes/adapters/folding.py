@@ -7,24 +7,21 @@ from typing import Any
 
 import torch
 
-from regauge.ir.graph import Parameter, Value
+from regauge.ir.graph import Graph, Parameter, Value
 from regauge.ir.purity import is_pure
 
 
-def parameters_below(value: Value) -> list[Parameter] | None:
-    """The parameters that a value is computed of; None where it depends on inputs, or is drawn or written."""
-    if isinstance(value, Parameter):
-        return [value]
-    node = value.producer
-    if node is None or node.regions or not is_pure(node) or not any(node.operands()):
-        return None
-    found: dict[Parameter, None] = {}
-    for _, operand in node.operands():
-        below = parameters_below(operand)
-        if below is None:
-            return None
-        found.update(dict.fromkeys(below))
-    return list(found)
+def computed_of_parameters(graph: Graph) -> dict[Value, list[Parameter]]:
+    """The parameters below each result of a node that reads nothing else, and neither draws nor writes."""
+    found: dict[Value, list[Parameter]] = {}
+    for node in graph.nodes:
+        operands = [value for _, value in node.operands()]
+        if not operands or node.regions or not is_pure(node):
+            continue
+        if all(isinstance(value, Parameter) or value in found for value in operands):
+            below = dict.fromkeys(p for v in operands for p in ([v] if isinstance(v, Parameter) else found[v]))
+            found.update(dict.fromkeys(node.outputs, list(below)))
+    return found
 
 
 def number_of(value: Value, given: Mapping[Parameter, torch.Tensor] | None = None) -> torch.Tensor:

@@ -3,6 +3,8 @@
     D [outputs, columns] is what is added to a weight: up down, of rank r, or a whole matrix.
 
 lora          up [o, r] and down [r, c] are parameters (Hu et al. 2021, LoRA)
+dora          up down, and of the sum with the weight each output is brought to a length that trains (Liu et al. 2024,
+              DoRA; gradients go through the length of the sum, which the paper takes for a constant)
 svfit         up and down are frozen singular vectors, the singular values between them train (Sun et al. 2024, SVFit)
 tensor-train  both are products of two cores, over two factors of o and two of c, a bond of rank r between all (Yang et
               al. 2024, LoRETTA; LoTR besides ties cores between layers, which is not done here)
@@ -34,6 +36,8 @@ from regauge.passes.adapters.sites import Site, shaped
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 Values: TypeAlias = Mapping[str, Value]
 
+LENGTH = "length"  # the parameter that outputs of the whole weight are brought to, where a form has one
+
 
 class Factors(NamedTuple):
     """A change of rank r: ``down`` and ``up`` in the shapes of :class:`Site` where it has layers, else as matrices."""
@@ -52,11 +56,14 @@ class Form:
     change: Callable[[Builder, Site, Values], Factors | Value]
     blocks: bool = False  # whether there may be several
     frozen: tuple[str, ...] = ()  # parameters that do not train
+    directed: bool = False  # whether outputs are divided by their length
 
     def misfit(self, site: Site) -> str | None:
         """Why this form does not suit a layer; None where it does."""
         if site.blocks > 1 and not self.blocks:
             return f"a layer of several blocks: {self.name} is for single matrices, lora is not"
+        if self.directed and not bool(site.matrices()[0].any(1).all()):
+            return "an output that is all zeros has no direction"
         return None
 
 
@@ -119,6 +126,29 @@ def with_directions(site: Site, down: torch.Tensor) -> Tensors:
 def _lora_change(build: Builder, site: Site, given: Values) -> Factors:
     leaf = ".weight" if site.has_layers else ""
     return Factors(given[f"down{leaf}"], given[f"up{leaf}"])
+
+
+def _dora_zero(site: Site, rank: int, generator: torch.Generator) -> Tensors:
+    lengths = site.matrices()[0].norm(dim=1)
+    shape = [len(lengths) if axis == site.made else 1 for axis in range(site.weight.rank)]
+    return {
+        "down": _random(generator, rank, site.columns, fan=site.columns),
+        "up": torch.zeros(site.outputs, rank, dtype=torch.float64),
+        LENGTH: lengths.reshape(shape),
+    }
+
+
+def _dora_change(build: Builder, site: Site, given: Values) -> Value:
+    product: Value = build.matmul(given["up"], given["down"])
+    return product
+
+
+def brought_to_length(build: Builder, site: Site, weight: Value, length: Value) -> Value:
+    """A weight, as it is stored, with each output as long as ``length`` says."""
+    others = tuple(axis for axis in range(weight.rank) if axis != site.made)
+    squares = build.sum(build.mul(weight, weight), dims=others, keepdim=True)
+    found: Value = build.mul(build.div(weight, build.sqrt(squares)), length)
+    return found
 
 
 def _as_layers(build: Builder, site: Site, down: Value, up: Value) -> Factors:
@@ -252,6 +282,7 @@ FORMS: Mapping[str, Form] = {
     form.name: form
     for form in (
         Form("lora", _lora_zero, lambda m, site, rank: _lora(site, *_svd(m, rank)), _lora_change, blocks=True),
+        Form("dora", _dora_zero, None, _dora_change, directed=True),
         Form("svfit", None, _svfit_principal, _svfit_change, frozen=("left", "right")),
         Form("tensor-train", _train_zero, _train_principal, _train_change),
         Form("tucker", _tucker_zero, _tucker_principal, _tucker_change),

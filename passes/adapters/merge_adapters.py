@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -14,7 +14,7 @@ from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.rewrite import RuleSet, rewrite_graph
 from regauge.ir.weight_edits import settle_successors
 from regauge.passes.adapters.channel_rule import CHANNELS
-from regauge.passes.adapters.folding import number_of, parameters_below
+from regauge.passes.adapters.folding import computed_of_parameters, number_of
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.rewriting import tell
 from regauge.passes.simplify.branches import RULES
@@ -62,10 +62,14 @@ def _is_adapter(operand: tuple[int, Value]) -> bool:
 
 def _fold_computed(graph: Graph, by: str) -> int:
     """Compute what trainable parameters and others are combined into before a layer reads it; returns how many."""
-    build, found = Builder(graph, by=by), list(_computed(graph))
-    for value in found:
-        sources = parameters_below(value) or []
-        sources.sort(key=lambda source: (source.trainable, source.shape != value.shape))  # the weight that was frozen
+    build, computed = Builder(graph, by=by), computed_of_parameters(graph)
+    found = {
+        value: below
+        for value, below in computed.items()
+        if any(source.trainable for source in below) and any(not _is_below(n, computed) for n in value.consumers())
+    }
+    for value, below in found.items():
+        sources = sorted(below, key=lambda source: (source.trainable, source.shape != value.shape))  # the frozen weight
         fold = partial(_number_of, value, sources)
         new = build.folded(sources[0], fold, *sources[1:], shape=[int(size) for size in value.shape])
         new.trainable = True
@@ -76,18 +80,10 @@ def _fold_computed(graph: Graph, by: str) -> int:
     return len(found)
 
 
+def _is_below(node: Node, computed: Container[Value]) -> bool:
+    """Whether a node is computed of parameters alone itself."""
+    return any(value in computed for value in node.outputs)
+
+
 def _number_of(value: Value, sources: Sequence[Parameter], *tensors: torch.Tensor) -> torch.Tensor:
     return number_of(value, dict(zip(sources, tensors, strict=True)))
-
-
-def _computed(graph: Graph) -> Iterator[Value]:
-    """Values of parameters alone, some of them trainable, that something else reads together with inputs."""
-    for node in graph.nodes:
-        for value in node.outputs:
-            sources = parameters_below(value)
-            if sources and any(source.trainable for source in sources) and any(map(_reads_inputs, value.consumers())):
-                yield value
-
-
-def _reads_inputs(node: Node) -> bool:
-    return any(parameters_below(value) is None for _, value in node.operands())

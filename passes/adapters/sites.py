@@ -52,6 +52,11 @@ class Site:
         return 1 if self.layer is None else self.layer.taps
 
     @property
+    def made(self) -> int:
+        """The axis of the stored weight that the outputs are on, where there is one block."""
+        return 1 if self.layer is None else self.layer.made
+
+    @property
     def stem(self) -> str:
         """What the names of the adapter's parameters begin with."""
         whole, _, leaf = self.weight.name.rpartition(".")

@@ -64,7 +64,7 @@ class Stream(Pass):
             late = f", the first {frames.delay} of all stand for nothing" if frames.delay else ""
             context.note(f"{frames.value.name}: {frames.count} frames in a step{late}")
         count = len(steps.buffers.pairs)
-        context.note(f"{count} states")
+        context.note(f"{count} states are carried")
         record(result, self.name, f"{self.chunk} frames in a step, {count} states")
         return result
 
@@ -121,10 +121,9 @@ class Stream(Pass):
 
 def _finish(graph: Graph, steps: StepWriter, named: list[Value], found: list[Frames]) -> None:
     """Leave the graph of the steps alone: inputs, then states; outputs, then what the states become."""
-    names = {frames.value: old.name for old, frames in reversed(steps.frames.items())}
-    names |= {
-        frames.value: old.name for old, frames in zip(graph.outputs, found, strict=True) if isinstance(old, Value)
-    }
+    names = {frames.value: old.name for old, frames in zip(graph.outputs, found, strict=True) if isinstance(old, Value)}
+    for old, frames in steps.frames.items():
+        names.setdefault(frames.value, old.name)
     states = [state for state, _ in steps.buffers.pairs]
     entered = {value: steps.frames[value].value for value in named}
     given = [value for value in graph.inputs if value not in {*entered.values(), *states}]

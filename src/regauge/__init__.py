@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from regauge.passes.elastic.elastic import elastic as elastic
     from regauge.passes.merging.matching import align as align
     from regauge.passes.merging.merge import merge as merge
+    from regauge.passes.merging.stitch import stitch as stitch
     from regauge.passes.options import option as option
     from regauge.passes.rewriting import rewrite as rewrite
     from regauge.passes.streaming.signals import run_stream as run_stream
@@ -84,6 +85,7 @@ _HOME = {
     "sample": "regauge.ir.operator",
     "settings": "regauge.settings",
     "sparse": "regauge.sparse",
+    "stitch": "regauge.passes.merging.stitch",
     "training": "regauge.training",
 }
 

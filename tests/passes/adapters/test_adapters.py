@@ -164,6 +164,10 @@ def test_what_is_left_alone_is_told() -> None:
     graph, x = mixed()
     report = str(regauge.optimize(graph, "adapt{form=kronecker,rank=2}").report)
     assert "1 x a layer of several blocks: kronecker is for single matrices, lora is not" in report
+    empty = graph.copy()
+    set_weight(empty, empty.parameters["first.weight"], torch.zeros(16, 8, dtype=torch.float64))
+    report = str(regauge.optimize(empty, "adapt{form=dora,include=[first.weight,second.weight]}").report)
+    assert "1 x an output that is all zeros has no direction" in report
     with pytest.raises(PassError, match="form=bone has no init=principal: it starts as auto, zero"):
         regauge.optimize(graph, "adapt{form=bone,init=principal}")
     assert regauge.optimize(graph, "merge-adapters").parameters.keys() == graph.parameters.keys()

@@ -183,6 +183,28 @@ def test_a_file_becomes_steps(tmp_path: Path) -> None:
     assert max(differences(loaded, steps, x)) < 1e-5
 
 
+class Conditioned(nn.Module):
+    """Frames scaled by what is the same for all of them, and a signal that only has zeros put in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv1d(4, 4, 3), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor, about: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.conv(F.pad(x, (2, 0))) * self.scale(about).unsqueeze(-1), F.pad(x, (3, 0)).relu()
+
+
+def test_other_inputs_are_whole_at_every_step() -> None:
+    x, about = torch.randn(2, 4, 24), torch.randn(2, 5)
+    graph = regauge.capture(Conditioned().eval(), (x, about))
+    steps = streamed(graph, "chunk=4,inputs=x")
+    assert [output.name for output in steps.outputs[:2]] == [output.name for output in graph.outputs]
+    for wanted, got in zip(graph.run((x, about)), regauge.run_stream(steps, x, about), strict=True):
+        assert (wanted[..., :24] - got).abs().max() < 1e-6
+    with pytest.raises(PassError, match="linear = linear in scale cannot go frame by frame"):
+        streamed(graph, "chunk=4")
+
+
 def test_zeros_behind_the_end_are_refused_or_replaced() -> None:
     x = torch.randn(2, 4, 64, dtype=torch.float64)
     model = Same().double().eval()
