@@ -31,14 +31,19 @@ def in_blocks(graph: Graph, found: Sequence[tuple[Layer, Network, Sizes]], *, by
 
     A Dim that several layers have is ordered for that of them which gains most, as a share of its weight.
     """
+    ends = [
+        (leaves(graph.axes.of[layer.weight][axis]), layer, network, sizes, side)
+        for layer, network, sizes in found
+        for axis, side in ((layer.contracted, network.inputs), (layer.made, network.outputs))
+    ]
+    alone = {dims[0] for dims, *_ in ends if len(dims) == 1}
+    free = set(may_be_reordered(graph, alone)) if alone else set()
     best: dict[Dim, tuple[float, np.ndarray]] = {}
-    for layer, network, sizes in found:
-        for axis, side in ((layer.contracted, network.inputs), (layer.made, network.outputs)):
-            own = leaves(graph.axes.of[layer.weight][axis])
-            if len(own) == 1 and may_be_reordered(graph, own):
-                gain, order = _order(network, matrix_of(layer), sizes, side)
-                if gain > best.get(own[0], (0.0, order))[0]:
-                    best[own[0]] = gain, order
+    for dims, layer, network, sizes, side in ends:
+        if len(dims) == 1 and dims[0] in free:
+            gain, order = _order(network, matrix_of(layer), sizes, side)
+            if gain > best.get(dims[0], (0.0, order))[0]:
+                best[dims[0]] = gain, order
     orders = {dim: order for dim, (_, order) in best.items()}
     return (reorder(graph, orders, by=by) if orders else graph), list(orders)
 
