@@ -26,6 +26,7 @@ from regauge.passes.streaming.frames import Buffers, Frames, Window, moved
 
 Padding: TypeAlias = Literal["exact", "causal", "signal"]
 _RECURRENT = ("lstm", "gru", "rnn")
+_CONVOLUTIONS = ("conv", "conv_transpose")
 _PER_FRAME = {"map", "produce", "linear"}
 _USUAL = {"stride": 1, "dilation": 1, "padding": 0}  # of windows that do not say it
 _POOLS = ("max_pool", "avg_pool", "lp_pool")
@@ -61,6 +62,8 @@ class StepWriter:
                 return self._recurrent
             if node.op == "conv" and frames.axis >= frames.value.rank - _spatial(node):
                 return self._window
+            if node.op == "conv_transpose" and frames.axis >= frames.value.rank - _spatial(node):
+                return self._transposed
             if node.op in _POOLS and frames.axis >= frames.value.rank - _spatial(node):
                 return self._window
             if node.op == "pad" and any(_pads(node)[frames.axis]):
@@ -131,6 +134,33 @@ class StepWriter:
         options["padding"][place] = 0
         attributes = {name: tuple(options[name]) if name in options else v for name, v in node.attributes.items()}
         self._put(node, [found.value, *node.inputs[1:]], attributes, [found] * len(node.outputs))
+
+    def _transposed(self, node: Node, slots: Sequence[int]) -> None:
+        """Frame i of the input is spread over those from i stride - padding on; a step ends with a whole stride."""
+        given = self.frames[node.inputs[0]]  # type: ignore[index]
+        frames = self.buffers.delayed(given, max(0, given.delay), node.name)
+        spatial = _spatial(node)
+        place = frames.axis - (frames.value.rank - spatial)
+        options = {name: list(per_axis(node.attributes[name], spatial)) for name in (*_USUAL, "output_padding")}
+        stride, padding, more = (options[name][place] for name in ("stride", "padding", "output_padding"))
+        reach = (_places(node, place) - 1) * options["dilation"][place]
+        if frames.delay > 0 and reach > padding and self.padding != "signal":
+            raise PassError(
+                f"{node.label} spreads {frames.delay} frames before the signal, which stand for nothing, into it: "
+                "padding=signal lets them be"
+            )
+        total = (frames.total - 1) * stride - 2 * padding + reach + 1 + more
+        before = 0 if self.padding == "causal" else padding
+        reached = max(0, min(total, frames.reached * stride - before))
+        earlier = reach // stride
+        options["padding"][place], options["output_padding"][place] = 0, max(0, stride - reach - 1)
+        attributes = {name: tuple(options[name]) if name in options else v for name, v in node.attributes.items()}
+        value = self.buffers.with_earlier(frames, earlier, node.name)
+        whole = self.build(node.op, value, *node.inputs[1:], name=node.name, **attributes)
+        taken = self.buffers.part(whole, frames.axis, earlier * stride, (earlier + frames.count) * stride)
+        edge = frames.edge or (node.label if reached < total else "")
+        delay = frames.delay * stride + before
+        self.frames[node.output] = replace(frames, value=taken, delay=delay, total=total, reached=reached, edge=edge)
 
     def _padded(self, window: Window, frames: Frames, node: Node) -> Window:
         """A window with zeros on both sides as they are read in a stream; raises PassError where they cannot be."""
@@ -207,7 +237,7 @@ class StepWriter:
 
 def _spatial(node: Node) -> int:
     """Over how many axes, the last ones, a window slides."""
-    if node.op == "conv":
+    if node.op in _CONVOLUTIONS:
         weight = node.inputs[1]
         return weight.rank - 2 if isinstance(weight, Value) else 0
     return len(node.attributes["kernel_size"])
@@ -215,7 +245,7 @@ def _spatial(node: Node) -> int:
 
 def _places(node: Node, place: int) -> int:
     """The places of a window along one of its axes."""
-    weight = node.inputs[1] if node.op == "conv" else None
+    weight = node.inputs[1] if node.op in _CONVOLUTIONS else None
     size: Any = weight.shape[2 + place] if isinstance(weight, Value) else node.attributes["kernel_size"][place]
     if not isinstance(size, int):
         raise PassError(f"{node.label} has a window of a dynamic size")

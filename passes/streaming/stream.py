@@ -30,9 +30,9 @@ class Stream(Pass):
 
     What the steps give, one behind the other, is what the whole signal gives: frame for frame, behind as many frames as
     the report says, which come first and stand for nothing. ``regauge.Steps`` runs them, and ``regauge.run_stream`` a
-    whole signal. Streams are convolutions that look back only, or without zeros beside the signal, pools, LSTMs, and
-    whatever goes frame by frame; branches wait for one another. Zeros behind the end of a signal cannot be known: a
-    network of such convolutions is refused, unless ``padding`` says that it may become another one.
+    whole signal. Streams are convolutions that look back only, or without zeros beside the signal, transposed ones,
+    pools, LSTMs, and whatever goes frame by frame; branches wait for one another. Zeros behind the end of a signal
+    cannot be known: a network of such convolutions is refused, unless ``padding`` says that it may become another one.
     """
 
     name: ClassVar[str] = "stream"

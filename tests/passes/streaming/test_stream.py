@@ -95,6 +95,19 @@ class Odd(nn.Module):
         return torch.cat([z, z * torch.tanh(x[..., 1::2])], 1)[..., 3:], self.gru(y.transpose(1, 2))[0].mean(-1)
 
 
+class Decoder(nn.Module):
+    """Strides down and up again; what transposed convolutions give behind the end is cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv1d(4, 6, 4, stride=4), nn.ConvTranspose1d(6, 4, 8, stride=4)
+        self.sparse, self.last = nn.ConvTranspose1d(4, 4, 2, stride=3, groups=2), nn.Conv1d(4, 2, 5, dilation=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.up(torch.relu(self.down(x)))[..., :-4])
+        return self.last(self.sparse(y + x)[..., : 3 * x.shape[-1] - 1])
+
+
 class Same(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +132,14 @@ def differences(graph: Graph, steps: Graph, x: torch.Tensor, most_late: int = 0)
     return found
 
 
-NETWORKS = [(Causal, (4, 8), 0), (Valid, (1, 8), 0), (Chomped, (1, 3, 16), 0), (Spectrum, (2, 4), 0), (Odd, (2, 8), 2)]
+NETWORKS = [
+    (Causal, (4, 8), 0),
+    (Valid, (1, 8), 0),
+    (Chomped, (1, 3, 16), 0),
+    (Spectrum, (2, 4), 0),
+    (Odd, (2, 8), 2),
+    (Decoder, (4, 12), 0),
+]
 
 
 @pytest.mark.parametrize(("network", "chunks", "late"), NETWORKS)
@@ -222,6 +242,22 @@ def test_zeros_behind_the_end_are_refused_or_replaced() -> None:
     first = F.conv1d(F.pad(x, (4, 0)), model.first.weight, model.first.bias)
     moved = F.conv1d(F.pad(first.relu(), (2, 0)), model.second.weight, model.second.bias) + x
     assert (regauge.run_stream(causal, x)[0] - moved).abs().max() < 1e-12
+
+
+def test_transposed_convolutions_that_need_the_next_frame() -> None:
+    x = torch.randn(2, 4, 32, dtype=torch.float64)
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 3, 4, stride=2, padding=1)).double().eval()
+    graph = regauge.capture(model, (x,))
+    with pytest.raises(PassError, match="spreads 2 frames before the signal, which stand for nothing, into it"):
+        streamed(graph, "chunk=4")
+    one = regauge.capture(model[1:], (x,))
+    with pytest.raises(PassError, match="conv_transpose in 1 reads zeros behind the end"):
+        streamed(one, "chunk=4")
+    for whole, late in ((one, 1), (graph, 5)):
+        (wanted,), (got,) = whole.run(x), regauge.run_stream(streamed(whole, "chunk=4,padding=signal"), x)
+        assert got.shape[-1] == 64 - late
+        inner = slice(2, min(got.shape[-1], wanted.shape[-1]) - 1)
+        assert (wanted[..., inner] - got[..., inner]).abs().max() < 1e-12
 
 
 class Averaged(nn.Module):
