@@ -45,7 +45,7 @@ def test_regions_become_operators_and_the_module_computes_the_same() -> None:
 
 def test_the_same_region_elsewhere_is_the_same_operator() -> None:
     found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
-    assert names(found) == ["mul_add", "mul_add", "mul_softmax", "add_rms_norm", "silu_mul"]
+    assert names(found) == ["neg_concat_mul_add", "neg_concat_mul_add", "mul_softmax", "add_rms_norm", "silu_mul"]
     assert len({operator.name for operator in found.operators}) == 4
 
 
