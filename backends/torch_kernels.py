@@ -65,34 +65,37 @@ def with_kernels(graph: Graph, *, rounding: Rounding = "fused") -> WithKernels:
     """
     result = graph.copy()
     plan = plan_fusion(result, contractions=False)
-    build = Builder(result, by="kernels")
-    operators, left = [], []
+    made: list[KernelOperator] = []
+    left: list[str] = []
     for region in plan.regions:
-        if sum(not moves_nothing(node) for node in region.nodes) < 2:
-            continue
-        try:
-            made = kernel_operator(result, region, rounding)
-        except RegaugeError as error:
-            left.append(str(error))
-            continue
-        operators.append(made)
-        _call(build, region, made)
-    return WithKernels(result, tuple(operators), tuple(left))
+        if sum(not moves_nothing(node) for node in region.nodes) > 1:
+            try:
+                made.append(kernel_operator(result, region, rounding))
+            except RegaugeError as error:
+                left.append(str(error))
+    build = Builder(result, by="kernels")
+    replaced: dict[Value, Value] = {}
+    for one in made:
+        _call(build, one, replaced)
+    return WithKernels(result, tuple(made), tuple(left))
 
 
-def _call(build: Builder, region: Region, made: KernelOperator) -> None:
-    """Put a call of the operator in the place of the nodes of a region."""
+def _call(build: Builder, made: KernelOperator, replaced: dict[Value, Value]) -> None:
+    """Put a call of an operator in the place of its region; ``replaced`` holds the results of such calls."""
+    nodes = made.kernel.region.nodes
     results = [(value.shape, value.dtype) for value in made.writes]
     arguments = tuple(slot(place) for place in range(len(made.reads)))
-    with build.at(region.nodes[-1]):
+    tensors = [replaced.get(value, value) for value in made.reads]
+    with build.at(nodes[-1]):
         target = f"{NAMESPACE}.{made.name}.default"
-        found = build("torch_call", *made.reads, results=results, target=target, arguments=arguments)
-    pairs = list(zip(made.writes, [found] if isinstance(found, Value) else found, strict=True))
-    for old, new in pairs:
+        found = build("torch_call", *tensors, results=results, target=target, arguments=arguments)
+    pairs = dict(zip(made.writes, [found] if isinstance(found, Value) else found, strict=True))
+    replaced.update(pairs)
+    for old, new in pairs.items():
         replace_uses(build.graph, old, new)
-    for node in reversed(region.nodes):
+    for node in reversed(nodes):
         remove_node(build.graph, node)
-    for old, new in pairs:
+    for old, new in pairs.items():
         new.name = old.name
 
 

@@ -116,7 +116,7 @@ class Kernel:
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
         source = self.source(form)
-        sizes = sizes_of(source.reads, given)
+        sizes = sizes_of(source.reads, given, self.region.joints)
         if form is None and source.form == "rows" and count(source.loops.columns, sizes) > PERSISTENT:
             source = self.source("looped")
         steps = {tensor: strides_of(tensor, given[tensor.value], sizes) for tensor in source.reads}

@@ -18,10 +18,15 @@ from regauge.ir.sizes import is_static
 
 @dataclass(frozen=True)
 class Loop:
-    """Dims that a kernel goes through with one index, the slowest first."""
+    """Dims that a kernel goes through with one index, the slowest first.
+
+    A segment of a loop, its ``joint``, begins where those ``before`` it end.
+    """
 
     name: str
     dims: tuple[Dim, ...]
+    joint: str = ""
+    before: tuple[str, ...] = ()
 
     def size(self, sizes: Mapping[Dim, int]) -> int:
         return math.prod(sizes[dim] for dim in self.dims)
@@ -46,17 +51,25 @@ class Loops:
     """The loops of a kernel: ``rows``, and ``columns``, which are reduced where anything is.
 
     Of a contraction rows are those of its left factor and columns those of its right one; both factors have ``batch``
-    and what is ``contracted``.
+    and what is ``contracted``. ``segments`` are parts of rows or columns, end to end.
     """
 
     rows: tuple[Loop, ...]
     columns: tuple[Loop, ...]
     batch: tuple[Loop, ...] = ()
     contracted: tuple[Loop, ...] = ()
+    segments: tuple[Loop, ...] = ()
 
     @cached_property
     def all(self) -> tuple[Loop, ...]:
-        return (*self.batch, *self.rows, *self.columns, *self.contracted)
+        return (*self.batch, *self.rows, *self.columns, *self.contracted, *self.segments)
+
+    def of(self, tensor: Tensor, loops: Iterable[Loop]) -> list[Loop]:
+        """Those of the loops that a tensor has, with segments for loops that it has segments of."""
+        return tensor.loops([part for loop in loops for part in (loop, *self.parts(loop))])
+
+    def parts(self, loop: Loop) -> list[Loop]:
+        return [segment for segment in self.segments if segment.joint == loop.name]
 
 
 def count(loops: Iterable[Loop], sizes: Mapping[Dim, int]) -> int:
@@ -76,7 +89,8 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool) -> 
         for dim in region.loops:
             if region.names[dim][0] != letter:
                 continue
-            if groups and all(_follow(t.layout, groups[-1][-1], dim, contiguous) for t in tensors):
+            apart = dim in region.joints or groups and groups[-1][-1] in region.joints
+            if groups and not apart and all(_follow(t.layout, groups[-1][-1], dim, contiguous) for t in tensors):
                 groups[-1] = (*groups[-1], dim)
             else:
                 groups.append((dim,))
@@ -85,7 +99,14 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool) -> 
     if region.contractions:
         return Loops(merged("m"), merged("n"), merged("b"), merged("k"))
     rows, columns = merged("i"), merged("r")
-    return Loops(rows, columns) if region.reduced else Loops(rows[:-1], rows[-1:])
+    if region.reduced:
+        return Loops(rows, columns)
+    segments = []
+    for joint, parts in region.joints.items():
+        names = [region.names[part] for part in parts]
+        for place, part in enumerate(parts):
+            segments.append(Loop(names[place], (part,), region.names[joint], tuple(names[:place])))
+    return Loops(rows[:-1], rows[-1:], segments=tuple(segments))
 
 
 def _follow(layout: Layout, first: Dim, second: Dim, contiguous: bool) -> bool:
@@ -97,7 +118,9 @@ def _follow(layout: Layout, first: Dim, second: Dim, contiguous: bool) -> bool:
     return any((first, second) in zip(axis, axis[1:], strict=False) for axis in axes)
 
 
-def sizes_of(tensors: Iterable[Tensor], given: Mapping[Value, torch.Tensor]) -> dict[Dim, int]:
+def sizes_of(
+    tensors: Iterable[Tensor], given: Mapping[Value, torch.Tensor], joints: Mapping[Dim, Sequence[Dim]]
+) -> dict[Dim, int]:
     """How many indices each loop has, from the shapes of what is read; raises FusionError where these do not fit."""
     found: dict[Dim, int] = {}
     read = [tensor for tensor in tensors if tensor.value in given]
@@ -112,6 +135,10 @@ def sizes_of(tensors: Iterable[Tensor], given: Mapping[Value, torch.Tensor]) -> 
                 known *= found[unknown[0]]
             if unknown[1:] or known != size:
                 raise FusionError(f"{tensor.name} has {size} indices where its kernel expects {known}")
+    for joint, parts in joints.items():
+        together = sum(found[part] for part in parts)
+        if found.setdefault(joint, together) != together:
+            raise FusionError(f"segments have {together} indices where their kernel expects {found[joint]}")
     return found
 
 

@@ -73,6 +73,7 @@ class RowKernel(Writer):
         self.line(f"{row} = {program} * ROWS + tl.arange(0, ROWS)[:, None]")
         self.line(f"row_ok = {row} < {self.joint_size(self.loops.rows)}")
         self.take_apart("row", self.loops.rows)
+        self._segments(self.loops.rows)
 
     def _columns(self, block: str) -> None:
         if self.flat:
@@ -87,6 +88,13 @@ class RowKernel(Writer):
         if not self.flat:
             self.line("ok = row_ok & col_ok")
         self.take_apart("col", self.loops.columns)
+        self._segments(self.loops.columns)
+
+    def _segments(self, loops: Sequence[Loop]) -> None:
+        """Indices in the segments of loops: of one that is not at its turn it is below zero, or too great."""
+        for segment in (part for loop in loops for part in self.loops.parts(loop)):
+            self.line(f"{segment.name} = {' - '.join([segment.joint, *(f'size_{name}' for name in segment.before)])}")
+            self.line(f"{segment.name}_ok = ({segment.name} >= 0) & ({segment.name} < size_{segment.name})")
 
     def _has_columns(self, term: Term) -> bool:
         return any(loop.dims[0] in term.axes for loop in self.loops.columns)
@@ -94,9 +102,10 @@ class RowKernel(Writer):
     def _place(self, tensor: Tensor) -> tuple[str, str]:
         """The address of an entry, and the mask."""
         terms = [f"{loop.name} * {tensor.name}_{loop.name}" for loop in tensor.loops(self.loops.all)]
-        rows, columns = tensor.loops(self.loops.rows), tensor.loops(self.loops.columns)
+        rows, columns = self.loops.of(tensor, self.loops.rows), self.loops.of(tensor, self.loops.columns)
         mask = "ok" if columns and (rows or self.flat) else "col_ok" if columns else "row_ok" if rows else ""
-        return " + ".join([f"{tensor.name}_ptr", *terms]), mask
+        turns = [f"{segment.name}_ok" for segment in tensor.loops(self.loops.segments)]
+        return " + ".join([f"{tensor.name}_ptr", *terms]), " & ".join([mask, *turns])
 
     def load(self, tensor: Tensor) -> str:
         address, mask = self._place(tensor)

@@ -166,6 +166,8 @@ class Writer:
             return f"(1.0 * {self.joint_size(loops)})"  # a float: div_rn takes no integers
         if term.op == "result":
             return self._result(term)
+        if term.op == "joined":
+            return self._joined(term)
         if term.op not in TEXT:  # a reduction over nothing
             return self.text(term.args[0])
         if f"{term.op}(" in TEXT[term.op] and term.op in FUNCTIONS:
@@ -173,6 +175,14 @@ class Writer:
         form = ROUNDED.get(term.op, TEXT[term.op]) if self.rounding == "eager" else TEXT[term.op]
         texts = [self.text(arg) for arg in term.args]
         return form.format(*([outermost(text) for text in texts] if "{}, {}" in form or "({})" in form else texts))
+
+    def _joined(self, term: Term) -> str:
+        """The argument in whose segment the index lies."""
+        *parts, last = map(self.text, term.args)
+        names = [self.region.names[part] for part in self.region.joints[term.value]]
+        for name, part in reversed(list(zip(names, parts, strict=False))):
+            last = f"tl.where({name}_ok, {outermost(part)}, {outermost(last)})"
+        return last
 
     def all_loops(self) -> Sequence[Loop]:
         raise NotImplementedError
@@ -232,6 +242,9 @@ class Writer:
         reduced = [loop.name for loop in loops if loop.dims[0] in self.region.reduced]
         lines = [f'    """{name}: {form}', ""]
         lines.append(f"    loops     {', '.join(loop.name for loop in loops) or 'none'}")
+        for joint, parts in self.region.joints.items():
+            joined = " + ".join(self.region.names[part] for part in parts)
+            lines.append(f"    joins     {self.region.names[joint]} = {joined}")
         if reduced:
             lines.append(f"    over      {', '.join(reduced)}")
         lines += [f"    {'reads' if not place else '':9} {shown(t)}" for place, t in enumerate(self.reads)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regauge.ir.extents import Dim, Extent, leaves
+from regauge.ir.extents import Concat, Dim, Extent, leaves, resolve
 from regauge.ir.graph import Value
 from regauge.ir.operator import Symmetry
 from regauge.ir.rules import ENDING_ROLES
@@ -30,6 +30,9 @@ def check_element(case: Case) -> None:
     """
     expression = element_of(case.node)
     if expression is None:
+        return
+    if expression.op == "joined":
+        _check_joined(case)
         return
     of = case.analysis.of
     values = [*(value for _, value in case.node.operands()), case.node.output]
@@ -49,6 +52,17 @@ def check_element(case: Case) -> None:
     case.expect_same(
         [actual.reshape(expected.shape).to(expected.dtype)], case.results, "element", "correct its element"
     )
+
+
+def _check_joined(case: Case) -> None:
+    """What is joined are the operands, along the axis whose extent is that of them laid end to end."""
+    of = case.analysis.of
+    for axis, extent in enumerate(of[case.node.output]):
+        ends = resolve(Concat([of[value][axis] for _, value in case.node.operands()]))
+        if leaves(ends) == leaves(extent):
+            case.expect_same([torch.cat(case.operands, axis)], case.results, "element", "correct its element")
+            return
+    raise case.broken("element", "no axis is that of the operands end to end", "correct the rule")
 
 
 def laid(tensor: torch.Tensor, axes: Sequence[Extent], dims: Sequence[Dim]) -> torch.Tensor:

@@ -34,6 +34,7 @@ class Scalar:
     ``operand``  the value of operand ``value``, a slot number
     ``number``   the number ``value``
     ``count``    how many indices the ended axes have
+    ``joined``   of the arguments the one in whose segment of the result the index lies
     """
 
     op: str
@@ -100,6 +101,11 @@ def operand(slot: int) -> Scalar:
 def count() -> Scalar:
     """How many indices the ended axes have, together."""
     return Scalar("count")
+
+
+def joined(*args: Operand) -> Scalar:
+    """What is laid end to end along an axis of the result, whose extent is the concatenation of the arguments' ones."""
+    return _call("joined", *args)
 
 
 def _function(op: str) -> Callable[..., Scalar]:

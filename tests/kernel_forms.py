@@ -110,6 +110,21 @@ def number(f: Form, rows: Any, columns: int) -> Any:
     return f.build.maximum(f.build.mul(f.x(rows, columns), f.x()), f.x(1))
 
 
+def rotary(f: Form, rows: Any, columns: int) -> Any:
+    """A rotary position code: halves are laid end to end the other way round."""
+    b, x = f.build, f.x(2, rows, 2 * columns)
+    low, high = f.x(2, rows, columns), f.x(2, rows, columns)
+    turned = b.concat(b.neg(high), low, dim=2)
+    return b.add(b.mul(x, f.w(rows, 2 * columns)), b.mul(turned, f.w(rows, 2 * columns)))
+
+
+def joined(f: Form, rows: Any, columns: int) -> Any:
+    """Channels of three values, end to end, behind activations."""
+    b = f.build
+    parts = [b.relu(f.x(2, 3, columns)), b.sigmoid(f.x(2, 5, columns)), f.x(2, 2, columns)]
+    return b.mul(b.concat(*parts, dim=1), f.w(10, 1))
+
+
 def dense_gelu_residual(f: Form, rows: Any, columns: int) -> Any:
     """Bias, activation and residual behind the product."""
     y = f.build.gelu(f.build.linear(f.x(rows, 48), f.w(columns, 48), f.w(columns)))
@@ -146,7 +161,7 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     for form in (
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax, layer_norm,
         gated_rms_norm, add_rms_norm, group_norm_silu, deviation, total, turned, number,
-        dense_gelu_residual, dense_in_heads, gated_product, scores,
+        rotary, joined, dense_gelu_residual, dense_in_heads, gated_product, scores,
         with_itself,
     )
 }  # fmt: skip

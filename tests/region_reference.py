@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from regauge.ir.extents import Dim
 from regauge.ir.fusion.region import Region, Term
 from regauge.ir.graph import Value
 from regauge.ir.scalars import PRIMITIVES, REDUCTIONS
@@ -22,17 +23,23 @@ def run_region(region: Region, tensors: Mapping[Value, torch.Tensor]) -> dict[Va
 
 def _sizes(region: Region, tensors: Mapping[Value, torch.Tensor]) -> dict[Any, int]:
     """How many indices each loop has; of axes that are several loops, all but one have fixed sizes."""
-    sizes = {dim: dim.size for dim in region.loops if isinstance(dim.size, int)}
+    sizes = {dim: dim.size for dim in all_loops(region) if isinstance(dim.size, int)}
     for load in region.loads:
         for axis, size in zip(load.value.layout, tensors[load.value.value].shape, strict=True):
             open_ = [dim for dim in axis if dim not in sizes]
             if len(open_) == 1:
                 sizes[open_[0]] = size // math.prod(sizes.get(dim, 1) for dim in axis)
+    sizes.update({joint: sum(sizes[part] for part in parts) for joint, parts in region.joints.items()})
     return sizes
 
 
+def all_loops(region: Region) -> list[Dim]:
+    """The loops, and those of their segments."""
+    return [*region.loops, *(part for parts in region.joints.values() for part in parts)]
+
+
 def _value(region: Region, term: Term, known: Mapping[Term, Any], tensors: Any, sizes: Mapping[Any, int]) -> Any:
-    loops = region.loops
+    loops = all_loops(region)
     if term.op == "number":
         return term.value
     if term.op == "count":
@@ -49,6 +56,11 @@ def _value(region: Region, term: Term, known: Mapping[Term, Any], tensors: Any, 
         return args[0]
     if term.op in PRIMITIVES:
         return PRIMITIVES[term.op](*args)
+    if term.op == "joined":
+        joint, parts = loops.index(term.value), region.joints[term.value]
+        wide = [arg.transpose(joint, loops.index(part)) for arg, part in zip(args, parts, strict=True)]
+        shape = torch.broadcast_shapes(*(arg.select(joint, 0).shape for arg in wide))
+        return torch.cat([arg.movedim(joint, 0).expand(-1, *shape) for arg in wide]).movedim(0, joint)
     wide = torch.as_tensor(args[0], dtype=torch.float64)
     wide = wide.reshape((1,) * (len(loops) - wide.dim()) + tuple(wide.shape))
     full = wide.expand([sizes[dim] if dim in term.over else size for dim, size in zip(loops, wide.shape, strict=True)])
@@ -56,7 +68,7 @@ def _value(region: Region, term: Term, known: Mapping[Term, Any], tensors: Any, 
 
 
 def _output(region: Region, value: Value, found: Any, sizes: Mapping[Any, int]) -> torch.Tensor:
-    loops, layout = region.loops, region.layouts[value]
+    loops, layout = all_loops(region), region.layouts[value]
     own = [dim for axis in layout for dim in axis]
     wide = torch.as_tensor(found, dtype=torch.float64)
     wide = wide.reshape((1,) * (len(loops) - wide.dim()) + tuple(wide.shape))

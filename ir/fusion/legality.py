@@ -6,6 +6,7 @@ import torch
 
 from regauge.ir.extents import Dim
 from regauge.ir.fusion.region import Region, Term, below_results
+from regauge.ir.sizes import is_static
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Types that kernels compute with: in single precision inside."""
@@ -18,7 +19,13 @@ def fault(region: Region) -> str | None:
     """Why the region is no kernel; None where it is one."""
     if len(region.nodes) > MOST_NODES:
         return f"a region has {MOST_NODES} nodes at most"
-    return _wrong_type(region) or (_wrong_tile(region) if region.contractions else _wrong_rows(region))
+    if region.joints and region.reductions:
+        return "it would join segments beside a reduction"
+    return (
+        _wrong_type(region)
+        or _unread_loop(region)
+        or (_wrong_tile(region) if region.contractions else _wrong_rows(region))
+    )
 
 
 def _wrong_type(region: Region) -> str | None:
@@ -28,6 +35,17 @@ def _wrong_type(region: Region) -> str | None:
     for value in region.outputs:
         if value.dtype not in FLOATS:
             return f"the result {value.name} is no float"
+    return None
+
+
+def _unread_loop(region: Region) -> str | None:
+    """A loop that nothing read has: of an axis that a node expands."""
+    read = {dim for load in region.loads for axis in load.value.layout for dim in axis}
+    read.update(joint for joint, parts in region.joints.items() if read.issuperset(parts))
+    if not region.reduced <= read:
+        return "it would reduce an axis that is only broadcast"
+    if any(not is_static(dim.size) and dim not in read for dim in region.loops):
+        return "the size of an axis of its results is that of nothing it reads"
     return None
 
 

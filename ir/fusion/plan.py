@@ -148,7 +148,7 @@ class _Planner:
             self._cost(group, self._moved(region))
 
     def _trimmed(self, nodes: list[Node]) -> list[Node]:
-        """Without views at the ends: torch reads and hands on in another layout for nothing."""
+        """Without views at the ends: torch hands on in another layout for nothing."""
         kept = list(nodes)
         while True:
             inside = set(kept)
@@ -229,11 +229,10 @@ class _Planner:
 
     def _joined(self, above: _Group, below: _Group, value: Value, reader: Node) -> Iterable[Refusal]:
         """Make one group of two; a refusal where they stay apart."""
-        union = _Group(
-            sorted(above.nodes + below.nodes, key=self.place.__getitem__),
-            min(above.first, below.first),
-            max(above.last, below.last),
-        )
+        nodes = self._without_views_first(above.nodes + below.nodes)
+        if len(nodes) <= max(len(above.nodes), len(below.nodes)):
+            return []  # one of them is a view of what is outside
+        union = _Group(nodes, self.place[nodes[0]], self.place[nodes[-1]])
         saved = self._saved(value, above, below)
         reason = self._never(above) or self._never(below) or self._comes_back(union)
         if not reason:
@@ -245,6 +244,14 @@ class _Planner:
         for node in union.nodes:
             self.group[node] = union
         return []
+
+    def _without_views_first(self, nodes: list[Node]) -> list[Node]:
+        """The nodes in order, without views of what is outside: others may read these before the kernel runs."""
+        kept: dict[Node, None] = {}
+        for node in sorted(nodes, key=self.place.__getitem__):
+            if not is_view(node) or any(value.producer in kept for _, value in node.operands()):
+                kept[node] = None
+        return list(kept)
 
     def _never(self, group: _Group) -> str:
         """Why a group can be in no region at all."""
@@ -296,17 +303,8 @@ class _Planner:
 
 
 def _steps(group: _Group) -> list[Region | Node]:
-    """The region of a group, with the views that were taken off its ends before it and behind it."""
+    """The region of a group, and behind it the views of its results."""
     if group.region is None or not group.region.nodes:
         return list(group.nodes)
-    before: list[Region | Node] = []
-    behind: dict[Node, None] = {}
     inside = set(group.region.nodes)
-    for node in group.nodes:
-        if node not in inside:
-            reads = {value.producer for _, value in node.operands()}
-            if reads.isdisjoint(inside) and reads.isdisjoint(behind):
-                before.append(node)
-            else:
-                behind[node] = None
-    return [*before, group.region, *behind]
+    return [group.region, *(node for node in group.nodes if node not in inside)]

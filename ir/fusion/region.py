@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from regauge.ir.axes import apply_rule
 from regauge.ir.errors import AxisError, FusionError
-from regauge.ir.extents import Concat, Dim, Extent, Product, fresh, leaves, resolve
+from regauge.ir.extents import Concat, Dim, Extent, Product, fresh, resolve, size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Operator
 from regauge.ir.rules import ENDING_ROLES, Axes, Call
@@ -35,6 +35,7 @@ class Term:
     ``count``   how many indices the loops ``over`` have together
     ``load``    what a tensor from outside the region holds; ``value`` is a :class:`Load`
     ``result``  what a node gives: its argument, as a number of the type of ``value``, a graph Value
+    ``joined``  of its arguments the one in whose segment of the loop ``value`` the index lies
     """
 
     op: str
@@ -56,11 +57,12 @@ class Load:
     layout: Layout
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Region:
     """Nodes in topological order, traced: what each computes, over which loops.
 
-    ``returned`` are results that the graph returns, or carries into the next run.
+    ``returned`` are results that the graph returns, or carries into the next run. ``joints`` are loops that go through
+    segments laid end to end, each with the loops of these, which are known where the joint one is.
     """
 
     nodes: tuple[Node, ...]
@@ -68,6 +70,10 @@ class Region:
     results: dict[Value, Term] = field(default_factory=dict)
     layouts: dict[Value, Layout] = field(default_factory=dict)
     loads: list[Term] = field(default_factory=list)
+    joints: dict[Dim, tuple[Dim, ...]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<Region {self.kind}: {' '.join(node.op for node in self.nodes)}>"
 
     @cached_property
     def outputs(self) -> list[Value]:
@@ -112,11 +118,12 @@ class Region:
     def loops(self) -> list[Dim]:
         """All loops: those of the first output in its order, then others as loads have them."""
         layouts = [*(self.layouts[value] for value in self.outputs), *(load.value.layout for load in self.loads)]
-        return list(dict.fromkeys(dim for layout in layouts for axis in layout for dim in axis))
+        joint_of = {part: joint for joint, parts in self.joints.items() for part in parts}
+        return list(dict.fromkeys(joint_of.get(dim, dim) for layout in layouts for axis in layout for dim in axis))
 
     @cached_property
     def names(self) -> dict[Dim, str]:
-        """Names of the loops: ``i0`` and on, ``r0`` for what is reduced.
+        """Names of the loops: ``i0`` and on, ``r0`` for what is reduced; ``i0_0`` is the first segment of ``i0``.
 
         Of contractions: ``b0`` where both factors have them, ``m0`` of the left one, ``n0`` of the right one, and
         ``k0`` for what is contracted.
@@ -127,6 +134,7 @@ class Region:
             letter = self._letter(dim)
             counts[letter] = counts.get(letter, -1) + 1
             names[dim] = f"{letter}{counts[letter]}"
+            names.update({part: f"{names[dim]}_{i}" for i, part in enumerate(self.joints.get(dim, ()))})
         return names
 
     def _letter(self, dim: Dim) -> str:
@@ -241,18 +249,54 @@ class _Tracer:
             raise FusionError(no_element(node.operator))
         region, value = self.traced, node.output
         layout = region.layouts[value] = self._layout(value, value.name)
-        ended = [dim for role, extent in self.calls[node].roles if role in ENDING_ROLES for dim in leaves(extent)]
+        ends = [extent for role, extent in self.calls[node].roles if role in ENDING_ROLES]
+        ended = [dim for extent in ends for dim in self._atoms(extent, value.name)]
         term = self._term(element, node, frozenset(ended), {})
         if not term.axes <= {dim for axis in layout for dim in axis}:
             raise FusionError(f"{node.op} moves indices across axes")
         region.results[value] = Term("result", (term,), term.axes, value)
 
+    def _joined(self, node: Node, args: tuple[Term, ...]) -> Term:
+        """What is laid end to end along the axis that the node names, of one loop for each argument."""
+        (joint,) = self.traced.layouts[node.output][node.attributes["dim"]] or (None,)
+        if len(args) == 1:
+            return args[0]
+        parts = self.traced.joints.get(joint, ()) if joint is not None else ()
+        if len(parts) != len(args) or any(part not in arg.axes for part, arg in zip(parts, args, strict=True)):
+            raise FusionError(f"an axis of {node.output.name} has segments, laid end to end")
+        axes = frozenset(dim for arg in args for dim in arg.axes).difference(parts)
+        return Term("joined", args, axes | {joint}, joint)
+
     def _layout(self, key: Any, name: str) -> Layout:
-        layout = tuple(tuple(_atoms(extent, name)) for extent in self.axes[key])
+        layout = tuple(tuple(self._atoms(extent, name)) for extent in self.axes[key])
         dims = [dim for axis in layout for dim in axis]
         if len(set(dims)) != len(dims):
             raise _Twice(f"{name} has the same loop on two axes")
         return layout
+
+    def _atoms(self, extent: Extent, name: str) -> Iterator[Dim]:
+        found = resolve(extent)
+        if isinstance(found, Concat):
+            yield self._joint(found, name)
+            return
+        for part in found.factors if isinstance(found, Product) else (found,):
+            if isinstance(part, Dim):
+                yield part
+            else:
+                yield from self._atoms(part, name)
+
+    def _joint(self, extent: Concat, name: str) -> Dim:
+        """The loop that goes through segments, the same for all axes that have them."""
+        parts = tuple(part for part in extent.segments if isinstance(part, Dim))
+        for joint, known in self.traced.joints.items():
+            if known == parts:
+                return joint
+        taken = {part for known in self.traced.joints.values() for part in known}
+        if len(set(parts)) < len(extent.segments) or not parts or not taken.isdisjoint(parts):
+            raise FusionError(f"an axis of {name} has segments, laid end to end")
+        joint = Dim(size_of(extent))
+        self.traced.joints[joint] = parts
+        return joint
 
     def _term(self, scalar: Scalar, node: Node, ended: frozenset[Dim], known: dict[Scalar, Term]) -> Term:
         if scalar not in known:
@@ -268,6 +312,8 @@ class _Tracer:
             case "count":
                 return Term("count", over=ended)
         args = tuple(self._term(arg, node, ended, known) for arg in scalar.args)
+        if scalar.op == "joined":
+            return self._joined(node, args)
         axes = frozenset(dim for arg in args for dim in arg.axes)
         if scalar.op in REDUCTIONS:
             return Term(scalar.op, args, axes - ended, over=ended) if ended else args[0]
@@ -293,14 +339,3 @@ def no_element(operator: Operator) -> str:
     if operator.element is None:
         return f"what {operator.name} computes for one index is not stated"
     return f"what {operator.name} computes for one index is not stated for such operands and attributes"
-
-
-def _atoms(extent: Extent, name: str) -> Iterator[Dim]:
-    found = resolve(extent)
-    if isinstance(found, Concat):
-        raise FusionError(f"an axis of {name} has segments, laid end to end")
-    for part in found.factors if isinstance(found, Product) else (found,):
-        if isinstance(part, Dim):
-            yield part
-        else:
-            yield from _atoms(part, name)

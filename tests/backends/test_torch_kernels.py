@@ -45,8 +45,22 @@ def test_regions_become_operators_and_the_module_computes_the_same() -> None:
 
 def test_the_same_region_elsewhere_is_the_same_operator() -> None:
     found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
-    assert names(found) == ["mul_add", "mul_add", "mul_softmax", "add_rms_norm", "silu_mul"]
+    assert names(found) == ["neg_concat_mul_add", "neg_concat_mul_add", "mul_softmax", "add_rms_norm", "silu_mul"]
     assert len({operator.name for operator in found.operators}) == 4
+
+
+def test_a_region_may_read_what_another_one_gives() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (64, 32), torch.float32)
+    y = build.softmax(build.mul(x, 0.5), dim=1)
+    normed = build.tanh(build.layer_norm(y, normalized_shape=(32,)))
+    graph.outputs = [normed, build.sigmoid(build.softmax(build.neg(y), dim=0))]
+    found = with_kernels(graph)
+    assert len(found.operators) == 2 and not found.left
+    x_tensor = torch.randn(64, 32)
+    for own, other in zip(found.graph.to_torch()(x_tensor), graph.to_torch()(x_tensor), strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_products_are_left_to_the_library() -> None:
