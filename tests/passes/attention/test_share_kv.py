@@ -1,5 +1,6 @@
 """Attention layers that read the keys and values of another: exact where these only look different."""
 
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 import regauge
 from attention_networks import LENGTH, SIZE, WIDTH, Decoder
+from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.passes.attention.sites import attention_sites
 
@@ -76,3 +78,39 @@ def test_layers_that_differ_by_bases_and_orders_of_heads_share_exactly(method: s
     assert names == {f"layers.0.{part}.{kind}" for part in "kv" for kind in ("weight", "bias")} & names
     assert len({site.node.inputs[1] for site in attention_sites(found)}) == 1
     assert f"{4 * kv * SIZE * 8} -> {2 * kv * SIZE * 8} bytes per token" in str(found.report)
+
+
+def test_neighbours_share_and_what_was_made_for_none_goes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    graph = captured(Layers(4, "half", 2, fused=True).float())
+    losses = {}
+    for method in ("mlkv", "cla", "aligned"):
+        found = regauge.optimize(graph, f"share-kv{{layers=2, method={method}}}", data=data())
+        losses[method] = distance(found, graph)
+        rows = [found.parameters[f"layers.{layer}.qkv.weight"].shape[0] for layer in range(4)]
+        assert rows == [8 * SIZE, 4 * SIZE, 8 * SIZE, 4 * SIZE]
+        keys = [site.node.inputs[1] for site in attention_sites(found)]
+        assert keys[0] is keys[1] and keys[2] is keys[3] and keys[1] is not keys[2]
+    assert losses["aligned"] < losses["mlkv"] and losses["aligned"] < losses["cla"], losses
+    found.to_onnx(tmp_path / "found.onnx", inputs=(data()[0][:2],))  # checked in onnxruntime
+
+
+def test_a_layer_is_kept_where_outputs_would_change_too_much() -> None:
+    torch.manual_seed(0)
+    graph = captured(Layers(3, "", 4))
+    found = regauge.optimize(graph, "share-kv{layers=1, method=kvsharer, threshold=1.0}", data=data(1))
+    assert found.parameters.keys() == graph.parameters.keys()
+    assert "3 x the outputs would change too much" in str(found.report)
+
+
+def test_keys_at_other_positions_are_not_shared() -> None:
+    torch.manual_seed(0)
+    model = Layers(2, "half", 2)
+    model.layers[1].angles = model.layers[0].angles + 0.1
+    found = regauge.optimize(captured(model), "share-kv{layers=1}", data=data(1))
+    assert "its keys are at other positions" in str(found.report)
+
+
+def test_repair_needs_data() -> None:
+    with pytest.raises(PassError, match="needs data for repair"):
+        regauge.optimize(captured(Layers(2, "", 4)), "share-kv{layers=1, repair=true}")
