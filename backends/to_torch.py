@@ -73,7 +73,7 @@ def to_torch(
     for ``kernels`` :mod:`regauge.backends.torch_kernels`.
     """
     if kernels not in (None, "triton"):
-        raise EmitError(f"there are no kernels {kernels!r}: kernels is \"triton\" or None")
+        raise EmitError(f'there are no kernels {kernels!r}: kernels is "triton" or None')
     if kernels is not None:
         from regauge.backends.torch_kernels import with_kernels
 

@@ -137,7 +137,7 @@ class _Healing:
 
     # -- what a layer should give --------------------------------------------------------------------------------------
 
-    def _targets(self, layer: Layer) -> list[torch.Tensor] | None:
+    def _targets(self, layer: Layer) -> Sequence[torch.Tensor] | None:
         """What the layer should give, for each batch; None where it stays as it is."""
         node = layer.node
         source = node.inputs[0]
@@ -167,7 +167,7 @@ class _Healing:
     def _is_known(self, value: Value) -> bool:
         return value.producer is None or self.now.holds(value)
 
-    def _originals(self, value: Value) -> list[torch.Tensor] | None:
+    def _originals(self, value: Value) -> Sequence[torch.Tensor] | None:
         """A value of the original graph, which runs on as far as needed; None where it has been dropped."""
         while not self._holds(value):
             node = next(self._ahead, None)
