@@ -50,7 +50,7 @@ class Canonicalize(Pass):
         moments: Moments = {}
         if context.data is not None and (frames or fit):
             batches = calibration_batches(start, context)
-            heads = moments_of_heads(start, [site for site, _ in fit], batches)
+            heads = moments_of_heads(start, list(dict.fromkeys(site for site, _ in fit)), batches)
             moments = moments_on_data(start, frames, batches)
         result = start.copy()
         for site, name in fit:
