@@ -69,7 +69,7 @@ def _order(network: Network, weight: torch.Tensor, sizes: Sizes, side: str) -> t
     left, members = _shared_out(vectors, slots, sizes[network.bonds[0]])
     order = torch.empty(len(vectors), dtype=torch.long)
     order[slots] = members
-    return (left[0] - left[1]) / float(weight.square().sum()), order.numpy()
+    return (left[0] - left[1]) / max(float(weight.square().sum()), 1e-300), order.numpy()
 
 
 def _shared_out(vectors: torch.Tensor, members: torch.Tensor, rank: int) -> tuple[tuple[float, float], torch.Tensor]:

@@ -290,3 +290,31 @@ def test_reordering_can_be_refused_and_leaves_what_is_read_in_order() -> None:
     ]
     assert "channels reordered for blocks" in reports[0]
     assert "channels reordered" not in reports[1]
+
+
+class Dead(nn.Module):
+    """Hidden channels that are never more than zero, and beside them a layer of nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.nothing = nn.Linear(12, 24), nn.Linear(24, 12), nn.Linear(12, 12)
+        self.first.weight.data[:8], self.first.bias.data[:8] = 0, -1
+        self.nothing.weight.data.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(torch.relu(self.first(x))) + self.nothing(x)
+        return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("examples", [5, 64])
+def test_dead_channels_and_empty_layers_do_no_harm(name: str, examples: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 12)
+    x[:, 3] = 0
+    graph = capture(Dead().eval(), (x[:4],), dynamic={0: {0: "batch"}})
+    small = regauge.optimize(graph, f"factorize{{params=0.8,form={name}}}", data=[x[:examples]])
+    (wanted,), (found,) = graph.run(x), small.run(x)
+    assert torch.isfinite(found).all()
+    if examples == len(x):
+        assert float((found - wanted).norm() / (wanted - wanted.mean(0)).norm()) < 1.0
