@@ -217,7 +217,7 @@ def test_groups(how: str, wanted: list[tuple[int, ...]]) -> None:
     ("options", "words"),
     [
         ("", "say how much is kept"),
-        ("blocks=2,whole=true", "without residuals"),
+        ("blocks=2,whole=true", "nothing is chosen"),
         ("blocks=2,kind=dictionary,rank=3", "rank is for tied blocks"),
         ("blocks=2,include=nothing.*", "matches no parameter"),
     ],
