@@ -43,8 +43,9 @@ class Share(Pass):
 
     Blocks are found from the graph alone, and first brought into one basis: hidden channels and heads in one order,
     heads in one basis, which changes nothing of what they compute. Which of them share, and how large the residuals
-    are, is chosen by what is lost: residuals cost multiplications. With data that is measured where the outputs of the model move, and layers are
-    fitted one after the other with the inputs that those before give. Norms and biases stay each block's own.
+    are, is chosen by what is lost; residuals cost multiplications. With data losses are measured by how much the
+    outputs of the model move, and layers are fitted one after the other with the inputs that those before give. Norms
+    and biases stay each block's own.
     """
 
     name: ClassVar[str] = "share"
