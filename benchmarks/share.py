@@ -2,7 +2,7 @@
 
     python benchmarks/share.py [--examples 64] [--only TEXT ...] [--write]
 
-perplexity   5.083 whole; MACs are those of the whole model and of the residuals
+perplexity   5.083 whole; parameters and MACs are those without data
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from regauge.ir.cost import figures
 
 HEADS = ["step", "parameters", "MACs", "without data", "with data", "neither data nor one basis", "data, not one basis"]
 STEPS = {
-    "pairs of neighbours, residuals of rank 8": "share{blocks=2",
-    "pairs of neighbours, no residuals": "share{blocks=2,rank=0",
+    "two sets of weights, residuals of rank 8": "share{blocks=2",
+    "two sets of weights, no residuals": "share{blocks=2,rank=0",
     "three sets of weights, residuals of rank 8": "share{blocks=3",
     "0.8 of parameters": "share{params=0.8",
     "0.65 of parameters": "share{params=0.65",

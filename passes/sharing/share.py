@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 
@@ -30,6 +30,8 @@ from regauge.passes.sharing.structure import Repeated, repeated
 from regauge.passes.sharing.tied import TieLosses
 from regauge.passes.sharing.writing import tie_rest
 
+Names: TypeAlias = Sequence[Sequence[str]]  # of the own weights of blocks, in corresponding order
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share(Pass):
@@ -41,8 +43,9 @@ class Share(Pass):
 
     Blocks are found from the graph alone, and first brought into one basis: hidden channels and heads in one order,
     heads in one basis, which changes nothing of what they compute. Which of them share, and how large the residuals
-    are, is chosen by what is lost. With data that is measured where the outputs of the model move, and layers are
-    fitted one after the other with the inputs that those before give. Norms and biases stay each block's own.
+    are, is chosen by what is lost; residuals cost multiplications. With data losses are measured by how much the
+    outputs of the model move, and layers are fitted one after the other with the inputs that those before give. Norms
+    and biases stay each block's own.
     """
 
     name: ClassVar[str] = "share"
@@ -74,51 +77,55 @@ class Share(Pass):
             raise PassError("share: say how much is kept: share{blocks=2} or share{params=0.5}")
         if self.params is not None:
             parse_amount(self.params, "params")
-        if self.whole and (self.kind != "tie" or self.rank != 0):
-            raise PassError("share: whole blocks are tied without residuals: write share{blocks=2,rank=0,whole=true}")
+        if self.whole and (self.kind != "tie" or self.rank != 0 or self.params or self.include or self.exclude):
+            raise PassError("share: of whole blocks nothing is chosen: write share{blocks=2,rank=0,whole=true}")
         if self.kind != "tie":
             given = [name for name in ("rank", "groups", "init") if name in self.given_options()]
             if given:
                 raise PassError(f"share: {given[0]} is for tied blocks: leave it out, or write kind=tie")
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        every = [name for parameter in graph.all_parameters() for name in parameter.names]
-        check_patterns("include", self.include, every)
-        check_patterns("exclude", self.exclude, every)
-        found, sites = list[Repeated](), list[list[Site]]()
-        for structure in repeated(graph):
-            own = sites_of(structure, self.include, self.exclude, context.left)
-            if own:
-                found.append(structure)
-                sites.append(own)
-                context.note(str(structure))
+        found = self._found(graph, context)
         if not found:
             return graph
-        names = [[[weight.name for weight in own] for own in structure.weights] for structure in found]
+        sites = list(found.values())
         batches = None
         if context.data is not None:
             batches = calibration_batches(graph, context)
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")
         allowed = self._allowed(graph, sites)
+        names = [[[weight.name for weight in own] for own in structure.weights] for structure in found]
         start = self._aligned(graph, names)
         problems = self._problems(start, sites, batches)
+        groups, items = list[Names](), list[Item]()
         if self.kind == "dictionary":
-            items: list[Item] = [*dictionaries([s for own in sites for s in own], problems, self.blocks, allowed)]
-            groups = []
+            items += dictionaries([site for own in sites for site in own], problems, self.blocks, allowed)
         else:
             plan = TieLosses(sites, problems).plan(self.blocks, self.rank, self.groups, allowed)
-            groups = [[names[at][block] for block in group] for at, own in enumerate(plan.groups) for group in own]
-            groups = [group for group in groups if len(group) > 1]
+            for structure, own, chosen in zip(found, names, plan.groups, strict=True):
+                shown = " ".join("+".join(structure.names[block] for block in group) for group in chosen)
+                context.note(f"tied: {shown}")
+                groups += [[own[block] for block in group] for group in chosen if len(group) > 1]
             if self.init in ("fit", "average") and self.align:
                 start = self._aligned(start, groups)
                 problems = self._problems(start, sites, batches)
-            items = [*plan.items(sites, problems, self.init)]
-            for structure, runs in zip(found, plan.groups, strict=True):
-                shown = " ".join("+".join(structure.names[block] for block in group) for group in runs)
-                context.note(f"tied: {shown}")
+            items += plan.items(sites, problems, self.init)
         rest = sum(len(s.names) for own in sites for s in own) - sum(len(i.names) for i in items)
         context.left["shared it would be no smaller, or lose more than others"] += rest
         return self._written(start, items, groups, problems, batches, context) if items else graph
+
+    def _found(self, graph: Graph, context: Context) -> dict[Repeated, list[Site]]:
+        """The layers that may be shared, of each set of blocks of one structure."""
+        every = [name for parameter in graph.all_parameters() for name in parameter.names]
+        check_patterns("include", self.include, every)
+        check_patterns("exclude", self.exclude, every)
+        found = {}
+        for structure in repeated(graph):
+            own = sites_of(structure, self.include, self.exclude, context.left)
+            if own:
+                found[structure] = own
+                context.note(str(structure))
+        return found
 
     def _allowed(self, graph: Graph, sites: Sequence[Sequence[Site]]) -> float | None:
         """The most parameters that all sites together may have."""
@@ -128,7 +135,7 @@ class Share(Pass):
         own = sum(len(site.names) * site.size for each in sites for site in each)
         return parse_amount(self.params, "params").of(whole) - (whole - own)
 
-    def _aligned(self, graph: Graph, groups: Sequence[Sequence[Sequence[str]]]) -> Graph:
+    def _aligned(self, graph: Graph, groups: Sequence[Names]) -> Graph:
         for names in groups if self.align else ():
             graph = aligned(graph, names, by=self.name)
         return graph
@@ -158,7 +165,7 @@ class Share(Pass):
         self,
         start: Graph,
         items: Sequence[Item],
-        groups: Sequence[Sequence[Sequence[str]]],
+        groups: Sequence[Names],
         problems: Mapping[str, Problem],
         batches: Sequence[Any] | None,
         context: Context,

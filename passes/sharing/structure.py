@@ -24,7 +24,7 @@ from regauge.passes.depth.parts import Order, Part
 _Placed: TypeAlias = tuple[Part, dict[Any, Any]]  # with what stands in it for each node and weight of the first one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Repeated:
     """Blocks of one structure, in the order of the graph; of each its own weights in corresponding order."""
 

@@ -188,6 +188,37 @@ def test_simplify_leaves_shared_weights_shared() -> None:
         assert figures(again).parameters == figures(found).parameters
 
 
+class Rows(nn.Module):
+    """Residual blocks on rows of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)) for _ in range(3)]
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize(("rows", "shape"), [(1, (1, 2, 16)), (8, (16, 16))])
+def test_results_are_mixed_where_that_is_cheaper_than_mixing_matrices(rows: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = redrawn(Rows()), torch.randn(rows, 16)
+    graph = capture(model, (x,))
+    found = regauge.optimize(graph, "share{kind=dictionary,blocks=2}")
+    assert shape in {node.output.shape for node in found.nodes if node.op == "reshape"}
+    atoms, mixture = (found.parameters[f"blocks.0.1_{name}"].tensor for name in ("atoms", "mixture"))
+    y = nn.functional.layer_norm(x, (16,), *(found.parameters[f"blocks.0.0.{n}"].tensor for n in ("weight", "bias")))
+    wanted = y @ (mixture @ atoms).reshape(16, 16).t() + found.parameters["blocks.0.1.bias"].tensor
+    given = next(node for node in found.nodes if node.op == "gelu").inputs[0]
+    results = []
+    found.run((x,), hook=lambda node, values: results.append((node, values)))
+    torch.testing.assert_close(next(values[0] for node, values in results if given in node.outputs), wanted)
+    torch.testing.assert_close(found.to_torch()(x), found.run((x,))[0])
+
+
 def test_convolutions_are_shared() -> None:
     graph = capture(redrawn(ResidualNetwork()), (images(),), dynamic={0: {0: "batch"}})
     found = regauge.optimize(graph, "share{blocks=1,rank=4}", data=[images(32, seed) for seed in range(2)])
@@ -217,7 +248,7 @@ def test_groups(how: str, wanted: list[tuple[int, ...]]) -> None:
     ("options", "words"),
     [
         ("", "say how much is kept"),
-        ("blocks=2,whole=true", "without residuals"),
+        ("blocks=2,whole=true", "nothing is chosen"),
         ("blocks=2,kind=dictionary,rank=3", "rank is for tied blocks"),
         ("blocks=2,include=nothing.*", "matches no parameter"),
     ],
