@@ -105,7 +105,7 @@ def test_neighbours_share_and_what_was_made_for_none_goes(tmp_path: Path) -> Non
     graph = captured(Layers(4, "half", 2, fused=True).float())
     losses = {}
     for method in ("mlkv", "cla", "aligned"):
-        found = regauge.optimize(graph, f"share-kv{{layers=2, method={method}}}", data=data())
+        found = regauge.optimize(graph, f"share-kv{{layers=2, method={method}}}", data=data(2))
         losses[method] = distance(found, graph)
         rows = [found.parameters[f"layers.{layer}.qkv.weight"].shape[0] for layer in range(4)]
         assert rows == [8 * SIZE, 4 * SIZE, 8 * SIZE, 4 * SIZE]
