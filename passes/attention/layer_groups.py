@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from regauge.ir.graph import Value
 from regauge.passes.attention.fewer import parted, per_head, takes_shift, with_bias
@@ -79,6 +78,8 @@ class LayerGroup:
 
     def matched(self) -> list[list[int]]:
         """For each layer which of its heads takes the place of each head of the first one."""
+        from scipy.optimize import linear_sum_assignment
+
         found = [list(range(self.count))]
         for layer in range(1, len(self.sites)):
             loss = torch.zeros(self.count, self.count)
