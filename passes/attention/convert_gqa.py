@@ -52,7 +52,10 @@ class ConvertGqa(Pass):
         sites = self._chosen(copy.sites, context.left)
         if not sites:
             return graph
-        batches = calibration_batches(graph, context) if context.data is not None else noise_batches(graph)
+        given = context.data is not None
+        batches = (
+            calibration_batches(graph, context) if given else [] if self.method == "mean" else noise_batches(graph)
+        )
         done = copy.write(self._found(copy.result, sites, batches), context.left)
         if not done:
             return graph
@@ -60,7 +63,7 @@ class ConvertGqa(Pass):
             key = site.parts[1]
             context.cuts.append(Cut(f"{key.layer.weight.name}: heads", key.count, self.kv_heads))
         context.note(cache_note(copy.sites, done))
-        if context.data is not None and self.repair is not False:
+        if given and self.repair is not False:
             context.note(copy.heal(batches))
         return copy.result
 

@@ -23,6 +23,8 @@ def misfit(site: Site, count: int | None, method: Method) -> str | None:
     query, key, value, output = site.parts
     if key.cached or value.cached:
         return "it reads a cache"
+    if query.count < len(query.head_of):
+        return "its query heads are not all different"
     if key.count != value.count or not torch.equal(key.head_of, value.head_of):
         return "its keys and values are shared in different ways"
     if count is not None and key.count <= count:

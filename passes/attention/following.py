@@ -11,7 +11,7 @@ from regauge.ir.graph import Graph, Node, Value
 from regauge.passes.attention.entries import Tracer
 from regauge.passes.attention.layer_groups import Follower
 from regauge.passes.attention.placement import Path
-from regauge.passes.attention.sharing import projected, take_place, write_output
+from regauge.passes.attention.sharing import all_or_nothing, projected, take_place, write_output
 from regauge.passes.attention.sites import Heads, Site
 
 
@@ -25,7 +25,7 @@ def write_follower(graph: Graph, site: Site, leader: Node, new: Follower, *, by:
     assert isinstance(read, Value)
     path = Path(Tracer(graph), query, read)
     build = Builder(graph, by=by)
-    with build.at(site.node):
+    with build.at(site.node), all_or_nothing(build):
         (y,) = projected(build, [(query.layer, new.query.entries(path.entries))])
         asked = path.laid_out(build, y, query.count)
         attributes = {**site.node.attributes, "enable_gqa": leader.attributes["enable_gqa"]}
@@ -39,16 +39,30 @@ def write_follower(graph: Graph, site: Site, leader: Node, new: Follower, *, by:
 
 def follower_misfit(tracer: Tracer, leader: Site, site: Site) -> str | None:
     """Why a layer cannot read the keys and values of an earlier one; None where it can."""
+    return _other_heads(tracer, leader, site) or _other_positions(leader, site)
+
+
+def _other_heads(tracer: Tracer, leader: Site, site: Site) -> str | None:
     for mine, its in zip(site.parts[1:3], leader.parts[1:3], strict=True):
         if (mine.count, mine.size) != (its.count, its.size) or not torch.equal(mine.head_of, its.head_of):
             return "its heads are others than those of the layer whose keys and values it would read"
+        if mine.head_of.tolist() != sorted(mine.head_of.tolist()):
+            return "its heads are shared in turns"
         if not torch.equal(mine.pairs, its.pairs) or not _same(_tables(tracer, mine), _tables(tracer, its)):
             return "its keys are at other positions, or have other gains"
+    return None
+
+
+def _other_positions(leader: Site, site: Site) -> str | None:
+    if site.is_cross != leader.is_cross or site.node.attributes["is_causal"] != leader.node.attributes["is_causal"]:
+        return "it looks at other positions than the layer whose keys and values it would read"
     for slot in (1, 2):
         own, other = site.node.inputs[slot], leader.node.inputs[slot]
         assert isinstance(own, Value) and isinstance(other, Value)
         if own.shape[:-3] != other.shape[:-3] or own.shape[-2:] != other.shape[-2:]:
             return "its keys are of other positions"
+    if any(a.x.shape[:-1] != b.x.shape[:-1] for a, b in zip(site.parts[:3], leader.parts[:3], strict=True)):
+        return "it reads inputs of another shape"
     return None
 
 

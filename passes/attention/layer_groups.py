@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from regauge.ir.graph import Value
 from regauge.passes.attention.fewer import parted, per_head, takes_shift, with_bias
 from regauge.passes.attention.joint import JointHeads
 from regauge.passes.attention.sharing import Projection
+from regauge.passes.attention.site_moments import RIDGE, ridge
 from regauge.passes.attention.sites import Heads, Site
 from regauge.passes.calibration.moments import Moments, least_squares
-
-_RIDGE = 1e-4  # share of the mean square of a column
 
 Kind: TypeAlias = Literal["joint", "first", "mean"]
 
@@ -67,7 +65,7 @@ class LayerGroup:
         x = rows[first.x].double()
         x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1) if constant else x - x.mean(0)
         metric = x.T @ x / len(x)
-        metric.diagonal().add_(_RIDGE * metric.diagonal().mean())
+        ridge(metric)
         weights, read = [], []
         for site in self.sites:
             heads = site.parts[part]
@@ -80,6 +78,8 @@ class LayerGroup:
 
     def matched(self) -> list[list[int]]:
         """For each layer which of its heads takes the place of each head of the first one."""
+        from scipy.optimize import linear_sum_assignment
+
         found = [list(range(self.count))]
         for layer in range(1, len(self.sites)):
             loss = torch.zeros(self.count, self.count)
@@ -95,8 +95,9 @@ class LayerGroup:
         order = [list(range(self.count))] * len(self.sites) if kind == "mean" else self.matched()
         slots = [[layer * self.count + own[slot] for layer, own in enumerate(order)] for slot in range(self.count)]
         keys, values = self._shared(1, self.keys, slots, kind), self._shared(2, self.values, slots, kind)
-        layers = [self._layer(layer, order[layer], keys, values) for layer in range(len(self.sites))]
         key, value = self.sites[0].parts[1:3]
+        stays = value.bias if kind == "first" and self.shifts else None
+        layers = [self._layer(layer, order[layer], keys, values, stays) for layer in range(len(self.sites))]
         return Fitted(parted(keys, key), parted(values, value), layers)
 
     def _shared(self, part: int, heads: JointHeads, slots: Sequence[Sequence[int]], kind: Kind) -> torch.Tensor:
@@ -108,7 +109,15 @@ class LayerGroup:
         constant = heads.weights.shape[-1] > self.sites[0].parts[part].layer.columns
         return torch.stack([_own(site.parts[part], constant) for site in self.sites]).mean(0)
 
-    def _layer(self, layer: int, order: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> Follower:
+    def _layer(
+        self,
+        layer: int,
+        order: Sequence[int],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        stays: torch.Tensor | None,
+    ) -> Follower:
+        """A layer with its heads in this order; ``stays`` is a bias of the values that ``values`` do not have."""
         query, _, value, output = self.sites[layer].parts
         head_of = value.head_of.tolist()
         places = [head for own in order for head, used in enumerate(head_of) if used == own]
@@ -123,7 +132,8 @@ class LayerGroup:
             mean, given = (self.rows[site.parts[2].x].double().mean(0) for site in (self.sites[layer], self.sites[0]))
             before = value.weight @ mean + (0 if value.bias is None else value.bias)
             shift = torch.einsum("hd,hdo->o", before[value.head_of], output.weight)
-            shift -= torch.einsum("hd,hdo->o", (values @ given)[slot], read)
+            after = values @ given + (0 if stays is None else stays)
+            shift -= torch.einsum("hd,hdo->o", after[slot], read)
         return Follower(parted(backs[0].mT @ with_bias(query)[places], query), read, shift)
 
 
@@ -166,7 +176,7 @@ def _on_first(heads: Heads, first: Heads, rows: Rows, *, constant: bool) -> torc
     moments = Moments(given.shape[1], wanted.shape[1])
     moments.add(given, wanted)
     start = torch.zeros(wanted.shape[1], given.shape[1] + 1, dtype=torch.float64)
-    found = least_squares(moments, start, _RIDGE, bias=True).double()
+    found = least_squares(moments, start, RIDGE, bias=True).double()
     return (found if constant else found[:, :-1]).reshape(heads.count, heads.size, -1)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from regauge.ir.edit import Builder, dead_nodes, record, remove_dead, remove_parameter, replace_uses, set_weight
+from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph, Node, Operand, Value
-from regauge.ir.rewrite import refuse
+from regauge.ir.rewrite import Refusal, refuse
 from regauge.ir.weight_edits import settle_successors
 from regauge.passes.attention.entries import Tracer
 from regauge.passes.attention.placement import Path
@@ -56,20 +58,30 @@ def write_heads(graph: Graph, site: Site, new: NewHeads, *, by: str) -> Value:
     Groups of equal size stand side by side, so that attention shares heads itself; others are repeated by an index.
     Raises Refusal, before anything is changed, where a path cannot be written for other heads.
     """
-    paths = site_paths(graph, site)
+    paths = _site_paths(graph, site)
     if may_be_ordered(site, new.head_of):
         order = sorted(range(len(new.head_of)), key=lambda head: new.head_of[head])
         new = _ordered(new, order)
     build = Builder(graph, by=by)
-    with build.at(site.node):
+    with build.at(site.node), all_or_nothing(build):
         own = [part.entries(path.entries) for part, path in zip((new.query, new.key, new.value), paths, strict=True)]
         given = projected(build, [(path.heads.layer, part) for path, part in zip(paths, own, strict=True)])
         operands = [path.laid_out(build, y, len(part.weight)) for path, y, part in zip(paths, given, own, strict=True)]
-        result = attend(build, site.node, operands, new.head_of)
+        result = _attend(build, site.node, operands, new.head_of)
     write_output(graph, site, new.output, new.shift, by)
     take_place(graph, build, site.node.output, result, by)
     record(graph, by, f"{site.node.name}: {len(new.key.weight)} heads of keys and values")
     return result
+
+
+@contextmanager
+def all_or_nothing(build: Builder) -> Iterator[None]:
+    """What was built is taken back where something cannot be built; Refusal then."""
+    try:
+        yield
+    except (Refusal, RegaugeError) as reason:
+        build.take_back()
+        raise Refusal(str(reason)) from reason
 
 
 def take_place(graph: Graph, build: Builder, old: Value, new: Value, by: str) -> None:
@@ -84,7 +96,7 @@ def take_place(graph: Graph, build: Builder, old: Value, new: Value, by: str) ->
             remove_parameter(graph, parameter, by=by)
 
 
-def site_paths(graph: Graph, site: Site) -> list[Path]:
+def _site_paths(graph: Graph, site: Site) -> list[Path]:
     """The paths of a site's queries, keys and values; Refusal where there is none."""
     tracer = Tracer(graph)
     found = []
@@ -96,7 +108,7 @@ def site_paths(graph: Graph, site: Site) -> list[Path]:
     return found
 
 
-def attend(build: Builder, node: Node, operands: Sequence[Value], head_of: Sequence[int]) -> Value:
+def _attend(build: Builder, node: Node, operands: Sequence[Value], head_of: Sequence[int]) -> Value:
     """The attention of a node on queries, keys and values of other heads; its place is not taken yet."""
     query, *shared = operands
     heads = len(set(head_of))

@@ -16,7 +16,7 @@ from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
 
 _ROWS = 64  # for each column of a layer
-_RIDGE = 1e-4  # share of the mean square of a column: directions that the data does not take are not free
+RIDGE = 1e-4  # share of the mean square of a column
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ def metric_of(moments: Moments, *, centred: bool = False, bias: bool = False) ->
     """The mean of x x', [columns, columns]: about the mean, or with a one behind each row where there is a ``bias``."""
     found = moments.centred().double() if centred else moments.gram if bias else moments.gram[:-1, :-1]
     found = found / max(1, moments.rows)
-    inner = found[: moments.columns, : moments.columns]
-    inner.diagonal().add_(_RIDGE * inner.diagonal().mean())
+    ridge(found[: moments.columns, : moments.columns])
     return found
+
+
+def ridge(metric: torch.Tensor) -> None:
+    """Add to the diagonal of a metric, in place, what keeps directions that the data does not take from being free."""
+    metric.diagonal().add_(RIDGE * metric.diagonal().mean())
