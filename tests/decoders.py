@@ -70,11 +70,14 @@ class Rotary(nn.Module):
 
 
 class Placed(nn.Module):
-    """Two blocks with one projection for queries, keys and values, and a table of places, as GPT-2 has them."""
+    """Two blocks with one projection for queries, keys and values, and a table of places, as GPT-2 has them.
 
-    def __init__(self, width: int = 32, heads: int = 4) -> None:
+    In a ``flat`` one layers read sequences and positions as one axis.
+    """
+
+    def __init__(self, width: int = 32, heads: int = 4, *, flat: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.flat = heads, flat
         self.table, self.places = nn.Embedding(CHARACTERS, width), nn.Embedding(LONGEST, width)
         self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
         self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
@@ -84,10 +87,11 @@ class Placed(nn.Module):
         batch, length = characters.shape
         x = self.table(characters) + self.places(torch.arange(length))
         for qkv, out, norm in zip(self.qkv, self.out, self.norms, strict=False):
-            parts = qkv(norm(x)).chunk(3, -1)
+            y = norm(x).flatten(0, 1) if self.flat else norm(x)
+            parts = qkv(y).view(batch, length, -1).chunk(3, -1)
             q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in parts)
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + out(mixed.transpose(1, 2).reshape(batch, length, -1))
+            x = x + out(mixed.transpose(1, 2).reshape(*y.shape[:-1], -1)).view_as(x)
         return F.linear(self.norms[2](x), self.table.weight)
 
 

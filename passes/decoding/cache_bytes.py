@@ -6,18 +6,25 @@ from math import prod
 
 from regauge.ir.cost import item_size
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import symbols_in
+from regauge.ir.sizes import Size, evaluate, symbols_in
 from regauge.ir.states import carried
 
 
 def cache_bytes(graph: Graph) -> float:
     """Bytes per position of one sequence: of the states that grow from run to run, what one entry takes."""
-    growing = [
-        state.before
-        for state in carried(graph)
-        if any(before != after for before, after in zip(state.before.shape, state.after.shape, strict=True))
-    ]
-    return sum(item_size(v.dtype) * prod(size for size in v.shape if not symbols_in(size)) for v in growing)
+    total = 0.0
+    for state in carried(graph):
+        sizes = list(zip(state.before.shape, state.after.shape, strict=True))
+        if any(before != after for before, after in sizes):
+            counts = (entries(before) for before, after in sizes if before == after)
+            total += prod(counts) * item_size(state.before.dtype)
+    return total
+
+
+def entries(size: Size) -> int:
+    """The entries of an axis for one sequence: every other dynamic size counts sequences."""
+    found: int = evaluate(size, dict.fromkeys(symbols_in(size), 1))
+    return found
 
 
 def in_words(count: float) -> str:

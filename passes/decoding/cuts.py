@@ -14,7 +14,8 @@ from typing import Any
 import networkx as nx
 
 from regauge.ir.cost import item_size
-from regauge.ir.graph import Node, Parameter, Value
+from regauge.ir.graph import Node, Value
+from regauge.passes.decoding.cache_bytes import entries
 from regauge.passes.decoding.positions import Positions, courses
 
 _START = ("", "")
@@ -22,8 +23,8 @@ _FINER = 64  # parts of a bit that tell values of one size apart
 
 
 def bytes_each(value: Value, positions: Positions) -> float:
-    """What one position of one sequence takes of a value: axes of other dynamic sizes count as sequences."""
-    counts = [size for size in value.shape if isinstance(size, int)]
+    """What one position of one sequence takes of a value."""
+    counts = [entries(size) for size in value.shape if size != positions.length]
     return prod(counts) * item_size(value.dtype)
 
 
@@ -73,7 +74,7 @@ class Cuts:
             return False
         if not all(len(self.positions.axes(v)) == 1 and self.positions.plain(v) for v in (*timed, *node.outputs)):
             return False
-        return not is_layer(node) or self._reads_bottleneck(node)
+        return not self._is_layer(node) or self._reads_bottleneck(node)
 
     def _reads_bottleneck(self, node: Node) -> bool:
         """Whether all that this layer reads comes from layers that read something larger than it does."""
@@ -84,7 +85,7 @@ class Cuts:
             if before is None:
                 return False
             given = [value for _, value in before.operands() if value in self.positions.streamed]
-            if is_layer(before):
+            if self._is_layer(before):
                 if bytes_each(given[0], self.positions) <= least:
                     return False
                 continue
@@ -93,7 +94,7 @@ class Cuts:
             waiting += new
         return True
 
-
-def is_layer(node: Node) -> bool:
-    """Whether a node contracts what it reads with a weight."""
-    return node.op in ("linear", "matmul", "conv") and len(node.inputs) > 1 and isinstance(node.inputs[1], Parameter)
+    def _is_layer(self, node: Node) -> bool:
+        """Whether a node contracts what is computed from inputs with a weight, or with what is made of one."""
+        timed = [value for _, value in node.operands() if value in self.positions.streamed]
+        return node.op in ("linear", "matmul", "conv") and len(timed) == 1

@@ -55,10 +55,19 @@ class Incremental:
                 self._continue(node)
         self.graph.outputs = [self._as_new(output) for output in self.graph.outputs]
         self.graph.symbols[self.past] = (0, high)
-        self.graph.metadata.pop("torch", None)  # the call form of the captured module, which has no states
+        self._forget_origin()
         for before, after in self.kept.values():
             carry(self.graph, before, after)
         remove_dead(self.graph)
+
+    def _forget_origin(self) -> None:
+        """Arguments and results are no longer those of the module or file that the graph comes from."""
+        metadata = self.graph.metadata
+        for key in [key for key in metadata if key.startswith("onnx")]:
+            del metadata[key]
+        if "torch" in metadata:
+            kept = ("root_class", "training")
+            metadata["torch"] = {key: value for key, value in metadata["torch"].items() if key in kept}
 
     # -- nodes that compute something of the new positions -----------------------------------------------------------
 

@@ -122,4 +122,5 @@ def _is_absorbed(site: Site, kind: str) -> bool:
     if kind == "keys" and not (site.keeps_scale and reader.alone and reader.layer.node.op in ("linear", "matmul")):
         return False
     even = torch.arange(len(heads.head_of)) // max(1, len(heads.head_of) // heads.count)
-    return site.node.output.rank == heads.x.rank + 1 and torch.equal(heads.head_of, even) and reader.in_order
+    apart = site.node.output.rank > 2 and site.node.output.shape[-3] == len(heads.head_of)
+    return apart and torch.equal(heads.head_of, even) and reader.in_order

@@ -47,6 +47,9 @@ class _SiteRewrite:
         self.graph, self.site = graph, site
         self.build = Builder(graph, by=by)
         self.shared = bool(site.node.attributes["enable_gqa"])
+        query, key = site.node.inputs[:2]
+        assert isinstance(query, Value) and isinstance(key, Value)
+        self._query, self._key = query, key
 
     def run(self, maps: Mapping[str, Maps]) -> None:
         site, operands = self.site, list(self.site.node.inputs)
@@ -88,11 +91,12 @@ class _SiteRewrite:
                 None if bias is None else _weight(self.build, layer, label, bias.flatten(), "bias"),
             )
         with self.build.at(self.site.node):
-            parted = self.build.reshape(made, shape=(*x.shape[:-1], count, size))
-            found: Value = self.build.permute(parted, dims=_swapped(x.rank))
+            *batch, _, length, _ = self._query.shape if heads is self.site.query else self._key.shape
+            parted = self.build.reshape(made, shape=(*batch, length, count, size))
+            found: Value = self.build.permute(parted, dims=_swapped(parted.rank - 1))
             repeats = len(heads.head_of) // count
             if repeats > 1 and not self.shared:
-                found = self.build.repeat_interleave(found, repeats=repeats, dim=x.rank - 2)
+                found = self.build.repeat_interleave(found, repeats=repeats, dim=found.rank - 3)
         return found
 
     def _output(self, mixed: Value, up: torch.Tensor) -> None:
@@ -107,7 +111,7 @@ class _SiteRewrite:
             bias = added if bias is None else bias + added
         rank = mixed.rank - 1
         apart = self.build.permute(mixed, dims=_swapped(rank))
-        rows = self.build.reshape(apart, shape=(*apart.shape[:-2], absorbed.shape[0] * absorbed.shape[1]))
+        rows = self.build.reshape(apart, shape=(*site.output.x.shape[:-1], absorbed.shape[0] * absorbed.shape[1]))
         with self.build.at(layer.node):
             result = self.build.linear(
                 rows,

@@ -58,6 +58,18 @@ def test_keys_and_values_are_kept_before_heads_are_repeated(graphs: dict[str, tu
     assert f"{cache_bytes(cached):.0f} bytes for each position" in str(cached.report)
 
 
+def test_files_get_caches_in_front_of_heads_that_are_folded_into_the_batch(
+    graphs: dict[str, tuple[Graph, Graph]], tmp_path: Path
+) -> None:
+    whole, cached = graphs["shared"]
+    loaded = regauge.load(whole.to_onnx(tmp_path / "whole.onnx"))
+    found = regauge.optimize(loaded, "kv-cache")
+    assert cache_bytes(found) == cache_bytes(cached)
+    tokens = characters(2, 9)
+    torch.testing.assert_close(stepped(Steps(found), tokens, (4, 1, 4)), whole.run(tokens)[0], rtol=1e-4, atol=1e-5)
+    found.to_onnx(tmp_path / "cached.onnx")
+
+
 def test_states_stand_behind_inputs_and_outputs_under_their_modules(graphs: dict[str, tuple[Graph, Graph]]) -> None:
     _, cached = graphs["shared"]
     names = [f"attentions.{i}.{part}" for i in (0, 1) for part in ("keys", "values")]

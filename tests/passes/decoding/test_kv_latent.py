@@ -16,6 +16,7 @@ from regauge.passes.decoding.cache_bytes import cache_bytes
 
 MODELS = {
     "places": Placed,
+    "flat": lambda: Placed(flat=True),
     "shared": lambda: Rotary("shared"),
     "mask": lambda: Rotary("mask"),
 }
