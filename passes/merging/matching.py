@@ -3,7 +3,9 @@
 Git Re-Basin (Ainsworth et al. 2023, algorithm 1): one Dim after the other is permuted as a linear assignment says is
 best, with all others as they are, until nothing changes. What may be permuted, and which axes go together, is read off
 the Dims. Beyond the paper, indices within heads or groups are matched in each of these by itself, and heads are
-compared by what they have in common once their own indices are matched.
+compared by what they have in common once their own indices are matched. A second search begins at what cannot be
+permuted, inputs and outputs, and first matches each Dim by those weights alone whose other Dims are matched by then, so
+that a network whose channels are in another order is found again; the better of the two counts.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from regauge.ir.edit import record
 from regauge.ir.errors import GraphError
-from regauge.ir.extents import Dim
+from regauge.ir.extents import Dim, leaves, positions_on
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.kept import KeptWithin, numbered, weight_kept
 from regauge.ir.majors import majors_of
@@ -59,11 +61,12 @@ def check_alike(graphs: Sequence[Graph]) -> None:
 
 @dataclass
 class _Matching:
-    """The search: ``orders`` are those of the Dims of ``graph`` so far."""
+    """The search: ``orders`` are those of the Dims of ``graph`` so far; ``unknown`` ones are not matched yet."""
 
     graph: Graph
     reference: Graph
     orders: dict[Dim, np.ndarray | KeptWithin] = field(default_factory=dict)
+    unknown: set[Dim] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         groups = {group.dim: group for group in self.graph.groups() if group.free}
@@ -73,24 +76,65 @@ class _Matching:
         majors = majors_of(self.graph, self.groups)
         nested = {dim for dim, found in majors.items() if found}
         self.majors = {dim: found if nested.isdisjoint(found) else () for dim, found in majors.items()}
-        for dim in self.groups:
-            indices = np.arange(int(dim.size))
-            sizes = [int(major.size) for major in self.majors[dim]]
-            plain = not sizes
-            self.orders[dim] = indices if plain else KeptWithin(self.majors[dim], np.tile(indices, (*sizes, 1)))
+        self.dims_in = {
+            parameter: {dim for extent in self.axes[parameter] for dim in leaves(extent) if dim in self.groups}
+            for group in self.groups.values()
+            for parameter, _ in group.members
+        }
 
     def run(self, generator: np.random.Generator) -> dict[Dim, np.ndarray | KeptWithin]:
-        """The orders that change something, once no Dim gets a better one; those of the best sweep."""
+        """The orders that change something: of the search from the orders as they are, and of that from both ends."""
+        found = []
+        for anchored in (False, True):
+            self.orders = {dim: self.as_it_is(dim) for dim in self.groups}
+            if anchored:
+                self.begin()
+            found.append(self.descend(generator))
+        _, best = max(found, key=lambda pair: pair[0])
+        return {dim: order for dim, order in best.items() if not _is_plain(order)}
+
+    def as_it_is(self, dim: Dim) -> np.ndarray | KeptWithin:
+        indices, sizes = np.arange(int(dim.size)), [int(major.size) for major in self.majors[dim]]
+        return KeptWithin(self.majors[dim], np.tile(indices, (*sizes, 1))) if sizes else indices
+
+    def begin(self) -> None:
+        """Match every Dim once, that with the most weights whose other Dims are matched first."""
+        self.unknown = set(self.groups)
+        while self.unknown:
+            dim = max((dim for dim in self.groups if dim in self.unknown), key=self.evidence)
+            if not self.evidence(dim):
+                self.unknown = set()
+                return
+            self.improve(dim)
+            self.unknown.discard(dim)
+
+    def evidence(self, dim: Dim) -> int:
+        """Entries of weights that tell how a Dim is to be matched."""
+        within = self.within(dim)
+        members = {p for other in (dim, *within) for p, _ in self.groups[other].members}
+        return sum(p.tensor.numel() for p in members if self.tells(p, dim, *within))
+
+    def within(self, dim: Dim) -> list[Dim]:
+        """The Dims that have a Dim as their only major."""
+        return [other for other in self.groups if self.majors[other] == (dim,)]
+
+    def tells(self, parameter: Parameter, *dims: Dim) -> bool:
+        """Whether all but the given Dims of a weight are matched."""
+        return parameter.name in self.wanted and not self.unknown & (self.dims_in[parameter] - set(dims))
+
+    def descend(self, generator: np.random.Generator) -> tuple[float, dict[Dim, np.ndarray | KeptWithin]]:
+        """Sweeps over all Dims until none gets a better order; the likeness and the orders of the best one."""
         best, kept = self.likeness(), dict(self.orders)
         for _ in range(_MOST_SWEEPS):
             dims = list(self.groups)
             changed = [self.improve(dims[place]) for place in generator.permutation(len(dims))]
             now = self.likeness()
-            if now > best:
+            better = now > best
+            if better:
                 best, kept = now, dict(self.orders)
-            if not any(changed) or now < best:
+            if not any(changed) or not better:
                 break
-        return {dim: order for dim, order in kept.items() if not _is_plain(order)}
+        return best, kept
 
     def likeness(self) -> float:
         """The sum of the products of all weights with those of the reference."""
@@ -105,7 +149,7 @@ class _Matching:
         """Permute one Dim as is best with all others as they are; whether that changed its order."""
         majors = self.majors[dim]
         gains = self.products(dim, majors)
-        inner = [other for other in self.groups if self.majors[other] == (dim,)]
+        inner = self.within(dim)
         if inner:
             gains = self.products(dim, (), without=inner)
             for other in inner:
@@ -131,40 +175,39 @@ class _Matching:
     def products(self, dim: Dim, majors: tuple[Dim, ...], without: Sequence[Dim] = ()) -> np.ndarray:
         """[combinations of majors, n, n]: the products of what index i has in the reference with what j has here.
 
-        Axes of weights that one of the Dims ``without`` lies on, too, do not count.
+        Weights that have one of the Dims ``without``, too, do not count.
         """
         size = int(dim.size)
         total = np.zeros((int(np.prod([int(m.size) for m in majors], dtype=int)), size, size))
         for parameter, axis in self.groups[dim].members:
-            if parameter.name in self.wanted and not self.holds(parameter, without):
+            if self.tells(parameter, dim) and self.dims_in[parameter].isdisjoint(without):
                 a, b = self.sides(parameter, axis, (*majors, dim))
-                total += np.einsum("mie,mje->mij", a, b)
+                total += a @ b.transpose(0, 2, 1)
         return total
 
     def products_of_matched(self, dim: Dim, inner: Dim) -> np.ndarray:
         """[1, n, n]: the same for indices of a major, once the indices of a Dim within are matched."""
-        total = 0.0
+        count, size = int(dim.size), int(inner.size)
+        total = np.zeros((count * size, count * size))
         for parameter, axis in self.groups[inner].members:
-            if parameter.name in self.wanted:
-                a, b = self.sides(parameter, axis, (dim, inner))
-                total = total + np.einsum("hie,gje->hgij", a, b)
-        products = np.asarray(total)
-        gains = [[part[np.arange(len(part)), _assigned(part)].sum() for part in row] for row in products]
+            if self.tells(parameter, dim, inner):
+                a, b = (side.reshape(count * size, -1) for side in self.sides(parameter, axis, (dim, inner)))
+                total += a @ b.T
+        pairs = total.reshape(count, size, count, size).transpose(0, 2, 1, 3)
+        gains = [[part[np.arange(size), _assigned(part)].sum() for part in row] for row in pairs]
         return np.asarray(gains)[None]
-
-    def holds(self, parameter: Parameter, dims: Sequence[Dim]) -> bool:
-        return any(member is parameter for dim in dims for member, _ in self.groups[dim].members)
 
     def sides(self, parameter: Parameter, axis: int, dims: tuple[Dim, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Reference and weight as [combinations of the first Dims, indices of the last, entries of each]."""
-        shape = [int(size) for size in parameter.shape]
-        number = np.broadcast_to(numbered(self.axes[parameter], axis, dims), shape).reshape(-1)
-        order = np.argsort(number, kind="stable")[int((number < 0).sum()) :]
+        first, second = self.wanted[parameter.name].numpy(), self.ordered(parameter).numpy()
         sizes = [int(dim.size) for dim in dims]
         rows = (int(np.prod(sizes[:-1], dtype=int)), sizes[-1], -1)
-        flat = (self.wanted[parameter.name].reshape(-1), self.ordered(parameter).reshape(-1))
-        first, second = (side.numpy()[order].reshape(rows) for side in flat)
-        return first, second
+        if len(dims) == 1:
+            positions = positions_on(self.axes[parameter][axis], dims[0])
+            return tuple(np.moveaxis(side, axis, 0)[positions].reshape(rows) for side in (first, second))
+        number = np.broadcast_to(numbered(self.axes[parameter], axis, dims), first.shape).reshape(-1)
+        order = np.argsort(number, kind="stable")[int((number < 0).sum()) :]
+        return first.reshape(-1)[order].reshape(rows), second.reshape(-1)[order].reshape(rows)
 
 
 def _counts(parameter: Parameter) -> bool:

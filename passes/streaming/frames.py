@@ -67,6 +67,7 @@ class Buffers:
         self.scope: tuple[tuple[str, str], ...] = ()  # the module that holds them
 
     def state(self, name: str, shape: tuple[Size, ...], like: Value) -> Value:
+        """A new state of this shape, and of the type of another value; what it becomes goes into ``pairs``."""
         return self.build.input(f"{name}_state", shape, like.dtype)
 
     def with_earlier(self, frames: Frames, count: int, name: str) -> Value:
@@ -84,6 +85,7 @@ class Buffers:
         return joined
 
     def part(self, value: Value, axis: int, start: int, end: int) -> Value:
+        """``value[start:end]`` along an axis; the value itself where that is all of it."""
         if (start, end) == (0, value.shape[axis]):
             return value
         inside, self.build.scope = self.build.scope, self.scope

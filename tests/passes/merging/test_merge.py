@@ -17,6 +17,7 @@ from regauge.ir.reorder import may_be_reordered
 from regauge.ir.resize import taken
 from regauge.passes.merging.matching import align
 from regauge.passes.merging.merge import merge
+from small_graphs import residual_network
 
 
 class Encoder(nn.Module):
@@ -87,6 +88,11 @@ def test_matching_finds_every_order_again(model: nn.Module, shape: tuple[int, ..
     assert farthest(matched, graph) < 0.4
     assert farthest(merge([graph, other]), graph) < 1e-15
     assert farthest(merge([graph, other], align=False), graph) > 0.1
+
+
+def test_matching_goes_through_deep_streams() -> None:
+    graph = residual_network(32, 6)
+    assert farthest(align(scrambled(graph), graph), graph) == 0
 
 
 def test_task_vectors_by_block_and_depth() -> None:
