@@ -339,8 +339,9 @@ class Graph:
         ``kernels`` what gains from it is one kernel on a GPU (:mod:`regauge.backends.torch_kernels`).
         See :func:`regauge.backends.to_torch.to_torch`. Raises EmitError where a node has no torch form.
         """
-        graph = self if kernels is None else _edge("regauge.backends.torch_kernels").with_kernels(self).graph
-        module: torch.nn.Module = _edge("regauge.backends.to_torch").to_torch(graph, device=device, integers=integers)
+        module: torch.nn.Module = _edge("regauge.backends.to_torch").to_torch(
+            self, device=device, integers=integers, kernels=kernels
+        )
         return module
 
     def to_onnx(

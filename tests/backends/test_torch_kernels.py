@@ -13,6 +13,7 @@ from random_graphs import graphs
 from regauge.backends.torch_kernels import WithKernels, with_kernels
 from regauge.backends.torch_runtime import source_of
 from regauge.ir.edit import Builder
+from regauge.ir.errors import EmitError
 from regauge.ir.fusion import legality
 from regauge.ir.graph import Graph
 from regauge.ir.sample_inputs import sample_inputs
@@ -46,6 +47,11 @@ def test_regions_become_operators_and_the_module_computes_the_same() -> None:
     source = source_of(found.graph.to_torch())
     assert source.count("torch.ops.regauge_kernels.") == 2 and "F.silu" not in source
     assert len(graph) == 7  # the graph itself stays
+
+
+def test_unknown_kernels_are_told() -> None:
+    with pytest.raises(EmitError, match="there are no kernels 'cuda': give 'triton', or None"):
+        gated().to_torch(kernels="cuda")  # type: ignore[arg-type]
 
 
 def test_the_same_region_elsewhere_is_the_same_operator() -> None:
