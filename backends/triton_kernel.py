@@ -31,7 +31,7 @@ from regauge.ir.graph import Value
 
 Form: TypeAlias = RowForm | Literal["contraction"]
 BLOCK = 1024
-"""Entries of a tile of a pointwise kernel, and columns that a loop over rows takes at a time are twice as many."""
+"""Entries of a tile of a pointwise kernel. A loop over the columns of rows takes twice as many at a time."""
 
 
 _FORMS: Mapping[Kind, tuple[Form, ...]] = {

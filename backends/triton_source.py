@@ -170,7 +170,7 @@ class Writer:
             return self._joined(term)
         if term.op not in TEXT:  # a reduction over nothing
             return self.text(term.args[0])
-        if f"{term.op}(" in TEXT[term.op] and term.op in FUNCTIONS:
+        if term.op in FUNCTIONS:
             self.functions[term.op] = None
         form = ROUNDED.get(term.op, TEXT[term.op]) if self.rounding == "eager" else TEXT[term.op]
         texts = [self.text(arg) for arg in term.args]

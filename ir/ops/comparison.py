@@ -151,27 +151,38 @@ def isinf(x: Tensor) -> Tensor:
 
 
 @pointwise(
-    aten=["logical_and"], onnx={"And": onnx_binary("logical_and", numbers=False)}, samples=_combined, commutative=True
+    aten=["logical_and"],
+    onnx={"And": onnx_binary("logical_and", numbers=False)},
+    samples=_combined,
+    commutative=True,
+    element=scalars.logical_and,
 )
 def logical_and(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_and(x, y)
 
 
 @pointwise(
-    aten=["logical_or"], onnx={"Or": onnx_binary("logical_or", numbers=False)}, samples=_combined, commutative=True
+    aten=["logical_or"],
+    onnx={"Or": onnx_binary("logical_or", numbers=False)},
+    samples=_combined,
+    commutative=True,
+    element=scalars.logical_or,
 )
 def logical_or(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_or(x, y)
 
 
 @pointwise(
-    aten=["logical_xor"], onnx={"Xor": onnx_binary("logical_xor", numbers=False)}, samples=_combined, commutative=True
+    aten=["logical_xor"],
+    onnx={"Xor": onnx_binary("logical_xor", numbers=False)},
+    samples=_combined,
+    commutative=True,
 )
 def logical_xor(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_xor(x, y)
 
 
-@pointwise(aten=["logical_not"], onnx=["Not"], samples=lambda: [sample(_booleans(2, 3))])
+@pointwise(aten=["logical_not"], onnx=["Not"], samples=lambda: [sample(_booleans(2, 3))], element=scalars.logical_not)
 def logical_not(x: Tensor) -> Tensor:
     return torch.logical_not(x)
 

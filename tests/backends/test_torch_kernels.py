@@ -4,13 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 
 from decoder_block import decoder_block
 from kernel_contract import drawn, evaluated
+from random_graphs import graphs
 from regauge.backends.torch_kernels import WithKernels, with_kernels
 from regauge.backends.torch_runtime import source_of
 from regauge.ir.edit import Builder
+from regauge.ir.errors import EmitError
+from regauge.ir.fusion import legality
 from regauge.ir.graph import Graph
+from regauge.ir.sample_inputs import sample_inputs
 from regauge.ir.sizes import symbol
 
 
@@ -41,6 +47,11 @@ def test_regions_become_operators_and_the_module_computes_the_same() -> None:
     source = source_of(found.graph.to_torch())
     assert source.count("torch.ops.regauge_kernels.") == 2 and "F.silu" not in source
     assert len(graph) == 7  # the graph itself stays
+
+
+def test_unknown_kernels_are_told() -> None:
+    with pytest.raises(EmitError, match="there are no kernels 'cuda': give 'triton', or None"):
+        gated().to_torch(kernels="cuda")  # type: ignore[arg-type]
 
 
 def test_the_same_region_elsewhere_is_the_same_operator() -> None:
@@ -102,6 +113,30 @@ def test_what_a_node_gives_may_be_rounded_each_time() -> None:
     assert all("rounding  eager" in operator.kernel.source().text for operator in found.operators)
     fused = {operator.name for operator in with_kernels(gated()).operators}
     assert not fused & {operator.name for operator in found.operators}
+
+
+@hypothesis_settings(max_examples=15)
+@given(graphs())
+def test_random_graphs_compute_the_same(graph: Graph) -> None:
+    check_random(graph)
+
+
+@pytest.mark.nightly
+@hypothesis_settings(max_examples=500)
+@given(graphs())
+def test_many_random_graphs_compute_the_same(graph: Graph) -> None:
+    check_random(graph)
+
+
+def check_random(graph: Graph) -> None:
+    """In double precision, of which there would be no kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(legality, "FLOATS", (torch.float64,))
+        found = with_kernels(graph)
+    assert not found.left
+    inputs = sample_inputs(graph, seed=1)
+    for own, other in zip(found.graph.run(inputs), graph.run(inputs), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
