@@ -179,11 +179,16 @@ class Node:
 
 @dataclass(frozen=True)
 class State:
-    """A tensor carried from one run to the next: read as ``before``, written as ``after`` (caches, statistics)."""
+    """A tensor carried from one run to the next: read as ``before``, written as ``after`` (caches, statistics).
+
+    It is written into the buffer or argument that ``before`` is, or ``returned``: then ``after`` is an output that the
+    caller hands in as the input ``before`` of the next run (:mod:`regauge.ir.states`).
+    """
 
     name: str
     before: Value
     after: Value
+    returned: bool = False
 
 
 @dataclass(frozen=True)
@@ -339,9 +344,8 @@ class Graph:
         ``kernels`` what gains from it is one kernel on a GPU (:mod:`regauge.backends.torch_kernels`).
         See :func:`regauge.backends.to_torch.to_torch`. Raises EmitError where a node has no torch form.
         """
-        module: torch.nn.Module = _edge("regauge.backends.to_torch").to_torch(
-            self, device=device, integers=integers, kernels=kernels
-        )
+        emit = _edge("regauge.backends.to_torch").to_torch
+        module: torch.nn.Module = emit(self, device=device, integers=integers, kernels=kernels)
         return module
 
     def to_onnx(
