@@ -7,7 +7,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import onnx_ir
@@ -94,13 +94,29 @@ def _export(module: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[dict[i
 
 
 def stored_small(graph: Graph) -> set[str]:
-    """Names of the parameters that are made larger where they are read: nothing may be computed of them beforehand."""
-    return {
+    """Names of the parameters of which nothing may be computed beforehand, as that would be stored beside them.
+
+    They are made larger where they are read, or are matrices that are not read in one way alone: transposed by a layer
+    and as they are by an embedding, or mixed anew by several nodes.
+    """
+    widened = {
         value.name
         for _, node in graph.walk()
         for value in node.inputs
         if isinstance(value, Parameter) and _widens(node)
     }
+    return widened | {p.name for p in graph.all_parameters() if p.kind == "parameter" and len(_readings(p)) > 1}
+
+
+def _readings(parameter: Parameter) -> set[Hashable]:
+    """The ways in which a matrix is read, each of which the exporter stores by itself."""
+    found = set[Hashable]()
+    for node, slot in parameter.uses if parameter.rank > 1 else ():
+        if all(not isinstance(value, Value) or isinstance(value, Parameter) for value in node.inputs):
+            found.add(node)
+        else:
+            found.add(node.op == "linear" and slot == 1)
+    return found
 
 
 def _widens(node: Node) -> bool:

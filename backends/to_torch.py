@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -58,12 +59,25 @@ def emit(graph: Graph, *, integers: bool = True) -> Emitted:
     return Emitted(source, classes.root, places)
 
 
-def to_torch(graph: Graph, *, device: torch.device | str | None = None, integers: bool = True) -> nn.Module:
+def to_torch(
+    graph: Graph,
+    *,
+    device: torch.device | str | None = None,
+    integers: bool = True,
+    kernels: Literal["triton"] | None = None,
+) -> nn.Module:
     """A module of its own that computes the graph: importable, trainable, picklable, exportable again.
 
     Its tensors are copies. It takes the arguments the captured module took, or the graph's inputs in order, and gives
-    the same structure of results. Raises EmitError where a node has no torch form. For ``integers`` see :func:`emit`.
+    the same structure of results. Raises EmitError where a node has no torch form. For ``integers`` see :func:`emit`,
+    for ``kernels`` :mod:`regauge.backends.torch_kernels`.
     """
+    if kernels not in (None, "triton"):
+        raise EmitError(f'there are no kernels {kernels!r}: kernels is "triton" or None')
+    if kernels is not None:
+        from regauge.backends.torch_kernels import with_kernels
+
+        graph = with_kernels(graph).graph
     emitted = emit(graph, integers=integers)
     python = import_source(emitted.source, _module_name(graph))
     with torch.device("meta"):

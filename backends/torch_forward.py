@@ -26,7 +26,7 @@ class Forward:
         self.modules: dict[str, Code] = {}
         self.norms = updating_norms(graph)
         left_to_norms = {id(state) for states in self.norms.values() for state in states}
-        self.states = [state for state in graph.states if id(state) not in left_to_norms]
+        self.states = [s for s in graph.states if not s.returned and id(s) not in left_to_norms]
         self.written = {state.before for state in self.states}
         self.counters = counters(self.states, self.norms)
         self.rescaled = _rescaled(graph)

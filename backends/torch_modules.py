@@ -193,12 +193,27 @@ class Classes:
         return form.parameters, [*form.prologue, *body]
 
     def _ties(self) -> list[str]:
-        """Assignments that make tied tensors one tensor."""
-        lines = []
+        """Assignments that make tied tensors one tensor, and modules that have all of them in common one module."""
+        lines, tied = [], list[str]()
         for names in self.places.names.values():
             for alias in names[1:]:
-                lines.append(self.places.assignment(alias, self.places.access("", names[0])))
+                if not any(alias.startswith(f"{path}.") for path in tied):
+                    path, source = self._tied_module(alias, names[0]) or (alias, names[0])
+                    tied.append(path)
+                    lines.append(self.places.assignment(path, self.places.access("", source)))
         return lines
+
+    def _tied_module(self, alias: str, name: str) -> tuple[str, str] | None:
+        """The outermost module with a class of its own around a tied tensor that is another one, and that other one."""
+        parts = alias.split(".")
+        for depth in range(1, len(parts)):
+            path, rest = ".".join(parts[:depth]), "." + ".".join(parts[depth:])
+            source = name.removesuffix(rest)
+            if source in (name, path) or not {source, path} <= self.built.keys():
+                continue
+            if self.places.below(path) == self.places.below(source) and self.built[path] == self.built[source]:
+                return path, source
+        return None
 
     def _class_name(self, draft: Draft) -> str:
         name = re.sub(r"\W", "_", (draft.code.class_name if draft.code is not None else "").rpartition(".")[2])

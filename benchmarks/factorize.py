@@ -3,9 +3,16 @@
     PYTHONPATH=PHOTOGRAPHS python benchmarks/factorize.py [--only NAME ...] [--examples 128] [--write]
 
 char_gpt    perplexity with its linear layers at 0.8 and 0.6 of their parameters
+heads       perplexity with fewer directions in each head of attention (without data, by norms alone), and with parts of
+            the parameters, canonicalized before and not
 resnet*     share of photographs in the same class at half of the multiplications; ranks in blocks of 16, too
 digits-cnn  the same of the digits' test images
 time        onnxruntime's for one batch, of the whole network's; medians in turns, one thread
+
+    python benchmarks/factorize.py --forms [NAME ...] [--examples 64] [--write]
+
+compares forms of linear layers by char_gpt: for the layers of its second block at half of their parameters what is
+lost of their outputs, weighed as the pass does, with factors of weights alone and with those of data; and perplexity.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ import argparse
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +35,18 @@ from benchmarks.prune_networks import Judge, residual
 from benchmarks.report import append_table, environment
 from regauge.backends.latency import measure
 from regauge.ir.cost import figures
+from regauge.ir.graph import Graph
 from regauge.passes.calibration.layers import layer_of
+from regauge.passes.factorization.catalog import FORMS, UNASKED
+from regauge.passes.factorization.forms import Form
+from regauge.passes.factorization.on_data import Sensitivity, problems_on_data
+from regauge.passes.factorization.problems import Problem
 
 HALVES = {"0.5 of MACs": "factorize{macs=0.5}", "0.5 of MACs, blocks of 16": "factorize{macs=0.5,multiple=16}"}
+FORM_TITLE = "Forms of linear layers, char_gpt, no fine-tuning"
+FORM_HEADS = ["form", "lost without data", "lost", "0.8 of linear layers", "MACs", "0.6 of linear layers", "MACs"]
 HEADS = ["network", "kept", "parameters", "MACs", "without data", "with data", "time"]
+OF_HEADS = ["char_gpt", "before", "parameters", "without data", "with data"]
 
 
 def characters(examples: int) -> Iterator[list[str]]:
@@ -43,6 +58,54 @@ def characters(examples: int) -> Iterator[list[str]]:
     for share in (0.8, 0.6):
         step = f"factorize{{params={round(figures(graph).parameters - (1 - share) * own)}}}"
         yield _row("char_gpt", f"{share} of linear layers", graph, step, batches, _perplexity, (windows[:8],))
+
+
+def heads(examples: int) -> Iterator[list[str]]:
+    model, windows = char_gpt.trained(), char_gpt.calibration_windows(examples)
+    graph = regauge.capture(model, (windows[:2],), dynamic={0: {0: "batch"}})
+    batches = [(part,) for part in windows.split(32)]
+    dims = ",".join(f"blocks.{block}.qkv.weight:0.{place}" for block in range(char_gpt.BLOCKS) for place in (1, 5))
+    parts = {f"{1 - ratio:g} of heads": f"ratio={ratio},include=[{dims}]" for ratio in (0.25, 0.5, 0.75)}
+    parts |= {f"{share} of parameters": f"params={share}" for share in (0.8, 0.6)}
+    for name, what in parts.items():
+        alone = f"{what},score=l2,compensate=false" if "include" in what else what
+        for first in ("", "canonicalize,"):
+            found = regauge.optimize(graph, f"{first}prune{{{what}}}", data=batches)
+            share = f"{figures(found).parameters / figures(graph).parameters:.2f}"
+            without = regauge.optimize(graph, f"{first}prune{{{alone}}}")
+            yield [name, first.strip(",") or "as they are", share, _perplexity(without), _perplexity(found)]
+
+
+def of_forms(examples: int, forms: Sequence[str]) -> Iterator[list[str]]:
+    model, windows = char_gpt.trained(), char_gpt.calibration_windows(examples)
+    graph = regauge.capture(model, (windows[:2],), dynamic={0: {0: "batch"}})
+    batches = [(part,) for part in windows.split(32)]
+    layers = [layer for node in graph.nodes if (layer := layer_of(node)) is not None]
+    some = [layer for layer in layers if layer.weight.name.startswith("blocks.1.")]
+    sensitivity = Sensitivity.of(graph, some, batches, 0)
+    problems = [problem for (problem,) in problems_on_data(graph, some, batches, sensitivity)]
+    own = sum(layer.outputs * layer.columns for layer in layers)
+    for name in forms:
+        errors = [_errors_at_half(FORMS[name], problem, graph) for problem in problems]
+        lost = [f"{sum(column) / len(column):.4f}" for column in zip(*errors, strict=True)]
+        shown = []
+        for share in (0.8, 0.6):
+            budget = round(figures(graph).parameters - (1 - share) * own)
+            found = regauge.optimize(graph, f"factorize{{params={budget},form={name}}}", data=batches)
+            shown += [_perplexity(found), f"{figures(found).macs / figures(graph).macs:.2f}"]
+        yield [name, *lost, *shown]
+
+
+def _errors_at_half(form: Form, problem: Problem, graph: Graph) -> tuple[float, float]:
+    """What is lost of all that there is to lose, without and with data."""
+    whole = problem.error(torch.zeros_like(problem.weight))
+    alone = Problem(problem.layer, problem.weight)
+    found = []
+    for given in (alone, problem):
+        choices = [own for own in form.choices(given, graph, 1) if own.parameters <= 0.5 * problem.weight.numel()]
+        best = min(choices, key=lambda choice: choice.loss)
+        found.append(problem.error(form.links(given, best.numbers)[1]) / whole)
+    return found[0], found[1]
 
 
 def images(depth: int, examples: int) -> Iterator[list[str]]:
@@ -88,25 +151,41 @@ def _row(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="names of networks")
+    parser.add_argument("--forms", nargs="*", help="compare these forms of linear layers instead; all if none is named")
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if options.forms is not None:
+        names = options.forms or ["low-rank", *(name for name in FORMS if name not in UNASKED)]
+        _shown(of_forms(options.examples, names), FORM_TITLE, FORM_HEADS, options)
+        return
     parts: dict[str, Callable[[], Iterator[list[str]]]] = {
         "char_gpt": lambda: characters(options.examples),
         "resnet20": lambda: images(20, options.examples),
         "resnet56": lambda: images(56, options.examples),
         "digits-cnn": lambda: digits(options.examples),
     }
+
+    def chosen() -> Iterator[list[str]]:
+        for name, part in parts.items():
+            if not options.only or name in options.only:
+                yield from part()
+
+    _shown(chosen(), "Layers as products of smaller ones, no fine-tuning", HEADS, options)
+    if not options.only or "heads" in options.only:
+        _shown(heads(options.examples), "Fewer directions in heads of attention, no fine-tuning", OF_HEADS, options)
+
+
+def _shown(found: Iterator[list[str]], title: str, heads: list[str], options: argparse.Namespace) -> None:
     rows = []
-    for name, part in parts.items():
-        for row in part() if not options.only or name in options.only else ():
-            print("  ".join(row), flush=True)
-            rows.append(row)
+    for row in found:
+        print("  ".join(row), flush=True)
+        rows.append(row)
     print(environment())
-    if options.write:
-        append_table("Layers as products of smaller ones, no fine-tuning", HEADS, rows, f"{options.examples} examples.")
+    if options.write and rows:
+        append_table(title, heads, rows, f"{options.examples} examples.")
 
 
 if __name__ == "__main__":

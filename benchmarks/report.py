@@ -11,7 +11,7 @@ from pathlib import Path
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxruntime", "timm", "torchvision", "transformers", "torch-pruning",
-            "onnxsim", "onnxslim", "onnxscript", "onnxoptimizer")  # fmt: skip
+            "onnxsim", "onnxslim", "onnxscript", "onnxoptimizer", "triton")  # fmt: skip
 
 
 def environment() -> str:

@@ -16,7 +16,7 @@ from regauge.ir.masking import pin_felt
 from regauge.ir.operator import Operator
 from regauge.ir.positions import pin_positions
 from regauge.ir.rules import ENDING_ROLES, Axes, Call
-from regauge.ir.sizes import same
+from regauge.ir.sizes import may_be_same, same
 from regauge.ir.unify import unify
 
 
@@ -154,7 +154,8 @@ def _walk(graph: Graph, analysis: Analysis, strict: bool) -> None:
         _visit(node, analysis, strict)
     for state in graph.states:
         for before, after in zip(analysis.of[state.before], analysis.of[state.after], strict=True):
-            unify(before, after)
+            if may_be_same(size_of(before), size_of(after)):  # a cache grows along an axis
+                unify(before, after)
 
 
 def _visit(node: Node, analysis: Analysis, strict: bool) -> None:

@@ -106,14 +106,12 @@ def smallest_sizes(graph: Graph, at: Mapping[Any, int] | None = None) -> Callabl
 def figures(graph: Graph) -> Figures:
     """The figures of a graph as it is, from the shapes of its values."""
     bound = smallest_sizes(graph)
-    parameters, size, macs = 0, 0.0, 0
+    parameters, size = 0, 0.0
     for parameter in graph.all_parameters():
         elements = int(product(parameter.weight.shape))
         parameters += elements if parameter.kind == "parameter" else 0
         size += elements * stored_size(parameter)
-    for _, node in graph.walk():
-        if node.operator.macs is not None:
-            macs += int(node.operator.macs(Cost(_bound_view(node, bound))))
+    macs = sum(node_macs(node, bound) for _, node in graph.walk())
     return Figures(parameters, macs, int(size))
 
 
@@ -126,20 +124,20 @@ def local_figures(nodes: Iterable[Node], graph: Graph) -> Figures:
     taken = list(nodes)
     read = dict.fromkeys(value for node in taken for _, value in node.operands() if isinstance(value, Parameter))
     elements = {parameter: int(product(parameter.weight.shape)) for parameter in read}
-    macs = sum(int(node.operator.macs(Cost(_bound_view(node, bound)))) for node in taken if node.operator.macs)
+    macs = sum(node_macs(node, bound) for node in taken)
     return Figures(sum(elements.values()), macs, int(sum(n * stored_size(p) for p, n in elements.items())))
 
 
-def _bound_view(node: Node, bound: Callable[[Size], int]) -> _NodeView:
+def node_macs(node: Node, bound: Callable[[Size], int]) -> int:
+    """MACs of one node, where ``bound`` gives each size as an int."""
+    if node.operator.macs is None:
+        return 0
+
     def shaped(operand: Any) -> Any:
         return _Shaped(tuple(bound(s) for s in operand.shape)) if isinstance(operand, Value) else operand
 
-    return _NodeView(
-        [shaped(operand) for operand in node.inputs],
-        [shaped(value) for value in node.outputs],
-        node.attributes,
-        node.op,
-    )
+    operands, results = [shaped(operand) for operand in node.inputs], [shaped(value) for value in node.outputs]
+    return int(node.operator.macs(Cost(_NodeView(operands, results, node.attributes, node.op))))
 
 
 def sized(extent: Extent, size_of: SizeOf) -> Size:

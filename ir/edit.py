@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from regauge.ir.dtypes import Dtype, dtype_name
 from regauge.ir.errors import GraphError
-from regauge.ir.graph import Edit, Graph, Kind, Node, Operand, Parameter, State, Value, add_use
+from regauge.ir.graph import Edit, Graph, Kind, Node, Operand, Parameter, Value, add_use
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
 from regauge.ir.size_sources import untold_sources
@@ -235,7 +236,7 @@ def replace_uses(graph: Graph, old: Value, new: Operand) -> None:
     graph.outputs = [new if output is old else output for output in graph.outputs]
     if isinstance(new, Value):
         graph.states = [
-            State(s.name, new if s.before is old else s.before, new if s.after is old else s.after)
+            replace(s, before=new if s.before is old else s.before, after=new if s.after is old else s.after)
             for s in graph.states
         ]
     graph.version += 1
@@ -311,6 +312,18 @@ def remove_parameter(graph: Graph, parameter: Parameter, *, by: str = "remove_pa
         raise GraphError(f"{parameter} cannot be removed: {readers[0]} reads it")
     del graph.parameters[parameter.name]
     record(graph, by, f"{parameter.name}: removed")
+    graph.version += 1
+
+
+def tie(graph: Graph, kept: Parameter, other: Parameter) -> None:
+    """Let all that reads ``other`` read ``kept``, of the same shape and type; ``other`` goes.
+
+    Where the graph was captured the keys of its state_dict stay; a loaded file names each of its weights once.
+    """
+    replace_uses(graph, other, kept)
+    if "onnx" not in graph.metadata and other.kind == "parameter":
+        kept.aliases = (*kept.aliases, *other.names)
+    del graph.parameters[other.name]
     graph.version += 1
 
 

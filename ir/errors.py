@@ -56,6 +56,10 @@ class ExplainError(RegaugeError):
     """Something that was asked about (a Dim, a value, a parameter) does not exist in the graph."""
 
 
+class FusionError(RegaugeError):
+    """Nodes cannot be one kernel; the message is the reason."""
+
+
 class EquivalenceError(RegaugeError):
     """Two graphs that must compute the same function do not."""
 

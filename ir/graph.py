@@ -179,11 +179,16 @@ class Node:
 
 @dataclass(frozen=True)
 class State:
-    """A tensor carried from one run to the next: read as ``before``, written as ``after`` (caches, statistics)."""
+    """A tensor carried from one run to the next: read as ``before``, written as ``after`` (caches, statistics).
+
+    It is written into the buffer or argument that ``before`` is, or ``returned``: then ``after`` is an output that the
+    caller hands in as the input ``before`` of the next run (:mod:`regauge.ir.states`).
+    """
 
     name: str
     before: Value
     after: Value
+    returned: bool = False
 
 
 @dataclass(frozen=True)
@@ -326,13 +331,21 @@ class Graph:
 
         return copy_graph(self)
 
-    def to_torch(self, *, device: torch.device | str | None = None, integers: bool = True) -> torch.nn.Module:
+    def to_torch(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        integers: bool = True,
+        kernels: Literal["triton"] | None = None,
+    ) -> torch.nn.Module:
         """An ``nn.Module`` that computes this graph, on ``device`` or where the weights are.
 
-        Quantized layers multiply ``integers``; without that they are float layers behind codes and their way back.
+        Quantized layers multiply ``integers``; without that they are float layers behind codes and their way back. With
+        ``kernels`` what gains from it is one kernel on a GPU (:mod:`regauge.backends.torch_kernels`).
         See :func:`regauge.backends.to_torch.to_torch`. Raises EmitError where a node has no torch form.
         """
-        module: torch.nn.Module = _edge("regauge.backends.to_torch").to_torch(self, device=device, integers=integers)
+        emit = _edge("regauge.backends.to_torch").to_torch
+        module: torch.nn.Module = emit(self, device=device, integers=integers, kernels=kernels)
         return module
 
     def to_onnx(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from regauge.ir.allocation import without_collection
-from regauge.ir.graph import Graph, Node, Operand, Parameter, State, Value, add_use
+from regauge.ir.graph import Graph, Node, Operand, Parameter, Value, add_use
 
 
 def copy_graph(graph: Graph, mapping: dict[Value, Value] | None = None) -> Graph:
@@ -38,8 +39,15 @@ def _copy(graph: Graph, to_new: dict[Value, Value]) -> Graph:
     for node in graph.nodes:
         _copy_node(node, result, to_new)
     result.outputs = [_moved(output, to_new) for output in graph.outputs]
-    result.states = [State(s.name, to_new[s.before], to_new[s.after]) for s in graph.states]
+    result.states = [replace(s, before=to_new[s.before], after=to_new[s.after]) for s in graph.states]
     return result
+
+
+def copy_nodes(nodes: Iterable[Node], result: Graph, to_new: dict[Value, Value]) -> None:
+    """Copy nodes into another graph; ``to_new`` holds what they read there, and receives their results."""
+    for node in nodes:
+        _copy_node(node, result, to_new)
+    result.version += 1
 
 
 def _moved(operand: Operand, to_new: Mapping[Value, Value]) -> Operand:

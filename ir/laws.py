@@ -9,6 +9,7 @@
     scales     scaled operands give scaled results, as regauge.ir.scales says of them and of their segments
     commute    where the record says so, the two operands may be exchanged
     zeros      what regauge.ir.masking claims of zeros in one operand, and in all of them, holds
+    element    the expression for one index is what the operator computes (regauge.ir.scalars)
     cost       the cost function gives the same for a node as for the bare sizes of its axes
     aten       the ATen operators that the record stands for without an adapter compute the same
 
@@ -25,6 +26,7 @@ import torch
 
 from regauge.ir.aten_law import check_aten_names
 from regauge.ir.cost import cost, figures
+from regauge.ir.element_law import check_element
 from regauge.ir.errors import LawError, RegaugeError
 from regauge.ir.extents import Dim
 from regauge.ir.gauge import node_gauges
@@ -61,6 +63,7 @@ def laws_of(record: Operator) -> list[str]:
     skipped = {"permute", "within", "zeros", "symmetry", "scales"} if record.random else set()
     skipped |= (set() if record.macs else {"cost"}) | (set() if record.commutative else {"commute"})
     skipped |= set() if None in record.aten.values() else {"aten"}
+    skipped |= {"element"} if record.element is None else set()
     return [law for law in LAWS if law not in skipped]
 
 
@@ -201,6 +204,6 @@ def _cost(case: Case) -> None:
 
 LAWS: dict[str, Callable[[Case], None]] = {
     "shape": _shape, "permute": _permute, "within": _within, "cut": _cut, "symmetry": _symmetry, "zeros": _zeros,
-    "scales": check_scales,
+    "scales": check_scales, "element": check_element,
     "commute": _commute, "cost": _cost, "aten": check_aten_names,
 }  # fmt: skip

@@ -14,11 +14,11 @@ import torch
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.interpret import Interpreter, born_inside, last_uses
-from regauge.ir.mapped import mapped
+from regauge.ir.set_aside import Environment, Loaded, SetAside, can_be_set_aside
 from regauge.ir.sizes import solve_bindings
 
-HELD = 1 << 30  # bytes of values that are held in memory; what is more goes into temporary files
-_SMALL = 1 << 20  # values below so many bytes stay in memory
+HELD = 1 << 27  # bytes of values that are held in memory; what is more goes into temporary files
+_SMALL = 1 << 17  # values below so many bytes stay in memory
 
 Watcher = Callable[[Node, list[Any], tuple[Any, ...]], None]
 """Called with a node inside a region, its operands and its results, each time that it runs."""
@@ -43,17 +43,17 @@ class Lockstep:
         run.values(node.inputs[0])  # one tensor for each batch
         run.execute(node)           # else it runs when the next step is asked for
 
-    Memory: :data:`HELD` bytes of values; more of them lie in temporary files, which are mapped.
+    Memory: :data:`HELD` bytes of values; more of them lie in temporary files, and one batch's are read at a time.
     """
 
     def __init__(self, graph: Graph, batches: Sequence[Sequence[Any] | Mapping[str, Any]]) -> None:
         self.graph = graph
         self._interpreter = _Watched(graph)
-        self._environments: list[dict[Value, Any]] = []
+        self._environments: list[Environment] = []
         self._bindings: list[dict[sympy.Symbol, int]] = []
         for batch in batches:
             environment, bindings = self._interpreter.bound(batch)
-            self._environments.append(environment)
+            self._environments.append(Environment(environment))
             self._bindings.append(bindings)
         self._last_uses = last_uses(graph)
         self._late = born_inside(graph)
@@ -104,9 +104,14 @@ class Lockstep:
         del self._interpreter.watchers[inner]
         return found
 
-    def values(self, operand: Any) -> list[Any]:
-        """An operand of a node that has not run yet, or a result of one that has, for each batch."""
+    def values(self, operand: Any) -> Sequence[Any]:
+        """An operand of a node that has not run yet, or a result of one that has, for each batch.
+
+        Those of batches that lie in files are read when they are asked for.
+        """
         pairs = zip(self._environments, self._bindings, strict=True)
+        if isinstance(operand, Value) and all(operand in environment for environment in self._environments):
+            return Loaded([environment.held(operand) for environment in self._environments])
         return [self._interpreter.read(operand, environment, bindings) for environment, bindings in pairs]
 
     def holds(self, value: Value) -> bool:
@@ -115,10 +120,10 @@ class Lockstep:
 
     def _kept(self, place: int, value: Value, result: Any) -> Any:
         """A result as it is held: in memory as long as there is room."""
-        if not isinstance(result, torch.Tensor) or result.nbytes < _SMALL:
+        if not can_be_set_aside(result) or result.nbytes < _SMALL:
             return result
         if sum(self._held.values()) + result.nbytes > HELD:
-            return mapped(result)
+            return SetAside(result)
         self._held[place, value] = result.nbytes
         return result
 

@@ -27,16 +27,16 @@ def mapped(tensor: torch.Tensor) -> torch.Tensor:
     """
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.numel():
         return tensor
-    handle, path = tempfile.mkstemp(prefix="regauge-", suffix=".tensor")
-    os.close(handle)
-    flat = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    data = tensor.detach().reshape(-1)
+    with tempfile.NamedTemporaryFile(prefix="regauge-", suffix=".tensor", delete=False) as file:
+        data.view(torch.uint8).numpy().tofile(file)  # pages that are written through a mapping would count as memory
+    path = file.name
+    flat = torch.from_file(path, shared=True, size=data.numel(), dtype=data.dtype)
     if sys.platform == "win32":  # a mapped file cannot be removed there until it is let go
         weakref.finalize(flat.untyped_storage(), _remove, path)
     else:
         os.unlink(path)
-    result = flat.view(tensor.shape)
-    result.copy_(tensor.detach())
-    return result
+    return flat.view(tensor.shape)
 
 
 def _remove(path: str) -> None:

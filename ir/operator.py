@@ -33,6 +33,7 @@ import torch
 
 from regauge.ir.errors import OperatorError
 from regauge.ir.record_checks import check_record
+from regauge.ir.scalars import Element
 from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import Size
 
@@ -167,6 +168,9 @@ class Operator:
     ``name``       in text form, and for :class:`regauge.Builder`
     ``evaluate``   the semantics, a function over torch tensors; see the module docstring
     ``rule``       the axis rule, a string in rule notation or a function of a :class:`regauge.ir.rules.Call`
+    ``element``    what the only result is at one index, as an expression over scalars (:mod:`regauge.ir.scalars`): a
+                   function of operands and attributes. None where there is no such expression, and from it where there
+                   is none for these operands and attributes: then no kernel is made of it
     ``aten``       ATen overloads it stands for (``add.Tensor``, ``add`` for all of them, ``namespace::name`` for a
                    custom operator), with adapters; None maps arguments to slots and attributes by name
     ``onnx``       ONNX operators it stands for (``Add``, ``domain::Name``), likewise
@@ -197,6 +201,7 @@ class Operator:
     name: str
     evaluate: Callable[..., Any]
     rule: str | RuleFunction
+    element: Element | None = None
     aten: Mapping[str, Adapter | None] = field(default_factory=dict)
     onnx: Mapping[str, Adapter | OnnxForm | None] = field(default_factory=dict)
     spell: Speller | None = None

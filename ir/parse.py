@@ -21,7 +21,7 @@ _NAME = r"[A-Za-z0-9_.:/-]+"
 _VALUE = re.compile(rf"%({_NAME}): ([A-Za-z0-9_]+)\[([^\]]*)\]")
 _HEAD = re.compile(r"(graph|region) (\S+?)\((.*)\) \{$")
 _SYMBOL = re.compile(r"symbol (\w+) in (\d+)\.\.(\d*)$")
-_STATE = re.compile(rf"state (\S+): %({_NAME}) -> %({_NAME})$")
+_STATE = re.compile(rf"state (\S+): %({_NAME}) -> %({_NAME})( returned)?$")
 _NODE = re.compile(rf"(%{_NAME}(?:, %{_NAME})*) = (\w+)\((.*)\): (.*?)( with)?$")
 _TYPE = re.compile(r"([A-Za-z0-9_]+)\[([^\]]*)\]")
 
@@ -71,16 +71,21 @@ class _Reader:
             value = Value(name=name, shape=_shape(shape), dtype=dtype_from_name(dtype))
             result.inputs.append(value)
             scope[name] = value
-        pending_states: list[tuple[str, str, str]] = []
+        pending_states: list[tuple[str, str, str, bool]] = []
         while True:
             line = self.next()
             if line == "}":
                 break
             self.statement(line, result, scope, pending_states)
-        result.states = [State(n, self.value(b, scope), self.value(a, scope)) for n, b, a in pending_states]
+        result.states = [
+            State(name, self.value(before, scope), self.value(after, scope), returned)
+            for name, before, after, returned in pending_states
+        ]
         return result
 
-    def statement(self, line: str, graph: Graph, scope: dict[str, Value], states: list[tuple[str, str, str]]) -> None:
+    def statement(
+        self, line: str, graph: Graph, scope: dict[str, Value], states: list[tuple[str, str, str, bool]]
+    ) -> None:
         if match := _SYMBOL.match(line):
             name, low, high = match.groups()
             graph.symbols[symbol(name)] = (int(low), int(high) if high else None)
@@ -89,7 +94,7 @@ class _Reader:
             graph.parameters[parameter.name] = parameter
             scope[parameter.name] = parameter
         elif match := _STATE.match(line):
-            states.append((match.group(1), match.group(2), match.group(3)))
+            states.append((match.group(1), match.group(2), match.group(3), match.group(4) is not None))
         elif line.startswith("return"):
             graph.outputs = [self.operand(part, scope) for part in _split(line.removeprefix("return"))]
         elif match := _NODE.match(line):

@@ -57,17 +57,61 @@ def _scaling(graph: Graph, scales: Mapping[Frame, torch.Tensor]) -> dict[Paramet
 def rotated(graph: Graph, matrices: Mapping[Frame, torch.Tensor], *, by: str = "rotated") -> Graph:
     """A new graph in which the values h of each frame become T h, with a matrix T [size, size].
 
-    T is orthogonal, or any invertible matrix where the frame's gauge is general linear. Raises GraphError where the
-    frame admits no such matrix.
+    T is orthogonal, or any invertible matrix where the frame's gauge is general linear; it may also be another one in
+    each index of the frame's majors, [*sizes of its majors, size, size]. Raises GraphError where the frame admits no
+    such matrix.
     """
     changes: dict[Parameter, list[Change]] = {}
-    for frame, given in matrices.items():
-        matrix = _checked_matrix(frame, given)
-        for sides, factor in ((frame.writers, matrix), (frame.readers, torch.linalg.inv(matrix).T)):
-            for side in sides:
-                positions = fibres(graph.axes.of[side.parameter][side.axis], side.number)
-                changes.setdefault(side.parameter, []).append(mixed(side.axis, torch.from_numpy(positions), factor))
+    for frame, matrix in matrices.items():
+        for parameter, steps in rotating(graph, frame, matrix).items():
+            changes.setdefault(parameter, []).extend(steps)
     return _changed(graph.copy(), changes, [frame.name for frame in matrices], by)
+
+
+def rotating(graph: Graph, frame: Frame, matrix: torch.Tensor) -> dict[Parameter, list[Change]]:
+    """What a map of a frame, as :func:`rotated` takes it, does to the data of its parameters."""
+    own = _checked_matrix(frame, matrix)
+    changes: dict[Parameter, list[Change]] = {}
+    for sides, factor in ((frame.writers, own), (frame.readers, torch.linalg.inv(own).mT)):
+        for side in sides:
+            changes.setdefault(side.parameter, []).append(_rotation(graph, frame, side, factor))
+    return changes
+
+
+def _rotation(graph: Graph, frame: Frame, side: Place, factor: torch.Tensor) -> Change:
+    if factor.dim() == 2:
+        positions = fibres(graph.axes.of[side[0]][side[1]], side[2])
+        return mixed(side[1], torch.from_numpy(positions), factor)
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        parts, put = within(graph, frame, side, tensor)
+        return put(factor.reshape(-1, *factor.shape[-2:]).to(parts) @ parts)
+
+    return change
+
+
+def within(graph: Graph, frame: Frame, place: Place, tensor: torch.Tensor) -> tuple[torch.Tensor, Change]:
+    """The lines of a tensor in which a frame's Dim runs, [indices of the majors, size, lines], and how to put others
+    there: a function of such lines that gives a tensor of the same shape.
+
+    The place is a parameter or a value of the frame, and the tensor has its shape.
+    """
+    index = entries(graph, frame, place)
+    varying = [axis for axis, size in enumerate(index.shape) if size > 1 or axis == place[1]]
+    flat = index.reshape([index.shape[axis] for axis in varying]).reshape(-1)
+    order = np.argsort(flat, kind="stable")[int((flat < 0).sum()) :]
+    size, majors = frame.shape[-1], int(np.prod(frame.shape[:-1]))
+    table = torch.from_numpy(order.reshape(majors, size, len(order) // (majors * size)))
+    front = list(range(len(varying)))
+    moved = tensor.movedim(varying, front)
+    rows = moved.reshape(len(flat), -1)
+
+    def put(lines: torch.Tensor) -> torch.Tensor:
+        result = rows.clone()
+        result[table] = lines.reshape(*table.shape, -1).to(rows)
+        return result.reshape(moved.shape).movedim(front, varying)
+
+    return rows[table].flatten(2), put
 
 
 def written_through(graph: Graph, sides: Iterable[Place], matrix: torch.Tensor, *, by: str) -> Graph:
@@ -177,10 +221,10 @@ def _checked_matrix(frame: Frame, given: torch.Tensor) -> torch.Tensor:
     size = int(frame.dim.size)
     if not frame.gauge & (Gauge.ORTHOGONAL | Gauge.GENERAL):
         raise _refusal(frame, "takes no rotation")
-    if tuple(given.shape) != (size, size):
+    if tuple(given.shape) not in ((size, size), (*frame.shape, size)):
         raise GraphError(f"{frame.name} is rotated by a matrix [{size}, {size}], not {list(given.shape)}")
     matrix = given.detach().double().cpu()
-    apart = float((matrix.T @ matrix - torch.eye(size, dtype=torch.float64)).abs().max())
+    apart = float((matrix.mT @ matrix - torch.eye(size, dtype=torch.float64)).abs().max())
     if Gauge.GENERAL not in frame.gauge and not apart <= _ORTHOGONAL_TO:
         raise _refusal(frame, f"takes no matrix but orthogonal ones: this one is {apart:.1e} away")
     return matrix

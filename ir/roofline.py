@@ -10,18 +10,28 @@ arithmetic falls in steps: 33 channels take as long as 40 where the blocks are 8
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from regauge.ir.cost import CostModel, Meter, NodeTerm, Running, SizeOf, item_size, sized
+from regauge.ir.cost import (
+    CostModel,
+    Meter,
+    NodeTerm,
+    Running,
+    SizeOf,
+    item_size,
+    local_figures,
+    sized,
+    smallest_sizes,
+)
 from regauge.ir.errors import RegaugeError
 from regauge.ir.extents import Dim, Extent, leaves
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sizes import product
 
-_VIEWS = frozenset({"reshape", "unsqueeze", "squeeze", "identity", "expand", "permute", "select", "slice", "dropout"})
+VIEWS = frozenset({"reshape", "unsqueeze", "squeeze", "identity", "expand", "permute", "select", "slice", "dropout"})
 
 
 @dataclass(frozen=True)
@@ -29,27 +39,31 @@ class Device:
     """What the model knows of a device: a start that measurements correct.
 
     ``flops`` per second and ``bandwidth`` in bytes per second, as reached on large layers and not as printed on the
-    box; ``overhead`` in seconds of starting a node; ``multiple``, the block of indices that is computed at a time.
+    box; ``overhead`` in seconds of starting a node; ``multiple``, the block of indices that is computed at a time;
+    ``programs``, how many independent pieces of work it takes to reach the bandwidth.
     """
 
     flops: float = 5e10
     bandwidth: float = 1e10
     overhead: float = 2e-6
     multiple: int = 8
+    programs: int = 1
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
             if not value > 0 and not (entry.name == "overhead" and value == 0):
                 raise RegaugeError(f"device: {entry.name}={value:g} must be above 0")
-        if self.multiple != int(self.multiple):
-            raise RegaugeError(f"device: multiple={self.multiple:g} must be a whole number")
-        object.__setattr__(self, "multiple", int(self.multiple))
+        for name in ("multiple", "programs"):
+            value = getattr(self, name)
+            if value != int(value):
+                raise RegaugeError(f"device: {name}={value:g} must be a whole number")
+            object.__setattr__(self, name, int(value))
 
 
 DEVICES: Mapping[str, Device] = {
     "cpu": Device(),  # one core with 8 float lanes
-    "gpu": Device(flops=5e13, bandwidth=1e12, overhead=5e-6, multiple=64),  # tensor cores
+    "gpu": Device(flops=5e13, bandwidth=1e12, overhead=5e-6, multiple=64, programs=128),  # tensor cores
 }
 
 
@@ -65,7 +79,7 @@ class _Step:
             for extent in axes if isinstance(axes, list) else ():
                 if not any(dim in cut for dim in leaves(extent)):
                     fixed[id(extent)] = int(sized(extent, model.number))
-        values = [] if node.node.op in _VIEWS else [*node.node.inputs, *node.node.outputs]
+        values = [] if node.node.op in VIEWS else [*node.node.inputs, *node.node.outputs]
         self.moved = []
         for value in dict.fromkeys(value for value in values if isinstance(value, Value)):
             axes = model.axes(value)
@@ -137,6 +151,18 @@ def _rising(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarr
             xs, ys = before[0] + xs, before[1] + ys
         pools.append((xs, ys))
     return np.array([np.mean(xs) for xs, _ in pools]), np.array([np.mean(ys) for _, ys in pools])
+
+
+def local_seconds(nodes: Iterable[Node], graph: Graph, device: Device) -> float:
+    """The predicted seconds of some nodes of a graph, every dynamic size at its least: does a rewrite pay?"""
+    bound, total = smallest_sizes(graph), 0.0
+    for node in nodes:
+        cost = local_figures([node], graph)
+        values = dict.fromkeys([*(v for _, v in node.operands() if not isinstance(v, Parameter)), *node.outputs])
+        moved = sum(item_size(v.dtype) * float(product(bound(size) for size in v.shape)) for v in values)
+        bytes_ = 0.0 if node.op in VIEWS else cost.bytes + moved
+        total += device.overhead + max(2 * cost.macs / device.flops, bytes_ / device.bandwidth)
+    return total
 
 
 def roofline(graph: Graph, device: Device, at: Mapping[object, int] | None = None) -> Roofline:

@@ -42,7 +42,8 @@ def _graph_lines(graph: Graph, keyword: str) -> Iterator[str]:
     for parameter in graph.parameters.values():
         yield INDENT + format_parameter(parameter)
     for state in graph.states:
-        yield f"{INDENT}state {state.name}: %{state.before.name} -> %{state.after.name}"
+        returned = " returned" if state.returned else ""
+        yield f"{INDENT}state {state.name}: %{state.before.name} -> %{state.after.name}{returned}"
     if graph.parameters or graph.symbols:
         yield ""
     here: tuple[str, str] | None = None

@@ -41,6 +41,8 @@ def _faults(graph: Graph) -> Iterator[str]:
         for value in (state.before, state.after):
             if value not in known:
                 yield f"the state {state.name!r} refers to {value}, which is not in the graph"
+        if state.returned and not any(output is state.after for output in graph.outputs):
+            yield f"the state {state.name!r} is returned, but {state.after} is no output"
 
 
 def _name_faults(graph: Graph) -> Iterator[str]:

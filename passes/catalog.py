@@ -18,19 +18,30 @@ from regauge.passes.pipeline_text import parse_pipeline
 GROUP = "regauge.passes"
 
 BUILT_IN = {
+    "adapt": "regauge.passes.adapters.adapt:Adapt",
     "arrange": "regauge.passes.quantization.arrange:Arrange",
+    "canonicalize": "regauge.passes.factorization.canonicalize:Canonicalize",
+    "convert-gqa": "regauge.passes.attention.convert_gqa:ConvertGqa",
     "depth": "regauge.passes.depth.depth:Depth",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "flatten": "regauge.passes.quantization.flatten:Flatten",
+    "kv-cache": "regauge.passes.decoding.kv_cache:KvCache",
+    "kv-latent": "regauge.passes.decoding.kv_latent:KvLatent",
+    "kv-quantize": "regauge.passes.decoding.kv_quantize:KvQuantize",
+    "merge-adapters": "regauge.passes.adapters.merge_adapters:MergeAdapters",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "rotate": "regauge.passes.quantization.rotate:Rotate",
     "scalify": "regauge.passes.scaling.scalify:Scalify",
+    "share": "regauge.passes.sharing.share:Share",
+    "share-kv": "regauge.passes.attention.share_kv:ShareKv",
     "simplify": "regauge.passes.simplify.simplify:Simplify",
     "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
+    "stream": "regauge.passes.streaming.stream:Stream",
+    "unfactorize": "regauge.passes.simplify.unfactorize:Unfactorize",
     "vocabulary": "regauge.passes.pruning.vocabulary:Vocabulary",
 }
 

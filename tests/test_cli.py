@@ -162,6 +162,20 @@ def test_data_of_passes_may_hold_labels(model_file: Path, tmp_path: Path, capsys
     assert "one.npy holds one array without a name: save it by numpy.savez" in capsys.readouterr().err
 
 
+def test_fusion_prints_the_kernels_and_what_is_refused(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fusion", model_file) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("linear relu") == 2 and "3 kernels instead of 5" in shown
+    assert "it would have two contractions" in shown
+
+
+def test_fusion_tells_a_wrong_device_or_size(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fusion", model_file, "--device", "abacus") == 2
+    assert "no device 'abacus': give cpu or gpu" in capsys.readouterr().err
+    assert run("fusion", model_file, "--at", "batch=many") == 2
+    assert "--at batch=many: give the name of a dynamic size and its value" in capsys.readouterr().err
+
+
 def test_scales_tell_what_moves_and_what_takes_it_up(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("scales", model_file) == 0
     shown = capsys.readouterr().out

@@ -25,18 +25,23 @@ MAY_IMPORT = {
     "demo": ("optimize", "frontends", "passes", "backends", "ir", "settings"),
     "terminal": ("ir",),
     "cli_files": ("frontends", "backends", "ir", "settings"),
+    "cli_tables": ("ir",),
     "cli": ("*",),
     "__main__": ("cli",),
 }
 # Families of passes that stand on another one.
 STANDS_ON = {
+    "attention": ("depth", "simplify"),
+    "adapters": ("simplify",),
+    "decoding": ("factorization",),
     "quantization": ("simplify",),
-    "training": ("pruning", "quantization"),
+    "training": ("pruning", "quantization", "factorization"),
+    "sharing": ("depth", "factorization"),
     "elastic": ("pruning", "training"),
 }
 # A module of such a name hides the library, or says nothing about what is in it.
 BANNED_NAMES = {"torch", "onnx", "triton", "utils", "helpers"}
-SHARED_FOLDERS = {"calibration", "allocation"}  # of `passes`, for all families
+SHARED_FOLDERS = {"calibration", "allocation", "attention"}  # of `passes`, for all families
 MOST_LINES = 450
 
 

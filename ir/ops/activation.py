@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, randn
 
+from regauge.ir import scalars
 from regauge.ir.errors import AxisError, OperatorError
 from regauge.ir.extents import size_of
 from regauge.ir.graph import Node, Parameter, Value
@@ -16,6 +17,7 @@ from regauge.ir.operator import Adapter, OnnxForm, Speller, Symmetry, operator, 
 from regauge.ir.ops import spell_activation as spelling
 from regauge.ir.ops.elementwise import Function, pointwise
 from regauge.ir.rules import Call
+from regauge.ir.scalars import Element
 from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import divide, same
 
@@ -28,6 +30,7 @@ def activation(
     symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE,
     spell: Speller | None = None,
     scaling: Scaling | Callable[[Node], Scaling] | None = None,
+    element: Element | None = None,
 ) -> Callable[[Function], Function]:
     """Register an activation; ``layer`` is its module in ``torch.nn`` with attributes in braces, ``variants`` are
     the attributes of its samples."""
@@ -46,6 +49,7 @@ def activation(
             layer=text,
             spell=spell,
             scaling=scaling,
+            element=element,
         )(evaluate)
 
     return register
@@ -72,7 +76,7 @@ def _close(a: float, b: float) -> bool:
 # -- rectifiers --------------------------------------------------------------------------------------------------------
 
 
-@activation("ReLU()", onnx=["Relu"], symmetry=Symmetry.HOMOGENEOUS)
+@activation("ReLU()", onnx=["Relu"], symmetry=Symmetry.HOMOGENEOUS, element=scalars.relu)
 def relu(x: Tensor) -> Tensor:
     return F.relu(x)
 
@@ -90,6 +94,7 @@ def relu(x: Tensor) -> Tensor:
     },
     symmetry=Symmetry.HOMOGENEOUS,
     spell=_with("LeakyRelu", alpha="negative_slope"),
+    element=lambda x, negative_slope: scalars.where(x > 0, x, x * negative_slope),
 )
 def leaky_relu(x: Tensor, *, negative_slope: float = 0.01) -> Tensor:
     return F.leaky_relu(x, negative_slope)
@@ -140,6 +145,7 @@ def _onnx_prelu(build: Any, call: Any) -> Any:
     zeroed_by=("x",),
     layer=lambda node: f"nn.PReLU({node.inputs[1].shape[0]})",
     scaling=Scaling(powers={"x": 1}),
+    element=lambda x, weight: scalars.where(x > 0, x, x * weight),
 )
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
     return F.prelu(x, weight)
@@ -149,7 +155,7 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     "ThresholdedRelu": lambda build, call: build.threshold(
         call.operand(0), threshold=call.attribute("alpha", 1.0), value=0.0
     )
-}, spell=spelling.threshold)  # fmt: skip
+}, spell=spelling.threshold, element=lambda x, threshold, value: scalars.where(x <= threshold, value, x))  # fmt: skip
 def threshold(x: Tensor, *, threshold: float, value: float) -> Tensor:
     return F.threshold(x, threshold, value)
 
@@ -181,12 +187,18 @@ def _onnx_selu(build: Any, call: Any) -> Any:
     aten={"elu": _elu},
     onnx={"Elu": _renamed("elu", alpha=("alpha", 1.0))},
     spell=_with("Elu", alpha="alpha"),
+    element=lambda x, alpha: scalars.where(x > 0, x, alpha * scalars.expm1(x)),
 )
 def elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return F.elu(x, alpha)
 
 
-@activation("SELU()", onnx={"Selu": _onnx_selu}, spell=_with("Selu"))
+@activation(
+    "SELU()",
+    onnx={"Selu": _onnx_selu},
+    spell=_with("Selu"),
+    element=lambda x: SELU_SCALE * scalars.where(x > 0, x, SELU_ALPHA * scalars.expm1(x)),
+)
 def selu(x: Tensor) -> Tensor:
     return F.selu(x)
 
@@ -197,6 +209,7 @@ def selu(x: Tensor) -> Tensor:
     {"alpha": 0.5},
     onnx={"Celu": _renamed("celu", alpha=("alpha", 1.0))},
     spell=_with("Celu", alpha="alpha"),
+    element=lambda x, alpha: scalars.where(x > 0, x, alpha * scalars.expm1(x / alpha)),
 )
 def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return F.celu(x, alpha)
@@ -208,12 +221,13 @@ def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
     {"beta": 2.0, "threshold": 1.0},
     onnx=["Softplus"],
     spell=spelling.softplus,
+    element=lambda x, beta, threshold: scalars.where(x * beta > threshold, x, scalars.softplus(x * beta) / beta),
 )
 def softplus(x: Tensor, *, beta: float = 1, threshold: float = 20) -> Tensor:
     return F.softplus(x, beta, threshold)
 
 
-@activation("Mish()", onnx=["Mish"], spell=spelling.mish)
+@activation("Mish()", onnx=["Mish"], spell=spelling.mish, element=lambda x: x * scalars.tanh(scalars.softplus(x)))
 def mish(x: Tensor) -> Tensor:
     return F.mish(x)
 
@@ -225,6 +239,7 @@ def mish(x: Tensor) -> Tensor:
         "log_sigmoid_forward": lambda build, x: (build.log_sigmoid(x), None),
     },
     spell=spelling.log_sigmoid,
+    element=lambda x: -scalars.softplus(-x),
 )
 def log_sigmoid(x: Tensor) -> Tensor:
     return F.logsigmoid(x)
@@ -261,27 +276,35 @@ def _swish(build: Any, call: Any) -> Any:
         "com.microsoft::QuickGelu": _quick_gelu,
     },
     spell=spelling.gelu,
+    element=scalars.gelu,
 )
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
-@activation("SiLU()", onnx={"Swish": _swish}, spell=spelling.silu)
+@activation("SiLU()", onnx={"Swish": _swish}, spell=spelling.silu, element=lambda x: x * scalars.sigmoid(x))
 def silu(x: Tensor) -> Tensor:
     return F.silu(x)
 
 
-@activation("Sigmoid()", onnx=["Sigmoid"], aten={"special_expit": None}, scaling=Scaling(within=(0, 1)))
+@activation(
+    "Sigmoid()", onnx=["Sigmoid"], aten={"special_expit": None}, scaling=Scaling(within=(0, 1)), element=scalars.sigmoid
+)
 def sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x)
 
 
-@activation("Tanh()", onnx=["Tanh"], symmetry=Symmetry.ODD, scaling=Scaling(within=(-1, 1)))
+@activation("Tanh()", onnx=["Tanh"], symmetry=Symmetry.ODD, scaling=Scaling(within=(-1, 1)), element=scalars.tanh)
 def tanh(x: Tensor) -> Tensor:
     return torch.tanh(x)
 
 
-@activation("Hardswish()", onnx=["HardSwish"], spell=spelling.hard_swish)
+@activation(
+    "Hardswish()",
+    onnx=["HardSwish"],
+    spell=spelling.hard_swish,
+    element=lambda x: x * scalars.clamp(x + 3.0, 0.0, 6.0) / 6.0,
+)
 def hardswish(x: Tensor) -> Tensor:
     return F.hardswish(x)
 
@@ -299,6 +322,7 @@ def _onnx_hard_sigmoid(build: Any, call: Any) -> Any:
     onnx={"HardSigmoid": _onnx_hard_sigmoid},
     spell=spelling.hard_sigmoid,
     scaling=Scaling(within=(0, 1)),
+    element=lambda x: scalars.clamp(x + 3.0, 0.0, 6.0) / 6.0,
 )
 def hardsigmoid(x: Tensor) -> Tensor:
     return F.hardsigmoid(x)
@@ -322,6 +346,7 @@ def _clip_symmetry(node: Node) -> Symmetry:
     symmetry=_clip_symmetry,
     spell=spelling.hard_tanh,
     scaling=lambda node: Scaling(within=(node.attributes["min_val"], node.attributes["max_val"])),
+    element=lambda x, min_val, max_val: scalars.clamp(x, min_val, max_val),
 )
 def hardtanh(x: Tensor, *, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
     return F.hardtanh(x, min_val, max_val)
@@ -333,6 +358,7 @@ def hardtanh(x: Tensor, *, min_val: float = -1.0, max_val: float = 1.0) -> Tenso
     symmetry=Symmetry.ODD,
     layer=lambda node: "nn.Softsign()",
     scaling=Scaling(within=(-1, 1)),
+    element=lambda x: x / (1.0 + scalars.abs_(x)),
 )
 def softsign(x: Tensor) -> Tensor:
     return F.softsign(x)
@@ -359,13 +385,19 @@ def _onnx_shrink(build: Any, call: Any) -> Any:
     onnx={"Shrink": _onnx_shrink},
     symmetry=Symmetry.ODD,
     spell=_with("Shrink", lambd="lambd"),
+    element=lambda x, lambd: scalars.where(scalars.abs_(x) <= lambd, 0.0, x),
 )
 def hardshrink(x: Tensor, *, lambd: float = 0.5) -> Tensor:
     return F.hardshrink(x, lambd)
 
 
 @activation(
-    "Softshrink({lambd})", {}, {"lambd": 1.0}, symmetry=Symmetry.ODD, spell=_with("Shrink", lambd="lambd", bias="lambd")
+    "Softshrink({lambd})",
+    {},
+    {"lambd": 1.0},
+    symmetry=Symmetry.ODD,
+    spell=_with("Shrink", lambd="lambd", bias="lambd"),
+    element=lambda x, lambd: x - scalars.clamp(x, -lambd, lambd),
 )
 def softshrink(x: Tensor, *, lambd: float = 0.5) -> Tensor:
     return F.softshrink(x, lambd)

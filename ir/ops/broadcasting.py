@@ -48,6 +48,7 @@ def _onnx_unsqueeze(build: Builder, call: Any) -> Any:
         sample(randn(()), dim=0),
     ],
     symmetry=Symmetry.LAYOUT,
+    element=lambda x, **_: x,
 )
 def unsqueeze(x: torch.Tensor, *, dim: int) -> torch.Tensor:
     return x.unsqueeze(dim)
@@ -109,6 +110,7 @@ def _spell_squeeze(onnx: Any, node: Node) -> Any:
         sample(randn(1), dims=(0,)),
     ],
     symmetry=Symmetry.LAYOUT,
+    element=lambda x, **_: x,
 )
 def squeeze(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
     return x.squeeze(dims)
@@ -232,6 +234,7 @@ def _write_expand(nodes: Sequence[Node], patch: Any) -> None:
         sample(randn(()), shape=(2,)),
     ],
     symmetry=Symmetry.LAYOUT,
+    element=lambda x, **_: x,
 )  # fmt: skip
 def expand(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
     return x.expand(shape)

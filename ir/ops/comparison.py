@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, randint, randn
 
+from regauge.ir import scalars
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Sample, Symmetry, sample
 from regauge.ir.ops import spell_arithmetic as spelling
@@ -48,6 +49,7 @@ def _bits() -> list[Sample]:
     samples=_compared,
     commutative=True,
     scaling=Scaling(powers={"x y": 0}),
+    element=scalars.eq,
 )
 def eq(x: Tensor, y: Tensor) -> Tensor:
     return x == y
@@ -59,6 +61,7 @@ def eq(x: Tensor, y: Tensor) -> Tensor:
     spell=lambda onnx, node: onnx.Not(onnx.Equal(*onnx.operands(2, onnx.common_type))),
     commutative=True,
     scaling=Scaling(powers={"x y": 0}),
+    element=scalars.ne,
 )
 def ne(x: Tensor, y: Tensor) -> Tensor:
     return x != y
@@ -69,6 +72,7 @@ def ne(x: Tensor, y: Tensor) -> Tensor:
     onnx={"Less": onnx_binary("lt")},
     samples=_compared,
     scaling=Scaling(powers={"x y": 0}),
+    element=lambda x, y: x < y,
 )
 def lt(x: Tensor, y: Tensor) -> Tensor:
     return x < y
@@ -79,6 +83,7 @@ def lt(x: Tensor, y: Tensor) -> Tensor:
     onnx={"LessOrEqual": onnx_binary("le")},
     samples=_compared,
     scaling=Scaling(powers={"x y": 0}),
+    element=lambda x, y: x <= y,
 )
 def le(x: Tensor, y: Tensor) -> Tensor:
     return x <= y
@@ -89,6 +94,7 @@ def le(x: Tensor, y: Tensor) -> Tensor:
     onnx={"Greater": onnx_binary("gt")},
     samples=_compared,
     scaling=Scaling(powers={"x y": 0}),
+    element=lambda x, y: x > y,
 )
 def gt(x: Tensor, y: Tensor) -> Tensor:
     return x > y
@@ -99,6 +105,7 @@ def gt(x: Tensor, y: Tensor) -> Tensor:
     onnx={"GreaterOrEqual": onnx_binary("ge")},
     samples=_compared,
     scaling=Scaling(powers={"x y": 0}),
+    element=lambda x, y: x >= y,
 )
 def ge(x: Tensor, y: Tensor) -> Tensor:
     return x >= y
@@ -144,27 +151,38 @@ def isinf(x: Tensor) -> Tensor:
 
 
 @pointwise(
-    aten=["logical_and"], onnx={"And": onnx_binary("logical_and", numbers=False)}, samples=_combined, commutative=True
+    aten=["logical_and"],
+    onnx={"And": onnx_binary("logical_and", numbers=False)},
+    samples=_combined,
+    commutative=True,
+    element=scalars.logical_and,
 )
 def logical_and(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_and(x, y)
 
 
 @pointwise(
-    aten=["logical_or"], onnx={"Or": onnx_binary("logical_or", numbers=False)}, samples=_combined, commutative=True
+    aten=["logical_or"],
+    onnx={"Or": onnx_binary("logical_or", numbers=False)},
+    samples=_combined,
+    commutative=True,
+    element=scalars.logical_or,
 )
 def logical_or(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_or(x, y)
 
 
 @pointwise(
-    aten=["logical_xor"], onnx={"Xor": onnx_binary("logical_xor", numbers=False)}, samples=_combined, commutative=True
+    aten=["logical_xor"],
+    onnx={"Xor": onnx_binary("logical_xor", numbers=False)},
+    samples=_combined,
+    commutative=True,
 )
 def logical_xor(x: Tensor, y: Tensor) -> Tensor:
     return torch.logical_xor(x, y)
 
 
-@pointwise(aten=["logical_not"], onnx=["Not"], samples=lambda: [sample(_booleans(2, 3))])
+@pointwise(aten=["logical_not"], onnx=["Not"], samples=lambda: [sample(_booleans(2, 3))], element=scalars.logical_not)
 def logical_not(x: Tensor) -> Tensor:
     return torch.logical_not(x)
 
@@ -294,6 +312,7 @@ def _choices() -> list[Sample]:
     samples=_choices,
     symmetry=_choice_symmetry,
     scaling=Scaling(powers={"x y": 1}),
+    element=scalars.where,
 )
 def where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.where(condition, x, y)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import randn
 
+from regauge.ir import scalars
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Cost, Symmetry, operator, sample
@@ -53,6 +54,7 @@ def _linear_shape(x: Value, weight: Value, bias: Value | None = None) -> tuple[S
     ],
     layer=_linear_layer,
     spell=_spell_linear,
+    element=lambda x, weight, bias=None: scalars.affine(scalars.sum_(x * weight), None, bias),
 )
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return F.linear(x, weight, bias)
@@ -131,6 +133,7 @@ def _gemm(build: Builder, call: Any) -> Any:
         sample(randn(2, 3, 4), randn(4)),
         sample(randn(4), randn(4)),
     ],
+    element=lambda x, y: scalars.sum_(x * y),
 )  # fmt: skip
 def matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.matmul(x, y)

@@ -100,6 +100,7 @@ def _cast_symmetry(node: Node) -> Symmetry:
         sample(randn(2, 3), dtype=torch.float64),
     ],
     symmetry=_cast_symmetry,
+    element=lambda x, dtype: x if dtype.is_floating_point else None,
 )
 def cast(x: Tensor, *, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
@@ -121,6 +122,7 @@ def _same_value(build: Any, x: Any, *_: Any, **__: Any) -> Any:
     onnx=["Identity"],
     samples=lambda: [sample(randn(2, 3))],
     symmetry=Symmetry.LINEAR,
+    element=lambda x: x,
 )
 def identity(x: Tensor) -> Tensor:
     return x

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, rand, randn
 
+from regauge.ir import scalars
 from regauge.ir.operator import Adapter, Speller, Symmetry, sample
 from regauge.ir.ops.elementwise import Function, pointwise, positive
 from regauge.ir.ops.spell_arithmetic import truncated
+from regauge.ir.scalars import Element
 from regauge.ir.scaling import Scaling
 
 Draw = Callable[..., Tensor]
@@ -26,6 +28,7 @@ def elementary(
     symmetry: Symmetry = Symmetry.POINTWISE,
     spell: Speller | None = None,
     scaling: Scaling | None = None,
+    element: Element | None = None,
 ) -> Callable[[Function], Function]:
     """Register a function of one tensor; ATen calls it by the same name and by ``aliases``."""
 
@@ -38,6 +41,7 @@ def elementary(
             symmetry=symmetry,
             spell=spell,
             scaling=scaling,
+            element=element,
         )(evaluate)
 
     return register
@@ -59,12 +63,12 @@ def _above_one(*shape: int) -> Tensor:
 # -- signs -------------------------------------------------------------------------------------------------------------
 
 
-@elementary(onnx=["Neg"], aliases=["negative"], symmetry=Symmetry.LINEAR)
+@elementary(onnx=["Neg"], aliases=["negative"], symmetry=Symmetry.LINEAR, element=lambda x: -x)
 def neg(x: Tensor) -> Tensor:
     return -x
 
 
-@elementary(onnx=["Abs"], aliases=["absolute"], symmetry=Symmetry.HOMOGENEOUS)
+@elementary(onnx=["Abs"], aliases=["absolute"], symmetry=Symmetry.HOMOGENEOUS, element=scalars.abs_)
 def abs_(x: Tensor) -> Tensor:
     return torch.abs(x)
 
@@ -77,27 +81,27 @@ def sign(x: Tensor) -> Tensor:
 # -- powers and exponentials -------------------------------------------------------------------------------------------
 
 
-@elementary(onnx=["Exp"])
+@elementary(onnx=["Exp"], element=scalars.exp)
 def exp(x: Tensor) -> Tensor:
     return torch.exp(x)
 
 
-@elementary(spell=_of(lambda onnx, x: onnx.Pow(2.0, x)))
+@elementary(spell=_of(lambda onnx, x: onnx.Pow(2.0, x)), element=scalars.exp2)
 def exp2(x: Tensor) -> Tensor:
     return torch.exp2(x)
 
 
-@elementary()
+@elementary(element=scalars.expm1)
 def expm1(x: Tensor) -> Tensor:
     return torch.expm1(x)
 
 
-@elementary(onnx=["Log"], draw=positive)
+@elementary(onnx=["Log"], draw=positive, element=scalars.log)
 def log(x: Tensor) -> Tensor:
     return torch.log(x)
 
 
-@elementary(draw=positive, spell=_of(lambda onnx, x: onnx.Div(onnx.Log(x), math.log(2))))
+@elementary(draw=positive, spell=_of(lambda onnx, x: onnx.Div(onnx.Log(x), math.log(2))), element=scalars.log2)
 def log2(x: Tensor) -> Tensor:
     return torch.log2(x)
 
@@ -107,29 +111,34 @@ def log10(x: Tensor) -> Tensor:
     return torch.log10(x)
 
 
-@elementary(draw=positive)
+@elementary(draw=positive, element=scalars.log1p)
 def log1p(x: Tensor) -> Tensor:
     return torch.log1p(x)
 
 
-@elementary(onnx=["Sqrt"], draw=positive, scaling=Scaling(powers={"x": 0.5}))
+@elementary(onnx=["Sqrt"], draw=positive, scaling=Scaling(powers={"x": 0.5}), element=scalars.sqrt)
 def sqrt(x: Tensor) -> Tensor:
     return torch.sqrt(x)
 
 
 @elementary(
-    draw=positive, spell=_of(lambda onnx, x: onnx.Reciprocal(onnx.Sqrt(x))), scaling=Scaling(powers={"x": -0.5})
+    draw=positive,
+    spell=_of(lambda onnx, x: onnx.Reciprocal(onnx.Sqrt(x))),
+    scaling=Scaling(powers={"x": -0.5}),
+    element=scalars.rsqrt,
 )
 def rsqrt(x: Tensor) -> Tensor:
     return torch.rsqrt(x)
 
 
-@elementary(onnx=["Reciprocal"], draw=positive, scaling=Scaling(powers={"x": -1}))
+@elementary(onnx=["Reciprocal"], draw=positive, scaling=Scaling(powers={"x": -1}), element=lambda x: 1.0 / x)
 def reciprocal(x: Tensor) -> Tensor:
     return torch.reciprocal(x)
 
 
-@elementary(onnx=["Erf"], aliases=["special_erf"], symmetry=Symmetry.ODD, scaling=Scaling(within=(-1, 1)))
+@elementary(
+    onnx=["Erf"], aliases=["special_erf"], symmetry=Symmetry.ODD, scaling=Scaling(within=(-1, 1)), element=scalars.erf
+)
 def erf(x: Tensor) -> Tensor:
     return torch.erf(x)
 
@@ -147,12 +156,12 @@ def erfinv(x: Tensor) -> Tensor:
 # -- trigonometry ------------------------------------------------------------------------------------------------------
 
 
-@elementary(onnx=["Sin"], symmetry=Symmetry.ODD, scaling=Scaling(within=(-1, 1)))
+@elementary(onnx=["Sin"], symmetry=Symmetry.ODD, scaling=Scaling(within=(-1, 1)), element=scalars.sin)
 def sin(x: Tensor) -> Tensor:
     return torch.sin(x)
 
 
-@elementary(onnx=["Cos"], scaling=Scaling(within=(-1, 1)))
+@elementary(onnx=["Cos"], scaling=Scaling(within=(-1, 1)), element=scalars.cos)
 def cos(x: Tensor) -> Tensor:
     return torch.cos(x)
 
@@ -205,12 +214,12 @@ def atanh(x: Tensor) -> Tensor:
 # -- rounding ----------------------------------------------------------------------------------------------------------
 
 
-@elementary(onnx=["Floor"])
+@elementary(onnx=["Floor"], element=scalars.floor)
 def floor(x: Tensor) -> Tensor:
     return torch.floor(x)
 
 
-@elementary(onnx=["Ceil"])
+@elementary(onnx=["Ceil"], element=scalars.ceil)
 def ceil(x: Tensor) -> Tensor:
     return torch.ceil(x)
 

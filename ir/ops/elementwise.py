@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, rand, randint, randn
 
+from regauge.ir import scalars
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Adapter, OnnxForm, Operator, Sample, Symmetry, register_operator, sample
@@ -168,6 +169,7 @@ def _mean_of_many(build: Any, call: Any) -> Any:
     samples=_pairs(randn, randn, (None, 2.5), (1, None)),
     symmetry=Symmetry.LINEAR,
     commutative=True,
+    element=lambda x, y: x + y,
 )
 def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
@@ -182,6 +184,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     onnx={"Sub": onnx_binary("sub")},
     samples=_pairs(randn, randn, (None, 2.5), (1, None)),
     symmetry=Symmetry.LINEAR,
+    element=lambda x, y: x - y,
 )
 def sub(x: Tensor, y: Tensor) -> Tensor:
     return x - y
@@ -203,6 +206,7 @@ def _addcdiv(build: Any, x: Any, a: Any, b: Any, *, value: Any = 1) -> Any:
     samples=_pairs(randn, randn, (None, 2.5), (3, None)),
     symmetry=Symmetry.PRODUCT,
     commutative=True,
+    element=lambda x, y: x * y,
 )
 def mul(x: Tensor, y: Tensor) -> Tensor:
     return x * y
@@ -257,6 +261,7 @@ def _division_symmetry(node: Node) -> Symmetry:
     ],
     symmetry=_division_symmetry,
     scaling=_division_scaling,
+    element=lambda x, y, rounding_mode: x / y if rounding_mode is None else None,
 )
 def div(x: Tensor, y: Tensor, *, rounding_mode: str | None = None) -> Tensor:
     return x / y if rounding_mode is None else torch.div(x, y, rounding_mode=rounding_mode)
@@ -289,6 +294,7 @@ def _square(build: Any, x: Any) -> Any:
     spell=spelling.power,
     samples=_pairs(positive, randn, (None, 2), (2, None), (None, 0.5)),
     scaling=power_scaling,
+    element=scalars.power,
 )
 def pow_(x: Tensor, y: Tensor) -> Tensor:
     return x**y
@@ -336,6 +342,7 @@ def _like_shapes(node: Node) -> Symmetry:
     samples=_pairs(randn, randn),
     symmetry=_like_shapes,
     commutative=True,
+    element=scalars.maximum,
 )
 def maximum(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(x, y)
@@ -347,6 +354,7 @@ def maximum(x: Tensor, y: Tensor) -> Tensor:
     samples=_pairs(randn, randn),
     symmetry=_like_shapes,
     commutative=True,
+    element=scalars.minimum,
 )
 def minimum(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(x, y)
@@ -380,66 +388,3 @@ def logaddexp(x: Tensor, y: Tensor) -> Tensor:
 )
 def hypot(x: Tensor, y: Tensor) -> Tensor:
     return torch.hypot(x, y)
-
-
-# -- three operands ----------------------------------------------------------------------------------------------------
-
-
-def _clamp(build: Any, x: Any, min: Any = None, max: Any = None) -> Any:
-    if isinstance(min, Value) != isinstance(max, Value) and min is not None and max is not None:
-        return build.clamp(build.clamp(x, min), None, max)  # torch takes two tensors or two numbers
-    return build.clamp(x, min, max)
-
-
-def _onnx_clip(build: Any, call: Any) -> Any:
-    """Clip keeps its bounds in attributes up to opset 6 and in optional inputs from opset 11 on."""
-    if call.opset < 11:
-        low, high = call.attribute("min"), call.attribute("max")
-        lowest, highest = -3.4028234663852886e38, 3.4028234663852886e38  # the defaults of opset 6: no bound at all
-        return _clamp(
-            build, call.operand(0), None if low in (None, lowest) else low, None if high in (None, highest) else high
-        )
-    bounds = [call.number(i) if call.has(i) else None for i in (1, 2)]
-    low, high = (
-        call.operand(i) if call.has(i) and bound is None else bound for i, bound in zip((1, 2), bounds, strict=True)
-    )
-    return _clamp(build, call.operand(0), low, high)
-
-
-def _clamp_symmetry(node: Node) -> Symmetry:
-    """Cutting off at zero commutes with positive scales, like relu."""
-    bounds = node.inputs[1:]
-    zero = all(bound is None or (isinstance(bound, int | float) and bound == 0) for bound in bounds)
-    return Symmetry.HOMOGENEOUS if zero else Symmetry.POINTWISE
-
-
-@pointwise(
-    aten={
-        "clamp": _clamp,
-        "clip": _clamp,
-        "clamp_min": lambda build, x, min: build.clamp(x, min),
-        "clamp_max": lambda build, x, max: build.clamp(x, None, max),
-    },
-    onnx={"Clip": _onnx_clip},
-    spell=spelling.clamp,
-    samples=lambda: [
-        sample(randn(2, 3), -0.5, 0.5),
-        sample(randn(2, 3), 0),
-        sample(randn(2, 3), None, 0.3),
-        sample(randn(2, 3, 4), randn(3, 1) - 1, randn(4) + 2),
-    ],
-    symmetry=_clamp_symmetry,
-    scaling=Scaling(powers={"x min max": 1}),
-)
-def clamp(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
-    return x if min is None and max is None else torch.clamp(x, min, max)
-
-
-@pointwise(
-    aten={"lerp": None, "lerp.Scalar": lambda build, x, end, weight: build.lerp(x, end, weight)},
-    samples=lambda: [sample(randn(2, 3), randn(2, 3), 0.3), sample(randn(2, 3), randn(2, 3), rand(3))],
-    spell=spelling.interpolation,
-    scaling=Scaling(powers={"x end": 1}),
-)
-def lerp(x: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    return torch.lerp(x, end, weight)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir import scalars
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import Concat, Product, resolve
@@ -94,6 +95,7 @@ def _concat_shape(first: Value, *others: Value, dim: int) -> list[Size] | None:
         sample(randn(2), randn(1), randn(3), dim=0),
     ],
     symmetry=Symmetry.LAYOUT,
+    element=lambda *tensors, dim: scalars.joined(*tensors),
 )  # fmt: skip
 def concat(*tensors: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat(tensors, dim)

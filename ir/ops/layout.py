@@ -177,6 +177,7 @@ def _reshape_shape(x: Value, *, shape: Sequence[Size]) -> Sequence[Size] | None:
     spell=lambda onnx, node: onnx.Reshape(
         onnx.operand(0), onnx.target(node.attributes["shape"], node.inputs[0].shape)
     ),
+    element=lambda x, **_: x,
 )  # fmt: skip
 def reshape(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
     return x.reshape(shape)
@@ -243,6 +244,7 @@ def _permute_shape(x: Value, *, dims: Sequence[int]) -> tuple[Size, ...] | None:
         sample(randn(3), dims=(0,)),
     ],
     symmetry=Symmetry.LAYOUT,
+    element=lambda x, **_: x,
 )  # fmt: skip
 def permute(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
     return x.permute(dims)

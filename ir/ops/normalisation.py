@@ -1,4 +1,4 @@
-"""Normalisation: batch, layer, RMS, group, instance and local response norms, and weight normalisation.
+"""Normalisation: layer, RMS, group, instance and local response norms, and weight normalisation.
 
 What a norm averages over has the role ``normalise``: it may be cut, and the norm is then one of what is left.
 """
@@ -10,139 +10,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, rand, randn
+from torch import Tensor, randn
 
+from regauge.ir import scalars
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
-from regauge.ir.operator import Symmetry, operator, sample
+from regauge.ir.operator import operator, sample
 from regauge.ir.ops import spell_normalisation as spelling
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.onnx_normalisation import GROUP_NORM_FORMS, LAYER_NORM_FORMS, RMS_NORM_FORMS
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scalars import Scalar
 from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import Size, product
 from regauge.ir.training_notes import TRACKED
 
-# -- batch norm --------------------------------------------------------------------------------------------------------
-
-
-def _batch_norm_rule(call: Call) -> str:
-    """In training the statistics are those of the batch, and the running ones come out changed."""
-    operands = "n c s..., c?, c?, c?, c?"
-    if not call["training"]:
-        return f"{operands} -> n c s..."
-    statistics = ", c, c" if len(call.node.outputs) == 3 else ""
-    return f"{operands} -> n c s...{statistics} ; normalise n s"
-
-
-def _batch_norm(
-    build: Any,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-    *_: Any,
-) -> Any:
-    """``batch_norm`` itself writes its running statistics in place, so a functional call never sees them change."""
-    result = build.batch_norm(x, weight, bias, mean, var, training=training, momentum=momentum, eps=eps)
-    return result[0] if isinstance(result, tuple) else result
-
-
-def _batch_norm_functional(build: Any, x: Any, *arguments: Any) -> Any:
-    """Results: y, saved mean and inverse deviation (for the backward pass only), new running mean and variance."""
-    weight, bias, mean, var, training, momentum, eps = arguments
-    result = build.batch_norm(x, weight, bias, mean, var, training=training, momentum=momentum, eps=eps)
-    if isinstance(result, tuple):
-        return result[0], None, None, result[1], result[2]
-    return result, None, None, mean, var
-
-
-def _batch_norm_with_update(build: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Any:
-    y, _, _, new_mean, new_var = _batch_norm_functional(build, x, weight, bias, mean, var, True, *rest)
-    return y, None, None, None, new_mean, new_var
-
-
-def _batch_norm_inference(build: Any, x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Any:
-    momentum, eps = rest
-    y = build.batch_norm(x, weight, bias, mean, var, training=False, momentum=momentum, eps=eps)
-    return y, None, None
-
-
-def _batch_norm_saving(build: Any, *arguments: Any) -> Any:
-    """The forms that also return what the backward pass saves."""
-    return _batch_norm(build, *arguments), None, None, None
-
-
-def _batch_norm_without_statistics(build: Any, x: Any, weight: Any, bias: Any, training: bool, *rest: Any) -> Any:
-    return _batch_norm(build, x, weight, bias, None, None, training, *rest), None, None
-
-
-def _onnx_batch_norm(build: Any, call: Any) -> Any:
-    """ONNX keeps the population variance while training, torch the sample variance: only y agrees then."""
-    training = bool(call.attribute("training_mode", 0)) or (call.opset < 7 and not call.attribute("is_test", 0))
-    if call.attribute("spatial", 1) == 0 or (training and (call.wanted(1) or call.wanted(2))):
-        raise OperatorError("this form of BatchNormalization has no counterpart in torch: the node is kept as it is")
-    x, weight, bias, mean, var = (call.operand(i) for i in range(5))
-    if training:
-        mean = var = None
-    eps, momentum = call.attribute("epsilon", 1e-5), round(1 - call.attribute("momentum", 0.9), 7)  # stored in float32
-    return build.batch_norm(x, weight, bias, mean, var, training=training, momentum=momentum, eps=eps)
-
-
-def _batch_norm_by_parts(
-    x: Tensor, weight: Any = None, bias: Any = None, mean: Any = None, var: Any = None, *, eps: float = 1e-5, **_: Any
-) -> Any:
-    """``(x - mean) * weight / sqrt(var + eps) + bias`` where gradients go to statistics that the graph computes, as it
-    does in layer norms of TensorFlow: torch has no such derivative of its batch norm.
-    """
-    if mean is None or var is None or not (mean.requires_grad or var.requires_grad):
-        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    y = (x - mean.reshape(shape)) / torch.sqrt(var.reshape(shape) + eps)
-    y = y if weight is None else y * weight.reshape(shape)
-    return y if bias is None else y + bias.reshape(shape)
-
-
-def _batch_norm_layer(node: Node) -> str | None:
-    """BatchNorm1d takes ranks 2 and 3, BatchNorm2d rank 4, BatchNorm3d rank 5; weight and bias come together."""
-    if TRACKED in node.metadata:  # this is how an instance norm evaluates
-        return _instance_norm_layer(node)
-    x = node.inputs[0]
-    if not isinstance(x, Value) or not 2 <= x.rank <= 5 or not isinstance(x.shape[1], int):
-        return None
-    weight, bias, mean, var = given(node, 5)
-    if (weight is None) != (bias is None) or (mean is None) != (var is None):
-        return None
-    options = f"eps={node.attributes['eps']}, momentum={node.attributes['momentum']}"
-    options += ", affine=False" if weight is None else ""
-    options += ", track_running_stats=False" if mean is None else ""
-    return f"nn.BatchNorm{max(x.rank - 2, 1)}d({x.shape[1]}, {options})"
-
-
-def _batch_norm_shape(x: Value, *parts: Value | None, training: bool = False, **_: Any) -> Any:
-    fits = x.rank > 1 and not training and all(part is None or part.shape == x.shape[1:2] for part in parts)
-    return x.shape if fits else None
-
-
-def _group_norm_shape(x: Value, *parts: Value | None, num_groups: int, **_: Any) -> Any:
-    if x.rank < 2 or not isinstance(x.shape[1], int) or x.shape[1] % num_groups:
-        return None
-    return _norm_shape(x, parts, product((x.shape[0], x.shape[1] // num_groups, *x.shape[2:])))
-
-
-def _instance_norm_shape(x: Value, *parts: Value | None, **_: Any) -> Any:
-    return _norm_shape(x, parts, product(x.shape[2:]))
-
-
-def _norm_shape(x: Value, parts: Sequence[Value | None], elements: Size) -> Any:
-    """The shape of what is normalised over so many elements, of which torch wants more than one."""
-    fixed = all(isinstance(size, int) for size in x.shape)
-    fits = fixed and elements > 1 and all(part is None or part.shape == x.shape[1:2] for part in parts)
-    return x.shape if fits else None
+# -- what norms share --------------------------------------------------------------------------------------------------
 
 
 def given(node: Node, count: int) -> list[Any]:
@@ -150,56 +33,21 @@ def given(node: Node, count: int) -> list[Any]:
     return [node.inputs[i] if i < len(node.inputs) else None for i in range(1, count)]
 
 
-def _batch_norm_scaling(node: Node) -> Scaling | None:
-    """Of inference, where it is a gain and a shift; ``eps`` tells the scale of a variance."""
-    return None if node.attributes["training"] else Scaling(powers={"x mean": 1, "weight": 1})
+def norm_shape(x: Value, parts: Sequence[Value | None], elements: Size) -> Any:
+    """The shape of what is normalised over so many elements, of which torch wants more than one."""
+    fixed = all(isinstance(size, int) for size in x.shape)
+    fits = fixed and elements > 1 and all(part is None or part.shape == x.shape[1:2] for part in parts)
+    return x.shape if fits else None
 
 
-@operator(
-    rule=_batch_norm_rule,
-    shape=_batch_norm_shape,
-    aten={
-        "batch_norm": _batch_norm,
-        "_native_batch_norm_legit_functional": _batch_norm_functional,
-        "_native_batch_norm_legit_no_training": _batch_norm_inference,
-        "_native_batch_norm_legit": _batch_norm_saving,
-        "_native_batch_norm_legit.no_stats": _batch_norm_without_statistics,
-        "_batch_norm_with_update_functional": _batch_norm_with_update,
-        "_batch_norm_no_update": lambda build, x, *rest: (*_batch_norm_inference(build, x, *rest), None),
-        "native_batch_norm": _batch_norm_saving,
-        "cudnn_batch_norm": _batch_norm_saving,
-        "miopen_batch_norm": _batch_norm_saving,
-    },
-    onnx={"BatchNormalization": _onnx_batch_norm},
-    samples=lambda: [
-        sample(randn(2, 3, 4, 4), randn(3), randn(3), randn(3), rand(3) + 0.5),
-        sample(randn(2, 3), None, None, randn(3), rand(3) + 0.5, eps=1e-3),
-        sample(randn(2, 3, 4), randn(3), randn(3), randn(3), rand(3) + 0.5, training=True),
-        sample(randn(2, 3, 4, 4), randn(3), None, training=True),
-    ],
-    symmetry=lambda node: Symmetry.POINTWISE if node.attributes["training"] else Symmetry.AFFINE,
-    layer=_batch_norm_layer,
-    spell=spelling.batch_norm,
-    zeroed_by=("weight",),
-    with_gradients=_batch_norm_by_parts,
-    scaling=_batch_norm_scaling,
-)
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    mean: Tensor | None = None,
-    var: Tensor | None = None,
-    *,
-    training: bool = False,
-    momentum: float | None = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    momentum = 1.0 if momentum is None else momentum  # the average of all batches: of the first, so far
-    if not training or mean is None:
-        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    results = torch.ops.aten._native_batch_norm_legit_functional(x, weight, bias, mean, var, True, momentum, eps)
-    return results[0], results[3], results[4]
+def _group_norm_shape(x: Value, *parts: Value | None, num_groups: int, **_: Any) -> Any:
+    if x.rank < 2 or not isinstance(x.shape[1], int) or x.shape[1] % num_groups:
+        return None
+    return norm_shape(x, parts, product((x.shape[0], x.shape[1] // num_groups, *x.shape[2:])))
+
+
+def _instance_norm_shape(x: Value, *parts: Value | None, **_: Any) -> Any:
+    return norm_shape(x, parts, product(x.shape[2:]))
 
 
 # -- layer and RMS norm ------------------------------------------------------------------------------------------------
@@ -270,6 +118,7 @@ def _layer_norm_shape(x: Value, *parts: Value | None, normalized_shape: Sequence
     spell=spelling.layer_norm,
     zeroed_by=("weight",),
     scaling=Scaling(powers={"weight": 1}),
+    element=lambda x, weight=None, bias=None, *, eps, **_: scalars.normalised(x, weight, bias, eps),
 )
 def layer_norm(
     x: Tensor,
@@ -280,6 +129,11 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     return F.layer_norm(x, normalized_shape, weight, bias, eps)
+
+
+def _rms_norm_element(x: Scalar, weight: Scalar | None = None, *, eps: float | None, **_: Any) -> Scalar | None:
+    """Without ``eps`` it is that of the type, which an element does not know."""
+    return None if eps is None else scalars.affine(x * scalars.rsqrt(scalars.mean(x * x) + eps), weight, None)
 
 
 @operator(
@@ -295,6 +149,7 @@ def layer_norm(
     spell=spelling.rms_norm,
     zeroed_by=("weight",),
     scaling=Scaling(powers={"weight": 1}),
+    element=_rms_norm_element,
 )
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, *, normalized_shape: tuple[int, ...], eps: float | None = None
@@ -339,6 +194,7 @@ def _group_norm_layer(node: Node) -> str | None:
     spell=spelling.group_norm,
     zeroed_by=("weight",),
     scaling=Scaling(powers={"weight": 1}),
+    element=lambda x, weight=None, bias=None, *, eps, **_: scalars.normalised(x, weight, bias, eps),
 )
 def group_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, num_groups: int, eps: float = 1e-5
@@ -356,7 +212,7 @@ def _instance_norm(
     return build.instance_norm(x, weight, bias, eps=eps)
 
 
-def _instance_norm_layer(node: Node) -> str | None:
+def instance_norm_layer(node: Node) -> str | None:
     weight, bias = given(node, 3)
     x = node.inputs[0]
     if not isinstance(x, Value) or not 3 <= x.rank <= 5 or not isinstance(x.shape[1], int):
@@ -379,10 +235,11 @@ def _instance_norm_layer(node: Node) -> str | None:
         )
     },
     samples=lambda: [sample(randn(2, 3, 5), randn(3), randn(3)), sample(randn(2, 3, 4, 4), eps=1e-3)],
-    layer=_instance_norm_layer,
+    layer=instance_norm_layer,
     spell=spelling.instance_norm,
     zeroed_by=("weight",),
     scaling=Scaling(powers={"weight": 1}),
+    element=lambda x, weight=None, bias=None, *, eps: scalars.normalised(x, weight, bias, eps),
 )
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     return F.instance_norm(x, None, None, weight, bias, True, 0.1, eps)

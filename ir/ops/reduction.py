@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, randn
 
+from regauge.ir import scalars
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import ONE
 from regauge.ir.operator import Adapter, OnnxForm, Operator, Sample, Symmetry, operator, register_operator, sample
@@ -20,6 +21,7 @@ from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.elementwise import Function, positive
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scalars import Scalar
 from regauge.ir.scaling import Scaling
 
 Dims = int | Sequence[int] | None
@@ -159,6 +161,7 @@ def _reduced_shape(x: Any, *, dims: tuple[int, ...] | None = None, keepdim: bool
     shape=_reduced_shape,
     symmetry=Symmetry.LINEAR,
     spell=spelling.reduced("ReduceMean"),
+    element=lambda x, **_: scalars.mean(x),
 )
 def mean(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.mean(x, dims, keepdim)
@@ -178,6 +181,7 @@ def mean(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
     symmetry=Symmetry.LINEAR,
     spell=spelling.reduced("ReduceSum", since=13),
     scaling=Scaling(powers={"x": 1}, sums=True),
+    element=lambda x, **_: scalars.sum_(x),
 )
 def sum_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.sum(x, dims, keepdim)
@@ -221,6 +225,7 @@ def _both_extremes(build: Any, x: Any, *, dim: int | None = None, keepdim: bool 
     spell=spelling.reduced("ReduceMax"),
     shape=_reduced_shape,
     symmetry=Symmetry.HOMOGENEOUS,
+    element=lambda x, **_: scalars.amax(x),
 )
 def amax(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.amax(x, () if dims is None else dims, keepdim)
@@ -237,6 +242,7 @@ def amax(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
     spell=spelling.reduced("ReduceMin"),
     shape=_reduced_shape,
     symmetry=Symmetry.HOMOGENEOUS,
+    element=lambda x, **_: scalars.amin(x),
 )
 def amin(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.amin(x, () if dims is None else dims, keepdim)
@@ -260,10 +266,16 @@ def all_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
     return torch.all(x, dims, keepdim)
 
 
+def _log_sum_exp(x: Scalar, **_: Any) -> Scalar:
+    greatest = scalars.amax(x)
+    return greatest + scalars.log(scalars.sum_(scalars.exp(x - greatest)))
+
+
 @reduction(
     aten={"logsumexp": _aten_reduce("logsumexp"), "special_logsumexp": _aten_reduce("logsumexp")},
     onnx={"ReduceLogSumExp": _onnx_reduce("logsumexp")},
     spell=spelling.reduced("ReduceLogSumExp"),
+    element=_log_sum_exp,
 )
 def logsumexp(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     return torch.logsumexp(x, tuple(range(x.dim())) if dims is None else dims, keepdim)
@@ -302,6 +314,11 @@ def _spread_and_mean(op: str) -> Adapter:
     return adapter
 
 
+def _variance(x: Scalar, *, correction: float, **_: Any) -> Scalar:
+    deviation = scalars.centred(x)
+    return scalars.sum_(deviation * deviation) / (scalars.count() - correction)
+
+
 @operator(
     rule=reduce_rule,
     aten={"var": _spread_adapter("var"), "var_mean": _spread_and_mean("var")},
@@ -309,6 +326,7 @@ def _spread_and_mean(op: str) -> Adapter:
     samples=lambda: [*_cases()(), *_cases(correction=0)()],
     zeroed_by=(),
     scaling=Scaling(powers={"x": 2}),
+    element=_variance,
 )
 def var(x: Tensor, *, dims: tuple[int, ...] | None = None, correction: float = 1, keepdim: bool = False) -> Tensor:
     return torch.var(x, dims, correction=correction, keepdim=keepdim)
@@ -320,6 +338,7 @@ def var(x: Tensor, *, dims: tuple[int, ...] | None = None, correction: float = 1
     spell=lambda onnx, node: onnx.Sqrt(spelling.variance(onnx, node)),
     samples=lambda: [*_cases()(), *_cases(correction=0)()],
     symmetry=Symmetry.HOMOGENEOUS,
+    element=lambda x, **attributes: scalars.sqrt(_variance(x, **attributes)),
 )
 def std(x: Tensor, *, dims: tuple[int, ...] | None = None, correction: float = 1, keepdim: bool = False) -> Tensor:
     return torch.std(x, dims, correction=correction, keepdim=keepdim)

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, randn
 
+from regauge.ir import scalars
 from regauge.ir.graph import Node
 from regauge.ir.operator import Adapter, OnnxForm, Speller, operator, sample
 from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scalars import Scalar
 from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import product, same
 
@@ -70,6 +72,16 @@ def _spell(op_type: str) -> Speller:
     return spell
 
 
+def _softmax_element(x: Scalar, **_: Any) -> Scalar:
+    weight = scalars.exp(x - scalars.amax(x))
+    return weight / scalars.sum_(weight)
+
+
+def _log_softmax_element(x: Scalar, **_: Any) -> Scalar:
+    below = x - scalars.amax(x)
+    return below - scalars.log(scalars.sum_(scalars.exp(below)))
+
+
 @operator(
     rule=_softmax_rule,
     aten={
@@ -82,6 +94,7 @@ def _spell(op_type: str) -> Speller:
     samples=lambda: [sample(randn(2, 3, 4), dim=-1), sample(randn(2, 3), dim=0), sample(randn(4), dim=0)],
     layer=lambda node: f"nn.Softmax({node.attributes['dim']})",
     scaling=Scaling(within=(0, 1)),
+    element=_softmax_element,
 )
 def softmax(x: Tensor, *, dim: int) -> Tensor:
     return torch.softmax(x, dim)
@@ -98,6 +111,7 @@ def softmax(x: Tensor, *, dim: int) -> Tensor:
     spell=_spell("LogSoftmax"),
     samples=lambda: [sample(randn(2, 3, 4), dim=1), sample(randn(2, 3), dim=-1)],
     layer=lambda node: f"nn.LogSoftmax({node.attributes['dim']})",
+    element=_log_softmax_element,
 )
 def log_softmax(x: Tensor, *, dim: int) -> Tensor:
     return torch.log_softmax(x, dim)

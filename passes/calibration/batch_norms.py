@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -35,10 +35,10 @@ def shift_of(norm: Node) -> torch.Tensor:
     return shift + bias.tensor.detach().double() if isinstance(bias, Parameter) else shift
 
 
-def before_norm(norm: Node, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def before_norm(norm: Node, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """What the input of a batch norm should have more for its output to have these more, [examples, channels, ...]."""
     gain = gain_of(norm)
-    return [divided_by(part, gain.reshape([1, -1] + [1] * (part.dim() - 2))) for part in parts]
+    return (divided_by(part, gain.reshape([1, -1] + [1] * (part.dim() - 2))) for part in parts)
 
 
 def divided_by(part: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

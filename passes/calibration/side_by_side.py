@@ -51,22 +51,21 @@ class SideBySide:
         read = zip(_read(node), _read(was), strict=True)
         return any(value in self.drifted or _differs(value, old) for value, old in read)
 
-    def inputs(self, layer: Layer) -> list[torch.Tensor]:
+    def inputs(self, layer: Layer) -> Sequence[torch.Tensor]:
         """What the layer is given now, for each batch."""
         return self.now.values(layer.node.inputs[0])
 
-    def targets(self, layer: Layer, was: Node) -> list[torch.Tensor]:
-        """What the layer should give, for each batch."""
-        targets = [self.kept(tensor, was.output) for tensor in self.before.values(was.output)]
-        norm = layer.norm
+    def targets(self, layer: Layer, was: Node) -> Iterator[torch.Tensor]:
+        """What the layer should give, for each batch in turn."""
+        norm, targets = layer.norm, (self.kept(tensor, was.output) for tensor in self.before.values(was.output))
         lost = self._lost_beside(norm or layer.node)
         if lost is None:
             return targets
         if norm is not None:
             lost = before_norm(norm, lost)
-        return [target + part for target, part in zip(targets, lost, strict=True)]
+        return (target + part for target, part in zip(targets, lost, strict=True))
 
-    def _lost_beside(self, node: Node) -> list[torch.Tensor] | None:
+    def _lost_beside(self, node: Node) -> Iterator[torch.Tensor] | None:
         """What the other addend was and is no more, where the node's result is only added to one that runs before."""
         result = node.output
         users = list(result.uses)
@@ -80,7 +79,7 @@ class SideBySide:
         if old is None or not self.now.holds(other) or not self.before.holds(old):
             return None
         values = zip(self.before.values(old), self.now.values(other), strict=True)
-        return [self.kept(was, old) - now for was, now in values]
+        return (self.kept(was, old) - now for was, now in values)
 
     def kept(self, tensor: torch.Tensor, value: Value, ends: torch.Tensor | None = None) -> torch.Tensor:
         """A tensor of the original as the cut leaves it; ``ends`` are where the rows of each expert end."""

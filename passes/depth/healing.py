@@ -13,7 +13,7 @@ part added, as far as its inputs tell, and each later branch adds what is still 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,14 +39,17 @@ def heal(
     *,
     by: str,
     rows_per_column: int = ROWS,
+    changed: Collection[Value] = (),
 ) -> int:
     """Refit the layers of ``reduced``, which is changed; returns how many.
 
     ``moved`` says for each value of ``original`` what it is in ``reduced``, as
-    :func:`regauge.passes.depth.removal.without` does. Memory: what the two graphs hold of all batches at a time.
+    :func:`regauge.passes.depth.removal.without` does. Layers without such a value are new, and stay as they are;
+    ``changed`` are values of ``reduced`` that are computed in another way. Memory: what the two graphs hold of all
+    batches at a time.
     """
     twins = Twins(original, reduced, moved, by)
-    run = _Healing(original, reduced, twins, batches, by, rows_per_column)
+    run = _Healing(original, reduced, twins, batches, by, rows_per_column, changed)
     run.run()
     return run.refitted
 
@@ -99,8 +102,16 @@ class Twins:
 
 class _Healing:
     def __init__(
-        self, original: Graph, reduced: Graph, twins: Twins, batches: Sequence[Any], by: str, rows_per_column: int
+        self,
+        original: Graph,
+        reduced: Graph,
+        twins: Twins,
+        batches: Sequence[Any],
+        by: str,
+        rows_per_column: int,
+        changed: Collection[Value],
     ) -> None:
+        self.changed = changed
         self.rows_per_column = rows_per_column
         self.reduced, self.twins, self.by = reduced, twins, by
         self.before, self.now = Lockstep(original, batches), Lockstep(reduced, batches)
@@ -111,7 +122,7 @@ class _Healing:
     def run(self) -> None:
         for node in self.now.steps():
             layer = layer_of(node)
-            if layer is not None:
+            if layer is not None and node.output in self.twins.was:
                 targets = self._targets(layer)
                 if targets is not None:
                     self._refit(layer, targets)
@@ -121,12 +132,12 @@ class _Healing:
     def _note_drift(self, node: Node) -> None:
         read = [value for _, value in node.operands()]
         for value in node.outputs:
-            if any(v in self.drifted for v in read) or self.twins.stands_in(value):
+            if value in self.changed or any(v in self.drifted for v in read) or self.twins.stands_in(value):
                 self.drifted.add(value)
 
     # -- what a layer should give --------------------------------------------------------------------------------------
 
-    def _targets(self, layer: Layer) -> list[torch.Tensor] | None:
+    def _targets(self, layer: Layer) -> Sequence[torch.Tensor] | None:
         """What the layer should give, for each batch; None where it stays as it is."""
         node = layer.node
         source = node.inputs[0]
@@ -156,7 +167,7 @@ class _Healing:
     def _is_known(self, value: Value) -> bool:
         return value.producer is None or self.now.holds(value)
 
-    def _originals(self, value: Value) -> list[torch.Tensor] | None:
+    def _originals(self, value: Value) -> Sequence[torch.Tensor] | None:
         """A value of the original graph, which runs on as far as needed; None where it has been dropped."""
         while not self._holds(value):
             node = next(self._ahead, None)

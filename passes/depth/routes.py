@@ -19,7 +19,7 @@ from regauge.passes.depth.branches import is_sum
 
 _PASSED = ("dropout", "identity")
 
-Read = Callable[[Any], list[Any]]  # an operand, for each batch
+Read = Callable[[Any], Sequence[Any]]  # an operand, for each batch
 
 
 @dataclass
@@ -88,7 +88,7 @@ def _back(node: Node, lost: list[torch.Tensor], read: Read) -> list[torch.Tensor
         sizes = zip(*(read(size) for size in source.shape), strict=True)
         return [part.reshape([int(n) for n in shape]) for part, shape in zip(lost, sizes, strict=True)]
     if node.op == "batch_norm":
-        return before_norm(node, lost)
+        return list(before_norm(node, lost))
     if node.op == "mul":
         scale = next(operand for slot, operand in enumerate(node.inputs) if _is_fixed(node, slot))
         gain = scale.tensor.detach() if isinstance(scale, Parameter) else torch.as_tensor(scale)

@@ -84,7 +84,7 @@ class Judge:
         for part in candidates:
             ending.setdefault(moved[part.result], []).append(part)
         run, found = Lockstep(reduced, self.measured), dict[Part, float]()
-        held: dict[Value, list[Any]] = {}
+        held: dict[Value, Sequence[Any]] = {}
         sources = {moved[part.source] for part in candidates}
         held.update({value: run.values(value) for value in sources if value.producer is None})
         for node in run.steps():

@@ -23,9 +23,12 @@ def choices_of(form: Form, problems: Sequence[Problem], graph: Graph, multiple: 
     return found
 
 
-def links_of(form: Form, problems: Sequence[Problem], ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
-    """The links of all blocks side by side, and the matrices [blocks, outputs, columns] that they multiply by."""
-    found = [form.links(problem, ranks) for problem in problems]
+def links_of(form: Form, problems: Sequence[Problem], numbers: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
+    """The links of all blocks side by side, and the matrices [blocks, outputs, columns] that they multiply by.
+
+    ``numbers`` are those of the choice.
+    """
+    found = [form.links(problem, numbers) for problem in problems]
     matrices = torch.stack([matrix for _, matrix in found])
     if len(found) == 1:
         return found[0][0], matrices

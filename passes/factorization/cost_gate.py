@@ -45,7 +45,7 @@ class CostGate:
             if choice is None:
                 continue
             sizes = (self._size(layer), layer.weight.shape, layer.bias is None)
-            key = (layer.node.op, str(layer.node.attributes), sizes, choice.form, choice.ranks)
+            key = (layer.node.op, str(layer.node.attributes), sizes, choice.form, choice.numbers)
             if key not in self._measured:
                 self._measured[key] = self._slow(layer, choice)
             if self._measured[key]:
@@ -61,7 +61,7 @@ class CostGate:
     def _slow(self, layer: Layer, choice: Choice) -> str:
         """Both times where the links take no less; nothing where they do."""
         zeros = torch.zeros(layer.outputs, layer.columns, dtype=torch.float64)  # of which every factor is found at once
-        links, _ = links_of(FORMS[choice.form], [Problem(layer, zeros)] * layer.blocks, choice.ranks)
+        links, _ = links_of(FORMS[choice.form], [Problem(layer, zeros)] * layer.blocks, choice.numbers)
         old, new = self.measure([self._alone(layer, None), self._alone(layer, links)], None)
         if new.milliseconds < old.milliseconds * (1 - _SURE * (old.noise**2 + new.noise**2) ** 0.5):
             return ""

@@ -26,10 +26,12 @@ from regauge.passes.factorization.forms import Choice, Form
 from regauge.passes.factorization.metric_svd import Factored
 from regauge.passes.factorization.metrics import Metric, squared_gradients
 from regauge.passes.factorization.on_data import Sensitivity, links_on_data, problems_on_data
+from regauge.passes.factorization.orders import in_blocks
 from regauge.passes.factorization.problems import Problem, plain_problems
 from regauge.passes.factorization.ranks import least_loss
 from regauge.passes.factorization.readers import Reader, readers_in, squared_reader_gradients
 from regauge.passes.factorization.rules import Rule, by_rule, nearest, squared_values, wanted_by
+from regauge.passes.factorization.structured import Structured
 from regauge.passes.name_patterns import matches
 from regauge.passes.options import option
 
@@ -56,9 +58,24 @@ class Factorize(Pass):
     rank: float | None = option(
         None, "the rank of every layer instead: a number, or a share of the greatest that saves anything", above=0
     )
-    form: Literal["low-rank", "tucker", "columns", "rows", "cp", "tt"] | None = option(
-        None, "what layers become; if not given, for each the best of the first four"
-    )
+    form: (
+        Literal[
+            "low-rank",
+            "tucker",
+            "columns",
+            "rows",
+            "cp",
+            "tt",
+            "monarch",
+            "block-dense",
+            "block-diagonal",
+            "btt",
+            "kronecker",
+            "mpo",
+        ]
+        | None
+    ) = option(None, "what layers become; if not given, for each the best of the first four")
+    permute: bool = option(True, "hidden channels are reordered where this suits the blocks of structured forms")
     rule: Rule = option("knapsack", "how ranks are shared out: so that least is lost, or by a rule of thumb")
     metric: Metric = option("output-aware", "what factors keep on data (without data: plain)")
     gate: Gate = option(
@@ -108,7 +125,11 @@ class Factorize(Pass):
         context.left["it is worth more whole"] += len(layers) + len(readers) - len(picked)
         if not picked:
             return graph
-        result = graph.copy()
+        original = self._ordered(graph, layers, picked, context) if self.permute else graph
+        if original is not graph and batches is not None:
+            layers = self._layers(original, Counter(), readers)
+            sensitivity = Sensitivity.of(original, layers, batches, self.seed, self.metric)
+        result = original.copy()
         small = [
             (reader, factors[reader.name].of_rank(picked[reader.name].ranks[0]))
             for reader in readers_in(result)
@@ -120,7 +141,7 @@ class Factorize(Pass):
         if batches is None:
             links = [(layer, _links(layer, picked[layer.weight.name])) for layer in own]
         else:
-            links = list(links_on_data(graph, result, own, picked, batches, sensitivity, by=self.name))
+            links = list(links_on_data(original, result, own, picked, batches, sensitivity, by=self.name))
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")
         self._write(result, links, small, picked, context)
         return result
@@ -136,7 +157,8 @@ class Factorize(Pass):
         """Put what was found in the places of the layers, and say so."""
         for layer, own in links:
             choice = picked[layer.weight.name]
-            context.cuts.append(Cut(f"{layer.weight.name} ({choice.form}): rank", _most(layer), choice.ranks[0]))
+            form = " ".join([choice.form, "x".join(map(str, choice.axes))]).strip()
+            context.cuts.append(Cut(f"{layer.weight.name} ({form}): rank", _most(layer), choice.ranks[0]))
             write_chain(result, layer, own, by=self.name)
         for reader, (up, down) in small:
             context.cuts.append(Cut(f"{reader.name} (low-rank): rank", min(len(up), down.shape[1]), len(down)))
@@ -144,7 +166,7 @@ class Factorize(Pass):
         remove_dead(result)
 
     def _forms(self) -> list[Form]:
-        return [FORMS[self.form]] if self.form is not None else [FORMS[name] for name in UNASKED]
+        return [FORMS[name] for name in ([self.form] if self.form is not None else UNASKED)]
 
     def _readers(self, graph: Graph) -> list[Reader]:
         if not self.tables or self.form not in (None, "low-rank"):
@@ -246,6 +268,19 @@ class Factorize(Pass):
         assert self.rank is not None
         return nearest(choices, min(most, self.rank * most if self.rank < 1 else self.rank))
 
+    def _ordered(self, graph: Graph, layers: Sequence[Layer], picked: Mapping[str, Choice], context: Context) -> Graph:
+        """The graph with its hidden channels in the order that suits what is picked."""
+        found = []
+        for layer in layers:
+            choice = picked.get(layer.weight.name)
+            form = None if choice is None else FORMS[choice.form]
+            if choice is not None and isinstance(form, Structured):
+                found.append((layer, form.network, form.sizes(choice.numbers)))
+        ordered, moved = in_blocks(graph, found, by=self.name)
+        if moved:
+            context.note(f"channels reordered for blocks: {', '.join(dim.name for dim in moved)}")
+        return ordered
+
     def _allowed(self, graph: Graph, choices: Mapping[str, Sequence[Choice]]) -> dict[str, float]:
         """The most that the layers together may cost."""
         now, allowed = figures(graph), dict[str, float]()
@@ -258,7 +293,7 @@ class Factorize(Pass):
 
 
 def _links(layer: Layer, choice: Choice) -> list[Link]:
-    return links_of(FORMS[choice.form], plain_problems(layer), choice.ranks)[0]
+    return links_of(FORMS[choice.form], plain_problems(layer), choice.numbers)[0]
 
 
 def _most(layer: Layer) -> int:

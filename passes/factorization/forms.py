@@ -8,6 +8,8 @@ cp, tt     along one axis after the other (:mod:`regauge.passes.factorization.te
 
 Of a layer of several blocks each has the same ranks (:mod:`regauge.passes.factorization.blocks`): a depthwise kernel as
 columns of rank 1 is separable.
+
+Of linear layers there are structured ones besides (:mod:`regauge.passes.factorization.structured`).
 """
 
 from __future__ import annotations
@@ -28,13 +30,22 @@ _MOST_RANKS = 48  # that are weighed for a layer
 
 @dataclass(frozen=True)
 class Choice:
-    """A form and its ranks, what the links cost with them, and what they lose."""
+    """A form and its ranks, what the links cost with them, and what they lose.
+
+    ``axes`` are the sizes of the axes that the features are split into, where the form splits them.
+    """
 
     form: str
     ranks: tuple[int, ...]
     parameters: int
     macs: int
     loss: float
+    axes: tuple[int, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What the links are determined by."""
+        return self.ranks + self.axes
 
 
 class Form(Protocol):
@@ -50,7 +61,7 @@ class Form(Protocol):
         """The ranks, multiples of a number, with which the layer has fewer parameters or multiplications."""
 
     def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
-        """The links with these ranks, and the matrix [outputs, columns] that they multiply by."""
+        """The links with the numbers of a choice, and the matrix [outputs, columns] that they multiply by."""
 
 
 class LowRank:

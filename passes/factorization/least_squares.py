@@ -3,9 +3,9 @@
     least over f of  the error of a(f) in place of W        a is linear
 
 Conjugate gradients lower this quadratic without its matrix: the transposed product with ``a`` comes from torch's
-differentiation. They are preconditioned by the product of two metrics that comes near to it. A step never raises the
-error, so few of them do no harm. In turns over factors it is alternating least squares (Kolda and Bader 2009, Tensor
-Decompositions and Applications, section 3.4).
+differentiation. They may be preconditioned, as by the product of two metrics that comes near to it. A step never raises
+the error, so few of them do no harm. In turns over factors it is alternating least squares (Kolda and Bader 2009,
+Tensor Decompositions and Applications, section 3.4).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from regauge.passes.calibration.moments import factor_of
 from regauge.passes.factorization.problems import Problem
 
 _STEPS = 5
-_RIDGE = 1e-8
+_RIDGE = 1e-9  # of the mean of a metric
+
+Divided = Callable[[torch.Tensor], torch.Tensor]
+"""Divides a gradient of a factor by a positive definite guess at the curvature, with which steps go further."""
 
 
 def bettered(
     problem: Problem,
     image: Callable[[torch.Tensor], torch.Tensor],
     factor: torch.Tensor,
-    left: torch.Tensor | None = None,
-    right: torch.Tensor | None = None,
+    divided: Divided = lambda gradient: gradient,
+    steps: int = _STEPS,
 ) -> torch.Tensor:
-    """The factor [rows, columns] after some steps; ``image`` gives the matrix [outputs, columns] of one.
-
-    ``left`` [rows, rows] and ``right`` [columns, columns] are the metrics that the error is nearly the product of.
-    """
+    """The factor after some steps; ``image`` gives the matrix [outputs, columns] of one, and is linear."""
 
     def transposed(matrix: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
@@ -39,17 +39,10 @@ def bettered(
             (found,) = torch.autograd.grad(image(variable), variable, matrix)
         return found
 
-    before_left, before_right = _factor(left), _factor(right)
-
-    def eased(residual: torch.Tensor) -> torch.Tensor:
-        if before_left is not None:
-            residual = torch.cholesky_solve(residual, before_left)
-        return residual if before_right is None else torch.cholesky_solve(residual.t(), before_right).t()
-
     residual = transposed(problem.weighed(problem.weight - image(factor)))
-    direction = eased(residual)
+    direction = divided(residual)
     energy = (residual * direction).sum()
-    for _ in range(_STEPS):
+    for _ in range(steps):
         moved = transposed(problem.weighed(image(direction)))
         curvature = (direction * moved).sum()
         if not float(curvature) > 0:
@@ -57,13 +50,29 @@ def bettered(
         length = energy / curvature
         factor = factor + length * direction
         residual = residual - length * moved
-        step = eased(residual)
-        before, energy = energy, (residual * step).sum()
-        direction = step + energy / before * direction
+        downhill = divided(residual)
+        before, energy = energy, (residual * downhill).sum()
+        direction = downhill + energy / before * direction
     return factor
 
 
-def _factor(metric: torch.Tensor | None) -> torch.Tensor | None:
-    if metric is None:
-        return None
+def divided_by(left: torch.Tensor | None, right: torch.Tensor | None) -> Divided:
+    """Where the curvature is nearly the product of two metrics of a factor [..., rows, columns].
+
+    They are ``left`` [..., rows, rows] and ``right`` [..., columns, columns]; none is the plain one.
+    """
+    before, behind = (None if metric is None else _root(metric) for metric in (left, right))
+
+    def divided(gradient: torch.Tensor) -> torch.Tensor:
+        if before is not None:
+            gradient = torch.cholesky_solve(gradient, before)
+        return gradient if behind is None else torch.cholesky_solve(gradient.mT, behind).mT
+
+    return divided
+
+
+def _root(metric: torch.Tensor) -> torch.Tensor:
+    """The lower Cholesky factor of a metric, or of each of several."""
+    if metric.dim() > 2:
+        return torch.stack([_root(own) for own in metric])
     return factor_of(metric, max(_RIDGE * float(metric.diagonal().mean()), 1e-300))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ class Sensitivity:
     of a convolution meet."""
 
     metrics: Mapping[str, torch.Tensor]
-    bands: Mapping[str, Spectrum]
-    metric: Metric
-    pairs: Mapping[str, Pair]
+    bands: Mapping[str, Spectrum] = field(default_factory=dict)
+    metric: Metric = "output-aware"
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -101,9 +101,32 @@ def links_on_data(
     *,
     by: str,
 ) -> Iterator[tuple[Layer, list[Link]]]:
-    """The links of ``layers``, which are those of ``changed``, a copy of ``original``.
+    """The links of ``layers``, which are those of ``changed``, a copy of ``original``: see :func:`refitted`."""
+    found = dict[str, list[Link]]()
 
-    What they multiply by is written into ``changed``, and biases that make up for it.
+    def matrices(problems: Sequence[Problem]) -> torch.Tensor:
+        name = problems[0].layer.weight.name
+        found[name], result = links_of(FORMS[picked[name].form], problems, picked[name].numbers)
+        return result
+
+    for layer in refitted(original, changed, layers, matrices, batches, sensitivity, by=by):
+        yield layer, found.pop(layer.weight.name)
+
+
+def refitted(
+    original: Graph,
+    changed: Graph,
+    layers: Sequence[Layer],
+    matrices_for: Callable[[Sequence[Problem]], torch.Tensor],
+    batches: Sequence[Any],
+    sensitivity: Sensitivity,
+    *,
+    by: str,
+) -> Iterator[Layer]:
+    """Each of ``layers``, which are those of ``changed``, a copy of ``original``, once it has other matrices.
+
+    ``matrices_for`` gives them [blocks, outputs, columns] for what the layer should do with the inputs that it has by
+    then, a problem for each block. They are written into ``changed``, and biases that make up for them.
     """
     by_node = {layer.node: layer for layer in layers}
     run = SideBySide(original, changed, batches)
@@ -111,33 +134,28 @@ def links_on_data(
         layer = by_node.get(node)
         if layer is None:
             continue
-        inputs, targets = run.inputs(layer), run.targets(layer, was)
-        quadratics = [
-            _quadratic(layer, *own)
-            for own in zip(_moments(layer, inputs, targets), matrices_of(layer), _biases(layer), strict=True)
-        ]
-        choice = picked[layer.weight.name]
-        links, matrices = links_of(
-            FORMS[choice.form], sensitivity.problems(layer, quadratics, inputs, targets), choice.ranks
-        )
+        inputs = run.inputs(layer)
+        moments = _moments(layer, inputs, run.targets(layer, was))
+        quadratics = [_quadratic(layer, *own) for own in zip(moments, matrices_of(layer), _biases(layer), strict=True)]
+        matrices = matrices_for(sensitivity.problems(layer, quadratics, inputs, run.before.values(was.output)))
         if _is_free(layer):
             wanted = torch.cat([own.bias(matrix) for own, matrix in zip(quadratics, matrices, strict=True)])
             shifted = layer.shifted(wanted - _biases(layer).flatten())
             if shifted is not None:
                 set_weight(changed, *shifted, by=by)
         set_weight(changed, layer.weight, layer.from_matrices(matrices), by=by)
-        yield layer, links
+        yield layer
 
 
 def _moments(
-    layer: Layer, inputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor] | None = None
+    layer: Layer, inputs: Sequence[torch.Tensor], targets: Iterable[torch.Tensor] | None = None
 ) -> list[Moments]:
     """Of each block, over all batches."""
     found = [Moments(layer.columns, 0 if targets is None else layer.outputs) for _ in range(layer.blocks)]
-    for place, x in enumerate(inputs):
-        rows: Iterable[torch.Tensor | None] = (
-            [None] * layer.blocks if targets is None else layer.blocks_of_output(targets[place])
-        )
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
+    pairs = ((x, None) for x in inputs) if targets is None else zip(inputs, targets, strict=True)
+    for x, y in pairs:
+        rows = [None] * layer.blocks if y is None else layer.blocks_of_output(y)
         for moments, x_rows, y_rows in zip(found, layer.blocks_of_input(x), rows, strict=True):
             moments.add(x_rows, y_rows)
     for moments in found:

@@ -28,7 +28,7 @@ from regauge.ir.sizes import Size
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.forms import Choice, ranks_up_to, single_places
-from regauge.passes.factorization.least_squares import bettered
+from regauge.passes.factorization.least_squares import bettered, divided_by
 from regauge.passes.factorization.metric_svd import Factored, factored
 from regauge.passes.factorization.problems import Problem, places
 
@@ -213,10 +213,10 @@ class _Unfolded:
         first = self.first_bettered(first, core, up)
         outputs, metric = self.problem.outputs, self.metric_behind(first)
         left = outputs if up is None or outputs is None else up.t() @ outputs @ up
-        core = bettered(self.problem, lambda found: self.product(first, found, up), core, left, metric)
+        core = bettered(self.problem, lambda found: self.product(first, found, up), core, divided_by(left, metric))
         if up is not None:
             right = core @ metric @ core.t()
-            up = bettered(self.problem, lambda found: self.product(first, core, found), up, outputs, right)
+            up = bettered(self.problem, lambda found: self.product(first, core, found), up, divided_by(outputs, right))
         return first, core, up
 
     def first_bettered(self, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
@@ -226,7 +226,7 @@ class _Unfolded:
         weighed = behind if self.problem.outputs is None else torch.einsum("ou,upr->opr", self.problem.outputs, behind)
         left = torch.einsum("opr,oqr->pq", weighed, moved)
         right = torch.einsum("irjr->ij", self.metric)
-        return bettered(self.problem, lambda found: self.product(found, core, up), first, left, right)
+        return bettered(self.problem, lambda found: self.product(found, core, up), first, divided_by(left, right))
 
     def product(self, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
         """What the links multiply by, [outputs, columns]."""

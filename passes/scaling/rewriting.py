@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, dead_nodes, remove_dead, remove_node, set_input
-from regauge.ir.graph import Graph, Node, Parameter, State, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Cost
 from regauge.ir.purity import OPAQUE, is_fixed
 from regauge.ir.scaling import Joint, NodeScaling, node_scaling
@@ -74,10 +75,12 @@ class Scaler:
         for node in list(self.graph.nodes):
             with self.build.at(node):
                 self._visit(node)
-        self.graph.outputs = [
-            self._returned(output, name) for output, name in zip(self.graph.outputs, names, strict=True)
+        outputs = self.graph.outputs
+        self.graph.outputs = [self._returned(output, name) for output, name in zip(outputs, names, strict=True)]
+        now: dict[Any, Any] = dict(zip(outputs, self.graph.outputs, strict=True))
+        self.graph.states = [
+            replace(s, after=now[s.after] if s.returned else self._as_it_was(s.after)) for s in self.graph.states
         ]
-        self.graph.states = [State(s.name, s.before, self._as_it_was(s.after)) for s in self.graph.states]
         self.graph.version += 1
         for node in dead_nodes(self.graph):
             remove_node(self.graph, node)

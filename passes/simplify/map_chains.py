@@ -9,14 +9,14 @@ A product of two narrow maps may be far wider than they are, so parameters and M
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
-from regauge.ir.rewrite import RuleSet, rule
+from regauge.ir.rewrite import RewriteRule, RuleSet
 from regauge.passes.simplify.affine import weights
 from regauge.passes.simplify.kernels import composed, placed
 from regauge.passes.simplify.linear_map import X, must_pay, own_weight
@@ -41,21 +41,25 @@ def _chain_samples() -> Iterable[dict[str, Any]]:
                    "first.attributes": kernel, "second.attributes": {"groups": 2, "stride": (2, 2)}})  # fmt: skip
 
 
-@rule(
-    lambda op, x, w, v, b=None, c=None: op.any_of(
-        CHAINED, op.any_of(CHAINED, x, w, b, name="first", attributes=...), v, c, name="second", attributes=...
-    ),
-    samples=_chain_samples,
-)
-def maps_in_a_row(build: Builder, first: Node, second: Node) -> Value:
-    """Two linear maps in a row are one, if it has no more parameters and MACs than both."""
-    own_weight(build, first)
-    own_weight(build, second)
-    x = first.inputs[X]
-    assert isinstance(x, Value)
-    result = placed(build, second, x, composed(build, first, second))
-    must_pay(build, [first, second])
-    return result
+def _chain(op: Any, x: Any, w: Any, v: Any, b: Any = None, c: Any = None) -> Any:
+    first = op.any_of(CHAINED, x, w, b, name="first", attributes=...)
+    return op.any_of(CHAINED, first, v, c, name="second", attributes=...)
 
 
-RULES = RuleSet([maps_in_a_row])
+def chain_rule(name: str, check: Callable[[Builder, Sequence[Node]], None]) -> RewriteRule:
+    """Two linear maps in a row are one; ``check(build, before)`` refuses where what was built does not pay."""
+
+    def replacement(build: Builder, first: Node, second: Node) -> Value:
+        """Two linear maps in a row are one, if it costs no more than both."""
+        own_weight(build, first)
+        own_weight(build, second)
+        x = first.inputs[X]
+        assert isinstance(x, Value)
+        result = placed(build, second, x, composed(build, first, second))
+        check(build, [first, second])
+        return result
+
+    return RewriteRule(name, _chain, replacement, samples=_chain_samples)
+
+
+RULES = RuleSet([chain_rule("maps-in-a-row", must_pay)])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from regauge.ir.dtypes import is_real
-from regauge.ir.edit import remove_node, replace_uses
+from regauge.ir.edit import remove_node, replace_uses, tie
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.purity import is_pure
 from regauge.ir.weights import sampled_bytes
@@ -98,7 +98,7 @@ def _tie_scope(graph: Graph, limits: Limits, loaded: bool) -> int:
             alike.setdefault(kind, []).append(parameter)
     for group in alike.values():
         for candidates in _sampled_alike(group):
-            count += _tie(graph, candidates, aliases=not loaded)
+            count += _tie_equal(graph, candidates)
     return count
 
 
@@ -119,19 +119,14 @@ def _may_be_tied(parameter: Parameter, limits: Limits, loaded: bool) -> bool:
     return not vector and (parameter.kind == "constant" or loaded)
 
 
-def _tie(graph: Graph, group: Iterable[Parameter], aliases: bool) -> int:
+def _tie_equal(graph: Graph, group: Iterable[Parameter]) -> int:
     first: dict[bytes, Parameter] = {}
     count = 0
     for parameter in group:
         kept = first.setdefault(fingerprint(parameter), parameter)
-        if kept is parameter:
-            continue
-        replace_uses(graph, parameter, kept)
-        if aliases and parameter.kind == "parameter":  # the keys of the state_dict stay
-            kept.aliases = (*kept.aliases, *parameter.names)
-        del graph.parameters[parameter.name]
-        graph.version += 1
-        count += 1
+        if kept is not parameter:
+            tie(graph, kept, parameter)
+            count += 1
     return count
 
 

@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 
 from regauge.ir.edit import Builder, record, remove_dead, set_input
-from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
-from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.sizes import Size, evaluate, prime_hints, symbols_in
-from regauge.passes.calibration.layers import Layer, layer_of
+from regauge.ir.graph import Graph, Node, Operand, Value
+from regauge.passes.attention.sites import Heads, attention_sites
 from regauge.passes.quantization.preparation import prepared
 
 NAME = "query-key-products"
-
-
-@dataclass
-class Heads:
-    """What attention reads, [..., heads, length, size], as rows [heads, size] of the weight of a linear layer."""
-
-    layer: Layer
-    rows: torch.Tensor
-
-    @property
-    def x(self) -> Value:
-        """What the layer reads, [..., length, channels]."""
-        value = self.layer.node.inputs[0]
-        assert isinstance(value, Value)
-        return value
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """[heads, size, channels]"""
-        return self.layer.matrix(self.layer.weight.tensor.detach()).double()[self.rows]
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """[heads, size]"""
-        return None if self.layer.bias is None else self.layer.bias.tensor.detach().double()[self.rows]
 
 
 def query_key_products(graph: Graph, left: Counter[str] | None = None) -> Graph:
@@ -57,21 +29,29 @@ def query_key_products(graph: Graph, left: Counter[str] | None = None) -> Graph:
     result = prepared(graph).copy()
     left = Counter() if left is None else left
     changed = 0
-    for node in [node for node in result.nodes if node.op == "attention"]:
-        query, key, value = (_heads(operand) for operand in node.inputs[:3])
+    for site in attention_sites(result):
+        rank = site.node.output.rank
+        query, key, value = (part if _are_rows(part, rank) else None for part in (site.query, site.key, site.value))
         if query is None or key is None:
             left["queries or keys are not rows of a linear layer"] += 1
-        elif node.attributes["enable_gqa"] or len(query.rows) != len(key.rows):
+        elif query.count != key.count:
             left["heads are shared"] += 1
-        elif node.attributes["head_size"] is not None:
+        elif not site.keeps_scale:
             left["its file derives the scale from the head size"] += 1
         else:
-            _replace(result, node, query, key, value)
+            _replace(result, site.node, query, key, value)
             changed += 1
     remove_dead(result)
     if changed:
         record(result, NAME, f"{changed} products of queries and keys")
     return result
+
+
+def _are_rows(part: Heads | None, rank: int) -> bool:
+    """Whether attention reads a linear layer's result [..., length, channels] as [..., heads, length, size]."""
+    if part is None or not part.is_layout or not part.in_order or part.layer.weight.dtype != torch.float32:
+        return False
+    return part.layer.node.op in ("linear", "matmul") and part.x.rank + 1 == rank
 
 
 def _replace(graph: Graph, node: Node, query: Heads, key: Heads, value: Heads | None) -> None:
@@ -82,7 +62,7 @@ def _replace(graph: Graph, node: Node, query: Heads, key: Heads, value: Heads | 
         made = _projected(build, query.x, product.mT, bias, f"{label}_query_key")
         set_input(node, 0, made, graph)
         set_input(node, 1, build.unsqueeze(key.x, dim=key.x.rank - 2), graph)
-        if value is not None and value.layer.node in (query.layer.node, key.layer.node):
+        if value is not None and value.layer.node in (query.layer.node, key.layer.node) and value.count == query.count:
             set_input(node, 2, _projected(build, value.x, value.weight, value.bias, f"{label}_value"), graph)
 
 
@@ -95,39 +75,3 @@ def _projected(build: Builder, x: Value, weight: torch.Tensor, bias: torch.Tenso
     order = [*range(x.rank - 2), x.rank - 1, x.rank - 2, x.rank]
     found: Value = build.permute(parted, dims=tuple(order))
     return found
-
-
-def _heads(operand: Operand) -> Heads | None:
-    """Found by laying out numbered entries as the nodes between the layer and attention do; None for anything else."""
-    path: list[Node] = []
-    value = operand
-    while isinstance(value, Value) and value.producer is not None and value.producer.op != "linear":
-        node = value.producer
-        if symmetry_of(node) is not Symmetry.LAYOUT or len([v for _, v in node.operands()]) != 1:
-            return None
-        path.append(node)
-        value = node.inputs[0]
-    producer = value.producer if isinstance(value, Value) else None
-    layer = layer_of(producer) if producer is not None else None
-    if layer is None or layer.weight.dtype != torch.float32 or not isinstance(operand, Value):
-        return None
-    assert isinstance(value, Value)
-    return _traced(layer, value, operand, path[::-1])
-
-
-def _traced(layer: Layer, given: Value, read: Value, path: list[Node]) -> Heads | None:
-    if read.rank != given.rank + 1 or isinstance(read, Parameter):
-        return None
-    hints = prime_hints(symbols_in((given.shape, *(tuple(n.attributes.values()) for n in path))))
-    shape: tuple[Size, ...] = evaluate(given.shape, hints)
-    held = {given: torch.arange(int(torch.Size(shape).numel())).reshape(shape)}
-    for node in path:
-        attributes = {key: evaluate(attribute, hints) for key, attribute in node.attributes.items()}
-        results = node.operator.evaluate(held[node.inputs[0]], **attributes)  # type: ignore[index]
-        results = results if isinstance(results, tuple | list) else (results,)
-        held.update(zip(node.outputs, results, strict=True))
-    found, channels = held[read], int(shape[-1])
-    rows = found.select(-2, 0).reshape(-1, found.shape[-3], found.shape[-1])[0] % channels
-    positions = torch.arange(int(torch.Size(shape[:-1]).numel())).reshape(shape[:-1])
-    expected = positions.unsqueeze(-2)[..., None] * channels + rows[:, None, :]
-    return Heads(layer, rows) if found.shape == expected.shape and bool((found == expected).all()) else None

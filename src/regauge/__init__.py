@@ -39,12 +39,17 @@ if TYPE_CHECKING:
     from regauge.ir.rewrite import RuleSet as RuleSet
     from regauge.ir.rewrite import refuse as refuse
     from regauge.ir.scaling import Scaling as Scaling
+    from regauge.ir.states import Steps as Steps
     from regauge.passes.base import Context as Context
     from regauge.passes.base import Pass as Pass
     from regauge.passes.bisect import bisect as bisect
     from regauge.passes.elastic.elastic import elastic as elastic
+    from regauge.passes.merging.matching import align as align
+    from regauge.passes.merging.merge import merge as merge
+    from regauge.passes.merging.stitch import stitch as stitch
     from regauge.passes.options import option as option
     from regauge.passes.rewriting import rewrite as rewrite
+    from regauge.passes.streaming.signals import run_stream as run_stream
 
 _HOME = {
     "Builder": "regauge.ir.edit",
@@ -59,7 +64,9 @@ _HOME = {
     "RewriteRule": "regauge.ir.rewrite",
     "RuleSet": "regauge.ir.rewrite",
     "Scaling": "regauge.ir.scaling",
+    "Steps": "regauge.ir.states",
     "Symmetry": "regauge.ir.operator",
+    "align": "regauge.passes.merging.matching",
     "bisect": "regauge.passes.bisect",
     "capture": "regauge.frontends.capture",
     "check_operator": "regauge.ir.laws",
@@ -67,15 +74,18 @@ _HOME = {
     "elastic": "regauge.passes.elastic.elastic",
     "examine": "regauge.frontends.examine",
     "load": "regauge.frontends.from_onnx",
+    "merge": "regauge.passes.merging.merge",
     "operator": "regauge.ir.operator",
     "option": "regauge.passes.options",
     "refuse": "regauge.ir.rewrite",
     "register_operator": "regauge.ir.operator",
     "resize": "regauge.ir.resize",
     "rewrite": "regauge.passes.rewriting",
+    "run_stream": "regauge.passes.streaming.signals",
     "sample": "regauge.ir.operator",
     "settings": "regauge.settings",
     "sparse": "regauge.sparse",
+    "stitch": "regauge.passes.merging.stitch",
     "training": "regauge.training",
 }
 

@@ -13,17 +13,14 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from regauge.cli_files import file_figures, is_onnx, open_file, read_batches, written_model
+from regauge.cli_files import dynamic_sizes, file_figures, is_onnx, open_file, read_batches, written_model
+from regauge.cli_tables import group_state, member_rows, summary_rows
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_prose, print_table, print_text
-
-if TYPE_CHECKING:
-    from regauge.ir.graph import Graph
-    from regauge.ir.groups import Group
 
 # Errors are printed by main(), in one line; docstrings are shown as they are written.
 app = typer.Typer(
@@ -223,33 +220,7 @@ def inspect(
     if text:
         print(graph)
         return
-    print_table([["model", str(model)], *_summary(graph)])
-
-
-def _summary(graph: Graph) -> list[list[str]]:
-    from regauge.ir.cost import figures
-    from regauge.ir.memory import activation_bytes
-    from regauge.ir.tables import short
-
-    cost, (_, peak) = figures(graph), activation_bytes(graph)
-    nodes = Counter(node.op for _, node in graph.walk())
-    groups = graph.groups()
-    free = sum(group.free for group in groups)
-    least = ", ".join(f"{symbol}={max(1, low)}" for symbol, (low, _) in graph.symbols.items())
-    opaque = nodes["torch_call"] + nodes["onnx_call"] + len(graph.axes.problems)
-    return [
-        *(["input", repr(value)] for value in graph.inputs),
-        *(["output", repr(value)] for value in graph.outputs),
-        ["nodes", f"{sum(nodes.values())}: " + ", ".join(f"{n} {op}" for op, n in nodes.most_common(8))],
-        [
-            "parameters",
-            f"{short(cost.parameters)} in {len(list(graph.all_parameters()))} tensors, {short(cost.bytes)}B",
-        ],
-        ["MACs", short(cost.macs) + (f" with {least}" if least else "")],
-        ["activations", f"{short(peak)}B at the peak"],
-        ["Dims", f"{len(groups)} in parameters, {free} of them free"],
-        ["without a rule", str(opaque)],
-    ]
+    print_table([["model", str(model)], *summary_rows(graph)])
 
 
 @app.command()
@@ -272,33 +243,19 @@ def groups(
 
     graph = open_file(model)
     if of:
-        _print_members(find_groups(graph, of))
+        print_table(member_rows(find_groups(graph, of)))
         return
     found = graph.groups()
     rows = [["Dim", "size", "members"] + (["state"] if everything else [])]
     for group in found:
         if group.free or everything and not free:
-            rows.append([group.name, str(group.size), str(len(group.members)), _state(group)][: len(rows[0])])
+            rows.append([group.name, str(group.size), str(len(group.members)), group_state(group)][: len(rows[0])])
     print_table(rows)
     pinned = Counter(group.pins[0].reason if group.pins else "nothing to cut" for group in found if not group.free)
     if pinned and not free and not everything:
         print(f"\n{pinned.total()} more cannot be cut (--all lists them):")
         for reason, count in pinned.most_common():
             print_text(f"  {count} x {reason}")
-
-
-def _state(group: Group) -> str:
-    return "free" if group.free else str(group.pins[0]) if group.pins else "nothing to cut"
-
-
-def _print_members(found: Sequence[Group]) -> None:
-    """Each Dim with its members one below the other."""
-    rows = [["Dim", "size", "member", "state"]]
-    for group in found:
-        first, *others = map(str, group.members)
-        rows.append([group.name, str(group.size), first, _state(group)])
-        rows += [["", "", member, ""] for member in others]
-    print_table(rows)
 
 
 @app.command()
@@ -332,6 +289,36 @@ def scales(
     found = find_scales(open_file(model))
     print_table(scale_rows(found, everything=everything))
     print(f"\n{scale_counts(found)}")
+
+
+@app.command()
+def fusion(
+    model: Model,
+    device: Annotated[str, typer.Option(help="for which device the kernels have to gain: gpu or cpu")] = "gpu",
+    at: Annotated[list[str] | None, typer.Option(metavar="SYMBOL=SIZE", help="the value of a dynamic size")] = None,
+    most: Annotated[int, typer.Option("--refusals", help="list so many of the refusals", min=0)] = 20,
+) -> None:
+    """Plan which nodes of a model become one kernel, and list what is refused, with the bytes that this costs.
+
+    \b
+    regauge fusion model.onnx
+    regauge fusion model.onnx --at batch=8 --refusals 50
+    """
+    from regauge.ir.fusion.plan import plan_fusion
+    from regauge.ir.fusion.plan_rows import plan_rows, plan_summary, refusal_rows
+    from regauge.ir.roofline import DEVICES
+
+    if device not in DEVICES:
+        raise RegaugeError(f"there is no device {device!r}: give {' or '.join(sorted(DEVICES))}")
+    graph = open_file(model)
+    plan = plan_fusion(graph, DEVICES[device], dynamic_sizes(graph, at or ()))
+    print_table(plan_rows(plan))
+    print(f"\n{plan_summary(plan)}")
+    if plan.refusals and most:
+        print()
+        print_table(refusal_rows(plan.refusals[:most]))
+        if len(plan.refusals) > most:
+            print(f"{len(plan.refusals) - most} more were refused")
 
 
 @app.command()

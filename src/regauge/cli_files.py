@@ -109,3 +109,16 @@ def file_figures(path: Path, model: onnx_ir.Model, graph: Graph) -> tuple[int, i
     nodes = sum(node.op_type != "Constant" for inner in all_graphs(model) for node in inner)
     beside = sum((path.parent / location).stat().st_size for location in external_locations(model))
     return nodes, path.stat().st_size + beside, figures(graph).macs
+
+
+def dynamic_sizes(graph: Graph, given: Sequence[str]) -> dict[Any, int]:
+    """``batch=8`` for each dynamic size that is given."""
+    symbols = {str(symbol): symbol for symbol in graph.symbols}
+    sizes = {}
+    for text in given:
+        name, _, size = text.partition("=")
+        if name not in symbols or not size.isdecimal() or int(size) < 1:
+            known = ", ".join(symbols) or "there are none"
+            raise RegaugeError(f"--at {text}: give the name of a dynamic size and its value ({known})")
+        sizes[symbols[name]] = int(size)
+    return sizes

@@ -8,6 +8,7 @@ import torch
 
 import regauge
 from own_operators import registered
+from regauge.ir import scalars
 from regauge.ir.errors import LawError, OperatorError
 from regauge.ir.operator import Symmetry
 
@@ -104,6 +105,22 @@ def test_a_tanh_before_a_contraction_is_not_linear(register: Register) -> None:
 def test_two_factors_that_have_an_axis_do_not_take_general_maps(register: Register) -> None:
     sample = regauge.sample(torch.randn(5, 3), torch.randn(3, 4), torch.randn(4))
     regauge.check_operator(register(scored, "n i, i o, o -> n o", sample, symmetry=Symmetry.PRODUCT))
+
+
+def test_an_element_that_computes_something_else_is_told(register: Register) -> None:
+    name = register(squashed, "... c -> ... c", regauge.sample(rows()), element=lambda x: scalars.tanh(x) + 1.1)
+    with pytest.raises(LawError, match="operator squashed, sample 0, element: result 0 differs by 0.1: correct its"):
+        regauge.check_operator(name)
+
+
+def test_an_element_with_an_axis_too_many_is_told(register: Register) -> None:
+    name = register(summed, "... c -> ...", regauge.sample(rows()), element=lambda x: x)
+    with pytest.raises(LawError, match="element: it has an axis that the result has not"):
+        regauge.check_operator(name)
+
+
+def test_an_element_may_be_a_reduction(register: Register) -> None:
+    regauge.check_operator(register(summed, "... c -> ...", regauge.sample(rows()), element=scalars.sum_))
 
 
 def test_a_cost_that_reads_no_sizes_is_told(register: Register) -> None:

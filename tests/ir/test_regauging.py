@@ -28,13 +28,13 @@ def all_scaled(graph: Graph, seed: int = 0) -> tuple[Graph, list[Frame]]:
 
 
 def all_rotated(graph: Graph, seed: int = 0) -> tuple[Graph, list[Frame]]:
-    """Every frame that admits it with a matrix: any invertible one, or an orthogonal one."""
+    """Every frame that admits it with a matrix per index of its majors: any invertible one, or an orthogonal one."""
     generator = torch.Generator().manual_seed(seed)
     frames = [frame for frame in find_frames(graph) if Gauge.ORTHOGONAL in frame.gauge]
     matrices = {}
     for frame in frames:
         size = int(frame.dim.size)
-        noise = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        noise = torch.randn(*frame.shape, size, generator=generator, dtype=torch.float64)
         general = Gauge.GENERAL in frame.gauge
         matrices[frame] = noise / size + torch.eye(size).double() if general else torch.linalg.qr(noise)[0]
     return rotated(graph, matrices), frames

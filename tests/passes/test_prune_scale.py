@@ -60,10 +60,6 @@ def test_values_that_do_not_fit_are_held_in_files(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(lockstep, "HELD", 0)
     monkeypatch.setattr(lockstep, "_SMALL", 1)
     graph = capture(perceptron(), (x,))
-    run = lockstep.Lockstep(graph, [(x,)])
-    for node in run.steps():
-        run.execute(node)
-        assert all(file_of(tensor) is not None for tensor in run.values(node.output))
     torch.testing.assert_close(regauge.optimize(graph, "prune{ratio=0.4}", data=[(x,)]).run(x)[0], expected)
 
 

@@ -21,6 +21,7 @@ from regauge.passes.factorization.forms import Form
 from regauge.passes.factorization.metric_svd import factored
 from regauge.passes.factorization.on_data import Sensitivity, problems_on_data
 from regauge.passes.factorization.problems import Problem, matrices_of, plain_problems
+from regauge.passes.factorization.structured import Structured
 from regauge.passes.factorization.tensor_convs import TensorTrain
 
 
@@ -34,8 +35,19 @@ def metric(size: int, seed: int = 0) -> torch.Tensor:
     return rows.t() @ rows + 1e-6 * torch.eye(size, dtype=torch.float64)
 
 
+class Matmul(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 9), (4, 5, 6)),
+    "wide": (lambda: nn.Linear(12, 18), (5, 12)),
+    "matmul": (Matmul, (2, 3, 12)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 5, stride=2, padding=2), (2, 4, 17)),
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 4, 9, 8)),
     "conv3d": (lambda: nn.Conv3d(3, 4, 2, padding=1), (1, 3, 4, 5, 3)),
@@ -67,24 +79,34 @@ def test_full_rank_is_exact(kind: str, name: str) -> None:
     problems = [
         Problem(layer, weight, metric(layer.columns), metric(layer.outputs, 5)) for weight in matrices_of(layer)
     ]
-    links, matrices = links_of(form, problems, full_ranks(form, layer))
-    assert torch.allclose(matrices, matrices_of(layer), atol=1e-8)
-    changed = graph.copy()
-    write_chain(changed, layer_in(changed), links, by="test")
-    (before,), (after,) = graph.run(x), changed.run(x)
-    assert float((before - after).abs().max()) < 1e-10 * max(1.0, float(before.abs().max())) * 1e2
+    for numbers in full_numbers(form, layer):
+        links, matrices = links_of(form, problems, numbers)
+        assert torch.allclose(matrices, matrices_of(layer), atol=1e-8)
+        changed = graph.copy()
+        write_chain(changed, layer_in(changed), links, by="test")
+        (before,), (after,) = graph.run(x), changed.run(x)
+        assert float((before - after).abs().max()) < 1e-10 * max(1.0, float(before.abs().max())) * 1e2
 
 
-def full_ranks(form: Form, layer: Layer) -> tuple[int, ...]:
+def full_numbers(form: Form, layer: Layer) -> list[tuple[int, ...]]:
+    """The numbers of choices with which nothing is lost: one for each way to split the axes."""
     channels = layer.columns // layer.taps
     sizes = [channels, *(int(size) for size in layer.weight.shape[2:])]
+    if isinstance(form, Structured):
+        network = form.network
+        if not network.bonds:
+            return [(min(layer.outputs, layer.columns), 1, layer.columns, layer.outputs)]  # one block
+        return [
+            (*network.bond_sizes(axes, layer.outputs * layer.columns).values(), *axes.values())
+            for axes in form.axes(layer)
+        ]
     if isinstance(form, TensorTrain):
-        return tuple(form.most(layer))
+        return [tuple(form.most(layer))]
     if form.name == "low-rank":
-        return (min(layer.outputs, layer.columns),)
+        return [(min(layer.outputs, layer.columns),)]
     if form.name == "tucker":
-        return (channels, min(layer.outputs, layer.columns))
-    return (layer.columns if form.name == "cp" else channels * sizes[1 if form.name == "columns" else 2],)
+        return [(channels, min(layer.outputs, layer.columns))]
+    return [(layer.columns if form.name == "cp" else channels * sizes[1 if form.name == "columns" else 2],)]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 9), (9, 5)])
@@ -124,7 +146,7 @@ def test_costs_are_those_of_the_written_layers(kind: str, name: str) -> None:
     for choice in choices_of(form, plain_problems(layer), graph, 1):
         changed = graph.copy()
         own = layer_in(changed)
-        links = links_of(form, plain_problems(own), choice.ranks)[0]
+        links = links_of(form, plain_problems(own), choice.numbers)[0]
         write_chain(changed, own, links, by="test")
         nodes = [node for node in changed.nodes if node is not own.node]
         assert local_figures(nodes, changed).macs == choice.macs
@@ -139,7 +161,7 @@ def test_turns_better_the_first_guess_of_separated_convolutions(name: str) -> No
     problem = Problem(layer, matrices_of(layer)[0], metric(72), metric(12, 2))
     choices = FORMS[name].choices(problem, graph, 1)
     for choice in choices[:: max(1, len(choices) // 4)]:
-        links, matrix = FORMS[name].links(problem, choice.ranks)
+        links, matrix = FORMS[name].links(problem, choice.numbers)
         assert problem.error(matrix) <= choice.loss * 1.0001
         assert sum(link.weight.numel() for link in links) == choice.parameters
 
@@ -162,8 +184,10 @@ def test_errors_that_are_alike_everywhere_count_more_where_outputs_are_pooled() 
 @pytest.mark.parametrize("name", list(FORMS))
 def test_a_weight_of_zeros_is_factorized(name: str) -> None:
     graph = capture(nn.Conv2d(4, 6, 3).double(), (drawn(1, 4, 6, 6),))
+    if isinstance(FORMS[name], Structured):
+        graph = capture(nn.Linear(36, 6).double(), (drawn(1, 36),))
     layer = layer_in(graph)
     problem = Problem(layer, torch.zeros(6, 36).double())
     for choice in FORMS[name].choices(problem, graph, 1)[::3]:
-        links, matrix = FORMS[name].links(problem, choice.ranks)
+        links, matrix = FORMS[name].links(problem, choice.numbers)
         assert not matrix.any() and all(bool(link.weight.isfinite().all()) for link in links)

@@ -1,0 +1,106 @@
+"""Scalar expressions as Triton source: the primitives of :mod:`regauge.ir.scalars`, and functions that Triton lacks.
+
+All is computed in single precision; truth values stay truth values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from regauge.ir.fusion.region import Term
+from regauge.ir.scalars import PRIMITIVES
+
+_NAN = "propagate_nan=tl.PropagateNan.ALL"
+
+TEXT: Mapping[str, str] = {
+    "add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "div": "({} / {})", "neg": "(-{})",
+    "abs": "tl.abs({})", "maximum": f"tl.maximum({{}}, {{}}, {_NAN})", "minimum": f"tl.minimum({{}}, {{}}, {_NAN})",
+    "exp": "tl.exp({})", "exp2": "tl.exp2({})", "expm1": "expm1({})",
+    "log": "tl.log({})", "log2": "tl.log2({})", "log1p": "log1p({})",
+    "sqrt": "tl.sqrt_rn({})", "rsqrt": "tl.rsqrt({})", "sigmoid": "tl.sigmoid({})", "tanh": "tanh({})",
+    "erf": "tl.erf({})", "sin": "tl.sin({})", "cos": "tl.cos({})", "floor": "tl.floor({})", "ceil": "tl.ceil({})",
+    "eq": "({} == {})", "ne": "({} != {})", "lt": "({} < {})", "le": "({} <= {})", "gt": "({} > {})",
+    "ge": "({} >= {})", "where": "tl.where({}, {}, {})",
+    "logical_and": "(({} != 0) & ({} != 0))", "logical_or": "(({} != 0) | ({} != 0))", "logical_not": "({} == 0)",
+}  # fmt: skip
+"""How each primitive is written; names without ``tl.`` are in FUNCTIONS."""
+
+FUNCTIONS: Mapping[str, str] = {
+    "tanh": '''@triton.jit
+def tanh(x):
+    """The hyperbolic tangent; a Taylor polynomial near zero, where the quotient would cancel."""
+    s = x * x
+    near = x * (1.0 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 - s * (1382 / 155925))))))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0.0, -far, far))
+''',
+    "expm1": '''@triton.jit
+def expm1(x):
+    """exp(x) - 1; a Taylor polynomial near zero, where the difference would cancel."""
+    terms = 1 / 720 + x * (1 / 5040 + x * (1 / 40320))
+    near = x * (1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * terms)))))
+    return tl.where(tl.abs(x) < 0.35, near, tl.exp(x) - 1.0)
+''',
+    "log1p": '''@triton.jit
+def log1p(x):
+    """log(1 + x); what rounding loses in 1 + x is made good by a factor (Kahan)."""
+    u = 1.0 + x
+    good = tl.log(u) * (x / (u - 1.0))
+    return tl.where(u == 1.0, x, tl.where(u == float("inf"), u, good))
+''',
+}
+
+ROUNDED = {"div": "tl.div_rn({}, {})"}
+"""What is written otherwise where each operator is rounded as in torch: a quotient that is off by two places is not."""
+
+TRITON_TYPES = {
+    torch.float32: "tl.float32",
+    torch.float16: "tl.float16",
+    torch.bfloat16: "tl.bfloat16",
+    torch.bool: "tl.int1",
+}
+
+_TRUTHS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"}
+
+
+def is_truth(term: Term) -> bool:
+    """Whether a term is a truth value."""
+    if term.op in ("load", "result"):
+        value = term.value.value if term.op == "load" else term.value
+        return bool(value.dtype == torch.bool)
+    return term.op in _TRUTHS or term.op == "where" and all(map(is_truth, term.args[1:]))
+
+
+def constant(term: Term) -> float | None:
+    """The number that a term is whatever is read; None where it depends on that."""
+    if term.op == "number":
+        return float(term.value)
+    if term.op == "result":
+        return constant(term.args[0])
+    if term.op not in PRIMITIVES:
+        return None
+    args = [constant(arg) for arg in term.args]
+    if any(arg is None for arg in args):
+        return None
+    return float(PRIMITIVES[term.op](*(torch.tensor(arg, dtype=torch.float64) for arg in args)))
+
+
+def literal(number: float) -> str:
+    """The number as Triton reads it."""
+    text = repr(number)
+    return text if text[-1].isdigit() else f'float("{text}")'
+
+
+def outermost(text: str) -> str:
+    """The text without a pair of parentheses around all of it."""
+    if not (text.startswith("(") and text.endswith(")")):
+        return text
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return text[1:-1] if place == len(text) - 1 else text
+    return text

@@ -1,0 +1,187 @@
+"""Kernels without a contraction: pointwise ones, and reductions of rows, in one piece or in a loop over their columns.
+
+A program has ROWS rows and BLOCK columns. Pointwise, the columns are shared out among programs. Where rows are
+reduced, a program has all columns of its rows: at once (``rows``), or BLOCK after BLOCK, once for each reduction that
+has to wait for another one, and once more for what comes behind (``looped``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+
+from regauge.backends.triton_expressions import outermost
+from regauge.backends.triton_loops import Loop, Tensor, loops_of
+from regauge.backends.triton_source import Rounding, Writer
+from regauge.ir.fusion.legality import terms_below
+from regauge.ir.fusion.region import Region, Term
+
+RowForm = Literal["pointwise", "rows", "looped"]
+CONSTANTS = ("ROWS", "BLOCK")
+
+_TITLE: dict[RowForm, str] = {
+    "pointwise": "pointwise",
+    "rows": "reduction of rows, all columns at once",
+    "looped": "reduction of rows, in a loop over columns",
+}
+_START = {"sum": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
+_JOIN = {
+    "sum": "{0} += tl.where(ok, {1}, 0.0)",
+    "amax": '{0} = tl.maximum({0}, tl.where(ok, {1}, float("-inf")))',
+    "amin": '{0} = tl.minimum({0}, tl.where(ok, {1}, float("inf")))',
+}
+_REDUCE = {"sum": "tl.sum", "amax": "tl.max", "amin": "tl.min"}
+
+
+class RowKernel(Writer):
+    """The text of one kernel; see the module docstring."""
+
+    def __init__(self, region: Region, name: str, form: RowForm, rounding: Rounding, *, contiguous: bool) -> None:
+        super().__init__(region, rounding)
+        self.kernel, self.form = name, form
+        self.loops = loops_of(region, [*self.reads, *self.writes], contiguous=contiguous)
+        self.flat = form == "pointwise" and not self.loops.rows  # one index for all: tiles have one axis
+
+    def all_loops(self) -> Sequence[Loop]:
+        return self.loops.all
+
+    def source(self) -> str:
+        self._rows()
+        if self.form == "looped":
+            self._looped()
+        else:
+            self._columns("tl.arange(0, BLOCK)")
+            self._at_once()
+        arguments = self.arguments(self.loops.all)
+        constants = CONSTANTS[1:] if self.flat else CONSTANTS
+        head = self.signature(self.kernel, arguments, constants)
+        return self.finished([*head, *self.docstring(self.kernel, _TITLE[self.form], self.loops.all)])
+
+    # -- indices -----------------------------------------------------------------------------------------------------
+
+    def _rows(self) -> None:
+        if self.flat:
+            return
+        program = "tl.program_id(0).to(tl.int64)"
+        if self.form == "pointwise":
+            (column,) = self.loops.columns
+            self.line(f"blocks = tl.cdiv(size_{column.name}, BLOCK)  # of columns, shared out among programs")
+            program = f"({program} // blocks)"
+        row = self.joint("row", self.loops.rows)
+        self.line(f"{row} = {program} * ROWS + tl.arange(0, ROWS)[:, None]")
+        self.line(f"row_ok = {row} < {self.joint_size(self.loops.rows)}")
+        self.take_apart("row", self.loops.rows)
+        self._segments(self.loops.rows)
+
+    def _columns(self, block: str) -> None:
+        if self.flat:
+            block = "tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)"
+        elif self.form == "pointwise":
+            block = "(tl.program_id(0).to(tl.int64) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]"
+        else:
+            block = f"({block}).to(tl.int64)[None, :]" if " " in block else f"{block}.to(tl.int64)[None, :]"
+        column = self.joint("col", self.loops.columns)
+        self.line(f"{column} = {block}")
+        self.line(f"{'ok' if self.flat else 'col_ok'} = {column} < {self.joint_size(self.loops.columns)}")
+        if not self.flat:
+            self.line("ok = row_ok & col_ok")
+        self.take_apart("col", self.loops.columns)
+        self._segments(self.loops.columns)
+
+    def _segments(self, loops: Sequence[Loop]) -> None:
+        """Indices in the segments of loops: of one that is not at its turn it is below zero, or too great."""
+        for segment in (part for loop in loops for part in self.loops.parts(loop)):
+            self.line(f"{segment.name} = {' - '.join([segment.joint, *(f'size_{name}' for name in segment.before)])}")
+            self.line(f"{segment.name}_ok = ({segment.name} >= 0) & ({segment.name} < size_{segment.name})")
+
+    def _has_columns(self, term: Term) -> bool:
+        return any(loop.dims[0] in term.axes for loop in self.loops.columns)
+
+    def _place(self, tensor: Tensor) -> tuple[str, str]:
+        """The address of an entry, and the mask."""
+        terms = [f"{loop.name} * {tensor.name}_{loop.name}" for loop in tensor.loops(self.loops.all)]
+        rows, columns = self.loops.of(tensor, self.loops.rows), self.loops.of(tensor, self.loops.columns)
+        mask = "ok" if columns and (rows or self.flat) else "col_ok" if columns else "row_ok" if rows else ""
+        turns = [f"{segment.name}_ok" for segment in tensor.loops(self.loops.segments)]
+        return " + ".join([f"{tensor.name}_ptr", *terms]), " & ".join([mask, *turns])
+
+    def load(self, tensor: Tensor) -> str:
+        address, mask = self._place(tensor)
+        text = f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
+        return text if tensor.value.dtype == torch.bool else f"{text}.to(tl.float32)"
+
+    def store(self, tensor: Tensor) -> None:
+        address, mask = self._place(tensor)
+        if not mask:  # one number: a tile of one entry stores it
+            address, mask = (f"{address} + col * 0", "ok") if self.flat else (f"{address} + row * 0", "row_ok")
+        value = self.text(self.region.results[tensor.value])
+        self.line(f"tl.store({address}, {value}, mask={mask})")
+
+    # -- bodies ------------------------------------------------------------------------------------------------------
+
+    def _at_once(self) -> None:
+        for term in self.region.terms:
+            if term.reduces:
+                self._reduce(term, f"tl.where(ok, {outermost(self.text(term.args[0]))}, {_START[term.op]})")
+            else:
+                self.statements([term], self.load)
+        for tensor in self.writes:
+            self.store(tensor)
+
+    def _reduce(self, term: Term, tile: str) -> None:
+        self.line(f"{self.name(term)} = {_REDUCE[term.op]}({tile}, axis=1, keep_dims=True)")
+
+    def _looped(self) -> None:
+        stages = self.region.stages
+        done: set[Term] = set()
+        for stage in range(max(stages.values()) + 1):
+            wanted = [term for term in self.region.reductions if stages[term] == stage + 1]
+            written = [
+                tensor
+                for tensor in self.writes
+                if self._has_columns(term := self.region.results[tensor.value]) and stages[term] == stage
+            ]
+            self._once(stage, done)
+            if wanted or written:
+                self._pass(wanted, written)
+            for term in wanted:
+                self._reduce(term, self._partial(term))
+                done.add(term)
+        self._once(max(stages.values()), done)
+        for tensor in self.writes:
+            if not self._has_columns(self.region.results[tensor.value]):
+                self.store(tensor)
+
+    def _once(self, stage: int, done: set[Term]) -> None:
+        """What has no columns and can be computed by now."""
+        ready = [
+            term
+            for term in self.region.terms
+            if not self._has_columns(term)
+            and not term.reduces
+            and self.region.stages[term] <= stage
+            and term not in done
+        ]
+        done.update(ready)
+        self.statements(ready, self.load)
+
+    def _partial(self, term: Term) -> str:
+        return f"{self.name(term)}_in_columns"
+
+    def _pass(self, wanted: Sequence[Term], written: Sequence[Tensor]) -> None:
+        """One loop over the columns of the rows."""
+        for term in wanted:
+            self.line(f"{self._partial(term)} = tl.full([ROWS, BLOCK], {_START[term.op]}, tl.float32)")
+        self.line(f"for start in range(0, {self.joint_size(self.loops.columns)}, BLOCK):")
+        self.indent += "    "
+        self._columns("start + tl.arange(0, BLOCK)")
+        ends: Iterable[Term] = [*wanted, *(self.region.results[tensor.value] for tensor in written)]
+        needed = {below for end in ends for below in terms_below(end)} | {end for end in ends if not end.reduces}
+        self.statements([t for t in self.region.terms if t in needed and self._has_columns(t)], self.load)
+        for term in wanted:
+            self.line(_JOIN[term.op].format(self._partial(term), outermost(self.text(term.args[0]))))
+        for tensor in written:
+            self.store(tensor)
+        self.indent = self.indent[4:]

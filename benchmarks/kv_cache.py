@@ -1,0 +1,101 @@
+"""What caches of decoders take for each position, and the perplexity that is left, without training.
+
+    python benchmarks/kv_cache.py [--only NAME ...] [--examples 128] [--steps] [--write]
+
+char_gpt      a table of places, six heads of keys and values to six of queries (benchmarks/char_gpt.py)
+char_llama    rotary positions, two heads of keys and values to six of queries (benchmarks/char_llama.py)
+
+`--steps` also compares what the graphs with caches give step by step with what the whole sequence gives at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import regauge
+from benchmarks import char_gpt, char_llama
+from benchmarks.report import append_table, environment
+from regauge.ir.states import Steps
+from regauge.passes.decoding.cache_bytes import cache_bytes
+
+HEADS = ["network", "passes", "bytes per position", "perplexity", "change"]
+PASSES = {
+    "char_gpt": [
+        "kv-latent{bytes=0.75}",
+        "kv-latent{bytes=0.5}",
+        "kv-quantize{bits=8}",
+        "kv-quantize{bits=4}",
+        "kv-latent{bytes=0.75},kv-quantize{bits=4}",
+    ],
+    "char_llama": [
+        "kv-latent{bytes=0.75,joint=true}",
+        "kv-latent{bytes=0.5}",
+        "kv-latent{bytes=0.5,joint=true}",
+        "kv-quantize{bits=8}",
+        "kv-quantize{bits=4}",
+        "kv-latent{bytes=0.75,joint=true},kv-quantize{bits=4}",
+    ],
+}
+
+
+def rows(name: str, examples: int, steps: bool) -> Iterator[list[str]]:
+    model = {"char_gpt": char_gpt, "char_llama": char_llama}[name].trained()
+    windows = char_gpt.calibration_windows(examples)
+    dynamic = {0: {0: "batch", 1: ("length", 1, char_gpt.CONTEXT)}}
+    graph = regauge.capture(model, (windows[:2],), dynamic=dynamic)
+    whole = char_gpt.perplexity(model)
+    before = cache_bytes(regauge.optimize(graph, "kv-cache"))
+    yield [name, "kv-cache", f"{before:.0f}", f"{whole:.3f}", ""]
+    for passes in PASSES[name]:
+        found = regauge.optimize(graph, passes, data=[(part,) for part in windows.split(32)])
+        cached = regauge.optimize(found, "kv-cache")
+        left, after = char_gpt.perplexity(found.to_torch().eval()), cache_bytes(cached)
+        size = f"{after:.0f} ({after / before:.0%})"
+        yield [name, f"{passes},kv-cache", size, f"{left:.3f}", f"{left / whole - 1:+.1%}"]
+        if steps:
+            print(
+                f"greatest difference of logits step by step: {difference(found, cached, windows[:4]):.1e}", flush=True
+            )
+
+
+def difference(whole: Any, cached: Any, windows: torch.Tensor) -> float:
+    """Of logits, where the first 100 positions are computed at once and the others one by one."""
+    (wanted,), run = whole.run(windows), Steps(cached)
+    counts = [100, *(1 for _ in range(windows.shape[1] - 100))]
+    found = torch.cat([run(part)[0] for part in windows.split(counts, 1)], 1)
+    return float((wanted - found).abs().max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(PASSES), help="names of networks")
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    found = []
+    for name in options.only:
+        for row in rows(name, options.examples, options.steps):
+            print("  ".join(row), flush=True)
+            found.append(row)
+    print(environment())
+    if options.write:
+        note = (
+            f"`python benchmarks/kv_cache.py`: {options.examples} windows of text; float32 where nothing else is said."
+        )
+        append_table("Caches of keys and values, no fine-tuning", HEADS, found, note)
+
+
+if __name__ == "__main__":
+    main()

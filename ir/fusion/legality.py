@@ -1,0 +1,98 @@
+"""Whether a region can be one kernel: questions of loops, types and definitions, never of whether it would gain."""
+
+from __future__ import annotations
+
+import torch
+
+from regauge.ir.extents import Dim
+from regauge.ir.fusion.region import Region, Term, below_results
+from regauge.ir.sizes import is_static
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""Types that kernels compute with: in single precision inside."""
+
+MOST_NODES = 64
+"""Nodes of one region: what is longer takes registers, and time to compile, without saving more bytes."""
+
+
+def fault(region: Region) -> str | None:
+    """Why the region is no kernel; None where it is one."""
+    if len(region.nodes) > MOST_NODES:
+        return f"a region has {MOST_NODES} nodes at most"
+    if region.joints and region.reductions:
+        return "it would join segments beside a reduction"
+    return (
+        _wrong_type(region)
+        or _unread_loop(region)
+        or (_wrong_tile(region) if region.contractions else _wrong_rows(region))
+    )
+
+
+def _wrong_type(region: Region) -> str | None:
+    for value in (*region.results, *(load.value.value for load in region.loads)):
+        if value.dtype not in (*FLOATS, torch.bool):
+            return f"kernels compute in half and single precision, {value.name} is {value.signature.partition('[')[0]}"
+    for value in region.outputs:
+        if value.dtype not in FLOATS:
+            return f"the result {value.name} is no float"
+    return None
+
+
+def _unread_loop(region: Region) -> str | None:
+    """A loop that nothing read has: of an axis that a node expands."""
+    read = {dim for load in region.loads for axis in load.value.layout for dim in axis}
+    read.update(joint for joint, parts in region.joints.items() if read.issuperset(parts))
+    if not region.reduced <= read:
+        return "it would reduce an axis that is only broadcast"
+    if any(not is_static(dim.size) and dim not in read for dim in region.loops):
+        return "the size of an axis of its results is that of nothing it reads"
+    return None
+
+
+def _wrong_rows(region: Region) -> str | None:
+    """A pointwise kernel, or one that reduces rows: each output index belongs to one program."""
+    if len({term.over for term in region.reductions}) > 1:
+        return "it would reduce over different axes"
+    rows = frozenset(region.loops) - region.reduced
+    for value in region.outputs:
+        if not rows <= _dims(region, value):
+            return f"its loops are not all axes of the result {value.name}"
+    return None
+
+
+def _wrong_tile(region: Region) -> str | None:
+    """A contraction: pointwise before it over what it reads, and behind it over what it gives."""
+    if len(region.contractions) > 1:
+        return "it would have two contractions"
+    (contraction,) = region.contractions
+    if len(region.reductions) > 1:
+        return "it would reduce rows beside a contraction, of which a program has only a tile"
+    before = terms_below(contraction)
+    if any(term.axes & contraction.over for term in region.terms if term not in before):
+        return "an axis that is contracted goes on behind it"
+    for value in region.outputs:
+        if _dims(region, value) != contraction.axes:
+            return f"the axes of the result {value.name} are not those that the contraction gives"
+    return None
+
+
+def terms_below(term: Term) -> set[Term]:
+    """The terms that a term is computed from."""
+    found: set[Term] = set()
+    stack = list(term.args)
+    while stack:
+        one = stack.pop()
+        if one not in found:
+            found.add(one)
+            stack.extend(one.args)
+    return found
+
+
+def computed_factors(region: Region) -> list[Term]:
+    """The factors of a contraction that are computed, and not only read."""
+    factors = [factor for term in region.contractions for factor in below_results(term.args[0]).args]
+    return [factor for factor in factors if below_results(factor).op != "load"]
+
+
+def _dims(region: Region, value: object) -> frozenset[Dim]:
+    return frozenset(dim for axis in region.layouts[value] for dim in axis)  # type: ignore[index]

@@ -1,0 +1,310 @@
+"""Which nodes of a graph become one kernel, and what is refused.
+
+Edges between nodes are tried once each, those that carry most bytes first: the regions at both ends become one where
+that is legal (:mod:`regauge.ir.fusion.legality`), where no path leaves the union and comes back, and where a roofline
+of the device says that it gains. What is refused is kept with its reason and the bytes that it goes on to move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+
+from regauge.ir.cost import item_size, node_macs, smallest_sizes
+from regauge.ir.errors import FusionError
+from regauge.ir.fusion.legality import computed_factors, fault
+from regauge.ir.fusion.region import Region, is_view, no_element, trace
+from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.roofline import DEVICES, VIEWS, Device
+from regauge.ir.scalars import element_of
+from regauge.ir.sizes import product
+
+PERSISTENT = 16384
+"""Indices of a row that one program holds; longer rows are read again for each reduction, and for what comes behind."""
+
+TILE = 128
+"""Columns of a contraction that one program computes: what stands before it is computed for each of them again."""
+
+FARTHEST = 512
+"""Regions that are looked at to see whether a path leaves a region and comes back."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Two regions that stayed apart: why, the value between them, and the bytes that one kernel would have saved."""
+
+    reason: str
+    bytes: int
+    value: Value
+    reader: Node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The regions of a graph and the nodes that are in none, in an order in which they can run, and what was refused.
+
+    ``bytes`` are those that regions and other nodes read and write, ``bytes_before`` the same with each node by itself.
+    Nodes that torch gives as views move none, and are no kernels.
+    """
+
+    graph: Graph
+    steps: tuple[Region | Node, ...]
+    refusals: tuple[Refusal, ...]
+    bytes: int
+    bytes_before: int
+
+    @property
+    def regions(self) -> list[Region]:
+        return [step for step in self.steps if isinstance(step, Region)]
+
+    @property
+    def kernels(self) -> list[Region | Node]:
+        return [step for step in self.steps if isinstance(step, Region) or not moves_nothing(step)]
+
+    @property
+    def kernels_before(self) -> int:
+        return len([node for node in self.graph.nodes if not moves_nothing(node)])
+
+
+def moves_nothing(node: Node) -> bool:
+    """Whether torch gives the result of a node as a view of its operand."""
+    return node.op in VIEWS or is_view(node)
+
+
+def plan_fusion(
+    graph: Graph,
+    device: Device | None = None,
+    at: Mapping[object, int] | None = None,
+    *,
+    contractions: bool = True,
+) -> Plan:
+    """The plan for a device, by default a GPU; dynamic sizes are as ``at`` gives them, or the least they may be.
+
+    Without ``contractions`` these are left to the library of the runtime.
+    """
+    return _Planner(graph, DEVICES["gpu"] if device is None else device, at, contractions).plan()
+
+
+class _Group:
+    """Nodes that are one kernel so far; ``region`` is None where they are no region, ``why`` says the reason."""
+
+    __slots__ = ("nodes", "first", "last", "region", "why", "bytes", "seconds")
+
+    def __init__(self, nodes: list[Node], first: int, last: int) -> None:
+        self.nodes = nodes
+        self.first, self.last = first, last  # positions in the graph
+        self.region: Region | None = None
+        self.why = ""
+        self.bytes = 0.0
+        self.seconds = 0.0
+
+
+class _Planner:
+    def __init__(self, graph: Graph, device: Device, at: Mapping[object, int] | None, contractions: bool) -> None:
+        self.graph, self.device, self.contractions = graph, device, contractions
+        self.bound = smallest_sizes(graph, at)
+        self.place = {node: place for place, node in enumerate(graph.nodes)}
+        # A node reads what its regions read of the graph around them, and what they return of it.
+        self.owner = {inner: node for node in graph.nodes for part in node.regions for _, inner in part.walk()}
+        self.returned: dict[Value, list[Node]] = {}
+        for owner, part in [(None, graph), *((n, p) for n in graph.nodes for r in n.regions for p in r.nested())]:
+            for value in [*part.outputs, *(state.after for state in part.states)]:
+                if isinstance(value, Value):
+                    self.returned.setdefault(value, []).extend([owner] if owner else [])
+        self.known_bytes: dict[Value, float] = {}
+        self.group = {node: self._alone(node) for node in graph.nodes}
+
+    # -- costs -------------------------------------------------------------------------------------------------------
+
+    def value_bytes(self, value: Value) -> float:
+        if value not in self.known_bytes:
+            sizes = [self.bound(size) for size in value.shape] if value.ranked else []
+            self.known_bytes[value] = product(sizes) * item_size(value.dtype)
+        return self.known_bytes[value]
+
+    def _alone(self, node: Node) -> _Group:
+        place = self.place[node]
+        group = _Group([node], place, place)
+        self._become_region(group)
+        if group.region is None and not moves_nothing(node):
+            read = dict.fromkeys(value for _, value in node.operands())
+            self._cost(group, sum(map(self.value_bytes, [*read, *node.outputs])))
+        return group
+
+    def _become_region(self, group: _Group) -> None:
+        try:
+            region = trace(self._trimmed(group.nodes), self.returned)
+        except FusionError as error:
+            group.why = str(error)
+            return
+        if not region.nodes:
+            group.region = region
+            return
+        library = "" if self.contractions or not region.contractions else "products are left to the runtime's library"
+        group.why = library or fault(region) or ""
+        if not group.why:
+            group.region = region
+            self._cost(group, self._moved(region))
+
+    def _trimmed(self, nodes: list[Node]) -> list[Node]:
+        """Without views at the ends: torch hands on in another layout for nothing."""
+        kept = list(nodes)
+        while True:
+            inside = set(kept)
+            rest = [
+                node
+                for node in kept
+                if not is_view(node)
+                or any(value.producer in inside for _, value in node.operands())
+                and any(user in inside for user, _ in node.output.uses)
+            ]
+            if len(rest) == len(kept):
+                return kept
+            kept = rest
+
+    def _moved(self, region: Region) -> float:
+        """Bytes that a kernel of the region reads and writes."""
+        columns = product(self.bound(dim.size) for dim in region.reduced)
+        reads = dict.fromkeys(load.value.value for load in region.loads)
+        times = dict.fromkeys(reads, 1)
+        if not region.contractions and int(columns) > PERSISTENT:
+            again = 1 + max(region.stages.values())
+            times.update({load.value.value: again for load in region.loads if load.axes & region.reduced})
+        written = sum(map(self.value_bytes, region.outputs))
+        return written + sum(times[value] * self.value_bytes(value) for value in reads)
+
+    def _cost(self, group: _Group, moved: float) -> None:
+        """A node by itself is computed as its runtime likes; a program of a kernel that reduces rows has whole rows."""
+        macs = sum(node_macs(node, self.bound) for node in group.nodes)
+        busy = 1.0
+        if group.region is not None and len(group.region.nodes) > 1 and group.region.kind == "row reduction":
+            rows = int(product(self.bound(dim.size) for dim in group.region.loops if dim not in group.region.reduced))
+            busy = min(1.0, rows / self.device.programs)
+        group.bytes = moved
+        transfer = moved / (self.device.bandwidth * busy)
+        group.seconds = self.device.overhead + max(2 * macs / self.device.flops, transfer)
+
+    def readers(self, node: Node) -> list[Node]:
+        """The nodes of the graph that read a result of a node, themselves or in their regions."""
+        found = [
+            self.owner.get(user, user)
+            for value in node.outputs
+            for user in [*value.consumers(), *self.returned.get(value, ())]
+        ]
+        return list(dict.fromkeys(found))
+
+    def _saved(self, value: Value, above: _Group, below: _Group) -> float:
+        """Bytes that need not be moved where a value stays inside of a kernel."""
+        if not (above.bytes and below.bytes):
+            return 0
+        assert value.producer is not None
+        inside = {*above.nodes, *below.nodes}
+        stays = value not in self.returned and inside.issuperset(self.readers(value.producer))
+        return self.value_bytes(value) * (2 if stays else 1)
+
+    # -- joining -----------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        before = sum(group.bytes for group in self.group.values())
+        edges = [
+            (value, node)
+            for node in self.graph.nodes
+            for value in dict.fromkeys(value for _, value in node.operands())
+            if value.producer in self.place
+        ]
+        edges.sort(key=lambda edge: -self.value_bytes(edge[0]))
+        refused: list[Refusal] = []
+        for value, reader in edges:
+            assert value.producer is not None
+            above, below = self.group[value.producer], self.group[reader]
+            if above is not below:
+                refused += self._joined(above, below, value, reader)
+        groups = self._in_order()
+        apart = [r for r in refused if self.group[r.value.producer] is not self.group[r.reader]]  # type: ignore[index]
+        apart.sort(key=lambda refusal: -refusal.bytes)
+        steps = [step for group in groups for step in _steps(group)]
+        after = sum(group.bytes for group in groups)
+        return Plan(self.graph, tuple(steps), tuple(apart), int(after), int(before))
+
+    def _joined(self, above: _Group, below: _Group, value: Value, reader: Node) -> Iterable[Refusal]:
+        """Make one group of two; a refusal where they stay apart."""
+        nodes = self._without_views_first(above.nodes + below.nodes)
+        if len(nodes) <= max(len(above.nodes), len(below.nodes)):
+            return []  # one of them is a view of what is outside
+        union = _Group(nodes, self.place[nodes[0]], self.place[nodes[-1]])
+        saved = self._saved(value, above, below)
+        reason = self._never(above) or self._never(below) or self._comes_back(union)
+        if not reason:
+            self._become_region(union)
+            saved = above.bytes + below.bytes - union.bytes if union.region is not None else saved
+            reason = union.why or self._no_gain(above, below, union)
+        if reason:
+            return [Refusal(reason, int(saved), value, reader)] if saved > 0 else []
+        for node in union.nodes:
+            self.group[node] = union
+        return []
+
+    def _without_views_first(self, nodes: list[Node]) -> list[Node]:
+        """The nodes in order, without views of what is outside: others may read these before the kernel runs."""
+        kept: dict[Node, None] = {}
+        for node in sorted(nodes, key=self.place.__getitem__):
+            if not is_view(node) or any(value.producer in kept for _, value in node.operands()):
+                kept[node] = None
+        return list(kept)
+
+    def _never(self, group: _Group) -> str:
+        """Why a group can be in no region at all."""
+        node = group.nodes[0]
+        if len(group.nodes) > 1 or group.region is not None:
+            return ""
+        return no_element(node.operator) if element_of(node) is None else group.why
+
+    def _no_gain(self, above: _Group, below: _Group, union: _Group) -> str:
+        region = union.region
+        assert region is not None
+        for factor in computed_factors(region):
+            (contraction,) = region.contractions
+            if int(product(self.bound(dim.size) for dim in contraction.axes - factor.axes)) > TILE:
+                return f"what stands before a contraction would be computed again for every {TILE} columns"
+        if not (above.bytes and below.bytes):  # a view goes along with what reads or writes it
+            return ""
+        if union.bytes < above.bytes + below.bytes and union.seconds <= above.seconds + below.seconds:
+            return ""
+        return "it would take longer: rows are read again, or too few to keep the device busy"
+
+    def _comes_back(self, union: _Group) -> str:
+        """Whether a path leaves the nodes and comes back: then they cannot run at once."""
+        inside = set(union.nodes)
+        seen: set[_Group] = set()
+        stack = [user for node in union.nodes for user in self.readers(node) if user not in inside]
+        while stack:
+            group = self.group[stack.pop()]
+            if group in seen or group.first > union.last:
+                continue
+            seen.add(group)
+            if len(seen) > FARTHEST:
+                return "too much lies between them to see whether a path leaves them and comes back"
+            users = [user for node in group.nodes for user in self.readers(node)]
+            if not inside.isdisjoint(users):
+                return "a path leaves them and comes back"
+            stack += users
+        return ""
+
+    def _in_order(self) -> list[_Group]:
+        """The groups in an order in which they can run."""
+        order: TopologicalSorter[_Group] = TopologicalSorter()
+        for node in self.graph.nodes:
+            order.add(self.group[node])
+            for user in self.readers(node):
+                if self.group[user] is not self.group[node]:
+                    order.add(self.group[user], self.group[node])
+        return list(order.static_order())
+
+
+def _steps(group: _Group) -> list[Region | Node]:
+    """The region of a group, and behind it the views of its results."""
+    if group.region is None or not group.region.nodes:
+        return list(group.nodes)
+    inside = set(group.region.nodes)
+    return [group.region, *(node for node in group.nodes if node not in inside)]

@@ -1,0 +1,41 @@
+"""A plan of fusion as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from regauge.ir.fusion.plan import Plan, Refusal
+from regauge.ir.fusion.region import Region
+from regauge.ir.sizes import format_size
+from regauge.ir.tables import short
+
+
+def plan_rows(plan: Plan) -> list[list[str]]:
+    """A row for each kernel, in an order in which they can run; ``other`` is what fusion leaves to the runtime."""
+    rows = [["kernel", "loops", "nodes", "results"]]
+    for step in plan.kernels:
+        if isinstance(step, Region):
+            results = ", ".join(value.name for value in step.outputs)
+            rows.append([step.kind, _loops(step), " ".join(node.op for node in step.nodes), results])
+        else:
+            rows.append(["other", "", step.op, ", ".join(value.name for value in step.outputs)])
+    return rows
+
+
+def _loops(region: Region) -> str:
+    return " ".join(f"{name}={format_size(dim.size)}" for dim, name in region.names.items())
+
+
+def refusal_rows(refusals: Sequence[Refusal]) -> list[list[str]]:
+    """What stays apart, the most bytes first."""
+    rows = [["bytes", "value", "read by", "why it is no kernel with what gives it"]]
+    return rows + [
+        [f"{short(refusal.bytes)}B", refusal.value.name, refusal.reader.label, refusal.reason] for refusal in refusals
+    ]
+
+
+def plan_summary(plan: Plan) -> str:
+    return (
+        f"{len(plan.kernels)} kernels instead of {plan.kernels_before}, "
+        f"{short(plan.bytes)}B moved instead of {short(plan.bytes_before)}B"
+    )

@@ -1,0 +1,269 @@
+"""What an operator computes for one index of its result, as an expression over scalars.
+
+The ``element`` of an operator record is such an expression of its operands:
+
+    silu        lambda x: x * scalars.sigmoid(x)
+    softmax     lambda x, dim: e / scalars.sum(e), where e = exp(x - scalars.amax(x))
+    linear      lambda x, weight, bias=None: scalars.sum(x * weight) + bias
+
+It says nothing of axes: an operand is read where its own axes say, by the axis rule of the record, and ``sum``,
+``amax`` and ``amin`` go over the axes that the rule ends (contracts, reduces or normalises over), ``count()`` being how
+many indices these have. Kernels are printed from elements; a law (:mod:`regauge.ir.element_law`) holds each to what its
+operator computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+if TYPE_CHECKING:
+    from regauge.ir.graph import Node
+
+Number: TypeAlias = bool | int | float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Scalar:
+    """A node of an expression: ``op`` is a name in PRIMITIVES or in REDUCTIONS, or one of
+
+    ``operand``  the value of operand ``value``, a slot number
+    ``number``   the number ``value``
+    ``count``    how many indices the ended axes have
+    ``joined``   of the arguments the one in whose segment of the result the index lies
+    """
+
+    op: str
+    args: tuple[Scalar, ...] = ()
+    value: Any = None
+
+    def __add__(self, other: Operand) -> Scalar:
+        return _call("add", self, other)
+
+    def __radd__(self, other: Operand) -> Scalar:
+        return _call("add", other, self)
+
+    def __sub__(self, other: Operand) -> Scalar:
+        return _call("sub", self, other)
+
+    def __rsub__(self, other: Operand) -> Scalar:
+        return _call("sub", other, self)
+
+    def __mul__(self, other: Operand) -> Scalar:
+        return _call("mul", self, other)
+
+    def __rmul__(self, other: Operand) -> Scalar:
+        return _call("mul", other, self)
+
+    def __truediv__(self, other: Operand) -> Scalar:
+        return _call("div", self, other)
+
+    def __rtruediv__(self, other: Operand) -> Scalar:
+        return _call("div", other, self)
+
+    def __neg__(self) -> Scalar:
+        return _call("neg", self)
+
+    def __lt__(self, other: Operand) -> Scalar:
+        return _call("lt", self, other)
+
+    def __le__(self, other: Operand) -> Scalar:
+        return _call("le", self, other)
+
+    def __gt__(self, other: Operand) -> Scalar:
+        return _call("gt", self, other)
+
+    def __ge__(self, other: Operand) -> Scalar:
+        return _call("ge", self, other)
+
+
+Operand: TypeAlias = Scalar | Number
+Element: TypeAlias = "Callable[..., Scalar | None]"
+"""``element(*operands, **attributes)``: operands are Scalars, or None where absent. None where it cannot be stated."""
+
+
+def _call(op: str, *args: Operand) -> Scalar:
+    return Scalar(op, tuple(arg if isinstance(arg, Scalar) else number(arg) for arg in args))
+
+
+def number(value: Number) -> Scalar:
+    return Scalar("number", value=value)
+
+
+def operand(slot: int) -> Scalar:
+    return Scalar("operand", value=slot)
+
+
+def count() -> Scalar:
+    """How many indices the ended axes have, together."""
+    return Scalar("count")
+
+
+def joined(*args: Operand) -> Scalar:
+    """What is laid end to end along an axis of the result, whose extent is the concatenation of the arguments' ones."""
+    return _call("joined", *args)
+
+
+def _function(op: str) -> Callable[..., Scalar]:
+    def call(*args: Operand) -> Scalar:
+        return _call(op, *args)
+
+    return call
+
+
+def _where(condition: Any, x: Any, y: Any) -> torch.Tensor:
+    return torch.where(torch.as_tensor(condition) != 0, x, y)
+
+
+def _pairwise(function: Callable[..., torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
+    """A function of two tensors that takes numbers, too."""
+
+    def call(x: Any, y: Any) -> torch.Tensor:
+        like = x if isinstance(x, torch.Tensor) else y
+        return function(*(torch.as_tensor(v, dtype=like.dtype if isinstance(v, float) else None) for v in (x, y)))
+
+    return call
+
+
+PRIMITIVES: Mapping[str, Callable[..., Any]] = {
+    "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "div": lambda x, y: x / y,
+    "neg": lambda x: -x, "abs": torch.abs, "maximum": _pairwise(torch.maximum), "minimum": _pairwise(torch.minimum),
+    "exp": torch.exp, "exp2": torch.exp2, "expm1": torch.expm1,
+    "log": torch.log, "log2": torch.log2, "log1p": torch.log1p,
+    "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "erf": torch.erf,
+    "sin": torch.sin, "cos": torch.cos, "floor": torch.floor, "ceil": torch.ceil,
+    "eq": lambda x, y: x == y, "ne": lambda x, y: x != y, "lt": lambda x, y: x < y, "le": lambda x, y: x <= y,
+    "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y, "where": _where,
+    "logical_and": lambda x, y: (x != 0) & (y != 0), "logical_or": lambda x, y: (x != 0) | (y != 0),
+    "logical_not": lambda x: x == 0,
+}  # fmt: skip
+"""What each primitive is in torch. ``maximum`` and ``minimum`` are NaN where an operand is, as torch's are."""
+
+REDUCTIONS: Mapping[str, Callable[..., Any]] = {
+    "sum": lambda x, dims: torch.sum(x, dims, keepdim=True),
+    "amax": lambda x, dims: torch.amax(x, dims, keepdim=True),
+    "amin": lambda x, dims: torch.amin(x, dims, keepdim=True),
+}
+
+abs_ = _function("abs")
+maximum, minimum = _function("maximum"), _function("minimum")
+exp, exp2, expm1 = _function("exp"), _function("exp2"), _function("expm1")
+log, log2, log1p = _function("log"), _function("log2"), _function("log1p")
+sqrt, rsqrt = _function("sqrt"), _function("rsqrt")
+sigmoid, tanh, erf = _function("sigmoid"), _function("tanh"), _function("erf")
+sin, cos, floor, ceil = _function("sin"), _function("cos"), _function("floor"), _function("ceil")
+eq, ne, where = _function("eq"), _function("ne"), _function("where")
+logical_and, logical_or, logical_not = _function("logical_and"), _function("logical_or"), _function("logical_not")
+sum_, amax, amin = _function("sum"), _function("amax"), _function("amin")
+
+
+def mean(x: Scalar) -> Scalar:
+    return sum_(x) / count()
+
+
+def centred(x: Scalar) -> Scalar:
+    return x - mean(x)
+
+
+def relu(x: Scalar) -> Scalar:
+    return maximum(x, 0.0)
+
+
+def clamp(x: Scalar, low: Scalar | Number | None, high: Scalar | Number | None) -> Scalar:
+    """torch's order: the upper bound wins."""
+    x = x if low is None else maximum(x, low)
+    return x if high is None else minimum(x, high)
+
+
+def softplus(x: Scalar) -> Scalar:
+    """log(1 + exp(x)), without overflow."""
+    return maximum(x, 0.0) + log1p(exp(-abs_(x)))
+
+
+def gelu(x: Scalar, approximate: str) -> Scalar:
+    """Hendrycks and Gimpel 2016: x times the normal distribution function, or its approximation by tanh."""
+    if approximate == "none":
+        return 0.5 * x * (1.0 + erf(x * math.sqrt(0.5)))
+    return 0.5 * x * (1.0 + tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def power(x: Scalar, exponent: Scalar) -> Scalar | None:
+    """The powers that need no logarithm; None for others."""
+    if exponent.op != "number":
+        return None
+    known: Mapping[float, Callable[[Scalar], Scalar]] = {
+        1: lambda x: x, 2: lambda x: x * x, 3: lambda x: x * x * x, 0.5: sqrt, -0.5: rsqrt, -1: lambda x: 1.0 / x,
+    }  # fmt: skip
+    found = known.get(float(exponent.value))
+    return found(x) if found else None
+
+
+def affine(x: Scalar, gain: Scalar | None, shift: Scalar | None) -> Scalar:
+    """``x * gain + shift``, where these are given."""
+    x = x if gain is None else x * gain
+    return x if shift is None else x + shift
+
+
+def normalised(x: Scalar, weight: Scalar | None, bias: Scalar | None, eps: float) -> Scalar:
+    """Layer, group and instance norm; they differ in the axes alone."""
+    deviation = centred(x)
+    return affine(deviation * rsqrt(mean(deviation * deviation) + eps), weight, bias)
+
+
+def element_of(node: Node) -> Scalar | None:
+    """The element of a node, its operands being ``operand`` scalars; None where none is stated for such a node."""
+    element = node.operator.element
+    if element is None or len(node.outputs) != 1:
+        return None
+    operands: list[Scalar | None] = []
+    for slot, given in enumerate(node.inputs):
+        if given is None:
+            operands.append(None)
+        elif hasattr(given, "shape"):
+            operands.append(operand(slot))
+        elif isinstance(given, bool | int | float):
+            operands.append(number(given))
+        else:
+            return None  # a complex number, or a size that is known when it runs
+    return element(*operands, **node.attributes)
+
+
+def evaluate(expression: Scalar, operands: Sequence[Any], ended: Sequence[int], size: int) -> Any:
+    """The expression in torch: operands are tensors that broadcast, or numbers; ``ended`` the axes that reductions end.
+
+    ``size`` is how many indices these have. Reduced axes stay, with the size 1. An operand that is only broadcast along
+    an ended axis counts once for each index.
+    """
+    known: dict[Scalar, Any] = {}
+
+    def value(node: Scalar) -> Any:
+        if node not in known:
+            known[node] = _evaluated(node, value, operands, ended, size)
+        return known[node]
+
+    return value(expression)
+
+
+def _evaluated(
+    node: Scalar, value: Callable[[Scalar], Any], operands: Sequence[Any], ended: Sequence[int], size: int
+) -> Any:
+    match node.op:
+        case "operand":
+            return operands[node.value]
+        case "number":
+            return node.value
+        case "count":
+            return size
+    args = [value(arg) for arg in node.args]
+    if node.op in PRIMITIVES:
+        return PRIMITIVES[node.op](*args)
+    (x,) = args
+    if not ended:
+        return x
+    reduced = REDUCTIONS[node.op](x, tuple(ended))
+    met = math.prod(x.shape[axis] for axis in ended)
+    return reduced * (size // met) if node.op == "sum" and met else reduced

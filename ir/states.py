@@ -1,0 +1,101 @@
+"""States that travel through the arguments and results of a graph: caches, and the last frames of a stream.
+
+    input NAME  ->  output NAME.next
+
+A state input stands behind the ordinary inputs, and what it becomes behind the ordinary outputs, in the same order. The
+caller hands what it got back in with the next run; a first run starts from zeros (:func:`first_states`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from regauge.ir.errors import GraphError
+from regauge.ir.graph import Graph, State, Value
+from regauge.ir.sizes import evaluate, solve_bindings
+
+NEXT = ".next"  # what the name of a state ends in once it is an output
+
+
+def carry(graph: Graph, before: Value, after: Value) -> State:
+    """Make ``after`` an output that the caller hands in again as the input ``before``; returns the new state.
+
+    Raises GraphError where ``before`` is no input of the graph, or ``after`` is an output already or not computed here.
+    """
+    if before not in graph.inputs:
+        raise GraphError(f"the state {before} is no input of graph {graph.name!r}: add it with Builder.input")
+    if after.producer is None or any(output is after for output in graph.outputs):
+        raise GraphError(f"what the state {before} becomes needs a value of its own: {after} is none, add an identity")
+    name = before.name + NEXT
+    if not any(value.name == name for value in graph.values()):
+        after.name = name
+    state = State(before.name, before, after, returned=True)
+    graph.outputs.append(after)
+    graph.states.append(state)
+    graph.version += 1
+    return state
+
+
+def carried(graph: Graph) -> list[State]:
+    """The states that are inputs and outputs, in the order of the outputs."""
+    place = {output: number for number, output in enumerate(graph.outputs) if isinstance(output, Value)}
+    return sorted((state for state in graph.states if state.returned), key=lambda state: place[state.after])
+
+
+def first_states(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Zeros for every carried state, in their order; the ordinary ``inputs`` of the first run tell dynamic sizes.
+
+    A cache, which grows from run to run, has no entries yet.
+    """
+    bindings: dict[sympy.Symbol, int] = {}
+    for value, tensor in zip(ordinary_inputs(graph), inputs, strict=True):
+        solve_bindings(value.shape, tensor.shape, bindings)
+    found = []
+    for state in carried(graph):
+        for before, after in zip(state.before.shape, state.after.shape, strict=True):
+            if before != after and isinstance(before, sympy.Symbol):
+                bindings.setdefault(before, 0)
+        dtype = state.before.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise GraphError(f"the state {state.before} cannot be made of zeros: hand in a first one")
+        shape: Any = evaluate(state.before.shape, bindings)
+        found.append(torch.zeros(shape, dtype=dtype, device=inputs[0].device if inputs else None))
+    return found
+
+
+def ordinary_inputs(graph: Graph) -> list[Value]:
+    """The inputs that are no carried state."""
+    states = {state.before for state in graph.states if state.returned}
+    return [value for value in graph.inputs if value not in states]
+
+
+class Steps:
+    """Runs a graph again and again, and keeps its carried states in between.
+
+    >>> steps = Steps(graph)
+    >>> results = [steps(chunk) for chunk in chunks]
+
+    ``run`` is what computes the graph: itself, or a module or session that takes and gives the same flat lists.
+    """
+
+    def __init__(self, graph: Graph, run: Callable[..., Any] | None = None) -> None:
+        self.graph = graph
+        self.run = run
+        self.states: list[torch.Tensor] | None = None
+
+    def __call__(self, *inputs: torch.Tensor) -> list[Any]:
+        """The ordinary outputs for the next inputs."""
+        states = first_states(self.graph, inputs) if self.states is None else self.states
+        by_name = {s.before.name: x for s, x in zip(carried(self.graph), states, strict=True)}
+        given = iter(inputs)
+        flat = [by_name[v.name] if v.name in by_name else next(given) for v in self.graph.inputs]
+        results = self.graph.run(flat) if self.run is None else self.run(*flat)
+        results = list(results) if isinstance(results, tuple | list) else [results]
+        after = {state.after for state in self.graph.states if state.returned}
+        pairs = list(zip(self.graph.outputs, results, strict=True))
+        self.states = [result for output, result in pairs if output in after]
+        return [result for output, result in pairs if output not in after]

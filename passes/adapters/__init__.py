@@ -1,0 +1,1 @@
+"""Small trainable parts beside frozen weights, and their way back into these."""

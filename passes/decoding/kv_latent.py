@@ -1,0 +1,137 @@
+"""The pass that keeps keys and values in fewer numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from regauge.ir.edit import remove_dead
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph
+from regauge.ir.states import carried
+from regauge.passes.allocation.amounts import parse_amount
+from regauge.passes.allocation.knapsack import BINS, Table
+from regauge.passes.attention.assembled import assembled
+from regauge.passes.attention.sites import attention_sites
+from regauge.passes.base import Context, Cut, Pass
+from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.layer_moments import visit_moments
+from regauge.passes.calibration.quadratic import change_of_output
+from regauge.passes.calibration.sensitivity import output_metrics
+from regauge.passes.decoding.cache_bytes import in_words
+from regauge.passes.decoding.latent_fit import RIDGE, fitted_factors, own_factors
+from regauge.passes.decoding.latent_parts import Part, parts_of
+from regauge.passes.decoding.latent_rewrite import write_latents
+from regauge.passes.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvLatent(Pass):
+    """Make keys and values from latents of low rank, which take less room in a cache.
+
+    before   k, v = W_k x, W_v x;            y = W_o attention(W_q x, k, v)
+    after    k, v = A_k x, A_v x (smaller);  y = (W_o B_v) attention((B_k' W_q) x, k, v)
+
+    Palu (Chang et al. 2024) with a latent for each head, in exact metrics: of inputs their second moments, of outputs
+    the gradients of the graph's outputs (without data W_o and W_q alone); ranks by the knapsack of what they lose.
+    Nothing is computed anew where nothing but layout lies between layers and attention. Rotated (or normalised) keys
+    have one latent for all heads, from which they are computed at every step; that costs as many multiplications for
+    each past position as the heads have channels, times the rank. ``joint`` does the same with values, which loses less
+    where few heads are shared by many queries. With data each layer is fitted to what it gave, on
+    what the changed layers before it give, and so is the layer behind attention. Deviations: no Hadamard rotation of
+    latents, which paid off for none without outliers; a latent for each head where Palu has one for four, since the
+    weights of outputs would grow. ``kv-cache`` afterwards keeps the latents. Exact at full rank.
+    """
+
+    name = "kv-latent"
+
+    bytes: float | int | str = option(0.5, "bytes per position: share of those of all keys and values, or 512, 2kB")
+    joint: bool = option(False, "one latent for all heads of unrotated keys and of values, too, each computed anew")
+    seed: int = option(0, "seed of the directions of gradients", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_amount(self.bytes, "bytes", "bytes")
+
+    def call(self, graph: Graph, context: Context) -> Graph:
+        if carried(graph):
+            raise PassError("kv-latent: the graph has states already: run it in front of kv-cache")
+        original = assembled(graph)
+        parts = list(parts_of(attention_sites(original), context.left, joint=self.joint))
+        if not parts:
+            context.left["no attention is understood"] += not context.left
+            return graph
+        batches, metrics = None, dict[str, torch.Tensor]()
+        if context.data is not None:
+            batches = calibration_batches(original, context)
+            names = {part.heads.layer.weight.name for part in parts}
+            found = output_metrics(original, names, batches, self.seed)
+            metrics = {name: own[0] for name, own in found.items()}
+        ranks = self._ranks(parts, _losses(original, parts, batches, metrics))
+        changed = original.copy()
+        picked = {
+            own: rank
+            for own, part, rank in zip(
+                parts_of(attention_sites(changed), Counter(), joint=self.joint), parts, ranks, strict=True
+            )
+            if rank < part.most
+        }
+        if not picked:
+            return graph
+        if batches is None:
+            factors = own_factors(changed, picked, by=self.name)
+        else:
+            factors = fitted_factors(original, changed, picked, batches, metrics, by=self.name)
+            context.note(f"fitted on {sum(map(examples_in, batches))} examples")
+        write_latents(changed, factors, by=self.name)
+        remove_dead(changed)
+        context.cuts += [Cut(f"{part.name}, rank", part.most, rank) for part, rank in picked.items()]
+        before, after = (sum(map(Part.bytes, parts, own)) for own in ([part.most for part in parts], ranks))
+        context.note(f"{in_words(before)} -> {in_words(after)} of keys and values for each position of a sequence")
+        return changed
+
+    def _ranks(self, parts: list[Part], losses: list[np.ndarray]) -> list[int]:
+        """The rank of each part, so that least is lost within the budget."""
+        allowed = parse_amount(self.bytes, "bytes", "bytes").of(sum(part.bytes(part.most) for part in parts))
+        costs = [
+            np.ceil(np.array([part.bytes(rank) for rank in range(1, part.most + 1)]) * (BINS / allowed) - 1e-9)
+            for part in parts
+        ]
+        found = Table([cost.astype(np.int64) for cost in costs], [loss[1:] for loss in losses], BINS).solution(BINS)
+        if found is None:
+            least = sum(part.bytes(1) for part in parts)
+            raise PassError(f"kv-latent: bytes={self.bytes} cannot be met: the smallest latents take {in_words(least)}")
+        return [place + 1 for place in found]
+
+
+def _losses(
+    graph: Graph, parts: list[Part], batches: list[Any] | None, metrics: Mapping[str, torch.Tensor]
+) -> list[np.ndarray]:
+    """Of each part what is lost at every rank from 0 to the most; without data as shares of the part."""
+    layers = {part.heads.layer.weight.name: part.heads.layer for part in parts}
+    inputs = dict[str, torch.Tensor]()
+    if batches is not None:
+        for layer, moments in visit_moments(graph, layers.values(), batches):
+            weight = layer.matrix(layer.weight.tensor.detach()).double()
+            free = layer.bias is not None
+            inputs[layer.weight.name] = change_of_output(
+                moments, weight, weight.new_zeros(len(weight)), RIDGE, free=free
+            ).hessian
+    found = []
+    for part in parts:
+        name, layer = part.heads.layer.weight.name, part.heads.layer
+        matrix = layer.matrix(layer.weight.tensor.detach()).double()
+        maps = part.factored(matrix, inputs.get(name), metrics.get(name))
+        tail = torch.stack([_padded(one.tail, part.most) for one in maps]).sum(0)
+        found.append((tail if batches is not None else tail / tail[0].clamp(min=1e-300)).numpy())
+    return found
+
+
+def _padded(tail: torch.Tensor, most: int) -> torch.Tensor:
+    """Of a map with fewer inputs than channels nothing is lost above their number."""
+    return torch.cat([tail, tail.new_zeros(max(0, most + 1 - len(tail)))])

@@ -1,0 +1,126 @@
+"""Keys and values of attentions as maps of low rank: what may be made smaller, what that loses, and what it saves.
+
+values          W_v = B A, head by head: A x is kept, and the output's weight reads it: W_o' = W_o B
+keys            the same, and the queries' weight reads it: W_q' = B' W_q
+rotated keys    W_k = B A for all heads together: A x is kept, B (A x) is computed and rotated at every step
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from regauge.ir.cost import item_size
+from regauge.passes.attention.sites import Heads, Site
+from regauge.passes.factorization.metric_svd import Factored, factored
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The keys or the values of a site: one map of low rank for each head, or a ``joint`` one for all of them."""
+
+    site: Site
+    kind: str  # "keys" or "values"
+    heads: Heads
+    joint: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.heads.layer.weight.name}: {self.kind}"
+
+    @property
+    def maps(self) -> list[torch.Tensor]:
+        """The channels of the layer that each map makes, in the order of heads."""
+        return [self.heads.channels.flatten()] if self.joint else list(self.heads.channels)
+
+    @property
+    def most(self) -> int:
+        """The rank of each map from which on nothing is saved."""
+        return len(self.maps[0])
+
+    def bytes(self, rank: int) -> float:
+        """What a position takes in the cache."""
+        return len(self.maps) * rank * item_size(self.heads.layer.weight.dtype)
+
+    def factored(
+        self, matrix: torch.Tensor, inputs: torch.Tensor | None, outputs: torch.Tensor | None
+    ) -> list[Factored]:
+        """The best factors of each map of the layer's ``matrix`` [outputs, columns], in metrics of the whole layer."""
+        own = self.metric() if outputs is None else outputs
+        return [factored(matrix[rows], inputs, own[rows][:, rows]) for rows in self.maps]
+
+    def metric(self) -> torch.Tensor:
+        """[outputs, outputs]: what the weights that read keys or values make of an error in them, without data.
+
+        That of values is W_o' W_o of the heads that use them; that of keys W_q W_q', over all angles by which a
+        rotation may turn one against the other: there only the two entries of a pair count together, equally.
+        """
+        reader = self.site.output if self.kind == "values" else self.site.query
+        assert reader is not None
+        weights = reader.weight  # [query heads, size, others]
+        found = torch.eye(self.heads.layer.outputs, dtype=torch.float64) * 1e-6
+        for head, rows in enumerate(self.heads.channels):
+            own = weights[self.site.group(self.heads, head)]
+            gram = torch.einsum("hic,hjc->ij", own, own)
+            found[rows[:, None], rows] += _over_angles(gram, self.heads.pairs) if len(self.heads.pairs) else gram
+        return found
+
+
+def _over_angles(gram: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """The mean of R' M R over rotations R of pairs; entries in no pair are met by each other alone."""
+    i, j = pairs.T
+    mean = gram.clone()
+    for own in (i, j):
+        mean[own], mean[:, own] = 0, 0
+    together = (gram[i, i] + gram[j, j]) / 2
+    mean[i, i], mean[j, j] = together, together
+    return mean
+
+
+def parts_of(sites: Sequence[Site], left: Counter[str], *, joint: bool) -> Iterator[Part]:
+    """What can be kept in fewer numbers; ``left`` counts the reasons why others cannot.
+
+    ``joint`` asks for one latent for all heads wherever they have a layer of their own.
+    """
+    for site in sites:
+        for kind, heads in (("keys", site.key), ("values", site.value)):
+            reason = _misfit(site, kind, heads)
+            if reason is None and heads is not None:
+                yield Part(site, kind, heads, not _is_absorbed(site, kind) or (joint and _fills_layer(heads)))
+            else:
+                left[f"{kind}: {reason}"] += 1
+
+
+def _misfit(site: Site, kind: str, heads: Heads | None) -> str | None:
+    """Why keys or values stay as they are, or None."""
+    if heads is None:
+        return site.missing["key" if kind == "keys" else "value"]
+    if heads.layer.node.op not in ("linear", "matmul"):
+        return "a convolution makes them"
+    if heads.cached or not heads.in_order or not heads.alone:
+        return "something else reads them, or they are cached already"
+    if _is_absorbed(site, kind):
+        return None
+    if not _fills_layer(heads):
+        return "their layer makes something else, too, and what lies between them and attention is no layout"
+    return None
+
+
+def _fills_layer(heads: Heads) -> bool:
+    """Whether their layer makes nothing else."""
+    return len(heads.channels.flatten()) == heads.layer.outputs
+
+
+def _is_absorbed(site: Site, kind: str) -> bool:
+    """Whether what reads keys or values can read the latent instead: nothing but layout lies in between."""
+    heads, reader = (site.key, site.query) if kind == "keys" else (site.value, site.output)
+    if heads is None or reader is None or not (heads.is_layout and reader.is_layout) or reader.layer.taps != 1:
+        return False
+    if kind == "keys" and not (site.keeps_scale and reader.alone and reader.layer.node.op in ("linear", "matmul")):
+        return False
+    even = torch.arange(len(heads.head_of)) // max(1, len(heads.head_of) // heads.count)
+    apart = site.node.output.rank > 2 and site.node.output.shape[-3] == len(heads.head_of)
+    return apart and torch.equal(heads.head_of, even) and reader.in_order

@@ -1,0 +1,1 @@
+"""Several trained networks of one architecture as one, and parts of different networks joined."""

@@ -1,0 +1,1 @@
+"""Sharing weights between parts of a network: repeated blocks tied or made of the same atoms."""

@@ -1,0 +1,92 @@
+"""Kernels in Triton's interpreter: test_triton_kernels.py runs these tests in a process of their own."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import triton_interpreter
+from decoder_block import decoder_block
+from kernel_contract import check_kernel, drawn, evaluated
+from kernel_forms import FORMS, form_graph
+from random_regions import DTYPES, products, regions
+from regauge.backends import triton_kernel as kernels
+from regauge.backends.torch_kernels import with_kernels
+from regauge.backends.triton_kernel import triton_kernel
+from regauge.backends.triton_source import Rounding
+from regauge.ir.edit import Builder
+from regauge.ir.errors import FusionError
+from regauge.ir.fusion.region import trace
+from regauge.ir.graph import Graph
+from regauge.ir.sizes import symbol
+
+triton_interpreter.repair()
+
+ROUNDINGS: tuple[Rounding, ...] = ("fused", "eager")
+
+
+@pytest.mark.parametrize(("rounding", "spread"), [("fused", False), ("eager", True)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_form_keeps_the_contract(name: str, dtype: torch.dtype, rounding: Rounding, spread: bool) -> None:
+    graph = form_graph(name, dtype)
+    for form in triton_kernel(trace(graph.nodes, graph.outputs)).forms:  # type: ignore[arg-type]
+        check_kernel(graph, drawn(graph, spread=spread), rounding, form)
+
+
+def check_random(graph: Graph, rounding: Rounding, seed: int) -> None:
+    for form in triton_kernel(trace(graph.nodes, graph.outputs)).forms:  # type: ignore[arg-type]
+        check_kernel(graph, drawn(graph, seed=seed, spread=bool(seed % 2)), rounding, form)
+
+
+@hypothesis_settings(max_examples=40)
+@given(regions() | products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+def test_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
+    check_random(graph, rounding, seed)
+
+
+@pytest.mark.nightly
+@hypothesis_settings(max_examples=1000)
+@given(regions() | products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+def test_many_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
+    check_random(graph, rounding, seed)
+
+
+def test_one_kernel_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = symbol("rows"), symbol("columns")
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (rows, columns), torch.float32)
+    graph.outputs = [build.softmax(build.mul(x, 2.0), dim=1)]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    monkeypatch.setattr(kernels, "PERSISTENT", 64)
+    for shape in ((1, 1), (3, 64), (2, 65), (0, 5)):
+        given_tensor = torch.randn(shape)
+        (found,) = kernel.launch({x: given_tensor}).values()
+        torch.testing.assert_close(found, torch.softmax(2 * given_tensor, 1))
+    assert {form for form, _ in kernel._sources} == {"rows", "looped"}
+
+
+def test_what_an_operator_launches_is_what_it_computes_in_torch() -> None:
+    for operator in with_kernels(decoder_block(tokens=8, width=16, heads=2, hidden=24, dtype=torch.float32)).operators:
+        tensors = [torch.randn([int(size) for size in value.shape]) for value in operator.reads]
+        torch.testing.assert_close(operator.launch(*tensors), operator.body(*tensors))
+
+
+def test_shapes_that_do_not_fit_are_told() -> None:
+    graph = form_graph("broadcast", torch.float32)
+    tensors = dict(drawn(graph))
+    tensors[graph.inputs[0]] = tensors[graph.inputs[0]][:, :, 1:]
+    with pytest.raises(FusionError, match="x has 36 indices where its kernel expects 37"):
+        check_kernel(graph, tensors)
+
+
+def test_not_a_number_stays_what_it_is() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (8,), torch.float32)
+    graph.outputs = [build.relu(build.maximum(x, build.constant(torch.zeros(8))))]
+    tensors = {**drawn(graph), x: torch.tensor([float("nan"), float("inf"), -1, 2, 0, -0.0, float("-inf"), 3])}
+    check_kernel(graph, tensors)
+    assert evaluated(graph, tensors)[graph.outputs[0]].isnan().sum() == 1  # type: ignore[index]

@@ -1,0 +1,120 @@
+"""Kernels printed from regions: their text, what is refused, and what they compute in Triton's interpreter."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernel_forms import FORMS, form_graph
+from regauge.backends.triton_compile import compile_kernel
+from regauge.backends.triton_kernel import Form, Kernel, triton_kernel
+from regauge.ir.edit import Builder
+from regauge.ir.errors import FusionError
+from regauge.ir.fusion.region import trace
+from regauge.ir.graph import Graph
+
+HERE = Path(__file__).parent
+INTERPRETED = HERE / "interpreted_kernels.py"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def kernel_of(graph: Graph, name: str = "kernel", **options: object) -> Kernel:
+    return triton_kernel(trace(graph.nodes, graph.outputs), name, **options)  # type: ignore[arg-type]
+
+
+def run_interpreted(*options: str) -> None:
+    """The tests of kernels in a process in which Triton interprets: wrong addresses end it, repairs stay in it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED), *options]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent.parent)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_interpreted_kernels() -> None:
+    run_interpreted()
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_many_interpreted_kernels() -> None:
+    run_interpreted("-m", "nightly")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_text_is_python_and_says_what_it_reads(name: str) -> None:
+    kernel = kernel_of(form_graph(name, torch.bfloat16), name)
+    for form in kernel.forms:
+        for contiguous in (True, False):
+            source = kernel.source(form, contiguous=contiguous)
+            compile(source.text, name, "exec")
+            assert max(map(len, source.text.splitlines())) <= 120
+            assert all(f" {tensor.name}[" in source.text for tensor in source.tensors)
+            assert "tl.int64" in source.text and "rounding  fused" in source.text
+
+
+def test_neighbouring_axes_are_one_loop_where_memory_allows() -> None:
+    kernel = kernel_of(form_graph("gated_rms_norm", torch.float16))
+    flat, strided = kernel.source(), kernel.source(contiguous=False)
+    assert [loop.name for loop in flat.loops.all] == ["i0", "r0"]
+    assert [loop.name for loop in strided.loops.all] == ["i0", "i1", "r0"]
+
+
+def test_text_of_an_add_and_norm(golden: object) -> None:
+    kernel = kernel_of(form_graph("add_rms_norm", torch.bfloat16), "add_rms_norm", rounding="eager")
+    golden("kernel_add_rms_norm", kernel.source().text)  # type: ignore[operator]
+
+
+def test_text_of_a_looped_softmax(golden: object) -> None:
+    kernel = kernel_of(form_graph("softmax", torch.float16), "softmax")
+    golden("kernel_softmax_looped", kernel.source("looped").text)  # type: ignore[operator]
+
+
+def test_what_is_no_kernel_is_told() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    graph.outputs = [build.relu(build.input("x", (4, 5), torch.int64))]
+    with pytest.raises(FusionError, match="kernel: kernels compute in half and single precision, relu is i64"):
+        kernel_of(graph)
+    with pytest.raises(FusionError, match="cannot be called '2 kernels'"):
+        kernel_of(form_graph("swiglu", torch.float32), "2 kernels")
+    with pytest.raises(FusionError, match="kernel kernel is pointwise, not looped"):
+        kernel_of(form_graph("swiglu", torch.float32)).source("looped")
+
+
+@pytest.mark.skipif(HAS_TRITON, reason="Triton is installed")
+def test_without_triton_it_is_told_what_to_install() -> None:
+    with pytest.raises(FusionError, match=r"pip install 'regauge\[triton\]'"):
+        kernel_of(form_graph("swiglu", torch.float32)).source().function()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("name", "form"), [("swiglu", "pointwise"), ("add_rms_norm", "rows"), ("softmax", "looped")])
+def test_kernels_compile_without_a_gpu_and_spill_nothing(name: str, form: Form, architecture: str) -> None:
+    kernel = kernel_of(form_graph(name, torch.bfloat16, 4096, 4096), name)
+    sizes = {dim: int(dim.size) for dim in kernel.region.loops}
+    compiled = compile_kernel(kernel.source(form), sizes, architecture)
+    assert compiled.binary[:4] == b"\x7fELF" and str(HERE).encode() not in compiled.binary
+    assert compiled.spilled == 0 and compiled.registers <= 64
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_a_binary_is_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = kernel_of(form_graph("swiglu", torch.float16, 64, 64), "swiglu")
+    sizes = {dim: int(dim.size) for dim in kernel.region.loops}
+    binaries = []
+    for cache in ("first", "second"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / cache))
+        binaries.append(compile_kernel(kernel.source(), sizes, "sm_80").binary)
+    assert binaries[0] == binaries[1]
+
+
+def test_an_unknown_architecture_is_told() -> None:
+    kernel = kernel_of(form_graph("swiglu", torch.float16))
+    with pytest.raises(FusionError, match="no architecture 'sm_1': give sm_80 or sm_90"):
+        compile_kernel(kernel.source(), {}, "sm_1")

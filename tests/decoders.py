@@ -1,0 +1,110 @@
+"""Small causal decoders over characters, and their steps: what caches are tested on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import regauge
+from regauge.ir.graph import Graph
+from regauge.ir.states import Steps
+
+CHARACTERS, LONGEST = 23, 24
+
+
+class Attention(nn.Module):
+    """Rotary positions; ``groups`` heads of keys and values for ``heads`` of queries, written in ways of a ``kind``."""
+
+    def __init__(self, width: int, heads: int, groups: int, kind: str) -> None:
+        super().__init__()
+        self.heads, self.groups, self.kind, size = heads, groups, kind, width // heads
+        self.q, self.o = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.k, self.v = nn.Linear(width, groups * size, bias=False), nn.Linear(width, groups * size, bias=False)
+        self.register_buffer("speeds", 100.0 ** -torch.arange(0, 1, 2 / size))
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.arange(x.shape[-2]).float()[:, None] * self.speeds
+        cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        q = self.q(x).view(batch, length, self.heads, -1).transpose(1, 2)
+        k, v = (layer(x).view(batch, length, self.groups, -1).transpose(1, 2) for layer in (self.k, self.v))
+        q, k = self.turned(q), self.turned(k)
+        if self.kind == "shared":
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            k, v = (part.repeat_interleave(self.heads // self.groups, 1) for part in (k, v))
+            later = torch.full((length, length), -math.inf, dtype=x.dtype).triu(1)
+            if self.kind == "mask":
+                y = F.scaled_dot_product_attention(q, k, v, later)
+            else:
+                y = (q @ k.transpose(-1, -2) / math.sqrt(width / self.heads) + later).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class Rotary(nn.Module):
+    """Two blocks with rotary positions, as Llama has them."""
+
+    def __init__(self, kind: str = "shared", width: int = 32, heads: int = 4, groups: int = 2) -> None:
+        super().__init__()
+        self.table = nn.Embedding(CHARACTERS, width)
+        self.attentions = nn.ModuleList(Attention(width, heads, groups, kind) for _ in range(2))
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(5))
+        self.ups = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(2))
+        self.head = nn.Linear(width, CHARACTERS)
+
+    def forward(self, characters: torch.Tensor) -> torch.Tensor:
+        x = self.table(characters)
+        for block, attention in enumerate(self.attentions):
+            x = x + attention(self.norms[2 * block](x))
+            x = x + self.downs[block](F.silu(self.ups[block](self.norms[2 * block + 1](x))))
+        return self.head(self.norms[4](x))
+
+
+class Placed(nn.Module):
+    """Two blocks with one projection for queries, keys and values, and a table of places, as GPT-2 has them.
+
+    In a ``flat`` one layers read sequences and positions as one axis.
+    """
+
+    def __init__(self, width: int = 32, heads: int = 4, *, flat: bool = False) -> None:
+        super().__init__()
+        self.heads, self.flat = heads, flat
+        self.table, self.places = nn.Embedding(CHARACTERS, width), nn.Embedding(LONGEST, width)
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, characters: torch.Tensor) -> torch.Tensor:
+        batch, length = characters.shape
+        x = self.table(characters) + self.places(torch.arange(length))
+        for qkv, out, norm in zip(self.qkv, self.out, self.norms, strict=False):
+            y = norm(x).flatten(0, 1) if self.flat else norm(x)
+            parts = qkv(y).view(batch, length, -1).chunk(3, -1)
+            q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in parts)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + out(mixed.transpose(1, 2).reshape(*y.shape[:-1], -1)).view_as(x)
+        return F.linear(self.norms[2](x), self.table.weight)
+
+
+def decoder(model: nn.Module) -> Graph:
+    """The graph of a decoder, for any number of sequences and of positions up to LONGEST."""
+    dynamic = {0: {0: "batch", 1: ("length", 1, LONGEST)}}
+    return regauge.capture(model.eval(), (characters(2, 5),), dynamic=dynamic)
+
+
+def characters(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, CHARACTERS, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def stepped(steps: Steps, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """The first results of runs over so many positions each, side by side."""
+    return torch.cat([steps(part)[0] for part in tokens.split(list(counts), 1)], 1)

@@ -1,0 +1,222 @@
+"""Planning of regions: what becomes one kernel, what is refused and why, and that the regions compute the graph."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from decoder_block import decoder_block
+from random_graphs import BATCH, graphs
+from regauge.ir.edit import Builder
+from regauge.ir.fusion import legality
+from regauge.ir.fusion import plan as planning
+from regauge.ir.fusion.legality import fault
+from regauge.ir.fusion.plan import Plan, plan_fusion
+from regauge.ir.fusion.region import Region, trace
+from regauge.ir.graph import Graph, Parameter, Value
+from regauge.ir.interpret import Interpreter
+from regauge.ir.roofline import DEVICES
+from regauge.ir.sample_inputs import sample_inputs
+from region_reference import run_region
+
+
+def ops(plan: Plan) -> list[list[str]]:
+    return [[node.op for node in region.nodes] for region in plan.regions]
+
+
+def reasons(plan: Plan) -> Counter[str]:
+    return Counter(refusal.reason for refusal in plan.refusals)
+
+
+def test_a_decoder_block_becomes_products_with_what_stands_behind_them_and_rows() -> None:
+    plan = plan_fusion(decoder_block())
+    kinds = Counter(region.kind for region in plan.regions)
+    assert kinds == {"contraction": 9, "row reduction": 3, "pointwise": 2}
+    assert (len(plan.kernels), plan.kernels_before) == (14, 27)
+    assert ops(plan).count(["neg", "concat", "mul", "add"]) == 2
+    assert ["linear", "silu", "mul"] in ops(plan) and ops(plan).count(["linear", "add"]) == 2
+    assert plan.bytes < 0.7 * plan.bytes_before
+
+
+def test_refusals_are_told_with_their_bytes() -> None:
+    plan = plan_fusion(decoder_block())
+    scores, weights = plan.refusals[:2]
+    assert scores.bytes == weights.bytes == 2 * 2 * 4 * 512 * 512 * 2  # written and read, two bytes each
+    assert "reduce rows beside a contraction" in scores.reason
+    assert reasons(plan)["it would have two contractions"] == 4
+    graph, build = built()
+    graph.outputs = [build.relu(build.cumsum(build.input("x", (64, 64), torch.float32), dim=1))]
+    assert reasons(plan_fusion(graph)) == {"what cumsum computes for one index is not stated": 1}
+
+
+def built() -> tuple[Graph, Builder]:
+    graph = Graph("g")
+    return graph, Builder(graph)
+
+
+def test_what_a_path_leaves_and_comes_back_to_is_not_one_kernel() -> None:
+    graph, build = built()
+    x = build.relu(build.input("x", (64, 64), torch.float32))
+    graph.outputs = [build.add(x, build.cumsum(x, dim=1))]
+    plan = plan_fusion(graph)
+    assert ops(plan) == [["relu"], ["add"]]
+    assert reasons(plan)["a path leaves them and comes back"] == 1
+
+
+def test_what_is_laid_end_to_end_is_one_loop_and_its_segments() -> None:
+    graph, build = built()
+    x, y = (build.input(name, (64, size), torch.float32) for name, size in (("x", 48), ("y", 16)))
+    joined = build.tanh(build.concat(build.relu(x), y, dim=1))
+    graph.outputs = [joined, build.sum(joined, dims=(1,))]
+    first, second = plan_fusion(graph).regions
+    assert [node.op for node in first.nodes] == ["relu", "concat", "tanh"]
+    assert list(first.names.values()) == ["i0", "i1", "i1_0", "i1_1"]
+    assert reasons(plan_fusion(graph))["it would join segments beside a reduction"] == 1
+
+
+def test_an_axis_that_is_only_broadcast_is_not_reduced() -> None:
+    graph, build = built()
+    wide = build.expand(build.relu(build.input("x", (1, 64), torch.float32)), shape=(8, 64))
+    graph.outputs = [build.sum(wide, dims=(0, 1))]
+    assert fault(trace(graph.nodes)) == "it would reduce an axis that is only broadcast"
+    assert ops(plan_fusion(graph, DEVICES["cpu"])) == [["relu"], ["sum"]]
+
+
+def test_a_value_beside_itself_is_in_no_region() -> None:
+    graph, build = built()
+    x = build.relu(build.input("x", (64, 48), torch.float32))
+    graph.outputs = [build.concat(x, x, dim=1)]
+    assert ops(plan_fusion(graph)) == [["relu"]]
+
+
+def test_a_reshape_across_boundaries_is_in_no_region_but_one_that_splits_is() -> None:
+    graph, build = built()
+    x = build.relu(build.input("x", (64, 48), torch.float32))
+    split = build.tanh(build.permute(build.reshape(x, shape=(64, 4, 12)), dims=(1, 0, 2)))
+    mixed = build.reshape(build.permute(split, dims=(1, 0, 2)), shape=(48, 64))
+    graph.outputs = [build.sigmoid(mixed)]
+    plan = plan_fusion(graph)
+    assert ops(plan) == [["relu", "reshape", "permute", "tanh"], ["sigmoid"]]
+    assert plan.regions[0].layouts[split] == tuple((dim,) for dim in plan.regions[0].loops)
+
+
+def test_a_product_of_a_value_with_itself_has_two_loops_for_one_axis() -> None:
+    graph, build = built()
+    x = build.input("x", (64, 48), torch.float32)
+    graph.outputs = [build.matmul(x, build.permute(x, dims=(1, 0)))]
+    (region,) = plan_fusion(graph).regions
+    assert [dim.size for dim in region.loops] == [64, 64, 48] and region.kind == "contraction"
+    assert list(region.names.values()) == ["m0", "n0", "k0"]
+
+
+def test_group_norm_and_what_follows_reduce_over_the_same_loops() -> None:
+    graph, build = built()
+    x = build.input("x", (2, 6, 40), torch.float32)
+    weight, bias = (build.parameter(name, torch.ones(6)) for name in ("w", "b"))
+    graph.outputs = [build.silu(build.group_norm(build.mul(x, 2.0), weight, bias, num_groups=2))]
+    (region,) = plan_fusion(graph).regions
+    assert region.kind == "row reduction"
+    assert list(region.names.values()) == ["i0", "i1", "r0", "r1"]
+    assert [dim.size for dim in region.loops] == [2, 2, 3, 40]
+
+
+def test_a_prologue_is_refused_where_it_would_be_computed_again() -> None:
+    def products(columns: int) -> list[list[str]]:
+        graph, build = built()
+        x = build.silu(build.input("x", (4096, 64), torch.float32))
+        graph.outputs = [build.linear(x, build.parameter("w", torch.zeros(columns, 64)))]
+        return ops(plan_fusion(graph))
+
+    assert products(64) == [["silu", "linear"]] and products(512) == [["silu"], ["linear"]]
+
+
+def test_integers_and_double_precision_are_left_to_the_runtime() -> None:
+    graph, build = built()
+    x = build.input("x", (64, 64), torch.float64)
+    graph.outputs = [build.relu(build.neg(x))]
+    plan = plan_fusion(graph)
+    assert not plan.regions and len(plan.kernels) == 2
+    assert "kernels compute in half and single precision" in plan.refusals[0].reason
+
+
+def test_long_rows_are_read_again_so_that_less_is_gained() -> None:
+    def moved(columns: int) -> float:
+        graph, build = built()
+        graph.outputs = [build.softmax(build.input("x", (8, columns), torch.float32), dim=1)]
+        return plan_fusion(graph).bytes / (8 * columns * 4)
+
+    assert (moved(4096), moved(32768)) == (2, 4)  # a read and a write; the greatest, the sum and the quotient
+
+
+def test_one_long_row_is_not_given_to_one_program() -> None:
+    def joined(rows: int, device: str) -> bool:
+        graph, build = built()
+        x = build.abs(build.input("x", (rows, 2**22 // rows), torch.float32))
+        graph.outputs = [build.sum(x, dims=(1,))]
+        return len(plan_fusion(graph, DEVICES[device]).regions) == 1
+
+    assert joined(1024, "gpu") and not joined(1, "gpu") and joined(1, "cpu")
+
+
+def test_planning_takes_time_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[int] = []
+    trace = planning.trace
+    monkeypatch.setattr(planning, "trace", lambda nodes, kept: traced.append(len(nodes)) or trace(nodes, kept))
+
+    def work(length: int) -> int:
+        graph, build = built()
+        x = build.input("x", (64, 64), torch.float32)
+        for _ in range(length):
+            x = build.relu(x)
+        graph.outputs = [x]
+        traced.clear()
+        assert all(len(region.nodes) <= legality.MOST_NODES for region in plan_fusion(graph).regions)
+        return sum(traced)
+
+    assert work(400) < 2.2 * work(200)
+
+
+@hypothesis_settings(max_examples=25)
+@given(graphs(), st.sampled_from(sorted(DEVICES)))
+def test_regions_of_random_graphs_compute_what_the_graph_does(graph: Graph, device: str) -> None:
+    check_regions(graph, device)
+
+
+@pytest.mark.nightly
+@hypothesis_settings(max_examples=1000)
+@given(graphs(), st.sampled_from(sorted(DEVICES)))
+def test_regions_of_many_random_graphs_compute_what_the_graph_does(graph: Graph, device: str) -> None:
+    check_regions(graph, device)
+
+
+def check_regions(graph: Graph, device: str) -> None:
+    """Every step has what it reads when its turn comes, and gives what the interpreter gives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(legality, "FLOATS", (torch.float64,))
+        plan = plan_fusion(graph, DEVICES[device], at={BATCH: 2})
+    known: dict[Value, torch.Tensor] = {}
+    inputs = sample_inputs(graph, seed=1)
+    known.update(zip(graph.inputs, inputs.values() if isinstance(inputs, dict) else inputs, strict=True))
+    known.update((parameter, parameter.tensor) for parameter in graph.parameters.values())
+    outer = set(graph.nodes)
+    expected = dict(known)
+    Interpreter(graph, hook=lambda node, results: expected.update(zip(node.outputs, results, strict=False))).run(inputs)
+    ran = []
+    for step in plan.steps:
+        nodes = step.nodes if isinstance(step, Region) else (step,)
+        ran += nodes
+        for node in nodes:
+            for _, value in node.operands():
+                assert isinstance(value, Parameter) or value in known or value.producer in nodes, f"{node} is too early"
+        if isinstance(step, Region):
+            found = run_region(step, known)
+            for value, tensor in found.items():
+                torch.testing.assert_close(tensor, expected[value].double(), rtol=1e-6, atol=1e-8, equal_nan=True)
+            known.update(found)
+        else:
+            known.update((value, expected[value]) for value in step.outputs if value in expected)
+    assert Counter(ran) == Counter(outer)
+    assert all(output in known for output in graph.outputs if isinstance(output, Value))

@@ -1,0 +1,51 @@
+"""States that are inputs and outputs: declared, copied, printed, emitted."""
+
+import pytest
+import torch
+
+from regauge.ir.edit import Builder
+from regauge.ir.errors import GraphError
+from regauge.ir.graph import Graph
+from regauge.ir.parse import parse_graph
+from regauge.ir.states import Steps, carried, carry, first_states, ordinary_inputs
+from regauge.ir.verify import verify
+
+
+def running_sum() -> Graph:
+    graph = Graph(name="running")
+    build = Builder(graph)
+    x = build.input("x", (2, 3), torch.float32)
+    total = build.input("total", (2, 3), torch.float32)
+    added = build.add(x, total)
+    graph.outputs = [build.mul(added, 2)]
+    carry(graph, total, added)
+    return graph
+
+
+def test_a_carried_state_is_handed_from_run_to_run() -> None:
+    graph = running_sum()
+    assert [value.name for value in ordinary_inputs(graph)] == ["x"]
+    assert [output.name for output in graph.outputs] == ["mul", "total.next"]
+    steps = Steps(graph)
+    results = [steps(torch.full((2, 3), float(i)))[0][0, 0].item() for i in (1, 2, 3)]
+    assert results == [2, 6, 12]
+
+
+def test_it_is_kept_by_copies_text_and_torch() -> None:
+    graph = running_sum()
+    copied = parse_graph(str(graph.copy()))
+    verify(copied)
+    (state,) = carried(copied)
+    assert (state.before.name, state.after.name, state.returned) == ("total", "total.next", True)
+    steps = Steps(graph, graph.to_torch())
+    given = torch.ones(2, 3)
+    assert torch.equal(first_states(graph, [given])[0], torch.zeros(2, 3))
+    assert [float(steps(given)[0][0, 0]) for _ in range(3)] == [2, 4, 6]
+
+
+def test_what_cannot_be_carried_says_so() -> None:
+    graph = running_sum()
+    with pytest.raises(GraphError, match="needs a value of its own"):
+        carry(graph, graph.inputs[1], graph.outputs[1])
+    with pytest.raises(GraphError, match="is no input"):
+        carry(graph, graph.outputs[0], graph.outputs[0])

@@ -1,0 +1,128 @@
+"""``kv-latent``: exact where keys and values have the rank, better on data, and kept as latents by ``kv-cache``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import regauge
+from decoders import CHARACTERS, LONGEST, Placed, Rotary, characters, decoder, stepped
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph
+from regauge.ir.states import Steps
+from regauge.ir.verify import verify
+from regauge.passes.decoding.cache_bytes import cache_bytes
+
+MODELS = {
+    "places": Placed,
+    "flat": lambda: Placed(flat=True),
+    "shared": lambda: Rotary("shared"),
+    "mask": lambda: Rotary("mask"),
+}
+
+
+def of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+
+
+def halved(model: nn.Module) -> nn.Module:
+    """With keys and values of heads of half their rank; rotated keys of all heads together."""
+    model = model.double()
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear):
+            continue
+        weight = layer.weight.data
+        if name.startswith("qkv"):
+            parts = weight.view(3, 4, 8, -1)
+            weight.copy_(torch.stack([parts[0], of_rank(parts[1], 4), of_rank(parts[2], 4)]).view_as(weight))
+        elif name.endswith(".v"):
+            weight.copy_(of_rank(weight.view(2, 8, -1), 4).view_as(weight))
+        elif name.endswith(".k"):
+            weight.copy_(of_rank(weight, 8))
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("with_data", [False, True])
+def test_what_has_the_rank_stays_the_same(name: str, with_data: bool) -> None:
+    torch.manual_seed(0)
+    graph = decoder(halved(MODELS[name]()))
+    tokens = characters(40, LONGEST)
+    small = regauge.optimize(graph, "kv-latent{bytes=0.5}", data=[tokens] if with_data else None)
+    verify(small, axes=True)
+    (wanted,), (found,) = graph.run(tokens[:4]), small.run(tokens[:4])
+    assert float((wanted - found).abs().max()) < (1e-5 if with_data else 1e-10) * float(wanted.abs().max())
+    cached = regauge.optimize(small, "kv-cache")
+    assert cache_bytes(cached) == cache_bytes(regauge.optimize(graph, "simplify,kv-cache")) / 2
+    torch.testing.assert_close(stepped(Steps(cached), tokens[:2, :9], (4, 1, 1, 3)), found[:2, :9])
+
+
+class Reader(nn.Module):
+    """The embedding of characters lies near a few directions, as what trained layers read does."""
+
+    def __init__(self, inner: Placed) -> None:
+        super().__init__()
+        self.inner = inner
+        table = inner.table.weight.data
+        table.copy_(torch.randn(CHARACTERS, 32) * torch.logspace(0, -2, 32) @ torch.linalg.qr(torch.randn(32, 32))[0])
+        inner.places.weight.data.mul_(0.1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.inner(tokens)
+
+
+def error(graph: Graph, small: Graph, tokens: torch.Tensor) -> float:
+    (wanted,), (found,) = graph.run(tokens), small.run(tokens)
+    return float((wanted - found).square().sum() / wanted.square().sum())
+
+
+def test_data_tells_what_matters() -> None:
+    torch.manual_seed(0)
+    graph = decoder(Reader(Placed()))
+    data, held_out = [characters(64, LONGEST, seed) for seed in (0, 1)], characters(64, LONGEST, 2)
+    plain = regauge.optimize(graph, "kv-latent{bytes=0.5}")
+    fitted = regauge.optimize(graph, "kv-latent{bytes=0.5}", data=data)
+    assert error(graph, fitted, held_out) < 0.3 * error(graph, plain, held_out)
+    assert "512 bytes -> 256 bytes of keys and values" in str(fitted.report)
+
+
+def test_joint_latents_lose_less() -> None:
+    torch.manual_seed(0)
+    graph, tokens = decoder(Rotary("shared")), characters(64, LONGEST)
+    alone, joint = (
+        regauge.optimize(graph, f"kv-latent{{bytes=0.5,joint={way}}}", data=[tokens]) for way in ("false", "true")
+    )
+    assert error(graph, joint, tokens) < error(graph, alone, tokens)
+    assert cache_bytes(regauge.optimize(joint, "kv-cache")) <= cache_bytes(regauge.optimize(graph, "kv-cache")) / 2
+
+
+def test_budgets_are_refused_where_they_cannot_be_met() -> None:
+    graph = decoder(Placed())
+    with pytest.raises(PassError, match="the smallest latents take 64 bytes"):
+        regauge.optimize(graph, "kv-latent{bytes=0.01}")
+    with pytest.raises(PassError, match="run it in front of kv-cache"):
+        regauge.optimize(graph, "kv-cache,kv-latent")
+    whole = regauge.optimize(graph, "kv-latent{bytes=1.0}")
+    assert len(whole) == len(graph)
+
+
+def test_what_cannot_be_smaller_is_told() -> None:
+    class Fused(nn.Module):
+        """Keys that are normalised, out of a projection that makes values, too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.qkv, self.out = nn.Embedding(CHARACTERS, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            parts = self.qkv(self.table(tokens)).chunk(3, -1)
+            q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in parts)
+            k = nn.functional.rms_norm(k, (4,))
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.out(mixed.transpose(1, 2).flatten(2))
+
+    small = regauge.optimize(decoder(Fused()), "kv-latent{bytes=0.5}")
+    assert "1 x keys: their layer makes something else, too" in str(small.report)
+    assert "values, rank: 4 -> 2" in str(small.report)

@@ -1,0 +1,48 @@
+"""Repairs of Triton's interpreter for bfloat16, which it keeps as bits in unsigned integers and mistakes for numbers.
+
+It cuts float32 off where hardware rounds to the nearest, takes integers for bits, and multiplies bits in ``tl.dot``
+(triton issues 11584 and 11585, closed as not supported). Used in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def to_float(bits: np.ndarray) -> np.ndarray:
+    """The numbers that bits of bfloat16 are."""
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bits(numbers: np.ndarray) -> np.ndarray:
+    """Bits of the nearest bfloat16, of the even one where two are as near."""
+    exact = np.ascontiguousarray(numbers, dtype=np.float32)
+    bits = exact.view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(exact), np.uint16(0x7FC0), rounded).reshape(np.shape(numbers))
+
+
+def repair() -> None:
+    """Make the interpreter of this process compute bfloat16 as a device does."""
+    builder = interpreter.InterpreterBuilder
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def repaired_cast(self: Any, source: Any, target: Any) -> Any:
+        before, after = source.dtype.scalar, target.scalar
+        if before == after or tl.bfloat16 not in (before, after):
+            return cast(self, source, target)
+        numbers = to_float(source.data) if before == tl.bfloat16 else np.asarray(source.data).astype(np.float32)
+        data = to_bits(numbers) if after == tl.bfloat16 else numbers.astype(interpreter._get_np_dtype(after))
+        return interpreter.TensorHandle(data, after)
+
+    def repaired_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (
+            interpreter.TensorHandle(to_float(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        )
+        return dot(self, a, b, *rest)
+
+    builder.cast_impl, builder.create_dot = repaired_cast, repaired_dot
+    builder.create_fp_to_fp = lambda self, source, target, rounding: repaired_cast(self, source, target)
