@@ -72,11 +72,11 @@ def to_torch(
     the same structure of results. Raises EmitError where a node has no torch form. For ``integers`` see :func:`emit`,
     for ``kernels`` :mod:`regauge.backends.torch_kernels`.
     """
-    if kernels not in (None, "triton"):
-        raise EmitError(f'there are no kernels {kernels!r}: kernels is "triton" or None')
     if kernels is not None:
-        from regauge.backends.torch_kernels import with_kernels
+        from regauge.backends.torch_kernels import with_kernels  # whose operators are modules in torch
 
+        if kernels != "triton":
+            raise EmitError(f"there are no kernels {kernels!r}: give 'triton', or None")
         graph = with_kernels(graph).graph
     emitted = emit(graph, integers=integers)
     python = import_source(emitted.source, _module_name(graph))
