@@ -37,12 +37,12 @@ PASSES = {
         "kv-latent{bytes=0.75},kv-quantize{bits=4}",
     ],
     "char_llama": [
-        "kv-latent{bytes=0.75,joint=true}",
+        "kv-latent{bytes=0.75}",
         "kv-latent{bytes=0.5}",
-        "kv-latent{bytes=0.5,joint=true}",
+        "kv-latent{bytes=0.5,joint=false}",
         "kv-quantize{bits=8}",
         "kv-quantize{bits=4}",
-        "kv-latent{bytes=0.75,joint=true},kv-quantize{bits=4}",
+        "kv-latent{bytes=0.75},kv-quantize{bits=4}",
     ],
 }
 

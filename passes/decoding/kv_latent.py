@@ -25,9 +25,11 @@ from regauge.passes.calibration.quadratic import change_of_output
 from regauge.passes.calibration.sensitivity import output_metrics
 from regauge.passes.decoding.cache_bytes import in_words
 from regauge.passes.decoding.latent_fit import RIDGE, fitted_factors, own_factors
-from regauge.passes.decoding.latent_parts import Part, parts_of
+from regauge.passes.decoding.latent_parts import Part, forms_of
 from regauge.passes.decoding.latent_rewrite import write_latents
 from regauge.passes.options import option
+
+NOTHING = 1e-12  # share of what keys or values are, below which a loss is rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +43,20 @@ class KvLatent(Pass):
     the gradients of the graph's outputs (without data W_o and W_q alone); ranks by the knapsack of what they lose.
     Nothing is computed anew where nothing but layout lies between layers and attention. Rotated (or normalised) keys
     have one latent for all heads, from which they are computed at every step; that costs as many multiplications for
-    each past position as the heads have channels, times the rank. ``joint`` does the same with values, which loses less
-    where few heads are shared by many queries. With data each layer is fitted to what it gave, on
-    what the changed layers before it give, and so is the layer behind attention. Deviations: no Hadamard rotation of
-    latents, which paid off for none without outliers; a latent for each head where Palu has one for four, since the
-    weights of outputs would grow. ``kv-cache`` afterwards keeps the latents. Exact at full rank.
+    each past position as the heads have channels, times the rank. Values, and keys that are not rotated, have either
+    form, whichever loses less at its bytes: the knapsack weighs both (``joint`` asks for one of them; ``joint=false``
+    saves the multiplications). With data each layer is fitted to what it gave, on what the changed layers before it
+    give, and so is the layer behind attention. Deviations: no Hadamard rotation of latents, which paid off for none
+    without outliers; a latent for each head or for all where Palu has one for four, since the weights of outputs would
+    grow. ``kv-cache`` afterwards keeps the latents. Exact at full rank.
     """
 
     name = "kv-latent"
 
     bytes: float | int | str = option(0.5, "bytes per position: share of those of all keys and values, or 512, 2kB")
-    joint: bool = option(False, "one latent for all heads of unrotated keys and of values, too, each computed anew")
+    joint: bool | None = option(
+        None, "values, and keys that are not rotated, from one latent of all heads; if not given, where that loses less"
+    )
     seed: int = option(0, "seed of the directions of gradients", at_least=0)
 
     def __post_init__(self) -> None:
@@ -62,25 +67,21 @@ class KvLatent(Pass):
         if carried(graph):
             raise PassError("kv-latent: the graph has states already: run it in front of kv-cache")
         original = assembled(graph)
-        parts = list(parts_of(attention_sites(original), context.left, joint=self.joint))
-        if not parts:
+        forms = list(forms_of(attention_sites(original), context.left, joint=self.joint))
+        if not forms:
             context.left["no attention is understood"] += not context.left
             return graph
         batches, metrics = None, dict[str, torch.Tensor]()
         if context.data is not None:
             batches = calibration_batches(original, context)
-            names = {part.heads.layer.weight.name for part in parts}
-            found = output_metrics(original, names, batches, self.seed)
-            metrics = {name: own[0] for name, own in found.items()}
-        ranks = self._ranks(parts, _losses(original, parts, batches, metrics))
+            names = {own[0].heads.layer.weight.name for own in forms}
+            found_metrics = output_metrics(original, names, batches, self.seed)
+            metrics = {name: own[0] for name, own in found_metrics.items()}
+        choices = self._choices(forms, _losses(original, forms, batches, metrics))
         changed = original.copy()
-        picked = {
-            own: rank
-            for own, part, rank in zip(
-                parts_of(attention_sites(changed), Counter(), joint=self.joint), parts, ranks, strict=True
-            )
-            if rank < part.most
-        }
+        found = forms_of(attention_sites(changed), Counter(), joint=self.joint)
+        parts = [(own[form], rank) for own, (form, rank) in zip(found, choices, strict=True)]
+        picked = {part: rank for part, rank in parts if rank < part.most}
         if not picked:
             return graph
         if batches is None:
@@ -91,29 +92,32 @@ class KvLatent(Pass):
         write_latents(changed, factors, by=self.name)
         remove_dead(changed)
         context.cuts += [Cut(f"{part.name}, rank", part.most, rank) for part, rank in picked.items()]
-        before, after = (sum(map(Part.bytes, parts, own)) for own in ([part.most for part in parts], ranks))
+        before, after = sum(part.bytes(part.most) for part, _ in parts), sum(part.bytes(rank) for part, rank in parts)
         context.note(f"{in_words(before)} -> {in_words(after)} of keys and values for each position of a sequence")
         return changed
 
-    def _ranks(self, parts: list[Part], losses: list[np.ndarray]) -> list[int]:
-        """The rank of each part, so that least is lost within the budget."""
-        allowed = parse_amount(self.bytes, "bytes", "bytes").of(sum(part.bytes(part.most) for part in parts))
+    def _choices(self, forms: list[list[Part]], losses: list[list[np.ndarray]]) -> list[tuple[int, int]]:
+        """Of each the form and the rank, so that least is lost within the budget."""
+        whole = sum(own[0].bytes(own[0].most) for own in forms)
+        allowed = parse_amount(self.bytes, "bytes", "bytes").of(whole)
+        options = [[(form, rank) for form, part in enumerate(own) for rank in range(1, part.most + 1)] for own in forms]
         costs = [
-            np.ceil(np.array([part.bytes(rank) for rank in range(1, part.most + 1)]) * (BINS / allowed) - 1e-9)
-            for part in parts
+            np.ceil(np.array([own[form].bytes(rank) for form, rank in ways]) * (BINS / allowed) - 1e-9).astype(np.int64)
+            for own, ways in zip(forms, options, strict=True)
         ]
-        found = Table([cost.astype(np.int64) for cost in costs], [loss[1:] for loss in losses], BINS).solution(BINS)
+        lost = [np.concatenate([loss[1:] for loss in own]) for own in losses]
+        found = Table(costs, lost, BINS).solution(BINS)
         if found is None:
-            least = sum(part.bytes(1) for part in parts)
+            least = sum(min(part.bytes(1) for part in own) for own in forms)
             raise PassError(f"kv-latent: bytes={self.bytes} cannot be met: the smallest latents take {in_words(least)}")
-        return [place + 1 for place in found]
+        return [ways[place] for ways, place in zip(options, found, strict=True)]
 
 
 def _losses(
-    graph: Graph, parts: list[Part], batches: list[Any] | None, metrics: Mapping[str, torch.Tensor]
-) -> list[np.ndarray]:
-    """Of each part what is lost at every rank from 0 to the most; without data as shares of the part."""
-    layers = {part.heads.layer.weight.name: part.heads.layer for part in parts}
+    graph: Graph, forms: list[list[Part]], batches: list[Any] | None, metrics: Mapping[str, torch.Tensor]
+) -> list[list[np.ndarray]]:
+    """Of each form what is lost at every rank from 0 to the most; without data as shares of the part."""
+    layers = {own[0].heads.layer.weight.name: own[0].heads.layer for own in forms}
     inputs = dict[str, torch.Tensor]()
     if batches is not None:
         for layer, moments in visit_moments(graph, layers.values(), batches):
@@ -122,14 +126,16 @@ def _losses(
             inputs[layer.weight.name] = change_of_output(
                 moments, weight, weight.new_zeros(len(weight)), RIDGE, free=free
             ).hessian
-    found = []
-    for part in parts:
+
+    def lost(part: Part) -> np.ndarray:
         name, layer = part.heads.layer.weight.name, part.heads.layer
         matrix = layer.matrix(layer.weight.tensor.detach()).double()
         maps = part.factored(matrix, inputs.get(name), metrics.get(name))
         tail = torch.stack([_padded(one.tail, part.most) for one in maps]).sum(0)
-        found.append((tail if batches is not None else tail / tail[0].clamp(min=1e-300)).numpy())
-    return found
+        tail[tail < NOTHING * tail[0]] = 0  # of forms that lose nothing the knapsack takes the first
+        return (tail if batches is not None else tail / tail[0].clamp(min=1e-300)).numpy()
+
+    return [[lost(part) for part in own] for own in forms]
 
 
 def _padded(tail: torch.Tensor, most: int) -> torch.Tensor:

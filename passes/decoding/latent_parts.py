@@ -80,18 +80,22 @@ def _over_angles(gram: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     return mean
 
 
-def parts_of(sites: Sequence[Site], left: Counter[str], *, joint: bool) -> Iterator[Part]:
-    """What can be kept in fewer numbers; ``left`` counts the reasons why others cannot.
+def forms_of(sites: Sequence[Site], left: Counter[str], *, joint: bool | None) -> Iterator[list[Part]]:
+    """Of keys and of values that can be kept in fewer numbers the forms of their latents, that of each head first.
 
-    ``joint`` asks for one latent for all heads wherever they have a layer of their own.
+    One latent for all heads (``joint``) is a form wherever they have a layer of their own, and the only one where
+    attention cannot read latents; where both are, ``joint`` may ask for one. ``left`` counts the reasons why others
+    cannot be kept so.
     """
     for site in sites:
         for kind, heads in (("keys", site.key), ("values", site.value)):
             reason = _misfit(site, kind, heads)
-            if reason is None and heads is not None:
-                yield Part(site, kind, heads, not _is_absorbed(site, kind) or (joint and _fills_layer(heads)))
-            else:
+            if reason is not None or heads is None:
                 left[f"{kind}: {reason}"] += 1
+                continue
+            ways = [way for way, fits in ((False, _is_absorbed(site, kind)), (True, _fills_layer(heads))) if fits]
+            asked = [way for way in ways if joint is None or way == joint]
+            yield [Part(site, kind, heads, way) for way in asked or ways]
 
 
 def _misfit(site: Site, kind: str, heads: Heads | None) -> str | None:
