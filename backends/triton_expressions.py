@@ -12,11 +12,9 @@ import torch
 from regauge.ir.fusion.region import Term
 from regauge.ir.scalars import PRIMITIVES
 
-_NAN = "propagate_nan=tl.PropagateNan.ALL"
-
 TEXT: Mapping[str, str] = {
     "add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "div": "({} / {})", "neg": "(-{})",
-    "abs": "tl.abs({})", "maximum": f"tl.maximum({{}}, {{}}, {_NAN})", "minimum": f"tl.minimum({{}}, {{}}, {_NAN})",
+    "abs": "tl.abs({})", "maximum": "maximum({}, {})", "minimum": "minimum({}, {})",
     "exp": "tl.exp({})", "exp2": "tl.exp2({})", "expm1": "expm1({})",
     "log": "tl.log({})", "log2": "tl.log2({})", "log1p": "log1p({})",
     "sqrt": "tl.sqrt_rn({})", "rsqrt": "tl.rsqrt({})", "sigmoid": "tl.sigmoid({})", "tanh": "tanh({})",
@@ -28,6 +26,16 @@ TEXT: Mapping[str, str] = {
 """How each primitive is written; names without ``tl.`` are in FUNCTIONS."""
 
 FUNCTIONS: Mapping[str, str] = {
+    "maximum": '''@triton.jit
+def maximum(x, y):
+    """The greater one; not a number where one is none."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+''',
+    "minimum": '''@triton.jit
+def minimum(x, y):
+    """The smaller one; not a number where one is none."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+''',
     "tanh": '''@triton.jit
 def tanh(x):
     """The hyperbolic tangent; a Taylor polynomial near zero, where the quotient would cancel."""

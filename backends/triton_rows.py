@@ -29,10 +29,16 @@ _TITLE: dict[RowForm, str] = {
 _START = {"sum": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
 _JOIN = {
     "sum": "{0} += tl.where(ok, {1}, 0.0)",
-    "amax": '{0} = tl.maximum({0}, tl.where(ok, {1}, float("-inf")))',
-    "amin": '{0} = tl.minimum({0}, tl.where(ok, {1}, float("inf")))',
+    "amax": '{0} = maximum({0}, tl.where(ok, {1}, float("-inf")))',
+    "amin": '{0} = minimum({0}, tl.where(ok, {1}, float("inf")))',
 }
-_REDUCE = {"sum": "tl.sum", "amax": "tl.max", "amin": "tl.min"}
+_STEP = {"amax": "maximum", "amin": "minimum"}
+"""Functions that reductions are written with."""
+_REDUCE = {
+    "sum": "tl.sum({}, axis=1, keep_dims=True)",
+    "amax": "tl.reduce({}, 1, maximum, keep_dims=True)",
+    "amin": "tl.reduce({}, 1, minimum, keep_dims=True)",
+}
 
 
 class RowKernel(Writer):
@@ -131,7 +137,9 @@ class RowKernel(Writer):
             self.store(tensor)
 
     def _reduce(self, term: Term, tile: str) -> None:
-        self.line(f"{self.name(term)} = {_REDUCE[term.op]}({tile}, axis=1, keep_dims=True)")
+        if term.op in _STEP:
+            self.functions[_STEP[term.op]] = None
+        self.line(f"{self.name(term)} = {_REDUCE[term.op].format(tile)}")
 
     def _looped(self) -> None:
         stages = self.region.stages

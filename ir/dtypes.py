@@ -26,6 +26,11 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
+def epsilon_of(dtype: Dtype) -> float:
+    """What torch's norms take for an ``eps`` of None: from 1 to the next number, in the type that they compute in."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
 def dtype_name(dtype: Dtype) -> str:
     """``f32`` for torch.float32; other types keep torch's name."""
     return dtype if isinstance(dtype, str) else _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from regauge.ir.dtypes import epsilon_of
+
 if TYPE_CHECKING:
     from regauge.ir.graph import Node
 
@@ -34,6 +36,7 @@ class Scalar:
     ``operand``  the value of operand ``value``, a slot number
     ``number``   the number ``value``
     ``count``    how many indices the ended axes have
+    ``epsilon``  what a norm takes for an ``eps`` of None, by the type of the result
     ``joined``   of the arguments the one in whose segment of the result the index lies
     """
 
@@ -101,6 +104,11 @@ def operand(slot: int) -> Scalar:
 def count() -> Scalar:
     """How many indices the ended axes have, together."""
     return Scalar("count")
+
+
+def epsilon() -> Scalar:
+    """What a norm takes for an ``eps`` of None, by the type of the result."""
+    return Scalar("epsilon")
 
 
 def joined(*args: Operand) -> Scalar:
@@ -258,6 +266,8 @@ def _evaluated(
             return node.value
         case "count":
             return size
+        case "epsilon":
+            return epsilon_of(operands[0].dtype)
     args = [value(arg) for arg in node.args]
     if node.op in PRIMITIVES:
         return PRIMITIVES[node.op](*args)

@@ -83,6 +83,11 @@ def add_rms_norm(f: Form, rows: Any, columns: int) -> Any:
     return h, f.build.rms_norm(h, f.w(columns), normalized_shape=(columns,), eps=1e-6)
 
 
+def plain_rms_norm(f: Form, rows: Any, columns: int) -> Any:
+    """Without an ``eps``: it is that of the type."""
+    return f.build.rms_norm(f.build.mul(f.x(rows, columns), 1e-3), normalized_shape=(columns,))
+
+
 def group_norm_silu(f: Form, rows: Any, columns: int) -> Any:
     return f.build.silu(f.build.group_norm(f.x(2, 6, columns), f.w(6), f.w(6), num_groups=2))
 
@@ -160,8 +165,8 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax, layer_norm,
-        gated_rms_norm, add_rms_norm, group_norm_silu, deviation, total, turned, number,
-        rotary, joined, dense_gelu_residual, dense_in_heads, gated_product, scores,
+        gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned,
+        number, rotary, joined, dense_gelu_residual, dense_in_heads, gated_product, scores,
         with_itself,
     )
 }  # fmt: skip

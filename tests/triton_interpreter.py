@@ -1,7 +1,8 @@
 """Repairs of Triton's interpreter for bfloat16, which it keeps as bits in unsigned integers and mistakes for numbers.
 
 It cuts float32 off where hardware rounds to the nearest, takes integers for bits, and multiplies bits in ``tl.dot``
-(triton issues 11584 and 11585, closed as not supported). Used in a process of its own, with TRITON_INTERPRET=1.
+(triton issues 11584 and 11585, closed as not supported). What it reduces with a function of the kernel's own it takes
+entry by entry, which is slow: here whole slices. Used in a process of its own, with TRITON_INTERPRET=1.
 """
 
 from typing import Any
@@ -44,5 +45,14 @@ def repair() -> None:
         )
         return dot(self, a, b, *rest)
 
+    def sliced_reduce(self: Any, operands: Any) -> Any:
+        (operand,) = operands
+        whole = operand.handle.data
+        found, *rest = (self.to_tensor(s, operand.dtype) for s in np.split(whole, whole.shape[self.axis], self.axis))
+        for one in rest:
+            found = self.combine_fn.fn(found, one)
+        return [found]
+
+    interpreter.ReduceOps.generic_reduce = sliced_reduce
     builder.cast_impl, builder.create_dot = repaired_cast, repaired_dot
     builder.create_fp_to_fp = lambda self, source, target, rounding: repaired_cast(self, source, target)

@@ -114,6 +114,7 @@ class _Planner:
                     self.returned.setdefault(value, []).extend([owner] if owner else [])
         self.known_bytes: dict[Value, float] = {}
         self.group = {node: self._alone(node) for node in graph.nodes}
+        self.spans = list(range(len(graph.nodes)))  # for each place the last one of groups that begin up to there
 
     # -- costs -------------------------------------------------------------------------------------------------------
 
@@ -241,9 +242,16 @@ class _Planner:
             reason = union.why or self._no_gain(above, below, union)
         if reason:
             return [Refusal(reason, int(saved), value, reader)] if saved > 0 else []
+        self._become_one(union)
+        return []
+
+    def _become_one(self, union: _Group) -> None:
         for node in union.nodes:
             self.group[node] = union
-        return []
+        place = union.first
+        while self.spans[place] < union.last:
+            self.spans[place] = union.last
+            place += 1
 
     def _without_views_first(self, nodes: list[Node]) -> list[Node]:
         """The nodes in order, without views of what is outside: others may read these before the kernel runs."""
@@ -276,11 +284,14 @@ class _Planner:
     def _comes_back(self, union: _Group) -> str:
         """Whether a path leaves the nodes and comes back: then they cannot run at once."""
         inside = set(union.nodes)
+        last = union.last
+        while self.spans[last] > last:  # what lies behind leads back only through a group that spans it
+            last = self.spans[last]
         seen: set[_Group] = set()
         stack = [user for node in union.nodes for user in self.readers(node) if user not in inside]
         while stack:
             group = self.group[stack.pop()]
-            if group in seen or group.first > union.last:
+            if group in seen or group.first > last:
                 continue
             seen.add(group)
             if len(seen) > FARTHEST:

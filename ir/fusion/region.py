@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from regauge.ir.axes import apply_rule
+from regauge.ir.dtypes import epsilon_of
 from regauge.ir.errors import AxisError, FusionError
 from regauge.ir.extents import Concat, Dim, Extent, Product, fresh, resolve, size_of
 from regauge.ir.graph import Node, Value
@@ -311,6 +312,8 @@ class _Tracer:
                 return Term("number", value=scalar.value)
             case "count":
                 return Term("count", over=ended)
+            case "epsilon":
+                return Term("number", value=epsilon_of(node.output.dtype))
         args = tuple(self._term(arg, node, ended, known) for arg in scalar.args)
         if scalar.op == "joined":
             return self._joined(node, args)

@@ -131,9 +131,9 @@ def layer_norm(
     return F.layer_norm(x, normalized_shape, weight, bias, eps)
 
 
-def _rms_norm_element(x: Scalar, weight: Scalar | None = None, *, eps: float | None, **_: Any) -> Scalar | None:
-    """Without ``eps`` it is that of the type, which an element does not know."""
-    return None if eps is None else scalars.affine(x * scalars.rsqrt(scalars.mean(x * x) + eps), weight, None)
+def _rms_norm_element(x: Scalar, weight: Scalar | None = None, *, eps: float | None, **_: Any) -> Scalar:
+    small = scalars.epsilon() if eps is None else eps
+    return scalars.affine(x * scalars.rsqrt(scalars.mean(x * x) + small), weight, None)
 
 
 @operator(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from regauge.ir.dtypes import epsilon_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.sizes import Size
 
@@ -53,7 +54,7 @@ def layer_norm(onnx: Any, node: Node) -> Any:
 def rms_norm(onnx: Any, node: Node) -> Any:
     x, weight = onnx.operands(2)
     axes, eps = _last_axes(node), node.attributes["eps"]
-    eps = torch.finfo(onnx.dtype).eps if eps is None else eps
+    eps = epsilon_of(onnx.dtype) if eps is None else eps
     if onnx.opset >= RMS_NORM_OPSET:
         weight = _filled(onnx, 1, node.attributes["normalized_shape"]) if weight is None else weight
         return onnx.RMSNormalization(x, weight, axis=axes[0], epsilon=eps)

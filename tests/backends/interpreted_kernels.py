@@ -13,7 +13,7 @@ from kernel_forms import FORMS, form_graph
 from random_regions import DTYPES, products, regions
 from regauge.backends import triton_kernel as kernels
 from regauge.backends.torch_kernels import with_kernels
-from regauge.backends.triton_kernel import triton_kernel
+from regauge.backends.triton_kernel import Form, triton_kernel
 from regauge.backends.triton_source import Rounding
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
@@ -90,3 +90,15 @@ def test_not_a_number_stays_what_it_is() -> None:
     tensors = {**drawn(graph), x: torch.tensor([float("nan"), float("inf"), -1, 2, 0, -0.0, float("-inf"), 3])}
     check_kernel(graph, tensors)
     assert evaluated(graph, tensors)[graph.outputs[0]].isnan().sum() == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("form", ["rows", "looped"])
+@pytest.mark.parametrize("op", ["amax", "amin", "softmax"])
+def test_what_is_not_a_number_is_the_greatest_and_the_least_of_its_row(op: str, form: Form) -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (4, 37), torch.float32)
+    graph.outputs = [build(op, x, **({"dim": 1} if op == "softmax" else {"dims": (1,)}))]
+    tensor = torch.randn(4, 37)
+    tensor[0, 0], tensor[1, 20], tensor[2, 3] = float("nan"), float("nan"), float("inf")
+    check_kernel(graph, {x: tensor}, form=form)

@@ -66,6 +66,17 @@ def test_what_a_path_leaves_and_comes_back_to_is_not_one_kernel() -> None:
     assert reasons(plan)["a path leaves them and comes back"] == 1
 
 
+def test_a_path_comes_back_through_a_kernel_that_begins_before_and_ends_behind() -> None:
+    graph, build = built()
+    x, y = (build.input(name, (64, 64), kind) for name, kind in (("x", torch.float32), ("y", torch.float16)))
+    w, v = build.relu(y), build.relu(x)
+    u = build.add(build.cumsum(v, dim=1), w)
+    graph.outputs = [u, build.add(v, build.cumsum(w, dim=1))]
+    plan = plan_fusion(graph)
+    assert sorted(ops(plan)) == [["add"], ["relu"], ["relu", "add"]]
+    assert reasons(plan)["a path leaves them and comes back"] == 1
+
+
 def test_what_is_laid_end_to_end_is_one_loop_and_its_segments() -> None:
     graph, build = built()
     x, y = (build.input(name, (64, size), torch.float32) for name, size in (("x", 48), ("y", 16)))

@@ -288,3 +288,16 @@ def test_the_number_of_groups_is_written_back(opset: int, tmp_path: Path) -> Non
     written = onnx.load(tmp_path / "small.onnx")
     assert [a.i for node in written.graph.node for a in node.attribute if a.name == "num_groups"] == [2]
     assert operators(load(written)).count("group_norm") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_norm_without_epsilon_takes_that_of_the_type_it_computes_in(dtype: torch.dtype, tmp_path: Path) -> None:
+    """torch computes half precision in single; entries are so small that the epsilon decides."""
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 4), dtype)
+    graph.outputs = [build.rms_norm(x, normalized_shape=(4,))]
+    numbers = torch.full((2, 4), 1e-3, dtype=dtype)
+    graph.to_onnx(tmp_path / "norm.onnx")
+    (found,) = onnxruntime.InferenceSession(str(tmp_path / "norm.onnx")).run(None, {"x": numbers.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), nn.functional.rms_norm(numbers, (4,)), rtol=4e-3, atol=0)
