@@ -46,6 +46,15 @@ def carried(graph: Graph) -> list[State]:
     return sorted((state for state in graph.states if state.returned), key=lambda state: place[state.after])
 
 
+def forget_origin(graph: Graph) -> None:
+    """Say, in place, that arguments and results are no longer those of the module or file that the graph comes from."""
+    for key in [key for key in graph.metadata if key.startswith("onnx")]:
+        del graph.metadata[key]
+    if "torch" in graph.metadata:
+        kept = ("root_class", "training")
+        graph.metadata["torch"] = {key: value for key, value in graph.metadata["torch"].items() if key in kept}
+
+
 def first_states(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Zeros for every carried state, in their order; the ordinary ``inputs`` of the first run tell dynamic sizes.
 

@@ -21,7 +21,7 @@ from regauge.ir.edit import Builder, remove_dead, replace_uses, set_input
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Operand, Value
 from regauge.ir.sizes import replaced, simplify, symbol, symbols_in
-from regauge.ir.states import carry
+from regauge.ir.states import carry, forget_origin
 from regauge.passes.decoding.cuts import Cuts
 from regauge.passes.decoding.positions import ATTENTIONS, Courses, Positions, courses
 
@@ -55,19 +55,10 @@ class Incremental:
                 self._continue(node)
         self.graph.outputs = [self._as_new(output) for output in self.graph.outputs]
         self.graph.symbols[self.past] = (0, high)
-        self._forget_origin()
+        forget_origin(self.graph)
         for before, after in self.kept.values():
             carry(self.graph, before, after)
         remove_dead(self.graph)
-
-    def _forget_origin(self) -> None:
-        """Arguments and results are no longer those of the module or file that the graph comes from."""
-        metadata = self.graph.metadata
-        for key in [key for key in metadata if key.startswith("onnx")]:
-            del metadata[key]
-        if "torch" in metadata:
-            kept = ("root_class", "training")
-            metadata["torch"] = {key: value for key, value in metadata["torch"].items() if key in kept}
 
     # -- nodes that compute something of the new positions -----------------------------------------------------------
 

@@ -10,7 +10,7 @@ import sympy
 from regauge.ir.edit import dead_nodes, record, remove_dead, remove_node
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Value
-from regauge.ir.states import carry
+from regauge.ir.states import carry, forget_origin
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
 from regauge.passes.streaming.frames import Frames
@@ -142,13 +142,4 @@ def _finish(graph: Graph, steps: StepWriter, named: list[Value], found: list[Fra
             value.name = name
     for symbol in steps.sizes:
         graph.symbols.pop(symbol, None)
-    _forget_origin(graph)
-
-
-def _forget_origin(graph: Graph) -> None:
-    """The arguments and results are no longer those of the module or file that the graph comes from."""
-    for key in [key for key in graph.metadata if key.startswith("onnx")]:
-        del graph.metadata[key]
-    if "torch" in graph.metadata:
-        kept = ("root_class", "training")
-        graph.metadata["torch"] = {key: v for key, v in graph.metadata["torch"].items() if key in kept}
+    forget_origin(graph)
