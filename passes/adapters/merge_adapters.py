@@ -66,12 +66,17 @@ def _fold_computed(graph: Graph, by: str) -> int:
     found = {
         value: below
         for value, below in computed.items()
-        if any(source.trainable for source in below) and any(not _is_below(n, computed) for n in value.consumers())
+        if _is_real(value)
+        and any(source.trainable for source in below)
+        and any(not _is_below(n, computed) for n in value.consumers())
     }
     for value, below in found.items():
-        sources = sorted(below, key=lambda source: (source.trainable, source.shape != value.shape))  # the frozen weight
+        # The frozen weight comes first, which is real: indices are frozen, too.
+        sources = sorted(below, key=lambda p: (not _is_real(p), p.trainable, p.shape != value.shape))
         fold = partial(_number_of, value, sources)
-        new = build.folded(sources[0], fold, *sources[1:], shape=[int(size) for size in value.shape])
+        shape = [int(size) for size in value.shape]
+        assert isinstance(value.dtype, torch.dtype)
+        new = build.folded(sources[0], fold, *sources[1:], shape=shape, dtype=value.dtype)
         new.trainable = True
         replace_uses(graph, value, new)
     for node in dead_nodes(graph):
@@ -80,10 +85,16 @@ def _fold_computed(graph: Graph, by: str) -> int:
     return len(found)
 
 
+def _is_real(value: Value) -> bool:
+    return isinstance(value.dtype, torch.dtype) and value.dtype.is_floating_point
+
+
 def _is_below(node: Node, computed: Container[Value]) -> bool:
     """Whether a node is computed of parameters alone itself."""
     return any(value in computed for value in node.outputs)
 
 
 def _number_of(value: Value, sources: Sequence[Parameter], *tensors: torch.Tensor) -> torch.Tensor:
-    return number_of(value, dict(zip(sources, tensors, strict=True)))
+    """The value for ``tensors`` in double precision; what is no real number, as indices are, is made that again."""
+    pairs = zip(sources, tensors, strict=True)
+    return number_of(value, {p: t if _is_real(p) else t.to(p.tensor.dtype) for p, t in pairs})

@@ -173,6 +173,31 @@ def test_what_is_left_alone_is_told() -> None:
     assert regauge.optimize(graph, "merge-adapters").parameters.keys() == graph.parameters.keys()
 
 
+class Looked(nn.Module):
+    """A weight whose rows an index reorders, and a table of biases that one looks up, as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.delta, self.table = (nn.Parameter(torch.randn(*s)) for s in ((6, 4), (6, 4), (3, 2)))
+        self.rows, self.places = (
+            nn.Buffer(torch.tensor([5, 4, 1, 0, 2, 3])),
+            nn.Buffer(torch.tensor([0, 2, 1])),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.table[self.places].reshape(-1)
+        return nn.functional.linear(x, (self.weight + self.delta)[self.rows], bias)
+
+
+def test_what_indices_take_from_weights_is_merged() -> None:
+    model, x = Looked().double().eval(), torch.randn(2, 4, dtype=torch.float64)
+    model.weight.requires_grad_(False)
+    graph = regauge.capture(model, (x,))
+    merged = regauge.optimize(graph, "merge-adapters")
+    assert (merged.run(x)[0] - graph.run(x)[0]).abs().max() < 1e-12
+    assert merged.parameters["weight"].dtype == torch.float64 and len(merged) == 1
+
+
 def test_weights_computed_of_frozen_parameters_stay() -> None:
     model = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)).eval()
     graph = regauge.capture(nn.Sequential(model, nn.Linear(4, 3)), (torch.randn(2, 6),))
