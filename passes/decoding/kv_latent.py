@@ -13,7 +13,6 @@ import torch
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.states import carried
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.allocation.knapsack import BINS, Table
 from regauge.passes.attention.assembled import assembled
@@ -27,6 +26,7 @@ from regauge.passes.decoding.cache_bytes import in_words
 from regauge.passes.decoding.latent_fit import RIDGE, fitted_factors, own_factors
 from regauge.passes.decoding.latent_parts import Part, forms_of
 from regauge.passes.decoding.latent_rewrite import write_latents
+from regauge.passes.decoding.recognised import refuse_caches
 from regauge.passes.options import option
 
 NOTHING = 1e-12  # share of what keys or values are, below which a loss is rounding
@@ -64,8 +64,7 @@ class KvLatent(Pass):
         parse_amount(self.bytes, "bytes", "bytes")
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        if carried(graph):
-            raise PassError("kv-latent: the graph has states already: run it in front of kv-cache")
+        refuse_caches(graph, self.name)
         original = assembled(graph)
         forms = list(forms_of(attention_sites(original), context.left, joint=self.joint))
         if not forms:

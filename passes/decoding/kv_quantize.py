@@ -9,9 +9,7 @@ from typing import Literal
 import torch
 
 from regauge.ir.edit import record
-from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Value
-from regauge.ir.states import carried
 from regauge.passes.base import Context, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.gradients import visit_gradients
@@ -19,6 +17,7 @@ from regauge.passes.decoding.cache_bytes import cache_bytes, in_words
 from regauge.passes.decoding.incremental import Incremental
 from regauge.passes.decoding.positions import find_positions
 from regauge.passes.decoding.quantized_cache import Channels, balanced, write_quantized
+from regauge.passes.decoding.recognised import refuse_caches
 from regauge.passes.options import option
 
 
@@ -46,8 +45,7 @@ class KvQuantize(Pass):
     seed: int = option(0, "seed of the directions of gradients", at_least=0)
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        if carried(graph):
-            raise PassError("kv-quantize: the graph has states already: run it in front of kv-cache")
+        refuse_caches(graph, self.name)
         names, before = self._kept(graph)
         result = graph.copy()
         values = [value for value in map(result.find, names) if self._fits(value, context)]

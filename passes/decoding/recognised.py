@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, State, Value
+from regauge.ir.states import carried
 from regauge.passes.decoding.positions import ATTENTIONS
 
 _SAME = ("identity", "cast")
@@ -28,6 +30,19 @@ def recognised_caches(graph: Graph) -> list[State]:
         if all(a == b for a, b in others) and output.shape[axis] in sums and before.dtype == output.dtype:
             found.append(State(before.name, before, output, returned=True))
     return found
+
+
+def refuse_caches(graph: Graph, name: str) -> None:
+    """Raise PassError where keys and values come from caches already: what the pass ``name`` makes smaller stands in
+    front of them."""
+    if carried(graph):
+        raise PassError(f"{name}: the graph has states already: run it in front of kv-cache")
+    own = recognised_caches(graph)
+    if own:
+        raise PassError(
+            f"{name}: the graph has caches of its own, such as {own[0].name}: capture or export the model without them "
+            f"(as use_cache=False does in transformers), and run kv-cache behind {name}"
+        )
 
 
 def _summed(node: Node) -> Iterator[object]:
