@@ -74,6 +74,20 @@ def test_what_an_operator_launches_is_what_it_computes_in_torch() -> None:
         torch.testing.assert_close(operator.launch(*tensors), operator.body(*tensors))
 
 
+@pytest.mark.parametrize("op", ["rms_norm", "softmax", "silu"])
+def test_one_kernel_computes_what_stands_beside_one_another(op: str) -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    inputs = [build.input("x", (3, 2, 33), torch.float32), build.input("y", (2, 3, 33), torch.float32)]
+    inputs[1] = build.permute(inputs[1], dims=(1, 0, 2))
+    options = {"rms_norm": {"normalized_shape": (33,), "eps": 1e-6}, "softmax": {"dim": 2}}.get(op, {})
+    graph.outputs = [build.mul(build(op, build.mul(x, 0.5), **options), 2.0) for x in inputs]
+    (operator,) = with_kernels(graph).operators
+    tensors = [torch.randn([int(size) for size in value.shape]) for value in operator.reads]
+    for own, other in zip(operator.launch(*tensors), operator.body(*tensors), strict=True):
+        torch.testing.assert_close(own, other)
+
+
 def test_shapes_that_do_not_fit_are_told() -> None:
     graph = form_graph("broadcast", torch.float32)
     tensors = dict(drawn(graph))
