@@ -10,13 +10,14 @@ import triton_interpreter
 from decoder_block import decoder_block
 from kernel_contract import check_kernel, drawn, evaluated
 from kernel_forms import FORMS, form_graph
-from random_regions import DTYPES, products, regions
+from random_regions import DTYPES, products, regions, streams
 from regauge.backends import triton_kernel as kernels
 from regauge.backends.torch_kernels import with_kernels
 from regauge.backends.triton_kernel import Form, triton_kernel
 from regauge.backends.triton_source import Rounding
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
+from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.fusion.region import trace
 from regauge.ir.graph import Graph
 from regauge.ir.sizes import symbol
@@ -44,6 +45,14 @@ def check_random(graph: Graph, rounding: Rounding, seed: int) -> None:
 @given(regions() | products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
 def test_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)
+
+
+@hypothesis_settings(max_examples=20)
+@given(streams(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+def test_random_streams_beside_one_another_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
+    (region,) = plan_fusion(graph).regions
+    for form in triton_kernel(region).forms:
+        check_kernel(graph, drawn(graph, seed=seed, spread=bool(seed % 2)), rounding, form, region)
 
 
 @pytest.mark.nightly

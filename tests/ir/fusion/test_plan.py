@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from decoder_block import decoder_block
 from random_graphs import BATCH, graphs
+from random_regions import streams
 from regauge.ir.edit import Builder
 from regauge.ir.fusion import legality
 from regauge.ir.fusion import plan as planning
@@ -236,7 +237,14 @@ def test_regions_of_many_random_graphs_compute_what_the_graph_does(graph: Graph,
     check_regions(graph, device)
 
 
-def check_regions(graph: Graph, device: str) -> None:
+@hypothesis_settings(max_examples=40)
+@given(streams(torch.float64))
+def test_streams_beside_one_another_compute_what_the_graph_does(graph: Graph) -> None:
+    (region,) = check_regions(graph, "gpu").regions
+    assert len(region.outputs) == len(graph.outputs)
+
+
+def check_regions(graph: Graph, device: str) -> Plan:
     """Every step has what it reads when its turn comes, and gives what the interpreter gives."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(legality, "FLOATS", (torch.float64,))
@@ -264,3 +272,4 @@ def check_regions(graph: Graph, device: str) -> None:
             known.update((value, expected[value]) for value in step.outputs if value in expected)
     assert Counter(ran) == Counter(outer)
     assert all(output in known for output in graph.outputs if isinstance(output, Value))
+    return plan
