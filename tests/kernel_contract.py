@@ -10,7 +10,7 @@ import torch
 
 from regauge.backends.triton_kernel import Form, triton_kernel
 from regauge.backends.triton_source import Rounding
-from regauge.ir.fusion.region import trace
+from regauge.ir.fusion.region import Region, trace
 from regauge.ir.graph import Graph, Value
 
 EXACT = {"add", "sub", "mul", "maximum", "minimum", "relu", "neg", "abs"}
@@ -48,14 +48,18 @@ def drawn(graph: Graph, sizes: Mapping[object, int] | None = None, seed: int = 0
 
 
 def check_kernel(
-    graph: Graph, tensors: Tensors, rounding: Rounding = "fused", form: Form | None = None
+    graph: Graph,
+    tensors: Tensors,
+    rounding: Rounding = "fused",
+    form: Form | None = None,
+    region: Region | None = None,
 ) -> dict[str, float]:
-    """Run a graph that is one region as a kernel and hold it to the contract; the error of each result."""
-    region = trace(graph.nodes, [value for value in graph.outputs if isinstance(value, Value)])
-    read = {load.value.value: tensors[load.value.value] for load in region.loads}
+    """Run a region of a graph, by default all of it, as a kernel and hold it to the contract; errors of results."""
+    region = region or trace(graph.nodes, [value for value in graph.outputs if isinstance(value, Value)])
+    eager, true = evaluated(graph, tensors), evaluated(graph, tensors, torch.float64)
+    read = {load.value.value: eager[load.value.value] for load in region.loads}
     kernel = triton_kernel(region, "kernel", rounding=rounding)
     found = kernel.launch(read, form)
-    eager, true = evaluated(graph, tensors), evaluated(graph, tensors, torch.float64)
     errors = {}
     for value, tensor in found.items():
         assert tensor.shape == true[value].shape and tensor.dtype == value.dtype

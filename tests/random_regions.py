@@ -90,6 +90,34 @@ def products(draw: Callable[[Any], Any]) -> Graph:
     return graph
 
 
+@st.composite
+def streams(draw: Callable[[Any], Any], dtype: torch.dtype | None = None) -> Graph:
+    """A graph of two or three chains over the same axes, with nothing between them but what they read."""
+    dtype = dtype or draw(st.sampled_from(DTYPES))
+    shape = (draw(st.sampled_from((2, 3))), draw(st.sampled_from((1, 3, 17))), draw(st.sampled_from((4, 33, 100))))
+    graph = Graph("streams")
+    build = Builder(graph)
+    both = [
+        build.input("a", shape, dtype),
+        build.input("b", shape[1:], dtype),
+        build.input("c", (shape[0], 1, 1), dtype),
+    ]
+    reduces = draw(st.booleans())
+    for name in "xyz"[: draw(st.integers(2, 3))]:
+        order = draw(st.permutations((0, 1, 2)))
+        x = build.input(name, tuple(shape[axis] for axis in order), dtype)
+        x = build.permute(x, dims=tuple(order.index(axis) for axis in range(3)))
+        for _ in range(draw(st.integers(1, 3))):
+            if draw(st.booleans()):
+                x = build(draw(st.sampled_from(UNARY)), x)
+            else:
+                x = build(draw(st.sampled_from(BINARY)), x, draw(st.sampled_from(both)))
+        x = _row(build, draw(st.sampled_from(ROWS)), x, shape) if reduces else x
+        order = draw(st.permutations((0, 1, 2)))
+        graph.outputs.append(build.permute(x, dims=tuple(order)) if draw(st.booleans()) else x)
+    return graph
+
+
 def _row(build: Builder, op: str, x: Value, shape: tuple[int, ...]) -> Value:
     if op.endswith("softmax"):
         return build(op, x, dim=len(shape) - 1)

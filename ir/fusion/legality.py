@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from regauge.ir.extents import Dim
 from regauge.ir.fusion.region import Region, Term, below_results
 from regauge.ir.sizes import is_static
 
@@ -55,7 +54,7 @@ def _wrong_rows(region: Region) -> str | None:
         return "it would reduce over different axes"
     rows = frozenset(region.loops) - region.reduced
     for value in region.outputs:
-        if not rows <= _dims(region, value):
+        if not rows <= region.dims(value):
             return f"its loops are not all axes of the result {value.name}"
     return None
 
@@ -71,7 +70,7 @@ def _wrong_tile(region: Region) -> str | None:
     if any(term.axes & contraction.over for term in region.terms if term not in before):
         return "an axis that is contracted goes on behind it"
     for value in region.outputs:
-        if _dims(region, value) != contraction.axes:
+        if region.dims(value) != contraction.axes:
             return f"the axes of the result {value.name} are not those that the contraction gives"
     return None
 
@@ -92,7 +91,3 @@ def computed_factors(region: Region) -> list[Term]:
     """The factors of a contraction that are computed, and not only read."""
     factors = [factor for term in region.contractions for factor in below_results(term.args[0]).args]
     return [factor for factor in factors if below_results(factor).op != "load"]
-
-
-def _dims(region: Region, value: object) -> frozenset[Dim]:
-    return frozenset(dim for axis in region.layouts[value] for dim in axis)  # type: ignore[index]

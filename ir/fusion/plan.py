@@ -3,6 +3,8 @@
 Edges between nodes are tried once each, those that carry most bytes first: the regions at both ends become one where
 that is legal (:mod:`regauge.ir.fusion.legality`), where no path leaves the union and comes back, and where a roofline
 of the device says that it gains. What is refused is kept with its reason and the bytes that it goes on to move.
+Then regions that have the same loops, but nothing between them, become one (horizontal fusion): rotary codes of queries
+and keys, norms of several streams. A launch is saved, and what both read is read once.
 """
 
 from __future__ import annotations
@@ -25,6 +27,12 @@ PERSISTENT = 16384
 
 TILE = 128
 """Columns of a contraction that one program computes: what stands before it is computed for each of them again."""
+
+NEAR = 64
+"""Nodes between regions that may become one without a value between them: what they read is kept until the last one."""
+
+SHORTER = 0.9
+"""What regions without a value between them may take as one, of the time that they take apart."""
 
 FARTHEST = 512
 """Regions that are looked at to see whether a path leaves a region and comes back."""
@@ -87,12 +95,15 @@ def plan_fusion(
 
 
 class _Group:
-    """Nodes that are one kernel so far; ``region`` is None where they are no region, ``why`` says the reason."""
+    """Nodes that are one kernel so far; ``region`` is None where they are no region, ``why`` says the reason.
 
-    __slots__ = ("nodes", "first", "last", "region", "why", "bytes", "seconds")
+    ``beside`` are results of parts that nothing else connects: they have the same loops.
+    """
 
-    def __init__(self, nodes: list[Node], first: int, last: int) -> None:
-        self.nodes = nodes
+    __slots__ = ("nodes", "beside", "first", "last", "region", "why", "bytes", "seconds")
+
+    def __init__(self, nodes: list[Node], first: int, last: int, beside: tuple[Value, ...] = ()) -> None:
+        self.nodes, self.beside = nodes, beside
         self.first, self.last = first, last  # positions in the graph
         self.region: Region | None = None
         self.why = ""
@@ -135,7 +146,7 @@ class _Planner:
 
     def _become_region(self, group: _Group) -> None:
         try:
-            region = trace(self._trimmed(group.nodes), self.returned)
+            region = trace(self._trimmed(group.nodes), self.returned, group.beside)
         except FusionError as error:
             group.why = str(error)
             return
@@ -221,6 +232,7 @@ class _Planner:
             above, below = self.group[value.producer], self.group[reader]
             if above is not below:
                 refused += self._joined(above, below, value, reader)
+        self._join_beside()
         groups = self._in_order()
         apart = [r for r in refused if self.group[r.value.producer] is not self.group[r.reader]]  # type: ignore[index]
         apart.sort(key=lambda refusal: -refusal.bytes)
@@ -252,6 +264,44 @@ class _Planner:
         while self.spans[place] < union.last:
             self.spans[place] = union.last
             place += 1
+
+    def _join_beside(self) -> None:
+        """Make one group of those that nothing connects but the loops that they have."""
+        open_: dict[object, list[_Group]] = {}
+        for group in list(dict.fromkeys(self.group.values())):
+            whole = _whole(group)
+            if whole is None:
+                continue
+            near = open_.setdefault((group.region.kind, whole.shape), [])  # type: ignore[union-attr]
+            near[:] = [other for other in near if group.first - other.last <= NEAR]
+            for place, other in enumerate(near):
+                union = self._beside(other, group)
+                if union is not None:
+                    self._become_one(union)
+                    near[place] = union
+                    break
+            else:
+                near.append(group)
+
+    def _beside(self, first: _Group, second: _Group) -> _Group | None:
+        """Both as one group; None where they cannot be, or would not gain."""
+        nodes = self._without_views_first(first.nodes + second.nodes)
+        results = [*(first.beside or (_whole(first),)), *(second.beside or (_whole(second),))]
+        beside = tuple(value for value in results if value is not None)
+        union = _Group(nodes, self.place[nodes[0]], self.place[nodes[-1]], beside)
+        if self._connected(first, second) or self._comes_back(union):
+            return None
+        self._become_region(union)
+        gains = union.region is not None and union.seconds < SHORTER * (first.seconds + second.seconds)
+        return union if gains else None
+
+    def _connected(self, first: _Group, second: _Group) -> bool:
+        """Whether one reads the other: then that they are one was refused."""
+        return any(
+            not inside.isdisjoint(self.readers(node))
+            for one, inside in ((first, set(second.nodes)), (second, set(first.nodes)))
+            for node in one.nodes
+        )
 
     def _without_views_first(self, nodes: list[Node]) -> list[Node]:
         """The nodes in order, without views of what is outside: others may read these before the kernel runs."""
@@ -311,6 +361,15 @@ class _Planner:
                 if self.group[user] is not self.group[node]:
                     order.add(self.group[user], self.group[node])
         return list(order.static_order())
+
+
+def _whole(group: _Group) -> Value | None:
+    """A result with all loops of a region that may have others beside it: a contraction has its tiles to itself."""
+    region = group.region
+    if region is None or not region.nodes or region.contractions:
+        return None
+    loops = set(region.loops)
+    return next((value for value in region.outputs if loops <= region.dims(value)), None)
 
 
 def _steps(group: _Group) -> list[Region | Node]:

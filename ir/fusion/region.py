@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 from regauge.ir.axes import apply_rule
@@ -20,6 +21,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Operator
 from regauge.ir.rules import ENDING_ROLES, Axes, Call
 from regauge.ir.scalars import REDUCTIONS, Scalar, element_of
+from regauge.ir.unify import unify
 
 Kind: TypeAlias = Literal["pointwise", "row reduction", "contraction"]
 Layout: TypeAlias = tuple[tuple[Dim, ...], ...]
@@ -87,6 +89,10 @@ class Region:
             or not node.output.uses
             or any(user not in inside for user, _ in node.output.uses)
         ]
+
+    def dims(self, value: Value) -> frozenset[Dim]:
+        """The loops that a result has."""
+        return frozenset(dim for axis in self.layouts[value] for dim in axis)
 
     @cached_property
     def terms(self) -> list[Term]:
@@ -184,15 +190,18 @@ def is_view(node: Node) -> bool:
     return isinstance(source, Value) and source.dtype == node.output.dtype
 
 
-def trace(nodes: Sequence[Node], returned: Iterable[Value] = ()) -> Region:
-    """The region of nodes, given in topological order; raises FusionError with the reason where there is none."""
+def trace(nodes: Sequence[Node], returned: Iterable[Value] = (), beside: Sequence[Value] = ()) -> Region:
+    """The region of nodes, given in topological order; raises FusionError with the reason where there is none.
+
+    Results that stand ``beside`` one another have the same loops on their axes, whatever else connects them.
+    """
     kept = frozenset(node.output for node in nodes if len(node.outputs) == 1).intersection(returned)
     try:
-        return _Tracer(nodes, kept, shared=True).region()
+        return _Tracer(nodes, kept, beside, shared=True).region()
     except _Twice:
         pass
     try:  # x @ x.T: what is read twice, along other loops
-        return _Tracer(nodes, kept, shared=False).region()
+        return _Tracer(nodes, kept, beside, shared=False).region()
     except _Twice as error:
         raise FusionError(str(error)) from error
 
@@ -205,13 +214,17 @@ class _Tracer:
     """Applies the rules of the nodes to one another; with ``shared`` a value from outside has the same loops wherever
     it is read."""
 
-    def __init__(self, nodes: Sequence[Node], returned: frozenset[Value], *, shared: bool) -> None:
+    def __init__(
+        self, nodes: Sequence[Node], returned: frozenset[Value], beside: Sequence[Value], *, shared: bool
+    ) -> None:
         self.nodes = tuple(nodes)
         self.shared = shared
         self.axes: dict[Any, Axes] = {}
         self.calls: dict[Node, Call] = {}
         for node in self.nodes:
             self._apply(node)
+        for first, second in pairwise(beside):
+            self._lay_beside(first, second)
         self.traced = Region(self.nodes, returned)
         self.loaded: dict[Any, Term] = {}
 
@@ -238,6 +251,13 @@ class _Tracer:
             (self.axes[node.output],) = apply_rule(node.operator, call)
         except (AxisError, ValueError) as error:
             raise FusionError(f"the axis rule of {node.op} does not fit") from error
+
+    def _lay_beside(self, first: Value, second: Value) -> None:
+        try:
+            for own, other in zip(self.axes[first], self.axes[second], strict=True):
+                unify(own, other)
+        except (AxisError, ValueError) as error:
+            raise FusionError(f"{first.name} and {second.name} have other loops") from error
 
     def region(self) -> Region:
         for node in self.nodes:

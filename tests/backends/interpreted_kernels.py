@@ -10,13 +10,14 @@ import triton_interpreter
 from decoder_block import decoder_block
 from kernel_contract import check_kernel, drawn, evaluated
 from kernel_forms import FORMS, form_graph
-from random_regions import DTYPES, products, regions
+from random_regions import DTYPES, products, regions, streams
 from regauge.backends import triton_kernel as kernels
 from regauge.backends.torch_kernels import with_kernels
 from regauge.backends.triton_kernel import Form, triton_kernel
 from regauge.backends.triton_source import Rounding
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
+from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.fusion.region import trace
 from regauge.ir.graph import Graph
 from regauge.ir.sizes import symbol
@@ -46,6 +47,14 @@ def test_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed
     check_random(graph, rounding, seed)
 
 
+@hypothesis_settings(max_examples=20)
+@given(streams(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+def test_random_streams_beside_one_another_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
+    (region,) = plan_fusion(graph).regions
+    for form in triton_kernel(region).forms:
+        check_kernel(graph, drawn(graph, seed=seed, spread=bool(seed % 2)), rounding, form, region)
+
+
 @pytest.mark.nightly
 @hypothesis_settings(max_examples=1000)
 @given(regions() | products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
@@ -72,6 +81,20 @@ def test_what_an_operator_launches_is_what_it_computes_in_torch() -> None:
     for operator in with_kernels(decoder_block(tokens=8, width=16, heads=2, hidden=24, dtype=torch.float32)).operators:
         tensors = [torch.randn([int(size) for size in value.shape]) for value in operator.reads]
         torch.testing.assert_close(operator.launch(*tensors), operator.body(*tensors))
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "softmax", "silu"])
+def test_one_kernel_computes_what_stands_beside_one_another(op: str) -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    inputs = [build.input("x", (3, 2, 33), torch.float32), build.input("y", (2, 3, 33), torch.float32)]
+    inputs[1] = build.permute(inputs[1], dims=(1, 0, 2))
+    options = {"rms_norm": {"normalized_shape": (33,), "eps": 1e-6}, "softmax": {"dim": 2}}.get(op, {})
+    graph.outputs = [build.mul(build(op, build.mul(x, 0.5), **options), 2.0) for x in inputs]
+    (operator,) = with_kernels(graph).operators
+    tensors = [torch.randn([int(size) for size in value.shape]) for value in operator.reads]
+    for own, other in zip(operator.launch(*tensors), operator.body(*tensors), strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_shapes_that_do_not_fit_are_told() -> None:

@@ -55,9 +55,22 @@ def test_unknown_kernels_are_told() -> None:
 
 
 def test_the_same_region_elsewhere_is_the_same_operator() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (5, 16), torch.float32)
+    for name in "abc":
+        x = build.linear(build.mul(build.silu(x), x), build.parameter(name, torch.zeros(16, 16)))
+    graph.outputs = [x]
+    found = with_kernels(graph)
+    first, *others = found.operators  # it reads x, the others what a layer gives
+    assert names(found) == ["silu_mul"] * 3 and {operator.name for operator in others} == {others[0].name}
+    assert first.name != others[0].name
+
+
+def test_the_rotary_codes_of_queries_and_keys_are_one_operator() -> None:
     found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
-    assert names(found) == ["neg_concat_mul_add", "neg_concat_mul_add", "mul_softmax", "add_rms_norm", "silu_mul"]
-    assert len({operator.name for operator in found.operators}) == 4
+    assert names(found) == ["neg_concat_mul_add", "mul_softmax", "add_rms_norm", "silu_mul"]
+    assert len(found.operators[0].reads) == 8 and len(found.operators[0].writes) == 2
 
 
 def test_a_region_may_read_what_another_one_gives() -> None:
