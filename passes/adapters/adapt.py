@@ -75,6 +75,8 @@ class Adapt(Pass):
             raise PassError(f"adapt: form={self.form} has no init={self.init}: it starts as {', '.join(starts)}")
 
     def call(self, graph: Graph, context: Context) -> Graph:
+        if self.init == "eva" and context.data is None:
+            raise PassError("adapt needs data for init=eva: give batches, optimize(graph, passes, data=...)")
         result, count = self._split(graph, context) if self.form == "s2ft" else self._adapted(graph, context)
         if not count:
             return graph

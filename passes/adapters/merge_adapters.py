@@ -43,9 +43,11 @@ class MergeAdapters(Pass):
         log = rewrite_graph(result, _ADAPTERS, nodes=adds)
         remove_dead(result)
         tell(log, context)
-        context.note(f"{count} weights took in what was computed beside them" if count else "no weight was computed")
         if not count and not log.total:
+            context.left["no trainable parameters stand beside a frozen weight"] += not context.left
             return graph
+        if count:
+            context.note(f"{count} weights took in what was computed beside them")
         for parameter in result.all_parameters():
             parameter.trainable = parameter.kind == "parameter"
         record(result, self.name, f"{count + log.total} adapters merged")

@@ -53,6 +53,11 @@ class ShareKv(Pass):
     threshold: float = option(0.5, "kvsharer: cosine of the outputs before and after that is kept", at_most=1)
     repair: bool | None = option(None, "fit queries and outputs, refit the layers behind; true where data is given")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method != "kvsharer" and "threshold" in self.given_options():
+            raise PassError("share-kv: threshold is for single layers: leave it out, or write method=kvsharer")
+
     def call(self, graph: Graph, context: Context) -> Graph:
         if self.repair and context.data is None:
             raise PassError("share-kv needs data for repair: give batches, optimize(graph, passes, data=...)")

@@ -71,7 +71,7 @@ class Incremental:
         if node.op in ATTENTIONS:
             self._name_caches(node)
         elif found.mixing & set(found.kept.values()):
-            raise PassError(f"kv-cache: {node.label} mixes positions, and is no attention: it cannot run step by step")
+            raise PassError(f"{node.label} mixes positions, and is no attention: it cannot run step by step")
         operands = self._operands(node, found)
         if causal:
             self._with_mask(node, operands)
@@ -97,13 +97,13 @@ class Incremental:
     def _courses(self, node: Node) -> Courses:
         found = courses(node, self.positions)
         if found is None:
-            raise PassError(f"kv-cache: nothing is known of how {node.label} treats positions")
+            raise PassError(f"nothing is known of how {node.label} treats positions")
         return found
 
     def _with_mask(self, node: Node, operands: list[Operand]) -> None:
         """The same attention with a mask in place of ``is_causal``, which counts both its axes from 0."""
         if len(operands) > 3 and operands[3] is not None:
-            raise PassError(f"kv-cache: {node.label} is causal and has a mask as well: write one mask")
+            raise PassError(f"{node.label} is causal and has a mask as well: write one mask")
         if self._mask is None:
             queries = self.build.unsqueeze(self.build.arange(start=self.past, end=self.total), dim=1)
             self._mask = self.build.ge(queries, self.build.unsqueeze(self.build.arange(end=self.total), dim=0))
@@ -120,7 +120,7 @@ class Incremental:
             return output
         spans = self._spans(output, {})
         if spans.count(NEW) > 1:
-            raise PassError(f"kv-cache: the output {output} has two axes of positions: leave it out")
+            raise PassError(f"the output {output} has two axes of positions: leave it out")
         return self.get(output, spans)
 
     # -- values in spans ---------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class Incremental:
             return value
         made = self._everywhere(value, spans) if asked == [ALL] else self._anew(value, spans)
         if made is None:
-            raise PassError(f"kv-cache: {value} has more than one axis of positions in a way that is not understood")
+            raise PassError(f"{value} has more than one axis of positions in a way that is not understood")
         return made
 
     def _everywhere(self, value: Value, spans: Spans) -> Value | None:
@@ -227,7 +227,7 @@ class Incremental:
         node = value.producer
         assert node is not None
         if node.regions:
-            raise PassError(f"kv-cache: {node.label} depends on the number of positions, and has branches or a loop")
+            raise PassError(f"{node.label} depends on the number of positions, and has branches or a loop")
         operands = [
             self.get(operand, self._spans(operand, dict.fromkeys(range(operand.rank), ALL)))
             if isinstance(operand, Value)

@@ -42,7 +42,7 @@ def check_steps(whole: Graph, stepwise: Graph, length: sympy.Symbol) -> None:
         if seed + 1 == TRIES:
             start, output = off
             raise PassError(
-                f"kv-cache: position {start} of {output} is not the same step by step: the graph is not causal, or "
+                f"position {start} of {output} is not the same step by step: the graph is not causal, or "
                 "counts positions in a way that is not understood"
             )
 

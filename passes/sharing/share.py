@@ -87,6 +87,7 @@ class Share(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         found = self._found(graph, context)
         if not found:
+            context.left["no blocks of one structure were found"] += not context.left
             return graph
         sites = list(found.values())
         batches = None

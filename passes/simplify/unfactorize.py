@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from regauge.ir.edit import Builder
+from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node
 from regauge.ir.rewrite import RuleSet, refuse, rewrite_graph
 from regauge.ir.roofline import Device, local_seconds
@@ -36,6 +37,11 @@ class Unfactorize(Pass):
     device: str | Mapping[str, int | float] | None = option(
         None, "whose time is predicted: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.when == "always" and self.device is not None:
+            raise PassError("unfactorize: no time is predicted for when=always: leave device out")
 
     def call(self, graph: Graph, context: Context) -> Graph:
         device = device_of(self.device)

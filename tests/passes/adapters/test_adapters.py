@@ -170,7 +170,11 @@ def test_what_is_left_alone_is_told() -> None:
     assert "1 x an output that is all zeros has no direction" in report
     with pytest.raises(PassError, match="form=bone has no init=principal: it starts as auto, zero"):
         regauge.optimize(graph, "adapt{form=bone,init=principal}")
-    assert regauge.optimize(graph, "merge-adapters").parameters.keys() == graph.parameters.keys()
+    with pytest.raises(PassError, match="adapt needs data for init=eva"):
+        regauge.optimize(graph, "adapt{init=eva}")
+    merged = regauge.optimize(graph, "merge-adapters")
+    assert merged.parameters.keys() == graph.parameters.keys()
+    assert "1 x no trainable parameters stand beside a frozen weight" in str(merged.report)
 
 
 class Looked(nn.Module):

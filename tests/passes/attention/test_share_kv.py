@@ -77,7 +77,8 @@ def test_layers_that_differ_by_bases_and_orders_of_heads_share_exactly(method: s
     model = Layers(2, rotation, kv, together=True)
     turned_copy(model, rotation, kv)
     graph = captured(model)
-    found = regauge.optimize(graph, f"share-kv{{layers=1, method={method}, threshold=-1}}", data=data())
+    threshold = ", threshold=-1" if method == "kvsharer" else ""
+    found = regauge.optimize(graph, f"share-kv{{layers=1, method={method}{threshold}}}", data=data())
     assert distance(found, graph) < 1e-3  # healing pulls weights, by its ridge
     names = {name for name in found.parameters if ".k." in name or ".v." in name}
     assert names == {f"layers.0.{part}.{kind}" for part in "kv" for kind in ("weight", "bias")} & names
@@ -134,3 +135,8 @@ def test_keys_at_other_positions_are_not_shared() -> None:
 def test_repair_needs_data() -> None:
     with pytest.raises(PassError, match="needs data for repair"):
         regauge.optimize(captured(Layers(2, "", 4)), "share-kv{layers=1, repair=true}")
+
+
+def test_a_threshold_without_a_search_is_refused() -> None:
+    with pytest.raises(PassError, match="threshold is for single layers: leave it out, or write method=kvsharer"):
+        regauge.optimize(captured(Layers(2, "", 4)), "share-kv{layers=1, threshold=0.9}")

@@ -258,6 +258,12 @@ def test_what_makes_no_sense_is_refused(options: str, words: str) -> None:
         regauge.optimize(decoder(), f"share{{{options}}}" if options else "share")
 
 
+def test_a_network_without_repeated_blocks_is_left_alone() -> None:
+    graph = capture(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval(), (torch.randn(2, 4),))
+    for text in ("share{blocks=1}", "share{kind=dictionary,params=0.7}"):
+        assert "1 x no blocks of one structure were found" in str(regauge.optimize(graph, text).report)
+
+
 def test_starts_of_recursive_transformers() -> None:
     graph = decoder()
     for start, source in (("lower", 1), ("stepwise", 3)):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import regauge
+from regauge.ir.errors import PassError
 
 
 def factors(width: int, rank: int) -> regauge.Graph:
@@ -27,6 +28,11 @@ def test_chains_are_merged_where_it_is_faster(width: int, text: str, layers: int
     x = torch.randn(3, width)
     assert sum(node.op == "linear" for node in found.nodes) == layers
     torch.testing.assert_close(found.run(x)[0], graph.run(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_device_is_for_predicted_times() -> None:
+    with pytest.raises(PassError, match="leave device out"):
+        regauge.optimize(factors(64, 8), "unfactorize{when=always,device=gpu}")
 
 
 def test_convolutions_of_single_places_and_the_reverse_of_factorize() -> None:
