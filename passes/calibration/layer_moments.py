@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from regauge.ir.graph import Graph
 from regauge.ir.lockstep import Lockstep
 from regauge.passes.calibration.layers import Layer
@@ -21,8 +23,20 @@ def visit_moments(graph: Graph, layers: Iterable[Layer], batches: Sequence[Any])
         layer = by_node.get(node)
         if layer is None:
             continue
-        moments = Moments(layer.columns)
-        for x in run.values(node.inputs[0]):
-            moments.add(layer.rows_of_input(x))
-        moments.check(node.label)
-        yield layer, moments
+        yield layer, moments_of(layer, run.values(node.inputs[0]))[0]
+
+
+def moments_of(
+    layer: Layer, inputs: Sequence[torch.Tensor], targets: Iterable[torch.Tensor] | None = None
+) -> list[Moments]:
+    """Of each block, over all batches: of what it is given and, where there are targets, of what it should give."""
+    found = [Moments(layer.columns, 0 if targets is None else layer.outputs) for _ in range(layer.blocks)]
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
+    pairs = ((x, None) for x in inputs) if targets is None else zip(inputs, targets, strict=True)
+    for x, y in pairs:
+        rows = [None] * layer.blocks if y is None else layer.blocks_of_output(y)
+        for moments, x_rows, y_rows in zip(found, layer.blocks_of_input(x), rows, strict=True):
+            moments.add(x_rows, y_rows)
+    for moments in found:
+        moments.check(layer.node.label)
+    return found

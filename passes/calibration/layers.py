@@ -243,6 +243,11 @@ def layer_of(node: Node, *, blocks: bool = False, shared: bool = False) -> Layer
     return layer if fits and (blocks or layer.blocks == 1) and 0 not in weight.shape else None
 
 
+def matrices_of(layer: Layer) -> torch.Tensor:
+    """The weight of a layer, [blocks, outputs, columns], in double precision."""
+    return layer.matrices(layer.weight.tensor.detach()).double()
+
+
 def contracting(graph: Graph, dims: Iterable[Dim], layers: Iterable[Layer]) -> dict[Dim, list[Layer]]:
     """Of these layers those that contract each Dim, every index of it in columns of its own."""
     found: dict[Dim, list[Layer]] = {dim: [] for dim in dims}

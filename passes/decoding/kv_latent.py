@@ -19,11 +19,12 @@ from regauge.passes.attention.assembled import assembled
 from regauge.passes.attention.sites import attention_sites
 from regauge.passes.base import Context, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.calibration.layer_errors import errors_of
 from regauge.passes.calibration.layer_moments import visit_moments
-from regauge.passes.calibration.quadratic import change_of_output
+from regauge.passes.calibration.layers import matrices_of
 from regauge.passes.calibration.sensitivity import output_metrics
 from regauge.passes.decoding.cache_bytes import in_words
-from regauge.passes.decoding.latent_fit import RIDGE, fitted_factors, own_factors
+from regauge.passes.decoding.latent_fit import fitted_factors, own_factors
 from regauge.passes.decoding.latent_parts import Part, forms_of
 from regauge.passes.decoding.latent_rewrite import write_latents
 from regauge.passes.decoding.recognised import refuse_caches
@@ -120,16 +121,11 @@ def _losses(
     inputs = dict[str, torch.Tensor]()
     if batches is not None:
         for layer, moments in visit_moments(graph, layers.values(), batches):
-            weight = layer.matrix(layer.weight.tensor.detach()).double()
-            free = layer.bias is not None
-            inputs[layer.weight.name] = change_of_output(
-                moments, weight, weight.new_zeros(len(weight)), RIDGE, free=free
-            ).hessian
+            inputs[layer.weight.name] = errors_of(layer, [moments])[0].hessian
 
     def lost(part: Part) -> np.ndarray:
         name, layer = part.heads.layer.weight.name, part.heads.layer
-        matrix = layer.matrix(layer.weight.tensor.detach()).double()
-        maps = part.factored(matrix, inputs.get(name), metrics.get(name))
+        maps = part.factored(matrices_of(layer)[0], inputs.get(name), metrics.get(name))
         tail = torch.stack([_padded(one.tail, part.most) for one in maps]).sum(0)
         tail[tail < NOTHING * tail[0]] = 0  # of forms that lose nothing the knapsack takes the first
         return (tail if batches is not None else tail / tail[0].clamp(min=1e-300)).numpy()

@@ -9,14 +9,11 @@ import torch
 
 from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph
-from regauge.passes.calibration.layers import Layer
-from regauge.passes.calibration.moments import Moments
-from regauge.passes.calibration.quadratic import Quadratic, change_of_output, least_error
+from regauge.passes.calibration.layer_errors import errors_of, set_matrices
+from regauge.passes.calibration.layer_moments import moments_of
+from regauge.passes.calibration.layers import Layer, matrices_of
 from regauge.passes.calibration.side_by_side import SideBySide
 from regauge.passes.decoding.latent_parts import Part
-
-RIDGE = 1e-4  # share of the mean square of a column
-ENOUGH_ROWS = 8  # for each column: with less data, layers would be fitted to it
 
 Factors = dict[Part, list[tuple[torch.Tensor, torch.Tensor]]]
 """Of each map of a part its factors: [channels of a head, rank] and [rank, inputs]."""
@@ -27,7 +24,7 @@ def own_factors(changed: Graph, picked: Mapping[Part, int], *, by: str) -> Facto
     found: Factors = {}
     for part, rank in picked.items():
         layer = part.heads.layer
-        matrix = _matrix(layer)
+        matrix = matrices_of(layer)[0].clone()
         found[part] = [one.of_rank(rank) for one in part.factored(matrix, None, None)]
         _write(matrix, part, found[part])
         set_weight(changed, layer.weight, layer.stored(matrix), by=by)
@@ -56,18 +53,13 @@ def fitted_factors(
         if node not in projections and node not in outputs:
             continue
         layer = outputs.get(node) or projections[node][0].heads.layer
-        quadratic, matrix = _error_of(run, layer, was), _matrix(layer)
-        if node in outputs:
-            matrix = quadratic.optimum
+        (error,) = errors_of(layer, moments_of(layer, run.inputs(layer), run.targets(layer, was)))
+        matrix = (error.optimum if node in outputs else matrices_of(layer)[0]).clone()
         for part in projections.get(node, ()):
-            maps = part.factored(quadratic.optimum, quadratic.hessian, metrics[layer.weight.name])
+            maps = part.factored(error.optimum, error.hessian, metrics[layer.weight.name])
             found[part] = [one.of_rank(picked[part]) for one in maps]
             _write(matrix, part, found[part])
-        if layer.bias is not None:
-            shifted = layer.shifted(quadratic.bias(matrix) - layer.bias.tensor.detach().double())
-            if shifted is not None:
-                set_weight(changed, *shifted, by=by)
-        set_weight(changed, layer.weight, layer.stored(matrix), by=by)
+        set_matrices(changed, layer, matrix[None], [error], by=by)
     return found
 
 
@@ -76,20 +68,6 @@ def _by_node(layers: Mapping[Part, Layer]) -> dict[Any, list[Part]]:
     for part, layer in layers.items():
         found.setdefault(layer.node, []).append(part)
     return found
-
-
-def _error_of(run: SideBySide, layer: Layer, was: Any) -> Quadratic:
-    moments = Moments(layer.columns, layer.outputs)
-    for x, y in zip(run.inputs(layer), run.targets(layer, was), strict=True):
-        moments.add(layer.rows_of_input(x), layer.rows_of_output(y))
-    moments.check(layer.node.label)
-    solve = least_error if moments.rows >= ENOUGH_ROWS * layer.columns else change_of_output
-    bias = torch.zeros(layer.outputs) if layer.bias is None else layer.bias.tensor.detach()
-    return solve(moments, _matrix(layer), bias.double(), RIDGE, free=layer.bias is not None)
-
-
-def _matrix(layer: Layer) -> torch.Tensor:
-    return layer.matrix(layer.weight.tensor.detach()).double().clone()
 
 
 def _write(matrix: torch.Tensor, part: Part, factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

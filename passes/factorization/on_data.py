@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph
 from regauge.ir.lockstep import Lockstep
+from regauge.passes.calibration.layer_errors import RIDGE, errors_of, set_matrices
+from regauge.passes.calibration.layer_moments import moments_of
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.calibration.moments import Moments
-from regauge.passes.calibration.quadratic import Quadratic, change_of_output, least_error
+from regauge.passes.calibration.quadratic import Quadratic
 from regauge.passes.calibration.sensitivity import output_metrics
 from regauge.passes.calibration.side_by_side import SideBySide
 from regauge.passes.factorization.bands import Bands, Spectrum, metrics_in_bands, output_bands
@@ -22,10 +22,7 @@ from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.forms import Choice
 from regauge.passes.factorization.metrics import Metric, Pair, gradient_metrics, in_metric
-from regauge.passes.factorization.problems import Problem, matrices_of
-
-RIDGE = 1e-4  # share of the mean square of a column
-ENOUGH_ROWS = 8  # for each column: with less data, factors would be fitted to it rather than to the layer
+from regauge.passes.factorization.problems import Problem
 
 
 @dataclass(frozen=True)
@@ -82,13 +79,10 @@ def problems_on_data(
         layer = by_node.get(node)
         if layer is None:
             continue
-        inputs, none = run.values(node.inputs[0]), torch.zeros(layer.outputs, dtype=torch.float64)
-        found = [
-            change_of_output(moments, weight, none, RIDGE, free=_is_free(layer))
-            for moments, weight in zip(_moments(layer, inputs), matrices_of(layer), strict=True)
-        ]
+        inputs = run.values(node.inputs[0])
+        errors = errors_of(layer, moments_of(layer, inputs))
         run.execute(node)
-        yield sensitivity.problems(layer, found, inputs, run.values(node.output))
+        yield sensitivity.problems(layer, errors, inputs, run.values(node.output))
 
 
 def links_on_data(
@@ -135,47 +129,7 @@ def refitted(
         if layer is None:
             continue
         inputs = run.inputs(layer)
-        moments = _moments(layer, inputs, run.targets(layer, was))
-        quadratics = [_quadratic(layer, *own) for own in zip(moments, matrices_of(layer), _biases(layer), strict=True)]
-        matrices = matrices_for(sensitivity.problems(layer, quadratics, inputs, run.before.values(was.output)))
-        if _is_free(layer):
-            wanted = torch.cat([own.bias(matrix) for own, matrix in zip(quadratics, matrices, strict=True)])
-            shifted = layer.shifted(wanted - _biases(layer).flatten())
-            if shifted is not None:
-                set_weight(changed, *shifted, by=by)
-        set_weight(changed, layer.weight, layer.from_matrices(matrices), by=by)
+        errors = errors_of(layer, moments_of(layer, inputs, run.targets(layer, was)))
+        matrices = matrices_for(sensitivity.problems(layer, errors, inputs, run.before.values(was.output)))
+        set_matrices(changed, layer, matrices, errors, by=by)
         yield layer
-
-
-def _moments(
-    layer: Layer, inputs: Sequence[torch.Tensor], targets: Iterable[torch.Tensor] | None = None
-) -> list[Moments]:
-    """Of each block, over all batches."""
-    found = [Moments(layer.columns, 0 if targets is None else layer.outputs) for _ in range(layer.blocks)]
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
-    pairs = ((x, None) for x in inputs) if targets is None else zip(inputs, targets, strict=True)
-    for x, y in pairs:
-        rows = [None] * layer.blocks if y is None else layer.blocks_of_output(y)
-        for moments, x_rows, y_rows in zip(found, layer.blocks_of_input(x), rows, strict=True):
-            moments.add(x_rows, y_rows)
-    for moments in found:
-        moments.check(layer.node.label)
-    return found
-
-
-def _quadratic(layer: Layer, moments: Moments, weight: torch.Tensor, bias: torch.Tensor) -> Quadratic:
-    enough = moments.rows >= ENOUGH_ROWS * layer.columns
-    solve = least_error if enough else change_of_output
-    return solve(moments, weight, bias, RIDGE, free=_is_free(layer))
-
-
-def _biases(layer: Layer) -> torch.Tensor:
-    """[blocks, outputs]"""
-    if layer.bias is None:
-        return torch.zeros(layer.blocks, layer.outputs, dtype=torch.float64)
-    return layer.bias.tensor.detach().double().reshape(layer.blocks, layer.outputs)
-
-
-def _is_free(layer: Layer) -> bool:
-    """Whether a constant can be added to what the layer gives."""
-    return layer.bias is not None or layer.norm is not None

@@ -18,9 +18,8 @@ import torch
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph
 from regauge.ir.reorder import may_be_reordered, reorder
-from regauge.passes.calibration.layers import Layer
+from regauge.passes.calibration.layers import Layer, matrices_of
 from regauge.passes.factorization.networks import Network, Sizes, count
-from regauge.passes.factorization.problems import matrices_of
 
 _TURNS = 15
 _GAIN = 1e-3  # of what the blocks leave, below which there is no other turn

@@ -10,7 +10,7 @@ import torch
 from regauge.ir.cost import smallest_sizes
 from regauge.ir.graph import Graph, Value
 from regauge.ir.sizes import product
-from regauge.passes.calibration.layers import Layer
+from regauge.passes.calibration.layers import Layer, matrices_of
 from regauge.passes.factorization.bands import Bands
 from regauge.passes.factorization.metric_svd import Factored, factored
 
@@ -53,11 +53,6 @@ class Problem:
         """What another weight in place of this one loses."""
         off = self.weight - weight
         return float((self.weighed(off) * off).sum()) / self.scale
-
-
-def matrices_of(layer: Layer) -> torch.Tensor:
-    """The weight [blocks, outputs, columns] in double precision."""
-    return layer.matrices(layer.weight.tensor.detach()).double()
 
 
 def plain_problems(layer: Layer) -> list[Problem]:

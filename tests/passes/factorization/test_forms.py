@@ -13,14 +13,14 @@ from torch import nn
 from regauge.frontends.capture import capture
 from regauge.ir.cost import local_figures
 from regauge.ir.graph import Graph
-from regauge.passes.calibration.layers import Layer, layer_of
+from regauge.passes.calibration.layers import Layer, layer_of, matrices_of
 from regauge.passes.factorization.blocks import choices_of, links_of
 from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import write_chain
 from regauge.passes.factorization.forms import Form
 from regauge.passes.factorization.metric_svd import factored
 from regauge.passes.factorization.on_data import Sensitivity, problems_on_data
-from regauge.passes.factorization.problems import Problem, matrices_of, plain_problems
+from regauge.passes.factorization.problems import Problem, plain_problems
 from regauge.passes.factorization.structured import Structured
 from regauge.passes.factorization.tensor_convs import TensorTrain
 

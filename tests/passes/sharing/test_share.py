@@ -18,8 +18,9 @@ from regauge.frontends.capture import capture
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.passes.calibration.layers import matrices_of
 from regauge.passes.calibration.sensitivity import layers_by_name
-from regauge.passes.factorization.problems import matrices_of, plain_problems
+from regauge.passes.factorization.problems import plain_problems
 from regauge.passes.sharing.grouping import groups_of
 from regauge.passes.sharing.tied import Tied
 
