@@ -9,14 +9,16 @@ import torch
 
 from regauge.ir.graph import Graph, Parameter, Value
 from regauge.ir.purity import is_pure
+from regauge.ir.sizes import symbols_in
 
 
 def computed_of_parameters(graph: Graph) -> dict[Value, list[Parameter]]:
-    """The parameters below each result of a node that reads nothing else, and neither draws nor writes."""
+    """The parameters below each result of a node that reads nothing else, nor a size, and neither draws nor writes."""
     found: dict[Value, list[Parameter]] = {}
     for node in graph.nodes:
         operands = [value for _, value in node.operands()]
-        if not operands or node.regions or not is_pure(node):
+        sizes = symbols_in([*node.inputs, *node.attributes.values()])
+        if not operands or node.regions or not is_pure(node) or sizes:
             continue
         if all(isinstance(value, Parameter) or value in found for value in operands):
             below = dict.fromkeys(p for v in operands for p in ([v] if isinstance(v, Parameter) else found[v]))

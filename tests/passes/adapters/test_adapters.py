@@ -202,6 +202,31 @@ def test_what_indices_take_from_weights_is_merged() -> None:
     assert merged.parameters["weight"].dtype == torch.float64 and len(merged) == 1
 
 
+class Placed(nn.Module):
+    """A class token for each image and one place for each position, as vision transformers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.places = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 9, 4))
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        return self.layer(x + self.places[:, : x.shape[1]] + self.places[:, x.shape[1] - 2 : x.shape[1] - 1])
+
+
+def test_what_depends_on_dynamic_sizes_stays() -> None:
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    graph = regauge.capture(Placed().double().eval(), (x,), dynamic={0: {0: "batch", 1: "length"}})
+    adapted = regauge.optimize(graph, "adapt{rank=2}")
+    for name in ("token", "places"):
+        adapted.parameters[name].trainable = True
+    merged = regauge.optimize(adapted, "merge-adapters")
+    other = torch.randn(3, 6, 4, dtype=torch.float64)
+    assert (merged.run(other)[0] - graph.run(other)[0]).abs().max() < 1e-12
+    assert merged.parameters.keys() == graph.parameters.keys()
+
+
 def test_weights_computed_of_frozen_parameters_stay() -> None:
     model = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)).eval()
     graph = regauge.capture(nn.Sequential(model, nn.Linear(4, 3)), (torch.randn(2, 6),))
