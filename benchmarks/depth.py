@@ -38,6 +38,10 @@ GPT = (
     ("depth{blocks=2}", True),
     ("depth{params=0.65,unit=block}", True),
     ("depth{params=0.65}", True),
+    ("fuse-blocks{blocks=1}", True),
+    ("fuse-blocks{blocks=1,align=true}", True),
+    ("fuse-blocks{blocks=1,compensate=false}", True),
+    ("fuse-blocks{blocks=2}", True),
 )
 RESNET = (
     ("depth{blocks=3,score=similarity,compensate=false}", True),

@@ -26,6 +26,7 @@ BUILT_IN = {
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "flatten": "regauge.passes.quantization.flatten:Flatten",
+    "fuse-blocks": "regauge.passes.fusing.fuse_blocks:FuseBlocks",
     "kv-cache": "regauge.passes.decoding.kv_cache:KvCache",
     "kv-latent": "regauge.passes.decoding.kv_latent:KvLatent",
     "kv-quantize": "regauge.passes.decoding.kv_quantize:KvQuantize",

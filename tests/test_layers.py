@@ -37,6 +37,7 @@ STANDS_ON = {
     "quantization": ("simplify",),
     "training": ("pruning", "quantization", "factorization"),
     "sharing": ("depth", "factorization"),
+    "fusing": ("depth", "sharing"),
     "elastic": ("pruning", "training"),
 }
 # A module of such a name hides the library, or says nothing about what is in it.

@@ -1,0 +1,1 @@
+"""A removed block's weights, fused into those of its neighbours."""
