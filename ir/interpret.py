@@ -234,6 +234,8 @@ def inputs_of(graph: Graph, batch: Sequence[Any] | Mapping[str, Any]) -> tuple[A
     if isinstance(batch, Mapping):
         return batch
     count = len(graph.inputs)
+    if len(batch) < count:  # a run that begins, without what is carried from run to run
+        count -= sum(state.returned for state in graph.states)
     if len(batch) < count:  # what has a default need not be given
         count -= len(graph.metadata.get("input_defaults", {}))
     return tuple(batch[:count])

@@ -8,7 +8,7 @@ caller hands what it got back in with the next run; a first run starts from zero
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -80,6 +80,22 @@ def ordinary_inputs(graph: Graph) -> list[Value]:
     """The inputs that are no carried state."""
     states = {state.before for state in graph.states if state.returned}
     return [value for value in graph.inputs if value not in states]
+
+
+def with_first_states(graph: Graph, inputs: Sequence[Any] | Mapping[str, Any]) -> Sequence[Any] | Mapping[str, Any]:
+    """The inputs of a run that begins: :func:`first_states` are added where ``inputs`` are the ordinary ones alone."""
+    names = [state.before.name for state in carried(graph)]
+    own = [value.name for value in ordinary_inputs(graph)]
+    if isinstance(inputs, Mapping):
+        alone = all(name in inputs for name in own) and not any(name in inputs for name in names)
+    else:
+        alone = len(inputs) == len(own)
+    if not names or not alone:
+        return inputs
+    given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(own, inputs, strict=True))
+    first = first_states(graph, [torch.as_tensor(given[name]) for name in own])
+    found = {**given, **dict(zip(names, first, strict=True))}
+    return found if isinstance(inputs, Mapping) else tuple(found[value.name] for value in graph.inputs)
 
 
 class Steps:

@@ -33,6 +33,7 @@ import torch
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import inputs_of
+from regauge.ir.states import with_first_states
 from regauge.ir.timing import Measure
 from regauge.passes.options import check_options, describe, hints, unknown_option
 
@@ -88,8 +89,11 @@ class Context:
             )
 
     def inputs(self, graph: Graph) -> Iterator[Any]:
-        """The batches of ``data`` as ``graph.run`` takes them: what they hold behind the graph's inputs is left out."""
-        return (inputs_of(graph, batch) for batch in self.batches())
+        """The batches of ``data`` as ``graph.run`` takes them: what they hold behind the graph's inputs is left out.
+
+        A batch without the states of a graph (caches, last frames) stands for a run that begins.
+        """
+        return (with_first_states(graph, inputs_of(graph, batch)) for batch in self.batches())
 
     def note(self, text: str) -> None:
         """Add a line to the report."""

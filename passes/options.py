@@ -86,11 +86,11 @@ def _try_convert(value: Any, annotation: Any, where: str) -> Any:
         return value
     if origin is Literal:
         return value if value in get_args(annotation) else MISSING
-    if origin is tuple:
+    if origin in (tuple, list):
         item = get_args(annotation)[0]
         if isinstance(value, str) or not isinstance(value, list | tuple):
             value = (value,)
-        return tuple(convert(part, item, where) for part in value)
+        return origin(convert(part, item, where) for part in value)
     if origin is not None and issubclass(origin, Mapping):
         key, item = get_args(annotation)
         if not isinstance(value, Mapping):
@@ -102,7 +102,7 @@ def _try_convert(value: Any, annotation: Any, where: str) -> Any:
         return float(value)
     if isinstance(value, bool) and annotation is not bool:
         return MISSING
-    return value if isinstance(value, annotation) else MISSING
+    return value if isinstance(value, origin or annotation) else MISSING
 
 
 def describe(annotation: Any) -> str:
@@ -113,7 +113,7 @@ def describe(annotation: Any) -> str:
         origin = get_origin(candidate)
         if origin is Literal:
             parts.append("one of " + ", ".join(map(str, get_args(candidate))))
-        elif origin is tuple:
+        elif origin in (tuple, list):
             parts.append(f"a list ({describe(get_args(candidate)[0])} each)")
         elif origin is not None and issubclass(origin, Mapping):
             parts.append("a mapping {name=value}")

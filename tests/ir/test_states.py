@@ -7,7 +7,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph
 from regauge.ir.parse import parse_graph
-from regauge.ir.states import Steps, carried, carry, first_states, ordinary_inputs
+from regauge.ir.states import Steps, carried, carry, first_states, ordinary_inputs, with_first_states
 from regauge.ir.verify import verify
 
 
@@ -29,6 +29,14 @@ def test_a_carried_state_is_handed_from_run_to_run() -> None:
     steps = Steps(graph)
     results = [steps(torch.full((2, 3), float(i)))[0][0, 0].item() for i in (1, 2, 3)]
     assert results == [2, 6, 12]
+
+
+def test_a_run_that_begins_needs_no_states() -> None:
+    graph, x = running_sum(), torch.ones(2, 3)
+    for given in ((x,), {"x": x}):
+        assert graph.run(with_first_states(graph, given))[0][0, 0] == 2
+    for given in ((x, x), {"x": x, "total": x}, ()):
+        assert with_first_states(graph, given) is given
 
 
 def test_it_is_kept_by_copies_text_and_torch() -> None:

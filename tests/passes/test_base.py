@@ -72,6 +72,27 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
         FoldAllConstants.from_options(options)
 
 
+@dataclass(frozen=True)
+class Listing(Pass):
+    """Name graphs.
+
+    before -> after
+    """
+
+    names: list[str] = option(None, "which")
+    kinds: set[str] | None = None
+
+    def call(self, graph: Graph, context: Context) -> Graph:
+        return graph
+
+
+def test_options_may_be_lists_and_other_collections() -> None:
+    assert Listing(names=["a", "b"], kinds={"c"}).names == ["a", "b"]
+    assert Listing.from_options({"names": "a"}).names == ["a"]
+    with pytest.raises(PassError, match="must be set"):
+        Listing(names=[], kinds=["c"])  # type: ignore[arg-type]
+
+
 def test_option_that_must_be_given() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Needy(FoldAllConstants):

@@ -144,6 +144,17 @@ class Tokens(nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(self.q(x), x, x, is_causal=self.mix != "all")
 
 
+def test_passes_behind_it_take_the_data_of_the_whole_graph(graphs: dict[str, tuple[Graph, Graph]]) -> None:
+    whole, cached = graphs["shared"]
+    data = [(characters(4, 12, seed), torch.zeros(4)) for seed in (1, 2)]  # with labels
+    tokens, counts = characters(2, 9), (4, 1, 4)
+    found, wanted = (regauge.optimize(graph, "quantize{scheme=w8a8}", data=data) for graph in (cached, whole))
+    results, exact = stepped(Steps(found), tokens, counts), whole.run(tokens)[0]
+    assert (results - exact).norm() < 1.1 * (wanted.run(tokens)[0] - exact).norm() < 0.05 * exact.norm()
+    named = regauge.optimize(cached, "quantize{scheme=w8a8}", data=[{"characters": batch[0]} for batch in data])
+    torch.testing.assert_close(stepped(Steps(named), tokens, counts), results)
+
+
 def test_what_is_not_causal_is_refused() -> None:
     with pytest.raises(PassError, match="not causal"):
         regauge.optimize(decoder(Tokens("all")), "kv-cache")
