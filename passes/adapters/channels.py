@@ -62,7 +62,9 @@ def _chosen(graph: Graph, names: Collection[str], count: int, left: Counter[str]
         first = leaves(graph.axes.of[layer.weight][layer.contracted])[0]
         if dim is first and _is_front(layer.columns_of(graph, dim)[:count]):
             found[layer.weight.name] = dim, layer
-    left["what it reads is read elsewhere too, or not to be reordered"] += len(names) - len(found)
+    left["what it reads is read elsewhere too, not to be reordered, or no more channels than train"] += len(
+        names
+    ) - len(found)
     return list(found.values())
 
 

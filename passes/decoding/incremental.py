@@ -67,7 +67,8 @@ class Incremental:
         if any(len(self.positions.axes(value)) > 1 for value in node.outputs):
             return  # scores: made for the spans in which they are read
         found = self._courses(node)
-        causal = node.op in ATTENTIONS and node.attributes["is_causal"]
+        counted = isinstance(query := node.inputs[0], Value) and query.rank - 2 in self.positions.axes(query)
+        causal = node.op in ATTENTIONS and node.attributes["is_causal"] and counted
         if node.op in ATTENTIONS:
             self._name_caches(node)
         elif found.mixing & set(found.kept.values()):

@@ -48,6 +48,9 @@ class KvCache(Pass):
         else:
             positions = find_positions(graph, self.axis)
             Incremental(result, find_positions(result, self.axis), by=self.name).run()
+            if not carried(result):
+                context.left[f"nothing mixes positions along {positions.length}: there is nothing to keep"] += 1
+                return graph
             check_steps(graph, result, positions.length)
         record(result, self.name, f"{len(carried(result))} caches")
         context.note(f"{len(carried(result))} caches, {in_words(cache_bytes(result))} for each position of a sequence")

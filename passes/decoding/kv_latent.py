@@ -83,6 +83,7 @@ class KvLatent(Pass):
         parts = [(own[form], rank) for own, (form, rank) in zip(found, choices, strict=True)]
         picked = {part: rank for part, rank in parts if rank < part.most}
         if not picked:
+            context.left["keys and values fit whole"] += len(parts)
             return graph
         if batches is None:
             factors = own_factors(changed, picked, by=self.name)

@@ -50,6 +50,7 @@ class KvQuantize(Pass):
         result = graph.copy()
         values = [value for value in map(result.find, names) if self._fits(value, context)]
         if not values:
+            context.left["nothing mixes positions: there is nothing to keep"] += not names
             return graph
         known: Mapping[str, Channels] = {}
         if context.data is not None:

@@ -81,7 +81,7 @@ class Factorize(Pass):
     gate: Gate = option(
         "off", "links that take no less time than their layer, as measured on this machine: warn, or refuse them"
     )
-    multiple: int = option(1, "ranks are multiples of it", at_least=1)
+    multiple: int = option(1, "ranks are multiples of it, or 1 where a layer has no room for one", at_least=1)
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")
     tables: bool = option(False, "tables of vectors and what recurrent layers read are factorized, too")

@@ -55,18 +55,10 @@ def merge(
     shares = [1.0 if base is not None else 1 / len(graphs)] * len(graphs) if weights is None else list(weights)
     result = (graphs[0] if base is None else base).copy()
     factors = _factors(result, scale, deeper) if base is not None else {}
-    tensors, start = [_tensors(graph) for graph in graphs], {} if base is None else _tensors(base)
-    kept = None if keep is None else [_trimmed(own, start, keep) for own in tensors]
-    for parameter in result.all_parameters():
-        name = parameter.name
-        if not _is_real(parameter):
-            continue
-        if base is None:
-            merged = _sum(shares, [own[name].double() for own in tensors])
-        else:
-            changes = [own[name].double() - start[name].double() for own in tensors]
-            change = _sum(shares, changes) if kept is None else _elected(shares, changes, kept)
-            merged = start[name].double() + factors[name] * change
+    tensors, start = [_tensors(graph) for graph in graphs], None if base is None else _tensors(base)
+    kept = None if keep is None or start is None else [_trimmed(own, start, keep) for own in tensors]
+    for parameter in filter(_is_real, result.all_parameters()):
+        merged = _merged(parameter.name, shares, tensors, start, factors, kept)
         set_weight(result, parameter, merged.to(parameter.tensor.dtype), by=_NAME)
     record(result, _NAME, f"{len(graphs)} networks")
     return result
@@ -85,6 +77,24 @@ def _check(graphs: Sequence[Graph], base: Graph | None, weights: Any, scale: Any
         raise GraphError(f"merge: the weights of an average sum up to 1, not to {sum(weights):g}")
     if keep is not None and not 0 < keep <= 1:
         raise GraphError(f"merge: keep={keep:g} is no share of entries: give one above 0, up to 1")
+
+
+def _merged(
+    name: str,
+    shares: Sequence[float],
+    tensors: Sequence[Mapping[str, torch.Tensor]],
+    start: Mapping[str, torch.Tensor] | None,
+    factors: Mapping[str, float],
+    kept: Sequence[float] | None,
+) -> torch.Tensor:
+    """One parameter, in double precision: the average, or that of the base and the changes since."""
+    sides = [own[name].double() for own in tensors]
+    if start is None:
+        return _sum(shares, sides)
+    before = start[name].double()
+    changes = [side - before for side in sides]
+    change = _sum(shares, changes) if kept is None else _elected(shares, changes, kept)
+    return before + factors[name] * change
 
 
 def _sum(shares: Sequence[float], sides: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -163,6 +163,14 @@ def test_what_is_not_causal_is_refused() -> None:
             regauge.optimize(decoder(Tokens("sum")), name)
 
 
+def test_an_axis_that_nothing_mixes_needs_no_cache() -> None:
+    graph = decoder(Tokens("none"))
+    for name in ("kv-cache", "kv-quantize"):
+        found = regauge.optimize(graph, f"{name}{{axis=batch}}")
+        assert not carried(found) and len(found) == len(graph)
+        assert "there is nothing to keep" in str(found.report)
+
+
 def test_graphs_without_a_dynamic_axis_of_positions_are_refused() -> None:
     graph = regauge.capture(Placed().eval(), (characters(2, 5),), dynamic={0: {0: "batch"}})
     with pytest.raises(PassError, match="capture the model with its axis of positions dynamic"):

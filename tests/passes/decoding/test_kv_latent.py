@@ -118,6 +118,7 @@ def test_budgets_are_refused_where_they_cannot_be_met() -> None:
         regauge.optimize(graph, "kv-cache,kv-latent")
     whole = regauge.optimize(graph, "kv-latent{bytes=1.0}")
     assert len(whole) == len(graph)
+    assert "4 x keys and values fit whole" in str(whole.report)
 
 
 def test_what_cannot_be_smaller_is_told() -> None:
