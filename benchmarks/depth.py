@@ -40,7 +40,6 @@ GPT = (
     ("depth{params=0.65}", True),
     ("fuse-blocks{blocks=1}", True),
     ("fuse-blocks{blocks=1,align=true}", True),
-    ("fuse-blocks{blocks=1,compensate=false}", True),
     ("fuse-blocks{blocks=2}", True),
 )
 RESNET = (

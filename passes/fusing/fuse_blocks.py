@@ -38,9 +38,10 @@ class FuseBlocks(Pass):
     last batch, which they do not learn from when there are others. Afterwards they are multiplied out: the blocks have
     the sizes that they had.
 
-    Deviations from the paper: the refit, and that all groups are trained at once, against the original. On a character
-    model what is gained comes from the training: equal numbers in place of the removed weights, and blocks in one
-    basis (``align``), give the same within 0.01 of perplexity (docs/benchmarks.md).
+    Written from a summary of the paper and not compared with the authors' code; the default size of a group is a guess
+    at theirs. Known deviations: the refit, and that all groups are trained at once, against the original. On a
+    character model what is gained comes from the training: equal numbers in place of the removed weights, and blocks in
+    one basis (``align``), give the same within 0.02 of perplexity, one seed each (docs/benchmarks.md).
     """
 
     name: ClassVar[str] = "fuse-blocks"
