@@ -53,8 +53,8 @@ class _SiteRewrite:
 
     def run(self, maps: Mapping[str, Maps]) -> None:
         site, operands = self.site, list(self.site.node.inputs)
-        assert site.query is not None and site.key is not None and site.value is not None
         if "keys" in maps:
+            assert site.query is not None and site.key is not None
             # what biases of keys add to scores is the same for all keys, and softmax takes it away
             operands[1] = self._heads(site.key, torch.stack([down for _, down in maps["keys"]]), None, "latent_keys")
             up = torch.stack([up for up, _ in maps["keys"]])[site.key.head_of]  # [query heads, size, rank]
@@ -62,10 +62,13 @@ class _SiteRewrite:
             weight = torch.einsum("hdr,hdc->hrc", up, site.query.weight)
             operands[0] = self._heads(site.query, weight, bias, "latent_queries")
         if "values" in maps:
+            assert site.value is not None
             down = torch.stack([down for _, down in maps["values"]])
             operands[2] = self._heads(site.value, down, None, "latent_values")
         for slot, heads in enumerate((site.query, site.key, site.value)):
-            if operands[slot] is site.node.inputs[slot] and self._is_fused(heads, maps) and heads.is_layout:
+            if heads is None or operands[slot] is not site.node.inputs[slot]:
+                continue  # what lies in between is not understood: the fused layer stays for it, or it is a latent
+            if self._is_fused(heads, maps) and heads.is_layout:
                 operands[slot] = self._heads(heads, heads.weight, heads.bias, ("queries", "keys", "values")[slot])
         with self.build.at(site.node):
             result = self.build("attention", *operands, name=site.node.name, **site.node.attributes)

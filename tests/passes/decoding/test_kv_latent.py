@@ -139,3 +139,31 @@ def test_what_cannot_be_smaller_is_told() -> None:
     small = regauge.optimize(decoder(Fused()), "kv-latent{bytes=0.5}")
     assert "1 x keys: their layer makes something else, too" in str(small.report)
     assert "values, rank: 4 -> 2" in str(small.report)
+
+
+class PartlyRotated(nn.Module):
+    """One layer makes queries, keys and values; half of each query and key is scaled by its position and norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.qkv, self.out = nn.Embedding(20, 16), nn.Linear(16, 48), nn.Linear(16, 20)
+        self.gain = nn.Parameter(torch.rand(4) + 0.5)
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.gain
+        angles = torch.arange(x.shape[-2])[:, None] / 7.0
+        (a, b), rest = x[..., :2].chunk(2, -1), x[..., 2:]
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), rest], -1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y.unflatten(-1, (4, 4)).transpose(1, 2) for y in self.qkv(self.table(tokens)).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(self.turned(q), self.turned(k), v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_values_are_latents_beside_keys_that_are_not_understood() -> None:
+    tokens = torch.randint(0, 20, (3, 7))
+    graph = regauge.capture(PartlyRotated().eval(), (tokens,), dynamic={0: {0: "batch", 1: "length"}})
+    small = regauge.optimize(graph, "kv-latent{bytes=0.75}")
+    assert "values, rank" in str(small.report)
+    torch.testing.assert_close(small.to_torch()(tokens), small.run(tokens)[0], rtol=1e-4, atol=1e-5)
