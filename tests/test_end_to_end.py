@@ -73,7 +73,8 @@ def agreed(graph: Graph, inputs: torch.Tensor, path: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("make", [decoder_job, network_job])
 def test_torch_and_files_agree_at_every_step(make: Callable[[], Job], tmp_path: Path) -> None:
-    job, seen = make(), []
+    job = make()
+    seen: list[Graph] = []
     passes = [one for text in STEPS for one in (text, Seen(seen))]
     small = regauge.optimize(job.graph, passes, data=job.data)
     (wanted,) = job.graph.run(job.inputs)
