@@ -1,0 +1,106 @@
+"""The main job: simplify, prune, factorize and quantize in one call, then fuse; torch and ONNX agree at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import regauge
+from decoders import Rotary, characters, decoder
+from layered_networks import ResidualNetwork, images, redrawn
+from regauge.backends.run_onnxruntime import Session
+from regauge.cli import main
+from regauge.ir.cost import figures
+from regauge.ir.fusion.plan import plan_fusion
+from regauge.ir.graph import Graph
+from regauge.ir.verify import verify
+
+STEPS = ("simplify", "prune{params=0.7}", "factorize{params=0.8}", "quantize{scheme=w8}")
+PASSES = ",".join(STEPS)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network, data, inputs of other sizes, and what each step leaves: parameters, bytes, the greatest error."""
+
+    graph: Graph
+    data: list[torch.Tensor]
+    inputs: torch.Tensor
+    steps: list[tuple[int, int, float]]
+
+
+def decoder_job() -> Job:
+    torch.manual_seed(0)
+    steps = [(16183, 64764, 1e-6), (11308, 45264, 0.04), (9036, 36176, 0.08), (9439, 11960, 0.08)]
+    return Job(decoder(Rotary()), [characters(8, 12, seed) for seed in (1, 2)], characters(3, 7), steps)
+
+
+def network_job() -> Job:
+    graph = regauge.capture(redrawn(ResidualNetwork()), (images(),), dynamic={0: {0: "batch"}})
+    steps = [(12085, 48340, 1e-5), (8399, 33596, 0.05), (6707, 26828, 0.05), (6864, 7721, 0.05)]
+    return Job(graph, [images(16, seed) for seed in (1, 2)], images(3), steps)
+
+
+@dataclass(frozen=True)
+class Seen(regauge.Pass):
+    """Changes nothing, and keeps the graph that it is given."""
+
+    name = "seen"
+    contract = "exact"
+    graphs: Any
+
+    def call(self, graph: Graph, context: regauge.Context) -> Graph:
+        self.graphs.append(graph)
+        return graph
+
+
+def agreed(graph: Graph, inputs: torch.Tensor, path: Path) -> torch.Tensor:
+    """The result of a graph, which its module and its file give too."""
+    verify(graph, axes=True)
+    (found,) = graph.run(inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(graph.to_torch()(inputs), found, rtol=1e-4, atol=1e-5)
+    graph.to_onnx(path, verify=False)
+    torch.testing.assert_close(Session(path, optimisation="off").run([inputs])[0], found, rtol=1e-4, atol=1e-5)
+    return found
+
+
+@pytest.mark.parametrize("make", [decoder_job, network_job])
+def test_torch_and_files_agree_at_every_step(make: Callable[[], Job], tmp_path: Path) -> None:
+    job = make()
+    seen: list[Graph] = []
+    passes = [one for text in STEPS for one in (text, Seen(seen))]
+    small = regauge.optimize(job.graph, passes, data=job.data)
+    (wanted,) = job.graph.run(job.inputs)
+    for number, (graph, (parameters, size, most)) in enumerate(zip(seen, job.steps, strict=True)):
+        after = small.report.passes[2 * number].after
+        assert after == figures(graph)
+        assert (after.parameters, after.bytes) == pytest.approx((parameters, size), rel=0.02), STEPS[number]
+        error = (agreed(graph, job.inputs, tmp_path / "step.onnx") - wanted).norm() / wanted.norm()
+        assert error < most, STEPS[number]
+    plan = plan_fusion(small)
+    assert len(plan.kernels) < 0.9 * plan.kernels_before and plan.bytes < plan.bytes_before
+    again = regauge.optimize(regauge.load(tmp_path / "step.onnx"), "prune{params=0.9}")
+    assert again.report.after.parameters < small.report.after.parameters
+    agreed(again, job.inputs, tmp_path / "again.onnx")
+
+
+def test_a_file_goes_through_all_of_it(tmp_path: Path) -> None:
+    job = network_job()
+    whole, small = tmp_path / "whole.onnx", tmp_path / "small.onnx"
+    job.graph.to_onnx(whole)
+    np.savez(tmp_path / "data.npz", **{job.graph.inputs[0].name: torch.cat(job.data).numpy()})
+    arguments = ["optimize", str(whole), "-o", str(small), "--data", str(tmp_path / "data.npz"), "--passes"]
+    assert main([*arguments, "prune{params=0.001}"]) == 2 and not small.exists()
+    assert main([*arguments, PASSES]) == 0
+    sessions = [Session(path, optimisation="off") for path in (whole, small)]
+    assert sessions[0].inputs == sessions[1].inputs and sessions[0].outputs == sessions[1].outputs
+    wanted, found = (session.run([job.inputs])[0] for session in sessions)
+    assert (found - wanted).norm() < job.steps[-1][2] * wanted.norm()
+    assert small.stat().st_size < 0.75 * whole.stat().st_size  # of weights this small, what names nodes is half
