@@ -26,6 +26,7 @@ from regauge.ir.allocation import without_collection
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
 from regauge.ir.growth import BYTES_BEFORE, BYTES_PROPERTY
+from regauge.ir.states import PROPERTY, noted_states
 
 Inputs = Sequence[Any] | Mapping[str, Any]
 
@@ -121,6 +122,12 @@ def _note_passes(model: onnx_ir.Model, graph: Graph) -> None:
         notes += [f"weights that were listed as inputs and are constants now: {unlisted}"] if unlisted else []
     if notes:
         model.metadata_props["regauge.notes"] = "; ".join(notes)
+    model.metadata_props.pop(PROPERTY, None)
+    named = [[value.name for value in values] for values in (model.graph.inputs, model.graph.outputs)]
+    alike = [len(names) for names in named] == [len(graph.inputs), len(graph.outputs)]
+    states = noted_states(graph, *named) if alike else None
+    if states is not None:
+        model.metadata_props[PROPERTY] = states
 
 
 def _unchanged_source(graph: Graph) -> Path | None:

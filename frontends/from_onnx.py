@@ -37,6 +37,7 @@ from regauge.ir.onnx_folding import Question, fold
 from regauge.ir.onnx_sizes import Unknown, as_type, constant_tensor, content, of_shape
 from regauge.ir.operator import Operator, find_onnx
 from regauge.ir.sizes import Size, count, parse_size, symbol
+from regauge.ir.states import PROPERTY, take_states
 
 OVERRIDABLE = "overridable initializer: pass freeze=True to treat it as a weight"
 _CONTROL = {"If": read_cond, "Loop": read_loop, "Scan": read_scan}
@@ -67,6 +68,7 @@ def load(source: Any, *, freeze: bool = False, opset: int | None = None) -> Grap
     before = noted_bytes(model.metadata_props)
     if before is not None:
         graph.metadata[BYTES_BEFORE] = before
+    take_states(graph, model.metadata_props.get(PROPERTY))
     if isinstance(source, str | os.PathLike) and model is given:
         state = os.stat(source)
         graph.metadata["onnx_source"] = (os.path.abspath(source), state.st_size, state.st_mtime_ns)

@@ -8,6 +8,7 @@ caller hands what it got back in with the next run; a first run starts from zero
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,38 @@ def carried(graph: Graph) -> list[State]:
     """The states that are inputs and outputs, in the order of the outputs."""
     place = {output: number for number, output in enumerate(graph.outputs) if isinstance(output, Value)}
     return sorted((state for state in graph.states if state.returned), key=lambda state: place[state.after])
+
+
+PROPERTY = "regauge.states"
+"""Of an ONNX file: a list of pairs, the name of an input and that of the output to hand in there with the next run."""
+
+
+def noted_states(graph: Graph, inputs: Sequence[str | None], outputs: Sequence[str | None]) -> str | None:
+    """The carried states as a file's property, by the names that inputs and outputs have there; None without states."""
+    place = {value: number for number, value in enumerate(graph.inputs)}
+    given = {value: number for number, value in enumerate(graph.outputs) if isinstance(value, Value)}
+    pairs = [(inputs[place[state.before]], outputs[given[state.after]]) for state in carried(graph)]
+    return json.dumps(pairs) if pairs else None
+
+
+def take_states(graph: Graph, noted: str | None) -> None:
+    """Declare, in place, the states that a file's property tells, where the graph has such inputs and outputs."""
+    inputs = {value.name: value for value in graph.inputs}
+    outputs = {value.name: value for value in graph.outputs if isinstance(value, Value) and value.producer is not None}
+    for pair in _pairs(noted):
+        before, after = inputs.get(pair[0]), outputs.get(pair[1])
+        if before is not None and after is not None and before.rank == after.rank and before.dtype == after.dtype:
+            graph.states.append(State(before.name, before, after, returned=True))
+
+
+def _pairs(noted: str | None) -> list[tuple[str, str]]:
+    """None of a property that others wrote."""
+    try:
+        found = json.loads(noted) if noted else []
+    except ValueError:
+        return []
+    pairs = found if isinstance(found, list) else []
+    return [(p[0], p[1]) for p in pairs if isinstance(p, list) and len(p) == 2 and all(isinstance(n, str) for n in p)]
 
 
 def forget_origin(graph: Graph) -> None:

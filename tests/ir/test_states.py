@@ -1,13 +1,24 @@
 """States that are inputs and outputs: declared, copied, printed, emitted."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import regauge
 from regauge.ir.edit import Builder
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph
 from regauge.ir.parse import parse_graph
-from regauge.ir.states import Steps, carried, carry, first_states, ordinary_inputs, with_first_states
+from regauge.ir.states import (
+    Steps,
+    carried,
+    carry,
+    first_states,
+    ordinary_inputs,
+    take_states,
+    with_first_states,
+)
 from regauge.ir.verify import verify
 
 
@@ -49,6 +60,27 @@ def test_it_is_kept_by_copies_text_and_torch() -> None:
     given = torch.ones(2, 3)
     assert torch.equal(first_states(graph, [given])[0], torch.zeros(2, 3))
     assert [float(steps(given)[0][0, 0]) for _ in range(3)] == [2, 4, 6]
+
+
+def test_an_onnx_file_says_which_they_are(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    running_sum().to_onnx(first)
+    regauge.optimize(regauge.load(first), "simplify").to_onnx(second)
+    for path in (first, second):
+        steps = Steps(regauge.load(path))
+        assert [float(steps(torch.ones(2, 3))[0][0, 0]) for _ in range(3)] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "noted", ["", "{", "7", '["x"]', '[["x", 3]]', '[["x", "mul", "mul"]]', '[["y", "total.next"]]', '[["x", "z"]]']
+)
+def test_what_others_noted_as_states_is_none(noted: str) -> None:
+    graph = running_sum()
+    graph.states.clear()
+    take_states(graph, noted)
+    assert not graph.states
+    take_states(graph, '[["total", "total.next"]]')
+    assert [state.name for state in carried(graph)] == ["total"]
 
 
 def test_what_cannot_be_carried_says_so() -> None:
