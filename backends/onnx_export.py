@@ -96,16 +96,14 @@ def _export(module: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[dict[i
 def stored_small(graph: Graph) -> set[str]:
     """Names of the parameters of which nothing may be computed beforehand, as that would be stored beside them.
 
-    They are made larger where they are read, or are matrices that are not read in one way alone: transposed by a layer
-    and as they are by an embedding, or mixed anew by several nodes.
+    They are made larger where they are read, or are matrices that are not read in one way alone: transposed by several
+    layers, by one and as they are by an embedding, or mixed anew by several nodes.
     """
     widened = {
-        value.name
-        for _, node in graph.walk()
-        for value in node.inputs
-        if isinstance(value, Parameter) and _widens(node)
+        value for _, node in graph.walk() for value in node.inputs if isinstance(value, Parameter) and _widens(node)
     }
-    return widened | {p.name for p in graph.all_parameters() if p.kind == "parameter" and len(_readings(p)) > 1}
+    several = {p for p in graph.all_parameters() if p.kind == "parameter" and len(_readings(p)) > 1}
+    return {name for parameter in widened | several for name in parameter.names}  # the exporter takes any of them
 
 
 def _readings(parameter: Parameter) -> set[Hashable]:
@@ -115,7 +113,7 @@ def _readings(parameter: Parameter) -> set[Hashable]:
         if all(not isinstance(value, Value) or isinstance(value, Parameter) for value in node.inputs):
             found.add(node)
         else:
-            found.add(node.op == "linear" and slot == 1)
+            found.add(node if node.op == "linear" and slot == 1 else "as it is")
     return found
 
 

@@ -182,6 +182,27 @@ def test_weights_that_are_read_transposed_too_are_stored_once(tmp_path: Path) ->
     assert names == {"tok.weight", "layer.weight", "layer.bias"}
 
 
+class Behind(nn.Module):
+    """Layers without biases that have one weight; the exporter itself finds equal tensors of up to 1,024 entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(40) for _ in range(2)])
+        self.layers = nn.ModuleList([nn.Linear(40, 40, bias=False) for _ in range(2)])
+        self.layers[1].weight = self.layers[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x)).relu()
+        return x
+
+
+def test_weights_that_several_layers_read_transposed_are_stored_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = capture(Behind().eval(), (torch.randn(2, 3, 40),)).to_onnx(tmp_path / "tied.onnx")
+    assert len([tensor for tensor in onnx.load(path).graph.initializer if len(tensor.dims) > 1]) == 1
+
+
 def test_simplify_leaves_shared_weights_shared() -> None:
     for options in ("blocks=2,rank=2", "blocks=2,kind=dictionary"):
         found = regauge.optimize(decoder(), f"share{{{options}}}")
