@@ -14,7 +14,8 @@ import torch
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.interpret import Interpreter, born_inside, last_uses
-from regauge.ir.set_aside import Environment, Loaded, SetAside, can_be_set_aside
+from regauge.ir.mapped import can_be_stored
+from regauge.ir.set_aside import Environment, Loaded, SetAside
 from regauge.ir.sizes import solve_bindings
 
 HELD = 1 << 27  # bytes of values that are held in memory; what is more goes into temporary files
@@ -120,7 +121,7 @@ class Lockstep:
 
     def _kept(self, place: int, value: Value, result: Any) -> Any:
         """A result as it is held: in memory as long as there is room."""
-        if not can_be_set_aside(result) or result.nbytes < _SMALL:
+        if not can_be_stored(result) or result.nbytes < _SMALL:
             return result
         if sum(self._held.values()) + result.nbytes > HELD:
             return SetAside(result)

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import weakref
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -25,20 +26,35 @@ def mapped(tensor: torch.Tensor) -> torch.Tensor:
 
     It lies in the folder for temporary files (TMPDIR). Tensors on a device and empty ones come back as they are.
     """
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.numel():
+    if not can_be_stored(tensor):
         return tensor
-    data = tensor.detach().reshape(-1)
-    with tempfile.NamedTemporaryFile(prefix="regauge-", suffix=".tensor", delete=False) as file:
-        data.view(torch.uint8).numpy().tofile(file)  # pages that are written through a mapping would count as memory
-    path = file.name
-    flat = torch.from_file(path, shared=True, size=data.numel(), dtype=data.dtype)
+    path = stored(tensor)
+    flat = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
     if sys.platform == "win32":  # a mapped file cannot be removed there until it is let go
-        weakref.finalize(flat.untyped_storage(), _remove, path)
+        weakref.finalize(flat.untyped_storage(), remove, path)
     else:
         os.unlink(path)
     return flat.view(tensor.shape)
 
 
-def _remove(path: str) -> None:
+def can_be_stored(value: Any) -> bool:
+    """Whether a value is a dense tensor on the CPU that holds anything."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.device.type == "cpu" and value.layout == torch.strided and value.numel() > 0
+
+
+def stored(tensor: torch.Tensor) -> str:
+    """The path of a temporary file with a tensor's bytes; pages written through a mapping would count as memory."""
+    with tempfile.NamedTemporaryFile(prefix="regauge-", suffix=".tensor", delete=False) as file:
+        try:
+            tensor.detach().reshape(-1).view(torch.uint8).numpy().tofile(file)
+        except BaseException:
+            remove(file.name)
+            raise
+    return file.name
+
+
+def remove(path: str) -> None:
     with suppress(OSError):
         os.unlink(path)

@@ -5,15 +5,14 @@ A mapped tensor (:mod:`regauge.ir.mapped`) stays resident once it was read, unti
 
 from __future__ import annotations
 
-import os
-import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any, overload
 
 import numpy as np
 import torch
+
+from regauge.ir.mapped import remove, stored
 
 
 class SetAside:
@@ -21,22 +20,13 @@ class SetAside:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.shape, self.dtype = tensor.shape, tensor.dtype
-        with tempfile.NamedTemporaryFile(prefix="regauge-", suffix=".tensor", delete=False) as file:
-            weakref.finalize(self, _remove, file.name)
-            tensor.detach().reshape(-1).view(torch.uint8).numpy().tofile(file)
-        self.path = file.name
+        self.path = stored(tensor)
+        weakref.finalize(self, remove, self.path)
 
     def load(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
         data = torch.from_numpy(np.fromfile(self.path, dtype=np.uint8))
         return data.view(self.dtype).reshape(self.shape)
-
-
-def can_be_set_aside(value: Any) -> bool:
-    """Whether a value is a dense tensor on the CPU that holds anything."""
-    if not isinstance(value, torch.Tensor):
-        return False
-    return value.device.type == "cpu" and value.layout == torch.strided and value.numel() > 0
 
 
 def loaded(value: Any) -> Any:
@@ -73,8 +63,3 @@ class Environment(dict[Any, Any]):
     def held(self, key: Any) -> Any:
         """A value as it is held."""
         return super().__getitem__(key)
-
-
-def _remove(path: str) -> None:
-    with suppress(OSError):
-        os.unlink(path)

@@ -130,13 +130,7 @@ class Factorize(Pass):
             layers = self._layers(original, Counter(), readers)
             sensitivity = Sensitivity.of(original, layers, batches, self.seed, self.metric)
         result = original.copy()
-        small = [
-            (reader, factors[reader.name].of_rank(picked[reader.name].ranks[0]))
-            for reader in readers_in(result)
-            if reader.name in picked
-        ]
-        for reader, pair in small:  # which the layers behind make up for
-            reader.set_product(result, *pair, by=self.name)
+        small = self._small(result, factors, picked)
         own = [layer for layer in self._layers(result, Counter(), readers) if layer.weight.name in picked]
         if batches is None:
             links = [(layer, _links(layer, picked[layer.weight.name])) for layer in own]
@@ -184,6 +178,19 @@ class Factorize(Pass):
         if readers and batches is not None and self.metric != "plain":
             squares = squared_reader_gradients(graph, readers, batches, self.seed)
         return {reader.name: reader.factors(squares.get(reader.name)) for reader in readers}
+
+    def _small(
+        self, result: Graph, factors: Mapping[str, Factored], picked: Mapping[str, Choice]
+    ) -> list[tuple[Reader, tuple[torch.Tensor, torch.Tensor]]]:
+        """Tables and recurrent layers with their two factors, whose product they hold: layers behind make up for it."""
+        small = [
+            (reader, factors[reader.name].of_rank(picked[reader.name].ranks[0]))
+            for reader in readers_in(result)
+            if reader.name in picked
+        ]
+        for reader, pair in small:
+            reader.set_product(result, *pair, by=self.name)
+        return small
 
     def _layers(self, graph: Graph, left: Counter[str], readers: Sequence[Reader]) -> list[Layer]:
         def misfit(layer: Layer) -> str | None:

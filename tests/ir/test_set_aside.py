@@ -11,7 +11,8 @@ import torch
 import regauge
 from regauge.ir import lockstep
 from regauge.ir.lockstep import Lockstep
-from regauge.ir.set_aside import Loaded, SetAside, can_be_set_aside
+from regauge.ir.mapped import can_be_stored
+from regauge.ir.set_aside import Loaded, SetAside
 
 DTYPES = [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn]
 
@@ -40,8 +41,8 @@ def test_items_are_read_when_they_are_asked_for() -> None:
 
 
 def test_what_takes_no_memory_here_is_not_set_aside() -> None:
-    assert can_be_set_aside(torch.ones(1))
-    assert not any(map(can_be_set_aside, [torch.ones(0), torch.ones(2, device="meta"), torch.ones(2).to_sparse(), 3]))
+    assert can_be_stored(torch.ones(1))
+    assert not any(map(can_be_stored, [torch.ones(0), torch.ones(2, device="meta"), torch.ones(2).to_sparse(), 3]))
 
 
 def test_a_run_whose_values_are_set_aside_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
