@@ -397,12 +397,12 @@ class Graph:
         )
         return module
 
-    def write(self, folder: str | os.PathLike[str]) -> Path:
+    def write(self, folder: str | os.PathLike[str], *, kernels: Literal["triton"] | None = None) -> Path:
         """Write readable torch source, ``model.py``, and ``model.safetensors`` into a folder; returns the folder.
 
         See :func:`regauge.backends.to_torch.write`. Raises EmitError where the graph has no torch form.
         """
-        written: Path = _edge("regauge.backends.to_torch").write(self, folder)
+        written: Path = _edge("regauge.backends.to_torch").write(self, folder, kernels=kernels)
         return written
 
 

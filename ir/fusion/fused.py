@@ -19,15 +19,17 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, TypeAlias
 
 from regauge.ir.cost import FUSED
 from regauge.ir.edit import Builder, inline_region, remove_node, replace_uses, set_input
-from regauge.ir.fusion.plan import moves_nothing
+from regauge.ir.fusion.plan import Plan, moves_nothing, plan_fusion
 from regauge.ir.fusion.region import Region, trace
 from regauge.ir.graph import Graph, Node, Operand, Value
 from regauge.ir.graph_copy import copy_graph
+from regauge.ir.roofline import Device
 from regauge.ir.sizes import symbols_in
 
 LONGEST_NAME = 40
@@ -59,6 +61,33 @@ def hidden_size(nodes: Sequence[Node]) -> str | None:
     named |= symbols_in([list(node.attributes.values()) for node in nodes])
     shown = {size for value in _read_by(nodes) for size in value.shape}
     return next((str(size) for size in sorted(named, key=str) if size not in shown), None)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What was fused: the plan that it follows, the fused nodes, and why other regions of the plan are none."""
+
+    plan: Plan
+    nodes: tuple[Node, ...]
+    left: tuple[str, ...]
+
+
+def fuse_graph(graph: Graph, device: Device | None = None, *, rounding: Rounding = "fused", by: str = "fuse") -> Fusion:
+    """Fuse all regions of a graph that gain on a device, by default a GPU, but for products, which are left to the
+    library of the runtime, and for regions of one node, for which the runtime has a kernel."""
+    plan = plan_fusion(graph, device, contractions=False)
+    build = Builder(graph, by=by)
+    nodes: list[Node] = []
+    left: list[str] = []
+    for region in plan.regions:
+        if sum(not moves_nothing(node) for node in region.nodes) < 2:
+            continue
+        size = hidden_size(region.nodes)
+        if size is None:
+            nodes.append(fuse(build, region, rounding))
+        else:
+            left.append(f"it reads the dynamic size {size}, which no operand of it has")
+    return Fusion(plan, tuple(nodes), tuple(left))
 
 
 def fuse(build: Builder, region: Region, rounding: Rounding) -> Node:
@@ -134,6 +163,15 @@ def _inline(build: Builder, node: Node) -> None:
         if isinstance(new, Value) and new.producer is not None and build.free(name):
             build.release([new.name])
             new.name = build.unique(name)
+
+
+def fused_copy(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
+    """A graph with fused nodes as it is, else a copy where all regions that gain on a GPU are such."""
+    if fused_nodes(graph):
+        return graph
+    result = graph.copy()
+    fuse_graph(result, rounding=rounding)
+    return result
 
 
 def without_fused(graph: Graph) -> Graph:

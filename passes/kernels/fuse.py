@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from regauge.ir.edit import Builder
-from regauge.ir.fusion.fused import Rounding, fuse, fused_nodes, hidden_size, unfuse
-from regauge.ir.fusion.plan import moves_nothing, plan_fusion
+from regauge.ir.fusion.fused import Rounding, fuse_graph, fused_nodes, unfuse
 from regauge.ir.fusion.plan_rows import plan_summary
-from regauge.ir.fusion.region import Region
 from regauge.ir.graph import Graph
 from regauge.ir.roofline import DEVICES
 from regauge.ir.tables import short
@@ -39,29 +36,16 @@ class Fuse(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()
-        plan = plan_fusion(result, DEVICES[self.target], contractions=False)
-        regions = [region for region in plan.regions if self._is_taken(region, context)]
-        for refusal in plan.refusals:
-            context.left[refusal.reason] += 1
-        if not regions:
+        found = fuse_graph(result, DEVICES[self.target], rounding=self.rounding, by=self.name)
+        refusals = found.plan.refusals
+        context.left.update([*(refusal.reason for refusal in refusals), *found.left])
+        if not found.nodes:
             return graph
-        context.note(f"{len(regions)} regions: {plan_summary(plan)}")
-        build = Builder(result, by=self.name)
-        for region in regions:
-            fuse(build, region, self.rounding)
-        worst = plan.refusals[0] if plan.refusals else None
-        if worst is not None:
+        context.note(f"{len(found.nodes)} regions: {plan_summary(found.plan)}")
+        if refusals:
+            worst = refusals[0]
             context.note(f"most bytes stay at {worst.value.name}, {short(worst.bytes)}B: {worst.reason}")
         return result
-
-    def _is_taken(self, region: Region, context: Context) -> bool:
-        """Whether a region becomes a node: of one node it would be what the runtime has a kernel for."""
-        if sum(not moves_nothing(node) for node in region.nodes) < 2:
-            return False
-        size = hidden_size(region.nodes)
-        if size is not None:
-            context.left[f"it reads the dynamic size {size}, which no operand of it has"] += 1
-        return size is None
 
 
 @dataclass(frozen=True, kw_only=True)

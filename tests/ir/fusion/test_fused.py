@@ -10,7 +10,7 @@ from random_graphs import graphs
 from regauge.ir.cost import figures
 from regauge.ir.edit import Builder
 from regauge.ir.fusion import legality
-from regauge.ir.fusion.fused import body_of, canonical, fuse, fused_nodes, traced, unfuse, without_fused
+from regauge.ir.fusion.fused import body_of, canonical, fuse_graph, fused_nodes, traced, unfuse, without_fused
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.graph import Graph
@@ -34,10 +34,7 @@ def gate() -> Graph:
 
 def fused(graph: Graph) -> Graph:
     result = graph.copy()
-    build = Builder(result)
-    for region in plan_fusion(result, contractions=False).regions:
-        if len(region.nodes) > 1:
-            fuse(build, region, "fused")
+    fuse_graph(result)
     return result
 
 
