@@ -23,7 +23,7 @@ from regauge.backends.torch_naming import RESERVED, named_lines
 from regauge.backends.torch_source import indented
 from regauge.backends.torch_statements import Statements
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.fused import body_of, canonical
+from regauge.ir.fusion.fused import body_of, canonical, content
 from regauge.ir.graph import Graph, Node, Value
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Functions:
         body = canonical(body_of(node))
         head = self._decorator(body, node.attributes["rounding"])
         code = self._code(body)
-        key = head + code.key()
+        key = "\n".join([code.key(), *([content(body), node.attributes["rounding"]] if head else [])])
         if key not in self._names:
             name = self._free(body.name)
             taken = {*self.forward.helpers.sources, *self.texts}
@@ -71,7 +71,7 @@ class Functions:
         outputs = [output for output in body.outputs if isinstance(output, Value)]
         self.forward.needed.update(outputs)
         code = Code("a function", "", list(body.nodes), list(body.inputs), outputs)
-        Statements(self.forward, code).write(body.outputs)
+        Statements(self.forward, code, of_module=False).write(body.outputs)
         return code
 
     def _decorator(self, body: Graph, rounding: str) -> str:

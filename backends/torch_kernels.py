@@ -22,6 +22,7 @@ from regauge.backends.triton_kernel import Kernel, triton_kernel
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.fused import Rounding, body_of, canonical, fused_copy, fused_nodes, traced
 from regauge.ir.graph import Graph, Value
+from regauge.ir.ops.torch_opaque import tensor_schema
 from regauge.ir.parse import parse_graph
 
 NAMESPACE = "regauge_kernels"
@@ -111,9 +112,7 @@ def _register(made: KernelOperator) -> None:
         return
     _REGISTERED.add(made.name)
     library = _library()
-    arguments = ", ".join(f"Tensor x{place}" for place in range(len(made.reads)))
-    results = "Tensor" if len(made.writes) == 1 else f"({', '.join(['Tensor'] * len(made.writes))})"
-    library.define(f"{made.name}({arguments}) -> {results}")  # type: ignore[no-untyped-call]
+    library.define(f"{made.name}{tensor_schema(len(made.reads), len(made.writes))}")  # type: ignore[no-untyped-call]
     full_name = f"{NAMESPACE}::{made.name}"
     fresh = _without_views(made.body)
     library.impl(made.name, fresh, "CPU")  # type: ignore[no-untyped-call]

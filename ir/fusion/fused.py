@@ -197,6 +197,14 @@ def canonical(body: Graph) -> Graph:
     return result
 
 
+def content(body: Graph) -> str:
+    """The text of a region, whatever its values are called: equal for regions that compute the same on equal types."""
+    result = canonical(body)
+    for number, value in enumerate(result.values()):
+        value.name = f"v{number}"
+    return str(result)
+
+
 def _plain_name(name: str, taken: set[str]) -> str:
     stem = re.sub(r"(?<=\D)_?\d+$", "", re.sub(r"\W", "_", name.rpartition(".")[2])).lower()
     stem = f"v_{stem}" if not stem or not stem[0].isalpha() or keyword.iskeyword(stem) else stem

@@ -22,7 +22,8 @@ class Fuse(Pass):
 
     Regions are read off the axis rules (``regauge fusion`` shows the plan), products are left to the runtime's library.
     A region is a function in torch source, a Triton kernel with ``to_torch(kernels="triton")``, and with
-    ``to_onnx(functions=True)`` a local function. Other passes want the nodes themselves: ``unfuse`` gives them back.
+    ``to_onnx(functions=True)`` a local function. Other passes want the nodes: ``unfuse`` gives them back. Regions
+    compute what the network in use does, also while it is trained: dropout rests, batch norms keep their statistics.
     """
 
     name: ClassVar[str] = "fuse"
