@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from regauge.backends.run_onnxruntime import Session
+from regauge.backends.run_torch import flat_module
 from regauge.backends.to_onnx import to_onnx
-from regauge.backends.to_torch import to_torch
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import Interpreter, device_of
@@ -61,10 +61,7 @@ def _made_up(graph: Graph) -> list[Any]:
 
 def _in_torch(graph: Graph, inputs: Any) -> Once:
     environment, _ = Interpreter(graph).bound(inputs)
-    given, flat = list(environment.values()), graph.copy()
-    flat.metadata = {**graph.metadata, "torch": {**graph.metadata.get("torch", {}), "in_spec": None}}
-    module = to_torch(flat).eval()
-
+    given, module = list(environment.values()), flat_module(graph)
     return lambda: module(*given)
 
 

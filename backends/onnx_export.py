@@ -7,8 +7,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import onnx_ir
 import sympy
@@ -19,24 +19,32 @@ from torch.utils import _pytree as pytree
 from regauge.backends.onnx_bits import FOUR_BITS_SINCE, pack_initializers
 from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.ops.spell_normalisation import RMS_NORM_OPSET
 from regauge.ir.sample_inputs import sample_inputs
 
+Bodies: TypeAlias = Mapping[str, tuple[Graph, str]]
 _PREFIX = "module."  # what the wrapper adds to every name
 _FOLDED_BIAS = ".weight_bias"
 _SCOPES, _CLASSES = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"
 
 
-def exported_model(graph: Graph) -> onnx_ir.Model:
-    """The graph as an ONNX model, by way of ``to_torch`` and ``torch.onnx.export``; raises EmitError when it fails."""
+def exported_model(graph: Graph, bodies: Bodies | None = None) -> onnx_ir.Model:
+    """The graph as an ONNX model, by way of ``to_torch`` and ``torch.onnx.export``; raises EmitError when it fails.
+
+    Fused nodes without their regions are calls of functions, of which ``bodies`` holds the regions by name.
+    """
+    from regauge.backends.onnx_calls import as_operators
     from regauge.backends.to_torch import to_torch
 
+    operators = as_operators(graph, bodies or {})
+    graph = operators.graph
     module = to_torch(graph, integers=False)
     described = graph.metadata.get("torch") or {}
     module.train(bool(described.get("training", False)))
     inputs = sample_inputs(graph)
     flat = _FlatModule(module, described.get("in_spec"), len(inputs))
     axes = tuple(_dynamic_axes(value) for value in graph.inputs)
-    program = _export(flat, tuple(inputs), axes, graph)
+    program = _export(flat, tuple(inputs), axes, graph, operators.translations)
     model: onnx_ir.Model = program.model
     _restore_names(model, graph)
     pack_initializers(model, graph)
@@ -71,13 +79,21 @@ def _dynamic_axes(value: Value) -> dict[int, Any]:
     return axes
 
 
-def _export(module: torch.nn.Module, inputs: tuple[Any, ...], axes: tuple[dict[int, Any], ...], graph: Graph) -> Any:
+def _export(
+    module: torch.nn.Module,
+    inputs: tuple[Any, ...],
+    axes: tuple[dict[int, Any], ...],
+    graph: Graph,
+    translations: Mapping[Any, Any],
+) -> Any:
     names = [value.name for value in graph.inputs]
     options: dict[str, Any] = {"input_names": names, "output_names": _output_names(graph)}
     if any(axes):
         options["dynamic_shapes"] = (axes,)
     if any(node.attributes.get("block_size") or node.attributes.get("bits") for _, node in graph.walk()):
         options["opset_version"] = FOUR_BITS_SINCE  # the first with scales of blocks, and with less than bytes
+    if translations:
+        options.update(custom_translation_table=translations, opset_version=RMS_NORM_OPSET)
     small = stored_small(graph)
     try:
         # The exporter takes attention apart as the plain kernel computes it. Traced with another one, whose results lie

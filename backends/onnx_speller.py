@@ -147,15 +147,17 @@ class OnnxSpeller:
         return lambda *inputs, **options: self(op_type, *inputs, **options)
 
     @overload
-    def __call__(self, op_type: str, *inputs: Any, outputs: int, **attributes: Any) -> Any: ...
+    def __call__(self, op_type: str, *inputs: Any, outputs: int, domain: str = "", **attributes: Any) -> Any: ...
 
     @overload
     def __call__(self, op_type: str, *inputs: Any, **attributes: Any) -> onnx_ir.Value: ...
 
-    def __call__(self, op_type: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
-        """Add one ONNX node: its result, or a tuple of them where there are several ``outputs``."""
+    def __call__(self, op_type: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """Add one ONNX node, of the standard operators or another ``domain``: its result, or a tuple of them where
+        there are several ``outputs``."""
         given = {name: value for name, value in attributes.items() if value is not None}
-        self._check(op_type, len(inputs), given)
+        if not domain:
+            self._check(op_type, len(inputs), given)
         values = [
             item if item is None or isinstance(item, onnx_ir.Value) else self.constant(item, self.dtype)
             for item in inputs
@@ -164,7 +166,7 @@ class OnnxSpeller:
             values.pop()
         made = [self._attribute(name, value) for name, value in given.items()]
         name = self.carrier.unique(f"{self.node.name}_{op_type.lower()}")
-        node = onnx_ir.Node("", op_type, values, made, name=name, num_outputs=outputs)
+        node = onnx_ir.Node(domain, op_type, values, made, name=name, num_outputs=outputs)
         for index, value in enumerate(node.outputs):
             value.name = name if outputs == 1 else self.carrier.unique(f"{name}_{index}")
         self.graph.append(node)

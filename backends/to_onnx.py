@@ -21,6 +21,7 @@ from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_changes import find_changes
 from regauge.backends.onnx_check import Checker
 from regauge.backends.onnx_emit import patched_model
+from regauge.backends.onnx_kernels import add_functions, as_calls
 from regauge.backends.onnx_write import Check, copy_model, external_locations, write_model
 from regauge.ir.allocation import without_collection
 from regauge.ir.errors import EmitError
@@ -41,6 +42,7 @@ def to_onnx(
     overwrite: bool = True,
     inputs: Inputs | None = None,
     check: Check | None = None,
+    functions: bool = False,
 ) -> Path:
     """Write ``graph`` as an ONNX model at ``path`` and return the path.
 
@@ -49,6 +51,7 @@ def to_onnx(
     stores weights with many zeros as sparse initializers where the file becomes smaller by that; they are dense again
     once they are loaded. With ``verify`` the finished file is run in onnxruntime and compared with the graph, on
     ``inputs`` or on made-up ones; a ``check`` of one's own is called with its path, unless it is a copy of the source.
+    With ``functions`` fused nodes are calls of local functions (:mod:`regauge.ir.onnx_kernels`), else their nodes.
     The file appears whole or not at all. Raises EmitError when something cannot be expressed, written, or computes
     something else.
     """
@@ -58,10 +61,13 @@ def to_onnx(
     audit = audit_of(graph)
     checks: list[Check] = [Checker(graph, inputs), *([] if audit is None else [audit])] if verify else []
     checks += [] if check is None else [check]
+    calls = as_calls(graph, functions=functions)
+    graph = calls.graph
     if "onnx" not in graph.metadata:
         from regauge.backends.onnx_export import exported_model
 
-        model = exported_model(graph)
+        model = exported_model(graph, calls.bodies)
+        add_functions(model, calls)
         _note_passes(model, graph)
         write_model(
             model,
@@ -77,6 +83,8 @@ def to_onnx(
     folds = bool(graph.metadata.get("onnx_fold"))
     with without_collection():  # a clone of the model and all that is made of it lives until the file is written
         model, changed = patched_model(graph, changes) if changes or folds else (_copied(graph), False)
+    if changed:
+        add_functions(model, calls)
     changed = changed or bool(graph.metadata.get("onnx_converted"))
     if not changed and external_data is None and not sparse_weights and source is not None:
         copy_model(source, target, external_locations(graph.metadata["onnx"]), overwrite=overwrite)

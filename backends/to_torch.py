@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -28,7 +28,10 @@ from regauge.backends.torch_runtime import import_source
 from regauge.backends.torch_source import assemble
 from regauge.backends.torch_tensors import needs_gradient
 from regauge.ir.errors import EmitError
+from regauge.ir.fusion.fused import fused_copy
 from regauge.ir.graph import Graph, Parameter
+
+Kernels: TypeAlias = Literal["triton"]
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,30 @@ class Emitted:
     places: Places
 
 
-def emit(graph: Graph, *, integers: bool = True) -> Emitted:
+def emit(graph: Graph, *, integers: bool = True, kernels: Kernels | None = None) -> Emitted:
     """Source without weights; raises EmitError naming the node that has no torch form.
 
     Quantized layers compute on ``integers``, or stay pairs of quantize and dequantize, as an ONNX exporter wants them.
+    With ``kernels`` fused nodes are operators of torch; where there are none, all regions that gain on a GPU.
     """
+    if kernels is not None:
+        if kernels != "triton":
+            raise EmitError(f"there are no kernels {kernels!r}: give 'triton', or None")
+        graph = fused_copy(graph)
     spelt = as_layers(graph)
     graph, homes = as_integer_layers(spelt) if integers else (spelt, [])
     frame = frame_tree(graph)
     places = Places(graph, frame)
-    forward = Forward(graph, places)
+    forward = Forward(graph, places, kernels=kernels is not None)
     code = forward.root(frame)
     if any(getattr(forward.modules.get(home.path), "layer", None) != home.text for home in homes):
-        return emit(spelt, integers=False)  # a layer that could not be one: of a module that runs in several forms
+        return emit(
+            spelt, integers=False, kernels=kernels
+        )  # a layer that could not be one: of a module that runs in several forms
     forward.helpers.sources.update(layer_sources(home.text for home in homes))
     classes = Classes(graph, forward, code)
-    source = assemble(f"{classes.root}, written by Regauge.", forward.helpers.sources, classes.texts, classes.imports)
+    texts = [*forward.functions.sources(), *classes.texts]
+    source = assemble(f"{classes.root}, written by Regauge.", forward.helpers.sources, texts, classes.imports)
     return Emitted(source, classes.root, places)
 
 
@@ -64,7 +75,7 @@ def to_torch(
     *,
     device: torch.device | str | None = None,
     integers: bool = True,
-    kernels: Literal["triton"] | None = None,
+    kernels: Kernels | None = None,
 ) -> nn.Module:
     """A module of its own that computes the graph: importable, trainable, picklable, exportable again.
 
@@ -72,13 +83,7 @@ def to_torch(
     the same structure of results. Raises EmitError where a node has no torch form. For ``integers`` see :func:`emit`,
     for ``kernels`` :mod:`regauge.backends.torch_kernels`.
     """
-    if kernels is not None:
-        from regauge.backends.torch_kernels import with_kernels  # whose operators are modules in torch
-
-        if kernels != "triton":
-            raise EmitError(f"there are no kernels {kernels!r}: give 'triton', or None")
-        graph = with_kernels(graph).graph
-    emitted = emit(graph, integers=integers)
+    emitted = emit(graph, integers=integers, kernels=kernels)
     python = import_source(emitted.source, _module_name(graph))
     with torch.device("meta"):
         module: nn.Module = getattr(python, emitted.root)()
@@ -103,14 +108,16 @@ def _fill(module: nn.Module, places: Places, device: torch.device | str | None) 
             raise EmitError(f"the emitted module has a tensor {name!r} that the graph does not have: report this")
 
 
-def write(graph: Graph, folder: str | os.PathLike[str]) -> Path:
+def write(graph: Graph, folder: str | os.PathLike[str], *, kernels: Kernels | None = None) -> Path:
     """Write ``model.py`` and ``model.safetensors`` into a folder, both or nothing; returns the folder.
 
-    Files of these names are replaced, others stay. Raises EmitError where the graph has no torch form.
+    Files of these names are replaced, others stay. The source needs torch and safetensors only; with ``kernels`` fused
+    nodes are operators of torch (:mod:`regauge.backends.torch_kernels`) where Regauge is installed. Raises EmitError
+    where the graph has no torch form.
     """
     from safetensors.torch import save_file
 
-    emitted = emit(graph)
+    emitted = emit(graph, kernels=kernels)
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise EmitError(f"{target} is a file: give the path of a folder")

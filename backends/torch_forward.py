@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from regauge.backends.torch_code import Code, Flowing, operands_of
 from regauge.backends.torch_expressions import Helpers
 from regauge.backends.torch_frames import Frame, inside
+from regauge.backends.torch_functions import Functions
 from regauge.backends.torch_layers import flowing_operands, frame_layer, owned_layer
 from regauge.backends.torch_places import Places
 from regauge.backends.torch_recurrent import recurrent_layer
@@ -17,12 +18,14 @@ from regauge.ir.ops.attention import SCALED_BY
 
 
 class Forward:
-    """Writes the code of every frame, innermost first. ``modules`` holds the code of each module path."""
+    """Writes the code of every frame, innermost first. ``modules`` holds the code of each module path;
+    with ``kernels`` fused nodes are operators of torch."""
 
-    def __init__(self, graph: Graph, places: Places) -> None:
+    def __init__(self, graph: Graph, places: Places, *, kernels: bool = False) -> None:
         self.graph = graph
         self.places = places
         self.helpers = Helpers()
+        self.functions = Functions(self, kernels=kernels)
         self.modules: dict[str, Code] = {}
         self.norms = updating_norms(graph)
         left_to_norms = {id(state) for states in self.norms.values() for state in states}

@@ -1,15 +1,16 @@
-"""Kernels as operators of torch: a graph whose regions are calls, which run anywhere.
+"""Kernels as operators of torch: modules whose fused nodes are operators, which run anywhere.
 
     module = graph.to_torch(kernels="triton")
 
 On a GPU an operator launches the Triton kernel of its region; elsewhere, where shapes are inferred, and where gradients
-are asked for, it is the region in torch. Operators are named by what they compute and registered once in a process.
+are asked for, it is the region in torch: the function that stands below ``@kernel`` in the source of the module.
+Operators are named by what they compute and registered once in a process.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
@@ -18,14 +19,11 @@ import torch
 
 from regauge.backends.to_torch import to_torch
 from regauge.backends.triton_kernel import Kernel, triton_kernel
-from regauge.backends.triton_source import Rounding
-from regauge.ir.edit import Builder, remove_node, replace_uses
-from regauge.ir.errors import RegaugeError
-from regauge.ir.fusion.plan import moves_nothing, plan_fusion
-from regauge.ir.fusion.region import Region
+from regauge.ir.errors import FusionError
+from regauge.ir.fusion.fused import Rounding, body_of, canonical, fused_copy, fused_nodes, traced
 from regauge.ir.graph import Graph, Value
-from regauge.ir.graph_copy import copy_nodes
-from regauge.ir.ops.torch_opaque import slot
+from regauge.ir.ops.torch_opaque import tensor_schema
+from regauge.ir.parse import parse_graph
 
 NAMESPACE = "regauge_kernels"
 Body: TypeAlias = Callable[..., Any]
@@ -51,7 +49,7 @@ class KernelOperator:
 
 @dataclass(frozen=True)
 class WithKernels:
-    """A copy of a graph whose regions are calls of operators, these operators, and why other regions have none."""
+    """A graph with fused nodes, their operators, and why some have none."""
 
     graph: Graph
     operators: tuple[KernelOperator, ...]
@@ -59,69 +57,45 @@ class WithKernels:
 
 
 def with_kernels(graph: Graph, *, rounding: Rounding = "fused") -> WithKernels:
-    """Make calls of all regions that gain on a GPU, but for products, which are left to the library of the runtime.
-
-    Regions of one node stay as they are: torch has a kernel for these.
-    """
-    result = graph.copy()
-    plan = plan_fusion(result, contractions=False)
+    """The operators of the fused nodes of a graph; where it has none, of all regions that gain on a GPU."""
+    result = fused_copy(graph, rounding=rounding)
     made: list[KernelOperator] = []
     left: list[str] = []
-    for region in plan.regions:
-        if sum(not moves_nothing(node) for node in region.nodes) > 1:
-            try:
-                made.append(kernel_operator(result, region, rounding))
-            except RegaugeError as error:
-                left.append(str(error))
-    build = Builder(result, by="kernels")
-    replaced: dict[Value, Value] = {}
-    for one in made:
-        _call(build, one, replaced)
+    for node in fused_nodes(result):
+        body = canonical(body_of(node))
+        try:
+            made.append(kernel_operator(body, node.attributes["rounding"], to_torch(body)))
+        except FusionError as error:
+            left.append(str(error))
     return WithKernels(result, tuple(made), tuple(left))
 
 
-def _call(build: Builder, made: KernelOperator, replaced: dict[Value, Value]) -> None:
-    """Put a call of an operator in the place of its region; ``replaced`` holds the results of such calls."""
-    nodes = made.kernel.region.nodes
-    results = [(value.shape, value.dtype) for value in made.writes]
-    arguments = tuple(slot(place) for place in range(len(made.reads)))
-    tensors = [replaced.get(value, value) for value in made.reads]
-    with build.at(nodes[-1]):
-        target = f"{NAMESPACE}.{made.name}.default"
-        found = build("torch_call", *tensors, results=results, target=target, arguments=arguments)
-    pairs = dict(zip(made.writes, [found] if isinstance(found, Value) else found, strict=True))
-    replaced.update(pairs)
-    for old, new in pairs.items():
-        replace_uses(build.graph, old, new)
-    for node in reversed(nodes):
-        remove_node(build.graph, node)
-    for old, new in pairs.items():
-        new.name = old.name
+def kernel_of(body: Graph, rounding: Rounding) -> Kernel:
+    """The kernel of a region that stands as a graph of its own; raises FusionError where there can be none."""
+    return triton_kernel(traced(body), body.name, rounding=rounding)
 
 
-def kernel_operator(graph: Graph, region: Region, rounding: Rounding) -> KernelOperator:
-    """The operator of a region of a graph; raises FusionError or EmitError where it can have none."""
-    stem = "_".join(dict.fromkeys(node.op for node in region.nodes if not moves_nothing(node)))[:40]
-    kernel = triton_kernel(region, stem, rounding=rounding)
-    reads = tuple(dict.fromkeys(load.value.value for load in region.loads))
-    writes = tuple(region.outputs)
-    body = to_torch(_alone(graph, region, reads, writes))
+def kernel_operator(body: Graph, rounding: Rounding, in_torch: Body) -> KernelOperator:
+    """The operator of a region that ``in_torch`` computes; raises FusionError where it can have none."""
+    kernel = kernel_of(body, rounding)
+    reads = tuple(body.inputs)
+    writes = tuple(output for output in body.outputs if isinstance(output, Value))
     texts = [kernel.source(form, contiguous=flat).text for form in kernel.forms for flat in (True, False)]
     types = [value.signature for value in (*reads, *writes)]
     digest = hashlib.sha256("\n".join([*texts, *types]).encode()).hexdigest()[:10]
-    made = KernelOperator(f"{stem}_{digest}", kernel, body, reads, writes)
+    made = KernelOperator(f"{body.name}_{digest}", kernel, in_torch, reads, writes)
     _register(made)
     return made
 
 
-def _alone(graph: Graph, region: Region, reads: Sequence[Value], writes: Sequence[Value]) -> Graph:
-    """The nodes of a region as a graph of their own, weights among its inputs."""
-    result = Graph("body", symbols=dict(graph.symbols))
-    build = Builder(result)
-    known: dict[Value, Value] = {value: build.input(value.name, value.shape, value.dtype) for value in reads}
-    copy_nodes(region.nodes, result, known)
-    result.outputs = [known[value] for value in writes]
-    return result
+def kernel(region: str, rounding: Rounding = "fused") -> Callable[[Body], Any]:
+    """Makes a function the body of an operator of torch, whose kernel is that of the region with this text."""
+
+    def decorate(in_torch: Body) -> Any:
+        name = kernel_operator(parse_graph(region), rounding, in_torch).name
+        return getattr(torch.ops.regauge_kernels, name).default
+
+    return decorate
 
 
 @cache
@@ -138,9 +112,7 @@ def _register(made: KernelOperator) -> None:
         return
     _REGISTERED.add(made.name)
     library = _library()
-    arguments = ", ".join(f"Tensor x{place}" for place in range(len(made.reads)))
-    results = "Tensor" if len(made.writes) == 1 else f"({', '.join(['Tensor'] * len(made.writes))})"
-    library.define(f"{made.name}({arguments}) -> {results}")  # type: ignore[no-untyped-call]
+    library.define(f"{made.name}{tensor_schema(len(made.reads), len(made.writes))}")  # type: ignore[no-untyped-call]
     full_name = f"{NAMESPACE}::{made.name}"
     fresh = _without_views(made.body)
     library.impl(made.name, fresh, "CPU")  # type: ignore[no-untyped-call]

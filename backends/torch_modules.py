@@ -34,7 +34,8 @@ class Classes:
         names = graph.metadata.get("torch", {}).get("state_names") or list(graph.parameters)
         self.position = {name: i for i, name in enumerate(names)}
         self.built: dict[str, str] = {}  # path of each module with a class of its own -> how it is made
-        self.names: set[str] = set(forward.helpers.sources)
+        self.reserved = {*forward.helpers.sources, *forward.functions.texts}
+        self.names: set[str] = set(self.reserved)
         self.known: dict[str, list[str]] = {}  # class name -> its constructor's parameters
         self.texts: list[str] = []
         self.imports: set[str] = set()
@@ -185,11 +186,10 @@ class Classes:
         return root.chain and self._is_sequence("", root) and form.parameters == ["input"] and not form.prologue
 
     def _forward_lines(self, path: str, code: Code) -> tuple[list[str], list[str]]:
-        reserved = self.forward.helpers.sources
         if path:
-            return named_lines(code, {}, reserved)
+            return named_lines(code, {}, self.reserved)
         form = signature(self.graph)
-        _, body = named_lines(code, dict(enumerate(form.names)), reserved)
+        _, body = named_lines(code, dict(enumerate(form.names)), self.reserved)
         return form.parameters, [*form.prologue, *body]
 
     def _ties(self) -> list[str]:

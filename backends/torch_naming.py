@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from regauge.backends.torch_code import VARIABLE, Code, Line, variable
 
 _PASSED_ALONG = ("x", "out")  # names without a meaning of their own, taken over by the next result
-_IMPORTED = frozenset({"torch", "nn", "F", "math", "self", "super", *keyword.kwlist, *dir(builtins)})
+RESERVED = frozenset({"torch", "nn", "F", "math", "self", "super", *keyword.kwlist, *dir(builtins)})
 
 
 def named_lines(code: Code, given: Mapping[int, str], reserved: Collection[str]) -> tuple[list[str], list[str]]:
@@ -26,7 +26,7 @@ class _Namer:
     def __init__(self, code: Code, given: Mapping[int, str], reserved: Collection[str]) -> None:
         self.code = code
         self.names = dict(given)
-        self.reserved = _IMPORTED | set(reserved)
+        self.reserved = RESERVED | set(reserved)
         self.active: dict[str, int] = {}  # the variable that a name holds now
         self.last_read = self._last_reads()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regauge.backends.torch_code import Line, variable
 from regauge.backends.torch_expressions import expression
 from regauge.backends.torch_literals import literal, read_name
+from regauge.ir.cost import FUSED
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.ops.torch_opaque import OPERAND, find_target, plain_numbers, replace_slots, written_arguments
@@ -22,6 +23,10 @@ def special_lines(statements: Statements, node: Node) -> list[Line] | None:
         raise EmitError(f"{node.label} is an ONNX operator without a torch form: write this graph with to_onnx()")
     if node.op == "torch_call":
         return _torch_call(statements, node)
+    if node.op == FUSED:
+        arguments = ", ".join(statements.text(operand) for operand in node.inputs)
+        text = f"{statements.forward.functions.name_of(node)}({arguments})"
+        return [Line(statements.targets(node.outputs), text, unpacks=len(node.outputs) > 1)]
     if not node.regions:
         return None
     functions = [_local_function(statements, region, f"branch_{i}") for i, region in enumerate(node.regions)]

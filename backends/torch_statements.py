@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 
 class Statements:
-    """Writes the lines of one :class:`Code` into it."""
+    """Writes the lines of one :class:`Code` into it; one ``of_module`` knows whether its module is training."""
 
-    def __init__(self, forward: Forward, code: Code) -> None:
+    def __init__(self, forward: Forward, code: Code, *, of_module: bool = True) -> None:
         self.forward = forward
         self.code = code
+        self.of_module = of_module
         self.numbers: dict[Flowing, int] = {}
         self.alias: dict[Value, ast.expr] = {}
         self.training = bool(forward.graph.metadata.get("torch", {}).get("training", False))
@@ -198,6 +199,11 @@ class Statements:
             line.functions.append(f"# scale: 1/sqrt({node.metadata[SCALED_BY]}), of the head size before the cut")
         self.code.lines.append(line)
 
+    def _follows(self, node: Node) -> bool:
+        """Whether a node does what its module does, training or not."""
+        same = node.attributes.get("training", None) == self.training and TRACKED not in node.metadata
+        return self.of_module and same
+
     def expression(self, node: Node) -> ast.expr:
         """The node's own expression over this frame's variables; raises EmitError naming the node."""
         try:
@@ -207,7 +213,7 @@ class Statements:
             attributes: dict[str, Any] = {k: literal(v, self.symbol) for k, v in node.attributes.items()}
             if node in self.forward.norms:
                 attributes["training"] = following(False, "self.training")
-            elif node.attributes.get("training", None) == self.training and TRACKED not in node.metadata:
+            elif self._follows(node):
                 attributes["training"] = following(self.training, "self.training")
             share = node.metadata.get(DROPOUT)
             if share and node.op == "attention":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Literal, TypeAlias
 
 import torch
 
@@ -22,12 +21,9 @@ from regauge.backends.triton_expressions import (
 from regauge.backends.triton_loops import Loop, Tensor
 from regauge.ir.dtypes import dtype_name
 from regauge.ir.extents import Dim
+from regauge.ir.fusion.fused import Rounding as Rounding
 from regauge.ir.fusion.region import Region, Term
 from regauge.ir.graph import Node, Value
-
-Rounding: TypeAlias = Literal["fused", "eager"]
-"""``fused``: single precision inside, results are rounded once. ``eager``: what each node gives is rounded to its type,
-as torch does it node by node."""
 
 HEAD = "import triton\nimport triton.language as tl\n"
 _TAKEN = {

@@ -21,6 +21,7 @@ from regauge.frontends.onnx_call import OnnxCall
 from regauge.frontends.onnx_file import in_order, lists_every_weight, open_model
 from regauge.frontends.onnx_functions import expand_function
 from regauge.frontends.onnx_hierarchy import place_by_weights, recorded_scope
+from regauge.frontends.onnx_kernels import read_region
 from regauge.frontends.onnx_opaque import emit_opaque
 from regauge.frontends.onnx_opset import in_opset, prove_equal
 from regauge.frontends.onnx_regions import read_cond, read_loop, read_scan
@@ -271,9 +272,9 @@ class _Importer:
             _CONTROL[node.op_type](self, scope, node)
         elif domain == "" and node.op_type in SEQUENCE_OPERATORS:
             read_sequence(scope, node)
-        elif function is not None:
+        elif function is not None and not read_region(self, scope, node, function):
             expand_function(self, scope, node, function)
-        else:
+        elif function is None:
             found = find_onnx(domain, node.op_type)
             if found is None:
                 raise OperatorError("there is no record for it")

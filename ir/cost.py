@@ -25,6 +25,8 @@ from regauge.ir.sizes import Size, product, simplify, total
 Metric: TypeAlias = Literal["parameters", "macs", "bytes"]
 SizeOf: TypeAlias = Callable[[Dim], Size]
 
+FUSED = "fused"  # the operator whose region is computed as one, see regauge.ir.fusion.fused
+
 
 class Figures(NamedTuple):
     """What a graph costs: trained parameters, multiply-accumulates of one run, bytes of everything it stores."""
@@ -67,6 +69,11 @@ def stored_size(parameter: Parameter) -> float:
         return item_size(parameter.dtype)
     bits = {node.attributes.get("bits") if node.operator.expands else None for node, _ in parameter.uses}
     return (bits.pop() or 8) / 8 if len(bits) == 1 else 1.0
+
+
+def computed_inside(node: Node) -> list[Node]:
+    """The nodes that a fused node computes as one: only its operands and results are moved and kept."""
+    return [inner for region in node.regions for inner in region.nodes] if node.op == FUSED else []
 
 
 class Meter(Protocol):

@@ -288,6 +288,7 @@ def inline_region(build: Builder, node: Node, region: Graph, operands: Sequence[
     for value in [v for v in region.values() if v not in given]:
         if value.name in taken:
             value.name = build.unique(value.name)
+        build._taken.add(value.name)
         taken.add(value.name)
     for parameter in region.parameters.values():
         graph.parameters[parameter.name] = parameter

@@ -358,13 +358,14 @@ class Graph:
         overwrite: bool = True,
         inputs: Sequence[Any] | Mapping[str, Any] | None = None,
         check: Callable[[Path], None] | None = None,
+        functions: bool = False,
     ) -> Path:
         """Write the graph as an ONNX model and return its path.
 
         ``external_data`` says if weights go beside the model, ``sparse_weights`` if those with many zeros are stored as
         such where the file becomes smaller by that, ``verify`` if the file is run and compared with the
         graph, on ``inputs`` or on made-up ones, ``overwrite`` if a file that exists may be replaced; a ``check`` of
-        one's own sees the file before it appears. See
+        one's own sees the file before it appears; with ``functions`` fused nodes are calls of local functions. See
         :func:`regauge.backends.to_onnx.to_onnx`. Raises EmitError when something cannot be expressed or written.
         """
         written: Path = _edge("regauge.backends.to_onnx").to_onnx(
@@ -376,6 +377,7 @@ class Graph:
             overwrite=overwrite,
             inputs=inputs,
             check=check,
+            functions=functions,
         )
         return written
 
@@ -397,12 +399,12 @@ class Graph:
         )
         return module
 
-    def write(self, folder: str | os.PathLike[str]) -> Path:
+    def write(self, folder: str | os.PathLike[str], *, kernels: Literal["triton"] | None = None) -> Path:
         """Write readable torch source, ``model.py``, and ``model.safetensors`` into a folder; returns the folder.
 
         See :func:`regauge.backends.to_torch.write`. Raises EmitError where the graph has no torch form.
         """
-        written: Path = _edge("regauge.backends.to_torch").write(self, folder)
+        written: Path = _edge("regauge.backends.to_torch").write(self, folder, kernels=kernels)
         return written
 
 

@@ -4,7 +4,7 @@ Nodes run in the graph's order. A value lives from the node that gives it to the
 and new values of states stay; graph inputs are there from the start. Each value has memory of its own, also one that a
 runtime may make a view of another or write over it. Regions (branches, loop bodies) run between the reading and the
 giving of their node, one after the other, once; their inputs are the node's operands, and what they read of the graph
-around them stays until their node is done.
+around them stays until their node is done. What is fused takes none but for its results.
 Weights are not counted.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from regauge.ir.cost import CostModel, item_size, sized
+from regauge.ir.cost import CostModel, computed_inside, item_size, sized
 from regauge.ir.extents import Dim, Extent, leaves
 from regauge.ir.graph import Graph, Parameter, Value
 from regauge.ir.sizes import product
@@ -44,7 +44,7 @@ class Timeline:
     def _walk(self, graph: Graph) -> None:
         for node in graph.nodes:
             self.steps += 1
-            inside = [self._region(region) for region in node.regions]
+            inside = [self._region(region) for region in node.regions if not computed_inside(node)]
             for value in {value for _, value in node.operands()}.union(*inside):
                 self._use(value)
             for value in node.outputs:

@@ -4,8 +4,9 @@
 
 (Williams, Waterman and Patterson 2009, Roofline). Axes that shrink are done in blocks of ``multiple`` indices, so that
 arithmetic falls in steps: 33 channels take as long as 40 where the blocks are 8. What a runtime makes a view of
-(reshapes) moves no bytes. Nodes of regions count once. A real runtime fuses nodes and has kernels of its own;
-:class:`Calibrated` brings the model to what was measured, and whoever needs a certain latency measures the result.
+(reshapes) moves no bytes. Nodes of regions count once, fused ones as one node. A real runtime fuses nodes and has
+kernels of its own; :class:`Calibrated` brings the model to what was measured, and whoever needs a certain latency
+measures the result.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from regauge.ir.cost import (
     NodeTerm,
     Running,
     SizeOf,
+    computed_inside,
     item_size,
     local_figures,
     sized,
@@ -68,13 +70,16 @@ DEVICES: Mapping[str, Device] = {
 
 
 class _Step:
-    """One node: its MACs, and for each value that it reads or writes the bytes of what stays, and the axes that may go.
+    """One node: its MACs, those of what is fused in it included, and for each value that it reads or writes the bytes
+    of what stays, and the axes that may go.
 
     ``fixed`` holds the sizes of axes that no cut changes, by identity: a search asks for them very often.
     """
 
     def __init__(self, node: NodeTerm, model: CostModel, cut: Container[Dim], fixed: dict[int, int]) -> None:
-        self.node, self.dims = node, node.dims
+        self.node = node
+        self.inside = [NodeTerm(inner, model) for inner in computed_inside(node.node)]
+        self.dims = node.dims.union(*(inner.dims for inner in self.inside))
         for axes in (*node.inputs, *node.outputs):
             for extent in axes if isinstance(axes, list) else ():
                 if not any(dim in cut for dim in leaves(extent)):
@@ -94,7 +99,9 @@ class Roofline(Running[_Step]):
         self.device = device
         self._fixed: dict[int, int] = {}
         cut = {group.dim for group in model.graph.groups() if group.free}
-        steps = [_Step(NodeTerm(node, model), model, cut, self._fixed) for _, node in model.graph.walk()]
+        fused = {inner for _, node in model.graph.walk() for inner in computed_inside(node)}
+        nodes = [node for _, node in model.graph.walk() if node not in fused]
+        steps = [_Step(NodeTerm(node, model), model, cut, self._fixed) for node in nodes]
         super().__init__(steps, self._seconds, model.number)
 
     def _seconds(self, step: _Step, size_of: SizeOf) -> float:
@@ -105,7 +112,8 @@ class Roofline(Running[_Step]):
             return known if known is not None else -(-int(sized(extent, size_of)) // blocks) * blocks
 
         moved = sum(still * float(product(sized(e, size_of) for e in axes)) for still, axes in step.moved)
-        compute = 2 * float(step.node.macs(padded, size_of)) / self.device.flops
+        macs = sum(float(term.macs(padded, size_of)) for term in (step.node, *step.inside))
+        compute = 2 * macs / self.device.flops
         return self.device.overhead + max(compute, moved / self.device.bandwidth)
 
 

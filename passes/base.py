@@ -141,6 +141,8 @@ class Pass(ABC):
     name: ClassVar[str] = ""
     contract: ClassVar[Contract] = "approximate"
     needs: ClassVar[frozenset[Need]] = frozenset()
+    takes_fused: ClassVar[bool] = False
+    """Whether the pass runs on graphs with fused regions; others want the nodes themselves."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -26,6 +26,7 @@ BUILT_IN = {
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "flatten": "regauge.passes.quantization.flatten:Flatten",
+    "fuse": "regauge.passes.kernels.fuse:Fuse",
     "fuse-blocks": "regauge.passes.fusing.fuse_blocks:FuseBlocks",
     "kv-cache": "regauge.passes.decoding.kv_cache:KvCache",
     "kv-latent": "regauge.passes.decoding.kv_latent:KvLatent",
@@ -43,6 +44,7 @@ BUILT_IN = {
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
     "stream": "regauge.passes.streaming.stream:Stream",
     "unfactorize": "regauge.passes.simplify.unfactorize:Unfactorize",
+    "unfuse": "regauge.passes.kernels.fuse:Unfuse",
     "vocabulary": "regauge.passes.pruning.vocabulary:Vocabulary",
 }
 

@@ -15,6 +15,7 @@ from regauge.ir.cost import Figures, figures
 from regauge.ir.device import on_device
 from regauge.ir.edit import dead_nodes, record, remove_dead
 from regauge.ir.errors import EquivalenceError, PassError, RegaugeError, RegaugeWarning
+from regauge.ir.fusion.fused import fused_nodes
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import device_of, run_seeded
 from regauge.ir.sample_inputs import input_symbols, remember_runs, sample_runs
@@ -96,6 +97,7 @@ def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures, measure: Meas
     _trace(f"{one}: starts")
     context, given, start = Context(data=data, measure=measure), _Given(graph), time.perf_counter()
     try:
+        _check_fused(one, graph)
         one.requires(graph)
         result = one.call(graph, context)
         _check_result(one, given, result)
@@ -135,6 +137,14 @@ def _check_needs(one: Pass, data: Any) -> None:
     if one.needs and data is None:
         needs = " and ".join(sorted(one.needs))
         raise PassError(f"{one.name} needs {needs}: give batches, optimize(graph, passes, data=...)")
+
+
+def _check_fused(one: Pass, graph: Graph) -> None:
+    nodes = [] if one.takes_fused else fused_nodes(graph)
+    if nodes:
+        raise PassError(
+            f"{one.name} works on nodes, and {nodes[0].label} holds fused ones: let fuse come last, or unfuse first"
+        )
 
 
 def _check_result(one: Pass, given: _Given, result: Any) -> None:

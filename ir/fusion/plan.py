@@ -52,7 +52,8 @@ class Refusal:
 class Plan:
     """The regions of a graph and the nodes that are in none, in an order in which they can run, and what was refused.
 
-    ``bytes`` are those that regions and other nodes read and write, ``bytes_before`` the same with each node by itself.
+    ``bytes`` are those that regions and other nodes read and write, ``bytes_before`` and ``kernels_before`` what it is
+    with each node by itself.
     Nodes that torch gives as views move none, and are no kernels.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     refusals: tuple[Refusal, ...]
     bytes: int
     bytes_before: int
+    kernels_before: int
 
     @property
     def regions(self) -> list[Region]:
@@ -69,10 +71,6 @@ class Plan:
     @property
     def kernels(self) -> list[Region | Node]:
         return [step for step in self.steps if isinstance(step, Region) or not moves_nothing(step)]
-
-    @property
-    def kernels_before(self) -> int:
-        return len([node for node in self.graph.nodes if not moves_nothing(node)])
 
 
 def moves_nothing(node: Node) -> bool:
@@ -238,7 +236,8 @@ class _Planner:
         apart.sort(key=lambda refusal: -refusal.bytes)
         steps = [step for group in groups for step in _steps(group)]
         after = sum(group.bytes for group in groups)
-        return Plan(self.graph, tuple(steps), tuple(apart), int(after), int(before))
+        alone = sum(not moves_nothing(node) for node in self.graph.nodes)
+        return Plan(self.graph, tuple(steps), tuple(apart), int(after), int(before), alone)
 
     def _joined(self, above: _Group, below: _Group, value: Value, reader: Node) -> Iterable[Refusal]:
         """Make one group of two; a refusal where they stay apart."""

@@ -21,6 +21,13 @@ from regauge.ir.rules import Axes, Call
 OPERAND, REGION = "%", "&"
 
 
+def tensor_schema(reads: int, writes: int) -> str:
+    """The schema of an operator that takes and gives so many tensors, without its name."""
+    arguments = ", ".join(f"Tensor x{place}" for place in range(reads))
+    results = "Tensor" if writes == 1 else f"({', '.join(['Tensor'] * writes)})"
+    return f"({arguments}) -> {results}"
+
+
 def slot(index: int) -> str:
     """The marker of operand ``index`` inside ``arguments``."""
     return f"{OPERAND}{index}"

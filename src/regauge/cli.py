@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from regauge.cli_files import dynamic_sizes, file_figures, is_onnx, open_file, read_batches, written_model
+from regauge.cli_run import run
 from regauge.cli_tables import group_state, member_rows, summary_rows
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_prose, print_table, print_text
@@ -104,6 +105,9 @@ def optimize(
         bool,
         typer.Option("--sparse-weights", help="store weights with many zeros sparsely where that is smaller (ONNX)"),
     ] = False,
+    functions: Annotated[
+        bool, typer.Option("--functions", help="write fused regions as local functions (ONNX; see the pass fuse)")
+    ] = False,
     opset: Annotated[
         int | None, typer.Option(help="convert an ONNX model to this newer opset first, proven by running both")
     ] = None,
@@ -126,7 +130,7 @@ def optimize(
     graph = open_file(model, opset=opset)
     result = run_optimize(graph, pipeline, read_batches(data, graph))
     if output.suffix.lower() == ".onnx":
-        result.to_onnx(output, sparse_weights=sparse_weights)
+        result.to_onnx(output, sparse_weights=sparse_weights, functions=functions)
     else:
         result.write(output)
     if result.report.passes:
@@ -319,6 +323,9 @@ def fusion(
         print_table(refusal_rows(plan.refusals[:most]))
         if len(plan.refusals) > most:
             print(f"{len(plan.refusals) - most} more were refused")
+
+
+app.command()(run)
 
 
 @app.command()

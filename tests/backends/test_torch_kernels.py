@@ -1,5 +1,9 @@
 """Modules whose regions are operators of torch: here they run the region in torch, on a GPU its kernel."""
 
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
+import regauge
 from decoder_block import decoder_block
 from kernel_contract import drawn, evaluated
 from random_graphs import graphs
@@ -15,6 +20,7 @@ from regauge.backends.torch_runtime import source_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import EmitError
 from regauge.ir.fusion import legality
+from regauge.ir.fusion.fused import body_of, fused_nodes
 from regauge.ir.graph import Graph
 from regauge.ir.sample_inputs import sample_inputs
 from regauge.ir.sizes import symbol
@@ -44,9 +50,82 @@ def test_regions_become_operators_and_the_module_computes_the_same() -> None:
     assert names(found) == ["silu_mul", "add_rms_norm"] and not found.left
     x = torch.randn(5, 16)
     torch.testing.assert_close(graph.to_torch(kernels="triton")(x), graph.to_torch()(x))
-    source = source_of(found.graph.to_torch())
-    assert source.count("torch.ops.regauge_kernels.") == 2 and "F.silu" not in source
     assert len(graph) == 7  # the graph itself stays
+
+
+FUNCTIONS = """
+def silu_mul(linear, linear_1):
+    linear = F.silu(linear)
+    return linear * linear_1
+
+
+def add_rms_norm(x, linear, weight):
+    x = x + linear
+    rms_norm = F.rms_norm(x, (16,), weight, eps=1e-05)
+    return x, rms_norm
+"""
+
+DECORATED = """
+@kernel(\"\"\"
+graph silu_mul(%linear: f32[5,16], %linear_1: f32[5,16]) {
+  %silu = silu(%linear): f32[5,16]
+  %mul = mul(%silu, %linear_1): f32[5,16]
+  return %mul
+}
+\"\"\")
+def silu_mul(linear, linear_1):
+"""
+
+
+def test_regions_are_functions_in_the_source() -> None:
+    graph = regauge.optimize(gated(), "fuse")
+    plain, kernels = (source_of(graph.to_torch(kernels=kind)) for kind in (None, "triton"))  # type: ignore[arg-type]
+    assert FUNCTIONS in plain and "regauge" not in plain.partition("import torch")[2]
+    assert DECORATED in kernels and kernels.count("@kernel") == 2
+    eager = regauge.optimize(gated(), "fuse{rounding=eager}").to_torch(kernels="triton")
+    assert source_of(eager).count('""", rounding="eager")') == 2
+
+
+def test_what_has_no_kernel_is_a_function_only() -> None:
+    graph = regauge.optimize(gated(), "fuse")
+    (silu,) = (node for node in fused_nodes(graph) if body_of(node).name == "silu_mul")
+    for value in (*silu.regions[0].inputs, *(value for node in silu.regions[0].nodes for value in node.outputs)):
+        value.dtype = torch.float64
+    assert source_of(graph.to_torch(kernels="triton")).count("@kernel") == 1
+    assert with_kernels(graph).left == ("silu_mul: kernels compute in half and single precision, silu is f64",)
+
+
+WITHOUT = """
+import sys, torch
+sys.modules["regauge"] = None
+import model
+x, *wanted = torch.load("values.pt")
+torch.testing.assert_close(list(model.load()(x)), wanted)
+"""
+
+
+def test_a_saved_module_runs_without_regauge(tmp_path: Path) -> None:
+    graph = gated()
+    x = torch.randn(5, 16)
+    graph.write(tmp_path, kernels="triton")
+    assert (tmp_path / "model.py").read_text().count("@kernel") == 2
+    torch.save([x, *graph.run(x)], tmp_path / "values.pt")
+    subprocess.run([sys.executable, "-c", WITHOUT], cwd=tmp_path, check=True)
+
+
+def test_a_module_with_kernels_is_pickled() -> None:
+    module = gated().to_torch(kernels="triton")
+    x = torch.randn(5, 16)
+    for own, other in zip(pickle.loads(pickle.dumps(module))(x), module(x), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_module_with_kernels_compiles_whole() -> None:
+    module = gated().to_torch(kernels="triton")
+    x = torch.randn(5, 16)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for own, other in zip(compiled(x), module(x), strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_unknown_kernels_are_told() -> None:

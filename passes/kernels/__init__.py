@@ -1,0 +1,1 @@
+"""Fusion: nodes that one kernel computes as one node, and back."""

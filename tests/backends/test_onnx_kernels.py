@@ -1,0 +1,156 @@
+"""Fused nodes in ONNX files: local functions that onnxruntime runs, and that are fused nodes again once loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+import regauge
+from decoder_block import decoder_block
+from layered_networks import ResidualNetwork, images, redrawn
+from regauge.backends.run_onnxruntime import Session
+from regauge.ir.edit import Builder, set_weight
+from regauge.ir.fusion.fused import body_of, canonical, fused_nodes
+from regauge.ir.graph import Graph
+from regauge.ir.onnx_kernels import AXES, HASH, REGION, ROUNDING
+from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.sizes import symbol
+
+
+def block() -> Graph:
+    graph = decoder_block(tokens=16, width=32, hidden=48, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in graph.parameters.values():
+        set_weight(graph, parameter, torch.randn(parameter.weight.shape, generator=generator) / 6)
+    return graph
+
+
+def gates(widths: tuple[int, ...] = (8, 8, 12)) -> Graph:
+    """Layers behind one another, each with a gate; the rows are dynamic."""
+    rows = symbol("rows")
+    graph = Graph("gates", symbols={rows: (2, None)})
+    build = Builder(graph)
+    generator = torch.Generator().manual_seed(0)
+    x = build.input("x", (rows, 16), torch.float32)
+    for number, width in enumerate(widths):
+        sizes = {"gate": (width, 16), "up": (width, 16), "down": (16, width)}
+        weights = [build.parameter(f"{n}{number}", torch.randn(s, generator=generator) / 4) for n, s in sizes.items()]
+        gate, up = (build.linear(x, weight) for weight in weights[:2])
+        x = build.linear(build.mul(build.silu(gate), up), weights[2])
+    graph.outputs = [build.reshape(build.relu(x), shape=(rows * 4, 4))]
+    return graph
+
+
+def written(graph: Graph, path: Path, **options: Any) -> onnx.ModelProto:
+    graph.to_onnx(path, **options)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def calls(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node if node.domain == "regauge.kernels"]
+
+
+def notes(function: onnx.FunctionProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in function.metadata_props}
+
+
+def regions(graph: Graph) -> list[str]:
+    return [str(canonical(body_of(node))) for node in fused_nodes(graph)]
+
+
+def test_regions_are_functions_of_the_highest_operators(tmp_path: Path) -> None:
+    graph = regauge.optimize(block(), "fuse")
+    model = written(graph, tmp_path / "m.onnx", functions=True)
+    assert [[node.op_type for node in function.node] for function in model.functions][1:] == [
+        ["Constant", "Mul", "Softmax"],
+        ["Add", "RMSNormalization"],
+        ["Sigmoid", "Mul", "Mul"],
+    ]
+    assert calls(model) == [function.name for function in model.functions]
+    found = notes(model.functions[2])
+    assert found[ROUNDING] == "fused" and len(found[HASH]) == 10 and found[REGION] == regions(graph)[2]
+    assert found[AXES] == "x: i0 i1 r0, linear: i0 i1 r0, norm: r0 -> add: i0 i1 r0, rms_norm: i0 i1 r0"
+
+
+def test_a_file_with_functions_gives_the_regions_back(tmp_path: Path) -> None:
+    graph = regauge.optimize(block(), "fuse{rounding=eager}")
+    model = written(graph, tmp_path / "m.onnx", functions=True)
+    loaded = regauge.load(tmp_path / "m.onnx")
+    assert regions(loaded) == regions(graph)
+    assert {node.attributes["rounding"] for node in fused_nodes(loaded)} == {"eager"}
+    inputs = sample_inputs(graph)
+    wanted, found = graph.run(inputs)[0], loaded.run(inputs)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Session(tmp_path / "m.onnx").run(inputs)[0], wanted, rtol=1e-5, atol=1e-5)
+    loaded.to_onnx(tmp_path / "again.onnx", functions=True)
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()
+    flat = written(loaded, tmp_path / "flat.onnx")
+    assert not flat.functions and not calls(flat) and [entry.domain for entry in flat.opset_import] == [""]
+    assert len(flat.graph.node) == len(model.graph.node) - 4 + sum(
+        node.op_type != "Constant" for function in model.functions for node in function.node
+    )
+
+
+def test_without_functions_the_file_is_that_of_the_nodes(tmp_path: Path) -> None:
+    plain = written(gates(), tmp_path / "plain.onnx")
+    loaded = regauge.load(tmp_path / "plain.onnx")
+    fused = regauge.optimize(loaded, "fuse")
+    assert len(fused_nodes(fused)) == 3
+    fused.to_onnx(tmp_path / "fused.onnx")
+    assert (tmp_path / "fused.onnx").read_bytes() == (tmp_path / "plain.onnx").read_bytes()
+    assert not plain.functions
+
+
+@pytest.mark.parametrize("source", ["captured", "file"])
+def test_equal_bodies_are_one_function_whatever_their_sizes(source: str, tmp_path: Path) -> None:
+    graph = gates()
+    if source == "file":
+        graph.to_onnx(tmp_path / "plain.onnx")
+        graph = regauge.load(tmp_path / "plain.onnx")
+    model = written(regauge.optimize(graph, "fuse"), tmp_path / "m.onnx", functions=True)
+    assert len(model.functions) == 1 and calls(model) == [model.functions[0].name] * 3
+    loaded = regauge.load(tmp_path / "m.onnx")
+    assert [node.output.shape[1] for node in fused_nodes(loaded)] == [8, 8, 12]
+    x = torch.randn(7, 16)
+    torch.testing.assert_close(Session(tmp_path / "m.onnx").run([x])[0], gates().run(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_other_passes_go_on_from_a_file_with_functions(tmp_path: Path) -> None:
+    regauge.optimize(gates(), "fuse").to_onnx(tmp_path / "m.onnx", functions=True)
+    loaded = regauge.load(tmp_path / "m.onnx")
+    with pytest.raises(regauge.RegaugeError, match="let fuse come last, or unfuse first"):
+        regauge.optimize(loaded, "prune{ratio=0.5}")
+    small = regauge.optimize(loaded, "unfuse,prune{ratio=0.5,examples=4},fuse")
+    model = written(small, tmp_path / "small.onnx", functions=True)
+    assert len(model.functions) == 1 and len(calls(model)) == 3
+    x = torch.randn(7, 16)
+    torch.testing.assert_close(Session(tmp_path / "small.onnx").run([x])[0], small.run(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_changed_in_a_function_counts(tmp_path: Path) -> None:
+    """Its nodes are read as those of any other function, and its note is not believed."""
+    regauge.optimize(gates((8,)), "fuse").to_onnx(tmp_path / "m.onnx", functions=True)
+    model = onnx.load(tmp_path / "m.onnx")
+    (sigmoid,) = (node for node in model.functions[0].node if node.op_type == "Sigmoid")
+    sigmoid.op_type = "Tanh"
+    onnx.save(model, tmp_path / "changed.onnx")
+    loaded = regauge.load(tmp_path / "changed.onnx")
+    assert not fused_nodes(loaded) and [node.op for node in loaded.nodes].count("tanh") == 1
+    x = torch.randn(7, 16)
+    torch.testing.assert_close(Session(tmp_path / "changed.onnx").run([x])[0], loaded.run(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_with_batch_norms(tmp_path: Path) -> None:
+    module = redrawn(ResidualNetwork())
+    graph = regauge.optimize(regauge.capture(module, (images(),), dynamic={0: {0: "batch"}}), "fuse")
+    model = written(graph, tmp_path / "m.onnx", functions=True)
+    assert len(calls(model)) == 11 and len(model.functions) == 4
+    assert regions(regauge.load(tmp_path / "m.onnx")) == regions(graph)
+    emitted = graph.to_torch().train()
+    torch.testing.assert_close(emitted(images(3)), module(images(3)))
+    emitted(images(3)).sum().backward()
+    assert all(parameter.grad is not None for parameter in emitted.parameters())
