@@ -65,19 +65,23 @@ def to_torch(
     device: torch.device | str | None = None,
     integers: bool = True,
     kernels: Literal["triton"] | None = None,
+    tuned: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """A module of its own that computes the graph: importable, trainable, picklable, exportable again.
 
     Its tensors are copies. It takes the arguments the captured module took, or the graph's inputs in order, and gives
     the same structure of results. Raises EmitError where a node has no torch form. For ``integers`` see :func:`emit`,
-    for ``kernels`` :mod:`regauge.backends.torch_kernels`.
+    for ``kernels`` :mod:`regauge.backends.torch_kernels`; ``tuned`` is the path of a table of ``regauge autotune``.
     """
+    if tuned is not None and kernels is None:
+        raise EmitError("a tuned table is for kernels: give kernels='triton', too")
     if kernels is not None:
+        from regauge.backends.kernel_configs import Table
         from regauge.backends.torch_kernels import with_kernels  # whose operators are modules in torch
 
         if kernels != "triton":
             raise EmitError(f"there are no kernels {kernels!r}: give 'triton', or None")
-        graph = with_kernels(graph).graph
+        graph = with_kernels(graph, tuned=Table.read(tuned) if tuned is not None else None).graph
     emitted = emit(graph, integers=integers)
     python = import_source(emitted.source, _module_name(graph))
     with torch.device("meta"):

@@ -9,18 +9,21 @@ are asked for, it is the region in torch. Operators are named by what they compu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 
+from regauge.backends.kernel_configs import Table
 from regauge.backends.to_torch import to_torch
 from regauge.backends.triton_kernel import Kernel, triton_kernel
 from regauge.backends.triton_source import Rounding
+from regauge.ir.cost import smallest_sizes
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import RegaugeError
+from regauge.ir.extents import Dim
 from regauge.ir.fusion.plan import moves_nothing, plan_fusion
 from regauge.ir.fusion.region import Region
 from regauge.ir.graph import Graph, Value
@@ -57,11 +60,18 @@ class WithKernels:
     operators: tuple[KernelOperator, ...]
     left: tuple[str, ...]
 
+    def sized(self, at: Mapping[object, int] | None = None) -> list[tuple[KernelOperator, dict[Dim, int]]]:
+        """Each operator once, with the sizes of its loops; dynamic ones are as ``at`` gives them, or the least."""
+        bound = smallest_sizes(self.graph, at)
+        once = {operator.name: operator for operator in self.operators}.values()
+        return [(one, {dim: bound(dim.size) for dim in one.kernel.region.every_loop}) for one in once]
 
-def with_kernels(graph: Graph, *, rounding: Rounding = "fused") -> WithKernels:
+
+def with_kernels(graph: Graph, *, rounding: Rounding = "fused", tuned: Table | None = None) -> WithKernels:
     """Make calls of all regions that gain on a GPU, but for products, which are left to the library of the runtime.
 
-    Regions of one node stay as they are: torch has a kernel for these.
+    Regions of one node stay as they are: torch has a kernel for these. ``tuned`` is a table of configurations that is
+    asked before the shipped one.
     """
     result = graph.copy()
     plan = plan_fusion(result, contractions=False)
@@ -70,7 +80,7 @@ def with_kernels(graph: Graph, *, rounding: Rounding = "fused") -> WithKernels:
     for region in plan.regions:
         if sum(not moves_nothing(node) for node in region.nodes) > 1:
             try:
-                made.append(kernel_operator(result, region, rounding))
+                made.append(kernel_operator(result, region, rounding, tuned))
             except RegaugeError as error:
                 left.append(str(error))
     build = Builder(result, by="kernels")
@@ -99,16 +109,17 @@ def _call(build: Builder, made: KernelOperator, replaced: dict[Value, Value]) ->
         new.name = old.name
 
 
-def kernel_operator(graph: Graph, region: Region, rounding: Rounding) -> KernelOperator:
+def kernel_operator(graph: Graph, region: Region, rounding: Rounding, tuned: Table | None = None) -> KernelOperator:
     """The operator of a region of a graph; raises FusionError or EmitError where it can have none."""
     stem = "_".join(dict.fromkeys(node.op for node in region.nodes if not moves_nothing(node)))[:40]
-    kernel = triton_kernel(region, stem, rounding=rounding)
+    kernel = triton_kernel(region, stem, rounding=rounding, tuned=tuned)
     reads = tuple(dict.fromkeys(load.value.value for load in region.loads))
     writes = tuple(region.outputs)
     body = to_torch(_alone(graph, region, reads, writes))
     texts = [kernel.source(form, contiguous=flat).text for form in kernel.forms for flat in (True, False)]
     types = [value.signature for value in (*reads, *writes)]
-    digest = hashlib.sha256("\n".join([*texts, *types]).encode()).hexdigest()[:10]
+    configs = [] if tuned is None else [repr(tuned.entries)]
+    digest = hashlib.sha256("\n".join([*texts, *types, *configs]).encode()).hexdigest()[:10]
     made = KernelOperator(f"{stem}_{digest}", kernel, body, reads, writes)
     _register(made)
     return made

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "terminal": ("ir",),
     "cli_files": ("frontends", "backends", "ir", "settings"),
     "cli_tables": ("ir",),
+    "cli_kernels": ("cli_files", "terminal", "backends", "ir", "settings"),
     "cli": ("*",),
     "__main__": ("cli",),
 }

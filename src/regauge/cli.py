@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from regauge.cli_files import dynamic_sizes, file_figures, is_onnx, open_file, read_batches, written_model
+from regauge.cli_kernels import autotune, kernels
 from regauge.cli_tables import group_state, member_rows, summary_rows
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_prose, print_table, print_text
@@ -319,6 +320,10 @@ def fusion(
         print_table(refusal_rows(plan.refusals[:most]))
         if len(plan.refusals) > most:
             print(f"{len(plan.refusals) - most} more were refused")
+
+
+app.command()(kernels)
+app.command()(autotune)
 
 
 @app.command()
