@@ -12,8 +12,8 @@ import torch
 from regauge.ir.errors import RegaugeError
 
 Call: TypeAlias = Callable[..., Any]
-SHORT = 20e-6
-"""Seconds of a call below which calls are captured in a CUDA graph: Python takes about as long to launch one."""
+SHORT = 1e-3
+"""Seconds of a call, with what Python takes to launch it, below which calls are captured in a CUDA graph."""
 CACHES = 4
 """Times the second-level cache that the data of rotating calls takes."""
 _MOST_COPIES = 64
@@ -81,7 +81,7 @@ def _prepared(call: Call, data: Sequence[Sequence[torch.Tensor]]) -> tuple[Calla
         for _ in range(repeats):
             once()
 
-    if seconds > SHORT * 5:  # with what Python takes in it: what is longer is long on the device, too
+    if seconds > SHORT:
         return many, repeats * len(data)
     graph = torch.cuda.CUDAGraph()
     try:
