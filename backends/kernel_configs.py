@@ -146,6 +146,8 @@ def _version(architecture: str) -> int:
 
 def _distance(entry: Case, case: Case) -> tuple[float, float]:
     """Doublings between sizes: of columns, on which registers depend where rows are reduced, and of all."""
+    if case.form == "pointwise":  # how its entries are laid out in rows is nothing to it
+        return 0.0, abs(math.log2(max(math.prod(entry.sizes), 1)) - math.log2(math.prod(case.buckets())))
     away = [abs(math.log2(max(a, 1)) - math.log2(b)) for a, b in zip(entry.sizes, case.buckets(), strict=True)]
     return (away[1] if case.form in ("rows", "looped") else 0.0, sum(away))
 

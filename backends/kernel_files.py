@@ -27,6 +27,7 @@ from regauge.ir.dtypes import dtype_name
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
+from regauge.ir.sizes import is_static
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Written:
     """A kernel in a folder: the path without its suffix, what its file says, and whether it was there before."""
 
     path: Path
+    operator: KernelOperator
+    build: Build
     metadata: Mapping[str, Any]
     cached: bool
 
@@ -47,8 +50,8 @@ def write_kernels(
 ) -> list[Written]:
     """Compile the kernels that ``graph.to_torch(kernels="triton")`` would launch; returns what was written.
 
-    Dynamic sizes are as ``at`` gives them, or the least they may be: they decide the configuration and, by what divides
-    them, for which other sizes a binary is good. Raises FusionError where no kernel gains, or one cannot be compiled.
+    Dynamic sizes are as ``at`` gives them, or the least they may be: they decide the configuration, but a binary is
+    good for any. Raises FusionError where no kernel gains, or one cannot be compiled.
     """
     found = with_kernels(graph, tuned=tuned)
     if not found.operators:
@@ -67,12 +70,13 @@ def _write(
     folder: Path, operator: KernelOperator, source: Source, sizes: Mapping[Dim, int], architecture: str
 ) -> Written:
     config = config_of(case_of(source, sizes), architecture, operator.kernel.tuned)
-    build = build_of(source, sizes, architecture, config)
+    open_sizes = [dim for dim in sizes if not is_static(dim.size)]
+    build = build_of(source, sizes, architecture, config, open_sizes)
     path = folder / f"{operator.name}.{architecture}"
     known = _known(path, build.key)
     if known is not None:
-        return Written(path, known, cached=True)
-    compiled = compile_kernel(source, sizes, architecture, config)
+        return Written(path, operator, build, known, cached=True)
+    compiled = compile_kernel(source, sizes, architecture, config, open_sizes)
     metadata = {
         "name": operator.name,
         "entry": source.name,
@@ -91,7 +95,7 @@ def _write(
     }
     path.with_name(f"{path.name}.cubin").write_bytes(compiled.binary)
     path.with_name(f"{path.name}.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
-    return Written(path, metadata, cached=False)
+    return Written(path, operator, build, metadata, cached=False)
 
 
 def _known(path: Path, key: str) -> Mapping[str, Any] | None:

@@ -10,11 +10,12 @@ path of a source is in it.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +23,7 @@ from pathlib import Path
 import torch
 
 from regauge.backends.kernel_configs import Config, config_of
-from regauge.backends.triton_kernel import Launch, Source, case_of, launch_of, numbers, shape_of
-from regauge.backends.triton_loops import Tensor, strides_of
+from regauge.backends.triton_kernel import Launch, Source, case_of, launch_of
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 
@@ -80,13 +80,18 @@ class Compiled:
 
 
 def compile_kernel(
-    source: Source, sizes: Mapping[Dim, int], architecture: str, config: Config | None = None
+    source: Source,
+    sizes: Mapping[Dim, int],
+    architecture: str,
+    config: Config | None = None,
+    open_sizes: Collection[Dim] = (),
 ) -> Compiled:
     """Compile a kernel for tensors of these sizes without gaps in memory, by default as the shipped table has it.
 
-    Raises FusionError for an unknown architecture, or where Triton is not installed or refuses.
+    For ``open_sizes`` the binary is good whatever they are. Raises FusionError for an unknown architecture, or where
+    Triton is not installed or refuses.
     """
-    build = build_of(source, sizes, architecture, config)
+    build = build_of(source, sizes, architecture, config, open_sizes)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -114,27 +119,45 @@ def compile_kernel(
     return Compiled(binary, registers, spilled, int(kernel.metadata.shared), build)
 
 
-def build_of(source: Source, sizes: Mapping[Dim, int], architecture: str, config: Config | None = None) -> Build:
+def build_of(
+    source: Source,
+    sizes: Mapping[Dim, int],
+    architecture: str,
+    config: Config | None = None,
+    open_sizes: Collection[Dim] = (),
+) -> Build:
     """What would be compiled; raises FusionError for an unknown architecture, or where Triton is not installed."""
     if architecture not in ARCHITECTURES:
         raise FusionError(f"there is no architecture {architecture!r}: give {' or '.join(ARCHITECTURES)}")
     names = source.function().arg_names
     start = launch_of(source, sizes, config or config_of(case_of(source, sizes), architecture))
-    return Build(source, architecture, start, _arguments(source, names, sizes))
+    return Build(source, architecture, start, _arguments(source, names, sizes, open_sizes))
 
 
-def _arguments(source: Source, names: Sequence[str], sizes: Mapping[Dim, int]) -> tuple[Argument, ...]:
-    """The arguments as Triton specialises them at a launch: what is 1, and what 16 divides."""
-    steps: dict[Tensor, Mapping[Dim, int]] = {}
-    for tensor in source.tensors:
-        without_data = torch.empty(shape_of(tensor.layout, sizes), device="meta")
-        steps[tensor] = strides_of(tensor, without_data, sizes)
+def _arguments(
+    source: Source, names: Sequence[str], sizes: Mapping[Dim, int], open_sizes: Collection[Dim]
+) -> tuple[Argument, ...]:
+    """The arguments as Triton specialises them at a launch, by what is 1 and what 16 divides, but for open sizes."""
     types = [_POINTERS[tensor.value.dtype] for tensor in source.tensors]  # type: ignore[index]
     found = [Argument(name, kind, divisible=True) for name, kind in zip(names, types, strict=False)]
-    for name, number in zip(names[len(found) :], numbers(source, sizes, steps), strict=False):
-        kind = "i32" if number < 2**31 else "i64"
-        found.append(Argument(name, kind, 1 if number == 1 else None, number % 16 == 0))
+    for name, dims in zip(names[len(found) :], number_dims(source), strict=False):
+        number = math.prod(sizes[dim] for dim in dims)
+        if any(dim in open_sizes for dim in dims):
+            found.append(Argument(name, "i64"))
+        else:
+            kind = "i32" if number < 2**31 else "i64"
+            found.append(Argument(name, kind, 1 if number == 1 else None, number % 16 == 0))
     return tuple(found)
+
+
+def number_dims(source: Source) -> list[tuple[Dim, ...]]:
+    """The arguments behind the pointers, of tensors without gaps: each is the product of the sizes of these loops."""
+    loops = source.loops.all
+    found = [loop.dims for loop in loops]
+    for tensor in source.tensors:
+        flat = [dim for axis in tensor.layout for dim in axis]
+        found += [tuple(flat[flat.index(loop.dims[-1]) + 1 :]) for loop in tensor.loops(loops)]
+    return found
 
 
 def _resources(binary: bytes) -> tuple[int, int]:

@@ -25,6 +25,9 @@ def kernels(
     architectures: Architectures = None,
     at: At = None,
     tuned: Annotated[Path | None, typer.Option(metavar="FILE", help="a table that regauge autotune wrote")] = None,
+    library: Annotated[
+        bool, typer.Option("--library", help="build the library of onnxruntime operators that launches them, too")
+    ] = False,
 ) -> None:
     """Compile the kernels of a model for GPUs, without one, and say what they take of it.
 
@@ -44,6 +47,10 @@ def kernels(
         figures = [str(one.metadata[name]) for name in ("form", "registers", "spilled", "shared", "grid")]
         rows.append([one.path.name, *figures, "as it was" if one.cached else ""])
     print_table(rows)
+    if library:
+        from regauge.backends.ort_library import build_library
+
+        print(f"wrote {build_library(output, found)}")
     print(f"wrote {output}")
 
 

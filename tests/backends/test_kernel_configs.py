@@ -45,6 +45,14 @@ def test_the_nearest_sizes_count_and_of_rows_the_columns_first() -> None:
     assert table.nearest("sm_80", Case("pointwise", "half", (8, 600, 1))) is None
 
 
+def test_of_pointwise_kernels_the_number_of_entries_counts() -> None:
+    few, many = (Config({"ENTRIES": n}, 4, 2) for n in (512, 1024))
+    sizes = {(16, 4096, 1): few, (4096, 4096, 1): many}
+    table = Table([Entry("sm_80", Case("pointwise", "half", s), config) for s, config in sizes.items()])
+    assert table.nearest("sm_80", Case("pointwise", "half", (1, 2**24, 1))) == many
+    assert table.nearest("sm_80", Case("pointwise", "half", (1, 2**17, 1))) == few
+
+
 def test_a_tuned_entry_is_for_sizes_with_the_same_powers_of_two() -> None:
     case = Case("contraction", "half", (60, 4000, 4096))
     tuned = Table([Entry("sm_90", case, Config(TILE, 4, 3))])
