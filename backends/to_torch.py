@@ -43,26 +43,33 @@ class Emitted:
     places: Places
 
 
-def emit(graph: Graph, *, integers: bool = True, kernels: Kernels | None = None) -> Emitted:
+def emit(
+    graph: Graph,
+    *,
+    integers: bool = True,
+    kernels: Kernels | None = None,
+    tuned: str | os.PathLike[str] | None = None,
+) -> Emitted:
     """Source without weights; raises EmitError naming the node that has no torch form.
 
     Quantized layers compute on ``integers``, or stay pairs of quantize and dequantize, as an ONNX exporter wants them.
     With ``kernels`` fused nodes are operators of torch; where there are none, all regions that gain on a GPU.
     """
-    if kernels is not None:
-        if kernels != "triton":
-            raise EmitError(f"there are no kernels {kernels!r}: give 'triton', or None")
+    if kernels not in (None, "triton"):
+        raise EmitError(f"there are no kernels {kernels!r}: give 'triton', or None")
+    if tuned is not None and kernels != "triton":
+        raise EmitError("a tuned table is for kernels: give kernels='triton', too")
+    if kernels == "triton":
         graph = fused_copy(graph)
     spelt = as_layers(graph)
     graph, homes = as_integer_layers(spelt) if integers else (spelt, [])
     frame = frame_tree(graph)
     places = Places(graph, frame)
-    forward = Forward(graph, places, kernels=kernels is not None)
+    forward = Forward(graph, places, kernels=kernels == "triton", tuned=None if tuned is None else os.fspath(tuned))
     code = forward.root(frame)
     if any(getattr(forward.modules.get(home.path), "layer", None) != home.text for home in homes):
-        return emit(
-            spelt, integers=False, kernels=kernels
-        )  # a layer that could not be one: of a module that runs in several forms
+        # a layer that could not be one: of a module that runs in several forms
+        return emit(spelt, integers=False, kernels=kernels, tuned=tuned)
     forward.helpers.sources.update(layer_sources(home.text for home in homes))
     classes = Classes(graph, forward, code)
     texts = [*forward.functions.sources(), *classes.texts]
@@ -76,14 +83,15 @@ def to_torch(
     device: torch.device | str | None = None,
     integers: bool = True,
     kernels: Kernels | None = None,
+    tuned: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """A module of its own that computes the graph: importable, trainable, picklable, exportable again.
 
     Its tensors are copies. It takes the arguments the captured module took, or the graph's inputs in order, and gives
     the same structure of results. Raises EmitError where a node has no torch form. For ``integers`` see :func:`emit`,
-    for ``kernels`` :mod:`regauge.backends.torch_kernels`.
+    for ``kernels`` :mod:`regauge.backends.torch_kernels`; ``tuned`` is the path of a table of ``regauge autotune``.
     """
-    emitted = emit(graph, integers=integers, kernels=kernels)
+    emitted = emit(graph, integers=integers, kernels=kernels, tuned=tuned)
     python = import_source(emitted.source, _module_name(graph))
     with torch.device("meta"):
         module: nn.Module = getattr(python, emitted.root)()

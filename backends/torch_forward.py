@@ -21,11 +21,11 @@ class Forward:
     """Writes the code of every frame, innermost first. ``modules`` holds the code of each module path;
     with ``kernels`` fused nodes are operators of torch."""
 
-    def __init__(self, graph: Graph, places: Places, *, kernels: bool = False) -> None:
+    def __init__(self, graph: Graph, places: Places, *, kernels: bool = False, tuned: str | None = None) -> None:
         self.graph = graph
         self.places = places
         self.helpers = Helpers()
-        self.functions = Functions(self, kernels=kernels)
+        self.functions = Functions(self, kernels=kernels, tuned=tuned)
         self.modules: dict[str, Code] = {}
         self.norms = updating_norms(graph)
         left_to_norms = {id(state) for states in self.norms.values() for state in states}

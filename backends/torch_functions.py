@@ -33,16 +33,16 @@ _HEAD = """try:
     from regauge.backends.torch_kernels import kernel
 except ModuleNotFoundError:  # without Regauge its kernels are what their bodies are in torch
 
-    def kernel(region, rounding="fused"):
+    def kernel(region, rounding="fused", tuned=None):
         return lambda body: body"""
 
 
 class Functions:
     """The functions of one emitted module; ``texts`` holds them by name."""
 
-    def __init__(self, forward: Forward, *, kernels: bool) -> None:
+    def __init__(self, forward: Forward, *, kernels: bool, tuned: str | None = None) -> None:
         self.forward = forward
-        self.kernels = kernels
+        self.kernels, self.tuned = kernels, tuned
         self.texts: dict[str, str] = {}
         self._names: dict[str, str] = {}
 
@@ -84,8 +84,10 @@ class Functions:
             kernel_of(body, "eager" if rounding == "eager" else "fused")
         except FusionError:
             return ""
-        ending = '"""' if rounding == "fused" else f'""", rounding="{rounding}"'
-        return f'@kernel("""\n{body}\n{ending})\n'
+        given = [] if rounding == "fused" else [f'rounding="{rounding}"']
+        given += [] if self.tuned is None else [f"tuned={self.tuned!r}"]
+        text = f'"""\n{body}\n"""'
+        return f"@kernel({', '.join([text, *given])})\n"
 
     def _free(self, name: str) -> str:
         base = _plain(name, ())

@@ -10,16 +10,19 @@ Operators are named by what they compute and registered once in a process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 
+from regauge.backends.kernel_configs import Table
 from regauge.backends.to_torch import to_torch
 from regauge.backends.triton_kernel import Kernel, triton_kernel
+from regauge.ir.cost import smallest_sizes
 from regauge.ir.errors import FusionError
+from regauge.ir.extents import Dim
 from regauge.ir.fusion.fused import Rounding, body_of, canonical, fused_copy, fused_nodes, traced
 from regauge.ir.graph import Graph, Value
 from regauge.ir.ops.torch_opaque import tensor_schema
@@ -55,44 +58,58 @@ class WithKernels:
     operators: tuple[KernelOperator, ...]
     left: tuple[str, ...]
 
+    def sized(self, at: Mapping[object, int] | None = None) -> list[tuple[KernelOperator, dict[Dim, int]]]:
+        """Each operator once, with the sizes of its loops; dynamic ones are as ``at`` gives them, or the least."""
+        bound = smallest_sizes(self.graph, at)
+        once = {operator.name: operator for operator in self.operators}.values()
+        return [(one, {dim: bound(dim.size) for dim in one.kernel.region.every_loop}) for one in once]
 
-def with_kernels(graph: Graph, *, rounding: Rounding = "fused") -> WithKernels:
-    """The operators of the fused nodes of a graph; where it has none, of all regions that gain on a GPU."""
+
+def with_kernels(graph: Graph, *, rounding: Rounding = "fused", tuned: Table | None = None) -> WithKernels:
+    """The operators of the fused nodes of a graph; where it has none, of all regions that gain on a GPU.
+
+    ``tuned`` is a table of configurations that is asked before the shipped one.
+    """
     result = fused_copy(graph, rounding=rounding)
     made: list[KernelOperator] = []
     left: list[str] = []
     for node in fused_nodes(result):
         body = canonical(body_of(node))
         try:
-            made.append(kernel_operator(body, node.attributes["rounding"], to_torch(body)))
+            made.append(kernel_operator(body, node.attributes["rounding"], to_torch(body), tuned))
         except FusionError as error:
             left.append(str(error))
     return WithKernels(result, tuple(made), tuple(left))
 
 
-def kernel_of(body: Graph, rounding: Rounding) -> Kernel:
+def kernel_of(body: Graph, rounding: Rounding, tuned: Table | None = None) -> Kernel:
     """The kernel of a region that stands as a graph of its own; raises FusionError where there can be none."""
-    return triton_kernel(traced(body), body.name, rounding=rounding)
+    return triton_kernel(traced(body), body.name, rounding=rounding, tuned=tuned)
 
 
-def kernel_operator(body: Graph, rounding: Rounding, in_torch: Body) -> KernelOperator:
+def kernel_operator(body: Graph, rounding: Rounding, in_torch: Body, tuned: Table | None = None) -> KernelOperator:
     """The operator of a region that ``in_torch`` computes; raises FusionError where it can have none."""
-    kernel = kernel_of(body, rounding)
+    kernel = kernel_of(body, rounding, tuned)
     reads = tuple(body.inputs)
     writes = tuple(output for output in body.outputs if isinstance(output, Value))
     texts = [kernel.source(form, contiguous=flat).text for form in kernel.forms for flat in (True, False)]
     types = [value.signature for value in (*reads, *writes)]
-    digest = hashlib.sha256("\n".join([*texts, *types]).encode()).hexdigest()[:10]
+    configs = [] if tuned is None else [repr(tuned.entries)]
+    digest = hashlib.sha256("\n".join([*texts, *types, *configs]).encode()).hexdigest()[:10]
     made = KernelOperator(f"{body.name}_{digest}", kernel, in_torch, reads, writes)
     _register(made)
     return made
 
 
-def kernel(region: str, rounding: Rounding = "fused") -> Callable[[Body], Any]:
-    """Makes a function the body of an operator of torch, whose kernel is that of the region with this text."""
+def kernel(region: str, rounding: Rounding = "fused", tuned: str | None = None) -> Callable[[Body], Any]:
+    """Makes a function the body of an operator of torch, whose kernel is that of the region with this text.
+
+    ``tuned`` is the path of a table of configurations that is asked before the shipped one.
+    """
 
     def decorate(in_torch: Body) -> Any:
-        name = kernel_operator(parse_graph(region), rounding, in_torch).name
+        table = None if tuned is None else Table.read(tuned)
+        name = kernel_operator(parse_graph(region), rounding, in_torch, table).name
         return getattr(torch.ops.regauge_kernels, name).default
 
     return decorate

@@ -9,19 +9,21 @@ path of a source is in it.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from regauge.backends.triton_kernel import Launch, Source, launch_of, numbers, shape_of
-from regauge.backends.triton_loops import Tensor, strides_of
+from regauge.backends.kernel_configs import Config, config_of
+from regauge.backends.triton_kernel import Launch, Source, case_of, launch_of
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 
@@ -30,32 +32,76 @@ _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*b
 
 
 @dataclass(frozen=True)
+class Argument:
+    """An argument of a compiled kernel: its name and type, as Triton writes it (``*bf16``, ``i32``).
+
+    ``fixed`` is the number that the binary was compiled for, where it does not take the argument at all; ``divisible``
+    says that the binary takes it for a multiple of 16 (a pointer: an address).
+    """
+
+    name: str
+    type: str
+    fixed: int | None = None
+    divisible: bool = False
+
+
+@dataclass(frozen=True)
+class Build:
+    """All that decides the binary of a kernel."""
+
+    source: Source
+    architecture: str
+    launch: Launch
+    arguments: tuple[Argument, ...]
+
+    @property
+    def key(self) -> str:
+        """A digest of the source, which is all that the generator decides, of Triton's version, and of what it is told.
+
+        Whether products are fused with sums is among this, so that it does not follow Triton's default.
+        """
+        start = self.launch
+        told = [self.architecture, dict(start.constants), start.options(self.source.rounding)]
+        parts = [self.source.text, version("triton"), *map(repr, (told, self.arguments))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Compiled:
     """A kernel for one architecture: the binary, and per thread registers and bytes of ``spilled`` ones, per program
-    bytes of ``shared`` memory."""
+    bytes of ``shared`` memory. The binary takes the arguments of its ``build`` that are not fixed, and behind them two
+    pointers to scratch memory, which may be null."""
 
     binary: bytes
     registers: int
     spilled: int
     shared: int
-    launch: Launch
+    build: Build
 
 
-def compile_kernel(source: Source, sizes: Mapping[Dim, int], architecture: str) -> Compiled:
-    """Compile a kernel for tensors of these sizes that lie in memory without gaps.
+def compile_kernel(
+    source: Source,
+    sizes: Mapping[Dim, int],
+    architecture: str,
+    config: Config | None = None,
+    open_sizes: Collection[Dim] = (),
+) -> Compiled:
+    """Compile a kernel for tensors of these sizes without gaps in memory, by default as the shipped table has it.
 
-    Raises FusionError for an unknown architecture, or where Triton is not installed or refuses.
+    For ``open_sizes`` the binary is good whatever they are. Raises FusionError for an unknown architecture, or where
+    Triton is not installed or refuses.
     """
-    if architecture not in ARCHITECTURES:
-        raise FusionError(f"there is no architecture {architecture!r}: give {' or '.join(ARCHITECTURES)}")
-    function = source.function()
+    build = build_of(source, sizes, architecture, config, open_sizes)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    start = launch_of(source, sizes)
-    signature, constants, hints = _specialised(source, sizes, start)
-    made = ASTSource(function, signature, constants, hints)
+    start, arguments = build.launch, build.arguments
+    signature = {one.name: one.type if one.fixed is None else "constexpr" for one in arguments}
+    signature.update(dict.fromkeys(start.constants, "constexpr"))
+    constants = {one.name: one.fixed for one in arguments if one.fixed is not None}
+    hints = {(place,): [["tt.divisibility", 16]] for place, one in enumerate(arguments) if one.divisible}
+    made = ASTSource(source.function(), signature, {**start.constants, **constants}, hints)
     options = start.options(source.rounding)
     before = os.environ.get("TRITON_DISABLE_LINE_INFO")
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
@@ -70,33 +116,48 @@ def compile_kernel(source: Source, sizes: Mapping[Dim, int], architecture: str) 
             os.environ["TRITON_DISABLE_LINE_INFO"] = before
     binary: bytes = kernel.asm["cubin"]
     registers, spilled = _resources(binary)
-    return Compiled(binary, registers, spilled, int(kernel.metadata.shared), start)
+    return Compiled(binary, registers, spilled, int(kernel.metadata.shared), build)
 
 
-def _specialised(
-    source: Source, sizes: Mapping[Dim, int], start: Launch
-) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
-    """Types of the arguments, those that are constants, and those that 16 divides, as Triton finds them at a launch."""
-    steps: dict[Tensor, Mapping[Dim, int]] = {}
-    for tensor in source.tensors:
-        without_data = torch.empty(shape_of(tensor.layout, sizes), device="meta")
-        steps[tensor] = strides_of(tensor, without_data, sizes)
+def build_of(
+    source: Source,
+    sizes: Mapping[Dim, int],
+    architecture: str,
+    config: Config | None = None,
+    open_sizes: Collection[Dim] = (),
+) -> Build:
+    """What would be compiled; raises FusionError for an unknown architecture, or where Triton is not installed."""
+    if architecture not in ARCHITECTURES:
+        raise FusionError(f"there is no architecture {architecture!r}: give {' or '.join(ARCHITECTURES)}")
     names = source.function().arg_names
-    signature: dict[str, str] = {}
-    constants: dict[str, int] = dict(start.constants)
-    hints: dict[tuple[int], Any] = {}
-    divisible = [["tt.divisibility", 16]]
-    for tensor, name in zip(source.tensors, names, strict=False):
-        signature[name] = _POINTERS[tensor.value.dtype]  # type: ignore[index]
-        hints[len(signature) - 1,] = divisible
-    for name, number in zip(names[len(signature) :], numbers(source, sizes, steps), strict=False):
-        if number == 1:
-            constants[name] = 1
-        elif number % 16 == 0:
-            hints[len(signature),] = divisible
-        signature[name] = "constexpr" if number == 1 else "i32" if number < 2**31 else "i64"
-    signature.update(dict.fromkeys(start.constants, "constexpr"))
-    return signature, constants, hints
+    start = launch_of(source, sizes, config or config_of(case_of(source, sizes), architecture))
+    return Build(source, architecture, start, _arguments(source, names, sizes, open_sizes))
+
+
+def _arguments(
+    source: Source, names: Sequence[str], sizes: Mapping[Dim, int], open_sizes: Collection[Dim]
+) -> tuple[Argument, ...]:
+    """The arguments as Triton specialises them at a launch, by what is 1 and what 16 divides, but for open sizes."""
+    types = [_POINTERS[tensor.value.dtype] for tensor in source.tensors]  # type: ignore[index]
+    found = [Argument(name, kind, divisible=True) for name, kind in zip(names, types, strict=False)]
+    for name, dims in zip(names[len(found) :], number_dims(source), strict=False):
+        number = math.prod(sizes[dim] for dim in dims)
+        if any(dim in open_sizes for dim in dims):
+            found.append(Argument(name, "i64"))
+        else:
+            kind = "i32" if number < 2**31 else "i64"
+            found.append(Argument(name, kind, 1 if number == 1 else None, number % 16 == 0))
+    return tuple(found)
+
+
+def number_dims(source: Source) -> list[tuple[Dim, ...]]:
+    """The arguments behind the pointers, of tensors without gaps: each is the product of the sizes of these loops."""
+    loops = source.loops.all
+    found = [loop.dims for loop in loops]
+    for tensor in source.tensors:
+        flat = [dim for axis in tensor.layout for dim in axis]
+        found += [tuple(flat[flat.index(loop.dims[-1]) + 1 :]) for loop in tensor.loops(loops)]
+    return found
 
 
 def _resources(binary: bytes) -> tuple[int, int]:

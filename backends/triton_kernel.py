@@ -17,9 +17,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from regauge.backends.kernel_configs import Case, Config, Table, architecture_of, config_of, power_above
 from regauge.backends.torch_runtime import import_source
 from regauge.backends.triton_contraction import ContractionKernel
-from regauge.backends.triton_loops import Loops, Tensor, count, fits, sizes_of, strides_of
+from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, sizes_of, strides_of
 from regauge.backends.triton_rows import RowForm, RowKernel
 from regauge.backends.triton_source import Rounding
 from regauge.ir.errors import FusionError
@@ -30,10 +31,6 @@ from regauge.ir.fusion.region import Kind, Layout, Region
 from regauge.ir.graph import Value
 
 Form: TypeAlias = RowForm | Literal["contraction"]
-BLOCK = 1024
-"""Entries of a tile of a pointwise kernel. A loop over the columns of rows takes twice as many at a time."""
-
-
 _FORMS: Mapping[Kind, tuple[Form, ...]] = {
     "pointwise": ("pointwise",),
     "row reduction": ("rows", "looped"),
@@ -89,7 +86,8 @@ class Kernel:
     region: Region
     name: str
     rounding: Rounding
-    _sources: dict[tuple[Form, bool], Source] = field(default_factory=dict)
+    tuned: Table | None = None
+    _sources: dict[tuple[Form, bool], Source] = field(default_factory=dict, init=False)
 
     def source(self, form: Form | None = None, *, contiguous: bool = True) -> Source:
         """The text of a form, by default of rows at once, for axes one behind the other or for any strides."""
@@ -104,6 +102,11 @@ class Kernel:
     def forms(self) -> tuple[Form, ...]:
         return _FORMS[self.region.kind]
 
+    def form_for(self, sizes: Mapping[Dim, int]) -> Form:
+        """The form that rows of some length are reduced in: at once, or in a loop where a program cannot hold them."""
+        form = self.forms[0]
+        return "looped" if form == "rows" and count(self.source().loops.columns, sizes) > PERSISTENT else form
+
     def _write(self, form: Form, contiguous: bool) -> Source:
         writer: RowKernel | ContractionKernel
         if form == "contraction":
@@ -117,8 +120,7 @@ class Kernel:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
         source = self.source(form)
         sizes = sizes_of(source.reads, given, self.region.joints)
-        if form is None and source.form == "rows" and count(source.loops.columns, sizes) > PERSISTENT:
-            source = self.source("looped")
+        source = source if form else self.source(self.form_for(sizes))
         steps = {tensor: strides_of(tensor, given[tensor.value], sizes) for tensor in source.reads}
         if not all(fits(loop, steps[t], sizes) for t in source.reads for loop in t.loops(source.loops.all)):
             source = self.source(source.form, contiguous=False)
@@ -126,7 +128,8 @@ class Kernel:
         device = next(iter(given.values())).device
         results = {tensor.value: _empty(tensor, sizes, device) for tensor in source.writes}
         steps.update((tensor, strides_of(tensor, results[tensor.value], sizes)) for tensor in source.writes)
-        start = launch_of(source, sizes)
+        config = config_of(case_of(source, sizes), architecture_of(device), self.tuned)
+        start = launch_of(source, sizes, config)
         if start.programs:
             tensors = [*(given[tensor.value] for tensor in source.reads), *results.values()]
             arguments = numbers(source, sizes, steps)
@@ -135,17 +138,20 @@ class Kernel:
         return results
 
 
-def triton_kernel(region: Region, name: str = "kernel", *, rounding: Rounding = "fused") -> Kernel:
+def triton_kernel(
+    region: Region, name: str = "kernel", *, rounding: Rounding = "fused", tuned: Table | None = None
+) -> Kernel:
     """The kernel of a region; raises FusionError where it can be none.
 
-    ``rounding`` is part of what it computes: ``fused`` rounds results once, ``eager`` whatever a node gives.
+    ``rounding`` is part of what it computes: ``fused`` rounds results once, ``eager`` whatever a node gives. ``tuned``
+    is a table of configurations that is asked before the shipped one.
     """
     reason = fault(region)
     if reason is not None:
         raise FusionError(f"{name}: {reason}")
     if not name.isidentifier():
         raise FusionError(f"a kernel cannot be called {name!r}: give a name that Python can have")
-    return Kernel(region, name, rounding)
+    return Kernel(region, name, rounding, tuned)
 
 
 def _empty(tensor: Tensor, sizes: Mapping[Dim, int], device: torch.device) -> torch.Tensor:
@@ -164,36 +170,38 @@ def numbers(source: Source, sizes: Mapping[Dim, int], steps: Mapping[Tensor, Map
     return found + [steps[tensor][loop.dims[-1]] for tensor in source.tensors for loop in tensor.loops(loops)]
 
 
-def launch_of(source: Source, sizes: Mapping[Dim, int]) -> Launch:
-    """How a kernel is started for given sizes."""
-    rows, columns = count(source.loops.rows, sizes), count(source.loops.columns, sizes)
-    if source.form == "contraction":
-        return _launch_of_tiles(source, sizes, rows, columns)
-    block = min(power_above(columns), BLOCK if source.form == "pointwise" else 2 * BLOCK)
-    if source.form == "rows":
-        block = power_above(columns)
-    together = max(1, min(BLOCK // block, power_above(rows)))
-    constants = {"ROWS": together, "BLOCK": block}
-    programs = -(-rows // together) if columns else 0
-    if source.form == "pointwise":
-        programs *= -(-columns // block)
-        if not source.loops.rows:
-            del constants["ROWS"]
-    warps = min(16, max(4, together * block // 512))
-    return Launch(programs, constants, warps)
-
-
-def _launch_of_tiles(source: Source, sizes: Mapping[Dim, int], rows: int, columns: int) -> Launch:
-    """Tiles of 128 by 128 at most, of 64 by 64 in single precision, which has no tensor cores; none below 16."""
+def case_of(source: Source, sizes: Mapping[Dim, int]) -> Case:
+    """What the configuration of a kernel is looked up by."""
     single = any(tensor.value.dtype == torch.float32 for tensor in source.reads)
-    most, deep = (64, 32) if single else (128, 64)
-    high, wide = (min(most, max(16, power_above(size))) for size in (rows, columns))
-    tiles = -(-rows // high) * -(-columns // wide) * count(source.loops.batch, sizes)
-    depth = min(deep, max(16, power_above(count(source.loops.contracted, sizes))))
-    constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": 8}
-    return Launch(tiles, constants, 8 if high * wide > 64 * 128 else 4, stages=2 if single else 3)
+    parts = (source.loops.rows, source.loops.columns, source.loops.contracted)
+    rows, columns, contracted = (count(loops, sizes) for loops in parts)
+    return Case(source.form, "single" if single else "half", (rows, columns, contracted))
 
 
-def power_above(number: int) -> int:
-    """The least power of two that is not below a number."""
-    return 1 << max(0, number - 1).bit_length()
+def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config) -> Launch:
+    """How a kernel is started for given sizes: tiles of the configuration, smaller where there is less."""
+    rows, columns, contracted = case_of(source, sizes).sizes
+    tile, warps = config.tile, config.warps
+    if source.form == "contraction":
+        high, wide = (min(tile[n], max(16, power_above(m))) for n, m in (("BLOCK_M", rows), ("BLOCK_N", columns)))
+        if (high, wide) != (tile["BLOCK_M"], tile["BLOCK_N"]):
+            warps = min(warps, max(4, high * wide // 2048))
+        depth = min(tile["BLOCK_K"], max(16, power_above(contracted)))
+        constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": tile["GROUP"]}
+    else:
+        block = power_above(columns) if source.form == "rows" else min(power_above(columns), tile["ENTRIES"])
+        together = max(1, min(tile["ENTRIES"] // block, power_above(rows)))
+        constants = {"ROWS": together, "BLOCK": block}
+        if source.form == "pointwise" and not source.loops.rows:
+            del constants["ROWS"]
+    programs = math.prod(-(-count(loops, sizes) // per) for loops, per in grid_of(source, constants))
+    return Launch(programs if columns else 0, constants, warps, config.stages)
+
+
+def grid_of(source: Source, constants: Mapping[str, int]) -> list[tuple[tuple[Loop, ...], int]]:
+    """How many programs there are: the product of sizes of loops, each divided by a number and rounded up."""
+    loops = source.loops
+    if source.form == "contraction":
+        return [(loops.rows, constants["BLOCK_M"]), (loops.columns, constants["BLOCK_N"]), (loops.batch, 1)]
+    grid = [(loops.rows, constants.get("ROWS", 1))]
+    return [*grid, (loops.columns, constants["BLOCK"])] if source.form == "pointwise" else grid

@@ -26,16 +26,21 @@ def environment() -> str:
     return f"{datetime.date.today().isoformat()}, {machine}, {', '.join(versions)}"
 
 
-def append_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-    """Put a section into the document; a section of the same title is replaced."""
+def section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> str:
+    """A table under its title, with what it was measured with."""
     lines = [f"## {title}", "", environment(), ""]
     if note:
         lines += [note, ""]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
-    section = "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def append_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+    """Put a section into the document; a section of the same title is replaced."""
     old = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else "# Benchmarks\n"
     parts = old.split("\n## ")
     kept = [parts[0], *(part for part in parts[1:] if part.splitlines()[0] != title)]
     DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text("\n## ".join(kept).rstrip("\n") + "\n\n" + section, encoding="utf-8")
+    text = "\n## ".join(kept).rstrip("\n") + "\n\n" + section(title, heads, rows, note)
+    DOCUMENT.write_text(text, encoding="utf-8")

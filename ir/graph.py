@@ -337,15 +337,17 @@ class Graph:
         device: torch.device | str | None = None,
         integers: bool = True,
         kernels: Literal["triton"] | None = None,
+        tuned: str | os.PathLike[str] | None = None,
     ) -> torch.nn.Module:
         """An ``nn.Module`` that computes this graph, on ``device`` or where the weights are.
 
         Quantized layers multiply ``integers``; without that they are float layers behind codes and their way back. With
-        ``kernels`` what gains from it is one kernel on a GPU (:mod:`regauge.backends.torch_kernels`).
+        ``kernels`` what gains from it is one kernel on a GPU (:mod:`regauge.backends.torch_kernels`), cut into programs
+        as a ``tuned`` table of ``regauge autotune`` says.
         See :func:`regauge.backends.to_torch.to_torch`. Raises EmitError where a node has no torch form.
         """
         emit = _edge("regauge.backends.to_torch").to_torch
-        module: torch.nn.Module = emit(self, device=device, integers=integers, kernels=kernels)
+        module: torch.nn.Module = emit(self, device=device, integers=integers, kernels=kernels, tuned=tuned)
         return module
 
     def to_onnx(

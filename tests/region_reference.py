@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from regauge.ir.extents import Dim
 from regauge.ir.fusion.region import Region, Term
 from regauge.ir.graph import Value
 from regauge.ir.scalars import PRIMITIVES, REDUCTIONS
@@ -23,7 +22,7 @@ def run_region(region: Region, tensors: Mapping[Value, torch.Tensor]) -> dict[Va
 
 def _sizes(region: Region, tensors: Mapping[Value, torch.Tensor]) -> dict[Any, int]:
     """How many indices each loop has; of axes that are several loops, all but one have fixed sizes."""
-    sizes = {dim: dim.size for dim in all_loops(region) if isinstance(dim.size, int)}
+    sizes = {dim: dim.size for dim in region.every_loop if isinstance(dim.size, int)}
     for load in region.loads:
         for axis, size in zip(load.value.layout, tensors[load.value.value].shape, strict=True):
             open_ = [dim for dim in axis if dim not in sizes]
@@ -33,13 +32,8 @@ def _sizes(region: Region, tensors: Mapping[Value, torch.Tensor]) -> dict[Any, i
     return sizes
 
 
-def all_loops(region: Region) -> list[Dim]:
-    """The loops, and those of their segments."""
-    return [*region.loops, *(part for parts in region.joints.values() for part in parts)]
-
-
 def _value(region: Region, term: Term, known: Mapping[Term, Any], tensors: Any, sizes: Mapping[Any, int]) -> Any:
-    loops = all_loops(region)
+    loops = region.every_loop
     if term.op == "number":
         return term.value
     if term.op == "count":
@@ -68,7 +62,7 @@ def _value(region: Region, term: Term, known: Mapping[Term, Any], tensors: Any, 
 
 
 def _output(region: Region, value: Value, found: Any, sizes: Mapping[Any, int]) -> torch.Tensor:
-    loops, layout = all_loops(region), region.layouts[value]
+    loops, layout = region.every_loop, region.layouts[value]
     own = [dim for axis in layout for dim in axis]
     wide = torch.as_tensor(found, dtype=torch.float64)
     wide = wide.reshape((1,) * (len(loops) - wide.dim()) + tuple(wide.shape))

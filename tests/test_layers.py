@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "cli_run": ("backends", "ir", "cli_files", "terminal"),
     "cli_files": ("frontends", "backends", "ir", "settings"),
     "cli_tables": ("ir",),
+    "cli_kernels": ("cli_files", "terminal", "backends", "ir", "settings"),
     "cli": ("*",),
     "__main__": ("cli",),
 }

@@ -128,6 +128,11 @@ class Region:
         joint_of = {part: joint for joint, parts in self.joints.items() for part in parts}
         return list(dict.fromkeys(joint_of.get(dim, dim) for layout in layouts for axis in layout for dim in axis))
 
+    @property
+    def every_loop(self) -> list[Dim]:
+        """The loops, and those of their segments."""
+        return [*self.loops, *(part for parts in self.joints.values() for part in parts)]
+
     @cached_property
     def names(self) -> dict[Dim, str]:
         """Names of the loops: ``i0`` and on, ``r0`` for what is reduced; ``i0_0`` is the first segment of ``i0``.

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from regauge.cli_files import dynamic_sizes, file_figures, is_onnx, open_file, read_batches, written_model
+from regauge.cli_kernels import autotune, kernels
 from regauge.cli_run import run
 from regauge.cli_tables import group_state, member_rows, summary_rows
 from regauge.ir.errors import RegaugeError
@@ -325,7 +326,8 @@ def fusion(
             print(f"{len(plan.refusals) - most} more were refused")
 
 
-app.command()(run)
+for command in (run, kernels, autotune):
+    app.command()(command)
 
 
 @app.command()

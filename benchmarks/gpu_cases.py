@@ -1,0 +1,139 @@
+"""What benchmarks/gpu.py times: small torch functions, of which Regauge's planner makes kernels. One line per case."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Function = Callable[..., Any]
+SMALL, LEAST = 256, 5
+"""In the interpreter sizes are so many times smaller, but not smaller than the least."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of tensors of these shapes; ``liger`` names Liger's kernel for it, ``module:name``, where it has one.
+
+    ``types`` says of which tensors the type is another than that of the run: integers are drawn from -7 to 7.
+    """
+
+    name: str
+    function: Function
+    shapes: tuple[tuple[int, ...], ...]
+    liger: str = ""
+    arguments: tuple[Any, ...] = ()  # of Liger, behind the tensors
+    types: Mapping[int, torch.dtype] = field(default_factory=dict)
+
+    def of(self, size: Callable[[int], int]) -> list[tuple[int, ...]]:
+        return [tuple(size(extent) for extent in shape) for shape in self.shapes]
+
+    def peer(self) -> Function | None:
+        """Liger's function; None where it has none, or is not installed."""
+        if not self.liger:
+            return None
+        module, _, name = self.liger.partition(":")
+        try:
+            function = getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name).apply
+        except (ImportError, AttributeError):
+            return None
+        return lambda *tensors: function(*tensors, *self.arguments)
+
+
+def small(extent: int) -> int:
+    return max(min(extent, LEAST), extent // SMALL)
+
+
+def inputs(
+    case: Case, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """Random tensors; what looks like a weight is scaled by the square root of its columns, so that sums stay small."""
+    generator = torch.Generator(device).manual_seed(0)
+    made = []
+    for place, shape in enumerate(shapes):
+        kind = case.types.get(place, dtype)
+        if not kind.is_floating_point:
+            made.append(torch.randint(-7, 8, shape, generator=generator, device=device, dtype=kind))
+            continue
+        tensor = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        made.append((tensor * shape[-1] ** -0.5 if place and len(shape) == 2 else tensor).to(kind))
+    return made
+
+
+def swiglu(gate: Any, up: Any) -> Any:
+    return F.silu(gate) * up
+
+
+def geglu(gate: Any, up: Any) -> Any:
+    return F.gelu(gate) * up
+
+
+def softmax(x: Any) -> Any:
+    return F.softmax(x, -1)
+
+
+def layer_norm(x: Any, weight: Any, bias: Any) -> Any:
+    return F.layer_norm(x, weight.shape, weight, bias, 1e-6)
+
+
+def rms_norm(x: Any, weight: Any) -> Any:
+    return F.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+def add_rms_norm(x: Any, residual: Any, weight: Any) -> Any:
+    stream = x + residual
+    return stream, F.rms_norm(stream, weight.shape, weight, 1e-6)
+
+
+def rotary(x: Any, cos: Any, sin: Any) -> Any:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def scores(q: Any, k: Any) -> Any:
+    return F.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
+
+
+def group_norm(x: Any, weight: Any, bias: Any) -> Any:
+    return F.silu(F.group_norm(x, 5, weight, bias))
+
+
+def dense(x: Any, weight: Any, bias: Any, residual: Any) -> Any:
+    return F.gelu(F.linear(x, weight, bias)) + residual
+
+
+def gated(x: Any, gate: Any, up: Any) -> Any:
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def gated_down(gate: Any, down: Any, up: Any) -> Any:
+    return F.linear(F.silu(gate) * up, down)
+
+
+def low_rank(x: Any, down: Any, up: Any) -> Any:
+    return F.linear(F.linear(x, down), up)
+
+
+T, D, H, V = 16384, 4096, 11008, 131072  # tokens, width, hidden units, a long row
+
+CASES = [
+    Case("silu(gate) * up", swiglu, ((T, H), (T, H)), "swiglu:LigerSiLUMulFunction"),
+    Case("gelu(gate) * up", geglu, ((T, H), (T, H))),
+    Case("softmax", softmax, ((T, D),), "softmax:LigerSoftmaxFunction"),
+    Case("layer norm", layer_norm, ((T, D), (D,), (D,)), "layer_norm:LigerLayerNormFunction", (1e-6,)),
+    Case("RMS norm", rms_norm, ((T, D), (D,)), "rms_norm:LigerRMSNormFunction", (1e-6,)),
+    Case("residual + RMS norm", add_rms_norm, ((T, D), (T, D), (D,))),
+    Case("softmax of long rows", softmax, ((2048, V),), "softmax:LigerSoftmaxFunction"),
+    Case("rotary code", rotary, ((8, 32, 2048, 128), (2048, 128), (2048, 128))),
+    Case("group norm + silu", group_norm, ((16, 1280, 4096), (1280,), (1280,))),
+    *(Case(f"linear + bias + gelu + residual, M={m}", dense, ((m, D), (H, D), (H,), (m, H)))
+      for m in (1, 16, 64, 256, D, T)),
+    Case("gate and up, silu, mul", gated, ((D, D), (H, D), (H, D))),
+    Case("silu, mul, down", gated_down, ((D, H), (D, H), (D, H))),
+    Case("scores, scaled, softmax", scores, ((32, 2048, 128), (32, 2048, 128))),
+    *(Case(f"low rank r={r}", low_rank, ((D, D), (r, D), (D, r))) for r in (64, 256, 1024)),
+]  # fmt: skip
