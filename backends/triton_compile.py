@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from regauge.backends.triton_kernel import Launch, Source, launch_of, numbers, shape_of
-from regauge.backends.triton_loops import Tensor, strides_of
+from regauge.backends.triton_loops import Tensor, start_of, strides_of
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 
@@ -78,9 +78,11 @@ def _specialised(
 ) -> tuple[dict[str, str], dict[str, int], dict[tuple[int], Any]]:
     """Types of the arguments, those that are constants, and those that 16 divides, as Triton finds them at a launch."""
     steps: dict[Tensor, Mapping[Dim, int]] = {}
+    starts: list[int] = []
     for tensor in source.tensors:
         without_data = torch.empty(shape_of(tensor.layout, sizes), device="meta")
         steps[tensor] = strides_of(tensor, without_data, sizes)
+        starts += [start_of(tensor, without_data, sizes)] if tensor.shifts else []
     names = source.function().arg_names
     signature: dict[str, str] = {}
     constants: dict[str, int] = dict(start.constants)
@@ -89,7 +91,7 @@ def _specialised(
     for tensor, name in zip(source.tensors, names, strict=False):
         signature[name] = _POINTERS[tensor.value.dtype]  # type: ignore[index]
         hints[len(signature) - 1,] = divisible
-    for name, number in zip(names[len(signature) :], numbers(source, sizes, steps), strict=False):
+    for name, number in zip(names[len(signature) :], numbers(source, sizes, starts, steps), strict=False):
         if number == 1:
             constants[name] = 1
         elif number % 16 == 0:

@@ -11,7 +11,7 @@ behind the other in memory, one for any strides, and of reductions each at once 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -19,14 +19,14 @@ import torch
 
 from regauge.backends.torch_runtime import import_source
 from regauge.backends.triton_contraction import ContractionKernel
-from regauge.backends.triton_loops import Loops, Tensor, count, fits, sizes_of, strides_of
+from regauge.backends.triton_loops import Loops, Tensor, count, fits, sizes_of, start_of, strides_of
 from regauge.backends.triton_rows import RowForm, RowKernel
 from regauge.backends.triton_source import Rounding
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 from regauge.ir.fusion.legality import fault
-from regauge.ir.fusion.plan import PERSISTENT
 from regauge.ir.fusion.region import Kind, Layout, Region
+from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Value
 
 Form: TypeAlias = RowForm | Literal["contraction"]
@@ -102,7 +102,7 @@ class Kernel:
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        return _FORMS[self.region.kind]
+        return (*(("swept",) if self.region.has_windows else ()), *_FORMS[self.region.kind])
 
     def _write(self, form: Form, contiguous: bool) -> Source:
         writer: RowKernel | ContractionKernel
@@ -116,7 +116,7 @@ class Kernel:
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
         source = self.source(form)
-        sizes = sizes_of(source.reads, given, self.region.joints)
+        sizes = sizes_of(self.region, source.reads, given)
         if form is None and source.form == "rows" and count(source.loops.columns, sizes) > PERSISTENT:
             source = self.source("looped")
         steps = {tensor: strides_of(tensor, given[tensor.value], sizes) for tensor in source.reads}
@@ -129,7 +129,8 @@ class Kernel:
         start = launch_of(source, sizes)
         if start.programs:
             tensors = [*(given[tensor.value] for tensor in source.reads), *results.values()]
-            arguments = numbers(source, sizes, steps)
+            starts = [start_of(t, given[t.value], sizes) for t in source.reads if t.shifts]
+            arguments = numbers(source, sizes, starts, steps)
             launcher = source.function()[(start.programs,)]
             launcher(*tensors, *arguments, **start.constants, **start.options(self.rounding))
         return results
@@ -157,10 +158,12 @@ def shape_of(layout: Layout, sizes: Mapping[Dim, int]) -> list[int]:
     return [math.prod(sizes[dim] for dim in axis) for axis in layout]
 
 
-def numbers(source: Source, sizes: Mapping[Dim, int], steps: Mapping[Tensor, Mapping[Dim, int]]) -> list[int]:
-    """The arguments behind the pointers: sizes of loops, then steps of tensors along them."""
+def numbers(
+    source: Source, sizes: Mapping[Dim, int], starts: Sequence[int], steps: Mapping[Tensor, Mapping[Dim, int]]
+) -> list[int]:
+    """The arguments behind the pointers: sizes of loops, where tensors begin, then their steps along loops."""
     loops = source.loops.all
-    found = [loop.size(sizes) for loop in loops]
+    found = [*(loop.size(sizes) for loop in source.loops.sized), *starts]
     return found + [steps[tensor][loop.dims[-1]] for tensor in source.tensors for loop in tensor.loops(loops)]
 
 
@@ -169,13 +172,14 @@ def launch_of(source: Source, sizes: Mapping[Dim, int]) -> Launch:
     rows, columns = count(source.loops.rows, sizes), count(source.loops.columns, sizes)
     if source.form == "contraction":
         return _launch_of_tiles(source, sizes, rows, columns)
-    block = min(power_above(columns), BLOCK if source.form == "pointwise" else 2 * BLOCK)
+    shared_out = source.form in ("pointwise", "swept")
+    block = min(power_above(columns), BLOCK if shared_out else 2 * BLOCK)
     if source.form == "rows":
         block = power_above(columns)
     together = max(1, min(BLOCK // block, power_above(rows)))
     constants = {"ROWS": together, "BLOCK": block}
     programs = -(-rows // together) if columns else 0
-    if source.form == "pointwise":
+    if shared_out:
         programs *= -(-columns // block)
         if not source.loops.rows:
             del constants["ROWS"]
