@@ -79,6 +79,13 @@ class Names:
         return found
 
 
+def _is_call(text: str) -> bool:
+    """Whether a line is one call, or names the result of one: all of it behind the first parenthesis is within."""
+    value = text.partition(" = ")[2] if re.match(r"\w+ = ", text) else text
+    body = value[max(value.find("("), 0) :].removesuffix(".to(tl.float32)")
+    return outermost(body) != body
+
+
 class Writer:
     """The text of one kernel in the making.
 
@@ -121,9 +128,8 @@ class Writer:
     def line(self, text: str) -> None:
         """A line of the body; calls that are too long are broken between their arguments."""
         within = _WIDTH - len(self.indent)
-        calls = "tl.load(" in text or text.startswith("tl.store(")
         whole = text.replace(" * ", "\0*\0")  # products stay together
-        parts = textwrap.wrap(whole, within, **_BROKEN) if calls else [text]
+        parts = textwrap.wrap(whole, within, **_BROKEN) if _is_call(text) else [text]
         self.lines.extend(self.indent + part.replace("\0", " ") for part in parts)
 
     def joint(self, axis: str, loops: Sequence[Loop]) -> str:
