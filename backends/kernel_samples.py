@@ -66,7 +66,7 @@ def sample(form: str, sizes: Sizes, dtype: str) -> Sample:
     found = SAMPLES[form](build, read, sizes)
     graph.outputs = list(found) if isinstance(found, tuple) else [found]
     region = trace(graph.nodes, [value for value in graph.outputs if isinstance(value, Value)])
-    return triton_kernel(region, form), {dim: int(dim.size) for dim in region.every_loop}
+    return triton_kernel(region, form), {dim: int(dim.size) for dim in region.sized}
 
 
 def parsed(text: str) -> Sample:

@@ -77,18 +77,15 @@ def manifest(written: Iterable[Written]) -> str:
 def _lines(one: Written) -> Iterator[str]:
     source, operator, build = one.build.source, one.operator, one.build
     region = operator.kernel.region
-    ordered = [dim for dim in region.every_loop if dim not in region.joints]
-    place = {dim: number for number, dim in enumerate([*ordered, *region.joints])}
+    place = {dim: number for number, dim in enumerate(region.sized)}
 
     def dims(loops: Sequence[Dim]) -> str:
         return " ".join(map(str, [len(loops), *(place[dim] for dim in loops)]))
 
     yield f"kernel {build.architecture.removeprefix('sm_')} {operator.name}"
     yield f"start {source.name} {one.path.name}.cubin {build.launch.warps} {one.metadata['shared']}"
-    for dim in ordered:
+    for dim in region.sized:
         yield f"size {_size(one, dim)}"
-    for parts in region.joints.values():
-        yield f"size s {dims(parts)}"
     of_value = {tensor.value: tensor for tensor in reversed(source.tensors)}
     for word, values in (("read", operator.reads), ("write", operator.writes)):
         for value in values:
@@ -100,6 +97,8 @@ def _lines(one: Written) -> Iterator[str]:
         yield f"argument p 1 {pointers.index(tensor.value)}"
     numbers = build.arguments[len(source.tensors) :]
     for argument, loops in zip(numbers, number_dims(source), strict=True):
+        if loops is None:
+            raise FusionError(f"{operator.name} reads at places of its own, which the library does not compute")
         kind_of = "1" if argument.fixed is not None else "i" if argument.type == "i32" else "l"
         yield f"argument {kind_of} {int(argument.divisible)} {dims(loops)}"
     for loops_, per in grid_of(source, build.launch.constants):

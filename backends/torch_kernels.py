@@ -62,7 +62,7 @@ class WithKernels:
         """Each operator once, with the sizes of its loops; dynamic ones are as ``at`` gives them, or the least."""
         bound = smallest_sizes(self.graph, at)
         once = {operator.name: operator for operator in self.operators}.values()
-        return [(one, {dim: bound(dim.size) for dim in one.kernel.region.every_loop}) for one in once]
+        return [(one, {dim: bound(dim.size) for dim in one.kernel.region.sized}) for one in once]
 
 
 def with_kernels(graph: Graph, *, rounding: Rounding = "fused", tuned: Table | None = None) -> WithKernels:

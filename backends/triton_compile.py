@@ -10,7 +10,6 @@ path of a source is in it.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import subprocess
@@ -23,7 +22,9 @@ from pathlib import Path
 import torch
 
 from regauge.backends.kernel_configs import Config, config_of
-from regauge.backends.triton_kernel import Launch, Source, case_of, launch_of
+from regauge.backends.triton_kernel import Launch, Source, case_of, launch_of, numbers, shape_of
+from regauge.backends.triton_loops import Tensor, start_of, strides_of
+from regauge.ir.affine import index_of
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 
@@ -140,9 +141,15 @@ def _arguments(
     """The arguments as Triton specialises them at a launch, by what is 1 and what 16 divides, but for open sizes."""
     types = [_POINTERS[tensor.value.dtype] for tensor in source.tensors]  # type: ignore[index]
     found = [Argument(name, kind, divisible=True) for name, kind in zip(names, types, strict=False)]
-    for name, dims in zip(names[len(found) :], number_dims(source), strict=False):
-        number = math.prod(sizes[dim] for dim in dims)
-        if any(dim in open_sizes for dim in dims):
+    steps: dict[Tensor, Mapping[Dim, int]] = {}
+    starts: list[int] = []
+    for tensor in source.tensors:
+        without_data = torch.empty(shape_of(tensor.layout, sizes), device="meta")
+        steps[tensor] = strides_of(tensor, without_data, sizes)
+        starts += [start_of(tensor, without_data, sizes)] if tensor.shifts else []
+    values = numbers(source, sizes, starts, steps)
+    for name, number, dims in zip(names[len(found) :], values, number_dims(source), strict=False):
+        if any(dim in open_sizes for dim in (sizes if dims is None else dims)):
             found.append(Argument(name, "i64"))
         else:
             kind = "i32" if number < 2**31 else "i64"
@@ -150,13 +157,19 @@ def _arguments(
     return tuple(found)
 
 
-def number_dims(source: Source) -> list[tuple[Dim, ...]]:
-    """The arguments behind the pointers, of tensors without gaps: each is the product of the sizes of these loops."""
+def number_dims(source: Source) -> list[tuple[Dim, ...] | None]:
+    """The arguments behind the pointers, of tensors without gaps: each is the product of the sizes of these loops.
+
+    None where it is none: where a tensor begins that is read at places of its own, and its steps.
+    """
     loops = source.loops.all
-    found = [loop.dims for loop in loops]
+    found: list[tuple[Dim, ...] | None] = [loop.dims for loop in source.loops.sized]
+    found += [None for tensor in source.tensors if tensor.shifts]
     for tensor in source.tensors:
         flat = [dim for axis in tensor.layout for dim in axis]
-        found += [tuple(flat[flat.index(loop.dims[-1]) + 1 :]) for loop in tensor.loops(loops)]
+        for last in (loop.dims[-1] for loop in tensor.loops(loops)):
+            own = [place for place in tensor.places.values() if last in place.dims] == [index_of(last)]
+            found.append(tuple(flat[flat.index(last) + 1 :]) if own and last in flat else None)
     return found
 
 

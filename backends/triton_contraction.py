@@ -43,7 +43,7 @@ class ContractionKernel(Writer):
             value = self.text(self.region.results[tensor.value])
             address, mask = self._place(tensor)
             self.line(f"tl.store({address}, {value}, mask={mask})")
-        head = self.signature(self.kernel, self.arguments(self.loops.all), CONSTANTS)
+        head = self.signature(self.kernel, self.arguments(self.loops), CONSTANTS)
         return self.finished([*head, *self.docstring(self.kernel, "contraction, in tiles", self.loops.all)])
 
     # -- indices -----------------------------------------------------------------------------------------------------
@@ -72,17 +72,17 @@ class ContractionKernel(Writer):
 
     def _place(self, tensor: Tensor) -> tuple[str, str]:
         """The address of an entry of a tile, and the mask."""
-        terms = [f"{loop.name} * {tensor.name}_{loop.name}" for loop in tensor.loops(self.loops.all)]
         axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.loops.contracted}
         masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
-        return " + ".join([f"{tensor.name}_ptr", *terms]), " & ".join(masks)
+        return self.address(tensor, self.loops), " & ".join(masks)
 
-    def load(self, tensor: Tensor) -> str:
-        text = self._raw(tensor)
-        return text if tensor.value.dtype == torch.bool else f"{text}.to(tl.float32)"
+    def load(self, term: Term) -> str:
+        text = self._raw(term)
+        return text if term.value.value.dtype == torch.bool else f"{text}.to(tl.float32)"
 
-    def _raw(self, tensor: Tensor) -> str:
-        address, mask = self._place(tensor)
+    def _raw(self, term: Term) -> str:
+        address, mask = self._place(self.of_load[term])
+        mask = " & ".join(filter(None, [mask, *map(self.text, term.args)]))
         return f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
 
     # -- the product -------------------------------------------------------------------------------------------------
@@ -114,8 +114,9 @@ class ContractionKernel(Writer):
         below = below_results(factor)
         if below.op == "load" and (self.rounding == "fused" or factor is below or factor.args[0] is below):
             tensor = self.of_load[below]
+            self.statements(below.args, self.load)
             cast = "" if tensor.value.dtype == kind else f".to({TRITON_TYPES[kind]})"
-            self.line(f"{self.name(below)} = {self._raw(tensor)}{cast}")
+            self.line(f"{self.name(below)} = {self._raw(below)}{cast}")
             return self.name(below)
         needed = {*terms_below(factor), factor}
         self.statements([term for term in self.region.terms if term in needed], self.load)

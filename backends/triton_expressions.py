@@ -71,7 +71,7 @@ TRITON_TYPES = {
     torch.bool: "tl.int1",
 }
 
-_TRUTHS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"}
+_TRUTHS = {"inside", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"}
 
 
 def is_truth(term: Term) -> bool:

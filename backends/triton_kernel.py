@@ -11,7 +11,7 @@ behind the other in memory, one for any strides, and of reductions each at once 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -20,14 +20,14 @@ import torch
 from regauge.backends.kernel_configs import Case, Config, Table, architecture_of, config_of, power_above
 from regauge.backends.torch_runtime import import_source
 from regauge.backends.triton_contraction import ContractionKernel
-from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, sizes_of, strides_of
+from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, sizes_of, start_of, strides_of
 from regauge.backends.triton_rows import RowForm, RowKernel
 from regauge.backends.triton_source import Rounding
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 from regauge.ir.fusion.legality import fault
-from regauge.ir.fusion.plan import PERSISTENT
 from regauge.ir.fusion.region import Kind, Layout, Region
+from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Value
 
 Form: TypeAlias = RowForm | Literal["contraction"]
@@ -53,6 +53,11 @@ class Source:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.reads, *self.writes)
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether programs share out columns, too, since no row is reduced."""
+        return self.form in ("pointwise", "swept")
 
     def function(self) -> Any:
         """The kernel as Triton has it; raises FusionError where Triton is not installed."""
@@ -100,7 +105,7 @@ class Kernel:
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        return _FORMS[self.region.kind]
+        return (*(("swept",) if self.region.has_windows else ()), *_FORMS[self.region.kind])
 
     def form_for(self, sizes: Mapping[Dim, int]) -> Form:
         """The form that rows of some length are reduced in: at once, or in a loop where a program cannot hold them."""
@@ -119,7 +124,7 @@ class Kernel:
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
         source = self.source(form)
-        sizes = sizes_of(source.reads, given, self.region.joints)
+        sizes = sizes_of(self.region, source.reads, given)
         source = source if form else self.source(self.form_for(sizes))
         steps = {tensor: strides_of(tensor, given[tensor.value], sizes) for tensor in source.reads}
         if not all(fits(loop, steps[t], sizes) for t in source.reads for loop in t.loops(source.loops.all)):
@@ -132,7 +137,8 @@ class Kernel:
         start = launch_of(source, sizes, config)
         if start.programs:
             tensors = [*(given[tensor.value] for tensor in source.reads), *results.values()]
-            arguments = numbers(source, sizes, steps)
+            starts = [start_of(t, given[t.value], sizes) for t in source.reads if t.shifts]
+            arguments = numbers(source, sizes, starts, steps)
             launcher = source.function()[(start.programs,)]
             launcher(*tensors, *arguments, **start.constants, **start.options(self.rounding))
         return results
@@ -163,10 +169,12 @@ def shape_of(layout: Layout, sizes: Mapping[Dim, int]) -> list[int]:
     return [math.prod(sizes[dim] for dim in axis) for axis in layout]
 
 
-def numbers(source: Source, sizes: Mapping[Dim, int], steps: Mapping[Tensor, Mapping[Dim, int]]) -> list[int]:
-    """The arguments behind the pointers: sizes of loops, then steps of tensors along them."""
+def numbers(
+    source: Source, sizes: Mapping[Dim, int], starts: Sequence[int], steps: Mapping[Tensor, Mapping[Dim, int]]
+) -> list[int]:
+    """The arguments behind the pointers: sizes of loops, where tensors begin, then their steps along loops."""
     loops = source.loops.all
-    found = [loop.size(sizes) for loop in loops]
+    found = [*(loop.size(sizes) for loop in source.loops.sized), *starts]
     return found + [steps[tensor][loop.dims[-1]] for tensor in source.tensors for loop in tensor.loops(loops)]
 
 
@@ -175,7 +183,8 @@ def case_of(source: Source, sizes: Mapping[Dim, int]) -> Case:
     single = any(tensor.value.dtype == torch.float32 for tensor in source.reads)
     parts = (source.loops.rows, source.loops.columns, source.loops.contracted)
     rows, columns, contracted = (count(loops, sizes) for loops in parts)
-    return Case(source.form, "single" if single else "half", (rows, columns, contracted))
+    form = "pointwise" if source.shared_out else source.form  # windows are swept by programs that are cut alike
+    return Case(form, "single" if single else "half", (rows, columns, contracted))
 
 
 def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config) -> Launch:
@@ -192,7 +201,7 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config) -> Launc
         block = power_above(columns) if source.form == "rows" else min(power_above(columns), tile["ENTRIES"])
         together = max(1, min(tile["ENTRIES"] // block, power_above(rows)))
         constants = {"ROWS": together, "BLOCK": block}
-        if source.form == "pointwise" and not source.loops.rows:
+        if source.shared_out and not source.loops.rows:
             del constants["ROWS"]
     programs = math.prod(-(-count(loops, sizes) // per) for loops, per in grid_of(source, constants))
     return Launch(programs if columns else 0, constants, warps, config.stages)
@@ -204,4 +213,4 @@ def grid_of(source: Source, constants: Mapping[str, int]) -> list[tuple[tuple[Lo
     if source.form == "contraction":
         return [(loops.rows, constants["BLOCK_M"]), (loops.columns, constants["BLOCK_N"]), (loops.batch, 1)]
     grid = [(loops.rows, constants.get("ROWS", 1))]
-    return [*grid, (loops.columns, constants["BLOCK"])] if source.form == "pointwise" else grid
+    return [*grid, (loops.columns, constants["BLOCK"])] if source.shared_out else grid

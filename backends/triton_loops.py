@@ -6,27 +6,24 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from regauge.ir.affine import Affine
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 from regauge.ir.fusion.region import Layout, Region
 from regauge.ir.graph import Value
-from regauge.ir.sizes import is_static
+from regauge.ir.sizes import evaluate, is_static, solve_bindings
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Dims that a kernel goes through with one index, the slowest first.
-
-    A segment of a loop, its ``joint``, begins where those ``before`` it end.
-    """
+    """Dims that a kernel goes through with one index, the slowest first."""
 
     name: str
     dims: tuple[Dim, ...]
-    joint: str = ""
-    before: tuple[str, ...] = ()
 
     def size(self, sizes: Mapping[Dim, int]) -> int:
         return math.prod(sizes[dim] for dim in self.dims)
@@ -34,12 +31,22 @@ class Loop:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor that a kernel reads or writes, under a name of its own."""
+    """A tensor that a kernel reads or writes, under a name of its own; ``places`` are the indices of its own loops."""
 
     name: str
     value: Value
     layout: Layout
-    axes: frozenset[Dim]
+    places: Mapping[Dim, Affine]
+
+    @cached_property
+    def axes(self) -> frozenset[Dim]:
+        """The loops that it is read or written along."""
+        return frozenset(dim for place in self.places.values() for dim in place.dims)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether its first entry is read elsewhere than at the first index of all loops."""
+        return any(place.shifts for place in self.places.values())
 
     def loops(self, loops: Iterable[Loop]) -> list[Loop]:
         """Those of the loops that the tensor has."""
@@ -51,25 +58,23 @@ class Loops:
     """The loops of a kernel: ``rows``, and ``columns``, which are reduced where anything is.
 
     Of a contraction rows are those of its left factor and columns those of its right one; both factors have ``batch``
-    and what is ``contracted``. ``segments`` are parts of rows or columns, end to end.
+    and what is ``contracted``. Of ``measured`` axes, which are no loops, only the sizes are asked for.
     """
 
     rows: tuple[Loop, ...]
     columns: tuple[Loop, ...]
     batch: tuple[Loop, ...] = ()
     contracted: tuple[Loop, ...] = ()
-    segments: tuple[Loop, ...] = ()
+    measured: tuple[Loop, ...] = ()
 
     @cached_property
     def all(self) -> tuple[Loop, ...]:
-        return (*self.batch, *self.rows, *self.columns, *self.contracted, *self.segments)
+        return (*self.batch, *self.rows, *self.columns, *self.contracted)
 
-    def of(self, tensor: Tensor, loops: Iterable[Loop]) -> list[Loop]:
-        """Those of the loops that a tensor has, with segments for loops that it has segments of."""
-        return tensor.loops([part for loop in loops for part in (loop, *self.parts(loop))])
-
-    def parts(self, loop: Loop) -> list[Loop]:
-        return [segment for segment in self.segments if segment.joint == loop.name]
+    @property
+    def sized(self) -> tuple[Loop, ...]:
+        """What the kernel is told the sizes of."""
+        return (*self.all, *self.measured)
 
 
 def count(loops: Iterable[Loop], sizes: Mapping[Dim, int]) -> int:
@@ -77,11 +82,12 @@ def count(loops: Iterable[Loop], sizes: Mapping[Dim, int]) -> int:
     return math.prod(loop.size(sizes) for loop in loops)
 
 
-def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool) -> Loops:
+def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool, sweep: bool = False) -> Loops:
     """The loops of a region.
 
     With ``contiguous`` neighbouring axes of a tensor are taken for one, which its strides have to allow
-    (:func:`fits`); else only parts of one axis are. A pointwise region has the last of its loops as columns.
+    (:func:`fits`); else only parts of one axis are. A pointwise region has the last of its loops as columns, and so has
+    one whose reductions ``sweep`` over what is then contracted.
     """
 
     def merged(letter: str) -> tuple[Loop, ...]:
@@ -89,24 +95,20 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool) -> 
         for dim in region.loops:
             if region.names[dim][0] != letter:
                 continue
-            apart = dim in region.joints or groups and groups[-1][-1] in region.joints
+            apart = dim in region.shifted or groups and groups[-1][-1] in region.shifted
             if groups and not apart and all(_follow(t.layout, groups[-1][-1], dim, contiguous) for t in tensors):
                 groups[-1] = (*groups[-1], dim)
             else:
                 groups.append((dim,))
         return tuple(Loop(region.names[dims[0]], dims) for dims in groups)
 
+    measured = tuple(Loop(region.names[dim], (dim,)) for dim in region.measured)
     if region.contractions:
-        return Loops(merged("m"), merged("n"), merged("b"), merged("k"))
+        return Loops(merged("m"), merged("n"), merged("b"), merged("k"), measured)
     rows, columns = merged("i"), merged("r")
-    if region.reduced:
-        return Loops(rows, columns)
-    segments = []
-    for joint, parts in region.joints.items():
-        names = [region.names[part] for part in parts]
-        for place, part in enumerate(parts):
-            segments.append(Loop(names[place], (part,), region.names[joint], tuple(names[:place])))
-    return Loops(rows[:-1], rows[-1:], segments=tuple(segments))
+    if region.reduced and not sweep:
+        return Loops(rows, columns, measured=measured)
+    return Loops(rows[:-1], rows[-1:], contracted=columns, measured=measured)
 
 
 def _follow(layout: Layout, first: Dim, second: Dim, contiguous: bool) -> bool:
@@ -118,15 +120,13 @@ def _follow(layout: Layout, first: Dim, second: Dim, contiguous: bool) -> bool:
     return any((first, second) in zip(axis, axis[1:], strict=False) for axis in axes)
 
 
-def sizes_of(
-    tensors: Iterable[Tensor], given: Mapping[Value, torch.Tensor], joints: Mapping[Dim, Sequence[Dim]]
-) -> dict[Dim, int]:
+def sizes_of(region: Region, tensors: Iterable[Tensor], given: Mapping[Value, torch.Tensor]) -> dict[Dim, int]:
     """How many indices each loop has, from the shapes of what is read; raises FusionError where these do not fit."""
-    found: dict[Dim, int] = {}
     read = [tensor for tensor in tensors if tensor.value in given]
+    found = {dim: int(dim.size) for dim in region.sized if is_static(dim.size)}
+    bindings: dict[Any, int] = {}
     for tensor in read:
-        found.update({dim: int(dim.size) for dim in tensor.axes if is_static(dim.size)})
-    for tensor in read:
+        solve_bindings(tensor.value.shape, given[tensor.value].shape, bindings)
         for axis, size in zip(tensor.layout, given[tensor.value].shape, strict=True):
             unknown = [dim for dim in axis if dim not in found]
             known = math.prod(found.get(dim, 1) for dim in axis)
@@ -135,15 +135,31 @@ def sizes_of(
                 known *= found[unknown[0]]
             if unknown[1:] or known != size:
                 raise FusionError(f"{tensor.name} has {size} indices where its kernel expects {known}")
-    for joint, parts in joints.items():
-        together = sum(found[part] for part in parts)
-        if found.setdefault(joint, together) != together:
-            raise FusionError(f"segments have {together} indices where their kernel expects {found[joint]}")
+    for joint, length in region.lengths.items():
+        if all(part in found for part, _ in length.sizes):
+            together = length.start(found)
+            if found.setdefault(joint, together) != together:
+                raise FusionError(f"segments have {together} indices where their kernel expects {found[joint]}")
+    found.update((dim, int(evaluate(dim.size, bindings))) for dim in region.sized if dim not in found)
     return found
 
 
 def strides_of(tensor: Tensor, given: torch.Tensor, sizes: Mapping[Dim, int]) -> dict[Dim, int]:
-    """How far apart in memory neighbouring indices of each loop are."""
+    """How far apart in memory what is read is for neighbouring indices of each loop."""
+    found: dict[Dim, int] = {}
+    for dim, stride in _own_strides(tensor, given, sizes).items():
+        for loop, step in tensor.places[dim].steps:
+            found[loop] = found.get(loop, 0) + step * stride
+    return found
+
+
+def start_of(tensor: Tensor, given: torch.Tensor, sizes: Mapping[Dim, int]) -> int:
+    """Where in memory what is read lies at the first index of all loops, counted from the first entry of the tensor."""
+    strides = _own_strides(tensor, given, sizes)
+    return sum(strides[dim] * place.start(sizes) for dim, place in tensor.places.items())
+
+
+def _own_strides(tensor: Tensor, given: torch.Tensor, sizes: Mapping[Dim, int]) -> dict[Dim, int]:
     found: dict[Dim, int] = {}
     for axis, stride in zip(tensor.layout, given.stride(), strict=True):
         for dim in reversed(axis):

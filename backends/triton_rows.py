@@ -2,7 +2,8 @@
 
 A program has ROWS rows and BLOCK columns. Pointwise, the columns are shared out among programs. Where rows are
 reduced, a program has all columns of its rows: at once (``rows``), or BLOCK after BLOCK, once for each reduction that
-has to wait for another one, and once more for what comes behind (``looped``).
+has to wait for another one, and once more for what comes behind (``looped``). Windows are swept: columns are shared out
+as pointwise, and a program goes through the windows of all its entries, one index after the other (``swept``).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from regauge.backends.triton_source import Rounding, Writer
 from regauge.ir.fusion.legality import terms_below
 from regauge.ir.fusion.region import Region, Term
 
-RowForm = Literal["pointwise", "rows", "looped"]
+RowForm = Literal["pointwise", "rows", "looped", "swept"]
 CONSTANTS = ("ROWS", "BLOCK")
 
 _TITLE: dict[RowForm, str] = {
     "pointwise": "pointwise",
     "rows": "reduction of rows, all columns at once",
     "looped": "reduction of rows, in a loop over columns",
+    "swept": "reduction of windows, in a loop over their indices",
 }
 _START = {"sum": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
 _JOIN = {
@@ -32,6 +34,7 @@ _JOIN = {
     "amax": '{0} = maximum({0}, tl.where(ok, {1}, float("-inf")))',
     "amin": '{0} = minimum({0}, tl.where(ok, {1}, float("inf")))',
 }
+_SWEEP = {"sum": "{0} += {1}", "amax": "{0} = maximum({0}, {1})", "amin": "{0} = minimum({0}, {1})"}
 _STEP = {"amax": "maximum", "amin": "minimum"}
 """Functions that reductions are written with."""
 _REDUCE = {
@@ -47,8 +50,9 @@ class RowKernel(Writer):
     def __init__(self, region: Region, name: str, form: RowForm, rounding: Rounding, *, contiguous: bool) -> None:
         super().__init__(region, rounding)
         self.kernel, self.form = name, form
-        self.loops = loops_of(region, [*self.reads, *self.writes], contiguous=contiguous)
-        self.flat = form == "pointwise" and not self.loops.rows  # one index for all: tiles have one axis
+        self.loops = loops_of(region, [*self.reads, *self.writes], contiguous=contiguous, sweep=form == "swept")
+        self.shared_out = form in ("pointwise", "swept")
+        self.flat = self.shared_out and not self.loops.rows  # one index for all: tiles have one axis
 
     def all_loops(self) -> Sequence[Loop]:
         return self.loops.all
@@ -57,10 +61,13 @@ class RowKernel(Writer):
         self._rows()
         if self.form == "looped":
             self._looped()
+        elif self.form == "swept":
+            self._columns("")
+            self._swept()
         else:
             self._columns("tl.arange(0, BLOCK)")
             self._at_once()
-        arguments = self.arguments(self.loops.all)
+        arguments = self.arguments(self.loops)
         constants = CONSTANTS[1:] if self.flat else CONSTANTS
         head = self.signature(self.kernel, arguments, constants)
         return self.finished([*head, *self.docstring(self.kernel, _TITLE[self.form], self.loops.all)])
@@ -71,20 +78,18 @@ class RowKernel(Writer):
         if self.flat:
             return
         program = "tl.program_id(0).to(tl.int64)"
-        if self.form == "pointwise":
-            (column,) = self.loops.columns
-            self.line(f"blocks = tl.cdiv(size_{column.name}, BLOCK)  # of columns, shared out among programs")
+        if self.shared_out:
+            self.line(f"blocks = tl.cdiv({self.joint_size(self.loops.columns)}, BLOCK)  # shared out among programs")
             program = f"({program} // blocks)"
         row = self.joint("row", self.loops.rows)
         self.line(f"{row} = {program} * ROWS + tl.arange(0, ROWS)[:, None]")
         self.line(f"row_ok = {row} < {self.joint_size(self.loops.rows)}")
         self.take_apart("row", self.loops.rows)
-        self._segments(self.loops.rows)
 
     def _columns(self, block: str) -> None:
         if self.flat:
             block = "tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)"
-        elif self.form == "pointwise":
+        elif self.shared_out:
             block = "(tl.program_id(0).to(tl.int64) % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]"
         else:
             block = f"({block}).to(tl.int64)[None, :]" if " " in block else f"{block}.to(tl.int64)[None, :]"
@@ -94,27 +99,20 @@ class RowKernel(Writer):
         if not self.flat:
             self.line("ok = row_ok & col_ok")
         self.take_apart("col", self.loops.columns)
-        self._segments(self.loops.columns)
-
-    def _segments(self, loops: Sequence[Loop]) -> None:
-        """Indices in the segments of loops: of one that is not at its turn it is below zero, or too great."""
-        for segment in (part for loop in loops for part in self.loops.parts(loop)):
-            self.line(f"{segment.name} = {' - '.join([segment.joint, *(f'size_{name}' for name in segment.before)])}")
-            self.line(f"{segment.name}_ok = ({segment.name} >= 0) & ({segment.name} < size_{segment.name})")
 
     def _has_columns(self, term: Term) -> bool:
         return any(loop.dims[0] in term.axes for loop in self.loops.columns)
 
     def _place(self, tensor: Tensor) -> tuple[str, str]:
         """The address of an entry, and the mask."""
-        terms = [f"{loop.name} * {tensor.name}_{loop.name}" for loop in tensor.loops(self.loops.all)]
-        rows, columns = self.loops.of(tensor, self.loops.rows), self.loops.of(tensor, self.loops.columns)
+        rows, columns = tensor.loops(self.loops.rows), tensor.loops(self.loops.columns)
         mask = "ok" if columns and (rows or self.flat) else "col_ok" if columns else "row_ok" if rows else ""
-        turns = [f"{segment.name}_ok" for segment in tensor.loops(self.loops.segments)]
-        return " + ".join([f"{tensor.name}_ptr", *terms]), " & ".join([mask, *turns])
+        return self.address(tensor, self.loops), mask
 
-    def load(self, tensor: Tensor) -> str:
+    def load(self, term: Term) -> str:
+        tensor = self.of_load[term]
         address, mask = self._place(tensor)
+        mask = " & ".join(filter(None, [mask, *map(self.text, term.args)]))
         text = f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
         return text if tensor.value.dtype == torch.bool else f"{text}.to(tl.float32)"
 
@@ -192,4 +190,35 @@ class RowKernel(Writer):
             self.line(_JOIN[term.op].format(self._partial(term), outermost(self.text(term.args[0]))))
         for tensor in written:
             self.store(tensor)
+        self.indent = self.indent[4:]
+
+    def _swept(self) -> None:
+        """What has no index of a window, then all windows at once, as often as a reduction waits for another one."""
+        reduced, stages = self.region.reduced, self.region.stages
+        done: set[Term] = set()
+        for stage in range(max(stages.values()) + 1):
+            ready = [t for t in self.region.terms if stages[t] <= stage and not t.reduces and not t.axes & reduced]
+            self.statements([term for term in ready if term not in done], self.load)
+            done.update(ready)
+            wanted = [term for term in self.region.reductions if stages[term] == stage + 1]
+            if wanted:
+                self._sweep(wanted)
+        for tensor in self.writes:
+            self.store(tensor)
+
+    def _sweep(self, wanted: Sequence[Term]) -> None:
+        """One loop over the indices of windows."""
+        tile = "[BLOCK]" if self.flat else "[ROWS, BLOCK]"
+        for term in wanted:
+            if term.op in _STEP:
+                self.functions[_STEP[term.op]] = None
+            self.line(f"{self.name(term)} = tl.full({tile}, {_START[term.op]}, tl.float32)")
+        inner = self.loops.contracted
+        self.line(f"for {self.joint('window', inner)} in range(0, {self.joint_size(inner)}):")
+        self.indent += "    "
+        self.take_apart("window", inner)
+        needed = {below for term in wanted for below in terms_below(term)}
+        self.statements([t for t in self.region.terms if t in needed and t.axes & self.region.reduced], self.load)
+        for term in wanted:
+            self.line(_SWEEP[term.op].format(self.name(term), outermost(self.text(term.args[0]))))
         self.indent = self.indent[4:]

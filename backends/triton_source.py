@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import keyword
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -18,12 +20,14 @@ from regauge.backends.triton_expressions import (
     literal,
     outermost,
 )
-from regauge.backends.triton_loops import Loop, Tensor
+from regauge.backends.triton_loops import Loop, Loops, Tensor
+from regauge.ir.affine import Affine, index_of
 from regauge.ir.dtypes import dtype_name
-from regauge.ir.extents import Dim
 from regauge.ir.fusion.fused import Rounding as Rounding
-from regauge.ir.fusion.region import Region, Term
+from regauge.ir.fusion.region import Region
+from regauge.ir.fusion.terms import Load, Term
 from regauge.ir.graph import Node, Value
+from regauge.ir.sizes import format_size
 
 HEAD = "import triton\nimport triton.language as tl\n"
 _TAKEN = {
@@ -35,6 +39,7 @@ _TAKEN = {
     "row_ok",
     "col_ok",
     "start",
+    "window",
     "blocks",
     "program",
     "first",
@@ -49,6 +54,7 @@ _TAKEN = {
 }
 _WIDTH = 112
 _INLINE = 80
+_BROKEN: dict[str, Any] = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
 
 
 class Names:
@@ -70,6 +76,13 @@ class Names:
         return found
 
 
+def _is_call(text: str) -> bool:
+    """Whether a line is one call, or names the result of one: all of it behind the first parenthesis is within."""
+    value = text.partition(" = ")[2] if re.match(r"\w+ = ", text) else text
+    body = value[max(value.find("("), 0) :].removesuffix(".to(tl.float32)")
+    return outermost(body) != body
+
+
 class Writer:
     """The text of one kernel in the making.
 
@@ -79,8 +92,8 @@ class Writer:
     def __init__(self, region: Region, rounding: Rounding) -> None:
         self.region, self.rounding = region, rounding
         self.names = Names({f"size_{name}" for name in region.names.values()} | set(region.names.values()))
-        self.reads = [self._tensor(load.value.value, load.value.layout) for load in region.loads]
-        self.writes = [self._tensor(value, region.layouts[value]) for value in region.outputs]
+        self.reads = [self._tensor(load.value) for load in region.loads]
+        self.writes = [self._tensor(Load(value, region.layouts[value])) for value in region.outputs]
         self.of_load = dict(zip(region.loads, self.reads, strict=True))
         self.long: set[Term] = set()
         self.lines: list[str] = []
@@ -104,14 +117,17 @@ class Writer:
                 long.add(term)
         return long
 
-    def _tensor(self, value: Value, layout: Sequence[Sequence[Dim]]) -> Tensor:
-        axes = tuple(tuple(axis) for axis in layout)
-        return Tensor(self.names.unique(value.name), value, axes, frozenset(dim for axis in axes for dim in axis))
+    def _tensor(self, load: Load) -> Tensor:
+        return Tensor(self.names.unique(load.value.name), load.value, load.layout, load.places)
 
     # -- lines -------------------------------------------------------------------------------------------------------
 
     def line(self, text: str) -> None:
-        self.lines.append(self.indent + text)
+        """A line of the body; calls that are too long are broken between their arguments."""
+        within = _WIDTH - len(self.indent)
+        whole = text.replace(" * ", "\0*\0")  # products stay together
+        parts = textwrap.wrap(whole, within, **_BROKEN) if _is_call(text) else [text]
+        self.lines.extend(self.indent + part.replace("\0", " ") for part in parts)
 
     def joint(self, axis: str, loops: Sequence[Loop]) -> str:
         """The name of the index of several loops, or of the only one."""
@@ -131,7 +147,7 @@ class Writer:
             self.line(f"{loops[0].name} = {total}")
 
     def is_line(self, term: Term) -> bool:
-        return term.op in ("load", "result") or term.reduces or term in self.long or self._again(term)
+        return term.op in ("load", "result", "inside") or term.reduces or term in self.long or self._again(term)
 
     def _again(self, term: Term) -> bool:
         return self.uses.get(term, 0) > 1 and bool(term.args)
@@ -140,10 +156,11 @@ class Writer:
         """The name of a term that has a line of its own."""
         if term not in self.known:
             if term.op == "result":
-                written = [tensor.name for tensor in self.writes if tensor.value is term.value]
+                same = self.region.results[term.value] is term  # and not what the node gives at another place
+                written = [tensor.name for tensor in self.writes if tensor.value is term.value and same]
                 self.known[term] = written[0] if written else self.names.unique(term.value.name)
             else:
-                self.known[term] = self.names.unique(term.op if term.reduces else "t")
+                self.known[term] = self.names.unique(term.op if term.reduces or term.op == "inside" else "t")
         return self.known[term]
 
     def text(self, term: Term) -> str:
@@ -162,8 +179,10 @@ class Writer:
             return f"(1.0 * {self.joint_size(loops)})"  # a float: div_rn takes no integers
         if term.op == "result":
             return self._result(term)
-        if term.op == "joined":
-            return self._joined(term)
+        if term.op == "inside":
+            return self._inside(*term.value)
+        if term.op == "logical_and" and all(map(is_truth, term.args)):
+            return "({} & {})".format(*map(self.text, term.args))
         if term.op not in TEXT:  # a reduction over nothing
             return self.text(term.args[0])
         if term.op in FUNCTIONS:
@@ -172,13 +191,23 @@ class Writer:
         texts = [self.text(arg) for arg in term.args]
         return form.format(*([outermost(text) for text in texts] if "{}, {}" in form or "({})" in form else texts))
 
-    def _joined(self, term: Term) -> str:
-        """The argument in whose segment the index lies."""
-        *parts, last = map(self.text, term.args)
-        names = [self.region.names[part] for part in self.region.joints[term.value]]
-        for name, part in reversed(list(zip(names, parts, strict=False))):
-            last = f"tl.where({name}_ok, {outermost(part)}, {outermost(last)})"
-        return last
+    def _inside(self, place: Affine, length: Affine) -> str:
+        """Whether a place is on an axis; it is not below zero where all that it is made of counts upwards."""
+        at = self.place(place)
+        parts = [*place.steps, *place.sizes, (None, place.offset)]
+        above = "" if all(number >= 0 for _, number in parts) else f"({at} >= 0) & "
+        return f"({above}({at} < {self.place(length)}))"
+
+    def place(self, place: Affine) -> str:
+        """A place, as it is computed from the indices of loops; sizes that the kernel is not told are numbers."""
+        names = self.region.names
+        parts = [(names[dim], step) for dim, step in place.steps]
+        parts += [(f"size_{names[dim]}" if dim in names else format_size(dim.size), n) for dim, n in place.sizes]
+        text = " + ".join(name if step == 1 else f"{name} * {step}" for name, step in parts if step > 0)
+        text += "".join(f" - {name}" if step == -1 else f" - {name} * {-step}" for name, step in parts if step < 0)
+        if place.offset or not text:
+            text += f" {'-' if place.offset < 0 else '+'} {abs(place.offset)}" if text else str(place.offset)
+        return text.strip()
 
     def all_loops(self) -> Sequence[Loop]:
         raise NotImplementedError
@@ -195,13 +224,13 @@ class Writer:
             return f"({outermost(text)}).to({TRITON_TYPES[term.value.dtype]}).to(tl.float32)"
         return text
 
-    def statements(self, terms: Iterable[Term], load: Callable[[Tensor], str]) -> None:
+    def statements(self, terms: Iterable[Term], load: Callable[[Term], str]) -> None:
         """A line for each term that has one, in order."""
         for term in terms:
             if not self.is_line(term) or constant(term) is not None:
                 continue
             if term.op == "load":
-                self.line(f"{self.name(term)} = {load(self.of_load[term])}")
+                self.line(f"{self.name(term)} = {load(term)}")
             elif not term.reduces:
                 text = outermost(self.expression(term))
                 if text != self.name(term):
@@ -209,13 +238,19 @@ class Writer:
 
     # -- head --------------------------------------------------------------------------------------------------------
 
-    def arguments(self, loops: Sequence[Loop]) -> list[str]:
-        """Pointers, then sizes of loops, then steps of each tensor along its loops."""
+    def arguments(self, loops: Loops) -> list[str]:
+        """Pointers, then sizes of loops, then where tensors begin, then their steps along their loops."""
         tensors = [*self.reads, *self.writes]
         pointers = [f"{tensor.name}_ptr" for tensor in tensors]
-        sizes = [f"size_{loop.name}" for loop in loops]
-        steps = [f"{tensor.name}_{loop.name}" for tensor in tensors for loop in tensor.loops(loops)]
-        return [*pointers, *sizes, *steps]
+        sizes = [f"size_{loop.name}" for loop in loops.sized]
+        starts = [f"{tensor.name}_start" for tensor in tensors if tensor.shifts]
+        steps = [f"{tensor.name}_{loop.name}" for tensor in tensors for loop in tensor.loops(loops.all)]
+        return [*pointers, *sizes, *starts, *steps]
+
+    def address(self, tensor: Tensor, loops: Loops) -> str:
+        """Where an entry lies."""
+        terms = [f"{loop.name} * {tensor.name}_{loop.name}" for loop in tensor.loops(loops.all)]
+        return " + ".join([f"{tensor.name}_ptr", *[f"{tensor.name}_start"] * tensor.shifts, *terms])
 
     def signature(self, name: str, arguments: Sequence[str], constants: Sequence[str]) -> list[str]:
         lines, current = [], f"def {name}("
@@ -232,23 +267,22 @@ class Writer:
         names = {dim: loop.name for loop in loops for dim in loop.dims[:1]}
 
         def shown(tensor: Tensor) -> str:
-            inside = [names[dim] for axis in tensor.layout for dim in axis if dim in names]
-            return f"{tensor.name}[{', '.join(inside)}] {dtype_name(tensor.value.dtype)}"
+            places = [
+                names.get(dim) if place == index_of(dim) else self.place(place) for dim, place in tensor.places.items()
+            ]
+            return f"{tensor.name}[{', '.join(filter(None, places))}] {dtype_name(tensor.value.dtype)}"
 
         reduced = [loop.name for loop in loops if loop.dims[0] in self.region.reduced]
         lines = [f'    """{name}: {form}', ""]
         lines.append(f"    loops     {', '.join(loop.name for loop in loops) or 'none'}")
-        for joint, parts in self.region.joints.items():
-            joined = " + ".join(self.region.names[part] for part in parts)
-            lines.append(f"    joins     {self.region.names[joint]} = {joined}")
         if reduced:
             lines.append(f"    over      {', '.join(reduced)}")
         lines += [f"    {'reads' if not place else '':9} {shown(t)}" for place, t in enumerate(self.reads)]
         lines += [f"    {'writes' if not place else '':9} {shown(t)}" for place, t in enumerate(self.writes)]
-        lines += [
-            f"    {'computes' if not place else '':9} {self.shown_node(node)}"
-            for place, node in enumerate(self.region.nodes)
+        shown_nodes = [
+            line for node in self.region.nodes for line in textwrap.wrap(self.shown_node(node), _WIDTH - 14, **_BROKEN)
         ]
+        lines += [f"    {'computes' if not place else '':9} {line}" for place, line in enumerate(shown_nodes)]
         inside = "single precision, results rounded once"
         each = "single precision, what each node gives is rounded to its type"
         lines += [f"    rounding  {self.rounding}: {inside if self.rounding == 'fused' else each}", '    """']

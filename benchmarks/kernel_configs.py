@@ -47,7 +47,7 @@ def also(name: str, form: Form, sizes: Sizes, dtype: torch.dtype) -> Sized:
     rows, columns, contracted = sizes
     graph = form_graph(name, dtype, rows, contracted if form == "contraction" else columns)
     region = trace(graph.nodes, [value for value in graph.outputs if isinstance(value, Value)])
-    return triton_kernel(region, name).source(form), {dim: int(dim.size) for dim in region.every_loop}
+    return triton_kernel(region, name).source(form), {dim: int(dim.size) for dim in region.sized}
 
 
 def entries(only: Form | None) -> Iterator[Entry]:

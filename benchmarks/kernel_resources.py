@@ -24,8 +24,8 @@ from regauge.backends.triton_compile import ARCHITECTURES, Compiled, compile_ker
 from regauge.backends.triton_kernel import Source, triton_kernel
 from regauge.backends.triton_loops import count
 from regauge.ir.extents import Dim
-from regauge.ir.fusion.plan import PERSISTENT
 from regauge.ir.fusion.region import trace
+from regauge.ir.fusion.traffic import PERSISTENT
 
 ROWS = COLUMNS = 4096
 FIGURES = ("registers", "spilled", "shared")
@@ -39,7 +39,7 @@ def cases() -> Iterator[tuple[str, Source, dict[Dim, int]]]:
             graph = form_graph(name, torch.bfloat16, ROWS, columns)
             region = trace(graph.nodes, graph.outputs)  # type: ignore[arg-type]
             kernel = triton_kernel(region, name)
-            sizes = {dim: int(dim.size) for dim in region.every_loop}
+            sizes = {dim: int(dim.size) for dim in region.sized}
             for form in kernel.forms:
                 source = kernel.source(form)
                 if form != "rows" or count(source.loops.columns, sizes) <= PERSISTENT:

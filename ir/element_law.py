@@ -1,7 +1,8 @@
 """The law of elements: the expression that a record states for one index, taken over all of them, is what it computes.
 
 Operands are laid along one axis for each Dim of the call, as the axis rule of the record reads them; the expression is
-evaluated on that, and its reductions go over the Dims that the rule ends.
+evaluated on that, and its reductions go over the Dims that the rule ends. What it reads at other places is an operand
+of its own, gathered at these places, along the Dims that they depend on.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regauge.ir.extents import Concat, Dim, Extent, leaves, resolve
+from regauge.ir.atoms import Atoms
+from regauge.ir.extents import ONE, Concat, Dim, Extent, leaves, resolve, size_of
 from regauge.ir.graph import Value
 from regauge.ir.operator import Symmetry
 from regauge.ir.rules import ENDING_ROLES
-from regauge.ir.scalars import element_of, evaluate
+from regauge.ir.scalars import Along, Place, Scalar, element_of, evaluate, movements, operand
 
 if TYPE_CHECKING:
     from regauge.ir.law_cases import Case
@@ -35,16 +37,23 @@ def check_element(case: Case) -> None:
         _check_joined(case)
         return
     of = case.analysis.of
+    elsewhere = _Elsewhere(case)
+    expression = elsewhere.as_operands(expression)
+    atoms = Atoms()
     values = [*(value for _, value in case.node.operands()), case.node.output]
-    dims = list(dict.fromkeys(dim for value in values for extent in of[value] for dim in leaves(extent)))
-    ended = [place for place, dim in enumerate(dims) if case.roles(dim) & ENDING_ROLES]
+    all_axes = [*(of[value] for value in values), *(axes for _, axes in elsewhere.gathered)]
+    dims = list(dict.fromkeys(dim for axes in all_axes for extent in axes for dim in atoms.of(extent)))
+    ends = [extent for role, extent in case.analysis.calls[case.node].roles if role in ENDING_ROLES]
+    over = {dim for extent in [*ends, *elsewhere.ended] for dim in atoms.of(extent)}
+    ended = [place for place, dim in enumerate(dims) if dim in over]
     operands = [
-        laid(tensor, of[value], dims) if isinstance(value, Value) else tensor
+        laid(tensor, of[value], dims, atoms) if isinstance(value, Value) else tensor
         for value, tensor in zip(case.node.inputs, case.operands, strict=False)  # absent ones at the end are dropped
     ]
+    operands += [laid(tensor, axes, dims, atoms) for tensor, axes in elsewhere.gathered]
     found = evaluate(expression, operands, ended, math.prod(int(dims[place].size) for place in ended))
     (expected,) = case.results
-    actual = _gathered(found, of[case.node.output], dims)
+    actual = _gathered(found, of[case.node.output], dims, atoms)
     if actual is None and case.node.operator.symmetry is Symmetry.LAYOUT:
         return
     if actual is None:
@@ -52,6 +61,77 @@ def check_element(case: Case) -> None:
     case.expect_same(
         [actual.reshape(expected.shape).to(expected.dtype)], case.results, "element", "correct its element"
     )
+
+
+class _Elsewhere:
+    """What an expression reads at other places, each as an operand behind those of the call, with its axes.
+
+    ``ended`` are axes that places depend on and the result has not; ``windows`` are Dims of no operand.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.gathered: list[tuple[torch.Tensor, list[Extent]]] = []
+        self.windows: dict[Along, Dim] = {}
+        self.ended: list[Extent] = []
+
+    def as_operands(self, expression: Scalar) -> Scalar:
+        known: dict[Scalar, Scalar] = {}
+        for one in movements(expression):
+            known[one] = operand(len(self.case.node.inputs) + len(self.gathered))
+            self.gathered.append(self._gather(one))
+
+        def replaced(one: Scalar) -> Scalar:
+            if one not in known:
+                known[one] = Scalar(one.op, tuple(map(replaced, one.args)), one.value) if one.args else one
+            return known[one]
+
+        return replaced(expression)
+
+    def _gather(self, moved: Scalar) -> tuple[torch.Tensor, list[Extent]]:
+        slot = moved.args[0].value
+        value, tensor = self.case.node.inputs[slot], self.case.operands[slot]
+        assert isinstance(value, Value)
+        axes: list[Extent] = list(self.case.analysis.of[value])
+        places = sorted(((axis % len(axes), place) for axis, place in moved.value.places), reverse=True)
+        if moved.op == "inside":
+            keeps = {axis for axis, _ in places}
+            tensor = torch.ones([n if axis in keeps else 1 for axis, n in enumerate(tensor.shape)], dtype=torch.bool)
+            axes = [extent if axis in keeps else ONE for axis, extent in enumerate(axes)]
+        for axis, place in places:
+            sources = [self._source(along) for along, _ in place.steps]
+            found = self._places(place, sources, tensor.shape[axis])
+            there = (found >= 0) & (found < tensor.shape[axis])
+            if not moved.value.guarded and moved.op == "moved" and not bool(there.all()):
+                raise self.case.broken("element", "it reads outside of an operand", "say what is there")
+            picked = tensor.index_select(axis, found.clamp(0, tensor.shape[axis] - 1).reshape(-1))
+            tensor = picked.reshape([*tensor.shape[:axis], *found.shape, *tensor.shape[axis + 1 :]])
+            if moved.op == "inside":
+                tensor = tensor & there.reshape([*there.shape, *(1 for _ in axes[axis + 1 :])])
+            axes[axis : axis + 1] = sources
+        return tensor, axes
+
+    def _source(self, along: Along) -> Extent:
+        """The extent of the index that a place depends on."""
+        if along.window is not None:
+            dim = self.windows.setdefault(along, Dim(along.window))
+            self.ended.append(dim)
+            return dim
+        result = self.case.analysis.of[self.case.node.output]
+        if along.slot is None:
+            return result[along.axis]
+        value = self.case.node.inputs[along.slot]
+        assert isinstance(value, Value)
+        self.ended.append(self.case.analysis.of[value][along.axis])
+        return self.ended[-1]
+
+    @staticmethod
+    def _places(place: Place, sources: Sequence[Extent], length: int) -> torch.Tensor:
+        """The places for all indices that they depend on, an axis for each of ``sources``."""
+        found = torch.tensor(place.offset + place.lengths * length)
+        for (_, step), extent in zip(place.steps, sources, strict=True):
+            found = found.unsqueeze(-1) + step * torch.arange(int(size_of(extent)))
+        return found
 
 
 def _check_joined(case: Case) -> None:
@@ -65,19 +145,19 @@ def _check_joined(case: Case) -> None:
     raise case.broken("element", "no axis is that of the operands end to end", "correct the rule")
 
 
-def laid(tensor: torch.Tensor, axes: Sequence[Extent], dims: Sequence[Dim]) -> torch.Tensor:
+def laid(tensor: torch.Tensor, axes: Sequence[Extent], dims: Sequence[Dim], atoms: Atoms) -> torch.Tensor:
     """A tensor with an axis for each of ``dims``: of size 1 where it lacks the Dim."""
-    own = [dim for extent in axes for dim in leaves(extent)]
+    own = [dim for extent in axes for dim in atoms.of(extent)]
     split = tensor.reshape([int(dim.size) for dim in own])
     order = sorted(range(len(own)), key=lambda place: dims.index(own[place]))
     return split.permute(order).reshape([int(dim.size) if dim in own else 1 for dim in dims])
 
 
-def _gathered(found: Any, axes: Sequence[Extent], dims: Sequence[Dim]) -> torch.Tensor | None:
+def _gathered(found: Any, axes: Sequence[Extent], dims: Sequence[Dim], atoms: Atoms) -> torch.Tensor | None:
     """What was laid along ``dims`` with its axes in the order of a result; None where it has others."""
     found = torch.as_tensor(found)
     found = found.reshape((1,) * (len(dims) - found.dim()) + tuple(found.shape))
-    own = [dim for extent in axes for dim in leaves(extent)]
+    own = [dim for extent in axes for dim in atoms.of(extent)]
     if any(size > 1 and dim not in own for dim, size in zip(dims, found.shape, strict=True)):
         return None
     full: torch.Tensor = found.expand([int(dim.size) if dim in own else 1 for dim in dims])

@@ -38,6 +38,8 @@ class Scalar:
     ``count``    how many indices the ended axes have
     ``epsilon``  what a norm takes for an ``eps`` of None, by the type of the result
     ``joined``   of the arguments the one in whose segment of the result the index lies
+    ``moved``    the operand at other places of some axes: ``value`` is a :class:`Moved`
+    ``inside``   whether the places of the :class:`Moved` ``value`` are on the axes of the operand
     """
 
     op: str
@@ -109,6 +111,63 @@ def count() -> Scalar:
 def epsilon() -> Scalar:
     """What a norm takes for an ``eps`` of None, by the type of the result."""
     return Scalar("epsilon")
+
+
+@dataclass(frozen=True, slots=True)
+class Along:
+    """An index that a place depends on: that of an axis of operand ``slot``, or of the result where that is None; of
+    no tensor where there is a ``window``, which says how many indices it has. ``axis`` may count from the end."""
+
+    axis: int
+    slot: int | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place on an axis: indices times steps, ``lengths`` times how many indices the axis has, and ``offset``."""
+
+    steps: tuple[tuple[Along, int], ...] = ()
+    offset: int = 0
+    lengths: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Places on axes of an operand; ``guarded`` where they may lie outside, and are not read there."""
+
+    places: tuple[tuple[int, Place], ...]
+    guarded: bool = False
+
+
+def along(axis: int, step: int = 1, offset: int = 0) -> Place:
+    """As far along an axis as the result, ``step`` by step."""
+    return Place(((Along(axis), step),), offset)
+
+
+def moved(x: Scalar, places: Mapping[int, Place], fill: Number | None = None) -> Scalar:
+    """An operand at other places of some of its axes; outside of it there is ``fill``, None where no place is there."""
+    where_ = tuple(places.items())
+    if fill is None:
+        return Scalar("moved", (x,), Moved(where_))
+    return where(inside(x, places), Scalar("moved", (x,), Moved(where_, guarded=True)), fill)
+
+
+def inside(x: Scalar, places: Mapping[int, Place]) -> Scalar:
+    """Whether places are on the axes of an operand."""
+    return Scalar("inside", (x,), Moved(tuple(places.items())))
+
+
+def movements(expression: Scalar) -> list[Scalar]:
+    """What an expression reads elsewhere, or asks whether it is there: its ``moved`` and ``inside``."""
+    seen: dict[Scalar, None] = {}
+    stack = [expression]
+    while stack:
+        one = stack.pop()
+        if one not in seen:
+            seen[one] = None
+            stack.extend(one.args)
+    return [one for one in seen if one.op in ("moved", "inside")]
 
 
 def joined(*args: Operand) -> Scalar:

@@ -130,6 +130,60 @@ def joined(f: Form, rows: Any, columns: int) -> Any:
     return b.mul(b.concat(*parts, dim=1), f.w(10, 1))
 
 
+def rotary_inside(f: Form, rows: Any, columns: int) -> Any:
+    """Halves are cut out of what the kernel computes, and laid end to end the other way round."""
+    b, x = f.build, f.build.mul(f.x(2, rows, 2 * columns), f.w(2 * columns))
+    low = b.slice(x, dim=2, start=0, end=columns)
+    high = b.slice(x, dim=2, start=columns, end=2 * columns)
+    turned = b.concat(b.neg(high), low, dim=2)
+    return b.add(b.mul(x, f.w(rows, 2 * columns)), b.mul(turned, f.w(rows, 2 * columns)))
+
+
+def shifted(f: Form, rows: Any, columns: int) -> Any:
+    """Differences of neighbours, padded, each with the one that it faces; every other entry, and one row."""
+    b, x = f.build, f.build.tanh(f.x(3, 5, 2 * columns))
+    later, earlier = (b.slice(x, dim=2, start=s, end=s + 2 * columns - 1) for s in (1, 0))
+    padded = b.pad(b.sub(later, earlier), pads=((0, 0), (0, 0), (1, 0)), value=0.5)
+    faced = b.add(padded, b.flip(b.silu(padded), dims=(1, 2)))
+    entry = b.unsqueeze(b.select(b.neg(faced), dim=2, index=3), dim=2)
+    return b.mul(b.slice(faced, dim=2, start=1, end=2 * columns, step=2), entry)
+
+
+def depthwise(f: Form, rows: Any, columns: int) -> Any:
+    """Padding on one side, a window for each channel, bias and activation."""
+    b = f.build
+    x = b.pad(f.x(2, 6, 7, columns), pads=((0, 0), (0, 0), (0, 1), (2, 0)))
+    y = b.conv(x, f.w(6, 1, 3, 3), f.w(6), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=6)
+    return b.hardswish(y)
+
+
+def pooled(f: Form, rows: Any, columns: int) -> Any:
+    """The greatest of each window, of what is computed before."""
+    b = f.build
+    x = b.mul(f.x(2, 3, 9, columns), f.w(3, 1, 1))
+    return b.relu(b.max_pool(x, kernel_size=(3, 2), stride=(2, 2), padding=(1, 1), dilation=(1, 1), ceil_mode=True))
+
+
+def averaged(f: Form, rows: Any, columns: int) -> Any:
+    """Means of windows, of those entries that are there."""
+    options = {"kernel_size": (3,), "stride": (2,), "padding": (1,), "count_include_pad": False}
+    return f.build.add(f.build.avg_pool(f.x(2, 3, columns), **options), f.w(3, 1))
+
+
+def squeezed(f: Form, rows: Any, columns: int) -> Any:
+    """A mean over all of each channel, and a gate of it."""
+    b, x = f.build, f.x(2, 3, 5, columns)
+    return b.mul(x, b.sigmoid(b.adaptive_avg_pool(x, output_size=(1, 1))))
+
+
+def convolved(f: Form, rows: Any, columns: int) -> Any:
+    """A convolution with groups as a product over windows, batch norm and activation behind it."""
+    b = f.build
+    y = b.conv(f.x(2, 6, 6, 7), f.w(10, 3, 3, 2), None, stride=(2, 1), padding=(1, 1), dilation=(1, 1), groups=2)
+    variance = b.parameter("var", torch.rand(10, generator=f.generator).to(f.dtype) + 0.5, "buffer")
+    return b.relu(b.batch_norm(y, f.w(10), f.w(10), f.w(10), variance, eps=1e-3))
+
+
 def dense_gelu_residual(f: Form, rows: Any, columns: int) -> Any:
     """Bias, activation and residual behind the product."""
     y = f.build.gelu(f.build.linear(f.x(rows, 48), f.w(columns, 48), f.w(columns)))
@@ -164,10 +218,10 @@ def with_itself(f: Form, rows: Any, columns: int) -> Any:
 FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
-        swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax, layer_norm,
-        gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned,
-        number, rotary, joined, dense_gelu_residual, dense_in_heads, gated_product, scores,
-        with_itself,
+        swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax,
+        layer_norm, gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned, number,
+        rotary, joined, rotary_inside, shifted, depthwise, pooled, averaged, squeezed, convolved, dense_gelu_residual,
+        dense_in_heads, gated_product, scores, with_itself,
     )
 }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Random graphs that are one region: pointwise steps with broadcasting, and reductions over the last axis."""
+"""Random graphs that are one region: pointwise steps with broadcasting, at other places of axes, reductions over the
+last axis, products, and windows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ def regions(draw: Callable[[Any], Any]) -> Graph:
     graph = Graph("random")
     build = Builder(graph)
     exact = draw(st.booleans())
+    moves = draw(st.booleans())
     reduces = not exact and len(shape) > 1 and draw(st.booleans())
     values = [build.input("x0", shape, dtype)]
     for number in range(draw(st.integers(1, 3))):
@@ -37,8 +39,9 @@ def regions(draw: Callable[[Any], Any]) -> Graph:
     def pick() -> Value:
         return draw(st.sampled_from(values))
 
+    kinds = ("unary", "binary", "number", "choice", *(("reduce", "row") if reduces else ()), *(("moved",) * moves))
     for _ in range(draw(st.integers(2, 7))):
-        kind = draw(st.sampled_from(("unary", "binary", "number", "choice", *(("reduce", "row") if reduces else ()))))
+        kind = draw(st.sampled_from(kinds))
         full = [value for value in values if value.shape == shape]
         if kind == "unary":
             values.append(build(draw(st.sampled_from(EXACT_UNARY if exact else UNARY)), pick()))
@@ -53,12 +56,70 @@ def regions(draw: Callable[[Any], Any]) -> Graph:
             values.append(build(op, draw(st.sampled_from(full)), dims=(len(shape) - 1,), keepdim=True))
         elif kind == "row":
             values.append(_row(build, draw(st.sampled_from(ROWS)), draw(st.sampled_from(full)), shape))
+        elif kind == "moved":
+            values.append(_moved(draw, build, draw(st.sampled_from(full))))
     last = values[-1] if values[-1].producer is not None else build.relu(values[0])
     last = last if last.shape == shape else build.add(last, values[0])
     others = [value for value in values if value.producer is not None and value.shape == shape and value is not last]
     graph.outputs = [last, *(others[:1] if others and draw(st.booleans()) else ())]
     remove_dead(graph)
     assume(fault(trace(graph.nodes, graph.outputs)) is None)  # two results may have nothing to do with each other
+    return graph
+
+
+def _moved(draw: Callable[[Any], Any], build: Builder, x: Value) -> Value:
+    """The value at other places of an axis: its parts the other way round, shifted, backwards, or taken apart."""
+    axis = draw(st.integers(0, x.rank - 1))
+    size = int(x.shape[axis])
+    way = draw(st.sampled_from(("flip", "split", *(("turn", "shift", "steps") if size > 1 else ()))))
+    place = draw(st.integers(1, size - 1)) if size > 1 else 0
+    if way == "flip":
+        return build.flip(x, dims=(axis,))
+    if way == "split":
+        shape = (*x.shape[:axis], size, 1, *x.shape[axis + 1 :])
+        return build.reshape(build.neg(build.reshape(x, shape=shape)), shape=x.shape)
+    if way == "shift":
+        pads = [(0, 0)] * x.rank
+        pads[axis] = (place, 0)
+        cut = build.slice(x, dim=axis, start=0, end=size - place)
+        return build.pad(cut, pads=tuple(pads), value=draw(st.sampled_from((0, 1.5))))
+    low, high = (build.slice(x, dim=axis, start=a, end=b) for a, b in ((0, place), (place, size)))
+    if way == "turn":
+        return build.concat(build.neg(high), low, dim=axis)
+    pads = [(0, 0)] * x.rank
+    pads[axis] = (0, size - -(-size // 2))
+    return build.pad(build.slice(x, dim=axis, start=0, end=size, step=2), pads=tuple(pads), value=0)
+
+
+@st.composite
+def windows(draw: Callable[[Any], Any]) -> Graph:
+    """A graph that is one region around windows: a pool or a convolution, and pointwise steps."""
+    dtype = draw(st.sampled_from(DTYPES))
+    channels, size = draw(st.sampled_from((1, 2, 6))), (draw(st.sampled_from((3, 8))), draw(st.sampled_from((5, 21))))
+    graph = Graph("random")
+    build = Builder(graph)
+    x = build.input("x", (2, channels, *size), dtype)
+    if draw(st.booleans()):
+        x = build.mul(build(draw(st.sampled_from(UNARY)), x), build.input("scale", (channels, 1, 1), dtype))
+    if draw(st.booleans()):
+        x = build.pad(x, pads=((0, 0), (0, 0), (0, 1), (1, 0)), value=draw(st.sampled_from((0, -1.0))))
+    kernel = (draw(st.integers(1, 3)), draw(st.integers(1, 4)))
+    stride = (draw(st.integers(1, 2)), draw(st.integers(1, 3)))
+    options = {"stride": stride, "padding": tuple(draw(st.integers(0, n // 2)) for n in kernel)}
+    way = draw(st.sampled_from(("max", "mean", "each", "all")))
+    if way == "max":
+        y = build.max_pool(x, kernel_size=kernel, ceil_mode=draw(st.booleans()), **options)
+    elif way == "mean":
+        y = build.avg_pool(x, kernel_size=kernel, count_include_pad=draw(st.booleans()), **options)
+    else:
+        groups = channels if way == "each" else 1
+        weight = build.input("w", (channels * 2, channels // groups, *kernel), dtype)
+        dilation = (1, draw(st.integers(1, 2))) if kernel[1] < 3 else (1, 1)
+        bias = build.input("b", (channels * 2,), dtype) if draw(st.booleans()) else None
+        y = build.conv(x, weight, bias, groups=groups, dilation=dilation, **options)
+    y = build(draw(st.sampled_from(UNARY)), y) if draw(st.booleans()) else y
+    graph.outputs = [build.add(y, build.input("r", y.shape[-1:], dtype)) if draw(st.booleans()) else y]
+    assume(fault(trace(graph.nodes, graph.outputs)) is None)
     return graph
 
 

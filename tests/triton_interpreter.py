@@ -2,7 +2,8 @@
 
 It cuts float32 off where hardware rounds to the nearest, takes integers for bits, and multiplies bits in ``tl.dot``
 (triton issues 11584 and 11585, closed as not supported). What it reduces with a function of the kernel's own it takes
-entry by entry, which is slow: here whole slices. Used in a process of its own, with TRITON_INTERPRET=1.
+entry by entry, which is slow: here whole slices. Triton 3.6 takes an array of one entry for a number, which numpy has
+since given up. Used in a process of its own, with TRITON_INTERPRET=1.
 """
 
 from typing import Any
@@ -53,6 +54,13 @@ def repair() -> None:
             found = self.combine_fn.fn(found, one)
         return [found]
 
+    patch = interpreter._patch_lang_tensor
+
+    def repaired_patch(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(np.squeeze(self.handle.data)))
+
+    interpreter._patch_lang_tensor = repaired_patch
     interpreter.ReduceOps.generic_reduce = sliced_reduce
     builder.cast_impl, builder.create_dot = repaired_cast, repaired_dot
     builder.create_fp_to_fp = lambda self, source, target, rounding: repaired_cast(self, source, target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from regauge.ir.fusion.region import Region, Term, below_results
-from regauge.ir.sizes import is_static
+from regauge.ir.sizes import is_static, symbols_in
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Types that kernels compute with: in single precision inside."""
@@ -18,8 +18,6 @@ def fault(region: Region) -> str | None:
     """Why the region is no kernel; None where it is one."""
     if len(region.nodes) > MOST_NODES:
         return f"a region has {MOST_NODES} nodes at most"
-    if region.joints and region.reductions:
-        return "it would join segments beside a reduction"
     return (
         _wrong_type(region)
         or _unread_loop(region)
@@ -39,12 +37,14 @@ def _wrong_type(region: Region) -> str | None:
 
 def _unread_loop(region: Region) -> str | None:
     """A loop that nothing read has: of an axis that a node expands."""
-    read = {dim for load in region.loads for axis in load.value.layout for dim in axis}
-    read.update(joint for joint, parts in region.joints.items() if read.issuperset(parts))
-    if not region.reduced <= read:
+    if not region.reduced <= {dim for load in region.loads for dim in load.axes}:
         return "it would reduce an axis that is only broadcast"
-    if any(not is_static(dim.size) and dim not in read for dim in region.loops):
-        return "the size of an axis of its results is that of nothing it reads"
+    known = {dim for load in region.loads for dim in load.value.places}
+    known.update(dim for dim, length in region.lengths.items() if known.issuperset(dict(length.sizes)))
+    symbols = {size for load in region.loads for size in load.value.value.shape if not is_static(size)}
+    for dim in [*region.loops, *region.measured]:
+        if dim not in known and not symbols_in(dim.size) <= symbols:
+            return "the size of an axis of its results is that of nothing it reads"
     return None
 
 

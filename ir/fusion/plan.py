@@ -12,18 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
+from itertools import pairwise
 
 from regauge.ir.cost import item_size, node_macs, smallest_sizes
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.legality import computed_factors, fault
 from regauge.ir.fusion.region import Region, is_view, no_element, trace
+from regauge.ir.fusion.traffic import bytes_moved
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.roofline import DEVICES, VIEWS, Device
 from regauge.ir.scalars import element_of
 from regauge.ir.sizes import product
-
-PERSISTENT = 16384
-"""Indices of a row that one program holds; longer rows are read again for each reduction, and for what comes behind."""
 
 TILE = 128
 """Columns of a contraction that one program computes: what stands before it is computed for each of them again."""
@@ -40,7 +39,10 @@ FARTHEST = 512
 
 @dataclass(frozen=True)
 class Refusal:
-    """Two regions that stayed apart: why, the value between them, and the bytes that one kernel would have saved."""
+    """Two regions that stayed apart: why, the value between them, and the bytes that one kernel would have saved.
+
+    Of regions beside one another it is a value that both read; ``reader`` is of the second one.
+    """
 
     reason: str
     bytes: int
@@ -155,7 +157,7 @@ class _Planner:
         group.why = library or fault(region) or ""
         if not group.why:
             group.region = region
-            self._cost(group, self._moved(region))
+            self._cost(group, bytes_moved(region, self.value_bytes, self.bound))
 
     def _trimmed(self, nodes: list[Node]) -> list[Node]:
         """Without views at the ends: torch hands on in another layout for nothing."""
@@ -172,17 +174,6 @@ class _Planner:
             if len(rest) == len(kept):
                 return kept
             kept = rest
-
-    def _moved(self, region: Region) -> float:
-        """Bytes that a kernel of the region reads and writes."""
-        columns = product(self.bound(dim.size) for dim in region.reduced)
-        reads = dict.fromkeys(load.value.value for load in region.loads)
-        times = dict.fromkeys(reads, 1)
-        if not region.contractions and int(columns) > PERSISTENT:
-            again = 1 + max(region.stages.values())
-            times.update({load.value.value: again for load in region.loads if load.axes & region.reduced})
-        written = sum(map(self.value_bytes, region.outputs))
-        return written + sum(times[value] * self.value_bytes(value) for value in reads)
 
     def _cost(self, group: _Group, moved: float) -> None:
         """A node by itself is computed as its runtime likes; a program of a kernel that reduces rows has whole rows."""
@@ -233,6 +224,7 @@ class _Planner:
         self._join_beside()
         groups = self._in_order()
         apart = [r for r in refused if self.group[r.value.producer] is not self.group[r.reader]]  # type: ignore[index]
+        apart += self._apart_beside()
         apart.sort(key=lambda refusal: -refusal.bytes)
         steps = [step for group in groups for step in _steps(group)]
         after = sum(group.bytes for group in groups)
@@ -275,24 +267,59 @@ class _Planner:
             near[:] = [other for other in near if group.first - other.last <= NEAR]
             for place, other in enumerate(near):
                 union = self._beside(other, group)
-                if union is not None:
+                if isinstance(union, _Group):
                     self._become_one(union)
                     near[place] = union
                     break
             else:
                 near.append(group)
 
-    def _beside(self, first: _Group, second: _Group) -> _Group | None:
-        """Both as one group; None where they cannot be, or would not gain."""
+    def _beside(self, first: _Group, second: _Group) -> _Group | str:
+        """Both as one group, or why they cannot be, or would not gain."""
         nodes = self._without_views_first(first.nodes + second.nodes)
         results = [*(first.beside or (_whole(first),)), *(second.beside or (_whole(second),))]
         beside = tuple(value for value in results if value is not None)
         union = _Group(nodes, self.place[nodes[0]], self.place[nodes[-1]], beside)
-        if self._connected(first, second) or self._comes_back(union):
-            return None
+        reason = "one reads the other" if self._connected(first, second) else self._comes_back(union)
+        if reason:
+            return reason
         self._become_region(union)
-        gains = union.region is not None and union.seconds < SHORTER * (first.seconds + second.seconds)
-        return union if gains else None
+        if union.region is None:
+            return union.why
+        gains = union.seconds < SHORTER * (first.seconds + second.seconds)
+        return union if gains else f"it would take more than {SHORTER:.0%} of the time"
+
+    def _apart_beside(self) -> list[Refusal]:
+        """What neighbours that read the same values, but not each other, go on to read twice."""
+        found: dict[tuple[_Group, _Group], tuple[Value, Node, float]] = {}
+        for value in [*self.graph.inputs, *(value for node in self.graph.nodes for value in node.outputs)]:
+            readers = {self.group[user]: user for user in reversed(value.consumers()) if user in self.group}
+            groups = sorted((group for group in readers if group.region and group.bytes), key=lambda group: group.first)
+            for first, second in pairwise(groups):
+                *_, known = found.get((first, second), (0.0,))
+                found[first, second] = (value, readers[second], known + self.value_bytes(value))
+        refusals = []
+        for (first, second), (value, reader, saved) in found.items():
+            reason = self._why_beside(first, second)
+            if reason and saved:
+                refusals.append(Refusal(f"with what else reads it: {reason}", int(saved), value, reader))
+        return refusals
+
+    def _why_beside(self, first: _Group, second: _Group) -> str:
+        """Why regions are not one beside one another; nothing where a refusal says it that is between them."""
+        if self._connected(first, second):
+            return ""
+        assert first.region is not None and second.region is not None
+        kinds = {first.region.kind, second.region.kind}
+        if kinds == {"contraction"}:
+            return "it would have two contractions"
+        one, other = _whole(first), _whole(second)
+        if len(kinds) > 1 or one is None or other is None or one.shape != other.shape:
+            return "they have other loops"
+        if second.first - first.last > NEAR:
+            return f"more than {NEAR} nodes lie between them"
+        union = self._beside(first, second)
+        return union if isinstance(union, str) else ""
 
     def _connected(self, first: _Group, second: _Group) -> bool:
         """Whether one reads the other: then that they are one was refused."""

@@ -1,79 +1,53 @@
 """One region: nodes that one kernel may compute, as scalar expressions over loops.
 
 A loop is an atom of an axis: the Dims that the axis rules of the nodes, applied to each other with nothing else known,
-leave apart. So a reshape that splits an axis, a permutation and a broadcast are only other ways to read the same loops,
-and what kind of kernel a region is (pointwise, a row reduction, a contraction) is read off its terms, never declared.
+leave apart. So a reshape that splits an axis, a permutation and a broadcast are only other ways to read the same loops.
+What stands behind a slice, a pad, a concatenation or a window is the expression before it at other places of its loops:
+in the end tensors from outside are read there, and each has its index as an affine function of the loops. What kind of
+kernel a region is (pointwise, a row reduction, a contraction) is read off its terms, never declared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
+from regauge.ir.affine import Affine, index_of, length_of
+from regauge.ir.atoms import Atoms
 from regauge.ir.axes import apply_rule
 from regauge.ir.dtypes import epsilon_of
 from regauge.ir.errors import AxisError, FusionError
-from regauge.ir.extents import Concat, Dim, Extent, Product, fresh, resolve, size_of
+from regauge.ir.extents import Concat, Dim, fresh, leaves, resolve, size_of
+from regauge.ir.fusion.terms import Layout, Load, Mover, Term, below_results
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Operator
 from regauge.ir.rules import ENDING_ROLES, Axes, Call
-from regauge.ir.scalars import REDUCTIONS, Scalar, element_of
+from regauge.ir.scalars import REDUCTIONS, Along, Place, Scalar, element_of, movements
+from regauge.ir.sizes import is_static
 from regauge.ir.unify import unify
 
+__all__ = ["Kind", "Layout", "Load", "Region", "Term", "below_results", "is_view", "no_element", "trace"]
+
 Kind: TypeAlias = Literal["pointwise", "row reduction", "contraction"]
-Layout: TypeAlias = tuple[tuple[Dim, ...], ...]
-"""For each axis of a tensor the loops that it is made of, the slowest first; none for an axis of size 1."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Term:
-    """A number for each index of its loops ``axes``.
-
-    ``op`` is a primitive or a reduction of :mod:`regauge.ir.scalars`, with ``args``, or one of
-
-    ``number``  ``value`` is the number
-    ``count``   how many indices the loops ``over`` have together
-    ``load``    what a tensor from outside the region holds; ``value`` is a :class:`Load`
-    ``result``  what a node gives: its argument, as a number of the type of ``value``, a graph Value
-    ``joined``  of its arguments the one in whose segment of the loop ``value`` the index lies
-    """
-
-    op: str
-    args: tuple[Term, ...] = ()
-    axes: frozenset[Dim] = frozenset()
-    value: Any = None
-    over: frozenset[Dim] = frozenset()
-
-    @property
-    def reduces(self) -> bool:
-        return self.op in REDUCTIONS and bool(self.over)
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A tensor from outside that the region reads, and the loops of its axes."""
-
-    value: Value
-    layout: Layout
 
 
 @dataclass(eq=False, repr=False)
 class Region:
     """Nodes in topological order, traced: what each computes, over which loops.
 
-    ``returned`` are results that the graph returns, or carries into the next run. ``joints`` are loops that go through
-    segments laid end to end, each with the loops of these, which are known where the joint one is.
+    ``returned`` are results that the graph returns, or carries into the next run. ``lengths`` says of loops that go
+    through segments, laid end to end, how many indices they have; ``loaded`` are reads, of which some may be needless.
     """
 
     nodes: tuple[Node, ...]
     returned: frozenset[Value] = frozenset()
     results: dict[Value, Term] = field(default_factory=dict)
     layouts: dict[Value, Layout] = field(default_factory=dict)
-    loads: list[Term] = field(default_factory=list)
-    joints: dict[Dim, tuple[Dim, ...]] = field(default_factory=dict)
+    loaded: Sequence[Term] = ()
+    lengths: dict[Dim, Affine] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Region {self.kind}: {' '.join(node.op for node in self.nodes)}>"
@@ -109,6 +83,12 @@ class Region:
         return list(seen)
 
     @cached_property
+    def loads(self) -> list[Term]:
+        """What is read, in the order in which nodes read it."""
+        needed = set(self.terms)
+        return [load for load in self.loaded if load in needed]
+
+    @cached_property
     def reductions(self) -> list[Term]:
         return [term for term in self.terms if term.reduces]
 
@@ -124,29 +104,48 @@ class Region:
     @cached_property
     def loops(self) -> list[Dim]:
         """All loops: those of the first output in its order, then others as loads have them."""
-        layouts = [*(self.layouts[value] for value in self.outputs), *(load.value.layout for load in self.loads)]
-        joint_of = {part: joint for joint, parts in self.joints.items() for part in parts}
-        return list(dict.fromkeys(joint_of.get(dim, dim) for layout in layouts for axis in layout for dim in axis))
+        layouts = [dim for value in self.outputs for axis in self.layouts[value] for dim in axis]
+        return list(dict.fromkeys([*layouts, *(dim for load in self.loads for dim in load.value.loops)]))
+
+    @cached_property
+    def measured(self) -> list[Dim]:
+        """Dims that are no loops, but how many indices they have says where something is inside."""
+        pairs = [term.value for term in self.terms if term.op == "inside"]
+        dims = [dim for pair in pairs for place in pair for dim, _ in place.sizes]
+        return [dim for dim in dict.fromkeys(dims) if dim not in self.loops]
 
     @property
-    def every_loop(self) -> list[Dim]:
-        """The loops, and those of their segments."""
-        return [*self.loops, *(part for parts in self.joints.values() for part in parts)]
+    def sized(self) -> list[Dim]:
+        """All Dims whose sizes a launch asks for: loops, those that are measured, and the axes of what is read."""
+        read = [dim for load in self.loads for dim in load.value.places]
+        return list(dict.fromkeys([*self.loops, *self.measured, *read]))
+
+    @cached_property
+    def shifted(self) -> frozenset[Dim]:
+        """Loops that places are computed of."""
+        places = [place for load in self.loads for _, place in load.value.moved]
+        places += [term.value[0] for term in self.terms if term.op == "inside"]
+        return frozenset(dim for place in places for dim in place.dims)
+
+    @cached_property
+    def has_windows(self) -> bool:
+        """Whether what is reduced are windows, of which results have no loop."""
+        kept = frozenset(dim for value in self.outputs for dim in self.dims(value))
+        return self.kind == "row reduction" and bool(self.reduced & self.shifted) and self.reduced.isdisjoint(kept)
 
     @cached_property
     def names(self) -> dict[Dim, str]:
-        """Names of the loops: ``i0`` and on, ``r0`` for what is reduced; ``i0_0`` is the first segment of ``i0``.
+        """Names of the loops: ``i0`` and on, ``r0`` for what is reduced; ``s0`` and on for Dims that are measured.
 
         Of contractions: ``b0`` where both factors have them, ``m0`` of the left one, ``n0`` of the right one, and
         ``k0`` for what is contracted.
         """
         names: dict[Dim, str] = {}
         counts: dict[str, int] = {}
-        for dim in self.loops:
-            letter = self._letter(dim)
+        letters = {dim: self._letter(dim) for dim in self.loops} | dict.fromkeys(self.measured, "s")
+        for dim, letter in letters.items():
             counts[letter] = counts.get(letter, -1) + 1
             names[dim] = f"{letter}{counts[letter]}"
-            names.update({part: f"{names[dim]}_{i}" for i, part in enumerate(self.joints.get(dim, ()))})
         return names
 
     def _letter(self, dim: Dim) -> str:
@@ -180,15 +179,12 @@ def _contracts(term: Term) -> bool:
     return all(arg.axes & term.over for arg in product.args) and bool(left - right) and bool(right - left)
 
 
-def below_results(term: Term) -> Term:
-    while term.op == "result":
-        (term,) = term.args
-    return term
-
-
 def is_view(node: Node) -> bool:
     """Whether a node only reads its operand in another layout: in torch it moves no data."""
     element = element_of(node)
+    if element is not None and element.op == "moved" and not element.value.guarded:
+        steps = [step for _, place in element.value.places for _, step in place.steps]
+        element = element.args[0] if all(step > 0 for step in steps) else element
     if element is None or element.op != "operand":
         return False
     source = node.inputs[element.value]
@@ -230,8 +226,9 @@ class _Tracer:
             self._apply(node)
         for first, second in pairwise(beside):
             self._lay_beside(first, second)
-        self.traced = Region(self.nodes, returned)
-        self.loaded: dict[Any, Term] = {}
+        self.atoms, self.mover = Atoms(), Mover()
+        self.windows: dict[tuple[Node, Along], Dim] = {}
+        self.traced = Region(self.nodes, returned, loaded=self.mover.loads)
 
     def _key(self, node: Node, slot: int) -> Any:
         value = node.inputs[slot]
@@ -251,11 +248,37 @@ class _Tracer:
             if key not in self.axes:
                 self.axes[key] = [fresh(size) for size in operand.shape]
             given.append(self.axes[key])
+        given, apart = self._apart(node, given)
         call = self.calls[node] = Call(node, given)
         try:
-            (self.axes[node.output],) = apply_rule(node.operator, call)
+            (found,) = apply_rule(node.operator, call)
         except (AxisError, ValueError) as error:
             raise FusionError(f"the axis rule of {node.op} does not fit") from error
+        hidden = {dim for extent in apart for dim in leaves(extent)}
+        self.axes[node.output] = [
+            fresh(size) if isinstance(resolve(extent), Concat) or not hidden.isdisjoint(leaves(extent)) else extent
+            for extent, size in zip(found, node.output.shape, strict=True)
+        ]
+
+    def _apart(self, node: Node, given: list[Axes | None]) -> tuple[list[Axes | None], Axes]:
+        """The axes of operands, with others in place of those that are read elsewhere, and these others.
+
+        What a slice is cut out of, what is padded or laid end to end keeps its own loop, and the result has another: a
+        place, not the rule, says how they belong together.
+        """
+        element = element_of(node)
+        read = [] if element is None else movements(element)
+        axes = {(one.args[0].value, axis) for one in read for axis, _ in one.value.places}
+        if element is not None and element.op == "joined" and len(element.args) > 1:
+            axes = {(arg.value, node.attributes["dim"]) for arg in element.args}
+        given = [None if own is None else list(own) for own in given]
+        apart: Axes = []
+        for slot, axis in axes:
+            own = given[slot]
+            assert own is not None
+            own[axis] = fresh(size_of(own[axis]))
+            apart.append(own[axis])
+        return given, apart
 
     def _lay_beside(self, first: Value, second: Value) -> None:
         try:
@@ -275,54 +298,91 @@ class _Tracer:
             raise FusionError(no_element(node.operator))
         region, value = self.traced, node.output
         layout = region.layouts[value] = self._layout(value, value.name)
-        ends = [extent for role, extent in self.calls[node].roles if role in ENDING_ROLES]
-        ended = [dim for extent in ends for dim in self._atoms(extent, value.name)]
-        term = self._term(element, node, frozenset(ended), {})
+        ends = [dim for role, e in self.calls[node].roles if role in ENDING_ROLES for dim in self.atoms.of(e)]
+        ends += [dim for one in movements(element) for dim in self._inner(one, node)]
+        term = self._term(element, node, frozenset(ends), {})
         if not term.axes <= {dim for axis in layout for dim in axis}:
             raise FusionError(f"{node.op} moves indices across axes")
         region.results[value] = Term("result", (term,), term.axes, value)
 
-    def _joined(self, node: Node, args: tuple[Term, ...]) -> Term:
-        """What is laid end to end along the axis that the node names, of one loop for each argument."""
-        (joint,) = self.traced.layouts[node.output][node.attributes["dim"]] or (None,)
-        if len(args) == 1:
-            return args[0]
-        parts = self.traced.joints.get(joint, ()) if joint is not None else ()
-        if len(parts) != len(args) or any(part not in arg.axes for part, arg in zip(parts, args, strict=True)):
-            raise FusionError(f"an axis of {node.output.name} has segments, laid end to end")
-        axes = frozenset(dim for arg in args for dim in arg.axes).difference(parts)
-        return Term("joined", args, axes | {joint}, joint)
-
     def _layout(self, key: Any, name: str) -> Layout:
-        layout = tuple(tuple(self._atoms(extent, name)) for extent in self.axes[key])
+        layout = tuple(self.atoms.of(extent) for extent in self.axes[key])
         dims = [dim for axis in layout for dim in axis]
         if len(set(dims)) != len(dims):
             raise _Twice(f"{name} has the same loop on two axes")
         return layout
 
-    def _atoms(self, extent: Extent, name: str) -> Iterator[Dim]:
-        found = resolve(extent)
-        if isinstance(found, Concat):
-            yield self._joint(found, name)
-            return
-        for part in found.factors if isinstance(found, Product) else (found,):
-            if isinstance(part, Dim):
-                yield part
-            else:
-                yield from self._atoms(part, name)
+    # -- other places ------------------------------------------------------------------------------------------------
 
-    def _joint(self, extent: Concat, name: str) -> Dim:
-        """The loop that goes through segments, the same for all axes that have them."""
-        parts = tuple(part for part in extent.segments if isinstance(part, Dim))
-        for joint, known in self.traced.joints.items():
-            if known == parts:
-                return joint
-        taken = {part for known in self.traced.joints.values() for part in known}
-        if len(set(parts)) < len(extent.segments) or not parts or not taken.isdisjoint(parts):
-            raise FusionError(f"an axis of {name} has segments, laid end to end")
-        joint = Dim(size_of(extent))
-        self.traced.joints[joint] = parts
-        return joint
+    def _loops(self, along: Along, node: Node) -> tuple[Dim, ...]:
+        """The loops of an index that a place depends on."""
+        if along.window is not None:
+            return (self.windows.setdefault((node, along), Dim(along.window)),) if along.window > 1 else ()
+        key = node.output if along.slot is None else self._key(node, along.slot)
+        return self.atoms.of(self.axes[key][along.axis])
+
+    def _inner(self, moved: Scalar, node: Node) -> list[Dim]:
+        """The loops of windows, which places depend on and the result has not."""
+        alongs = [along for _, place in moved.value.places for along, _ in place.steps]
+        return [dim for along in alongs if along.slot is not None or along.window for dim in self._loops(along, node)]
+
+    def _place(self, place: Place, node: Node, length: Affine) -> Affine:
+        found = length.times(place.lengths) + Affine(offset=place.offset)
+        for along, step in place.steps:
+            outer, *inner = self._loops(along, node) or (None,)
+            if not all(is_static(dim.size) for dim in inner):
+                raise FusionError(f"an axis that {node.op} reads elsewhere has loops of dynamic sizes")
+            for dim in reversed(inner):
+                found += index_of(dim).times(step)
+                step *= int(dim.size)
+            found += index_of(outer).times(step) if outer is not None else Affine()
+        return found
+
+    def _elsewhere(self, scalar: Scalar, node: Node) -> Term:
+        """An operand at other places, or whether these are on its axes."""
+        (operand,) = scalar.args
+        name = node.inputs[operand.value].name
+        term, layout = self._operand(node, operand.value), self._layout(self._key(node, operand.value), name)
+        moved: dict[Dim, Affine] = {}
+        guards: dict[Dim, Term] = {}
+        insides: list[Term] = []
+        for axis, place in scalar.value.places:
+            own = layout[axis]
+            if len(own) > 1:
+                raise FusionError(f"an axis of {name} is several loops where {node.op} reads it elsewhere")
+            length = length_of(own) if own else Affine(offset=1)
+            found = self._place(place, node, length)
+            insides.append(self.mover.inside(found, length))
+            if own:
+                moved[own[0]], guards[own[0]] = found, insides[-1]
+        if scalar.op == "moved":
+            return self.mover.moved(term, moved, guards if scalar.value.guarded else {})
+        return reduce(lambda x, y: Term("logical_and", (x, y), x.axes | y.axes), insides)
+
+    def _joined(self, slots: Sequence[int], node: Node) -> Term:
+        """Of operands that are laid end to end along the axis that the node names the one where the index lies."""
+        axis = node.attributes["dim"]
+        joint, *inner = self.traced.layouts[node.output][axis] or (None,)
+        if joint is None or len(slots) == 1:
+            return self._operand(node, slots[0])
+        parts: list[tuple[Term, Term]] = []
+        place = index_of(joint)
+        for slot in slots:
+            term, key = self._operand(node, slot), self._key(node, slot)
+            outer, rest = _before(self._layout(key, node.output.name)[axis], inner)
+            if rest != inner or len(outer) > 1:
+                raise FusionError(f"an axis of {node.output.name} is several loops where segments are laid end to end")
+            length = length_of(outer) if outer else Affine(offset=1)
+            inside = self.mover.inside(place, length)
+            parts.append((inside, self.mover.moved(term, dict.fromkeys(outer, place), dict.fromkeys(outer, inside))))
+            place -= length
+        self.traced.lengths[joint] = index_of(joint) - place
+        found = parts.pop()[1]
+        for inside, part in reversed(parts):
+            found = self.mover.chosen(inside, part, found)
+        return found
+
+    # -- terms -------------------------------------------------------------------------------------------------------
 
     def _term(self, scalar: Scalar, node: Node, ended: frozenset[Dim], known: dict[Scalar, Term]) -> Term:
         if scalar not in known:
@@ -339,9 +399,13 @@ class _Tracer:
                 return Term("count", over=ended)
             case "epsilon":
                 return Term("number", value=epsilon_of(node.output.dtype))
+            case "joined":
+                return self._joined([arg.value for arg in scalar.args], node)
+            case "moved" | "inside":
+                return self._elsewhere(scalar, node)
         args = tuple(self._term(arg, node, ended, known) for arg in scalar.args)
-        if scalar.op == "joined":
-            return self._joined(node, args)
+        if scalar.op == "where":
+            return self.mover.chosen(*args)
         axes = frozenset(dim for arg in args for dim in arg.axes)
         if scalar.op in REDUCTIONS:
             return Term(scalar.op, args, axes - ended, over=ended) if ended else args[0]
@@ -353,13 +417,13 @@ class _Tracer:
         if value in self.traced.results:
             return self.traced.results[value]
         key = self._key(node, slot)
-        if key not in self.loaded:
-            layout = self._layout(key, value.name)
-            self.loaded[key] = Term(
-                "load", axes=frozenset(dim for axis in layout for dim in axis), value=Load(value, layout)
-            )
-            self.traced.loads.append(self.loaded[key])
-        return self.loaded[key]
+        return self.mover.load(key, Load(value, self._layout(key, value.name)))
+
+
+def _before(loops: Sequence[Dim], inner: Sequence[Dim]) -> tuple[list[Dim], list[Dim]]:
+    """Loops of an axis apart: those before the last ones, of which there are as many as ``inner`` ones."""
+    place = max(0, len(loops) - len(inner))
+    return list(loops[:place]), list(loops[place:])
 
 
 def no_element(operator: Operator) -> str:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import randn
 
+from regauge.ir import scalars
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import size_of
@@ -17,9 +18,10 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Speller, Symmetry, operator, sample
 from regauge.ir.ops.padding import pad_by
 from regauge.ir.ops.slicing import slice_axis
-from regauge.ir.ops.windows import per_axis, window_counts
+from regauge.ir.ops.windows import per_axis, window_counts, window_places
 from regauge.ir.rules import Call
-from regauge.ir.sizes import Size, floor_divide, product, same, simplify, symbols_in
+from regauge.ir.scalars import Scalar
+from regauge.ir.sizes import Size, floor_divide, is_static, product, same, simplify, symbols_in
 
 Sizes = tuple[Size, ...]
 
@@ -236,6 +238,21 @@ def _conv_shape(
     return None if found is None else (x.shape[0], channels, *found)
 
 
+def _conv_element(
+    x: Scalar, weight: Scalar, bias: Scalar | None = None, *, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Scalar | None:
+    """Of a convolution whose options are given for each axis: a product over windows, zeros around the operand."""
+    given = [option for option in (stride, padding, dilation) if isinstance(option, tuple)]
+    count = max(map(len, given), default=0)
+    pads = per_axis(padding, count)
+    if not count or not all(map(is_static, pads)):
+        return None
+    inner = [scalars.Along(axis - count, slot=1) for axis in range(count)]
+    places = window_places(inner, stride=stride, padding=pads, dilation=dilation)
+    x = scalars.moved(x, places, 0.0 if any(pads) else None)
+    return scalars.affine(scalars.sum_(x * weight), None, bias)
+
+
 @operator(
     rule=lambda call: _spatial_rule(call, "(g o) i", (("stride", 1), ("padding", 0))),
     shape=_conv_shape,
@@ -257,6 +274,7 @@ def _conv_shape(
     ],
     layer=_conv_layer,
     spell=_spell("Conv"),
+    element=_conv_element,
 )  # fmt: skip
 def conv(
     x: torch.Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir import scalars
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import size_of
@@ -288,6 +289,9 @@ def _rot90(build: Builder, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -
     samples=lambda: [sample(randn(2, 3, 4), dims=(1,)), sample(randn(2, 3), dims=(0, -1))],
     symmetry=Symmetry.LAYOUT,
     spell=_spell_flip,
+    element=lambda x, dims: scalars.moved(
+        x, {dim: scalars.Place(((scalars.Along(dim), -1),), offset=-1, lengths=1) for dim in dims}
+    ),
 )
 def flip(x: torch.Tensor, *, dims: tuple[int, ...]) -> torch.Tensor:
     return x.flip(dims)

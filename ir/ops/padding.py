@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import randn
 
+from regauge.ir import scalars
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import Concat, resolve, size_of
@@ -17,7 +18,8 @@ from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.slicing import slice_axis
 from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, same, simplify
+from regauge.ir.scalars import Scalar
+from regauge.ir.sizes import Size, is_static, same, simplify
 
 Pads = Sequence[tuple[Size, Size]]
 
@@ -183,6 +185,19 @@ def _symmetry(node: Node) -> Symmetry:
     return Symmetry.POINTWISE if filled else Symmetry.LAYOUT
 
 
+def _pad_element(x: Scalar, *, pads: Pads, mode: str, value: float) -> Scalar | None:
+    """What is cut off (a negative amount) is not read, what is added is the value."""
+    if mode != "constant":
+        return None
+    places = {}
+    for axis, (before, after) in enumerate(pads):
+        if not is_static(before):
+            return None
+        if not (same(before, 0) and same(after, 0)):
+            places[axis] = scalars.along(axis, 1, -before)
+    return scalars.moved(x, places, value) if places else x
+
+
 @operator(
     rule=_pad_rule,
     shape=_pad_shape,
@@ -207,6 +222,7 @@ def _symmetry(node: Node) -> Symmetry:
     ],
     symmetry=_symmetry,
     layer=_pad_layer,
+    element=_pad_element,
 )
 def pad(
     x: torch.Tensor, *, pads: tuple[tuple[int, int], ...], mode: str = "constant", value: float = 0

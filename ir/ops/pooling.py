@@ -7,13 +7,14 @@ into a single entry as a whole is a reduction, which may be cut; every other spa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, randn
 
+from regauge.ir import scalars
 from regauge.ir.extents import ONE
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, Symmetry, operator, sample
@@ -25,8 +26,9 @@ from regauge.ir.ops.onnx_pooling import (
     read_lp_pool,
     read_max_pool,
 )
-from regauge.ir.ops.windows import per_axis, window_counts
+from regauge.ir.ops.windows import per_axis, window_counts, window_places
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scalars import Scalar
 from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import Size, same
 
@@ -127,6 +129,57 @@ def _adaptive_layer(name: str) -> Any:
     return text
 
 
+# -- elements ----------------------------------------------------------------------------------------------------------
+
+
+def _places(kernel_size: Sequence[Any], **options: Any) -> dict[int, scalars.Place] | None:
+    """Where windows read, by axis; None where a size is no number."""
+    if not all(isinstance(size, int) for size in kernel_size):
+        return None
+    inner = [scalars.Along(axis - len(kernel_size), window=size) for axis, size in enumerate(kernel_size)]
+    return window_places(inner, **options)
+
+
+def _max_pool_element(
+    x: Scalar, *, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, **_: Any
+) -> Scalar | None:
+    places = _places(kernel_size, stride=stride, padding=padding, dilation=dilation)
+    if places is None:
+        return None
+    return scalars.amax(scalars.moved(x, places, -math.inf if ceil_mode or _any(padding) else None))
+
+
+def _any(padding: Any) -> bool:
+    return any(amount != 0 for amount in per_axis(padding, 1))
+
+
+def _avg_pool_element(
+    x: Scalar, *, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, count_include_pad: bool,
+    divisor_override: int | None,
+) -> Scalar | None:  # fmt: skip
+    """Entries outside are zeros; they count where the padding does, but never where the last window only begins."""
+    places = _places(kernel_size, stride=stride, padding=padding)
+    padded = _any(padding)
+    if places is None or (ceil_mode and padded and count_include_pad):
+        return None
+    together: Scalar = scalars.sum_(scalars.moved(x, places, 0.0 if ceil_mode or padded else None))
+    if divisor_override is not None and len(kernel_size) > 1:  # torch's pools of one axis take none
+        return together / divisor_override
+    if ceil_mode or (padded and not count_include_pad):
+        count: Scalar = scalars.sum_(scalars.where(scalars.inside(x, places), 1.0, 0.0))
+        return together / count
+    return together / int(math.prod(kernel_size))
+
+
+def _whole(element: Callable[[Scalar], Scalar]) -> scalars.Element:
+    """Of pools that give one number for all of each axis; others have windows of several sizes."""
+
+    def stated(x: Scalar, *, output_size: Any, **_: Any) -> Scalar | None:
+        return element(x) if all(same(size, 1) for size in output_size) else None
+
+    return stated
+
+
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +226,7 @@ def _max_pool(count: int, *, with_indices: bool = False) -> Adapter:
     symmetry=lambda node: Symmetry.HOMOGENEOUS if len(node.outputs) == 1 else Symmetry.POINTWISE,
     layer=_layer("MaxPool", "padding", "dilation", "ceil_mode"),
     scaling=Scaling(powers={"x": 1}),
+    element=_max_pool_element,
 )
 def max_pool(
     x: Tensor,
@@ -234,6 +288,7 @@ def _avg_pool(count: int) -> Adapter:
     ],
     symmetry=Symmetry.LINEAR,
     layer=_layer("AvgPool", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    element=_avg_pool_element,
 )
 def avg_pool(
     x: Tensor,
@@ -308,6 +363,7 @@ def _adaptive_max(count: int) -> Adapter:
     ],
     symmetry=Symmetry.LINEAR,
     layer=_adaptive_layer("AdaptiveAvgPool"),
+    element=_whole(scalars.mean),
 )
 def adaptive_avg_pool(x: Tensor, *, output_size: Any) -> Tensor:
     return (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(output_size) - 1](x, output_size)
@@ -327,6 +383,7 @@ def adaptive_avg_pool(x: Tensor, *, output_size: Any) -> Tensor:
     symmetry=lambda node: Symmetry.HOMOGENEOUS if len(node.outputs) == 1 else Symmetry.POINTWISE,
     layer=_adaptive_layer("AdaptiveMaxPool"),
     scaling=Scaling(powers={"x": 1}),
+    element=_whole(scalars.amax),
 )
 def adaptive_max_pool(x: Tensor, *, output_size: Any, return_indices: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     return (

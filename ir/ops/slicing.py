@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir import scalars
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import Concat, Extent, size_of
@@ -16,7 +17,8 @@ from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.slice_bounds import ANYWHERE, bound, slice_places, spelled
 from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, at_least, divide, floor_divide, same, simplify
+from regauge.ir.scalars import Scalar
+from regauge.ir.sizes import Size, at_least, divide, floor_divide, is_static, same, simplify
 from regauge.ir.unify import split_minor
 
 # -- slice -------------------------------------------------------------------------------------------------------------
@@ -174,6 +176,10 @@ def _rank(node: Node) -> int:
     return x.rank
 
 
+def _slice_element(x: Scalar, *, dim: int, start: Size, end: Size, step: int) -> Scalar | None:
+    return scalars.moved(x, {dim: scalars.along(dim, step, start)}) if is_static(start) else None
+
+
 @operator(
     name="slice",
     rule=_slice_rule,
@@ -191,6 +197,7 @@ def _rank(node: Node) -> int:
         sample(randn(5), dim=0, start=2, end=2),
     ],
     symmetry=Symmetry.LAYOUT,
+    element=_slice_element,
 )
 def _slice(x: torch.Tensor, *, dim: int, start: int, end: int, step: int = 1) -> torch.Tensor:
     return x[(slice(None),) * (dim % x.dim()) + (slice(start, end, step),)]
@@ -217,6 +224,10 @@ def _select(build: Builder, x: Value, dim: int, index: Size) -> Any:
     return build.select(x, dim=dim, index=_entry(x, dim, index))
 
 
+def _select_element(x: Scalar, *, dim: int, index: Size) -> Scalar | None:
+    return scalars.moved(x, {dim: scalars.Place(offset=index)}) if is_static(index) else None
+
+
 @operator(
     rule=_select_rule,
     aten={"select": _select},
@@ -227,6 +238,7 @@ def _select(build: Builder, x: Value, dim: int, index: Size) -> Any:
         sample(randn(3), dim=0, index=1),
     ],
     symmetry=Symmetry.LAYOUT,
+    element=_select_element,
 )
 def select(x: torch.Tensor, *, dim: int, index: int) -> torch.Tensor:
     return x.select(dim, index)

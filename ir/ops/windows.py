@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from regauge.ir.scalars import Along, Place
 from regauge.ir.sizes import Size, floor_divide
 
 
@@ -28,3 +29,12 @@ def window_counts(
             return None
         found.append(floor_divide(room, step) + 1)
     return found
+
+
+def window_places(inner: Sequence[Along], *, stride: Any, padding: Any, dilation: Any = 1) -> dict[int, Place]:
+    """Where windows over the last axes read: ``inner`` are their own indices, one for each of these axes."""
+    options = zip(*(per_axis(one, len(inner)) for one in (stride, padding, dilation)), strict=True)
+    return {
+        axis - len(inner): Place(((Along(axis - len(inner)), step), (own, spread)), -pad)
+        for axis, (own, (step, pad, spread)) in enumerate(zip(inner, options, strict=True))
+    }

@@ -10,7 +10,7 @@ import triton_interpreter
 from decoder_block import decoder_block
 from kernel_contract import check_kernel, drawn, evaluated
 from kernel_forms import FORMS, form_graph
-from random_regions import DTYPES, products, regions, streams
+from random_regions import DTYPES, products, regions, streams, windows
 from regauge.backends import triton_kernel as kernels
 from regauge.backends.torch_kernels import with_kernels
 from regauge.backends.triton_kernel import Form, triton_kernel
@@ -42,7 +42,7 @@ def check_random(graph: Graph, rounding: Rounding, seed: int) -> None:
 
 
 @hypothesis_settings(max_examples=40)
-@given(regions() | products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+@given(regions() | products() | windows(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
 def test_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)
 
@@ -57,7 +57,7 @@ def test_random_streams_beside_one_another_keep_the_contract(graph: Graph, round
 
 @pytest.mark.nightly
 @hypothesis_settings(max_examples=1000)
-@given(regions() | products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+@given(regions() | products() | windows(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
 def test_many_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)
 

@@ -47,7 +47,11 @@ def test_refusals_are_told_with_their_bytes() -> None:
     scores, weights = plan.refusals[:2]
     assert scores.bytes == weights.bytes == 2 * 2 * 4 * 512 * 512 * 2  # written and read, two bytes each
     assert "reduce rows beside a contraction" in scores.reason
-    assert reasons(plan)["it would have two contractions"] == 4
+    assert reasons(plan)["it would have two contractions"] == 8  # four of them through slices
+    beside = [refusal for refusal in plan.refusals if refusal.reason.startswith("with what else reads it")]
+    assert [(r.value.name, r.reader.op) for r in beside if "two contractions" in r.reason] == [
+        ("rms_norm", "linear")
+    ] * 2
     graph, build = built()
     graph.outputs = [build.relu(build.cumsum(build.input("x", (64, 64), torch.float32), dim=1))]
     assert reasons(plan_fusion(graph)) == {"what cumsum computes for one index is not stated": 1}
@@ -101,6 +105,14 @@ def test_what_both_read_is_read_once_by_regions_beside_one_another() -> None:
     assert plan.bytes == (5 + 2) * 4 * 5 * 64 * 4  # three read and two written; the sum reads and writes
 
 
+def test_regions_beside_one_another_that_stay_apart_are_told() -> None:
+    graph, build = built()
+    x = build.input("x", (2**18, 256), torch.float32)
+    graph.outputs = [build.tanh(x), build.softmax(x, dim=1), build.cumsum(build.sigmoid(x), dim=0)]
+    found = {refusal.reason: refusal.bytes for refusal in plan_fusion(graph).refusals}
+    assert found["with what else reads it: they have other loops"] == 2**18 * 256 * 4
+
+
 def test_what_one_needs_of_the_other_keeps_them_apart() -> None:
     graph, build = built()
     x = build.relu(build.input("x", (64, 64), torch.float32))
@@ -111,15 +123,17 @@ def test_what_one_needs_of_the_other_keeps_them_apart() -> None:
     assert ops(plan_fusion(graph)) == [["relu", "sigmoid"], ["tanh"]]
 
 
-def test_what_is_laid_end_to_end_is_one_loop_and_its_segments() -> None:
+def test_what_is_laid_end_to_end_is_one_loop_in_which_each_part_has_its_place() -> None:
     graph, build = built()
     x, y = (build.input(name, (64, size), torch.float32) for name, size in (("x", 48), ("y", 16)))
     joined = build.tanh(build.concat(build.relu(x), y, dim=1))
     graph.outputs = [joined, build.sum(joined, dims=(1,))]
-    first, second = plan_fusion(graph).regions
-    assert [node.op for node in first.nodes] == ["relu", "concat", "tanh"]
-    assert list(first.names.values()) == ["i0", "i1", "i1_0", "i1_1"]
-    assert reasons(plan_fusion(graph))["it would join segments beside a reduction"] == 1
+    (region,) = plan_fusion(graph).regions
+    assert [node.op for node in region.nodes] == ["relu", "concat", "tanh", "sum"]
+    assert list(region.names.values()) == ["i0", "r0", "s0", "s1"]  # s0 and s1 say where the segments end
+    second = region.loads[1].value
+    ((_, place),) = second.moved
+    assert place.steps == ((region.loops[1], 1),) and place.start({dim: dim.size for dim in region.measured}) == -48
 
 
 def test_an_axis_that_is_only_broadcast_is_not_reduced() -> None:
@@ -130,11 +144,56 @@ def test_an_axis_that_is_only_broadcast_is_not_reduced() -> None:
     assert ops(plan_fusion(graph, DEVICES["cpu"])) == [["relu"], ["sum"]]
 
 
-def test_a_value_beside_itself_is_in_no_region() -> None:
+def test_a_value_beside_itself_is_computed_at_both_places() -> None:
     graph, build = built()
     x = build.relu(build.input("x", (64, 48), torch.float32))
     graph.outputs = [build.concat(x, x, dim=1)]
-    assert ops(plan_fusion(graph)) == [["relu"]]
+    (region,) = plan_fusion(graph).regions
+    assert [node.op for node in region.nodes] == ["relu", "concat"] and len(region.loads) == 2
+    assert plan_fusion(graph).bytes == 3 * 64 * 48 * 4  # read once, written twice
+
+
+def test_a_slice_is_read_at_its_place_and_only_that_is_moved() -> None:
+    graph, build = built()
+    x = build.tanh(build.input("x", (64, 48), torch.float32))
+    first, second = (build.slice(x, dim=1, start=start, end=start + 24) for start in (0, 24))
+    graph.outputs = [build.mul(first, second)]
+    plan = plan_fusion(graph)
+    (region,) = plan.regions
+    assert [dim.size for dim in region.loops] == [64, 24] and len(region.loads) == 2
+    assert plan.bytes == 3 * 64 * 24 * 4  # a half of x each
+
+
+def test_a_convolution_takes_what_stands_behind_it_and_a_pad_before_it() -> None:
+    graph, build = built()
+    x = build.pad(build.input("x", (2, 8, 16, 16), torch.float16), pads=((0, 0), (0, 0), (0, 1), (0, 1)), value=0)
+    weight = build.parameter("w", torch.zeros(8, 1, 3, 3, dtype=torch.float16))
+    y = build.conv(x, weight, stride=(2, 2), padding=(0, 0), dilation=(1, 1), groups=8)
+    graph.outputs = [build.silu(y)]
+    (region,) = plan_fusion(graph).regions
+    assert [node.op for node in region.nodes] == ["pad", "conv", "silu"] and region.has_windows
+    assert list(region.names.values()) == ["i0", "i1", "i2", "i3", "r0", "r1", "s0", "s1"]
+    places = region.loads[0].value.places.values()
+    assert [[step for _, step in place.steps] for place in places] == [[1], [1], [2, 1], [2, 1]]
+
+
+def test_a_softmax_that_would_be_computed_for_each_place_again_is_left() -> None:
+    graph, build = built()
+    x = build.softmax(build.input("x", (4096, 256), torch.float32), dim=1)
+    graph.outputs = [build.concat(x, build.input("y", (4096, 256), torch.float32), dim=1)]
+    assert sorted(ops(plan_fusion(graph))) == [["concat"], ["softmax"]]
+
+
+def test_terms_at_other_places_do_not_multiply_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regauge.ir.fusion.terms.MOST_TERMS", 50)
+    graph, build = built()
+    x = build.input("x", (64, 48), torch.float32)
+    for cut in range(1, 9):
+        parts = [build.slice(x, dim=1, start=a, end=b) for a, b in ((cut, 48), (0, cut))]
+        x = build.neg(build.concat(*parts, dim=1))
+    graph.outputs = [x]
+    plan = plan_fusion(graph)
+    assert reasons(plan)["it would compute more than 50 terms at other places"]
 
 
 def test_a_reshape_across_boundaries_is_in_no_region_but_one_that_splits_is() -> None:
