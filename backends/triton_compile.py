@@ -20,13 +20,17 @@ from typing import Any
 
 import torch
 
-from regauge.backends.triton_kernel import Launch, Source, launch_of, numbers, shape_of
+from regauge.backends.triton_kernel import Source, launch_of, numbers, shape_of
+from regauge.backends.triton_launch import Launch
 from regauge.backends.triton_loops import Tensor, strides_of
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
+from regauge.ir.fusion.products import FLOAT8
 
 ARCHITECTURES: Mapping[str, int] = {"sm_80": 80, "sm_90": 90}
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
+_POINTERS |= {torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
+_POINTERS |= dict.fromkeys(FLOAT8, "*u8")
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,14 @@ class Compiled:
     launch: Launch
 
 
-def compile_kernel(source: Source, sizes: Mapping[Dim, int], architecture: str) -> Compiled:
-    """Compile a kernel for tensors of these sizes that lie in memory without gaps.
+def compile_kernel(source: Source, sizes: Mapping[Dim, int], architecture: str, name: str | None = None) -> Compiled:
+    """Compile a kernel, by default the first one, for tensors of these sizes that lie in memory without gaps.
 
     Raises FusionError for an unknown architecture, or where Triton is not installed or refuses.
     """
     if architecture not in ARCHITECTURES:
         raise FusionError(f"there is no architecture {architecture!r}: give {' or '.join(ARCHITECTURES)}")
-    function = source.function()
+    function = source.function(name)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -88,6 +92,9 @@ def _specialised(
     divisible = [["tt.divisibility", 16]]
     for tensor, name in zip(source.tensors, names, strict=False):
         signature[name] = _POINTERS[tensor.value.dtype]  # type: ignore[index]
+        hints[len(signature) - 1,] = divisible
+    if start.partials:
+        signature["partials_ptr"] = _POINTERS[torch.float32]
         hints[len(signature) - 1,] = divisible
     for name, number in zip(names[len(signature) :], numbers(source, sizes, steps), strict=False):
         if number == 1:

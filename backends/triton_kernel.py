@@ -19,17 +19,22 @@ import torch
 
 from regauge.backends.torch_runtime import import_source
 from regauge.backends.triton_contraction import ContractionKernel
+from regauge.backends.triton_launch import Launch, power_above
 from regauge.backends.triton_loops import Loops, Tensor, count, fits, sizes_of, strides_of
 from regauge.backends.triton_rows import RowForm, RowKernel
 from regauge.backends.triton_source import Rounding
+from regauge.backends.triton_split import TOTAL, SplitKernel
+from regauge.backends.triton_tile_sizes import launch_of_tiles, parts_of
+from regauge.backends.triton_tiles import Tiling
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.plan import PERSISTENT
+from regauge.ir.fusion.products import FLOAT8
 from regauge.ir.fusion.region import Kind, Layout, Region
 from regauge.ir.graph import Value
 
-Form: TypeAlias = RowForm | Literal["contraction"]
+Form: TypeAlias = RowForm | Literal["contraction", "split"]
 BLOCK = 1024
 """Entries of a tile of a pointwise kernel. A loop over the columns of rows takes twice as many at a time."""
 
@@ -37,13 +42,14 @@ BLOCK = 1024
 _FORMS: Mapping[Kind, tuple[Form, ...]] = {
     "pointwise": ("pointwise",),
     "row reduction": ("rows", "looped"),
-    "contraction": ("contraction",),
+    "contraction": ("contraction", "split"),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One text of a kernel: what it reads and writes in the order of its arguments, and its loops."""
+    """One text of a kernel: what it reads and writes in the order of its arguments, and its loops; of a contraction
+    what decides how large tiles are."""
 
     text: str
     name: str
@@ -52,34 +58,23 @@ class Source:
     reads: tuple[Tensor, ...]
     writes: tuple[Tensor, ...]
     loops: Loops
+    tiling: Tiling | None = None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The names of the kernels that the text has, which are launched one after the other."""
+        return (self.name, f"{self.name}{TOTAL}") if self.form == "split" else (self.name,)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.reads, *self.writes)
 
-    def function(self) -> Any:
-        """The kernel as Triton has it; raises FusionError where Triton is not installed."""
+    def function(self, name: str | None = None) -> Any:
+        """A kernel, by default the first one, as Triton has it; raises FusionError where Triton is not installed."""
         try:
-            return getattr(import_source(self.text, self.name), self.name)
+            return getattr(import_source(self.text, self.name), name or self.name)
         except ModuleNotFoundError as error:
             raise FusionError("kernels need Triton: pip install 'regauge[triton]'") from error
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is started: how many programs, with which constants, in how many warps.
-
-    ``stages`` is how many steps of a loop are in flight at a time.
-    """
-
-    programs: int
-    constants: Mapping[str, int]
-    warps: int
-    stages: int = 2
-
-    def options(self, rounding: Rounding) -> dict[str, Any]:
-        """What Triton is told; where each node is rounded no product may be fused with a sum."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": rounding == "fused"}
 
 
 @dataclass(eq=False)
@@ -106,12 +101,15 @@ class Kernel:
 
     def _write(self, form: Form, contiguous: bool) -> Source:
         writer: RowKernel | ContractionKernel
-        if form == "contraction":
-            writer = ContractionKernel(self.region, self.name, self.rounding, contiguous=contiguous)
+        tiling = None
+        if form == "contraction" or form == "split":
+            kind = ContractionKernel if form == "contraction" else SplitKernel
+            writer = kind(self.region, self.name, self.rounding, contiguous=contiguous)
+            tiling = writer.tiling
         else:
             writer = RowKernel(self.region, self.name, form, self.rounding, contiguous=contiguous)
         reads, writes = tuple(writer.reads), tuple(writer.writes)
-        return Source(writer.source(), self.name, form, self.rounding, reads, writes, writer.loops)
+        return Source(writer.source(), self.name, form, self.rounding, reads, writes, writer.loops, tiling)
 
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
@@ -119,6 +117,8 @@ class Kernel:
         sizes = sizes_of(source.reads, given, self.region.joints)
         if form is None and source.form == "rows" and count(source.loops.columns, sizes) > PERSISTENT:
             source = self.source("looped")
+        elif form is None and source.tiling is not None and parts_of(source.loops, source.tiling, sizes) > 1:
+            source = self.source("split")
         steps = {tensor: strides_of(tensor, given[tensor.value], sizes) for tensor in source.reads}
         if not all(fits(loop, steps[t], sizes) for t in source.reads for loop in t.loops(source.loops.all)):
             source = self.source(source.form, contiguous=False)
@@ -128,10 +128,12 @@ class Kernel:
         steps.update((tensor, strides_of(tensor, results[tensor.value], sizes)) for tensor in source.writes)
         start = launch_of(source, sizes)
         if start.programs:
-            tensors = [*(given[tensor.value] for tensor in source.reads), *results.values()]
-            arguments = numbers(source, sizes, steps)
-            launcher = source.function()[(start.programs,)]
-            launcher(*tensors, *arguments, **start.constants, **start.options(self.rounding))
+            pointers = [_as_stored(given[tensor.value]) for tensor in source.reads] + list(results.values())
+            if start.partials:
+                pointers.append(torch.empty(start.partials, dtype=torch.float32, device=device))
+            arguments = [*pointers, *numbers(source, sizes, steps)]
+            for name, grid in zip(source.kernels, start.grids, strict=True):
+                source.function(name)[grid](*arguments, **start.constants, **start.options(self.rounding))
         return results
 
 
@@ -153,6 +155,10 @@ def _empty(tensor: Tensor, sizes: Mapping[Dim, int], device: torch.device) -> to
     return torch.empty(shape_of(tensor.layout, sizes), dtype=tensor.value.dtype, device=device)
 
 
+def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype in FLOAT8 else tensor
+
+
 def shape_of(layout: Layout, sizes: Mapping[Dim, int]) -> list[int]:
     return [math.prod(sizes[dim] for dim in axis) for axis in layout]
 
@@ -167,8 +173,8 @@ def numbers(source: Source, sizes: Mapping[Dim, int], steps: Mapping[Tensor, Map
 def launch_of(source: Source, sizes: Mapping[Dim, int]) -> Launch:
     """How a kernel is started for given sizes."""
     rows, columns = count(source.loops.rows, sizes), count(source.loops.columns, sizes)
-    if source.form == "contraction":
-        return _launch_of_tiles(source, sizes, rows, columns)
+    if source.tiling is not None:
+        return launch_of_tiles(source.loops, source.tiling, sizes, split=source.form == "split")
     block = min(power_above(columns), BLOCK if source.form == "pointwise" else 2 * BLOCK)
     if source.form == "rows":
         block = power_above(columns)
@@ -181,19 +187,3 @@ def launch_of(source: Source, sizes: Mapping[Dim, int]) -> Launch:
             del constants["ROWS"]
     warps = min(16, max(4, together * block // 512))
     return Launch(programs, constants, warps)
-
-
-def _launch_of_tiles(source: Source, sizes: Mapping[Dim, int], rows: int, columns: int) -> Launch:
-    """Tiles of 128 by 128 at most, of 64 by 64 in single precision, which has no tensor cores; none below 16."""
-    single = any(tensor.value.dtype == torch.float32 for tensor in source.reads)
-    most, deep = (64, 32) if single else (128, 64)
-    high, wide = (min(most, max(16, power_above(size))) for size in (rows, columns))
-    tiles = -(-rows // high) * -(-columns // wide) * count(source.loops.batch, sizes)
-    depth = min(deep, max(16, power_above(count(source.loops.contracted, sizes))))
-    constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": 8}
-    return Launch(tiles, constants, 8 if high * wide > 64 * 128 else 4, stages=2 if single else 3)
-
-
-def power_above(number: int) -> int:
-    """The least power of two that is not below a number."""
-    return 1 << max(0, number - 1).bit_length()

@@ -39,6 +39,7 @@ class Term:
     ``load``    what a tensor from outside the region holds; ``value`` is a :class:`Load`
     ``result``  what a node gives: its argument, as a number of the type of ``value``, a graph Value
     ``joined``  of its arguments the one in whose segment of the loop ``value`` the index lies
+    ``digit``   of its argument, an integer, one digit; ``value`` is a :class:`Digit`
     """
 
     op: str
@@ -58,6 +59,15 @@ class Load:
 
     value: Value
     layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Digit:
+    """The digit to a ``base`` at the index of a ``loop`` of ``count`` indices; the least digit is the first."""
+
+    base: int
+    loop: Dim
+    count: int
 
 
 @dataclass(eq=False, repr=False)
@@ -288,6 +298,15 @@ class _Tracer:
         axes = frozenset(dim for arg in args for dim in arg.axes).difference(parts)
         return Term("joined", args, axes | {joint}, joint)
 
+    def _digit(self, node: Node, args: tuple[Term, ...], base: int) -> Term:
+        """What the last axis of the result has beyond that of the operand is the loop over digits."""
+        axes = args[0].axes
+        last = self.traced.layouts[node.output][-1]
+        more = [dim for dim in last if dim not in axes]
+        if len(more) != 1 or more[0] is not last[-1] or not isinstance(more[0].size, int):
+            raise FusionError(f"the digits of {node.output.name} lie on several axes")
+        return Term("digit", args, axes | {more[0]}, Digit(base, more[0], more[0].size))
+
     def _layout(self, key: Any, name: str) -> Layout:
         layout = tuple(tuple(self._atoms(extent, name)) for extent in self.axes[key])
         dims = [dim for axis in layout for dim in axis]
@@ -338,6 +357,8 @@ class _Tracer:
         if scalar.op == "joined":
             return self._joined(node, args)
         axes = frozenset(dim for arg in args for dim in arg.axes)
+        if scalar.op == "digit":
+            return self._digit(node, args, scalar.value)
         if scalar.op in REDUCTIONS:
             return Term(scalar.op, args, axes - ended, over=ended) if ended else args[0]
         return Term(scalar.op, args, axes)

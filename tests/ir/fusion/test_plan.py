@@ -35,10 +35,10 @@ def reasons(plan: Plan) -> Counter[str]:
 def test_a_decoder_block_becomes_products_with_what_stands_behind_them_and_rows() -> None:
     plan = plan_fusion(decoder_block())
     kinds = Counter(region.kind for region in plan.regions)
-    assert kinds == {"contraction": 9, "row reduction": 3, "pointwise": 1}
-    assert (len(plan.kernels), plan.kernels_before) == (13, 27)
+    assert kinds == {"contraction": 7, "row reduction": 3, "pointwise": 1}
+    assert (len(plan.kernels), plan.kernels_before) == (11, 27)
     assert ["neg", "concat", "mul", "add"] * 2 in ops(plan)
-    assert ["linear", "silu", "mul"] in ops(plan) and ops(plan).count(["linear", "add"]) == 2
+    assert ["linear", "linear", "silu", "mul"] in ops(plan) and ops(plan).count(["linear", "add"]) == 2
     assert plan.bytes < 0.7 * plan.bytes_before
 
 
@@ -47,7 +47,7 @@ def test_refusals_are_told_with_their_bytes() -> None:
     scores, weights = plan.refusals[:2]
     assert scores.bytes == weights.bytes == 2 * 2 * 4 * 512 * 512 * 2  # written and read, two bytes each
     assert "reduce rows beside a contraction" in scores.reason
-    assert reasons(plan)["it would have two contractions"] == 4
+    assert reasons(plan)["it would have two contractions"] == 3
     graph, build = built()
     graph.outputs = [build.relu(build.cumsum(build.input("x", (64, 64), torch.float32), dim=1))]
     assert reasons(plan_fusion(graph)) == {"what cumsum computes for one index is not stated": 1}
