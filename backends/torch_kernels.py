@@ -9,20 +9,26 @@ are asked for, it is the region in torch. Operators are named by what they compu
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import torch
 
+from regauge.backends.kernel_weights import pack_weights, with_own_numbers
 from regauge.backends.to_torch import to_torch
 from regauge.backends.triton_kernel import Kernel, triton_kernel
+from regauge.backends.triton_loops import sizes_of
 from regauge.backends.triton_source import Rounding
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import RegaugeError
+from regauge.ir.extents import Dim
 from regauge.ir.fusion.plan import moves_nothing, plan_fusion
-from regauge.ir.fusion.region import Region
+from regauge.ir.fusion.products import few_bit_sides
+from regauge.ir.fusion.prologues import MOST_ROWS
+from regauge.ir.fusion.region import Region, below_results
 from regauge.ir.graph import Graph, Value
 from regauge.ir.graph_copy import copy_nodes
 from regauge.ir.ops.torch_opaque import slot
@@ -42,9 +48,23 @@ class KernelOperator:
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]
 
+    @cached_property
+    def rows(self) -> frozenset[Dim]:
+        """The loops in which a weight of few bits is read again; none where the kernel multiplies none."""
+        region = self.kernel.region
+        for contraction, (left, right) in zip(region.contractions, few_bit_sides(region), strict=True):
+            if left != right:
+                first, second = below_results(contraction.args[0]).args
+                return contraction.axes - (first if left else second).axes
+        return frozenset()
+
     def launch(self, *tensors: torch.Tensor) -> Any:
-        """What the kernel gives for the arguments of the operator."""
-        found = self.kernel.launch(dict(zip(self.reads, tensors, strict=True)))
+        """What the kernel gives for the arguments of the operator; of many rows what the library gives."""
+        given = dict(zip(self.reads, tensors, strict=True))
+        sizes = sizes_of(self.kernel.source().reads, given, self.kernel.region.joints) if self.rows else {}
+        if self.rows and math.prod(sizes[dim] for dim in self.rows) > MOST_ROWS:
+            return _without_views(self.body)(*tensors)
+        found = self.kernel.launch(given)
         results = tuple(found[value] for value in self.writes)
         return results if len(results) > 1 else results[0]
 
@@ -61,10 +81,14 @@ class WithKernels:
 def with_kernels(graph: Graph, *, rounding: Rounding = "fused") -> WithKernels:
     """Make calls of all regions that gain on a GPU, but for products, which are left to the library of the runtime.
 
-    Regions of one node stay as they are: torch has a kernel for these.
+    Products of weights of few bits are among these, and their codes share bytes. Regions of one node stay as they are:
+    torch has a kernel for these.
     """
     result = graph.copy()
+    with_own_numbers(result)
     plan = plan_fusion(result, contractions=False)
+    if pack_weights(result, [node for region in plan.regions if region.contractions for node in region.nodes]):
+        plan = plan_fusion(result, contractions=False)
     made: list[KernelOperator] = []
     left: list[str] = []
     for region in plan.regions:

@@ -17,6 +17,7 @@ from regauge.ir.cost import item_size, node_macs, smallest_sizes
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.products import few_bit_sides
+from regauge.ir.fusion.prologues import again
 from regauge.ir.fusion.region import Region, below_results, is_view, no_element, trace
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.roofline import DEVICES, VIEWS, Device
@@ -25,13 +26,6 @@ from regauge.ir.sizes import product
 
 PERSISTENT = 16384
 """Indices of a row that one program holds; longer rows are read again for each reduction, and for what comes behind."""
-
-TILE = 128
-"""Columns of a contraction that one program computes: what stands before it is computed for each of them again."""
-
-MOST_ROWS = 512
-"""Rows with which a weight of few bits is multiplied as it is stored: what it saves is reading it. With more of them a
-product is bound by arithmetic, and a library is faster with the weight as floats, made once."""
 
 LIBRARY = "products are left to the runtime's library"
 """Why a product is no kernel where it is planned so."""
@@ -334,26 +328,13 @@ class _Planner:
     def _no_gain(self, above: _Group, below: _Group, union: _Group) -> str:
         region = union.region
         assert region is not None
-        if region.contractions and (reason := self._again(region)):
+        if region.contractions and (reason := again(region, self.bound)):
             return reason
         if not (above.bytes and below.bytes):  # a view goes along with what reads or writes it
             return ""
         if union.bytes < above.bytes + below.bytes and union.seconds <= above.seconds + below.seconds:
             return ""
         return "it would take longer: rows are read again, or too few to keep the device busy"
-
-    def _again(self, region: Region) -> str:
-        """Why what stands before a contraction should not be computed in each of its tiles."""
-        for contraction, few_bits in zip(region.contractions, few_bit_sides(region), strict=True):
-            for factor, few in zip(below_results(contraction.args[0]).args, few_bits, strict=True):
-                tiles = int(product(self.bound(dim.size) for dim in contraction.axes - factor.axes))
-                if below_results(factor).op == "load" or all(few_bits):
-                    continue
-                if few and tiles > MOST_ROWS:
-                    return f"with more than {MOST_ROWS} rows a library is faster, with the weight as floats"
-                if not few and tiles > TILE:
-                    return f"what stands before a contraction would be computed again for every {TILE} columns"
-        return ""
 
     def _comes_back(self, union: _Group) -> str:
         """Whether a path leaves the nodes and comes back: then they cannot run at once."""

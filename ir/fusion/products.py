@@ -22,6 +22,9 @@ from regauge.ir.sizes import is_static
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Floats of 8 bits that kernels read; all are numbers of half precision, too."""
 
+CODES = (torch.int8, torch.uint8, *FLOAT8)
+"""Types of what is multiplied as it is stored."""
+
 EXACT = 256
 """Up to here bfloat16 holds all integers."""
 
