@@ -18,10 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from regauge.backends.kernel_configs import Table, config_of
+from regauge.backends.kernel_configs import Table
 from regauge.backends.torch_kernels import KernelOperator, with_kernels
 from regauge.backends.triton_compile import Build, build_of, compile_kernel
-from regauge.backends.triton_kernel import Source, case_of, grid_of
+from regauge.backends.triton_kernel import Source, config_for, grid_of
 from regauge.backends.triton_loops import Loop, Tensor
 from regauge.ir.dtypes import dtype_name
 from regauge.ir.errors import FusionError
@@ -60,7 +60,7 @@ def write_kernels(
     target.mkdir(parents=True, exist_ok=True)
     written = []
     for operator, sizes in found.sized(at):
-        source = operator.kernel.source(operator.kernel.form_for(sizes))
+        source = operator.kernel.source(operator.kernel.form_for(sizes, single=True))
         (target / f"{operator.name}.py").write_text(source.text, encoding="utf-8")
         written += [_write(target, operator, source, sizes, name) for name in dict.fromkeys(architectures)]
     return written
@@ -69,7 +69,7 @@ def write_kernels(
 def _write(
     folder: Path, operator: KernelOperator, source: Source, sizes: Mapping[Dim, int], architecture: str
 ) -> Written:
-    config = config_of(case_of(source, sizes), architecture, operator.kernel.tuned)
+    config = config_for(source, sizes, architecture, operator.kernel.tuned)
     open_sizes = [dim for dim in sizes if not is_static(dim.size)]
     build = build_of(source, sizes, architecture, config, open_sizes)
     path = folder / f"{operator.name}.{architecture}"

@@ -19,7 +19,8 @@ from typing import TypeAlias
 
 from regauge.backends.kernel_configs import Case, Config, power_above
 from regauge.backends.triton_compile import Compiled, compile_kernel
-from regauge.backends.triton_kernel import Launch, Source, case_of, launch_of
+from regauge.backends.triton_kernel import Source, case_of, launch_of
+from regauge.backends.triton_launch import Launch
 from regauge.backends.triton_loops import count
 from regauge.ir.cost import item_size
 from regauge.ir.errors import FusionError

@@ -19,7 +19,7 @@ from regauge.backends.gpu_timing import rotating, times
 from regauge.backends.kernel_configs import Entry, Table, config_of
 from regauge.backends.kernel_samples import Sample
 from regauge.backends.kernel_screen import screen
-from regauge.backends.triton_kernel import Kernel, Source, case_of, shape_of
+from regauge.backends.triton_kernel import Kernel, Source, case_of, config_for, shape_of
 from regauge.ir.extents import Dim
 
 Measure: TypeAlias = Callable[[Sample, Sequence[Kernel]], list[float]]
@@ -40,10 +40,13 @@ class Tuned:
 
 
 def tune(kernels: Sequence[Sample], architecture: str, measure: Measure | None = None) -> Iterator[Tuned]:
-    """The best configuration of each case, one after the other; raises FusionError where none fits."""
+    """The best configuration of each case that tables hold, in turn; raises FusionError where none fits."""
     cases: dict[tuple[Any, ...], list[Sample]] = {}
     for kernel, sizes in kernels:
-        case = case_of(_source(kernel, sizes), sizes)
+        source = _source(kernel, sizes)
+        if config_for(source, sizes, architecture) is None:
+            continue
+        case = case_of(source, sizes)
         cases.setdefault((case.form, case.numbers, case.buckets()), []).append((kernel, sizes))
     for group in cases.values():
         sized = [(_source(kernel, sizes), sizes) for kernel, sizes in group]
@@ -80,7 +83,7 @@ def measured(device: torch.device) -> Measure:
         values = [tensor.value for tensor in source.reads]
 
         def call(rival: Kernel) -> Callable[..., Any]:
-            return lambda *given: rival.launch(dict(zip(values, given, strict=True)))
+            return lambda *given: rival.launch(dict(zip(values, given, strict=True)), source.form)
 
         spreads = times([call(rival) for rival in rivals], rotating(tensors))
         return [spread.median for spread in spreads]
@@ -89,4 +92,4 @@ def measured(device: torch.device) -> Measure:
 
 
 def _source(kernel: Kernel, sizes: Mapping[Dim, int]) -> Source:
-    return kernel.source(kernel.form_for(sizes))
+    return kernel.source(kernel.form_for(sizes, single=True))

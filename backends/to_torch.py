@@ -28,7 +28,6 @@ from regauge.backends.torch_runtime import import_source
 from regauge.backends.torch_source import assemble
 from regauge.backends.torch_tensors import needs_gradient
 from regauge.ir.errors import EmitError
-from regauge.ir.fusion.fused import fused_copy
 from regauge.ir.graph import Graph, Parameter
 
 Kernels: TypeAlias = Literal["triton"]
@@ -60,7 +59,9 @@ def emit(
     if tuned is not None and kernels != "triton":
         raise EmitError("a tuned table is for kernels: give kernels='triton', too")
     if kernels == "triton":
-        graph = fused_copy(graph)
+        from regauge.backends.kernel_weights import for_kernels
+
+        graph = for_kernels(graph)
     spelt = as_layers(graph)
     graph, homes = as_integer_layers(spelt) if integers else (spelt, [])
     frame = frame_tree(graph)

@@ -10,20 +10,26 @@ Operators are named by what they compute and registered once in a process.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeAlias
 
 import torch
 
 from regauge.backends.kernel_configs import Table
+from regauge.backends.kernel_weights import for_kernels
 from regauge.backends.to_torch import to_torch
 from regauge.backends.triton_kernel import Kernel, triton_kernel
+from regauge.backends.triton_loops import sizes_of
 from regauge.ir.cost import smallest_sizes
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
-from regauge.ir.fusion.fused import Rounding, body_of, canonical, fused_copy, fused_nodes, traced
+from regauge.ir.fusion.fused import Rounding, body_of, canonical, fused_nodes, traced
+from regauge.ir.fusion.products import few_bit_sides
+from regauge.ir.fusion.prologues import MOST_ROWS
+from regauge.ir.fusion.region import below_results
 from regauge.ir.graph import Graph, Value
 from regauge.ir.ops.torch_opaque import tensor_schema
 from regauge.ir.parse import parse_graph
@@ -43,9 +49,23 @@ class KernelOperator:
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]
 
+    @cached_property
+    def rows(self) -> frozenset[Dim]:
+        """The loops in which a weight of few bits is read again; none where the kernel multiplies none."""
+        region = self.kernel.region
+        for contraction, (left, right) in zip(region.contractions, few_bit_sides(region), strict=True):
+            if left != right:
+                first, second = below_results(contraction.args[0]).args
+                return contraction.axes - (first if left else second).axes
+        return frozenset()
+
     def launch(self, *tensors: torch.Tensor) -> Any:
-        """What the kernel gives for the arguments of the operator."""
-        found = self.kernel.launch(dict(zip(self.reads, tensors, strict=True)))
+        """What the kernel gives for the arguments of the operator; of many rows what the library gives."""
+        given = dict(zip(self.reads, tensors, strict=True))
+        sizes = sizes_of(self.kernel.region, self.kernel.source().reads, given) if self.rows else {}
+        if self.rows and math.prod(sizes[dim] for dim in self.rows) > MOST_ROWS:
+            return _without_views(self.body)(*tensors)
+        found = self.kernel.launch(given)
         results = tuple(found[value] for value in self.writes)
         return results if len(results) > 1 else results[0]
 
@@ -66,11 +86,12 @@ class WithKernels:
 
 
 def with_kernels(graph: Graph, *, rounding: Rounding = "fused", tuned: Table | None = None) -> WithKernels:
-    """The operators of the fused nodes of a graph; where it has none, of all regions that gain on a GPU.
+    """The operators of the fused nodes of a graph; where it has none, of all regions that gain on a GPU, with products
+    of weights of few bits among these.
 
     ``tuned`` is a table of configurations that is asked before the shipped one.
     """
-    result = fused_copy(graph, rounding=rounding)
+    result = for_kernels(graph, rounding=rounding)
     made: list[KernelOperator] = []
     left: list[str] = []
     for node in fused_nodes(result):

@@ -21,15 +21,19 @@ from pathlib import Path
 
 import torch
 
-from regauge.backends.kernel_configs import Config, config_of
-from regauge.backends.triton_kernel import Launch, Source, case_of, launch_of, numbers, shape_of
+from regauge.backends.kernel_configs import Config
+from regauge.backends.triton_kernel import Source, config_for, launch_of, numbers, shape_of
+from regauge.backends.triton_launch import Launch
 from regauge.backends.triton_loops import Tensor, start_of, strides_of
 from regauge.ir.affine import index_of
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
+from regauge.ir.fusion.products import FLOAT8
 
 ARCHITECTURES: Mapping[str, int] = {"sm_80": 80, "sm_90": 90}
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
+_POINTERS |= {torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
+_POINTERS |= dict.fromkeys(FLOAT8, "*u8")
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,10 @@ class Argument:
 
 @dataclass(frozen=True)
 class Build:
-    """All that decides the binary of a kernel."""
+    """All that decides the binary of a kernel, which is called ``name`` in its source."""
 
     source: Source
+    name: str
     architecture: str
     launch: Launch
     arguments: tuple[Argument, ...]
@@ -62,7 +67,7 @@ class Build:
         Whether products are fused with sums is among this, so that it does not follow Triton's default.
         """
         start = self.launch
-        told = [self.architecture, dict(start.constants), start.options(self.source.rounding)]
+        told = [self.name, self.architecture, dict(start.constants), start.options(self.source.rounding)]
         parts = [self.source.text, version("triton"), *map(repr, (told, self.arguments))]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -86,13 +91,15 @@ def compile_kernel(
     architecture: str,
     config: Config | None = None,
     open_sizes: Collection[Dim] = (),
+    name: str | None = None,
 ) -> Compiled:
-    """Compile a kernel for tensors of these sizes without gaps in memory, by default as the shipped table has it.
+    """Compile a kernel, by default the first of the source, for tensors of these sizes without gaps in memory, and by
+    default as the shipped table has it.
 
     For ``open_sizes`` the binary is good whatever they are. Raises FusionError for an unknown architecture, or where
     Triton is not installed or refuses.
     """
-    build = build_of(source, sizes, architecture, config, open_sizes)
+    build = build_of(source, sizes, architecture, config, open_sizes, name)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -102,7 +109,7 @@ def compile_kernel(
     signature.update(dict.fromkeys(start.constants, "constexpr"))
     constants = {one.name: one.fixed for one in arguments if one.fixed is not None}
     hints = {(place,): [["tt.divisibility", 16]] for place, one in enumerate(arguments) if one.divisible}
-    made = ASTSource(source.function(), signature, {**start.constants, **constants}, hints)
+    made = ASTSource(source.function(build.name), signature, {**start.constants, **constants}, hints)
     options = start.options(source.rounding)
     before = os.environ.get("TRITON_DISABLE_LINE_INFO")
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
@@ -126,20 +133,22 @@ def build_of(
     architecture: str,
     config: Config | None = None,
     open_sizes: Collection[Dim] = (),
+    name: str | None = None,
 ) -> Build:
     """What would be compiled; raises FusionError for an unknown architecture, or where Triton is not installed."""
     if architecture not in ARCHITECTURES:
         raise FusionError(f"there is no architecture {architecture!r}: give {' or '.join(ARCHITECTURES)}")
     names = source.function().arg_names
-    start = launch_of(source, sizes, config or config_of(case_of(source, sizes), architecture))
-    return Build(source, architecture, start, _arguments(source, names, sizes, open_sizes))
+    start = launch_of(source, sizes, config or config_for(source, sizes, architecture))
+    return Build(source, name or source.name, architecture, start, _arguments(source, names, sizes, open_sizes, start))
 
 
 def _arguments(
-    source: Source, names: Sequence[str], sizes: Mapping[Dim, int], open_sizes: Collection[Dim]
+    source: Source, names: Sequence[str], sizes: Mapping[Dim, int], open_sizes: Collection[Dim], start: Launch
 ) -> tuple[Argument, ...]:
     """The arguments as Triton specialises them at a launch, by what is 1 and what 16 divides, but for open sizes."""
     types = [_POINTERS[tensor.value.dtype] for tensor in source.tensors]  # type: ignore[index]
+    types += [_POINTERS[torch.float32]] if start.partials else []
     found = [Argument(name, kind, divisible=True) for name, kind in zip(names, types, strict=False)]
     steps: dict[Tensor, Mapping[Dim, int]] = {}
     starts: list[int] = []

@@ -1,9 +1,12 @@
-"""Kernels with a contraction: a program has a tile of BLOCK_M by BLOCK_N entries of the product.
+"""Kernels with contractions: a program has a tile of BLOCK_M by BLOCK_N entries of each product.
 
 It goes through the contracted loops BLOCK_K at a time. Factors are read in their own type, or computed from what is
 read and rounded to it (a prologue); sums are in single precision; what stands behind the product is computed on the
-tile.
-Programs that run together share rows and columns: GROUP rows of tiles are swept column by column.
+tile. Products of the same left factor read its tiles once.
+
+Factors of few bits (:mod:`regauge.ir.fusion.products`) are multiplied as integers where both have 8 bits, and else as
+floats of the type of the other one, which hold them exactly. Bytes that hold several digits are read once for all of
+these. Scales multiply sums: those of groups the sum of each step, others the sum at the end.
 """
 
 from __future__ import annotations
@@ -13,116 +16,197 @@ from collections.abc import Sequence
 import torch
 
 from regauge.backends.triton_expressions import TRITON_TYPES, outermost
-from regauge.backends.triton_loops import Loop, Tensor, loops_of
-from regauge.backends.triton_source import Rounding, Writer
+from regauge.backends.triton_tiles import CONSTANTS, TileWriter, Tiling
 from regauge.ir.fusion.legality import terms_below
-from regauge.ir.fusion.region import Region, Term, below_results
+from regauge.ir.fusion.products import Product, Side, codes_of, is_float8
+from regauge.ir.fusion.region import Term, below_results
 
-CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")
+_LEFT, _RIGHT = "[None, :]", "[:, None]"
+"""How indices of what is contracted are laid along a tile of the left and of the right factor."""
 
 
-class ContractionKernel(Writer):
+class ContractionKernel(TileWriter):
     """The text of one kernel; see the module docstring."""
 
-    def __init__(self, region: Region, name: str, rounding: Rounding, *, contiguous: bool) -> None:
-        super().__init__(region, rounding)
-        self.kernel = name
-        self.loops = loops_of(region, [*self.reads, *self.writes], contiguous=contiguous)
-        (self.contraction,) = region.contractions
-        self.left, self.right = below_results(self.contraction.args[0]).args
-        self.below = terms_below(self.contraction)
-
-    def all_loops(self) -> Sequence[Loop]:
-        return self.loops.all
+    @property
+    def tiling(self) -> Tiling:
+        kinds = [self.kind(product) for product in self.products.all]
+        return Tiling(len(kinds), max(kind.itemsize for kind in kinds), self.groups, self.digits)
 
     def source(self) -> str:
-        self._tile()
-        self._product()
-        self.statements([term for term in self.region.terms if term not in self.below], self.load)
-        for tensor in self.writes:
-            value = self.text(self.region.results[tensor.value])
-            address, mask = self._place(tensor)
-            self.line(f"tl.store({address}, {value}, mask={mask})")
+        self.tile()
+        self.sums()
+        self.behind()
         head = self.signature(self.kernel, self.arguments(self.loops), CONSTANTS)
         return self.finished([*head, *self.docstring(self.kernel, "contraction, in tiles", self.loops.all)])
 
-    # -- indices -----------------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------------------------
 
-    def _tile(self) -> None:
-        """Which tile of which product of the batch a program has."""
-        self.line(f"tiles_m = tl.cdiv({self.joint_size(self.loops.rows)}, BLOCK_M)")
-        self.line(f"tiles_n = tl.cdiv({self.joint_size(self.loops.columns)}, BLOCK_N)")
-        if self.loops.batch:
-            batch = self.joint("batch", self.loops.batch)
-            self.line(f"{batch} = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)")
-            self.take_apart("batch", self.loops.batch)
-        self.line("program = tl.program_id(0) % (tiles_m * tiles_n)")
-        self.line("first = program // (GROUP * tiles_n) * GROUP  # of the rows of tiles that are swept together")
-        self.line("high = tl.minimum(tiles_m - first, GROUP)")
-        self.line("tile_m = first + program % (GROUP * tiles_n) % high")
-        self.line("tile_n = program % (GROUP * tiles_n) // high")
-        self._axis("m", "(tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]", self.loops.rows)
-        self._axis("n", "(tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]", self.loops.columns)
-
-    def _axis(self, axis: str, index: str, loops: Sequence[Loop]) -> None:
-        joint = self.joint(axis, loops)
-        self.line(f"{joint} = {index}")
-        self.line(f"{axis}_ok = {joint} < {self.joint_size(loops)}")
-        self.take_apart(axis, loops)
-
-    def _place(self, tensor: Tensor) -> tuple[str, str]:
-        """The address of an entry of a tile, and the mask."""
-        axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.loops.contracted}
-        masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
-        return self.address(tensor, self.loops), " & ".join(masks)
-
-    def load(self, term: Term) -> str:
-        text = self._raw(term)
-        return text if term.value.value.dtype == torch.bool else f"{text}.to(tl.float32)"
-
-    def _raw(self, term: Term) -> str:
-        address, mask = self._place(self.of_load[term])
-        mask = " & ".join(filter(None, [mask, *map(self.text, term.args)]))
-        return f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
-
-    # -- the product -------------------------------------------------------------------------------------------------
-
-    def _product(self) -> None:
-        accumulated = self.name(self.contraction)
-        self.line(f"{accumulated} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
-        self.line(f"for start in range(0, {self.joint_size(self.loops.contracted)}, BLOCK_K):")
-        self.indent += "    "
-        kind = self._type()
-        self._contracted("[None, :]")
-        left = self._factor("left", self.left, kind, "m_ok & k_ok")
-        self._contracted("[:, None]")
-        right = self._factor("right", self.right, kind, "k_ok & n_ok")
-        self.line(f'{accumulated} = tl.dot({left}, {right}, {accumulated}, input_precision="ieee")')
+    def sums(self) -> None:
+        """The sums of products, by a loop over what is contracted."""
+        for product in self.products.all:
+            kind = "tl.int32" if product.whole and not self.groups else "tl.float32"
+            self.line(f"{self.name(product.contraction)} = tl.zeros([BLOCK_M, BLOCK_N], {kind})")
+            self.once(scale for scale in product.scales if scale.axes & self.over)
+        self.begin()
+        self._step()
         self.indent = self.indent[4:]
+
+    def begin(self) -> None:
+        """The head of the loop: ``start`` is the first index of a step, in its group."""
+        if not self.groups:
+            self.line(f"for start in range(0, {self.joint_size(self.inner)}, BLOCK_K):")
+            self.indent += "    "
+            return
+        steps = self.steps()
+        self.line(f"for step in range(0, {steps}):")
+        self.indent += "    "
+        self.start()
+
+    def steps(self) -> str:
+        """How many steps there are in all groups."""
+        self.line(f"steps = tl.cdiv({self.joint_size(self.inner)}, BLOCK_K){'  # in each group' * bool(self.groups)}")
+        return f"{self.joint_size(self.groups)} * steps" if self.groups else "steps"
+
+    def start(self) -> None:
+        """The group of a step, and its first index there."""
+        if not self.groups:
+            self.line("start = step * BLOCK_K")
+            return
+        self.line(f"{self.joint('group', self.groups)} = tl.cast(step // steps, tl.int64)")
+        self.take_apart("group", self.groups)
+        self.line("start = step % steps * BLOCK_K")
+
+    def _step(self) -> None:
+        """One step: tiles of both factors of each product, multiplied and added."""
+        products, outer = self.products.all, self.indent
+        self._read: set[Term] = set()
+        self._tiles: dict[tuple[Term, torch.dtype], str] = {}
+        for product in products if self.groups else ():
+            kind = "tl.int32" if product.whole else "tl.float32"
+            self.line(f"{self._partial(product)} = tl.zeros([BLOCK_M, BLOCK_N], {kind})")
+        rights = [product.right for product in products]
+        lefts = list(dict.fromkeys(product.left for product in products))
+        if self.digits:
+            self._codes(rights, _RIGHT, of_all_digits=True)
+            self._codes(lefts, _LEFT, of_all_digits=True)
+            for loop in self.digits:
+                self.line(f"for {loop.name} in tl.static_range({loop.dims[0].size}):")
+                self.indent += "    "
+        self._codes(lefts, _LEFT)
+        left = [self._factor(product.left, self.kind(product), "left") for product in products]
+        self._codes(rights, _RIGHT)
+        for product, first in zip(products, left, strict=True):
+            second = self._factor(product.right, self.kind(product), "right")
+            total = self._partial(product) if self.groups else self.name(product.contraction)
+            how = "out_dtype=tl.int32" if product.whole else 'input_precision="ieee"'
+            self.line(f"{total} = tl.dot({first}, {second}, {total}, {how})")
+        self.indent = outer
+        for product in products if self.groups else ():
+            self._scale(product)
+
+    def _partial(self, product: Product) -> str:
+        return f"{self.name(product.contraction)}_of_step"
+
+    def _scale(self, product: Product) -> None:
+        """Add the sum of a step times the scales of its group."""
+        scales = [scale for scale in product.scales if scale.axes & self.over]
+        needed = {one for scale in scales for one in (scale, *terms_below(scale))} - self._read - self.done
+        self.statements([term for term in self.region.terms if term in needed], self.load)
+        self._read |= needed
+        factors = " * ".join([self._partial(product), *map(self.text, scales)])
+        self.line(f"{self.name(product.contraction)} += {factors}")
+
+    # -- factors -----------------------------------------------------------------------------------------------------
+
+    def kind(self, product: Product) -> torch.dtype:
+        """What factors are multiplied in: their type, or single precision where they have two. What has few bits goes
+        along with the other factor, and half precision holds it."""
+        if product.whole:
+            return torch.int8
+        types = {_type_of(side.core) for side in (product.left, product.right) if not side.few_bits}
+        if not types:
+            return torch.float16
+        return types.pop() if len(types) == 1 else torch.float32
 
     def _contracted(self, way: str) -> None:
         """The indices of what is contracted, along the tile of one factor."""
-        self._axis("k", f"(start + tl.arange(0, BLOCK_K)).to(tl.int64){way}", self.loops.contracted)
+        self.axis("k", f"(start + tl.arange(0, BLOCK_K)).to(tl.int64){way}", self.inner)
 
-    def _type(self) -> torch.dtype:
-        """What factors are multiplied in: their type, or single precision where they have two."""
-        types = {_type_of(factor) for factor in (self.left, self.right)}
-        return types.pop() if len(types) == 1 else torch.float32
+    def _codes(self, sides: Sequence[Side], way: str, *, of_all_digits: bool = False) -> None:
+        """Read what factors are made of, as it is stored: what all digits have in common, or the rest. The indices are
+        those of a tile of such factors from here on."""
+        places = frozenset(self.products.digits)
+        loads = [
+            load
+            for side in sides
+            if side.few_bits
+            for load in _loads(side.core)
+            if load not in self._read and (not load.axes & places) >= of_all_digits
+        ]
+        if loads or not of_all_digits and (way == _LEFT or not all(side.few_bits for side in sides)):
+            self._contracted(way)
+        for load in dict.fromkeys(loads):
+            self.statements(load.args, self.load)
+            self.line(f"{self.name(load)} = {self.raw(load)}")
+        self._read.update(loads)
 
-    def _factor(self, side: str, factor: Term, kind: torch.dtype, mask: str) -> str:
-        """The lines that read or compute a tile of a factor; returns its name."""
+    def _factor(self, side: Side, kind: torch.dtype, name: str) -> str:
+        """The lines that make a tile of a factor of what is read; returns its name."""
+        key = side.core, kind
+        if key not in self._tiles:
+            self._tiles[key] = self._few_bits(side, kind, name) if side.few_bits else self._plain(side, kind, name)
+        return self._tiles[key]
+
+    def _few_bits(self, side: Side, kind: torch.dtype, name: str) -> str:
+        core = codes_of(side.core)
+        if kind == torch.int8:
+            return self.name(core)
+        text = self.of_bytes(self.of_load[core], self.name(core)) if is_float8(core) else self._integer(core)
+        text = f"{text}.to({TRITON_TYPES[kind]})"
+        if name == "left" and core.op in ("add", "sub"):  # what is read beyond the end is 0, but not what is made of it
+            text = f"tl.where(k_ok, {text}, 0.0)"
+        name = self.names.unique(name)
+        self.line(f"{name} = {text}")
+        return name
+
+    def _integer(self, term: Term) -> str:
+        """What integers are computed from others."""
+        term = codes_of(term)
+        if term.op == "load":
+            return self.name(term)
+        if term.op == "number":
+            return str(int(term.value))
+        if term.op == "digit":
+            return self.digit(term, self._integer(term.args[0]), self.region.names[term.value.loop])
+        first, second = (
+            self._integer(arg) if codes_of(arg).op == "number" else f"{self._integer(arg)}.to(tl.int32)"
+            for arg in term.args
+        )
+        return f"({first} {'+' if term.op == 'add' else '-'} {second})"
+
+    def _plain(self, side: Side, kind: torch.dtype, name: str) -> str:
+        factor = side.core
         below = below_results(factor)
         if below.op == "load" and (self.rounding == "fused" or factor is below or factor.args[0] is below):
             tensor = self.of_load[below]
             self.statements(below.args, self.load)
+            text = self.of_bytes(tensor, self.raw(below))
             cast = "" if tensor.value.dtype == kind else f".to({TRITON_TYPES[kind]})"
-            self.line(f"{self.name(below)} = {self._raw(below)}{cast}")
+            self.line(f"{self.name(below)} = {text}{cast}")
             return self.name(below)
-        needed = {*terms_below(factor), factor}
+        needed = {*terms_below(factor), factor} - self.done
         self.statements([term for term in self.region.terms if term in needed], self.load)
+        mask = "m_ok & k_ok" if name == "left" else "k_ok & n_ok"
+        name = self.names.unique(name)
         text = f"tl.where({mask}, {outermost(self.text(factor))}, 0.0)"
-        self.line(f"{side} = {text}" if kind == torch.float32 else f"{side} = {text}.to({TRITON_TYPES[kind]})")
-        return side
+        self.line(f"{name} = {text}" if kind == torch.float32 else f"{name} = {text}.to({TRITON_TYPES[kind]})")
+        return name
+
+
+def _loads(term: Term) -> Sequence[Term]:
+    """What a term is computed from, as it is read."""
+    return [one for one in (term, *terms_below(term)) if one.op == "load"]
 
 
 def _type_of(factor: Term) -> torch.dtype:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from regauge.ir.dtypes import Dtype
 from regauge.ir.fusion.region import Term
 from regauge.ir.scalars import PRIMITIVES
 
@@ -22,6 +23,7 @@ TEXT: Mapping[str, str] = {
     "eq": "({} == {})", "ne": "({} != {})", "lt": "({} < {})", "le": "({} <= {})", "gt": "({} > {})",
     "ge": "({} >= {})", "where": "tl.where({}, {}, {})",
     "logical_and": "(({} != 0) & ({} != 0))", "logical_or": "(({} != 0) | ({} != 0))", "logical_not": "({} == 0)",
+    "real": "{}",
 }  # fmt: skip
 """How each primitive is written; names without ``tl.`` are in FUNCTIONS."""
 
@@ -59,10 +61,26 @@ def log1p(x):
     good = tl.log(u) * (x / (u - 1.0))
     return tl.where(u == 1.0, x, tl.where(u == float("inf"), u, good))
 ''',
+    "from_e4m3": '''@triton.jit
+def from_e4m3(bits):
+    """The number in half precision that 8 bits are: 1 for the sign, 4 of exponent, which half precision has 8 more of,
+    and 3 of fraction; all ones are no number."""
+    wide = bits.to(tl.uint16)
+    number = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), number).to(tl.float16)
+''',
+    "from_e5m2": '''@triton.jit
+def from_e5m2(bits):
+    """The number in half precision whose upper 8 bits are these."""
+    return (bits.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+''',
 }
 
 ROUNDED = {"div": "tl.div_rn({}, {})"}
 """What is written otherwise where each operator is rounded as in torch: a quotient that is off by two places is not."""
+
+FLOAT8: Mapping[Dtype, str] = {torch.float8_e4m3fn: "from_e4m3", torch.float8_e5m2: "from_e5m2"}
+"""What makes numbers of floats of 8 bits, which kernels read as bytes: not all architectures have them."""
 
 TRITON_TYPES = {
     torch.float32: "tl.float32",

@@ -17,30 +17,36 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from regauge.backends.kernel_configs import Case, Config, Table, architecture_of, config_of, power_above
+from regauge.backends.kernel_configs import Case, Config, Table, architecture_of, config_of
 from regauge.backends.torch_runtime import import_source
 from regauge.backends.triton_contraction import ContractionKernel
+from regauge.backends.triton_launch import Launch, power_above
 from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, sizes_of, start_of, strides_of
 from regauge.backends.triton_rows import RowForm, RowKernel
 from regauge.backends.triton_source import Rounding
+from regauge.backends.triton_split import TOTAL, SplitKernel
+from regauge.backends.triton_tile_sizes import launch_of_tiles, parts_of
+from regauge.backends.triton_tiles import Tiling
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 from regauge.ir.fusion.legality import fault
+from regauge.ir.fusion.products import FLOAT8
 from regauge.ir.fusion.region import Kind, Layout, Region
 from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Value
 
-Form: TypeAlias = RowForm | Literal["contraction"]
+Form: TypeAlias = RowForm | Literal["contraction", "split"]
 _FORMS: Mapping[Kind, tuple[Form, ...]] = {
     "pointwise": ("pointwise",),
     "row reduction": ("rows", "looped"),
-    "contraction": ("contraction",),
+    "contraction": ("contraction", "split"),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One text of a kernel: what it reads and writes in the order of its arguments, and its loops."""
+    """One text of a kernel: what it reads and writes in the order of its arguments, and its loops; of a contraction
+    what decides how large tiles are."""
 
     text: str
     name: str
@@ -49,6 +55,12 @@ class Source:
     reads: tuple[Tensor, ...]
     writes: tuple[Tensor, ...]
     loops: Loops
+    tiling: Tiling | None = None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The names of the kernels that the text has, which are launched one after the other."""
+        return (self.name, f"{self.name}{TOTAL}") if self.form == "split" else (self.name,)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -59,29 +71,12 @@ class Source:
         """Whether programs share out columns, too, since no row is reduced."""
         return self.form in ("pointwise", "swept")
 
-    def function(self) -> Any:
-        """The kernel as Triton has it; raises FusionError where Triton is not installed."""
+    def function(self, name: str | None = None) -> Any:
+        """A kernel, by default the first one, as Triton has it; raises FusionError where Triton is not installed."""
         try:
-            return getattr(import_source(self.text, self.name), self.name)
+            return getattr(import_source(self.text, self.name), name or self.name)
         except ModuleNotFoundError as error:
             raise FusionError("kernels need Triton: pip install 'regauge[triton]'") from error
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is started: how many programs, with which constants, in how many warps.
-
-    ``stages`` is how many steps of a loop are in flight at a time.
-    """
-
-    programs: int
-    constants: Mapping[str, int]
-    warps: int
-    stages: int = 2
-
-    def options(self, rounding: Rounding) -> dict[str, Any]:
-        """What Triton is told; where each node is rounded no product may be fused with a sum."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": rounding == "fused"}
 
 
 @dataclass(eq=False)
@@ -107,19 +102,26 @@ class Kernel:
     def forms(self) -> tuple[Form, ...]:
         return (*(("swept",) if self.region.has_windows else ()), *_FORMS[self.region.kind])
 
-    def form_for(self, sizes: Mapping[Dim, int]) -> Form:
-        """The form that rows of some length are reduced in: at once, or in a loop where a program cannot hold them."""
-        form = self.forms[0]
-        return "looped" if form == "rows" and count(self.source().loops.columns, sizes) > PERSISTENT else form
+    def form_for(self, sizes: Mapping[Dim, int], *, single: bool = False) -> Form:
+        """The form for these sizes: rows that a program cannot hold are reduced in a loop, and tiles that are too few
+        to keep a device busy are shared out, which takes two kernels, and is not done for a ``single`` one."""
+        form, source = self.forms[0], self.source()
+        if form == "rows" and count(source.loops.columns, sizes) > PERSISTENT:
+            return "looped"
+        few = not single and source.tiling is not None and parts_of(source.loops, source.tiling, sizes) > 1
+        return "split" if few else form
 
     def _write(self, form: Form, contiguous: bool) -> Source:
         writer: RowKernel | ContractionKernel
-        if form == "contraction":
-            writer = ContractionKernel(self.region, self.name, self.rounding, contiguous=contiguous)
+        tiling = None
+        if form == "contraction" or form == "split":
+            kind = ContractionKernel if form == "contraction" else SplitKernel
+            writer = kind(self.region, self.name, self.rounding, contiguous=contiguous)
+            tiling = writer.tiling
         else:
             writer = RowKernel(self.region, self.name, form, self.rounding, contiguous=contiguous)
         reads, writes = tuple(writer.reads), tuple(writer.writes)
-        return Source(writer.source(), self.name, form, self.rounding, reads, writes, writer.loops)
+        return Source(writer.source(), self.name, form, self.rounding, reads, writes, writer.loops, tiling)
 
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
@@ -133,14 +135,15 @@ class Kernel:
         device = next(iter(given.values())).device
         results = {tensor.value: _empty(tensor, sizes, device) for tensor in source.writes}
         steps.update((tensor, strides_of(tensor, results[tensor.value], sizes)) for tensor in source.writes)
-        config = config_of(case_of(source, sizes), architecture_of(device), self.tuned)
-        start = launch_of(source, sizes, config)
+        start = launch_of(source, sizes, config_for(source, sizes, architecture_of(device), self.tuned))
         if start.programs:
-            tensors = [*(given[tensor.value] for tensor in source.reads), *results.values()]
+            pointers = [_as_stored(given[tensor.value]) for tensor in source.reads] + list(results.values())
             starts = [start_of(t, given[t.value], sizes) for t in source.reads if t.shifts]
-            arguments = numbers(source, sizes, starts, steps)
-            launcher = source.function()[(start.programs,)]
-            launcher(*tensors, *arguments, **start.constants, **start.options(self.rounding))
+            if start.partials:
+                pointers.append(torch.empty(start.partials, dtype=torch.float32, device=device))
+            arguments = [*pointers, *numbers(source, sizes, starts, steps)]
+            for name, grid in zip(source.kernels, start.grids, strict=True):
+                source.function(name)[grid](*arguments, **start.constants, **start.options(self.rounding))
         return results
 
 
@@ -165,6 +168,10 @@ def _empty(tensor: Tensor, sizes: Mapping[Dim, int], device: torch.device) -> to
     return torch.empty(shape_of(tensor.layout, sizes), dtype=tensor.value.dtype, device=device)
 
 
+def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype in FLOAT8 else tensor
+
+
 def shape_of(layout: Layout, sizes: Mapping[Dim, int]) -> list[int]:
     return [math.prod(sizes[dim] for dim in axis) for axis in layout]
 
@@ -187,8 +194,20 @@ def case_of(source: Source, sizes: Mapping[Dim, int]) -> Case:
     return Case(form, "single" if single else "half", (rows, columns, contracted))
 
 
-def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config) -> Launch:
+def config_for(
+    source: Source, sizes: Mapping[Dim, int], architecture: str, tuned: Table | None = None
+) -> Config | None:
+    """The configuration for given sizes; None for tiles that no table holds (:mod:`triton_tile_sizes`)."""
+    if source.form == "split" or source.tiling is not None and not source.tiling.plain:
+        return None
+    return config_of(case_of(source, sizes), architecture, tuned)
+
+
+def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None) -> Launch:
     """How a kernel is started for given sizes: tiles of the configuration, smaller where there is less."""
+    if config is None:
+        assert source.tiling is not None
+        return launch_of_tiles(source.loops, source.tiling, sizes, split=source.form == "split")
     rows, columns, contracted = case_of(source, sizes).sizes
     tile, warps = config.tile, config.warps
     if source.form == "contraction":

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-import torch
-
 from regauge.backends.triton_expressions import outermost
 from regauge.backends.triton_loops import Loop, Tensor, loops_of
 from regauge.backends.triton_source import Rounding, Writer
@@ -114,7 +112,7 @@ class RowKernel(Writer):
         address, mask = self._place(tensor)
         mask = " & ".join(filter(None, [mask, *map(self.text, term.args)]))
         text = f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
-        return text if tensor.value.dtype == torch.bool else f"{text}.to(tl.float32)"
+        return self.numbers(tensor, text)
 
     def store(self, tensor: Tensor) -> None:
         address, mask = self._place(tensor)

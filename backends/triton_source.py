@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from regauge.backends.triton_expressions import (
+    FLOAT8,
     FUNCTIONS,
     ROUNDED,
     TEXT,
@@ -40,6 +41,16 @@ _TAKEN = {
     "col_ok",
     "start",
     "window",
+    "step",
+    "steps",
+    "group",
+    "split",
+    "begin",
+    "end",
+    "part",
+    "entries",
+    "partials",
+    "each",
     "blocks",
     "program",
     "first",
@@ -183,6 +194,9 @@ class Writer:
             return self._inside(*term.value)
         if term.op == "logical_and" and all(map(is_truth, term.args)):
             return "({} & {})".format(*map(self.text, term.args))
+        if term.op == "digit":
+            place = f"{self.region.names[term.value.loop]}.to(tl.int32)"
+            return f"{self.digit(term, f'{self.text(term.args[0])}.to(tl.int32)', place)}.to(tl.float32)"
         if term.op not in TEXT:  # a reduction over nothing
             return self.text(term.args[0])
         if term.op in FUNCTIONS:
@@ -209,6 +223,25 @@ class Writer:
             text += f" {'-' if place.offset < 0 else '+'} {abs(place.offset)}" if text else str(place.offset)
         return text.strip()
 
+    def digit(self, term: Term, text: str, place: str) -> str:
+        """A digit of an integer: some of its bits."""
+        bits = term.value.base.bit_length() - 1
+        return f"(({text} >> {place if bits == 1 else f'{bits} * {place}'}) & {term.value.base - 1})"
+
+    def numbers(self, tensor: Tensor, text: str) -> str:
+        """What was read of a tensor as numbers in single precision; truth values stay as they are."""
+        if tensor.value.dtype == torch.bool:
+            return text
+        return f"{self.of_bytes(tensor, text)}.to(tl.float32)"
+
+    def of_bytes(self, tensor: Tensor, text: str) -> str:
+        """What was read of a tensor as numbers: floats of 8 bits are read as bytes."""
+        function = FLOAT8.get(tensor.value.dtype)
+        if function is None:
+            return text
+        self.functions[function] = None
+        return f"{function}({text})"
+
     def all_loops(self) -> Sequence[Loop]:
         raise NotImplementedError
 
@@ -220,7 +253,7 @@ class Writer:
             return text
         if is_truth(arg):
             text = f"{text}.to(tl.float32)"
-        if self.rounding == "eager" and term.value.dtype != torch.float32:
+        if self.rounding == "eager" and term.value.dtype in (torch.float16, torch.bfloat16):
             return f"({outermost(text)}).to({TRITON_TYPES[term.value.dtype]}).to(tl.float32)"
         return text
 
@@ -238,10 +271,10 @@ class Writer:
 
     # -- head --------------------------------------------------------------------------------------------------------
 
-    def arguments(self, loops: Loops) -> list[str]:
-        """Pointers, then sizes of loops, then where tensors begin, then their steps along their loops."""
+    def arguments(self, loops: Loops, more: Sequence[str] = ()) -> list[str]:
+        """Pointers, with ``more`` of them, sizes of loops, where tensors begin, then their steps along their loops."""
         tensors = [*self.reads, *self.writes]
-        pointers = [f"{tensor.name}_ptr" for tensor in tensors]
+        pointers = [*(f"{tensor.name}_ptr" for tensor in tensors), *more]
         sizes = [f"size_{loop.name}" for loop in loops.sized]
         starts = [f"{tensor.name}_start" for tensor in tensors if tensor.shifts]
         steps = [f"{tensor.name}_{loop.name}" for tensor in tensors for loop in tensor.loops(loops.all)]
@@ -301,7 +334,8 @@ class Writer:
             return self.region.results[value]
         return next(load for load in self.region.loads if load.value.value is value)
 
-    def finished(self, head: Sequence[str]) -> str:
-        """The whole file: what is imported, functions that Triton lacks, and the kernel."""
-        parts = [HEAD, *(FUNCTIONS[name] for name in self.functions), "\n".join([*head, *self.lines]) + "\n"]
+    def finished(self, head: Sequence[str], before: Sequence[str] = ()) -> str:
+        """The whole file: what is imported, functions that Triton lacks, other kernels ``before``, and the kernel."""
+        functions = [FUNCTIONS[name] for name in self.functions]
+        parts = [HEAD, *functions, *before, "\n".join([*head, *self.lines]) + "\n"]
         return "\n\n".join(parts)

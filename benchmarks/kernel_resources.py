@@ -4,6 +4,7 @@
 
 Registers of a thread, bytes that it spills, and bytes of shared memory, for 4096 rows of 4096 columns in bfloat16 (and
 for the longest rows that a program holds, where rows are reduced), as ptxas of the installed Triton allocates them.
+Products have a row for 16 rows, too, of which several programs have a part each; a second kernel adds these up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,24 +30,39 @@ from regauge.ir.fusion.region import trace
 from regauge.ir.fusion.traffic import PERSISTENT
 
 ROWS = COLUMNS = 4096
+FEW_ROWS = 16
 FIGURES = ("registers", "spilled", "shared")
-HEADS = ["kernel", "form", "columns", *(f"{name} {figure}" for name in ARCHITECTURES for figure in FIGURES)]
+HEADS = ["kernel", "form", "rows", "columns", *(f"{name} {figure}" for name in ARCHITECTURES for figure in FIGURES)]
 
 
-def cases() -> Iterator[tuple[str, Source, dict[Dim, int]]]:
+@dataclass(frozen=True)
+class Case:
+    """One kernel of a text, for sizes."""
+
+    kernel: str
+    source: Source
+    rows: int
+    sizes: dict[Dim, int]
+
+    def compiled(self, architecture: str) -> Compiled:
+        return compile_kernel(self.source, self.sizes, architecture, self.kernel)
+
+
+def cases() -> Iterator[Case]:
     """Each kernel, in each form that it may have at a size."""
     for name in FORMS:
-        for columns in (COLUMNS, PERSISTENT):
-            graph = form_graph(name, torch.bfloat16, ROWS, columns)
+        for rows, columns in ((ROWS, COLUMNS), (ROWS, PERSISTENT), (FEW_ROWS, COLUMNS)):
+            graph = form_graph(name, torch.bfloat16, rows, columns)
             region = trace(graph.nodes, graph.outputs)  # type: ignore[arg-type]
+            if (columns > COLUMNS) > (region.kind == "row reduction") or (rows < ROWS) > (region.kind == "contraction"):
+                continue
             kernel = triton_kernel(region, name)
             sizes = {dim: int(dim.size) for dim in region.sized}
             for form in kernel.forms:
                 source = kernel.source(form)
-                if form != "rows" or count(source.loops.columns, sizes) <= PERSISTENT:
-                    yield name, source, sizes
-            if region.kind != "row reduction":
-                break
+                wanted = form != "rows" or count(source.loops.columns, sizes) <= PERSISTENT
+                if wanted and (form == "split") == (region.kind == "contraction" and rows < ROWS):
+                    yield from (Case(one, source, rows, sizes) for one in source.kernels)
 
 
 def cells(compiled: Compiled) -> list[str]:
@@ -57,11 +74,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     write = parser.parse_args().write
     rows = []
-    for name, source, sizes in cases():
-        found = [compile_kernel(source, sizes, architecture) for architecture in ARCHITECTURES]
-        rows.append(
-            [name, source.form, str(count(source.loops.columns, sizes)), *(c for one in found for c in cells(one))]
-        )
+    for case in cases():
+        found = [case.compiled(architecture) for architecture in ARCHITECTURES]
+        columns = str(count(case.source.loops.columns, case.sizes))
+        rows.append([case.kernel, case.source.form, str(case.rows), columns, *(c for one in found for c in cells(one))])
         print(*rows[-1], flush=True)
     if write:
         note = "Registers of a thread, bytes that it spills, bytes of shared memory of a program; bfloat16."

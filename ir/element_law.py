@@ -36,6 +36,9 @@ def check_element(case: Case) -> None:
     if expression.op == "joined":
         _check_joined(case)
         return
+    if expression.op == "digit":
+        _check_digits(case, expression.value)
+        return
     of = case.analysis.of
     elsewhere = _Elsewhere(case)
     expression = elsewhere.as_operands(expression)
@@ -143,6 +146,15 @@ def _check_joined(case: Case) -> None:
             case.expect_same([torch.cat(case.operands, axis)], case.results, "element", "correct its element")
             return
     raise case.broken("element", "no axis is that of the operands end to end", "correct the rule")
+
+
+def _check_digits(case: Case, base: int) -> None:
+    """Digits lie along the fastest part of the last axis."""
+    (q,) = case.operands
+    count = int(leaves(case.analysis.of[case.node.output][-1])[-1].size)
+    powers = base ** torch.arange(count)
+    digits = (q.long()[..., None] // powers % base).flatten(-2)
+    case.expect_same([digits.to(case.results[0].dtype)], case.results, "element", "correct its element")
 
 
 def laid(tensor: torch.Tensor, axes: Sequence[Extent], dims: Sequence[Dim], atoms: Atoms) -> torch.Tensor:

@@ -40,6 +40,7 @@ class Scalar:
     ``joined``   of the arguments the one in whose segment of the result the index lies
     ``moved``    the operand at other places of some axes: ``value`` is a :class:`Moved`
     ``inside``   whether the places of the :class:`Moved` ``value`` are on the axes of the operand
+    ``digit``    digit i of an integer to the base ``value``, i being the index within the last axis of the result
     """
 
     op: str
@@ -175,6 +176,11 @@ def joined(*args: Operand) -> Scalar:
     return _call("joined", *args)
 
 
+def digit(x: Scalar, base: int) -> Scalar:
+    """The digits of an integer, the least one first, along the fastest part of the last axis of the result."""
+    return Scalar("digit", (x,), base)
+
+
 def _function(op: str) -> Callable[..., Scalar]:
     def call(*args: Operand) -> Scalar:
         return _call(op, *args)
@@ -207,8 +213,10 @@ PRIMITIVES: Mapping[str, Callable[..., Any]] = {
     "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y, "where": _where,
     "logical_and": lambda x, y: (x != 0) & (y != 0), "logical_or": lambda x, y: (x != 0) | (y != 0),
     "logical_not": lambda x: x == 0,
+    "real": lambda x: x if x.is_floating_point() and x.itemsize > 1 else x.double(),
 }  # fmt: skip
-"""What each primitive is in torch. ``maximum`` and ``minimum`` are NaN where an operand is, as torch's are."""
+"""What each primitive is in torch. ``maximum`` and ``minimum`` are NaN where an operand is, as torch's are;
+``real`` of an integer, or of a float of 8 bits, is that number in a type that holds what is computed of it."""
 
 REDUCTIONS: Mapping[str, Callable[..., Any]] = {
     "sum": lambda x, dims: torch.sum(x, dims, keepdim=True),
@@ -223,6 +231,7 @@ log, log2, log1p = _function("log"), _function("log2"), _function("log1p")
 sqrt, rsqrt = _function("sqrt"), _function("rsqrt")
 sigmoid, tanh, erf = _function("sigmoid"), _function("tanh"), _function("erf")
 sin, cos, floor, ceil = _function("sin"), _function("cos"), _function("floor"), _function("ceil")
+real = _function("real")
 eq, ne, where = _function("eq"), _function("ne"), _function("where")
 logical_and, logical_or, logical_not = _function("logical_and"), _function("logical_or"), _function("logical_not")
 sum_, amax, amin = _function("sum"), _function("amax"), _function("amin")

@@ -42,9 +42,19 @@ def drawn(graph: Graph, sizes: Mapping[object, int] | None = None, seed: int = 0
             numbers = numbers[tuple(slice(None, None, 2) for _ in shape)].permute(list(reversed(range(len(shape)))))
         else:
             numbers = torch.randn(shape, generator=generator)
-        tensors[value] = numbers > 1 if value.dtype == torch.bool else numbers.to(value.dtype)
+        tensors[value] = _typed(numbers, value.dtype)
     tensors.update((parameter, parameter.tensor) for parameter in graph.parameters.values())
     return tensors
+
+
+def _typed(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers as truth values, as integers over half of their range, or as floats."""
+    if dtype == torch.bool:
+        return numbers > 1
+    if dtype.is_floating_point:
+        return numbers.to(dtype)
+    limits = torch.iinfo(dtype)
+    return (numbers * limits.max / 4 + (limits.max + limits.min) / 2).clamp(limits.min, limits.max).to(dtype)
 
 
 def check_kernel(

@@ -27,6 +27,18 @@ class Form:
         tensor = torch.randn(shape, generator=self.generator).to(self.dtype)
         return self.build.parameter(self.build.unique("w"), tensor)
 
+    def codes(self, *shape: int, dtype: torch.dtype = torch.int8, low: int = -127, high: int = 128) -> Value:
+        """A weight of integers, or of floats, of 8 bits."""
+        if dtype.is_floating_point:
+            tensor = (torch.randn(shape, generator=self.generator) * 64).to(dtype)
+        else:
+            tensor = torch.randint(low, high, shape, generator=self.generator).to(dtype)
+        return self.build.parameter(self.build.unique("q"), tensor, trainable=False)
+
+    def scale(self, *shape: int) -> Value:
+        tensor = (torch.rand(shape, generator=self.generator) + 0.5).to(self.dtype) / 64
+        return self.build.parameter(self.build.unique("s"), tensor)
+
 
 def swiglu(f: Form, rows: Any, columns: int) -> Any:
     return f.build.mul(f.build.silu(f.x(rows, columns)), f.x(rows, columns))
@@ -215,6 +227,113 @@ def with_itself(f: Form, rows: Any, columns: int) -> Any:
     return f.build.matmul(x, f.build.permute(x, dims=(1, 0)))
 
 
+def deep(columns: int) -> tuple[int, int]:
+    """What products of few bits go over, and how much of it shares a scale: as much as in a model, or little."""
+    return (columns, 128) if columns >= 512 else (96, 32)
+
+
+def int8_weight(f: Form, rows: Any, columns: int) -> Any:
+    """A scale for each output, bias and activation behind the product."""
+    b, depth = f.build, deep(columns)[0]
+    w = b.dequantize(f.codes(columns, depth), f.scale(columns), axis=0)
+    return b.silu(b.linear(f.x(rows, depth), w, f.w(columns)))
+
+
+def int8_groups(f: Form, rows: Any, columns: int) -> Any:
+    """A scale and a zero point for each group of inputs, the weight stored [inputs, outputs]."""
+    b, (depth, group) = f.build, deep(columns)
+    shapes = (depth, columns), (depth // group, columns)
+    q, zero = (f.codes(*shape, dtype=torch.uint8, low=0, high=256) for shape in shapes)
+    return b.matmul(f.x(2, rows, depth), b.dequantize(q, f.scale(*shapes[1]), zero, axis=0, block_size=group))
+
+
+def int4(f: Form, columns: int) -> Value:
+    """Two codes a byte: of each group the first half in the lower bits, with a scale and a zero point."""
+    b, (depth, group) = f.build, deep(columns)
+    q = b.unpack(f.codes(columns, depth // group, group // 2, dtype=torch.uint8, low=0, high=256), base=16, count=2)
+    q = b.reshape(q, shape=(columns, depth // group, group // 2, 2))
+    q = b.reshape(b.permute(q, dims=(0, 1, 3, 2)), shape=(columns, depth))
+    zero = f.codes(columns, depth // group, dtype=torch.uint8, low=0, high=16)
+    return b.dequantize(q, f.scale(columns, depth // group), zero, axis=1, block_size=group)
+
+
+def int4_weight(f: Form, rows: Any, columns: int) -> Any:
+    w = int4(f, columns)
+    return f.build.add(f.build.linear(f.x(rows, deep(columns)[0]), w, f.w(columns)), f.x(rows, columns))
+
+
+def int4_neighbours(f: Form, rows: Any, columns: int) -> Any:
+    """Two neighbours a byte, and a scale for each output."""
+    b, depth = f.build, deep(columns)[0]
+    q = b.unpack(f.codes(columns, depth // 2, dtype=torch.uint8, low=0, high=256), base=16, count=2)
+    w = b.dequantize(q, f.scale(columns), f.codes(columns, dtype=torch.uint8, low=0, high=16), axis=0)
+    return b.linear(f.x(rows, depth), w)
+
+
+def int2_weight(f: Form, rows: Any, columns: int) -> Any:
+    """Four neighbours a byte, of which 1 is taken, and a scale for each output."""
+    b, depth = f.build, deep(columns)[0]
+    q = b.unpack(f.codes(columns, depth // 4, dtype=torch.uint8, low=0, high=256), base=4, count=4)
+    w = b.mul(b.sub(b.cast(q, dtype=f.dtype), 1.0), b.unsqueeze(f.scale(columns), dim=1))
+    return b.linear(f.x(rows, depth), w)
+
+
+def int8_both(f: Form, rows: Any, columns: int) -> Any:
+    """Integers on both sides: a scale for each row, found when it runs, and for each output."""
+    b, depth = f.build, deep(columns)[0]
+    x = b.mul(b.cast(f.x(rows, depth, dtype=torch.int8), dtype=f.dtype), f.x(rows, 1))
+    w = b.dequantize(f.codes(columns, depth), f.scale(columns), axis=0)
+    return b.gelu(b.linear(x, w, f.w(columns)))
+
+
+def int8_both_static(f: Form, rows: Any, columns: int) -> Any:
+    """One scale and a zero point for all of the activation."""
+    b, depth = f.build, deep(columns)[0]
+    zero = f.codes(dtype=torch.uint8, low=100, high=140)
+    x = b.dequantize(f.x(rows, depth, dtype=torch.uint8), f.scale(), zero)
+    return b.linear(x, b.dequantize(f.codes(columns, depth), f.scale(columns), axis=0), f.w(columns))
+
+
+def int8_both_groups(f: Form, rows: Any, columns: int) -> Any:
+    b, (depth, group) = f.build, deep(columns)
+    x = b.mul(b.cast(f.x(rows, depth, dtype=torch.int8), dtype=f.dtype), f.x(rows, 1))
+    scale = f.scale(columns, depth // group)
+    return b.linear(x, b.dequantize(f.codes(columns, depth), scale, axis=1, block_size=group))
+
+
+def float8_weight(f: Form, rows: Any, columns: int) -> Any:
+    b, depth = f.build, deep(columns)[0]
+    w = b.dequantize(f.codes(depth, columns, dtype=torch.float8_e4m3fn), f.scale(columns), axis=1)
+    return b.matmul(f.x(rows, depth), w)
+
+
+def float8_both(f: Form, rows: Any, columns: int) -> Any:
+    b, depth = f.build, deep(columns)[0]
+    x = b.dequantize(f.x(rows, depth, dtype=torch.float8_e5m2), f.scale())
+    w = b.dequantize(f.codes(columns, depth, dtype=torch.float8_e4m3fn), f.scale(columns), axis=0)
+    return b.relu(b.linear(x, w, f.w(columns)))
+
+
+def gate_and_up(f: Form, rows: Any, columns: int) -> Any:
+    """Two products of one factor, read once."""
+    b, depth = f.build, deep(columns)[0]
+    x = f.x(2, rows, depth)
+    return b.mul(b.silu(b.linear(x, f.w(columns, depth))), b.linear(x, f.w(columns, depth)))
+
+
+def gate_and_up_int4(f: Form, rows: Any, columns: int) -> Any:
+    b, x = f.build, f.x(rows, deep(columns)[0])
+    return b.mul(b.silu(b.linear(x, int4(f, columns))), b.linear(x, int4(f, columns)))
+
+
+def three_products(f: Form, rows: Any, columns: int) -> Any:
+    """Queries, keys and values: results beside one another."""
+    b, depth = f.build, deep(columns)[0]
+    x = f.x(rows, depth)
+    query, key, value = (b.linear(x, f.w(columns, depth), f.w(columns)) for _ in range(3))
+    return b.mul(query, 0.125), key, b.add(value, b.mul(query, key))
+
+
 FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
@@ -222,6 +341,9 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         layer_norm, gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned, number,
         rotary, joined, rotary_inside, shifted, depthwise, pooled, averaged, squeezed, convolved, dense_gelu_residual,
         dense_in_heads, gated_product, scores, with_itself,
+        int8_weight, int8_groups, int4_weight, int4_neighbours, int2_weight, int8_both,
+        int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,
+        three_products,
     )
 }  # fmt: skip
 

@@ -152,6 +152,65 @@ def products(draw: Callable[[Any], Any]) -> Graph:
 
 
 @st.composite
+def few_bit_products(draw: Callable[[Any], Any]) -> Graph:
+    """One or two products of one factor with weights of few bits: any storage, scales and zero points."""
+    dtype = draw(st.sampled_from(DTYPES))
+    rows, columns, group = (draw(st.sampled_from(sizes)) for sizes in ((1, 17, 70), (3, 33), (8, 16, 20, 32)))
+    depth = group * draw(st.sampled_from((1, 3)))
+    build = Builder(Graph("random"))
+    kind = draw(st.sampled_from(("float", "rows", "whole", "float8")))
+    if kind == "float":
+        x = build.input("x", (rows, depth), dtype)
+    else:
+        codes = torch.float8_e4m3fn if kind == "float8" else draw(st.sampled_from((torch.int8, torch.uint8)))
+        x = build.input("x", (rows, depth), codes)
+        if kind == "rows" and codes == torch.int8:
+            x = build.mul(build.cast(x, dtype=dtype), build.input("t", (rows, 1), dtype))
+        else:
+            x = build.dequantize(x, build.parameter("t", torch.tensor(0.125, dtype=dtype)))
+    products = [
+        _few_bit_product(draw, build, x, columns, group, dtype, place) for place in range(draw(st.integers(1, 2)))
+    ]
+    values = [build.add(products[0], build.input("r", (rows, columns), dtype)), *products[1:]]
+    build.graph.outputs = [build.mul(build.silu(values[0]), values[1])] if len(values) > 1 else values
+    return build.graph
+
+
+def _few_bit_product(
+    draw: Callable[[Any], Any], build: Builder, x: Value, columns: int, group: int, dtype: torch.dtype, place: int
+) -> Value:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    depth = int(x.shape[1])
+    storage = draw(st.sampled_from(("int8", "uint8", "float8", "int4")))
+    turned = storage != "int4" and draw(st.booleans())
+    per = draw(st.sampled_from(("tensor", "output", "group")))
+    shape = (columns, depth // 2) if storage == "int4" else (depth, columns) if turned else (columns, depth)
+    q = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+    if storage == "int8":
+        q = (q.int() - 128).to(torch.int8)
+    elif storage == "float8":
+        q = (torch.randn(shape, generator=generator) * 50).to(torch.float8_e5m2)
+    codes: Value = build.parameter(f"q{place}", q, trainable=False)
+    if storage == "int4":
+        codes = build.unpack(codes, base=16, count=2)
+        if draw(st.booleans()):  # the halves of a row, or of a group
+            width = (group if per == "group" else draw(st.sampled_from((depth, group)))) // 2
+            halves = build.reshape(codes, shape=(columns, depth // 2 // width, width, 2))
+            codes = build.reshape(build.permute(halves, dims=(0, 1, 3, 2)), shape=(columns, depth))
+    outputs = 1 if turned else 0
+    grouped = (depth // group, columns) if turned else (columns, depth // group)
+    scales = {"tensor": (), "output": (columns,), "group": grouped}[per]
+    axes = {"tensor": {}, "output": {"axis": outputs}, "group": {"axis": 1 - outputs, "block_size": group}}[per]
+    scale = build.parameter(f"s{place}", ((torch.rand(scales, generator=generator) + 0.5) / 512).to(dtype))
+    zero = None
+    if storage != "float8" and draw(st.booleans()):
+        numbers = torch.randint(0, 16, scales, generator=generator).to(q.dtype)
+        zero = build.parameter(f"z{place}", numbers, "buffer")
+    w = build.dequantize(codes, scale, zero, **axes)
+    return build.matmul(x, w) if turned else build.linear(x, w)
+
+
+@st.composite
 def streams(draw: Callable[[Any], Any], dtype: torch.dtype | None = None) -> Graph:
     """A graph of two or three chains over the same axes, with nothing between them but what they read."""
     dtype = dtype or draw(st.sampled_from(DTYPES))

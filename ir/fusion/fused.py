@@ -165,15 +165,6 @@ def _inline(build: Builder, node: Node) -> None:
             new.name = build.unique(name)
 
 
-def fused_copy(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
-    """A graph with fused nodes as it is, else a copy where all regions that gain on a GPU are such."""
-    if fused_nodes(graph):
-        return graph
-    result = graph.copy()
-    fuse_graph(result, rounding=rounding)
-    return result
-
-
 def without_fused(graph: Graph) -> Graph:
     """The graph, or a copy without fused nodes where it has some."""
     if not fused_nodes(graph):

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from regauge.ir.fusion.products import FLOAT8, same_left
 from regauge.ir.fusion.region import Region, Term, below_results
+from regauge.ir.graph import Value
 from regauge.ir.sizes import is_static, symbols_in
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Types that kernels compute with: in single precision inside."""
+
+INTEGERS = (torch.int8, torch.uint8, torch.int16)
+"""Types whose numbers single precision holds: kernels read them."""
+
+MOST_PRODUCTS = 3
+"""Contractions beside one another in a region: a program has a tile of each in registers."""
+
+MOST_DIGITS = 4
+"""Numbers that share a byte: a program goes through them in turn, each time with another part of the other factor."""
 
 MOST_NODES = 64
 """Nodes of one region: what is longer takes registers, and time to compile, without saving more bytes."""
@@ -26,13 +39,29 @@ def fault(region: Region) -> str | None:
 
 
 def _wrong_type(region: Region) -> str | None:
-    for value in (*region.results, *(load.value.value for load in region.loads)):
-        if value.dtype not in (*FLOATS, torch.bool):
-            return f"kernels compute in half and single precision, {value.name} is {value.signature.partition('[')[0]}"
+    rounded = {arg for term in region.terms if term.op != "real" for arg in term.args}
+    for load in region.loads:
+        value = load.value.value
+        long = value.dtype == torch.int32 and load not in rounded  # torch rounds it to the type of its scale, too
+        if not (long or value.dtype in (*FLOATS, *INTEGERS, *FLOAT8, torch.bool)):
+            return _no_type(value)
+    for value, term in region.results.items():
+        codes = below_results(term).op in ("load", "digit") and value.dtype in (*INTEGERS, *FLOAT8)
+        if value.dtype not in (*FLOATS, torch.bool) and not codes:
+            return _no_type(value)
+    digits = [term.value for term in region.terms if term.op == "digit"]
+    if any(digit.base & (digit.base - 1) for digit in digits):
+        return "numbers that share a byte have parts of a bit"
+    if region.contractions and any(digit.count > MOST_DIGITS for digit in digits):
+        return f"more than {MOST_DIGITS} numbers share a byte"
     for value in region.outputs:
-        if value.dtype not in FLOATS:
+        if value.dtype not in FLOATS and below_results(region.results[value]).op != "digit":
             return f"the result {value.name} is no float"
     return None
+
+
+def _no_type(value: Value) -> str:
+    return f"kernels compute in half and single precision, {value.name} is {value.signature.partition('[')[0]}"
 
 
 def _unread_loop(region: Region) -> str | None:
@@ -61,18 +90,33 @@ def _wrong_rows(region: Region) -> str | None:
 
 def _wrong_tile(region: Region) -> str | None:
     """A contraction: pointwise before it over what it reads, and behind it over what it gives."""
-    if len(region.contractions) > 1:
+    contraction, *others = region.contractions
+    if not set(_own_terms(region)).issuperset(region.contractions):
+        return "it would compute a product again at other places of its axes"
+    loops = {(one.over, one.axes) for one in region.contractions}
+    if len(loops) > 1 or not same_left(region):
         return "it would have two contractions"
-    (contraction,) = region.contractions
-    if len(region.reductions) > 1:
+    if len(region.reductions) > 1 + len(others):
         return "it would reduce rows beside a contraction, of which a program has only a tile"
-    before = terms_below(contraction)
-    if any(term.axes & contraction.over for term in region.terms if term not in before):
+    if len(others) >= MOST_PRODUCTS:
+        return f"it would have more than {MOST_PRODUCTS} products, whose tiles no program holds"
+    if any(not terms_below(term).isdisjoint(region.contractions) for term in region.contractions):
+        return "it would have two contractions"
+    if any(term.axes & contraction.over for term in terms_behind(region)):
         return "an axis that is contracted goes on behind it"
     for value in region.outputs:
         if region.dims(value) != contraction.axes:
             return f"the axes of the result {value.name} are not those that the contraction gives"
     return None
+
+
+def _own_terms(region: Region) -> Iterator[Term]:
+    """What nodes compute themselves, of the results of others, where they were captured."""
+    stack = [arg for term in region.results.values() for arg in term.args]
+    while stack:
+        term = stack.pop()
+        yield term
+        stack += () if term.op == "result" else term.args
 
 
 def terms_below(term: Term) -> set[Term]:
@@ -87,7 +131,13 @@ def terms_below(term: Term) -> set[Term]:
     return found
 
 
-def computed_factors(region: Region) -> list[Term]:
-    """The factors of a contraction that are computed, and not only read."""
-    factors = [factor for term in region.contractions for factor in below_results(term.args[0]).args]
-    return [factor for factor in factors if below_results(factor).op != "load"]
+def terms_behind(region: Region) -> set[Term]:
+    """The terms that results are computed from, up to the contractions, and these."""
+    found: set[Term] = set()
+    stack = [region.results[value] for value in region.outputs]
+    while stack:
+        one = stack.pop()
+        if one not in found:
+            found.add(one)
+            stack.extend(() if one in region.contractions else one.args)
+    return found

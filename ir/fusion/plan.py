@@ -16,16 +16,18 @@ from itertools import pairwise
 
 from regauge.ir.cost import item_size, node_macs, smallest_sizes
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.legality import computed_factors, fault
-from regauge.ir.fusion.region import Region, is_view, no_element, trace
+from regauge.ir.fusion.legality import fault
+from regauge.ir.fusion.products import few_bit_sides
+from regauge.ir.fusion.prologues import again
+from regauge.ir.fusion.region import Region, below_results, is_view, no_element, trace
 from regauge.ir.fusion.traffic import bytes_moved
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.roofline import DEVICES, VIEWS, Device
 from regauge.ir.scalars import element_of
 from regauge.ir.sizes import product
 
-TILE = 128
-"""Columns of a contraction that one program computes: what stands before it is computed for each of them again."""
+LIBRARY = "products are left to the runtime's library"
+"""Why a product is no kernel where it is planned so."""
 
 NEAR = 64
 """Nodes between regions that may become one without a value between them: what they read is kept until the last one."""
@@ -89,7 +91,7 @@ def plan_fusion(
 ) -> Plan:
     """The plan for a device, by default a GPU; dynamic sizes are as ``at`` gives them, or the least they may be.
 
-    Without ``contractions`` these are left to the library of the runtime.
+    Without ``contractions`` these are left to the library of the runtime, but for those with factors of few bits.
     """
     return _Planner(graph, DEVICES["gpu"] if device is None else device, at, contractions).plan()
 
@@ -153,8 +155,10 @@ class _Planner:
         if not region.nodes:
             group.region = region
             return
-        library = "" if self.contractions or not region.contractions else "products are left to the runtime's library"
-        group.why = library or fault(region) or ""
+        if region.contractions and not self.contractions and not any(map(any, few_bit_sides(region))):
+            group.why = LIBRARY
+        else:
+            group.why = fault(region) or ""
         if not group.why:
             group.region = region
             self._cost(group, bytes_moved(region, self.value_bytes, self.bound))
@@ -214,7 +218,8 @@ class _Planner:
             for value in dict.fromkeys(value for _, value in node.operands())
             if value.producer in self.place
         ]
-        edges.sort(key=lambda edge: -self.value_bytes(edge[0]))
+        # What is made of codes goes first: whether a product is left to a library depends on it.
+        edges.sort(key=lambda edge: (not edge[0].producer.operator.expands, -self.value_bytes(edge[0])))  # type: ignore[union-attr]
         refused: list[Refusal] = []
         for value, reader in edges:
             assert value.producer is not None
@@ -263,7 +268,7 @@ class _Planner:
             whole = _whole(group)
             if whole is None:
                 continue
-            near = open_.setdefault((group.region.kind, whole.shape), [])  # type: ignore[union-attr]
+            near = open_.setdefault((whole.shape, *_kept_apart(group.region)), [])  # type: ignore[arg-type]
             near[:] = [other for other in near if group.first - other.last <= NEAR]
             for place, other in enumerate(near):
                 union = self._beside(other, group)
@@ -342,15 +347,15 @@ class _Planner:
         node = group.nodes[0]
         if len(group.nodes) > 1 or group.region is not None:
             return ""
-        return no_element(node.operator) if element_of(node) is None else group.why
+        if element_of(node) is None:
+            return no_element(node.operator)
+        return "" if group.why == LIBRARY else group.why  # with a weight of few bits it may be another matter
 
     def _no_gain(self, above: _Group, below: _Group, union: _Group) -> str:
         region = union.region
         assert region is not None
-        for factor in computed_factors(region):
-            (contraction,) = region.contractions
-            if int(product(self.bound(dim.size) for dim in contraction.axes - factor.axes)) > TILE:
-                return f"what stands before a contraction would be computed again for every {TILE} columns"
+        if region.contractions and (reason := again(region, self.bound)):
+            return reason
         if not (above.bytes and below.bytes):  # a view goes along with what reads or writes it
             return ""
         if union.bytes < above.bytes + below.bytes and union.seconds <= above.seconds + below.seconds:
@@ -390,12 +395,18 @@ class _Planner:
 
 
 def _whole(group: _Group) -> Value | None:
-    """A result with all loops of a region that may have others beside it: a contraction has its tiles to itself."""
+    """A result with all loops of a region that may have others beside it, or all but those of its contractions."""
     region = group.region
-    if region is None or not region.nodes or region.contractions:
+    if region is None or not region.nodes:
         return None
-    loops = set(region.loops)
+    loops = set(region.loops).difference(*(term.over for term in region.contractions))
     return next((value for value in region.outputs if loops <= region.dims(value)), None)
+
+
+def _kept_apart(region: Region) -> tuple[object, ...]:
+    """What regions beside one another have in common: their kind, and of contractions the left factor."""
+    factors = [below_results(below_results(term.args[0]).args[0]) for term in region.contractions[:1]]
+    return region.kind, *(factor.value.value if factor.op == "load" else region for factor in factors)
 
 
 def _steps(group: _Group) -> list[Region | Node]:

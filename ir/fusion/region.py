@@ -21,7 +21,7 @@ from regauge.ir.axes import apply_rule
 from regauge.ir.dtypes import epsilon_of
 from regauge.ir.errors import AxisError, FusionError
 from regauge.ir.extents import Concat, Dim, fresh, leaves, resolve, size_of
-from regauge.ir.fusion.terms import Layout, Load, Mover, Term, below_results
+from regauge.ir.fusion.terms import Digit, Layout, Load, Mover, Term, below_results
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Operator
 from regauge.ir.rules import ENDING_ROLES, Axes, Call
@@ -305,6 +305,15 @@ class _Tracer:
             raise FusionError(f"{node.op} moves indices across axes")
         region.results[value] = Term("result", (term,), term.axes, value)
 
+    def _digit(self, node: Node, args: tuple[Term, ...], base: int) -> Term:
+        """What the last axis of the result has beyond that of the operand is the loop over digits."""
+        axes = args[0].axes
+        last = self.traced.layouts[node.output][-1]
+        more = [dim for dim in last if dim not in axes]
+        if len(more) != 1 or more[0] is not last[-1] or not isinstance(more[0].size, int):
+            raise FusionError(f"the digits of {node.output.name} lie on several axes")
+        return Term("digit", args, axes | {more[0]}, Digit(base, more[0], more[0].size))
+
     def _layout(self, key: Any, name: str) -> Layout:
         layout = tuple(self.atoms.of(extent) for extent in self.axes[key])
         dims = [dim for axis in layout for dim in axis]
@@ -407,6 +416,8 @@ class _Tracer:
         if scalar.op == "where":
             return self.mover.chosen(*args)
         axes = frozenset(dim for arg in args for dim in arg.axes)
+        if scalar.op == "digit":
+            return self._digit(node, args, scalar.value)
         if scalar.op in REDUCTIONS:
             return Term(scalar.op, args, axes - ended, over=ended) if ended else args[0]
         return Term(scalar.op, args, axes)

@@ -31,6 +31,7 @@ class Term:
                 :class:`Load`
     ``inside``  whether a place is on an axis: ``value`` is the place and the length of the axis, both Affine
     ``result``  what a node gives: its argument, as a number of the type of ``value``, a graph Value
+    ``digit``   of its argument, an integer, one digit; ``value`` is a :class:`Digit`
     """
 
     op: str
@@ -42,6 +43,15 @@ class Term:
     @property
     def reduces(self) -> bool:
         return self.op in REDUCTIONS and bool(self.over)
+
+
+@dataclass(frozen=True, slots=True)
+class Digit:
+    """The digit to a ``base`` at the index of a ``loop`` of ``count`` indices; the least digit is the first."""
+
+    base: int
+    loop: Dim
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +148,10 @@ class Mover:
             args += tuple(guard for dim, guard in guards.items() if dim in places)
             return self.load(self._keys[term], Load(load.value, load.layout, moved), tuple(dict.fromkeys(args)))
         axes = frozenset(dim for arg in args for dim in arg.axes) - term.over
+        if term.op == "digit":
+            if term.value.loop in places:
+                raise FusionError("it would read the digits of numbers elsewhere")
+            axes |= {term.value.loop}
         return Term(term.op, args, axes, term.value, term.over)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, randint, randn
 
+from regauge.ir import scalars
 from regauge.ir.graph import Node
 from regauge.ir.operator import operator, sample
 
@@ -37,6 +38,7 @@ def _spell_unpack(onnx: Any, node: Node) -> Any:
     ],
     coding=True,
     expands=True,
+    element=lambda q, base, count: scalars.digit(q, base),
 )
 def unpack(q: Tensor, *, base: int, count: int) -> Tensor:
     powers = torch.tensor([base**place for place in range(count)], dtype=torch.int32, device=q.device)

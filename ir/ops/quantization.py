@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, rand, randint, randn
 
+from regauge.ir import scalars
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import OnnxForm, operator, sample
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.rules import Call
+from regauge.ir.scalars import Scalar
 from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import divide, same
 
@@ -221,6 +223,10 @@ def _dequantized_samples() -> list[Any]:
     ]
 
 
+def _dequantized_element(q: Scalar, scale: Scalar, zero_point: Scalar | None = None, **_: Any) -> Scalar:
+    return (scalars.real(q) if zero_point is None else scalars.real(q) - scalars.real(zero_point)) * scale
+
+
 @operator(
     rule=scaled_rule,
     onnx={"DequantizeLinear": OnnxForm(read=_read_dequantize, write=holds_no_sizes)},
@@ -229,6 +235,7 @@ def _dequantized_samples() -> list[Any]:
     coding=True,
     expands=True,
     scaling=Scaling(powers={"scale": 1}),
+    element=_dequantized_element,
 )
 def dequantize(
     q: Tensor,

@@ -1,5 +1,7 @@
 """Kernels in Triton's interpreter: test_triton_kernels.py runs these tests in a process of their own."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,8 @@ import triton_interpreter
 from decoder_block import decoder_block
 from kernel_contract import check_kernel, drawn, evaluated
 from kernel_forms import FORMS, form_graph
-from random_regions import DTYPES, products, regions, streams, windows
+from quantized_graphs import quantized, random_tensor
+from random_regions import DTYPES, few_bit_products, products, regions, streams, windows
 from regauge.backends import triton_kernel as kernels
 from regauge.backends.torch_kernels import with_kernels
 from regauge.backends.triton_kernel import Form, triton_kernel
@@ -55,9 +58,42 @@ def test_random_streams_beside_one_another_keep_the_contract(graph: Graph, round
         check_kernel(graph, drawn(graph, seed=seed, spread=bool(seed % 2)), rounding, form, region)
 
 
+@hypothesis_settings(max_examples=25)
+@given(few_bit_products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+def test_random_products_of_few_bits_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
+    check_random(graph, rounding, seed)
+
+
+@pytest.mark.parametrize("scheme", ["w4", "w3", "w8", "w8a8", "fp8"])
+def test_a_quantized_module_has_kernels_of_its_products(scheme: str) -> None:
+    for operator in with_kernels(quantized(scheme)).operators:
+        tensors = [random_tensor(value) for value in operator.reads]
+        for own, other in zip(*(_tuple(run(*tensors)) for run in (operator.launch, operator.body)), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def _tuple(found: Any) -> tuple[torch.Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def test_programs_that_share_a_tile_give_the_same_sums_each_time() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (3, 1024), torch.float16)
+    q = build.parameter("q", torch.randint(-127, 128, (40, 1024)).to(torch.int8), trainable=False)
+    w = build.dequantize(q, build.parameter("s", torch.rand(40, 8).half() / 64), axis=1, block_size=128)
+    graph.outputs = [build.linear(x, w)]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    tensors = drawn(graph)
+    check_kernel(graph, tensors)
+    first, second = (kernel.launch(tensors) for _ in range(2))
+    assert all(torch.equal(first[value], second[value]) for value in first)
+    assert [form for form, _ in kernel._sources] == ["contraction", "split"]
+
+
 @pytest.mark.nightly
 @hypothesis_settings(max_examples=1000)
-@given(regions() | products() | windows(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+@given(regions() | products() | windows() | few_bit_products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
 def test_many_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)
 

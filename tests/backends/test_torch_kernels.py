@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 import regauge
 from decoder_block import decoder_block
 from kernel_contract import drawn, evaluated
+from quantized_graphs import gated_layer, quantized, random_tensor
 from random_graphs import graphs
 from regauge.backends.torch_kernels import WithKernels, with_kernels
 from regauge.backends.torch_runtime import source_of
@@ -24,6 +25,7 @@ from regauge.ir.fusion.fused import body_of, fused_nodes
 from regauge.ir.graph import Graph
 from regauge.ir.sample_inputs import sample_inputs
 from regauge.ir.sizes import symbol
+from regauge.optimize import optimize
 
 
 def gated(rows: Any = 5) -> Graph:
@@ -92,7 +94,7 @@ def test_what_has_no_kernel_is_a_function_only() -> None:
     for value in (*silu.regions[0].inputs, *(value for node in silu.regions[0].nodes for value in node.outputs)):
         value.dtype = torch.float64
     assert source_of(graph.to_torch(kernels="triton")).count("@kernel") == 1
-    assert with_kernels(graph).left == ("silu_mul: kernels compute in half and single precision, silu is f64",)
+    assert with_kernels(graph).left == ("silu_mul: kernels compute in half and single precision, linear is f64",)
 
 
 WITHOUT = """
@@ -170,6 +172,43 @@ def test_products_are_left_to_the_library() -> None:
     found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
     ops = [node.op for node in found.graph.nodes]
     assert ops.count("linear") == 7 and ops.count("matmul") == 2
+
+
+def test_products_of_few_bits_are_operators_and_codes_share_bytes() -> None:
+    graph = quantized("w4")
+    found = with_kernels(graph)
+    assert names(found) == ["unpack_dequantize_linear_silu_mul", "unpack_dequantize_linear_add"] and not found.left
+    packed = [value for value in found.graph.parameters.values() if value.name.endswith("_packed")]
+    assert [value.shape for value in packed] == [(96, 2, 16), (96, 2, 16), (64, 3, 16)]
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(graph.to_torch(kernels="triton")(x), graph.run(x)[0])
+
+
+def test_numbers_made_of_codes_are_part_of_each_product_that_reads_them() -> None:
+    graph = quantized("w8a8")
+    found = with_kernels(graph)
+    assert [len(operator.kernel.region.contractions) for operator in found.operators] == [2, 1]
+    assert "dequantize" not in [node.op for node in found.graph.nodes]
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(graph.to_torch(kernels="triton")(x), graph.to_torch()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_of_many_rows_an_operator_gives_what_the_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = symbol("rows")
+    graph = gated_layer(rows)
+    graph.symbols[rows] = (1, None)
+    graph = optimize(graph, "quantize{scheme=w8,target=torch-cuda}")
+    first, *_ = with_kernels(graph).operators
+    launched: list[int] = []
+    monkeypatch.setattr(
+        type(first.kernel), "launch", lambda kernel, given: launched.append(1) or dict.fromkeys(first.writes)
+    )
+    weights = [random_tensor(value) for value in first.reads if value.name != "x"]
+    place = [value.name for value in first.reads].index("x")
+    for count in (512, 513):
+        tensors = [*weights[:place], torch.randn(count, 64), *weights[place:]]
+        result = first.launch(*tensors)
+    assert launched == [1] and torch.equal(result, first.body(*tensors))
 
 
 def test_gradients_go_through_and_torch_finds_no_fault() -> None:

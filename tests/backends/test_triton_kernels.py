@@ -78,7 +78,7 @@ def test_what_is_no_kernel_is_told() -> None:
     graph = Graph("g")
     build = Builder(graph)
     graph.outputs = [build.relu(build.input("x", (4, 5), torch.int64))]
-    with pytest.raises(FusionError, match="kernel: kernels compute in half and single precision, relu is i64"):
+    with pytest.raises(FusionError, match="kernel: kernels compute in half and single precision, x is i64"):
         kernel_of(graph)
     with pytest.raises(FusionError, match="cannot be called '2 kernels'"):
         kernel_of(form_graph("swiglu", torch.float32), "2 kernels")

@@ -9,6 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from decoder_block import decoder_block
+from quantized_graphs import gated_layer, quantized
 from random_graphs import BATCH, graphs
 from random_regions import streams
 from regauge.ir.edit import Builder
@@ -35,10 +36,10 @@ def reasons(plan: Plan) -> Counter[str]:
 def test_a_decoder_block_becomes_products_with_what_stands_behind_them_and_rows() -> None:
     plan = plan_fusion(decoder_block())
     kinds = Counter(region.kind for region in plan.regions)
-    assert kinds == {"contraction": 9, "row reduction": 3, "pointwise": 1}
-    assert (len(plan.kernels), plan.kernels_before) == (13, 27)
+    assert kinds == {"contraction": 7, "row reduction": 3, "pointwise": 1}
+    assert (len(plan.kernels), plan.kernels_before) == (11, 27)
     assert ["neg", "concat", "mul", "add"] * 2 in ops(plan)
-    assert ["linear", "silu", "mul"] in ops(plan) and ops(plan).count(["linear", "add"]) == 2
+    assert ["linear", "linear", "silu", "mul"] in ops(plan) and ops(plan).count(["linear", "add"]) == 2
     assert plan.bytes < 0.7 * plan.bytes_before
 
 
@@ -47,14 +48,44 @@ def test_refusals_are_told_with_their_bytes() -> None:
     scores, weights = plan.refusals[:2]
     assert scores.bytes == weights.bytes == 2 * 2 * 4 * 512 * 512 * 2  # written and read, two bytes each
     assert "reduce rows beside a contraction" in scores.reason
-    assert reasons(plan)["it would have two contractions"] == 8  # four of them through slices
+    assert reasons(plan)["it would have two contractions"] == 3
+    assert reasons(plan)["it would compute a product again at other places of its axes"] == 4
     beside = [refusal for refusal in plan.refusals if refusal.reason.startswith("with what else reads it")]
-    assert [(r.value.name, r.reader.op) for r in beside if "two contractions" in r.reason] == [
-        ("rms_norm", "linear")
-    ] * 2
+    assert [(r.value.name, r.reader.op) for r in beside if "two contractions" in r.reason] == [("rms_norm", "linear")]
     graph, build = built()
     graph.outputs = [build.relu(build.cumsum(build.input("x", (64, 64), torch.float32), dim=1))]
     assert reasons(plan_fusion(graph)) == {"what cumsum computes for one index is not stated": 1}
+
+
+@pytest.mark.parametrize("scheme", ["w4", "w8", "w8a8", "fp8"])
+def test_products_of_few_bits_are_kernels_where_others_are_left_to_the_library(scheme: str) -> None:
+    plan = plan_fusion(quantized(scheme), contractions=False)
+    products = [region for region in plan.regions if region.contractions]
+    assert [len(region.contractions) for region in products] == [2, 1]  # gate and up are one
+    assert not any(node.op in ("linear", "matmul", "unpack") for node in plan.kernels if not isinstance(node, Region))
+    left = plan_fusion(gated_layer(), contractions=False)
+    assert not any(region.contractions for region in left.regions)
+    assert reasons(left)[planning.LIBRARY] == 4
+
+
+def test_a_weight_of_few_bits_is_made_floats_where_rows_are_many() -> None:
+    few, many = (plan_fusion(quantized("w4", rows), contractions=False) for rows in (512, 513))
+    assert len(few.kernels) == 2 and sum(bool(region.contractions) for region in many.regions) == 0
+    assert reasons(many)["with more than 512 rows a library is faster, with the weight as floats"] == 3
+    both = plan_fusion(quantized("w8a8", 513), contractions=False)  # integers are multiplied faster than floats
+    assert sum(len(region.contractions) for region in both.regions) == 3
+
+
+def test_queries_keys_and_values_are_one_product_where_that_is_shorter() -> None:
+    def kernels(rows: int, wide: int = 64) -> list[list[str]]:
+        graph, build = built()
+        x = build.input("x", (rows, 64), torch.float16)
+        weights = [build.parameter(name, torch.zeros(wide, 64, dtype=torch.float16)) for name in "qkvo"]
+        graph.outputs = [build.linear(x, weight) for weight in weights]
+        return ops(plan_fusion(graph))
+
+    assert kernels(16) == [["linear"] * 3, ["linear"]]  # a program holds no more than three tiles
+    assert kernels(2**16, 4096) == [["linear"]] * 4
 
 
 def built() -> tuple[Graph, Builder]:

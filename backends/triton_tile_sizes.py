@@ -1,0 +1,71 @@
+"""How large the tiles of contractions are, and how many programs share one.
+
+Tiles that more than one of these holds for are found by compiling for sm_80 and sm_90: what spills registers is left
+out (benchmarks/kernel_resources.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from regauge.backends.triton_launch import Launch, power_above
+from regauge.backends.triton_loops import Loops, count
+from regauge.backends.triton_tiles import Tiling
+from regauge.ir.extents import Dim
+
+PROGRAMS = 256
+"""Programs that keep a device busy: where tiles are fewer, several share one."""
+
+LEAST_STEPS = 4
+"""Steps of a part: with fewer, adding up would take longer than what it saves."""
+
+
+def launch_of_tiles(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int], *, split: bool) -> Launch:
+    """Tiles of 128 by 128 at most, of 64 by 64 in single precision, which has no tensor cores; none below 16."""
+    rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
+    high, wide, depth = _tile(loops, tiling, sizes)
+    tiles = -(-rows // high) * -(-columns // wide) * count(loops.batch, sizes)
+    constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": 8}
+    warps = 8 if high * wide * _held(tiling) > 64 * 128 else 4
+    stages = 2 if tiling.bytes == 4 else 3
+    if not split:
+        return Launch(tiles, constants, warps, stages)
+    parts = max(2, parts_of(loops, tiling, sizes))
+    constants["SPLIT"] = parts
+    return Launch(tiles, constants, warps, stages, parts, parts * tiling.products * tiles * high * wide)
+
+
+def parts_of(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> int:
+    """How many programs share a tile: 1 where tiles alone keep a device busy."""
+    rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
+    high, wide, depth = _tile(loops, tiling, sizes)
+    tiles = -(-rows // high) * -(-columns // wide) * count(loops.batch, sizes)
+    steps = -(-_run(loops, tiling, sizes) // depth) * count(tiling.groups, sizes)
+    return max(1, min(PROGRAMS // max(1, tiles), steps // LEAST_STEPS))
+
+
+def _run(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> int:
+    """Indices of what is contracted in one group, of one digit."""
+    apart = {*tiling.groups, *tiling.digits}
+    return count([loop for loop in loops.contracted if loop not in apart], sizes)
+
+
+def _held(tiling: Tiling) -> int:
+    """How many tiles of sums a program holds, and of digits that are taken apart."""
+    return tiling.products * (2 if tiling.groups else 1) + bool(tiling.digits)
+
+
+def _tile(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> tuple[int, int, int]:
+    """Rows, columns, and indices of what is contracted in a step."""
+    most = 64 if tiling.bytes == 4 else 128
+    deep = 32 if tiling.bytes == 4 else 128 if tiling.bytes == 1 else 64
+    least = 32 if tiling.bytes == 1 else 16  # what tensor cores multiply at once
+    rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
+    high, wide = (min(most, max(16, power_above(size))) for size in (rows, columns))
+    if high == 16:  # a weight is read once: more programs read it
+        wide = min(wide, 64)
+    held = _held(tiling)
+    if held > 1:
+        high, wide = min(high, 64), min(wide, 128 if held == 2 else 64)
+        deep = min(deep, 32) if held > 3 else deep
+    return high, wide, min(deep, max(least, power_above(_run(loops, tiling, sizes))))

@@ -1,0 +1,116 @@
+"""What kernels of tiles have in common: which tile a program has, where entries of it lie, and what is stored of it.
+
+Programs that run together share rows and columns: GROUP rows of tiles are swept column by column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from regauge.backends.triton_loops import Loop, Tensor, loops_of
+from regauge.backends.triton_source import Rounding, Writer
+from regauge.ir.fusion.legality import terms_behind, terms_below
+from regauge.ir.fusion.products import Products, plain_products, products_of
+from regauge.ir.fusion.region import Region, Term
+
+CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What decides how large tiles are: how many ``products`` have one, ``bytes`` of an entry of the widest factor,
+    loops of ``groups`` with scales of their own, and of ``digits`` that share a byte."""
+
+    products: int
+    bytes: int
+    groups: tuple[Loop, ...]
+    digits: tuple[Loop, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is one product of floats: what tables of configurations are made for."""
+        return self.products == 1 and self.bytes > 1 and not self.groups and not self.digits
+
+
+class TileWriter(Writer):
+    """Indices and addresses of the tiles of contractions, and what stands behind these."""
+
+    def __init__(self, region: Region, name: str, rounding: Rounding, *, contiguous: bool) -> None:
+        super().__init__(region, rounding)
+        self.kernel = name
+        self.loops = loops_of(region, [*self.reads, *self.writes], contiguous=contiguous)
+        self.products: Products = products_of(region) if rounding == "fused" else plain_products(region)
+        apart = self.products.groups.union(self.products.digits)
+        self.groups = tuple(loop for loop in self.loops.contracted if loop.dims[0] in self.products.groups)
+        self.digits = tuple(loop for loop in self.loops.contracted if loop.dims[0] in self.products.digits)
+        self.inner = tuple(loop for loop in self.loops.contracted if loop.dims[0] not in apart)
+        self.over = region.contractions[0].over
+        self.done: set[Term] = set()  # terms that have a line which holds for the whole tile
+
+    def all_loops(self) -> Sequence[Loop]:
+        return self.loops.all
+
+    # -- indices -----------------------------------------------------------------------------------------------------
+
+    def tile(self) -> None:
+        """Which tile of which product of the batch a program has."""
+        self.line(f"tiles_m = tl.cdiv({self.joint_size(self.loops.rows)}, BLOCK_M)")
+        self.line(f"tiles_n = tl.cdiv({self.joint_size(self.loops.columns)}, BLOCK_N)")
+        if self.loops.batch:
+            batch = self.joint("batch", self.loops.batch)
+            self.line(f"{batch} = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)")
+            self.take_apart("batch", self.loops.batch)
+        self.line("program = tl.program_id(0) % (tiles_m * tiles_n)")
+        self.line("first = program // (GROUP * tiles_n) * GROUP  # of the rows of tiles that are swept together")
+        self.line("high = tl.minimum(tiles_m - first, GROUP)")
+        self.line("tile_m = first + program % (GROUP * tiles_n) % high")
+        self.line("tile_n = program % (GROUP * tiles_n) // high")
+        self.axis("m", "(tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]", self.loops.rows)
+        self.axis("n", "(tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]", self.loops.columns)
+
+    def axis(self, axis: str, index: str, loops: Sequence[Loop]) -> None:
+        joint = self.joint(axis, loops)
+        self.line(f"{joint} = {index}")
+        self.line(f"{axis}_ok = {joint} < {self.joint_size(loops)}")
+        self.take_apart(axis, loops)
+
+    def entry(self, tensor: Tensor) -> tuple[str, str]:
+        """The address of an entry of a tile, and the mask."""
+        axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.inner}
+        masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
+        return self.address(tensor, self.loops), " & ".join(masks)
+
+    def load(self, term: Term) -> str:
+        return self.numbers(self.of_load[term], self.raw(term))
+
+    def raw(self, term: Term) -> str:
+        """What is read of a tensor, as it is stored."""
+        address, mask = self.entry(self.of_load[term])
+        mask = " & ".join(filter(None, [mask, *map(self.text, term.args)]))
+        return f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
+
+    # -- what stands behind ------------------------------------------------------------------------------------------
+
+    def once(self, wanted: Iterable[Term]) -> None:
+        """Lines for what terms are computed from and has no contracted loops: they hold for the whole tile."""
+        needed = {one for term in wanted for one in (term, *terms_below(term))}
+        ready = [t for t in self.region.terms if t in needed and t not in self.done and not t.axes & self.over]
+        self.done.update(ready)
+        self.statements(ready, self.load)
+
+    def behind(self) -> None:
+        """What is computed of the sums, and stored."""
+        for one in self.products.all:
+            scales = [scale for scale in one.scales if not scale.axes & self.over]
+            self.once(scales)
+            name = self.name(one.contraction)
+            factors = [f"{name}.to(tl.float32)" if one.whole and not self.groups else name, *map(self.text, scales)]
+            if len(factors) > 1 or factors[0] != name:
+                self.line(f"{name} = {' * '.join(factors)}")
+            self.done.add(one.contraction)
+        rest = terms_behind(self.region) - self.done
+        self.statements([term for term in self.region.terms if term in rest], self.load)
+        for tensor in self.writes:
+            address, mask = self.entry(tensor)
+            self.line(f"tl.store({address}, {self.text(self.region.results[tensor.value])}, mask={mask})")

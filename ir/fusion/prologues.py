@@ -1,0 +1,42 @@
+"""Whether what stands before a contraction should be computed in each of its tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from regauge.ir.fusion.products import CODES, few_bit_sides
+from regauge.ir.fusion.region import Region, Term, below_results
+from regauge.ir.sizes import Size, product
+
+TILE = 128
+"""Columns of a contraction that one program computes: what stands before it is computed for each of them again."""
+
+MOST_ROWS = 512
+"""Rows with which a weight of few bits is multiplied as it is stored: what it saves is reading it. With more of them a
+product is bound by arithmetic, and a library is faster with the weight as floats, made once."""
+
+
+def again(region: Region, bound: Callable[[Size], int]) -> str:
+    """Why what stands before a contraction should not be computed in each of its tiles."""
+    for contraction, few_bits in zip(region.contractions, few_bit_sides(region), strict=True):
+        factors = below_results(contraction.args[0]).args
+        computed = [below_results(factor).op != "load" for factor in factors]
+        both = all(few or not own and _of_codes(f) for f, own, few in zip(factors, computed, few_bits, strict=True))
+        for factor, own, few in zip(factors, computed, few_bits, strict=True):
+            tiles = int(product(bound(dim.size) for dim in contraction.axes - factor.axes)) if own else 0
+            if few and not both and tiles > MOST_ROWS:
+                return f"with more than {MOST_ROWS} rows a library is faster, with the weight as floats"
+            if not few and tiles > TILE:
+                return f"what stands before a contraction would be computed again for every {TILE} columns"
+    return ""
+
+
+def _of_codes(factor: Term, most: int = 4) -> bool:
+    """Whether a factor that is read was made of codes at most so many nodes before: it may still become a part."""
+    values = [below_results(factor).value.value]
+    for _ in range(most):
+        nodes = [value.producer for value in values if value.producer is not None]
+        values = [v for n in nodes if n.operator.coding or n.op in ("cast", "mul") for _, v in n.operands()]
+        if any(value.dtype in CODES for value in values):
+            return True
+    return False
