@@ -2,9 +2,9 @@
 
     python benchmarks/kernel_resources.py [--write]
 
-Registers of a thread, bytes that it spills, and bytes of shared memory, for 4096 rows of 4096 columns in bfloat16 (and
-for the longest rows that a program holds, where rows are reduced; and for 16 rows, where products are), with the shipped
-configurations, as ptxas of the installed Triton allocates them. The exit status is 1 where a kernel spills.
+Registers of a thread, bytes that it spills, and bytes of shared memory, as ptxas of the installed Triton allocates
+them: for 4096 rows of 4096 columns in bfloat16 (and for the longest rows that a program holds, where rows are reduced;
+and for 16 rows, where there is a product), with the shipped configurations. The exit status is 1 where a kernel spills.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def main() -> int:
         print(*rows[-1], flush=True)
     if write:
         note = (
-            "`python benchmarks/kernel_resources.py`: registers of a thread, bytes that it spills, bytes of shared memory "
-            "of a program, in bfloat16 with the shipped configurations."
+            "`python benchmarks/kernel_resources.py`: registers of a thread, bytes that it spills, bytes of shared "
+            "memory of a program, in bfloat16 with the shipped configurations."
         )
         append_table("What generated kernels take of a GPU", HEADS, rows, note)
     if spills:

@@ -189,6 +189,14 @@ def test_without_a_gpu_autotune_says_what_it_can_do(capsys: pytest.CaptureFixtur
     assert not table.exists()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_configurations_are_timed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    assert main(["autotune", "--shapes", "pointwise:4096x1024:bf16", "-o", str(table)]) == 0
+    assert len(Table.read(table).entries) == 1 and "measured on" in table.read_text()
+    assert capsys.readouterr().out.count(" us") == 3
+
+
 @needs_triton
 def test_a_table_is_screened_offline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     table = tmp_path / "table.json"
