@@ -18,6 +18,7 @@ from regauge.backends.kernel_files import Written, write_kernels
 from regauge.backends.ort_library import build_library, manifest, missing
 from regauge.backends.triton_kernel import numbers
 from regauge.backends.triton_loops import strides_of
+from regauge.cli import main
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
 from regauge.ir.graph import Graph
@@ -147,11 +148,15 @@ def test_open_sizes_are_passed_and_follow_from_shapes(written: Written) -> None:
 
 
 @needs_triton
-def test_what_is_missing_is_told(written: Written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_missing_is_told(
+    written: Written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(ort_library, "INCLUDES", ())
     monkeypatch.delenv("CPLUS_INCLUDE_PATH", raising=False)
     with pytest.raises(FusionError, match="cannot be built: there is no .*: install libonnxruntime-dev"):
         build_library(tmp_path, [written])
+    assert main(["kernels", "model.onnx", "-o", str(tmp_path), "--library"]) == 2
+    assert "--library: there is no onnxruntime_c_api.h" in capsys.readouterr().err
     monkeypatch.setattr(ort_library.shutil, "which", lambda _: None)
     assert missing() == "there is no g++" and not list(tmp_path.iterdir())
 
