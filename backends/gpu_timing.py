@@ -95,7 +95,7 @@ def _prepared(call: Call, data: Sequence[Sequence[torch.Tensor]]) -> tuple[Calla
 
 
 def _sample(run: Callable[[], None], number: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     run()

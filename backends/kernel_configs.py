@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -73,8 +73,8 @@ class Entry:
 class Table:
     """Entries, found by architecture and case."""
 
-    def __init__(self, entries: Sequence[Entry], source: str = "") -> None:
-        self.entries, self.source = tuple(entries), source
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = tuple(entries)
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> Table:
@@ -83,7 +83,7 @@ class Table:
             rows = json.loads(Path(path).read_text(encoding="utf-8"))["entries"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FusionError(f"{path} is no table of kernel configurations: {error!r}") from error
-        return Table([_entry(row, f"{path}, entry {number}") for number, row in enumerate(rows)], str(path))
+        return Table([_entry(row, f"{path}, entry {number}") for number, row in enumerate(rows)])
 
     def write(self, path: str | os.PathLike[str], note: str) -> None:
         """Write the table, an entry a line; ``note`` says where it comes from."""
@@ -96,8 +96,7 @@ class Table:
         """The entry of the form and type whose sizes differ least, the columns first; of the newest architecture that
         is not newer."""
         known = {entry.architecture for entry in self.entries}
-        older = [name for name in known if _version(name) <= _version(architecture)]
-        name = max(older or known, key=_version, default="")
+        name = newest_not_above(known, architecture) or min(known, key=_version, default="")
         found = [e for e in self.entries if (e.architecture, e.case.form) == (name, case.form)]
         found = [e for e in found if e.case.numbers == case.numbers] or found
         return min(found, key=lambda entry: _distance(entry.case, case)).config if found else None
@@ -133,6 +132,11 @@ def architecture_of(device: torch.device) -> str:
         return min((entry.architecture for entry in shipped().entries), key=_version)
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def newest_not_above(names: Iterable[str], architecture: str) -> str | None:
+    """Of architectures the newest one that is not newer than one that is given; None where all are."""
+    return max((n for n in names if _version(n) <= _version(architecture)), key=_version, default=None)
 
 
 def power_above(number: int) -> int:

@@ -73,12 +73,10 @@ def parsed(text: str) -> Sample:
     """``FORM:ROWSxCOLUMNS:TYPE`` or ``FORM:ROWSxCOLUMNSxCONTRACTED:TYPE``; raises FusionError for anything else."""
     form, _, rest = text.partition(":")
     numbers, _, dtype = rest.partition(":")
-    sizes = [int(part) for part in numbers.split("x") if part.isdecimal()]
+    parts = numbers.split("x")
     wanted = 3 if form == "contraction" else 2
-    if form in SAMPLES and (len(sizes), len(numbers.split("x"))) != (wanted, wanted) or not all(sizes):
-        raise FusionError(
-            f"--shapes {text}: give rows, columns{' and what is contracted' * (wanted > 2)}, as {form}:"
-            + "x".join(["4096"] * wanted)
-            + ":bf16"
-        )
-    return sample(form, (sizes[0], sizes[1], *(sizes[2:] or [1])), dtype)
+    if form in SAMPLES and (len(parts) != wanted or not all(part.isdecimal() and int(part) for part in parts)):
+        usual = f"{form}:{'x'.join(['4096'] * wanted)}:bf16"
+        raise FusionError(f"--shapes {text}: give rows, columns{' and what is contracted' * (wanted > 2)}, as {usual}")
+    rows, columns, contracted = (*map(int, parts), 1)[:3] if form in SAMPLES else (1, 1, 1)
+    return sample(form, (rows, columns, contracted), dtype)

@@ -32,7 +32,7 @@ COMPILED = 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the model knows of an architecture, of its largest card.
+    """What the model knows of an architecture: about what an A100 and an H100 reach, as published; nothing is measured.
 
     ``tensor`` and ``plain``: FLOP/s of half precision with tensor cores and of single precision without; ``small``: the
     part of ``tensor`` that tiles of less than 64 rows reach. ``memory`` and ``cache`` (the second level): bytes/s.

@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 import torch
 
 from regauge.backends.gpu_timing import rotating, times
-from regauge.backends.kernel_configs import Entry, Table, config_of
+from regauge.backends.kernel_configs import Entry, Table, config_of, newest_not_above
 from regauge.backends.kernel_samples import Sample
-from regauge.backends.kernel_screen import screen
+from regauge.backends.kernel_screen import GPUS, screen
 from regauge.backends.triton_kernel import Kernel, Source, case_of, config_for, shape_of
 from regauge.ir.extents import Dim
 
@@ -40,7 +40,11 @@ class Tuned:
 
 
 def tune(kernels: Sequence[Sample], architecture: str, measure: Measure | None = None) -> Iterator[Tuned]:
-    """The best configuration of each case that tables hold, in turn; raises FusionError where none fits."""
+    """The best configuration of each case that tables hold, in turn; raises FusionError where none fits.
+
+    What is timed on an architecture of which the model knows nothing is screened for an older one.
+    """
+    compiled_for = architecture if measure is None else newest_not_above(GPUS, architecture) or architecture
     cases: dict[tuple[Any, ...], list[Sample]] = {}
     for kernel, sizes in kernels:
         source = _source(kernel, sizes)
@@ -51,7 +55,7 @@ def tune(kernels: Sequence[Sample], architecture: str, measure: Measure | None =
     for group in cases.values():
         sized = [(_source(kernel, sizes), sizes) for kernel, sizes in group]
         case = case_of(*sized[0])
-        found = screen(sized, architecture, 1 if measure is None else TIMED)
+        found = screen(sized, compiled_for, 1 if measure is None else TIMED)
         if measure is None:
             yield Tuned(Entry(architecture, case, found[0].config), found[0].seconds)
             continue

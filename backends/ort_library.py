@@ -32,7 +32,7 @@ from regauge.ir.sizes import is_static, product
 NATIVE = Path(__file__).parent / "native" / "ort_kernels.cc"
 HEADER = "onnxruntime_c_api.h"
 INCLUDES = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime", "/usr/include", "/usr/local/include")
-"""Folders where the header lies as packages install it; ``REGAUGE_ORT_INCLUDE`` names another one."""
+"""Folders where the header lies as packages install it, behind those of ``CPLUS_INCLUDE_PATH``."""
 
 
 def missing() -> str:
@@ -40,12 +40,14 @@ def missing() -> str:
     if shutil.which("g++") is None:
         return "there is no g++"
     if _include() is None:
-        return f"there is no {HEADER} of onnxruntime: install libonnxruntime-dev, or set REGAUGE_ORT_INCLUDE"
+        return (
+            f"there is no {HEADER} of onnxruntime: install libonnxruntime-dev, or name its folder in CPLUS_INCLUDE_PATH"
+        )
     return ""
 
 
 def _include() -> Path | None:
-    folders = [os.environ.get("REGAUGE_ORT_INCLUDE", ""), *INCLUDES]
+    folders = [*os.environ.get("CPLUS_INCLUDE_PATH", "").split(":"), *INCLUDES]
     return next((Path(folder) for folder in folders if folder and (Path(folder) / HEADER).exists()), None)
 
 

@@ -30,7 +30,7 @@ SIZES: dict[Form, list[Sizes]] = {
     "pointwise": [(16, 4096, 1), (256, 4096, 1), (4096, 4096, 1)],
     "rows": [(4096, 512 * 2**n, 1) for n in range(6)],
     "looped": [(16, 65536, 1), (4096, 65536, 1)],
-    "contraction": [(rows, columns, 4096) for rows in (16, 64, 256, 4096) for columns in (1024, 8192)],
+    "contraction": [(rows, columns, 4096) for rows in (16, 64, 256, 4096) for columns in (128, 1024, 8192)],
 }
 ALSO = {
     "pointwise": ["broadcast"],

@@ -2,9 +2,10 @@
 
     python benchmarks/kernel_resources.py [--write]
 
-Registers of a thread, bytes that it spills, and bytes of shared memory, for 4096 rows of 4096 columns in bfloat16 (and
-for the longest rows that a program holds, where rows are reduced), as ptxas of the installed Triton allocates them.
-Products have a row for 16 rows, too, of which several programs have a part each; a second kernel adds these up.
+Registers of a thread, bytes that it spills, and bytes of shared memory, as ptxas of the installed Triton allocates
+them: for 4096 rows of 4096 columns in bfloat16 (and for the longest rows that a program holds, where rows are reduced),
+as kernels are launched. Products have a row for 16 rows, too, of which several programs have a part each; a second
+kernel adds these up. The exit status is 1 where a kernel spills.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Case:
     sizes: dict[Dim, int]
 
     def compiled(self, architecture: str) -> Compiled:
-        return compile_kernel(self.source, self.sizes, architecture, self.kernel)
+        return compile_kernel(self.source, self.sizes, architecture, name=self.kernel)
 
 
 def cases() -> Iterator[Case]:
@@ -69,20 +70,27 @@ def cells(compiled: Compiled) -> list[str]:
     return [str(compiled.registers), str(compiled.spilled), str(compiled.shared)]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     write = parser.parse_args().write
-    rows = []
+    rows, spills = [], []
     for case in cases():
         found = [case.compiled(architecture) for architecture in ARCHITECTURES]
         columns = str(count(case.source.loops.columns, case.sizes))
         rows.append([case.kernel, case.source.form, str(case.rows), columns, *(c for one in found for c in cells(one))])
+        spills += [case.kernel for one in found if one.spilled]
         print(*rows[-1], flush=True)
     if write:
-        note = "Registers of a thread, bytes that it spills, bytes of shared memory of a program; bfloat16."
+        note = (
+            "`python benchmarks/kernel_resources.py`: registers of a thread, bytes that it spills, bytes of shared "
+            "memory of a program, in bfloat16."
+        )
         append_table("What generated kernels take of a GPU", HEADS, rows, note)
+    if spills:
+        print(f"these spill registers: {', '.join(dict.fromkeys(spills))}")
+    return 1 if spills else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -60,6 +60,10 @@ def test_wheel_is_typed(wheel: set[str]) -> None:
     assert "regauge/py.typed" in wheel
 
 
+def test_wheel_holds_what_modules_read(wheel: set[str]) -> None:
+    assert {"regauge/backends/kernel_configs.json", "regauge/backends/native/ort_kernels.cc"} <= wheel
+
+
 def test_wheel_leaves_no_folder_beside_the_package(wheel: set[str]) -> None:
     """`import ir` must fail where regauge is installed."""
     tops = {name.partition("/")[0] for name in wheel}

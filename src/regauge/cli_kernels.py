@@ -37,8 +37,11 @@ def kernels(
     """
     from regauge.backends.kernel_configs import Table
     from regauge.backends.kernel_files import write_kernels
+    from regauge.backends.ort_library import build_library, missing
     from regauge.backends.triton_compile import ARCHITECTURES
 
+    if library and missing():
+        raise RegaugeError(f"--library: {missing()}")
     table = Table.read(tuned) if tuned is not None else None
     graph = open_file(model)
     found = write_kernels(graph, output, architectures or list(ARCHITECTURES), dynamic_sizes(graph, at or ()), table)
@@ -48,8 +51,6 @@ def kernels(
         rows.append([one.path.name, *figures, "as it was" if one.cached else ""])
     print_table(rows)
     if library:
-        from regauge.backends.ort_library import build_library
-
         print(f"wrote {build_library(output, found)}")
     print(f"wrote {output}")
 
@@ -57,7 +58,7 @@ def kernels(
 def autotune(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="the table, a .json file")],
     model: Annotated[
-        Path | None, typer.Argument(metavar="[IN]", help="an ONNX file or a .pt2 file whose kernels are tuned")
+        Path | None, typer.Argument(metavar="IN", help="an ONNX file or a .pt2 file whose kernels are tuned")
     ] = None,
     shapes: Annotated[
         list[str] | None,

@@ -1,5 +1,7 @@
 """Times on a GPU: what can be said of them without one."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,6 +20,72 @@ def test_data_rotates_through_more_than_four_caches(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"L2_cache_size": 12_000}))
     assert copies_for(tensors) == 11 and len(rotating(tensors)) == 11  # 55000 bytes, 48000 are four caches
+
+
+class Clock:
+    """Of a device on which a run of one call takes a second for each entry of its argument."""
+
+    now = 0.0
+
+    def __init__(self, **_: object) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = Clock.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: "Clock") -> float:
+        return 1e3 * (other.at - self.at)
+
+
+class Graph:
+    """A capture runs the calls, and is run again as a whole."""
+
+    captured: list[float] = []
+
+    def __enter__(self) -> None:
+        self.start = Clock.now
+
+    def __exit__(self, *_: object) -> None:
+        Graph.captured.append(Clock.now - self.start)
+
+    def replay(self) -> None:
+        Clock.now += Graph.captured[-1]
+
+
+def run_on_a_made_up_device(monkeypatch: pytest.MonkeyPatch, calls: list[Any], data: list[Any]) -> list[Spread]:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    Graph.captured = []
+    return times(calls, data)
+
+
+def takes(seconds: float) -> Any:
+    def call(tensor: torch.Tensor) -> None:
+        Clock.now += seconds * tensor.numel()
+
+    return call
+
+
+def test_times_are_those_of_one_call_and_short_ones_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [[torch.zeros(1)], [torch.zeros(3)]]
+    short, long = run_on_a_made_up_device(monkeypatch, [takes(1e-5), takes(1.0)], data)
+    assert short.median == pytest.approx(2e-5) and long.median == pytest.approx(2.0)
+    assert len(Graph.captured) == 1 and Graph.captured[0] == pytest.approx(4e-3, rel=0.05)
+
+
+def test_what_cannot_be_captured_is_timed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("it copies to the host")
+
+    monkeypatch.setattr(Graph, "__enter__", refuse)
+    (one,) = run_on_a_made_up_device(monkeypatch, [takes(1e-5)], [[torch.zeros(1)]])
+    assert one.median == pytest.approx(1e-5) and not Graph.captured
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

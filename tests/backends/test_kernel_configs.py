@@ -155,6 +155,16 @@ def test_the_fastest_of_those_that_fit_counts(monkeypatch: pytest.MonkeyPatch) -
     assert len(timed) % 2 == 0 and config_of(one.entry.case, "sm_90") in timed
 
 
+@needs_triton
+def test_on_a_newer_gpu_what_is_timed_is_screened_for_an_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_tuning, "TIMED", 1)
+    samples = [sample("pointwise", (64, 1024, 1), "bf16")]
+    (one,) = tune(samples, "sm_89", lambda _, rivals: [1.0] * len(rivals))
+    assert one.entry.architecture == "sm_89"
+    with pytest.raises(FusionError, match="screened for sm_80 or sm_90, not for sm_89"):
+        list(tune(samples, "sm_89"))
+
+
 @pytest.mark.parametrize("form", SAMPLES)
 def test_every_form_has_candidates(form: str) -> None:
     kernel, sizes = sample(form, SIZES[form], "bf16")
@@ -177,6 +187,14 @@ def test_without_a_gpu_autotune_says_what_it_can_do(capsys: pytest.CaptureFixtur
     assert main([*command, "--offline"]) == 2
     assert "--offline needs an --arch" in capsys.readouterr().err
     assert not table.exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_configurations_are_timed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    assert main(["autotune", "--shapes", "pointwise:4096x1024:bf16", "-o", str(table)]) == 0
+    assert len(Table.read(table).entries) == 1 and "measured on" in table.read_text()
+    assert capsys.readouterr().out.count(" us") == 3
 
 
 @needs_triton

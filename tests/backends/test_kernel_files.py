@@ -97,6 +97,12 @@ def test_kernels_of_a_file_are_compiled(tmp_path: Path, capsys: pytest.CaptureFi
     assert {path.suffix for path in (tmp_path / "kernels").iterdir()} == {".py", ".cubin", ".json"}
     assert main(command) == 0
     assert "as it was" in capsys.readouterr().out
+    table = tmp_path / "table.json"
+    assert main(["autotune", str(file), "--offline", "--arch", "sm_90", "-o", str(table)]) == 0
+    (entry,) = Table.read(table).entries
+    assert entry.case.form == "rows" and entry.case.sizes == (4096, 128, 1)
+    assert main([*command, "--tuned", str(table)]) == 0
+    assert "as it was" not in capsys.readouterr().out  # another operator, as its table is another
 
 
 def test_a_graph_without_kernels_is_told(tmp_path: Path) -> None:

@@ -41,13 +41,13 @@ def gated_softmax() -> Graph:
     return graph
 
 
-def model_of(name: str, path: Path) -> Path:
-    """A call of a function of that name, whose body computes the same."""
+def model_of(name: str, path: Path, last: str = "Softmax") -> Path:
+    """A call of a function of that name, whose body computes the same, where its last node is a Softmax."""
     body = [
         helper.make_node("Sigmoid", ["x"], ["s"]),
         helper.make_node("Mul", ["x", "s"], ["silu"]),
         helper.make_node("Mul", ["silu", "y"], ["gated"]),
-        helper.make_node("Softmax", ["gated"], ["z"], axis=1),
+        helper.make_node(last, ["gated"], ["z"], **({"axis": 1} if last == "Softmax" else {})),
     ]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("regauge.kernels", 1)]
     function = helper.make_function("regauge.kernels", name, ["x", "y"], ["z"], body, opsets[:1])
@@ -125,6 +125,18 @@ def test_a_driver_is_given_what_python_would_give_it(written: Written, library: 
     assert (tmp_path / "log").read_text().split() == [str(word) for word in (*head, *expected, 1)]
 
 
+@buildable
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_the_kernel_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the CPU provider, on copies: whether onnxruntime was built for the GPU or not."""
+    monkeypatch.setenv("REGAUGE_ORT_PROVIDER", "CPUExecutionProvider")
+    found = write_kernels(gated_softmax(), tmp_path, ["sm_80", "sm_90"], {symbol("rows"): 4096})
+    model = model_of(found[0].operator.name, tmp_path / "model.onnx", last="Neg")  # so that it is not the body's
+    x, y = np.random.default_rng(0).standard_normal((2, 100, COLUMNS), dtype=np.float32)
+    expected = torch.softmax(torch.nn.functional.silu(torch.from_numpy(x)) * torch.from_numpy(y), 1)
+    np.testing.assert_allclose(run(model, build_library(tmp_path, found), x, y), expected.numpy(), rtol=1e-4, atol=1e-6)
+
+
 @needs_triton
 def test_open_sizes_are_passed_and_follow_from_shapes(written: Written) -> None:
     by_name = {argument.name: argument for argument in written.build.arguments}
@@ -140,11 +152,18 @@ def test_what_is_missing_is_told(
     written: Written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ort_library, "INCLUDES", ())
-    monkeypatch.delenv("REGAUGE_ORT_INCLUDE", raising=False)
-    with pytest.raises(
-        FusionError, match="cannot be built: there is no .*: install libonnxruntime-dev, or set REGAUGE_"
-    ):
+    monkeypatch.delenv("CPLUS_INCLUDE_PATH", raising=False)
+    with pytest.raises(FusionError, match="cannot be built: there is no .*: install libonnxruntime-dev"):
         build_library(tmp_path, [written])
+    assert main(["kernels", "model.onnx", "-o", str(tmp_path), "--library"]) == 2
+    assert "--library: there is no onnxruntime_c_api.h" in capsys.readouterr().err
     monkeypatch.setattr(ort_library.shutil, "which", lambda _: None)
-    assert missing() == "there is no g++"
-    assert main(["kernels", str(tmp_path / "none.onnx"), "-o", str(tmp_path), "--library"]) == 2
+    assert missing() == "there is no g++" and not list(tmp_path.iterdir())
+
+
+@needs_triton
+def test_what_the_compiler_says_is_told(written: Written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime_c_api.h").write_text("#error this is no header\n")
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", str(tmp_path))
+    with pytest.raises(FusionError, match="operators cannot be built: "):
+        build_library(tmp_path, [written])
