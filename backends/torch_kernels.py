@@ -57,10 +57,7 @@ class WithKernels:
 
 
 def with_kernels(graph: Graph, *, rounding: Rounding = "fused") -> WithKernels:
-    """The operators of the fused nodes of a graph; where it has none, of all regions that gain on a GPU.
-
-    ``rounding`` is that of regions that are found here: fused nodes have their own.
-    """
+    """The operators of the fused nodes of a graph; where it has none, of all regions that gain on a GPU."""
     result = fused_copy(graph, rounding=rounding)
     made: list[KernelOperator] = []
     left: list[str] = []
