@@ -75,7 +75,7 @@ def agreed(graph: Graph, inputs: torch.Tensor, path: Path) -> torch.Tensor:
 
 
 def regions_come_along(quantized: Graph, fused: Graph, inputs: torch.Tensor, path: Path) -> None:
-    """Fused nodes compute what their nodes did, to the last bit, in modules with kernels and in the file, too."""
+    """Fused nodes compute what their nodes did, to the last bit; so do modules with kernels and ONNX functions."""
     (wanted,) = quantized.run(inputs)
     assert fused_nodes(fused) and torch.equal(fused.run(inputs)[0], wanted)
     assert torch.equal(without_fused(fused).run(inputs)[0], wanted)
