@@ -155,7 +155,7 @@ def test_a_network_with_batch_norms(tmp_path: Path) -> None:
     module = redrawn(ResidualNetwork())
     graph = regauge.optimize(regauge.capture(module, (images(),), dynamic={0: {0: "batch"}}), "fuse")
     model = written(graph, tmp_path / "m.onnx", functions=True)
-    assert len(calls(model)) == 11 and len(model.functions) == 4
+    assert len(calls(model)) == 11 and len(model.functions) == 3
     assert regions(regauge.load(tmp_path / "m.onnx")) == regions(graph)
     emitted = graph.to_torch().train()
     torch.testing.assert_close(emitted(images(3)), module(images(3)))
