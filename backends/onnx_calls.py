@@ -72,7 +72,7 @@ def _operator(name: str, body: Graph) -> Any:
         _REGISTERED.add(name)
         module, library = to_torch(body), _library()
         library.define(f"{name}{tensor_schema(len(body.inputs), len(body.outputs))}")  # type: ignore[no-untyped-call]
-        library.impl(name, module, "CPU")  # type: ignore[no-untyped-call]
+        library.impl(name, module, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"{NAMESPACE}::{name}", module, lib=library)
     return getattr(torch.ops.regauge_functions, name).default
 

@@ -93,7 +93,8 @@ def _export(
     if any(node.attributes.get("block_size") or node.attributes.get("bits") for _, node in graph.walk()):
         options["opset_version"] = FOUR_BITS_SINCE  # the first with scales of blocks, and with less than bytes
     if translations:
-        options.update(custom_translation_table=translations, opset_version=RMS_NORM_OPSET)
+        opset = max(RMS_NORM_OPSET, options.get("opset_version", 0))
+        options.update(custom_translation_table=translations, opset_version=opset)
     small = stored_small(graph)
     try:
         # The exporter takes attention apart as the plain kernel computes it. Traced with another one, whose results lie

@@ -134,7 +134,7 @@ def write(graph: Graph, folder: str | os.PathLike[str], *, kernels: Kernels | No
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         (staging / "model.py").write_text(emitted.source + _loader(graph, emitted))
-        save_file(_stored(graph), staging / "model.safetensors", metadata={"format": "pt"})
+        save_file(_stored(graph, kernels), staging / "model.safetensors", metadata={"format": "pt"})
         for file in staging.iterdir():
             file.chmod(0o644)
         if not target.exists():
@@ -148,9 +148,9 @@ def write(graph: Graph, folder: str | os.PathLike[str], *, kernels: Kernels | No
     return target
 
 
-def _stored(graph: Graph) -> dict[str, torch.Tensor]:
+def _stored(graph: Graph, kernels: Kernels | None) -> dict[str, torch.Tensor]:
     """Every tensor once, under the first of its names in the module, as ``load()`` of the source asks for it."""
-    module = to_torch(graph)
+    module = to_torch(graph, kernels=kernels)
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from regauge.ir.axes import apply_rule
+from regauge.ir.axes import RegionCall, apply_rule
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import Concat, Dim, Extent, Product, fresh, leaves, resolve, size_of
 from regauge.ir.graph import Node, Value
@@ -36,7 +36,7 @@ class LocalAxes:
             else []
             for slot, operand in enumerate(node.inputs)
         ]
-        self.call = call = Call(node, axes)
+        self.call = call = RegionCall(node, axes) if node.regions else Call(node, axes)
         self.results: list[Axes] = apply_rule(node.operator, call)
         self.operands: list[Axes] = [own or [] for own in axes]
         self.roles = {dim: role for role, extent in call.roles for dim in leaves(extent)}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -43,6 +44,13 @@ def test_results_are_shown_and_saved(file: Path, tmp_path: Path, capsys: pytest.
         found = np.load(tmp_path / "out.npz")
         for name, wanted in zip(found.files, regauge.load(file).run(torch.from_numpy(x)), strict=True):
             np.testing.assert_allclose(found[name], wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_optimize_writes_functions_where_asked(file: Path, tmp_path: Path) -> None:
+    for options, count in (([], 0), (["--functions"], 1)):
+        arguments = ["optimize", str(file), "-o", str(tmp_path / "out.onnx"), "--passes", "unfuse,fuse", *options]
+        assert main(arguments) == 0
+        assert len(onnx.load(tmp_path / "out.onnx").functions) == count
 
 
 def test_inputs_may_be_made_up(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

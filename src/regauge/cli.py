@@ -309,13 +309,14 @@ def fusion(
     regauge fusion model.onnx
     regauge fusion model.onnx --at batch=8 --refusals 50
     """
+    from regauge.ir.fusion.fused import without_fused
     from regauge.ir.fusion.plan import plan_fusion
     from regauge.ir.fusion.plan_rows import plan_rows, plan_summary, refusal_rows
     from regauge.ir.roofline import DEVICES
 
     if device not in DEVICES:
         raise RegaugeError(f"there is no device {device!r}: give {' or '.join(sorted(DEVICES))}")
-    graph = open_file(model)
+    graph = without_fused(open_file(model))
     plan = plan_fusion(graph, DEVICES[device], dynamic_sizes(graph, at or ()))
     print_table(plan_rows(plan))
     print(f"\n{plan_summary(plan)}")

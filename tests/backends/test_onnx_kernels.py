@@ -4,17 +4,24 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 
 import regauge
 from decoder_block import decoder_block
+from kernel_forms import FORMS, form_graph
 from layered_networks import ResidualNetwork, images, redrawn
+from random_regions import regions as regions_drawn
+from regauge.backends.onnx_kernels import Calls, add_functions
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.edit import Builder, set_weight
-from regauge.ir.fusion.fused import body_of, canonical, fused_nodes
-from regauge.ir.graph import Graph
-from regauge.ir.onnx_kernels import AXES, HASH, REGION, ROUNDING
+from regauge.ir.fusion.fused import body_of, canonical, content, fuse, fused_nodes
+from regauge.ir.fusion.region import trace
+from regauge.ir.graph import Graph, Value
+from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, REGION, ROUNDING
 from regauge.ir.sample_inputs import sample_inputs
 from regauge.ir.sizes import symbol
 
@@ -59,7 +66,7 @@ def notes(function: onnx.FunctionProto) -> dict[str, str]:
 
 
 def regions(graph: Graph) -> list[str]:
-    return [str(canonical(body_of(node))) for node in fused_nodes(graph)]
+    return [content(body_of(node)) for node in fused_nodes(graph)]
 
 
 def test_regions_are_functions_of_the_highest_operators(tmp_path: Path) -> None:
@@ -72,7 +79,11 @@ def test_regions_are_functions_of_the_highest_operators(tmp_path: Path) -> None:
     ]
     assert calls(model) == [function.name for function in model.functions]
     found = notes(model.functions[2])
-    assert found[ROUNDING] == "fused" and len(found[HASH]) == 10 and found[REGION] == regions(graph)[2]
+    assert (
+        found[ROUNDING] == "fused"
+        and len(found[HASH]) == 10
+        and found[REGION] == str(canonical(body_of(fused_nodes(graph)[2])))
+    )
     assert found[AXES] == "x: i0 i1 r0, linear: i0 i1 r0, norm: r0 -> add: i0 i1 r0, rms_norm: i0 i1 r0"
 
 
@@ -148,9 +159,51 @@ def test_a_network_with_batch_norms(tmp_path: Path) -> None:
     module = redrawn(ResidualNetwork())
     graph = regauge.optimize(regauge.capture(module, (images(),), dynamic={0: {0: "batch"}}), "fuse")
     model = written(graph, tmp_path / "m.onnx", functions=True)
-    assert len(calls(model)) == 11 and len(model.functions) == 4
+    assert len(calls(model)) == 11 and len(model.functions) == 3
     assert regions(regauge.load(tmp_path / "m.onnx")) == regions(graph)
     emitted = graph.to_torch().train()
     torch.testing.assert_close(emitted(images(3)), module(images(3)))
     emitted(images(3)).sum().backward()
     assert all(parameter.grad is not None for parameter in emitted.parameters())
+
+
+def called(graph: Graph) -> tuple[Graph, onnx.ModelProto]:
+    """The region that the whole graph is, and a model that only calls its function."""
+    whole = graph.copy()
+    outputs = [value for value in whole.outputs if isinstance(value, Value)]
+    body = canonical(body_of(fuse(Builder(whole), trace(whole.nodes, outputs), "fused")))
+
+    def typed(value: Value) -> onnx_ir.Value:
+        assert isinstance(value.dtype, torch.dtype)
+        kind = onnx_ir.TensorType(onnx_ir.tensor_adapters.from_torch_dtype(value.dtype))
+        return onnx_ir.Value(name=value.name, type=kind, shape=onnx_ir.Shape(value.shape))
+
+    inputs, results = ([typed(value) for value in values] for values in (body.inputs, body.outputs))  # type: ignore[union-attr]
+    node = onnx_ir.Node(DOMAIN, "region", inputs, outputs=results)
+    main = onnx_ir.Graph(inputs, results, nodes=[node], opset_imports={"": 23}, name="main")
+    model = onnx_ir.Model(main, ir_version=10)
+    add_functions(model, Calls(whole, {"region": (body, "fused")}))
+    return body, onnx_ir.to_proto(model)
+
+
+def check_function(graph: Graph) -> None:
+    body, model = called(graph)
+    onnx.checker.check_model(model, full_check=True)
+    (node,) = fused_nodes(regauge.load(model))
+    assert content(body_of(node)) == content(body)
+    if body.inputs[0].dtype != torch.float32:
+        return  # onnxruntime has not all operators in half precision
+    inputs = sample_inputs(body)
+    for own, wanted in zip(Session(model, optimisation="off").run(inputs), body.run(inputs), strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_kernels_has_a_function(name: str) -> None:
+    check_function(form_graph(name, torch.float32))
+
+
+@hypothesis_settings(max_examples=25)
+@given(regions_drawn())
+def test_random_regions_have_functions(graph: Graph) -> None:
+    check_function(graph)

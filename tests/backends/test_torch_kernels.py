@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
+from safetensors.torch import load_file
 
 import regauge
 from decoder_block import decoder_block
@@ -113,6 +114,21 @@ def test_a_saved_module_runs_without_regauge(tmp_path: Path) -> None:
     assert (tmp_path / "model.py").read_text().count("@kernel") == 2
     torch.save([x, *graph.run(x)], tmp_path / "values.pt")
     subprocess.run([sys.executable, "-c", WITHOUT], cwd=tmp_path, check=True)
+
+
+def test_constants_of_a_saved_module_lie_where_its_source_reads_them(tmp_path: Path) -> None:
+    """A region spans modules, so that it reads what one of them held at another place."""
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (5, 16), torch.float32)
+    table = build.constant(torch.randn(5, 16), "table")
+    build.scope = (("", "Model"), ("first", "First"))
+    y = build.sub(build.mul(x, table), build.sigmoid(table))
+    build.scope = (("", "Model"), ("second", "Second"))
+    graph.outputs = [build.tanh(y)]
+    graph.write(tmp_path, kernels="triton")
+    stored = load_file(tmp_path / "model.safetensors")
+    assert list(stored) == ["table"] and "self.table" in (tmp_path / "model.py").read_text()
 
 
 def test_a_module_with_kernels_is_pickled() -> None:

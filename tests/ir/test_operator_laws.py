@@ -13,7 +13,7 @@ from regauge.ir.operator import all_operators
 from regauge.ir.shapes import infer_in_full, infer_shortly
 
 # Operators that need regions, an outside runtime or a library's operator: each has direct tests of its own.
-WITHOUT_SAMPLES = {"cond", "while_loop", "loop", "scan", "torch_call", "onnx_call"}
+WITHOUT_SAMPLES = {"cond", "while_loop", "loop", "scan", "fused", "torch_call", "onnx_call"}
 
 CASES = [
     pytest.param(name, index, law, id=f"{name}-{index}-{law}")

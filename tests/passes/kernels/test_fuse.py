@@ -9,6 +9,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import PassError
 from regauge.ir.fusion.fused import fused_nodes
 from regauge.ir.graph import Graph
+from regauge.ir.roofline import DEVICES
 from regauge.ir.sizes import symbol
 from regauge.passes.catalog import BUILT_IN, find_pass
 
@@ -61,6 +62,8 @@ def test_passes_take_fused_graphs_or_say_how_to_go_on(name: str) -> None:
 def test_rounding_and_target_are_options() -> None:
     found = regauge.optimize(block(), "fuse{rounding=eager,target=cpu}")
     assert {node.attributes["rounding"] for node in fused_nodes(found)} == {"eager"}
+    (target, _) = find_pass("fuse").option_table()
+    assert target.kind == f"one of {', '.join(sorted(DEVICES, reverse=True))}"
     with pytest.raises(PassError, match="option 'target' of fuse must be one of gpu, cpu, not 'tpu'"):
         regauge.optimize(block(), "fuse{target=tpu}")
 
