@@ -233,7 +233,7 @@ def _infer_from_numbers(
     found: list[list[Result]] = []
     for least in fitting:
         hints = prime_hints(symbols, least)
-        names = {int(expression.subs(hints)): expression for expression in expressions}
+        names = {evaluate(expression, hints): expression for expression in expressions}
         if len(names) < len(expressions):
             return None
         try:

@@ -48,6 +48,12 @@ def test_windows(size: Any, kernel: int, step: int, pad: int, spread: int) -> No
         agree("avg_pool", (1, 2, size), kernel_size=(kernel,), stride=(step,), padding=(pad,))
 
 
+def test_pools_to_a_fixed_size() -> None:
+    for size in (N, 2 * N + 3):
+        agree("adaptive_avg_pool", (1, 2, size), output_size=(1,))
+        agree("adaptive_max_pool", (1, 2, size, size), output_size=(3, 2))
+
+
 @settings(max_examples=15, deadline=None)
 @given(SIZES, st.integers(0, 3), st.integers(0, 3), st.sampled_from(("constant", "reflect", "replicate", "circular")))
 def test_pads(size: Any, before: int, after: int, mode: str) -> None:
