@@ -48,6 +48,15 @@ def test_windows(size: Any, kernel: int, step: int, pad: int, spread: int) -> No
         agree("avg_pool", (1, 2, size), kernel_size=(kernel,), stride=(step,), padding=(pad,))
 
 
+def test_places_of_extremes() -> None:
+    for options in ({"dim": 1}, {"dim": -1, "keepdim": True}):
+        agree("argmax", (2, N, 3), **options)
+        agree("argmin", (2, 4, N), **options)
+    operator = get_operator("argmax")
+    found = infer_shortly(operator, _values([(2, N)]), {"dim": 1, "keepdim": False})
+    assert found is not None and found[0][1] == torch.int64
+
+
 def test_pools_to_a_fixed_size() -> None:
     for size in (N, 2 * N + 3):
         agree("adaptive_avg_pool", (1, 2, size), output_size=(1,))
