@@ -77,9 +77,11 @@ def test_a_file_of_windows_over_a_dynamic_length_is_loaded_without_the_compiler(
     nodes = [
         helper.make_node("Pad", ["x", "pads"], ["padded"], mode="reflect"),
         helper.make_node("Conv", ["padded", "w"], ["y"], strides=[4]),
+        helper.make_node("GlobalAveragePool", ["y"], ["pooled"]),
     ]
     inputs = [helper.make_tensor_value_info("x", kind, [1, 1, "n"])]
     outputs = [helper.make_tensor_value_info("y", kind, [1, 2, "m"])]
+    outputs += [helper.make_tensor_value_info("pooled", kind, [1, 2, 1])]
     model = helper.make_model(
         helper.make_graph(nodes, "g", inputs, outputs, [pads, weight]), opset_imports=[helper.make_opsetid("", 17)]
     )
