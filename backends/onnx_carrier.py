@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from regauge.backends.onnx_write import all_graphs, subgraphs, tensor_slots, with_nested
+from regauge.backends.onnx_write import all_graphs, graphs_in, tensor_slots, with_nested
 
 
 class Carrier:
@@ -41,10 +41,8 @@ class Carrier:
         for node, copied in zip(old, new, strict=True):
             self.nodes[node] = copied
             self.values.update(zip(node.outputs, copied.outputs, strict=True))
-            for name in node.attributes:
-                pairs = zip(subgraphs(node.attributes[name]), subgraphs(copied.attributes[name]), strict=True)
-                for inner, inner_copy in pairs:
-                    self._match(inner, inner_copy)
+            for inner, inner_copy in zip(graphs_in(node), graphs_in(copied), strict=True):
+                self._match(inner, inner_copy)
 
     def copy_of(self, origin: Any) -> onnx_ir.Value | None:
         """The copy of an original value; None for a value that is no part of the model (any more)."""
@@ -171,10 +169,9 @@ class Carrier:
     def remove(self, node: onnx_ir.Node) -> list[onnx_ir.Value]:
         """Take a node out of its graph; returns what it and the graphs nested in it read."""
         read = [value for value in node.inputs if value is not None]
-        for attribute in node.attributes.values():
-            for nested in subgraphs(attribute):
-                read += [v for inner in with_nested(nested) for n in inner for v in n.inputs if v is not None]
-                self.forget(nested)
+        for nested in graphs_in(node):
+            read += [v for inner in with_nested(nested) for n in inner for v in n.inputs if v is not None]
+            self.forget(nested)
         assert node.graph is not None
         node.graph.remove(node, safe=True)
         self.edits += 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from regauge.backends.onnx_write import external_locations
+from regauge.backends.onnx_write import external_locations, with_nested
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.errors import EmitError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Graph
@@ -105,7 +105,7 @@ class Checker:
         if model is None:
             return None
         own = {identifier[0] for identifier in model.functions}
-        used = (node.domain for node in model.graph.all_nodes())
+        used = (node.domain for graph in with_nested(model.graph) for node in graph)
         return next((domain for domain in used if domain not in _KNOWN_DOMAINS | own), None)
 
     def _skip(self, reason: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir
 
 from regauge.backends.onnx_carrier import Carrier
-from regauge.backends.onnx_write import subgraphs
+from regauge.backends.onnx_write import graphs_in, subgraphs
 from regauge.ir.graph import Graph
 
 NO_ITERATION = -1
@@ -100,4 +100,4 @@ def nested_graphs(node: onnx_ir.Node) -> list[onnx_ir.Graph]:
     """The graphs nested in a node, in the order of our regions: of an If the branch for true comes first."""
     if node.op_type == "If" and {"then_branch", "else_branch"} <= set(node.attributes):
         return [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
-    return [graph for attribute in node.attributes.values() for graph in subgraphs(attribute)]
+    return graphs_in(node)

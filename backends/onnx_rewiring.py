@@ -20,7 +20,7 @@ from regauge.backends.onnx_inlining import nested_graphs
 from regauge.backends.onnx_patch import FOLDED_SIZES
 from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_speller import OnnxSpeller, spell
-from regauge.backends.onnx_write import subgraphs, with_nested
+from regauge.backends.onnx_write import graphs_in, with_nested
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import find_onnx
@@ -93,7 +93,7 @@ class _Rewiring:
     def _place_regions(self, root: Graph) -> None:
         """Which nested ONNX graph each region is."""
         for _, node in root.walk():
-            target = self.carrier.nodes.get(node.origin)
+            target = self.carrier.nodes.get(node.origin) if node.regions else None
             nested = [] if target is None else nested_graphs(target)
             for index, region in enumerate(node.regions):
                 if len(nested) == len(node.regions):
@@ -385,8 +385,7 @@ def _parents(graph: onnx_ir.Graph) -> dict[onnx_ir.Graph, onnx_ir.Graph]:
     found: dict[onnx_ir.Graph, onnx_ir.Graph] = {}
     for owner in with_nested(graph):
         for node in owner:
-            for attribute in node.attributes.values():
-                found.update(dict.fromkeys(subgraphs(attribute), owner))
+            found.update(dict.fromkeys(graphs_in(node), owner))
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
+from onnx_ir.serde import serialize_attribute
 
 from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_write import ChangedTensor, with_nested
@@ -44,7 +45,7 @@ def share_sizes(carrier: Carrier) -> None:
         for node in list(graph):
             if node.domain not in ("", "ai.onnx") or node.op_type not in _SHAPE_ARITHMETIC or len(node.outputs) != 1:
                 continue
-            attributes = sorted(onnx_ir.to_proto(a).SerializeToString() for a in node.attributes.values())
+            attributes = sorted(serialize_attribute(a).SerializeToString() for a in node.attributes.data.values())
             key = (node.op_type, tuple(node.inputs), tuple(attributes))
             kept = first.setdefault(key, node)
             if kept is not node and not node.outputs[0].is_graph_output():

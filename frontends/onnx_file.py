@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from regauge.ir.errors import LoadError, first_line
 TRAINING_INFO = "training_info"
 DECLARED = "declared"
 ANNOTATED = "annotated"  # False where no quantization annotation names an initializer
+
+_NESTING = (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS)
 
 
 def open_model(source: Any) -> tuple[onnx_ir.Model, str, list[str]]:
@@ -36,7 +38,6 @@ def open_model(source: Any) -> tuple[onnx_ir.Model, str, list[str]]:
         notes = _densify(proto.graph, label)
         model = _deserialize(proto, label)
         put_arrays(model, proto, arrays)
-        _set_folder(model, path.parent)
     elif hasattr(source, "graph") and hasattr(source, "opset_import"):
         label = source.graph.name or "the model"
         notes = []
@@ -49,7 +50,8 @@ def open_model(source: Any) -> tuple[onnx_ir.Model, str, list[str]]:
         model = _deserialize(source, label)
     else:
         raise LoadError(f"cannot load a {type(source).__name__}: give a path, an onnx.ModelProto or an onnx_ir.Model")
-    _check_external(model, label)
+    folder = Path(source).parent if isinstance(source, str | os.PathLike) else None
+    _check_external(_external_tensors(model), folder, label)
     check_names(model.graph, label, set())
     return model, label, notes
 
@@ -165,22 +167,17 @@ def _deserialize(proto: Any, label: str) -> onnx_ir.Model:
         raise LoadError(f"{label}: not a valid ONNX model ({_line(error)}); check it with onnx.checker") from error
 
 
-def _set_folder(model: onnx_ir.Model, folder: Path) -> None:
-    for tensor in _all_tensors(model):
-        if isinstance(tensor, onnx_ir.ExternalTensor):
+def _external_tensors(model: onnx_ir.Model) -> list[onnx_ir.ExternalTensor]:
+    owners: list[onnx_ir.Graph | onnx_ir.Function] = [model.graph, *model.functions.values()]
+    found = (tensor for owner in owners for tensor in tensors_of(owner))
+    return [tensor for tensor in found if isinstance(tensor, onnx_ir.ExternalTensor)]
+
+
+def _check_external(external: Sequence[onnx_ir.ExternalTensor], folder: Path | None, label: str) -> None:
+    """Whether data files are there, safe and long enough; ``folder`` is where the model was read from, if from one."""
+    for tensor in external:
+        if folder is not None:
             tensor.base_dir = str(folder)
-
-
-def _all_tensors(model: onnx_ir.Model) -> Iterator[onnx_ir.TensorProtocol]:
-    yield from tensors_of(model.graph)
-    for function in model.functions.values():
-        yield from tensors_of(function)
-
-
-def _check_external(model: onnx_ir.Model, label: str) -> None:
-    for tensor in _all_tensors(model):
-        if not isinstance(tensor, onnx_ir.ExternalTensor):
-            continue
         folder = Path(tensor.base_dir or ".").resolve()
         path = (folder / tensor.location).resolve()
         if os.path.isabs(tensor.location) or not path.is_relative_to(folder):
@@ -274,12 +271,12 @@ def _producers(node: onnx_ir.Node) -> Iterator[onnx_ir.Node]:
 def captured_values(node: onnx_ir.Node) -> list[onnx_ir.Value]:
     """Outer values that the graphs in a node's attributes read, each once, in order of use."""
     found: dict[onnx_ir.Value, None] = {}
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
+    for attribute in node.attributes.data.values():
+        if attribute.type not in _NESTING or attribute.is_ref():
             continue
         if attribute.type == onnx_ir.AttributeType.GRAPH:
             _collect(attribute.value, set(), found)
-        elif attribute.type == onnx_ir.AttributeType.GRAPHS:
+        else:
             for inner in attribute.value:
                 _collect(inner, set(), found)
     return list(found)

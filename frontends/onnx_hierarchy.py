@@ -15,6 +15,7 @@ import onnx_ir
 from regauge.ir.graph import Graph, Node, Parameter
 
 Scope = tuple[tuple[str, str], ...]
+_MODULE_PATH = re.compile(r"\w+(\.\w+)+")
 _WEIGHTS = ("weight", "bias", "mean", "var")
 
 
@@ -83,7 +84,7 @@ def _owner(node: Node) -> str | None:
 
 def is_module_path(name: str) -> bool:
     """True for the names torch gives to tensors of modules below the root, such as ``layer1.0.weight``."""
-    return "." in name and all(re.fullmatch(r"\w+", part) for part in name.split("."))
+    return _MODULE_PATH.fullmatch(name) is not None
 
 
 def _is_around(owner: str, node: Node) -> bool:

@@ -40,6 +40,9 @@ FEW_BITS = {
     _TYPES.UINT2: (torch.uint8, 2),
 }  # fmt: skip
 
+_KINDS = onnx_ir.AttributeType
+_HOLDING = (_KINDS.TENSOR, _KINDS.TENSORS, _KINDS.GRAPH, _KINDS.GRAPHS)
+
 DENSE_BYTES = 1024  # a tensor up to this size is simply kept
 
 
@@ -134,15 +137,16 @@ def tensors_of(graph: onnx_ir.Graph | onnx_ir.Function) -> Iterator[onnx_ir.Tens
             if value.const_value is not None:
                 yield value.const_value
     for node in graph:
-        for attribute in node.attributes.values():
-            if attribute.is_ref():
+        for attribute in node.attributes.data.values():
+            kind = attribute.type
+            if kind not in _HOLDING or attribute.is_ref():
                 continue
-            if attribute.type == onnx_ir.AttributeType.TENSOR:
+            if kind == _KINDS.TENSOR:
                 yield attribute.value
-            elif attribute.type == onnx_ir.AttributeType.TENSORS:
+            elif kind == _KINDS.TENSORS:
                 yield from attribute.value
-            elif attribute.type == onnx_ir.AttributeType.GRAPH:
+            elif kind == _KINDS.GRAPH:
                 yield from tensors_of(attribute.value)
-            elif attribute.type == onnx_ir.AttributeType.GRAPHS:
+            else:
                 for inner in attribute.value:
                     yield from tensors_of(inner)

@@ -18,7 +18,7 @@ import torch
 from regauge.ir.dtypes import Dtype, dtype_name
 from regauge.ir.errors import GraphError
 from regauge.ir.operator import Operator, get_operator
-from regauge.ir.sizes import Size, UnknownRank, simplify
+from regauge.ir.sizes import Size, UnknownRank, format_size, simplify
 from regauge.ir.weights import Weight, dense
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Value:
     @property
     def signature(self) -> str:
         """``f32[64,3,7,7]``, or ``f32[...]`` where the rank is not known."""
-        sizes = ",".join(str(s).replace(" ", "") for s in self.shape) if self.ranked else "..."
+        sizes = ",".join(map(format_size, self.shape)) if self.ranked else "..."
         return f"{dtype_name(self.dtype)}[{sizes}]"
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ import onnx_ir
 import sympy
 
 from regauge.ir.onnx_sizes import LIMIT, Content, Unknown, as_type, content, equal, map_elements, negated
+from regauge.ir.size_numbers import numbers_tried
 from regauge.ir.sizes import Size, floor_divide
 
 _INT64, _BOOL = onnx_ir.DataType.INT64, onnx_ir.DataType.BOOL
@@ -91,25 +92,21 @@ def _remainder(question: Question) -> np.ndarray:
     return map_elements(lambda a, b: sympy.Mod(a, b), x, y)
 
 
-_SIZES_TRIED = [2**power + more for power in range(18) for more in (0, 1)]
-
-
 def _decide(relation: Any) -> Any:
     """The truth of a relation between sizes where it holds for all of them or for none; else the relation itself."""
     if isinstance(relation, bool | np.bool_):
         return bool(relation)
     if relation not in (sympy.true, sympy.false):
-        slow = relation.has(sympy.floor, sympy.Min, sympy.Max)
-        relation = relation if slow and _varies(relation) else sympy.simplify(relation)
+        relation = relation if _varies(relation) else sympy.simplify(relation)
     return bool(relation) if relation in (sympy.true, sympy.false) else relation
 
 
 def _varies(relation: Any) -> bool:
     """Whether it holds for some sizes and not for others, by a few of them: sympy takes long to find no proof."""
-    symbols, found = sorted(relation.free_symbols, key=str), set()
-    for size in _SIZES_TRIED:
-        found.add(relation.subs({name: size + place for place, name in enumerate(symbols)}))
-        if {sympy.true, sympy.false} <= found:
+    found = set()
+    for truth in numbers_tried(relation):
+        found.add(truth)
+        if {True, False} <= found:
             return True
     return False
 

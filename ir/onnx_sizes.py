@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir
 import sympy
 
+from regauge.ir.size_numbers import takes_zero_and_more
 from regauge.ir.sizes import Size, simplify
 
 _INT64, _BOOL = onnx_ir.DataType.INT64, onnx_ir.DataType.BOOL
@@ -121,6 +122,8 @@ def equal(a: Any, b: Any) -> Any:
     difference = sympy.expand(sympy.sympify(a) - b)
     if difference == 0:
         return True
+    if takes_zero_and_more(difference):
+        return sympy.Eq(difference, 0, evaluate=False)
     if difference.is_number or difference.is_positive or difference.is_negative:
         return False
     return sympy.Eq(difference, 0)

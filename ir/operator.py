@@ -183,8 +183,10 @@ class Operator:
     ``layer``      the ``torch.nn`` layer that computes a node, as source text; None from it where there is none
     ``shape``      ``shape(*operands, **attributes)``, a short way to the shape of the only result of common operators;
                    None where the operands do not plainly fit. The type of the result is that of the operands where all
-                   are of one type and either floating or only moved; else ``evaluate`` says it of single elements.
+                   are of one type and either floating or only moved, or ``gives``; else ``evaluate`` says it of single
+                   elements.
                    Without it ``evaluate`` is asked on meta tensors, for which torch imports parts of its compiler
+    ``gives``      the type of a result with a ``shape``, where it is the same whatever the operands are
     ``random``     whether two runs may differ
     ``sized_by_data`` whether values of operands decide the sizes of results, which who builds a node then states
     ``commutative`` whether its two operands may be exchanged
@@ -211,6 +213,7 @@ class Operator:
     scaling: Scaling | Callable[[Node], Scaling | None] | None = None
     layer: Callable[[Node], str | None] | None = None
     shape: Callable[..., Sequence[Size] | None] | None = None
+    gives: torch.dtype | None = None
     random: bool = False
     sized_by_data: bool = False
     commutative: bool = False

@@ -78,7 +78,9 @@ def infer_shortly(operator: Operator, operands: Sequence[Any], attributes: Mappi
         return None
     try:
         shape = operator.shape(*operands, **attributes)
-        if dtypes or not plain:  # a sum of integers is of another type, what was moved is not
+        if operator.gives is not None:
+            dtype = operator.gives
+        elif dtypes or not plain:  # a sum of integers is of another type, what was moved is not
             with torch.no_grad():
                 dtype = operator.evaluate(*[_single(operand, 0) for operand in operands], **attributes).dtype
     except Exception:  # a call that is wrong, or not one of single elements: torch says more
@@ -233,7 +235,7 @@ def _infer_from_numbers(
     found: list[list[Result]] = []
     for least in fitting:
         hints = prime_hints(symbols, least)
-        names = {int(expression.subs(hints)): expression for expression in expressions}
+        names = {evaluate(expression, hints): expression for expression in expressions}
         if len(names) < len(expressions):
             return None
         try:

@@ -7,6 +7,7 @@ Symbols are created with :func:`symbol` so that two frontends that name a size a
 from __future__ import annotations
 
 import ast
+import operator
 from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from typing import Any, TypeAlias
 import sympy
 
 from regauge.ir.errors import RegaugeError
+from regauge.ir.size_numbers import fingerprint, number_at, takes_both_signs
 
 Size: TypeAlias = int | sympy.Expr
 Bindings: TypeAlias = Mapping[sympy.Symbol, int]
@@ -62,7 +64,16 @@ def _simplified(size: Any) -> Size:
 
 def _evaluated(expression: Any) -> Any:
     """The same, made anew: sympy leaves a ``Max(1, 2)`` behind where it takes a common limit out of a Max."""
-    return expression.func(*map(_evaluated, expression.args)) if expression.args else expression
+    parts = [_evaluated(part) for part in expression.args]
+    return _made(expression.func, *parts) if parts else expression
+
+
+@lru_cache(maxsize=1 << 12)
+def _made(kind: Any, *parts: Any) -> Any:
+    """An expression from its parts. Sympy takes milliseconds to find that neither side of a limit is always reached."""
+    if kind in (sympy.Min, sympy.Max) and len(parts) == 2 and not any(part.has(sympy.Min, sympy.Max) for part in parts):
+        return kind(*parts, evaluate=not takes_both_signs(parts[0] - parts[1]))
+    return kind(*parts)
 
 
 def _over_kinks(expression: Any) -> Any:
@@ -74,7 +85,7 @@ def _over_kinks(expression: Any) -> Any:
         return expression
     parts = [sympy.expand(_over_kinks(part)) for part in expression.args]
     if not isinstance(expression, sympy.Min | sympy.Max) or len(parts) != 2:
-        return expression.func(*parts)
+        return _made(expression.func, *parts)
     first, difference = parts[0], sympy.expand(parts[1] - parts[0])
     if isinstance(expression, sympy.Max):
         return first + difference - _below_zero(difference)
@@ -83,8 +94,8 @@ def _over_kinks(expression: Any) -> Any:
 
 def _below_zero(difference: Any) -> Any:
     if difference.could_extract_minus_sign():
-        return difference + sympy.Min(0, sympy.expand(-difference))
-    return sympy.Min(0, difference)
+        return difference + _made(sympy.Min, sympy.Integer(0), sympy.expand(-difference))
+    return _made(sympy.Min, sympy.Integer(0), difference)
 
 
 def _with_one_kink(expression: Any, otherwise: Any) -> Any:
@@ -94,9 +105,9 @@ def _with_one_kink(expression: Any, otherwise: Any) -> Any:
         return expression
     kink, rest = kinks[0], expression - kinks[0]
     if len(kinks) == 1 and isinstance(kink, sympy.Min):
-        return sympy.Min(*(sympy.expand(rest + part) for part in kink.args))
+        return _made(sympy.Min, *(sympy.expand(rest + part) for part in kink.args))
     if len(kinks) == 1 and isinstance(-kink, sympy.Min):
-        return sympy.Max(*(sympy.expand(rest - part) for part in (-kink).args))
+        return _made(sympy.Max, *(sympy.expand(rest - part) for part in (-kink).args))
     return otherwise
 
 
@@ -118,7 +129,13 @@ def same(a: Size, b: Size) -> bool:
     """True when the sizes are equal for every value of their symbols; what cannot be decided is not the same."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return a == b or simplify(a - b) == 0
+    return a == b or not _plainly_differ(a, b) and simplify(a - b) == 0
+
+
+def _plainly_differ(a: Size, b: Size) -> bool:
+    """Whether sizes differ for some values of their symbols, by a few of them."""
+    one, other = fingerprint(sympy.sympify(a)), fingerprint(sympy.sympify(b))
+    return one is not None and other is not None and one != other
 
 
 def symbols_in(value: Any) -> set[sympy.Symbol]:
@@ -166,13 +183,19 @@ def unclamped(a: Size, b: Size) -> Size | None:
 
 def at_least(size: Size, least: int) -> bool:
     """True when the size is at least so large for every value of its symbols, as far as can be told."""
-    return size >= least if isinstance(size, int) else bool(sympy.sympify(size - least).is_nonnegative)
+    if isinstance(size, int):
+        return size >= least
+    numbers = fingerprint(size)
+    return (numbers is None or min(numbers) >= least) and bool(sympy.sympify(size - least).is_nonnegative)
 
 
 def may_be_same(a: Size, b: Size) -> bool:
     """True when the sizes are equal for some values of their symbols, as far as can be told."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
+    one, other = fingerprint(sympy.sympify(a)), fingerprint(sympy.sympify(b))
+    if one is not None and other is not None and any(map(operator.eq, one, other)):
+        return True
     difference = sympy.sympify(simplify(a - b))
     return difference == 0 or not (difference.is_number or difference.is_positive or difference.is_negative)
 
@@ -181,21 +204,77 @@ def divide(a: Size, b: Size) -> Size | None:
     """``a / b`` when that is an integer for every value of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
-    if isinstance(b, int) and b == 0:
+    return None if isinstance(b, int) and b == 0 else _quotient(a, b)
+
+
+@lru_cache(maxsize=1 << 12, typed=True)
+def _quotient(a: Any, b: Any) -> Size | None:
+    if b == 1:
+        return simplify(a)
+    terms = _plain_terms(a) if isinstance(b, int) else None
+    if terms is None:
+        quotient = sympy.cancel(sympy.sympify(a) / b)
+        if quotient.as_numer_denom()[1] != 1:
+            return None
+    elif any(factor % b for factor, _ in terms):
         return None
-    quotient = sympy.cancel(sympy.sympify(a) / b)
-    if quotient.as_numer_denom()[1] != 1:
-        return None
+    else:
+        quotient = sympy.Add(*(factor // b * rest for factor, rest in terms))
     if any(number.q != 1 for number in quotient.atoms(sympy.Rational)):
         return None
     return simplify(quotient)
+
+
+_PLAIN = (sympy.Symbol, sympy.floor, sympy.ceiling, sympy.Min, sympy.Max, sympy.Mod)
+
+
+def _plain_terms(size: Any) -> list[tuple[int, Any]] | None:
+    """A size as a sum of integers times products of integers (symbols, floors, limits); None where it is no such sum.
+
+    To take one apart is faster by far than to let sympy simplify a quotient of it.
+    """
+    found = []
+    for term in sympy.Add.make_args(sympy.sympify(size)):
+        factor, rest = term.as_coeff_Mul()
+        if not factor.is_Integer or not (
+            rest == 1 or all(isinstance(part, _PLAIN) for part in sympy.Mul.make_args(rest))
+        ):
+            return None
+        found.append((int(factor), rest))
+    return found
 
 
 def floor_divide(a: Size, b: Size) -> Size:
     if isinstance(a, int) and isinstance(b, int):
         return a // b
     exact = divide(a, b)
-    return exact if exact is not None else sympy.floor(sympy.sympify(a) / b)
+    return exact if exact is not None else _floor(a, b)
+
+
+@lru_cache(maxsize=1 << 12, typed=True)
+def _floor(a: Any, b: Any) -> Size:
+    """The floor of a quotient that is no integer: what is divisible stands in front of it."""
+    terms = _plain_terms(a) if isinstance(b, int) and b > 0 else None
+    if terms is None:
+        found: Size = sympy.floor(sympy.sympify(a) / b)
+        return found
+    whole: list[Any] = []
+    parts: list[Any] = []
+    for factor, rest in terms:
+        quotient = sympy.Rational(factor, b)
+        (whole if _divides(int(quotient.q), rest) else parts).append(quotient * rest)
+    if all(part.is_number for part in parts):
+        return simplify(sympy.Add(*whole, *(part.p // part.q for part in parts)))
+    return sympy.Add(*whole) + sympy.floor(sympy.Add(*parts), evaluate=False)
+
+
+def _divides(number: int, size: Any) -> bool:
+    """Whether a number plainly divides a product of plain parts: of a limit it divides both sides."""
+    if number == 1:
+        return True
+    limits = [part.args for part in sympy.Mul.make_args(size) if isinstance(part, sympy.Min | sympy.Max)]
+    sides = [[_plain_terms(side) for side in limit] for limit in limits]
+    return any(all(side and all(factor % number == 0 for factor, _ in side) for side in limit) for limit in sides)
 
 
 def is_static(size: Size) -> bool:
@@ -208,6 +287,9 @@ def evaluate(value: Any, bindings: Bindings) -> Any:
     That is an integer, or a float for a number computed from sizes such as ``seq**0.5``.
     """
     if isinstance(value, sympy.Basic):
+        number = number_at(value, bindings)
+        if number is not None:
+            return number if isinstance(number, int) else float(number)
         result = value.subs(dict(bindings))
         if result.is_real and result.is_number and not result.is_Integer:
             return float(result)
@@ -281,6 +363,7 @@ def _parse_node(node: ast.expr) -> Any:
     raise ValueError("not a size")
 
 
+@lru_cache(maxsize=1 << 14)
 def format_size(size: Size) -> str:
     """Text that :func:`parse_size` reads back."""
     return str(size).replace(" ", "")

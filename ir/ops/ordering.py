@@ -20,6 +20,7 @@ from regauge.ir.ops.elementwise import Function
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.rules import Axes, Call
 from regauge.ir.scaling import Scaling
+from regauge.ir.sizes import Size
 
 
 def _along(call: Call, role: str) -> Axes:
@@ -118,6 +119,13 @@ def _position_rule(call: Call) -> list[Axes]:
     return [[extent for i, extent in enumerate(axes) if i not in chosen]]
 
 
+def _position_shape(x: Value, *, dim: int | None = None, keepdim: bool = False) -> list[Size] | None:
+    if dim is None or not x.rank or x.shape[dim] == 0:  # torch says what is wrong with an empty axis
+        return None
+    place = dim % x.rank
+    return [*x.shape[:place], *([1] if keepdim else []), *x.shape[place + 1 :]]
+
+
 def _aten_position(op: str) -> Adapter:
     def adapter(build: Any, x: Any, dim: int | None = None, keepdim: bool = False) -> Any:
         return build(op, x, dim=None if dim is None else _axis(x, dim), keepdim=keepdim)
@@ -161,6 +169,8 @@ def _positioned() -> list[Sample]:
     aten={"argmax": _aten_position("argmax")},
     onnx={"ArgMax": _onnx_position("argmax")},
     spell=_spell_position("ArgMax"),
+    shape=_position_shape,
+    gives=torch.int64,
     samples=_positioned,
     scaling=Scaling(powers={"x": 0}),
 )
@@ -173,6 +183,8 @@ def argmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Tenso
     aten={"argmin": _aten_position("argmin")},
     onnx={"ArgMin": _onnx_position("argmin")},
     spell=_spell_position("ArgMin"),
+    shape=_position_shape,
+    gives=torch.int64,
     samples=_positioned,
     scaling=Scaling(powers={"x": 0}),
 )

@@ -87,7 +87,7 @@ def _pool_shape(
 
 def _adaptive_shape(x: Value, *, output_size: Sequence[Any], return_indices: bool = False) -> tuple[Size, ...] | None:
     kept = x.rank - len(output_size)
-    numbers = all(isinstance(size, int) and size > 0 for size in (*output_size, *x.shape[kept:]))
+    numbers = all(isinstance(size, int) and size > 0 for size in output_size) and 0 not in x.shape[kept:]
     return (*x.shape[:kept], *output_size) if numbers and kept in (1, 2) and not return_indices else None
 
 

@@ -15,11 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import networkx
-
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, remove_node, replace_uses, set_input
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.minimum_cut import Network
 from regauge.ir.purity import is_fixed
 from regauge.ir.sizes import Size, product, same
 from regauge.ir.weight_edits import settle_successors
@@ -145,17 +144,8 @@ class _Flattening:
 
     def chosen(self) -> set[Node]:
         """The nodes on the side of matrices of a minimum cut, and reshapes that may as well give a matrix."""
-        network: Any = networkx.DiGraph()
-        network.add_nodes_from((MATRIX, TALL))
-
-        def cost(one: Any, other: Any, price: int | None = None) -> None:
-            """The price if ``one`` is on the side of matrices and ``other`` is not; without one that cannot be."""
-            if price is None:
-                network.add_edge(one, other)
-            else:
-                before = network[one][other]["capacity"] if network.has_edge(one, other) else 0
-                network.add_edge(one, other, capacity=before + price)
-
+        network = Network()
+        cost = network.add  # a price if the one is on the side of matrices and the other is not
         for node in self.slots:
             cost(node, TALL, A_CHANGE)
             if _saves(node):
@@ -171,8 +161,7 @@ class _Flattening:
                 cost((value, TALL), reader)
             if isinstance(maker, Node) and (needless := self.needless(value, maker)):
                 cost(MATRIX, maker, A_NODE * needless)
-        _, (matrices, _) = networkx.minimum_cut(network, MATRIX, TALL)
-        return {node for node in matrices if isinstance(node, Node)}
+        return {node for node in network.source_side(MATRIX, TALL) if isinstance(node, Node)}
 
     def rows(self, node: Node) -> Iterator[Value]:
         """The values whose rows a node reads or gives, weights aside."""

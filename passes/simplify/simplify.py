@@ -145,11 +145,14 @@ def _stages(rules: RuleSet, steps: Sequence[str]) -> list[str | RuleSet]:
     """What a round does, in order.
 
     Whole operators are put together first, and once more when equal nodes are one: a part that two of them share keeps
-    both from being found, and so do parts that are computed twice in a formula that says it once.
+    both from being found, and so do parts that are computed twice in a formula that says it once. What rows leave
+    unread hides projections of one value from one another: they would cost another round.
     """
     first = before_others(rules)
     assembly: list[str | RuleSet] = [first] if first.rules else []
     early = [step for step in steps if step not in (*AFTER_RULES, "merging")]
     merging = [step for step in steps if step == "merging"]
     late = [step for step in steps if step in AFTER_RULES]
+    if "dead-code" in steps and "rows" in late:
+        late.insert(late.index("rows") + 1, "dead-code")
     return [*early, *assembly, *merging, *assembly, rules, *late]

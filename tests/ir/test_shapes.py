@@ -48,6 +48,21 @@ def test_windows(size: Any, kernel: int, step: int, pad: int, spread: int) -> No
         agree("avg_pool", (1, 2, size), kernel_size=(kernel,), stride=(step,), padding=(pad,))
 
 
+def test_places_of_extremes() -> None:
+    for options in ({"dim": 1}, {"dim": -1, "keepdim": True}):
+        agree("argmax", (2, N, 3), **options)
+        agree("argmin", (2, 4, N), **options)
+    operator = get_operator("argmax")
+    found = infer_shortly(operator, _values([(2, N)]), {"dim": 1, "keepdim": False})
+    assert found is not None and found[0][1] == torch.int64
+
+
+def test_pools_to_a_fixed_size() -> None:
+    for size in (N, 2 * N + 3):
+        agree("adaptive_avg_pool", (1, 2, size), output_size=(1,))
+        agree("adaptive_max_pool", (1, 2, size, size), output_size=(3, 2))
+
+
 @settings(max_examples=15, deadline=None)
 @given(SIZES, st.integers(0, 3), st.integers(0, 3), st.sampled_from(("constant", "reflect", "replicate", "circular")))
 def test_pads(size: Any, before: int, after: int, mode: str) -> None:
@@ -62,9 +77,11 @@ def test_a_file_of_windows_over_a_dynamic_length_is_loaded_without_the_compiler(
     nodes = [
         helper.make_node("Pad", ["x", "pads"], ["padded"], mode="reflect"),
         helper.make_node("Conv", ["padded", "w"], ["y"], strides=[4]),
+        helper.make_node("GlobalAveragePool", ["y"], ["pooled"]),
     ]
     inputs = [helper.make_tensor_value_info("x", kind, [1, 1, "n"])]
     outputs = [helper.make_tensor_value_info("y", kind, [1, 2, "m"])]
+    outputs += [helper.make_tensor_value_info("pooled", kind, [1, 2, 1])]
     model = helper.make_model(
         helper.make_graph(nodes, "g", inputs, outputs, [pads, weight]), opset_imports=[helper.make_opsetid("", 17)]
     )
