@@ -22,6 +22,7 @@ from regauge.backends.torch_frames import frame_tree
 from regauge.backends.torch_integers import as_integer_layers
 from regauge.backends.torch_layer_names import as_layers
 from regauge.backends.torch_modules import Classes
+from regauge.backends.torch_onednn_layers import as_onednn_layers
 from regauge.backends.torch_places import Places
 from regauge.backends.torch_quantized_source import layer_sources
 from regauge.backends.torch_runtime import import_source
@@ -40,23 +41,38 @@ class Emitted:
     places: Places
 
 
-def emit(graph: Graph, *, integers: bool = True) -> Emitted:
+def emit(
+    graph: Graph, *, integers: bool = True, onednn: bool = False, without: frozenset[str] = frozenset()
+) -> Emitted:
     """Source without weights; raises EmitError naming the node that has no torch form.
 
     Quantized layers compute on ``integers``, or stay pairs of quantize and dequantize, as an ONNX exporter wants them.
+    With ``onednn`` other layers run on its kernels, those ``without`` them aside, which are named by their weight.
     """
+    given = graph
     spelt = as_layers(graph)
     graph, homes = as_integer_layers(spelt) if integers else (spelt, [])
+    graph, packed = as_onednn_layers(graph, without) if onednn else (graph, {})
     frame = frame_tree(graph)
     places = Places(graph, frame)
     forward = Forward(graph, places)
     code = forward.root(frame)
     if any(getattr(forward.modules.get(home.path), "layer", None) != home.text for home in homes):
-        return emit(spelt, integers=False)  # a layer that could not be one: of a module that runs in several forms
-    forward.helpers.sources.update(layer_sources(home.text for home in homes))
+        # a layer that could not be one: of a module that runs in several forms
+        return emit(spelt, integers=False, onednn=onednn, without=without)
+    plain = {name for name, text in packed.items() if not _is_layer(forward, name, text)}
+    if plain:
+        return emit(given, integers=integers, onednn=onednn, without=without | plain)
+    forward.helpers.sources.update(layer_sources([*(home.text for home in homes), *packed.values()]))
     classes = Classes(graph, forward, code)
     source = assemble(f"{classes.root}, written by Regauge.", forward.helpers.sources, classes.texts, classes.imports)
     return Emitted(source, classes.root, places)
+
+
+def _is_layer(forward: Forward, weight: str, text: str) -> bool:
+    """Whether the module that has a weight became the layer with that source."""
+    module = forward.modules.get(weight.rpartition(".")[0])
+    return module is not None and module.layer is not None and module.layer.partition("(")[0] == text.partition("(")[0]
 
 
 def to_torch(
@@ -64,21 +80,22 @@ def to_torch(
     *,
     device: torch.device | str | None = None,
     integers: bool = True,
-    kernels: Literal["triton"] | None = None,
+    kernels: Literal["triton", "onednn"] | None = None,
 ) -> nn.Module:
     """A module of its own that computes the graph: importable, trainable, picklable, exportable again.
 
     Its tensors are copies. It takes the arguments the captured module took, or the graph's inputs in order, and gives
     the same structure of results. Raises EmitError where a node has no torch form. For ``integers`` see :func:`emit`,
-    for ``kernels`` :mod:`regauge.backends.torch_kernels`.
+    for ``kernels`` :mod:`regauge.backends.torch_kernels` ("triton") and
+    :mod:`regauge.backends.torch_onednn` ("onednn", for a CPU).
     """
-    if kernels is not None:
+    if kernels not in (None, "triton", "onednn"):
+        raise EmitError(f"there are no kernels {kernels!r}: give 'triton', 'onednn', or None")
+    if kernels == "triton":
         from regauge.backends.torch_kernels import with_kernels  # whose operators are modules in torch
 
-        if kernels != "triton":
-            raise EmitError(f"there are no kernels {kernels!r}: give 'triton', or None")
         graph = with_kernels(graph).graph
-    emitted = emit(graph, integers=integers)
+    emitted = emit(graph, integers=integers, onednn=kernels == "onednn")
     python = import_source(emitted.source, _module_name(graph))
     with torch.device("meta"):
         module: nn.Module = getattr(python, emitted.root)()
@@ -103,14 +120,16 @@ def _fill(module: nn.Module, places: Places, device: torch.device | str | None) 
             raise EmitError(f"the emitted module has a tensor {name!r} that the graph does not have: report this")
 
 
-def write(graph: Graph, folder: str | os.PathLike[str]) -> Path:
+def write(graph: Graph, folder: str | os.PathLike[str], *, kernels: Literal["onednn"] | None = None) -> Path:
     """Write ``model.py`` and ``model.safetensors`` into a folder, both or nothing; returns the folder.
 
     Files of these names are replaced, others stay. Raises EmitError where the graph has no torch form.
     """
     from safetensors.torch import save_file
 
-    emitted = emit(graph)
+    if kernels not in (None, "onednn"):
+        raise EmitError(f"source has no kernels {kernels!r}: give 'onednn', or None")
+    emitted = emit(graph, onednn=kernels == "onednn")
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise EmitError(f"{target} is a file: give the path of a folder")
