@@ -13,6 +13,7 @@ from regauge.ir.rewrite import RewriteLog, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
 from regauge.passes.rewriting import tell
+from regauge.passes.simplify.borders import crop_borders
 from regauge.passes.simplify.carrying import carry_back
 from regauge.passes.simplify.catalog import before_others, by_default, choose, described, summary
 from regauge.passes.simplify.constants import fold_constants, fold_initializers, fold_into_weights
@@ -37,6 +38,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "initializers": fold_initializers,
     "partitions": split_partitions,
     "carrying": carry_back,
+    "borders": crop_borders,
     "pools": pool_means,
     "heads": join_heads,
     "rows": flatten_rows,
@@ -51,7 +53,18 @@ FILE_STEPS = {
     "merging",
 }  # done to ONNX files too
 # Rules may do without what these would change; heads are joined last, when their maps have taken in all they can.
-AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "pools", "heads", "rows", "projections", "gates")
+AFTER_RULES = (
+    "weights",
+    "initializers",
+    "partitions",
+    "carrying",
+    "borders",
+    "pools",
+    "heads",
+    "rows",
+    "projections",
+    "gates",
+)
 FOR_RUNTIMES = ("rows", "projections", "gates")  # how a file is spelled best, which hides whole operators
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
