@@ -33,22 +33,24 @@ def pointwise(name: str | None) -> tuple[str, list[float], str]:
 
 def runs_packed(layer: Any, x: torch.Tensor, operator: str) -> bool:
     """Whether a kernel of oneDNN, which has no gradient, can take the place of torch's."""
-    weight = layer.weight
+    weight, bias = layer.weight, layer.bias
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or type(x) is not torch.Tensor:
         return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.is_inference():
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in layer.parameters())):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return False
     available = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, operator)
     return available and not torch.is_autocast_enabled("cpu")
 
 
-def packed_weight(layer: Any) -> torch.Tensor:
-    """The weight as oneDNN lays it out, made anew when the weight was exchanged or changed in place."""
+def packed_weight(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The weight as oneDNN lays it out for such inputs, made anew when it was exchanged or changed in place."""
     weight, known = layer.weight, layer.packed
     if known is None or known[0].data_ptr() != weight.data_ptr() or known[1] != weight._version:
-        known = layer.packed = (weight.detach(), weight._version, layer.pack())
+        known = layer.packed = (weight.detach(), weight._version, layer.pack(x))
     return known[2]  # type: ignore[no-any-return]
 
 
@@ -66,7 +68,7 @@ class PackedLinear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
 
-    def pack(self) -> torch.Tensor:
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())  # type: ignore[no-any-return]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +76,7 @@ class PackedLinear(nn.Linear):
         if rows < 8 or rows * self.weight.numel() < 1 << 21 or not runs_packed(self, x, "_linear_pointwise"):
             return activate(super().forward(x), self.activation)
         kernel = torch.ops.mkldnn._linear_pointwise
-        return kernel(x, packed_weight(self), self.bias, *pointwise(self.activation))  # type: ignore[no-any-return]
+        return kernel(x, packed_weight(self, x), self.bias, *pointwise(self.activation))  # type: ignore[no-any-return]
 
 
 class PackedConv2d(nn.Conv2d):
@@ -94,9 +96,9 @@ class PackedConv2d(nn.Conv2d):
     def geometry(self) -> tuple[Any, ...]:
         return self.padding, self.stride, self.dilation, self.groups
 
-    def pack(self) -> torch.Tensor:
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._reorder_convolution_weight(  # type: ignore[no-any-return]
-            self.weight.detach(), *self.geometry()
+            self.weight.detach(), *self.geometry(), x.shape
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +110,7 @@ class PackedConv2d(nn.Conv2d):
         if small:
             return activate(super().forward(x), self.activation)
         kernel = torch.ops.mkldnn._convolution_pointwise
-        weight = packed_weight(self)
+        weight = packed_weight(self, x)
         return kernel(  # type: ignore[no-any-return]
             x, weight, self.bias, *self.geometry(), *pointwise(self.activation)
         )
