@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from regauge.backends.torch_frames import frame_tree
 from regauge.backends.torch_integers import as_integer_layers
 from regauge.backends.torch_layer_names import as_layers
 from regauge.backends.torch_modules import Classes
+from regauge.backends.torch_onednn_layers import as_onednn_layers
 from regauge.backends.torch_places import Places
 from regauge.backends.torch_quantized_source import layer_sources
 from regauge.backends.torch_runtime import import_source
@@ -30,7 +31,7 @@ from regauge.backends.torch_tensors import needs_gradient
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Parameter
 
-Kernels: TypeAlias = Literal["triton"]
+Kernels: TypeAlias = Literal["triton", "onednn"]
 
 
 @dataclass(frozen=True)
@@ -48,34 +49,47 @@ def emit(
     integers: bool = True,
     kernels: Kernels | None = None,
     tuned: str | os.PathLike[str] | None = None,
+    without: frozenset[str] = frozenset(),
 ) -> Emitted:
     """Source without weights; raises EmitError naming the node that has no torch form.
 
     Quantized layers compute on ``integers``, or stay pairs of quantize and dequantize, as an ONNX exporter wants them.
-    With ``kernels`` fused nodes are operators of torch; where there are none, all regions that gain on a GPU.
+    With ``kernels="triton"`` fused nodes are operators of torch; where there are none, all regions that gain on a GPU.
+    With ``"onednn"`` layers run on its kernels, those ``without`` them aside, which are named by their weight.
     """
-    if kernels not in (None, "triton"):
-        raise EmitError(f"there are no kernels {kernels!r}: give 'triton', or None")
+    if kernels not in (None, *get_args(Kernels)):
+        raise EmitError(f"there are no kernels {kernels!r}: give {' or '.join(map(repr, get_args(Kernels)))}, or None")
     if tuned is not None and kernels != "triton":
         raise EmitError("a tuned table is for kernels: give kernels='triton', too")
     if kernels == "triton":
         from regauge.backends.kernel_weights import for_kernels
 
         graph = for_kernels(graph)
+    given = graph
     spelt = as_layers(graph)
     graph, homes = as_integer_layers(spelt) if integers else (spelt, [])
+    graph, packed = as_onednn_layers(graph, without) if kernels == "onednn" else (graph, {})
     frame = frame_tree(graph)
     places = Places(graph, frame)
     forward = Forward(graph, places, kernels=kernels == "triton", tuned=None if tuned is None else os.fspath(tuned))
     code = forward.root(frame)
     if any(getattr(forward.modules.get(home.path), "layer", None) != home.text for home in homes):
         # a layer that could not be one: of a module that runs in several forms
-        return emit(spelt, integers=False, kernels=kernels, tuned=tuned)
-    forward.helpers.sources.update(layer_sources(home.text for home in homes))
+        return emit(spelt, integers=False, kernels=kernels, tuned=tuned, without=without)
+    plain = {name for name, text in packed.items() if not _is_layer(forward, name, text)}
+    if plain:
+        return emit(given, integers=integers, kernels=kernels, tuned=tuned, without=without | plain)
+    forward.helpers.sources.update(layer_sources([*(home.text for home in homes), *packed.values()]))
     classes = Classes(graph, forward, code)
     texts = [*forward.functions.sources(), *classes.texts]
     source = assemble(f"{classes.root}, written by Regauge.", forward.helpers.sources, texts, classes.imports)
     return Emitted(source, classes.root, places)
+
+
+def _is_layer(forward: Forward, weight: str, text: str) -> bool:
+    """Whether the module that has a weight became the layer with that source."""
+    module = forward.modules.get(weight.rpartition(".")[0])
+    return module is not None and module.layer is not None and module.layer.partition("(")[0] == text.partition("(")[0]
 
 
 def to_torch(
@@ -90,7 +104,8 @@ def to_torch(
 
     Its tensors are copies. It takes the arguments the captured module took, or the graph's inputs in order, and gives
     the same structure of results. Raises EmitError where a node has no torch form. For ``integers`` see :func:`emit`,
-    for ``kernels`` :mod:`regauge.backends.torch_kernels`; ``tuned`` is the path of a table of ``regauge autotune``.
+    for ``kernels`` :mod:`regauge.backends.torch_kernels` ("triton") and :mod:`regauge.backends.torch_onednn` ("onednn",
+    for a CPU); ``tuned`` is the path of a table of ``regauge autotune``.
     """
     emitted = emit(graph, integers=integers, kernels=kernels, tuned=tuned)
     python = import_source(emitted.source, _module_name(graph))
@@ -120,8 +135,8 @@ def _fill(module: nn.Module, places: Places, device: torch.device | str | None) 
 def write(graph: Graph, folder: str | os.PathLike[str], *, kernels: Kernels | None = None) -> Path:
     """Write ``model.py`` and ``model.safetensors`` into a folder, both or nothing; returns the folder.
 
-    Files of these names are replaced, others stay. The source needs torch and safetensors only; with ``kernels`` fused
-    nodes are operators of torch (:mod:`regauge.backends.torch_kernels`) where Regauge is installed. Raises EmitError
+    Files of these names are replaced, others stay. The source needs torch and safetensors only; with
+    ``kernels="triton"`` fused nodes are operators of torch where Regauge is installed. Raises EmitError
     where the graph has no torch form.
     """
     from safetensors.torch import save_file

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regauge.backends import torch_quantized
+from regauge.backends import torch_onednn, torch_quantized
 from regauge.backends.torch_arguments import tidy_calls
 from regauge.backends.torch_frames import inside
 from regauge.backends.torch_places import Places
@@ -95,7 +95,7 @@ def layer_tensors(text: str) -> Mapping[str, tuple[tuple[int, ...], bool]] | Non
     """Names of a layer's tensors with their shapes and whether they are parameters; None if it does not build."""
     try:
         with torch.device("meta"):
-            layer = eval(text, {**vars(torch_quantized), "nn": nn, "torch": torch, "math": math})
+            layer = eval(text, {**vars(torch_quantized), **vars(torch_onednn), "nn": nn, "torch": torch, "math": math})
     except (TypeError, ValueError, AttributeError, NameError, SyntaxError, RuntimeError):
         return None
     found: dict[str, Any] = {name: (tuple(t.shape), True) for name, t in layer.named_parameters()}

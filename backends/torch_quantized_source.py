@@ -1,4 +1,4 @@
-"""The source of layers on integers, as it is copied into emitted modules: torch_quantized.py without annotations."""
+"""The source of layers, as it is copied into emitted modules: without the annotations that they have in their files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from functools import cache
 
-from regauge.backends import torch_quantized
+from regauge.backends import torch_onednn, torch_quantized
 from regauge.backends.torch_expressions import Unannotated
 
 
@@ -26,5 +26,6 @@ def layer_sources(texts: Iterable[str]) -> dict[str, str]:
 
 @cache
 def _parts() -> dict[str, str]:
-    tree = ast.fix_missing_locations(Unannotated().visit(ast.parse(inspect.getsource(torch_quantized))))
-    return {part.name: ast.unparse(part) for part in tree.body if isinstance(part, ast.FunctionDef | ast.ClassDef)}
+    trees = [Unannotated().visit(ast.parse(inspect.getsource(module))) for module in (torch_quantized, torch_onednn)]
+    parts = [part for tree in trees for part in ast.fix_missing_locations(tree).body]
+    return {part.name: ast.unparse(part) for part in parts if isinstance(part, ast.FunctionDef | ast.ClassDef)}

@@ -336,14 +336,15 @@ class Graph:
         *,
         device: torch.device | str | None = None,
         integers: bool = True,
-        kernels: Literal["triton"] | None = None,
+        kernels: Literal["triton", "onednn"] | None = None,
         tuned: str | os.PathLike[str] | None = None,
     ) -> torch.nn.Module:
         """An ``nn.Module`` that computes this graph, on ``device`` or where the weights are.
 
         Quantized layers multiply ``integers``; without that they are float layers behind codes and their way back. With
-        ``kernels`` what gains from it is one kernel on a GPU (:mod:`regauge.backends.torch_kernels`), cut into programs
-        as a ``tuned`` table of ``regauge autotune`` says.
+        ``kernels="triton"`` what gains from it is one kernel on a GPU (:mod:`regauge.backends.torch_kernels`), cut into
+        programs as a ``tuned`` table of ``regauge autotune`` says; with ``"onednn"`` layers and the activations behind
+        them are, on a CPU (:mod:`regauge.backends.torch_onednn`).
         See :func:`regauge.backends.to_torch.to_torch`. Raises EmitError where a node has no torch form.
         """
         emit = _edge("regauge.backends.to_torch").to_torch
@@ -401,10 +402,11 @@ class Graph:
         )
         return module
 
-    def write(self, folder: str | os.PathLike[str], *, kernels: Literal["triton"] | None = None) -> Path:
+    def write(self, folder: str | os.PathLike[str], *, kernels: Literal["triton", "onednn"] | None = None) -> Path:
         """Write readable torch source, ``model.py``, and ``model.safetensors`` into a folder; returns the folder.
 
-        See :func:`regauge.backends.to_torch.write`. Raises EmitError where the graph has no torch form.
+        For ``kernels`` see :meth:`to_torch`. See :func:`regauge.backends.to_torch.write`. Raises EmitError where the
+        graph has no torch form.
         """
         written: Path = _edge("regauge.backends.to_torch").write(self, folder, kernels=kernels)
         return written

@@ -46,17 +46,17 @@ def _is_pool(node: Node) -> bool:
     if is_fixed(node) or is_part(node) or not isinstance(x, Value) or x.rank != 4 or x.dtype != torch.float32:
         return False
     plain = node.output.dtype == x.dtype and node.attributes["keepdim"] and dims is not None
-    return plain and sorted(dim % 4 for dim in dims) == [2, 3] and _is_image(x)
+    return plain and sorted(dim % 4 for dim in dims) == [2, 3] and image_source(x) is not None
 
 
-def _is_image(value: Value) -> bool:
-    """Whether a value comes from an operator of images, with nothing but pointwise ones in between."""
+def image_source(value: Value) -> Node | None:
+    """The operator of images that a value comes from, with nothing but pointwise ones in between; None without one."""
     for _ in range(_SHORT):
         node = value.producer
         if node is None or node.op in _IMAGE_OPERATORS:
-            return node is not None
+            return node
         images = [operand for _, operand in node.operands() if operand.shape == value.shape]
         if not images or len(node.outputs) != 1 or node.output.shape != value.shape:
-            return False
+            return None
         value = images[0]
-    return False
+    return None

@@ -1,10 +1,11 @@
 """Projections of attention heads: several of one value are one, and heads are told apart once they are laid out.
 
     permute(reshape(linear(x, wq))), ... wk, ... wv      split(permute(reshape(linear(x, [wq wk wv]))))
+    permute(reshape(matmul(x, wq') + bq)), ...           split(permute(reshape(linear(x, [wq wk wv], [bq bk bv]))))
     permute(reshape(part)), ... of split(x)              split(permute(reshape(x)))
 
 In ONNX files only, whose runtimes pay for each node. A split copies what it gives, which torch's does not, so that
-projections stay apart where more is copied than the nodes are worth (the prices of heads.py). Where the axes of a part
+projections stay apart where more is copied than the nodes are worth. Where the axes of a part
 come in another order, as those of keys, it is permuted once more; onnxruntime then moves the first permute behind the
 split and joins the two, so that what is saved there are the products and the reshapes.
 
@@ -18,19 +19,25 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from regauge.ir.edit import Builder, remove_node, replace_uses
-from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.purity import is_fixed
-from regauge.ir.rewrite import Refusal
+from regauge.ir.rewrite import Refusal, refuse
 from regauge.ir.sizes import Size, product, same
 from regauge.ir.weight_edits import settle_successors
 from regauge.passes.simplify.constants import is_part
-from regauge.passes.simplify.heads import COPY_MACS, NODE_MACS
+from regauge.passes.simplify.fixed_values import Fixed, combined, itself, new_weight
+from regauge.passes.simplify.heads import NODE_MACS
+from regauge.passes.simplify.kernels import kernel
 from regauge.passes.simplify.layout import permuted, positive_dims
 from regauge.passes.simplify.limits import Limits, held_values, scopes
-from regauge.passes.simplify.linear_map import X, channels, own_weight
-from regauge.passes.simplify.merges import stacked
+from regauge.passes.simplify.linear_map import W, X, bias_of, channels, old_bias, own_weight
+from regauge.passes.simplify.merges import joint_name, stacked
 from regauge.passes.simplify.pieces import axis_of
+
+COPY_MACS = 64  # for each entry that a split copies out of rows, and that a permute then finds apart, as was measured
 
 
 def join_projections(graph: Graph, limits: Limits) -> int:
@@ -41,8 +48,8 @@ def join_projections(graph: Graph, limits: Limits) -> int:
     held = set().union(*(held_values(owner) for owner, _ in owners))
     for owner, build in owners:
         build.by, build.held, before = "projections", held, len(owner)
-        for nodes, layout in _siblings(owner, build):
-            _join(owner, build, nodes, layout)
+        for maps, layout in _siblings(owner, build):
+            _join(owner, build, maps, layout)
         for node in list(owner.nodes):
             if node.op == "split" and axis_of(node) == node.outputs[0].rank - 1 and not _stays(node):
                 _move(owner, build, node)
@@ -104,13 +111,44 @@ def _stays(node: Node) -> bool:
 # -- the rewriting -----------------------------------------------------------------------------------------------------
 
 
-def _siblings(graph: Graph, build: Builder) -> Iterator[tuple[list[Node], _Layout]]:
+@dataclass(frozen=True)
+class _Map:
+    """A linear map, and the sum behind a product that is its bias."""
+
+    node: Node
+    sum: Node | None = None
+
+    @property
+    def output(self) -> Value:
+        return (self.sum or self.node).output
+
+    def bias(self) -> Fixed:
+        """A number for each channel; zeros where there is none."""
+        size, found = channels(self.node), old_bias(self.node)
+        if self.sum is not None:
+            (found,) = (itself(operand) for operand in self.sum.inputs if isinstance(operand, Parameter))
+        return combined(lambda tensor: tensor.expand(size), found)
+
+
+def _map(node: Node, build: Builder) -> _Map | None:
+    """The map that a node is, with its bias; None where it is none that could be told from others by its weight."""
+    if _stays(node) or node.op not in ("linear", "matmul") or node.inputs[W].rank != 2:  # type: ignore[union-attr]
+        return None
+    add = _reader(node.output, "add", build) if node.op == "matmul" else None
+    if add is None:
+        return _Map(node)
+    (other,) = (operand for operand in add.inputs if operand is not node.output)
+    own = isinstance(other, Parameter) and other.stored and len(other.uses) == 1 and other.shape == (channels(node),)
+    return _Map(node, add) if own and add.output.shape == node.output.shape else None
+
+
+def _siblings(graph: Graph, build: Builder) -> Iterator[tuple[list[_Map], _Layout]]:
     """Linear maps of one value whose results are laid out as heads, and how."""
     for value in list(graph.values()):
-        maps = [node for node, slot in value.uses if node.op == "linear" and slot == X and not _stays(node)]
-        found = [node for node in maps if _reader(node.output, "reshape", build)]
-        layout = _layout([node.output for node in found], build) if len(found) > 1 else None
-        if layout is not None and _pays(found, layout):
+        maps = [_map(node, build) for node, slot in value.uses if slot == X and not isinstance(value, Parameter)]
+        found = [one for one in maps if one is not None and _reader(one.output, "reshape", build)]
+        layout = _layout([one.output for one in found], build) if len(found) > 1 else None
+        if layout is not None and _pays([one.node for one in found], layout):
             yield found, layout
 
 
@@ -121,23 +159,39 @@ def _pays(nodes: Sequence[Node], layout: _Layout) -> bool:
     return isinstance(copied, int) and COPY_MACS * copied <= fewer * NODE_MACS
 
 
-def _join(graph: Graph, build: Builder, nodes: Sequence[Node], layout: _Layout) -> None:
+def _join(graph: Graph, build: Builder, maps: Sequence[_Map], layout: _Layout) -> None:
     """Put one projection in the place of several."""
     build.added, build.made = [], []
     try:
-        for node in nodes:
-            own_weight(build, node)
-        weight, bias = stacked(build, nodes, 0)
+        weight, bias = _stacked(build, maps)
     except Refusal:
         build.take_back()
         return
-    first = nodes[0]
+    first = maps[0].node
     build.scope, build.source = first.scope, first.source
     whole = build.linear(first.inputs[X], weight, bias)
     _lay_out(graph, build, whole, layout, None)
-    for node in nodes:
-        remove_node(graph, node)
+    for one in maps:
+        for node in filter(None, (one.sum, one.node)):
+            remove_node(graph, node)
     settle_successors(graph, build)
+
+
+def _stacked(build: Builder, maps: Sequence[_Map]) -> tuple[Parameter, Parameter | None]:
+    """Their weights one below another, and their biases; refuses where a weight is not a map's own."""
+    nodes = [one.node for one in maps]
+    if all(node.op == "linear" for node in nodes):
+        return stacked(build, nodes, 0)
+    own = [own_weight(build, node) for node in nodes]
+    if len({weight.dtype for weight in own}) > 1:
+        return refuse("their weights have different types")
+    outputs, inputs = sum(map(channels, nodes)), int(maps[0].node.inputs[X].shape[-1])  # type: ignore
+    joined = combined(lambda *tensors: torch.cat(tensors), *(kernel(build, node) for node in nodes))
+    weight = new_weight(build, joint_name(own, "weight"), own[0], joined, (outputs, inputs))
+    if all(one.sum is None and bias_of(one.node) is None for one in maps):
+        return weight, None
+    vector = combined(lambda *tensors: torch.cat(tensors), *(one.bias() for one in maps))
+    return weight, new_weight(build, joint_name(own, "bias"), own[0], vector, (outputs,))
 
 
 def _move(graph: Graph, build: Builder, node: Node) -> None:

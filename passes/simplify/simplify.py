@@ -13,11 +13,13 @@ from regauge.ir.rewrite import RewriteLog, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
 from regauge.passes.rewriting import tell
+from regauge.passes.simplify.borders import crop_borders
 from regauge.passes.simplify.carrying import carry_back
 from regauge.passes.simplify.catalog import before_others, by_default, choose, described, summary
 from regauge.passes.simplify.constants import fold_constants, fold_initializers, fold_into_weights
 from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import drop_orphans, remove_dead_code
+from regauge.passes.simplify.gates import spread_gates
 from regauge.passes.simplify.heads import join_heads
 from regauge.passes.simplify.limits import Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
@@ -36,10 +38,12 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "initializers": fold_initializers,
     "partitions": split_partitions,
     "carrying": carry_back,
+    "borders": crop_borders,
     "pools": pool_means,
     "heads": join_heads,
     "rows": flatten_rows,
     "projections": join_projections,
+    "gates": spread_gates,
 }
 FILE_STEPS = {
     "dead-code",
@@ -49,8 +53,19 @@ FILE_STEPS = {
     "merging",
 }  # done to ONNX files too
 # Rules may do without what these would change; heads are joined last, when their maps have taken in all they can.
-AFTER_RULES = ("weights", "initializers", "partitions", "carrying", "pools", "heads", "rows", "projections")
-FOR_RUNTIMES = ("rows", "projections")  # how a file is spelled best, which hides whole operators
+AFTER_RULES = (
+    "weights",
+    "initializers",
+    "partitions",
+    "carrying",
+    "borders",
+    "pools",
+    "heads",
+    "rows",
+    "projections",
+    "gates",
+)
+FOR_RUNTIMES = ("rows", "projections", "gates")  # how a file is spelled best, which hides whole operators
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
@@ -67,7 +82,7 @@ class Simplify(Pass):
     Whole operators are put together from the primitive ones that exporters write (norms, activations, attention) where
     ``assemble`` says so: "auto" leaves a graph that was loaded from an ONNX file as it is spelled there, because the
     runtime of that file may lack the operator, and the file would have to spell it out again. Steps that spell a file
-    for its runtime (``rows``, ``projections``) are left out where operators are put together.
+    for its runtime (``rows``, ``projections``, ``gates``) are left out where operators are put together.
     """
 
     name: ClassVar[str] = "simplify"

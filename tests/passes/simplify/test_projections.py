@@ -137,3 +137,34 @@ def test_an_attention_of_a_file_works_on_matrices_and_has_one_projection(tmp_pat
 def test_a_graph_from_torch_keeps_its_projections() -> None:
     graph = regauge.optimize(regauge.capture(Attention().eval(), (randn(2, 5, 8),)), "simplify")
     assert ops(graph).count("linear") == 4 and "q.weight" in graph.parameters
+
+
+def product(build: Builder, x: Value, name: str, outputs: int, bias: bool) -> Value:
+    """A linear map as exporters write it: a product with a stored transpose, and a sum."""
+    made = build.matmul(x, build.parameter(f"{name}.weight", randn(int(x.shape[-1]), outputs).double()))
+    return build.add(made, build.parameter(f"{name}.bias", randn(outputs).double())) if bias else made  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("biases", ["qkv", "qv", ""])
+def test_products_with_sums_become_one_projection(biases: str) -> None:
+    def heads(build: Builder, x: Value) -> list[Value]:
+        values = [
+            (product(build, x, name, 8, name in biases), dims)
+            for name, dims in zip("qkv", (QUERIES, KEYS, QUERIES), strict=True)
+        ]
+        return [build.tanh(laid_out(build, value, 2, 4, dims)) for value, dims in values]
+
+    after = joined(made(heads, x=(2, 5, 6)))
+    assert sorted(ops(after)) == sorted(["linear", "reshape", "permute", "permute", "split", "tanh", "tanh", "tanh"])
+    vectors = {"q_k_v.bias": (24,)} if biases else {}
+    assert {name: p.shape for name, p in after.parameters.items()} == {"q_k_v.weight": (24, 6), **vectors}
+
+
+def test_products_whose_weight_or_bias_others_read_stay_apart() -> None:
+    def heads(build: Builder, x: Value) -> list[Value]:
+        vector = build.parameter("bias", randn(8).double())
+        values = [build.add(product(build, x, name, 8, False), vector) for name in "qk"]
+        return [build.tanh(laid_out(build, value, 2, 4, QUERIES)) for value in values]
+
+    after = joined(made(heads, x=(2, 5, 6)))
+    assert ops(after).count("matmul") == 2 and "split" not in ops(after)
