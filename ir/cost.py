@@ -223,7 +223,7 @@ class CostModel:
     def __init__(self, graph: Graph, at: Mapping[Any, int] | None = None) -> None:
         self.graph = graph
         self.analysis = graph.axes
-        self._bound = smallest_sizes(graph, at)
+        self.bound = smallest_sizes(graph, at)
         self._normal: dict[Value, list[Extent]] = {}
         self.terms: list[_Term] = [_ParameterTerm(p, self.axes(p)) for p in graph.all_parameters()]
         self.terms += [NodeTerm(node, self) for _, node in graph.walk() if node.operator.macs is not None]
@@ -265,7 +265,7 @@ class CostModel:
     # -- numbers -----------------------------------------------------------------------------------------------------
 
     def number(self, dim: Dim) -> int:
-        return self._bound(dim.size)
+        return self.bound(dim.size)
 
     def figures(self, sizes: Mapping[Dim, int] | None = None) -> Figures:
         """The figures when the given Dims have the given sizes and all others keep theirs."""

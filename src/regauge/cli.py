@@ -322,6 +322,30 @@ def fusion(
 
 
 @app.command()
+def memory(
+    model: Model,
+    at: Annotated[list[str] | None, typer.Option(metavar="SYMBOL=SIZE", help="the value of a dynamic size")] = None,
+    most: Annotated[int, typer.Option("--values", help="list so many of the values alive at the peak", min=0)] = 10,
+) -> None:
+    """Say when a run holds most memory, what is alive then, and how large a block the whole run fits into.
+
+    Weights are not counted, and what torch gives as a view takes nothing. Prune with 'peak=', or see 'remat'.
+
+    \b
+    regauge memory model.onnx
+    regauge memory model.onnx --at batch=8 --values 30
+    """
+    from regauge.ir.memory_plan import peak_rows, plan_memory, plan_summary
+
+    graph = open_file(model)
+    plan = plan_memory(graph, dynamic_sizes(graph, at or ()))
+    print_text(plan_summary(plan))
+    if most:
+        print()
+        print_table(peak_rows(plan, most))
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="an ONNX file or a .pt2 file")],
     second: Annotated[Path, typer.Argument(metavar="B", help="an ONNX file or a .pt2 file")],
