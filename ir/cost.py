@@ -115,12 +115,12 @@ def figures(graph: Graph) -> Figures:
     return Figures(parameters, macs, int(size))
 
 
-def local_figures(nodes: Iterable[Node], graph: Graph) -> Figures:
+def local_figures(nodes: Iterable[Node], graph: Graph, at: Mapping[Any, int] | None = None) -> Figures:
     """The figures of some nodes of a graph: MACs, and elements and bytes of all weights that they read, constants too.
 
     For decisions whether a rewrite pays: what it replaces against what it builds.
     """
-    bound = smallest_sizes(graph)
+    bound = smallest_sizes(graph, at)
     taken = list(nodes)
     read = dict.fromkeys(value for node in taken for _, value in node.operands() if isinstance(value, Parameter))
     elements = {parameter: int(product(parameter.weight.shape)) for parameter in read}

@@ -38,7 +38,7 @@ class Timeline:
         for value in graph.inputs:
             self._bear(value)
         self._walk(graph)
-        for value in _returned(graph):
+        for value in returned(graph):
             self._use(value)
 
     def _bear(self, value: Value) -> None:
@@ -68,15 +68,21 @@ class Timeline:
     def _region(self, region: Graph, node: Node) -> set[Value]:
         """Walk a region; returns the values that it reads of the graphs around it."""
         self._walk(region)
-        for value in _returned(region):
+        for value in returned(region):
             self._use(value)
         self._step(node)
-        own = {value for part in region.nested() for value in [*part.inputs, *_results(part)]}
-        read = {value for _, node in region.walk() for _, value in node.operands()} | set(_returned(region))
-        return read - own
+        return read_from_around(region)
 
 
-def _returned(graph: Graph) -> Iterator[Value]:
+def read_from_around(region: Graph) -> set[Value]:
+    """The values that a region reads of the graphs around it, other than by its inputs."""
+    own = {value for part in region.nested() for value in [*part.inputs, *_results(part)]}
+    read = {value for _, node in region.walk() for _, value in node.operands()} | set(returned(region))
+    return read - own
+
+
+def returned(graph: Graph) -> Iterator[Value]:
+    """What a graph gives to its caller: outputs that are values, and new values of states."""
     yield from (output for output in graph.outputs if isinstance(output, Value))
     yield from (state.after for state in graph.states)
 

@@ -33,6 +33,7 @@ BUILT_IN = {
     "merge-adapters": "regauge.passes.adapters.merge_adapters:MergeAdapters",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
+    "remat": "regauge.passes.memory.remat:Remat",
     "rotate": "regauge.passes.quantization.rotate:Rotate",
     "scalify": "regauge.passes.scaling.scalify:Scalify",
     "share": "regauge.passes.sharing.share:Share",

@@ -1,0 +1,108 @@
+"""``remat``: the budget is met as counted and as measured, results stay the same, refusals say what is left."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import regauge
+from random_networks import networks
+from regauge.ir.edit import Builder
+from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph, Value
+from regauge.ir.memory import activation_bytes
+from regauge.ir.purity import RECOMPUTED
+from regauge.ir.roofline import DEVICES
+from regauge.passes.memory.schedule import Work
+from storage_peak import storage_peak
+
+WIDE, NARROW = 64, 4
+
+
+def with_late_reader(late: str = "relu") -> Graph:
+    """x -> early (wide) -> first (narrow) -> peak (4 x as wide) -> second (narrow) -> up (wide); up * early -> last."""
+    graph = Graph("late")
+    build = Builder(graph)
+
+    def layer(value: Value, inputs: int, outputs: int, name: str) -> Value:
+        result: Value = build.linear(value, build.parameter(f"w_{name}", torch.randn(outputs, inputs)), name=name)
+        return result
+
+    x = build.input("x", (2, NARROW), torch.float32)
+    wide = layer(x, NARROW, WIDE, "wide")
+    early = build.dropout(wide, p=0.5, training=True) if late == "dropout" else build(late, wide, name="early")
+    second = layer(layer(layer(early, WIDE, NARROW, "first"), NARROW, 4 * WIDE, "peak"), 4 * WIDE, NARROW, "second")
+    graph.outputs = [layer(build.mul(layer(second, NARROW, WIDE, "up"), early), WIDE, 2, "last")]
+    return graph
+
+
+ROW = 2 * 4  # bytes of two rows of one number
+
+
+def test_what_is_held_over_the_peak_is_computed_again() -> None:
+    graph = with_late_reader()
+    assert activation_bytes(graph)[1] == ROW * (WIDE + 4 * WIDE + NARROW)
+    small = regauge.optimize(graph, "remat{memory=0.85}")
+    again = [node.op for node in small.nodes if RECOMPUTED in node.metadata]
+    assert again == ["linear", "relu"]
+    assert activation_bytes(small)[1] == ROW * (4 * WIDE + 2 * NARROW)  # x stays for the second time
+    assert small.report.passes[0].notes == (
+        "peak: 2.59KB -> 2.11KB",
+        "computed again: 1 linear, 1 relu; +23.6% of the predicted time",
+    )
+    x = torch.randn(2, NARROW)
+    assert torch.equal(small.run(x)[0], graph.run(x)[0])
+    assert len(regauge.optimize(small, "simplify").nodes) == len(small.nodes)
+
+
+def test_the_emitted_module_frees_as_counted() -> None:
+    graph = with_late_reader()
+    x = torch.randn(2, NARROW)
+    small = regauge.optimize(graph, "remat{memory=0.85}")
+    assert storage_peak(small.to_torch(), x) + x.nbytes == activation_bytes(small)[1]
+    assert storage_peak(graph.to_torch(), x) > activation_bytes(graph)[1] - x.nbytes
+
+
+def test_a_budget_out_of_reach_says_the_least() -> None:
+    reason = r"least that was found is 2.11KB at the peak, not 480B \(2.59KB before\): write memory=2112 or more"
+    with pytest.raises(PassError, match=reason):
+        regauge.optimize(with_late_reader(), "remat{memory=480}")
+
+
+def test_a_budget_that_is_met_changes_nothing() -> None:
+    graph = with_late_reader()
+    done = regauge.optimize(graph, "remat{memory=3KB}")
+    assert str(done) == str(graph) and not done.report.passes[0].changed
+
+
+def test_random_numbers_are_not_drawn_twice() -> None:
+    with pytest.raises(PassError, match="the least that was found is 2.59KB"):
+        regauge.optimize(with_late_reader("dropout"), "remat{memory=0.85}")
+
+
+def test_another_order_costs_nothing() -> None:
+    """Two wide values that become narrow: one after the other instead of both at first."""
+    graph = Graph("order")
+    build = Builder(graph)
+    x = build.input("x", (2, NARROW), torch.float32)
+    wide = [build.linear(x, build.parameter(f"w{i}", torch.randn(WIDE, NARROW)), name=f"wide{i}") for i in range(3)]
+    narrow = [build.sum(value, dims=(1,), keepdim=True, name=f"n{i}") for i, value in enumerate(wide)]
+    graph.outputs = narrow
+    small = regauge.optimize(graph, "remat{memory=0.5}")
+    assert activation_bytes(graph)[1] == ROW * (3 * WIDE + NARROW)
+    assert [node.name for node in small.nodes] == ["wide0", "n0", "wide1", "n1", "wide2", "n2"]
+    assert activation_bytes(small)[1] == ROW * (WIDE + NARROW + 2)
+
+
+@given(networks(), st.floats(0.5, 0.95))
+def test_random_networks(graph: Graph, share: float) -> None:
+    work = Work(graph, DEVICES["cpu"])
+    peak = activation_bytes(graph)[1]
+    assert work.peak(work.original) == peak
+    try:
+        small = regauge.optimize(graph, f"remat{{memory={share:.3f}}}")
+    except PassError as error:
+        assert "the least that was found is" in str(error)
+        return
+    assert activation_bytes(small)[1] <= round(share, 3) * peak
+    assert [value.name for value in small.outputs] == [value.name for value in graph.outputs]  # type: ignore[union-attr]
