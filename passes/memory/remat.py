@@ -13,6 +13,7 @@ from regauge.ir.interpret import Interpreter
 from regauge.passes.allocation.amounts import parse_amount, shown
 from regauge.passes.allocation.latency import device_of
 from regauge.passes.base import Context, Contract, Pass
+from regauge.passes.memory.cp_sat import solved
 from regauge.passes.memory.greedy import recomputed
 from regauge.passes.memory.order import reordered
 from regauge.passes.memory.rewritten import scheduled
@@ -33,8 +34,8 @@ class Remat(Pass):
     weights. First another order is tried; then values that are held over the peak are let go of, and computed
     again just before they are read, as long as that is needed, those first that free most bytes for the predicted time.
     ``solver=cp-sat`` states the second step as Moccasin does (Bartan et al., ICML 2023), for OR-Tools to solve: each
-    value is computed twice at most, in the order found first, at the least predicted time. What is random or has states
-    is never computed twice, and keeps its order.
+    value is computed twice at most, in the order found first, at the least predicted time; where it finds none, it is
+    done greedily. What is random or has states is never computed twice, and keeps its order.
 
     Emitted torch code lets go of each value behind its last reader; what a module gets as an argument is held by its
     caller until it returns. ``simplify`` leaves what runs again alone, but runtimes may not: for onnxruntime disable
@@ -64,25 +65,23 @@ class Remat(Pass):
         if before <= budget:
             context.note(f"the peak is {shown(before, 'bytes')}, within the budget")
             return graph
-        order = self._schedule(work, budget)
+        order = self._schedule(work, budget, context)
         _tell(work, order, context)
         return scheduled(work, order, self.name)
 
-    def _schedule(self, work: Work, budget: float) -> list[int]:
+    def _schedule(self, work: Work, budget: float, context: Context) -> list[int]:
         """The schedule within the budget that takes the least time; raises PassError where none is found."""
         moved = reordered(work, budget)
         orders = [moved] if moved == work.original else [moved, work.original]
         if self.solver == "cp-sat" and work.peak(moved) > budget:
-            from regauge.passes.memory.cp_sat import solved
-
             found = solved(work, moved, budget, self.seconds)
-            if found is not None:
+            if found is not None and work.peak(found) <= budget:
                 return found
-        else:
-            tried = [recomputed(work, order, budget) for order in orders]
-            within = [order for order in tried if work.peak(order) <= budget]
-            if within:
-                return min(within, key=work.seconds)
+            context.note(f"cp-sat found nothing within the budget in {self.seconds:g} s: decided greedily")
+        tried = [recomputed(work, order, budget) for order in orders]
+        within = [order for order in tried if work.peak(order) <= budget]
+        if within:
+            return min(within, key=work.seconds)
         least = min(_least(work, order, budget) for order in orders)
         raise PassError(
             f"memory: the least that was found is {shown(least, 'bytes')} at the peak, "

@@ -1,9 +1,14 @@
 """``remat``: the budget is met as counted and as measured, results stay the same, refusals say what is left."""
 
+import sys
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import regauge
 from random_networks import networks
@@ -52,7 +57,7 @@ def test_what_is_held_over_the_peak_is_computed_again() -> None:
     )
     x = torch.randn(2, NARROW)
     assert torch.equal(small.run(x)[0], graph.run(x)[0])
-    assert len(regauge.optimize(small, "simplify").nodes) == len(small.nodes)
+    assert len(regauge.optimize(small, "simplify{only=merging}").nodes) == len(small.nodes)
 
 
 def test_the_emitted_module_frees_as_counted() -> None:
@@ -80,14 +85,18 @@ def test_random_numbers_are_not_drawn_twice() -> None:
         regauge.optimize(with_late_reader("dropout"), "remat{memory=0.85}")
 
 
-def test_another_order_costs_nothing() -> None:
-    """Two wide values that become narrow: one after the other instead of both at first."""
+def wide_and_narrow() -> Graph:
+    """Three wide values that become narrow, all wide ones first."""
     graph = Graph("order")
     build = Builder(graph)
     x = build.input("x", (2, NARROW), torch.float32)
     wide = [build.linear(x, build.parameter(f"w{i}", torch.randn(WIDE, NARROW)), name=f"wide{i}") for i in range(3)]
-    narrow = [build.sum(value, dims=(1,), keepdim=True, name=f"n{i}") for i, value in enumerate(wide)]
-    graph.outputs = narrow
+    graph.outputs = [build.sum(value, dims=(1,), keepdim=True, name=f"n{i}") for i, value in enumerate(wide)]
+    return graph
+
+
+def test_another_order_costs_nothing() -> None:
+    graph = wide_and_narrow()
     small = regauge.optimize(graph, "remat{memory=0.5}")
     assert activation_bytes(graph)[1] == ROW * (3 * WIDE + NARROW)
     assert [node.name for node in small.nodes] == ["wide0", "n0", "wide1", "n1", "wide2", "n2"]
@@ -106,3 +115,65 @@ def test_random_networks(graph: Graph, share: float) -> None:
         return
     assert activation_bytes(small)[1] <= round(share, 3) * peak
     assert [value.name for value in small.outputs] == [value.name for value in graph.outputs]  # type: ignore[union-attr]
+
+
+def test_cp_sat_takes_no_longer_than_greedily() -> None:
+    pytest.importorskip("ortools")
+    graph = with_late_reader()
+    greedy, solved = (regauge.optimize(graph, f"remat{{memory=0.85,solver={name}}}") for name in ("greedy", "cp-sat"))
+    assert activation_bytes(solved)[1] <= 0.85 * activation_bytes(graph)[1]
+    assert [node.op for node in solved.nodes if RECOMPUTED in node.metadata] == ["linear", "relu"]
+    assert solved.report.passes[0].after.macs == greedy.report.passes[0].after.macs
+
+
+def test_cp_sat_without_ortools_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
+    with pytest.raises(PassError, match=r"needs OR-Tools: pip install 'regauge\[opt\]'"):
+        regauge.optimize(with_late_reader(), "remat{memory=0.85,solver=cp-sat}")
+
+
+def training_step(layers: int, width: int) -> tuple[Graph, list[torch.Tensor]]:
+    """The gradients of a chain of layers, as one captured graph, and inputs: the weights and a batch."""
+    inputs = [*(torch.randn(width, width) / width**0.5 for _ in range(layers)), torch.randn(8 * width, width)]
+
+    def loss(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        for weight in weights:
+            x = torch.relu(x @ weight)
+        return x.square().mean()
+
+    def step(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.func.grad(loss)(list(given[:-1]), given[-1]))
+
+    traced = make_fx(step)(*inputs)
+    return regauge.optimize(regauge.capture(traced, tuple(inputs)), "simplify"), inputs
+
+
+def test_a_training_step_keeps_only_some_activations() -> None:
+    graph, inputs = training_step(12, 16)
+    small = regauge.optimize(graph, "remat{memory=0.6}")
+    before, after = (activation_bytes(one)[1] for one in (graph, small))
+    assert after <= 0.6 * before
+    assert small.report.passes[0].after.macs < 1.3 * small.report.passes[0].before.macs
+    given = sum(x.nbytes for x in inputs)
+    measured = storage_peak(small.to_torch(), *inputs)
+    assert measured <= after <= measured + given  # the caller holds all inputs, which the plan lets go of
+    for found, expected in zip(small.to_torch()(*inputs), graph.run(inputs), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["captured", "loaded"])
+def test_onnx_files_keep_what_runs_again_and_the_order(loaded: bool, tmp_path: Path) -> None:
+    graph = with_late_reader()
+    if loaded:
+        graph = regauge.load(graph.to_onnx(tmp_path / "whole.onnx"))
+    small = regauge.optimize(graph, "remat{memory=0.85}")
+    nodes = onnx.load(small.to_onnx(tmp_path / "small.onnx")).graph.node
+    assert [node.op_type for node in nodes] == ["Gemm", "Relu", *["Gemm"] * 5, "Relu", "Mul", "Gemm"]
+
+
+def test_onnx_files_are_written_in_another_order(tmp_path: Path) -> None:
+    graph = regauge.load(wide_and_narrow().to_onnx(tmp_path / "whole.onnx"))
+    assert [node.op for node in graph.nodes] == ["linear"] * 3 + ["sum"] * 3
+    small = regauge.optimize(graph, "remat{memory=0.5}")
+    nodes = onnx.load(small.to_onnx(tmp_path / "small.onnx")).graph.node
+    assert [node.op_type for node in nodes] == ["Gemm", "ReduceSum"] * 3
