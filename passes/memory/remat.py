@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import Interpreter
 from regauge.passes.allocation.amounts import parse_amount, shown
 from regauge.passes.allocation.latency import device_of
 from regauge.passes.base import Context, Contract, Pass
@@ -59,7 +58,7 @@ class Remat(Pass):
         device_of(self.device)
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        work = Work(graph, device_of(self.device), _sizes(graph, context))
+        work = Work(graph, device_of(self.device), context.sizes(graph))
         before = work.peak(work.original)
         budget = parse_amount(self.memory, "memory", "bytes").of(before)
         if before <= budget:
@@ -98,13 +97,6 @@ def _least(work: Work, order: list[int], budget: float) -> int:
         low = low if found <= (best + low) / 2 else (best + low) / 2
         best = min(best, found)
     return best
-
-
-def _sizes(graph: Graph, context: Context) -> Mapping[Any, int]:
-    """The dynamic sizes that the first batch of data has."""
-    if context.data is None:
-        return {}
-    return Interpreter(graph).bound(next(context.inputs(graph)))[1]
 
 
 def _tell(work: Work, order: list[int], context: Context) -> None:
