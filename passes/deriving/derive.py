@@ -203,6 +203,6 @@ def _prove(graph: Graph, before: tuple[Sequence[Node], Value], after: tuple[Sequ
         part.outputs = [to_new[result]]
         graphs.append(part)
     try:
-        prove_equal(*graphs)
+        prove_equal(graphs[0], graphs[1])
     except EquivalenceError as error:
         raise EquivalenceError(f"derive: {before[1].name} was derived wrongly: {error}") from error

@@ -99,10 +99,10 @@ def _matched(first: Axis, second: Axis) -> dict[Index, Axis]:
         elif same(a.size, b.size):
             new[b] = (a,)
         elif _divides(b.size, a.size):
-            parts = (Index(b.size), Index(a.size // b.size))  # type: ignore[operator]
+            parts = (Index(b.size), Index(a.size // b.size))
             new[a], new[b], left[0:1] = parts, parts[:1], parts
         elif _divides(a.size, b.size):
-            parts = (a, Index(b.size // a.size))  # type: ignore[operator]
+            parts = (a, Index(b.size // a.size))
             new[b], right[0:1] = parts, parts
         else:
             raise Outside(f"indices of {a.size} and {b.size} do not fit into one another")
@@ -163,7 +163,7 @@ def regrouped(expression: Expression, shape: Sequence[Size]) -> Expression:
             index = left.pop(0)
             wanted = size // have if isinstance(size, int) and isinstance(have, int) and size % have == 0 else None
             if wanted is not None and _divides(wanted, index.size):
-                major, minor = Index(wanted), Index(index.size // wanted)  # type: ignore[operator]
+                major, minor = Index(wanted), Index(index.size // wanted)
                 new[index] = (major, minor)
                 left.insert(0, minor)
                 index = major

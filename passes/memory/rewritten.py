@@ -85,8 +85,10 @@ class _Writer:
         graph, work = self.graph, self.work.graph
         last = work.nodes[-1]
         graph.outputs = [self._now(output, last) for output in work.outputs]
+        for state in work.states:
+            self._now(state.after, last)
         graph.states = [
-            replace(new, after=self._now(old.after, last)) for old, new in zip(work.states, graph.states, strict=True)
+            replace(new, after=self.of[old.after]) for old, new in zip(work.states, graph.states, strict=True)
         ]
         for old in returned(work):
             one, other = self.of[old], self.first[old]
