@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import regauge
 from random_networks import networks
@@ -19,6 +18,7 @@ from regauge.ir.memory import activation_bytes
 from regauge.ir.purity import RECOMPUTED
 from regauge.ir.roofline import DEVICES
 from regauge.passes.memory.schedule import Work
+from rematerialised import training_step
 from storage_peak import storage_peak
 
 WIDE, NARROW = 64, 4
@@ -130,22 +130,6 @@ def test_cp_sat_without_ortools_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
     with pytest.raises(PassError, match=r"needs OR-Tools: pip install 'regauge\[opt\]'"):
         regauge.optimize(with_late_reader(), "remat{memory=0.85,solver=cp-sat}")
-
-
-def training_step(layers: int, width: int) -> tuple[Graph, list[torch.Tensor]]:
-    """The gradients of a chain of layers, as one captured graph, and inputs: the weights and a batch."""
-    inputs = [*(torch.randn(width, width) / width**0.5 for _ in range(layers)), torch.randn(8 * width, width)]
-
-    def loss(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        for weight in weights:
-            x = torch.relu(x @ weight)
-        return x.square().mean()
-
-    def step(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.func.grad(loss)(list(given[:-1]), given[-1]))
-
-    traced = make_fx(step)(*inputs)
-    return regauge.optimize(regauge.capture(traced, tuple(inputs)), "simplify"), inputs
 
 
 def test_a_training_step_keeps_only_some_activations() -> None:
