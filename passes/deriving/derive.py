@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from regauge.ir.equivalence import prove_equal
 from regauge.ir.errors import EquivalenceError, PassError
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.graph_copy import copy_nodes
-from regauge.ir.memory import returned
+from regauge.ir.memory import read_from_around, returned
 from regauge.ir.purity import is_pure
 from regauge.ir.roofline import Device, local_seconds
 from regauge.ir.tables import short
@@ -26,9 +27,6 @@ from regauge.passes.deriving.expressions import READERS, Expression, Outside, Te
 from regauge.passes.deriving.lowering import Lowering
 from regauge.passes.deriving.search import Found, Limit, Search
 from regauge.passes.options import option
-
-STATES = 2000
-"""States of one search where the budget is a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ class Derive(Pass):
     name: ClassVar[str] = "derive"
     contract: ClassVar[Contract] = "exact"
 
-    budget: int | str = option(STATES, "states that each search may look at, or a time for all of them (5s)")
+    budget: int | str = option(2000, "states that each search may look at, or a time for all of them (5s)")
     target: str | Mapping[str, int | float] | None = option(
         None, "whose time is predicted: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
     )
@@ -69,7 +67,7 @@ class Derive(Pass):
             if self.budget < 1:
                 raise PassError(f"option 'budget' of derive must be at least 1, not {self.budget}")
             return Limit(self.budget, float("inf"))
-        return Limit(STATES, time.perf_counter() + parse_amount(self.budget, "budget", "time").value / 1e3)
+        return Limit(sys.maxsize, time.perf_counter() + parse_amount(self.budget, "budget", "time").value / 1e3)
 
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()
@@ -86,16 +84,24 @@ class _Derivation:
         self.context = context
         at = context.sizes(graph)
         self.at, self.bound = at, smallest_sizes(graph, at)
-        self.held = set(returned(graph))
+        regions = [region for node in graph.nodes for region in node.regions]
+        self.read_inside = set[Value]().union(*map(read_from_around, regions))
+        self.held = {*returned(graph), *self.read_inside}
         self.count = 0
 
     def visit(self, node: Node) -> None:
-        """Compute the expression that ends in a node another way, where that is cheaper."""
-        if not _is_read(node) or self._goes_on(node.output):
+        """Compute the expression that ends in a node another way, where that is cheaper, and those that it reads."""
+        if not _is_read(node) or self.goes_on(node.output):
             return
-        reading = _Reading(self, node)
-        expression = reading.expression
-        if expression is None or not _may_gain(expression):
+        ends = [node]
+        while ends:
+            reading = _Reading(self, ends.pop())
+            self._derive(reading)
+            ends += reading.cut
+
+    def _derive(self, reading: _Reading) -> None:
+        node, expression = reading.root, reading.expression
+        if expression is None or not _may_gain(expression) or node.output in self.read_inside:
             return
         before = local_seconds(reading.nodes, self.graph, self.device, self.at)
         search = Search(expression, self.bound, self.device, node.output.dtype, self.limit)
@@ -104,7 +110,7 @@ class _Derivation:
             return
         self._replace(node, reading.nodes, expression, found, before)
 
-    def _goes_on(self, value: Value) -> bool:
+    def goes_on(self, value: Value) -> bool:
         """Whether a value is read once, by a node that is read as an expression, too: it is part of that one."""
         users = list(value.uses)
         return len(users) == 1 and value not in self.held and _is_read(users[0][0])
@@ -143,25 +149,30 @@ def _is_read(node: Node) -> bool:
 
 
 class _Reading:
-    """The expression of a node, and the nodes that it stands for, in order; None where it is no sum of products."""
+    """The expression of a node, None where it is no sum of products, and the nodes that it stands for, in order.
+
+    ``cut`` are nodes where other expressions end, of which this one reads the result.
+    """
 
     def __init__(self, work: _Derivation, root: Node) -> None:
         self.work, self.root = work, root
-        self.inner: set[Node] = set()
+        self.nodes: list[Node] = []
+        self.cut: list[Node] = []
         try:
             self.expression: Expression | None = self._of(root)
         except Outside:
             self.expression = None
-        self.nodes = [node for node in work.graph.nodes if node in self.inner]
+            given = [value for _, value in root.operands() if value.producer is not None and work.goes_on(value)]
+            self.cut = [value.producer for value in given if value.producer is not None and _is_read(value.producer)]
 
     def _of(self, node: Node) -> Expression:
-        inside = set(self.inner)
+        count, cut = len(self.nodes), len(self.cut)
         try:
             found = READERS[node.op](node, self._read)
         except Outside:
-            self.inner = inside
+            del self.nodes[count:], self.cut[cut:]
             raise
-        self.inner.add(node)
+        self.nodes.append(node)
         return found
 
     def _read(self, operand: Any) -> Expression:
@@ -173,11 +184,11 @@ class _Reading:
         if operand.dtype != self.root.output.dtype or not operand.ranked:
             raise Outside("another type")
         node = operand.producer
-        if node is not None and _is_read(node) and self.work._goes_on(operand):
+        if node is not None and _is_read(node) and self.work.goes_on(operand):
             try:
                 return self._of(node)
             except Outside:
-                pass
+                self.cut.append(node)
         return leaf(operand)
 
 

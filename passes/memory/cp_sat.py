@@ -9,8 +9,9 @@ j-th runs for the first time. So each start has a number of its own, and the var
     the first interval ends before the second starts
 
 As there, a first phase minimises by how much the budget is exceeded, a second one the seconds that are spent again,
-from what the first one found. Bytes are divided by their greatest common divisor. Unlike there, what is returned stays
-to the end, inputs are there from the start, and results of one task live equally long.
+from what the first one found; ours starts near what the greedy search found. Bytes are divided by their greatest common
+divisor. Unlike there, what is returned stays to the end, inputs are there from the start, and results of one task live
+equally long.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 from typing import Any
 
 from regauge.ir.errors import PassError
-from regauge.passes.memory.schedule import Work
+from regauge.passes.memory.schedule import Schedule, Work
 
 SHARE_OF_FIRST = 0.5
 """Of the time that is given, what the first phase may take."""
@@ -28,11 +29,11 @@ SECONDS = 1e9
 """Predicted seconds are counted in nanoseconds: CP-SAT takes whole numbers."""
 
 
-def solved(work: Work, order: list[int], budget: float, seconds: float) -> list[int] | None:
+def solved(work: Work, order: list[int], known: Schedule, budget: float, seconds: float) -> list[int] | None:
     """The schedule of this order with tasks that run twice that takes least time within the budget.
 
-    Where that is not reached in so many seconds, the one that exceeds it least; None where none is found at all. Raises
-    PassError without OR-Tools.
+    The search starts near a schedule that is ``known``, of the same order. Where the budget is not met in so many
+    seconds, the one that exceeds it least; None where none is found at all. Raises PassError without OR-Tools.
     """
     try:
         from ortools.sat.python import cp_model
@@ -41,6 +42,7 @@ def solved(work: Work, order: list[int], budget: float, seconds: float) -> list[
 
     first = _Model(cp_model.CpModel(), work, order, budget)
     first.allow_excess()
+    first.start_near(known)
     found = _solve(cp_model, first.model, seconds * SHARE_OF_FIRST)
     if found is None:
         return None
@@ -173,6 +175,27 @@ class _Model:
     def start_from(self, other: _Model, found: Any) -> None:
         for mine, its in zip(self.variables, other.variables, strict=True):
             self.model.add_hint(mine, found.value(its))
+
+    def start_near(self, known: Schedule) -> None:
+        """Hint at a schedule, as far as it runs tasks twice at most."""
+        place = {number: at for at, number in enumerate(self.order, 1)}
+        events, stage = [0] * (len(known) + 2), self.count
+        first = {number: step for step, number in reversed(list(enumerate(known, 1)))}
+        for step, number in reversed(list(enumerate(known, 1))):
+            stage = place[number] if first[number] == step else stage
+            events[step] = _event(stage, place[number])
+        events[-1] = self.end
+        ends: dict[int, int] = {}
+        for _, steps in self.work.spans(known):
+            ends[steps[0]] = max(ends.get(steps[0], 0), steps[-1])
+        for number, intervals in self.of.items():
+            runs = [step for step, other in enumerate(known, 1) if other == number]
+            for interval, step in zip(intervals, runs, strict=False):
+                self.model.add_hint(interval.end, events[ends.get(step, step)])
+                if interval.runs is not True:
+                    self.model.add_hint(interval.start, events[step])
+            for interval in intervals[1:]:
+                self.model.add_hint(interval.runs, len(runs) > 1)
 
     def schedule(self, found: Any) -> list[int]:
         """The tasks in the order of their starts."""

@@ -72,12 +72,12 @@ class Remat(Pass):
         """The schedule within the budget that takes the least time; raises PassError where none is found."""
         moved = reordered(work, budget)
         orders = [moved] if moved == work.original else [moved, work.original]
+        tried = [recomputed(work, order, budget) for order in orders]
         if self.solver == "cp-sat" and work.peak(moved) > budget:
-            found = solved(work, moved, budget, self.seconds)
+            found = solved(work, moved, tried[0], budget, self.seconds)
             if found is not None and work.peak(found) <= budget:
                 return found
-            context.note(f"cp-sat found nothing within the budget in {self.seconds:g} s: decided greedily")
-        tried = [recomputed(work, order, budget) for order in orders]
+            context.note("cp-sat found no schedule in the budget that runs nodes twice at most: decided greedily")
         within = [order for order in tried if work.peak(order) <= budget]
         if within:
             return min(within, key=work.seconds)

@@ -130,6 +130,15 @@ def test_what_is_read_twice_is_computed_once() -> None:
     assert macs(done)[1] <= macs(done)[0]
 
 
+def test_expressions_are_found_on_both_sides_of_what_is_none() -> None:
+    """A quotient of two tensors is no product, but the one above it is, and so is what is made of it."""
+    shapes = [(64, 64), (64, 64), (64, 2), (64, 2), (2, 64), (64, 64)]
+    graph = captured(lambda a, b, c, d, e, f: ((a @ b @ c) / (2 + d * d)) @ e @ f, *shapes)
+    done = regauge.optimize(graph, "derive")
+    assert len(done.report.passes[0].notes) == 2
+    assert macs(done)[1] == 2 * 64 * 64 * 2 + 2 * 64 * 64 + 64 * 2 * 64
+
+
 def test_a_budget_bounds_the_search() -> None:
     graph = captured(lambda *m: m[0] @ m[1] @ m[2] @ m[3] @ m[4] @ m[5], *[(64, 64)] * 5, (64, 2))
     done = regauge.optimize(graph, "derive{budget=1}")
