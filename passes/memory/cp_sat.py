@@ -43,7 +43,9 @@ def solved(work: Work, order: list[int], known: Schedule, budget: float, seconds
     first = _Model(cp_model.CpModel(), work, order, budget)
     first.allow_excess()
     first.start_near(known)
-    found = _solve(cp_model, first.model, seconds * SHARE_OF_FIRST)
+    found = _solve(cp_model, first.model, seconds * SHARE_OF_FIRST, as_hinted=True)
+    if found is None or found.objective_value > 0:
+        found = _solve(cp_model, first.model, seconds * SHARE_OF_FIRST)
     if found is None:
         return None
     if found.objective_value > 0:
@@ -55,11 +57,12 @@ def solved(work: Work, order: list[int], known: Schedule, budget: float, seconds
     return first.schedule(found) if better is None else second.schedule(better)
 
 
-def _solve(cp_model: Any, model: Any, seconds: float) -> Any:
-    """A solver that holds a solution; None where there is none."""
+def _solve(cp_model: Any, model: Any, seconds: float, *, as_hinted: bool = False) -> Any:
+    """A solver that holds a solution; None where there is none, or none with the values that are hinted at."""
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = seconds
     solver.parameters.random_seed = 0
+    solver.parameters.fix_variables_to_their_hinted_value = as_hinted
     status = solver.solve(model)
     return solver if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) else None
 
@@ -105,7 +108,7 @@ class _Model:
         size = sum(self.work.bytes[memory] for memory in task.writes) // self.unit
         self.of[number] = [_Interval(number, start, end, True)]
         self.spans.append((model.new_interval_var(start, end - start + 1, end + 1, f"kept{number}"), size))
-        extra = task.inside // self.unit - size
+        extra = -(-task.inside // self.unit) - size
         if extra > 0:
             self.spans.append((model.new_fixed_size_interval_var(start, 1, f"inside{number}"), extra))
         if task.again and place < self.count:
