@@ -6,8 +6,9 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 import regauge
 from random_networks import networks
@@ -17,6 +18,8 @@ from regauge.ir.graph import Graph, Value
 from regauge.ir.memory import activation_bytes
 from regauge.ir.purity import RECOMPUTED
 from regauge.ir.roofline import DEVICES
+from regauge.ir.sample_inputs import sample_inputs
+from regauge.passes.memory.rewritten import scheduled
 from regauge.passes.memory.schedule import Work
 from rematerialised import training_step
 from storage_peak import storage_peak
@@ -101,6 +104,20 @@ def test_another_order_costs_nothing() -> None:
     assert activation_bytes(graph)[1] == ROW * (3 * WIDE + NARROW)
     assert [node.name for node in small.nodes] == ["wide0", "n0", "wide1", "n1", "wide2", "n2"]
     assert activation_bytes(small)[1] == ROW * (WIDE + NARROW + 2)
+
+
+@settings(max_examples=25)
+@given(networks())
+def test_random_networks_as_torch_code_that_frees(graph: Graph) -> None:
+    """In another order and with copies at random places, and every variable deleted as soon as it may be."""
+    work = Work(graph, DEVICES["cpu"])
+    again = [number for number, task in enumerate(work.tasks) if task.again]
+    order = [*work.original[:-1], *again[-3:], work.original[-1]]
+    inputs = sample_inputs(graph)
+    result = scheduled(work, order, "remat")
+    found = result.to_torch()(*inputs)
+    for one, expected in zip(tree_leaves(found), graph.run(inputs), strict=True):
+        torch.testing.assert_close(one, expected)
 
 
 @given(networks(), st.floats(0.5, 0.95))
