@@ -339,7 +339,8 @@ def memory(
 
     graph = open_file(model)
     plan = plan_memory(graph, dynamic_sizes(graph, at or ()))
-    print_text(plan_summary(plan) + "\n")
+    print_text(plan_summary(plan))
+    print()
     print_table(peak_rows(plan, most))
 
 
