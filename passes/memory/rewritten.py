@@ -90,7 +90,7 @@ class _Writer:
         graph.states = [
             replace(new, after=self.of[old.after]) for old, new in zip(work.states, graph.states, strict=True)
         ]
-        for old in returned(work):
+        for old in dict.fromkeys(returned(work)):
             one, other = self.of[old], self.first[old]
             one.name, other.name = other.name, one.name
         graph._nodes = dict(self.order)

@@ -28,7 +28,7 @@ Schedule = Sequence[int]
 class Task:
     """A node with the memories (by number) that it reads and writes; ``inside`` are bytes that its regions take.
 
-    ``again``: whether it may run twice; ``free``: whether it may run at another time than other such tasks do.
+    ``again``: whether it may run twice; ``free``: whether it may run at any time. Those that are not keep their order.
     """
 
     node: Node
@@ -52,7 +52,7 @@ class Work:
         memories = [value for value in outer if value in sizes]
         self._number = {value: place for place, value in enumerate(memories)}
         self.bytes = [sizes[value] for value in memories]
-        self.given = self._numbers(value for value in graph.inputs)
+        self.given = self._numbers(graph.inputs)
         self.kept = self._numbers(returned(graph))
         self._around = {node: set[Value]().union(*map(read_from_around, node.regions)) for node in graph.nodes}
         read_inside = set[Value]().union(*self._around.values())

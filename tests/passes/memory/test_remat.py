@@ -14,7 +14,7 @@ import regauge
 from random_networks import networks
 from regauge.ir.edit import Builder
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Graph, State, Value
 from regauge.ir.memory import activation_bytes
 from regauge.ir.purity import RECOMPUTED
 from regauge.ir.roofline import DEVICES
@@ -104,6 +104,23 @@ def test_another_order_costs_nothing() -> None:
     assert activation_bytes(graph)[1] == ROW * (3 * WIDE + NARROW)
     assert [node.name for node in small.nodes] == ["wide0", "n0", "wide1", "n1", "wide2", "n2"]
     assert activation_bytes(small)[1] == ROW * (WIDE + NARROW + 2)
+
+
+def test_results_keep_their_names_and_states_their_values() -> None:
+    """A result that is computed again is returned, twice here, as what it was called; a state is written at the end."""
+    graph = with_late_reader()
+    build = Builder(graph)
+    early, before = graph.find("early"), build.parameter("cache", torch.zeros(2, WIDE), "buffer")
+    graph.outputs += [early, early]
+    graph.states = [State("cache", before, build.add(before, early, name="added"))]
+    work = Work(graph, DEVICES["cpu"])
+    result = scheduled(work, [*work.original, 0, 1], "remat")
+    assert [value.name for value in result.outputs] == ["last", "early", "early"]
+    assert result.outputs[1].producer.metadata[RECOMPUTED] == "early"
+    assert result.states[0].after.name == "added"
+    x = torch.randn(2, NARROW)
+    for found, expected in zip(result.run(x), graph.run(x), strict=True):
+        assert torch.equal(found, expected)
 
 
 @settings(max_examples=25)
