@@ -20,6 +20,7 @@ from regauge.backends.onnx_bits import FOUR_BITS_SINCE, pack_initializers
 from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.ops.spell_normalisation import RMS_NORM_OPSET
+from regauge.ir.release import IN_ORDER
 from regauge.ir.sample_inputs import sample_inputs
 
 Bodies: TypeAlias = Mapping[str, tuple[Graph, str]]
@@ -95,14 +96,15 @@ def _export(
     if translations:
         opset = max(RMS_NORM_OPSET, options.get("opset_version", 0))
         options.update(custom_translation_table=translations, opset_version=opset)
-    small = stored_small(graph)
+    small, in_order = stored_small(graph), IN_ORDER in graph.metadata
     try:
         # The exporter takes attention apart as the plain kernel computes it. Traced with another one, whose results lie
         # otherwise in memory, reshapes behind it became views that do not fit: of biased attention on a dynamic batch.
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
-            program: Any = torch.onnx.export(module, inputs, dynamo=True, verbose=False, optimize=not small, **options)
-            if small:
-                _optimise(program.model, small)
+            whole = not small and not in_order
+            program: Any = torch.onnx.export(module, inputs, dynamo=True, verbose=False, optimize=whole, **options)
+            if not whole:
+                _optimise(program.model, small, merges=not in_order)
             return program
     except RegaugeError:
         raise
@@ -145,15 +147,27 @@ def _widens(node: Node) -> bool:
     return len(sizes) == 2 and sizes[0] < sizes[1]
 
 
-def _optimise(model: onnx_ir.Model, small: set[str]) -> None:
-    """What the exporter does at the end, but for constants that are stored small."""
+def _optimise(model: onnx_ir.Model, small: set[str], *, merges: bool) -> None:
+    """What the exporter does at the end, but for constants that are stored small.
+
+    It ``merges`` equal nodes as well, unless some are computed twice on purpose.
+    """
     import onnxscript.optimizer
 
     def should_fold(node: onnx_ir.Node) -> bool | None:
         named = any(value is not None and (value.name or "").removeprefix(_PREFIX) in small for value in node.inputs)
         return False if named else None
 
-    onnxscript.optimizer.optimize_ir(model, should_fold=should_fold)
+    if merges:
+        onnxscript.optimizer.optimize_ir(model, should_fold=should_fold)
+        return
+    from onnx_ir.passes.common import DeduplicateInitializersPass, LiftConstantsToInitializersPass
+
+    onnxscript.optimizer.inline(model)
+    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
+    onnxscript.optimizer.remove_unused_nodes(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    DeduplicateInitializersPass()(model)
 
 
 def _output_names(graph: Graph) -> list[str]:

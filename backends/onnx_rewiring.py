@@ -17,6 +17,7 @@ from regauge.backends.onnx_changes import Changes, Rewired, same_shape
 from regauge.backends.onnx_contents import Contents, gives_sizes, is_content
 from regauge.backends.onnx_gemm import join_gemms
 from regauge.backends.onnx_inlining import nested_graphs
+from regauge.backends.onnx_order import in_given_order
 from regauge.backends.onnx_patch import FOLDED_SIZES
 from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_speller import OnnxSpeller, spell
@@ -25,6 +26,7 @@ from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import find_onnx
 from regauge.ir.purity import OPAQUE
+from regauge.ir.release import IN_ORDER
 from regauge.ir.rules import broadcast_rule
 
 _SEQUENCES = {"SplitToSequence"}  # read as pieces of known number, which a Split gives without a sequence
@@ -35,13 +37,16 @@ def rewire(
 ) -> None:
     """Add, connect and remove ONNX nodes; raises EmitError for what cannot be spelled in ONNX."""
     fold = graph.metadata.get("onnx_fold")
-    if not (fold or changes.added or changes.removed or changes.rewired or changes.restated):
+    in_order = IN_ORDER in graph.metadata
+    if not (fold or in_order or changes.added or changes.removed or changes.rewired or changes.restated):
         return
     writer = _Rewiring(graph, imported, changes, carrier, sources, contents)
     writer.spell_all(writer.dissolved())
     writer.connect_all()
     writer.remove_all()
     writer.tidy()
+    if in_order:
+        in_given_order(carrier.model.graph, [writer.carried(v) for node in graph.nodes for v in node.outputs])
     carrier.model.graph.sort()
 
 

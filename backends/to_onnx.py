@@ -27,6 +27,7 @@ from regauge.ir.allocation import without_collection
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
 from regauge.ir.growth import BYTES_BEFORE, BYTES_PROPERTY
+from regauge.ir.release import IN_ORDER
 from regauge.ir.states import PROPERTY, noted_states
 
 Inputs = Sequence[Any] | Mapping[str, Any]
@@ -80,12 +81,13 @@ def to_onnx(
         return target
     changes = find_changes(_imported(graph), graph)
     source = _unchanged_source(graph)
-    folds = bool(graph.metadata.get("onnx_fold"))
+    in_order = IN_ORDER in graph.metadata
+    folds = in_order or bool(graph.metadata.get("onnx_fold"))
     with without_collection():  # a clone of the model and all that is made of it lives until the file is written
         model, changed = patched_model(graph, changes) if changes or folds else (_copied(graph), False)
     if changed:
         add_functions(model, calls)
-    changed = changed or bool(graph.metadata.get("onnx_converted"))
+    changed = changed or in_order or bool(graph.metadata.get("onnx_converted"))
     if not changed and external_data is None and not sparse_weights and source is not None:
         copy_model(source, target, external_locations(graph.metadata["onnx"]), overwrite=overwrite)
         return target

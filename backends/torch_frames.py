@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import networkx
 
 from regauge.ir.graph import Graph, Node
+from regauge.ir.release import IN_ORDER
 
 
 @dataclass(eq=False)
@@ -48,7 +49,7 @@ def inside(path: str, parent: str) -> bool:
 
 def frame_tree(graph: Graph) -> Frame:
     """The root frame of a graph."""
-    return _frame("", root_class(graph), graph.nodes, 0)
+    return _frame("", root_class(graph), graph.nodes, 0, IN_ORDER in graph.metadata)
 
 
 def root_class(graph: Graph) -> str:
@@ -60,15 +61,15 @@ def root_class(graph: Graph) -> str:
     return name if name and not name[0].isdigit() else f"Model{name}"
 
 
-def _frame(path: str, class_name: str, nodes: Sequence[Node], depth: int) -> Frame:
+def _frame(path: str, class_name: str, nodes: Sequence[Node], depth: int, in_order: bool) -> Frame:
     items: list[Node | Frame] = []
-    for piece in _ordered(_pieces(nodes, depth), nodes, depth):
+    for piece in _ordered(_pieces(nodes, depth), nodes, in_order):
         first = piece[0]
         if _key(first, depth) is None:
             items.extend(piece)
             continue
         entry, name = scope_of(first)[depth]
-        items.append(_frame(module_path(entry), name, piece, depth + 1))
+        items.append(_frame(module_path(entry), name, piece, depth + 1, in_order))
     return Frame(path, class_name, items)
 
 
@@ -86,11 +87,16 @@ def _pieces(nodes: Sequence[Node], depth: int) -> list[list[Node]]:
     return list(pieces.values())
 
 
-def _ordered(pieces: list[list[Node]], nodes: Sequence[Node], depth: int) -> list[list[Node]]:
-    """The pieces in an order that respects the data flow; a module whose nodes must interleave with others is split."""
+def _ordered(pieces: list[list[Node]], nodes: Sequence[Node], in_order: bool) -> list[list[Node]]:
+    """The pieces in an order that respects the data flow; a module whose nodes must interleave with others is split.
+
+    Where nodes have to stay ``in_order``, so is each module with another node between its own.
+    """
     position = {node: i for i, node in enumerate(nodes)}
     if all(position[piece[-1]] - position[piece[0]] == len(piece) - 1 for piece in pieces):
         return pieces
+    if in_order:
+        return sorted((run for piece in pieces for run in _runs(piece, position)), key=lambda run: position[run[0]])
     while True:
         owner = {node: i for i, piece in enumerate(pieces) for node in piece}
         flow: networkx.DiGraph[int] = networkx.DiGraph()

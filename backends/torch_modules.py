@@ -17,6 +17,7 @@ from regauge.backends.torch_signature import result_expression, signature
 from regauge.backends.torch_source import INDENT, indented, is_plain_name, quoted
 from regauge.backends.torch_tensors import parameter_text, tensor_line
 from regauge.ir.graph import Graph
+from regauge.ir.release import IN_ORDER
 
 _LIBRARY_NAMES = frozenset({"F", "nn", "torch", "math", "Sequential", "ModuleList", "ModuleDict", *keyword.kwlist})
 
@@ -186,10 +187,11 @@ class Classes:
         return root.chain and self._is_sequence("", root) and form.parameters == ["input"] and not form.prologue
 
     def _forward_lines(self, path: str, code: Code) -> tuple[list[str], list[str]]:
+        reserved, releases = self.reserved, IN_ORDER in self.graph.metadata
         if path:
-            return named_lines(code, {}, self.reserved)
+            return named_lines(code, {}, reserved, releases=releases)
         form = signature(self.graph)
-        _, body = named_lines(code, dict(enumerate(form.names)), self.reserved)
+        _, body = named_lines(code, dict(enumerate(form.names)), reserved, releases=releases)
         return form.parameters, [*form.prologue, *body]
 
     def _ties(self) -> list[str]:

@@ -17,18 +17,25 @@ _PASSED_ALONG = ("x", "out")  # names without a meaning of their own, taken over
 RESERVED = frozenset({"torch", "nn", "F", "math", "self", "super", *keyword.kwlist, *dir(builtins)})
 
 
-def named_lines(code: Code, given: Mapping[int, str], reserved: Collection[str]) -> tuple[list[str], list[str]]:
-    """The parameter names and the statements of a forward; ``given`` names some of the variables beforehand."""
-    return _Namer(code, given, reserved).run()
+def named_lines(
+    code: Code, given: Mapping[int, str], reserved: Collection[str], *, releases: bool = False
+) -> tuple[list[str], list[str]]:
+    """The parameter names and the statements of a forward; ``given`` names some of the variables beforehand.
+
+    With ``releases`` each variable is deleted behind its last reader, where its name does not hold the next result.
+    """
+    return _Namer(code, given, reserved, releases).run()
 
 
 class _Namer:
-    def __init__(self, code: Code, given: Mapping[int, str], reserved: Collection[str]) -> None:
+    def __init__(self, code: Code, given: Mapping[int, str], reserved: Collection[str], releases: bool) -> None:
         self.code = code
+        self.releases = releases
         self.names = dict(given)
         self.reserved = RESERVED | set(reserved)
         self.active: dict[str, int] = {}  # the variable that a name holds now
         self.last_read = self._last_reads()
+        self.assigned: set[int] = set()  # by statements: arguments are held by the caller, too
 
     def _last_reads(self) -> dict[int, int]:
         last = {number: step for step, line in enumerate(self.code.lines) for number in line.reads()}
@@ -59,7 +66,21 @@ class _Namer:
         targets = [self._target(target, line, dying) for target in line.targets]
         if not line.targets:
             return [*functions, right]
-        return [*functions, f"{line.left(targets)} = {right}"]
+        statements = [*functions, f"{line.left(targets)} = {right}"]
+        self.assigned.update(target for target in line.targets if target is not None)
+        if self.releases and step < len(self.code.lines) - 1:
+            statements += self._released(line, dying, targets)
+        return statements
+
+    def _released(self, line: Line, dying: list[int], targets: list[str]) -> list[str]:
+        """The statement that deletes what nothing reads any more; none where all of it was overwritten."""
+        gone = [self.names[n] for n in dying if n in self.assigned and self.names[n] not in targets]
+        gone += [
+            name
+            for number, name in zip(line.targets, targets, strict=True)
+            if number is None or number not in self.last_read
+        ]
+        return [f"del {', '.join(dict.fromkeys(gone))}"] if gone else []
 
     def _target(self, number: int | None, line: Line, dying: list[int]) -> str:
         if number is None:

@@ -122,12 +122,12 @@ def figures(graph: Graph) -> Figures:
     return Figures(parameters, macs, int(size))
 
 
-def local_figures(nodes: Iterable[Node], graph: Graph) -> Figures:
+def local_figures(nodes: Iterable[Node], graph: Graph, at: Mapping[Any, int] | None = None) -> Figures:
     """The figures of some nodes of a graph: MACs, and elements and bytes of all weights that they read, constants too.
 
     For decisions whether a rewrite pays: what it replaces against what it builds.
     """
-    bound = smallest_sizes(graph)
+    bound = smallest_sizes(graph, at)
     taken = list(nodes)
     read = dict.fromkeys(value for node in taken for _, value in node.operands() if isinstance(value, Parameter))
     elements = {parameter: int(product(parameter.weight.shape)) for parameter in read}
@@ -230,7 +230,7 @@ class CostModel:
     def __init__(self, graph: Graph, at: Mapping[Any, int] | None = None) -> None:
         self.graph = graph
         self.analysis = graph.axes
-        self._bound = smallest_sizes(graph, at)
+        self.bound = smallest_sizes(graph, at)
         self._normal: dict[Value, list[Extent]] = {}
         self.terms: list[_Term] = [_ParameterTerm(p, self.axes(p)) for p in graph.all_parameters()]
         self.terms += [NodeTerm(node, self) for _, node in graph.walk() if node.operator.macs is not None]
@@ -272,7 +272,7 @@ class CostModel:
     # -- numbers -----------------------------------------------------------------------------------------------------
 
     def number(self, dim: Dim) -> int:
-        return self._bound(dim.size)
+        return self.bound(dim.size)
 
     def figures(self, sizes: Mapping[Dim, int] | None = None) -> Figures:
         """The figures when the given Dims have the given sizes and all others keep theirs."""

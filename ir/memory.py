@@ -1,11 +1,11 @@
 """Activation memory of one run of a graph: what every value takes, and how much is alive at a time.
 
 Nodes run in the graph's order. A value lives from the node that gives it to the last one that reads it; graph outputs
-and new values of states stay; graph inputs are there from the start. Each value has memory of its own, also one that a
-runtime may make a view of another or write over it. Regions (branches, loop bodies) run between the reading and the
-giving of their node, one after the other, once; their inputs are the node's operands, and what they read of the graph
-around them stays until their node is done. What is fused takes none but for its results.
-Weights are not counted.
+and new values of states stay; graph inputs are there from the start. A value that torch gives as a view of another one
+shares its memory (:mod:`regauge.ir.storage`), which lives as long as any of them; nothing is written over. Regions
+(branches, loop bodies) run between the reading and the giving of their node, one after the other, once; their inputs
+are the node's operands, and what they read of the graph around them stays until their node is done. Weights are not
+counted, nor what lies in them. What is fused takes none but for its results.
 """
 
 from __future__ import annotations
@@ -17,51 +17,72 @@ import numpy as np
 
 from regauge.ir.cost import CostModel, computed_inside, item_size, sized
 from regauge.ir.extents import Dim, Extent, leaves
-from regauge.ir.graph import Graph, Parameter, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sizes import product
+from regauge.ir.storage import storages
 
 
 class Timeline:
-    """When each value of a graph and of its regions is alive: from step ``born[value]`` to step ``dies[value]``."""
+    """When the memory of values is alive, regions included: from step ``born[value]`` to step ``dies[value]``.
 
-    def __init__(self, graph: Graph) -> None:
+    ``owner`` tells in whose memory a value lies; views have no entry of their own. ``nodes`` are those that run at each
+    step (None: graph inputs are given).
+    """
+
+    def __init__(self, graph: Graph, owner: Mapping[Value, Value]) -> None:
+        self.owner = owner
         self.steps = 0
+        self.nodes: list[Node | None] = [None]
         self.born: dict[Value, int] = {}
         self.dies: dict[Value, int] = {}
         for value in graph.inputs:
             self._bear(value)
         self._walk(graph)
-        for value in _returned(graph):
+        for value in returned(graph):
             self._use(value)
 
     def _bear(self, value: Value) -> None:
-        self.born[value] = self.dies[value] = self.steps
+        if self.owner[value] is value:
+            self.born[value] = self.dies[value] = self.steps
+        else:
+            self._use(value)
 
     def _use(self, value: Any) -> None:
-        if value in self.born:
-            self.dies[value] = self.steps
+        owner = self.owner.get(value)
+        if owner in self.born:
+            self.dies[owner] = self.steps
 
     def _walk(self, graph: Graph) -> None:
         for node in graph.nodes:
-            self.steps += 1
-            inside = [self._region(region) for region in node.regions if not computed_inside(node)]
+            self._step(node)
+            inside = [self._region(region, node) for region in node.regions if not computed_inside(node)]
             for value in {value for _, value in node.operands()}.union(*inside):
                 self._use(value)
             for value in node.outputs:
                 self._bear(value)
 
-    def _region(self, region: Graph) -> set[Value]:
+    def _step(self, node: Node) -> None:
+        self.steps += 1
+        self.nodes.append(node)
+
+    def _region(self, region: Graph, node: Node) -> set[Value]:
         """Walk a region; returns the values that it reads of the graphs around it."""
         self._walk(region)
-        for value in _returned(region):
+        for value in returned(region):
             self._use(value)
-        self.steps += 1
-        own = {value for part in region.nested() for value in [*part.inputs, *_results(part)]}
-        read = {value for _, node in region.walk() for _, value in node.operands()} | set(_returned(region))
-        return read - own
+        self._step(node)
+        return read_from_around(region)
 
 
-def _returned(graph: Graph) -> Iterator[Value]:
+def read_from_around(region: Graph) -> set[Value]:
+    """The values that a region reads of the graphs around it, other than by its inputs."""
+    own = {value for part in region.nested() for value in [*part.inputs, *_results(part)]}
+    read = {value for _, node in region.walk() for _, value in node.operands()} | set(returned(region))
+    return read - own
+
+
+def returned(graph: Graph) -> Iterator[Value]:
+    """What a graph gives to its caller: outputs that are values, and new values of states."""
     yield from (output for output in graph.outputs if isinstance(output, Value))
     yield from (state.after for state in graph.states)
 
@@ -79,7 +100,7 @@ class PeakMemory:
 
     def __init__(self, model: CostModel) -> None:
         self._number = model.number
-        line = Timeline(model.graph)
+        line = Timeline(model.graph, storages(model.graph, model.bound))
         values = [value for value in line.born if not isinstance(value, Parameter)]
         self._axes = [model.axes(value) for value in values]
         self._item = [item_size(value.dtype) for value in values]
@@ -130,7 +151,7 @@ class PeakMemory:
 
 
 def activation_bytes(graph: Graph, at: Mapping[Any, int] | None = None) -> tuple[int, int]:
-    """Bytes of all intermediate values together, and at the moment when most of them are alive (in graph order).
+    """Bytes of all values together, views not counted, and at the moment when most are alive (in graph order).
 
     Dynamic sizes have the values that ``at`` gives, by symbol, or the least they may have.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from regauge.ir.graph import Node
 
 OPAQUE = frozenset({"torch_call", "onnx_call"})  # what is kept as it is may draw numbers, write, or quantize
+RECOMPUTED = "regauge.recomputed"  # in the metadata of a node: which other one it computes again, to save memory
 FIXED = "fixed"  # in the metadata of a node: why nothing about it may change
 _WHILE_TRAINING = ("training", "dropout", "dropout_p")
 

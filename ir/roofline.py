@@ -161,11 +161,11 @@ def _rising(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarr
     return np.array([np.mean(xs) for xs, _ in pools]), np.array([np.mean(ys) for _, ys in pools])
 
 
-def local_seconds(nodes: Iterable[Node], graph: Graph, device: Device) -> float:
-    """The predicted seconds of some nodes of a graph, every dynamic size at its least: does a rewrite pay?"""
-    bound, total = smallest_sizes(graph), 0.0
+def local_seconds(nodes: Iterable[Node], graph: Graph, device: Device, at: Mapping[object, int] | None = None) -> float:
+    """The predicted seconds of some nodes of a graph, dynamic sizes as ``at`` gives them or at their least."""
+    bound, total = smallest_sizes(graph, at), 0.0
     for node in nodes:
-        cost = local_figures([node], graph)
+        cost = local_figures([node], graph, at)
         values = dict.fromkeys([*(v for _, v in node.operands() if not isinstance(v, Parameter)), *node.outputs])
         moved = sum(item_size(v.dtype) * float(product(bound(size) for size in v.shape)) for v in values)
         bytes_ = 0.0 if node.op in VIEWS else cost.bytes + moved

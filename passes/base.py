@@ -32,7 +32,7 @@ import torch
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import inputs_of
+from regauge.ir.interpret import Interpreter, inputs_of
 from regauge.ir.states import with_first_states
 from regauge.ir.timing import Measure
 from regauge.passes.options import check_options, describe, hints, unknown_option
@@ -94,6 +94,10 @@ class Context:
         A batch without the states of a graph (caches, last frames) stands for a run that begins.
         """
         return (with_first_states(graph, inputs_of(graph, batch)) for batch in self.batches())
+
+    def sizes(self, graph: Graph) -> Mapping[Any, int]:
+        """The dynamic sizes that the first batch of ``data`` has, by symbol; none without data."""
+        return {} if self.data is None else Interpreter(graph).bound(next(self.inputs(graph)))[1]
 
     def note(self, text: str) -> None:
         """Add a line to the report."""

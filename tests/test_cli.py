@@ -169,6 +169,13 @@ def test_fusion_prints_the_kernels_and_what_is_refused(model_file: Path, capsys:
     assert "it would have two contractions" in shown
 
 
+def test_memory_says_where_the_peak_is(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("memory", model_file, "--values", "2") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "are alive at the peak, at " in printed[0] and "holds the run" in printed[0]
+    assert printed[2].split() == ["bytes", "value", "from", "to"] and len(printed) == 5
+
+
 def test_fusion_tells_a_wrong_device_or_size(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fusion", model_file, "--device", "abacus") == 2
     assert "no device 'abacus': give cpu or gpu" in capsys.readouterr().err

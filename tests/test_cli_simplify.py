@@ -226,7 +226,8 @@ def test_the_compiler_of_torch_is_left_alone(tmp_path: Path) -> None:
     """Lookups, products, pools, places of extremes and transposed convolutions of numbers need none of it."""
     text = """
     <ir_version: 8, opset_import: ["" : 17]>
-    net (int64[2, 4] ids, float[1, 4, 8, 8] x) => (float[2, 4, 3] a, float[1, 2, 1, 1] b, int64[2, 4] c, int64[2, 1] d) {
+    net (int64[2, 4] ids, float[1, 4, 8, 8] x)
+        => (float[2, 4, 3] a, float[1, 2, 1, 1] b, int64[2, 4] c, int64[2, 1] d) {
       e = Gather (table, ids)
       d = ArgMax <axis = 1> (ids)
       a = MatMul (e, w)

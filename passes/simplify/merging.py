@@ -15,7 +15,7 @@ import torch
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import remove_node, replace_uses, tie
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.purity import is_pure
+from regauge.ir.purity import RECOMPUTED, is_pure
 from regauge.ir.weights import sampled_bytes
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 
@@ -42,7 +42,7 @@ def _merge_scope(graph: Graph) -> int:
 
 def _key(node: Node) -> Hashable | None:
     """Equal for nodes that compute the same; None for those that are never merged."""
-    if node.regions or not node.outputs or not is_pure(node):
+    if node.regions or not node.outputs or not is_pure(node) or RECOMPUTED in node.metadata:
         return None
     operands = [_operand_key(operand) for operand in node.inputs]
     if node.operator.commutative:

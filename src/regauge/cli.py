@@ -39,6 +39,7 @@ Model = Annotated[Path, typer.Argument(metavar="IN", help="an ONNX file, or a pr
 Data = Annotated[
     list[Path] | None, typer.Option(metavar="FILE", help="an .npz file, one array per input; may be repeated")
 ]
+At = Annotated[list[str] | None, typer.Option(metavar="SYMBOL=SIZE", help="the value of a dynamic size")]
 
 
 def _version(asked: bool) -> None:
@@ -300,7 +301,7 @@ def scales(
 def fusion(
     model: Model,
     device: Annotated[str, typer.Option(help="for which device the kernels have to gain: gpu or cpu")] = "gpu",
-    at: Annotated[list[str] | None, typer.Option(metavar="SYMBOL=SIZE", help="the value of a dynamic size")] = None,
+    at: At = None,
     most: Annotated[int, typer.Option("--refusals", help="list so many of the refusals", min=0)] = 20,
 ) -> None:
     """Plan which nodes of a model become one kernel, and list what is refused, with the bytes that this costs.
@@ -329,6 +330,28 @@ def fusion(
 
 for command in (run, kernels, autotune):
     app.command()(command)
+
+
+@app.command()
+def memory(
+    model: Model,
+    at: At = None,
+    most: Annotated[int, typer.Option("--values", help="list so many of the values alive at the peak", min=0)] = 10,
+) -> None:
+    """Say when a run holds most memory, what is alive then, and how large a block the whole run fits into.
+
+    Weights are not counted, and what torch gives as a view takes nothing. Prune with 'peak=', or see 'remat'.
+
+    \b
+    regauge memory model.onnx --at batch=8 --values 30
+    """
+    from regauge.ir.memory_plan import peak_rows, plan_memory, plan_summary
+
+    graph = open_file(model)
+    plan = plan_memory(graph, dynamic_sizes(graph, at or ()))
+    print_text(plan_summary(plan))
+    print()
+    print_table(peak_rows(plan, most))
 
 
 @app.command()

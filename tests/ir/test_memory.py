@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from random_networks import networks
-from regauge.ir.cost import cost
+from regauge.ir.cost import cost, smallest_sizes
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.graph import Graph, Node
 from regauge.ir.memory import PeakMemory, activation_bytes
 from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.storage import storages
 from small_graphs import multilayer_perceptron, residual_network
 
 
@@ -37,22 +38,24 @@ def test_by_hand() -> None:
 def tracked_peak(graph: Graph, inputs: list[torch.Tensor]) -> int:
     """Bytes alive at the worst node of a run: its operands and results, what is still to be read, unread inputs."""
     alive: dict[int, int] = {}
+    held = {value.untyped_storage()._cdata for value in [*inputs, *(p.tensor for p in graph.parameters.values())]}
     peak, steps = sum(x.nbytes for x in inputs), {node: step for step, node in enumerate(graph.nodes)}
-    returned = set(graph.outputs)
+    owner = storages(graph, smallest_sizes(graph))
+    last: dict[Any, int] = {}
+    for value, root in owner.items():
+        reads = [steps[user] for user in value.consumers()] + [len(steps) for out in graph.outputs if out is value]
+        last[root] = max([last.get(root, 0), *reads])
 
-    def hook(node: Node, results: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook(node: Node, results: tuple[Any, ...]) -> None:
         nonlocal peak
-        own = tuple(result.clone() for result in results)  # no views: each value has memory of its own
-        for tensor in own:
-            alive[id(tensor)] = tensor.nbytes
-            weakref.finalize(tensor, alive.pop, id(tensor))
-        unread = sum(
-            x.nbytes
-            for value, x in zip(graph.inputs, inputs, strict=True)
-            if value in returned or any(steps[user] >= steps[node] for user in value.consumers())
-        )
-        peak = max(peak, sum(alive.values()) + unread)
-        return own
+        for tensor in results:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in held and storage._cdata not in alive:
+                alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, alive.pop, storage._cdata)
+            del storage
+        unread = [x.nbytes for v, x in zip(graph.inputs, inputs, strict=True) if last.get(v, 0) >= steps[node]]
+        peak = max(peak, sum(alive.values()) + sum(unread))
 
     graph.run(inputs, hook=hook)
     return peak
@@ -106,3 +109,25 @@ def test_regions_run_between_the_reading_and_the_giving_of_their_node() -> None:
         regions.append(inner.graph)
     graph.outputs = [build("cond", flag, x, regions=regions, results=[(x.shape, x.dtype)])]
     assert activation_bytes(graph)[1] == 32 + 1 + 64 + 64
+
+
+def test_views_lie_in_the_memory_of_what_they_show() -> None:
+    """A permute is a view, the reshape behind it copies, a reshape of what lies in order is a view; so are parts."""
+    graph = Graph("views")
+    build = Builder(graph)
+    x = build.input("x", (4, 6), torch.float32)
+    turned = build.permute(x, dims=(1, 0))
+    copied = build.reshape(turned, shape=(24,))
+    first, second = build.split(build.reshape(copied, shape=(4, 6)), sizes=(2, 2), dim=0)
+    graph.outputs = [build.add(first, second)]
+    owner = storages(graph, smallest_sizes(graph))
+    assert owner[turned] is x and owner[copied] is copied and owner[first] is owner[second] is copied
+    assert activation_bytes(graph) == (96 + 96 + 48, 96 + 96)
+
+
+def test_weights_that_are_only_laid_out_take_nothing() -> None:
+    graph = Graph("turned")
+    build = Builder(graph)
+    x = build.input("x", (2, 3), torch.float32)
+    graph.outputs = [build.matmul(x, build.permute(build.parameter("w", torch.randn(5, 3)), dims=(1, 0)))]
+    assert activation_bytes(graph) == (24 + 40, 24 + 40)

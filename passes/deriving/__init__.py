@@ -1,0 +1,1 @@
+"""Other ways to compute sums of products of tensors."""
