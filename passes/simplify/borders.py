@@ -72,7 +72,7 @@ def _idle(walk: Geometry, axis: int, size: object, places: object, width: object
 
 
 def _crop(graph: Graph, build: Builder, node: Node, weight: Parameter, rims: tuple[int, ...]) -> None:
-    walk, sizes = geometry(node), tuple(int(size) for size in weight.shape)  # type: ignore[arg-type]
+    walk, sizes = geometry(node), tuple(int(size) for size in weight.shape)
     inner = tuple(slice(rim, size - rim) for rim, size in zip(rims, sizes[2:], strict=True))
     shape = (*sizes[:2], *(part.stop - part.start for part in inner))
     padding = tuple(p - rim * d for p, rim, d in zip(walk.padding, rims, walk.dilation, strict=True))
