@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import regauge
-from benchmarks.onnx_exports import IMAGE, TOKENS, Network, Positional, timm_network, export
+from benchmarks.onnx_exports import IMAGE, TOKENS, Network, Positional, export, timm_network
 from benchmarks.report import append_table, environment
 from benchmarks.zoo import import_torchvision
 from regauge.backends.run_onnxruntime import Session
