@@ -74,7 +74,7 @@ class Network:
     dynamic: dict[int, str]
 
 
-def _timm(name: str, size: int) -> Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+def timm_network(name: str, size: int) -> Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]:
     def make() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
         case = build_case(f"timm:{name}:{size}")
         return case.model, case.args
@@ -93,7 +93,7 @@ def _transformer(family: str) -> Callable[[], tuple[nn.Module, tuple[torch.Tenso
 
 IMAGE, TOKENS = {0: "batch"}, {0: "batch", 1: "length"}
 NETWORKS = [
-    *(Network(name, _timm(name, size), IMAGE) for name, size in [
+    *(Network(name, timm_network(name, size), IMAGE) for name, size in [
         ("resnet18", 64), ("mobilenet_v3_small@tv", 64), ("shufflenet_v2_x0_5@tv", 64), ("densenet121", 64),
         ("efficientnet_b0", 64), ("regnety_002", 64), ("convnext_atto", 64), ("vit_tiny_patch16_224", 224),
         ("swin_tiny_patch4_window7_224", 224), ("mobilevit_xxs", 128), ("repvgg_a0", 64), ("ghostnet_100", 64),
