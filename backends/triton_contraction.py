@@ -70,19 +70,18 @@ class ContractionKernel(Writer):
         self.line(f"{axis}_ok = {joint} < {self.joint_size(loops)}")
         self.take_apart(axis, loops)
 
-    def _place(self, tensor: Tensor) -> tuple[str, str]:
+    def _place(self, tensor: Tensor, picks: Sequence[Term] = ()) -> tuple[str, str]:
         """The address of an entry of a tile, and the mask."""
         axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.loops.contracted}
         masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
-        return self.address(tensor, self.loops), " & ".join(masks)
+        return self.address(tensor, self.loops, picks), " & ".join(masks)
 
     def load(self, term: Term) -> str:
-        text = self._raw(term)
-        return text if term.value.value.dtype == torch.bool else f"{text}.to(tl.float32)"
+        return self._raw(term) + self.cast(term.value.value.dtype)
 
     def _raw(self, term: Term) -> str:
-        address, mask = self._place(self.of_load[term])
-        mask = " & ".join(filter(None, [mask, *map(self.text, term.args)]))
+        address, mask = self._place(self.of_load[term], term.args[: len(term.value.picked)])
+        mask = " & ".join(filter(None, [mask, *self.guards(term)]))
         return f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
 
     # -- the product -------------------------------------------------------------------------------------------------

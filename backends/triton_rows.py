@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-import torch
-
 from regauge.backends.triton_expressions import outermost
 from regauge.backends.triton_loops import Loop, Tensor, loops_of
 from regauge.backends.triton_source import Rounding, Writer
@@ -103,18 +101,18 @@ class RowKernel(Writer):
     def _has_columns(self, term: Term) -> bool:
         return any(loop.dims[0] in term.axes for loop in self.loops.columns)
 
-    def _place(self, tensor: Tensor) -> tuple[str, str]:
+    def _place(self, tensor: Tensor, picks: Sequence[Term] = ()) -> tuple[str, str]:
         """The address of an entry, and the mask."""
         rows, columns = tensor.loops(self.loops.rows), tensor.loops(self.loops.columns)
         mask = "ok" if columns and (rows or self.flat) else "col_ok" if columns else "row_ok" if rows else ""
-        return self.address(tensor, self.loops), mask
+        return self.address(tensor, self.loops, picks), mask
 
     def load(self, term: Term) -> str:
         tensor = self.of_load[term]
-        address, mask = self._place(tensor)
-        mask = " & ".join(filter(None, [mask, *map(self.text, term.args)]))
+        address, mask = self._place(tensor, term.args[: len(tensor.picked)])
+        mask = " & ".join(filter(None, [mask, *self.guards(term)]))
         text = f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
-        return text if tensor.value.dtype == torch.bool else f"{text}.to(tl.float32)"
+        return text + self.cast(tensor.value.dtype)
 
     def store(self, tensor: Tensor) -> None:
         address, mask = self._place(tensor)

@@ -121,7 +121,7 @@ class Writer:
         return long
 
     def _tensor(self, load: Load) -> Tensor:
-        return Tensor(self.names.unique(load.value.name), load.value, load.layout, load.places)
+        return Tensor(self.names.unique(load.value.name), load.value, load.layout, load.places, load.picked)
 
     # -- lines -------------------------------------------------------------------------------------------------------
 
@@ -227,6 +227,22 @@ class Writer:
             return f"({outermost(text)}).to({TRITON_TYPES[term.value.dtype]}).to(tl.float32)"
         return text
 
+    def guards(self, term: Term) -> list[str]:
+        """What has to hold where a tensor is read: a number that picks an entry must be that of one."""
+        load: Load = term.value
+        numbers, guards = term.args[: len(load.picked)], term.args[len(load.picked) :]
+        texts = [
+            f"({self.text(number)} >= 0) & ({self.text(number)} < size_{self.region.names[dim]})"
+            for number, dim in zip(numbers, load.picked, strict=True)
+        ]
+        return [*texts, *map(self.text, guards)]
+
+    def cast(self, dtype: Any) -> str:
+        """What is done to what is read: numbers of entries are integers, truth values stay, all else is a float."""
+        if dtype == torch.bool:
+            return ""
+        return ".to(tl.float32)" if dtype.is_floating_point else ".to(tl.int64)"
+
     def statements(self, terms: Iterable[Term], load: Callable[[Term], str]) -> None:
         """A line for each term that has one, in order."""
         for term in terms:
@@ -247,12 +263,17 @@ class Writer:
         pointers = [f"{tensor.name}_ptr" for tensor in tensors]
         sizes = [f"size_{loop.name}" for loop in loops.sized]
         starts = [f"{tensor.name}_start" for tensor in tensors if tensor.shifts]
-        steps = [f"{tensor.name}_{loop.name}" for tensor in tensors for loop in tensor.loops(loops.all)]
+        steps = [f"{tensor.name}_{name}" for tensor in tensors for name in self._stepped(tensor, loops)]
         return [*pointers, *sizes, *starts, *steps]
 
-    def address(self, tensor: Tensor, loops: Loops) -> str:
-        """Where an entry lies."""
-        terms = [f"{loop.name} * {tensor.name}_{loop.name}" for loop in tensor.loops(loops.all)]
+    def _stepped(self, tensor: Tensor, loops: Loops) -> list[str]:
+        """What a tensor has a step for: loops, and what is picked."""
+        return [*(loop.name for loop in tensor.loops(loops.all)), *(self.region.names[dim] for dim in tensor.picked)]
+
+    def address(self, tensor: Tensor, loops: Loops, picks: Sequence[Term] = ()) -> str:
+        """Where an entry lies; ``picks`` are the numbers of what is picked."""
+        places = [*(loop.name for loop in tensor.loops(loops.all)), *map(self.text, picks)]
+        terms = [f"{at} * {tensor.name}_{name}" for at, name in zip(places, self._stepped(tensor, loops), strict=True)]
         return " + ".join([f"{tensor.name}_ptr", *[f"{tensor.name}_start"] * tensor.shifts, *terms])
 
     def signature(self, name: str, arguments: Sequence[str], constants: Sequence[str]) -> list[str]:

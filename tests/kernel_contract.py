@@ -42,7 +42,11 @@ def drawn(graph: Graph, sizes: Mapping[object, int] | None = None, seed: int = 0
             numbers = numbers[tuple(slice(None, None, 2) for _ in shape)].permute(list(reversed(range(len(shape)))))
         else:
             numbers = torch.randn(shape, generator=generator)
-        tensors[value] = numbers > 1 if value.dtype == torch.bool else numbers.to(value.dtype)
+        if value.dtype == torch.bool:
+            tensors[value] = numbers > 1
+        else:  # integers are numbers of entries
+            numbers = numbers if value.dtype.is_floating_point else (4 * numbers.abs()).floor() % 7
+            tensors[value] = numbers.to(value.dtype)
     tensors.update((parameter, parameter.tensor) for parameter in graph.parameters.values())
     return tensors
 

@@ -184,6 +184,14 @@ def convolved(f: Form, rows: Any, columns: int) -> Any:
     return b.relu(b.batch_norm(y, f.w(10), f.w(10), f.w(10), variance, eps=1e-3))
 
 
+def embedded_norm(f: Form, rows: Any, columns: int) -> Any:
+    """Two tables, looked up by token and by place, and the norm of what they hold together."""
+    b = f.build
+    token = b.embedding(f.w(11, columns), f.x(2, rows, dtype=torch.int64))
+    h = b.add(token, b.embedding(f.w(7, columns), f.x(rows, dtype=torch.int64)))
+    return h, b.layer_norm(h, f.w(columns), f.w(columns), normalized_shape=(columns,))
+
+
 def dense_gelu_residual(f: Form, rows: Any, columns: int) -> Any:
     """Bias, activation and residual behind the product."""
     y = f.build.gelu(f.build.linear(f.x(rows, 48), f.w(columns, 48), f.w(columns)))
@@ -220,8 +228,8 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     for form in (
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax,
         layer_norm, gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned, number,
-        rotary, joined, rotary_inside, shifted, depthwise, pooled, averaged, squeezed, convolved, dense_gelu_residual,
-        dense_in_heads, gated_product, scores, with_itself,
+        rotary, joined, rotary_inside, shifted, depthwise, pooled, averaged, squeezed, convolved, embedded_norm,
+        dense_gelu_residual, dense_in_heads, gated_product, scores, with_itself,
     )
 }  # fmt: skip
 

@@ -26,13 +26,20 @@ def fault(region: Region) -> str | None:
 
 
 def _wrong_type(region: Region) -> str | None:
-    for value in (*region.results, *(load.value.value for load in region.loads)):
+    numbers = [number for load in region.loads for number in load.args[: len(load.value.picked)]]
+    others = [load for load in region.loads if load not in numbers or _is_read_otherwise(region, load)]
+    for value in (*region.results, *(load.value.value for load in others)):
         if value.dtype not in (*FLOATS, torch.bool):
             return f"kernels compute in half and single precision, {value.name} is {value.signature.partition('[')[0]}"
     for value in region.outputs:
         if value.dtype not in FLOATS:
             return f"the result {value.name} is no float"
     return None
+
+
+def _is_read_otherwise(region: Region, number: Term) -> bool:
+    """Whether the number of an entry is more than that: then it is computed with."""
+    return any(number in term.args and (term.op != "load" or not term.value.picked) for term in region.terms)
 
 
 def _unread_loop(region: Region) -> str | None:
