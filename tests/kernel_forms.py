@@ -184,6 +184,18 @@ def convolved(f: Form, rows: Any, columns: int) -> Any:
     return b.relu(b.batch_norm(y, f.w(10), f.w(10), f.w(10), variance, eps=1e-3))
 
 
+def written_out_norm(f: Form, rows: Any, columns: int) -> Any:
+    """A layer norm as graphs of older exporters have it, node by node."""
+    b, x = f.build, f.x(rows, columns)
+    centred = b.sub(x, b.mean(x, dims=(1,), keepdim=True))
+    variance = b.mean(b.mul(centred, centred), dims=(1,), keepdim=True)
+    return b.add(b.mul(b.div(centred, b.sqrt(b.add(variance, 1e-3))), f.w(columns)), f.w(columns))
+
+
+def instance_norm_relu(f: Form, rows: Any, columns: int) -> Any:
+    return f.build.relu(f.build.instance_norm(f.x(2, 3, rows, columns), f.w(3), f.w(3), eps=1e-3))
+
+
 def embedded_norm(f: Form, rows: Any, columns: int) -> Any:
     """Two tables, looked up by token and by place, and the norm of what they hold together."""
     b = f.build
@@ -227,9 +239,10 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax,
-        layer_norm, gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned, number,
-        rotary, joined, rotary_inside, shifted, depthwise, pooled, averaged, squeezed, convolved, embedded_norm,
-        dense_gelu_residual, dense_in_heads, gated_product, scores, with_itself,
+        layer_norm, gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, instance_norm_relu,
+        written_out_norm, deviation, total, turned, number, rotary, joined, rotary_inside, shifted, depthwise, pooled,
+        averaged, squeezed, convolved, embedded_norm, dense_gelu_residual, dense_in_heads, gated_product, scores,
+        with_itself,
     )
 }  # fmt: skip
 
