@@ -94,6 +94,12 @@ def terms_below(term: Term) -> set[Term]:
     return found
 
 
+def computed_in_windows(region: Region) -> bool:
+    """Whether what windows go over is computed, and not only read: then it is once for each index of a window."""
+    below = {term for one in region.reductions for term in terms_below(one)} if region.has_windows else set()
+    return any(term.op == "result" and below_results(term).op != "load" for term in below if term.axes & region.reduced)
+
+
 def computed_factors(region: Region) -> list[Term]:
     """The factors of a contraction that are computed, and not only read."""
     factors = [factor for term in region.contractions for factor in below_results(term.args[0]).args]

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from regauge.ir.cost import item_size, node_macs, smallest_sizes
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.legality import computed_factors, fault
+from regauge.ir.fusion.legality import computed_factors, computed_in_windows, fault
 from regauge.ir.fusion.region import Region, is_view, no_element, trace
 from regauge.ir.fusion.traffic import bytes_moved
 from regauge.ir.graph import Graph, Node, Value
@@ -26,6 +26,10 @@ from regauge.ir.sizes import product
 
 TILE = 128
 """Columns of a contraction that one program computes: what stands before it is computed for each of them again."""
+
+WINDOW = 16
+"""Indices of a window, for each of which what stands before it is computed again: of more that takes longer than to move
+it."""
 
 NEAR = 64
 """Nodes between regions that may become one without a value between them: what they read is kept until the last one."""
@@ -352,6 +356,8 @@ class _Planner:
             (contraction,) = region.contractions
             if int(product(self.bound(dim.size) for dim in contraction.axes - factor.axes)) > TILE:
                 return f"what stands before a contraction would be computed again for every {TILE} columns"
+        if computed_in_windows(region) and int(product(self.bound(dim.size) for dim in region.reduced)) > WINDOW:
+            return f"what stands before windows would be computed again for more than {WINDOW} indices"
         if not (above.bytes and below.bytes):  # a view goes along with what reads or writes it
             return ""
         if union.bytes < above.bytes + below.bytes and union.seconds <= above.seconds + below.seconds:
