@@ -33,6 +33,7 @@ from regauge.ir.fusion.products import FLOAT8
 ARCHITECTURES: Mapping[str, int] = {"sm_80": 80, "sm_90": 90}
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
 _POINTERS |= {torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
+_POINTERS[torch.int64] = "*i64"
 _POINTERS |= dict.fromkeys(FLOAT8, "*u8")
 
 
@@ -179,6 +180,7 @@ def number_dims(source: Source) -> list[tuple[Dim, ...] | None]:
         for last in (loop.dims[-1] for loop in tensor.loops(loops)):
             own = [place for place in tensor.places.values() if last in place.dims] == [index_of(last)]
             found.append(tuple(flat[flat.index(last) + 1 :]) if own and last in flat else None)
+        found += [tuple(flat[flat.index(dim) + 1 :]) for dim in tensor.picked]
     return found
 
 

@@ -182,7 +182,10 @@ def numbers(
     """The arguments behind the pointers: sizes of loops, where tensors begin, then their steps along loops."""
     loops = source.loops.all
     found = [*(loop.size(sizes) for loop in source.loops.sized), *starts]
-    return found + [steps[tensor][loop.dims[-1]] for tensor in source.tensors for loop in tensor.loops(loops)]
+    for tensor in source.tensors:
+        found += [steps[tensor][loop.dims[-1]] for loop in tensor.loops(loops)]
+        found += [steps[tensor][dim] for dim in tensor.picked]
+    return found
 
 
 def case_of(source: Source, sizes: Mapping[Dim, int]) -> Case:

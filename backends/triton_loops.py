@@ -31,12 +31,14 @@ class Loop:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor that a kernel reads or writes, under a name of its own; ``places`` are the indices of its own loops."""
+    """A tensor that a kernel reads or writes, under a name of its own; ``places`` are the indices of its own loops, and
+    ``picked`` are loops whose index is read."""
 
     name: str
     value: Value
     layout: Layout
     places: Mapping[Dim, Affine]
+    picked: tuple[Dim, ...] = ()
 
     @cached_property
     def axes(self) -> frozenset[Dim]:
@@ -146,10 +148,11 @@ def sizes_of(region: Region, tensors: Iterable[Tensor], given: Mapping[Value, to
 
 def strides_of(tensor: Tensor, given: torch.Tensor, sizes: Mapping[Dim, int]) -> dict[Dim, int]:
     """How far apart in memory what is read is for neighbouring indices of each loop."""
-    found: dict[Dim, int] = {}
-    for dim, stride in _own_strides(tensor, given, sizes).items():
-        for loop, step in tensor.places[dim].steps:
-            found[loop] = found.get(loop, 0) + step * stride
+    strides = _own_strides(tensor, given, sizes)
+    found = {dim: strides[dim] for dim in tensor.picked}
+    for dim, place in tensor.places.items():
+        for loop, step in place.steps:
+            found[loop] = found.get(loop, 0) + step * strides[dim]
     return found
 
 

@@ -101,18 +101,18 @@ class RowKernel(Writer):
     def _has_columns(self, term: Term) -> bool:
         return any(loop.dims[0] in term.axes for loop in self.loops.columns)
 
-    def _place(self, tensor: Tensor) -> tuple[str, str]:
+    def _place(self, tensor: Tensor, picks: Sequence[Term] = ()) -> tuple[str, str]:
         """The address of an entry, and the mask."""
         rows, columns = tensor.loops(self.loops.rows), tensor.loops(self.loops.columns)
         mask = "ok" if columns and (rows or self.flat) else "col_ok" if columns else "row_ok" if rows else ""
-        return self.address(tensor, self.loops), mask
+        return self.address(tensor, self.loops, picks), mask
 
     def load(self, term: Term) -> str:
         tensor = self.of_load[term]
-        address, mask = self._place(tensor)
-        mask = " & ".join(filter(None, [mask, *map(self.text, term.args)]))
+        address, mask = self._place(tensor, term.args[: len(tensor.picked)])
+        mask = " & ".join(filter(None, [mask, *self.guards(term)]))
         text = f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
-        return self.numbers(tensor, text)
+        return self.numbers(term, text)
 
     def store(self, tensor: Tensor) -> None:
         address, mask = self._place(tensor)

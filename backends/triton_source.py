@@ -106,6 +106,7 @@ class Writer:
         self.reads = [self._tensor(load.value) for load in region.loads]
         self.writes = [self._tensor(Load(value, region.layouts[value])) for value in region.outputs]
         self.of_load = dict(zip(region.loads, self.reads, strict=True))
+        self.picks = {number for load in region.loads for number in load.args[: len(load.value.picked)]}
         self.long: set[Term] = set()
         self.lines: list[str] = []
         self.indent = "    "
@@ -129,7 +130,7 @@ class Writer:
         return long
 
     def _tensor(self, load: Load) -> Tensor:
-        return Tensor(self.names.unique(load.value.name), load.value, load.layout, load.places)
+        return Tensor(self.names.unique(load.value.name), load.value, load.layout, load.places, load.picked)
 
     # -- lines -------------------------------------------------------------------------------------------------------
 
@@ -228,11 +229,12 @@ class Writer:
         bits = term.value.base.bit_length() - 1
         return f"(({text} >> {place if bits == 1 else f'{bits} * {place}'}) & {term.value.base - 1})"
 
-    def numbers(self, tensor: Tensor, text: str) -> str:
-        """What was read of a tensor as numbers in single precision; truth values stay as they are."""
+    def numbers(self, term: Term, text: str) -> str:
+        """What was read as numbers in single precision; truth values stay, and so do numbers of entries."""
+        tensor = self.of_load[term]
         if tensor.value.dtype == torch.bool:
             return text
-        return f"{self.of_bytes(tensor, text)}.to(tl.float32)"
+        return f"{text}.to(tl.int64)" if term in self.picks else f"{self.of_bytes(tensor, text)}.to(tl.float32)"
 
     def of_bytes(self, tensor: Tensor, text: str) -> str:
         """What was read of a tensor as numbers: floats of 8 bits are read as bytes."""
@@ -257,6 +259,16 @@ class Writer:
             return f"({outermost(text)}).to({TRITON_TYPES[term.value.dtype]}).to(tl.float32)"
         return text
 
+    def guards(self, term: Term) -> list[str]:
+        """What has to hold where a tensor is read: a number that picks an entry must be that of one."""
+        load: Load = term.value
+        numbers, guards = term.args[: len(load.picked)], term.args[len(load.picked) :]
+        texts = [
+            f"({self.text(number)} >= 0) & ({self.text(number)} < size_{self.region.names[dim]})"
+            for number, dim in zip(numbers, load.picked, strict=True)
+        ]
+        return [*texts, *map(self.text, guards)]
+
     def statements(self, terms: Iterable[Term], load: Callable[[Term], str]) -> None:
         """A line for each term that has one, in order."""
         for term in terms:
@@ -277,12 +289,17 @@ class Writer:
         pointers = [*(f"{tensor.name}_ptr" for tensor in tensors), *more]
         sizes = [f"size_{loop.name}" for loop in loops.sized]
         starts = [f"{tensor.name}_start" for tensor in tensors if tensor.shifts]
-        steps = [f"{tensor.name}_{loop.name}" for tensor in tensors for loop in tensor.loops(loops.all)]
+        steps = [f"{tensor.name}_{name}" for tensor in tensors for name in self._stepped(tensor, loops)]
         return [*pointers, *sizes, *starts, *steps]
 
-    def address(self, tensor: Tensor, loops: Loops) -> str:
-        """Where an entry lies."""
-        terms = [f"{loop.name} * {tensor.name}_{loop.name}" for loop in tensor.loops(loops.all)]
+    def _stepped(self, tensor: Tensor, loops: Loops) -> list[str]:
+        """What a tensor has a step for: loops, and what is picked."""
+        return [*(loop.name for loop in tensor.loops(loops.all)), *(self.region.names[dim] for dim in tensor.picked)]
+
+    def address(self, tensor: Tensor, loops: Loops, picks: Sequence[Term] = ()) -> str:
+        """Where an entry lies; ``picks`` are the numbers of what is picked."""
+        places = [*(loop.name for loop in tensor.loops(loops.all)), *map(self.text, picks)]
+        terms = [f"{at} * {tensor.name}_{name}" for at, name in zip(places, self._stepped(tensor, loops), strict=True)]
         return " + ".join([f"{tensor.name}_ptr", *[f"{tensor.name}_start"] * tensor.shifts, *terms])
 
     def signature(self, name: str, arguments: Sequence[str], constants: Sequence[str]) -> list[str]:

@@ -75,19 +75,19 @@ class TileWriter(Writer):
         self.line(f"{axis}_ok = {joint} < {self.joint_size(loops)}")
         self.take_apart(axis, loops)
 
-    def entry(self, tensor: Tensor) -> tuple[str, str]:
+    def entry(self, tensor: Tensor, picks: Sequence[Term] = ()) -> tuple[str, str]:
         """The address of an entry of a tile, and the mask."""
         axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.inner}
         masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
-        return self.address(tensor, self.loops), " & ".join(masks)
+        return self.address(tensor, self.loops, picks), " & ".join(masks)
 
     def load(self, term: Term) -> str:
-        return self.numbers(self.of_load[term], self.raw(term))
+        return self.numbers(term, self.raw(term))
 
     def raw(self, term: Term) -> str:
         """What is read of a tensor, as it is stored."""
-        address, mask = self.entry(self.of_load[term])
-        mask = " & ".join(filter(None, [mask, *map(self.text, term.args)]))
+        address, mask = self.entry(self.of_load[term], term.args[: len(term.value.picked)])
+        mask = " & ".join(filter(None, [mask, *self.guards(term)]))
         return f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
 
     # -- what stands behind ------------------------------------------------------------------------------------------

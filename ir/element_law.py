@@ -18,7 +18,7 @@ from regauge.ir.extents import ONE, Concat, Dim, Extent, leaves, resolve, size_o
 from regauge.ir.graph import Value
 from regauge.ir.operator import Symmetry
 from regauge.ir.rules import ENDING_ROLES
-from regauge.ir.scalars import Along, Place, Scalar, element_of, evaluate, movements, operand
+from regauge.ir.scalars import Along, Place, Scalar, element_of, evaluate, operand, parts_of
 
 if TYPE_CHECKING:
     from regauge.ir.law_cases import Case
@@ -80,9 +80,9 @@ class _Elsewhere:
 
     def as_operands(self, expression: Scalar) -> Scalar:
         known: dict[Scalar, Scalar] = {}
-        for one in movements(expression):
+        for one in parts_of(expression, ("moved", "inside", "picked")):
             known[one] = operand(len(self.case.node.inputs) + len(self.gathered))
-            self.gathered.append(self._gather(one))
+            self.gathered.append(self._pick(one) if one.op == "picked" else self._gather(one))
 
         def replaced(one: Scalar) -> Scalar:
             if one not in known:
@@ -91,11 +91,21 @@ class _Elsewhere:
 
         return replaced(expression)
 
-    def _gather(self, moved: Scalar) -> tuple[torch.Tensor, list[Extent]]:
-        slot = moved.args[0].value
-        value, tensor = self.case.node.inputs[slot], self.case.operands[slot]
+    def _pick(self, picked: Scalar) -> tuple[torch.Tensor, list[Extent]]:
+        """Entries at the numbers that another operand holds, along the axes of that one in place of the axis."""
+        (x, axes), (index, others) = (self._operand(arg.value) for arg in picked.args)
+        axis = picked.value % x.dim()
+        taken = x.index_select(axis, index.reshape(-1))
+        taken = taken.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
+        return taken, [*axes[:axis], *others, *axes[axis + 1 :]]
+
+    def _operand(self, slot: int) -> tuple[torch.Tensor, list[Extent]]:
+        value = self.case.node.inputs[slot]
         assert isinstance(value, Value)
-        axes: list[Extent] = list(self.case.analysis.of[value])
+        return self.case.operands[slot], list(self.case.analysis.of[value])
+
+    def _gather(self, moved: Scalar) -> tuple[torch.Tensor, list[Extent]]:
+        tensor, axes = self._operand(moved.args[0].value)
         places = sorted(((axis % len(axes), place) for axis, place in moved.value.places), reverse=True)
         if moved.op == "inside":
             keeps = {axis for axis, _ in places}

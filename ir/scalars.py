@@ -15,7 +15,7 @@ operator computes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -41,6 +41,7 @@ class Scalar:
     ``moved``    the operand at other places of some axes: ``value`` is a :class:`Moved`
     ``inside``   whether the places of the :class:`Moved` ``value`` are on the axes of the operand
     ``digit``    digit i of an integer to the base ``value``, i being the index within the last axis of the result
+    ``picked``   of the first argument, an operand, the entry of axis ``value`` whose number the second one holds
     """
 
     op: str
@@ -159,8 +160,18 @@ def inside(x: Scalar, places: Mapping[int, Place]) -> Scalar:
     return Scalar("inside", (x,), Moved(tuple(places.items())))
 
 
+def picked(x: Scalar, axis: int, index: Scalar) -> Scalar:
+    """Of an operand the entries of an axis whose numbers another operand holds."""
+    return Scalar("picked", (x, index), axis)
+
+
 def movements(expression: Scalar) -> list[Scalar]:
     """What an expression reads elsewhere, or asks whether it is there: its ``moved`` and ``inside``."""
+    return parts_of(expression, ("moved", "inside"))
+
+
+def parts_of(expression: Scalar, ops: Collection[str]) -> list[Scalar]:
+    """All that an expression is made of and has one of these ``ops``."""
     seen: dict[Scalar, None] = {}
     stack = [expression]
     while stack:
@@ -168,7 +179,7 @@ def movements(expression: Scalar) -> list[Scalar]:
         if one not in seen:
             seen[one] = None
             stack.extend(one.args)
-    return [one for one in seen if one.op in ("moved", "inside")]
+    return [one for one in seen if one.op in ops]
 
 
 def joined(*args: Operand) -> Scalar:

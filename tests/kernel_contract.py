@@ -42,7 +42,11 @@ def drawn(graph: Graph, sizes: Mapping[object, int] | None = None, seed: int = 0
             numbers = numbers[tuple(slice(None, None, 2) for _ in shape)].permute(list(reversed(range(len(shape)))))
         else:
             numbers = torch.randn(shape, generator=generator)
-        tensors[value] = _typed(numbers, value.dtype)
+        if value.dtype == torch.int64:  # numbers of entries
+            numbers = (4 * numbers.abs()).floor() % 7
+            tensors[value] = numbers.long()
+        else:
+            tensors[value] = _typed(numbers, value.dtype)
     tensors.update((parameter, parameter.tensor) for parameter in graph.parameters.values())
     return tensors
 

@@ -196,6 +196,26 @@ def convolved(f: Form, rows: Any, columns: int) -> Any:
     return b.relu(b.batch_norm(y, f.w(10), f.w(10), f.w(10), variance, eps=1e-3))
 
 
+def written_out_norm(f: Form, rows: Any, columns: int) -> Any:
+    """A layer norm as graphs of older exporters have it, node by node."""
+    b, x = f.build, f.x(rows, columns)
+    centred = b.sub(x, b.mean(x, dims=(1,), keepdim=True))
+    variance = b.mean(b.mul(centred, centred), dims=(1,), keepdim=True)
+    return b.add(b.mul(b.div(centred, b.sqrt(b.add(variance, 1e-3))), f.w(columns)), f.w(columns))
+
+
+def instance_norm_relu(f: Form, rows: Any, columns: int) -> Any:
+    return f.build.relu(f.build.instance_norm(f.x(2, 3, rows, columns), f.w(3), f.w(3), eps=1e-3))
+
+
+def embedded_norm(f: Form, rows: Any, columns: int) -> Any:
+    """Two tables, looked up by token and by place, and the norm of what they hold together."""
+    b = f.build
+    token = b.embedding(f.w(11, columns), f.x(2, rows, dtype=torch.int64))
+    h = b.add(token, b.embedding(f.w(7, columns), f.x(rows, dtype=torch.int64)))
+    return h, b.layer_norm(h, f.w(columns), f.w(columns), normalized_shape=(columns,))
+
+
 def dense_gelu_residual(f: Form, rows: Any, columns: int) -> Any:
     """Bias, activation and residual behind the product."""
     y = f.build.gelu(f.build.linear(f.x(rows, 48), f.w(columns, 48), f.w(columns)))
@@ -338,9 +358,10 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax,
-        layer_norm, gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned, number,
-        rotary, joined, rotary_inside, shifted, depthwise, pooled, averaged, squeezed, convolved, dense_gelu_residual,
-        dense_in_heads, gated_product, scores, with_itself,
+        layer_norm, gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, instance_norm_relu,
+        written_out_norm, deviation, total, turned, number, rotary, joined, rotary_inside, shifted, depthwise, pooled,
+        averaged, squeezed, convolved, embedded_norm, dense_gelu_residual, dense_in_heads, gated_product, scores,
+        with_itself,
         int8_weight, int8_groups, int4_weight, int4_neighbours, int2_weight, int8_both,
         int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,
         three_products,

@@ -78,12 +78,13 @@ def _read(
 ) -> torch.Tensor:
     """What a tensor holds for each index of the loops; zero where a guard does not hold."""
     tensor = tensor.double() if tensor.is_floating_point() else tensor
-    places = term.value.places
-    split = tensor.reshape([sizes[dim] for dim in places])
-    there = reduce(torch.logical_and, guards, torch.tensor(True))
+    places, picked = term.value.places, term.value.picked
+    dims = [dim for axis in term.value.layout for dim in axis]
+    split = tensor.reshape([sizes[dim] for dim in dims])
+    there = reduce(torch.logical_and, guards[len(picked) :], torch.tensor(True))
     indices = []
-    for dim, place in places.items():
-        index = _places(place, loops, sizes)
+    for dim in dims:
+        index = guards[picked.index(dim)] if dim in picked else _places(places[dim], loops, sizes)
         assert bool(((index >= 0) & (index < sizes[dim]) | ~there).all()), f"{term.value.value} is read outside"
         indices.append(index.clamp(0, max(sizes[dim] - 1, 0)))
     found = split[tuple(indices)] if indices else split.reshape((1,) * len(loops))

@@ -40,8 +40,11 @@ def fault(region: Region) -> str | None:
 
 def _wrong_type(region: Region) -> str | None:
     rounded = {arg for term in region.terms if term.op != "real" for arg in term.args}
+    numbers = {number for load in region.loads for number in load.args[: len(load.value.picked)]}
     for load in region.loads:
         value = load.value.value
+        if load in numbers and not _is_read_otherwise(region, load):
+            continue
         long = value.dtype == torch.int32 and load not in rounded  # torch rounds it to the type of its scale, too
         if not (long or value.dtype in (*FLOATS, *INTEGERS, *FLOAT8, torch.bool)):
             return _no_type(value)
@@ -62,6 +65,11 @@ def _wrong_type(region: Region) -> str | None:
 
 def _no_type(value: Value) -> str:
     return f"kernels compute in half and single precision, {value.name} is {value.signature.partition('[')[0]}"
+
+
+def _is_read_otherwise(region: Region, number: Term) -> bool:
+    """Whether the number of an entry is more than that: then it is computed with."""
+    return any(number in term.args and (term.op != "load" or not term.value.picked) for term in region.terms)
 
 
 def _unread_loop(region: Region) -> str | None:
@@ -141,3 +149,9 @@ def terms_behind(region: Region) -> set[Term]:
             found.add(one)
             stack.extend(() if one in region.contractions else one.args)
     return found
+
+
+def computed_in_windows(region: Region) -> bool:
+    """Whether what windows go over is computed, and not only read: then it is once for each index of a window."""
+    below = {term for one in region.reductions for term in terms_below(one)} if region.has_windows else set()
+    return any(term.op == "result" and below_results(term).op != "load" for term in below if term.axes & region.reduced)

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from regauge.ir.cost import item_size, node_macs, smallest_sizes
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.legality import fault
+from regauge.ir.fusion.legality import computed_in_windows, fault
 from regauge.ir.fusion.products import few_bit_sides
 from regauge.ir.fusion.prologues import again
 from regauge.ir.fusion.region import Region, below_results, is_view, no_element, trace
@@ -28,6 +28,9 @@ from regauge.ir.sizes import product
 
 LIBRARY = "products are left to the runtime's library"
 """Why a product is no kernel where it is planned so."""
+
+WINDOW = 16
+"""Indices of a window, for each of which what stands before it is computed again: of more it is faster to move it."""
 
 NEAR = 64
 """Nodes between regions that may become one without a value between them: what they read is kept until the last one."""
@@ -356,6 +359,8 @@ class _Planner:
         assert region is not None
         if region.contractions and (reason := again(region, self.bound)):
             return reason
+        if computed_in_windows(region) and int(product(self.bound(dim.size) for dim in region.reduced)) > WINDOW:
+            return f"what stands before windows would be computed again for more than {WINDOW} indices"
         if not (above.bytes and below.bytes):  # a view goes along with what reads or writes it
             return ""
         if union.bytes < above.bytes + below.bytes and union.seconds <= above.seconds + below.seconds:

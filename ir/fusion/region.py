@@ -109,15 +109,16 @@ class Region:
 
     @cached_property
     def measured(self) -> list[Dim]:
-        """Dims that are no loops, but how many indices they have says where something is inside."""
+        """Dims that are no loops, but how many indices they have says where something is inside, or can be picked."""
         pairs = [term.value for term in self.terms if term.op == "inside"]
         dims = [dim for pair in pairs for place in pair for dim, _ in place.sizes]
+        dims += [dim for load in self.loads for dim in load.value.picked]
         return [dim for dim in dict.fromkeys(dims) if dim not in self.loops]
 
     @property
     def sized(self) -> list[Dim]:
         """All Dims whose sizes a launch asks for: loops, those that are measured, and the axes of what is read."""
-        read = [dim for load in self.loads for dim in load.value.places]
+        read = [dim for load in self.loads for axis in load.value.layout for dim in axis]
         return list(dict.fromkeys([*self.loops, *self.measured, *read]))
 
     @cached_property
@@ -368,6 +369,16 @@ class _Tracer:
             return self.mover.moved(term, moved, guards if scalar.value.guarded else {})
         return reduce(lambda x, y: Term("logical_and", (x, y), x.axes | y.axes), insides)
 
+    def _picked(self, scalar: Scalar, node: Node) -> Term:
+        """The entries of an operand whose numbers another one holds."""
+        table, numbers = (self._operand(node, arg.value) for arg in scalar.args)
+        value = node.inputs[scalar.args[0].value]
+        assert isinstance(value, Value)
+        own = self._layout(self._key(node, scalar.args[0].value), value.name)[scalar.value]
+        if len(own) > 1:
+            raise FusionError(f"an axis of {value.name} is several loops where {node.op} looks entries up in it")
+        return self.mover.picked(table, own[0], numbers) if own else table
+
     def _joined(self, slots: Sequence[int], node: Node) -> Term:
         """Of operands that are laid end to end along the axis that the node names the one where the index lies."""
         axis = node.attributes["dim"]
@@ -412,6 +423,8 @@ class _Tracer:
                 return self._joined([arg.value for arg in scalar.args], node)
             case "moved" | "inside":
                 return self._elsewhere(scalar, node)
+            case "picked":
+                return self._picked(scalar, node)
         args = tuple(self._term(arg, node, ended, known) for arg in scalar.args)
         if scalar.op == "where":
             return self.mover.chosen(*args)

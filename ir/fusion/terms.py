@@ -58,18 +58,21 @@ class Digit:
 class Load:
     """A tensor from outside that the region reads, and the loops of its axes.
 
-    Of ``moved`` ones the index is a place that depends on other loops.
+    Of ``moved`` ones the index is a place that depends on other loops. Of ``picked`` ones it is a number that another
+    tensor holds: of the arguments of the term as many as there are picked ones are these numbers, before all guards.
     """
 
     value: Value
     layout: Layout
     moved: tuple[tuple[Dim, Affine], ...] = ()
+    picked: tuple[Dim, ...] = ()
 
     @property
     def places(self) -> dict[Dim, Affine]:
-        """The index that each loop of the tensor has, in the order of its axes."""
+        """The index that each loop of the tensor has, in the order of its axes; without what is picked."""
         moved = dict(self.moved)
-        return {dim: moved.get(dim) or index_of(dim) for axis in self.layout for dim in axis}
+        dims = [dim for axis in self.layout for dim in axis if dim not in self.picked]
+        return {dim: moved.get(dim) or index_of(dim) for dim in dims}
 
     @property
     def loops(self) -> list[Dim]:
@@ -93,14 +96,23 @@ class Mover:
         self._insides: dict[tuple[Affine, Affine], Term] = {}
         self._moved: dict[Any, Term] = {}
 
-    def load(self, key: Any, load: Load, guards: tuple[Term, ...] = ()) -> Term:
+    def load(self, key: Any, load: Load, args: tuple[Term, ...] = ()) -> Term:
         """What a tensor holds; ``key`` stands for the tensor."""
-        known = (key, load.moved, guards)
+        known = (key, load.moved, load.picked, args)
         if known not in self._loads:
-            made = self._loads[known] = Term("load", guards, frozenset(load.loops), load)
+            axes = frozenset(load.loops).union(*(arg.axes for arg in args))
+            made = self._loads[known] = Term("load", args, axes, load)
             self._keys[made] = key
             self.loads.append(made)
         return self._loads[known]
+
+    def picked(self, term: Term, dim: Dim, index: Term) -> Term:
+        """What a tensor holds where the index of one of its loops is a number that is read."""
+        if term.op != "load" or term.args or index.op != "load":
+            raise FusionError("it would look up entries of what it computes, or by numbers that it computes")
+        load: Load = term.value
+        moved = tuple((own, place) for own, place in load.moved if own is not dim)
+        return self.load(self._keys[term], Load(load.value, load.layout, moved, (dim,)), (index,))
 
     def inside(self, place: Affine, length: Affine) -> Term:
         """Whether a place is on an axis."""
@@ -146,7 +158,9 @@ class Mover:
             moved = tuple((dim, place.at(places)) for dim, place in load.places.items())
             moved = tuple((dim, place) for dim, place in moved if place != index_of(dim))
             args += tuple(guard for dim, guard in guards.items() if dim in places)
-            return self.load(self._keys[term], Load(load.value, load.layout, moved), tuple(dict.fromkeys(args)))
+            return self.load(
+                self._keys[term], Load(load.value, load.layout, moved, load.picked), tuple(dict.fromkeys(args))
+            )
         axes = frozenset(dim for arg in args for dim in arg.axes) - term.over
         if term.op == "digit":
             if term.value.loop in places:

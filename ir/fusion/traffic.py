@@ -23,7 +23,7 @@ def bytes_moved(region: Region, value_bytes: Callable[[Value], float], bound: Ca
     repeats = _repeats(region, bound)
     for load in region.loads:
         value = load.value.value
-        part = product(bound(dim.size) for dim in load.value.loops) * item_size(value.dtype)
+        part = product(bound(dim.size) for dim in load.axes) * item_size(value.dtype)
         parts[value] = min(value_bytes(value), parts.get(value, 0) + part)
         read = repeats.get(load, 1) * (again if load.axes & region.reduced else 1)
         times[value] = max(times.get(value, 1), read)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import randint, randn
 
+from regauge.ir import scalars
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.extents import Extent, size_of
@@ -59,6 +60,7 @@ def _embedding_shape(weight: Value, indices: Value, *, padding_idx: int | None) 
     rule=_embedding_rule,
     shape=_embedding_shape,
     aten={"embedding": _embedding},
+    element=lambda weight, indices, padding_idx: scalars.picked(weight, 0, indices),
     spell=lambda onnx, node: onnx.Gather(*onnx.operands(2), axis=0),
     samples=lambda: [
         sample(randn(7, 4), randint(0, 7, (2, 3))),

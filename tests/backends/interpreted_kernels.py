@@ -113,6 +113,33 @@ def test_one_kernel_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {form for form, _ in kernel._sources} == {"rows", "looped"}
 
 
+def test_places_follow_from_sizes_that_are_known_when_it_runs() -> None:
+    """Segments, a flip and windows with padding, of a batch and a length that are symbols."""
+    batch, length = symbol("batch"), symbol("length")
+    graph = Graph("g")
+    build = Builder(graph)
+    x, y = (build.input(name, (batch, 4, length), torch.float32) for name in "xy")
+    weight = build.parameter("w", torch.randn(4, 1, 3))
+    both = build.flip(build.concat(build.relu(x), y, dim=2), dims=(0,))
+    options = {"stride": (2,), "padding": (1,), "dilation": (1,), "groups": 4}
+    graph.outputs = [build.silu(build.conv(both, weight, **options))]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    for shape in ((2, 4, 5), (3, 4, 8), (1, 4, 1)):
+        tensors = {x: torch.randn(shape), y: torch.randn(shape), weight: weight.tensor}
+        (found,) = kernel.launch(tensors).values()
+        torch.testing.assert_close(found, evaluated(graph, tensors)[graph.outputs[0]])  # type: ignore[index]
+
+
+def test_a_number_of_no_entry_reads_nothing() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    table, numbers = build.parameter("table", torch.ones(5, 3)), build.input("numbers", (4,), torch.int64)
+    graph.outputs = [build.neg(build.embedding(table, numbers))]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    (found,) = kernel.launch({table: table.tensor, numbers: torch.tensor([0, 5, -1, 4])}).values()
+    assert found[:, 0].tolist() == [-1, 0, 0, -1]
+
+
 def test_what_an_operator_launches_is_what_it_computes_in_torch() -> None:
     for operator in with_kernels(decoder_block(tokens=8, width=16, heads=2, hidden=24, dtype=torch.float32)).operators:
         tensors = [torch.randn([int(size) for size in value.shape]) for value in operator.reads]

@@ -147,7 +147,7 @@ def test_a_module_with_kernels_compiles_whole() -> None:
 
 
 def test_unknown_kernels_are_told() -> None:
-    with pytest.raises(EmitError, match="there are no kernels 'cuda': give 'triton', or None"):
+    with pytest.raises(EmitError, match="there are no kernels 'cuda': give 'triton' or 'onednn', or None"):
         gated().to_torch(kernels="cuda")  # type: ignore[arg-type]
 
 
@@ -168,6 +168,26 @@ def test_the_rotary_codes_of_queries_and_keys_are_one_operator() -> None:
     found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
     assert names(found) == ["neg_concat_mul_add", "mul_softmax", "add_rms_norm", "silu_mul"]
     assert len(found.operators[0].reads) == 8 and len(found.operators[0].writes) == 2
+
+
+def test_windows_and_tables_are_in_operators_and_have_gradients() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    x, tokens = build.input("x", (2, 6, 8), torch.float32), build.input("tokens", (2, 6), torch.int64)
+    kernel, table = (build.parameter(name, torch.randn(s)) for name, s in (("kernel", (6, 1, 3)), ("table", (9, 8))))
+    y = build.conv(
+        build.pad(x, pads=((0, 0), (0, 0), (2, 0))), kernel, stride=(1,), padding=(0,), dilation=(1,), groups=6
+    )
+    normed = build.layer_norm(build.embedding(table, tokens), normalized_shape=(8,))
+    graph.outputs = [build.cumsum(build.silu(y), dim=1), build.cumsum(normed, dim=1)]
+    found = with_kernels(graph)
+    assert sorted(names(found)) == ["embedding_layer_norm", "pad_conv_silu"] and not found.left
+    module, plain = found.graph.to_torch(), graph.to_torch()
+    given = torch.randn(2, 6, 8), torch.randint(0, 9, (2, 6))
+    for one in (module, plain):
+        sum(result.square().sum() for result in one(*given)).backward()
+    for (name, own), (_, other) in zip(module.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, msg=name)
 
 
 def test_a_region_may_read_what_another_one_gives() -> None:

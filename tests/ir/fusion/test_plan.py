@@ -208,6 +208,32 @@ def test_a_convolution_takes_what_stands_behind_it_and_a_pad_before_it() -> None
     assert [[step for _, step in place.steps] for place in places] == [[1], [1], [2, 1], [2, 1]]
 
 
+def test_what_stands_before_a_great_window_is_not_computed_for_each_of_its_indices() -> None:
+    def planned(size: int) -> Plan:
+        graph, build = built()
+        x = build.silu(build.input("x", (2, 8, 32, 32), torch.float16))
+        weight = build.parameter("w", torch.zeros(8, 1, size, size, dtype=torch.float16))
+        graph.outputs = [build.conv(x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=8)]
+        return plan_fusion(graph)
+
+    assert ops(planned(3)) == [["silu", "conv"]] and ops(planned(5)) == [["silu"], ["conv"]]
+    assert "more than 16 indices" in planned(5).refusals[0].reason
+
+
+def test_an_embedding_is_looked_up_by_the_norm_of_it() -> None:
+    graph, build = built()
+    table = build.parameter("table", torch.zeros(1000, 64))
+    tokens = build.input("tokens", (4, 32), torch.int64)
+    graph.outputs = [build.rms_norm(build.embedding(table, tokens), normalized_shape=(64,), eps=1e-6)]
+    plan = plan_fusion(graph)
+    (region,) = plan.regions
+    assert [node.op for node in region.nodes] == ["embedding", "rms_norm"]
+    assert plan.bytes == 4 * 32 * 8 + 2 * 4 * 32 * 64 * 4  # numbers, and of the table what they pick
+    doubled = build.embedding(table, build.add(tokens, tokens))
+    graph.outputs = [build.relu(doubled)]
+    assert ops(plan_fusion(graph))[-1] == ["embedding", "relu"]  # numbers are computed by a kernel of the runtime
+
+
 def test_a_softmax_that_would_be_computed_for_each_place_again_is_left() -> None:
     graph, build = built()
     x = build.softmax(build.input("x", (4096, 256), torch.float32), dim=1)

@@ -19,6 +19,7 @@ OPTIONS = {
     "depth": {"blocks": 1},
     "factorize": {"params": 0.8},
     "prune": {"ratio": 0.5},
+    "remat": {"memory": "0.9"},
     "share": {"blocks": 1},
     "share-kv": {"layers": 1},
     "vocabulary": {"count": 4},
@@ -36,7 +37,11 @@ def test_the_report_has_regions_bytes_and_what_was_left() -> None:
         "4 regions: 15 kernels instead of 27, 229KB moved instead of 320KB",
         "most bytes stay at matmul, 16.4KB: products are left to the runtime's library",
     )
-    assert entry.left == {"products are left to the runtime's library": 14, "a path leaves them and comes back": 1}
+    assert entry.left == {
+        "products are left to the runtime's library": 14,
+        "a path leaves them and comes back": 1,
+        "with what else reads it: a path leaves them and comes back": 1,
+    }
     assert entry.error == 0 and entry.before == entry.after
     assert {node.metadata["regauge.added_by"] for node in fused_nodes(found)} == {"fuse"}
 
