@@ -39,15 +39,15 @@ def fault(region: Region) -> str | None:
 
 
 def _wrong_type(region: Region) -> str | None:
+    for value, term in region.results.items():
+        codes = below_results(term).op in ("load", "digit") and value.dtype in (*INTEGERS, *FLOAT8)
+        if value.dtype not in (*FLOATS, torch.bool) and not codes:
+            return _no_type(value)
     rounded = {arg for term in region.terms if term.op != "real" for arg in term.args}
     for load in region.loads:
         value = load.value.value
         long = value.dtype == torch.int32 and load not in rounded  # torch rounds it to the type of its scale, too
         if not (long or value.dtype in (*FLOATS, *INTEGERS, *FLOAT8, torch.bool)):
-            return _no_type(value)
-    for value, term in region.results.items():
-        codes = below_results(term).op in ("load", "digit") and value.dtype in (*INTEGERS, *FLOAT8)
-        if value.dtype not in (*FLOATS, torch.bool) and not codes:
             return _no_type(value)
     digits = [term.value for term in region.terms if term.op == "digit"]
     if any(digit.base & (digit.base - 1) for digit in digits):
