@@ -137,16 +137,12 @@ class ContractionKernel(TileWriter):
         """Read what factors are made of, as it is stored: what all digits have in common, or the rest. The indices are
         those of a tile of such factors from here on."""
         places = frozenset(self.products.digits)
-        loads = [
-            load
-            for side in sides
-            if side.few_bits
-            for load in _loads(side.core)
-            if load not in self._read and (not load.axes & places) >= of_all_digits
-        ]
+        cores = [side.core for side in sides if side.few_bits]
+        below = {one for core in cores for one in (core, *terms_below(core))} - self._read
+        loads = [load for load in self.region.loads if load in below and (not load.axes & places) >= of_all_digits]
         if loads or not of_all_digits and (way == _LEFT or not all(side.few_bits for side in sides)):
             self._contracted(way)
-        for load in dict.fromkeys(loads):
+        for load in loads:
             self.statements(load.args, self.load)
             self.line(f"{self.name(load)} = {self.raw(load)}")
         self._read.update(loads)
@@ -202,11 +198,6 @@ class ContractionKernel(TileWriter):
         text = f"tl.where({mask}, {outermost(self.text(factor))}, 0.0)"
         self.line(f"{name} = {text}" if kind == torch.float32 else f"{name} = {text}.to({TRITON_TYPES[kind]})")
         return name
-
-
-def _loads(term: Term) -> Sequence[Term]:
-    """What a term is computed from, as it is read."""
-    return [one for one in (term, *terms_below(term)) if one.op == "load"]
 
 
 def _type_of(factor: Term) -> torch.dtype:

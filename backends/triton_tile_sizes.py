@@ -26,7 +26,7 @@ def launch_of_tiles(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int], *, s
     high, wide, depth = _tile(loops, tiling, sizes)
     tiles = -(-rows // high) * -(-columns // wide) * count(loops.batch, sizes)
     constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": 8}
-    warps = 8 if high * wide * _held(tiling) > 64 * 128 else 4
+    warps = 8 if high * wide * _held(tiling) > 64 * 128 or tiling.products > 1 and high > 16 else 4
     stages = 2 if tiling.bytes == 4 else 3
     if not split:
         return Launch(tiles, constants, warps, stages)
@@ -62,10 +62,10 @@ def _tile(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> tuple[int, 
     least = 32 if tiling.bytes == 1 else 16  # what tensor cores multiply at once
     rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
     high, wide = (min(most, max(16, power_above(size))) for size in (rows, columns))
-    if high == 16:  # a weight is read once: more programs read it
+    if high <= 32:  # a weight is read once: more programs read it
         wide = min(wide, 64)
     held = _held(tiling)
     if held > 1:
-        high, wide = min(high, 64), min(wide, 128 if held == 2 else 64)
+        high, wide = min(high, 64 if held < 4 else 32), min(wide, 128 if held == 2 else 64)
         deep = min(deep, 32) if held > 3 else deep
     return high, wide, min(deep, max(least, power_above(_run(loops, tiling, sizes))))

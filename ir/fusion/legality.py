@@ -39,6 +39,10 @@ def fault(region: Region) -> str | None:
 
 
 def _wrong_type(region: Region) -> str | None:
+    for value, term in region.results.items():
+        codes = below_results(term).op in ("load", "digit") and value.dtype in (*INTEGERS, *FLOAT8)
+        if value.dtype not in (*FLOATS, torch.bool) and not codes:
+            return _no_type(value)
     rounded = {arg for term in region.terms if term.op != "real" for arg in term.args}
     numbers = {number for load in region.loads for number in load.args[: len(load.value.picked)]}
     for load in region.loads:
@@ -47,10 +51,6 @@ def _wrong_type(region: Region) -> str | None:
             continue
         long = value.dtype == torch.int32 and load not in rounded  # torch rounds it to the type of its scale, too
         if not (long or value.dtype in (*FLOATS, *INTEGERS, *FLOAT8, torch.bool)):
-            return _no_type(value)
-    for value, term in region.results.items():
-        codes = below_results(term).op in ("load", "digit") and value.dtype in (*INTEGERS, *FLOAT8)
-        if value.dtype not in (*FLOATS, torch.bool) and not codes:
             return _no_type(value)
     digits = [term.value for term in region.terms if term.op == "digit"]
     if any(digit.base & (digit.base - 1) for digit in digits):

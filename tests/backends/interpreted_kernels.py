@@ -58,7 +58,7 @@ def test_random_streams_beside_one_another_keep_the_contract(graph: Graph, round
         check_kernel(graph, drawn(graph, seed=seed, spread=bool(seed % 2)), rounding, form, region)
 
 
-@hypothesis_settings(max_examples=25)
+@hypothesis_settings(max_examples=15)
 @given(few_bit_products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
 def test_random_products_of_few_bits_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)

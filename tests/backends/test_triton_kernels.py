@@ -104,6 +104,29 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(name: str, form: Form, 
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("name", "rows"), [("int4_weight", 16), ("int4_weight", 4096), ("float8_both", 4096)])
+def test_products_of_few_bits_compile_and_spill_nothing(name: str, rows: int, architecture: str) -> None:
+    kernel = kernel_of(form_graph(name, torch.bfloat16, rows, 4096), name)
+    sizes = {dim: int(dim.size) for dim in kernel.region.loops}
+    source = kernel.source("split" if rows == 16 else "contraction")
+    assert source.kernels == ((name, f"{name}_total") if rows == 16 else (name,))
+    for one in source.kernels:
+        compiled = compile_kernel(source, sizes, architecture, one)
+        assert compiled.spilled == 0 and compiled.launch.parts == (4 if rows == 16 else 1)
+
+
+def test_text_of_a_gated_layer_of_four_bits(golden: object) -> None:
+    kernel = kernel_of(form_graph("gate_and_up_int4", torch.bfloat16), "gate_and_up_int4")
+    golden("kernel_gate_and_up_int4", kernel.source().text)  # type: ignore[operator]
+
+
+def test_text_of_a_product_that_is_shared_out(golden: object) -> None:
+    kernel = kernel_of(form_graph("int8_both", torch.float16), "int8_both")
+    golden("kernel_int8_both_split", kernel.source("split").text)  # type: ignore[operator]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_a_binary_is_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = kernel_of(form_graph("swiglu", torch.float16, 64, 64), "swiglu")
     sizes = {dim: int(dim.size) for dim in kernel.region.loops}
