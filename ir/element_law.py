@@ -6,7 +6,6 @@ evaluated on that, and its reductions go over the Dims that the rule ends.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from regauge.ir.extents import Concat, Dim, Extent, leaves, resolve
 from regauge.ir.graph import Value
 from regauge.ir.operator import Symmetry
 from regauge.ir.rules import ENDING_ROLES
-from regauge.ir.scalars import element_of, evaluate
+from regauge.ir.scalars import Laid, OperandAxis, element_of, evaluate
 
 if TYPE_CHECKING:
     from regauge.ir.law_cases import Case
@@ -42,7 +41,12 @@ def check_element(case: Case) -> None:
         laid(tensor, of[value], dims) if isinstance(value, Value) else tensor
         for value, tensor in zip(case.node.inputs, case.operands, strict=False)  # absent ones at the end are dropped
     ]
-    found = evaluate(expression, operands, ended, math.prod(int(dims[place].size) for place in ended))
+
+    def of_axis(axis: OperandAxis) -> list[int]:
+        slot, place = axis
+        return [dims.index(dim) for dim in leaves(of[case.node.inputs[slot]][place])]
+
+    found = evaluate(expression, operands, Laid([int(dim.size) for dim in dims], ended, of_axis))
     (expected,) = case.results
     actual = _gathered(found, of[case.node.output], dims)
     if actual is None and case.node.operator.symmetry is Symmetry.LAYOUT:

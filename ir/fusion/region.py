@@ -20,7 +20,7 @@ from regauge.ir.extents import Concat, Dim, Extent, Product, fresh, resolve, siz
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Operator
 from regauge.ir.rules import ENDING_ROLES, Axes, Call
-from regauge.ir.scalars import REDUCTIONS, Scalar, element_of
+from regauge.ir.scalars import REDUCTIONS, OperandAxis, Scalar, element_of
 from regauge.ir.unify import unify
 
 Kind: TypeAlias = Literal["pointwise", "row reduction", "contraction"]
@@ -36,6 +36,7 @@ class Term:
 
     ``number``  ``value`` is the number
     ``count``   how many indices the loops ``over`` have together
+    ``index``   the place along an axis that is made of the loops ``value``, the slowest first
     ``load``    what a tensor from outside the region holds; ``value`` is a :class:`Load`
     ``result``  what a node gives: its argument, as a number of the type of ``value``, a graph Value
     ``joined``  of its arguments the one in whose segment of the loop ``value`` the index lies
@@ -334,13 +335,23 @@ class _Tracer:
                 return Term("count", over=ended)
             case "epsilon":
                 return Term("number", value=epsilon_of(node.output.dtype))
+            case "index":
+                dims = self._axis(node, scalar.value)
+                return Term("index", axes=frozenset(dims), value=dims)
         args = tuple(self._term(arg, node, ended, known) for arg in scalar.args)
         if scalar.op == "joined":
             return self._joined(node, args)
         axes = frozenset(dim for arg in args for dim in arg.axes)
         if scalar.op in REDUCTIONS:
+            ended = ended if scalar.value is None else frozenset(self._axis(node, scalar.value))
             return Term(scalar.op, args, axes - ended, over=ended) if ended else args[0]
         return Term(scalar.op, args, axes)
+
+    def _axis(self, node: Node, axis: OperandAxis) -> tuple[Dim, ...]:
+        """The loops of an axis of an operand, the slowest first."""
+        slot, place = axis
+        extent = self.axes[self._key(node, slot)][place]
+        return tuple(self._atoms(extent, node.output.name))
 
     def _operand(self, node: Node, slot: int) -> Term:
         value = node.inputs[slot]
