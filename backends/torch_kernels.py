@@ -61,14 +61,15 @@ class WithKernels:
 def with_kernels(graph: Graph, *, rounding: Rounding = "fused") -> WithKernels:
     """Make calls of all regions that gain on a GPU, but for products, which are left to the library of the runtime.
 
-    Regions of one node stay as they are: torch has a kernel for these.
+    Regions of one node stay as they are, as torch has a kernel for these; attention does not, of which torch's kernels
+    take only some masks and types. Where each node is rounded, attention is left in its parts.
     """
     result = graph.copy()
-    plan = plan_fusion(result, contractions=False)
+    plan = plan_fusion(result, contractions=False, attention=rounding == "fused")
     made: list[KernelOperator] = []
     left: list[str] = []
     for region in plan.regions:
-        if sum(not moves_nothing(node) for node in region.nodes) > 1:
+        if region.kind == "attention" or sum(not moves_nothing(node) for node in region.nodes) > 1:
             try:
                 made.append(kernel_operator(result, region, rounding))
             except RegaugeError as error:

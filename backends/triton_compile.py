@@ -89,6 +89,9 @@ def _specialised(
     for tensor, name in zip(source.tensors, names, strict=False):
         signature[name] = _POINTERS[tensor.value.dtype]  # type: ignore[index]
         hints[len(signature) - 1,] = divisible
+    for name in source.scratch:
+        signature[name] = "*fp32"
+        hints[len(signature) - 1,] = divisible
     for name, number in zip(names[len(signature) :], numbers(source, sizes, steps), strict=False):
         if number == 1:
             constants[name] = 1

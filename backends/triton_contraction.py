@@ -15,8 +15,7 @@ import torch
 from regauge.backends.triton_expressions import TRITON_TYPES, outermost
 from regauge.backends.triton_loops import Loop, Tensor, loops_of
 from regauge.backends.triton_source import Rounding, Writer
-from regauge.ir.fusion.legality import terms_below
-from regauge.ir.fusion.region import Region, Term, below_results
+from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")
 
@@ -28,9 +27,13 @@ class ContractionKernel(Writer):
         super().__init__(region, rounding)
         self.kernel = name
         self.loops = loops_of(region, [*self.reads, *self.writes], contiguous=contiguous)
-        (self.contraction,) = region.contractions
+        self.contraction = self._contracted_first()
         self.left, self.right = below_results(self.contraction.args[0]).args
         self.below = terms_below(self.contraction)
+
+    def _contracted_first(self) -> Term:
+        (contraction,) = self.region.contractions
+        return contraction
 
     def all_loops(self) -> Sequence[Loop]:
         return self.loops.all
@@ -73,7 +76,7 @@ class ContractionKernel(Writer):
     def _place(self, tensor: Tensor) -> tuple[str, str]:
         """The address of an entry of a tile, and the mask."""
         terms = [f"{loop.name} * {tensor.name}_{loop.name}" for loop in tensor.loops(self.loops.all)]
-        axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.loops.contracted}
+        axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.loops.contracted, "s": self.loops.source}
         masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
         return " + ".join([f"{tensor.name}_ptr", *terms]), " & ".join(masks)
 
@@ -106,7 +109,7 @@ class ContractionKernel(Writer):
 
     def _type(self) -> torch.dtype:
         """What factors are multiplied in: their type, or single precision where they have two."""
-        types = {_type_of(factor) for factor in (self.left, self.right)}
+        types = {type_of(factor) for factor in (self.left, self.right)}
         return types.pop() if len(types) == 1 else torch.float32
 
     def _factor(self, side: str, factor: Term, kind: torch.dtype, mask: str) -> str:
@@ -124,7 +127,7 @@ class ContractionKernel(Writer):
         return side
 
 
-def _type_of(factor: Term) -> torch.dtype:
+def type_of(factor: Term) -> torch.dtype:
     """The type that a factor has in torch; what is no value there is computed in single precision."""
     value = factor.value.value if factor.op == "load" else factor.value if factor.op == "result" else None
     return torch.float32 if value is None else value.dtype

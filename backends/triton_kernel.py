@@ -11,13 +11,21 @@ behind the other in memory, one for any strides, and of reductions each at once 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 
 from regauge.backends.torch_runtime import import_source
+from regauge.backends.triton_attention import (
+    MOST_ROWS,
+    MOST_SPLITS,
+    AttentionForm,
+    AttentionKernel,
+    scratch_sizes,
+    splits_of,
+)
 from regauge.backends.triton_contraction import ContractionKernel
 from regauge.backends.triton_loops import Loops, Tensor, count, fits, sizes_of, strides_of
 from regauge.backends.triton_rows import RowForm, RowKernel
@@ -29,7 +37,7 @@ from regauge.ir.fusion.plan import PERSISTENT
 from regauge.ir.fusion.region import Kind, Layout, Region
 from regauge.ir.graph import Value
 
-Form: TypeAlias = RowForm | Literal["contraction"]
+Form: TypeAlias = RowForm | Literal["contraction"] | AttentionForm
 BLOCK = 1024
 """Entries of a tile of a pointwise kernel. A loop over the columns of rows takes twice as many at a time."""
 
@@ -38,12 +46,16 @@ _FORMS: Mapping[Kind, tuple[Form, ...]] = {
     "pointwise": ("pointwise",),
     "row reduction": ("rows", "looped"),
     "contraction": ("contraction",),
+    "attention": ("attention", "split"),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One text of a kernel: what it reads and writes in the order of its arguments, and its loops."""
+    """One text of a kernel: what it reads and writes in the order of its arguments, and its loops.
+
+    ``scratch`` are names of what is handed on to the kernel that runs ``then``.
+    """
 
     text: str
     name: str
@@ -52,6 +64,8 @@ class Source:
     reads: tuple[Tensor, ...]
     writes: tuple[Tensor, ...]
     loops: Loops
+    scratch: tuple[str, ...] = ()
+    then: Source | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -105,13 +119,19 @@ class Kernel:
         return _FORMS[self.region.kind]
 
     def _write(self, form: Form, contiguous: bool) -> Source:
+        region, name, rounding = self.region, self.name, self.rounding
         writer: RowKernel | ContractionKernel
+        scratch: tuple[str, ...] = ()
         if form == "contraction":
-            writer = ContractionKernel(self.region, self.name, self.rounding, contiguous=contiguous)
+            writer = ContractionKernel(region, name, rounding, contiguous=contiguous)
+        elif form == "attention" or form == "split" or form == "combine":
+            writer = AttentionKernel(region, name, form, contiguous=contiguous)
+            name, scratch = writer.name_of_kernel, writer.scratch
         else:
-            writer = RowKernel(self.region, self.name, form, self.rounding, contiguous=contiguous)
+            writer = RowKernel(region, name, form, rounding, contiguous=contiguous)
+        then = self._write("combine", contiguous) if form == "split" else None
         reads, writes = tuple(writer.reads), tuple(writer.writes)
-        return Source(writer.source(), self.name, form, self.rounding, reads, writes, writer.loops)
+        return Source(writer.source(), name, form, rounding, reads, writes, writer.loops, scratch, then)
 
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
@@ -119,6 +139,8 @@ class Kernel:
         sizes = sizes_of(source.reads, given, self.region.joints)
         if form is None and source.form == "rows" and count(source.loops.columns, sizes) > PERSISTENT:
             source = self.source("looped")
+        if form is None and source.form == "attention" and splits_of(source.loops, sizes) > 1:
+            source = self.source("split")
         steps = {tensor: strides_of(tensor, given[tensor.value], sizes) for tensor in source.reads}
         if not all(fits(loop, steps[t], sizes) for t in source.reads for loop in t.loops(source.loops.all)):
             source = self.source(source.form, contiguous=False)
@@ -129,10 +151,19 @@ class Kernel:
         start = launch_of(source, sizes)
         if start.programs:
             tensors = [*(given[tensor.value] for tensor in source.reads), *results.values()]
-            arguments = numbers(source, sizes, steps)
-            launcher = source.function()[(start.programs,)]
-            launcher(*tensors, *arguments, **start.constants, **start.options(self.rounding))
+            if source.scratch:
+                handed = scratch_sizes(source.loops, sizes, start.constants["SPLITS"])
+                tensors += [torch.empty(size, dtype=torch.float32, device=device) for size in handed]
+            arguments = [*tensors, *numbers(source, sizes, steps)]
+            _start(source, start, arguments)
+            if source.then is not None:  # its arguments are the same
+                _start(source.then, launch_of(source.then, sizes), arguments)
         return results
+
+
+def _start(source: Source, start: Launch, arguments: Sequence[Any]) -> None:
+    launcher = source.function()[(start.programs,)]
+    launcher(*arguments, **start.constants, **start.options(source.rounding))
 
 
 def triton_kernel(region: Region, name: str = "kernel", *, rounding: Rounding = "fused") -> Kernel:
@@ -143,6 +174,8 @@ def triton_kernel(region: Region, name: str = "kernel", *, rounding: Rounding = 
     reason = fault(region)
     if reason is not None:
         raise FusionError(f"{name}: {reason}")
+    if region.attention is not None and rounding == "eager":
+        raise FusionError(f"{name}: attention in one pass rounds what it gives, not each of its nodes")
     if not name.isidentifier():
         raise FusionError(f"a kernel cannot be called {name!r}: give a name that Python can have")
     return Kernel(region, name, rounding)
@@ -169,6 +202,8 @@ def launch_of(source: Source, sizes: Mapping[Dim, int]) -> Launch:
     rows, columns = count(source.loops.rows, sizes), count(source.loops.columns, sizes)
     if source.form == "contraction":
         return _launch_of_tiles(source, sizes, rows, columns)
+    if source.form in ("attention", "split", "combine"):
+        return _launch_of_attention(source, sizes, rows, columns)
     block = min(power_above(columns), BLOCK if source.form == "pointwise" else 2 * BLOCK)
     if source.form == "rows":
         block = power_above(columns)
@@ -192,6 +227,31 @@ def _launch_of_tiles(source: Source, sizes: Mapping[Dim, int], rows: int, column
     depth = min(deep, max(16, power_above(count(source.loops.contracted, sizes))))
     constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": 8}
     return Launch(tiles, constants, 8 if high * wide > 64 * 128 else 4, stages=2 if single else 3)
+
+
+def _launch_of_attention(source: Source, sizes: Mapping[Dim, int], rows: int, columns: int) -> Launch:
+    """Of wide heads, and where masks are read, a program has fewer queries and places at a time, so that none of its
+    registers are spilled; a factor of a product is never below 16."""
+    width = max(columns, count(source.loops.contracted, sizes))
+    masked = any(tensor.loops(source.loops.rows) and tensor.loops(source.loops.source) for tensor in source.reads)
+    warps = 8
+    if any(tensor.value.dtype == torch.float32 for tensor in source.reads):  # which has no tensor cores
+        most, deep = (32 if width <= 128 else 16), 32
+    elif width <= 64 or width <= 128 and not masked:
+        most, deep = MOST_ROWS, 64
+    else:
+        most, deep, warps = (64, 32, 4) if width <= 128 else (64, 32, 8)
+    high = min(most, max(16, power_above(rows)))
+    warps = 4 if high == 16 and width <= 128 else warps
+    constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns))}
+    programs = -(-rows // high) * count(source.loops.batch, sizes)
+    splits = min(MOST_SPLITS, max(2, splits_of(source.loops, sizes)))
+    if source.form == "combine":
+        return Launch(programs, {**constants, "SPLITS": splits}, 4)
+    constants |= {"BLOCK_K": max(16, power_above(count(source.loops.contracted, sizes))), "BLOCK_S": deep}
+    if source.form == "split":
+        constants["SPLITS"], programs = splits, programs * splits
+    return Launch(programs, constants, warps, stages=2)
 
 
 def power_above(number: int) -> int:

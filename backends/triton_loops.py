@@ -51,7 +51,8 @@ class Loops:
     """The loops of a kernel: ``rows``, and ``columns``, which are reduced where anything is.
 
     Of a contraction rows are those of its left factor and columns those of its right one; both factors have ``batch``
-    and what is ``contracted``. ``segments`` are parts of rows or columns, end to end.
+    and what is ``contracted``. Of attention these are queries, columns of values, heads, and what scores are summed
+    over; keys and values have ``source``. ``segments`` are parts of rows or columns, end to end.
     """
 
     rows: tuple[Loop, ...]
@@ -59,10 +60,11 @@ class Loops:
     batch: tuple[Loop, ...] = ()
     contracted: tuple[Loop, ...] = ()
     segments: tuple[Loop, ...] = ()
+    source: tuple[Loop, ...] = ()
 
     @cached_property
     def all(self) -> tuple[Loop, ...]:
-        return (*self.batch, *self.rows, *self.columns, *self.contracted, *self.segments)
+        return (*self.batch, *self.rows, *self.columns, *self.contracted, *self.source, *self.segments)
 
     def of(self, tensor: Tensor, loops: Iterable[Loop]) -> list[Loop]:
         """Those of the loops that a tensor has, with segments for loops that it has segments of."""
@@ -84,20 +86,22 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool) -> 
     (:func:`fits`); else only parts of one axis are. A pointwise region has the last of its loops as columns.
     """
 
+    layouts = [*(tensor.layout for tensor in tensors), *((t.value,) for t in region.terms if t.op == "index")]
+
     def merged(letter: str) -> tuple[Loop, ...]:
         groups: list[tuple[Dim, ...]] = []
         for dim in region.loops:
             if region.names[dim][0] != letter:
                 continue
             apart = dim in region.joints or groups and groups[-1][-1] in region.joints
-            if groups and not apart and all(_follow(t.layout, groups[-1][-1], dim, contiguous) for t in tensors):
+            if groups and not apart and all(_follow(layout, groups[-1][-1], dim, contiguous) for layout in layouts):
                 groups[-1] = (*groups[-1], dim)
             else:
                 groups.append((dim,))
         return tuple(Loop(region.names[dims[0]], dims) for dims in groups)
 
-    if region.contractions:
-        return Loops(merged("m"), merged("n"), merged("b"), merged("k"))
+    if region.kind in ("contraction", "attention"):
+        return Loops(merged("m"), merged("n"), merged("b"), merged("k"), source=merged("s"))
     rows, columns = merged("i"), merged("r")
     if region.reduced:
         return Loops(rows, columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from textwrap import wrap
 from typing import Literal, TypeAlias
 
 import torch
@@ -47,11 +48,24 @@ _TAKEN = {
     "m",
     "n",
     "k",
+    "s",
+    "tiles",
+    "part",
+    "share",
+    "end",
+    "highest",
+    "shift",
+    "kept",
+    "weights",
+    "logits",
+    "place",
+    "places",
     "float",
     "range",
     *FUNCTIONS,
 }
 _WIDTH = 112
+_LONGEST = 119
 _INLINE = 80
 
 
@@ -115,7 +129,13 @@ class Writer:
     # -- lines -------------------------------------------------------------------------------------------------------
 
     def line(self, text: str) -> None:
-        self.lines.append(self.indent + text)
+        """A line; a long one goes on where a comma is in it."""
+        rest, indent = text, self.indent
+        while len(indent) + len(rest) > _LONGEST and ", " in rest[: _LONGEST - len(indent)]:
+            end = rest.rindex(", ", 0, _LONGEST - len(indent)) + 1
+            self.lines.append(indent + rest[:end])
+            rest, indent = rest[end + 1 :], self.indent + "    "
+        self.lines.append(indent + rest)
 
     def joint(self, axis: str, loops: Sequence[Loop]) -> str:
         """The name of the index of several loops, or of the only one."""
@@ -164,6 +184,8 @@ class Writer:
         if term.op == "count":
             loops = [loop for loop in self.all_loops() if loop.dims[0] in term.over]
             return f"(1.0 * {self.joint_size(loops)})"  # a float: div_rn takes no integers
+        if term.op == "index":
+            return self._index(term)
         if term.op == "result":
             return self._result(term)
         if term.op == "joined":
@@ -183,6 +205,14 @@ class Writer:
         for name, part in reversed(list(zip(names, parts, strict=False))):
             last = f"tl.where({name}_ok, {outermost(part)}, {outermost(last)})"
         return last
+
+    def _index(self, term: Term) -> str:
+        """The place along an axis that is made of loops."""
+        loops = [loop for dim in term.value for loop in self.all_loops() if loop.dims[0] is dim]
+        text = loops[0].name if loops else "0"
+        for loop in loops[1:]:
+            text = f"({text} * size_{loop.name} + {loop.name})"
+        return text
 
     def all_loops(self) -> Sequence[Loop]:
         raise NotImplementedError
@@ -210,6 +240,14 @@ class Writer:
                 text = outermost(self.expression(term))
                 if text != self.name(term):
                     self.line(f"{self.name(term)} = {text}")
+
+    def raise_peak(self, peak: str, found: str) -> None:
+        """Lines that take a peak to what was found above it: ``highest`` is the new one, ``shift`` what is subtracted
+        from exponents, and ``kept`` what sums that were begun with the old one are multiplied by."""
+        self.functions["maximum"] = None
+        self.line(f"highest = maximum({peak}, {found})")
+        self.line('shift = tl.where(highest == float("-inf"), 0.0, highest)')
+        self.line(f"kept = tl.exp({peak} - shift)")
 
     # -- head --------------------------------------------------------------------------------------------------------
 
@@ -249,10 +287,9 @@ class Writer:
             lines.append(f"    over      {', '.join(reduced)}")
         lines += [f"    {'reads' if not place else '':9} {shown(t)}" for place, t in enumerate(self.reads)]
         lines += [f"    {'writes' if not place else '':9} {shown(t)}" for place, t in enumerate(self.writes)]
-        lines += [
-            f"    {'computes' if not place else '':9} {self.shown_node(node)}"
-            for place, node in enumerate(self.region.nodes)
-        ]
+        for place, node in enumerate(self.region.nodes):
+            title = f"    {'computes' if not place else '':9} "
+            lines += wrap(self.shown_node(node), _WIDTH, initial_indent=title, subsequent_indent=" " * 16)
         inside = "single precision, results rounded once"
         each = "single precision, what each node gives is rounded to its type"
         lines += [f"    rounding  {self.rounding}: {inside if self.rounding == 'fused' else each}", '    """']

@@ -44,7 +44,9 @@ def check_element(case: Case) -> None:
 
     def of_axis(axis: OperandAxis) -> list[int]:
         slot, place = axis
-        return [dims.index(dim) for dim in leaves(of[case.node.inputs[slot]][place])]
+        value = case.node.inputs[slot]
+        assert isinstance(value, Value)
+        return [dims.index(dim) for dim in leaves(of[value][place])]
 
     found = evaluate(expression, operands, Laid([int(dim.size) for dim in dims], ended, of_axis))
     (expected,) = case.results

@@ -9,8 +9,8 @@ The ``element`` of an operator record is such an expression of its operands:
 It says nothing of axes: an operand is read where its own axes say, by the axis rule of the record, and ``sum``,
 ``amax`` and ``amin`` go over the axes that the rule ends (contracts, reduces or normalises over), ``count()`` being how
 many indices these have. An operator with reductions over different axes names the axis of each, ``sum(x, (0, -1))``
-being over the last axis of operand 0; ``index((0, -1))`` is the place along it. Kernels are printed from elements; a law
-(:mod:`regauge.ir.element_law`) holds each to what its operator computes.
+being over the last axis of operand 0; ``index((0, -1))`` is the place along it. Kernels are printed from elements; a
+law (:mod:`regauge.ir.element_law`) holds each to what its operator computes.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def element_of(node: Node) -> Scalar | None:
         if given is None:
             operands.append(None)
         elif hasattr(given, "shape"):
-            operands.append(operand(slot, truth=given.dtype == torch.bool))
+            operands.append(operand(slot, truth=getattr(given, "dtype", None) == torch.bool))
         elif isinstance(given, bool | int | float):
             operands.append(number(given))
         else:
@@ -285,7 +285,8 @@ class Laid:
 def evaluate(expression: Scalar, operands: Sequence[Any], laid: Laid) -> Any:
     """The expression in torch: operands are tensors that broadcast, laid as ``laid`` says, or numbers.
 
-    Reduced axes stay, with the size 1. An operand that is only broadcast along a reduced axis counts once for each index.
+    Reduced axes stay, with the size 1. An operand that is only broadcast along a reduced axis counts once for each
+    index of it.
     """
     known: dict[Scalar, Any] = {}
 

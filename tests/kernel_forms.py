@@ -161,13 +161,45 @@ def with_itself(f: Form, rows: Any, columns: int) -> Any:
     return f.build.matmul(x, f.build.permute(x, dims=(1, 0)))
 
 
+def causal_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Two heads of queries share one of keys and values."""
+    q, k, v = f.x(2, 4, rows, 128), f.x(2, 2, columns, 128), f.x(2, 2, columns, 128)
+    return f.build.attention(q, k, v, scale=128**-0.5, is_causal=True, enable_gqa=True)
+
+
+def masked_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Heads whose sizes are no powers of two, and other ones of values."""
+    q, k, v = f.x(2, 3, rows, 80), f.x(2, 3, columns, 80), f.x(2, 3, columns, 24)
+    return f.build.attention(q, k, v, f.x(rows, columns, dtype=torch.bool), scale=0.2)
+
+
+def biased_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Written out, with a scale before, a bias of each head between, and a gate behind."""
+    b, q, k, v = f.build, f.x(2, rows, 3, 64), f.x(2, columns, 3, 64), f.x(2, columns, 3, 64)
+    q = b.permute(b.mul(q, 0.125), dims=(0, 2, 1, 3))
+    scores = b.add(b.matmul(q, b.permute(k, dims=(0, 2, 3, 1))), f.x(3, rows, columns))
+    mixed = b.matmul(b.softmax(scores, dim=3), b.permute(v, dims=(0, 2, 1, 3)))
+    return b.mul(b.reshape(b.permute(mixed, dims=(0, 2, 1, 3)), shape=(2, rows, 192)), b.sigmoid(f.x(2, rows, 192)))
+
+
+def capped_attention(f: Form, rows: Any, columns: int) -> Any:
+    q, k, v = f.x(3, rows, 64), f.x(3, columns, 64), f.x(3, columns, 64)
+    return f.build.capped_attention(q, k, v, f.x(rows, columns), scale=0.2, softcap=5.0)
+
+
+def decoding_attention(f: Form, rows: Any, columns: int) -> Any:
+    """One query for each head, with a mask of what a cache holds."""
+    q, k, v = f.x(2, 4, 1, 64), f.x(2, 4, columns, 64), f.x(2, 4, columns, 64)
+    return f.build.attention(q, k, v, f.x(2, 1, 1, columns, dtype=torch.bool), scale=0.2)
+
+
 FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax, layer_norm,
         gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned,
         number, rotary, joined, dense_gelu_residual, dense_in_heads, gated_product, scores,
-        with_itself,
+        with_itself, causal_attention, masked_attention, biased_attention, capped_attention, decoding_attention,
     )
 }  # fmt: skip
 

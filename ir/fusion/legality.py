@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from regauge.ir.fusion.region import Region, Term, below_results
+from regauge.ir.errors import FusionError
+from regauge.ir.extents import Dim
+from regauge.ir.fusion.attention import find_attention
+from regauge.ir.fusion.region import Region, below_results, terms_below
 from regauge.ir.sizes import is_static
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -20,11 +23,10 @@ def fault(region: Region) -> str | None:
         return f"a region has {MOST_NODES} nodes at most"
     if region.joints and region.reductions:
         return "it would join segments beside a reduction"
-    return (
-        _wrong_type(region)
-        or _unread_loop(region)
-        or (_wrong_tile(region) if region.contractions else _wrong_rows(region))
-    )
+    reason = _wrong_type(region) or _unread_loop(region)
+    if reason or region.attention is not None:
+        return reason
+    return _wrong_tile(region) if region.contractions else _wrong_rows(region)
 
 
 def _wrong_type(region: Region) -> str | None:
@@ -62,7 +64,7 @@ def _wrong_rows(region: Region) -> str | None:
 def _wrong_tile(region: Region) -> str | None:
     """A contraction: pointwise before it over what it reads, and behind it over what it gives."""
     if len(region.contractions) > 1:
-        return "it would have two contractions"
+        return _wrong_attention(region) if len(region.reductions) > 2 else "it would have two contractions"
     (contraction,) = region.contractions
     if len(region.reductions) > 1:
         return "it would reduce rows beside a contraction, of which a program has only a tile"
@@ -75,19 +77,24 @@ def _wrong_tile(region: Region) -> str | None:
     return None
 
 
-def terms_below(term: Term) -> set[Term]:
-    """The terms that a term is computed from."""
-    found: set[Term] = set()
-    stack = list(term.args)
-    while stack:
-        one = stack.pop()
-        if one not in found:
-            found.add(one)
-            stack.extend(one.args)
-    return found
+def _wrong_attention(region: Region) -> str:
+    """Why two contractions with reductions between them are not attention."""
+    try:
+        find_attention(region)
+    except FusionError as error:
+        return str(error)
+    raise AssertionError("attention is legal")
 
 
-def computed_factors(region: Region) -> list[Term]:
-    """The factors of a contraction that are computed, and not only read."""
-    factors = [factor for term in region.contractions for factor in below_results(term.args[0]).args]
-    return [factor for factor in factors if below_results(factor).op != "load"]
+def computed_again(region: Region) -> list[frozenset[Dim]]:
+    """The loops for whose tiles a factor of a contraction is computed again, of those that are computed and not read.
+
+    Of attention queries are computed once, and what the softmax gives is no factor from outside.
+    """
+    parts = region.attention
+    if parts is not None:
+        pairs = [(parts.keys, parts.rows), (parts.values, parts.rows)]
+    else:
+        products = [(term, below_results(term.args[0])) for term in region.contractions]
+        pairs = [(factor, term.axes - factor.axes) for term, product in products for factor in product.args]
+    return [again for factor, again in pairs if below_results(factor).op != "load"]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from regauge.ir.axes import apply_rule
 from regauge.ir.dtypes import epsilon_of
@@ -23,7 +23,10 @@ from regauge.ir.rules import ENDING_ROLES, Axes, Call
 from regauge.ir.scalars import REDUCTIONS, OperandAxis, Scalar, element_of
 from regauge.ir.unify import unify
 
-Kind: TypeAlias = Literal["pointwise", "row reduction", "contraction"]
+if TYPE_CHECKING:
+    from regauge.ir.fusion.attention import Attention
+
+Kind: TypeAlias = Literal["pointwise", "row reduction", "contraction", "attention"]
 Layout: TypeAlias = tuple[tuple[Dim, ...], ...]
 """For each axis of a tensor the loops that it is made of, the slowest first; none for an axis of size 1."""
 
@@ -118,6 +121,16 @@ class Region:
         return [term for term in self.reductions if _contracts(term)]
 
     @cached_property
+    def attention(self) -> Attention | None:
+        """The parts of attention, where that is what the region computes."""
+        from regauge.ir.fusion.attention import find_attention  # which reads regions
+
+        try:
+            return find_attention(self) if len(self.reductions) > 3 else None
+        except FusionError:
+            return None
+
+    @cached_property
     def reduced(self) -> frozenset[Dim]:
         """The loops that reductions go over."""
         return frozenset(dim for term in self.reductions for dim in term.over)
@@ -134,7 +147,7 @@ class Region:
         """Names of the loops: ``i0`` and on, ``r0`` for what is reduced; ``i0_0`` is the first segment of ``i0``.
 
         Of contractions: ``b0`` where both factors have them, ``m0`` of the left one, ``n0`` of the right one, and
-        ``k0`` for what is contracted.
+        ``k0`` for what is contracted. Of attention ``k0`` is contracted first and ``s0`` then, ``n0`` are of values.
         """
         names: dict[Dim, str] = {}
         counts: dict[str, int] = {}
@@ -146,6 +159,8 @@ class Region:
         return names
 
     def _letter(self, dim: Dim) -> str:
+        if self.attention is not None:
+            return self.attention.letter(dim)
         if not self.contractions:
             return "r" if dim in self.reduced else "i"
         contraction = self.contractions[0]
@@ -156,15 +171,9 @@ class Region:
 
     @property
     def kind(self) -> Kind:
+        if self.attention is not None:
+            return "attention"
         return "contraction" if self.contractions else "row reduction" if self.reductions else "pointwise"
-
-    @cached_property
-    def stages(self) -> dict[Term, int]:
-        """How many reductions have to be done, one behind the other, before a term can be computed."""
-        stages: dict[Term, int] = {}
-        for term in self.terms:
-            stages[term] = max((stages[arg] for arg in term.args), default=0) + term.reduces
-        return stages
 
 
 def _contracts(term: Term) -> bool:
@@ -180,6 +189,18 @@ def below_results(term: Term) -> Term:
     while term.op == "result":
         (term,) = term.args
     return term
+
+
+def terms_below(term: Term) -> set[Term]:
+    """The terms that a term is computed from."""
+    found: set[Term] = set()
+    stack = list(term.args)
+    while stack:
+        one = stack.pop()
+        if one not in found:
+            found.add(one)
+            stack.extend(one.args)
+    return found
 
 
 def is_view(node: Node) -> bool:
