@@ -42,9 +42,12 @@ def cases() -> Iterator[tuple[str, Source, dict[Dim, int]]]:
             kernel = triton_kernel(region, name)
             sizes = {dim: int(dim.size) for dim in all_loops(region)}
             for form in kernel.forms:
-                source = kernel.source(form)
-                if form != "rows" or count(source.loops.columns, sizes) <= PERSISTENT:
+                source: Source | None = kernel.source(form)
+                if form == "rows" and count(kernel.source(form).loops.columns, sizes) > PERSISTENT:
+                    continue
+                while source is not None:
                     yield name, source, sizes
+                    source = source.then
             if region.kind != "row reduction":
                 break
 

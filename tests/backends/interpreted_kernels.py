@@ -106,7 +106,7 @@ def test_few_queries_share_out_the_keys_among_programs() -> None:
         tensors = drawn(graph, {length: size})
         (found,) = kernel.launch(tensors).values()
         torch.testing.assert_close(found, evaluated(graph, tensors)[graph.outputs[0]])  # type: ignore[index]
-    assert [form for form, _ in kernel._sources] == ["attention", "combine", "split"]
+    assert [form for form, _ in kernel._sources] == ["attention", "split"]
     assert launch_of(kernel.source("split"), sizes_of(kernel.source().reads, tensors, {})).constants["SPLITS"] == 4
 
 
@@ -161,6 +161,27 @@ def test_not_a_number_stays_what_it_is() -> None:
     tensors = {**drawn(graph), x: torch.tensor([float("nan"), float("inf"), -1, 2, 0, -0.0, float("-inf"), 3])}
     check_kernel(graph, tensors)
     assert evaluated(graph, tensors)[graph.outputs[0]].isnan().sum() == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_looped_softmax_meets_greater_numbers_tile_after_tile(
+    dtype: torch.dtype, rounding: Rounding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.mul(build.input("x", (7, 100), dtype), 3.0)
+    below = build.sub(x, build.amax(x, dims=(1,), keepdim=True))
+    power = build.exp(below)
+    written_out = build.div(power, build.sum(power, dims=(1,), keepdim=True))
+    bounded = build.logsumexp(build.clamp(x, None, 500.0), dims=(1,))
+    graph.outputs = [build.softmax(x, dim=1), build.log_softmax(x, dim=1), bounded, written_out]
+    monkeypatch.setattr(kernels, "BLOCK", 8)
+    tensor = torch.randn(7, 100).to(dtype)
+    tensor[0, :40], tensor[1, 50:] = float("-inf"), float("-inf")
+    tensor[2, 60], tensor[3, 3], tensor[4, 99] = float("nan"), float("inf"), 50.0
+    tensor[5] = torch.linspace(-20, 20, 100).to(dtype)
+    check_kernel(graph, {graph.inputs[0]: tensor}, rounding, "looped")
 
 
 @pytest.mark.parametrize("form", ["rows", "looped"])

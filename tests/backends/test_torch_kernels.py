@@ -69,7 +69,7 @@ def test_the_same_region_elsewhere_is_the_same_operator() -> None:
 
 def test_the_rotary_codes_of_queries_and_keys_are_one_operator() -> None:
     found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
-    assert names(found) == ["neg_concat_mul_add", "mul_softmax", "add_rms_norm", "silu_mul"]
+    assert names(found) == ["neg_concat_mul_add", "matmul_mul_softmax", "add_rms_norm", "silu_mul"]
     assert len(found.operators[0].reads) == 8 and len(found.operators[0].writes) == 2
 
 
@@ -87,10 +87,23 @@ def test_a_region_may_read_what_another_one_gives() -> None:
         torch.testing.assert_close(own, other)
 
 
-def test_products_are_left_to_the_library() -> None:
+def test_products_are_left_to_the_library_but_for_those_of_attention() -> None:
     found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
     ops = [node.op for node in found.graph.nodes]
-    assert ops.count("linear") == 7 and ops.count("matmul") == 2
+    assert ops.count("linear") == 7 and ops.count("matmul") == 0
+    rounded = with_kernels(decoder_block(tokens=16, width=32, hidden=48), rounding="eager")
+    assert "mul_softmax" in names(rounded) and not rounded.left
+
+
+def test_attention_by_itself_is_an_operator_and_has_gradients() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    q, k, v = (build.input(name, (2, heads, 5, 8), torch.float32) for name, heads in (("q", 4), ("k", 2), ("v", 2)))
+    graph.outputs = [build.attention(q, k, v, scale=0.3, is_causal=True, enable_gqa=True)]
+    (operator,) = with_kernels(graph).operators
+    assert operator.kernel.region.kind == "attention" and operator.name.startswith("attention_")
+    arguments = [torch.randn(2, heads, 5, 8, requires_grad=True) for heads in (4, 2, 2)]
+    torch.library.opcheck(getattr(torch.ops.regauge_kernels, operator.name).default, arguments)
 
 
 def test_gradients_go_through_and_torch_finds_no_fault() -> None:
