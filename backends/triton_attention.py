@@ -124,6 +124,7 @@ class AttentionKernel(ContractionKernel):
 
     def _head(self, way: str) -> None:
         self._axis("k", f"tl.arange(0, BLOCK_K).to(tl.int64){way}", self.loops.contracted)
+        self.segments(self.loops.segments)
 
     def _source(self, way: str) -> None:
         self._axis("s", f"(start + tl.arange(0, BLOCK_S)).to(tl.int64){way}", self.loops.source)

@@ -78,6 +78,7 @@ class ContractionKernel(Writer):
         terms = [f"{loop.name} * {tensor.name}_{loop.name}" for loop in tensor.loops(self.loops.all)]
         axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.loops.contracted, "s": self.loops.source}
         masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
+        masks += [f"{segment.name}_ok" for segment in tensor.loops(self.loops.segments)]
         return " + ".join([f"{tensor.name}_ptr", *terms]), " & ".join(masks)
 
     def load(self, tensor: Tensor) -> str:

@@ -20,7 +20,6 @@ import torch
 from regauge.backends.torch_runtime import import_source
 from regauge.backends.triton_attention import (
     MOST_ROWS,
-    MOST_SPLITS,
     AttentionForm,
     AttentionKernel,
     scratch_sizes,
@@ -241,13 +240,13 @@ def _launch_of_attention(source: Source, sizes: Mapping[Dim, int], rows: int, co
         most, deep = MOST_ROWS, 64
     else:
         most, deep, warps = (64, 32, 4) if width <= 128 else (64, 32, 8)
-    high = min(most, max(16, power_above(rows)))
+    high = min(16 if source.form == "combine" else most, max(16, power_above(rows)))
     warps = 4 if high == 16 and width <= 128 else warps
     constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns))}
     programs = -(-rows // high) * count(source.loops.batch, sizes)
-    splits = min(MOST_SPLITS, max(2, splits_of(source.loops, sizes)))
+    splits = max(2, splits_of(source.loops, sizes))
     if source.form == "combine":
-        return Launch(programs, {**constants, "SPLITS": splits}, 4)
+        return Launch(programs, {**constants, "SPLITS": splits}, warps)
     constants |= {"BLOCK_K": max(16, power_above(count(source.loops.contracted, sizes))), "BLOCK_S": deep}
     if source.form == "split":
         constants["SPLITS"], programs = splits, programs * splits

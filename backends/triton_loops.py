@@ -100,16 +100,16 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool) -> 
                 groups.append((dim,))
         return tuple(Loop(region.names[dims[0]], dims) for dims in groups)
 
-    if region.kind in ("contraction", "attention"):
-        return Loops(merged("m"), merged("n"), merged("b"), merged("k"), source=merged("s"))
-    rows, columns = merged("i"), merged("r")
-    if region.reduced:
-        return Loops(rows, columns)
     segments = []
     for joint, parts in region.joints.items():
         names = [region.names[part] for part in parts]
         for place, part in enumerate(parts):
             segments.append(Loop(names[place], (part,), region.names[joint], tuple(names[:place])))
+    if region.kind in ("contraction", "attention"):
+        return Loops(merged("m"), merged("n"), merged("b"), merged("k"), tuple(segments), merged("s"))
+    rows, columns = merged("i"), merged("r")
+    if region.reduced:
+        return Loops(rows, columns)
     return Loops(rows[:-1], rows[-1:], segments=tuple(segments))
 
 

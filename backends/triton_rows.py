@@ -80,7 +80,7 @@ class RowKernel(Writer):
         self.line(f"{row} = {program} * ROWS + tl.arange(0, ROWS)[:, None]")
         self.line(f"row_ok = {row} < {self.joint_size(self.loops.rows)}")
         self.take_apart("row", self.loops.rows)
-        self._segments(self.loops.rows)
+        self.segments(part for loop in self.loops.rows for part in self.loops.parts(loop))
 
     def _columns(self, block: str) -> None:
         if self.flat:
@@ -95,13 +95,7 @@ class RowKernel(Writer):
         if not self.flat:
             self.line("ok = row_ok & col_ok")
         self.take_apart("col", self.loops.columns)
-        self._segments(self.loops.columns)
-
-    def _segments(self, loops: Sequence[Loop]) -> None:
-        """Indices in the segments of loops: of one that is not at its turn it is below zero, or too great."""
-        for segment in (part for loop in loops for part in self.loops.parts(loop)):
-            self.line(f"{segment.name} = {' - '.join([segment.joint, *(f'size_{name}' for name in segment.before)])}")
-            self.line(f"{segment.name}_ok = ({segment.name} >= 0) & ({segment.name} < size_{segment.name})")
+        self.segments(part for loop in self.loops.columns for part in self.loops.parts(loop))
 
     def _has_columns(self, term: Term) -> bool:
         return any(loop.dims[0] in term.axes for loop in self.loops.columns)

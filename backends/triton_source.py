@@ -154,6 +154,12 @@ class Writer:
         if len(loops) > 1:
             self.line(f"{loops[0].name} = {total}")
 
+    def segments(self, loops: Iterable[Loop]) -> None:
+        """Indices in the segments of loops: of one that is not at its turn it is below zero, or too great."""
+        for loop in loops:
+            self.line(f"{loop.name} = {' - '.join([loop.joint, *(f'size_{name}' for name in loop.before)])}")
+            self.line(f"{loop.name}_ok = ({loop.name} >= 0) & ({loop.name} < size_{loop.name})")
+
     def is_line(self, term: Term) -> bool:
         return term.op in ("load", "result") or term.reduces or term in self.long or self._again(term)
 

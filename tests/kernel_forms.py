@@ -19,7 +19,7 @@ class Form:
         self.generator = torch.Generator().manual_seed(0)
 
     def x(self, *shape: Any, dtype: torch.dtype | None = None) -> Value:
-        name = self.build.unique("xyzuv"[len(self.graph.inputs)])
+        name = self.build.unique("xyzuvabcdefg"[len(self.graph.inputs)])
         self.build.release([name])
         return self.build.input(name, shape, dtype or self.dtype)
 
@@ -182,6 +182,18 @@ def biased_attention(f: Form, rows: Any, columns: int) -> Any:
     return b.mul(b.reshape(b.permute(mixed, dims=(0, 2, 1, 3)), shape=(2, rows, 192)), b.sigmoid(f.x(2, rows, 192)))
 
 
+def rotary_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Queries and keys are turned in the kernel, by tables of as many positions as there are of each."""
+
+    def rotated(size: int, heads: int) -> Value:
+        b, x, low, high = f.build, *(f.x(2, heads, size, width) for width in (64, 32, 32))
+        turned = b.concat(b.neg(high), low, dim=3)
+        return b.add(b.mul(x, f.x(size, 64)), b.mul(turned, f.x(size, 64)))
+
+    q, k = rotated(rows, 4), rotated(columns, 2)
+    return f.build.attention(q, k, f.x(2, 2, columns, 64), scale=0.125, enable_gqa=True)
+
+
 def capped_attention(f: Form, rows: Any, columns: int) -> Any:
     q, k, v = f.x(3, rows, 64), f.x(3, columns, 64), f.x(3, columns, 64)
     return f.build.capped_attention(q, k, v, f.x(rows, columns), scale=0.2, softcap=5.0)
@@ -199,7 +211,8 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax, layer_norm,
         gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned,
         number, rotary, joined, dense_gelu_residual, dense_in_heads, gated_product, scores,
-        with_itself, causal_attention, masked_attention, biased_attention, capped_attention, decoding_attention,
+        with_itself, causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention,
+        decoding_attention,
     )
 }  # fmt: skip
 

@@ -21,12 +21,13 @@ def fault(region: Region) -> str | None:
     """Why the region is no kernel; None where it is one."""
     if len(region.nodes) > MOST_NODES:
         return f"a region has {MOST_NODES} nodes at most"
-    if region.joints and region.reductions:
-        return "it would join segments beside a reduction"
     reason = _wrong_type(region) or _unread_loop(region)
-    if reason or region.attention is not None:
-        return reason
-    return _wrong_tile(region) if region.contractions else _wrong_rows(region)
+    if not reason and region.attention is None:
+        reason = _wrong_tile(region) if region.contractions else _wrong_rows(region)
+    heads = region.attention.head if region.attention is not None else frozenset()
+    if not reason and region.reductions and not heads.issuperset(region.joints):
+        return "it would join segments beside a reduction"
+    return reason
 
 
 def _wrong_type(region: Region) -> str | None:
@@ -63,8 +64,10 @@ def _wrong_rows(region: Region) -> str | None:
 
 def _wrong_tile(region: Region) -> str | None:
     """A contraction: pointwise before it over what it reads, and behind it over what it gives."""
+    if len(region.contractions) == 2 < len(region.reductions):
+        return _wrong_attention(region)
     if len(region.contractions) > 1:
-        return _wrong_attention(region) if len(region.reductions) > 2 else "it would have two contractions"
+        return f"it would have {'two' if len(region.contractions) == 2 else 'several'} contractions"
     (contraction,) = region.contractions
     if len(region.reductions) > 1:
         return "it would reduce rows beside a contraction, of which a program has only a tile"

@@ -67,10 +67,13 @@ def test_the_same_region_elsewhere_is_the_same_operator() -> None:
     assert first.name != others[0].name
 
 
-def test_the_rotary_codes_of_queries_and_keys_are_one_operator() -> None:
-    found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
-    assert names(found) == ["neg_concat_mul_add", "matmul_mul_softmax", "add_rms_norm", "silu_mul"]
-    assert len(found.operators[0].reads) == 8 and len(found.operators[0].writes) == 2
+def test_attention_is_one_operator_with_the_rotary_codes_of_queries_and_keys() -> None:
+    block = decoder_block(tokens=16, width=32, hidden=48)
+    found = with_kernels(block)
+    assert names(found) == ["neg_concat_mul_add_matmul_softmax", "add_rms_norm", "silu_mul"]
+    assert len(found.operators[0].reads) == 9 and len(found.operators[0].writes) == 1
+    inputs = [torch.randn(2, 16, 32).half(), torch.randn(16, 8).half(), torch.randn(16, 8).half()]
+    torch.testing.assert_close(found.graph.to_torch()(*inputs), block.to_torch()(*inputs))
 
 
 def test_a_region_may_read_what_another_one_gives() -> None:
@@ -92,7 +95,8 @@ def test_products_are_left_to_the_library_but_for_those_of_attention() -> None:
     ops = [node.op for node in found.graph.nodes]
     assert ops.count("linear") == 7 and ops.count("matmul") == 0
     rounded = with_kernels(decoder_block(tokens=16, width=32, hidden=48), rounding="eager")
-    assert "mul_softmax" in names(rounded) and not rounded.left
+    assert names(rounded) == ["neg_concat_mul_add", "mul_softmax", "add_rms_norm", "silu_mul"] and not rounded.left
+    assert len(rounded.operators[0].reads) == 8 and len(rounded.operators[0].writes) == 2
 
 
 def test_attention_by_itself_is_an_operator_and_has_gradients() -> None:

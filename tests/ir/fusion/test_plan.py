@@ -37,10 +37,45 @@ def test_a_decoder_block_becomes_products_with_what_stands_behind_them_and_rows(
     kinds = Counter(region.kind for region in plan.regions)
     assert kinds == {"contraction": 7, "attention": 1, "row reduction": 2, "pointwise": 1}
     assert (len(plan.kernels), plan.kernels_before) == (11, 27)
-    assert ["matmul", "mul", "softmax", "matmul"] in ops(plan)
-    assert ["neg", "concat", "mul", "add"] * 2 in ops(plan)
+    rotary = ["neg", "concat", "mul", "add"]  # of keys by itself, of queries before attention
+    assert rotary in ops(plan) and [*rotary, "matmul", "mul", "softmax", "matmul"] in ops(plan)
     assert ["linear", "silu", "mul"] in ops(plan) and ops(plan).count(["linear", "add"]) == 2
     assert plan.bytes < 0.5 * plan.bytes_before
+
+
+def test_with_few_queries_attention_turns_its_keys_itself() -> None:
+    plan = plan_fusion(decoder_block(tokens=64))
+    (attention,) = (region for region in plan.regions if region.kind == "attention")
+    assert [node.op for node in attention.nodes].count("concat") == 2 and len(plan.kernels) == 10
+    assert list(attention.names.values()) == ["b0", "b1", "m0", "n0", "k0", "k0_0", "k0_1", "s0"]
+
+
+def test_what_is_between_two_contractions_may_be_no_softmax() -> None:
+    def reason(op: str, **options: object) -> str | None:
+        graph, build = built()
+        q, k, v = (build.input(name, (8, 64, 32), torch.float32) for name in "qkv")
+        scores = build.matmul(q, build.permute(k, dims=(0, 2, 1)))
+        graph.outputs = [build.matmul(build(op, scores, **options), v)]
+        return fault(trace(graph.nodes, graph.outputs))
+
+    assert reason("softmax", dim=2) is None
+    assert reason("log_softmax", dim=2) == "its second contraction is not of what the softmax gives and of values"
+    assert reason("softmax", dim=1) == "its second contraction is not of what the softmax gives and of values"
+    assert reason("rms_norm", normalized_shape=(64,)) == "it would have two contractions, and no softmax between them"
+    assert reason("relu") == "it would have two contractions"
+
+
+def test_attention_is_refused_where_more_is_wanted_of_it_than_one_pass_gives() -> None:
+    def reason(width: int, *, weights: bool = False) -> str | None:
+        graph, build = built()
+        q, k, v = (build.input(name, (8, 64, width), torch.float32) for name in "qkv")
+        shares = build.softmax(build.matmul(q, build.permute(k, dims=(0, 2, 1))), dim=2)
+        graph.outputs = [build.matmul(shares, v), *([shares] if weights else [])]
+        return fault(trace(graph.nodes, graph.outputs))
+
+    assert reason(256) is None
+    assert reason(257) == "a program holds heads of 256 numbers at most"
+    assert reason(32, weights=True) == "its weights are read behind the second contraction"
 
 
 def test_refusals_are_told_with_their_bytes() -> None:
