@@ -26,7 +26,10 @@ from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 
 ARCHITECTURES: Mapping[str, int] = {"sm_80": 80, "sm_90": 90}
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
+_POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1", torch.int8: "*i8",
+    torch.uint8: "*u8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

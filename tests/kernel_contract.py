@@ -42,6 +42,8 @@ def drawn(graph: Graph, sizes: Mapping[object, int] | None = None, seed: int = 0
             numbers = numbers[tuple(slice(None, None, 2) for _ in shape)].permute(list(reversed(range(len(shape)))))
         else:
             numbers = torch.randn(shape, generator=generator)
+        if value.dtype == torch.uint8:
+            numbers = (numbers.abs() * 80).clamp(max=255)
         tensors[value] = numbers > 1 if value.dtype == torch.bool else numbers.to(value.dtype)
     tensors.update((parameter, parameter.tensor) for parameter in graph.parameters.values())
     return tensors

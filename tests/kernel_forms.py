@@ -205,6 +205,18 @@ def decoding_attention(f: Form, rows: Any, columns: int) -> Any:
     return f.build.attention(q, k, v, f.x(2, 1, 1, columns, dtype=torch.bool), scale=0.2)
 
 
+def quantized_cache_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Keys and values as codes of 8 bits, with a range for each position and head, as ``kv-quantize`` has them."""
+
+    def read_back() -> Value:
+        b, ranges = f.build, [f.x(2, 2, columns, 1) for _ in range(2)]
+        codes = b.cast(f.x(2, 2, columns, 64, dtype=torch.uint8), dtype=f.dtype)
+        return b.add(b.mul(b.mul(codes, ranges[0]), 0.01), ranges[1])
+
+    q = f.x(2, 4, 1, 64)
+    return f.build.attention(q, read_back(), read_back(), scale=0.125, enable_gqa=True)
+
+
 FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
@@ -212,7 +224,7 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned,
         number, rotary, joined, dense_gelu_residual, dense_in_heads, gated_product, scores,
         with_itself, causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention,
-        decoding_attention,
+        decoding_attention, quantized_cache_attention,
     )
 }  # fmt: skip
 

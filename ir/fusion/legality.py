@@ -13,6 +13,9 @@ from regauge.ir.sizes import is_static
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Types that kernels compute with: in single precision inside."""
 
+CODES = (torch.int8, torch.uint8)
+"""Types of numbers that kernels read, and take for floats."""
+
 MOST_NODES = 64
 """Nodes of one region: what is longer takes registers, and time to compile, without saving more bytes."""
 
@@ -31,8 +34,9 @@ def fault(region: Region) -> str | None:
 
 
 def _wrong_type(region: Region) -> str | None:
-    for value in (*region.results, *(load.value.value for load in region.loads)):
-        if value.dtype not in (*FLOATS, torch.bool):
+    loaded = [load.value.value for load in region.loads]
+    for value in (*region.results, *loaded):
+        if value.dtype not in (*FLOATS, torch.bool, *(CODES if value in loaded else ())):
             return f"kernels compute in half and single precision, {value.name} is {value.signature.partition('[')[0]}"
     for value in region.outputs:
         if value.dtype not in FLOATS:

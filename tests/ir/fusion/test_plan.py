@@ -65,6 +65,20 @@ def test_what_is_between_two_contractions_may_be_no_softmax() -> None:
     assert reason("relu") == "it would have two contractions"
 
 
+def test_one_query_reads_keys_and_values_as_codes() -> None:
+    def kernels(length: int) -> list[list[str]]:
+        graph, build = built()
+        q = build.input("q", (1, 8, length, 64), torch.float16)
+        k, v = (build.input(name, (1, 8, 4096, 64), torch.uint8) for name in "kv")
+        scales = [build.input(name, (1, 8, 4096, 1), torch.float16) for name in ("k_scale", "v_scale")]
+        read = [build.mul(build.cast(x, dtype=torch.float16), scale) for x, scale in zip((k, v), scales, strict=True)]
+        graph.outputs = [build.attention(q, *read, scale=0.125)]
+        return ops(plan_fusion(graph))
+
+    assert kernels(1) == [["cast", "mul", "cast", "mul", "attention"]]
+    assert kernels(4096) == [["cast", "mul", "cast", "mul"], ["attention"]]  # they would be read back for each tile
+
+
 def test_attention_is_refused_where_more_is_wanted_of_it_than_one_pass_gives() -> None:
     def reason(width: int, *, weights: bool = False) -> str | None:
         graph, build = built()
