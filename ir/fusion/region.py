@@ -19,8 +19,10 @@ from regauge.ir.errors import AxisError, FusionError
 from regauge.ir.extents import Concat, Dim, Extent, Product, fresh, resolve, size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Operator
+from regauge.ir.roofline import VIEWS
 from regauge.ir.rules import ENDING_ROLES, Axes, Call
 from regauge.ir.scalars import REDUCTIONS, OperandAxis, Scalar, element_of
+from regauge.ir.sizes import product, same
 from regauge.ir.unify import unify
 
 if TYPE_CHECKING:
@@ -204,12 +206,19 @@ def terms_below(term: Term) -> set[Term]:
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node only reads its operand in another layout: in torch it moves no data."""
+    """Whether a node only reads its operand in another layout: in torch it moves no data.
+
+    What is expanded and reshaped then torch copies.
+    """
     element = element_of(node)
     if element is None or element.op != "operand":
         return False
     source = node.inputs[element.value]
-    return isinstance(source, Value) and source.dtype == node.output.dtype
+    if not isinstance(source, Value) or source.dtype != node.output.dtype:
+        return False
+    if not source.ranked or same(product(source.shape), product(node.output.shape)):
+        return True
+    return node.op in VIEWS and all(user.op != "reshape" for user, _ in node.output.uses)
 
 
 def trace(nodes: Sequence[Node], returned: Iterable[Value] = (), beside: Sequence[Value] = ()) -> Region:

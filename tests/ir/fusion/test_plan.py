@@ -79,6 +79,17 @@ def test_one_query_reads_keys_and_values_as_codes() -> None:
     assert kernels(4096) == [["cast", "mul", "cast", "mul"], ["attention"]]  # they would be read back for each tile
 
 
+def test_heads_that_are_repeated_are_read_once_in_attention() -> None:
+    graph, build = built()
+    q, k, v = (build.input(name, (1, heads, 256, 64), torch.float16) for name, heads in (("q", 8), ("k", 2), ("v", 2)))
+    k = build.repeat_interleave(k, repeats=4, dim=1)
+    v = build.reshape(build.expand(build.unsqueeze(v, dim=2), shape=(1, 2, 4, 256, 64)), shape=(1, 8, 256, 64))
+    graph.outputs = [build.attention(q, k, v, scale=0.125)]
+    (region,) = plan_fusion(graph).regions
+    assert [load.value.value.name for load in region.loads] == ["k", "unsqueeze", "q"]
+    assert {name: dim.size for dim, name in region.names.items() if name[0] in "bm"} == {"b0": 2, "m0": 4, "m1": 256}
+
+
 def test_attention_is_refused_where_more_is_wanted_of_it_than_one_pass_gives() -> None:
     def reason(width: int, *, weights: bool = False) -> str | None:
         graph, build = built()
