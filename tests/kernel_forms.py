@@ -205,6 +205,12 @@ def decoding_attention(f: Form, rows: Any, columns: int) -> Any:
     return f.build.attention(q, k, v, f.x(2, 1, 1, columns, dtype=torch.bool), scale=0.2)
 
 
+def latent_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Keys and values are the same latents, which all heads share."""
+    q, latents = f.x(2, 4, rows, 64), f.x(2, 1, columns, 64)
+    return f.build.attention(q, latents, latents, scale=0.125)
+
+
 def quantized_cache_attention(f: Form, rows: Any, columns: int) -> Any:
     """Keys and values as codes of 8 bits, with a range for each position and head, as ``kv-quantize`` has them."""
 
@@ -224,7 +230,7 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, deviation, total, turned,
         number, rotary, joined, dense_gelu_residual, dense_in_heads, gated_product, scores,
         with_itself, causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention,
-        decoding_attention, quantized_cache_attention,
+        decoding_attention, latent_attention, quantized_cache_attention,
     )
 }  # fmt: skip
 

@@ -96,12 +96,13 @@ def attentions(draw: Callable[[Any], Any]) -> Graph:
     dtype = draw(st.sampled_from(DTYPES))
     heads, shared = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((1, 2)))
     length, source = draw(st.sampled_from((1, 3, 17))), draw(st.sampled_from((2, 33, 70)))
-    depth, width = draw(st.sampled_from((4, 16, 20))), draw(st.sampled_from((3, 16, 24)))
+    depth, width = draw(st.sampled_from((4, 16, 20))), draw(st.sampled_from((1, 3, 16, 24)))
     graph = Graph("attention")
     build = Builder(graph)
-    q = build.input("q", (2, heads * shared, length, depth), dtype)
-    k, v = (build.input(name, (2, heads, source, size), dtype) for name, size in (("k", depth), ("v", width)))
-    shapes = ((length, source), (heads * shared, length, source), (2, 1, 1, source))
+    batch, heads = draw(st.sampled_from(((1, heads), (2, 1))))
+    q = build.input("q", (batch, heads * shared, length, depth), dtype)
+    k, v = (build.input(name, (batch, heads, source, size), dtype) for name, size in (("k", depth), ("v", width)))
+    shapes = ((length, source), (heads * shared, length, source), (batch, 1, 1, source))
     mask = draw(st.sampled_from((None, torch.bool, dtype)))
     causal = draw(st.booleans()) and mask is None
     given = [] if mask is None else [build.input("mask", draw(st.sampled_from(shapes)), mask)]

@@ -122,13 +122,17 @@ class Region:
     def contractions(self) -> list[Term]:
         return [term for term in self.reductions if _contracts(term)]
 
+    @property
+    def reduces_as_attention(self) -> bool:
+        return sorted(term.op for term in self.reductions) == ["amax", "sum", "sum", "sum"]
+
     @cached_property
     def attention(self) -> Attention | None:
         """The parts of attention, where that is what the region computes."""
         from regauge.ir.fusion.attention import find_attention  # which reads regions
 
         try:
-            return find_attention(self) if len(self.reductions) > 3 else None
+            return find_attention(self) if self.reduces_as_attention else None
         except FusionError:
             return None
 
@@ -228,13 +232,23 @@ def trace(nodes: Sequence[Node], returned: Iterable[Value] = (), beside: Sequenc
     """
     kept = frozenset(node.output for node in nodes if len(node.outputs) == 1).intersection(returned)
     try:
-        return _Tracer(nodes, kept, beside, shared=True).region()
+        region = _Tracer(nodes, kept, beside, shared=True).region()
     except _Twice:
-        pass
+        region = None
+    if region is not None and not _goes_on(region):
+        return region
     try:  # x @ x.T: what is read twice, along other loops
-        return _Tracer(nodes, kept, beside, shared=False).region()
+        apart = _Tracer(nodes, kept, beside, shared=False).region()
     except _Twice as error:
-        raise FusionError(str(error)) from error
+        if region is None:
+            raise FusionError(str(error)) from error
+        return region
+    return apart if region is None or apart.attention is not None else region
+
+
+def _goes_on(region: Region) -> bool:
+    """Whether a result has a loop that is reduced, as where keys and values of attention are the same latents."""
+    return region.reduces_as_attention and any(region.dims(value) & region.reduced for value in region.outputs)
 
 
 class _Twice(Exception):

