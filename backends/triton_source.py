@@ -129,10 +129,14 @@ class Writer:
     # -- lines -------------------------------------------------------------------------------------------------------
 
     def line(self, text: str) -> None:
-        """A line; a long one goes on where a comma is in it."""
-        rest, indent = text, self.indent
-        while len(indent) + len(rest) > _LONGEST and ", " in rest[: _LONGEST - len(indent)]:
-            end = rest.rindex(", ", 0, _LONGEST - len(indent)) + 1
+        """A line; a long one goes on behind a comma, or a plus, in parentheses."""
+        rest, indent, depth = text, self.indent, 0
+        while len(indent) + len(rest) > _LONGEST:
+            head = rest[: _LONGEST - len(indent)]
+            end = max(head.rfind(", "), head.rfind(" + ") + 1) + 1
+            depth += head[:end].count("(") - head[:end].count(")")
+            if end < 2 or not depth:
+                break
             self.lines.append(indent + rest[:end])
             rest, indent = rest[end + 1 :], self.indent + "    "
         self.lines.append(indent + rest)
