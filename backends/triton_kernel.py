@@ -232,16 +232,18 @@ def _launch_of_attention(source: Source, sizes: Mapping[Dim, int], rows: int, co
     """Of wide heads, and where masks are read, a program has fewer queries and places at a time, so that none of its
     registers are spilled; a factor of a product is never below 16."""
     width = max(columns, count(source.loops.contracted, sizes))
-    masked = any(tensor.loops(source.loops.rows) and tensor.loops(source.loops.source) for tensor in source.reads)
+    of_places = [tensor for tensor in source.reads if tensor.loops(source.loops.source)]
+    masks = [tensor for tensor in of_places if tensor.loops(source.loops.rows)]
+    more = len(of_places) - len(masks) > 2  # is read of each place than keys and values
     warps = 8
     if any(tensor.value.dtype == torch.float32 for tensor in source.reads):  # which has no tensor cores
         most, deep = (32 if width <= 128 else 16), 32
-    elif width <= 64 or width <= 128 and not masked:
+    elif width <= 64 or width <= 128 and not masks:
         most, deep = MOST_ROWS, 64
     else:
         most, deep, warps = (64, 32, 4) if width <= 128 else (64, 32, 8)
     high = min(16 if source.form == "combine" else most, max(16, power_above(rows)))
-    warps = 4 if high == 16 and width <= 128 else warps
+    warps = 4 if high == 16 and width <= 128 and not more else warps
     constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns))}
     programs = -(-rows // high) * count(source.loops.batch, sizes)
     splits = max(2, splits_of(source.loops, sizes))

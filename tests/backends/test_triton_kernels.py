@@ -74,6 +74,18 @@ def test_text_of_a_looped_softmax(golden: object) -> None:
     golden("kernel_softmax_looped", kernel.source("looped").text)  # type: ignore[operator]
 
 
+def test_text_of_causal_attention(golden: object) -> None:
+    kernel = kernel_of(form_graph("causal_attention", torch.bfloat16), "attention")
+    joined = kernel.source("split").then
+    assert joined is not None
+    golden("kernel_causal_attention", kernel.source().text + joined.text)  # type: ignore[operator]
+
+
+def test_attention_rounds_once() -> None:
+    with pytest.raises(FusionError, match="kernel: attention in one pass rounds what it gives, not each of its nodes"):
+        kernel_of(form_graph("causal_attention", torch.float16), rounding="eager")
+
+
 def test_what_is_no_kernel_is_told() -> None:
     graph = Graph("g")
     build = Builder(graph)
@@ -101,6 +113,16 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(name: str, form: Form, 
     compiled = compile_kernel(kernel.source(form), sizes, architecture)
     assert compiled.binary[:4] == b"\x7fELF" and str(HERE).encode() not in compiled.binary
     assert compiled.spilled == 0 and compiled.registers <= 64
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_attention_spills_nothing(architecture: str) -> None:
+    kernel = kernel_of(form_graph("causal_attention", torch.bfloat16, 4096, 4096), "attention")
+    sizes = {dim: int(dim.size) for dim in kernel.region.loops}
+    split = kernel.source("split")
+    for source in (kernel.source(), split, split.then):
+        assert source is not None and compile_kernel(source, sizes, architecture).spilled == 0
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
