@@ -13,7 +13,7 @@ from regauge.ir.dtypes import dtype_from_name
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
-from regauge.ir.fusion.region import trace
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
 
 Sizes: TypeAlias = tuple[int, int, int]

@@ -17,9 +17,8 @@ import torch
 
 from regauge.backends.triton_expressions import TRITON_TYPES, outermost
 from regauge.backends.triton_tiles import CONSTANTS, TileWriter, Tiling
-from regauge.ir.fusion.legality import terms_below
 from regauge.ir.fusion.products import Product, Side, codes_of, is_float8
-from regauge.ir.fusion.region import Term, below_results
+from regauge.ir.fusion.region import Term, below_results, terms_below
 
 _LEFT, _RIGHT = "[None, :]", "[:, None]"
 """How indices of what is contracted are laid along a tile of the left and of the right factor."""
@@ -124,7 +123,7 @@ class ContractionKernel(TileWriter):
         along with the other factor, and half precision holds it."""
         if product.whole:
             return torch.int8
-        types = {_type_of(side.core) for side in (product.left, product.right) if not side.few_bits}
+        types = {type_of(side.core) for side in (product.left, product.right) if not side.few_bits}
         if not types:
             return torch.float16
         return types.pop() if len(types) == 1 else torch.float32
@@ -200,7 +199,7 @@ class ContractionKernel(TileWriter):
         return name
 
 
-def _type_of(factor: Term) -> torch.dtype:
+def type_of(factor: Term) -> torch.dtype:
     """The type that a factor has in torch; what is no value there is computed in single precision."""
     value = factor.value.value if factor.op == "load" else factor.value if factor.op == "result" else None
     return torch.float32 if value is None else value.dtype

@@ -19,6 +19,8 @@ import torch
 
 from regauge.backends.kernel_configs import Case, Config, Table, architecture_of, config_of
 from regauge.backends.torch_runtime import import_source
+from regauge.backends.triton_attention import AttentionForm, AttentionKernel
+from regauge.backends.triton_attention_sizes import launch_of_attention, scratch_sizes, splits_of
 from regauge.backends.triton_contraction import ContractionKernel
 from regauge.backends.triton_launch import Launch, power_above
 from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, sizes_of, start_of, strides_of
@@ -35,18 +37,22 @@ from regauge.ir.fusion.region import Kind, Layout, Region
 from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Value
 
-Form: TypeAlias = RowForm | Literal["contraction", "split"]
+Form: TypeAlias = RowForm | Literal["contraction"] | AttentionForm
 _FORMS: Mapping[Kind, tuple[Form, ...]] = {
     "pointwise": ("pointwise",),
     "row reduction": ("rows", "looped"),
     "contraction": ("contraction", "split"),
+    "attention": ("attention", "split"),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """One text of a kernel: what it reads and writes in the order of its arguments, and its loops; of a contraction
-    what decides how large tiles are."""
+    what decides how large tiles are.
+
+    ``scratch`` are names of what attention hands on to the kernel that runs ``then``.
+    """
 
     text: str
     name: str
@@ -56,11 +62,13 @@ class Source:
     writes: tuple[Tensor, ...]
     loops: Loops
     tiling: Tiling | None = None
+    scratch: tuple[str, ...] = ()
+    then: Source | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """The names of the kernels that the text has, which are launched one after the other."""
-        return (self.name, f"{self.name}{TOTAL}") if self.form == "split" else (self.name,)
+        return (self.name, f"{self.name}{TOTAL}") if self.form == "split" and self.tiling else (self.name,)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -108,20 +116,27 @@ class Kernel:
         form, source = self.forms[0], self.source()
         if form == "rows" and count(source.loops.columns, sizes) > PERSISTENT:
             return "looped"
-        few = not single and source.tiling is not None and parts_of(source.loops, source.tiling, sizes) > 1
-        return "split" if few else form
+        if single or form not in ("contraction", "attention"):
+            return form
+        parts = parts_of(source.loops, source.tiling, sizes) if source.tiling else splits_of(source.loops, sizes)
+        return "split" if parts > 1 else form
 
     def _write(self, form: Form, contiguous: bool) -> Source:
-        writer: RowKernel | ContractionKernel
-        tiling = None
-        if form == "contraction" or form == "split":
+        region, name, rounding = self.region, self.name, self.rounding
+        writer: RowKernel | ContractionKernel | AttentionKernel
+        tiling, scratch, then = None, tuple[str, ...](), None
+        if form == "attention" or form == "combine" or form == "split" and self.region.attention is not None:
+            writer = AttentionKernel(region, name, form, contiguous=contiguous)
+            name, scratch = writer.name_of_kernel, writer.scratch
+            then = self._write("combine", contiguous) if form == "split" else None
+        elif form == "contraction" or form == "split":
             kind = ContractionKernel if form == "contraction" else SplitKernel
-            writer = kind(self.region, self.name, self.rounding, contiguous=contiguous)
+            writer = kind(region, name, rounding, contiguous=contiguous)
             tiling = writer.tiling
         else:
-            writer = RowKernel(self.region, self.name, form, self.rounding, contiguous=contiguous)
+            writer = RowKernel(region, name, form, rounding, contiguous=contiguous)
         reads, writes = tuple(writer.reads), tuple(writer.writes)
-        return Source(writer.source(), self.name, form, self.rounding, reads, writes, writer.loops, tiling)
+        return Source(writer.source(), name, form, rounding, reads, writes, writer.loops, tiling, scratch, then)
 
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
@@ -141,10 +156,19 @@ class Kernel:
             starts = [start_of(t, given[t.value], sizes) for t in source.reads if t.shifts]
             if start.partials:
                 pointers.append(torch.empty(start.partials, dtype=torch.float32, device=device))
+            if source.scratch:
+                handed = scratch_sizes(source.loops, sizes, start.constants["SPLITS"])
+                pointers += [torch.empty(size, dtype=torch.float32, device=device) for size in handed]
             arguments = [*pointers, *numbers(source, sizes, starts, steps)]
-            for name, grid in zip(source.kernels, start.grids, strict=True):
-                source.function(name)[grid](*arguments, **start.constants, **start.options(self.rounding))
+            _start(source, start, arguments)
+            if source.then is not None:  # its arguments are the same
+                _start(source.then, launch_of(source.then, sizes, None), arguments)
         return results
+
+
+def _start(source: Source, start: Launch, arguments: Sequence[Any]) -> None:
+    for name, grid in zip(source.kernels, start.grids, strict=True):
+        source.function(name)[grid](*arguments, **start.constants, **start.options(source.rounding))
 
 
 def triton_kernel(
@@ -158,6 +182,8 @@ def triton_kernel(
     reason = fault(region)
     if reason is not None:
         raise FusionError(f"{name}: {reason}")
+    if region.attention is not None and rounding == "eager":
+        raise FusionError(f"{name}: attention in one pass rounds what it gives, not each of its nodes")
     if not name.isidentifier():
         raise FusionError(f"a kernel cannot be called {name!r}: give a name that Python can have")
     return Kernel(region, name, rounding, tuned)
@@ -200,17 +226,20 @@ def case_of(source: Source, sizes: Mapping[Dim, int]) -> Case:
 def config_for(
     source: Source, sizes: Mapping[Dim, int], architecture: str, tuned: Table | None = None
 ) -> Config | None:
-    """The configuration for given sizes; None for tiles that no table holds (:mod:`triton_tile_sizes`)."""
-    if source.form == "split" or source.tiling is not None and not source.tiling.plain:
+    """The configuration for given sizes; None for tiles that no table holds (:mod:`triton_tile_sizes`, and
+    :mod:`triton_attention_sizes`)."""
+    if source.form in ("split", "attention", "combine") or source.tiling is not None and not source.tiling.plain:
         return None
     return config_of(case_of(source, sizes), architecture, tuned)
 
 
 def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None) -> Launch:
     """How a kernel is started for given sizes: tiles of the configuration, smaller where there is less."""
-    if config is None:
-        assert source.tiling is not None
+    if config is None and source.tiling is not None:
         return launch_of_tiles(source.loops, source.tiling, sizes, split=source.form == "split")
+    if config is None:
+        assert source.form == "attention" or source.form == "split" or source.form == "combine"
+        return launch_of_attention(source.form, source.reads, source.loops, sizes)
     rows, columns, contracted = case_of(source, sizes).sizes
     tile, warps = config.tile, config.warps
     if source.form == "contraction":
@@ -234,5 +263,7 @@ def grid_of(source: Source, constants: Mapping[str, int]) -> list[tuple[tuple[Lo
     loops = source.loops
     if source.form == "contraction":
         return [(loops.rows, constants["BLOCK_M"]), (loops.columns, constants["BLOCK_N"]), (loops.batch, 1)]
+    if source.form == "attention":
+        return [(loops.rows, constants["BLOCK_M"]), (loops.batch, 1)]
     grid = [(loops.rows, constants.get("ROWS", 1))]
     return [*grid, (loops.columns, constants["BLOCK"])] if source.shared_out else grid

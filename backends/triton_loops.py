@@ -60,18 +60,20 @@ class Loops:
     """The loops of a kernel: ``rows``, and ``columns``, which are reduced where anything is.
 
     Of a contraction rows are those of its left factor and columns those of its right one; both factors have ``batch``
-    and what is ``contracted``. Of ``measured`` axes, which are no loops, only the sizes are asked for.
+    and what is ``contracted``. Of attention these are queries, columns of values, heads, and what scores are summed
+    over; keys and values have ``source``. Of ``measured`` axes, which are no loops, only the sizes are asked for.
     """
 
     rows: tuple[Loop, ...]
     columns: tuple[Loop, ...]
     batch: tuple[Loop, ...] = ()
     contracted: tuple[Loop, ...] = ()
+    source: tuple[Loop, ...] = ()
     measured: tuple[Loop, ...] = ()
 
     @cached_property
     def all(self) -> tuple[Loop, ...]:
-        return (*self.batch, *self.rows, *self.columns, *self.contracted)
+        return (*self.batch, *self.rows, *self.columns, *self.contracted, *self.source)
 
     @property
     def sized(self) -> tuple[Loop, ...]:
@@ -92,21 +94,23 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool, swe
     one whose reductions ``sweep`` over what is then contracted.
     """
 
+    layouts = [*(tensor.layout for tensor in tensors), *((t.value,) for t in region.terms if t.op == "index")]
+
     def merged(letter: str) -> tuple[Loop, ...]:
         groups: list[tuple[Dim, ...]] = []
         for dim in region.loops:
             if region.names[dim][0] != letter:
                 continue
             apart = dim in region.shifted or groups and groups[-1][-1] in region.shifted
-            if groups and not apart and all(_follow(t.layout, groups[-1][-1], dim, contiguous) for t in tensors):
+            if groups and not apart and all(_follow(layout, groups[-1][-1], dim, contiguous) for layout in layouts):
                 groups[-1] = (*groups[-1], dim)
             else:
                 groups.append((dim,))
         return tuple(Loop(region.names[dims[0]], dims) for dims in groups)
 
     measured = tuple(Loop(region.names[dim], (dim,)) for dim in region.measured)
-    if region.contractions:
-        return Loops(merged("m"), merged("n"), merged("b"), merged("k"), measured)
+    if region.kind in ("contraction", "attention"):
+        return Loops(merged("m"), merged("n"), merged("b"), merged("k"), merged("s"), measured)
     rows, columns = merged("i"), merged("r")
     if region.reduced and not sweep:
         return Loops(rows, columns, measured=measured)

@@ -2,8 +2,10 @@
 
 A program has ROWS rows and BLOCK columns. Pointwise, the columns are shared out among programs. Where rows are
 reduced, a program has all columns of its rows: at once (``rows``), or BLOCK after BLOCK, once for each reduction that
-has to wait for another one, and once more for what comes behind (``looped``). Windows are swept: columns are shared out
-as pointwise, and a program goes through the windows of all its entries, one index after the other (``swept``).
+has to wait for another one, and once more for what comes behind (``looped``). The sum of a softmax does not wait for
+the greatest number: it is brought to a greater one when that is met (:mod:`regauge.ir.fusion.online`). Windows are
+swept: columns are shared out as pointwise, and a program goes through the windows of all its entries, one index after
+the other (``swept``).
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from typing import Literal
 from regauge.backends.triton_expressions import outermost
 from regauge.backends.triton_loops import Loop, Tensor, loops_of
 from regauge.backends.triton_source import Rounding, Writer
-from regauge.ir.fusion.legality import terms_below
-from regauge.ir.fusion.region import Region, Term
+from regauge.ir.fusion.online import online_sums, passes
+from regauge.ir.fusion.region import Region, Term, terms_below
 
 RowForm = Literal["pointwise", "rows", "looped", "swept"]
 CONSTANTS = ("ROWS", "BLOCK")
@@ -138,35 +140,31 @@ class RowKernel(Writer):
         self.line(f"{self.name(term)} = {_REDUCE[term.op].format(tile)}")
 
     def _looped(self) -> None:
-        stages = self.region.stages
+        self.online = online_sums(self.region, each_rounded=self.rounding == "eager")
+        self.before = passes(self.region, self.online)
         done: set[Term] = set()
-        for stage in range(max(stages.values()) + 1):
-            wanted = [term for term in self.region.reductions if stages[term] == stage + 1]
+        for number in range(max(self.before.values()) + 1):
+            wanted = [term for term in self.region.reductions if self.before[term] == number + 1]
             written = [
                 tensor
                 for tensor in self.writes
-                if self._has_columns(term := self.region.results[tensor.value]) and stages[term] == stage
+                if self._has_columns(term := self.region.results[tensor.value]) and self.before[term] == number
             ]
-            self._once(stage, done)
+            self._once(number, done)
             if wanted or written:
                 self._pass(wanted, written)
-            for term in wanted:
-                self._reduce(term, self._partial(term))
-                done.add(term)
-        self._once(max(stages.values()), done)
+            done.update(wanted)
+        self._once(max(self.before.values()), done)
         for tensor in self.writes:
             if not self._has_columns(self.region.results[tensor.value]):
                 self.store(tensor)
 
-    def _once(self, stage: int, done: set[Term]) -> None:
+    def _once(self, number: int, done: set[Term]) -> None:
         """What has no columns and can be computed by now."""
         ready = [
             term
             for term in self.region.terms
-            if not self._has_columns(term)
-            and not term.reduces
-            and self.region.stages[term] <= stage
-            and term not in done
+            if not self._has_columns(term) and not term.reduces and self.before[term] <= number and term not in done
         ]
         done.update(ready)
         self.statements(ready, self.load)
@@ -176,23 +174,40 @@ class RowKernel(Writer):
 
     def _pass(self, wanted: Sequence[Term], written: Sequence[Tensor]) -> None:
         """One loop over the columns of the rows."""
+        peaks = {peak: [term for term in wanted if self.online.get(term) is peak] for peak in self.online.values()}
+        peaks = {peak: sums for peak, sums in peaks.items() if sums}
+        others = [term for term in wanted if term not in peaks and term not in self.online]
         for term in wanted:
-            self.line(f"{self._partial(term)} = tl.full([ROWS, BLOCK], {_START[term.op]}, tl.float32)")
+            name, width = (self._partial(term), "BLOCK") if term in others else (self.name(term), "1")
+            self.line(f"{name} = tl.full([ROWS, {width}], {_START[term.op]}, tl.float32)")
         self.line(f"for start in range(0, {self.joint_size(self.loops.columns)}, BLOCK):")
         self.indent += "    "
         self._columns("start + tl.arange(0, BLOCK)")
-        ends: Iterable[Term] = [*wanted, *(self.region.results[tensor.value] for tensor in written)]
+        ends: Iterable[Term] = [*others, *peaks, *(self.region.results[tensor.value] for tensor in written)]
         needed = {below for end in ends for below in terms_below(end)} | {end for end in ends if not end.reduces}
         self.statements([t for t in self.region.terms if t in needed and self._has_columns(t)], self.load)
-        for term in wanted:
+        for peak, sums in peaks.items():
+            self._online(peak, sums)
+        for term in others:
             self.line(_JOIN[term.op].format(self._partial(term), outermost(self.text(term.args[0]))))
         for tensor in written:
             self.store(tensor)
         self.indent = self.indent[4:]
+        for term in others:
+            self._reduce(term, self._partial(term))
+
+    def _online(self, peak: Term, sums: Sequence[Term]) -> None:
+        """The lines that take the greatest number, and sums that are shifted by it, through a tile."""
+        self.line(f'x_or_less = tl.where(ok, {outermost(self.text(peak.args[0]))}, float("-inf"))')
+        self.raise_peak(self.name(peak), "tl.reduce(x_or_less, 1, maximum, keep_dims=True)")
+        for term in sums:
+            of_tile = "tl.sum(tl.exp(x_or_less - shift), axis=1, keep_dims=True)"
+            self.line(f"{self.name(term)} = {self.name(term)} * kept + {of_tile}")
+        self.line(f"{self.name(peak)} = highest")
 
     def _swept(self) -> None:
         """What has no index of a window, then all windows at once, as often as a reduction waits for another one."""
-        reduced, stages = self.region.reduced, self.region.stages
+        reduced, stages = self.region.reduced, passes(self.region, {})
         done: set[Term] = set()
         for stage in range(max(stages.values()) + 1):
             ready = [t for t in self.region.terms if stages[t] <= stage and not t.reduces and not t.axes & reduced]

@@ -32,37 +32,12 @@ from regauge.ir.sizes import format_size
 
 HEAD = "import triton\nimport triton.language as tl\n"
 _TAKEN = {
-    "tl",
-    "triton",
-    "row",
-    "col",
-    "ok",
-    "row_ok",
-    "col_ok",
-    "start",
-    "window",
-    "step",
-    "steps",
-    "group",
-    "split",
-    "begin",
-    "end",
-    "part",
-    "entries",
-    "partials",
-    "each",
-    "blocks",
-    "program",
-    "first",
-    "high",
-    "batch",
-    "m",
-    "n",
-    "k",
-    "float",
+    "tl", "triton", "row", "col", "ok", "row_ok", "col_ok", "start", "window", "step", "steps", "group", "split",
+    "begin", "end", "part", "entries", "partials", "each", "blocks", "program", "first", "high", "batch", "m", "n",
+    "k", "s", "tiles", "share", "highest", "shift", "kept", "weights", "logits", "place", "places", "float",
     "range",
     *FUNCTIONS,
-}
+}  # fmt: skip
 _WIDTH = 112
 _INLINE = 80
 _BROKEN: dict[str, Any] = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
@@ -189,6 +164,8 @@ class Writer:
         if term.op == "count":
             loops = [loop for loop in self.all_loops() if loop.dims[0] in term.over]
             return f"(1.0 * {self.joint_size(loops)})"  # a float: div_rn takes no integers
+        if term.op == "index":
+            return self._index(term)
         if term.op == "result":
             return self._result(term)
         if term.op == "inside":
@@ -244,6 +221,14 @@ class Writer:
         self.functions[function] = None
         return f"{function}({text})"
 
+    def _index(self, term: Term) -> str:
+        """The place along an axis that is made of loops."""
+        loops = [loop for dim in term.value for loop in self.all_loops() if loop.dims[0] is dim]
+        text = loops[0].name if loops else "0"
+        for loop in loops[1:]:
+            text = f"({text} * size_{loop.name} + {loop.name})"
+        return text
+
     def all_loops(self) -> Sequence[Loop]:
         raise NotImplementedError
 
@@ -280,6 +265,14 @@ class Writer:
                 text = outermost(self.expression(term))
                 if text != self.name(term):
                     self.line(f"{self.name(term)} = {text}")
+
+    def raise_peak(self, peak: str, found: str) -> None:
+        """Lines that take a peak to what was found above it: ``highest`` is the new one, ``shift`` what is subtracted
+        from exponents, and ``kept`` what sums that were begun with the old one are multiplied by."""
+        self.functions["maximum"] = None
+        self.line(f"highest = maximum({peak}, {found})")
+        self.line('shift = tl.where(highest == float("-inf"), 0.0, highest)')
+        self.line(f"kept = tl.exp({peak} - shift)")
 
     # -- head --------------------------------------------------------------------------------------------------------
 

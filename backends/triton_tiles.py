@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from regauge.backends.triton_loops import Loop, Tensor, loops_of
 from regauge.backends.triton_source import Rounding, Writer
-from regauge.ir.fusion.legality import terms_behind, terms_below
+from regauge.ir.fusion.legality import terms_behind
 from regauge.ir.fusion.products import Products, plain_products, products_of
-from regauge.ir.fusion.region import Region, Term
+from regauge.ir.fusion.region import Region, Term, terms_below
 
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")
 
@@ -33,13 +33,45 @@ class Tiling:
         return self.products == 1 and self.bytes > 1 and not self.groups and not self.digits
 
 
-class TileWriter(Writer):
-    """Indices and addresses of the tiles of contractions, and what stands behind these."""
+class TileBase(Writer):
+    """Indices and addresses of tiles."""
 
     def __init__(self, region: Region, name: str, rounding: Rounding, *, contiguous: bool) -> None:
         super().__init__(region, rounding)
         self.kernel = name
         self.loops = loops_of(region, [*self.reads, *self.writes], contiguous=contiguous)
+        self.inner = self.loops.contracted
+
+    def all_loops(self) -> Sequence[Loop]:
+        return self.loops.all
+
+    def axis(self, axis: str, index: str, loops: Sequence[Loop]) -> None:
+        joint = self.joint(axis, loops)
+        self.line(f"{joint} = {index}")
+        self.line(f"{axis}_ok = {joint} < {self.joint_size(loops)}")
+        self.take_apart(axis, loops)
+
+    def entry(self, tensor: Tensor, picks: Sequence[Term] = ()) -> tuple[str, str]:
+        """The address of an entry of a tile, and the mask."""
+        axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.inner, "s": self.loops.source}
+        masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
+        return self.address(tensor, self.loops, picks), " & ".join(masks)
+
+    def load(self, term: Term) -> str:
+        return self.numbers(term, self.raw(term))
+
+    def raw(self, term: Term) -> str:
+        """What is read of a tensor, as it is stored."""
+        address, mask = self.entry(self.of_load[term], term.args[: len(term.value.picked)])
+        mask = " & ".join(filter(None, [mask, *self.guards(term)]))
+        return f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
+
+
+class TileWriter(TileBase):
+    """Indices of the tiles of contractions, and what stands behind these."""
+
+    def __init__(self, region: Region, name: str, rounding: Rounding, *, contiguous: bool) -> None:
+        super().__init__(region, name, rounding, contiguous=contiguous)
         self.products: Products = products_of(region) if rounding == "fused" else plain_products(region)
         apart = self.products.groups.union(self.products.digits)
         self.groups = tuple(loop for loop in self.loops.contracted if loop.dims[0] in self.products.groups)
@@ -47,9 +79,6 @@ class TileWriter(Writer):
         self.inner = tuple(loop for loop in self.loops.contracted if loop.dims[0] not in apart)
         self.over = region.contractions[0].over
         self.done: set[Term] = set()  # terms that have a line which holds for the whole tile
-
-    def all_loops(self) -> Sequence[Loop]:
-        return self.loops.all
 
     # -- indices -----------------------------------------------------------------------------------------------------
 
@@ -68,27 +97,6 @@ class TileWriter(Writer):
         self.line("tile_n = program % (GROUP * tiles_n) // high")
         self.axis("m", "(tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]", self.loops.rows)
         self.axis("n", "(tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]", self.loops.columns)
-
-    def axis(self, axis: str, index: str, loops: Sequence[Loop]) -> None:
-        joint = self.joint(axis, loops)
-        self.line(f"{joint} = {index}")
-        self.line(f"{axis}_ok = {joint} < {self.joint_size(loops)}")
-        self.take_apart(axis, loops)
-
-    def entry(self, tensor: Tensor, picks: Sequence[Term] = ()) -> tuple[str, str]:
-        """The address of an entry of a tile, and the mask."""
-        axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.inner}
-        masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
-        return self.address(tensor, self.loops, picks), " & ".join(masks)
-
-    def load(self, term: Term) -> str:
-        return self.numbers(term, self.raw(term))
-
-    def raw(self, term: Term) -> str:
-        """What is read of a tensor, as it is stored."""
-        address, mask = self.entry(self.of_load[term], term.args[: len(term.value.picked)])
-        mask = " & ".join(filter(None, [mask, *self.guards(term)]))
-        return f"tl.load({address}, mask={mask}, other=0)" if mask else f"tl.load({address})"
 
     # -- what stands behind ------------------------------------------------------------------------------------------
 

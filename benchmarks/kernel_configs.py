@@ -23,7 +23,7 @@ from regauge.backends.kernel_configs import SHIPPED, Case, Entry, Table, shipped
 from regauge.backends.kernel_samples import Sizes, sample
 from regauge.backends.kernel_screen import GPUS, Sized, screen
 from regauge.backends.triton_kernel import Form, triton_kernel
-from regauge.ir.fusion.region import trace
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Value
 
 SIZES: dict[Form, list[Sizes]] = {

@@ -27,7 +27,7 @@ from regauge.backends.triton_compile import ARCHITECTURES, Compiled, compile_ker
 from regauge.backends.triton_kernel import Source, triton_kernel
 from regauge.backends.triton_loops import count
 from regauge.ir.extents import Dim
-from regauge.ir.fusion.region import trace
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.fusion.traffic import PERSISTENT
 
 ROWS = COLUMNS = 4096
@@ -62,8 +62,10 @@ def cases() -> Iterator[Case]:
             for form in kernel.forms:
                 source = kernel.source(form)
                 wanted = form != "rows" or count(source.loops.columns, sizes) <= PERSISTENT
-                if wanted and (form == "split") == (region.kind == "contraction" and rows < ROWS):
-                    yield from (Case(one, source, rows, sizes) for one in source.kernels)
+                few = region.kind == "contraction" and rows < ROWS
+                if wanted and (region.kind == "attention" or (form == "split") == few):
+                    texts = [text for text in (source, source.then) if text is not None]
+                    yield from (Case(one, text, rows, sizes) for text in texts for one in text.kernels)
 
 
 def cells(compiled: Compiled) -> list[str]:

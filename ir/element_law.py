@@ -7,7 +7,6 @@ of its own, gathered at these places, along the Dims that they depend on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from regauge.ir.extents import ONE, Concat, Dim, Extent, leaves, resolve, size_o
 from regauge.ir.graph import Value
 from regauge.ir.operator import Symmetry
 from regauge.ir.rules import ENDING_ROLES
-from regauge.ir.scalars import Along, Place, Scalar, element_of, evaluate, operand, parts_of
+from regauge.ir.scalars import Along, Laid, OperandAxis, Place, Scalar, element_of, evaluate, operand, parts_of
 
 if TYPE_CHECKING:
     from regauge.ir.law_cases import Case
@@ -54,7 +53,14 @@ def check_element(case: Case) -> None:
         for value, tensor in zip(case.node.inputs, case.operands, strict=False)  # absent ones at the end are dropped
     ]
     operands += [laid(tensor, axes, dims, atoms) for tensor, axes in elsewhere.gathered]
-    found = evaluate(expression, operands, ended, math.prod(int(dims[place].size) for place in ended))
+
+    def of_axis(axis: OperandAxis) -> list[int]:
+        slot, place = axis
+        value = case.node.inputs[slot]
+        assert isinstance(value, Value)
+        return [dims.index(dim) for dim in atoms.of(of[value][place])]
+
+    found = evaluate(expression, operands, Laid([int(dim.size) for dim in dims], ended, of_axis))
     (expected,) = case.results
     actual = _gathered(found, of[case.node.output], dims, atoms)
     if actual is None and case.node.operator.symmetry is Symmetry.LAYOUT:

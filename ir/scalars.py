@@ -8,8 +8,9 @@ The ``element`` of an operator record is such an expression of its operands:
 
 It says nothing of axes: an operand is read where its own axes say, by the axis rule of the record, and ``sum``,
 ``amax`` and ``amin`` go over the axes that the rule ends (contracts, reduces or normalises over), ``count()`` being how
-many indices these have. Kernels are printed from elements; a law (:mod:`regauge.ir.element_law`) holds each to what its
-operator computes.
+many indices these have. An operator with reductions over different axes names the axis of each, ``sum(x, (0, -1))``
+being over the last axis of operand 0; ``index((0, -1))`` is the place along it. Kernels are printed from elements; a
+law (:mod:`regauge.ir.element_law`) holds each to what its operator computes.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ if TYPE_CHECKING:
     from regauge.ir.graph import Node
 
 Number: TypeAlias = bool | int | float
+OperandAxis: TypeAlias = tuple[int, int]
+"""A slot, and an axis of the operand there."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Scalar:
     """A node of an expression: ``op`` is a name in PRIMITIVES or in REDUCTIONS, or one of
 
-    ``operand``  the value of operand ``value``, a slot number
+    ``operand``  the value of operand ``value``, a slot number; a ``truth`` value where its type is that
     ``number``   the number ``value``
+    ``index``    the place along the axis ``value`` of an operand
     ``count``    how many indices the ended axes have
     ``epsilon``  what a norm takes for an ``eps`` of None, by the type of the result
     ``joined``   of the arguments the one in whose segment of the result the index lies
@@ -42,11 +46,14 @@ class Scalar:
     ``inside``   whether the places of the :class:`Moved` ``value`` are on the axes of the operand
     ``digit``    digit i of an integer to the base ``value``, i being the index within the last axis of the result
     ``picked``   of the first argument, an operand, the entry of axis ``value`` whose number the second one holds
+
+    A reduction goes over the axis ``value`` of an operand, or where that is None over all axes that the rule ends.
     """
 
     op: str
     args: tuple[Scalar, ...] = ()
     value: Any = None
+    truth: bool = False
 
     def __add__(self, other: Operand) -> Scalar:
         return _call("add", self, other)
@@ -101,8 +108,13 @@ def number(value: Number) -> Scalar:
     return Scalar("number", value=value)
 
 
-def operand(slot: int) -> Scalar:
-    return Scalar("operand", value=slot)
+def operand(slot: int, *, truth: bool = False) -> Scalar:
+    return Scalar("operand", value=slot, truth=truth)
+
+
+def index(axis: OperandAxis) -> Scalar:
+    """The place along an axis of an operand, from 0 on."""
+    return Scalar("index", value=axis)
 
 
 def count() -> Scalar:
@@ -199,6 +211,13 @@ def _function(op: str) -> Callable[..., Scalar]:
     return call
 
 
+def _reduction(op: str) -> Callable[..., Scalar]:
+    def call(x: Scalar, axis: OperandAxis | None = None) -> Scalar:
+        return Scalar(op, (x,), axis)
+
+    return call
+
+
 def _where(condition: Any, x: Any, y: Any) -> torch.Tensor:
     return torch.where(torch.as_tensor(condition) != 0, x, y)
 
@@ -245,7 +264,7 @@ sin, cos, floor, ceil = _function("sin"), _function("cos"), _function("floor"), 
 real = _function("real")
 eq, ne, where = _function("eq"), _function("ne"), _function("where")
 logical_and, logical_or, logical_not = _function("logical_and"), _function("logical_or"), _function("logical_not")
-sum_, amax, amin = _function("sum"), _function("amax"), _function("amin")
+sum_, amax, amin = _reduction("sum"), _reduction("amax"), _reduction("amin")
 
 
 def mean(x: Scalar) -> Scalar:
@@ -311,7 +330,7 @@ def element_of(node: Node) -> Scalar | None:
         if given is None:
             operands.append(None)
         elif hasattr(given, "shape"):
-            operands.append(operand(slot))
+            operands.append(operand(slot, truth=getattr(given, "dtype", None) == torch.bool))
         elif isinstance(given, bool | int | float):
             operands.append(number(given))
         else:
@@ -319,40 +338,64 @@ def element_of(node: Node) -> Scalar | None:
     return element(*operands, **node.attributes)
 
 
-def evaluate(expression: Scalar, operands: Sequence[Any], ended: Sequence[int], size: int) -> Any:
-    """The expression in torch: operands are tensors that broadcast, or numbers; ``ended`` the axes that reductions end.
+@dataclass(frozen=True)
+class Laid:
+    """Operands laid along the same axes, with the size 1 where they lack one.
 
-    ``size`` is how many indices these have. Reduced axes stay, with the size 1. An operand that is only broadcast along
-    an ended axis counts once for each index.
+    ``sizes`` are how many indices the axes have; ``ended`` those that the rule ends; ``of`` tells which of them an axis
+    of an operand is made of, the slowest first.
+    """
+
+    sizes: Sequence[int]
+    ended: Sequence[int]
+    of: Callable[[OperandAxis], Sequence[int]]
+
+    def size(self, axes: Sequence[int]) -> int:
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    def index(self, axis: OperandAxis) -> torch.Tensor:
+        """The places along an axis of an operand."""
+        own = self.of(axis)
+        split = torch.arange(self.size(own)).reshape([self.sizes[place] for place in own])
+        order = sorted(range(len(own)), key=lambda i: own[i])
+        return split.permute(order).reshape([size if place in own else 1 for place, size in enumerate(self.sizes)])
+
+
+def evaluate(expression: Scalar, operands: Sequence[Any], laid: Laid) -> Any:
+    """The expression in torch: operands are tensors that broadcast, laid as ``laid`` says, or numbers.
+
+    Reduced axes stay, with the size 1. An operand that is only broadcast along a reduced axis counts once for each
+    index of it.
     """
     known: dict[Scalar, Any] = {}
 
     def value(node: Scalar) -> Any:
         if node not in known:
-            known[node] = _evaluated(node, value, operands, ended, size)
+            known[node] = _evaluated(node, value, operands, laid)
         return known[node]
 
     return value(expression)
 
 
-def _evaluated(
-    node: Scalar, value: Callable[[Scalar], Any], operands: Sequence[Any], ended: Sequence[int], size: int
-) -> Any:
+def _evaluated(node: Scalar, value: Callable[[Scalar], Any], operands: Sequence[Any], laid: Laid) -> Any:
     match node.op:
         case "operand":
             return operands[node.value]
         case "number":
             return node.value
         case "count":
-            return size
+            return laid.size(laid.ended)
         case "epsilon":
             return epsilon_of(operands[0].dtype)
+        case "index":
+            return laid.index(node.value)
     args = [value(arg) for arg in node.args]
     if node.op in PRIMITIVES:
         return PRIMITIVES[node.op](*args)
     (x,) = args
+    ended = tuple(laid.ended if node.value is None else laid.of(node.value))
     if not ended:
         return x
-    reduced = REDUCTIONS[node.op](x, tuple(ended))
+    reduced = REDUCTIONS[node.op](x, ended)
     met = math.prod(x.shape[axis] for axis in ended)
-    return reduced * (size // met) if node.op == "sum" and met else reduced
+    return reduced * (laid.size(ended) // met) if node.op == "sum" and met else reduced

@@ -10,7 +10,8 @@ import torch
 
 from regauge.backends.triton_kernel import Form, triton_kernel
 from regauge.backends.triton_source import Rounding
-from regauge.ir.fusion.region import Region, trace
+from regauge.ir.fusion.region import Region
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
 
 EXACT = {"add", "sub", "mul", "maximum", "minimum", "relu", "neg", "abs"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.fusion.legality import fault
-from regauge.ir.fusion.region import trace
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -208,6 +208,39 @@ def _few_bit_product(
         zero = build.parameter(f"z{place}", numbers, "buffer")
     w = build.dequantize(codes, scale, zero, **axes)
     return build.matmul(x, w) if turned else build.linear(x, w)
+
+
+@st.composite
+def attentions(draw: Callable[[Any], Any]) -> Graph:
+    """A graph that is attention, as one node or written out, with several masks, shared heads and other sizes."""
+    dtype = draw(st.sampled_from(DTYPES))
+    heads, shared = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((1, 2)))
+    length, source = draw(st.sampled_from((1, 3, 17))), draw(st.sampled_from((2, 33, 70)))
+    depth, width = draw(st.sampled_from((4, 16, 20))), draw(st.sampled_from((1, 3, 16, 24)))
+    graph = Graph("attention")
+    build = Builder(graph)
+    batch, heads = draw(st.sampled_from(((1, heads), (2, 1))))
+    q = build.input("q", (batch, heads * shared, length, depth), dtype)
+    k, v = (build.input(name, (batch, heads, source, size), dtype) for name, size in (("k", depth), ("v", width)))
+    shapes = ((length, source), (heads * shared, length, source), (batch, 1, 1, source))
+    mask = draw(st.sampled_from((None, torch.bool, dtype)))
+    causal = draw(st.booleans()) and mask is None
+    given = [] if mask is None else [build.input("mask", draw(st.sampled_from(shapes)), mask)]
+    q = build.mul(q, 0.5) if draw(st.booleans()) else q
+    if shared > 1 or draw(st.booleans()):
+        options: dict[str, Any] = {"softcap": 2.0} if draw(st.booleans()) else {}
+        op = "capped_attention" if options else "attention"
+        options |= {"scale": 0.5, "is_causal": causal, "enable_gqa": shared > 1}
+        y = build(op, q, k, v, *given, **options)
+    else:
+        scores = build.div(build.matmul(q, build.permute(k, dims=(0, 1, 3, 2))), 3.0)
+        if given:
+            scores = build.add(scores, *given) if mask is dtype else build.where(*given, scores, -1e4)
+        y = build.matmul(build.softmax(scores, dim=3), v)
+    y = build.permute(y, dims=(0, 2, 1, 3))
+    graph.outputs = [build.silu(y) if draw(st.booleans()) else y]
+    assume(trace(graph.nodes, graph.outputs).kind == "attention")
+    return graph
 
 
 @st.composite

@@ -26,7 +26,8 @@ from typing import Literal, TypeAlias
 from regauge.ir.cost import FUSED
 from regauge.ir.edit import Builder, inline_region, remove_node, replace_uses, set_input
 from regauge.ir.fusion.plan import Plan, moves_nothing, plan_fusion
-from regauge.ir.fusion.region import Region, trace
+from regauge.ir.fusion.region import Region
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Node, Operand, Value
 from regauge.ir.graph_copy import copy_graph
 from regauge.ir.roofline import Device
@@ -75,12 +76,12 @@ class Fusion:
 def fuse_graph(graph: Graph, device: Device | None = None, *, rounding: Rounding = "fused", by: str = "fuse") -> Fusion:
     """Fuse all regions of a graph that gain on a device, by default a GPU, but for products, which are left to the
     library of the runtime, and for regions of one node, for which the runtime has a kernel."""
-    plan = plan_fusion(graph, device, contractions=False)
+    plan = plan_fusion(graph, device, contractions=False, attention=rounding == "fused")
     build = Builder(graph, by=by)
     nodes: list[Node] = []
     left: list[str] = []
     for region in plan.regions:
-        if sum(not moves_nothing(node) for node in region.nodes) < 2:
+        if region.kind != "attention" and sum(not moves_nothing(node) for node in region.nodes) < 2:
             continue
         size = hidden_size(region.nodes)
         if size is None:

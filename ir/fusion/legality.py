@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from regauge.ir.errors import FusionError
+from regauge.ir.fusion.attention import find_attention
 from regauge.ir.fusion.products import FLOAT8, same_left
-from regauge.ir.fusion.region import Region, Term, below_results
+from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.graph import Value
 from regauge.ir.sizes import is_static, symbols_in
 
@@ -31,11 +33,10 @@ def fault(region: Region) -> str | None:
     """Why the region is no kernel; None where it is one."""
     if len(region.nodes) > MOST_NODES:
         return f"a region has {MOST_NODES} nodes at most"
-    return (
-        _wrong_type(region)
-        or _unread_loop(region)
-        or (_wrong_tile(region) if region.contractions else _wrong_rows(region))
-    )
+    reason = _wrong_type(region) or _unread_loop(region)
+    if not reason and region.attention is None:
+        reason = _wrong_tile(region) if region.contractions else _wrong_rows(region)
+    return reason
 
 
 def _wrong_type(region: Region) -> str | None:
@@ -101,6 +102,8 @@ def _wrong_tile(region: Region) -> str | None:
     contraction, *others = region.contractions
     if not set(_own_terms(region)).issuperset(region.contractions):
         return "it would compute a product again at other places of its axes"
+    if len(others) == 1 and len(region.reductions) > 2 and not same_left(region):
+        return _wrong_attention(region)
     loops = {(one.over, one.axes) for one in region.contractions}
     if len(loops) > 1 or not same_left(region):
         return "it would have two contractions"
@@ -127,18 +130,6 @@ def _own_terms(region: Region) -> Iterator[Term]:
         stack += () if term.op == "result" else term.args
 
 
-def terms_below(term: Term) -> set[Term]:
-    """The terms that a term is computed from."""
-    found: set[Term] = set()
-    stack = list(term.args)
-    while stack:
-        one = stack.pop()
-        if one not in found:
-            found.add(one)
-            stack.extend(one.args)
-    return found
-
-
 def terms_behind(region: Region) -> set[Term]:
     """The terms that results are computed from, up to the contractions, and these."""
     found: set[Term] = set()
@@ -155,3 +146,12 @@ def computed_in_windows(region: Region) -> bool:
     """Whether what windows go over is computed, and not only read: then it is once for each index of a window."""
     below = {term for one in region.reductions for term in terms_below(one)} if region.has_windows else set()
     return any(term.op == "result" and below_results(term).op != "load" for term in below if term.axes & region.reduced)
+
+
+def _wrong_attention(region: Region) -> str:
+    """Why two contractions with reductions between them are not attention."""
+    try:
+        find_attention(region)
+    except FusionError as error:
+        return str(error)
+    return "it would reduce rows beside attention"

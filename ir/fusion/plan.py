@@ -3,6 +3,7 @@
 Edges between nodes are tried once each, those that carry most bytes first: the regions at both ends become one where
 that is legal (:mod:`regauge.ir.fusion.legality`), where no path leaves the union and comes back, and where a roofline
 of the device says that it gains. What is refused is kept with its reason and the bytes that it goes on to move.
+A softmax between two contractions becomes one region with both (attention), though with neither alone it could be one.
 Then regions that have the same loops, but nothing between them, become one (horizontal fusion): rotary codes of queries
 and keys, norms of several streams. A launch is saved, and what both read is read once.
 """
@@ -10,19 +11,23 @@ and keys, norms of several streams. A launch is saved, and what both read is rea
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from itertools import pairwise
+from itertools import product as product_of
 
 from regauge.ir.cost import item_size, node_macs, smallest_sizes
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.legality import computed_in_windows, fault
+from regauge.ir.fusion.planned import Plan as Plan
+from regauge.ir.fusion.planned import Refusal as Refusal
+from regauge.ir.fusion.planned import moves_nothing as moves_nothing
 from regauge.ir.fusion.products import few_bit_sides
 from regauge.ir.fusion.prologues import again
-from regauge.ir.fusion.region import Region, below_results, is_view, no_element, trace
+from regauge.ir.fusion.region import Region, below_results, is_view, no_element
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.fusion.traffic import bytes_moved
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.roofline import DEVICES, VIEWS, Device
+from regauge.ir.roofline import DEVICES, Device
 from regauge.ir.scalars import element_of
 from regauge.ir.sizes import product
 
@@ -42,61 +47,20 @@ FARTHEST = 512
 """Regions that are looked at to see whether a path leaves a region and comes back."""
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Two regions that stayed apart: why, the value between them, and the bytes that one kernel would have saved.
-
-    Of regions beside one another it is a value that both read; ``reader`` is of the second one.
-    """
-
-    reason: str
-    bytes: int
-    value: Value
-    reader: Node
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The regions of a graph and the nodes that are in none, in an order in which they can run, and what was refused.
-
-    ``bytes`` are those that regions and other nodes read and write, ``bytes_before`` and ``kernels_before`` what it is
-    with each node by itself.
-    Nodes that torch gives as views move none, and are no kernels.
-    """
-
-    graph: Graph
-    steps: tuple[Region | Node, ...]
-    refusals: tuple[Refusal, ...]
-    bytes: int
-    bytes_before: int
-    kernels_before: int
-
-    @property
-    def regions(self) -> list[Region]:
-        return [step for step in self.steps if isinstance(step, Region)]
-
-    @property
-    def kernels(self) -> list[Region | Node]:
-        return [step for step in self.steps if isinstance(step, Region) or not moves_nothing(step)]
-
-
-def moves_nothing(node: Node) -> bool:
-    """Whether torch gives the result of a node as a view of its operand."""
-    return node.op in VIEWS or is_view(node)
-
-
 def plan_fusion(
     graph: Graph,
     device: Device | None = None,
     at: Mapping[object, int] | None = None,
     *,
     contractions: bool = True,
+    attention: bool = True,
 ) -> Plan:
     """The plan for a device, by default a GPU; dynamic sizes are as ``at`` gives them, or the least they may be.
 
-    Without ``contractions`` these are left to the library of the runtime, but for those with factors of few bits.
+    Without ``contractions`` these are left to the library of the runtime, but for those with factors of few bits, and
+    for attention, as long as that is wanted.
     """
-    return _Planner(graph, DEVICES["gpu"] if device is None else device, at, contractions).plan()
+    return _Planner(graph, DEVICES["gpu"] if device is None else device, at, contractions, attention).plan()
 
 
 class _Group:
@@ -117,8 +81,11 @@ class _Group:
 
 
 class _Planner:
-    def __init__(self, graph: Graph, device: Device, at: Mapping[object, int] | None, contractions: bool) -> None:
-        self.graph, self.device, self.contractions = graph, device, contractions
+    def __init__(
+        self, graph: Graph, device: Device, at: Mapping[object, int] | None, contractions: bool, attention: bool
+    ) -> None:
+        self.graph, self.device = graph, device
+        self.contractions, self.attention = contractions, attention
         self.bound = smallest_sizes(graph, at)
         self.place = {node: place for place, node in enumerate(graph.nodes)}
         # A node reads what its regions read of the graph around them, and what they return of it.
@@ -158,13 +125,16 @@ class _Planner:
         if not region.nodes:
             group.region = region
             return
-        if region.contractions and not self.contractions and not any(map(any, few_bit_sides(region))):
-            group.why = LIBRARY
-        else:
-            group.why = fault(region) or ""
+        group.why = self._left_to_library(region) or fault(region) or ""
         if not group.why:
             group.region = region
             self._cost(group, bytes_moved(region, self.value_bytes, self.bound))
+
+    def _left_to_library(self, region: Region) -> str:
+        if region.attention is not None:
+            return "" if self.attention else "attention is left to the runtime's library"
+        left = region.contractions and not self.contractions and not any(map(any, few_bit_sides(region)))
+        return LIBRARY if left else ""
 
     def _trimmed(self, nodes: list[Node]) -> list[Node]:
         """Without views at the ends: torch hands on in another layout for nothing."""
@@ -223,12 +193,11 @@ class _Planner:
         ]
         # What is made of codes goes first: whether a product is left to a library depends on it.
         edges.sort(key=lambda edge: (not edge[0].producer.operator.expands, -self.value_bytes(edge[0])))  # type: ignore[union-attr]
-        refused: list[Refusal] = []
-        for value, reader in edges:
-            assert value.producer is not None
-            above, below = self.group[value.producer], self.group[reader]
-            if above is not below:
-                refused += self._joined(above, below, value, reader)
+        refused = self._join_along(edges)
+        if self.attention:
+            made = self._join_attention()
+            found = self._join_along([edge for edge in edges if not made.isdisjoint(self._ends(*edge))])
+            refused = list({(refusal.value, refusal.reader): refusal for refusal in [*refused, *found]}.values())
         self._join_beside()
         groups = self._in_order()
         apart = [r for r in refused if self.group[r.value.producer] is not self.group[r.reader]]  # type: ignore[index]
@@ -238,6 +207,49 @@ class _Planner:
         after = sum(group.bytes for group in groups)
         alone = sum(not moves_nothing(node) for node in self.graph.nodes)
         return Plan(self.graph, tuple(steps), tuple(apart), int(after), int(before), alone)
+
+    def _ends(self, value: Value, reader: Node) -> tuple[_Group, _Group]:
+        assert value.producer is not None
+        return self.group[value.producer], self.group[reader]
+
+    def _join_along(self, edges: Iterable[tuple[Value, Node]]) -> list[Refusal]:
+        """Make one group of those at both ends of each edge, where that gains."""
+        refused: list[Refusal] = []
+        for value, reader in edges:
+            above, below = self._ends(value, reader)
+            if above is not below:
+                refused += self._joined(above, below, value, reader)
+        return refused
+
+    def _join_attention(self) -> set[_Group]:
+        """Make one group of each softmax and the two contractions that it stands between; the groups made."""
+        made: set[_Group] = set()
+        for group in list(dict.fromkeys(self.group.values())):
+            ops = {term.op for term in group.region.reductions} if group.region is not None else set()
+            if not ops >= {"amax", "sum"} or group.region is None or group.region.kind != "row reduction":
+                continue
+            above = {self.group[v.producer] for n in group.nodes for _, v in n.operands() if v.producer in self.place}
+            below = {self.group[reader] for node in group.nodes for reader in self.readers(node)}
+            for first, last in product_of(above - {group}, below - {group}):
+                union = self._between(first, group, last)
+                if union is not None:
+                    self._become_one(union)
+                    made.add(union)
+                    break
+        return made
+
+    def _between(self, first: _Group, middle: _Group, last: _Group) -> _Group | None:
+        """Three groups as one that is attention; None where they are not that, or would not gain."""
+        if first is last or not all(sum(node_macs(n, self.bound) for n in group.nodes) for group in (first, last)):
+            return None
+        nodes = self._without_views_first([*first.nodes, *middle.nodes, *last.nodes])
+        union = _Group(nodes, self.place[nodes[0]], self.place[nodes[-1]])
+        if self._comes_back(union):
+            return None
+        self._become_region(union)
+        if union.region is None or union.region.kind != "attention" or again(union.region, self.bound):
+            return None
+        return union if union.seconds <= first.seconds + middle.seconds + last.seconds else None
 
     def _joined(self, above: _Group, below: _Group, value: Value, reader: Node) -> Iterable[Refusal]:
         """Make one group of two; a refusal where they stay apart."""
@@ -402,7 +414,7 @@ class _Planner:
 def _whole(group: _Group) -> Value | None:
     """A result with all loops of a region that may have others beside it, or all but those of its contractions."""
     region = group.region
-    if region is None or not region.nodes:
+    if region is None or not region.nodes or region.kind == "attention":
         return None
     loops = set(region.loops).difference(*(term.over for term in region.contractions))
     return next((value for value in region.outputs if loops <= region.dims(value)), None)

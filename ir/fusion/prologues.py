@@ -17,7 +17,15 @@ product is bound by arithmetic, and a library is faster with the weight as float
 
 
 def again(region: Region, bound: Callable[[Size], int]) -> str:
-    """Why what stands before a contraction should not be computed in each of its tiles."""
+    """Why what stands before a contraction should not be computed in each of its tiles.
+
+    Of attention queries are computed once, keys and values for each tile of rows.
+    """
+    if region.attention is not None:
+        parts = region.attention
+        tiles = int(product(bound(dim.size) for dim in parts.rows))
+        made = any(below_results(factor).op != "load" for factor in (parts.keys, parts.values))
+        return f"keys or values would be computed again for every {TILE} rows" if made and tiles > TILE else ""
     for contraction, few_bits in zip(region.contractions, few_bit_sides(region), strict=True):
         factors = below_results(contraction.args[0]).args
         computed = [below_results(factor).op != "load" for factor in factors]

@@ -27,6 +27,7 @@ class Term:
 
     ``number``  ``value`` is the number
     ``count``   how many indices the loops ``over`` have together
+    ``index``   the place along an axis that is made of the loops ``value``, the slowest first
     ``load``    what a tensor from outside the region holds, and zero where one of ``args`` is not true; ``value`` is a
                 :class:`Load`
     ``inside``  whether a place is on an axis: ``value`` is the place and the length of the axis, both Affine
@@ -84,6 +85,18 @@ def below_results(term: Term) -> Term:
     while term.op == "result":
         (term,) = term.args
     return term
+
+
+def terms_below(term: Term) -> set[Term]:
+    """The terms that a term is computed from."""
+    found: set[Term] = set()
+    stack = list(term.args)
+    while stack:
+        one = stack.pop()
+        if one not in found:
+            found.add(one)
+            stack.extend(one.args)
+    return found
 
 
 class Mover:
@@ -148,6 +161,8 @@ class Mover:
         if term.op == "inside":
             place, length = term.value
             return self.inside(place.at(places), length)
+        if term.op == "index":
+            raise FusionError("it would read a place along an axis elsewhere")
         if term.over & frozenset(dim for place in places.values() for dim in place.dims):
             raise FusionError("it would read what is reduced elsewhere along the same axis")
         args = tuple(

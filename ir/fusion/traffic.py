@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from regauge.ir.cost import item_size
-from regauge.ir.fusion.legality import terms_below
-from regauge.ir.fusion.region import Region, Term
+from regauge.ir.fusion.online import online_sums, passes
+from regauge.ir.fusion.region import Region, Term, terms_below
 from regauge.ir.graph import Value
 from regauge.ir.sizes import Size, product
 
 PERSISTENT = 16384
-"""Indices of a row that one program holds; longer rows are read again for each reduction, and for what comes behind."""
+"""Indices of a row that one program holds; longer rows are read again for each reduction that waits for another one,
+and for what comes behind."""
 
 
 def bytes_moved(region: Region, value_bytes: Callable[[Value], float], bound: Callable[[Size], Size]) -> float:
     """Bytes that a kernel of the region reads and writes, of tensors that it reads in part only these parts."""
     columns = product(bound(dim.size) for dim in region.reduced)
-    again = 1 + max(region.stages.values()) if int(columns) > PERSISTENT and not region.contractions else 1
+    long = int(columns) > PERSISTENT and not region.contractions
+    again = 1 + max(passes(region, online_sums(region)).values()) if long else 1
     parts: dict[Value, float] = {}
     times: dict[Value, float] = {}
     repeats = _repeats(region, bound)

@@ -10,11 +10,13 @@ a relative bias is cut with the heads.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import randn
 
+from regauge.ir import scalars
 from regauge.ir.edit import Builder
 from regauge.ir.errors import AxisError
 from regauge.ir.extents import Extent, size_of
@@ -31,6 +33,7 @@ from regauge.ir.ops.onnx_attention import (
 from regauge.ir.ops.onnx_rotary import read_contrib_rotary, read_rotary, write_rotary
 from regauge.ir.ops.spell_attention import spell_attention
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scalars import Scalar
 from regauge.ir.scaling import Scaling
 from regauge.ir.sizes import Size, divide, same
 
@@ -96,7 +99,48 @@ def _samples() -> list[Sample]:
         sample(q, k[:, :, :3], v[:, :, :3], scale=0.4, is_causal=True),
         sample(randn(3, 6), randn(5, 6), randn(5, 2), scale=0.4),
         sample(q, k[:, :1], v[:, :1], randn(2, 1, 1, 5), scale=0.4),
+        sample(q, k, v, torch.tensor([[True], [False], [True]]), scale=0.3),
     ]
+
+
+# -- the element -------------------------------------------------------------------------------------------------------
+
+_DEPTH, _LENGTH, _SOURCE = (0, -1), (0, -2), (1, -2)
+
+
+def _masked(scores: Scalar, mask: Scalar | None, is_causal: bool) -> Scalar:
+    """What a mask, or the order of positions, leaves of scores; a position that takes no part has minus infinity."""
+    if mask is not None:
+        scores = scalars.where(mask, scores, -math.inf) if mask.truth else scores + mask
+    if is_causal:
+        past = scalars.index(_SOURCE) <= scalars.index(_LENGTH)
+        scores = scalars.where(past, scores, -math.inf)
+    return scores
+
+
+def _element(
+    q: Scalar, k: Scalar, v: Scalar, mask: Scalar | None = None, *,
+    scale: float, is_causal: bool = False, dropout_p: float = 0.0, **_: Any,
+) -> Scalar | None:  # fmt: skip
+    """A query without any position gives zero, so that its greatest score is not subtracted from itself."""
+    if dropout_p:
+        return None
+    scores = _masked(scalars.sum_(q * k, _DEPTH) * scale, mask, is_causal)
+    greatest = scalars.amax(scores, _SOURCE)
+    none = scalars.eq(greatest, -math.inf)
+    weights = scalars.exp(scores - scalars.where(none, 0.0, greatest))
+    mean = scalars.sum_(weights * v, _SOURCE) / scalars.sum_(weights, _SOURCE)
+    return scalars.where(none, 0.0, mean)
+
+
+def _capped_element(
+    q: Scalar, k: Scalar, v: Scalar, mask: Scalar | None = None, *,
+    scale: float, softcap: float, is_causal: bool = False, **_: Any,
+) -> Scalar:  # fmt: skip
+    scores = softcap * scalars.tanh(scalars.sum_(q * k, _DEPTH) * (scale / softcap))
+    scores = _masked(scores, mask, is_causal)
+    weights = scalars.exp(scores - scalars.amax(scores, _SOURCE))
+    return scalars.sum_(weights / scalars.sum_(weights, _SOURCE) * v, _SOURCE)
 
 
 # -- ATen forms --------------------------------------------------------------------------------------------------------
@@ -185,6 +229,7 @@ def _math(
     samples=_samples,
     zeroed_by=("v",),
     scaling=Scaling(powers={"v": 1}, opposed=("q", "k")),
+    element=_element,
 )
 def attention(
     q: torch.Tensor,
@@ -221,6 +266,7 @@ def _capped_samples() -> list[Sample]:
     zeroed_by=("v",),
     spell=spell_attention,
     scaling=Scaling(powers={"v": 1}, opposed=("q", "k")),
+    element=_capped_element,
 )
 def capped_attention(
     q: torch.Tensor,

@@ -234,6 +234,7 @@ def _repeat_interleave(
     spell=_spell_repeat_interleave,
     samples=lambda: [sample(randn(2, 3), repeats=2, dim=1), sample(randn(2, 3, 4), repeats=3, dim=-2)],
     symmetry=Symmetry.LAYOUT,
+    element=lambda x, **_: x,
 )
 def repeat_interleave(x: torch.Tensor, *, repeats: int, dim: int) -> torch.Tensor:
     return x.repeat_interleave(repeats, dim)

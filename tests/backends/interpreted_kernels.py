@@ -13,15 +13,18 @@ from decoder_block import decoder_block
 from kernel_contract import check_kernel, drawn, evaluated
 from kernel_forms import FORMS, form_graph
 from quantized_graphs import quantized, random_tensor
-from random_regions import DTYPES, few_bit_products, products, regions, streams, windows
+from random_regions import DTYPES, attentions, few_bit_products, products, regions, streams, windows
 from regauge.backends import triton_kernel as kernels
+from regauge.backends.kernel_configs import Config
 from regauge.backends.torch_kernels import with_kernels
-from regauge.backends.triton_kernel import Form, triton_kernel
+from regauge.backends.triton_kernel import Form, launch_of, triton_kernel
+from regauge.backends.triton_loops import sizes_of
 from regauge.backends.triton_source import Rounding
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.plan import plan_fusion
-from regauge.ir.fusion.region import trace
+from regauge.ir.fusion.region import Region
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
 from regauge.ir.sizes import symbol
 
@@ -35,12 +38,19 @@ ROUNDINGS: tuple[Rounding, ...] = ("fused", "eager")
 @pytest.mark.parametrize("name", FORMS)
 def test_form_keeps_the_contract(name: str, dtype: torch.dtype, rounding: Rounding, spread: bool) -> None:
     graph = form_graph(name, dtype)
-    for form in triton_kernel(trace(graph.nodes, graph.outputs)).forms:  # type: ignore[arg-type]
-        check_kernel(graph, drawn(graph, spread=spread), rounding, form)
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    for form in kernel.forms:
+        check_kernel(graph, drawn(graph, spread=spread), _possible(rounding, kernel.region), form)
+
+
+def _possible(rounding: Rounding, region: Region) -> Rounding:
+    return "fused" if region.kind == "attention" else rounding
 
 
 def check_random(graph: Graph, rounding: Rounding, seed: int) -> None:
-    for form in triton_kernel(trace(graph.nodes, graph.outputs)).forms:  # type: ignore[arg-type]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    rounding = _possible(rounding, kernel.region)
+    for form in kernel.forms:
         check_kernel(graph, drawn(graph, seed=seed, spread=bool(seed % 2)), rounding, form)
 
 
@@ -48,6 +58,12 @@ def check_random(graph: Graph, rounding: Rounding, seed: int) -> None:
 @given(regions() | products() | windows(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
 def test_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)
+
+
+@hypothesis_settings(max_examples=10)
+@given(attentions(), st.integers(0, 99))
+def test_random_attention_keeps_the_contract(graph: Graph, seed: int) -> None:
+    check_random(graph, "fused", seed)
 
 
 @hypothesis_settings(max_examples=20)
@@ -93,9 +109,48 @@ def test_programs_that_share_a_tile_give_the_same_sums_each_time() -> None:
 
 @pytest.mark.nightly
 @hypothesis_settings(max_examples=1000)
-@given(regions() | products() | windows() | few_bit_products(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
+@given(
+    regions() | products() | windows() | few_bit_products() | attentions(),
+    st.sampled_from(ROUNDINGS),
+    st.integers(0, 99),
+)
 def test_many_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)
+
+
+@pytest.mark.parametrize("form", ["attention", "split"])
+@pytest.mark.parametrize("op", ["attention", "capped_attention"])
+def test_a_query_without_any_key_gets_what_its_operator_says(op: str, form: Form) -> None:
+    """Zero of attention, and of one that is written out what is not a number; minus infinity is as good as a mask."""
+    graph = Graph("g")
+    build = Builder(graph)
+    q, k, v = (build.input(name, (2, size, 16), torch.float32) for name, size in (("q", 3), ("k", 70), ("v", 70)))
+    mask = build.input("mask", (3, 70), torch.float32)
+    graph.outputs = [build(op, q, k, v, mask, scale=0.5, **({"softcap": 2.0} if op.startswith("capped") else {}))]
+    tensors = dict(drawn(graph))
+    tensors[mask][1] = float("-inf")
+    tensors[mask][2, :69] = float("-inf")
+    check_kernel(graph, tensors, form=form)
+    (row,) = {float(number) for number in evaluated(graph, tensors)[graph.outputs[0]][:, 1].nan_to_num(7).flatten()}
+    assert row == (0 if op == "attention" else 7)
+
+
+def test_few_queries_share_out_the_keys_among_programs() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    length = symbol("length")
+    q, k, v = (
+        build.input(name, (1, 2, size, 16), torch.float32) for name, size in (("q", 1), ("k", length), ("v", length))
+    )
+    graph.outputs = [build.attention(q, k, v, scale=0.25)]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    for size in (100, 1100):
+        tensors = drawn(graph, {length: size})
+        (found,) = kernel.launch(tensors).values()
+        torch.testing.assert_close(found, evaluated(graph, tensors)[graph.outputs[0]])  # type: ignore[index]
+    assert [form for form, _ in kernel._sources] == ["attention", "split"]
+    sizes = sizes_of(kernel.region, kernel.source().reads, tensors)
+    assert launch_of(kernel.source("split"), sizes, None).constants["SPLITS"] == 4
 
 
 def test_one_kernel_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +231,27 @@ def test_not_a_number_stays_what_it_is() -> None:
     tensors = {**drawn(graph), x: torch.tensor([float("nan"), float("inf"), -1, 2, 0, -0.0, float("-inf"), 3])}
     check_kernel(graph, tensors)
     assert evaluated(graph, tensors)[graph.outputs[0]].isnan().sum() == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_looped_softmax_meets_greater_numbers_tile_after_tile(
+    dtype: torch.dtype, rounding: Rounding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.mul(build.input("x", (6, 50), dtype), 3.0)
+    below = build.sub(x, build.amax(x, dims=(1,), keepdim=True))
+    power = build.exp(below)
+    written_out = build.div(power, build.sum(power, dims=(1,), keepdim=True))
+    bounded = build.logsumexp(build.clamp(x, None, 500.0), dims=(1,))
+    graph.outputs = [build.softmax(x, dim=1), build.log_softmax(x, dim=1), bounded, written_out]
+    monkeypatch.setattr(kernels, "config_for", lambda *_: Config({"ENTRIES": 8}, warps=4, stages=2))
+    tensor = torch.randn(6, 50).to(dtype)
+    tensor[0, :40], tensor[1, 30:] = float("-inf"), float("-inf")
+    tensor[2, 40], tensor[3, 3], tensor[4, 49] = float("nan"), float("inf"), 50.0
+    tensor[5] = torch.linspace(-20, 20, 50).to(dtype)
+    check_kernel(graph, {graph.inputs[0]: tensor}, rounding, "looped")
 
 
 @pytest.mark.parametrize("form", ["rows", "looped"])

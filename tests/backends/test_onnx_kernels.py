@@ -19,7 +19,7 @@ from regauge.backends.onnx_kernels import Calls, add_functions
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.edit import Builder, set_weight
 from regauge.ir.fusion.fused import body_of, canonical, content, fuse, fused_nodes
-from regauge.ir.fusion.region import trace
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
 from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, REGION, ROUNDING
 from regauge.ir.sample_inputs import sample_inputs

@@ -95,7 +95,7 @@ def test_what_has_no_kernel_is_a_function_only() -> None:
     for value in (*silu.regions[0].inputs, *(value for node in silu.regions[0].nodes for value in node.outputs)):
         value.dtype = torch.float64
     assert source_of(graph.to_torch(kernels="triton")).count("@kernel") == 1
-    assert with_kernels(graph).left == ("silu_mul: kernels compute in half and single precision, linear is f64",)
+    assert with_kernels(graph).left == ("silu_mul: kernels compute in half and single precision, silu is f64",)
 
 
 WITHOUT = """
@@ -164,10 +164,13 @@ def test_the_same_region_elsewhere_is_the_same_operator() -> None:
     assert first.name != others[0].name
 
 
-def test_the_rotary_codes_of_queries_and_keys_are_one_operator() -> None:
-    found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
-    assert names(found) == ["neg_concat_mul_add", "mul_softmax", "add_rms_norm", "silu_mul"]
-    assert len(found.operators[0].reads) == 8 and len(found.operators[0].writes) == 2
+def test_attention_is_one_operator_with_the_rotary_codes_of_queries_and_keys() -> None:
+    block = decoder_block(tokens=16, width=32, hidden=48)
+    found = with_kernels(block)
+    assert names(found) == ["neg_concat_mul_add_matmul_softmax", "add_rms_norm", "silu_mul"]
+    assert len(found.operators[0].reads) == 9 and len(found.operators[0].writes) == 1
+    inputs = [torch.randn(2, 16, 32).half(), torch.randn(16, 8).half(), torch.randn(16, 8).half()]
+    torch.testing.assert_close(found.graph.to_torch()(*inputs), block.to_torch()(*inputs))
 
 
 def test_windows_and_tables_are_in_operators_and_have_gradients() -> None:
@@ -204,10 +207,24 @@ def test_a_region_may_read_what_another_one_gives() -> None:
         torch.testing.assert_close(own, other)
 
 
-def test_products_are_left_to_the_library() -> None:
+def test_products_are_left_to_the_library_but_for_those_of_attention() -> None:
     found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
     ops = [node.op for node in found.graph.nodes]
-    assert ops.count("linear") == 7 and ops.count("matmul") == 2
+    assert ops.count("linear") == 7 and ops.count("matmul") == 0
+    rounded = with_kernels(decoder_block(tokens=16, width=32, hidden=48), rounding="eager")
+    assert names(rounded) == ["neg_concat_mul_add", "mul_softmax", "add_rms_norm", "silu_mul"] and not rounded.left
+    assert len(rounded.operators[0].reads) == 8 and len(rounded.operators[0].writes) == 2
+
+
+def test_attention_by_itself_is_an_operator_and_has_gradients() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    q, k, v = (build.input(name, (2, heads, 5, 8), torch.float32) for name, heads in (("q", 4), ("k", 2), ("v", 2)))
+    graph.outputs = [build.attention(q, k, v, scale=0.3, is_causal=True, enable_gqa=True)]
+    (operator,) = with_kernels(graph).operators
+    assert operator.kernel.region.kind == "attention" and operator.name.startswith("attention_")
+    arguments = [torch.randn(2, heads, 5, 8, requires_grad=True) for heads in (4, 2, 2)]
+    torch.library.opcheck(getattr(torch.ops.regauge_kernels, operator.name).default, arguments)
 
 
 def test_products_of_few_bits_are_operators_and_codes_share_bytes() -> None:

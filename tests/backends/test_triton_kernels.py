@@ -14,7 +14,7 @@ from regauge.backends.triton_compile import compile_kernel
 from regauge.backends.triton_kernel import Form, Kernel, triton_kernel
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.region import trace
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
 
 HERE = Path(__file__).parent
@@ -74,11 +74,23 @@ def test_text_of_a_looped_softmax(golden: object) -> None:
     golden("kernel_softmax_looped", kernel.source("looped").text)  # type: ignore[operator]
 
 
+def test_text_of_causal_attention(golden: object) -> None:
+    kernel = kernel_of(form_graph("causal_attention", torch.bfloat16), "attention")
+    joined = kernel.source("split").then
+    assert joined is not None
+    golden("kernel_causal_attention", kernel.source().text + joined.text)  # type: ignore[operator]
+
+
+def test_attention_rounds_once() -> None:
+    with pytest.raises(FusionError, match="kernel: attention in one pass rounds what it gives, not each of its nodes"):
+        kernel_of(form_graph("causal_attention", torch.float16), rounding="eager")
+
+
 def test_what_is_no_kernel_is_told() -> None:
     graph = Graph("g")
     build = Builder(graph)
     graph.outputs = [build.relu(build.input("x", (4, 5), torch.int64))]
-    with pytest.raises(FusionError, match="kernel: kernels compute in half and single precision, x is i64"):
+    with pytest.raises(FusionError, match="kernel: kernels compute in half and single precision, relu is i64"):
         kernel_of(graph)
     with pytest.raises(FusionError, match="cannot be called '2 kernels'"):
         kernel_of(form_graph("swiglu", torch.float32), "2 kernels")
@@ -112,8 +124,8 @@ def test_products_of_few_bits_compile_and_spill_nothing(name: str, rows: int, ar
     source = kernel.source("split" if rows == 16 else "contraction")
     assert source.kernels == ((name, f"{name}_total") if rows == 16 else (name,))
     for one in source.kernels:
-        compiled = compile_kernel(source, sizes, architecture, one)
-        assert compiled.spilled == 0 and compiled.launch.parts == (4 if rows == 16 else 1)
+        compiled = compile_kernel(source, sizes, architecture, name=one)
+        assert compiled.spilled == 0 and compiled.build.launch.parts == (4 if rows == 16 else 1)
 
 
 def test_text_of_a_gated_layer_of_four_bits(golden: object) -> None:
@@ -124,6 +136,16 @@ def test_text_of_a_gated_layer_of_four_bits(golden: object) -> None:
 def test_text_of_a_product_that_is_shared_out(golden: object) -> None:
     kernel = kernel_of(form_graph("int8_both", torch.float16), "int8_both")
     golden("kernel_int8_both_split", kernel.source("split").text)  # type: ignore[operator]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_attention_spills_nothing(architecture: str) -> None:
+    kernel = kernel_of(form_graph("causal_attention", torch.bfloat16, 4096, 4096), "attention")
+    sizes = {dim: int(dim.size) for dim in kernel.region.loops}
+    split = kernel.source("split")
+    for source in (kernel.source(), split, split.then):
+        assert source is not None and compile_kernel(source, sizes, architecture).spilled == 0
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

@@ -7,7 +7,8 @@ from kernel_forms import form_graph
 from regauge.ir.edit import Builder
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.products import Products, few_bit_sides, integer_range, products_of
-from regauge.ir.fusion.region import Region, trace
+from regauge.ir.fusion.region import Region
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
 
 

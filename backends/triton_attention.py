@@ -1,0 +1,233 @@
+"""Kernels of attention: a program has BLOCK_M queries of one head, and goes through keys and values once.
+
+    scores    BLOCK_M by BLOCK_S at a time, in single precision, scaled, masked and biased on the tile
+    peak      the greatest score that a query has met, total the sum of exp(scores - peak), mixed that of the values
+
+Where a greater score is met, total and mixed are brought to it by exp(old peak - new peak) (Dao et al. 2022,
+FlashAttention, algorithm 1; Dao 2023, FlashAttention-2, with the division at the end). Queries that share keys are rows
+of the same program. Behind the last place that a causal mask leaves to a tile nothing is read.
+
+With few queries the places are shared out among SPLITS programs (``split``), whose peaks, totals and mixtures a second
+kernel joins (``combine``; Dao et al. 2023, Flash-Decoding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from regauge.backends.triton_contraction import type_of
+from regauge.backends.triton_expressions import TRITON_TYPES, outermost
+from regauge.backends.triton_loops import Loop
+from regauge.backends.triton_tiles import TileBase
+from regauge.ir.fusion.attention import causal_bound
+from regauge.ir.fusion.region import Region, Term, below_results, terms_below
+
+AttentionForm = Literal["attention", "split", "combine"]
+_TITLES: Mapping[AttentionForm, str] = {
+    "attention": "attention, one pass over keys and values",
+    "split": "attention of a part of the keys and values",
+    "combine": "attention, joined from its parts",
+}
+_CONSTANTS: Mapping[AttentionForm, tuple[str, ...]] = {
+    "attention": ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_S"),
+    "split": ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_S", "SPLITS"),
+    "combine": ("BLOCK_M", "BLOCK_N", "SPLITS"),
+}
+SCRATCH = ("peaks_ptr", "totals_ptr", "mixtures_ptr")
+"""What parts hand on: for each part and row a peak, a total, and a mixture of all columns, in single precision."""
+
+
+class AttentionKernel(TileBase):
+    """The text of one kernel; see the module docstring."""
+
+    def __init__(self, region: Region, name: str, form: AttentionForm, *, contiguous: bool) -> None:
+        super().__init__(region, name, "fused", contiguous=contiguous)
+        assert region.attention is not None
+        self.form, self.parts = form, region.attention
+        for own in ("peak", "total", "mixed", "scores"):
+            self.known[getattr(self.parts, own)] = self.names.unique(own)
+        self.peak, self.total = self.known[self.parts.peak], self.known[self.parts.total]
+        self.mixed = self.known[self.parts.mixed]
+
+    @property
+    def name_of_kernel(self) -> str:
+        return self.kernel if self.form == "attention" else f"{self.kernel}_{self.form}"
+
+    @property
+    def scratch(self) -> tuple[str, ...]:
+        return () if self.form == "attention" else SCRATCH
+
+    def source(self) -> str:
+        self._tile()
+        if self.form == "combine":
+            self._join()
+        else:
+            self._queries()
+            self._places()
+        if self.form == "split":
+            self._hand_on()
+        else:
+            self._results()
+        name = self.name_of_kernel
+        head = self.signature(name, self.arguments(self.loops, self.scratch), _CONSTANTS[self.form])
+        return self.finished([*head, *self.docstring(name, _TITLES[self.form], self.loops.all)])
+
+    # -- indices -----------------------------------------------------------------------------------------------------
+
+    def _tile(self) -> None:
+        """Which queries of which head a program has, and which part of the places."""
+        self.line(f"tiles = tl.cdiv({self.joint_size(self.loops.rows)}, BLOCK_M)")
+        program = "tl.program_id(0)"
+        if self.form != "attention":
+            self.line(f"batches = {self.joint_size(self.loops.batch)}")
+        if self.form == "split":
+            self.line("part = (tl.program_id(0) // (tiles * batches)).to(tl.int64)")
+            program = "tl.program_id(0) % (tiles * batches)"
+        if self.loops.batch or self.form != "attention":
+            batch = self.joint("batch", self.loops.batch)
+            self.line(f"{batch} = ({program} // tiles).to(tl.int64)")
+            self.take_apart("batch", self.loops.batch)
+        tile = "(tl.program_id(0) % tiles).to(tl.int64)"
+        self.axis("m", f"({tile} * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]", self.loops.rows)
+        self.axis("n", "tl.arange(0, BLOCK_N).to(tl.int64)[None, :]", self.loops.columns)
+
+    def _head(self, way: str) -> None:
+        self.axis("k", f"tl.arange(0, BLOCK_K).to(tl.int64){way}", self.loops.contracted)
+
+    def _source(self, way: str) -> None:
+        self.axis("s", f"(start + tl.arange(0, BLOCK_S)).to(tl.int64){way}", self.loops.source)
+
+    def joint(self, axis: str, loops: Sequence[Loop]) -> str:
+        return super().joint(axis, loops) if loops else axis
+
+    # -- the pass ----------------------------------------------------------------------------------------------------
+
+    def _queries(self) -> None:
+        self._head("[None, :]")
+        self.queries = self._factor("queries", self.parts.queries, self._type(), "m_ok & k_ok")
+        self._head("[:, None]")
+        self._start()
+
+    def _start(self) -> None:
+        self.line(f'{self.peak} = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)')
+        self.line(f"{self.total} = tl.zeros([BLOCK_M, 1], tl.float32)")
+        self.line(f"{self.mixed} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
+
+    def _places(self) -> None:
+        """The loop over keys and values."""
+        first, end = "0", self.joint_size(self.loops.source)
+        bound = causal_bound(self.parts)
+        if bound is not None:
+            last = f"tl.max({outermost(self.text(bound))})" if bound.axes else self.text(bound)
+            self.line(f"end = tl.minimum({end}, {last} + 1)  # behind it all is masked")
+            end = "end"
+        if self.form == "split":
+            self.line(f"share = tl.cdiv(tl.cdiv({end}, BLOCK_S), SPLITS) * BLOCK_S")
+            first, end = "part * share", f"tl.minimum((part + 1) * share, {end})"
+        self.line(f"for start in range({first}, {end}, BLOCK_S):")
+        self.indent += "    "
+        self._source("[None, :]")
+        logits = self._logits()
+        self.raise_peak(self.peak, f"tl.reduce({logits}, 1, maximum, keep_dims=True)")
+        self.line(f"weights = tl.exp({logits} - shift)")
+        self.line(f"{self.total} = {self.total} * kept + tl.sum(weights, axis=1, keep_dims=True)")
+        self._source("[:, None]")
+        kind = type_of(self.parts.values)
+        values = self._factor("values", self.parts.values, kind, "s_ok & n_ok")
+        weights = f"weights.to({TRITON_TYPES[kind]})"
+        self.line(f'{self.mixed} = tl.dot({weights}, {values}, {self.mixed} * kept, input_precision="ieee")')
+        self.line(f"{self.peak} = highest")
+        self.indent = self.indent[4:]
+
+    def _logits(self) -> str:
+        """The lines that compute a tile of what the softmax is of; returns its name."""
+        keys = self._factor("keys", self.parts.keys, self._type(), "k_ok & s_ok")
+        scores = self.name(self.parts.scores)
+        self.line(f'{scores} = tl.dot({self.queries}, {keys}, input_precision="ieee")')
+        logits = self.parts.logits
+        wanted = {*terms_below(logits), logits} - {self.parts.scores, *terms_below(self.parts.scores)}
+        self.statements([term for term in self.region.terms if term in wanted], self.load)
+        self.line(f'logits = tl.where(s_ok, {outermost(self.text(logits))}, float("-inf"))')
+        return "logits"
+
+    def _type(self) -> torch.dtype:
+        """What scores are multiplied in: the type of queries and keys, or single precision where they have two."""
+        types = {type_of(factor) for factor in (self.parts.queries, self.parts.keys)}
+        return types.pop() if len(types) == 1 else torch.float32
+
+    def _factor(self, side: str, factor: Term, kind: torch.dtype, mask: str) -> str:
+        """The lines that read or compute a tile of a factor; returns its name. What lacks one of the axes of the tile
+        is repeated along it."""
+        name = self._given(side, factor, kind, mask)
+        axes = {axis.partition("_")[0] for axis in mask.split(" & ")}
+        if name == side or axes <= {self.region.names[dim][0] for dim in factor.axes}:
+            return name
+        self.line(f"{side} = tl.where({mask}, {name}, 0.0).to({TRITON_TYPES[kind]})")
+        return side
+
+    def _given(self, side: str, factor: Term, kind: torch.dtype, mask: str) -> str:
+        below = below_results(factor)
+        if below.op == "load":
+            tensor = self.of_load[below]
+            self.statements(below.args, self.load)
+            cast = "" if tensor.value.dtype == kind else f".to({TRITON_TYPES[kind]})"
+            self.line(f"{self.name(below)} = {self.of_bytes(tensor, self.raw(below))}{cast}")
+            return self.name(below)
+        needed = {*terms_below(factor), factor}
+        self.statements([term for term in self.region.terms if term in needed], self.load)
+        text = f"tl.where({mask}, {outermost(self.text(factor))}, 0.0)"
+        self.line(f"{side} = {text}" if kind == torch.float32 else f"{side} = {text}.to({TRITON_TYPES[kind]})")
+        return side
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _part(self, part: str) -> None:
+        batch, row = self.joint("batch", self.loops.batch), self.joint("m", self.loops.rows)
+        self.line(f"place = ({part} * batches + {batch}) * {self._grouped(self.loops.rows)} + {row}")
+        column = self.joint("n", self.loops.columns)
+        self.line(f"places = place * {self._grouped(self.loops.columns)} + {column}")
+
+    def _grouped(self, loops: Sequence[Loop]) -> str:
+        size = self.joint_size(loops)
+        return f"({size})" if " " in size else size
+
+    def _hand_on(self) -> None:
+        self._part("part")
+        self.line(f"tl.store(peaks_ptr + place, {self.peak}, mask=m_ok)")
+        self.line(f"tl.store(totals_ptr + place, {self.total}, mask=m_ok)")
+        self.line(f"tl.store(mixtures_ptr + places, {self.mixed}, mask=m_ok & n_ok)")
+
+    def _join(self) -> None:
+        self._start()
+        self.line("for part in range(0, SPLITS):")
+        self.indent += "    "
+        self._part("part")
+        self.line('peak_of_part = tl.load(peaks_ptr + place, mask=m_ok, other=float("-inf"))')
+        self.raise_peak(self.peak, "peak_of_part")
+        self.line("weight = tl.exp(peak_of_part - shift)")
+        for own, mask in ((self.total, "m_ok"), (self.mixed, "m_ok & n_ok")):
+            pointer = "totals_ptr + place" if own is self.total else "mixtures_ptr + places"
+            self.line(f"{own} = {own} * kept + tl.load({pointer}, mask={mask}, other=0) * weight")
+        self.line(f"{self.peak} = highest")
+        self.indent = self.indent[4:]
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def _results(self) -> None:
+        """What is computed behind the loop: what commutes with the last sum, and what stands behind it."""
+        behind = self.parts.behind(self.region)
+        needed = {term for factor, _ in self.parts.factors for term in (*terms_below(factor), factor)}
+        self.statements([term for term in behind if term in needed], self.load)
+        if self.parts.factors:
+            steps = [f" {'/' if divided else '*'} {self.text(factor)}" for factor, divided in self.parts.factors]
+            self.line(f"{self.mixed} = {self.mixed}{''.join(steps)}")
+        self.statements([term for term in behind if term not in needed], self.load)
+        for tensor in self.writes:
+            address = self.address(tensor, self.loops)
+            absent = [] if self.loops.rows else ["m * 0"]
+            absent += [] if self.loops.columns else ["n * 0"]
+            value = self.text(self.region.results[tensor.value])
+            self.line(f"tl.store({' + '.join([address, *absent])}, {value}, mask=m_ok & n_ok)")

@@ -1,0 +1,62 @@
+"""How large the tiles of attention are, and among how many programs its places are shared out.
+
+Tiles are found by compiling for sm_80 and sm_90: none spills registers (benchmarks/kernel_resources.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from regauge.backends.triton_attention import AttentionForm
+from regauge.backends.triton_launch import Launch, power_above
+from regauge.backends.triton_loops import Loops, Tensor, count
+from regauge.ir.extents import Dim
+
+MOST_ROWS = 128
+"""Queries of a program."""
+
+BUSY, LEAST_PLACES, MOST_SPLITS = 256, 256, 64
+"""Programs that keep a GPU busy (two for each processor), places that are worth a program, and parts of them."""
+
+
+def splits_of(loops: Loops, sizes: Mapping[Dim, int]) -> int:
+    """Among how many programs the places of a tile of queries are shared out, so that there are BUSY programs."""
+    tiles = count(loops.batch, sizes) * -(-count(loops.rows, sizes) // MOST_ROWS)
+    most = min(BUSY // max(tiles, 1), count(loops.source, sizes) // LEAST_PLACES, MOST_SPLITS)
+    return 1 << most.bit_length() - 1 if most > 1 else 1
+
+
+def scratch_sizes(loops: Loops, sizes: Mapping[Dim, int], splits: int) -> list[int]:
+    """How many numbers each of SCRATCH holds."""
+    rows = splits * count(loops.batch, sizes) * count(loops.rows, sizes)
+    return [rows, rows, rows * count(loops.columns, sizes)]
+
+
+def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
+    """Of wide heads, and where masks are read, a program has fewer queries and places at a time, so that none of its
+    registers are spilled; a factor of a product is never below 16."""
+    rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
+    width = max(columns, count(loops.contracted, sizes))
+    of_places = [tensor for tensor in reads if tensor.loops(loops.source)]
+    masks = [tensor for tensor in of_places if tensor.loops(loops.rows)]
+    more = len(of_places) - len(masks) > 2  # is read of each place than keys and values
+    warps = 8
+    if any(tensor.value.dtype == torch.float32 for tensor in reads):  # which has no tensor cores
+        most, deep = (32 if width <= 128 else 16), 32
+    elif width <= 64 or width <= 128 and not masks:
+        most, deep = MOST_ROWS, 64
+    else:
+        most, deep, warps = (64, 32, 4) if width <= 128 else (64, 32, 8)
+    high = min(16 if form == "combine" else most, max(16, power_above(rows)))
+    warps = 4 if high == 16 and width <= 128 and not more else warps
+    constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns))}
+    programs = -(-rows // high) * count(loops.batch, sizes)
+    splits = max(2, splits_of(loops, sizes))
+    if form == "combine":
+        return Launch(programs, {**constants, "SPLITS": splits}, warps)
+    constants |= {"BLOCK_K": max(16, power_above(count(loops.contracted, sizes))), "BLOCK_S": deep}
+    if form == "split":
+        constants["SPLITS"], programs = splits, programs * splits
+    return Launch(programs, constants, warps, stages=2)

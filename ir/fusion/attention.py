@@ -1,0 +1,172 @@
+"""Attention, read off the terms of a region: two sums of products with a softmax between them.
+
+    scores[m, s]   sum over k of queries[m, k] * keys[s, k]
+    logits[m, s]   scores, scaled, masked, biased: whatever stands between, index by index
+    weights[m, s]  exp(logits - peak), where peak is the greatest of the logits over s; total is their sum over s
+    mixed[m, n]    sum over s of weights / total * values[s, n]
+
+What has no loop ``s`` commutes with the last sum, the total above all, and the shift by the peak may be any number as
+long as both sums take the same one. So one loop over s keeps the peak, the total and the mixture of what it has met,
+and brings them to a new peak as it finds one (Milakov and Gimelshein 2018, Online normalizer calculation for softmax;
+Dao et al. 2022, FlashAttention, algorithm 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from regauge.ir.errors import FusionError
+from regauge.ir.extents import Dim
+from regauge.ir.fusion.online import is_shifted
+from regauge.ir.fusion.region import Region, Term, below_results, terms_below
+from regauge.ir.sizes import is_static, product
+
+WIDEST = 256
+"""Numbers of a head that a program holds, of queries and keys and of values."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The parts of attention; ``peak``, ``total`` and ``mixed`` are reductions over ``source``.
+
+    ``factors`` are what the mixture is multiplied by, or divided where the second entry is true. ``batch`` are loops of
+    logits that keys or values have, ``rows`` the other ones that are not ``source``, ``head`` what scores are summed
+    over, ``columns`` what values have alone.
+    """
+
+    queries: Term
+    keys: Term
+    values: Term
+    scores: Term
+    logits: Term
+    peak: Term
+    weights: Term
+    total: Term
+    mixed: Term
+    factors: tuple[tuple[Term, bool], ...]
+
+    @property
+    def source(self) -> frozenset[Dim]:
+        return self.mixed.over
+
+    @property
+    def head(self) -> frozenset[Dim]:
+        return self.scores.over
+
+    @property
+    def batch(self) -> frozenset[Dim]:
+        return ((self.keys.axes | self.values.axes) & self.logits.axes) - self.source
+
+    @property
+    def rows(self) -> frozenset[Dim]:
+        return self.logits.axes - self.source - self.batch
+
+    @property
+    def columns(self) -> frozenset[Dim]:
+        return self.values.axes - self.source - self.logits.axes
+
+    def letter(self, dim: Dim) -> str:
+        """What loops of its kind are called (:attr:`Region.names`)."""
+        kinds = {"s": self.source, "k": self.head, "b": self.batch, "n": self.columns}
+        return next((letter for letter, dims in kinds.items() if dim in dims), "m")
+
+    def behind(self, region: Region) -> list[Term]:
+        """The terms that are computed once all of ``source`` is done, arguments first."""
+        ends = {self.peak, self.total, self.mixed}
+        found: set[Term] = set()
+        stack = [*(region.results[value] for value in region.outputs), *(factor for factor, _ in self.factors)]
+        while stack:
+            term = stack.pop()
+            if term not in found and term not in ends:
+                found.add(term)
+                stack.extend(term.args)
+        return [term for term in region.terms if term in found]
+
+
+def find_attention(region: Region) -> Attention:
+    """The attention that a region computes; raises FusionError with the reason where it computes none."""
+    peaks = [term for term in region.reductions if term.op == "amax"]
+    sums = [term for term in region.reductions if term.op == "sum"]
+    if len(peaks) != 1 or len(sums) != 3:
+        raise FusionError("it would have two contractions, and no softmax between them")
+    (peak,) = peaks
+    logits = below_results(peak.args[0])
+    inside = terms_below(peak)
+    (scores, *others), rest = [term for term in sums if term in inside] or [peak], [s for s in sums if s not in inside]
+    if others or len(rest) != 2 or below_results(scores.args[0]).op != "mul":
+        raise FusionError("it would have two contractions, and no softmax between them")
+    weights, total = _weights(rest, logits, peak)
+    (mixed,) = (term for term in rest if term is not total)
+    values, factors = _mixture(mixed, weights, peak)
+    first, second = below_results(scores.args[0]).args
+    keys, queries = (first, second) if first.axes & mixed.over else (second, first)
+    found = Attention(queries, keys, values, scores, logits, peak, weights, total, mixed, factors)
+    _check_loops(region, found)
+    return found
+
+
+def _weights(sums: list[Term], logits: Term, peak: Term) -> tuple[Term, Term]:
+    """exp(logits - peak), and the one of the sums that is of this."""
+    for total in sums:
+        weights = below_results(total.args[0])
+        if is_shifted(weights, logits, peak) and total.over == peak.over:
+            return weights, total
+    raise FusionError("what stands between its contractions is no softmax")
+
+
+def _mixture(mixed: Term, weights: Term, peak: Term) -> tuple[Term, tuple[tuple[Term, bool], ...]]:
+    """The values that are summed with the weights, and what commutes with the sum."""
+    product = below_results(mixed.args[0])
+    sides = [side for side in product.args if peak in terms_below(side)] if product.op == "mul" else []
+    if mixed.over != peak.over or len(sides) != 1:
+        raise FusionError("its second contraction is not of what the softmax gives and of values")
+    (values,) = (side for side in product.args if side is not sides[0])
+    factors = list(_factors(sides[0], inverse=False))
+    inner = [pair for pair in factors if pair[0].axes & mixed.over]
+    if [*map(tuple, inner)] != [(weights, False)]:
+        raise FusionError("its second contraction is not of what the softmax gives and of values")
+    return values, tuple(pair for pair in factors if pair[0] is not weights)
+
+
+def _factors(term: Term, *, inverse: bool) -> Iterator[tuple[Term, bool]]:
+    """The factors of a product of quotients, and which of them it is divided by."""
+    below = below_results(term)
+    if below.op not in ("mul", "div"):
+        yield below, inverse
+        return
+    first, second = below.args
+    yield from _factors(first, inverse=inverse)
+    yield from _factors(second, inverse=inverse != (below.op == "div"))
+
+
+def _check_loops(region: Region, found: Attention) -> None:
+    source, head = found.source, found.head
+    if not source <= found.keys.axes or source & found.queries.axes or not source <= found.values.axes:
+        raise FusionError("its keys and values have not the same places")
+    if head & (found.logits.axes | found.values.axes):
+        raise FusionError("an axis that is contracted goes on behind it")
+    if any(term.axes & (source | head) for term in found.behind(region)):
+        raise FusionError("its weights are read behind the second contraction")
+    given = found.batch | found.rows | found.columns
+    for value in region.outputs:
+        if region.dims(value) != given:
+            raise FusionError(f"the axes of the result {value.name} are not those that the contraction gives")
+    for side in (head, found.columns):
+        sizes = [dim.size for dim in side]
+        if not all(map(is_static, sizes)) or int(product(sizes)) > WIDEST:
+            raise FusionError(f"a program holds heads of {WIDEST} numbers at most")
+
+
+def causal_bound(found: Attention) -> Term | None:
+    """The last place of ``source`` that a row reads, where logits are minus infinity behind it: an index of rows."""
+    logits = below_results(found.logits)
+    if logits.op != "where":
+        return None
+    condition, _, other = map(below_results, logits.args)
+    if condition.op != "le" or other.op != "number" or other.value != -math.inf:
+        return None
+    place, last = map(below_results, condition.args)
+    indices = place.op == last.op == "index"
+    return last if indices and frozenset(place.value) == found.source and last.axes <= found.rows else None

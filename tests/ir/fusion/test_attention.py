@@ -1,0 +1,79 @@
+"""Which nodes become attention in one pass: a softmax between two contractions, as one node or written out."""
+
+import torch
+
+from decoder_block import decoder_block
+from regauge.ir.edit import Builder
+from regauge.ir.fusion.legality import fault
+from regauge.ir.fusion.plan import Plan, plan_fusion
+from regauge.ir.fusion.tracing import trace
+from regauge.ir.graph import Graph
+
+
+def ops(plan: Plan) -> list[list[str]]:
+    return [[node.op for node in region.nodes] for region in plan.regions]
+
+
+def built() -> tuple[Graph, Builder]:
+    graph = Graph("g")
+    return graph, Builder(graph)
+
+
+def test_with_few_queries_attention_turns_its_keys_itself() -> None:
+    plan = plan_fusion(decoder_block(tokens=64))
+    (attention,) = (region for region in plan.regions if region.kind == "attention")
+    assert [node.op for node in attention.nodes].count("concat") == 2 and len(plan.kernels) == 8
+    assert list(attention.names.values()) == ["b0", "b1", "m0", "n0", "k0", "s0", "s1", "s2", "s3", "s4"]
+
+
+def test_what_is_between_two_contractions_may_be_no_softmax() -> None:
+    def reason(op: str, **options: object) -> str | None:
+        graph, build = built()
+        q, k, v = (build.input(name, (8, 64, 32), torch.float32) for name in "qkv")
+        scores = build.matmul(q, build.permute(k, dims=(0, 2, 1)))
+        graph.outputs = [build.matmul(build(op, scores, **options), v)]
+        return fault(trace(graph.nodes, graph.outputs))
+
+    assert reason("softmax", dim=2) is None
+    assert reason("log_softmax", dim=2) == "its second contraction is not of what the softmax gives and of values"
+    assert reason("softmax", dim=1) == "its second contraction is not of what the softmax gives and of values"
+    assert reason("rms_norm", normalized_shape=(64,)) == "it would have two contractions, and no softmax between them"
+    assert reason("relu") == "it would have two contractions"
+
+
+def test_one_query_reads_keys_and_values_as_codes() -> None:
+    def kernels(length: int) -> list[list[str]]:
+        graph, build = built()
+        q = build.input("q", (1, 8, length, 64), torch.float16)
+        k, v = (build.input(name, (1, 8, 4096, 64), torch.uint8) for name in "kv")
+        scales = [build.input(name, (1, 8, 4096, 1), torch.float16) for name in ("k_scale", "v_scale")]
+        read = [build.mul(build.cast(x, dtype=torch.float16), scale) for x, scale in zip((k, v), scales, strict=True)]
+        graph.outputs = [build.attention(q, *read, scale=0.125)]
+        return ops(plan_fusion(graph))
+
+    assert kernels(1) == [["cast", "mul", "cast", "mul", "attention"]]
+    assert kernels(4096) == [["cast", "mul", "cast", "mul"], ["attention"]]  # they would be read back for each tile
+
+
+def test_heads_that_are_repeated_are_read_once_in_attention() -> None:
+    graph, build = built()
+    q, k, v = (build.input(name, (1, heads, 256, 64), torch.float16) for name, heads in (("q", 8), ("k", 2), ("v", 2)))
+    k = build.repeat_interleave(k, repeats=4, dim=1)
+    v = build.reshape(build.expand(build.unsqueeze(v, dim=2), shape=(1, 2, 4, 256, 64)), shape=(1, 8, 256, 64))
+    graph.outputs = [build.attention(q, k, v, scale=0.125)]
+    (region,) = plan_fusion(graph).regions
+    assert [load.value.value.name for load in region.loads] == ["k", "unsqueeze", "q"]
+    assert {name: dim.size for dim, name in region.names.items() if name[0] in "bm"} == {"b0": 2, "m0": 4, "m1": 256}
+
+
+def test_attention_is_refused_where_more_is_wanted_of_it_than_one_pass_gives() -> None:
+    def reason(width: int, *, weights: bool = False) -> str | None:
+        graph, build = built()
+        q, k, v = (build.input(name, (8, 64, width), torch.float32) for name in "qkv")
+        shares = build.softmax(build.matmul(q, build.permute(k, dims=(0, 2, 1))), dim=2)
+        graph.outputs = [build.matmul(shares, v), *([shares] if weights else [])]
+        return fault(trace(graph.nodes, graph.outputs))
+
+    assert reason(256) is None
+    assert reason(257) == "a program holds heads of 256 numbers at most"
+    assert reason(32, weights=True) == "its weights are read behind the second contraction"
