@@ -73,16 +73,15 @@ def test_regions_are_functions_of_the_highest_operators(tmp_path: Path) -> None:
     graph = regauge.optimize(block(), "fuse")
     model = written(graph, tmp_path / "m.onnx", functions=True)
     assert [[node.op_type for node in function.node] for function in model.functions][1:] == [
-        ["Constant", "Mul", "Softmax"],
         ["Add", "RMSNormalization"],
         ["Sigmoid", "Mul", "Mul"],
     ]
     assert calls(model) == [function.name for function in model.functions]
-    found = notes(model.functions[2])
+    found = notes(model.functions[1])
     assert (
         found[ROUNDING] == "fused"
         and len(found[HASH]) == 10
-        and found[REGION] == str(canonical(body_of(fused_nodes(graph)[2])))
+        and found[REGION] == str(canonical(body_of(fused_nodes(graph)[1])))
     )
     assert found[AXES] == "x: i0 i1 r0, linear: i0 i1 r0, norm: r0 -> add: i0 i1 r0, rms_norm: i0 i1 r0"
 
@@ -101,7 +100,7 @@ def test_a_file_with_functions_gives_the_regions_back(tmp_path: Path) -> None:
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()
     flat = written(loaded, tmp_path / "flat.onnx")
     assert not flat.functions and not calls(flat) and [entry.domain for entry in flat.opset_import] == [""]
-    assert len(flat.graph.node) == len(model.graph.node) - 4 + sum(
+    assert len(flat.graph.node) == len(model.graph.node) - len(model.functions) + sum(
         node.op_type != "Constant" for function in model.functions for node in function.node
     )
 
@@ -195,7 +194,7 @@ def check_function(graph: Graph) -> None:
         return  # onnxruntime has not all operators in half precision
     inputs = sample_inputs(body)
     for own, wanted in zip(Session(model, optimisation="off").run(inputs), body.run(inputs), strict=True):
-        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", FORMS)
