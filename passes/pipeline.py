@@ -22,6 +22,7 @@ from regauge.ir.sample_inputs import input_symbols, remember_runs, sample_runs
 from regauge.ir.timing import Measure
 from regauge.ir.verify import verify
 from regauge.ir.weights import writes
+from regauge.passes import on_floats
 from regauge.passes.base import Context, Pass, Replayed
 from regauge.passes.report import PassReport, Report, recorded_cuts
 from regauge.settings import current
@@ -99,7 +100,7 @@ def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures, measure: Meas
     try:
         _check_fused(one, graph)
         one.requires(graph)
-        result = one.call(graph, context)
+        result = on_floats.call(one, graph, context)
         _check_result(one, given, result)
         one.ensures(graph, result)
     except PassError as reason:
@@ -108,6 +109,7 @@ def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures, measure: Meas
     changed = result is not graph
     if changed:
         _clear(one, graph, result)
+        on_floats.note_lost_zeros(result, context)
     error = _verify(one, graph, result, data) if changed else None
     if changed:
         record(result, one.name, str(one))
