@@ -53,10 +53,10 @@ def run_passes(
         data = Replayed(data)
     if device_of(graph).type not in ("cpu", "meta"):
         return _run_from(device_of(graph), graph, passes, data, after, measure)
-    result, entries = graph, []
+    result, entries, originals = graph, [], on_floats.Originals()
     known = figures(graph)
     for index, one in enumerate(passes):
-        result, entry = _run_pass(result, one, data, known, measure)
+        result, entry = _run_pass(result, one, data, known, measure, originals)
         known = entry.after
         entries.append(entry)
         if after is not None:
@@ -93,14 +93,16 @@ def _run_from(
     return found
 
 
-def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures, measure: Measure | None) -> tuple[Graph, PassReport]:
+def _run_pass(
+    graph: Graph, one: Pass, data: Any, before: Figures, measure: Measure | None, originals: on_floats.Originals
+) -> tuple[Graph, PassReport]:
     _check_needs(one, data)
     _trace(f"{one}: starts")
     context, given, start = Context(data=data, measure=measure), _Given(graph), time.perf_counter()
     try:
         _check_fused(one, graph)
         one.requires(graph)
-        result = on_floats.call(one, graph, context)
+        result = on_floats.call(one, graph, context, originals)
         _check_result(one, given, result)
         one.ensures(graph, result)
     except PassError as reason:
