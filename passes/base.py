@@ -148,6 +148,9 @@ class Pass(ABC):
     takes_fused: ClassVar[bool] = False
     """Whether the pass runs on graphs with fused regions; others want the nodes themselves."""
 
+    solves: ClassVar[bool] = False
+    """Whether the pass chooses or solves for weights; see :meth:`wants_floats`."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
@@ -159,6 +162,10 @@ class Pass(ABC):
 
     def requires(self, graph: Graph) -> None:  # noqa: B027
         """Raise PassError where the graph does not have what the pass needs."""
+
+    def wants_floats(self) -> bool:
+        """Whether the pass chooses or solves for weights, and so wants floats where they are stored as integers."""
+        return self.solves
 
     @abstractmethod
     def call(self, graph: Graph, context: Context) -> Graph:

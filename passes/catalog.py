@@ -23,6 +23,7 @@ BUILT_IN = {
     "canonicalize": "regauge.passes.factorization.canonicalize:Canonicalize",
     "convert-gqa": "regauge.passes.attention.convert_gqa:ConvertGqa",
     "depth": "regauge.passes.depth.depth:Depth",
+    "dequantize": "regauge.passes.quantization.dequantize:Dequantize",
     "derive": "regauge.passes.deriving.derive:Derive",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",

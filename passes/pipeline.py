@@ -22,6 +22,7 @@ from regauge.ir.sample_inputs import input_symbols, remember_runs, sample_runs
 from regauge.ir.timing import Measure
 from regauge.ir.verify import verify
 from regauge.ir.weights import writes
+from regauge.passes import on_floats
 from regauge.passes.base import Context, Pass, Replayed
 from regauge.passes.report import PassReport, Report, recorded_cuts
 from regauge.settings import current
@@ -52,10 +53,10 @@ def run_passes(
         data = Replayed(data)
     if device_of(graph).type not in ("cpu", "meta"):
         return _run_from(device_of(graph), graph, passes, data, after, measure)
-    result, entries = graph, []
+    result, entries, originals = graph, [], on_floats.Originals()
     known = figures(graph)
     for index, one in enumerate(passes):
-        result, entry = _run_pass(result, one, data, known, measure)
+        result, entry = _run_pass(result, one, data, known, measure, originals)
         known = entry.after
         entries.append(entry)
         if after is not None:
@@ -92,14 +93,16 @@ def _run_from(
     return found
 
 
-def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures, measure: Measure | None) -> tuple[Graph, PassReport]:
+def _run_pass(
+    graph: Graph, one: Pass, data: Any, before: Figures, measure: Measure | None, originals: on_floats.Originals
+) -> tuple[Graph, PassReport]:
     _check_needs(one, data)
     _trace(f"{one}: starts")
     context, given, start = Context(data=data, measure=measure), _Given(graph), time.perf_counter()
     try:
         _check_fused(one, graph)
         one.requires(graph)
-        result = one.call(graph, context)
+        result = on_floats.call(one, graph, context, originals)
         _check_result(one, given, result)
         one.ensures(graph, result)
     except PassError as reason:
@@ -108,6 +111,7 @@ def _run_pass(graph: Graph, one: Pass, data: Any, before: Figures, measure: Meas
     changed = result is not graph
     if changed:
         _clear(one, graph, result)
+        on_floats.note_lost_zeros(result, context)
     error = _verify(one, graph, result, data) if changed else None
     if changed:
         record(result, one.name, str(one))

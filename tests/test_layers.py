@@ -39,6 +39,7 @@ STANDS_ON = {
     "quantization": ("simplify",),
     "training": ("pruning", "quantization", "factorization"),
     "sharing": ("depth", "factorization"),
+    "sparsity": ("quantization",),
     "fusing": ("depth", "sharing"),
     "elastic": ("pruning", "training"),
 }

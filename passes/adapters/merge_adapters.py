@@ -35,6 +35,7 @@ class MergeAdapters(Pass):
 
     name: ClassVar[str] = "merge-adapters"
     contract: ClassVar[Contract] = "exact"
+    solves: ClassVar[bool] = True
 
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()

@@ -40,6 +40,7 @@ class ConvertGqa(Pass):
 
     name: ClassVar[str] = "convert-gqa"
     contract: ClassVar[Contract] = "approximate"
+    solves: ClassVar[bool] = True
 
     kv_heads: int = option(help="heads of keys and of values that are left", at_least=1)
     method: Method = option("aligned", "how heads become one: by their joint subspace, their mean, or key-driven")

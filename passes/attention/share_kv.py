@@ -47,6 +47,7 @@ class ShareKv(Pass):
 
     name: ClassVar[str] = "share-kv"
     contract: ClassVar[Contract] = "approximate"
+    solves: ClassVar[bool] = True
 
     layers: int = option(help="attention layers that keep keys and values of their own", at_least=1)
     method: Literal["aligned", "cla", "mlkv", "kvsharer"] = option("aligned", "which layers share, and what")

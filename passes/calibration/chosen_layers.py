@@ -61,6 +61,8 @@ def _not_chosen(weight: Value, include: Sequence[str], exclude: Sequence[str]) -
 
 
 def _no_layer(node: Node, weight: Value) -> str:
+    if node.op == "dequantize":
+        return "stored as integers: put dequantize before, and quantize behind"
     if node.op not in _LINEAR:
         hint = "; simplify before it may make one" if node.op == "permute" else ""  # x @ w.t(), as Falcon has it
         return f"no linear layer, but read by {node.op}{hint}"

@@ -53,6 +53,7 @@ class KvLatent(Pass):
     """
 
     name = "kv-latent"
+    solves = True
 
     bytes: float | int | str = option(0.5, "bytes per position: share of those of all keys and values, or 512, 2kB")
     joint: bool | None = option(

@@ -38,6 +38,7 @@ class Canonicalize(Pass):
 
     name: ClassVar[str] = "canonicalize"
     contract: ClassVar[Contract] = "exact"
+    solves: ClassVar[bool] = True
 
     def call(self, graph: Graph, context: Context) -> Graph:
         start = assembled(graph)

@@ -46,6 +46,7 @@ class FuseBlocks(Pass):
 
     name: ClassVar[str] = "fuse-blocks"
     contract: ClassVar[Contract] = "approximate"
+    solves: ClassVar[bool] = True
 
     blocks: int = option(1, "how many blocks are removed", at_least=0)
     group: int = option(

@@ -86,6 +86,7 @@ class Prune(Pass):
 
     name: ClassVar[str] = "prune"
     contract: ClassVar[Contract] = "approximate"
+    solves: ClassVar[bool] = True
 
     ratio: float | None = option(None, "share of the indices that is removed", at_least=0, below=1)
     params: float | str | None = option(None, "parameters kept: a share (0.5) or a number (1.2M)")
@@ -153,6 +154,11 @@ class Prune(Pass):
     @classmethod
     def details(cls) -> list[tuple[str, str]]:
         return [(f"score={name}", f"{entry.help}; needs {entry.needs}") for name, entry in SCORES.items()]
+
+    def wants_floats(self) -> bool:
+        """Unless nothing is refitted, or a number of bytes is the budget, which is one of what is stored."""
+        stored = self._amounts().get("bytes")
+        return self.compensate is not False and (stored is None or stored.relative)
 
     @property
     def _refits(self) -> bool:

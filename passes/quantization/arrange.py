@@ -34,6 +34,7 @@ class Arrange(Pass):
 
     name: ClassVar[str] = "arrange"
     contract: ClassVar[Contract] = "exact"
+    solves: ClassVar[bool] = True
 
     activations: bool = option(False, "by what channels are like on data, not by weights")
 

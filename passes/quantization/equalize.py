@@ -32,6 +32,7 @@ class Equalize(Pass):
 
     name: ClassVar[str] = "equalize"
     contract: ClassVar[Contract] = "exact"
+    solves: ClassVar[bool] = True
 
     absorb: bool = option(False, "shifts in front of ReLUs that are nearly always passed go into the layers behind")
     clips: Literal["keep", "bound", "relu"] = option(

@@ -5,7 +5,7 @@ w ~ (code - zero) * scale        symmetric: no zero, codes -2^(b-1) ... 2^(b-1) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -103,17 +103,19 @@ def positive(scale: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Form:
     """How a matrix is stored: on a grid, with a scale for each ``group`` of neighbouring columns of a row, or one
-    ``shared`` by all rows, whose groups are whole rows then."""
+    ``shared`` by all rows, whose groups are whole rows then. ``zeros`` [rows, columns]: the entries that stay zero,
+    whatever the others make up for."""
 
     grid: Grid
     group: int
     scales: Scales = "searched"
     shared: bool = False
+    zeros: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def rounded(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> Coded:
         rows, columns = weight.shape
         weighs = torch.ones(columns, dtype=torch.float64) if importance is None else importance.double()
-        whole = weight.double()
+        whole = weight.double() if self.zeros is None else weight.double().masked_fill(self.zeros, 0)
         if self.shared:
             parts, weighs = whole.reshape(1, 1, -1), weighs.repeat(rows).reshape(1, 1, -1)
         else:
@@ -187,6 +189,8 @@ class Coded(Coding):
 
     def nearest(self, wanted: torch.Tensor, column: int) -> torch.Tensor:
         group = column // self.group
+        if self.form.zeros is not None:
+            wanted = wanted.masked_fill(self.form.zeros[:, column], 0)
         return self.grid.codes(wanted, self.scale[:, group], self.zero[:, group])
 
     def given(self, codes: torch.Tensor, column: int) -> torch.Tensor:

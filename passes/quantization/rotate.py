@@ -44,6 +44,7 @@ class Rotate(Pass):
 
     name: ClassVar[str] = "rotate"
     contract: ClassVar[Contract] = "exact"
+    solves: ClassVar[bool] = True
 
     kind: Literal["hadamard", "random", "learned"] = option("hadamard", "orthogonal matrices; learned needs data")
     online: tuple[Online, ...] = option((), "rotations computed in each run: inputs, queries")

@@ -40,6 +40,7 @@ class Smooth(Pass):
 
     name: ClassVar[str] = "smooth"
     contract: ClassVar[Contract] = "exact"
+    solves: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({"data"})
 
     method: Literal["smoothquant", "awq", "error"] = option("error", "how scales are found")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.calibration.quadratic import change_of_output, least_error
 from regauge.passes.calibration.side_by_side import SideBySide
+from regauge.passes.on_floats import SPARSE
 from regauge.passes.quantization.formats import Format, Method, Stored
+from regauge.passes.quantization.grid import Form
 
 RIDGE = 1e-2  # share of the mean square of a column
 ENOUGH_ROWS = 8  # for each column: with less data, weights would be fitted to it rather than kept
@@ -33,8 +36,9 @@ def stored_on_data(
     weights, as are their formats. Without a method that of the format is taken.
 
     What it stands for is written into ``changed``, and biases that make up for it. Layers of several blocks are
-    rounded to the nearest, and their biases corrected by the mean error.
+    rounded to the nearest, and their biases corrected by the mean error. Zeros that ``sparsify`` set stay.
     """
+    sparse = changed.metadata.get(SPARSE, {}).keys()
     by_node, found = {layer.node: layer for layer in layers}, dict[str, Stored]()
     run = SideBySide(original, changed, batches)
     for was, node in run.steps():
@@ -46,11 +50,19 @@ def stored_on_data(
             stored = formats[name].rounded(rows_of(layer))
             _correct_bias(run, layer, was, stored, changed, by)
         else:
-            stored = _solved(run, layer, was, formats[name], method, changed, by)
+            form = _with_zeros(formats[name], layer, sparse)
+            stored = _solved(run, layer, was, form, method, changed, by)
         values = stored.values.reshape(layer.blocks, layer.outputs, layer.columns)
         set_weight(changed, layer.weight, layer.from_matrices(values), by=by)
         found[name] = stored
     return found
+
+
+def _with_zeros(form: Format, layer: Layer, sparse: Set[str]) -> Format:
+    """A format that leaves zeros where the weight has them, if it was sparsified and is stored as numbers of a grid."""
+    if not isinstance(form, Form) or sparse.isdisjoint(layer.weight.names):
+        return form
+    return replace(form, zeros=layer.matrix(layer.weight.tensor.detach()) == 0)
 
 
 def _correct_bias(run: SideBySide, layer: Layer, was: Node, stored: Stored, changed: Graph, by: str) -> None:

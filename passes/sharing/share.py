@@ -50,6 +50,7 @@ class Share(Pass):
 
     name: ClassVar[str] = "share"
     contract: ClassVar[Contract] = "approximate"
+    solves: ClassVar[bool] = True
 
     kind: Literal["tie", "dictionary"] = option(
         "tie", "blocks in groups that share one set of weights; or every layer a mixture of a few matrices"

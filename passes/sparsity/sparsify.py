@@ -34,6 +34,7 @@ from regauge.passes.sparsity.sequential import (
     may_exchange,
     sparsify_on_data,
 )
+from regauge.passes.sparsity.still_sparse import Zeros, remember
 
 RATIO = 0.5
 BLOCK = "4x4"
@@ -56,6 +57,7 @@ class Sparsify(Pass):
 
     name: ClassVar[str] = "sparsify"
     contract: ClassVar[Contract] = "approximate"
+    solves: ClassVar[bool] = True
 
     pattern: str = option("2:4", "N:M, which keeps N of every M neighbours, or unstructured, or block")
     ratio: float | None = option(
@@ -131,6 +133,7 @@ class Sparsify(Pass):
         )
         sizes = _entries(layers)
         gone = sum(done.zeros.values()) / sum(sizes.values())
+        remember(result, {name: Zeros(pattern, zeros / sizes[name]) for name, zeros in done.zeros.items()})
         if is_counted(pattern):
             context.cuts += [sparse_cut(name, sizes[name], zeros) for name, zeros in done.zeros.items()]
         context.note(f"{pattern}: {gone:.1%} of the weights of {len(layers)} layers are zero")
