@@ -108,7 +108,7 @@ class Kernel:
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        return (*(("swept",) if self.region.has_windows else ()), *_FORMS[self.region.kind])
+        return ("swept",) if self.region.has_windows else _FORMS[self.region.kind]
 
     def form_for(self, sizes: Mapping[Dim, int], *, single: bool = False) -> Form:
         """The form for these sizes: rows that a program cannot hold are reduced in a loop, and tiles that are too few
