@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from regauge.ir.graph import Node
 
 Number: TypeAlias = bool | int | float
+STEADY = "steady"
+"""Of a maximum: the result does not depend on it."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -42,6 +44,10 @@ class Scalar:
     ``inside``   whether the places of the :class:`Moved` ``value`` are on the axes of the operand
     ``digit``    digit i of an integer to the base ``value``, i being the index within the last axis of the result
     ``picked``   of the first argument, an operand, the entry of axis ``value`` whose number the second one holds
+
+    What ``value`` says beside, only derivatives ask (:mod:`regauge.ir.derivatives`): of ``maximum`` and ``minimum``
+    which argument has the gradient where both are equal, by its number (None: each half of it), and of ``amax`` that
+    it is STEADY.
     """
 
     op: str
@@ -257,13 +263,18 @@ def centred(x: Scalar) -> Scalar:
 
 
 def relu(x: Scalar) -> Scalar:
-    return maximum(x, 0.0)
+    return clamp(x, 0.0, None, ties=1)
 
 
-def clamp(x: Scalar, low: Scalar | Number | None, high: Scalar | Number | None) -> Scalar:
-    """torch's order: the upper bound wins."""
-    x = x if low is None else maximum(x, low)
-    return x if high is None else minimum(x, high)
+def clamp(x: Scalar, low: Scalar | Number | None, high: Scalar | Number | None, ties: int = 0) -> Scalar:
+    """torch's order: the upper bound wins. On a bound x has the gradient, with ``ties`` 1 the bound has it."""
+    x = x if low is None else replace(maximum(x, low), value=ties)
+    return x if high is None else replace(minimum(x, high), value=ties)
+
+
+def shift(x: Scalar) -> Scalar:
+    """The maximum, as what is subtracted that exponentials stay finite: the result does not depend on it."""
+    return replace(amax(x), value=STEADY)
 
 
 def softplus(x: Scalar) -> Scalar:
