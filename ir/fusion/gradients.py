@@ -13,7 +13,7 @@ rows, and a program has but one row, or a part of an axis, where it would read t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -68,19 +68,36 @@ def gradients_of(body: Graph) -> Gradients:
         raise FusionError(f"{body.name}: the gradients of products are products of their own")
     rows = frozenset(region.loops) - region.reduced
     shared = {load.value.value for load in region.loads if not rows <= load.axes}
-    reverse = _Reverse(body)
+    reverse = _Reverse(body, shared)
     adjoints = reverse.run()
     found: dict[Value, list[int]] = {}
+    rounded: dict[Any, Value] = {}
     left: dict[str, str] = {}
     for number, value in enumerate(body.inputs):
         if value in adjoints and value not in shared:
-            found.setdefault(reverse.typed(adjoints[value], value.dtype), []).append(number)
+            key = adjoints[value], value.dtype
+            if key not in rounded:
+                rounded[key] = reverse.typed(*key)
+            found.setdefault(rounded[key], []).append(number)
         elif is_float(value):
             left[value.name] = SHARED if value in adjoints else "nothing that has a gradient depends on it"
     given = {gradient: result for result, gradient in enumerate(reverse.given)}
     passed = {number: given[value] for value, numbers in found.items() if value in given for number in numbers}
     found = {value: numbers for value, numbers in found.items() if value not in given}
     return _in_kernels(body, reverse, found, passed, left)
+
+
+def all_gradients(body: Graph) -> tuple[Graph, tuple[int, ...]]:
+    """The gradients of all inputs that have one, those that rows share, too: a graph that reads the inputs and, behind
+    them, the gradients of the results, and the numbers of the inputs whose gradients it returns.
+
+    Raises FusionError where none can be stated.
+    """
+    reverse = _Reverse(body, ())
+    adjoints = reverse.run()
+    of = tuple(number for number, value in enumerate(body.inputs) if value in adjoints)
+    reverse.graph.outputs = [reverse.typed(adjoints[body.inputs[number]], body.inputs[number].dtype) for number in of]
+    return reverse.graph, of
 
 
 def _in_kernels(
@@ -119,9 +136,13 @@ def _gradient(reverse: _Reverse, results: Mapping[Value, Sequence[int]], count: 
 
 
 class _Reverse:
-    """Builds a graph: first what the region computes, then the gradients, from its results back to its inputs."""
+    """Builds a graph: first what the region computes, then the gradients, from its results back to its inputs.
 
-    def __init__(self, body: Graph) -> None:
+    Inputs that rows share are made wider wherever they are read: what nothing else connects stays apart, and can be
+    computed beside one another.
+    """
+
+    def __init__(self, body: Graph, shared: Collection[Value]) -> None:
         self.body = body
         self.graph = Graph(f"{body.name}_gradient")
         self.build = Builder(self.graph)
@@ -135,14 +156,14 @@ class _Reverse:
             if isinstance(value, Value)
         ]
         for value, own in zip(body.inputs, given, strict=True):
-            self.values[value] = self.typed(own, self.wide) if is_float(value) else own
+            self.values[value] = self.typed(own, self.wide) if is_float(value) and value not in shared else own
 
     def run(self) -> dict[Value, Value]:
         """The gradient of each value that has one."""
         frames = {}
         for node in self.body.nodes:
             if node.op in MOVES:
-                self.values[node.output] = self.build(node.op, *map(self._read, node.inputs), **node.attributes)
+                self.values[node.output] = self.build(node.op, *map(self.read, node.inputs), **node.attributes)
             else:
                 frames[node] = _Frame(self, node)
                 self.values[node.output] = frames[node].forward()
@@ -159,8 +180,11 @@ class _Reverse:
                 self._add(adjoints, node.inputs[slot], part)
         return adjoints
 
-    def _read(self, given: Any) -> Any:
-        return self.values[given] if isinstance(given, Value) else given
+    def read(self, given: Any) -> Any:
+        """An operand of a node of the region."""
+        if not isinstance(given, Value):
+            return given
+        return self.typed(self.values[given], self.wide) if is_float(given) else self.values[given]
 
     def _add(self, adjoints: dict[Value, Value], value: Any, part: Value) -> None:
         if isinstance(value, Value) and is_float(value):
@@ -221,8 +245,13 @@ def _padded(build: Builder, node: Node, g: Value) -> dict[int, Value]:
     return {0: g}
 
 
+def _turned(build: Builder, node: Node, g: Value) -> dict[int, Value]:
+    """Turned back."""
+    return {0: build.flip(g, dims=node.attributes["dims"])}
+
+
 MOVES: Mapping[str, Callable[[Builder, Node, Value], dict[int, Value]]] = {
-    "slice": _sliced, "concat": _joined, "pad": _padded,
+    "slice": _sliced, "concat": _joined, "pad": _padded, "flip": _turned,
 }  # fmt: skip
 """Operators that read at other places: the gradients of their operands, by slot."""
 
@@ -258,10 +287,13 @@ class _Frame:
         self.dims: list[Dim] = list(dict.fromkeys(dim for layout in longest for axis in layout for dim in axis))
         ends = [dim for role, extent in call.roles if role in ENDING_ROLES for dim in atoms.of(extent)]
         self.ended = frozenset(self.dims.index(dim) for dim in dict.fromkeys(ends))
-        self.operands: list[Any] = [reverse._read(value) for value in node.inputs]
+        self.operands: list[Any] = [reverse.read(value) for value in node.inputs]
         self.known: dict[Scalar, Any] = {}
 
     def forward(self) -> Value:
+        self.value(self.element)
+        if not self._axes(self.element) <= {self.dims.index(dim) for axis in self.layouts[-1] for dim in axis}:
+            raise FusionError(f"{self.node.op} moves indices across axes")
         return self._unlaid(self.element, self.layouts[-1])
 
     def backward(self, gradient: Value) -> dict[int, Value]:
