@@ -205,8 +205,9 @@ def _backward(made: KernelOperator) -> Callable[..., Any]:
         tensors = ctx.saved_tensors
         wanted = {place for place, needed in enumerate(ctx.needs_input_grad) if needed}
         found: dict[int, torch.Tensor | None] = {}
-        if None not in gradients:
-            found = _by_kernels(made, tensors, gradients, wanted)  # type: ignore[arg-type]
+        whole = [gradient for gradient in gradients if gradient is not None]
+        if len(whole) == len(gradients):
+            found = _by_kernels(made, tensors, whole, wanted)
         rest = sorted(wanted - found.keys())
         if rest:
             found.update(zip(rest, _of_body(made.body, tensors, gradients, rest), strict=True))

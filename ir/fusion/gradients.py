@@ -7,15 +7,14 @@ Each node is taken apart into the primitives of its element (:mod:`regauge.ir.sc
 node; derivatives are those of :mod:`regauge.ir.derivatives`. What was computed forward is computed again, from what the
 region reads, so that nothing else has to be kept; numbers inside have single precision, at least.
 
-Only gradients of what each row has for itself are here: those of weights and tables, which rows share, are sums over
-rows, and a program has but one row, or a part of an axis, where it would read them.
+Kernels are of gradients of what each row has for itself. Those of weights and tables, which rows share, are sums over
+rows: programs of the generator would read these across memory, entry by entry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -289,6 +288,7 @@ class _Frame:
         self.ended = frozenset(self.dims.index(dim) for dim in dict.fromkeys(ends))
         self.operands: list[Any] = [reverse.read(value) for value in node.inputs]
         self.known: dict[Scalar, Any] = {}
+        self.known_axes: dict[Scalar, frozenset[int]] = {}
 
     def forward(self) -> Value:
         self.value(self.element)
@@ -307,17 +307,13 @@ class _Frame:
 
     def _axes(self, scalar: Scalar) -> frozenset[int]:
         """The numbers of the axes along which an expression goes."""
-        if scalar not in self._known_axes:
+        if scalar not in self.known_axes:
             if scalar.op == "operand":
                 found = frozenset(self.dims.index(dim) for axis in self.layouts[scalar.value] for dim in axis)
             else:
                 found = frozenset(axis for arg in scalar.args for axis in self._axes(arg))
-            self._known_axes[scalar] = found - self.ended if scalar.op in REDUCTIONS else found
-        return self._known_axes[scalar]
-
-    @cached_property
-    def _known_axes(self) -> dict[Scalar, frozenset[int]]:
-        return {}
+            self.known_axes[scalar] = found - self.ended if scalar.op in REDUCTIONS else found
+        return self.known_axes[scalar]
 
     def _laid(self, slot: int) -> Value:
         """An operand along the axes of the frame."""
