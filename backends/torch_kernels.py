@@ -2,16 +2,17 @@
 
     module = graph.to_torch(kernels="triton")
 
-On a GPU an operator launches the Triton kernel of its region; elsewhere, where shapes are inferred, and where gradients
-are asked for, it is the region in torch: the function that stands below ``@kernel`` in the source of the module.
-Operators are named by what they compute and registered once in a process.
+On a GPU an operator launches the Triton kernel of its region; elsewhere, and where shapes are inferred, it is the
+region in torch: the function that stands below ``@kernel`` in the source of the module. Gradients that a kernel can
+compute (:mod:`regauge.ir.fusion.gradients`) are operators, too, made when they are first asked for; all others are
+those of the region in torch. Operators are named by what they compute and registered once in a process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, TypeAlias
@@ -27,6 +28,7 @@ from regauge.ir.cost import smallest_sizes
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 from regauge.ir.fusion.fused import Rounding, body_of, canonical, fused_nodes, traced
+from regauge.ir.fusion.gradients import Gradient, Gradients, gradients_of
 from regauge.ir.fusion.products import few_bit_sides
 from regauge.ir.fusion.prologues import MOST_ROWS
 from regauge.ir.fusion.region import below_results
@@ -40,12 +42,14 @@ Body: TypeAlias = Callable[..., Any]
 
 @dataclass(frozen=True, eq=False)
 class KernelOperator:
-    """An operator of torch that computes a region: its name in ``torch.ops.regauge_kernels``, the region in torch, and
-    the kernel. Arguments are tensors for ``reads``, results a tensor for each of ``writes``."""
+    """An operator of torch that computes a region: its name in ``torch.ops.regauge_kernels``, the region as a graph and
+    in torch, and the kernel. Arguments are tensors for ``reads``, results a tensor for each of ``writes``."""
 
     name: str
     kernel: Kernel
+    graph: Graph
     body: Body
+    tuned: Table | None
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]
 
@@ -58,6 +62,26 @@ class KernelOperator:
                 first, second = below_results(contraction.args[0]).args
                 return contraction.axes - (first if left else second).axes
         return frozenset()
+
+    @cached_property
+    def gradients(self) -> Gradients:
+        """The gradients that kernels compute, and why others are left to torch: under no name where that is all."""
+        try:
+            return gradients_of(self.graph)
+        except FusionError as error:
+            return Gradients(left={"": str(error)})
+
+    @cached_property
+    def backward(self) -> list[tuple[Gradient, KernelOperator]]:
+        """The operators of the gradients that kernels compute."""
+        graphs = [canonical(one.graph) for one in self.gradients.kernels]
+        made = [kernel_operator(graph, "fused", to_torch(graph), self.tuned) for graph in graphs]
+        return list(zip(self.gradients.kernels, made, strict=True))
+
+    @property
+    def overload(self) -> Any:
+        """What torch calls."""
+        return getattr(torch.ops.regauge_kernels, self.name).default
 
     def launch(self, *tensors: torch.Tensor) -> Any:
         """What the kernel gives for the arguments of the operator; of many rows what the library gives."""
@@ -117,7 +141,7 @@ def kernel_operator(body: Graph, rounding: Rounding, in_torch: Body, tuned: Tabl
     types = [value.signature for value in (*reads, *writes)]
     configs = [] if tuned is None else [repr(tuned.entries)]
     digest = hashlib.sha256("\n".join([*texts, *types, *configs]).encode()).hexdigest()[:10]
-    made = KernelOperator(f"{body.name}_{digest}", kernel, in_torch, reads, writes)
+    made = KernelOperator(f"{body.name}_{digest}", kernel, body, in_torch, tuned, reads, writes)
     _register(made)
     return made
 
@@ -130,8 +154,7 @@ def kernel(region: str, rounding: Rounding = "fused", tuned: str | None = None) 
 
     def decorate(in_torch: Body) -> Any:
         table = None if tuned is None else Table.read(tuned)
-        name = kernel_operator(parse_graph(region), rounding, in_torch, table).name
-        return getattr(torch.ops.regauge_kernels, name).default
+        return kernel_operator(parse_graph(region), rounding, in_torch, table).overload
 
     return decorate
 
@@ -156,7 +179,7 @@ def _register(made: KernelOperator) -> None:
     library.impl(made.name, fresh, "CPU")  # type: ignore[no-untyped-call]
     library.impl(made.name, made.launch, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(full_name, fresh, lib=library)
-    torch.library.register_autograd(full_name, _gradients(made.body), setup_context=_keep, lib=library)
+    torch.library.register_autograd(full_name, _backward(made), setup_context=_keep, lib=library)
 
 
 def _without_views(body: Body) -> Body:
@@ -175,24 +198,52 @@ def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(body: Body) -> Callable[..., Any]:
-    """The backward pass: the body once more, and the gradients of that."""
+def _backward(made: KernelOperator) -> Callable[..., Any]:
+    """The backward pass: operators of the gradients, where there are such, and for the rest the body in torch."""
 
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        wanted = [place for place, needed in enumerate(ctx.needs_input_grad) if needed]
-        with torch.enable_grad():
-            tensors = [tensor.detach() for tensor in ctx.saved_tensors]
-            for place in wanted:
-                tensors[place].requires_grad_()
-            found = body(*tensors)
-            pairs = zip([found] if isinstance(found, torch.Tensor) else found, gradients, strict=True)
-            given = [(result, gradient) for result, gradient in pairs if gradient is not None and result.requires_grad]
-            inputs = [tensors[place] for place in wanted]
-            results, last = [result for result, _ in given], [gradient for _, gradient in given]
-            values = torch.autograd.grad(results, inputs, last, allow_unused=True)
-        everything: list[torch.Tensor | None] = [None] * len(tensors)
-        for place, value in zip(wanted, values, strict=True):
-            everything[place] = value
-        return tuple(everything)
+        tensors = ctx.saved_tensors
+        wanted = {place for place, needed in enumerate(ctx.needs_input_grad) if needed}
+        found: dict[int, torch.Tensor | None] = {}
+        whole = [gradient for gradient in gradients if gradient is not None]
+        if len(whole) == len(gradients):
+            found = _by_kernels(made, tensors, whole, wanted)
+        rest = sorted(wanted - found.keys())
+        if rest:
+            found.update(zip(rest, _of_body(made.body, tensors, gradients, rest), strict=True))
+        return tuple(found.get(place) for place in range(len(tensors)))
 
     return backward
+
+
+def _by_kernels(
+    made: KernelOperator, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], wanted: set[int]
+) -> dict[int, torch.Tensor | None]:
+    """The gradients that are given on, and those that operators compute, by the number of the argument."""
+    found: dict[int, torch.Tensor | None] = {
+        place: gradients[result] for place, result in made.gradients.passed.items() if place in wanted
+    }
+    for one, operator in made.backward:
+        if wanted.isdisjoint(place for places in one.of for place in places):
+            continue
+        results = operator.overload(*(tensors[i] for i in one.reads), *(gradients[i] for i in one.given))
+        for places, result in zip(one.of, [results] if len(one.of) == 1 else results, strict=True):
+            found.update((place, result) for place in places if place in wanted)
+    return found
+
+
+def _of_body(
+    body: Body, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], wanted: Sequence[int]
+) -> Sequence[torch.Tensor | None]:
+    """The body once more, and the gradients of that; these have gradients of their own where they are asked for."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        tensors = [tensor.view_as(tensor) if again else tensor.detach() for tensor in tensors]
+        for place in wanted:
+            tensors[place].requires_grad_()
+        found = body(*tensors)
+        pairs = zip([found] if isinstance(found, torch.Tensor) else found, gradients, strict=True)
+        given = [(result, gradient) for result, gradient in pairs if gradient is not None and result.requires_grad]
+        inputs = [tensors[place] for place in wanted]
+        results, last = [result for result, _ in given], [gradient for _, gradient in given]
+        return torch.autograd.grad(results, inputs, last, allow_unused=True, create_graph=again)

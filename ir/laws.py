@@ -10,6 +10,7 @@
     commute    where the record says so, the two operands may be exchanged
     zeros      what regauge.ir.masking claims of zeros in one operand, and in all of them, holds
     element    the expression for one index is what the operator computes (regauge.ir.scalars)
+    gradient   the derivatives of that expression are those that torch finds of the operator (regauge.ir.derivatives)
     cost       the cost function gives the same for a node as for the bare sizes of its axes
     aten       the ATen operators that the record stands for without an adapter compute the same
 
@@ -31,6 +32,7 @@ from regauge.ir.errors import LawError, RegaugeError
 from regauge.ir.extents import Dim
 from regauge.ir.gauge import node_gauges
 from regauge.ir.gauge_maps import assignments, draw_map, mapped, strongest
+from regauge.ir.gradient_law import check_gradient
 from regauge.ir.kept import KeptWithin, size_after
 from regauge.ir.law_cases import Case, draw_case, sample_count
 from regauge.ir.masking import gives_zero
@@ -63,7 +65,7 @@ def laws_of(record: Operator) -> list[str]:
     skipped = {"permute", "within", "zeros", "symmetry", "scales"} if record.random else set()
     skipped |= (set() if record.macs else {"cost"}) | (set() if record.commutative else {"commute"})
     skipped |= set() if None in record.aten.values() else {"aten"}
-    skipped |= {"element"} if record.element is None else set()
+    skipped |= {"element", "gradient"} if record.element is None else set()
     return [law for law in LAWS if law not in skipped]
 
 
@@ -204,6 +206,6 @@ def _cost(case: Case) -> None:
 
 LAWS: dict[str, Callable[[Case], None]] = {
     "shape": _shape, "permute": _permute, "within": _within, "cut": _cut, "symmetry": _symmetry, "zeros": _zeros,
-    "scales": check_scales, "element": check_element,
+    "scales": check_scales, "element": check_element, "gradient": check_gradient,
     "commute": _commute, "cost": _cost, "aten": check_aten_names,
 }  # fmt: skip

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -48,12 +48,17 @@ class Scalar:
     ``picked``   of the first argument, an operand, the entry of axis ``value`` whose number the second one holds
 
     A reduction goes over the axis ``value`` of an operand, or where that is None over all axes that the rule ends.
+
+    Only derivatives ask (:mod:`regauge.ir.derivatives`) for the ``value`` of ``maximum`` and ``minimum``, the number of
+    the argument that has the gradient where both are equal (None: each half of it), and whether a result does not
+    depend on an ``amax``, which is ``steady``.
     """
 
     op: str
     args: tuple[Scalar, ...] = ()
     value: Any = None
     truth: bool = False
+    steady: bool = False
 
     def __add__(self, other: Operand) -> Scalar:
         return _call("add", self, other)
@@ -276,13 +281,18 @@ def centred(x: Scalar) -> Scalar:
 
 
 def relu(x: Scalar) -> Scalar:
-    return maximum(x, 0.0)
+    return clamp(x, 0.0, None, ties=1)
 
 
-def clamp(x: Scalar, low: Scalar | Number | None, high: Scalar | Number | None) -> Scalar:
-    """torch's order: the upper bound wins."""
-    x = x if low is None else maximum(x, low)
-    return x if high is None else minimum(x, high)
+def clamp(x: Scalar, low: Scalar | Number | None, high: Scalar | Number | None, ties: int = 0) -> Scalar:
+    """torch's order: the upper bound wins. On a bound x has the gradient, with ``ties`` 1 the bound has it."""
+    x = x if low is None else replace(maximum(x, low), value=ties)
+    return x if high is None else replace(minimum(x, high), value=ties)
+
+
+def shift(x: Scalar) -> Scalar:
+    """The maximum, as what is subtracted that exponentials stay finite: the result does not depend on it."""
+    return replace(amax(x), steady=True)
 
 
 def softplus(x: Scalar) -> Scalar:

@@ -303,7 +303,7 @@ def tanh(x: Tensor) -> Tensor:
     "Hardswish()",
     onnx=["HardSwish"],
     spell=spelling.hard_swish,
-    element=lambda x: x * scalars.clamp(x + 3.0, 0.0, 6.0) / 6.0,
+    element=lambda x: x * scalars.clamp(x + 3.0, 0.0, 6.0, ties=1) / 6.0,
 )
 def hardswish(x: Tensor) -> Tensor:
     return F.hardswish(x)
@@ -322,7 +322,7 @@ def _onnx_hard_sigmoid(build: Any, call: Any) -> Any:
     onnx={"HardSigmoid": _onnx_hard_sigmoid},
     spell=spelling.hard_sigmoid,
     scaling=Scaling(within=(0, 1)),
-    element=lambda x: scalars.clamp(x + 3.0, 0.0, 6.0) / 6.0,
+    element=lambda x: scalars.clamp(x + 3.0, 0.0, 6.0, ties=1) / 6.0,
 )
 def hardsigmoid(x: Tensor) -> Tensor:
     return F.hardsigmoid(x)
@@ -346,7 +346,7 @@ def _clip_symmetry(node: Node) -> Symmetry:
     symmetry=_clip_symmetry,
     spell=spelling.hard_tanh,
     scaling=lambda node: Scaling(within=(node.attributes["min_val"], node.attributes["max_val"])),
-    element=lambda x, min_val, max_val: scalars.clamp(x, min_val, max_val),
+    element=lambda x, min_val, max_val: scalars.clamp(x, min_val, max_val, ties=1),
 )
 def hardtanh(x: Tensor, *, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
     return F.hardtanh(x, min_val, max_val)

@@ -267,7 +267,7 @@ def all_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
 
 
 def _log_sum_exp(x: Scalar, **_: Any) -> Scalar:
-    greatest = scalars.amax(x)
+    greatest = scalars.shift(x)
     return greatest + scalars.log(scalars.sum_(scalars.exp(x - greatest)))
 
 

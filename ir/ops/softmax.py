@@ -73,12 +73,12 @@ def _spell(op_type: str) -> Speller:
 
 
 def _softmax_element(x: Scalar, **_: Any) -> Scalar:
-    weight = scalars.exp(x - scalars.amax(x))
+    weight = scalars.exp(x - scalars.shift(x))
     return weight / scalars.sum_(weight)
 
 
 def _log_softmax_element(x: Scalar, **_: Any) -> Scalar:
-    below = x - scalars.amax(x)
+    below = x - scalars.shift(x)
     return below - scalars.log(scalars.sum_(scalars.exp(below)))
 
 

@@ -272,7 +272,8 @@ def test_gradients_go_through_and_torch_finds_no_fault() -> None:
         normed, stream = one(x)
         (normed.sin().sum() + stream.square().sum()).backward()
     for (name, own), (_, other) in zip(module.named_parameters(), plain.named_parameters(), strict=True):
-        torch.testing.assert_close(own.grad, other.grad, msg=name)
+        greatest = float(other.grad.abs().max())  # entries that cancel have the error of the greatest ones
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-5, atol=2e-6 * greatest, msg=name)
     for operator in with_kernels(graph).operators:
         arguments = [torch.randn([int(size) for size in value.shape], requires_grad=True) for value in operator.reads]
         torch.library.opcheck(getattr(torch.ops.regauge_kernels, operator.name).default, arguments)

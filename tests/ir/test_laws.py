@@ -8,8 +8,9 @@ import torch
 
 import regauge
 from own_operators import registered
-from regauge.ir import scalars
+from regauge.ir import derivatives, scalars
 from regauge.ir.errors import LawError, OperatorError
+from regauge.ir.laws import check_law
 from regauge.ir.operator import Symmetry
 
 Register = Callable[..., str]
@@ -158,3 +159,9 @@ def test_an_aten_operator_that_computes_something_else_is_told(register: Registe
     name = register(log_volume, "b n m -> b ; whole n m", regauge.sample(matrices), aten=aten)
     with pytest.raises(LawError, match=r"sample 0, aten aten\.logdet.*: give the name an adapter"):
         regauge.check_operator(name)
+
+
+def test_a_wrong_derivative_of_a_primitive_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derivatives, "GRADIENTS", {**derivatives.GRADIENTS, "tanh": lambda g, r, x: (g * (1.0 - r),)})
+    with pytest.raises(LawError, match="operator tanh, sample 0, gradient: result 0"):
+        check_law("tanh", 0, "gradient")

@@ -1,0 +1,58 @@
+"""Kernels of gradients in Triton's interpreter: test_kernel_gradients.py runs these tests in a process of their own."""
+
+import pytest
+import torch
+
+import triton_interpreter
+from kernel_contract import drawn
+from kernel_forms import form_graph
+from regauge.backends.to_torch import to_torch
+from regauge.backends.torch_kernels import KernelOperator, kernel_operator
+from regauge.ir.edit import Builder
+from regauge.ir.fusion.fused import body_of, canonical, fuse
+from regauge.ir.fusion.tracing import trace
+
+triton_interpreter.repair()
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAMES = ("swiglu", "geglu", "masked_softmax", "log_softmax", "layer_norm", "gated_rms_norm", "add_rms_norm",
+         "group_norm_silu", "turned", "rotary_inside")  # fmt: skip
+
+
+def by_torch(
+    made: KernelOperator, tensors: list[torch.Tensor], seeds: list[torch.Tensor], of: list[int]
+) -> tuple[torch.Tensor, ...]:
+    leaves = [tensor.detach().clone().requires_grad_(place in of) for place, tensor in enumerate(tensors)]
+    found = made.body(*leaves)
+    return torch.autograd.grad(found, [leaves[place] for place in of], seeds)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_keep_the_contract(name: str, dtype: torch.dtype) -> None:
+    graph = form_graph(name, dtype)
+    tensors = drawn(graph)
+    node = fuse(Builder(graph), trace(graph.nodes, graph.outputs), "fused")  # type: ignore[arg-type]
+    body = canonical(body_of(node))
+    made = kernel_operator(body, "fused", to_torch(body))
+    read = [tensors[value] for value in node.inputs]  # type: ignore[index]
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn([*value.shape], generator=generator).to(dtype) for value in made.writes]
+    wide = [[t.double() if t.is_floating_point() else t for t in some] for some in (read, seeds)]
+    assert made.backward
+    for one, operator in made.backward:
+        of = [places[0] for places in one.of]
+        true, eager = by_torch(made, *wide, of), by_torch(made, read, seeds, of)
+        given = [read[place] for place in one.reads] + [seeds[place] for place in one.given]
+        for form in operator.kernel.forms:
+            found = operator.kernel.launch(dict(zip(operator.reads, given, strict=True)), form)
+            for value, exact, other in zip(operator.writes, true, eager, strict=True):
+                check(found[value], exact, other)
+
+
+def check(found: torch.Tensor, true: torch.Tensor, eager: torch.Tensor) -> None:
+    """The contract of tests/kernel_contract.py."""
+    scale = true.abs().max()
+    error, allowed = (float((tensor.double() - true).abs().max() / scale) for tensor in (found, eager))
+    floor = max(torch.finfo(found.dtype).eps, 16 * torch.finfo(torch.float32).eps)
+    assert found.dtype == eager.dtype and error <= max(2 * allowed, floor)

@@ -1,0 +1,147 @@
+"""Gradients of operators with kernels: by operators of their own, by torch for the rest."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from decoder_block import decoder_block
+from regauge.backends.torch_kernels import KernelOperator, with_kernels
+from regauge.backends.triton_compile import compile_kernel
+from regauge.ir.edit import Builder
+from regauge.ir.fusion import legality
+from regauge.ir.fusion.gradients import SHARED
+from regauge.ir.graph import Graph
+from regauge.ir.sizes import symbol
+
+HERE = Path(__file__).parent
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_interpreted_gradients() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_gradients.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent.parent)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+
+
+def block(dtype: torch.dtype, rows: object = 4) -> Graph:
+    """A gated layer between two norms, with residuals."""
+    graph = Graph("block")
+    build = Builder(graph)
+    generator = torch.Generator().manual_seed(0)
+    x = build.input("x", (rows, 8), dtype)
+    weights = [
+        build.parameter(name, torch.randn(8, 8, generator=generator).to(dtype) / 3) for name in ("gate", "up", "down")
+    ]
+    norms = [build.parameter(f"norm{i}", torch.rand(8, generator=generator).to(dtype) + 0.5) for i in range(2)]
+    h = build.rms_norm(build.add(x, build.tanh(x)), norms[0], normalized_shape=(8,), eps=1e-5)
+    gate, up = (build.linear(h, weight) for weight in weights[:2])
+    y = build.add(x, build.linear(build.mul(build.silu(gate), up), weights[2]))
+    graph.outputs = [build.layer_norm(y, norms[1], normalized_shape=(8,)), y]
+    return graph
+
+
+@pytest.fixture
+def doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were kernels in double precision."""
+    monkeypatch.setattr(legality, "FLOATS", (torch.float64,))
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The operators whose bodies ran, by what they compute."""
+    names: list[str] = []
+    overload = KernelOperator.overload.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        KernelOperator, "overload", property(lambda made: names.append(made.graph.name) or overload(made))
+    )
+    yield names
+
+
+def test_operators_compute_gradients_of_rows_and_torch_those_that_rows_share(called: list[str]) -> None:
+    module, plain = block(torch.float32).to_torch(kernels="triton"), block(torch.float32).to_torch()
+    called.clear()
+    found = []
+    for one in (module, plain):
+        x = torch.linspace(-1, 1, 32).reshape(4, 8).requires_grad_()
+        normed, stream = one(x)
+        (normed.sin().sum() + stream.square().sum()).backward()
+        found.append([x.grad, *(parameter.grad for parameter in one.parameters())])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other)
+    assert called == ["add_layer_norm_gradient", "silu_mul_gradient", "tanh_add_rms_norm_gradient"]
+
+
+def test_why_gradients_are_left_is_recorded() -> None:
+    norm, gate, last = with_kernels(block(torch.float32)).operators
+    assert norm.gradients.left == last.gradients.left == {"norm": SHARED}
+    assert not gate.gradients.left and [one.of for one, _ in gate.backward] == [((0,), (1,))]
+
+
+def test_torch_finds_no_fault_with_operators_of_gradients() -> None:
+    for made in with_kernels(block(torch.float32)).operators:
+        for _, operator in made.backward:
+            given = [torch.randn([int(size) for size in value.shape], requires_grad=True) for value in operator.reads]
+            torch.library.opcheck(operator.overload, given)
+
+
+@pytest.mark.usefixtures("doubles")
+def test_gradients_of_gradients_are_right() -> None:
+    """Those of kernels, and those of the body in torch, on which they rest where rows share something."""
+    for made in with_kernels(block(torch.float64)).operators:
+        given = [torch.randn([int(size) for size in v.shape]).double().requires_grad_() for v in made.reads]
+        assert torch.autograd.gradcheck(made.overload, given)
+        assert torch.autograd.gradgradcheck(made.overload, given)
+
+
+def test_a_result_without_a_gradient_leaves_all_to_torch() -> None:
+    module, plain = block(torch.float32).to_torch(kernels="triton"), block(torch.float32).to_torch()
+    gradients = []
+    for one in (module, plain):
+        x = torch.linspace(-1, 1, 32).reshape(4, 8).requires_grad_()
+        gradients.append(torch.autograd.grad(one(x)[1].sum(), x)[0])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("rows", [4, symbol("rows")], ids=["static", "dynamic"])
+def test_a_training_step_compiles_whole(rows: object) -> None:
+    graph = block(torch.float32, rows)
+    if rows != 4:
+        graph.symbols[rows] = (2, None)  # type: ignore[index]
+    module = graph.to_torch(kernels="triton")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=rows != 4)
+    gradients = []
+    for one in (compiled, module):
+        x = torch.linspace(-1, 1, 32).reshape(4, 8).requires_grad_()
+        normed, stream = one(x)
+        gradients.append(torch.autograd.grad(normed.sin().sum() + stream.square().sum(), [x, *module.parameters()]))
+    for own, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_the_gradients_of_a_decoder_block() -> None:
+    """What each row has for itself; attention, with the rotary codes before it, leaves its gradients to torch."""
+    found = with_kernels(decoder_block(tokens=16, width=32, hidden=48))
+    assert {made.graph.name: [one.of for one, _ in made.backward] for made in found.operators} == {
+        "neg_concat_mul_add_matmul_softmax": [],
+        "add_rms_norm": [((0, 1),)],
+        "silu_mul": [((0,), (1,))],
+    }
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_gradients_compile_ahead_of_time_without_spills() -> None:
+    for made in with_kernels(block(torch.float16)).operators:
+        for _, operator in made.backward:
+            kernel = operator.kernel
+            sizes = {dim: int(dim.size) for dim in kernel.region.sized}
+            for form in kernel.forms:
+                compiled = compile_kernel(kernel.source(form), sizes, "sm_90")
+                assert compiled.spilled == 0 and compiled.registers <= 64
