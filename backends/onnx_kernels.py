@@ -138,15 +138,20 @@ def _hold(graph: onnx_ir.Graph, value: onnx_ir.Value) -> None:
 
 
 def _axes(body: Graph) -> str:
-    """The loops of every operand and result; empty where they are not those of one kernel."""
+    """The loops of every operand and result, ``x0`` and on for axes of operands that are read elsewhere and are no loop.
+
+    Empty where they are not those of one kernel.
+    """
     try:
         region = traced(body)
     except FusionError:
         return ""
     layouts = {load.value.value: load.value.layout for load in region.loads} | region.layouts
+    others = (dim for dim in region.sized if dim not in region.names)
+    names = region.names | {dim: f"x{number}" for number, dim in enumerate(others)}
 
     def written(value: Value) -> str:
-        dims = [region.names[dim] for axis in layouts.get(value, ()) for dim in axis]
+        dims = [names[dim] for axis in layouts.get(value, ()) for dim in axis]
         return f"{value.name}: {' '.join(dims)}"
 
     results = [output for output in body.outputs if isinstance(output, Value)]
