@@ -138,7 +138,7 @@ def _hold(graph: onnx_ir.Graph, value: onnx_ir.Value) -> None:
 
 
 def _axes(body: Graph) -> str:
-    """The loops of every operand and result, ``x0`` and on for axes of operands that are read elsewhere and are no loop.
+    """The loops of every operand and result, and ``x0`` and on for axes that are read elsewhere.
 
     Empty where they are not those of one kernel.
     """
