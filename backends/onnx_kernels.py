@@ -20,7 +20,6 @@ from regauge.ir.errors import FusionError
 from regauge.ir.fusion.fused import body_of, canonical, content, fused_nodes, traced, without_fused
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, KERNEL, REGION, ROUNDING, VERSION, function_hash
-from regauge.ir.sizes import format_size
 
 FUNCTIONS_SINCE, METADATA_SINCE = 8, 10  # versions of the format
 
@@ -139,16 +138,20 @@ def _hold(graph: onnx_ir.Graph, value: onnx_ir.Value) -> None:
 
 
 def _axes(body: Graph) -> str:
-    """The loops of every operand and result, of axes that are read at other places their sizes; empty where they are
-    not those of one kernel."""
+    """The loops of every operand and result, and ``x0`` and on for axes that are read elsewhere.
+
+    Empty where they are not those of one kernel.
+    """
     try:
         region = traced(body)
     except FusionError:
         return ""
     layouts = {load.value.value: load.value.layout for load in region.loads} | region.layouts
+    others = (dim for dim in region.sized if dim not in region.names)
+    names = region.names | {dim: f"x{number}" for number, dim in enumerate(others)}
 
     def written(value: Value) -> str:
-        dims = [region.names.get(dim, format_size(dim.size)) for axis in layouts.get(value, ()) for dim in axis]
+        dims = [names[dim] for axis in layouts.get(value, ()) for dim in axis]
         return f"{value.name}: {' '.join(dims)}"
 
     results = [output for output in body.outputs if isinstance(output, Value)]
