@@ -138,15 +138,19 @@ def _hold(graph: onnx_ir.Graph, value: onnx_ir.Value) -> None:
 
 
 def _axes(body: Graph) -> str:
-    """The loops of every operand and result; empty where they are not those of one kernel."""
+    """The loops of every operand and result, ``s0`` and on for axes that are read at places computed of loops; empty
+    where they are not those of one kernel."""
     try:
         region = traced(body)
     except FusionError:
         return ""
     layouts = {load.value.value: load.value.layout for load in region.loads} | region.layouts
+    names = {**region.names}
+    for dim in region.sized:
+        names.setdefault(dim, f"s{len(region.measured) + len(names) - len(region.names)}")
 
     def written(value: Value) -> str:
-        dims = [region.names[dim] for axis in layouts.get(value, ()) for dim in axis]
+        dims = [names[dim] for axis in layouts.get(value, ()) for dim in axis]
         return f"{value.name}: {' '.join(dims)}"
 
     results = [output for output in body.outputs if isinstance(output, Value)]
