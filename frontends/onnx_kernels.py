@@ -90,8 +90,8 @@ def _region_for(text: Graph, operands: Sequence[Value]) -> Graph | None:
 
 
 def _is_told(text: Graph, operands: Sequence[Value], sizes: dict[sympy.Symbol, Size]) -> bool:
-    """Whether what nodes name of the sizes of operands is the same here: one function is called with ``[s,s]``, of which
-    the text was made, and with ``[s,p]``, where ``s`` may be meant or ``p``."""
+    """Whether what nodes name of the sizes of operands is the same here: one function is called with ``[s,s]``, of
+    which the text was made, and with ``[s,p]``, where ``s`` may be meant or ``p``."""
     named = named_sizes(text.nodes)
     pairs = [
         pair
