@@ -4,6 +4,9 @@ Linear and convolutional layers whose weight is laid out for oneDNN once, with t
 kernel. These kernels run on a CPU in float32 where no gradient is asked for (under ``torch.no_grad()``) and the work is
 worth the call; elsewhere, where torch has no such operators, and in torch.compile and torch.export, a layer is the one
 of torch that it derives from. Which work is worth it was measured (docs/benchmarks.md).
+
+Two things differ from torch: relu and hardsigmoid of oneDNN make a number of NaN, and what changes a weight through
+``.data``, which torch does not count, is not seen until the weight is exchanged (:func:`packed_weight`).
 """
 
 from __future__ import annotations

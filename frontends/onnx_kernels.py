@@ -17,10 +17,11 @@ from regauge.frontends.onnx_scope import Scope
 from regauge.ir.cost import FUSED
 from regauge.ir.edit import Builder
 from regauge.ir.errors import RegaugeError
+from regauge.ir.fusion.fused import named_sizes
 from regauge.ir.graph import Graph, Operand, Value
 from regauge.ir.onnx_kernels import DOMAIN, HASH, REGION, ROUNDING, function_hash
 from regauge.ir.parse import parse_graph
-from regauge.ir.sizes import Size, replaced
+from regauge.ir.sizes import Size, replaced, same, symbols_in
 
 if TYPE_CHECKING:
     from regauge.frontends.from_onnx import _Importer
@@ -66,6 +67,8 @@ def _region_for(text: Graph, operands: Sequence[Value]) -> Graph | None:
             return None
         pairs = zip(formal.shape, actual.shape, strict=True)
         sizes.update((was, now) for was, now in pairs if isinstance(was, sympy.Symbol))
+    if not _is_told(text, operands, sizes):
+        return None
     region = Graph(text.name)
     build = Builder(region)
     found: dict[Value, Value] = {
@@ -84,6 +87,18 @@ def _region_for(text: Graph, operands: Sequence[Value]) -> Graph | None:
         return None
     region.outputs = [moved(output) for output in text.outputs]
     return region
+
+
+def _is_told(text: Graph, operands: Sequence[Value], sizes: dict[sympy.Symbol, Size]) -> bool:
+    """Whether what nodes name of the sizes of operands is the same here: one function is called with ``[s,s]``, of
+    which the text was made, and with ``[s,p]``, where ``s`` may be meant or ``p``."""
+    named = named_sizes(text.nodes)
+    pairs = [
+        pair
+        for one, other in zip(text.inputs, operands, strict=True)
+        for pair in zip(one.shape, other.shape, strict=True)
+    ]
+    return all(same(replaced(was, sizes), now) for was, now in pairs if named & symbols_in(was))
 
 
 def _resized(value: Any, sizes: dict[sympy.Symbol, Size]) -> Any:

@@ -104,7 +104,8 @@ def smallest_sizes(graph: Graph, at: Mapping[Any, int] | None = None) -> Callabl
             return size
         if size not in known:
             least = {s: fixed.get(s) or max(1, graph.symbols.get(s, (1, None))[0]) for s in size.free_symbols}
-            known[size] = max(1, int(sympy.sympify(size).subs(least)))
+            found = sympy.sympify(size).subs(least)
+            known[size] = max(1, int(found)) if found.is_finite else 1  # t // (t // 2) divides by nothing where t is 1
         return known[size]
 
     return bound

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, TypeAlias
 
+import sympy
+
 from regauge.ir.cost import FUSED
 from regauge.ir.edit import Builder, inline_region, remove_node, replace_uses, set_input
 from regauge.ir.fusion.plan import Plan, moves_nothing, plan_fusion
@@ -56,12 +58,16 @@ def region_name(nodes: Sequence[Node]) -> str:
     return name[:LONGEST_NAME].rstrip("_")
 
 
+def named_sizes(nodes: Sequence[Node]) -> set[sympy.Symbol]:
+    """The dynamic sizes in the attributes and operands of nodes."""
+    operands = [[operand for operand in node.inputs if not isinstance(operand, Value)] for node in nodes]
+    return symbols_in([*operands, *(list(node.attributes.values()) for node in nodes)])
+
+
 def hidden_size(nodes: Sequence[Node]) -> str | None:
     """A dynamic size that nodes name and that none of their operands from outside has; None where there is none."""
-    named = symbols_in([[o for o in node.inputs if not isinstance(o, Value)] for node in nodes])
-    named |= symbols_in([list(node.attributes.values()) for node in nodes])
     shown = {size for value in _read_by(nodes) for size in value.shape}
-    return next((str(size) for size in sorted(named, key=str) if size not in shown), None)
+    return next((str(size) for size in sorted(named_sizes(nodes), key=str) if size not in shown), None)
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class _Planner:
         busy = 1.0
         if group.region is not None and len(group.region.nodes) > 1 and group.region.kind == "row reduction":
             rows = int(product(self.bound(dim.size) for dim in group.region.loops if dim not in group.region.reduced))
-            busy = min(1.0, rows / self.device.programs)
+            busy = min(1.0, max(1, rows) / self.device.programs)
         group.bytes = moved
         transfer = moved / (self.device.bandwidth * busy)
         group.seconds = self.device.overhead + max(2 * macs / self.device.flops, transfer)

@@ -129,6 +129,26 @@ def test_equal_bodies_are_one_function_whatever_their_sizes(source: str, tmp_pat
     torch.testing.assert_close(Session(tmp_path / "m.onnx").run([x])[0], gates().run(x)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_function_of_equal_and_of_different_sizes_is_read_for_what_it_computes(tmp_path: Path) -> None:
+    rows, columns = symbol("s"), symbol("p")
+    graph = Graph("pads", symbols={rows: (1, None), columns: (1, None)})
+    build = Builder(graph)
+    for name, shape in (("square", (rows, rows)), ("oblong", (rows, columns))):
+        padded = build.pad(build.gelu(build.input(name, shape, torch.float32)), pads=((0, 0), (0, rows)))
+        graph.outputs.append(build.add(padded, 1))
+    path = tmp_path / "pads.onnx"
+    assert len(set(calls(written(regauge.optimize(graph, "fuse"), path, functions=True)))) == 1
+    inputs = [torch.randn(5, 5), torch.randn(5, 7)]
+    torch.testing.assert_close(regauge.load(path).run(inputs), graph.run(inputs))
+
+
+def test_a_convolution_whose_window_is_one_entry_has_a_function(tmp_path: Path) -> None:
+    layers = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1, groups=4, bias=False), torch.nn.GELU())
+    graph = regauge.optimize(regauge.capture(layers.eval(), torch.randn(2, 4, 8, 8)), "fuse")
+    model = written(graph, tmp_path / "m.onnx", functions=True)
+    assert notes(model.functions[0])[AXES] == "input: i0 i1 s0 s1, weight: i1 -> gelu: i0 i1 i2 i3"
+
+
 def test_other_passes_go_on_from_a_file_with_functions(tmp_path: Path) -> None:
     regauge.optimize(gates(), "fuse").to_onnx(tmp_path / "m.onnx", functions=True)
     loaded = regauge.load(tmp_path / "m.onnx")

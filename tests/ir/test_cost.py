@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 
 from random_networks import networks
-from regauge.ir.cost import cost, figures, item_size, local_figures
+from regauge.ir.cost import cost, figures, item_size, local_figures, smallest_sizes
 from regauge.ir.graph import Graph
 from regauge.ir.memory import activation_bytes
+from regauge.ir.sizes import floor_divide, symbol
 from regauge.optimize import optimize
 from small_graphs import multilayer_perceptron, residual_network
 
@@ -27,6 +28,14 @@ def test_dynamic_batch_counts_as_one_and_stays_in_the_expression() -> None:
     convolutions = 9 * (3 * 16 + 16 * 32 + 32 * 16)
     assert figures(graph).macs == 64 * convolutions + 16 * 5
     assert "batch" in {str(symbol) for symbol in cost(graph).macs.free_symbols}  # type: ignore[union-attr]
+
+
+def test_a_size_that_divides_by_nothing_at_the_least_sizes_counts_as_one() -> None:
+    width = symbol("t")
+    graph = Graph("halves", symbols={width: (1, None)})
+    size = width / floor_divide(width, 2)
+    assert smallest_sizes(graph)(size) == 1
+    assert smallest_sizes(graph, {width: 6})(size) == 2
 
 
 @given(networks())

@@ -234,6 +234,14 @@ def test_an_embedding_is_looked_up_by_the_norm_of_it() -> None:
     assert ops(plan_fusion(graph))[-1] == ["embedding", "relu"]  # numbers are computed by a kernel of the runtime
 
 
+def test_a_graph_without_rows_is_planned() -> None:
+    graph = Graph("nothing")
+    build = Builder(graph)
+    x = build.input("x", (0, 4), torch.float32)
+    graph.outputs = [build.mul(build.softmax(build.gelu(x), dim=1), 2)]
+    assert [len(region.nodes) for region in plan_fusion(graph).regions] == [3]
+
+
 def test_a_softmax_that_would_be_computed_for_each_place_again_is_left() -> None:
     graph, build = built()
     x = build.softmax(build.input("x", (4096, 256), torch.float32), dim=1)
