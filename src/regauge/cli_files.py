@@ -1,10 +1,12 @@
-"""What the command line does with files: it opens models, reads batches, and counts what a file holds."""
+"""What the command line does with files: their arguments, how they are opened and read, what one holds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from regauge.ir.errors import RegaugeError, first_line
 
@@ -12,6 +14,12 @@ if TYPE_CHECKING:
     import onnx_ir
 
     from regauge.ir.graph import Graph
+
+Model = Annotated[Path, typer.Argument(metavar="IN", help="an ONNX file, or a program saved by torch.export (.pt2)")]
+Data = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="an .npz file, one array per input; may be repeated")
+]
+At = Annotated[list[str] | None, typer.Option(metavar="SYMBOL=SIZE", help="the value of a dynamic size")]
 
 
 def is_onnx(path: Path) -> bool:

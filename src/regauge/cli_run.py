@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regauge.cli_files import open_file, read_batches
+from regauge.cli_files import Model, open_file, read_batches
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_table
 
@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    model: Annotated[
-        Path, typer.Argument(metavar="IN", help="an ONNX file, or a program saved by torch.export (.pt2)")
-    ],
+    model: Model,
     device: Annotated[str, typer.Option(help="where: cpu, cuda, or one of several as cuda:1")] = "cpu",
     inputs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="an .npz file, one array per input. None: they are made up")
