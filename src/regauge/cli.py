@@ -121,6 +121,10 @@ def optimize(
         raise RegaugeError(
             f"{output} would be a {output.suffix} file: name an .onnx file, or a folder without a suffix"
         )
+    if output.suffix == "":
+        for option, given in (("--sparse-weights", sparse_weights), ("--functions", functions)):
+            if given:
+                raise RegaugeError(f"{option} is for ONNX files, and {output} would be a folder: name an .onnx file")
     pipeline = as_passes(passes or [])  # a wrong option is told before a large file is read
     graph = open_file(model, opset=opset)
     result = run_optimize(graph, pipeline, read_batches(data, graph))

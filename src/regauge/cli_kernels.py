@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from regauge.cli_files import At, Model, dynamic_sizes, open_file
+from regauge.cli_files import At, Model, check_output, dynamic_sizes, open_file
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_table
 
@@ -86,13 +86,16 @@ def autotune(
     from regauge.backends.kernel_tuning import measured, tune
     from regauge.backends.torch_kernels import with_kernels
 
+    check_output(output, ".json")
     if not offline and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise RegaugeError(
             "there is no GPU to time kernels on: --offline --arch sm_90 screens configurations by compiling them"
         )
     if offline != bool(architectures):
         raise RegaugeError(
-            "--offline needs an --arch to compile for" if offline else "--arch is for --offline: a GPU has its own"
+            "--offline needs an --arch to compile for, such as sm_90"
+            if offline
+            else "--arch is for --offline: a GPU has its own"
         )
     tried = [parsed(text) for text in shapes or ()]
     if model is not None:
