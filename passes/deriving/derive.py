@@ -52,8 +52,8 @@ class Derive(Pass):
     contract: ClassVar[Contract] = "exact"
 
     budget: int | str = option(2000, "states that each search may look at, or a time for all of them (5s)")
-    device: str | Mapping[str, int | float] | None = option(
-        None, "whose time is predicted: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
+    device: str | Mapping[str, int | float] = option(
+        "cpu", "whose time is predicted: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
     )
     gain: float = option(0.05, "share of the predicted time of an expression that has to be saved", at_least=0, below=1)
 
