@@ -81,15 +81,16 @@ class Table:
         """The table in a file; raises FusionError, naming the entry, for what is none."""
         try:
             rows = json.loads(Path(path).read_text(encoding="utf-8"))["entries"]
+        except FileNotFoundError as error:
+            raise FusionError(f"there is no file {path}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FusionError(f"{path} is no table of kernel configurations: {error!r}") from error
+            raise FusionError(f"{path} is no table of kernel configurations: regauge autotune writes one") from error
         return Table([_entry(row, f"{path}, entry {number}") for number, row in enumerate(rows)])
 
     def write(self, path: str | os.PathLike[str], note: str) -> None:
         """Write the table, an entry a line; ``note`` says where it comes from."""
         lines = ",\n  ".join(json.dumps(_row(entry)) for entry in self.entries)
         text = f'{{\n "note": {json.dumps(note)},\n "entries": [\n  {lines}\n ]\n}}\n'
-        json.loads(text)
         Path(path).write_text(text, encoding="utf-8")
 
     def nearest(self, architecture: str, case: Case) -> Config | None:

@@ -57,6 +57,8 @@ def write_kernels(
     if not found.operators:
         raise FusionError(f"no region of {graph.name} would gain as a kernel: regauge fusion lists what is refused")
     target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise FusionError(f"cannot write kernels into {target}: it is a file, name a folder")
     target.mkdir(parents=True, exist_ok=True)
     written = []
     for operator, sizes in found.sized(at):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
+
 from regauge.backends.triton_kernel import Kernel, triton_kernel
 from regauge.ir.dtypes import dtype_from_name
 from regauge.ir.edit import Builder
@@ -59,6 +61,8 @@ def sample(form: str, sizes: Sizes, dtype: str) -> Sample:
     graph = Graph(form)
     build = Builder(graph)
     kind = dtype_from_name(dtype)
+    if not isinstance(kind, torch.dtype):
+        raise FusionError(f"there are no kernels of type {dtype!r}: give f32, f16 or bf16")
 
     def read(*shape: int) -> Value:
         return build.input(build.unique("x"), shape, kind)

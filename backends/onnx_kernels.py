@@ -21,7 +21,7 @@ from regauge.ir.fusion.fused import body_of, canonical, content, fused_nodes, tr
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, KERNEL, REGION, ROUNDING, VERSION, function_hash
 
-FUNCTIONS_SINCE, METADATA_SINCE = 8, 10  # versions of the format
+METADATA_SINCE = 10  # version of the format
 
 
 @dataclass

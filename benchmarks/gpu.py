@@ -148,7 +148,7 @@ def measure(case: Case, device: torch.device, speed: tuple[float, float], left: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     parser.add_argument("--output", type=Path, help="write the table to this file")
     parser.add_argument("--only", default="", help="cases with this in their name")

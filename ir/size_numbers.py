@@ -34,24 +34,22 @@ def numbers_tried(size: Any) -> Iterator[Number | None]:
 
 def takes_zero_and_more(size: Any) -> bool:
     """Whether a size is plainly zero for some values of its symbols, and not for others."""
-    zero = other = False
-    for number in numbers_tried(size):
-        if number is None:
-            return False
-        zero, other = zero or number == 0, other or number != 0
-        if zero and other:
-            return True
-    return False
+    return _takes_both(size, lambda number: number == 0, lambda number: number != 0)
 
 
 def takes_both_signs(size: Any) -> bool:
     """Whether a size is plainly above zero for some values of its symbols, and below it for others."""
-    below = above = False
+    return _takes_both(size, lambda number: number > 0, lambda number: number < 0)
+
+
+def _takes_both(size: Any, one: Callable[[Number], bool], other: Callable[[Number], bool]) -> bool:
+    """Whether both hold for some of the numbers tried; False where one comes first that cannot be computed."""
+    seen = [False, False]
     for number in numbers_tried(size):
         if number is None:
             return False
-        below, above = below or number < 0, above or number > 0
-        if below and above:
+        seen = [seen[0] or one(number), seen[1] or other(number)]
+        if all(seen):
             return True
     return False
 

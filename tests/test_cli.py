@@ -108,7 +108,12 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
         (("optimize", "MODEL", "-o", "OUT", "--passes", "prun"), "did you mean 'prune'"),
         (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{ratio="), "column 13: expected a value"),
         (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{params=1,exclude=x}"), "matches no parameter"),
-        (("optimize", "MODEL", "-o", "OUT", "--data", "MODEL"), "is not an .npz file"),
+        (("optimize", "MODEL", "-o", "OUT", "--data", "MODEL"), "is not an .npz file of arrays: save one by"),
+        (("optimize", "MODEL", "-o", "OUT", "--data", "ZIP"), "is not an .npz file of arrays: save one by"),
+        (("inspect", "ZIP"), "is no ONNX file: export the module to .onnx, or save what torch.export gives of it"),
+        (("inspect", "TEXT"), "is not a program that torch.export saved: save it by torch.export.save"),
+        (("optimize", "MODEL", "-o", "FOLDER", "--functions"), "--functions is for ONNX files, and"),
+        (("optimize", "MODEL", "-o", "FOLDER", "--sparse-weights"), "--sparse-weights is for ONNX files, and"),
         (("optimize", "missing.onnx", "-o", "OUT"), "there is no file missing.onnx"),
         (("optimize", "MODEL", "-o", "OUT", "--data", "missing.npz"), "there is no file missing.npz"),
         (("compare", "MODEL", "MODEL", "--data", "missing.npz"), "there is no file missing.npz"),
@@ -129,13 +134,17 @@ def test_errors_take_one_line_and_leave_nothing(
 ) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(model_file.read_bytes()[:200])
+    zipped, text = broken.with_suffix(".pt"), broken.with_suffix(".pt2")
+    zipped.write_bytes(b"PK\x03\x04")
+    text.write_text("this is no archive")
     files = {
         "MODEL": model_file, "OUT": tmp_path / "out.onnx", "BROKEN": broken, "WRONG": tmp_path / "small.pt2",
+        "FOLDER": tmp_path / "small", "ZIP": zipped, "TEXT": text,
     }  # fmt: skip
     assert run(*[files.get(argument, argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("regauge: ") and len(error.splitlines()) == 1 and message in error
-    assert [path.name for path in tmp_path.iterdir()] == ["broken.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx", "broken.pt", "broken.pt2"]
 
 
 @pytest.mark.parametrize("command", [("optimize", "MODEL", "-o", "OUT"), ("compare", "MODEL", "MODEL")])

@@ -63,7 +63,9 @@ def test_inputs_may_be_made_up(file: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (["--device", "moon"], "there is no device 'moon': give cpu or cuda"),
         (["--device", "cuda:99"], f"torch sees {torch.cuda.device_count()} CUDA devices here, not 'cuda:99'"),
-        (["-o", "results.txt"], "results.txt would be a .txt file: name an .npz file"),
+        (["-o", "results.txt"], "results.txt would be a .txt file: give it the suffix .npz"),
+        (["-o", "results"], "results would be a file without a suffix: give it the suffix .npz"),
+        (["-o", "none/results.npz"], "cannot write none/results.npz: the folder none does not exist, make it first"),
         (["--inputs", "none.npz"], "there is no file none.npz"),
     ],
 )

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "__init__": ("optimize", "sparse", "training", "frontends", "passes", "backends", "ir", "settings"),
     "demo": ("optimize", "frontends", "passes", "backends", "ir", "settings"),
     "terminal": ("ir",),
+    "cli_inspect": ("ir", "cli_files", "cli_tables", "terminal"),
     "cli_run": ("backends", "ir", "cli_files", "terminal"),
     "cli_files": ("frontends", "backends", "ir", "settings"),
     "cli_tables": ("ir",),

@@ -42,7 +42,7 @@ class Derive(Pass):
     common factors are taken out of sums, and what comes of that is matched to linear maps, matmuls and elementwise
     operators. OLLIE also relaxes ranges of convolutions with several taps and generates kernels: that is not done here.
 
-    The search goes from the cheapest state on, by a roofline of the ``target``, every dynamic size at its least or as
+    The search goes from the cheapest state on, by a roofline of the ``device``, every dynamic size at its least or as
     in the first batch of data. What is read more than once is computed once, and weights are not multiplied ahead:
     ``simplify`` does that where it makes the model smaller, ``unfactorize`` where it is faster. Each result is proved
     equal on integers, to the last bit where no other numbers occur.
@@ -52,15 +52,15 @@ class Derive(Pass):
     contract: ClassVar[Contract] = "exact"
 
     budget: int | str = option(2000, "states that each search may look at, or a time for all of them (5s)")
-    target: str | Mapping[str, int | float] | None = option(
-        None, "whose time is predicted: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
+    device: str | Mapping[str, int | float] = option(
+        "cpu", "whose time is predicted: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
     )
     gain: float = option(0.05, "share of the predicted time of an expression that has to be saved", at_least=0, below=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._limit()
-        device_of(self.target)
+        device_of(self.device)
 
     def _limit(self) -> Limit:
         if isinstance(self.budget, int):
@@ -71,7 +71,7 @@ class Derive(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()
-        work = _Derivation(result, device_of(self.target), self._limit(), self.gain, context)
+        work = _Derivation(result, device_of(self.device), self._limit(), self.gain, context)
         for node in list(result.nodes):
             if node in result._nodes:
                 work.visit(node)

@@ -30,14 +30,14 @@ class Fuse(Pass):
     contract: ClassVar[Contract] = "exact"
     takes_fused: ClassVar[bool] = True
 
-    target: Literal["gpu", "cpu"] = option("gpu", "the device whose time decides what gains")
+    device: Literal["gpu", "cpu"] = option("gpu", "the device whose time decides what gains")
     rounding: Rounding = option(
         "fused", "what kernels round: their results (fused), or what each node gives, as torch does (eager)"
     )
 
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()
-        found = fuse_graph(result, DEVICES[self.target], rounding=self.rounding, by=self.name)
+        found = fuse_graph(result, DEVICES[self.device], rounding=self.rounding, by=self.name)
         refusals = found.plan.refusals
         context.left.update([*(refusal.reason for refusal in refusals), *found.left])
         if not found.nodes:

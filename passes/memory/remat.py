@@ -48,8 +48,8 @@ class Remat(Pass):
     memory: float | str = option(help="bytes alive at most: a share of the present peak or a number (5MB)")
     solver: Literal["greedy", "cp-sat"] = option("greedy", "how it is decided what runs again: cp-sat needs ortools")
     seconds: float = option(30.0, "how long solver=cp-sat may search", above=0)
-    device: str | Mapping[str, int | float] | None = option(
-        None, "whose time is predicted: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
+    device: str | Mapping[str, int | float] = option(
+        "cpu", "whose time is predicted: cpu, gpu or {flops=5e10,bandwidth=1e10,overhead=2e-6,multiple=8}"
     )
 
     def __post_init__(self) -> None:

@@ -10,17 +10,16 @@ import gc
 import os
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from regauge.cli_files import dynamic_sizes, file_figures, is_onnx, open_file, read_batches, written_model
+from regauge.cli_files import Data, Model, file_figures, is_onnx, open_file, read_batches, written_model
+from regauge.cli_inspect import explain, fusion, groups, inspect, memory, scales
 from regauge.cli_kernels import autotune, kernels
 from regauge.cli_run import run
-from regauge.cli_tables import group_state, member_rows, summary_rows
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_prose, print_table, print_text
 
@@ -34,12 +33,6 @@ app = typer.Typer(
 )
 
 OBJECTS_UNSEEN = 100_000  # made before Python looks for garbage among them
-
-Model = Annotated[Path, typer.Argument(metavar="IN", help="an ONNX file, or a program saved by torch.export (.pt2)")]
-Data = Annotated[
-    list[Path] | None, typer.Option(metavar="FILE", help="an .npz file, one array per input; may be repeated")
-]
-At = Annotated[list[str] | None, typer.Option(metavar="SYMBOL=SIZE", help="the value of a dynamic size")]
 
 
 def _version(asked: bool) -> None:
@@ -128,6 +121,10 @@ def optimize(
         raise RegaugeError(
             f"{output} would be a {output.suffix} file: name an .onnx file, or a folder without a suffix"
         )
+    if output.suffix == "":
+        for option, given in (("--sparse-weights", sparse_weights), ("--functions", functions)):
+            if given:
+                raise RegaugeError(f"{option} is for ONNX files, and {output} would be a folder: name an .onnx file")
     pipeline = as_passes(passes or [])  # a wrong option is told before a large file is read
     graph = open_file(model, opset=opset)
     result = run_optimize(graph, pipeline, read_batches(data, graph))
@@ -211,147 +208,8 @@ def _check_onnx(model: Path, output: Path) -> None:
         raise RegaugeError(f"{output} would be no ONNX file: name an .onnx file")
 
 
-@app.command()
-def inspect(
-    model: Model,
-    text: Annotated[bool, typer.Option("--text", help="print the whole graph (regauge.ir.parse reads it)")] = False,
-) -> None:
-    """Show what a model is made of, what it costs and what can be cut.
-
-    \b
-    regauge inspect model.onnx
-    regauge inspect model.onnx --text > model.txt
-    """
-    graph = open_file(model)
-    if text:
-        print(graph)
-        return
-    print_table([["model", str(model)], *summary_rows(graph)])
-
-
-@app.command()
-def groups(
-    model: Model,
-    of: Annotated[str | None, typer.Option(help="only the Dims of this parameter axis, such as conv1.weight:0")] = None,
-    free: Annotated[bool, typer.Option("--free", help="only Dims that can be cut, nothing about the others")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="also each Dim that cannot be cut, and why not")] = False,
-) -> None:
-    """List the Dims of a model: axes that can only be cut together.
-
-    Those that can be cut are listed, and the others counted by what keeps them from it.
-
-    \b
-    regauge groups model.onnx
-    regauge groups model.onnx --all
-    regauge groups model.onnx --of conv1.weight:0
-    """
-    from regauge.ir.groups import find_groups
-
-    graph = open_file(model)
-    if of:
-        print_table(member_rows(find_groups(graph, of)))
-        return
-    found = graph.groups()
-    rows = [["Dim", "size", "members"] + (["state"] if everything else [])]
-    for group in found:
-        if group.free or everything and not free:
-            rows.append([group.name, str(group.size), str(len(group.members)), group_state(group)][: len(rows[0])])
-    print_table(rows)
-    pinned = Counter(group.pins[0].reason if group.pins else "nothing to cut" for group in found if not group.free)
-    if pinned and not free and not everything:
-        print(f"\n{pinned.total()} more cannot be cut (--all lists them):")
-        for reason, count in pinned.most_common():
-            print_text(f"  {count} x {reason}")
-
-
-@app.command()
-def explain(
-    model: Model,
-    what: Annotated[str, typer.Argument(metavar="DIM", help="a Dim, a parameter axis (conv1.weight:0) or a value")],
-) -> None:
-    """Say what a Dim, an axis or a value is, and if it can be cut.
-
-    \b
-    regauge explain model.onnx conv1.weight:0
-    """
-    print_text(open_file(model).explain(what))
-
-
-@app.command()
-def scales(
-    model: Model,
-    everything: Annotated[bool, typer.Option("--all", help="also the scales that weights alone have")] = False,
-) -> None:
-    """List the scales that values share, which of them can be moved, and what holds the others.
-
-    Where a scale moves, the weights named beside it take it up, and the same function is computed.
-
-    \b
-    regauge scales model.onnx
-    """
-    from regauge.ir.scale_table import scale_counts, scale_rows
-    from regauge.ir.scales import find_scales
-
-    found = find_scales(open_file(model))
-    print_table(scale_rows(found, everything=everything))
-    print(f"\n{scale_counts(found)}")
-
-
-@app.command()
-def fusion(
-    model: Model,
-    device: Annotated[str, typer.Option(help="for which device the kernels have to gain: gpu or cpu")] = "gpu",
-    at: At = None,
-    most: Annotated[int, typer.Option("--refusals", help="list so many of the refusals", min=0)] = 20,
-) -> None:
-    """Plan which nodes of a model become one kernel, and list what is refused, with the bytes that this costs.
-
-    \b
-    regauge fusion model.onnx
-    regauge fusion model.onnx --at batch=8 --refusals 50
-    """
-    from regauge.ir.fusion.fused import without_fused
-    from regauge.ir.fusion.plan import plan_fusion
-    from regauge.ir.fusion.plan_rows import plan_rows, plan_summary, refusal_rows
-    from regauge.ir.roofline import DEVICES
-
-    if device not in DEVICES:
-        raise RegaugeError(f"there is no device {device!r}: give {' or '.join(sorted(DEVICES))}")
-    graph = without_fused(open_file(model))
-    plan = plan_fusion(graph, DEVICES[device], dynamic_sizes(graph, at or ()))
-    print_table(plan_rows(plan))
-    print(f"\n{plan_summary(plan)}")
-    if plan.refusals and most:
-        print()
-        print_table(refusal_rows(plan.refusals[:most]))
-        if len(plan.refusals) > most:
-            print(f"{len(plan.refusals) - most} more were refused")
-
-
-for command in (run, kernels, autotune):
+for command in (inspect, groups, explain, scales, fusion, memory, run, kernels, autotune):
     app.command()(command)
-
-
-@app.command()
-def memory(
-    model: Model,
-    at: At = None,
-    most: Annotated[int, typer.Option("--values", help="list so many of the values alive at the peak", min=0)] = 10,
-) -> None:
-    """Say when a run holds most memory, what is alive then, and how large a block the whole run fits into.
-
-    Weights are not counted, and what torch gives as a view takes nothing. Prune with 'peak=', or see 'remat'.
-
-    \b
-    regauge memory model.onnx --at batch=8 --values 30
-    """
-    from regauge.ir.memory_plan import peak_rows, plan_memory, plan_summary
-
-    graph = open_file(model)
-    plan = plan_memory(graph, dynamic_sizes(graph, at or ()))
-    print_text(plan_summary(plan))
-    print()
-    print_table(peak_rows(plan, most))
 
 
 @app.command()
@@ -390,7 +248,7 @@ def compare(
 def passes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="a pass, to see its options")] = None,
 ) -> None:
-    """List the passes, or describe one of them, its options and its rules.
+    """List the passes, or describe one: its options and rules.
 
     \b
     regauge passes
@@ -422,7 +280,9 @@ def operators(
         str | None, typer.Argument(metavar="NAME", help="an operator, as torch, ONNX or Regauge has it")
     ] = None,
 ) -> None:
-    """List the operators that Regauge knows, or describe one of them: its axis rule and what it is called elsewhere.
+    """List the operators that are known, or describe one of them.
+
+    Told of an operator are its axis rule, and what it is called elsewhere.
 
     \b
     regauge operators

@@ -1,10 +1,13 @@
-"""What the command line does with files: it opens models, reads batches, and counts what a file holds."""
+"""What the command line does with files: their arguments, how they are opened and read, what one holds."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from regauge.ir.errors import RegaugeError, first_line
 
@@ -12,6 +15,14 @@ if TYPE_CHECKING:
     import onnx_ir
 
     from regauge.ir.graph import Graph
+
+Model = Annotated[Path, typer.Argument(metavar="IN", help="an ONNX file, or a program saved by torch.export (.pt2)")]
+Data = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="an .npz file, one array per input; may be repeated")
+]
+At = Annotated[list[str] | None, typer.Option(metavar="SYMBOL=SIZE", help="the value of a dynamic size")]
+
+OF_TORCH = (".pt", ".pth", ".ckpt", ".safetensors")  # files of weights, or of programs in forms that are not read
 
 
 def is_onnx(path: Path) -> bool:
@@ -22,9 +33,15 @@ def open_file(path: Path, *, freeze: bool = False, opset: int | None = None) -> 
     """The graph of a file, converted to ``opset`` where given; raises RegaugeError for a file of another kind."""
     if not path.exists():
         raise RegaugeError(f"there is no file {path}")
+    if path.suffix.lower() in OF_TORCH:
+        raise RegaugeError(
+            f"{path} is no ONNX file: export the module to .onnx, or save what torch.export gives of it as .pt2"
+        )
     if path.suffix.lower() == ".pt2":
         if opset is not None:
             raise RegaugeError(f"{path} is a program of torch, which has no opset: leave --opset out")
+        if not zipfile.is_zipfile(path):  # torch would log a traceback
+            raise RegaugeError(f"{path} is not a program that torch.export saved: save it by torch.export.save")
         import torch
 
         from regauge.frontends.capture import capture
@@ -87,8 +104,8 @@ def _read_npz(path: Path) -> dict[str, Any]:
             raise RegaugeError(f"{path} holds one array without a name: save it by numpy.savez, under that of an input")
         with found as file:
             return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RegaugeError(f"{path} is not an .npz file of arrays: {error}") from error
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise RegaugeError(f"{path} is not an .npz file of arrays: save one by numpy.savez") from error
 
 
 def written_model(path: Path) -> onnx_ir.Model:
@@ -109,6 +126,15 @@ def file_figures(path: Path, model: onnx_ir.Model, graph: Graph) -> tuple[int, i
     nodes = sum(node.op_type != "Constant" for inner in all_graphs(model) for node in inner)
     beside = sum((path.parent / location).stat().st_size for location in external_locations(model))
     return nodes, path.stat().st_size + beside, figures(graph).macs
+
+
+def check_output(path: Path, suffix: str) -> None:
+    """Tell before the work that its results could not be written; raises RegaugeError."""
+    if path.suffix.lower() != suffix:
+        kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
+        raise RegaugeError(f"{path} would be {kind}: give it the suffix {suffix}")
+    if not path.parent.is_dir():
+        raise RegaugeError(f"cannot write {path}: the folder {path.parent} does not exist, make it first")
 
 
 def dynamic_sizes(graph: Graph, given: Sequence[str]) -> dict[Any, int]:

@@ -7,20 +7,17 @@ from typing import Annotated
 
 import typer
 
-from regauge.cli_files import dynamic_sizes, open_file
+from regauge.cli_files import At, Model, check_output, dynamic_sizes, open_file
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_table
 
-At = Annotated[list[str] | None, typer.Option(metavar="SYMBOL=SIZE", help="the value of a dynamic size")]
 Architectures = Annotated[
     list[str] | None, typer.Option("--arch", metavar="ARCH", help="sm_80 or sm_90; may be repeated")
 ]
 
 
 def kernels(
-    model: Annotated[
-        Path, typer.Argument(metavar="IN", help="an ONNX file, or a program saved by torch.export (.pt2)")
-    ],
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="a folder for sources and binaries")],
     architectures: Architectures = None,
     at: At = None,
@@ -29,7 +26,9 @@ def kernels(
         bool, typer.Option("--library", help="build the library of onnxruntime operators that launches them, too")
     ] = False,
 ) -> None:
-    """Compile the kernels of a model for GPUs, without one, and say what they take of it.
+    """Compile the kernels of a model for GPUs, without one.
+
+    What each of them takes of the GPU is listed: registers, bytes that spill, shared memory.
 
     \b
     regauge kernels model.onnx --arch sm_90 -o kernels
@@ -71,7 +70,9 @@ def autotune(
     architectures: Architectures = None,
     at: At = None,
 ) -> None:
-    """Find how kernels are best cut into programs, and write the table that to_torch(kernels="triton", tuned=) reads.
+    """Find how the kernels of a model are best cut into programs.
+
+    The table that is written is read by to_torch(kernels="triton", tuned=) and by regauge kernels --tuned.
 
     \b
     regauge autotune model.onnx --at batch=8 -o table.json
@@ -85,13 +86,16 @@ def autotune(
     from regauge.backends.kernel_tuning import measured, tune
     from regauge.backends.torch_kernels import with_kernels
 
+    check_output(output, ".json")
     if not offline and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise RegaugeError(
             "there is no GPU to time kernels on: --offline --arch sm_90 screens configurations by compiling them"
         )
     if offline != bool(architectures):
         raise RegaugeError(
-            "--offline needs an --arch to compile for" if offline else "--arch is for --offline: a GPU has its own"
+            "--offline needs an --arch to compile for, such as sm_90"
+            if offline
+            else "--arch is for --offline: a GPU has its own"
         )
     tried = [parsed(text) for text in shapes or ()]
     if model is not None:

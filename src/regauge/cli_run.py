@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from regauge.cli_files import open_file, read_batches
-from regauge.ir.errors import RegaugeError
+from regauge.cli_files import Model, check_output, open_file, read_batches
 from regauge.terminal import print_table
 
 if TYPE_CHECKING:
@@ -16,9 +15,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    model: Annotated[
-        Path, typer.Argument(metavar="IN", help="an ONNX file, or a program saved by torch.export (.pt2)")
-    ],
+    model: Model,
     device: Annotated[str, typer.Option(help="where: cpu, cuda, or one of several as cuda:1")] = "cpu",
     inputs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="an .npz file, one array per input. None: they are made up")
@@ -39,8 +36,8 @@ def run(
     from regauge.backends.run_torch import found_device, run_in_torch
     from regauge.ir.sample_inputs import sample_inputs
 
-    if output is not None and output.suffix.lower() != ".npz":
-        raise RegaugeError(f"{output} would be a {output.suffix} file: name an .npz file")
+    if output is not None:
+        check_output(output, ".npz")
     found_device(device)  # a missing one is told before a large file is read
     graph = open_file(model)
     batches = read_batches(None if inputs is None else [inputs], graph)

@@ -90,8 +90,10 @@ def test_a_wrong_entry_is_told(change: Callable[[Any], object], message: str, tm
     with pytest.raises(FusionError, match=message):
         Table.read(path)
     path.write_text("[]")
-    with pytest.raises(FusionError, match="is no table of kernel configurations"):
+    with pytest.raises(FusionError, match="is no table of kernel configurations: regauge autotune writes one"):
         Table.read(path)
+    with pytest.raises(FusionError, match="there is no file"):
+        Table.read(tmp_path / "none.json")
 
 
 def test_tiles_are_no_larger_than_what_there_is() -> None:
@@ -178,6 +180,11 @@ def test_wrong_shapes_are_told(text: str) -> None:
         parsed(text)
 
 
+def test_a_type_without_kernels_is_told() -> None:
+    with pytest.raises(FusionError, match="there are no kernels of type 'i9': give f32, f16 or bf16"):
+        parsed("rows:4x8:i9")
+
+
 def test_without_a_gpu_autotune_says_what_it_can_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     command = ["autotune", "--shapes", "pointwise:64x1024:bf16", "-o", str(table)]
@@ -187,6 +194,8 @@ def test_without_a_gpu_autotune_says_what_it_can_do(capsys: pytest.CaptureFixtur
     assert main([*command, "--offline"]) == 2
     assert "--offline needs an --arch" in capsys.readouterr().err
     assert not table.exists()
+    assert main(["autotune", "--shapes", "pointwise:64x1024:bf16", "-o", str(tmp_path / "none" / "table.json")]) == 2
+    assert "none does not exist, make it first" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

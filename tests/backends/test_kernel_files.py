@@ -97,6 +97,8 @@ def test_kernels_of_a_file_are_compiled(tmp_path: Path, capsys: pytest.CaptureFi
     assert {path.suffix for path in (tmp_path / "kernels").iterdir()} == {".py", ".cubin", ".json"}
     assert main(command) == 0
     assert "as it was" in capsys.readouterr().out
+    assert main([*command[:-1], str(file)]) == 2
+    assert "it is a file, name a folder" in capsys.readouterr().err
     table = tmp_path / "table.json"
     assert main(["autotune", str(file), "--offline", "--arch", "sm_90", "-o", str(table)]) == 0
     (entry,) = Table.read(table).entries

@@ -64,13 +64,13 @@ def test_passes_take_fused_graphs_or_say_how_to_go_on(name: str) -> None:
         regauge.optimize(fused, one, data=[torch.zeros(2, 16, 32)])
 
 
-def test_rounding_and_target_are_options() -> None:
-    found = regauge.optimize(block(), "fuse{rounding=eager,target=cpu}")
+def test_rounding_and_device_are_options() -> None:
+    found = regauge.optimize(block(), "fuse{rounding=eager,device=cpu}")
     assert {node.attributes["rounding"] for node in fused_nodes(found)} == {"eager"}
-    (target, _) = find_pass("fuse").option_table()
-    assert target.kind == f"one of {', '.join(sorted(DEVICES, reverse=True))}"
-    with pytest.raises(PassError, match="option 'target' of fuse must be one of gpu, cpu, not 'tpu'"):
-        regauge.optimize(block(), "fuse{target=tpu}")
+    (device, _) = find_pass("fuse").option_table()
+    assert device.kind == f"one of {', '.join(sorted(DEVICES, reverse=True))}"
+    with pytest.raises(PassError, match="option 'device' of fuse must be one of gpu, cpu, not 'tpu'"):
+        regauge.optimize(block(), "fuse{device=tpu}")
 
 
 def test_a_size_that_no_operand_has_is_left() -> None:

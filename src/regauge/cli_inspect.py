@@ -1,0 +1,150 @@
+"""Commands that look at a model: its size, its Dims and scales, its kernels and its memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from regauge.cli_files import At, Model, dynamic_sizes, open_file
+from regauge.cli_tables import group_state, member_rows, summary_rows
+from regauge.ir.errors import RegaugeError
+from regauge.terminal import print_table, print_text
+
+
+def inspect(
+    model: Model,
+    text: Annotated[bool, typer.Option("--text", help="print the whole graph (regauge.ir.parse reads it)")] = False,
+) -> None:
+    """Show what a model is made of, its costs, and what can be cut.
+
+    \b
+    regauge inspect model.onnx
+    regauge inspect model.onnx --text > model.txt
+    """
+    graph = open_file(model)
+    if text:
+        print(graph)
+        return
+    print_table([["model", str(model)], *summary_rows(graph)])
+
+
+def groups(
+    model: Model,
+    of: Annotated[str | None, typer.Option(help="only the Dims of this parameter axis, such as conv1.weight:0")] = None,
+    free: Annotated[bool, typer.Option("--free", help="only Dims that can be cut, nothing about the others")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="also each Dim that cannot be cut, and why not")] = False,
+) -> None:
+    """List the Dims of a model: axes that can only be cut together.
+
+    Those that can be cut are listed, and the others counted by what keeps them from it.
+
+    \b
+    regauge groups model.onnx
+    regauge groups model.onnx --all
+    regauge groups model.onnx --of conv1.weight:0
+    """
+    from regauge.ir.groups import find_groups
+
+    graph = open_file(model)
+    if of:
+        print_table(member_rows(find_groups(graph, of)))
+        return
+    found = graph.groups()
+    rows = [["Dim", "size", "members"] + (["state"] if everything else [])]
+    for group in found:
+        if group.free or everything and not free:
+            rows.append([group.name, str(group.size), str(len(group.members)), group_state(group)][: len(rows[0])])
+    print_table(rows)
+    pinned = Counter(group.pins[0].reason if group.pins else "nothing to cut" for group in found if not group.free)
+    if pinned and not free and not everything:
+        print(f"\n{pinned.total()} more cannot be cut (--all lists them):")
+        for reason, count in pinned.most_common():
+            print_text(f"  {count} x {reason}")
+
+
+def explain(
+    model: Model,
+    what: Annotated[str, typer.Argument(metavar="DIM", help="a Dim, a parameter axis (conv1.weight:0) or a value")],
+) -> None:
+    """Say what a Dim, an axis or a value is, and if it can be cut.
+
+    \b
+    regauge explain model.onnx conv1.weight:0
+    """
+    print_text(open_file(model).explain(what))
+
+
+def scales(
+    model: Model,
+    everything: Annotated[bool, typer.Option("--all", help="also the scales that weights alone have")] = False,
+) -> None:
+    """List the scales that values share, and which can be moved.
+
+    Where a scale moves, the weights named beside it take it up, and the same function is computed. Beside the others
+    stands what holds them.
+
+    \b
+    regauge scales model.onnx
+    """
+    from regauge.ir.scale_table import scale_counts, scale_rows
+    from regauge.ir.scales import find_scales
+
+    found = find_scales(open_file(model))
+    print_table(scale_rows(found, everything=everything))
+    print(f"\n{scale_counts(found)}")
+
+
+def fusion(
+    model: Model,
+    device: Annotated[str, typer.Option(help="for which device the kernels have to gain: gpu or cpu")] = "gpu",
+    at: At = None,
+    most: Annotated[int, typer.Option("--refusals", help="list so many of the refusals", min=0)] = 20,
+) -> None:
+    """Plan which nodes of a model become one kernel.
+
+    What is refused is listed below the kernels, with the reason and the bytes that this costs.
+
+    \b
+    regauge fusion model.onnx
+    regauge fusion model.onnx --at batch=8 --refusals 50
+    """
+    from regauge.ir.fusion.fused import without_fused
+    from regauge.ir.fusion.plan import plan_fusion
+    from regauge.ir.fusion.plan_rows import plan_rows, plan_summary, refusal_rows
+    from regauge.ir.roofline import DEVICES
+
+    if device not in DEVICES:
+        raise RegaugeError(f"there is no device {device!r}: give {' or '.join(sorted(DEVICES))}")
+    graph = without_fused(open_file(model))
+    plan = plan_fusion(graph, DEVICES[device], dynamic_sizes(graph, at or ()))
+    print_table(plan_rows(plan))
+    print(f"\n{plan_summary(plan)}")
+    if plan.refusals and most:
+        print()
+        print_table(refusal_rows(plan.refusals[:most]))
+        if len(plan.refusals) > most:
+            print(f"{len(plan.refusals) - most} more were refused")
+
+
+def memory(
+    model: Model,
+    at: At = None,
+    most: Annotated[int, typer.Option("--values", help="list so many of the values alive at the peak", min=0)] = 10,
+) -> None:
+    """Say when a run holds most memory, and what is alive then.
+
+    Also said is how large a block the whole run fits into. Weights are not counted, and what torch gives as a view
+    takes nothing. Prune with 'peak=', or see 'remat'.
+
+    \b
+    regauge memory model.onnx --at batch=8 --values 30
+    """
+    from regauge.ir.memory_plan import peak_rows, plan_memory, plan_summary
+
+    graph = open_file(model)
+    plan = plan_memory(graph, dynamic_sizes(graph, at or ()))
+    print_text(plan_summary(plan))
+    print()
+    print_table(peak_rows(plan, most))
