@@ -16,10 +16,11 @@ import onnx_ir
 from regauge.backends.onnx_carrier import Carrier
 from regauge.backends.onnx_size_nodes import SizeSource
 from regauge.backends.onnx_speller import OnnxSpeller, spell
-from regauge.ir.errors import FusionError
-from regauge.ir.fusion.fused import body_of, canonical, content, fused_nodes, traced, without_fused
+from regauge.ir.errors import EmitError, FusionError
+from regauge.ir.fusion.fused import body_of, canonical, content, fused_nodes, traced, unfuse, without_fused
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, KERNEL, REGION, ROUNDING, VERSION, function_hash
+from regauge.ir.ops.spell_normalisation import RMS_NORM_OPSET
 
 METADATA_SINCE = 10  # version of the format
 
@@ -33,8 +34,9 @@ class Calls:
 
 
 def as_calls(graph: Graph, *, functions: bool) -> Calls:
-    """The graph with calls of functions in the place of fused nodes, or without ``functions`` with their nodes."""
-    calls = Calls(graph if functions else without_fused(graph))
+    """The graph with calls of functions in the place of fused nodes, or without ``functions`` with their nodes, which
+    those keep, too, that have no spelling as functions."""
+    calls = Calls(_spellable(graph) if functions else without_fused(graph))
     imported = graph.metadata.get("onnx_imported")
     carried = isinstance(imported, Graph) and bool(fused_nodes(imported))
     if carried or (functions and fused_nodes(graph)):
@@ -46,6 +48,25 @@ def as_calls(graph: Graph, *, functions: bool) -> Calls:
             for node in fused_nodes(was):
                 _hollow(node, Calls(was))
     return calls
+
+
+def _spellable(graph: Graph) -> Graph:
+    """The graph, or a copy in which fused nodes that no function can be written of are the nodes that they hold."""
+    model = graph.metadata.get("onnx")
+    opset = model.opset_imports.get("", RMS_NORM_OPSET) if isinstance(model, onnx_ir.Model) else RMS_NORM_OPSET
+
+    def has_no_spelling(node: Node) -> bool:
+        try:
+            _spelled(canonical(body_of(node)), opset)
+        except EmitError:
+            return True
+        return False
+
+    if not any(map(has_no_spelling, fused_nodes(graph))):
+        return graph
+    result = graph.copy()
+    unfuse(result, has_no_spelling)
+    return result
 
 
 def _hollow(node: Node, calls: Calls) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, TypeAlias
@@ -146,11 +146,14 @@ def _common_scope(nodes: Sequence[Node]) -> tuple[tuple[str, str], ...]:
     return tuple(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
-def unfuse(graph: Graph) -> int:
-    """Put the nodes of fused nodes in their place again, in regions too; returns how many fused nodes there were."""
+def unfuse(graph: Graph, wanted: Callable[[Node], bool] = lambda node: True) -> int:
+    """Put the nodes of fused nodes in their place again, in regions too; returns how many fused nodes there were.
+
+    Only of those that are ``wanted``.
+    """
     count = 0
     for owner in list(graph.nested()):
-        nodes = [node for node in owner.nodes if node.op == FUSED]
+        nodes = [node for node in owner.nodes if node.op == FUSED and wanted(node)]
         build = Builder(owner)
         for node in nodes:
             _inline(build, node)

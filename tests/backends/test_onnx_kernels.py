@@ -146,7 +146,7 @@ def test_a_convolution_whose_window_is_one_entry_has_a_function(tmp_path: Path) 
     layers = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1, groups=4, bias=False), torch.nn.GELU())
     graph = regauge.optimize(regauge.capture(layers.eval(), torch.randn(2, 4, 8, 8)), "fuse")
     model = written(graph, tmp_path / "m.onnx", functions=True)
-    assert notes(model.functions[0])[AXES] == "input: i0 i1 s0 s1, weight: i1 -> gelu: i0 i1 i2 i3"
+    assert notes(model.functions[0])[AXES] == "input: i0 i1 x0 x1, weight: i1 -> gelu: i0 i1 i2 i3"
 
 
 def test_other_passes_go_on_from_a_file_with_functions(tmp_path: Path) -> None:
