@@ -118,6 +118,18 @@ def low_rank(x: Any, down: Any, up: Any) -> Any:
     return F.linear(F.linear(x, down), up)
 
 
+def attention(q: Any, k: Any, v: Any) -> Any:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def causal_attention(q: Any, k: Any, v: Any) -> Any:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def eight_bits(x: Any, codes: Any, scale: Any) -> Any:
+    return F.linear(x, codes.to(x.dtype) * scale[:, None])
+
+
 T, D, H, V = 16384, 4096, 11008, 131072  # tokens, width, hidden units, a long row
 
 CASES = [
@@ -135,5 +147,9 @@ CASES = [
     Case("gate and up, silu, mul", gated, ((D, D), (H, D), (H, D))),
     Case("silu, mul, down", gated_down, ((D, H), (D, H), (D, H))),
     Case("scores, scaled, softmax", scores, ((32, 2048, 128), (32, 2048, 128))),
+    Case("causal attention", causal_attention, ((4, 32, 2048, 128),) * 3),
+    Case("attention of one query", attention, ((8, 32, 1, 128), (8, 32, 8192, 128), (8, 32, 8192, 128))),
+    *(Case(f"weight of 8 bits, M={m}", eight_bits, ((m, D), (H, D), (H,)), types={1: torch.int8})
+      for m in (1, 16, 256)),
     *(Case(f"low rank r={r}", low_rank, ((D, D), (r, D), (D, r))) for r in (64, 256, 1024)),
 ]  # fmt: skip
