@@ -8,7 +8,11 @@ from regauge.passes.simplify.simplify import Simplify
 
 
 def assembled(graph: Graph) -> Graph:
-    """The graph with attention and linear layers put together, in ONNX files of old opsets too; the same function."""
-    for step in (Simplify(), Simplify(only=("assemble-linear", "assemble-attention", "dead-code"))):
+    """The graph with attention and linear layers put together, in ONNX files of old opsets too; the same function.
+
+    Projections stay apart: joined ones have axes in common, which could not be turned or cut by themselves any more.
+    """
+    assembles = Simplify(only=("assemble-linear", "assemble-attention", "dead-code"))
+    for step in (Simplify(skip=("projections",)), assembles):
         graph = step.call(graph, Context())
     return graph

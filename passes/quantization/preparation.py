@@ -8,7 +8,10 @@ from regauge.passes.simplify.simplify import Simplify
 
 
 def prepared(graph: Graph) -> Graph:
-    """The graph with norms folded into layers, and linear layers put together; the same function."""
-    for step in (Simplify(), Simplify(only=("assemble-linear", "dead-code"))):
+    """The graph with norms folded into layers, and linear layers put together; the same function.
+
+    Projections stay apart: joined ones would have axes, and ranges, in common.
+    """
+    for step in (Simplify(skip=("projections",)), Simplify(only=("assemble-linear", "dead-code"))):
         graph = step.call(graph, Context())
     return graph
