@@ -20,7 +20,7 @@ from typing import Any
 
 from regauge.backends.kernel_configs import Table
 from regauge.backends.torch_kernels import KernelOperator, with_kernels
-from regauge.backends.triton_compile import Build, build_of, compile_kernel
+from regauge.backends.triton_compile import Build, build_of, compile_build
 from regauge.backends.triton_kernel import Source, config_for, grid_of
 from regauge.backends.triton_loops import Loop, Tensor
 from regauge.ir.dtypes import dtype_name
@@ -78,7 +78,7 @@ def _write(
     known = _known(path, build.key)
     if known is not None:
         return Written(path, operator, build, known, cached=True)
-    compiled = compile_kernel(source, sizes, architecture, config, open_sizes)
+    compiled = compile_build(build)
     metadata = {
         "name": operator.name,
         "entry": source.name,

@@ -51,29 +51,42 @@ def _include() -> Path | None:
     return next((Path(folder) for folder in folders if folder and (Path(folder) / HEADER).exists()), None)
 
 
-def build_library(folder: str | os.PathLike[str], written: Sequence[Written]) -> Path:
-    """Build the library beside the kernels of a folder; raises FusionError where that cannot be done."""
+def build_library(folder: str | os.PathLike[str], written: Sequence[Written]) -> tuple[Path, tuple[str, ...]]:
+    """Build the library beside the kernels of a folder; returns it, and why some kernels are not in it.
+
+    Of these onnxruntime runs the body. Raises FusionError where it cannot be built, or would hold no kernel.
+    """
     reason = missing()
     if reason:
         raise FusionError(f"the library of onnxruntime operators cannot be built: {reason}")
     target = Path(folder)
-    (target / "kernels.txt").write_text(manifest(written), encoding="utf-8")
+    lines, left = manifest(written)
+    if not lines:
+        raise FusionError(f"the library of onnxruntime operators would hold no kernel: {'; '.join(left)}")
+    (target / "kernels.txt").write_text(lines, encoding="utf-8")
     library = (target / "libregauge_ort.so").resolve()
     command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{_include()}", str(NATIVE)]
     done = subprocess.run([*command, "-o", str(library), "-ldl"], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip() or "no reason").splitlines()[0]
         raise FusionError(f"the library of onnxruntime operators cannot be built: {reason}")
-    return library
+    return library, left
 
 
-def manifest(written: Iterable[Written]) -> str:
+def manifest(written: Iterable[Written]) -> tuple[str, tuple[str, ...]]:
     """What the library reads of kernels, a line each: how sizes of loops follow from the shapes of the inputs, the
     axes of tensors as products of loops, what is passed at a launch, and how many programs there are.
 
-    Raises FusionError where the sizes of loops do not follow from shapes.
+    Also why some kernels are left out: sizes of loops, or places that are read, that do not follow from shapes.
     """
-    return "".join(f"{line}\n" for one in written for line in _lines(one))
+    texts: list[str] = []
+    left: dict[str, None] = {}
+    for one in written:
+        try:
+            texts.append("".join(f"{line}\n" for line in _lines(one)))
+        except FusionError as error:
+            left[str(error)] = None
+    return "".join(texts), tuple(left)
 
 
 def _lines(one: Written) -> Iterator[str]:

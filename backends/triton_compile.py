@@ -91,21 +91,24 @@ def compile_kernel(
     sizes: Mapping[Dim, int],
     architecture: str,
     config: Config | None = None,
-    open_sizes: Collection[Dim] = (),
+    *,
     name: str | None = None,
 ) -> Compiled:
     """Compile a kernel, by default the first of the source, for tensors of these sizes without gaps in memory, and by
     default as the shipped table has it.
 
-    For ``open_sizes`` the binary is good whatever they are. Raises FusionError for an unknown architecture, or where
-    Triton is not installed or refuses.
+    Raises FusionError for an unknown architecture, or where Triton is not installed or refuses.
     """
-    build = build_of(source, sizes, architecture, config, open_sizes, name)
+    return compile_build(build_of(source, sizes, architecture, config, name=name))
+
+
+def compile_build(build: Build) -> Compiled:
+    """Compile what a build says; raises FusionError where Triton refuses."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    start, arguments = build.launch, build.arguments
+    source, architecture, start, arguments = build.source, build.architecture, build.launch, build.arguments
     signature = {one.name: one.type if one.fixed is None else "constexpr" for one in arguments}
     signature.update(dict.fromkeys(start.constants, "constexpr"))
     constants = {one.name: one.fixed for one in arguments if one.fixed is not None}
@@ -136,7 +139,8 @@ def build_of(
     open_sizes: Collection[Dim] = (),
     name: str | None = None,
 ) -> Build:
-    """What would be compiled; raises FusionError for an unknown architecture, or where Triton is not installed."""
+    """What would be compiled; for ``open_sizes`` it is good whatever they are. Raises FusionError for an unknown
+    architecture, or where Triton is not installed."""
     if architecture not in ARCHITECTURES:
         raise FusionError(f"there is no architecture {architecture!r}: give {' or '.join(ARCHITECTURES)}")
     names = source.function().arg_names

@@ -93,11 +93,10 @@ struct Tensor {
   std::vector<Dims> axes;
 };
 
-struct Size {  // of a loop: a number, the size of an axis of an input over a number, or a sum
+struct Size {  // of a loop: a number, or the size of an axis of an input over a number
   char kind;
   int64_t number = 1;
   size_t input = 0, axis = 0;
-  Dims parts;
 };
 
 struct Argument {
@@ -180,10 +179,6 @@ void Kernel::compute(OrtKernelContext* context) const {
   for (const Size& size : sizes) {
     int64_t number = size.number;
     if (size.kind == 'a') number = shapes.at(size.input).at(size.axis) / size.number;
-    if (size.kind == 's') {
-      number = 0;
-      for (int part : size.parts) number += known.at(part);
-    }
     known.push_back(number);
   }
   auto shape_of = [&](const Tensor& tensor) {
@@ -342,13 +337,8 @@ std::vector<std::unique_ptr<Kernel>> read_kernels(const std::string& folder, con
       kernel.binary = contents(folder + "/" + binary);
     } else if (word == "size") {
       Size size;
-      line >> size.kind;
-      if (size.kind == 's') {
-        size.parts = read_dims(line);
-      } else {
-        line >> size.number;
-        if (size.kind == 'a') line >> size.input >> size.axis;
-      }
+      line >> size.kind >> size.number;
+      if (size.kind == 'a') line >> size.input >> size.axis;
       kernel.sizes.push_back(size);
     } else if (word == "read") {
       kernel.reads.push_back(read_tensor(line));

@@ -32,7 +32,7 @@ from regauge.ir.fusion.region import Region
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Node, Operand, Value
 from regauge.ir.graph_copy import copy_graph
-from regauge.ir.roofline import Device
+from regauge.ir.roofline import DEVICES, Device
 from regauge.ir.sizes import symbols_in
 
 LONGEST_NAME = 40
@@ -81,13 +81,17 @@ class Fusion:
 
 def fuse_graph(graph: Graph, device: Device | None = None, *, rounding: Rounding = "fused", by: str = "fuse") -> Fusion:
     """Fuse all regions of a graph that gain on a device, by default a GPU, but for products, which are left to the
-    library of the runtime, and for regions of one node, for which the runtime has a kernel."""
+    library of the runtime, and for regions of one node, for which the runtime has a kernel.
+
+    Attention as one node becomes a region on a GPU: torch's kernels there take only some masks and types.
+    """
+    alone = ("attention",) if device is None or device == DEVICES["gpu"] else ()
     plan = plan_fusion(graph, device, contractions=False, attention=rounding == "fused")
     build = Builder(graph, by=by)
     nodes: list[Node] = []
     left: list[str] = []
     for region in plan.regions:
-        if region.kind != "attention" and sum(not moves_nothing(node) for node in region.nodes) < 2:
+        if region.kind not in alone and sum(not moves_nothing(node) for node in region.nodes) < 2:
             continue
         size = hidden_size(region.nodes)
         if size is None:

@@ -50,7 +50,10 @@ def kernels(
         rows.append([one.path.name, *figures, "as it was" if one.cached else ""])
     print_table(rows)
     if library:
-        print(f"wrote {build_library(output, found)}")
+        path, left = build_library(output, found)
+        for reason in left:
+            print(f"not in the library: {reason}")
+        print(f"wrote {path}")
     print(f"wrote {output}")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from decoder_block import decoder_block
 from regauge.backends import ort_library
 from regauge.backends.kernel_files import Written, write_kernels
 from regauge.backends.ort_library import build_library, manifest, missing
@@ -67,7 +69,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 @pytest.fixture(scope="module")
 def library(written: Written) -> Path:
-    return build_library(written.path.parent, [written])
+    return build_library(written.path.parent, [written])[0]
 
 
 def run(model: Path, library: Path, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -117,7 +119,7 @@ def test_a_driver_is_given_what_python_would_give_it(written: Written, library: 
     region = written.operator.kernel.region
     sizes = dict(zip(region.loops, (100, COLUMNS), strict=True))
     steps = {one: strides_of(one, tensor, sizes) for one in source.tensors}
-    given = numbers(source, sizes, steps)
+    given = numbers(source, sizes, [], steps)
     behind = build.arguments[len(source.tensors) :]
     expected = [number for number, argument in zip(given, behind, strict=True) if argument.fixed is None]
     programs = -(-100 // build.launch.constants["ROWS"])
@@ -134,7 +136,21 @@ def test_on_a_gpu_the_kernel_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = model_of(found[0].operator.name, tmp_path / "model.onnx", last="Neg")  # so that it is not the body's
     x, y = np.random.default_rng(0).standard_normal((2, 100, COLUMNS), dtype=np.float32)
     expected = torch.softmax(torch.nn.functional.silu(torch.from_numpy(x)) * torch.from_numpy(y), 1)
-    np.testing.assert_allclose(run(model, build_library(tmp_path, found), x, y), expected.numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        run(model, build_library(tmp_path, found)[0], x, y), expected.numpy(), rtol=1e-4, atol=1e-6
+    )
+
+
+@needs_triton
+def test_kernels_that_read_elsewhere_are_left_to_their_bodies(tmp_path: Path) -> None:
+    found = write_kernels(decoder_block(tokens=64, width=64, heads=2, hidden=96), tmp_path, ["sm_90"])
+    lines, left = manifest(found)
+    assert [line.split()[2].rpartition("_")[0] for line in lines.splitlines() if line.startswith("kernel ")] == [
+        "add_rms_norm",
+        "silu_mul",
+    ]
+    (reason,) = left
+    assert re.fullmatch("neg_concat_mul_add_matmul_softmax_.* reads at places of its own.*", reason)
 
 
 @needs_triton
@@ -142,7 +158,7 @@ def test_open_sizes_are_passed_and_follow_from_shapes(written: Written) -> None:
     by_name = {argument.name: argument for argument in written.build.arguments}
     assert by_name["size_i0"].type == "i64" and not by_name["size_i0"].divisible
     assert by_name["size_r0"].divisible and by_name["x_r0"].fixed == 1
-    lines = manifest([written]).splitlines()
+    lines = manifest([written])[0].splitlines()
     assert lines[0] == f"kernel 90 {written.operator.name}" and "size a 1 0 0" in lines and "size n 48" in lines
     assert lines.count("read 1 4 2 1 0 1 1") == 2 and lines[-1].startswith("grid ")
 

@@ -64,6 +64,15 @@ def test_passes_take_fused_graphs_or_say_how_to_go_on(name: str) -> None:
         regauge.optimize(fused, one, data=[torch.zeros(2, 16, 32)])
 
 
+def test_attention_as_one_node_is_a_region_where_there_is_a_gpu() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    q, k, v = (build.input(name, (1, 2, 64, 16), torch.float32) for name in "qkv")
+    graph.outputs = [build.attention(q, k, v, scale=0.25)]
+    assert len(fused_nodes(regauge.optimize(graph, "fuse"))) == 1
+    assert not fused_nodes(regauge.optimize(graph, "fuse{device=cpu}"))
+
+
 def test_rounding_and_device_are_options() -> None:
     found = regauge.optimize(block(), "fuse{rounding=eager,device=cpu}")
     assert {node.attributes["rounding"] for node in fused_nodes(found)} == {"eager"}
