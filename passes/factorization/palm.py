@@ -79,7 +79,8 @@ def _largest(matrix: torch.Tensor, count: int) -> torch.Tensor:
         places = matrix.abs().flatten().sort(descending=True, stable=True).indices[:count]
         kept[places] = matrix.flatten()[places]
         matrix = kept.reshape(matrix.shape)
-    return matrix / matrix.norm().clamp(min=1e-300)
+    found: torch.Tensor = matrix / matrix.norm().clamp(min=1e-300)
+    return found
 
 
 def _squared_norm(matrix: torch.Tensor) -> float:
