@@ -26,7 +26,7 @@ class Structure:
     """A network with the sizes of its axes and bonds."""
 
     network: Network
-    sizes: Sizes
+    sizes: dict[str, int]
 
     @property
     def key(self) -> tuple[str, tuple[tuple[str, int], ...]]:

@@ -70,7 +70,8 @@ class Structured:
                 first.append(self._choice(network, sizes, costs, loss))
         found = dict[tuple[int, ...], Choice]()
         for choice in _worth_having(first):
-            own, sizes = network, self.sizes(choice.numbers)
+            own = network
+            sizes = self.sizes(choice.numbers)
             if self.searched:
                 most = (network.parameters(sizes), network.products(sizes))
                 better = Search(problem, self.axes(problem.layer), self.paired, most).bettered(Structure(own, sizes))
@@ -195,7 +196,7 @@ def _in_turns(
 ) -> list[torch.Tensor]:
     """Each factor bettered beside the others, until a turn gains little."""
     found, error = list(factors), problem.error(network.image(factors, sizes))
-    for _ in range(turns):
+    for _ in range(turns if error > problem.rounding else 0):
         for place in range(len(found)):
             divided = inverse_curvature(network, problem, sizes, found, place)
             image = partial(_with_one, network, sizes, tuple(found), place)
