@@ -167,13 +167,13 @@ def _splits(network: Network, layers: int, outputs: int, columns: int) -> list[d
 
 def _factorings(size: int, letters: str) -> Iterator[dict[str, int]]:
     """The ways to write a number as a product of axes."""
-    first, *rest = letters
+    first, rest = letters[0], letters[1:]
     if not rest:
         yield {first: size}
         return
     for own in range(1, size + 1):
         if size % own == 0:
-            yield from ({first: own, **others} for others in _factorings(size // own, "".join(rest)))
+            yield from ({first: own, **others} for others in _factorings(size // own, rest))
 
 
 def _bonds(network: Network, axes: Sizes, layers: int, allowed: float) -> dict[str, int] | None:

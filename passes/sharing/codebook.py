@@ -174,7 +174,7 @@ def _nearest(vectors: torch.Tensor, weighs: torch.Tensor, table: torch.Tensor) -
     """The entry of the table for each vector that is nearest, each place with a weight."""
     found, step, entries = [], max(1, _DISTANCES // len(table)), table.float().t()
     both = torch.cat([entries.square(), -2 * entries])
-    for part, own in zip(vectors.split(step), weighs.split(step), strict=True):
+    for part, own in zip(torch.split(vectors, step), torch.split(weighs, step), strict=True):
         scale = own.mean(1, keepdim=True)
         off = torch.cat([own, own * part], 1).div(scale).float() @ both
         found.append(torch.from_numpy(off.numpy().argmin(1)))  # several times as fast as torch's on rows
