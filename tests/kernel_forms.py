@@ -216,6 +216,27 @@ def embedded_norm(f: Form, rows: Any, columns: int) -> Any:
     return h, b.layer_norm(h, f.w(columns), f.w(columns), normalized_shape=(columns,))
 
 
+def cross_entropy(f: Form, rows: Any, columns: int) -> Any:
+    """Of logits that are scaled; the label 3 is ignored."""
+    b, x = f.build, f.x(2, rows, columns)
+    return b.cross_entropy(b.mul(x, 3.0), f.x(2, rows, dtype=torch.int64), ignore_index=3)
+
+
+def smooth_cross_entropy(f: Form, rows: Any, columns: int) -> Any:
+    """A part of the loss is that of any label."""
+    b, x, target = f.build, f.x(rows, columns), f.x(rows, dtype=torch.int64)
+    spread = b.sub(b.logsumexp(x, dims=(1,)), b.mean(x, dims=(1,)))
+    spread = b.where(b.ne(target, 3), spread, 0.0)
+    return b.add(b.mul(b.cross_entropy(x, target, ignore_index=3), 0.9), b.mul(spread, 0.1))
+
+
+def weighted_cross_entropy(f: Form, rows: Any, columns: int) -> Any:
+    """Classes have weights; the losses are scaled."""
+    b, target = f.build, f.x(rows, dtype=torch.int64)
+    losses = b.cross_entropy(f.x(rows, columns), target, f.w(columns), ignore_index=3)
+    return b.mul(losses, 0.5)
+
+
 def dense_gelu_residual(f: Form, rows: Any, columns: int) -> Any:
     """Bias, activation and residual behind the product."""
     y = f.build.gelu(f.build.linear(f.x(rows, 48), f.w(columns, 48), f.w(columns)))
@@ -422,7 +443,8 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax,
         layer_norm, gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, instance_norm_relu,
         written_out_norm, deviation, total, turned, number, rotary, joined, rotary_inside, shifted, depthwise, pooled,
-        averaged, squeezed, convolved, embedded_norm, dense_gelu_residual, dense_in_heads, gated_product, scores,
+        averaged, squeezed, convolved, embedded_norm, cross_entropy, smooth_cross_entropy, weighted_cross_entropy,
+        dense_gelu_residual, dense_in_heads, gated_product, scores,
         with_itself,
         int8_weight, int8_groups, int4_weight, int4_neighbours, int2_weight, int8_both,
         int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,
