@@ -200,13 +200,13 @@ class _Reverse:
             parts = MOVES[node.op](self.build, node, g) if node.op in MOVES else frames[node].backward(g)
             tables = frames[node].tables if node in frames else {}
             for slot, part in parts.items():
-                value = node.inputs[slot]
-                assert isinstance(value, Value)
-                if slot in tables and value in self.tables:
-                    self.entries.setdefault(value, []).append((part, node.inputs[tables[slot]]))
+                operand = node.inputs[slot]
+                assert isinstance(operand, Value)
+                if slot in tables and operand in self.tables:
+                    self.entries.setdefault(operand, []).append((part, node.inputs[tables[slot]]))
                 else:
-                    part = self._summed(value, part, node.inputs[tables[slot]]) if slot in tables else part
-                    self._add(adjoints, value, part)
+                    part = self._summed(operand, part, node.inputs[tables[slot]]) if slot in tables else part
+                    self._add(adjoints, operand, part)
         return adjoints
 
     def _summed(self, table: Any, part: Value, numbers: Any) -> Value:
