@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from loss_forms import cross_entropy, smooth_cross_entropy, weighted_cross_entropy
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
 
@@ -214,27 +215,6 @@ def embedded_norm(f: Form, rows: Any, columns: int) -> Any:
     token = b.embedding(f.w(11, columns), f.x(2, rows, dtype=torch.int64))
     h = b.add(token, b.embedding(f.w(7, columns), f.x(rows, dtype=torch.int64)))
     return h, b.layer_norm(h, f.w(columns), f.w(columns), normalized_shape=(columns,))
-
-
-def cross_entropy(f: Form, rows: Any, columns: int) -> Any:
-    """Of logits that are scaled; the label 3 is ignored."""
-    b, x = f.build, f.x(2, rows, columns)
-    return b.cross_entropy(b.mul(x, 3.0), f.x(2, rows, dtype=torch.int64), ignore_index=3)
-
-
-def smooth_cross_entropy(f: Form, rows: Any, columns: int) -> Any:
-    """A part of the loss is that of any label."""
-    b, x, target = f.build, f.x(rows, columns), f.x(rows, dtype=torch.int64)
-    spread = b.sub(b.logsumexp(x, dims=(1,)), b.mean(x, dims=(1,)))
-    spread = b.where(b.ne(target, 3), spread, 0.0)
-    return b.add(b.mul(b.cross_entropy(x, target, ignore_index=3), 0.9), b.mul(spread, 0.1))
-
-
-def weighted_cross_entropy(f: Form, rows: Any, columns: int) -> Any:
-    """Classes have weights; the losses are scaled."""
-    b, target = f.build, f.x(rows, dtype=torch.int64)
-    losses = b.cross_entropy(f.x(rows, columns), target, f.w(columns), ignore_index=3)
-    return b.mul(losses, 0.5)
 
 
 def dense_gelu_residual(f: Form, rows: Any, columns: int) -> Any:
