@@ -416,6 +416,50 @@ def quantized_cache_attention(f: Form, rows: Any, columns: int) -> Any:
     return f.build.attention(q, read_back(), read_back(), scale=0.125, enable_gqa=True)
 
 
+def int4_cache(f: Form, columns: int, size: int, group: int | None = None, *, statistics: bool = False) -> Value:
+    """What ``kv-quantize{bits=4}`` reads back of keys or values: two heads of codes, two a byte, with the step and the
+    lowest number of each position (or of each group of channels there), and statistics of channels."""
+    b, count = f.build, 1 if group is None else size // group
+    step, low = (b.cast(f.x(2, 2, columns, count, dtype=torch.float16), dtype=torch.float32) for _ in range(2))
+    codes = b.unpack(f.x(2, 2, columns, size // 2, dtype=torch.uint8), base=16, count=2)
+    y = b.cast(codes, dtype=torch.float32)
+    if group is not None:
+        step, low = (b.unsqueeze(part, dim=4) for part in (step, low))
+        y = b.reshape(y, shape=(2, 2, columns, count, group))
+    y = b.add(b.mul(y, b.mul(step, 0.1)), low)
+    y = y if group is None else b.reshape(y, shape=(2, 2, columns, size))
+    if statistics:
+        y = b.add(b.mul(y, f.w(2, 1, size)), f.w(2, 1, size))
+    return y if f.dtype == torch.float32 else b.cast(y, dtype=f.dtype)
+
+
+def int4_cache_attention(f: Form, rows: Any, columns: int) -> Any:
+    """A prompt behind others: what is cached has 4 bits."""
+    keys, values = (int4_cache(f, columns, 64, statistics=True) for _ in range(2))
+    visible = f.x(rows, columns, dtype=torch.bool)
+    return f.build.attention(f.x(2, 6, rows, 64), keys, values, visible, scale=0.125, enable_gqa=True)
+
+
+def int4_cache_decoding(f: Form, rows: Any, columns: int) -> Any:
+    """One query for each of eight heads, two of which are cached."""
+    keys, values = (int4_cache(f, columns, 128) for _ in range(2))
+    return f.build.attention(f.x(2, 8, 1, 128), keys, values, scale=0.125, enable_gqa=True)
+
+
+def int4_groups_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Groups of channels with ranges of their own: numbers are made of codes one by one."""
+    keys, values = (int4_cache(f, columns, 64, 32) for _ in range(2))
+    return f.build.attention(f.x(2, 2, rows, 64), keys, values, scale=0.125)
+
+
+def int8_cache_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Signed codes, with a scale and a zero point for each channel of keys, and a scale for each position of values."""
+    b, scale, zero = f.build, f.x(3, 1, 80), f.x(3, 1, 80)
+    keys = b.mul(b.sub(b.cast(f.x(3, columns, 80, dtype=torch.int8), dtype=f.dtype), zero), b.mul(scale, 0.02))
+    values = b.mul(b.cast(f.x(3, columns, 24, dtype=torch.int8), dtype=f.dtype), f.x(3, columns, 1))
+    return b.attention(b.tanh(f.x(3, rows, 80)), keys, values, scale=0.2)
+
+
 FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
@@ -428,7 +472,8 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,
         three_products,
         causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention,
-        decoding_attention, latent_attention, quantized_cache_attention,
+        decoding_attention, latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding,
+        int4_groups_attention, int8_cache_attention,
     )
 }  # fmt: skip
 
