@@ -154,7 +154,8 @@ CASES = [
     Case("causal attention", causal_attention, ((4, 32, 2048, 128),) * 3),
     Case("attention of one query", attention, ((8, 32, 1, 128), (8, 32, 8192, 128), (8, 32, 8192, 128))),
     *(Case(f"attention to 8 bits, {m} queries", attention_to_eight_bits,
-           ((8, 32, m, 128), *((8, 32, 8192, 128),) * 2, *((8, 32, 8192, 1),) * 2), types=dict.fromkeys((1, 2), torch.int8))
+           ((8, 32, m, 128), *((8, 32, 8192, 128),) * 2, *((8, 32, 8192, 1),) * 2),
+           types=dict.fromkeys((1, 2), torch.int8))
       for m in (1, 256)),
     *(Case(f"weight of 8 bits, M={m}", eight_bits, ((m, D), (H, D), (H,)), types={1: torch.int8})
       for m in (1, 16, 256)),

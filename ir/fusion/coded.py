@@ -50,10 +50,11 @@ class Coded:
 
 
 def coded(factor: Term, source: frozenset[Dim], head: frozenset[Dim]) -> Coded | None:
-    """How keys, or values, are made of codes; None where they are not, or other numbers stand between."""
+    """How keys, or values, are made of codes; None where they are not, or other numbers stand between, or a head has
+    one number."""
     parts = list(_parts(factor))
     ofs = [part for part in parts if part[0] is not None]
-    if len(ofs) != 1 or len(parts) > MOST_PARTS:
+    if not head or len(ofs) != 1 or len(parts) > MOST_PARTS:
         return None
     ((code, scales),) = ofs
     assert code is not None
