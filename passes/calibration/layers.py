@@ -278,8 +278,9 @@ def _turned(value: Any, node: Node) -> Parameter | None:
     if permute is None or permute.op != "permute" or len(value.uses) != 1 or node.op not in ("linear", "matmul"):
         return None
     weight = permute.inputs[0]
-    own = _is_own(weight, permute, 0, shared=False) and isinstance(weight, Parameter) and weight.rank == 2
-    return weight if own and tuple(permute.attributes["dims"]) in ((1, 0), (-1, 0), (1, -2), (-1, -2)) else None
+    if not isinstance(weight, Parameter) or weight.rank != 2 or not _is_own(weight, permute, 0, shared=False):
+        return None
+    return weight if tuple(permute.attributes["dims"]) in ((1, 0), (-1, 0), (1, -2), (-1, -2)) else None
 
 
 def _is_own(value: Any, node: Node, slot: int, shared: bool) -> bool:
