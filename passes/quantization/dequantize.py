@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, remove_dead, replace_uses
 from regauge.ir.graph import Graph, Kind, Node, Operand, Parameter, Value
 from regauge.ir.quantized_layers import PLANNED_FOR
@@ -104,7 +105,7 @@ def _weights(build: Builder) -> int:
     found: dict[Value, torch.Tensor] = {}
     count = 0
     for value, codes in decoded.items():
-        if any(user.output not in decoded for user, _ in value.uses) and value.dtype.is_floating_point:
+        if any(user.output not in decoded for user, _ in value.uses) and is_real(value.dtype):
             tensor = _number(value, constant, found)
             count += tensor.dim() > 1
             replace_uses(build.graph, value, _float(build, codes, tensor))
