@@ -105,7 +105,7 @@ def _weights(build: Builder) -> int:
     found: dict[Value, torch.Tensor] = {}
     count = 0
     for value, codes in decoded.items():
-        if any(user.output not in decoded for user, _ in value.uses) and is_real(value.dtype):
+        if any(decoded.keys().isdisjoint(user.outputs) for user, _ in value.uses) and is_real(value.dtype):
             tensor = _number(value, constant, found)
             count += tensor.dim() > 1
             replace_uses(build.graph, value, _float(build, codes, tensor))
