@@ -100,8 +100,10 @@ def _weights(build: Builder) -> int:
         constant[node.output] = node
         half = node.op == "cast" and isinstance(sources[0], Parameter) and sources[0].dtype == torch.float16
         if half or node.operator.coding or any(source in decoded for source in sources):
-            root = next((decoded[source] for source in sources if source in decoded), sources[0])
-            decoded[node.output] = root  # type: ignore[assignment]
+            root = sources[0]
+            while root not in decoded and not isinstance(root, Parameter):  # of codes that are moved or shifted before
+                root = next(operand for operand in constant[root].inputs if isinstance(operand, Value))
+            decoded[node.output] = decoded.get(root, root)  # type: ignore[arg-type]
     found: dict[Value, torch.Tensor] = {}
     count = 0
     for value, codes in decoded.items():
