@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from regauge.backends.kernel_sparsity import dense_of, stored
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
 
@@ -321,6 +322,33 @@ def int8_both_groups(f: Form, rows: Any, columns: int) -> Any:
     return b.linear(x, b.dequantize(f.codes(columns, depth), scale, axis=1, block_size=group))
 
 
+def n_of_m(f: Form, columns: int, keep: int, of: int, turned: bool = False) -> Value:
+    """A weight of which ``keep`` of every ``of`` entries are stored."""
+    inputs = -(-columns // 32) * 32
+    places = torch.rand(columns, inputs // of, of, generator=f.generator).argsort(2) < keep
+    weight = torch.randn(columns, inputs, generator=f.generator) * places.flatten(1)
+    values, mask = stored(weight.to(f.dtype), keep, of)
+    read = [f.build.parameter(f.build.unique("w"), values), f.build.parameter(f.build.unique("mask"), mask, "buffer")]
+    w = dense_of(f.build, *read, keep, of)
+    return f.build.permute(w, dims=(1, 0)) if turned else w
+
+
+def sparse_24_weight(f: Form, rows: Any, columns: int) -> Any:
+    b, w = f.build, n_of_m(f, columns, 2, 4)
+    return b.gelu(b.linear(f.x(rows, int(w.shape[1])), w, f.w(columns)))
+
+
+def sparse_48_weight(f: Form, rows: Any, columns: int) -> Any:
+    b, w = f.build, n_of_m(f, columns, 4, 8, turned=True)
+    return b.matmul(f.x(2, rows, int(w.shape[0])), w)
+
+
+def gate_and_up_sparse(f: Form, rows: Any, columns: int) -> Any:
+    b, (gate, up) = f.build, (n_of_m(f, columns, 2, 4) for _ in range(2))
+    x = f.x(rows, int(gate.shape[1]))
+    return b.mul(b.silu(b.linear(x, gate)), b.linear(x, up))
+
+
 def float8_weight(f: Form, rows: Any, columns: int) -> Any:
     b, depth = f.build, deep(columns)[0]
     w = b.dequantize(f.codes(depth, columns, dtype=torch.float8_e4m3fn), f.scale(columns), axis=1)
@@ -425,6 +453,7 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         averaged, squeezed, convolved, embedded_norm, dense_gelu_residual, dense_in_heads, gated_product, scores,
         with_itself,
         int8_weight, int8_groups, int4_weight, int4_neighbours, int2_weight, int8_both,
+        sparse_24_weight, sparse_48_weight, gate_and_up_sparse,
         int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,
         three_products,
         causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention,
