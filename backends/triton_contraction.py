@@ -174,6 +174,11 @@ class ContractionKernel(TileWriter):
             mask, *values = map(self._stored, term.args)
             bits, place = self.names.unique("bits"), self.region.names[term.value.loop]
             self.line(f"{bits} = {outermost(mask)}")
+            if values[1:]:
+                rank, chosen = self.names.unique("rank"), self.names.unique("chosen")
+                self.line(f"{rank} = {self.bits_below(bits, place)}")
+                self.line(f"{chosen} = {self.kept(values, rank)}")
+                values = [chosen]
             return self.spread(bits, values, place)
         if term.op == "number":
             return str(int(term.value))

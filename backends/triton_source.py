@@ -212,13 +212,20 @@ class Writer:
 
     def spread(self, mask: str, values: Sequence[str], place: str) -> str:
         """Of values the one that belongs to a place whose bit is set in a mask, else zero."""
-        found = values[-1]
-        if values[1:]:
-            self.functions["bits_below"] = None
-            rank = f"bits_below({mask}, {place})"
-            for number in reversed(range(len(values) - 1)):
-                found = f"tl.where({rank} == {number}, {values[number]}, {found})"
+        found = self.kept(values, self.bits_below(mask, place) if values[1:] else "")
         return f"tl.where((({mask} >> {place}) & 1) != 0, {found}, 0)"
+
+    def bits_below(self, mask: str, place: str) -> str:
+        """How many bits of a mask are set below a place."""
+        self.functions["bits_below"] = None
+        return f"bits_below({mask}, {place})"
+
+    def kept(self, values: Sequence[str], rank: str) -> str:
+        """The value whose number is ``rank``, which is that of one."""
+        found = values[-1]
+        for number in reversed(range(len(values) - 1)):
+            found = f"tl.where({rank} == {number}, {values[number]}, {found})"
+        return found
 
     def numbers(self, term: Term, text: str) -> str:
         """What was read as numbers in single precision; truth values stay, and so do numbers of entries."""

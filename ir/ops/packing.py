@@ -88,7 +88,8 @@ def _spell_n_of_m(onnx: Any, node: Node) -> Any:
     ranks = onnx.CumSum(bits, onnx.constant(torch.tensor(2)), exclusive=1)
     last = onnx.constant(torch.tensor(node.attributes["keep"] - 1, dtype=torch.int32))
     values = onnx.GatherElements(onnx.Transpose(onnx.operand(0), perm=[0, 2, 1]), onnx.Min(ranks, last), axis=2)
-    found = onnx.Where(onnx.cast(bits, torch.bool), values, onnx.cast(onnx.constant(torch.tensor(0.0)), node.output.dtype))
+    zero = onnx.cast(onnx.constant(torch.tensor(0.0)), node.output.dtype)
+    found = onnx.Where(onnx.cast(bits, torch.bool), values, zero)
     return onnx.Reshape(found, onnx.constant(torch.tensor([0, -1])))
 
 
