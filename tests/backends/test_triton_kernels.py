@@ -139,7 +139,7 @@ def test_text_of_a_gated_layer_of_four_bits(golden: object) -> None:
 
 def test_text_of_a_sparse_product(golden: object) -> None:
     kernel = kernel_of(form_graph("sparse_24_weight", torch.bfloat16, 16, 256), "sparse")
-    golden("kernel_sparse_24", kernel.source().text)  # type: ignore[operator]
+    golden("kernel_sparse_24", kernel.source().text.strip())  # type: ignore[operator]
 
 
 def test_text_of_a_product_that_is_shared_out(golden: object) -> None:
