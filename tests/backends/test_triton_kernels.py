@@ -123,7 +123,7 @@ FEW_BITS = [("int4_weight", 16), ("int4_weight", 4096), ("float8_both", 4096), (
 @pytest.mark.parametrize(("name", "rows"), FEW_BITS)
 def test_products_of_few_bits_compile_and_spill_nothing(name: str, rows: int, architecture: str) -> None:
     kernel = kernel_of(form_graph(name, torch.bfloat16, rows, 4096), name)
-    sizes = {dim: int(dim.size) for dim in kernel.region.loops}
+    sizes = {dim: int(dim.size) for dim in kernel.region.sized}
     source = kernel.source("split" if rows == 16 else "contraction")
     parts = {"sparse_24_weight": 2}.get(name, 4)
     assert source.kernels == ((name, f"{name}_total") if rows == 16 else (name,))
