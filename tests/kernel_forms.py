@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kernel_forms_sparse import gate_and_up_sparse, sparse_24_weight, sparse_48_weight
+from loss_forms import cross_entropy, smooth_cross_entropy, weighted_cross_entropy
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
 
@@ -423,7 +424,8 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax,
         layer_norm, gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, instance_norm_relu,
         written_out_norm, deviation, total, turned, number, rotary, joined, rotary_inside, shifted, depthwise, pooled,
-        averaged, squeezed, convolved, embedded_norm, dense_gelu_residual, dense_in_heads, gated_product, scores,
+        averaged, squeezed, convolved, embedded_norm, cross_entropy, smooth_cross_entropy, weighted_cross_entropy,
+        dense_gelu_residual, dense_in_heads, gated_product, scores,
         with_itself,
         int8_weight, int8_groups, int4_weight, int4_neighbours, int2_weight, int8_both,
         sparse_24_weight, sparse_48_weight, gate_and_up_sparse,
