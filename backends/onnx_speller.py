@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -238,17 +238,15 @@ class OnnxSpeller:
         return EmitError(f"{self.node.label}, {self._reason}, cannot be written to ONNX: {reason}")
 
     def _check(self, op_type: str, inputs: int, attributes: dict[str, Any]) -> None:
-        import onnx.defs
-
         if self.opset < OLDEST:
             raise self.refusal(f"opset {self.opset} is older than {OLDEST}")
-        try:
-            schema = onnx.defs.get_schema(op_type, self.opset, "")
-        except onnx.defs.SchemaError:
-            raise self.refusal(f"opset {self.opset} has no {op_type}") from None
-        if inputs > schema.max_input:
+        signature = _signature(op_type, self.opset)
+        if signature is None:
+            raise self.refusal(f"opset {self.opset} has no {op_type}")
+        most_inputs, known = signature
+        if inputs > most_inputs:
             raise self.refusal(f"{op_type} has attributes in place of inputs in opset {self.opset}")
-        unknown = [name for name in attributes if name not in schema.attributes]
+        unknown = [name for name in attributes if name not in known]
         if unknown:
             raise self.refusal(f"{op_type} has no attribute {unknown[0]} in opset {self.opset}")
 
@@ -266,6 +264,18 @@ class OnnxSpeller:
         if isinstance(value, sympy.Basic):
             raise self.refusal(f"its {name} is the dynamic size {value}")
         return int(value) if isinstance(value, bool) else value
+
+
+@cache
+def _signature(op_type: str, opset: int) -> tuple[int, frozenset[str]] | None:
+    """How many inputs a standard operator takes at most, and its attributes: a schema copies them all at each look."""
+    import onnx.defs
+
+    try:
+        schema = onnx.defs.get_schema(op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return None
+    return schema.max_input, frozenset(schema.attributes)
 
 
 def spell(onnx: OnnxSpeller) -> tuple[onnx_ir.Value, ...]:

@@ -2,6 +2,7 @@
 
     python benchmarks/simplify.py                            all networks, real files and light models
     python benchmarks/simplify.py --networks resnet18 bert --flavours raw --no-light --no-real
+    python benchmarks/simplify.py --six --flavours raw --no-light --no-real
     python benchmarks/simplify.py --write                    also append the tables to docs/benchmarks.md
 
 All tools run in one process per file (a crash costs that file only). For each result: nodes (Constant nodes aside,
@@ -14,7 +15,6 @@ something else, or that lost an input is a failure.
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import statistics
 import sys
@@ -33,11 +33,12 @@ import onnx
 import onnx.parser
 
 from benchmarks.isolated import Unfinished, isolated
-from benchmarks.onnx_exports import FLAVOURS, NETWORKS, export, light_files, real_files
+from benchmarks.onnx_exports import FLAVOURS, NETWORKS, SIX_KINDS, export, light_files, real_files
 from benchmarks.report import append_table, environment
 
 TOLERANCE = 1e-4
-REPEATS = 15
+REPEATS = 17  # at least, of which two warm up
+ENOUGH = 0.5  # seconds of runs for each file, then it is enough
 # what each tool is run on once before its time is taken
 SMALL = """<ir_version: 8, opset_import: ["" : 17]>
 small (float[2, 3] x) => (float[2, 3] y) <float[3] w = {1, 2, 3}> { z = Mul(x, w)  i = Identity(z)  y = Relu(i) }"""
@@ -228,16 +229,16 @@ def judge(row: Row, source: Path, target: Path, original: onnx.ModelProto, feeds
 
 
 def latencies(paths: dict[str, Path], feed: dict[str, np.ndarray]) -> dict[str, float]:
-    """Medians in seconds with all of onnxruntime's optimisations, runs interleaved."""
+    """Medians in seconds of one thread with all of onnxruntime's optimisations, runs interleaved."""
     sessions = {name: session(path, "ORT_ENABLE_ALL") for name, path in paths.items()}
     times: dict[str, list[float]] = {name: [] for name in paths}
-    for turn in range(REPEATS + 2):
+    begin = time.process_time()
+    while len(times["original"]) < REPEATS or time.process_time() - begin < ENOUGH * len(sessions):
         for name, one in sessions.items():
-            start = time.perf_counter()
+            start = time.process_time()
             one.run(None, feed)
-            if turn >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+            times[name].append(time.process_time() - start)
+    return {name: statistics.median(found[2:]) for name, found in times.items()}
 
 
 def measure(source: Path, tools: list[str], timed: bool) -> list[Row]:
@@ -270,9 +271,7 @@ def _measure(source: Path, tools: list[str], timed: bool) -> list[Row]:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for module in ("regauge", "onnx_ir", "onnxruntime", "onnxsim", "onnxslim", "onnxscript.optimizer", "onnxoptimizer"):
-        importlib.import_module(module)  # imports are no part of what is timed
-    with tempfile.TemporaryDirectory() as folder:  # nor is what a tool loads when it is first used
+    with tempfile.TemporaryDirectory() as folder:  # what a tool loads when it is first used is no part of what is timed
         small = Path(folder) / "small.onnx"
         onnx.save(onnx.parser.parse_model(SMALL), small)
         for tool in tools:
@@ -322,7 +321,7 @@ SUMMARY_HEADS = ("kind", "tool", "files", "failures", "nodes", "latency", "most 
 
 
 def sources(options: argparse.Namespace) -> Iterator[Path]:
-    for network in NETWORKS:
+    for network in SIX_KINDS if options.six else NETWORKS:
         if not options.networks or network.name in options.networks:
             for flavour in options.flavours:
                 path = export(network, flavour)
@@ -337,6 +336,7 @@ def sources(options: argparse.Namespace) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*")
+    parser.add_argument("--six", action="store_true", help="one network of each of six kinds in place of all")
     parser.add_argument("--flavours", nargs="*", default=list(FLAVOURS), choices=FLAVOURS)
     parser.add_argument("--tools", nargs="*", default=list(TOOLS), choices=list(TOOLS))
     parser.add_argument("--no-real", action="store_true")

@@ -45,6 +45,7 @@ BUILT_IN = {
     "smooth": "regauge.passes.quantization.smooth:Smooth",
     "sort": "regauge.passes.elastic.sort:Sort",
     "sparsify": "regauge.passes.sparsity.sparsify:Sparsify",
+    "split-projections": "regauge.passes.factorization.split_projections:SplitProjections",
     "stream": "regauge.passes.streaming.stream:Stream",
     "unfactorize": "regauge.passes.simplify.unfactorize:Unfactorize",
     "unfuse": "regauge.passes.kernels.fuse:Unfuse",

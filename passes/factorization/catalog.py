@@ -23,7 +23,8 @@ from regauge.passes.factorization.tensor_convs import Cp, TensorTrain
 
 _COMMON: tuple[Form, ...] = (
     LowRank(),
-    Separated("tucker", (0,)),
+    Separated("tucker", (0,), third=True),
+    Separated("tucker-1", (0,)),
     Separated("columns", (0, 1)),
     Separated("rows", (0, 2)),
 )

@@ -63,6 +63,7 @@ class Factorize(Pass):
         Literal[
             "low-rank",
             "tucker",
+            "tucker-1",
             "columns",
             "rows",
             "cp",
@@ -75,7 +76,7 @@ class Factorize(Pass):
             "mpo",
         ]
         | None
-    ) = option(None, "what layers become; if not given, for each the best of the first four")
+    ) = option(None, "what layers become; if not given, for each the best of the first five")
     permute: bool = option(True, "hidden channels are reordered where this suits the blocks of structured forms")
     rule: Rule = option("knapsack", "how ranks are shared out: so that least is lost, or by a rule of thumb")
     metric: Metric = option("output-aware", "what factors keep on data (without data: plain)")

@@ -2,6 +2,7 @@
 
 low-rank   y = up (down x): of a convolution, one to fewer channels and one of single places behind it
 tucker     a convolution between two of single places (:mod:`regauge.passes.factorization.separated`)
+tucker-1   a convolution of single places to fewer channels, then one of several (on outputs this is low-rank)
 columns    a convolution along the first axis of the kernel, then one along the second
 rows       the other way round
 cp, tt     along one axis after the other (:mod:`regauge.passes.factorization.tensor_convs`)
@@ -60,6 +61,9 @@ class Form(Protocol):
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
         """The ranks, multiples of a number, with which the layer has fewer parameters or multiplications."""
 
+    def lossless(self, layer: Layer) -> list[tuple[int, ...]]:
+        """The numbers of choices with which nothing is lost, whatever the weight; they need not save anything."""
+
     def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
         """The links with the numbers of a choice, and the matrix [outputs, columns] that they multiply by."""
 
@@ -86,6 +90,9 @@ class LowRank:
             Choice(self.name, (rank,), rank * each, rank * macs, float(found.tail[rank]) / problem.scale)
             for rank in ranks_up_to(layer.outputs * layer.columns // each, multiple)
         ]
+
+    def lossless(self, layer: Layer) -> list[tuple[int, ...]]:
+        return [(min(layer.outputs, layer.columns),)]
 
     def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
         (rank,) = ranks

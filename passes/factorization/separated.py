@@ -5,6 +5,7 @@
 with i the indices of a column of the weight that the first link contracts, and r the others:
 
 tucker    i = channel          r = place of the kernel     three links (Kim et al. 2016, Compression of Deep CNNs)
+tucker-1  i = channel          r = place of the kernel     two links, up and core are one; of outputs it is low-rank
 columns   i = channel, row     r = column                  two links, up and core are one (Jaderberg et al. 2014)
 rows      i = channel, column  r = row
 
@@ -15,10 +16,14 @@ are best with the metric of inputs averaged over r.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from functools import cached_property
+from itertools import groupby, product
+from math import prod
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from regauge.ir.cost import smallest_sizes
@@ -27,6 +32,7 @@ from regauge.ir.ops.windows import per_axis
 from regauge.ir.sizes import Size
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.chains import Link
+from regauge.passes.factorization.core_shapes import core_shapes
 from regauge.passes.factorization.forms import Choice, ranks_up_to, single_places
 from regauge.passes.factorization.least_squares import bettered, divided_by
 from regauge.passes.factorization.metric_svd import Factored, factored
@@ -37,47 +43,67 @@ Parts: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 _TURNS = 16
 _GAIN = 1e-3  # of the error in a turn, below which there is no other
-_RANKS_TRIED = 8  # of the first link, when ranks are compared
+_RANKS_TRIED = 8  # of a side, where not all pairs are looked at
 _RIDGE = 1e-9  # of the metric behind the first link
 
 
 @dataclass(frozen=True)
 class Separated:
-    """Which axes of a kernel [channels, rows, columns] the first link contracts."""
+    """Which axes of a kernel [channels, rows, columns] the first link contracts, and whether there is a third link."""
 
     name: str
     first: tuple[int, ...]
+    third: bool = False
 
     def misfit(self, layer: Layer) -> str | None:
         if layer.node.op != "conv" or layer.taps == 1:
             return f"{self.name} is for convolutions of several places"
         kernel = layer.weight.shape[2:]
-        if not self._whole and (len(kernel) != 2 or 1 in kernel):
+        if self.first != (0,) and (len(kernel) != 2 or 1 in kernel):
             return f"{self.name} is for kernels of two axes"
         return None
-
-    @property
-    def _whole(self) -> bool:
-        """Whether the second link is the whole kernel, so that a third makes up its outputs."""
-        return self.first == (0,)
 
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
         unfolded = _Unfolded(problem, self.first)
         most = ranks_up_to(min(unfolded.inner, unfolded.rest * problem.layer.outputs), multiple)
-        step = max(1, len(most) // _RANKS_TRIED)
+        if self.third:
+            shapes: list[tuple[int, ...]] = [*self._shapes(unfolded, most, graph, multiple)]
+        else:
+            shapes = [(rank,) for rank in _thinned(most)]
         found = []
-        for rank in most[step - 1 :: step]:
+        for rank, own in groupby(shapes, key=lambda shape: shape[0]):
             first = unfolded.start(rank)
             behind = unfolded.behind(first)
-            outer = ranks_up_to(len(behind.tail) - 1, multiple) if self._whole else [behind.up.shape[1]]
-            for last in outer[:: max(1, len(outer) // _RANKS_TRIED)]:
+            for ranks in own:
+                last = ranks[1] if self.third else behind.up.shape[1]
                 loss = problem.error(unfolded.flat(unfolded.image(first, behind.up[:, :last] @ behind.down[:last])))
-                ranks = (rank, last) if self._whole else (rank,)
                 found.append(Choice(self.name, ranks, *self._cost(problem.layer, graph, ranks), loss))
         return found
 
-    def _cost(self, layer: Layer, graph: Graph, ranks: Sequence[int]) -> tuple[int, int]:
-        """Parameters and multiply-accumulates."""
+    def _shapes(
+        self, unfolded: _Unfolded, most: Sequence[int], graph: Graph, multiple: int
+    ) -> Iterator[tuple[int, int]]:
+        """Ranks in front of the core and behind it; blocks side by side have the same ones, whatever suits each."""
+        layer = unfolded.problem.layer
+        outer = ranks_up_to(min(layer.outputs, layer.columns), multiple)
+        if not most or not outer:
+            return
+        if layer.blocks == 1:
+            pairs = np.array(most)[:, None], np.array(outer)[None]
+            tails = unfolded.directions.tail, unfolded.problem.factored.tail
+            found = core_shapes(most, outer, tails, self._cost(layer, graph, pairs))
+        else:
+            found = [*product(_thinned(most), _thinned(outer))]
+        for first, last in found:
+            if last <= first * unfolded.rest:
+                yield first, last
+
+    def lossless(self, layer: Layer) -> list[tuple[int, ...]]:
+        inner = prod(int(layer.weight.shape[axis + 1]) for axis in self.first)
+        return [(inner, min(layer.outputs, layer.columns)) if self.third else (inner,)]
+
+    def _cost(self, layer: Layer, graph: Graph, ranks: Sequence[Any]) -> tuple[Any, Any]:
+        """Parameters and multiply-accumulates, of ranks or of arrays of them."""
         x, y = layer.node.inputs[0], layer.node.output
         assert isinstance(x, Value)
         sizes = [int(size) for size in layer.weight.shape[1:]]
@@ -86,9 +112,11 @@ class Separated:
             inner *= sizes[axis]
         rest = layer.columns // inner
         before, behind = places(graph, x, 1), places(graph, y, 1)
-        if self._whole:
+        if self.third:
             into, out = ranks
             parts = [(into * inner, before), (into * out * rest, behind), (out * layer.outputs, behind)]
+        elif len(self.first) == 1:
+            parts = [(ranks[0] * inner, before), (ranks[0] * rest * layer.outputs, behind)]
         else:
             axis = self.first[1]
             other = 3 - axis  # of the axes of the kernel, 1 and 2
@@ -98,7 +126,7 @@ class Separated:
 
     def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
         unfolded = _Unfolded(problem, self.first)
-        parts = unfolded.in_turns(unfolded.start(ranks[0]), ranks[1] if self._whole else None)
+        parts = unfolded.in_turns(unfolded.start(ranks[0]), ranks[1] if self.third else None)
         return self._chain(problem.layer, *parts), unfolded.product(*parts)
 
     def _chain(self, layer: Layer, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> list[Link]:
@@ -106,13 +134,14 @@ class Separated:
         spatial = len(sizes) - 1
         rank = len(first)
         options = {name: per_axis(node.attributes[name], spatial) for name in ("stride", "padding", "dilation")}
-        if up is not None:
+        if len(self.first) == 1:
             kernel = sizes[1:]
-            return [
-                Link("down", "conv", first.reshape(rank, -1, *(1 for _ in kernel)), single_places(spatial)),
-                Link("core", "conv", core.reshape(-1, rank, *kernel), {**options, "groups": 1}),
-                Link("up", "conv", up.reshape(*up.shape, *(1 for _ in kernel)), single_places(spatial)),
-            ]
+            down = Link("down", "conv", first.reshape(rank, -1, *(1 for _ in kernel)), single_places(spatial))
+            middle = core.reshape(-1, rank, *kernel), {**options, "groups": 1}
+            if up is None:
+                return [down, Link("up", "conv", *middle)]
+            last = up.reshape(*up.shape, *(1 for _ in kernel))
+            return [down, Link("core", "conv", *middle), Link("up", "conv", last, single_places(spatial))]
         axis = self.first[1] - 1  # of the kernel, that the first link goes along
         plain = {"stride": 1, "padding": 0, "dilation": 1}
         along = [
@@ -124,6 +153,11 @@ class Separated:
             Link("down", "conv", first.reshape(rank, sizes[0], *shapes[axis]), {**along[axis], "groups": 1}),
             Link("up", "conv", core.reshape(-1, rank, *shapes[other]), {**along[other], "groups": 1}),
         ]
+
+
+def _thinned(ranks: Sequence[int]) -> Sequence[int]:
+    step = max(1, len(ranks) // _RANKS_TRIED)
+    return ranks[step - 1 :: step]
 
 
 def _known(graph: Graph, size: Size) -> int:
@@ -165,11 +199,15 @@ class _Unfolded:
 
     def start(self, rank: int) -> torch.Tensor:
         """The first link [rank, inner]: the best directions where the rest of the column does not matter."""
+        return self.directions.of_rank(rank)[1]
+
+    @cached_property
+    def directions(self) -> Factored:
+        """Those of what the first link contracts, and what is lost without them."""
         rows = self.weight if self.problem.outputs is None else self._rooted()
         unfolded = rows.permute(0, 2, 1).reshape(-1, self.inner)
         averaged = torch.einsum("irjr->ij", self.metric) / self.rest
-        found = factored(unfolded, averaged)
-        return found.of_rank(rank)[1]
+        return factored(unfolded, averaged)
 
     def _rooted(self) -> torch.Tensor:
         assert self.problem.outputs is not None

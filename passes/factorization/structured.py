@@ -92,6 +92,15 @@ class Structured:
         factors = _in_turns(network, problem, sizes, split(network, problem, sizes), _TURNS)
         return network.links(factors, sizes), network.image(factors, sizes)
 
+    def lossless(self, layer: Layer) -> list[tuple[int, ...]]:
+        """One for each way to split the axes; without bonds everything is in one block."""
+        network, numel = self.network, layer.outputs * layer.columns
+        if not network.bonds:
+            one = {axis: 1 for axis in network.axes}
+            one |= {network.inputs[-1]: layer.columns, network.outputs[-1]: layer.outputs}
+            return [(*network.ranks(one), *one.values())]
+        return [(*network.bond_sizes(axes, numel).values(), *axes.values()) for axes in self.axes(layer)]
+
     def sizes(self, numbers: Sequence[int]) -> dict[str, int]:
         """Those of all axes, bonds among them, by the numbers of a choice."""
         letters = self.network.bonds + self.network.axes

@@ -53,6 +53,9 @@ class Cp:
             found.append(Choice(self.name, (rank,), rank * each, rank * macs, loss))
         return found
 
+    def lossless(self, layer: Layer) -> list[tuple[int, ...]]:
+        return [(layer.columns,)]
+
     def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
         (rank,) = ranks
         factors = _in_turns(problem, self._image, self._start(problem, rank))
@@ -105,7 +108,7 @@ class TensorTrain:
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
         layer = problem.layer
         channels, *kernel = _sizes(layer)
-        most = self.most(layer)
+        most = self._most(layer)
         at = _places_between(layer, graph)
         found = dict[tuple[int, ...], Choice]()
         for step in range(1, _RANKS_TRIED + 1):
@@ -128,8 +131,10 @@ class TensorTrain:
             links.append(_along(axis, factor.reshape(shape), problem.layer, groups=1))
         return [*links, _single("up", up, problem.layer)], self._image(factors)
 
-    def most(self, layer: Layer) -> list[int]:
-        """The ranks at which nothing is lost."""
+    def lossless(self, layer: Layer) -> list[tuple[int, ...]]:
+        return [tuple(self._most(layer))]
+
+    def _most(self, layer: Layer) -> list[int]:
         sizes, found, before = _sizes(layer), list[int](), 1
         for axis, size in enumerate(sizes):
             behind = layer.outputs

@@ -152,12 +152,17 @@ def _tied(node: Node, table: Parameter) -> Layer:
     return Layer(node, table, bias if isinstance(bias, Parameter) else None)
 
 
-def misfit_of_table(table: Table, target: Target, *, activations: bool) -> str | None:
-    """Why a table whose layers cannot read its integers is left as it is; None where they can, or it has none."""
+def misfit_of_table(table: Table, target: Target, *, activations: bool, dynamic: bool = False) -> str | None:
+    """Why a table whose layers cannot read its integers is left as it is; None where they can, or it has none.
+
+    ``dynamic`` as in :func:`misfit_of_products`.
+    """
     if not table.layers or not activations and not target.blocks_alone:
         return None
     if not activations:
         return f"it is a table and the weight of a layer, of which {target.name} reads blocks of inputs alone"
+    if target.flat and dynamic:
+        return f"it is a table and the weight of a layer, which {target.name} reads in integers if activations=static"
     if target.flat and not all(_rows_are_known(layer.node.inputs[0]) for layer in table.layers):
         return f"it is a table and the weight of a layer, which {target.name} reads in integers if sizes are known"
     return None

@@ -130,6 +130,10 @@ class Writer:
 
     def _product(self, layer: Layer, x: Operand, weight: Stored, *, apart: bool = False) -> None:
         """A matmul in place of a layer, its bias in float behind it: ``apart`` in a form that is not taken for one."""
+        if layer.node.op == "linear" and len(layer.weight.uses) > 1:  # a table, whose rows are vectors: no other layout
+            stored = self._weight(layer, weight, outputs_first=True)
+            replace_uses(self.graph, layer.node.output, self.build.linear(x, stored, layer.bias))
+            return
         if self.target.apart and layer.bias is None:
             self._part_clamp(layer.node)
         y = self.build.matmul(x, self._weight(layer, weight, inputs_first=True))

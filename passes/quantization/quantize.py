@@ -204,8 +204,9 @@ class Quantize(Pass):
 
     def _tables(self, graph: Graph, left: Counter[str], plain: Sequence[Plain] = ()) -> list[Table]:
         target, found, stored = TARGETS[self.target], [], {one.weight for one in plain}
+        whole = self._scheme.activations and self.table_bits == 8
         for table in find_tables(graph, self.include, self.exclude) if self.embeddings else []:
-            reason = misfit_of_table(table, target, activations=self._scheme.activations and self.table_bits == 8)
+            reason = misfit_of_table(table, target, activations=whole, dynamic=self.activations == "dynamic")
             if reason is None:
                 found.append(table)
             elif table.parameter not in stored:

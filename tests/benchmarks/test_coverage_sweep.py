@@ -9,8 +9,11 @@ import sys
 
 import pytest
 from benchmarks.coverage import EXACT, measure
+from benchmarks.isolated import isolated
 from benchmarks.wide_models import NAMES, REFUSED, build
 from benchmarks.zoo import SHARED
+
+from benchmarks import factorize_exact
 
 LIST = SHARED / "tools" / "coverage_models.py"
 MISSING = [name for name in ("timm", "torchvision", "transformers") if importlib.util.find_spec(name) is None]
@@ -45,6 +48,15 @@ def test_model_of_the_wide_list(name: str) -> None:
         assert row.verdict == "error" and "CaptureError" in row.note, f"no longer refused: {row}"
     else:
         check(name)
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(not LIST.exists(), reason="the model list lies in shared/tools beside the repository")
+@needs_libraries
+@pytest.mark.parametrize("name", models() if ANY else ["any"])
+def test_factors_of_full_rank_change_nothing_in_any_form(name: str) -> None:
+    found = isolated(factorize_exact.moved, name, limit=1800)
+    assert {form: error for form, _, error in found if not error <= factorize_exact.EXACT} == {}
 
 
 def test_the_wide_list_names_each_model_once() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from layer_kinds import KINDS, drawn, layer_in, metric
 from regauge.frontends.capture import capture
 from regauge.ir.cost import local_figures
-from regauge.ir.graph import Graph
-from regauge.passes.calibration.layers import Layer, layer_of, matrices_of
+from regauge.passes.calibration.layers import matrices_of
 from regauge.passes.factorization.blocks import choices_of, links_of
 from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import write_chain
@@ -22,46 +21,6 @@ from regauge.passes.factorization.metric_svd import factored
 from regauge.passes.factorization.on_data import Sensitivity, problems_on_data
 from regauge.passes.factorization.problems import Problem, plain_problems
 from regauge.passes.factorization.structured import Structured
-from regauge.passes.factorization.tensor_convs import TensorTrain
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def metric(size: int, seed: int = 0) -> torch.Tensor:
-    """Of strongly correlated numbers."""
-    rows = drawn(4 * size, size, seed=seed) @ (drawn(size, size, seed=seed + 1) * torch.logspace(0, -2, size).double())
-    return rows.t() @ rows + 1e-6 * torch.eye(size, dtype=torch.float64)
-
-
-class Matmul(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(12, 8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight
-
-
-KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(6, 9), (4, 5, 6)),
-    "wide": (lambda: nn.Linear(12, 18), (5, 12)),
-    "matmul": (Matmul, (2, 3, 12)),
-    "conv1d": (lambda: nn.Conv1d(4, 6, 5, stride=2, padding=2), (2, 4, 17)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 4, 9, 8)),
-    "conv3d": (lambda: nn.Conv3d(3, 4, 2, padding=1), (1, 3, 4, 5, 3)),
-    "pointwise": (lambda: nn.Conv2d(5, 7, 1, stride=2), (2, 5, 6, 6)),
-    "conv_transpose": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 4)),
-    "grouped": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2), (2, 6, 7, 6)),
-    "depthwise": (lambda: nn.Conv2d(5, 5, (3, 5), padding=(1, 2), groups=5), (2, 5, 7, 6)),
-    "grouped transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 5, 4)),
-}
-
-
-def layer_in(graph: Graph) -> Layer:
-    (layer,) = [layer for node in graph.nodes if (layer := layer_of(node, blocks=True)) is not None]
-    return layer
 
 
 @pytest.mark.parametrize("name", list(FORMS))
@@ -79,34 +38,13 @@ def test_full_rank_is_exact(kind: str, name: str) -> None:
     problems = [
         Problem(layer, weight, metric(layer.columns), metric(layer.outputs, 5)) for weight in matrices_of(layer)
     ]
-    for numbers in full_numbers(form, layer):
+    for numbers in form.lossless(layer):
         links, matrices = links_of(form, problems, numbers)
         assert torch.allclose(matrices, matrices_of(layer), atol=1e-8)
         changed = graph.copy()
         write_chain(changed, layer_in(changed), links, by="test")
         (before,), (after,) = graph.run(x), changed.run(x)
         assert float((before - after).abs().max()) < 1e-10 * max(1.0, float(before.abs().max())) * 1e2
-
-
-def full_numbers(form: Form, layer: Layer) -> list[tuple[int, ...]]:
-    """The numbers of choices with which nothing is lost: one for each way to split the axes."""
-    channels = layer.columns // layer.taps
-    sizes = [channels, *(int(size) for size in layer.weight.shape[2:])]
-    if isinstance(form, Structured):
-        network = form.network
-        if not network.bonds:
-            return [(min(layer.outputs, layer.columns), 1, layer.columns, layer.outputs)]  # one block
-        return [
-            (*network.bond_sizes(axes, layer.outputs * layer.columns).values(), *axes.values())
-            for axes in form.axes(layer)
-        ]
-    if isinstance(form, TensorTrain):
-        return [tuple(form.most(layer))]
-    if form.name == "low-rank":
-        return [(min(layer.outputs, layer.columns),)]
-    if form.name == "tucker":
-        return [(channels, min(layer.outputs, layer.columns))]
-    return [(layer.columns if form.name == "cp" else channels * sizes[1 if form.name == "columns" else 2],)]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 9), (9, 5)])

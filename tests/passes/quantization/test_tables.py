@@ -79,10 +79,26 @@ def test_a_tied_head_multiplies_the_integers_of_the_table(tmp_path: Path) -> Non
     same_in_onnx(small, tmp_path / "small.onnx")
 
 
+@pytest.mark.parametrize(
+    ("target", "activations"),
+    [("torch-cpu", "static"), ("torch-cpu", "dynamic"), ("reference", "dynamic"), ("tensorrt", "static")],
+)
+def test_a_tied_head_reads_the_table_as_lookups_do(target: str, activations: str) -> None:
+    """Where others turn weights round for products, the rows of a table stay its vectors."""
+    graph, batches = tied(dynamic=True)
+    small = regauge.optimize(graph, f"quantize{{activations={activations},target={target},smoothing=0}}", data=batches)
+    codes = [p for p in small.all_parameters() if p.dtype == torch.int8 and tuple(p.shape) == (ENTRIES, WIDTH)]
+    assert len(codes) == 1 and len(codes[0].uses) == 2 and "table.weight" not in small.parameters
+    assert decibels(graph, small) > 30
+    x = torch.randint(0, ENTRIES, (8, 5))
+    assert torch.allclose(small.to_torch()(x), small.run((x,))[0], atol=1e-4)
+
+
 def test_a_tied_weight_that_a_runtime_would_convert_is_left(tmp_path: Path) -> None:
     graph, batches = tied(dynamic=True)
     for step, reason in (
         ("quantize", "if sizes are known"),
+        ("quantize{activations=dynamic}", "if activations=static"),
         ("quantize{scheme=w4,group=16,storage=false}", "blocks of inputs alone"),
     ):
         small = regauge.optimize(graph, step, data=batches)
