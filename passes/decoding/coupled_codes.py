@@ -16,8 +16,8 @@ from regauge.ir.graph import Value
 from regauge.passes.decoding.kept_samples import Sample
 
 VECTORS = 256  # of a table: what a byte numbers
-_ROUNDS = 20
-_MOST_ROWS = 8192  # that a table is made from
+_ROUNDS = 12
+_MOST_ROWS = 4096  # that a table is made from
 _AT_ONCE = 1 << 24  # distances
 _NEVER = 1e30  # a distance at which no vector is taken
 
