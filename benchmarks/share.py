@@ -31,6 +31,10 @@ STEPS = {
     "dictionaries of 3 matrices": "share{kind=dictionary,blocks=3",
     "dictionaries of 2 matrices": "share{kind=dictionary,blocks=2",
     "dictionaries, 0.8 of parameters": "share{kind=dictionary,params=0.8",
+    "central tensors, 0.8 of parameters": "share{kind=central,params=0.8",
+    "central tensors, 0.65 of parameters": "share{kind=central,params=0.65",
+    "codebooks, 0.25 of bytes": "share{kind=codebook,params=0.25",
+    "codebooks, 0.15 of bytes": "share{kind=codebook,params=0.15",
 }
 
 

@@ -34,6 +34,7 @@ BUILT_IN = {
     "kv-latent": "regauge.passes.decoding.kv_latent:KvLatent",
     "kv-quantize": "regauge.passes.decoding.kv_quantize:KvQuantize",
     "merge-adapters": "regauge.passes.adapters.merge_adapters:MergeAdapters",
+    "parallelize": "regauge.passes.fusing.parallelize:Parallelize",
     "prune": "regauge.passes.pruning.prune:Prune",
     "quantize": "regauge.passes.quantization.quantize:Quantize",
     "remat": "regauge.passes.memory.remat:Remat",

@@ -9,6 +9,8 @@ block-diagonal  a product by blocks alone
 btt             a block tensor train of three cores (Qiu et al. 2024, Compute Better Spent); with two it is Monarch
 kronecker       a sum of Kronecker products (Van Loan and Pitsianis 1993), as PHM layers are (Zhang et al. 2021)
 mpo             a matrix product operator of three sites (Gao et al. 2020); with two it is a sum of Kronecker products
+
+faust           two to four sparse matrices (Le Magoarou and Gribonval 2016)
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Mapping
 from regauge.passes.factorization.forms import Form, LowRank
 from regauge.passes.factorization.networks import Network
 from regauge.passes.factorization.separated import Separated
+from regauge.passes.factorization.sparse_products import SparseProduct
 from regauge.passes.factorization.structured import Structured
 from regauge.passes.factorization.tensor_convs import Cp, TensorTrain
 
@@ -37,5 +40,6 @@ _STRUCTURED = (
     Structured("kronecker", Network("nq", "mp", ("spq", "smn"))),
     Structured("mpo", Network("abc", "xyz", ("rxa", "rsyb", "szc"))),
 )
-FORMS: Mapping[str, Form] = {form.name: form for form in (*_COMMON, *_OF_KERNELS, *_STRUCTURED)}
+_SPARSE: tuple[Form, ...] = (SparseProduct(),)
+FORMS: Mapping[str, Form] = {form.name: form for form in (*_COMMON, *_OF_KERNELS, *_STRUCTURED, *_SPARSE)}
 UNASKED = tuple(form.name for form in _COMMON)  # those that are weighed where none is asked for

@@ -32,17 +32,19 @@ class Link:
     after: Arrangement | None = None
 
 
-def write_chain(graph: Graph, layer: Layer, links: Sequence[Link], *, by: str) -> None:
-    """Put a chain in the place of a layer; the last link takes the bias over."""
+def write_chain(graph: Graph, layer: Layer, links: Sequence[Link], *, by: str) -> list[Parameter]:
+    """Put a chain in the place of a layer; the last link takes the bias over. Returns the weights of the links."""
     node, build = layer.node, Builder(graph, by=by)
     whole, _, leaf = layer.weight.name.rpartition(".")
     stem = f"{whole}." if whole else f"{leaf}_" if leaf != "weight" else ""
     with build.at(node):
         value: Value | Any = node.inputs[0]
         leading = value.shape[:-1]
+        weights = []
         for place, link in enumerate(links):
             last = place + 1 == len(links)
             weight = weight_like(build, f"{stem}{link.name}.weight", link.weight, layer.weight)
+            weights.append(weight)
             bias = None
             if last and layer.bias is not None:
                 bias = weight_like(build, f"{stem}{link.name}.bias", layer.bias.tensor.detach(), layer.bias)
@@ -56,6 +58,7 @@ def write_chain(graph: Graph, layer: Layer, links: Sequence[Link], *, by: str) -
                 value = value if bias is None else build.add(value, bias, name=name)
         replace_uses(graph, node.output, value)
     record(graph, by, f"{layer.weight.name}: {' '.join('x'.join(map(str, link.weight.shape)) for link in links)}")
+    return weights
 
 
 def weight_like(build: Builder, name: str, data: torch.Tensor, like: Parameter) -> Parameter:

@@ -31,6 +31,7 @@ from regauge.passes.factorization.problems import Problem, plain_problems
 from regauge.passes.factorization.ranks import least_loss
 from regauge.passes.factorization.readers import Reader, readers_in, squared_reader_gradients
 from regauge.passes.factorization.rules import Rule, by_rule, nearest, squared_values, wanted_by
+from regauge.passes.factorization.sparse_products import SparseProduct
 from regauge.passes.factorization.structured import Structured
 from regauge.passes.name_patterns import matches
 from regauge.passes.options import option
@@ -74,6 +75,7 @@ class Factorize(Pass):
             "btt",
             "kronecker",
             "mpo",
+            "faust",
         ]
         | None
     ) = option(None, "what layers become; if not given, for each the best of the first five")
@@ -151,6 +153,9 @@ class Factorize(Pass):
         context: Context,
     ) -> None:
         """Put what was found in the places of the layers, and say so."""
+        zeros = sum(int((link.weight == 0).sum()) for layer, own in links for link in own if _is_sparse(picked, layer))
+        if zeros:
+            context.note(f"{zeros} entries of factors are zero: to_onnx(sparse_weights=True) leaves them out")
         for layer, own in links:
             choice = picked[layer.weight.name]
             form = " ".join([choice.form, "x".join(map(str, choice.axes))]).strip()
@@ -303,6 +308,10 @@ class Factorize(Pass):
 
 def _links(layer: Layer, choice: Choice) -> list[Link]:
     return links_of(FORMS[choice.form], plain_problems(layer), choice.numbers)[0]
+
+
+def _is_sparse(picked: Mapping[str, Choice], layer: Layer) -> bool:
+    return isinstance(FORMS[picked[layer.weight.name].form], SparseProduct)
 
 
 def _most(layer: Layer) -> int:

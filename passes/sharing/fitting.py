@@ -57,7 +57,7 @@ def _common(problems: Sequence[Problem], weights: Sequence[torch.Tensor], start:
         return sum((p.weighed(matrix) / p.scale for p in problems), torch.zeros_like(matrix))
 
     wanted = sum((p.weighed(w) / p.scale for p, w in zip(problems, weights, strict=True)), torch.zeros_like(start))
-    return _solved(image, wanted, start)
+    return solved(image, wanted, start)
 
 
 def atoms(problems: Sequence[Problem], count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,10 +93,10 @@ def _mixed_atoms(problems: Sequence[Problem], mixture: torch.Tensor, start: torc
         return torch.einsum("ls,lij->sij", mixture, weighed)
 
     wanted = spread([problem.weight for problem in problems])
-    return _solved(lambda a: spread(list(torch.einsum("ls,sij->lij", mixture, a))), wanted, start)
+    return solved(lambda a: spread(list(torch.einsum("ls,sij->lij", mixture, a))), wanted, start)
 
 
-def _solved(image: Callable[[torch.Tensor], torch.Tensor], wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+def solved(image: Callable[[torch.Tensor], torch.Tensor], wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """``image`` (linear, positive) of what gives ``wanted``, by conjugate gradients from ``found``."""
     rest = wanted - image(found)
     direction, energy = rest, rest.square().sum()

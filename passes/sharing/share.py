@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -22,15 +22,23 @@ from regauge.passes.factorization.problems import Problem, plain_problems
 from regauge.passes.name_patterns import check_patterns
 from regauge.passes.options import option
 from regauge.passes.sharing.alignment import aligned
+from regauge.passes.sharing.central import centrals
+from regauge.passes.sharing.codebook import codebooks
 from regauge.passes.sharing.dictionary import dictionaries
 from regauge.passes.sharing.fitting import Start
 from regauge.passes.sharing.grouping import Grouping
-from regauge.passes.sharing.sites import Item, Site, sites_of
+from regauge.passes.sharing.sites import Item, Problems, Site, sites_of
 from regauge.passes.sharing.structure import Repeated, repeated
 from regauge.passes.sharing.tied import TieLosses
 from regauge.passes.sharing.writing import tie_rest
 
+Kind: TypeAlias = Literal["tie", "dictionary", "central", "codebook"]
 Names: TypeAlias = Sequence[Sequence[str]]  # of the own weights of blocks, in corresponding order
+
+_BY_SIZE: Mapping[str, Callable[[Sequence[Site], Problems, float], Sequence[Item]]] = {
+    "central": centrals,
+    "codebook": codebooks,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,8 @@ class Share(Pass):
     before  y0 = linear(x0, w0)    y1 = linear(x1, w1)
     tie     y0 = linear(x0, w) + linear(linear(x0, down0), up0)    y1 = linear(x1, w) + ...    w: one weight, read twice
     dictionary    y0 = linear(x0, c00 a0 + c01 a1)    y1 = linear(x1, c10 a0 + c11 a1)         a0, a1: read by all
+    central       y0 = last0(c(first0(x0)))    y1 = last1(c(first1(x1)))      c: read by all, others small
+    codebook      y0 = linear(x0, t[k0])    y1 = linear(x1, t[k1])    t: one table of short vectors, k: codes of bytes
 
     Blocks are found from the graph alone, and first brought into one basis: hidden channels and heads in one order,
     heads in one basis, which changes nothing of what they compute. Which of them share, and how large the residuals
@@ -52,8 +62,11 @@ class Share(Pass):
     contract: ClassVar[Contract] = "approximate"
     solves: ClassVar[bool] = True
 
-    kind: Literal["tie", "dictionary"] = option(
-        "tie", "blocks in groups that share one set of weights; or every layer a mixture of a few matrices"
+    kind: Kind = option(
+        "tie",
+        "blocks in groups that share one set of weights; every layer a mixture of a few matrices (dictionary), a "
+        "matrix product operator whose central tensor is common to all blocks (central), or codes for vectors of one "
+        "table (codebook), which count as parameters by their bytes",
     )
     params: float | str | None = option(None, "parameters kept: a share (0.5) or a number (1.2M)")
     blocks: int | None = option(
@@ -84,6 +97,8 @@ class Share(Pass):
             given = [name for name in ("rank", "groups", "init") if name in self.given_options()]
             if given:
                 raise PassError(f"share: {given[0]} is for tied blocks: leave it out, or write kind=tie")
+        if self.kind in _BY_SIZE and (self.params is None or self.blocks is not None):
+            raise PassError(f"share: these are chosen by size alone: write share{{kind={self.kind},params=0.5}}")
 
     def call(self, graph: Graph, context: Context) -> Graph:
         found = self._found(graph, context)
@@ -100,8 +115,12 @@ class Share(Pass):
         start = self._aligned(graph, names)
         problems = self._problems(start, sites, batches)
         groups, items = list[Names](), list[Item]()
+        every = [site for own in sites for site in own]
         if self.kind == "dictionary":
-            items += dictionaries([site for own in sites for site in own], problems, self.blocks, allowed)
+            items += dictionaries(every, problems, self.blocks, allowed)
+        elif self.kind in _BY_SIZE:
+            assert allowed is not None
+            items += _BY_SIZE[self.kind](every, problems, allowed)
         else:
             plan = TieLosses(sites, problems).plan(self.blocks, self.rank, self.groups, allowed)
             for structure, own, chosen in zip(found, names, plan.groups, strict=True):

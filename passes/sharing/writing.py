@@ -45,17 +45,17 @@ def write_residual(graph: Graph, layer: Layer, links: Sequence[Link], *, by: str
     """
     node, build = layer.node, Builder(graph, by=by)
     with build.at(node):
-        around, value = _around(layer), node.inputs[0]
+        outside, value = around(layer), node.inputs[0]
         for link in links:
-            name = f"{_stem(layer)}_{link.name}"
+            name = f"{stem(layer)}_{link.name}"
             weight = weight_like(build, f"{name}.weight", link.weight, layer.weight)
-            build.scope = (*around, *((name, kind) for _, kind in node.scope[len(around) :]))
+            build.scope = (*outside, *((name, kind) for _, kind in node.scope[len(outside) :]))
             value = build(link.op, value, weight, name=f"{node.output.name}_{link.name}", **link.attributes)
-        build.scope = around
+        build.scope = outside
         total = build.add(node.output, value, name=f"{node.output.name}_sum")
     replace_uses(graph, node.output, total)
     set_input(total.producer, 0, node.output, graph)
-    record(graph, by, f"{_stem(layer)}: a residual of rank {links[0].weight.shape[0]}")
+    record(graph, by, f"{stem(layer)}: a residual of rank {links[0].weight.shape[0]}")
 
 
 def write_mixture(
@@ -70,11 +70,11 @@ def write_mixture(
     """
     build, first = Builder(graph, by=by), layers[0]
     stored = torch.stack([first.stored(atom) for atom in atoms])
-    table = weight_like(build, f"{_stem(first)}_atoms", stored.flatten(1), first.weight)
+    table = weight_like(build, f"{stem(first)}_atoms", stored.flatten(1), first.weight)
     for layer, mixture in zip(layers, mixtures, strict=True):
-        own = weight_like(build, f"{_stem(layer)}_mixture", mixture[None], layer.weight)
+        own = weight_like(build, f"{stem(layer)}_mixture", mixture[None], layer.weight)
         with build.at(layer.node):
-            build.scope = _around(layer)
+            build.scope = around(layer)
             if _mixed_after(graph, layer, len(atoms)):
                 replace_uses(graph, layer.node.output, _mixed_results(build, layer, own, table))
             else:
@@ -104,12 +104,12 @@ def _mixed_results(build: Builder, layer: Layer, own: Parameter, table: Paramete
     return found if layer.bias is None else build.add(found, layer.bias)
 
 
-def _stem(layer: Layer) -> str:
+def stem(layer: Layer) -> str:
     """The module of a layer."""
     return layer.weight.name.removesuffix(".weight")
 
 
-def _around(layer: Layer) -> tuple[tuple[str, str], ...]:
+def around(layer: Layer) -> tuple[tuple[str, str], ...]:
     """The modules around that of a layer."""
     scope = layer.node.scope
-    return scope[:-1] if scope and scope[-1][0] == _stem(layer) else scope
+    return scope[:-1] if scope and scope[-1][0] == stem(layer) else scope

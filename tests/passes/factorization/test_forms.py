@@ -20,6 +20,7 @@ from regauge.passes.factorization.forms import Form
 from regauge.passes.factorization.metric_svd import factored
 from regauge.passes.factorization.on_data import Sensitivity, problems_on_data
 from regauge.passes.factorization.problems import Problem, plain_problems
+from regauge.passes.factorization.sparse_products import SparseProduct
 from regauge.passes.factorization.structured import Structured
 
 
@@ -72,7 +73,7 @@ def test_correlated_inputs_lose_a_third_at_most_of_what_plain_factors_lose() -> 
     assert problem.error(up @ down) < 0.3 * problem.error(plain_up @ plain_down)
 
 
-@pytest.mark.parametrize("name", list(FORMS))
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "faust"])  # whose costs are entries
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_costs_are_those_of_the_written_layers(kind: str, name: str) -> None:
     build, shape = KINDS[kind]
@@ -122,7 +123,7 @@ def test_errors_that_are_alike_everywhere_count_more_where_outputs_are_pooled() 
 @pytest.mark.parametrize("name", list(FORMS))
 def test_a_weight_of_zeros_is_factorized(name: str) -> None:
     graph = capture(nn.Conv2d(4, 6, 3).double(), (drawn(1, 4, 6, 6),))
-    if isinstance(FORMS[name], Structured):
+    if isinstance(FORMS[name], Structured | SparseProduct):
         graph = capture(nn.Linear(36, 6).double(), (drawn(1, 36),))
     layer = layer_in(graph)
     problem = Problem(layer, torch.zeros(6, 36).double())
