@@ -28,7 +28,7 @@ from regauge.ir.cost import smallest_sizes
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 from regauge.ir.fusion.fused import Rounding, body_of, canonical, fused_nodes, traced
-from regauge.ir.fusion.gradients import Gradient, Gradients, gradients_of
+from regauge.ir.fusion.gradients import Entries, Gradient, Gradients, gradients_of
 from regauge.ir.fusion.products import few_bit_sides
 from regauge.ir.fusion.prologues import MOST_ROWS
 from regauge.ir.fusion.region import below_results
@@ -220,16 +220,37 @@ def _by_kernels(
     made: KernelOperator, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], wanted: set[int]
 ) -> dict[int, torch.Tensor | None]:
     """The gradients that are given on, and those that operators compute, by the number of the argument."""
-    found: dict[int, torch.Tensor | None] = {
-        place: gradients[result] for place, result in made.gradients.passed.items() if place in wanted
-    }
-    for one, operator in made.backward:
-        if wanted.isdisjoint(place for places in one.of for place in places):
+    found: dict[int, torch.Tensor | None] = {}
+
+    def give(one: int | Entries, gradient: torch.Tensor) -> None:
+        place = one.table if isinstance(one, Entries) else one
+        if place in wanted and isinstance(one, Entries):
+            gradient = _in_table(gradient, tensors[one.numbers], tensors[place])
+            known = found.get(place)
+            gradient = gradient if known is None else known + gradient
+        if place in wanted:
+            found[place] = gradient
+
+    for one, result in made.gradients.passed.items():
+        give(one, gradients[result])
+    for kernel, operator in made.backward:
+        places: list[list[int | Entries]] = [[*o, *e] for o, e in zip(kernel.of, kernel.entries, strict=True)]
+        if wanted.isdisjoint(one.table if isinstance(one, Entries) else one for ones in places for one in ones):
             continue
-        results = operator.overload(*(tensors[i] for i in one.reads), *(gradients[i] for i in one.given))
-        for places, result in zip(one.of, [results] if len(one.of) == 1 else results, strict=True):
-            found.update((place, result) for place in places if place in wanted)
+        results = operator.overload(*(tensors[i] for i in kernel.reads), *(gradients[i] for i in kernel.given))
+        for ones, gradient in zip(places, [results] if len(places) == 1 else results, strict=True):
+            for one in ones:
+                give(one, gradient)
     return found
+
+
+def _in_table(gradient: torch.Tensor, numbers: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The gradient of a table of that of what was looked up in it: sorted by number and added up, each time alike."""
+    rows, entries = gradient.reshape(numbers.numel(), -1), table.shape[0]
+    there = (numbers >= 0) & (numbers < entries)
+    numbers = torch.where(there, numbers, entries).reshape(-1)  # one of no entry read zeros: it is skipped
+    found: torch.Tensor = torch.ops.aten.embedding_dense_backward(rows, numbers, entries, entries, False)
+    return found.reshape(table.shape)
 
 
 def _of_body(

@@ -26,7 +26,7 @@ from regauge.ir.affine import Affine, index_of
 from regauge.ir.dtypes import dtype_name
 from regauge.ir.fusion.fused import Rounding as Rounding
 from regauge.ir.fusion.region import Region
-from regauge.ir.fusion.terms import Load, Term
+from regauge.ir.fusion.terms import Load, Term, below_results
 from regauge.ir.graph import Node, Value
 from regauge.ir.sizes import format_size
 
@@ -81,7 +81,7 @@ class Writer:
         self.reads = [self._tensor(load.value) for load in region.loads]
         self.writes = [self._tensor(Load(value, region.layouts[value])) for value in region.outputs]
         self.of_load = dict(zip(region.loads, self.reads, strict=True))
-        self.picks = {number for load in region.loads for number in load.args[: len(load.value.picked)]}
+        self.picks = {number for load in region.loads for number in load.args[: len(load.value.picked)]} | region.whole
         self.long: set[Term] = set()
         self.lines: list[str] = []
         self.indent = "    "
@@ -180,7 +180,8 @@ class Writer:
         if term.op in FUNCTIONS:
             self.functions[term.op] = None
         form = ROUNDED.get(term.op, TEXT[term.op]) if self.rounding == "eager" else TEXT[term.op]
-        texts = [self.text(arg) for arg in term.args]
+        whole = any(below_results(arg) in self.region.whole for arg in term.args)
+        texts = [str(int(arg.value)) if whole and arg.op == "number" else self.text(arg) for arg in term.args]
         return form.format(*([outermost(text) for text in texts] if "{}, {}" in form or "({})" in form else texts))
 
     def _inside(self, place: Affine, length: Affine) -> str:

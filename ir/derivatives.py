@@ -94,7 +94,8 @@ def gradients(
 
     ``axes`` says along which axes an expression goes, ``ended`` are those that reductions go over. A gradient may have
     more axes than its operand, over which it is to be summed, and may lack some, along which it is the same. Raises
-    FusionError where a part of the expression has no derivative.
+    FusionError where a part of the expression has no derivative. That of a table is of what is looked up in it, along
+    the axes of its numbers.
     """
     adjoints: dict[Scalar, Scalar] = {expression: seed}
     found: dict[int, Scalar] = {}
@@ -104,6 +105,11 @@ def gradients(
         g = adjoints[one]
         if one.op == "operand":
             found[one.value] = found[one.value] + g if one.value in found else g
+            continue
+        if one.op == "picked":  # what is looked up has the gradient; whoever asks adds it up in the table
+            table, numbers = one.args
+            g = g if one.value.still is None else where(eq(numbers, one.value.still), 0.0, g)
+            found[table.value] = found[table.value] + g if table.value in found else g
             continue
         for arg, part in zip(one.args, _pulled(one, g), strict=True):
             if part is None or arg.op in ("number", "count", "epsilon"):

@@ -56,7 +56,7 @@ def check_element(case: Case) -> None:
 
     def of_axis(axis: OperandAxis) -> list[int]:
         slot, place = axis
-        value = case.node.inputs[slot]
+        value = case.node.output if slot is None else case.node.inputs[slot]
         assert isinstance(value, Value)
         return [dims.index(dim) for dim in atoms.of(of[value][place])]
 
@@ -100,8 +100,10 @@ class _Elsewhere:
     def _pick(self, picked: Scalar) -> tuple[torch.Tensor, list[Extent]]:
         """Entries at the numbers that another operand holds, along the axes of that one in place of the axis."""
         (x, axes), (index, others) = (self._operand(arg.value) for arg in picked.args)
-        axis = picked.value % x.dim()
-        taken = x.index_select(axis, index.reshape(-1))
+        axis = picked.value.axis % x.dim()
+        there = ((index >= 0) & (index < x.shape[axis])).reshape(-1)
+        taken = x.index_select(axis, index.reshape(-1).where(there, 0))
+        taken = taken.movedim(axis, -1).where(there, 0).movedim(-1, axis)  # a number of no entry reads zeros
         taken = taken.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
         return taken, [*axes[:axis], *others, *axes[axis + 1 :]]
 

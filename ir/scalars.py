@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from regauge.ir.graph import Node
 
 Number: TypeAlias = bool | int | float
-OperandAxis: TypeAlias = tuple[int, int]
-"""A slot, and an axis of the operand there."""
+OperandAxis: TypeAlias = tuple[int | None, int]
+"""A slot, and an axis of the operand there; None for the result."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -39,13 +39,14 @@ class Scalar:
     ``operand``  the value of operand ``value``, a slot number; a ``truth`` value where its type is that
     ``number``   the number ``value``
     ``index``    the place along the axis ``value`` of an operand
-    ``count``    how many indices the ended axes have
+    ``count``    how many indices the axis ``value`` of an operand has, or where that is None all ended axes together
     ``epsilon``  what a norm takes for an ``eps`` of None, by the type of the result
     ``joined``   of the arguments the one in whose segment of the result the index lies
     ``moved``    the operand at other places of some axes: ``value`` is a :class:`Moved`
     ``inside``   whether the places of the :class:`Moved` ``value`` are on the axes of the operand
     ``digit``    digit i of an integer to the base ``value``, i being the index within the last axis of the result
-    ``picked``   of the first argument, an operand, the entry of axis ``value`` whose number the second one holds
+    ``picked``   of the first argument, an operand, the entry whose number the second one holds; ``value`` is a
+                 :class:`Pick`
 
     A reduction goes over the axis ``value`` of an operand, or where that is None over all axes that the rule ends.
 
@@ -118,13 +119,13 @@ def operand(slot: int, *, truth: bool = False) -> Scalar:
 
 
 def index(axis: OperandAxis) -> Scalar:
-    """The place along an axis of an operand, from 0 on."""
+    """The place along an axis of an operand, or of the result, from 0 on."""
     return Scalar("index", value=axis)
 
 
-def count() -> Scalar:
-    """How many indices the ended axes have, together."""
-    return Scalar("count")
+def count(axis: OperandAxis | None = None) -> Scalar:
+    """How many indices an axis of an operand has, by default the ended axes together."""
+    return Scalar("count", value=axis)
 
 
 def epsilon() -> Scalar:
@@ -177,9 +178,17 @@ def inside(x: Scalar, places: Mapping[int, Place]) -> Scalar:
     return Scalar("inside", (x,), Moved(tuple(places.items())))
 
 
-def picked(x: Scalar, axis: int, index: Scalar) -> Scalar:
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """Entries of an ``axis`` by their numbers; the one with the number ``still`` gets no gradient."""
+
+    axis: int
+    still: int | None = None
+
+
+def picked(x: Scalar, axis: int, index: Scalar, still: int | None = None) -> Scalar:
     """Of an operand the entries of an axis whose numbers another operand holds."""
-    return Scalar("picked", (x, index), axis)
+    return Scalar("picked", (x, index), Pick(axis, still))
 
 
 def movements(expression: Scalar) -> list[Scalar]:
@@ -290,9 +299,9 @@ def clamp(x: Scalar, low: Scalar | Number | None, high: Scalar | Number | None, 
     return x if high is None else replace(minimum(x, high), value=ties)
 
 
-def shift(x: Scalar) -> Scalar:
+def shift(x: Scalar, axis: OperandAxis | None = None) -> Scalar:
     """The maximum, as what is subtracted that exponentials stay finite: the result does not depend on it."""
-    return replace(amax(x), steady=True)
+    return replace(amax(x, axis), steady=True)
 
 
 def softplus(x: Scalar) -> Scalar:
@@ -364,7 +373,7 @@ class Laid:
         return math.prod(self.sizes[axis] for axis in axes)
 
     def index(self, axis: OperandAxis) -> torch.Tensor:
-        """The places along an axis of an operand."""
+        """The places along an axis."""
         own = self.of(axis)
         split = torch.arange(self.size(own)).reshape([self.sizes[place] for place in own])
         order = sorted(range(len(own)), key=lambda i: own[i])
@@ -394,7 +403,7 @@ def _evaluated(node: Scalar, value: Callable[[Scalar], Any], operands: Sequence[
         case "number":
             return node.value
         case "count":
-            return laid.size(laid.ended)
+            return laid.size(laid.ended if node.value is None else laid.of(node.value))
         case "epsilon":
             return epsilon_of(operands[0].dtype)
         case "index":

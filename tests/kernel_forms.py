@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from loss_forms import cross_entropy, smooth_cross_entropy, weighted_cross_entropy
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
 
@@ -422,7 +423,8 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         swiglu, geglu, broadcast, mish_batch_norm, softmax, masked_softmax, softmax_of_columns, log_softmax,
         layer_norm, gated_rms_norm, add_rms_norm, plain_rms_norm, group_norm_silu, instance_norm_relu,
         written_out_norm, deviation, total, turned, number, rotary, joined, rotary_inside, shifted, depthwise, pooled,
-        averaged, squeezed, convolved, embedded_norm, dense_gelu_residual, dense_in_heads, gated_product, scores,
+        averaged, squeezed, convolved, embedded_norm, cross_entropy, smooth_cross_entropy, weighted_cross_entropy,
+        dense_gelu_residual, dense_in_heads, gated_product, scores,
         with_itself,
         int8_weight, int8_groups, int4_weight, int4_neighbours, int2_weight, int8_both,
         int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,

@@ -3,7 +3,8 @@
 It cuts float32 off where hardware rounds to the nearest, takes integers for bits, and multiplies bits in ``tl.dot``
 (triton issues 11584 and 11585, closed as not supported). What it reduces with a function of the kernel's own it takes
 entry by entry, which is slow: here whole slices. Triton 3.6 takes an array of one entry for a number, which numpy has
-since given up. Used in a process of its own, with TRITON_INTERPRET=1.
+since given up. A truth value that is made a tile becomes a tile of integers, which Triton 3.9 refuses as a mask. Used
+in a process of its own, with TRITON_INTERPRET=1.
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ def to_bits(numbers: np.ndarray) -> np.ndarray:
 def repair() -> None:
     """Make the interpreter of this process compute bfloat16 as a device does."""
     builder = interpreter.InterpreterBuilder
-    cast, dot = builder.cast_impl, builder.create_dot
+    cast, dot, splat = builder.cast_impl, builder.create_dot, builder.create_splat
 
     def repaired_cast(self: Any, source: Any, target: Any) -> Any:
         before, after = source.dtype.scalar, target.scalar
@@ -54,6 +55,11 @@ def repair() -> None:
             found = self.combine_fn.fn(found, one)
         return [found]
 
+    def repaired_splat(self: Any, target: Any, source: Any) -> Any:
+        handle = splat(self, target, source)
+        truth = np.asarray(source.data).dtype == np.bool_  # a comparison of numbers says that it is one of them
+        return interpreter.TensorHandle(handle.data.astype(np.bool_), tl.int1) if truth else handle
+
     patch = interpreter._patch_lang_tensor
 
     def repaired_patch(tensor: Any, scope: Any) -> None:
@@ -62,5 +68,5 @@ def repair() -> None:
 
     interpreter._patch_lang_tensor = repaired_patch
     interpreter.ReduceOps.generic_reduce = sliced_reduce
-    builder.cast_impl, builder.create_dot = repaired_cast, repaired_dot
+    builder.cast_impl, builder.create_dot, builder.create_splat = repaired_cast, repaired_dot, repaired_splat
     builder.create_fp_to_fp = lambda self, source, target, rounding: repaired_cast(self, source, target)

@@ -7,8 +7,9 @@ Each node is taken apart into the primitives of its element (:mod:`regauge.ir.sc
 node; derivatives are those of :mod:`regauge.ir.derivatives`. What was computed forward is computed again, from what the
 region reads, so that nothing else has to be kept; numbers inside have single precision, at least.
 
-Kernels are of gradients of what each row has for itself. Those of weights and tables, which rows share, are sums over
-rows: programs of the generator would read these across memory, entry by entry.
+Kernels are of gradients of what each row has for itself, and of the entries that rows look up in a table: torch adds
+these up, sorted by their numbers. Those of weights, which rows share, are sums over rows: programs of the generator
+would read these across memory, entry by entry.
 """
 
 from __future__ import annotations
@@ -19,35 +20,37 @@ from typing import Any
 
 import torch
 
-from regauge.ir.atoms import Atoms
-from regauge.ir.axes import apply_rule
-from regauge.ir.derivatives import gradients
-from regauge.ir.dtypes import epsilon_of
 from regauge.ir.edit import Builder, remove_dead
-from regauge.ir.errors import AxisError, FusionError
-from regauge.ir.extents import Dim, fresh
+from regauge.ir.errors import FusionError
 from regauge.ir.fusion.fused import traced
+from regauge.ir.fusion.gradient_frames import Frame, is_float
 from regauge.ir.fusion.legality import fault
-from regauge.ir.fusion.region import no_element
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.graph_copy import copy_graph
-from regauge.ir.rules import ENDING_ROLES, Axes, Call
-from regauge.ir.scalars import PRIMITIVES, REDUCTIONS, Scalar, element_of, operand
-from regauge.ir.sizes import is_static, product, same
+from regauge.ir.sizes import is_static, product
 
 SHARED = "rows share it: its gradient is a sum over rows"
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What is looked up in an input ``table`` at the ``numbers`` that another input holds; both by number."""
+
+    table: int
+    numbers: int
 
 
 @dataclass(frozen=True)
 class Gradient:
     """Gradients that one kernel computes: a graph that reads the inputs ``reads`` of a region and, behind them, the
     gradients of its results ``given``, and returns for each entry of ``of`` the gradient that these inputs have; all
-    by number."""
+    by number. It may also be that of entries of tables, which are in ``entries``, one for each entry of ``of``."""
 
     graph: Graph
     reads: tuple[int, ...]
     given: tuple[int, ...]
     of: tuple[tuple[int, ...], ...]
+    entries: tuple[tuple[Entries, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Gradients:
     gradient theirs is. ``left`` says by name of all other inputs that are floats why they are not among these."""
 
     kernels: tuple[Gradient, ...] = ()
-    passed: Mapping[int, int] = field(default_factory=dict)
+    passed: Mapping[int | Entries, int] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -67,12 +70,23 @@ def gradients_of(body: Graph) -> Gradients:
         raise FusionError(f"{body.name}: the gradients of products are products of their own")
     rows = frozenset(region.loops) - region.reduced
     shared = {load.value.value for load in region.loads if not rows <= load.axes}
-    reverse = _Reverse(body, shared)
+    tables = {load.value.value for load in region.loads if load.value.picked}
+    reverse = _Reverse(body, shared, tables)
     adjoints = reverse.run()
-    found: dict[Value, list[int]] = {}
+    place = {value: number for number, value in enumerate(body.inputs)}
+    found: dict[Value, list[int | Entries]] = {}
     rounded: dict[Any, Value] = {}
     left: dict[str, str] = {}
+    for table, parts in reverse.entries.items():
+        if all(numbers in place for _, numbers in parts) and table not in adjoints:
+            for part, numbers in parts:
+                one = Entries(place[table], place[numbers])
+                found.setdefault(reverse.typed(part, table.dtype), []).append(one)
+        else:
+            left[table.name] = "it is looked up in by numbers that are computed, or read otherwise, too"
     for number, value in enumerate(body.inputs):
+        if value in tables:
+            continue
         if value in adjoints and value not in shared:
             key = adjoints[value], value.dtype
             if key not in rounded:
@@ -81,8 +95,8 @@ def gradients_of(body: Graph) -> Gradients:
         elif is_float(value):
             left[value.name] = SHARED if value in adjoints else "nothing that has a gradient depends on it"
     given = {gradient: result for result, gradient in enumerate(reverse.given)}
-    passed = {number: given[value] for value, numbers in found.items() if value in given for number in numbers}
-    found = {value: numbers for value, numbers in found.items() if value not in given}
+    passed = {one: given[value] for value, of in found.items() if value in given for one in of}
+    found = {value: of for value, of in found.items() if value not in given}
     return _in_kernels(body, reverse, found, passed, left)
 
 
@@ -92,7 +106,7 @@ def all_gradients(body: Graph) -> tuple[Graph, tuple[int, ...]]:
 
     Raises FusionError where none can be stated.
     """
-    reverse = _Reverse(body, ())
+    reverse = _Reverse(body)
     adjoints = reverse.run()
     of = tuple(number for number, value in enumerate(body.inputs) if value in adjoints)
     reverse.graph.outputs = [reverse.typed(adjoints[body.inputs[number]], body.inputs[number].dtype) for number in of]
@@ -100,11 +114,15 @@ def all_gradients(body: Graph) -> tuple[Graph, tuple[int, ...]]:
 
 
 def _in_kernels(
-    body: Graph, reverse: _Reverse, found: dict[Value, list[int]], passed: dict[int, int], left: dict[str, str]
+    body: Graph,
+    reverse: _Reverse,
+    found: Mapping[Value, Sequence[int | Entries]],
+    passed: Mapping[int | Entries, int],
+    left: dict[str, str],
 ) -> Gradients:
     """Results in as few kernels as are legal, each with the first that it can be with."""
     kernels: list[tuple[list[Value], Gradient]] = []
-    for value, numbers in found.items():
+    for value, of in found.items():
         why = ""
         for place, others in enumerate([*(values for values, _ in kernels), []]):
             values = [*others, value]
@@ -117,11 +135,12 @@ def _in_kernels(
                 kernels[place : place + 1] = [(values, made)]
                 break
         if why:
+            numbers = [one.table if isinstance(one, Entries) else one for one in of]
             left.update((body.inputs[number].name, why) for number in numbers)
     return Gradients(tuple(made for _, made in kernels), passed, left)
 
 
-def _gradient(reverse: _Reverse, results: Mapping[Value, Sequence[int]], count: int) -> Gradient:
+def _gradient(reverse: _Reverse, results: Mapping[Value, Sequence[int | Entries]], count: int) -> Gradient:
     """A kernel of some results, that reads nothing else than what these need; the region has ``count`` inputs."""
     whole = reverse.graph
     whole.outputs = list(results)
@@ -131,18 +150,22 @@ def _gradient(reverse: _Reverse, results: Mapping[Value, Sequence[int]], count: 
     graph.inputs = [graph.inputs[number] for number in used]
     reads = tuple(number for number in used if number < count)
     given = tuple(number - count for number in used if number >= count)
-    return Gradient(graph, reads, given, tuple(map(tuple, results.values())))
+    of = tuple(tuple(one for one in all_ if isinstance(one, int)) for all_ in results.values())
+    entries = tuple(tuple(one for one in all_ if isinstance(one, Entries)) for all_ in results.values())
+    return Gradient(graph, reads, given, of, entries)
 
 
 class _Reverse:
     """Builds a graph: first what the region computes, then the gradients, from its results back to its inputs.
 
     Inputs that rows share are made wider wherever they are read: what nothing else connects stays apart, and can be
-    computed beside one another.
+    computed beside one another. Of ``tables`` the gradients of what is looked up are kept as ``entries``, each with its
+    numbers; of others they are added up.
     """
 
-    def __init__(self, body: Graph, shared: Collection[Value]) -> None:
-        self.body = body
+    def __init__(self, body: Graph, shared: Collection[Value] = (), tables: Collection[Value] = ()) -> None:
+        self.body, self.tables = body, tables
+        self.entries: dict[Value, list[tuple[Value, Any]]] = {}
         self.graph = Graph(f"{body.name}_gradient")
         self.build = Builder(self.graph)
         types = {value.dtype for value in [*body.inputs, *(v for node in body.nodes for v in node.outputs)]}
@@ -164,7 +187,7 @@ class _Reverse:
             if node.op in MOVES:
                 self.values[node.output] = self.build(node.op, *map(self.read, node.inputs), **node.attributes)
             else:
-                frames[node] = _Frame(self, node)
+                frames[node] = Frame(self, node)
                 self.values[node.output] = frames[node].forward()
         adjoints: dict[Value, Value] = {}
         outputs = [value for value in self.body.outputs if isinstance(value, Value)]
@@ -175,9 +198,25 @@ class _Reverse:
                 continue
             g = adjoints[node.output]
             parts = MOVES[node.op](self.build, node, g) if node.op in MOVES else frames[node].backward(g)
+            tables = frames[node].tables if node in frames else {}
             for slot, part in parts.items():
-                self._add(adjoints, node.inputs[slot], part)
+                operand = node.inputs[slot]
+                assert isinstance(operand, Value)
+                if slot in tables and operand in self.tables:
+                    self.entries.setdefault(operand, []).append((part, node.inputs[tables[slot]]))
+                else:
+                    part = self._summed(operand, part, node.inputs[tables[slot]]) if slot in tables else part
+                    self._add(adjoints, operand, part)
         return adjoints
+
+    def _summed(self, table: Any, part: Value, numbers: Any) -> Value:
+        """The gradient of a table: that of what was looked up, added up where it stands."""
+        rows = self.build.reshape(part, shape=(product(numbers.shape), *table.shape[1:]))
+        index = self.build.reshape(self.values[numbers], shape=(product(numbers.shape),))
+        if table.rank == 1:  # of weights of classes: a label that is ignored is the number of none, and has no gradient
+            index = self.build.clamp(index, 0, table.shape[0] - 1)
+        zeros = self.build.full(shape=table.shape, value=0.0, dtype=self.wide)
+        return self.build.index_add(zeros, index, rows, dim=0)  # type: ignore[no-any-return]
 
     def read(self, given: Any) -> Any:
         """An operand of a node of the region."""
@@ -198,10 +237,6 @@ class _Reverse:
             return node.inputs[0]  # type: ignore[return-value]
         found: Value = self.build.cast(value, dtype=dtype)
         return found
-
-
-def is_float(value: Value) -> bool:
-    return isinstance(value.dtype, torch.dtype) and value.dtype.is_floating_point and value.dtype.itemsize > 1
 
 
 # -- changes of place --------------------------------------------------------------------------------------------------
@@ -253,145 +288,3 @@ MOVES: Mapping[str, Callable[[Builder, Node, Value], dict[int, Value]]] = {
     "slice": _sliced, "concat": _joined, "pad": _padded, "flip": _turned,
 }  # fmt: skip
 """Operators that read at other places: the gradients of their operands, by slot."""
-
-
-# -- expressions -------------------------------------------------------------------------------------------------------
-
-
-class _Frame:
-    """The axes of one node, and its element laid along them: a value has an axis for each, of size 1 where it has none.
-
-    What is computed forward and what is computed backward of an expression share their parts.
-    """
-
-    def __init__(self, reverse: _Reverse, node: Node) -> None:
-        self.reverse, self.build, self.node = reverse, reverse.build, node
-        element = element_of(node)
-        if element is None:
-            raise FusionError(no_element(node.operator))
-        self.element = element
-        self.seed = operand(len(node.inputs))
-        given: list[Axes | None] = [
-            [fresh(size) for size in value.shape] if isinstance(value, Value) else None if value is None else []
-            for value in node.inputs
-        ]
-        call = Call(node, given)
-        try:
-            (result,) = apply_rule(node.operator, call)
-        except (AxisError, ValueError) as error:
-            raise FusionError(f"the axis rule of {node.op} does not fit") from error
-        atoms = Atoms()
-        self.layouts = [[atoms.of(extent) for extent in axes or ()] for axes in (*given, result)]
-        longest = sorted(self.layouts, key=lambda layout: -sum(map(len, layout)))
-        self.dims: list[Dim] = list(dict.fromkeys(dim for layout in longest for axis in layout for dim in axis))
-        ends = [dim for role, extent in call.roles if role in ENDING_ROLES for dim in atoms.of(extent)]
-        self.ended = frozenset(self.dims.index(dim) for dim in dict.fromkeys(ends))
-        self.operands: list[Any] = [reverse.read(value) for value in node.inputs]
-        self.known: dict[Scalar, Any] = {}
-        self.known_axes: dict[Scalar, frozenset[int]] = {}
-
-    def forward(self) -> Value:
-        self.value(self.element)
-        if not self._axes(self.element) <= {self.dims.index(dim) for axis in self.layouts[-1] for dim in axis}:
-            raise FusionError(f"{self.node.op} moves indices across axes")
-        return self._unlaid(self.element, self.layouts[-1])
-
-    def backward(self, gradient: Value) -> dict[int, Value]:
-        """The gradients of the operands, by slot."""
-        self.operands.append(gradient)
-        wanted = [slot for slot, value in self.node.operands() if is_float(value)]
-        found = gradients(self.element, self.seed, wanted, self._axes, self.ended)
-        return {slot: self._unlaid(part, self.layouts[slot]) for slot, part in found.items()}
-
-    # -- axes --------------------------------------------------------------------------------------------------------
-
-    def _axes(self, scalar: Scalar) -> frozenset[int]:
-        """The numbers of the axes along which an expression goes."""
-        if scalar not in self.known_axes:
-            if scalar.op == "operand":
-                found = frozenset(self.dims.index(dim) for axis in self.layouts[scalar.value] for dim in axis)
-            else:
-                found = frozenset(axis for arg in scalar.args for axis in self._axes(arg))
-            self.known_axes[scalar] = found - self.ended if scalar.op in REDUCTIONS else found
-        return self.known_axes[scalar]
-
-    def _laid(self, slot: int) -> Value:
-        """An operand along the axes of the frame."""
-        layout, value = self.layouts[slot], self.operands[slot]
-        own = [dim for axis in layout for dim in axis]
-        order = sorted(range(len(own)), key=lambda place: self.dims.index(own[place]))
-        value = self._reshaped(value, [dim.size for dim in own])
-        if order != list(range(len(own))):
-            value = self.build.permute(value, dims=tuple(order))
-        return self._reshaped(value, [dim.size if dim in own else 1 for dim in self.dims])
-
-    def _unlaid(self, scalar: Scalar, layout: Sequence[tuple[Dim, ...]]) -> Value:
-        """An expression as a value with the axes of ``layout``: summed over those that this has not."""
-        value, axes = self.value(scalar), self._axes(scalar)
-        own = [dim for axis in layout for dim in axis]
-        more = [axis for axis in sorted(axes) if self.dims[axis] not in own]
-        if more:
-            value = self.build.sum(value, dims=tuple(more), keepdim=True)
-        target = [dim.size if dim in own else 1 for dim in self.dims]
-        if any(dim in own and axis not in axes for axis, dim in enumerate(self.dims)):
-            value = self.build.expand(value, shape=tuple(target))
-        kept = [dim for dim in self.dims if dim in own]
-        value = self._reshaped(value, [dim.size for dim in kept])
-        order = [kept.index(dim) for dim in own]
-        if order != list(range(len(own))):
-            value = self.build.permute(value, dims=tuple(order))
-        return self._reshaped(value, [product(dim.size for dim in axis) for axis in layout])
-
-    def _reshaped(self, value: Value, shape: Sequence[Any]) -> Value:
-        if len(shape) == value.rank and all(map(same, shape, value.shape)):
-            return value
-        found: Value = self.build.reshape(value, shape=tuple(shape))
-        return found
-
-    # -- values ------------------------------------------------------------------------------------------------------
-
-    def value(self, scalar: Scalar) -> Any:
-        """An expression as a value along the axes of the frame, or as a number."""
-        if scalar not in self.known:
-            self.known[scalar] = self._made(scalar)
-        return self.known[scalar]
-
-    def _made(self, scalar: Scalar) -> Any:
-        match scalar.op:
-            case "operand":
-                return self._laid(scalar.value)
-            case "number":
-                return scalar.value
-            case "count":
-                size = product(self.dims[axis].size for axis in self.ended)
-                if not is_static(size):
-                    raise FusionError(f"{self.node.op} divides by the dynamic size {size}")
-                return size
-            case "epsilon":
-                return epsilon_of(self.node.output.dtype)
-        args = [self.value(arg) for arg in scalar.args]
-        if scalar.op in REDUCTIONS:
-            return self._reduced(scalar, args[0])
-        if scalar.op not in PRIMITIVES:
-            raise FusionError(f"the derivative of {self.node.op} is not stated")
-        if not any(isinstance(arg, Value) for arg in args):
-            return float(PRIMITIVES[scalar.op](*(torch.tensor(arg, dtype=torch.float64) for arg in args)))
-        return self._primitive(scalar.op, args)
-
-    def _reduced(self, scalar: Scalar, x: Any) -> Any:
-        if not self.ended:
-            return x
-        if not self.ended <= self._axes(scalar.args[0]):
-            raise FusionError(f"{self.node.op} would reduce an axis that is only broadcast")
-        return self.build(scalar.op, x, dims=tuple(sorted(self.ended)), keepdim=True)
-
-    def _primitive(self, op: str, args: list[Any]) -> Any:
-        build = self.build
-        if op == "real":
-            return self.reverse.typed(args[0], self.reverse.wide)
-        if op in ("maximum", "minimum") and not all(isinstance(arg, Value) for arg in args):
-            x, bound = args if isinstance(args[0], Value) else reversed(args)
-            return build.clamp(x, bound, None) if op == "maximum" else build.clamp(x, None, bound)
-        if op == "where" and isinstance(args[0], Value) and args[0].dtype != torch.bool:
-            args[0] = build.ne(args[0], 0)
-        return build(op, *args)

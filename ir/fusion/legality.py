@@ -19,6 +19,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16)
 """Types whose numbers single precision holds: kernels read them."""
 
+NO_FLOAT = "is no float"
+"""What is wrong with a result that is a truth value, or an integer, and is read outside of the region."""
+
 MOST_PRODUCTS = 3
 """Contractions beside one another in a region: a program has a tile of each in registers."""
 
@@ -42,13 +45,13 @@ def fault(region: Region) -> str | None:
 def _wrong_type(region: Region) -> str | None:
     for value, term in region.results.items():
         codes = below_results(term).op in ("load", "digit") and value.dtype in (*INTEGERS, *FLOAT8)
-        if value.dtype not in (*FLOATS, torch.bool) and not codes:
+        if value.dtype not in (*FLOATS, torch.bool) and not codes and below_results(term) not in region.whole:
             return _no_type(value)
     rounded = {arg for term in region.terms if term.op != "real" for arg in term.args}
     numbers = {number for load in region.loads for number in load.args[: len(load.value.picked)]}
     for load in region.loads:
         value = load.value.value
-        if load in numbers and not _is_read_otherwise(region, load):
+        if load in region.whole or load in numbers and not _is_read_otherwise(region, load):
             continue
         long = value.dtype == torch.int32 and load not in rounded  # torch rounds it to the type of its scale, too
         if not (long or value.dtype in (*FLOATS, *INTEGERS, *FLOAT8, torch.bool)):
@@ -60,7 +63,7 @@ def _wrong_type(region: Region) -> str | None:
         return f"more than {MOST_DIGITS} numbers share a byte"
     for value in region.outputs:
         if value.dtype not in FLOATS and below_results(region.results[value]).op != "digit":
-            return f"the result {value.name} is no float"
+            return f"the result {value.name} {NO_FLOAT}"
     return None
 
 

@@ -17,7 +17,7 @@ from itertools import product as product_of
 
 from regauge.ir.cost import item_size, node_macs, smallest_sizes
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.legality import computed_in_windows, fault
+from regauge.ir.fusion.legality import NO_FLOAT, computed_in_windows, fault
 from regauge.ir.fusion.planned import Plan as Plan
 from regauge.ir.fusion.planned import Refusal as Refusal
 from regauge.ir.fusion.planned import moves_nothing as moves_nothing
@@ -364,7 +364,8 @@ class _Planner:
             return ""
         if element_of(node) is None:
             return no_element(node.operator)
-        return "" if group.why == LIBRARY else group.why  # with a weight of few bits it may be another matter
+        # With a weight of few bits it may be another matter, and with what reads a truth value.
+        return "" if group.why == LIBRARY or group.why.endswith(NO_FLOAT) else group.why
 
     def _no_gain(self, above: _Group, below: _Group, union: _Group) -> str:
         region = union.region

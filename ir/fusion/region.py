@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import torch
+
 from regauge.ir.affine import Affine
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
@@ -89,6 +91,19 @@ class Region:
     @cached_property
     def reductions(self) -> list[Term]:
         return [term for term in self.terms if term.reduces]
+
+    @cached_property
+    def whole(self) -> frozenset[Term]:
+        """Integers that stay integers: they only name entries, or are compared with places, numbers and one another."""
+        read_as_whole: dict[Term, bool] = {}
+        for term in self.terms:
+            below = [below_results(arg) for arg in term.args]
+            names = set(below[: len(term.value.picked)] if term.op == "load" else ())
+            compared = term.op in COMPARISONS and all(map(_may_be_whole, below))
+            for one in below if term.op != "result" else ():
+                if _is_integer(one):
+                    read_as_whole[one] = read_as_whole.get(one, True) and (compared or one in names)
+        return frozenset(one for one, whole in read_as_whole.items() if whole)
 
     @cached_property
     def contractions(self) -> list[Term]:
@@ -177,6 +192,17 @@ class Region:
         if self.attention is not None:
             return "attention"
         return "contraction" if self.contractions else "row reduction" if self.reductions else "pointwise"
+
+
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
+def _is_integer(term: Term) -> bool:
+    return term.op == "index" or term.op == "load" and term.value.value.dtype in (torch.int32, torch.int64)
+
+
+def _may_be_whole(term: Term) -> bool:
+    return _is_integer(term) or term.op == "number" and float(term.value).is_integer()
 
 
 def _contracts(term: Term) -> bool:

@@ -121,6 +121,7 @@ class Mover:
 
     def picked(self, term: Term, dim: Dim, index: Term) -> Term:
         """What a tensor holds where the index of one of its loops is a number that is read."""
+        term, index = below_results(term), below_results(index)
         if term.op != "load" or term.args or index.op != "load":
             raise FusionError("it would look up entries of what it computes, or by numbers that it computes")
         load: Load = term.value

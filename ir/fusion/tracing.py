@@ -218,7 +218,7 @@ class _Tracer:
         table, numbers = (self._operand(node, arg.value) for arg in scalar.args)
         value = node.inputs[scalar.args[0].value]
         assert isinstance(value, Value)
-        own = self._layout(self._key(node, scalar.args[0].value), value.name)[scalar.value]
+        own = self._layout(self._key(node, scalar.args[0].value), value.name)[scalar.value.axis]
         if len(own) > 1:
             raise FusionError(f"an axis of {value.name} is several loops where {node.op} looks entries up in it")
         return self.mover.picked(table, own[0], numbers) if own else table
@@ -260,7 +260,7 @@ class _Tracer:
             case "number":
                 return Term("number", value=scalar.value)
             case "count":
-                return Term("count", over=ended)
+                return Term("count", over=ended if scalar.value is None else frozenset(self._axis(node, scalar.value)))
             case "epsilon":
                 return Term("number", value=epsilon_of(node.output.dtype))
             case "joined":
@@ -284,9 +284,9 @@ class _Tracer:
         return Term(scalar.op, args, axes)
 
     def _axis(self, node: Node, axis: OperandAxis) -> tuple[Dim, ...]:
-        """The loops of an axis of an operand, the slowest first."""
+        """The loops of an axis of an operand, or of the result, the slowest first."""
         slot, place = axis
-        return self.atoms.of(self.axes[self._key(node, slot)][place])
+        return self.atoms.of(self.axes[node.output if slot is None else self._key(node, slot)][place])
 
     def _operand(self, node: Node, slot: int) -> Term:
         value = node.inputs[slot]

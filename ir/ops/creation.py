@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 
+from regauge.ir import scalars
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
@@ -17,6 +18,7 @@ from regauge.ir.ops.broadcasting import expand_to
 from regauge.ir.ops.conversion import as_dtype, onnx_dtype
 from regauge.ir.ops.layout import holds_no_sizes
 from regauge.ir.rules import Axes, Call
+from regauge.ir.scalars import Scalar
 from regauge.ir.sizes import Size, is_static
 
 LARGEST_TABLE = 1_000_000  # larger tables stay operators: a constant would be written into every emitted file
@@ -175,8 +177,13 @@ def _onnx_range(build: Builder, call: Any) -> Any:
     return numbers_from(build, start, limit, delta, known[0] if known else torch.int64)
 
 
+def _arange_element(*, end: Any, start: Any = 0, step: Any = 1, dtype: torch.dtype = torch.int64) -> Scalar | None:
+    return scalars.index((None, 0)) if start == 0 and step == 1 and dtype == torch.int64 else None
+
+
 @operator(
     rule=_counted_rule,
+    element=_arange_element,
     aten={"arange": _arange},
     onnx={"Range": _onnx_range},
     samples=lambda: [sample(end=5), sample(start=2, end=9, step=3, dtype=torch.float32)],

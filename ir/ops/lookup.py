@@ -60,7 +60,7 @@ def _embedding_shape(weight: Value, indices: Value, *, padding_idx: int | None) 
     rule=_embedding_rule,
     shape=_embedding_shape,
     aten={"embedding": _embedding},
-    element=lambda weight, indices, padding_idx: scalars.picked(weight, 0, indices),
+    element=lambda weight, indices, padding_idx: scalars.picked(weight, 0, indices, padding_idx),
     spell=lambda onnx, node: onnx.Gather(*onnx.operands(2), axis=0),
     samples=lambda: [
         sample(randn(7, 4), randint(0, 7, (2, 3))),

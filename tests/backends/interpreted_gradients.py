@@ -16,7 +16,7 @@ triton_interpreter.repair()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("swiglu", "geglu", "masked_softmax", "log_softmax", "layer_norm", "gated_rms_norm", "add_rms_norm",
-         "group_norm_silu", "turned", "rotary_inside")  # fmt: skip
+         "group_norm_silu", "turned", "rotary_inside", "cross_entropy", "smooth_cross_entropy")  # fmt: skip
 
 
 def by_torch(

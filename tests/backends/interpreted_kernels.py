@@ -201,6 +201,17 @@ def test_a_number_of_no_entry_reads_nothing() -> None:
     assert found[:, 0].tolist() == [-1, 0, 0, -1]
 
 
+def test_a_label_is_compared_as_the_integer_that_it_is() -> None:
+    """As floats 2 ** 24 and the number behind it are the same."""
+    graph = Graph("g")
+    build = Builder(graph)
+    numbers, x = build.input("numbers", (3,), torch.int64), build.input("x", (3,), torch.float32)
+    graph.outputs = [build.where(build.eq(numbers, 2**24), x, 0.0)]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    (found,) = kernel.launch({numbers: torch.tensor([2**24, 2**24 + 1, 7]), x: torch.ones(3)}).values()
+    assert found.tolist() == [1, 0, 0]
+
+
 def test_what_an_operator_launches_is_what_it_computes_in_torch() -> None:
     for operator in with_kernels(decoder_block(tokens=8, width=16, heads=2, hidden=24, dtype=torch.float32)).operators:
         tensors = [torch.randn([int(size) for size in value.shape]) for value in operator.reads]
@@ -258,6 +269,22 @@ def test_a_looped_softmax_meets_greater_numbers_tile_after_tile(
     tensor[2, 40], tensor[3, 3], tensor[4, 49] = float("nan"), float("inf"), 50.0
     tensor[5] = torch.linspace(-20, 20, 50).to(dtype)
     check_kernel(graph, {graph.inputs[0]: tensor}, rounding, "looped")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loss_of_many_classes_is_found_in_one_pass(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels in the first tile, in the last, of classes that cannot be, of none, and ignored ones."""
+    graph = Graph("g")
+    build = Builder(graph)
+    x, target = build.input("x", (7, 50), dtype), build.input("target", (7,), torch.int64)
+    graph.outputs = [build.cross_entropy(x, target)]
+    monkeypatch.setattr(kernels, "config_for", lambda *_: Config({"ENTRIES": 8}, warps=4, stages=2))
+    logits = 20 * torch.randn(7, 50)
+    logits[0, :40], logits[3, 17], logits[5, 30] = float("-inf"), float("nan"), 200.0
+    labels = torch.tensor([49, 0, -100, 5, 12, 30, 17])
+    check_kernel(graph, {x: logits.to(dtype), target: labels}, form="looped")
+    text = triton_kernel(trace(graph.nodes, graph.outputs)).source("looped").text  # type: ignore[arg-type]
+    assert text.count("for start in range") == 1 and "target == -100" in text
 
 
 @pytest.mark.parametrize("form", ["rows", "looped"])

@@ -85,6 +85,32 @@ def test_why_gradients_are_left_is_recorded() -> None:
     assert not gate.gradients.left and [one.of for one, _ in gate.backward] == [((0,), (1,))]
 
 
+def test_entries_of_tables_get_their_gradients_from_kernels(called: list[str]) -> None:
+    """Tokens twice, one that is padding; positions, which rows share, are left to torch."""
+    graph = Graph("embedded")
+    build = Builder(graph)
+    tokens = build.input("tokens", (2, 5), torch.int64)
+    table, places = build.parameter("table", torch.randn(11, 8)), build.parameter("places", torch.randn(5, 8))
+    gain = build.parameter("gain", torch.rand(8) + 0.5)
+    h = build.add(build.embedding(table, tokens, padding_idx=3), places)
+    graph.outputs = [build.rms_norm(h, gain, normalized_shape=(8,), eps=1e-5), h]
+    (made,) = with_kernels(graph).operators
+    assert set(made.gradients.left) == {"places", "gain"}
+    assert [(one.table, one.numbers) for kernel, _ in made.backward for ones in kernel.entries for one in ones] == [
+        (0, 1)
+    ]
+    found = []
+    modules = graph.to_torch(kernels="triton"), graph.to_torch()
+    called.clear()
+    for module in modules:
+        normed, stream = module(torch.tensor([[1, 2, 3, 1, 10], [1, 3, 0, 4, 2]]))
+        (normed.sin().sum() + stream.square().sum()).backward()
+        found.append([parameter.grad for parameter in module.parameters()])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other)
+    assert called == ["embedding_add_rms_norm_gradient"] and not found[0][0][3].any() and found[0][0][1].any()
+
+
 def test_torch_finds_no_fault_with_operators_of_gradients() -> None:
     for made in with_kernels(block(torch.float32)).operators:
         for _, operator in made.backward:
