@@ -14,12 +14,14 @@ from regauge.ir.graph import Graph, Value
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
+from regauge.passes.decoding.block_methods import write_blocks
 from regauge.passes.decoding.cache_bytes import in_words
-from regauge.passes.decoding.coders import Coding, Method, chosen_bits
+from regauge.passes.decoding.coders import Coding, chosen_bits
 from regauge.passes.decoding.kept import Kept, kept_by_cache, kept_values
 from regauge.passes.decoding.kept_samples import Sample, sample_kept
 from regauge.passes.decoding.predicted import Predictions
 from regauge.passes.decoding.quantized_cache import Coder, write_coded
+from regauge.passes.decoding.recent import BlockMethod
 from regauge.passes.decoding.recognised import refuse_caches
 from regauge.passes.options import option
 
@@ -41,6 +43,10 @@ class KvQuantize(Pass):
                  RotateKV; nothing is kept apart for the first positions)
     ``coupled``  8 / ``bits`` neighbouring channels share a byte, the number of a vector in a table made from data
                  (Zhang et al. 2024, coupled quantization); there are no ranges
+    ``kivi``     ranges of keys are those of a channel over a ``block`` of positions, which stay as they are until it is
+                 full (Liu et al. 2024, KIVI; values wait as long as keys, there for the last ``block`` positions each)
+    ``gear``     the same, with what codes miss as a map of rank 2 and 2 % of entries apart (Kang et al. 2024, GEAR);
+                 steps of both are for torch: its exporter to ONNX needs very long for the sizes of such caches
 
     ``before_rotation`` rounds keys as their layer gives them, and rotates what is given back at every step (as
     RotateKV, coupled quantization and AQUA-KV do). ``predict`` keeps what is off from a linear prediction by the layer
@@ -54,7 +60,8 @@ class KvQuantize(Pass):
     bytes: float | int | str | None = option(
         None, "in place of bits: bytes per position, as share of those of the cache as it is, or 512, 2kB"
     )
-    method: Method = option("ranges", "how numbers are kept")
+    method: Literal["ranges", "rotated", "coupled", "kivi", "gear"] = option("ranges", "how numbers are kept")
+    block: int = option(32, "positions that are rounded together, by kivi and gear", at_least=2)
     group: int | None = option(
         None, "channels that share a range; all of a head, or of a latent, as a rule", at_least=2
     )
@@ -67,16 +74,20 @@ class KvQuantize(Pass):
         super().__post_init__()
         if self.bytes is not None:
             parse_amount(self.bytes, "bytes", "bytes")
-        elif self.bits not in self._coding.widths():
+        if self.method in ("kivi", "gear") and (self.bytes is not None or self.predict or self.before_rotation):
+            raise PassError(f"kv-quantize: method={self.method} goes without bytes, predict and before_rotation")
+        if self.bytes is None and self.bits not in self._coding.widths():
             raise PassError(f"kv-quantize: bits={self.bits} is for method=coupled: give bits=2 or more")
 
     @property
     def _coding(self) -> Coding:
-        return Coding(self.method, self.group)
+        return Coding("ranges" if self.method == "kivi" or self.method == "gear" else self.method, self.group)
 
     def call(self, graph: Graph, context: Context) -> Graph:
         refuse_caches(graph, self.name)
         names, before = kept_by_cache(graph, self.axis, by=self.name)
+        if self.method == "kivi" or self.method == "gear":
+            return self._in_blocks(graph, self.method, before, context)
         early = self.before_rotation
         early = (self.method != "ranges" or self.predict) if early is None else early
         kinds = [kind for kind, asked in (("keys", early), ("values", self.predict)) if asked]
@@ -102,6 +113,20 @@ class KvQuantize(Pass):
         context.note(f"{in_words(before)} -> {in_words(after)} of caches for each position of a sequence")
         if self.bytes is not None:
             context.note(", ".join(f"{own.name}: {bits} bits" for own, (bits, _) in zip(kept, chosen, strict=True)))
+        return result
+
+    def _in_blocks(self, graph: Graph, method: BlockMethod, before: float, context: Context) -> Graph:
+        """The methods that round blocks of positions."""
+        result = graph.copy()
+        count, waiting = write_blocks(
+            result, method, self.bits, self.block, self.group, self.axis, context.left, by=self.name
+        )
+        if not count:
+            return graph
+        record(result, self.name, f"keys and values of {count} attentions in blocks of {self.block} positions")
+        after = kept_by_cache(result, self.axis, by=self.name)[1]
+        context.note(f"{in_words(before)} -> {in_words(after)} of caches for each position of a sequence")
+        context.note(f"and up to {in_words(waiting)} of positions whose block is not full")
         return result
 
     def _samples(self, graph: Graph, kept: Sequence[Kept], context: Context) -> dict[str, Sample]:

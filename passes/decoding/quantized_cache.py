@@ -128,7 +128,7 @@ def _back_and_forth(build: Builder, x: Value, bits: int, group: int) -> Value:
     codes = build.clamp(build.round(build.div(build.sub(grouped, low), scale)), 0.0, float(2**bits - 1))
     if group < channels:
         codes = build.reshape(codes, shape=shape)
-    found = build.cast(_unpacked(build, _packed(build, codes, bits), bits, channels), dtype=torch.float32)
+    found = build.cast(unpacked(build, packed(build, codes, bits), bits, channels), dtype=torch.float32)
     if group < channels:
         found = build.reshape(found, shape=grouped.shape)
     found = build.add(build.mul(found, scale), low)
@@ -136,7 +136,7 @@ def _back_and_forth(build: Builder, x: Value, bits: int, group: int) -> Value:
     return whole
 
 
-def _packed(build: Builder, codes: Value, bits: int) -> Value:
+def packed(build: Builder, codes: Value, bits: int) -> Value:
     """Codes, as floats, in bytes: the first of those that share one in its lowest bits."""
     count, channels = 8 // bits, int(codes.shape[-1])
     if count == 1:
@@ -152,7 +152,7 @@ def _packed(build: Builder, codes: Value, bits: int) -> Value:
     return found
 
 
-def _unpacked(build: Builder, packed: Value, bits: int, channels: int) -> Value:
+def unpacked(build: Builder, packed: Value, bits: int, channels: int) -> Value:
     if bits == 8:
         return packed
     found: Value = build.unpack(packed, base=2**bits, count=8 // bits)
