@@ -94,6 +94,7 @@ def _write(
         **_launch(build),
         "reads": [_tensor(tensor, source) for tensor in source.reads],
         "writes": [_tensor(tensor, source) for tensor in source.writes],
+        **({"adds_up": [_tensor(tensor, source) for tensor in source.totals]} if source.totals else {}),
     }
     path.with_name(f"{path.name}.cubin").write_bytes(compiled.binary)
     path.with_name(f"{path.name}.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")

@@ -92,6 +92,8 @@ def manifest(written: Iterable[Written]) -> tuple[str, tuple[str, ...]]:
 def _lines(one: Written) -> Iterator[str]:
     source, operator, build = one.build.source, one.operator, one.build
     region = operator.kernel.region
+    if source.totals:
+        raise FusionError(f"{operator.name} leaves sums of each program, which the library does not add up")
     place = {dim: number for number, dim in enumerate(region.sized)}
 
     def dims(loops: Sequence[Dim]) -> str:

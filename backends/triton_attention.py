@@ -7,6 +7,8 @@ Where a greater score is met, total and mixed are brought to it by exp(old peak 
 FlashAttention, algorithm 1; Dao 2023, FlashAttention-2, with the division at the end). Queries that share keys are rows
 of the same program. Behind the last place that a causal mask leaves to a tile nothing is read.
 
+Keys and values of few bits are multiplied as codes (:mod:`triton_coded`).
+
 With few queries the places are shared out among SPLITS programs (``split``), whose peaks, totals and mixtures a second
 kernel joins (``combine``; Dao et al. 2023, Flash-Decoding).
 """
@@ -18,10 +20,10 @@ from typing import Literal
 
 import torch
 
+from regauge.backends.triton_coded import CodedFactors, of_places
 from regauge.backends.triton_contraction import type_of
 from regauge.backends.triton_expressions import TRITON_TYPES, outermost
 from regauge.backends.triton_loops import Loop
-from regauge.backends.triton_tiles import TileBase
 from regauge.ir.fusion.attention import causal_bound
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 
@@ -40,7 +42,7 @@ SCRATCH = ("peaks_ptr", "totals_ptr", "mixtures_ptr")
 """What parts hand on: for each part and row a peak, a total, and a mixture of all columns, in single precision."""
 
 
-class AttentionKernel(TileBase):
+class AttentionKernel(CodedFactors):
     """The text of one kernel; see the module docstring."""
 
     def __init__(self, region: Region, name: str, form: AttentionForm, *, contiguous: bool) -> None:
@@ -51,6 +53,8 @@ class AttentionKernel(TileBase):
             self.known[getattr(self.parts, own)] = self.names.unique(own)
         self.peak, self.total = self.known[self.parts.peak], self.known[self.parts.total]
         self.mixed = self.known[self.parts.mixed]
+        self.sums: list[str] = []  # of queries, for shifts of keys
+        self.shifts: list[str] = []  # of values, mixed
 
     @property
     def name_of_kernel(self) -> str:
@@ -92,6 +96,9 @@ class AttentionKernel(TileBase):
             self.take_apart("batch", self.loops.batch)
         tile = "(tl.program_id(0) % tiles).to(tl.int64)"
         self.axis("m", f"({tile} * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]", self.loops.rows)
+        self._columns()
+
+    def _columns(self) -> None:
         self.axis("n", "tl.arange(0, BLOCK_N).to(tl.int64)[None, :]", self.loops.columns)
 
     def _head(self, way: str) -> None:
@@ -107,14 +114,28 @@ class AttentionKernel(TileBase):
 
     def _queries(self) -> None:
         self._head("[None, :]")
-        self.queries = self._factor("queries", self.parts.queries, self._type(), "m_ok & k_ok")
-        self._head("[:, None]")
+        kind, coded = self._type(), self.parts.coded_keys
+        self.queries = self._factor("queries", self.parts.queries, kind, "m_ok & k_ok")
+        if coded is None:
+            self._head("[:, None]")
+        else:
+            self.queries, self.sums = self.scaled_queries(self.queries, coded, kind)
+            self.bytes_axis("k", "BLOCK_K", coded, self.loops.contracted)
+        if self.parts.coded_values is not None:
+            self.bytes_axis("n", "BLOCK_N", self.parts.coded_values, self.loops.columns)
         self._start()
 
     def _start(self) -> None:
         self.line(f'{self.peak} = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)')
         self.line(f"{self.total} = tl.zeros([BLOCK_M, 1], tl.float32)")
         self.line(f"{self.mixed} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
+        coded = self.parts.coded_values if self.form != "combine" else None
+        for shift in coded.shifts if coded is not None else ():
+            if of_places(shift, self.parts.source):
+                self.shifts.append(self.names.unique("shifted"))
+                self.line(f"{self.shifts[-1]} = tl.zeros([BLOCK_M, 1], tl.float32)")
+            else:
+                self.shifts.append("")
 
     def _places(self) -> None:
         """The loop over keys and values."""
@@ -129,24 +150,59 @@ class AttentionKernel(TileBase):
             first, end = "part * share", f"tl.minimum((part + 1) * share, {end})"
         self.line(f"for start in range({first}, {end}, BLOCK_S):")
         self.indent += "    "
-        self._source("[None, :]")
+        if self.parts.coded_keys is None:
+            self._source("[None, :]")
         logits = self._logits()
         self.raise_peak(self.peak, f"tl.reduce({logits}, 1, maximum, keep_dims=True)")
         self.line(f"weights = tl.exp({logits} - shift)")
         self.line(f"{self.total} = {self.total} * kept + tl.sum(weights, axis=1, keep_dims=True)")
-        self._source("[:, None]")
         kind = type_of(self.parts.values)
-        values = self._factor("values", self.parts.values, kind, "s_ok & n_ok")
+        values = self._values(kind)
         weights = f"weights.to({TRITON_TYPES[kind]})"
         self.line(f'{self.mixed} = tl.dot({weights}, {values}, {self.mixed} * kept, input_precision="ieee")')
         self.line(f"{self.peak} = highest")
         self.indent = self.indent[4:]
+        if self.parts.coded_values is not None:
+            self._shift()
+
+    def _values(self, kind: torch.dtype) -> str:
+        """The lines that read or compute a tile of values; returns its name."""
+        coded = self.parts.coded_values
+        for name, shift in zip(self.shifts, coded.shifts if coded is not None else (), strict=True):
+            if name:
+                text = f"weights{self.shifted(shift)}"
+                self.line(f"{name} = {name} * kept + tl.sum({text}, axis=1, keep_dims=True)")
+        self._source("[:, None]")
+        if coded is None:
+            return self._factor("values", self.parts.values, kind, "s_ok & n_ok")
+        self.needed(coded.places)
+        return self.codes("values", coded, kind, coded.places)
+
+    def _shift(self) -> None:
+        """Lines that make the mixture of values of that of codes."""
+        coded = self.parts.coded_values
+        assert coded is not None
+        self._columns()
+        if coded.heads:
+            self.needed(coded.heads)
+            self.line(f"{self.mixed} = {self.product(self.mixed, coded.heads)}")
+        for name, shift in zip(self.shifts, coded.shifts, strict=True):
+            self.needed(shift.heads)
+            text = name or f"{self.total}{self.shifted(shift)}"
+            self.line(f"{self.mixed} += {self.product(text, shift.heads)}")
 
     def _logits(self) -> str:
         """The lines that compute a tile of what the softmax is of; returns its name."""
-        keys = self._factor("keys", self.parts.keys, self._type(), "k_ok & s_ok")
-        scores = self.name(self.parts.scores)
+        scores, coded = self.name(self.parts.scores), self.parts.coded_keys
+        if coded is None:
+            keys = self._factor("keys", self.parts.keys, self._type(), "k_ok & s_ok")
+        else:
+            self._source("[:, None]")
+            keys = f"tl.trans({self.codes('keys', coded, self._type())})"
+            self._source("[None, :]")
         self.line(f'{scores} = tl.dot({self.queries}, {keys}, input_precision="ieee")')
+        if coded is not None:
+            self.shifted_scores(scores, coded, self.sums)
         logits = self.parts.logits
         wanted = {*terms_below(logits), logits} - {self.parts.scores, *terms_below(self.parts.scores)}
         self.statements([term for term in self.region.terms if term in wanted], self.load)
@@ -155,7 +211,8 @@ class AttentionKernel(TileBase):
 
     def _type(self) -> torch.dtype:
         """What scores are multiplied in: the type of queries and keys, or single precision where they have two."""
-        types = {type_of(factor) for factor in (self.parts.queries, self.parts.keys)}
+        factors = (self.parts.queries, *([] if self.parts.coded_keys is not None else [self.parts.keys]))
+        types = {type_of(factor) for factor in factors}
         return types.pop() if len(types) == 1 else torch.float32
 
     def _factor(self, side: str, factor: Term, kind: torch.dtype, mask: str) -> str:

@@ -13,6 +13,7 @@ from regauge.backends.triton_attention import AttentionForm
 from regauge.backends.triton_launch import Launch, power_above
 from regauge.backends.triton_loops import Loops, Tensor, count
 from regauge.ir.extents import Dim
+from regauge.ir.fusion.products import CODES
 
 MOST_ROWS = 128
 """Queries of a program."""
@@ -42,14 +43,19 @@ def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loo
     of_places = [tensor for tensor in reads if tensor.loops(loops.source)]
     masks = [tensor for tensor in of_places if tensor.loops(loops.rows)]
     more = len(of_places) - len(masks) > 2  # is read of each place than keys and values
+    of_heads = [tensor for tensor in of_places if tensor.loops((*loops.contracted, *loops.columns))]
+    coded = any(tensor.value.dtype in CODES for tensor in of_heads)
     warps = 8
-    if any(tensor.value.dtype == torch.float32 for tensor in reads):  # which has no tensor cores
-        most, deep = (32 if width <= 128 else 16), 32
+    if any(tensor.value.dtype == torch.float32 for tensor in reads if tensor in of_heads or tensor.loops(loops.rows)):
+        most, deep = (32 if width <= 128 else 16), 32  # there are no tensor cores for it
+    elif coded:
+        most, deep = 64, 64 if rows <= 16 and len(of_heads) == 2 else 32
     elif width <= 64 or width <= 128 and not masks:
         most, deep = MOST_ROWS, 64
     else:
         most, deep, warps = (64, 32, 4) if width <= 128 else (64, 32, 8)
     high = min(16 if form == "combine" else most, max(16, power_above(rows)))
+    more = len(of_heads) > 2 if coded else more
     warps = 4 if high == 16 and width <= 128 and not more else warps
     constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns))}
     programs = -(-rows // high) * count(loops.batch, sizes)

@@ -153,7 +153,7 @@ def _arguments(
 ) -> tuple[Argument, ...]:
     """The arguments as Triton specialises them at a launch, by what is 1 and what 16 divides, but for open sizes."""
     types = [_POINTERS[tensor.value.dtype] for tensor in source.tensors]  # type: ignore[index]
-    types += [_POINTERS[torch.float32]] * (bool(start.partials) + len(source.scratch))
+    types += [_POINTERS[torch.float32]] * (bool(start.partials) + len(source.scratch) + len(source.totals))
     found = [Argument(name, kind, divisible=True) for name, kind in zip(names, types, strict=False)]
     steps: dict[Tensor, Mapping[Dim, int]] = {}
     starts: list[int] = []

@@ -37,6 +37,9 @@ from regauge.ir.fusion.region import Kind, Layout, Region
 from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Value
 
+MOST_SUMMED = 264
+"""Programs that share out rows over which sums go: enough to keep a device busy, and few parts to be added up then."""
+
 Form: TypeAlias = RowForm | Literal["contraction"] | AttentionForm
 _FORMS: Mapping[Kind, tuple[Form, ...]] = {
     "pointwise": ("pointwise",),
@@ -51,7 +54,8 @@ class Source:
     """One text of a kernel: what it reads and writes in the order of its arguments, and its loops; of a contraction
     what decides how large tiles are.
 
-    ``scratch`` are names of what attention hands on to the kernel that runs ``then``.
+    ``scratch`` are names of what attention hands on to the kernel that runs ``then``; of ``totals`` each program leaves
+    a part, with an entry for each index of the columns.
     """
 
     text: str
@@ -64,6 +68,7 @@ class Source:
     tiling: Tiling | None = None
     scratch: tuple[str, ...] = ()
     then: Source | None = None
+    totals: tuple[Tensor, ...] = ()
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -108,6 +113,8 @@ class Kernel:
 
     @property
     def forms(self) -> tuple[Form, ...]:
+        if self.region.totals:
+            return ("summed",)
         return ("swept",) if self.region.has_windows else _FORMS[self.region.kind]
 
     def form_for(self, sizes: Mapping[Dim, int], *, single: bool = False) -> Form:
@@ -125,6 +132,7 @@ class Kernel:
         region, name, rounding = self.region, self.name, self.rounding
         writer: RowKernel | ContractionKernel | AttentionKernel
         tiling, scratch, then = None, tuple[str, ...](), None
+        totals: tuple[Tensor, ...] = ()
         if form == "attention" or form == "combine" or form == "split" and self.region.attention is not None:
             writer = AttentionKernel(region, name, form, contiguous=contiguous)
             name, scratch = writer.name_of_kernel, writer.scratch
@@ -135,8 +143,9 @@ class Kernel:
             tiling = writer.tiling
         else:
             writer = RowKernel(region, name, form, rounding, contiguous=contiguous)
+            totals = tuple(writer.totals)
         reads, writes = tuple(writer.reads), tuple(writer.writes)
-        return Source(writer.source(), name, form, rounding, reads, writes, writer.loops, tiling, scratch, then)
+        return Source(writer.source(), name, form, rounding, reads, writes, writer.loops, tiling, scratch, then, totals)
 
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
@@ -151,9 +160,11 @@ class Kernel:
         results = {tensor.value: _empty(tensor, sizes, device) for tensor in source.writes}
         steps.update((tensor, strides_of(tensor, results[tensor.value], sizes)) for tensor in source.writes)
         start = launch_of(source, sizes, config_for(source, sizes, architecture_of(device), self.tuned))
+        parts = [torch.empty(start.programs, start.kept, dtype=torch.float32, device=device) for _ in source.totals]
         if start.programs:
             pointers = [_as_stored(given[tensor.value]) for tensor in source.reads] + list(results.values())
             starts = [start_of(t, given[t.value], sizes) for t in source.reads if t.shifts]
+            pointers += parts
             if start.partials:
                 pointers.append(torch.empty(start.partials, dtype=torch.float32, device=device))
             if source.scratch:
@@ -163,6 +174,8 @@ class Kernel:
             _start(source, start, arguments)
             if source.then is not None:  # its arguments are the same
                 _start(source.then, launch_of(source.then, sizes, None), arguments)
+        for tensor, part in zip(source.totals, parts, strict=True):
+            results[tensor.value] = part.sum(0).to(tensor.value.dtype).reshape(shape_of(tensor.layout, sizes))
         return results
 
 
@@ -219,7 +232,8 @@ def case_of(source: Source, sizes: Mapping[Dim, int]) -> Case:
     single = any(tensor.value.dtype == torch.float32 for tensor in source.reads)
     parts = (source.loops.rows, source.loops.columns, source.loops.contracted)
     rows, columns, contracted = (count(loops, sizes) for loops in parts)
-    form = "pointwise" if source.shared_out else source.form  # windows are swept by programs that are cut alike
+    # Windows are swept by programs that are cut alike, and blocks of rows are cut as where a program has but one.
+    form = "pointwise" if source.shared_out else "rows" if source.form == "summed" else source.form
     return Case(form, "single" if single else "half", (rows, columns, contracted))
 
 
@@ -249,13 +263,16 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None) -
         depth = min(tile["BLOCK_K"], max(16, power_above(contracted)))
         constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": tile["GROUP"]}
     else:
-        block = power_above(columns) if source.form == "rows" else min(power_above(columns), tile["ENTRIES"])
+        whole = source.form in ("rows", "summed")
+        block = power_above(columns) if whole else min(power_above(columns), tile["ENTRIES"])
         together = max(1, min(tile["ENTRIES"] // block, power_above(rows)))
         constants = {"ROWS": together, "BLOCK": block}
         if source.shared_out and not source.loops.rows:
             del constants["ROWS"]
     programs = math.prod(-(-count(loops, sizes) // per) for loops, per in grid_of(source, constants))
-    return Launch(programs if columns else 0, constants, warps, config.stages)
+    kept = columns if source.totals else 0
+    programs = min(programs, MOST_SUMMED) if source.totals else programs
+    return Launch(programs if columns else 0, constants, warps, config.stages, kept=kept)
 
 
 def grid_of(source: Source, constants: Mapping[str, int]) -> list[tuple[tuple[Loop, ...], int]]:

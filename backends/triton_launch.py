@@ -14,7 +14,8 @@ class Launch:
     """How a kernel is started: how many programs, with which constants, in how many warps.
 
     ``stages`` is how many steps of a loop are in flight at a time; ``parts`` how many programs share what one of
-    ``programs`` would compute, and ``partials`` how many numbers they leave for a second kernel.
+    ``programs`` would compute, and ``partials`` how many numbers they leave for a second kernel; ``kept`` is how many
+    each leaves of a sum over rows.
     """
 
     programs: int
@@ -23,6 +24,7 @@ class Launch:
     stages: int = 2
     parts: int = 1
     partials: int = 0
+    kept: int = 0
 
     @property
     def grids(self) -> tuple[tuple[int, ...], ...]:

@@ -5,7 +5,8 @@ reduced, a program has all columns of its rows: at once (``rows``), or BLOCK aft
 has to wait for another one, and once more for what comes behind (``looped``). The sum of a softmax does not wait for
 the greatest number: it is brought to a greater one when that is met (:mod:`regauge.ir.fusion.online`). Windows are
 swept: columns are shared out as pointwise, and a program goes through the windows of all its entries, one index after
-the other (``swept``).
+the other (``swept``). Where sums over rows stand beside what each row has, a program goes through several blocks of
+rows, adds up what it met, and leaves it for a sum over programs (``summed``).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from regauge.backends.triton_expressions import outermost
 from regauge.backends.triton_loops import Loop, Tensor, loops_of
 from regauge.backends.triton_source import Rounding, Writer
 from regauge.ir.fusion.online import online_sums, passes
-from regauge.ir.fusion.region import Region, Term, terms_below
+from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 
-RowForm = Literal["pointwise", "rows", "looped", "swept"]
+RowForm = Literal["pointwise", "rows", "looped", "swept", "summed"]
 CONSTANTS = ("ROWS", "BLOCK")
 
 _TITLE: dict[RowForm, str] = {
@@ -27,6 +28,7 @@ _TITLE: dict[RowForm, str] = {
     "rows": "reduction of rows, all columns at once",
     "looped": "reduction of rows, in a loop over columns",
     "swept": "reduction of windows, in a loop over their indices",
+    "summed": "rows with all columns at once, and sums over the rows of each program",
 }
 _START = {"sum": "0.0", "amax": 'float("-inf")', "amin": 'float("inf")'}
 _JOIN = {
@@ -50,6 +52,8 @@ class RowKernel(Writer):
     def __init__(self, region: Region, name: str, form: RowForm, rounding: Rounding, *, contiguous: bool) -> None:
         super().__init__(region, rounding)
         self.kernel, self.form = name, form
+        self.totals = [t for t in self.writes if below_results(region.results[t.value]) in region.totals]
+        self.writes = [tensor for tensor in self.writes if tensor not in self.totals]
         self.loops = loops_of(region, [*self.reads, *self.writes], contiguous=contiguous, sweep=form == "swept")
         self.shared_out = form in ("pointwise", "swept")
         self.flat = self.shared_out and not self.loops.rows  # one index for all: tiles have one axis
@@ -58,6 +62,9 @@ class RowKernel(Writer):
         return self.loops.all
 
     def source(self) -> str:
+        if self.form == "summed":
+            self._summed()
+            return self._finished()
         self._rows()
         if self.form == "looped":
             self._looped()
@@ -67,14 +74,17 @@ class RowKernel(Writer):
         else:
             self._columns("tl.arange(0, BLOCK)")
             self._at_once()
-        arguments = self.arguments(self.loops)
+        return self._finished()
+
+    def _finished(self) -> str:
+        arguments = self.arguments(self.loops, [f"{tensor.name}_of_programs_ptr" for tensor in self.totals])
         constants = CONSTANTS[1:] if self.flat else CONSTANTS
         head = self.signature(self.kernel, arguments, constants)
         return self.finished([*head, *self.docstring(self.kernel, _TITLE[self.form], self.loops.all)])
 
     # -- indices -----------------------------------------------------------------------------------------------------
 
-    def _rows(self) -> None:
+    def _rows(self, first: str = "") -> None:
         if self.flat:
             return
         program = "tl.program_id(0).to(tl.int64)"
@@ -82,7 +92,7 @@ class RowKernel(Writer):
             self.line(f"blocks = tl.cdiv({self.joint_size(self.loops.columns)}, BLOCK)  # shared out among programs")
             program = f"({program} // blocks)"
         row = self.joint("row", self.loops.rows)
-        self.line(f"{row} = {program} * ROWS + tl.arange(0, ROWS)[:, None]")
+        self.line(f"{row} = {first or f'{program} * ROWS'} + tl.arange(0, ROWS)[:, None]")
         self.line(f"row_ok = {row} < {self.joint_size(self.loops.rows)}")
         self.take_apart("row", self.loops.rows)
 
@@ -96,7 +106,7 @@ class RowKernel(Writer):
         column = self.joint("col", self.loops.columns)
         self.line(f"{column} = {block}")
         self.line(f"{'ok' if self.flat else 'col_ok'} = {column} < {self.joint_size(self.loops.columns)}")
-        if not self.flat:
+        if not self.flat and self.form != "summed":
             self.line("ok = row_ok & col_ok")
         self.take_apart("col", self.loops.columns)
 
@@ -127,12 +137,35 @@ class RowKernel(Writer):
 
     def _at_once(self) -> None:
         for term in self.region.terms:
+            if below_results(term) in self.region.totals:
+                continue
             if term.reduces:
                 self._reduce(term, f"tl.where(ok, {outermost(self.text(term.args[0]))}, {_START[term.op]})")
             else:
                 self.statements([term], self.load)
         for tensor in self.writes:
             self.store(tensor)
+
+    def _summed(self) -> None:
+        """One loop over blocks of rows; each program leaves the sums of those that it went through."""
+        self.line("program = tl.program_id(0).to(tl.int64)")
+        self._columns("tl.arange(0, BLOCK)")
+        for tensor in self.totals:
+            self.line(f"{tensor.name} = tl.zeros([1, BLOCK], tl.float32)")
+        rows = self.joint_size(self.loops.rows)
+        self.line(f"for first in range(program * ROWS, {rows}, tl.num_programs(0) * ROWS):")
+        self.indent += "    "
+        self._rows("first")
+        self.line("ok = row_ok & col_ok")
+        self._at_once()
+        for tensor in self.totals:
+            part = outermost(self.text(below_results(self.region.results[tensor.value]).args[0]))
+            self.line(f"{tensor.name} += tl.sum(tl.where(ok, {part}, 0.0), axis=0, keep_dims=True)")
+        self.indent = self.indent[4:]
+        columns = self.joint_size(self.loops.columns)
+        for tensor in self.totals:
+            address = f"{tensor.name}_of_programs_ptr + program * ({columns}) + {self.joint('col', self.loops.columns)}"
+            self.line(f"tl.store({address}, {tensor.name}, mask=col_ok)")
 
     def _reduce(self, term: Term, tile: str) -> None:
         if term.op in _STEP:

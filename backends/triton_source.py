@@ -80,6 +80,7 @@ class Writer:
         self.names = Names({f"size_{name}" for name in region.names.values()} | set(region.names.values()))
         self.reads = [self._tensor(load.value) for load in region.loads]
         self.writes = [self._tensor(Load(value, region.layouts[value])) for value in region.outputs]
+        self.totals: list[Tensor] = []
         self.of_load = dict(zip(region.loads, self.reads, strict=True))
         self.picks = {number for load in region.loads for number in load.args[: len(load.value.picked)]} | region.whole
         self.long: set[Term] = set()
@@ -144,7 +145,7 @@ class Writer:
         if term not in self.known:
             if term.op == "result":
                 same = self.region.results[term.value] is term  # and not what the node gives at another place
-                written = [tensor.name for tensor in self.writes if tensor.value is term.value and same]
+                written = [t.name for t in (*self.writes, *self.totals) if t.value is term.value and same]
                 self.known[term] = written[0] if written else self.names.unique(term.value.name)
             else:
                 self.known[term] = self.names.unique(term.op if term.reduces or term.op == "inside" else "t")
@@ -323,6 +324,7 @@ class Writer:
             lines.append(f"    over      {', '.join(reduced)}")
         lines += [f"    {'reads' if not place else '':9} {shown(t)}" for place, t in enumerate(self.reads)]
         lines += [f"    {'writes' if not place else '':9} {shown(t)}" for place, t in enumerate(self.writes)]
+        lines += [f"    {'adds up' if not place else '':9} {shown(t)}" for place, t in enumerate(self.totals)]
         shown_nodes = [
             line for node in self.region.nodes for line in textwrap.wrap(self.shown_node(node), _WIDTH - 14, **_BROKEN)
         ]

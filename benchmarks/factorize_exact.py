@@ -2,8 +2,9 @@
 
     python benchmarks/factorize_exact.py [--models NAME ...] [--limit 600] [--log FILE]
 
-The models are the 66 of the coverage list, with weights drawn anew, each in a process of its own. Layers of more than
-LARGEST entries are left whole, unless a model has no smaller one of their kind. A log is gone on with where it ends.
+The models are the 66 of the coverage list, with weights drawn anew, each in a process of its own. Of layers of the same
+sizes one is factorized, and of those of more than LARGEST entries only what a model has no smaller one of its kind of.
+A log is gone on with where it ends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.mask_oracle import relative_error
 from benchmarks.zoo import build, names, redraw
 from regauge.ir.edit import remove_dead
 from regauge.ir.graph import Graph
+from regauge.ir.interpret import run
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.factorization.blocks import links_of
 from regauge.passes.factorization.catalog import FORMS
@@ -60,27 +62,26 @@ def moved(name: str) -> Found:
 
 
 def _outputs(graph: Graph, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [x for x in graph.run(*given) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return [x for x in run(graph, given) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
 
 def _chosen(graph: Graph, form: Form) -> list[Layer]:
-    """The layers that a form fits, but large ones of which there are small ones of their kind."""
+    """Of layers that a form fits one of each size and way; large ones where there is no small one of their kind."""
     fitting = [
         layer
         for node in graph.nodes
         if (layer := layer_of(node, blocks=True)) is not None and form.misfit(layer) is None
     ]
-    small = [layer for layer in fitting if layer.weight.tensor.numel() <= LARGEST]
-    kinds = {_kind(layer) for layer in small}
+    found, kinds, ways = list[Layer](), set[object](), set[object]()
     for layer in sorted(fitting, key=lambda own: own.weight.tensor.numel()):
-        if _kind(layer) not in kinds:
-            kinds.add(_kind(layer))
-            small.append(layer)
-    return small
-
-
-def _kind(layer: Layer) -> tuple[str, bool, bool]:
-    return layer.node.op, layer.blocks > 1, layer.taps > 1
+        node = layer.node
+        kind = node.op, layer.blocks > 1, layer.taps > 1
+        way = node.op, layer.weight.shape, str(sorted(node.attributes.items())), layer.bias is None
+        if way not in ways and (layer.weight.tensor.numel() <= LARGEST or kind not in kinds):
+            found.append(layer)
+        ways.add(way)
+        kinds.add(kind)
+    return found
 
 
 def main() -> None:

@@ -126,6 +126,10 @@ def causal_attention(q: Any, k: Any, v: Any) -> Any:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def attention_to_eight_bits(q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any) -> Any:
+    return F.scaled_dot_product_attention(q, k.to(q.dtype) * k_scale, v.to(q.dtype) * v_scale)
+
+
 def eight_bits(x: Any, codes: Any, scale: Any) -> Any:
     return F.linear(x, codes.to(x.dtype) * scale[:, None])
 
@@ -149,6 +153,10 @@ CASES = [
     Case("scores, scaled, softmax", scores, ((32, 2048, 128), (32, 2048, 128))),
     Case("causal attention", causal_attention, ((4, 32, 2048, 128),) * 3),
     Case("attention of one query", attention, ((8, 32, 1, 128), (8, 32, 8192, 128), (8, 32, 8192, 128))),
+    *(Case(f"attention to 8 bits, {m} queries", attention_to_eight_bits,
+           ((8, 32, m, 128), *((8, 32, 8192, 128),) * 2, *((8, 32, 8192, 1),) * 2),
+           types=dict.fromkeys((1, 2), torch.int8))
+      for m in (1, 256)),
     *(Case(f"weight of 8 bits, M={m}", eight_bits, ((m, D), (H, D), (H,)), types={1: torch.int8})
       for m in (1, 16, 256)),
     *(Case(f"low rank r={r}", low_rank, ((D, D), (r, D), (D, r))) for r in (64, 256, 1024)),

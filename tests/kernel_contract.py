@@ -27,7 +27,10 @@ def evaluated(graph: Graph, tensors: Tensors, dtype: torch.dtype | None = None) 
         known = {value: t.to(dtype) if t.is_floating_point() else t for value, t in known.items()}
     for node in graph.nodes:
         operands = [known[operand] if isinstance(operand, Value) else operand for operand in node.inputs]
-        known[node.output] = node.operator.evaluate(*operands, **node.attributes)
+        attributes = dict(node.attributes)
+        if dtype is not None and node.op == "cast" and attributes["dtype"].is_floating_point:
+            attributes["dtype"] = dtype
+        known[node.output] = node.operator.evaluate(*operands, **attributes)
     return known
 
 

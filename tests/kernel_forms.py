@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from attention_forms import ATTENTION_FORMS
 from loss_forms import cross_entropy, smooth_cross_entropy, weighted_cross_entropy
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
@@ -355,68 +356,6 @@ def three_products(f: Form, rows: Any, columns: int) -> Any:
     return b.mul(query, 0.125), key, b.add(value, b.mul(query, key))
 
 
-def causal_attention(f: Form, rows: Any, columns: int) -> Any:
-    """Two heads of queries share one of keys and values."""
-    q, k, v = f.x(2, 4, rows, 128), f.x(2, 2, columns, 128), f.x(2, 2, columns, 128)
-    return f.build.attention(q, k, v, scale=128**-0.5, is_causal=True, enable_gqa=True)
-
-
-def masked_attention(f: Form, rows: Any, columns: int) -> Any:
-    """Heads whose sizes are no powers of two, and other ones of values."""
-    q, k, v = f.x(2, 3, rows, 80), f.x(2, 3, columns, 80), f.x(2, 3, columns, 24)
-    return f.build.attention(q, k, v, f.x(rows, columns, dtype=torch.bool), scale=0.2)
-
-
-def biased_attention(f: Form, rows: Any, columns: int) -> Any:
-    """Written out, with a scale before, a bias of each head between, and a gate behind."""
-    b, q, k, v = f.build, f.x(2, rows, 3, 64), f.x(2, columns, 3, 64), f.x(2, columns, 3, 64)
-    q = b.permute(b.mul(q, 0.125), dims=(0, 2, 1, 3))
-    scores = b.add(b.matmul(q, b.permute(k, dims=(0, 2, 3, 1))), f.x(3, rows, columns))
-    mixed = b.matmul(b.softmax(scores, dim=3), b.permute(v, dims=(0, 2, 1, 3)))
-    return b.mul(b.reshape(b.permute(mixed, dims=(0, 2, 1, 3)), shape=(2, rows, 192)), b.sigmoid(f.x(2, rows, 192)))
-
-
-def rotary_attention(f: Form, rows: Any, columns: int) -> Any:
-    """Queries and keys are turned in the kernel, by tables of as many positions as there are of each."""
-
-    def rotated(size: int, heads: int) -> Value:
-        b, x, low, high = f.build, *(f.x(2, heads, size, width) for width in (64, 32, 32))
-        turned = b.concat(b.neg(high), low, dim=3)
-        return b.add(b.mul(x, f.x(size, 64)), b.mul(turned, f.x(size, 64)))
-
-    q, k = rotated(rows, 4), rotated(columns, 2)
-    return f.build.attention(q, k, f.x(2, 2, columns, 64), scale=0.125, enable_gqa=True)
-
-
-def capped_attention(f: Form, rows: Any, columns: int) -> Any:
-    q, k, v = f.x(3, rows, 64), f.x(3, columns, 64), f.x(3, columns, 64)
-    return f.build.capped_attention(q, k, v, f.x(rows, columns), scale=0.2, softcap=5.0)
-
-
-def decoding_attention(f: Form, rows: Any, columns: int) -> Any:
-    """One query for each head, with a mask of what a cache holds."""
-    q, k, v = f.x(2, 4, 1, 64), f.x(2, 4, columns, 64), f.x(2, 4, columns, 64)
-    return f.build.attention(q, k, v, f.x(2, 1, 1, columns, dtype=torch.bool), scale=0.2)
-
-
-def latent_attention(f: Form, rows: Any, columns: int) -> Any:
-    """Keys and values are the same latents, which all heads share."""
-    q, latents = f.x(2, 4, rows, 64), f.x(2, 1, columns, 64)
-    return f.build.attention(q, latents, latents, scale=0.125)
-
-
-def quantized_cache_attention(f: Form, rows: Any, columns: int) -> Any:
-    """Keys and values as codes of 8 bits, with a range for each position and head, as ``kv-quantize`` has them."""
-
-    def read_back() -> Value:
-        b, ranges = f.build, [f.x(2, 2, columns, 1) for _ in range(2)]
-        codes = b.cast(f.x(2, 2, columns, 64, dtype=torch.uint8), dtype=f.dtype)
-        return b.add(b.mul(b.mul(codes, ranges[0]), 0.01), ranges[1])
-
-    q = f.x(2, 4, 1, 64)
-    return f.build.attention(q, read_back(), read_back(), scale=0.125, enable_gqa=True)
-
-
 FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
@@ -429,8 +368,7 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         int8_weight, int8_groups, int4_weight, int4_neighbours, int2_weight, int8_both,
         int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,
         three_products,
-        causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention,
-        decoding_attention, latent_attention, quantized_cache_attention,
+        *ATTENTION_FORMS,
     )
 }  # fmt: skip
 

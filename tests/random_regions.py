@@ -221,7 +221,8 @@ def attentions(draw: Callable[[Any], Any]) -> Graph:
     build = Builder(graph)
     batch, heads = draw(st.sampled_from(((1, heads), (2, 1))))
     q = build.input("q", (batch, heads * shared, length, depth), dtype)
-    k, v = (build.input(name, (batch, heads, source, size), dtype) for name, size in (("k", depth), ("v", width)))
+    shape = (batch, heads, source)
+    k, v = (_read_back(draw, build, name, (*shape, size), dtype) for name, size in (("k", depth), ("v", width)))
     shapes = ((length, source), (heads * shared, length, source), (batch, 1, 1, source))
     mask = draw(st.sampled_from((None, torch.bool, dtype)))
     causal = draw(st.booleans()) and mask is None
@@ -241,6 +242,22 @@ def attentions(draw: Callable[[Any], Any]) -> Graph:
     graph.outputs = [build.silu(y) if draw(st.booleans()) else y]
     assume(trace(graph.nodes, graph.outputs).kind == "attention")
     return graph
+
+
+def _read_back(draw: Callable[[Any], Any], build: Builder, name: str, shape: tuple[int, ...], dtype: Any) -> Value:
+    """Keys or values as they are, or of codes of any number of bits, scaled and shifted by place or by channel."""
+    *outer, source, size = shape
+    bits = draw(st.sampled_from((0, 0, 2, 4, 8, -8)))
+    if not bits or size * bits % 8:
+        return build.input(name, shape, dtype)
+    stored = build.input(name, (*outer, source, size * abs(bits) // 8), torch.int8 if bits < 0 else torch.uint8)
+    codes = stored if abs(bits) == 8 else build.unpack(stored, base=2**bits, count=8 // bits)
+    x = build.mul(build.cast(codes, dtype=dtype), 2.0 ** (1 - abs(bits)))
+    ranges = ((*outer, source, 1), (size,), (*outer, source, size))
+    for step in range(draw(st.integers(0, 3))):
+        other = build.input(f"{name}_{step}", draw(st.sampled_from(ranges)), dtype)
+        x = build(draw(st.sampled_from(("mul", "add", "sub"))), x, other)
+    return x
 
 
 @st.composite

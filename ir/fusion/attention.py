@@ -16,9 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
+from regauge.ir.fusion.coded import Coded, coded
 from regauge.ir.fusion.online import is_shifted
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.sizes import is_static, product
@@ -66,6 +68,16 @@ class Attention:
     @property
     def columns(self) -> frozenset[Dim]:
         return self.values.axes - self.source - self.logits.axes
+
+    @cached_property
+    def coded_keys(self) -> Coded | None:
+        """How keys are made of codes; None where they are read, or computed, as they are."""
+        return coded(self.keys, self.source, self.head)
+
+    @cached_property
+    def coded_values(self) -> Coded | None:
+        """How values are made of codes; None where they are read, or computed, as they are."""
+        return coded(self.values, self.source, self.columns)
 
     def letter(self, dim: Dim) -> str:
         """What loops of its kind are called (:attr:`Region.names`)."""

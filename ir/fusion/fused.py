@@ -227,7 +227,10 @@ def traced(body: Graph) -> Region:
 
 
 def _beside(body: Graph, outputs: Sequence[Value]) -> Iterator[Value]:
-    """Of each part of a body that no value connects with the others the first result with most axes."""
+    """Of each part of a body that no node connects with the others the first result with most axes.
+
+    A sum over what another part has to itself, too, has fewer: what both read connects them.
+    """
     part: dict[Node, set[Node]] = {node: {node} for node in body.nodes}
     for node in body.nodes:
         for _, value in node.operands():
@@ -235,7 +238,8 @@ def _beside(body: Graph, outputs: Sequence[Value]) -> Iterator[Value]:
                 joined = part[value.producer] | part[node]
                 part.update(dict.fromkeys(joined, joined))
     seen: set[int] = set()
+    most = max((output.rank for output in outputs), default=0)
     for output in sorted(outputs, key=lambda value: -value.rank):
-        if output.producer is not None and id(part[output.producer]) not in seen:
+        if output.producer is not None and id(part[output.producer]) not in seen and output.rank == most:
             seen.add(id(part[output.producer]))
             yield output

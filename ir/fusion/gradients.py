@@ -8,8 +8,8 @@ node; derivatives are those of :mod:`regauge.ir.derivatives`. What was computed 
 region reads, so that nothing else has to be kept; numbers inside have single precision, at least.
 
 Kernels are of gradients of what each row has for itself, and of the entries that rows look up in a table: torch adds
-these up, sorted by their numbers. Those of weights, which rows share, are sums over rows: programs of the generator
-would read these across memory, entry by entry.
+these up, sorted by their numbers. Those of weights, which rows share, are sums over rows: a kernel of what each row has
+adds them up, too, where a program has whole rows, as of gains of norms and of biases; others are left to torch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from regauge.ir.errors import FusionError
 from regauge.ir.fusion.fused import traced
 from regauge.ir.fusion.gradient_frames import Frame, is_float
 from regauge.ir.fusion.legality import fault
+from regauge.ir.fusion.region import below_results
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.graph_copy import copy_graph
 from regauge.ir.sizes import is_static, product
@@ -87,17 +88,18 @@ def gradients_of(body: Graph) -> Gradients:
     for number, value in enumerate(body.inputs):
         if value in tables:
             continue
-        if value in adjoints and value not in shared:
+        if value in adjoints:
             key = adjoints[value], value.dtype
             if key not in rounded:
                 rounded[key] = reverse.typed(*key)
             found.setdefault(rounded[key], []).append(number)
         elif is_float(value):
-            left[value.name] = SHARED if value in adjoints else "nothing that has a gradient depends on it"
+            left[value.name] = "nothing that has a gradient depends on it"
     given = {gradient: result for result, gradient in enumerate(reverse.given)}
     passed = {one: given[value] for value, of in found.items() if value in given for one in of}
     found = {value: of for value, of in found.items() if value not in given}
-    return _in_kernels(body, reverse, found, passed, left)
+    sums = {rounded[adjoints[value], value.dtype] for value in shared if value in adjoints}
+    return _in_kernels(body, reverse, found, sums, passed, left)
 
 
 def all_gradients(body: Graph) -> tuple[Graph, tuple[int, ...]]:
@@ -117,10 +119,11 @@ def _in_kernels(
     body: Graph,
     reverse: _Reverse,
     found: Mapping[Value, Sequence[int | Entries]],
+    sums: Collection[Value],
     passed: Mapping[int | Entries, int],
     left: dict[str, str],
 ) -> Gradients:
-    """Results in as few kernels as are legal, each with the first that it can be with."""
+    """Results in as few kernels as are legal, each with the first that it can be with; ``sums`` go over rows."""
     kernels: list[tuple[list[Value], Gradient]] = []
     for value, of in found.items():
         why = ""
@@ -128,7 +131,10 @@ def _in_kernels(
             values = [*others, value]
             made = _gradient(reverse, {one: found[one] for one in values}, len(body.inputs))
             try:
-                why = fault(traced(made.graph)) or ""
+                region = traced(made.graph)
+                why = fault(region) or ""
+                totals = sum(below_results(region.results[one]) in region.totals for one in region.outputs)
+                why = why or (SHARED if totals != sum(one in sums for one in values) else "")
             except FusionError as error:
                 why = str(error)
             if not why:

@@ -10,8 +10,9 @@ from regauge.ir.errors import FusionError
 from regauge.ir.fusion.attention import find_attention
 from regauge.ir.fusion.products import FLOAT8, same_left
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
+from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Value
-from regauge.ir.sizes import is_static, symbols_in
+from regauge.ir.sizes import is_static, product, symbols_in
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Types that kernels compute with: in single precision inside."""
@@ -95,8 +96,11 @@ def _wrong_rows(region: Region) -> str | None:
         return "it would reduce over different axes"
     rows = frozenset(region.loops) - region.reduced
     for value in region.outputs:
-        if not rows <= region.dims(value):
+        if below_results(region.results[value]) not in region.totals and not rows <= region.dims(value):
             return f"its loops are not all axes of the result {value.name}"
+    sizes = [dim.size for dim in region.reduced]
+    if region.totals and not (all(map(is_static, sizes)) and int(product(sizes)) <= PERSISTENT):
+        return f"it would add up rows of more than {PERSISTENT} columns, or of a dynamic number"
     return None
 
 

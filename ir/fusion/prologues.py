@@ -19,13 +19,17 @@ product is bound by arithmetic, and a library is faster with the weight as float
 def again(region: Region, bound: Callable[[Size], int]) -> str:
     """Why what stands before a contraction should not be computed in each of its tiles.
 
-    Of attention queries are computed once, keys and values for each tile of rows.
+    Of attention queries are computed once, keys and values for each tile of rows; of those that are stored in few bits
+    it is only codes that become floats again.
     """
     if region.attention is not None:
         parts = region.attention
-        tiles = int(product(bound(dim.size) for dim in parts.rows))
-        made = any(below_results(factor).op != "load" for factor in (parts.keys, parts.values))
-        return f"keys or values would be computed again for every {TILE} rows" if made and tiles > TILE else ""
+        rows = int(product(bound(dim.size) for dim in parts.rows))
+        codes = ((parts.keys, parts.coded_keys), (parts.values, parts.coded_values))
+        made = [code for factor, code in codes if below_results(factor).op != "load"]
+        if made and all(made):
+            return f"with more than {MOST_ROWS} rows numbers of keys and values are faster" if rows > MOST_ROWS else ""
+        return f"keys or values would be computed again for every {TILE} rows" if made and rows > TILE else ""
     for contraction, few_bits in zip(region.contractions, few_bit_sides(region), strict=True):
         factors = below_results(contraction.args[0]).args
         computed = [below_results(factor).op != "load" for factor in factors]

@@ -90,7 +90,37 @@ class Region:
 
     @cached_property
     def reductions(self) -> list[Term]:
-        return [term for term in self.terms if term.reduces]
+        totals = set(self.totals)
+        return [term for term in self.terms if term.reduces and term not in totals]
+
+    @cached_property
+    def totals(self) -> list[Term]:
+        """Sums over all rows, with which nothing more is computed: each program adds up those that it has.
+
+        They stand beside a reduction of these rows, or beside a result that has an entry for each index, and keep its
+        last axes. So gradients of what rows share are found together with those that each row has for itself.
+        """
+        reducing = [term for term in self.terms if term.reduces]
+        read = {below_results(arg) for term in self.terms if term.op != "result" for arg in term.args}
+        last = [term for term in reducing if term.op == "sum" and term not in read]
+        if not last or self.shifted or any(map(_contracts, reducing)):
+            return []
+        columns = self._columns_beside(last, [term.over for term in reducing if term not in last])
+        rows = frozenset(self.loops) - columns
+        if not columns or not rows:
+            return []
+        return [term for term in last if term.over == rows and term.args[0].axes == rows | columns]
+
+    def _columns_beside(self, last: Sequence[Term], others: Sequence[frozenset[Dim]]) -> frozenset[Dim]:
+        """The loops that rows have beside sums over rows: what ``others`` go over, or the last axes of a result."""
+        if others:
+            return others[0]
+        layouts = [[dim for axis in self.layouts[value] for dim in axis] for value in self.outputs]
+        for whole in (layout for layout in layouts if len(layout) == len(self.loops)):
+            columns = frozenset(whole) - last[0].over
+            if columns and frozenset(whole[-len(columns) :]) == columns:
+                return columns
+        return frozenset()
 
     @cached_property
     def whole(self) -> frozenset[Term]:
@@ -125,7 +155,9 @@ class Region:
 
     @cached_property
     def reduced(self) -> frozenset[Dim]:
-        """The loops that reductions go over."""
+        """The loops that reductions go over; of totals alone those that they keep: a program has whole rows."""
+        if self.totals and not self.reductions:
+            return self.totals[0].axes
         return frozenset(dim for term in self.reductions for dim in term.over)
 
     @cached_property
@@ -191,7 +223,7 @@ class Region:
     def kind(self) -> Kind:
         if self.attention is not None:
             return "attention"
-        return "contraction" if self.contractions else "row reduction" if self.reductions else "pointwise"
+        return "contraction" if self.contractions else "row reduction" if self.reduced else "pointwise"
 
 
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")

@@ -1,7 +1,8 @@
 """Numbers of few bits that share bytes, and codes that are looked up in tables: what weights are stored as.
 
 unpack     digit i of a byte q of so many digits is q // base^i % base: 8 bits, 4 pairs, 2 halves, or 5 trits
-codebook   w[r, c] = table[r's group, q[r, c]], the rows in as many groups of neighbours as the table has rows
+codebook   w[r, c] = table[r's group, q[r, c]], the rows in as many groups of neighbours as the table has rows;
+           of a table [v] w[...] = table[q[...]]
 
 While torch exports a module to ONNX, divisions are the ONNX operators: torch's own become a dozen for signs.
 """
@@ -54,10 +55,14 @@ def unpack(q: Tensor, *, base: int, count: int) -> Tensor:
 
 
 def _codebook_rule(call: Any) -> str:
+    if len(call.node.inputs[1].shape) == 1:
+        return "x..., v -> x... ; indexed v"
     return "r c, 1 v -> r c ; indexed v" if call.node.inputs[1].shape[0] == 1 else "(g k) c, g v -> (g k) c ; indexed v"
 
 
 def _spell_codebook(onnx: Any, node: Node) -> Any:
+    if len(node.inputs[1].shape) == 1:  # type: ignore[union-attr]
+        return onnx.Gather(onnx.operand(1), onnx.operand(0, torch.int32))
     q, table = onnx.operand(0, torch.int64), onnx.operand(1)
     groups = int(node.inputs[1].shape[0])  # type: ignore[union-attr]
     shape = [int(size) for size in node.outputs[0].shape]
@@ -71,9 +76,12 @@ def _spell_codebook(onnx: Any, node: Node) -> Any:
     samples=lambda: [
         sample(randint(0, 5, (4, 3)).to(torch.uint8), randn(1, 5)),
         sample(randint(0, 5, (6, 4)).to(torch.uint8), randn(2, 5)),
+        sample(randint(0, 5, (6, 4, 2)).to(torch.uint8), randn(5)),
     ],
     coding=True,
     expands=True,
 )
 def codebook(q: Tensor, table: Tensor) -> Tensor:
+    if table.dim() == 1:
+        return table[q.long()]
     return torch.take_along_dim(table, q.long().reshape(table.shape[0], -1), 1).reshape(q.shape)

@@ -37,8 +37,8 @@ _STRUCTURED = (
     Structured("block-dense", Network("ki", "m", ("kri", "mkr"))),
     Structured("block-diagonal", Network("ki", "kl", ("kli",))),
     Structured("btt", Network("abc", "xyz", ("rxabc", "srxybc", "sxyzc"))),
-    Structured("kronecker", Network("nq", "mp", ("spq", "smn"))),
-    Structured("mpo", Network("abc", "xyz", ("rxa", "rsyb", "szc"))),
+    Structured("kronecker", Network("nq", "mp", ("spq", "smn")), paired=True),
+    Structured("mpo", Network("abc", "xyz", ("rxa", "rsyb", "szc")), paired=True),
 )
 _SPARSE: tuple[Form, ...] = (SparseProduct(),)
 FORMS: Mapping[str, Form] = {form.name: form for form in (*_COMMON, *_OF_KERNELS, *_STRUCTURED, *_SPARSE)}

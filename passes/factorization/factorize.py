@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -80,6 +80,9 @@ class Factorize(Pass):
         | None
     ) = option(None, "what layers become; if not given, for each the best of the first five")
     permute: bool = option(True, "hidden channels are reordered where this suits the blocks of structured forms")
+    search: bool = option(
+        False, "of structured forms the order and sizes of axes and each bond are searched for, one after the other"
+    )
     rule: Rule = option("knapsack", "how ranks are shared out: so that least is lost, or by a rule of thumb")
     metric: Metric = option("output-aware", "what factors keep on data (without data: plain)")
     gate: Gate = option(
@@ -167,7 +170,8 @@ class Factorize(Pass):
         remove_dead(result)
 
     def _forms(self) -> list[Form]:
-        return [FORMS[name] for name in ([self.form] if self.form is not None else UNASKED)]
+        forms = [FORMS[name] for name in ([self.form] if self.form is not None else UNASKED)]
+        return [replace(form, searched=self.search) if isinstance(form, Structured) else form for form in forms]
 
     def _readers(self, graph: Graph) -> list[Reader]:
         if not self.tables or self.form not in (None, "low-rank"):
@@ -289,7 +293,7 @@ class Factorize(Pass):
             choice = picked.get(layer.weight.name)
             form = None if choice is None else FORMS[choice.form]
             if choice is not None and isinstance(form, Structured):
-                found.append((layer, form.network, form.sizes(choice.numbers)))
+                found.append((layer, form.network_of(choice.numbers), form.sizes(choice.numbers)))
         ordered, moved = in_blocks(graph, found, by=self.name)
         if moved:
             context.note(f"channels reordered for blocks: {', '.join(dim.name for dim in moved)}")

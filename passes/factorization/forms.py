@@ -33,7 +33,8 @@ _MOST_RANKS = 48  # that are weighed for a layer
 class Choice:
     """A form and its ranks, what the links cost with them, and what they lose.
 
-    ``axes`` are the sizes of the axes that the features are split into, where the form splits them.
+    ``axes`` are the sizes of the axes that the features are split into, where the form splits them, and ``order`` that
+    in which those of the outputs come, where this is free.
     """
 
     form: str
@@ -42,11 +43,12 @@ class Choice:
     macs: int
     loss: float
     axes: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """What the links are determined by."""
-        return self.ranks + self.axes
+        return self.ranks + self.axes + self.order
 
 
 class Form(Protocol):

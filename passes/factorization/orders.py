@@ -5,12 +5,15 @@
 A Dim that no operator tells apart (:mod:`regauge.ir.reorder`) may be permuted with all weights that have it, and
 nothing of it stays in the graph. Channels are shared out among the blocks as in K-subspaces (Bradley and Mangasarian
 2000, k-plane clustering): in turns each block takes its best directions, and channels go where these leave least of
-them, as many to each block (a linear assignment). It looks at the weights alone.
+them, as many to each block (a linear assignment). Where there are no blocks, as in sums of Kronecker products and
+matrix product operators, channels go in turns where the product of the best factors is nearest to them. It looks at the
+weights alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ from regauge.ir.graph import Graph
 from regauge.ir.reorder import may_be_reordered, reorder
 from regauge.passes.calibration.layers import Layer, matrices_of
 from regauge.passes.factorization.networks import Network, Sizes, count
+from regauge.passes.factorization.problems import Problem
+from regauge.passes.factorization.splitting import split
 
 _TURNS = 15
 _GAIN = 1e-3  # of what the blocks leave, below which there is no other turn
@@ -40,21 +45,24 @@ def in_blocks(graph: Graph, found: Sequence[tuple[Layer, Network, Sizes]], *, by
     best: dict[Dim, tuple[float, np.ndarray]] = {}
     for dims, layer, network, sizes, side in ends:
         if len(dims) == 1 and dims[0] in free:
-            gain, order = _order(network, matrices_of(layer)[0], sizes, side)
+            gain, order = _order(network, layer, sizes, side)
             if gain > best.get(dims[0], (0.0, order))[0]:
                 best[dims[0]] = gain, order
     orders = {dim: order for dim, (_, order) in best.items()}
     return (reorder(graph, orders, by=by) if orders else graph), list(orders)
 
 
-def _order(network: Network, weight: torch.Tensor, sizes: Sizes, side: str) -> tuple[float, np.ndarray]:
-    """The order of the channels of a side, and what share of the weight its blocks leave less."""
+def _order(network: Network, layer: Layer, sizes: Sizes, side: str) -> tuple[float, np.ndarray]:
+    """The order of the channels of a side, and what share of the weight is left less."""
+    weight = matrices_of(layer)[0]
     nothing = 0.0, np.arange(count(side, sizes))
     if not network.bonds:
         return nothing
     batch, own, others = network.unfoldings()[0]
     blocks = "".join(axis for axis in batch if axis in side)
     within = own if side == network.inputs else others
+    if not batch:
+        return _matched(network, Problem(layer, weight), sizes, side)
     if not blocks or any(axis not in side for axis in within):
         return nothing
     contexts = "".join(axis for axis in batch if axis not in side)
@@ -95,3 +103,24 @@ def _shared_out(vectors: torch.Tensor, members: torch.Tensor, rank: int) -> tupl
         members = torch.from_numpy(np.argsort(taken, kind="stable")).reshape(members.shape)
     assert kept is not None
     return (first, kept[0]), kept[1]
+
+
+def _matched(network: Network, problem: Problem, sizes: Sizes, side: str) -> tuple[float, np.ndarray]:
+    """Where there are no blocks: in turns the best factors, and channels where the product is nearest to them."""
+    from scipy.optimize import linear_sum_assignment
+
+    weight = problem.weight if side == network.outputs else problem.weight.t()
+    order, first, kept = np.arange(len(weight)), 0.0, float("inf")
+    best = order
+    for turn in range(_TURNS):
+        own = weight[order] if side == network.outputs else weight[order].t()
+        image = network.image(split(network, replace(problem, weight=own), sizes), sizes)
+        left = float((own - image).square().sum())
+        first = left if turn == 0 else first
+        if left > (1 - _GAIN) * kept:
+            break
+        kept, best = left, order
+        image = image if side == network.outputs else image.t()
+        cost = image.square().sum(1) - 2 * weight @ image.t()  # of each channel at each place, but for its own size
+        order = np.argsort(linear_sum_assignment(cost.numpy())[1], kind="stable")
+    return (first - kept) / max(float(weight.square().sum()), 1e-300), best

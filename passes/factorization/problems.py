@@ -14,6 +14,8 @@ from regauge.passes.calibration.layers import Layer, matrices_of
 from regauge.passes.factorization.bands import Bands
 from regauge.passes.factorization.metric_svd import Factored, factored
 
+_ROUNDING = 1e-25
+
 
 @dataclass
 class Problem:
@@ -40,6 +42,11 @@ class Problem:
         if self.inputs is not None:
             return 1.0
         return max(float(self.weight.square().sum()), 1e-300)
+
+    @cached_property
+    def rounding(self) -> float:
+        """Errors up to this are nothing that turns could better: a share of that without any weight."""
+        return _ROUNDING * self.error(torch.zeros_like(self.weight))
 
     def weighed(self, change: torch.Tensor) -> torch.Tensor:
         """A matrix [outputs, columns] times both metrics."""

@@ -227,7 +227,7 @@ class _Unfolded:
     def turned(self, parts: Parts, step: Callable[[Parts], Parts]) -> Parts:
         """The parts after steps, as long as each lowers the error by a share."""
         least = self.problem.error(self.product(*parts))
-        for _ in range(max(1, _TURNS // self.problem.layer.blocks) if least > 0 else 0):
+        for _ in range(max(1, _TURNS // self.problem.layer.blocks) if least > self.problem.rounding else 0):
             found = step(parts)
             error = self.problem.error(self.product(*found))
             if not error < least:

@@ -102,7 +102,7 @@ def _scales(metric: torch.Tensor | None, size: int) -> torch.Tensor:
 def _fitted(problem: Problem, factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The entries that are not zero, each factor beside the others, as long as that lowers the error by a share."""
     found, least = list(factors), problem.error(product(factors))
-    for _ in range(_FITS if least > 0 else 0):
+    for _ in range(_FITS if least > problem.rounding else 0):
         last = list(found)
         for place, factor in enumerate(found):
             image = partial(_with_one, tuple(found), place, factor != 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import permutations
 from itertools import product as combinations
 
 import numpy as np
@@ -25,6 +26,7 @@ from regauge.passes.factorization.least_squares import bettered
 from regauge.passes.factorization.networks import Network, Sizes
 from regauge.passes.factorization.problems import Problem, places
 from regauge.passes.factorization.splitting import balanced, split
+from regauge.passes.factorization.structure_search import Search, Structure
 
 _TURNS = 24
 _FIRST_TURNS = 2  # when choices are weighed
@@ -36,10 +38,16 @@ _RANKS = 12  # that are weighed with each
 
 @dataclass(frozen=True)
 class Structured:
-    """A form by its network. The numbers of a choice are the sizes of bonds, then those of the other axes."""
+    """A form by its network. The numbers of a choice are the sizes of bonds, then those of the other axes.
+
+    Where it is ``paired`` the axes of outputs may come in any order, which says what axes of inputs they share a factor
+    with; the order follows the sizes then. ``searched`` choices are bettered by :class:`Search`.
+    """
 
     name: str
     network: Network
+    paired: bool = False
+    searched: bool = False
 
     def misfit(self, layer: Layer) -> str | None:
         if layer.node.op not in ("linear", "matmul"):
@@ -59,13 +67,25 @@ class Structured:
             for sizes, factors in self._at_ranks(problem, axes, multiple):
                 costs = network.parameters(sizes), rows * network.products(sizes)
                 loss = problem.error(network.image(factors, sizes))
-                first.append(Choice(self.name, network.ranks(sizes), *costs, loss, tuple(axes.values())))
-        found = []
+                first.append(self._choice(network, sizes, costs, loss))
+        found = dict[tuple[int, ...], Choice]()
         for choice in _worth_having(first):
+            own = network
             sizes = self.sizes(choice.numbers)
-            factors = _in_turns(network, problem, sizes, split(network, problem, sizes), _FIRST_TURNS)
-            found.append(replace(choice, loss=problem.error(network.image(factors, sizes))))
-        return found
+            if self.searched:
+                most = (network.parameters(sizes), network.products(sizes))
+                better = Search(problem, self.axes(problem.layer), self.paired, most).bettered(Structure(own, sizes))
+                own, sizes = better.network, better.sizes
+            factors = _in_turns(own, problem, sizes, split(own, problem, sizes), _FIRST_TURNS)
+            costs = own.parameters(sizes), rows * own.products(sizes)
+            last = self._choice(own, sizes, costs, problem.error(own.image(factors, sizes)))
+            found[last.numbers] = last
+        return list(found.values())
+
+    def _choice(self, network: Network, sizes: Sizes, costs: tuple[int, int], loss: float) -> Choice:
+        axes = tuple(sizes[axis] for axis in self.network.axes)
+        order = tuple(self.network.outputs.index(axis) for axis in network.outputs) if self.paired else ()
+        return Choice(self.name, network.ranks(sizes), *costs, loss, axes, order)
 
     def _at_ranks(
         self, problem: Problem, axes: Sizes, multiple: int
@@ -88,7 +108,7 @@ class Structured:
             yield own, _cut(network, greatest, own) if alone else split(network, problem, own)
 
     def links(self, problem: Problem, numbers: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
-        network, sizes = self.network, self.sizes(numbers)
+        network, sizes = self.network_of(numbers), self.sizes(numbers)
         factors = _in_turns(network, problem, sizes, split(network, problem, sizes), _TURNS)
         return network.links(factors, sizes), network.image(factors, sizes)
 
@@ -99,12 +119,24 @@ class Structured:
             one = {axis: 1 for axis in network.axes}
             one |= {network.inputs[-1]: layer.columns, network.outputs[-1]: layer.outputs}
             return [(*network.ranks(one), *one.values())]
-        return [(*network.bond_sizes(axes, numel).values(), *axes.values()) for axes in self.axes(layer)]
+        found = []
+        for place, axes in enumerate(self.axes(layer)):
+            every = list(permutations(range(len(network.outputs)))) if self.paired else [()]
+            found.append((*network.bond_sizes(axes, numel).values(), *axes.values(), *every[place % len(every)]))
+        return found
+
+    def network_of(self, numbers: Sequence[int]) -> Network:
+        """The network in whose order the axes of outputs come, by the numbers of a choice."""
+        if not self.paired:
+            return self.network
+        outputs = self.network.outputs
+        return replace(self.network, outputs="".join(outputs[place] for place in numbers[-len(outputs) :]))
 
     def sizes(self, numbers: Sequence[int]) -> dict[str, int]:
         """Those of all axes, bonds among them, by the numbers of a choice."""
         letters = self.network.bonds + self.network.axes
-        return dict(zip(letters, numbers[-len(letters) :], strict=True))
+        ours = numbers[: -len(self.network.outputs)] if self.paired else numbers
+        return dict(zip(letters, ours[-len(letters) :], strict=True))
 
 
 def _worth_having(choices: Sequence[Choice]) -> list[Choice]:
@@ -164,7 +196,7 @@ def _in_turns(
 ) -> list[torch.Tensor]:
     """Each factor bettered beside the others, until a turn gains little."""
     found, error = list(factors), problem.error(network.image(factors, sizes))
-    for _ in range(turns):
+    for _ in range(turns if error > problem.rounding else 0):
         for place in range(len(found)):
             divided = inverse_curvature(network, problem, sizes, found, place)
             image = partial(_with_one, network, sizes, tuple(found), place)

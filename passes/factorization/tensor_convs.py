@@ -223,7 +223,7 @@ def _along(axis: int, weight: torch.Tensor, layer: Layer, groups: int) -> Link:
 def _in_turns(problem: Problem, image: Image, factors: Factors) -> Factors:
     """Each factor a little better beside the others, as long as that lowers the error by a share."""
     least = problem.error(image(factors))
-    for _ in range(max(1, _TURNS // problem.layer.blocks) if least > 0 else 0):
+    for _ in range(max(1, _TURNS // problem.layer.blocks) if least > problem.rounding else 0):
         found = list(factors)
         for place in range(len(found)):
 

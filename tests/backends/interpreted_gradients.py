@@ -6,6 +6,8 @@ import torch
 import triton_interpreter
 from kernel_contract import drawn
 from kernel_forms import form_graph
+from regauge.backends import triton_kernel as kernels
+from regauge.backends.kernel_configs import Config
 from regauge.backends.to_torch import to_torch
 from regauge.backends.torch_kernels import KernelOperator, kernel_operator
 from regauge.ir.edit import Builder
@@ -27,9 +29,8 @@ def by_torch(
     return torch.autograd.grad(found, [leaves[place] for place in of], seeds)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_keep_the_contract(name: str, dtype: torch.dtype) -> None:
+def drawn_operator(name: str, dtype: torch.dtype) -> tuple[KernelOperator, list[torch.Tensor], list[torch.Tensor]]:
+    """The operator of a form, what it reads, and gradients of its results."""
     graph = form_graph(name, dtype)
     tensors = drawn(graph)
     node = fuse(Builder(graph), trace(graph.nodes, graph.outputs), "fused")  # type: ignore[arg-type]
@@ -37,7 +38,13 @@ def test_gradients_keep_the_contract(name: str, dtype: torch.dtype) -> None:
     made = kernel_operator(body, "fused", to_torch(body))
     read = [tensors[value] for value in node.inputs]  # type: ignore[index]
     generator = torch.Generator().manual_seed(1)
-    seeds = [torch.randn([*value.shape], generator=generator).to(dtype) for value in made.writes]
+    return made, read, [torch.randn([*value.shape], generator=generator).to(dtype) for value in made.writes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_keep_the_contract(name: str, dtype: torch.dtype) -> None:
+    made, read, seeds = drawn_operator(name, dtype)
     wide = [[t.double() if t.is_floating_point() else t for t in some] for some in (read, seeds)]
     assert made.backward
     for one, operator in made.backward:
@@ -48,6 +55,24 @@ def test_gradients_keep_the_contract(name: str, dtype: torch.dtype) -> None:
             found = operator.kernel.launch(dict(zip(operator.reads, given, strict=True)), form)
             for value, exact, other in zip(operator.writes, true, eager, strict=True):
                 check(found[value], exact, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["layer_norm", "gated_rms_norm", "add_rms_norm"])
+def test_programs_add_up_what_rows_share(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three programs go through five or ten rows, one after the other."""
+    monkeypatch.setattr(kernels, "MOST_SUMMED", 3)
+    monkeypatch.setattr(kernels, "config_for", lambda *_: Config({"ENTRIES": 64}, warps=4, stages=2))
+    made, read, seeds = drawn_operator(name, dtype)
+    wide = [[t.double() if t.is_floating_point() else t for t in some] for some in (read, seeds)]
+    ((one, operator),) = made.backward
+    assert operator.kernel.forms == ("summed",) and "adds up" in operator.kernel.source().text
+    given = [read[place] for place in one.reads] + [seeds[place] for place in one.given]
+    found = operator.kernel.launch(dict(zip(operator.reads, given, strict=True)))
+    of = [(places[0], value) for places, value in zip(one.of, operator.writes, strict=True) if places]
+    true, eager = (by_torch(made, *some, [place for place, _ in of]) for some in (wide, (read, seeds)))
+    for (_, value), exact, other in zip(of, true, eager, strict=True):
+        check(found[value], exact, other)
 
 
 def check(found: torch.Tensor, true: torch.Tensor, eager: torch.Tensor) -> None:

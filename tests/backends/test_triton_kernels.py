@@ -81,6 +81,11 @@ def test_text_of_causal_attention(golden: object) -> None:
     golden("kernel_causal_attention", kernel.source().text + joined.text)  # type: ignore[operator]
 
 
+def test_text_of_attention_to_codes_of_four_bits(golden: object) -> None:
+    kernel = kernel_of(form_graph("int4_cache_attention", torch.bfloat16), "attention")
+    golden("kernel_int4_cache_attention", kernel.source().text.rstrip("\n"))  # type: ignore[operator]
+
+
 def test_attention_rounds_once() -> None:
     with pytest.raises(FusionError, match="kernel: attention in one pass rounds what it gives, not each of its nodes"):
         kernel_of(form_graph("causal_attention", torch.float16), rounding="eager")

@@ -1,12 +1,20 @@
 """Which nodes become attention in one pass: a softmax between two contractions, as one node or written out."""
 
+from math import prod
+
+import pytest
 import torch
 
+import regauge
 from decoder_block import decoder_block
+from decoders import Rotary, decoder
+from regauge.ir.cost import item_size, smallest_sizes
 from regauge.ir.edit import Builder
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.plan import Plan, plan_fusion
+from regauge.ir.fusion.region import Region
 from regauge.ir.fusion.tracing import trace
+from regauge.ir.fusion.traffic import bytes_moved
 from regauge.ir.graph import Graph
 
 
@@ -53,6 +61,39 @@ def test_one_query_reads_keys_and_values_as_codes() -> None:
 
     assert kernels(1) == [["cast", "mul", "cast", "mul", "attention"]]
     assert kernels(4096) == [["cast", "mul", "cast", "mul"], ["attention"]]  # they would be read back for each tile
+
+
+SIZES = {"batch": 4, "past": 1000}
+
+
+def cached(passes: str, length: int) -> tuple[Graph, dict[object, int], Plan, list[Region]]:
+    """A decoder with caches and sizes, its plan there, and regions that are attention."""
+    torch.manual_seed(0)
+    graph = regauge.optimize(decoder(Rotary(width=256)), f"{passes},kv-cache")
+    at = {symbol: {**SIZES, "length": length}[str(symbol)] for symbol in graph.symbols}
+    plan = plan_fusion(graph, at=at, contractions=False)
+    return graph, at, plan, [region for region in plan.regions if region.kind == "attention"]
+
+
+@pytest.mark.parametrize("length", [1, 128])
+def test_attention_reads_caches_of_four_bits(length: int) -> None:
+    graph, at, _, regions = cached("kv-quantize{bits=4}", length)
+    bound = smallest_sizes(graph, at)
+    assert len(regions) == 2
+    for region in regions:
+        assert region.attention is not None and region.attention.coded_keys and region.attention.coded_values
+        assert [node.op for node in region.nodes].count("unpack") == 2
+        moved = bytes_moved(region, lambda v: prod(map(bound, v.shape)) * item_size(v.dtype), bound)
+        places = 2 * 4 * (1000 + length)  # of two heads and four sequences
+        codes, ranges = 2 * 64 // 2 * places, 2 * 2 * 2 * places
+        queries, mask = 2 * 4 * 4 * 64 * length * 4, length * (1000 + length)
+        assert moved == codes + ranges + queries + mask
+
+
+def test_numbers_are_made_of_codes_once_for_more_rows() -> None:
+    *_, plan, regions = cached("kv-quantize{bits=4}", 257)  # two heads of queries read one of keys
+    assert not any("unpack" in [node.op for node in region.nodes] for region in regions)
+    assert "with more than 512 rows numbers of keys and values are faster" in {one.reason for one in plan.refusals}
 
 
 def test_heads_that_are_repeated_are_read_once_in_attention() -> None:

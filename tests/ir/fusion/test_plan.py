@@ -17,6 +17,7 @@ from regauge.ir.fusion import legality
 from regauge.ir.fusion import plan as planning
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.plan import Plan, plan_fusion
+from regauge.ir.fusion.plan_rows import plan_summary, refusal_rows
 from regauge.ir.fusion.region import Region
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Parameter, Value
@@ -43,6 +44,23 @@ def test_a_decoder_block_becomes_products_with_what_stands_behind_them_and_rows(
     assert rotary in ops(plan) and [*rotary, "matmul", "mul", "softmax", "matmul"] in ops(plan)
     assert ["linear", "linear", "silu", "mul"] in ops(plan) and ops(plan).count(["linear", "add"]) == 2
     assert plan.bytes < 0.3 * plan.bytes_before
+
+
+def test_a_block_of_37_operators_becomes_11_kernels() -> None:
+    """Of the sizes of Llama 7B, with norms and softmax written out.
+
+    A turned half is two nodes here, and so are the root of a norm and what is added below it: 41 nodes.
+    """
+    plan = plan_fusion(decoder_block(2048, 4096, 32, 11008, written_out=True))
+    assert plan.kernels_before == 37 + 4 and len(plan.kernels) == 11
+    assert plan.bytes_before > 6 * plan.bytes
+    kinds = Counter(region.kind for region in plan.regions)
+    assert kinds == {"contraction": 6, "attention": 1, "row reduction": 2, "pointwise": 2}
+    worst, second, *_ = plan.refusals
+    assert (worst.bytes, worst.value.name, worst.reader.op) == (180355072, "mul_11", "linear")
+    assert worst.reason == "it would have two contractions" and second.reason.startswith("keys or values would be")
+    rows = refusal_rows(plan.refusals)
+    assert rows[1][0] == "180MB" and len(rows) == len(plan.refusals) + 1 and plan_summary(plan).startswith("11 kernels")
 
 
 def test_refusals_are_told_with_their_bytes() -> None:

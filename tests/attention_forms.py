@@ -1,0 +1,125 @@
+"""The forms that kernels of attention take, each as a small graph that is one region (``kernel_forms``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from regauge.ir.graph import Value
+
+if TYPE_CHECKING:
+    from kernel_forms import Form
+
+
+def causal_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Two heads of queries share one of keys and values."""
+    q, k, v = f.x(2, 4, rows, 128), f.x(2, 2, columns, 128), f.x(2, 2, columns, 128)
+    return f.build.attention(q, k, v, scale=128**-0.5, is_causal=True, enable_gqa=True)
+
+
+def masked_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Heads whose sizes are no powers of two, and other ones of values."""
+    q, k, v = f.x(2, 3, rows, 80), f.x(2, 3, columns, 80), f.x(2, 3, columns, 24)
+    return f.build.attention(q, k, v, f.x(rows, columns, dtype=torch.bool), scale=0.2)
+
+
+def biased_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Written out, with a scale before, a bias of each head between, and a gate behind."""
+    b, q, k, v = f.build, f.x(2, rows, 3, 64), f.x(2, columns, 3, 64), f.x(2, columns, 3, 64)
+    q = b.permute(b.mul(q, 0.125), dims=(0, 2, 1, 3))
+    scores = b.add(b.matmul(q, b.permute(k, dims=(0, 2, 3, 1))), f.x(3, rows, columns))
+    mixed = b.matmul(b.softmax(scores, dim=3), b.permute(v, dims=(0, 2, 1, 3)))
+    return b.mul(b.reshape(b.permute(mixed, dims=(0, 2, 1, 3)), shape=(2, rows, 192)), b.sigmoid(f.x(2, rows, 192)))
+
+
+def rotary_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Queries and keys are turned in the kernel, by tables of as many positions as there are of each."""
+
+    def rotated(size: int, heads: int) -> Value:
+        b, x, low, high = f.build, *(f.x(2, heads, size, width) for width in (64, 32, 32))
+        turned = b.concat(b.neg(high), low, dim=3)
+        return b.add(b.mul(x, f.x(size, 64)), b.mul(turned, f.x(size, 64)))
+
+    q, k = rotated(rows, 4), rotated(columns, 2)
+    return f.build.attention(q, k, f.x(2, 2, columns, 64), scale=0.125, enable_gqa=True)
+
+
+def capped_attention(f: Form, rows: Any, columns: int) -> Any:
+    q, k, v = f.x(3, rows, 64), f.x(3, columns, 64), f.x(3, columns, 64)
+    return f.build.capped_attention(q, k, v, f.x(rows, columns), scale=0.2, softcap=5.0)
+
+
+def decoding_attention(f: Form, rows: Any, columns: int) -> Any:
+    """One query for each head, with a mask of what a cache holds."""
+    q, k, v = f.x(2, 4, 1, 64), f.x(2, 4, columns, 64), f.x(2, 4, columns, 64)
+    return f.build.attention(q, k, v, f.x(2, 1, 1, columns, dtype=torch.bool), scale=0.2)
+
+
+def latent_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Keys and values are the same latents, which all heads share."""
+    q, latents = f.x(2, 4, rows, 64), f.x(2, 1, columns, 64)
+    return f.build.attention(q, latents, latents, scale=0.125)
+
+
+def quantized_cache_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Keys and values as codes of 8 bits, with a range for each position and head, as ``kv-quantize`` has them."""
+
+    def read_back() -> Value:
+        b, ranges = f.build, [f.x(2, 2, columns, 1) for _ in range(2)]
+        codes = b.cast(f.x(2, 2, columns, 64, dtype=torch.uint8), dtype=f.dtype)
+        return b.add(b.mul(b.mul(codes, ranges[0]), 0.01), ranges[1])
+
+    q = f.x(2, 4, 1, 64)
+    return f.build.attention(q, read_back(), read_back(), scale=0.125, enable_gqa=True)
+
+
+def int4_cache(f: Form, columns: int, size: int, group: int | None = None, *, statistics: bool = False) -> Value:
+    """What ``kv-quantize{bits=4}`` reads back of keys or values: two heads of codes, two a byte, with the step and the
+    lowest number of each position (or of each group of channels there), and statistics of channels."""
+    b, count = f.build, 1 if group is None else size // group
+    step, low = (b.cast(f.x(2, 2, columns, count, dtype=torch.float16), dtype=torch.float32) for _ in range(2))
+    codes = b.unpack(f.x(2, 2, columns, size // 2, dtype=torch.uint8), base=16, count=2)
+    y = b.cast(codes, dtype=torch.float32)
+    if group is not None:
+        step, low = (b.unsqueeze(part, dim=4) for part in (step, low))
+        y = b.reshape(y, shape=(2, 2, columns, count, group))
+    y = b.add(b.mul(y, b.mul(step, 0.1)), low)
+    y = y if group is None else b.reshape(y, shape=(2, 2, columns, size))
+    if statistics:
+        y = b.add(b.mul(y, f.w(2, 1, size)), f.w(2, 1, size))
+    return y if f.dtype == torch.float32 else b.cast(y, dtype=f.dtype)
+
+
+def int4_cache_attention(f: Form, rows: Any, columns: int) -> Any:
+    """A prompt behind others: what is cached has 4 bits."""
+    keys, values = (int4_cache(f, columns, 64, statistics=True) for _ in range(2))
+    visible = f.x(rows, columns, dtype=torch.bool)
+    return f.build.attention(f.x(2, 6, rows, 64), keys, values, visible, scale=0.125, enable_gqa=True)
+
+
+def int4_cache_decoding(f: Form, rows: Any, columns: int) -> Any:
+    """One query for each of eight heads, two of which are cached."""
+    keys, values = (int4_cache(f, columns, 128) for _ in range(2))
+    return f.build.attention(f.x(2, 8, 1, 128), keys, values, scale=0.125, enable_gqa=True)
+
+
+def int4_groups_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Groups of channels with ranges of their own: numbers are made of codes one by one."""
+    keys, values = (int4_cache(f, columns, 64, 32) for _ in range(2))
+    return f.build.attention(f.x(2, 2, rows, 64), keys, values, scale=0.125)
+
+
+def int8_cache_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Signed codes, with a scale and a zero point for each channel of keys, and a scale for each position of values."""
+    b, scale, zero = f.build, f.x(3, 1, 80), f.x(3, 1, 80)
+    keys = b.mul(b.sub(b.cast(f.x(3, columns, 80, dtype=torch.int8), dtype=f.dtype), zero), b.mul(scale, 0.02))
+    values = b.mul(b.cast(f.x(3, columns, 24, dtype=torch.int8), dtype=f.dtype), f.x(3, columns, 1))
+    return b.attention(b.tanh(f.x(3, rows, 80)), keys, values, scale=0.2)
+
+
+ATTENTION_FORMS = (
+    causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention, decoding_attention,
+    latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding, int4_groups_attention,
+    int8_cache_attention,
+)  # fmt: skip
