@@ -46,7 +46,7 @@ class KvQuantize(Pass):
     ``kivi``     ranges of keys are those of a channel over a ``block`` of positions, which stay as they are until it is
                  full (Liu et al. 2024, KIVI; values wait as long as keys, there for the last ``block`` positions each)
     ``gear``     the same, with what codes miss as a map of rank 2 and 2 % of entries apart (Kang et al. 2024, GEAR);
-                 steps of both are for torch: its exporter to ONNX needs very long for the sizes of such caches
+                 for the sizes of both torch's exporter to ONNX needs some ten seconds an attention
 
     ``before_rotation`` rounds keys as their layer gives them, and rotates what is given back at every step (as
     RotateKV, coupled quantization and AQUA-KV do). ``predict`` keeps what is off from a linear prediction by the layer
