@@ -163,7 +163,7 @@ class Pass(ABC):
     def requires(self, graph: Graph) -> None:  # noqa: B027
         """Raise PassError where the graph does not have what the pass needs."""
 
-    def wants_floats(self) -> bool:
+    def wants_floats(self, context: Context) -> bool:
         """Whether the pass chooses or solves for weights, and so wants floats where they are stored as integers."""
         return self.solves
 

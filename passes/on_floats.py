@@ -38,7 +38,7 @@ def call(one: Pass, graph: Graph, context: Context, originals: Originals) -> Gra
 
     Where these cannot be had the same way again, the pass gets the graph as it is, and the report says so.
     """
-    count = codes_in(graph) if one.wants_floats() else 0
+    count = codes_in(graph) if one.wants_floats(context) else 0
     if not count:
         result = one.call(graph, context)
         if one.name == _ROUNDS and result is not graph:

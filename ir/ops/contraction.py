@@ -11,7 +11,8 @@ from torch import randn
 from regauge.ir import scalars
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
-from regauge.ir.operator import Cost, Symmetry, operator, sample
+from regauge.ir.operator import Cost, OnnxForm, Symmetry, operator, sample
+from regauge.ir.ops.onnx_nbits import read_matmul_nbits, write_matmul_nbits
 from regauge.ir.rules import Call
 from regauge.ir.shapes import common_shape
 from regauge.ir.sizes import Size, product, same
@@ -45,6 +46,7 @@ def _linear_shape(x: Value, weight: Value, bias: Value | None = None) -> tuple[S
     rule="... i, o i, o? -> ... o",
     shape=_linear_shape,
     aten={"linear": None},
+    onnx={"com.microsoft::MatMulNBits": OnnxForm(read=read_matmul_nbits, write=write_matmul_nbits)},
     macs=lambda call: call.out() * call.size(1, -1),
     symmetry=Symmetry.PRODUCT,
     samples=lambda: [

@@ -155,10 +155,12 @@ class Prune(Pass):
     def details(cls) -> list[tuple[str, str]]:
         return [(f"score={name}", f"{entry.help}; needs {entry.needs}") for name, entry in SCORES.items()]
 
-    def wants_floats(self) -> bool:
-        """Unless nothing is refitted, or a number of bytes is the budget, which is one of what is stored."""
+    def wants_floats(self, context: Context) -> bool:
+        """Unless nothing is refitted or measured on data, or a number of bytes is the budget, which is one of what is
+        stored."""
         stored = self._amounts().get("bytes")
-        return self.compensate is not False and (stored is None or stored.relative)
+        by_data = context.data is not None and self.score is None or self._needs_data
+        return (self.compensate is not False or by_data) and (stored is None or stored.relative)
 
     @property
     def _refits(self) -> bool:

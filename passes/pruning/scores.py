@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from regauge.ir.extents import Dim, Extent, Product, resolve, size_of
-from regauge.ir.graph import Parameter
+from regauge.ir.graph import Node, Parameter
 from regauge.ir.groups import Group, Member
 from regauge.ir.kept import numbered
 
@@ -28,9 +28,16 @@ Reduce: TypeAlias = Literal["sum", "mean", "max", "prod", "first"]
 Normalise: TypeAlias = Literal["none", "mean", "sum", "max", "minmax", "zscore"]
 
 
-def scored_members(group: Group) -> list[Member]:
-    """Members that say how important an index is: weights; where there are none, vectors; else nothing does."""
-    trained = [m for m in group.members if m.parameter.kind == "parameter" and is_real(m.parameter)]
+def scored_members(group: Group, *, codes: bool = False) -> list[Member]:
+    """Members that say how important an index is: weights; where there are none, vectors; else nothing does.
+
+    With ``codes``, weights that are stored as integers, too: what they stand for is given by :func:`numbers`.
+    """
+
+    def says(parameter: Parameter) -> bool:
+        return is_real(parameter) or codes and _decoder(parameter) is not None
+
+    trained = [m for m in group.members if m.parameter.kind == "parameter" and says(m.parameter)]
     weights = [m for m in trained if sum(size != 1 for size in m.parameter.shape) > 1]
     return weights or trained or [m for m in group.members if is_real(m.parameter)]
 
@@ -39,6 +46,25 @@ def is_real(parameter: Parameter) -> bool:
     """Whether a parameter holds numbers that have a magnitude."""
     dtype = parameter.dtype
     return isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+
+
+def numbers(parameter: Parameter) -> torch.Tensor:
+    """The data of a parameter, and of codes the numbers that they stand for."""
+    node = _decoder(parameter)
+    if node is None:
+        return parameter.tensor.detach()
+    operands = [value.tensor.detach() if isinstance(value, Parameter) else value for value in node.inputs]
+    found: torch.Tensor = node.operator.evaluate(*operands, **node.attributes)
+    return found
+
+
+def _decoder(parameter: Parameter) -> Node | None:
+    """The node that makes numbers of codes, one for each."""
+    for node, slot in parameter.uses if not is_real(parameter) else ():
+        known = all(isinstance(value, Parameter) for _, value in node.operands())
+        if node.operator.coding and slot == 0 and known and node.output.shape == parameter.shape:
+            return node
+    return None
 
 
 def accumulate(extent: Extent, values: np.ndarray, totals: Mapping[Dim, np.ndarray]) -> None:

@@ -20,7 +20,7 @@ from regauge.ir.extents import positions_on
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.groups import Group, Member
 from regauge.passes.pruning.batch_norm_scales import batch_norm_scales
-from regauge.passes.pruning.scores import MemberScores, Scores, on_dim, scored_members, summed
+from regauge.passes.pruning.scores import MemberScores, Scores, numbers, on_dim, scored_members, summed
 
 Measure: TypeAlias = Callable[[Parameter, list[int]], dict[int, np.ndarray]]
 
@@ -31,23 +31,27 @@ def magnitudes(graph: Graph, groups: Sequence[Group], power: int) -> MemberScore
     """Sums of |w|^power over the slice of each index, for each member."""
     scales = batch_norm_scales(graph)
     plain = [group for group in groups if not group.majors]
-    sums = _sums_of(plain, lambda parameter, axes: axis_sums(parameter.tensor, axes, power, _scale(scales, parameter)))
+
+    def sums(parameter: Parameter, axes: list[int]) -> dict[int, np.ndarray]:
+        return axis_sums(numbers(parameter), axes, power, _scale(scales, parameter))
+
+    found = _sums_of(plain, sums)
 
     def of_member(group: Group, member: Member) -> np.ndarray:
         axes = graph.axes.of[member.parameter]
         if not group.majors:
-            return on_dim(axes[member.axis], group.dim, sums[member.parameter][member.axis])
-        tensor = _scaled(_widened(member.parameter.tensor.detach()), _scale(scales, member.parameter))
+            return on_dim(axes[member.axis], group.dim, found[member.parameter][member.axis])
+        tensor = _scaled(_widened(numbers(member.parameter)), _scale(scales, member.parameter))
         powers = tensor.abs() if power == 1 else tensor.square()
         return summed(axes, member.axis, (*group.majors, group.dim), powers)
 
-    return {group.dim: [of_member(group, member) for member in scored_members(group)] for group in groups}
+    return {group.dim: [of_member(group, member) for member in scored_members(group, codes=True)] for group in groups}
 
 
 def _sums_of(groups: Sequence[Group], measure: Measure) -> dict[Parameter, dict[int, np.ndarray]]:
     wanted: dict[Parameter, dict[int, None]] = {}
     for group in groups:
-        for member in scored_members(group):
+        for member in scored_members(group, codes=True):
             wanted.setdefault(member.parameter, {})[member.axis] = None
     return {parameter: measure(parameter, list(axes)) for parameter, axes in wanted.items()}
 
@@ -113,8 +117,8 @@ def geometric_median(graph: Graph, groups: Sequence[Group]) -> MemberScores:
     found: MemberScores = {}
     for group in groups:
         found[group.dim] = []
-        for member in scored_members(group):
-            tensor = _scaled(_widened(member.parameter.tensor.detach()).double(), _scale(scales, member.parameter))
+        for member in scored_members(group, codes=True):
+            tensor = _scaled(_widened(numbers(member.parameter)).double(), _scale(scales, member.parameter))
             places = torch.from_numpy(positions_on(graph.axes.of[member.parameter][member.axis], group.dim))
             rows = tensor.movedim(member.axis, 0)[places].flatten(1)
             found[group.dim].append(torch.cdist(rows, rows).sum(1).numpy())

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, remove_dead, replace_uses
 from regauge.ir.graph import Graph, Kind, Node, Operand, Parameter, Value
 from regauge.ir.quantized_layers import PLANNED_FOR
@@ -84,41 +85,47 @@ def _without_rounding(build: Builder, node: Node) -> bool:
 
 
 def _weights(build: Builder) -> int:
-    """Fold what decodes constants into float weights; returns how many."""
-    known: dict[Value, torch.Tensor] = {}
-    decoded: set[Value] = set()  # what is computed from codes
-    roots: dict[Value, Parameter] = {}
+    """Fold what decodes constants into float weights; returns how many.
+
+    What is computed from constants alone beside that, as the scale of a bias is from those of input and weight, is
+    folded where codes are decoded by it.
+    """
+    constant: dict[Value, Node] = {}
+    decoded: dict[Value, Parameter] = {}  # what is computed from codes, and the first of these
     for node in build.graph.nodes:
-        if node.regions or len(node.outputs) != 1 or not _is_constant(node, known):
-            continue
         sources = [operand for operand in node.inputs if isinstance(operand, Value)]
-        half = node.op == "cast" and isinstance(sources[0], Parameter) and sources[0].dtype == torch.float16
-        if not half and not node.operator.coding and not decoded.intersection(sources):
+        known = all(isinstance(source, Parameter) or source in constant for source in sources)
+        if node.regions or len(node.outputs) != 1 or not sources or not known:
             continue
-        with torch.no_grad():
-            operands = [_number(operand, known) for operand in node.inputs]
-            known[node.output] = node.operator.evaluate(*operands, **node.attributes)
-        decoded.add(node.output)
-        root = sources[0]
-        roots[node.output] = roots[root] if root in roots else root  # type: ignore[assignment]
+        constant[node.output] = node
+        half = node.op == "cast" and isinstance(sources[0], Parameter) and sources[0].dtype == torch.float16
+        if half or node.operator.coding or any(source in decoded for source in sources):
+            root = sources[0]
+            while root not in decoded and not isinstance(root, Parameter):  # of codes that are moved or shifted before
+                root = next(operand for operand in constant[root].inputs if isinstance(operand, Value))
+            decoded[node.output] = decoded.get(root, root)  # type: ignore[arg-type]
+    found: dict[Value, torch.Tensor] = {}
     count = 0
-    for value, tensor in known.items():
-        read = [user for user, _ in value.uses if user.output not in known]
-        if read and tensor.is_floating_point():
+    for value, codes in decoded.items():
+        if any(decoded.keys().isdisjoint(user.outputs) for user, _ in value.uses) and is_real(value.dtype):
+            tensor = _number(value, constant, found)
             count += tensor.dim() > 1
-            replace_uses(build.graph, value, _float(build, roots[value], tensor))
+            replace_uses(build.graph, value, _float(build, codes, tensor))
     return count
 
 
-def _is_constant(node: Node, known: dict[Value, torch.Tensor]) -> bool:
-    operands = [operand for operand in node.inputs if isinstance(operand, Value)]
-    return bool(operands) and all(operand in known or isinstance(operand, Parameter) for operand in operands)
-
-
-def _number(operand: Operand, known: dict[Value, torch.Tensor]) -> Any:
+def _number(operand: Operand, constant: dict[Value, Node], found: dict[Value, torch.Tensor]) -> Any:
+    """The data of an operand, if it is computed from constants."""
+    if isinstance(operand, Parameter):
+        return operand.tensor.detach()
     if not isinstance(operand, Value):
         return operand
-    return known[operand] if operand in known else operand.tensor.detach()  # type: ignore[attr-defined]
+    if operand not in found:
+        node = constant[operand]
+        with torch.no_grad():
+            operands = [_number(own, constant, found) for own in node.inputs]
+            found[operand] = node.operator.evaluate(*operands, **node.attributes)
+    return found[operand]
 
 
 def _float(build: Builder, codes: Parameter, tensor: torch.Tensor) -> Parameter:

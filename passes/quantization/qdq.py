@@ -13,6 +13,7 @@ from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.quantization.formats import Constants, Stored, digits_in_a_byte, packed_digits
 from regauge.passes.quantization.grid import Coded, Form, Grid
+from regauge.passes.quantization.levels import Leveled
 from regauge.passes.quantization.placement import Placement, Table, reads_blocks
 from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.storage import Plain, halve, store
@@ -252,6 +253,8 @@ class Writer:
             if layer.node.op != "conv" or stored.scale.shape[1] == 1:
                 codes = _stored(layer, stored.codes)
                 return stored.laid_out(to, codes.t() if turned else codes, int(by_inputs))
+        if isinstance(stored, Leveled):
+            return stored.laid_out(to, tuple(int(size) for size in layer.weight.shape), int(stored_by_inputs))
         matrix: Value = stored.write(to)
         if layer.node.op == "conv":
             matrix = self.build.reshape(matrix, shape=layer.weight.shape)

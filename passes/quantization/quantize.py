@@ -19,6 +19,7 @@ from regauge.passes.calibration.batches import calibration_batches, check_exampl
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.losses import labelled
+from regauge.passes.on_floats import SPARSE
 from regauge.passes.options import option
 from regauge.passes.quantization.activations import ends_of_values, smooth_values
 from regauge.passes.quantization.bitstack import Terms
@@ -27,6 +28,7 @@ from regauge.passes.quantization.gate import Gate, check_latency
 from regauge.passes.quantization.grid import Form, Grid
 from regauge.passes.quantization.learned_codes import Learned
 from regauge.passes.quantization.learned_rounding import STEPS, learned
+from regauge.passes.quantization.levels import ENOUGH, Levels
 from regauge.passes.quantization.mixed import Mixed
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
 from regauge.passes.quantization.option_checks import check_options
@@ -45,7 +47,7 @@ from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
 from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
-from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
+from regauge.passes.quantization.storage import HALF_BELOW, Plain, nearer, plain_vectors, plain_weights
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
 from regauge.passes.quantization.weights import group_of, rows_of, stored_on_data
@@ -57,6 +59,7 @@ class Quantize(Pass):
 
     before  y = linear(x, w, b)                          w: f32[64,128]
     w8a8    y = linear(back(quantize(x)), back(w'), b')  w': i8[64,128], a scale for each output
+    w8      y = lstm(x, table[w'] * s)                   w': u8[1,512,128], where no kernel reads integers
     w4      y = linear(x, back(w'), b)                   w': 4 bits, a scale for each 32 inputs of an output
     mixed   y = linear(x, back(w'), b)                   w': of each layer the bits that are best, or float
     onebit  y = linear(x * v, signs(w')) * u + b         w': u8[64,16], eight signs to a byte
@@ -229,6 +232,8 @@ class Quantize(Pass):
                 return "a weight of several blocks has no stack of terms"
             if self._scheme.activations:
                 return misfit_of_products(layer, target, dynamic=self.activations == "dynamic")
+            if _count(layer) < HALF_BELOW and self._unread(graph, layer):
+                return "half precision takes no more"
             return misfit_of_blocks(layer, target, self.block)
 
         tables = find_tables(graph, self.include, self.exclude) if self.embeddings else []
@@ -261,8 +266,7 @@ class Quantize(Pass):
         if self._scheme.mixed:
             formats = self._mixed(original, layers, target, context)
         else:
-            assert self._scheme.make is not None
-            formats = {layer.weight.name: self._scheme.make(self._wanted(original, layer, bits)) for layer in layers}
+            formats = {layer.weight.name: self._format(original, layer, bits) for layer in layers}
         result = original.copy()
         own = [layer for layer in self.layers_of(result, Counter()) if layer.weight.name in formats]
         stored = self.stored(original, result, own, formats, context)
@@ -326,6 +330,22 @@ class Quantize(Pass):
             statistic=self.statistic,
             rows=1 if self.per == "row" else self.group,
         )
+
+    def _unread(self, graph: Graph, layer: Layer) -> bool:
+        """Whether floats are made of a layer's 8 bits at load, whose form is then free."""
+        asked = self.per is not None or self.group is not None or self.symmetric is not None or self.packed
+        if asked or not self._stores or not self._scheme.alone or self._scheme.bits != 8:
+            return False
+        sparse = not graph.metadata.get(SPARSE, {}).keys().isdisjoint(layer.weight.names)
+        return not sparse and not reads_blocks(graph, layer, TARGETS[self.target], self._group(graph, layer, 8), 8)
+
+    def _format(self, graph: Graph, layer: Layer, bits: int) -> Format:
+        """That of the scheme; where it is free a table's, or with zero points if that is much nearer."""
+        assert self._scheme.make is not None
+        found = self._scheme.make(self._wanted(graph, layer, bits))
+        if not self._unread(graph, layer):
+            return found
+        return Levels() if _count(layer) >= ENOUGH else nearer(cast(Form, found), rows_of(layer))
 
     def _mixed(self, graph: Graph, layers: list[Layer], target: Target, context: Context) -> Mapping[str, Format]:
         """The forms of the layers that do not stay in float."""

@@ -10,7 +10,7 @@ loop too: what its axes mean is told by the rule of the operator that reads it.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,10 +21,14 @@ from regauge.ir.local_axes import local_axes
 from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.name_patterns import matches
+from regauge.passes.quantization.formats import Constants
 from regauge.passes.quantization.grid import Form, Grid
+from regauge.passes.quantization.levels import ENOUGH, Levels
 
 LEAST = 256
 """Entries of a weight: the nodes and names around a smaller one take as much as it saves."""
+HALF_BELOW = 768
+"""Entries of a weight below which half precision takes no more, since one node makes floats of it."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,16 @@ def plain_vectors(graph: Graph, include: Sequence[str], exclude: Sequence[str]) 
             if size < LEAST or size != max(vector.shape) or not vector.uses:
                 continue
             chosen = (not include or matches(vector.names, include)) and not matches(vector.names, exclude)
-            plain = not any(node.operator.coding or node.regions for node, _ in vector.uses)
+            plain = not any(node.operator.coding or node.regions or _decodes(node) for node, _ in vector.uses)
             if chosen and plain and _fits_half(vector.tensor.detach()):
                 found.append((owner, vector))
     return found
+
+
+def _decodes(node: Node) -> bool:
+    """Whether a node multiplies what codes stand for by their scales."""
+    makers = [value.producer for _, value in node.operands()]
+    return node.op == "mul" and any(maker is not None and maker.operator.coding for maker in makers)
 
 
 def _fits_half(x: torch.Tensor) -> bool:
@@ -80,8 +90,8 @@ def _axis(weight: Parameter) -> int | None:
 
 
 def _told_apart(node: Node, slot: int, weight: Parameter) -> int | None:
-    """Of a layer the axis of its outputs, else the longest one over which the reader does not sum; None where it sums
-    over none."""
+    """Of a layer the axis of its outputs, else the longest one over which the reader does not sum, or, where it sums
+    over all that are longer than 1, the longest; None where it sums over none."""
     layer = layer_of(node, blocks=True) if slot == 1 else None
     if layer is not None:
         return layer.made
@@ -89,24 +99,40 @@ def _told_apart(node: Node, slot: int, weight: Parameter) -> int | None:
     if local is None or weight.rank < 2:
         return None
     summed = [any(local.roles.get(dim) == "contract" for dim in leaves(axis)) for axis in local.operands[slot]]
-    rest = [axis for axis, over in enumerate(summed) if not over]
-    return max(rest, key=lambda axis: int(weight.shape[axis])) if rest and any(summed) else None
+    if all(summed) or not any(summed):
+        return None
+    return max(range(weight.rank), key=lambda axis: (not summed[axis] and weight.shape[axis] != 1, weight.shape[axis]))
 
 
 def store(build: Builder, found: Plain) -> None:
-    """Put codes of 8 bits and their way back in the place of a weight."""
+    """Put codes of 8 bits and their way back in the place of a weight: a table's where it is large enough for one.
+
+    Of a smaller one half precision where that takes no more, and zero points where most of the error goes with them.
+    """
     owner, weight, axis = found.owner, found.weight, found.axis
     inner = _within(build, owner)
     data = weight.tensor.detach().movedim(axis, 0)
-    coded = Form(Grid(8), data[0].numel()).rounded(data.flatten(1))
-    codes = coded.codes.reshape(data.shape).movedim(0, axis).to(torch.int8).contiguous()
+    if data.numel() < HALF_BELOW and _fits_half(data):
+        halve(build, owner, weight)
+        return
     readers = list(weight.uses)
     with inner.at(readers[0][0]):
-        q = inner.parameter(inner.unique(f"{weight.name}_quantized"), codes, trainable=False)
-        scale = inner.parameter(inner.unique(f"{weight.name}_scale"), coded.scale[:, 0].float(), trainable=False)
-        back = inner.dequantize(q, scale, axis=axis, at_load=True, name=f"{weight.name}_dequantized")
+        to = Constants(inner, weight.name, at_load=True)
+        if data.numel() >= ENOUGH:
+            shape = tuple(int(size) for size in weight.shape)
+            back = Levels().rounded(data.flatten(1)).laid_out(to, shape, axis)
+        else:
+            coded = nearer(Form(Grid(8), data[0].numel()), data.flatten(1)).rounded(data.flatten(1))
+            back = coded.laid_out(to, coded.codes.reshape(data.shape).movedim(0, axis), axis)
     for node, slot in readers:
         set_input(node, slot, back, owner)
+
+
+def nearer(form: Form, weight: torch.Tensor) -> Form:
+    """The form, or that with zero points, where half of the squared error of a weight [rows, columns] goes by them."""
+    other = replace(form, grid=replace(form.grid, symmetric=False))
+    error, least = (float((one.rounded(weight).values - weight).square().sum()) for one in (form, other))
+    return other if least < error / 2 else form
 
 
 def halve(build: Builder, owner: Graph, vector: Parameter) -> None:

@@ -49,7 +49,7 @@ def test_layers_in_branches_are_stored_in_eight_bits(tmp_path: Path) -> None:
     small = regauge.optimize(regauge.load(source), "quantize{scheme=w8}")
     assert not small.report.passes[0].left
     small.to_onnx(target)
-    assert source.stat().st_size > 3.5 * target.stat().st_size
+    assert source.stat().st_size > 3.35 * target.stat().st_size
     kernels, stray = kernels_of(target)
     assert kernels["LSTM"] == kernels["Conv"] == 2 and not stray
     assert not {"Cast", "Mul", "DequantizeLinear"} & set(kernels)
@@ -76,7 +76,7 @@ def test_weights_of_float_layers_are_stored_beside_integers(tmp_path: Path) -> N
     batches = [(torch.randn(8, 3, 10, 10),) for _ in range(2)]
     graph = regauge.capture(Mixed().eval(), batches[0])
     small = regauge.optimize(graph, "quantize{storage=true}", data=batches)
-    assert small.parameters["depth.weight_quantized"].shape == (64, 1, 3, 3)
+    assert small.parameters["depth.weight_half"].shape == (64, 1, 3, 3)  # of 576 entries eight bits save nothing
     assert small.parameters["gain_half"].dtype == torch.float16
     small.to_onnx(tmp_path / "small.onnx")
     kernels, stray = kernels_of(tmp_path / "small.onnx")
@@ -89,17 +89,17 @@ def test_a_tied_table_gets_one_scale_for_each_row() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.head = nn.Embedding(40, 16), nn.Linear(16, 40, bias=False)
+            self.table, self.head = nn.Embedding(60, 16), nn.Linear(16, 60, bias=False)
             self.head.weight = self.table.weight
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             return self.head(self.table(tokens))
 
-    tokens = torch.arange(40)[None]
+    tokens = torch.arange(60)[None]
     graph = regauge.capture(Tied().eval(), (tokens,))
     small = regauge.optimize(graph, "quantize{scheme=w8}")
     (codes,) = [p for p in small.parameters.values() if p.dtype == torch.int8]
     (scale,) = [p for p in small.parameters.values() if p.dtype == torch.float32]
-    assert codes.shape == (40, 16) and scale.shape == (40,)
+    assert codes.shape == (60, 16) and scale.shape == (60,)
     (a,), (b,) = graph.run((tokens,)), small.run((tokens,))
     assert float(10 * torch.log10(a.square().sum() / (a - b).square().sum())) > 35
