@@ -149,6 +149,14 @@ def test_refitted_layers_are_nearer_than_masked_ones(
     assert chosen < factor * masked
 
 
+def test_of_a_shared_weight_that_is_refitted_nothing_is_told_as_lost() -> None:
+    torch.manual_seed(0)
+    x = images(64, 0)
+    pruned = regauge.optimize(capture(Shared().eval(), (x,)), "prune{ratio=0.4,score=l2,compensate=true}", data=[(x,)])
+    (cut,) = pruned.report.passes[0].cuts
+    assert (cut.before, cut.after, cut.lost) == (24, 14, ())
+
+
 class Turned(nn.Module):
     """The layers of another model as Falcon writes them."""
 
