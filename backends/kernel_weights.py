@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import torch
 
+from regauge.backends.kernel_sparsity import leave_dense, pack_zeros
 from regauge.backends.torch_packing import pack
 from regauge.ir.edit import Builder, remove_dead, replace_uses, set_input
 from regauge.ir.fusion.fused import Rounding, fuse_graph, fused_nodes
@@ -22,14 +23,18 @@ from regauge.ir.graph import Graph, Node, Parameter, Value
 
 
 def for_kernels(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
-    """A graph with fused nodes as it is, else a copy where all regions that gain on a GPU are such, and the codes of
-    weights of few bits that are multiplied in these share bytes."""
+    """A graph with fused nodes as it is, else a copy where all regions that gain on a GPU are such, of weights with
+    zeros that are multiplied in these the rest is stored (:mod:`kernel_sparsity`), and codes of few bits share bytes.
+    """
     if fused_nodes(graph):
         return graph
     result = graph.copy()
     with_own_numbers(result)
+    sparse = pack_zeros(result)
     regions = plan_fusion(result, contractions=False).regions
-    pack_weights(result, [node for region in regions if region.contractions for node in region.nodes])
+    inside = [node for region in regions if region.contractions for node in region.nodes]
+    leave_dense(result, sparse, inside)
+    pack_weights(result, inside)
     fuse_graph(result, rounding=rounding)
     return result
 

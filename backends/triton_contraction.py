@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import torch
 
 from regauge.backends.triton_expressions import TRITON_TYPES, outermost
+from regauge.backends.triton_loops import Loop
 from regauge.backends.triton_tiles import CONSTANTS, TileWriter, Tiling
-from regauge.ir.fusion.products import Product, Side, codes_of, is_float8
+from regauge.ir.fusion.products import Product, Side, codes_of
 from regauge.ir.fusion.region import Term, below_results, terms_below
 
 _LEFT, _RIGHT = "[None, :]", "[:, None]"
@@ -86,12 +87,11 @@ class ContractionKernel(TileWriter):
             self.line(f"{self._partial(product)} = tl.zeros([BLOCK_M, BLOCK_N], {kind})")
         rights = [product.right for product in products]
         lefts = list(dict.fromkeys(product.left for product in products))
-        if self.digits:
-            self._codes(rights, _RIGHT, of_all_digits=True)
-            self._codes(lefts, _LEFT, of_all_digits=True)
-            for loop in self.digits:
-                self.line(f"for {loop.name} in tl.static_range({loop.dims[0].size}):")
-                self.indent += "    "
+        for place, loop in enumerate(self.digits):
+            self._codes(rights, _RIGHT, ahead=self.digits[place:])
+            self._codes(lefts, _LEFT, ahead=self.digits[place:])
+            self.line(f"for {loop.name} in tl.static_range({loop.dims[0].size}):")
+            self.indent += "    "
         self._codes(lefts, _LEFT)
         left = [self._factor(product.left, self.kind(product), "left") for product in products]
         self._codes(rights, _RIGHT)
@@ -132,14 +132,14 @@ class ContractionKernel(TileWriter):
         """The indices of what is contracted, along the tile of one factor."""
         self.axis("k", f"(start + tl.arange(0, BLOCK_K)).to(tl.int64){way}", self.inner)
 
-    def _codes(self, sides: Sequence[Side], way: str, *, of_all_digits: bool = False) -> None:
-        """Read what factors are made of, as it is stored: what all digits have in common, or the rest. The indices are
-        those of a tile of such factors from here on."""
-        places = frozenset(self.products.digits)
+    def _codes(self, sides: Sequence[Side], way: str, *, ahead: Sequence[Loop] = ()) -> None:
+        """Read what factors are made of, as it is stored, and has none of the loops over digits that are still ahead.
+        The indices are those of a tile of such factors from here on."""
+        later = frozenset(loop.dims[0] for loop in ahead)
         cores = [side.core for side in sides if side.few_bits]
         below = {one for core in cores for one in (core, *terms_below(core))} - self._read
-        loads = [load for load in self.region.loads if load in below and (not load.axes & places) >= of_all_digits]
-        if loads or not of_all_digits and (way == _LEFT or not all(side.few_bits for side in sides)):
+        loads = [load for load in self.region.loads if load in below and not load.axes & later]
+        if loads or not ahead and (way == _LEFT or not all(side.few_bits for side in sides)):
             self._contracted(way)
         for load in loads:
             self.statements(load.args, self.load)
@@ -157,7 +157,7 @@ class ContractionKernel(TileWriter):
         core = codes_of(side.core)
         if kind == torch.int8:
             return self.name(core)
-        text = self.of_bytes(self.of_load[core], self.name(core)) if is_float8(core) else self._integer(core)
+        text = self._stored(core)
         text = f"{text}.to({TRITON_TYPES[kind]})"
         if name == "left" and core.op in ("add", "sub"):  # what is read beyond the end is 0, but not what is made of it
             text = f"tl.where(k_ok, {text}, 0.0)"
@@ -165,17 +165,27 @@ class ContractionKernel(TileWriter):
         self.line(f"{name} = {text}")
         return name
 
-    def _integer(self, term: Term) -> str:
-        """What integers are computed from others."""
+    def _stored(self, term: Term) -> str:
+        """What is computed from codes, or from values of a weight with zeros, before these are real numbers."""
         term = codes_of(term)
         if term.op == "load":
-            return self.name(term)
+            return self.of_bytes(self.of_load[term], self.name(term))
+        if term.op == "spread":
+            mask, *values = map(self._stored, term.args)
+            bits, place = self.names.unique("bits"), self.region.names[term.value.loop]
+            self.line(f"{bits} = {outermost(mask)}")
+            if values[1:]:
+                rank, chosen = self.names.unique("rank"), self.names.unique("chosen")
+                self.line(f"{rank} = {self.bits_below(bits, place)}")
+                self.line(f"{chosen} = {self.kept(values, rank)}")
+                values = [chosen]
+            return self.spread(bits, values, place)
         if term.op == "number":
             return str(int(term.value))
         if term.op == "digit":
-            return self.digit(term, self._integer(term.args[0]), self.region.names[term.value.loop])
+            return self.digit(term, self._stored(term.args[0]), self.region.names[term.value.loop])
         first, second = (
-            self._integer(arg) if codes_of(arg).op == "number" else f"{self._integer(arg)}.to(tl.int32)"
+            self._stored(arg) if codes_of(arg).op == "number" else f"{self._stored(arg)}.to(tl.int32)"
             for arg in term.args
         )
         return f"({first} {'+' if term.op == 'add' else '-'} {second})"

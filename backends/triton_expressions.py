@@ -61,6 +61,15 @@ def log1p(x):
     good = tl.log(u) * (x / (u - 1.0))
     return tl.where(u == 1.0, x, tl.where(u == float("inf"), u, good))
 ''',
+    "bits_below": '''@triton.jit
+def bits_below(mask, place):
+    """How many of the lowest 7 bits of a mask are set below a place."""
+    below = mask & ((1 << place) - 1)
+    count = below & 1
+    for bit in tl.static_range(1, 7):
+        count += (below >> bit) & 1
+    return count
+''',
     "from_e4m3": '''@triton.jit
 def from_e4m3(bits):
     """The number in half precision that 8 bits are: 1 for the sign, 4 of exponent, which half precision has 8 more of,

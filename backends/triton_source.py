@@ -176,6 +176,10 @@ class Writer:
         if term.op == "digit":
             place = f"{self.region.names[term.value.loop]}.to(tl.int32)"
             return f"{self.digit(term, f'{self.text(term.args[0])}.to(tl.int32)', place)}.to(tl.float32)"
+        if term.op == "spread":
+            place = f"{self.region.names[term.value.loop]}.to(tl.int32)"
+            mask, *values = map(self.text, term.args)
+            return self.spread(f"{mask}.to(tl.int32)", values, place)
         if term.op not in TEXT:  # a reduction over nothing
             return self.text(term.args[0])
         if term.op in FUNCTIONS:
@@ -207,6 +211,23 @@ class Writer:
         """A digit of an integer: some of its bits."""
         bits = term.value.base.bit_length() - 1
         return f"(({text} >> {place if bits == 1 else f'{bits} * {place}'}) & {term.value.base - 1})"
+
+    def spread(self, mask: str, values: Sequence[str], place: str) -> str:
+        """Of values the one that belongs to a place whose bit is set in a mask, else zero."""
+        found = self.kept(values, self.bits_below(mask, place) if values[1:] else "")
+        return f"tl.where((({mask} >> {place}) & 1) != 0, {found}, 0)"
+
+    def bits_below(self, mask: str, place: str) -> str:
+        """How many bits of a mask are set below a place."""
+        self.functions["bits_below"] = None
+        return f"bits_below({mask}, {place})"
+
+    def kept(self, values: Sequence[str], rank: str) -> str:
+        """The value whose number is ``rank``, which is that of one."""
+        found = values[-1]
+        for number in reversed(range(len(values) - 1)):
+            found = f"tl.where({rank} == {number}, {values[number]}, {found})"
+        return found
 
     def numbers(self, term: Term, text: str) -> str:
         """What was read as numbers in single precision; truth values stay, and so do numbers of entries."""

@@ -6,6 +6,7 @@ out (benchmarks/kernel_resources.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from regauge.backends.triton_launch import Launch, power_above
@@ -27,7 +28,7 @@ def launch_of_tiles(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int], *, s
     tiles = -(-rows // high) * -(-columns // wide) * count(loops.batch, sizes)
     constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": 8}
     warps = 8 if high * wide * _held(tiling) > 64 * 128 or tiling.products > 1 and high > 16 else 4
-    stages = 2 if tiling.bytes == 4 else 3
+    stages = 2 if tiling.bytes == 4 or _many(tiling) else 3
     if not split:
         return Launch(tiles, constants, warps, stages)
     parts = max(2, parts_of(loops, tiling, sizes))
@@ -55,6 +56,11 @@ def _held(tiling: Tiling) -> int:
     return tiling.products * (2 if tiling.groups else 1) + bool(tiling.digits)
 
 
+def _many(tiling: Tiling) -> bool:
+    """Whether more than 4 numbers share a byte."""
+    return math.prod(int(loop.dims[0].size) for loop in tiling.digits) > 4
+
+
 def _tile(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> tuple[int, int, int]:
     """Rows, columns, and indices of what is contracted in a step."""
     most = 64 if tiling.bytes == 4 else 128
@@ -65,6 +71,8 @@ def _tile(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> tuple[int, 
     if high <= 32:  # a weight is read once: more programs read it
         wide = min(wide, 64)
     held = _held(tiling)
+    if _many(tiling):  # each digit meets another tile of the left factor, and all of these are in registers at once
+        return (high, 32, 32) if high <= 16 else (32, 64, least)
     if held > 1:
         high, wide = min(high, 64 if held < 4 else 32), min(wide, 128 if held == 2 else 64)
         deep = min(deep, 32) if held > 3 else deep

@@ -99,6 +99,22 @@ def fresh_crops(count: int, *, seed: int = 0) -> torch.Tensor:
     return _drawn([np.asarray(Image.open(folder / name).convert("RGB")) for name in FRESH], count, seed)
 
 
+def varied(images: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+    """Normalised images with colours exchanged, some mirrored, turned or negative, at other light and contrast."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform() -> torch.Tensor:
+        return torch.rand(len(images), 1, 1, 1, generator=generator)
+
+    colours = torch.stack([torch.randperm(3, generator=generator) for _ in images])[:, :, None, None]
+    x = torch.gather(images * DEVIATION + MEAN, 1, colours.expand_as(images))
+    x = torch.where(uniform() < 0.5, x.flip(3), x)
+    x = torch.where(uniform() < 0.25, 1 - x, x)
+    x = (x - 0.5) * (0.6 + 0.9 * uniform()) + 0.5 + 0.3 * (uniform() - 0.5)
+    x = x.clamp(0, 1) ** (2 ** (2 * uniform() - 1))
+    return (torch.where(uniform() < 0.3, x.transpose(2, 3), x) - MEAN) / DEVIATION
+
+
 def _drawn(photographs: Sequence[np.ndarray], count: int, seed: int) -> torch.Tensor:
     draws = np.random.default_rng(seed)
     found = []

@@ -41,11 +41,6 @@ GPT = (
     ("fuse-blocks{blocks=1}", True),
     ("fuse-blocks{blocks=1,align=true}", True),
     ("fuse-blocks{blocks=2}", True),
-    ("parallelize{branches=1,compensate=false}", True),
-    ("parallelize{branches=1}", True),
-    ("parallelize{branches=2,compensate=false}", True),
-    ("parallelize{branches=2}", True),
-    ("parallelize{branches=4}", True),
 )
 RESNET = (
     ("depth{blocks=3,score=similarity,compensate=false}", True),

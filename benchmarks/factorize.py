@@ -5,7 +5,8 @@
 char_gpt    perplexity with its linear layers at 0.8 and 0.6 of their parameters
 heads       perplexity with fewer directions in each head of attention (without data, by norms alone), and with parts of
             the parameters, canonicalized before and not
-resnet*     share of photographs in the same class at half of the multiplications; ranks in blocks of 16, too
+resnet*     share of photographs in the same class at half of the multiplications; ranks in blocks of 16, too;
+            --vary changes the colours and the light of half of those that it is calibrated on
 digits-cnn  the same of the digits' test images
 time        onnxruntime's for one batch, of the whole network's; medians in turns, one thread
 
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import regauge
-from benchmarks import char_gpt, digits_networks
+from benchmarks import char_gpt, cifar_resnet, digits_networks
 from benchmarks.prune_networks import Judge, residual
 from benchmarks.report import append_table, environment
 from regauge.backends.latency import measure
@@ -108,13 +109,16 @@ def _errors_at_half(form: Form, problem: Problem, graph: Graph) -> tuple[float, 
     return found[0], found[1]
 
 
-def images(depth: int, examples: int) -> Iterator[list[str]]:
+def images(depth: int, examples: int, vary: bool) -> Iterator[list[str]]:
     network = residual(depth, examples, 0)
+    given = torch.cat([*network.batches])
+    if vary:
+        given = torch.cat([given[: examples // 2], cifar_resnet.varied(given[examples // 2 :], seed=3)])
 
     def judge(found: Any) -> str:
         return f"{network.judge(found.to_torch().eval())[0]:.3f}"
 
-    batches = [(part,) for part in network.batches]
+    batches = [(part,) for part in given.split(128)]
     for kept, step in HALVES.items():
         yield _row(f"resnet{depth}", kept, network.graph, step, batches, judge, (network.batches[0][:8],))
 
@@ -153,6 +157,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names of networks")
     parser.add_argument("--forms", nargs="*", help="compare these forms of linear layers instead; all if none is named")
     parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--vary", action="store_true", help="change colours and light of half of the photographs")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -163,8 +168,8 @@ def main() -> None:
         return
     parts: dict[str, Callable[[], Iterator[list[str]]]] = {
         "char_gpt": lambda: characters(options.examples),
-        "resnet20": lambda: images(20, options.examples),
-        "resnet56": lambda: images(56, options.examples),
+        "resnet20": lambda: images(20, options.examples, options.vary),
+        "resnet56": lambda: images(56, options.examples, options.vary),
         "digits-cnn": lambda: digits(options.examples),
     }
 

@@ -28,7 +28,7 @@ if "--small" in sys.argv:
 import torch
 
 import regauge
-from benchmarks.gpu_cases import CASES, Case, Function, inputs, small
+from benchmarks.gpu_cases import CASES, Case, Function, inputs, small, sparse_graph
 from benchmarks.report import append_table, section
 from regauge.backends.gpu_timing import Spread, rotating, times
 from regauge.backends.triton_kernel import Kernel, triton_kernel
@@ -46,10 +46,12 @@ RESERVE = 75  # seconds that must be left for a compiler to be tried
 class Ours:
     """A function as Regauge runs it: each region of the plan is a kernel, other nodes are torch's."""
 
-    def __init__(self, function: Function, tensors: Sequence[torch.Tensor]) -> None:
-        module = type("Case", (torch.nn.Module,), {"forward": lambda _, *given: function(*given)})()
+    def __init__(self, case: Case, tensors: Sequence[torch.Tensor]) -> None:
+        module = type("Case", (torch.nn.Module,), {"forward": lambda _, *given: case.function(*given)})()
         empty = tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors)
-        self.graph: Graph = regauge.capture(module, empty, verify=False)
+        self.graph: Graph = (
+            sparse_graph(tensors, case.pattern) if case.pattern else regauge.capture(module, empty, verify=False)
+        )
         self.plan = plan_fusion(self.graph)
         self.kernels: dict[Region, Kernel] = {
             step: triton_kernel(step, f"kernel_{place}")
@@ -70,7 +72,8 @@ class Ours:
 
     def floor(self, bandwidth: float, flops: float) -> tuple[float, str]:
         """Seconds that a device takes at least, and what it waits for."""
-        values = [value for value in (*self.graph.inputs, *self.graph.outputs) if isinstance(value, Value)]
+        read = [value for value in self.graph.inputs if value.uses]
+        values = [value for value in (*read, *self.graph.outputs) if isinstance(value, Value)]
         moved = sum(torch.empty(value.shape, dtype=value.dtype, device="meta").nbytes for value in values)  # type: ignore
         memory, products = moved / bandwidth, 2 * figures(self.graph).macs / flops
         return max(memory, products), "memory" if memory >= products else "products"
@@ -118,7 +121,7 @@ def measure(case: Case, device: torch.device, speed: tuple[float, float], left: 
     """The row of a case."""
     shapes = case.of((lambda extent: extent) if device.type == "cuda" else small)
     tensors = inputs(case, shapes, torch.bfloat16, device)
-    ours = Ours(case.function, tensors)
+    ours = Ours(case, tensors)
     floor, bound = ours.floor(*speed)
     found = case.function(*(tensor.double() for tensor in tensors))
     true = found if isinstance(found, tuple) else (found,)

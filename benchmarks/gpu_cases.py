@@ -10,6 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from regauge.backends.kernel_sparsity import dense_of, stored
+from regauge.ir.edit import Builder
+from regauge.ir.graph import Graph
+
 Function = Callable[..., Any]
 SMALL, LEAST = 256, 5
 """In the interpreter sizes are so many times smaller, but not smaller than the least."""
@@ -19,7 +23,8 @@ SMALL, LEAST = 256, 5
 class Case:
     """A function of tensors of these shapes; ``liger`` names Liger's kernel for it, ``module:name``, where it has one.
 
-    ``types`` says of which tensors the type is another than that of the run: integers are drawn from -7 to 7.
+    ``types`` says of which tensors the type is another than that of the run: integers are drawn from -7 to 7. Where the
+    second tensor has a ``pattern`` of zeros, Regauge reads what is stored of it, the two tensors behind the last one.
     """
 
     name: str
@@ -28,6 +33,7 @@ class Case:
     liger: str = ""
     arguments: tuple[Any, ...] = ()  # of Liger, behind the tensors
     types: Mapping[int, torch.dtype] = field(default_factory=dict)
+    pattern: tuple[int, int] | None = None  # of the second tensor so many of so many neighbours are not zero
 
     def of(self, size: Callable[[int], int]) -> list[tuple[int, ...]]:
         return [tuple(size(extent) for extent in shape) for shape in self.shapes]
@@ -61,7 +67,20 @@ def inputs(
             continue
         tensor = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         made.append((tensor * shape[-1] ** -0.5 if place and len(shape) == 2 else tensor).to(kind))
+    if case.pattern is not None:
+        keep, of = case.pattern
+        groups = made[1].view(made[1].shape[0], -1, of)
+        groups.scatter_(2, groups.abs().argsort(2)[:, :, : of - keep], 0)
+        made += (part.to(device) for part in stored(made[1].cpu(), keep, of))
     return made
+
+
+def sparse_graph(tensors: Sequence[torch.Tensor], pattern: tuple[int, int]) -> Graph:
+    """The linear map of a weight with a pattern of zeros, as kernels read it."""
+    build = Builder(Graph("sparse"))
+    x, _, *parts = (build.input(name, t.shape, t.dtype) for name, t in zip("xwvm", tensors, strict=True))
+    build.graph.outputs = [build.linear(x, dense_of(build, *parts, *pattern))]
+    return build.graph
 
 
 def swiglu(gate: Any, up: Any) -> Any:
@@ -126,6 +145,10 @@ def causal_attention(q: Any, k: Any, v: Any) -> Any:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def linear(x: Any, weight: Any, *_: Any) -> Any:
+    return F.linear(x, weight)
+
+
 def attention_to_eight_bits(q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any) -> Any:
     return F.scaled_dot_product_attention(q, k.to(q.dtype) * k_scale, v.to(q.dtype) * v_scale)
 
@@ -159,5 +182,6 @@ CASES = [
       for m in (1, 256)),
     *(Case(f"weight of 8 bits, M={m}", eight_bits, ((m, D), (H, D), (H,)), types={1: torch.int8})
       for m in (1, 16, 256)),
+    *(Case(f"weight of 2:4, M={m}", linear, ((m, D), (H, D)), pattern=(2, 4)) for m in (1, 16, 64)),
     *(Case(f"low rank r={r}", low_rank, ((D, D), (r, D), (D, r))) for r in (64, 256, 1024)),
 ]  # fmt: skip

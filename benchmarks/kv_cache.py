@@ -31,20 +31,30 @@ from regauge.ir.states import Steps
 from regauge.passes.decoding.cache_bytes import cache_bytes
 
 HEADS = ["network", "passes", "bytes per position", "perplexity", "change"]
+QUANTIZED = [
+    "kv-quantize{bits=8}",
+    "kv-quantize{bits=4}",
+    "kv-quantize{bits=2}",
+    "kv-quantize{bits=2,method=rotated}",
+    "kv-quantize{bits=2,predict=true}",
+    "kv-quantize{bits=4,method=coupled}",
+    "kv-quantize{bits=2,method=coupled}",
+    "kv-quantize{bits=1,method=coupled}",
+    "kv-quantize{bytes=0.14}",
+    "kv-quantize{bytes=0.06,method=coupled}",
+]
 PASSES = {
     "char_gpt": [
         "kv-latent{bytes=0.75}",
         "kv-latent{bytes=0.5}",
-        "kv-quantize{bits=8}",
-        "kv-quantize{bits=4}",
+        *QUANTIZED,
         "kv-latent{bytes=0.75},kv-quantize{bits=4}",
     ],
     "char_llama": [
         "kv-latent{bytes=0.75}",
         "kv-latent{bytes=0.5}",
         "kv-latent{bytes=0.5,joint=false}",
-        "kv-quantize{bits=8}",
-        "kv-quantize{bits=4}",
+        *QUANTIZED,
         "kv-latent{bytes=0.75},kv-quantize{bits=4}",
     ],
 }
@@ -63,13 +73,13 @@ def captured(name: str, windows: torch.Tensor) -> tuple[Any, Any]:
     return model, regauge.capture(model, (windows[:2],), dynamic=dynamic)
 
 
-def rows(name: str, examples: int, steps: bool) -> Iterator[list[str]]:
+def rows(name: str, specs: list[str], examples: int, steps: bool) -> Iterator[list[str]]:
     windows = char_gpt.calibration_windows(examples)
     model, graph = captured(name, windows)
     whole = char_gpt.perplexity(model)
     before = cache_bytes(regauge.optimize(graph, "kv-cache"))
     yield [name, "kv-cache", f"{before:.0f}", f"{whole:.3f}", ""]
-    for passes in PASSES[name]:
+    for passes in specs:
         found = regauge.optimize(graph, passes, data=[(part,) for part in windows.split(32)])
         cached = regauge.optimize(found, "kv-cache")
         left, after = char_gpt.perplexity(found.to_torch().eval()), cache_bytes(cached)
@@ -112,6 +122,7 @@ def milliseconds(graph: Any, inputs: list[torch.Tensor]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(PASSES), help="names of networks")
+    parser.add_argument("--passes", nargs="*", help="instead of those above")
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--time", action="store_true")
@@ -121,7 +132,11 @@ def main() -> None:
     torch.set_num_threads(1)
     found = []
     for name in options.only:
-        for row in times(name, options.examples) if options.time else rows(name, options.examples, options.steps):
+        for row in (
+            times(name, options.examples)
+            if options.time
+            else rows(name, options.passes or PASSES[name], options.examples, options.steps)
+        ):
             print("  ".join(row), flush=True)
             found.append(row)
     print(environment())

@@ -227,10 +227,27 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _softmax(x: Tensor, dim: int = -1, *_: Any, **__: Any) -> Tensor | None:
-    present = _present(x, [dim])
+    present = _present_within(x, dim % x.dim())
     if present.all():
         return None
     return torch.exp(torch.log_softmax(x.masked_fill(present == 0, -math.inf), dim))
+
+
+def _present_within(x: Tensor, axis: int) -> Tensor:
+    """Like :func:`_present`; where each index of another axis, a head, kept as many positions of its own, in it.
+
+    A head that was removed has none: what it gives reaches nothing, but must not be NaN.
+    """
+    found = _present(x, [axis])
+    for other in range(x.dim()):
+        if other == axis:
+            continue
+        within = _present(x, [other, axis])
+        counts = within.sum(axis).flatten()
+        here = counts > 0
+        if bool(here.any()) and bool((counts[here] == counts[here][0]).all()) and int(counts.max()) < int(found.sum()):
+            return torch.where(within.any(axis, keepdim=True), within, torch.ones_like(within))
+    return found
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, **_: Any) -> Tensor | None:

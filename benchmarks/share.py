@@ -33,8 +33,7 @@ STEPS = {
     "dictionaries, 0.8 of parameters": "share{kind=dictionary,params=0.8",
     "central tensors, 0.8 of parameters": "share{kind=central,params=0.8",
     "central tensors, 0.65 of parameters": "share{kind=central,params=0.65",
-    "codebooks, 0.25 of bytes": "share{kind=codebook,params=0.25",
-    "codebooks, 0.15 of bytes": "share{kind=codebook,params=0.15",
+    "codebooks, up to 0.25 of bytes": "share{kind=codebook,params=0.25",
 }
 
 
@@ -54,13 +53,13 @@ def main() -> None:
         if options.only and not any(text in name for text in options.only):
             continue
         judged, after = [], before
-        for more in ("", ",align=false"):
+        for more in ("",) if "central" in step or "codebook" in step else ("", ",align=false"):
             for data in (None, batches):
                 found = regauge.optimize(graph, f"{step}{more}}}", data=data)
                 after = after if judged else figures(found)
                 judged.append(f"{char_gpt.perplexity(found.to_torch().eval()):.3f}")
         shares = f"{after.parameters / before.parameters:.2f}", f"{after.macs / before.macs:.2f}"
-        rows.append([name, *shares, *judged])
+        rows.append([name, *shares, *judged, *[""] * (4 - len(judged))])
         print("  ".join(rows[-1]), flush=True)
     print(environment())
     if options.write:

@@ -8,6 +8,7 @@ of its own, gathered at these places, along the Dims that they depend on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,9 @@ def check_element(case: Case) -> None:
         return
     if expression.op == "digit":
         _check_digits(case, expression.value)
+        return
+    if expression.op == "spread":
+        _check_spread(case)
         return
     of = case.analysis.of
     elsewhere = _Elsewhere(case)
@@ -173,6 +177,17 @@ def _check_digits(case: Case, base: int) -> None:
     powers = base ** torch.arange(count)
     digits = (q.long()[..., None] // powers % base).flatten(-2)
     case.expect_same([digits.to(case.results[0].dtype)], case.results, "element", "correct its element")
+
+
+def _check_spread(case: Case) -> None:
+    """Values [rows, n, groups] lie in rising order where bits of their group are set."""
+    values, mask = case.operands
+    count = int(leaves(case.analysis.of[case.node.output][-1])[-1].size)
+    found = torch.zeros(*mask.shape, count, dtype=values.dtype)
+    for row, group in product(*map(range, mask.shape)):
+        places = [place for place in range(count) if int(mask[row, group]) >> place & 1]
+        found[row, group, places] = values[row, : len(places), group]
+    case.expect_same([found.flatten(1)], case.results, "element", "correct its element")
 
 
 def laid(tensor: torch.Tensor, axes: Sequence[Extent], dims: Sequence[Dim], atoms: Atoms) -> torch.Tensor:

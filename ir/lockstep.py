@@ -87,6 +87,13 @@ class Lockstep:
                 for value in self._late.get(node, ()):
                     solve_bindings(value.shape, environment[value].shape, bindings)
 
+    def rerun(self, node: Node) -> None:
+        """Run a node again, where its results are still held: a weight that it reads has changed."""
+        done, self._done = self._done, None
+        if all(self.holds(value) for value in node.outputs):
+            self.execute(node)
+        self._done = done
+
     def watch(self, watchers: Mapping[Node, Watcher]) -> None:
         """Call these whenever their nodes, which lie in regions, have run."""
         self._interpreter.watchers.update(watchers)

@@ -45,6 +45,8 @@ class Scalar:
     ``moved``    the operand at other places of some axes: ``value`` is a :class:`Moved`
     ``inside``   whether the places of the :class:`Moved` ``value`` are on the axes of the operand
     ``digit``    digit i of an integer to the base ``value``, i being the index within the last axis of the result
+    ``spread``   where bit i of the first argument, an integer, is set, the argument behind it whose number is how many
+                 bits are set below, and else 0; i is the index within the last axis of the result
     ``picked``   of the first argument, an operand, the entry whose number the second one holds; ``value`` is a
                  :class:`Pick`
 
@@ -216,6 +218,12 @@ def joined(*args: Operand) -> Scalar:
 def digit(x: Scalar, base: int) -> Scalar:
     """The digits of an integer, the least one first, along the fastest part of the last axis of the result."""
     return Scalar("digit", (x,), base)
+
+
+def spread(mask: Scalar, values: Sequence[Scalar]) -> Scalar:
+    """The values one after the other where bits of a mask are set, from the lowest bit on, and zeros elsewhere; along
+    the fastest part of the last axis of the result."""
+    return Scalar("spread", (mask, *values))
 
 
 def _function(op: str) -> Callable[..., Scalar]:

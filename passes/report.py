@@ -80,15 +80,22 @@ class Report:
 
 
 def reported(
-    before: Graph, after: Graph, text: str, since: float, cuts: Iterable[Cut], left: Mapping[str, int]
+    before: Graph,
+    after: Graph,
+    text: str,
+    since: float,
+    cuts: Iterable[Cut],
+    left: Mapping[str, int],
+    notes: Iterable[str] = (),
 ) -> Graph:
     """``after`` with a report of the one step that made it of ``before``, where no pipeline did.
 
     ``since`` is what ``time.perf_counter`` gave when the step began.
     """
     seconds = time.perf_counter() - since
+    sizes = figures(before), figures(after)
     entry = PassReport(
-        text, "approximate", figures(before), figures(after), seconds, True, cuts=tuple(cuts), left=dict(left)
+        text, "approximate", *sizes, seconds, True, cuts=tuple(cuts), notes=tuple(notes), left=dict(left)
     )
     after.report = Report((entry,))
     return after

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import assume
+from hypothesis import assume, reject
 from hypothesis import strategies as st
 
+from regauge.backends.kernel_sparsity import dense_of, stored
 from regauge.ir.edit import Builder, remove_dead
+from regauge.ir.errors import FusionError
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
@@ -173,6 +175,10 @@ def few_bit_products(draw: Callable[[Any], Any]) -> Graph:
     ]
     values = [build.add(products[0], build.input("r", (rows, columns), dtype)), *products[1:]]
     build.graph.outputs = [build.mul(build.silu(values[0]), values[1])] if len(values) > 1 else values
+    try:
+        trace(build.graph.nodes, build.graph.outputs)  # type: ignore[arg-type]
+    except FusionError:  # their groups are parts of one another in no way
+        reject()
     return build.graph
 
 
@@ -181,8 +187,10 @@ def _few_bit_product(
 ) -> Value:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
     depth = int(x.shape[1])
-    storage = draw(st.sampled_from(("int8", "uint8", "float8", "int4")))
-    turned = storage != "int4" and draw(st.booleans())
+    storage = draw(st.sampled_from(("int8", "uint8", "float8", "int4", "sparse", "sparse int8")))
+    if storage == "sparse":
+        return build.linear(x, _sparse(draw, build, torch.randn(columns, depth, generator=generator).to(dtype), place))
+    turned = storage not in ("int4", "sparse int8") and draw(st.booleans())
     per = draw(st.sampled_from(("tensor", "output", "group")))
     shape = (columns, depth // 2) if storage == "int4" else (depth, columns) if turned else (columns, depth)
     q = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
@@ -190,7 +198,10 @@ def _few_bit_product(
         q = (q.int() - 128).to(torch.int8)
     elif storage == "float8":
         q = (torch.randn(shape, generator=generator) * 50).to(torch.float8_e5m2)
-    codes: Value = build.parameter(f"q{place}", q, trainable=False)
+    if storage == "sparse int8":
+        codes: Value = _sparse(draw, build, q.view(torch.int8), place)
+    else:
+        codes = build.parameter(f"q{place}", q, trainable=False)
     if storage == "int4":
         codes = build.unpack(codes, base=16, count=2)
         if draw(st.booleans()):  # the halves of a row, or of a group
@@ -208,6 +219,17 @@ def _few_bit_product(
         zero = build.parameter(f"z{place}", numbers, "buffer")
     w = build.dequantize(codes, scale, zero, **axes)
     return build.matmul(x, w) if turned else build.linear(x, w)
+
+
+def _sparse(draw: Callable[[Any], Any], build: Builder, weight: torch.Tensor, place: int) -> Value:
+    """What is left of a weight where at most so many of so many neighbours are stored."""
+    depth = weight.shape[1]
+    patterns = [(keep, of) for keep, of in ((1, 2), (2, 4), (1, 4), (4, 8), (3, 8)) if depth % of == 0]
+    keep, of = draw(st.sampled_from(patterns))
+    there = torch.rand(len(weight), depth // of, of).argsort(2) < keep
+    values, mask = stored(weight * there.flatten(1), keep, of)
+    read = build.parameter(f"v{place}", values, trainable=False), build.parameter(f"m{place}", mask, "buffer")
+    return dense_of(build, *read, keep, of)
 
 
 @st.composite

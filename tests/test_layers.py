@@ -36,7 +36,7 @@ MAY_IMPORT = {
 STANDS_ON = {
     "attention": ("depth", "simplify"),
     "adapters": ("simplify",),
-    "decoding": ("factorization",),
+    "decoding": ("factorization", "quantization"),
     "quantization": ("simplify",),
     "training": ("pruning", "quantization", "factorization"),
     "sharing": ("depth", "factorization"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 
@@ -10,6 +11,7 @@ from regauge.ir.errors import FusionError
 from regauge.ir.fusion.attention import find_attention
 from regauge.ir.fusion.products import FLOAT8, same_left
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
+from regauge.ir.fusion.terms import DIGITS
 from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Value
 from regauge.ir.sizes import is_static, product, symbols_in
@@ -26,7 +28,7 @@ NO_FLOAT = "is no float"
 MOST_PRODUCTS = 3
 """Contractions beside one another in a region: a program has a tile of each in registers."""
 
-MOST_DIGITS = 4
+MOST_DIGITS = 8
 """Numbers that share a byte: a program goes through them in turn, each time with another part of the other factor."""
 
 MOST_NODES = 64
@@ -45,7 +47,7 @@ def fault(region: Region) -> str | None:
 
 def _wrong_type(region: Region) -> str | None:
     for value, term in region.results.items():
-        codes = below_results(term).op in ("load", "digit") and value.dtype in (*INTEGERS, *FLOAT8)
+        codes = below_results(term).op in ("load", *DIGITS) and value.dtype in (*INTEGERS, *FLOAT8)
         if value.dtype not in (*FLOATS, torch.bool) and not codes and below_results(term) not in region.whole:
             return _no_type(value)
     rounded = {arg for term in region.terms if term.op != "real" for arg in term.args}
@@ -57,10 +59,10 @@ def _wrong_type(region: Region) -> str | None:
         long = value.dtype == torch.int32 and load not in rounded  # torch rounds it to the type of its scale, too
         if not (long or value.dtype in (*FLOATS, *INTEGERS, *FLOAT8, torch.bool)):
             return _no_type(value)
-    digits = [term.value for term in region.terms if term.op == "digit"]
+    digits = [term.value for term in region.terms if term.op in DIGITS]
     if any(digit.base & (digit.base - 1) for digit in digits):
         return "numbers that share a byte have parts of a bit"
-    if region.contractions and any(digit.count > MOST_DIGITS for digit in digits):
+    if region.contractions and prod({digit.loop: digit.count for digit in digits}.values()) > MOST_DIGITS:
         return f"more than {MOST_DIGITS} numbers share a byte"
     for value in region.outputs:
         if value.dtype not in FLOATS and below_results(region.results[value]).op != "digit":

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from regauge.ir.extents import Dim
-from regauge.ir.fusion.region import Region, Term, below_results
+from regauge.ir.fusion.region import Region, Term, below_results, terms_below
+from regauge.ir.fusion.terms import DIGITS
 from regauge.ir.sizes import is_static
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -80,7 +81,11 @@ def products_of(region: Region) -> Products:
     cores = [side.core for one in found for side in (one.left, one.right)]
     if short or not groups.isdisjoint(digits) or not all(inner <= core.axes for core in cores if groups or digits):
         return plain_products(region)
-    return Products(tuple(found), groups, tuple(dict.fromkeys(digits)))
+    few = [side.core for one in found for side in (one.left, one.right) if side.few_bits]
+    stored = {one for core in few for one in terms_below(core) if one.op == "load"}
+    # what is read along the first ones is the same for all that come then
+    order = sorted(dict.fromkeys(digits), key=lambda dim: -sum(dim in load.axes for load in stored))
+    return Products(tuple(found), groups, tuple(order))
 
 
 def plain_products(region: Region) -> Products:
@@ -133,7 +138,7 @@ def _parts(term: Term) -> Iterator[Term]:
 
 
 def _is_core(term: Term) -> bool:
-    if is_float8(term):
+    if is_float8(term) or codes_of(term).op == "spread":
         return True
     ends = integer_range(term)
     return bool(term.axes) and ends is not None and max(-ends[0], ends[1]) <= EXACT
@@ -162,6 +167,10 @@ def integer_range(term: Term) -> tuple[int, int] | None:
     if term.op == "load" and term.value.value.dtype in (torch.int8, torch.uint8):
         limits = torch.iinfo(term.value.value.dtype)
         return limits.min, limits.max
+    if term.op == "spread":
+        ranges = [integer_range(value) for value in term.args[1:]]
+        known = [one for one in ranges if one is not None]
+        return (min(0, *(low for low, _ in known)), max(0, *(high for _, high in known))) if known == ranges else None
     if term.op == "digit":
         whole = integer_range(term.args[0])
         return (0, term.value.base - 1) if whole is not None and whole[0] >= 0 else None
@@ -181,6 +190,6 @@ def _digits(side: Side) -> Iterator[Dim]:
     stack = [side.core] if side.few_bits else []
     while stack:
         term = stack.pop()
-        if term.op == "digit":
+        if term.op in DIGITS:
             yield term.value.loop
         stack += term.args

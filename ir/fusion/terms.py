@@ -15,6 +15,9 @@ from regauge.ir.scalars import REDUCTIONS
 MOST_TERMS = 2000
 """Terms that are computed at other places: slices of sums of slices are as many as there are paths to what is read."""
 
+DIGITS = ("digit", "spread")
+"""Terms whose :class:`Digit` says along which loop a number is taken apart."""
+
 Layout: TypeAlias = tuple[tuple[Dim, ...], ...]
 """For each axis of a tensor the loops that it is made of, the slowest first; none for an axis of size 1."""
 
@@ -33,6 +36,8 @@ class Term:
     ``inside``  whether a place is on an axis: ``value`` is the place and the length of the axis, both Affine
     ``result``  what a node gives: its argument, as a number of the type of ``value``, a graph Value
     ``digit``   of its argument, an integer, one digit; ``value`` is a :class:`Digit`
+    ``spread``  where a bit of the first argument is set, the one of the others whose number is how many bits are set
+                below, and else 0; ``value`` is a :class:`Digit`, to the base 2
     """
 
     op: str
@@ -178,7 +183,7 @@ class Mover:
                 self._keys[term], Load(load.value, load.layout, moved, load.picked), tuple(dict.fromkeys(args))
             )
         axes = frozenset(dim for arg in args for dim in arg.axes) - term.over
-        if term.op == "digit":
+        if term.op in DIGITS:
             if term.value.loop in places:
                 raise FusionError("it would read the digits of numbers elsewhere")
             axes |= {term.value.loop}

@@ -18,7 +18,7 @@ from regauge.ir.dtypes import epsilon_of
 from regauge.ir.errors import AxisError, FusionError
 from regauge.ir.extents import Concat, Dim, fresh, leaves, resolve, size_of
 from regauge.ir.fusion.region import Region, no_element
-from regauge.ir.fusion.terms import Digit, Layout, Load, Mover, Term
+from regauge.ir.fusion.terms import DIGITS, Digit, Layout, Load, Mover, Term
 from regauge.ir.graph import Node, Value
 from regauge.ir.rules import ENDING_ROLES, Axes, Call
 from regauge.ir.scalars import REDUCTIONS, Along, OperandAxis, Place, Scalar, element_of, movements
@@ -150,14 +150,14 @@ class _Tracer:
             raise FusionError(f"{node.op} moves indices across axes")
         region.results[value] = Term("result", (term,), term.axes, value)
 
-    def _digit(self, node: Node, args: tuple[Term, ...], base: int) -> Term:
-        """What the last axis of the result has beyond that of the operand is the loop over digits."""
-        axes = args[0].axes
+    def _digit(self, op: str, node: Node, args: tuple[Term, ...], base: int) -> Term:
+        """What the last axis of the result has beyond that of operands is the loop over digits."""
+        axes = frozenset(dim for arg in args for dim in arg.axes)
         last = self.traced.layouts[node.output][-1]
         more = [dim for dim in last if dim not in axes]
         if len(more) != 1 or more[0] is not last[-1] or not isinstance(more[0].size, int):
             raise FusionError(f"the digits of {node.output.name} lie on several axes")
-        return Term("digit", args, axes | {more[0]}, Digit(base, more[0], more[0].size))
+        return Term(op, args, axes | {more[0]}, Digit(base, more[0], more[0].size))
 
     def _layout(self, key: Any, name: str) -> Layout:
         layout = tuple(self.atoms.of(extent) for extent in self.axes[key])
@@ -276,8 +276,8 @@ class _Tracer:
         if scalar.op == "where":
             return self.mover.chosen(*args)
         axes = frozenset(dim for arg in args for dim in arg.axes)
-        if scalar.op == "digit":
-            return self._digit(node, args, scalar.value)
+        if scalar.op in DIGITS:
+            return self._digit(scalar.op, node, args, scalar.value or 2)
         if scalar.op in REDUCTIONS:
             ended = ended if scalar.value is None else frozenset(self._axis(node, scalar.value))
             return Term(scalar.op, args, axes - ended, over=ended) if ended else args[0]

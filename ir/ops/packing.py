@@ -1,6 +1,8 @@
 """Numbers of few bits that share bytes, and codes that are looked up in tables: what weights are stored as.
 
 unpack     digit i of a byte q of so many digits is q // base^i % base: 8 bits, 4 pairs, 2 halves, or 5 trits
+codebook   w[r, c] = table[r's group, q[r, c]], the rows in as many groups of neighbours as the table has rows
+n_of_m     w[r, g m + i] = values[r, how many bits of mask[r, g] are set below i, g] where bit i is set, and else 0
 codebook   w[r, c] = table[r's group, q[r, c]], the rows in as many groups of neighbours as the table has rows;
            of a table [v] w[...] = table[q[...]]
 
@@ -85,3 +87,35 @@ def codebook(q: Tensor, table: Tensor) -> Tensor:
     if table.dim() == 1:
         return table[q.long()]
     return torch.take_along_dim(table, q.long().reshape(table.shape[0], -1), 1).reshape(q.shape)
+
+
+def _spell_n_of_m(onnx: Any, node: Node) -> Any:
+    of = node.attributes["of"]
+    two = onnx.constant(torch.tensor(2, dtype=torch.int32))
+    whole = onnx.unsqueeze(onnx.operand(1, torch.int32), 2)
+    bits = onnx.Mod(onnx.Div(whole, onnx.constant(torch.tensor([2**i for i in range(of)], dtype=torch.int32))), two)
+    ranks = onnx.CumSum(bits, onnx.constant(torch.tensor(2)), exclusive=1)
+    last = onnx.constant(torch.tensor(node.attributes["keep"] - 1, dtype=torch.int32))
+    values = onnx.GatherElements(onnx.Transpose(onnx.operand(0), perm=[0, 2, 1]), onnx.Min(ranks, last), axis=2)
+    zero = onnx.cast(onnx.constant(torch.tensor(0.0)), node.output.dtype)
+    found = onnx.Where(onnx.cast(bits, torch.bool), values, zero)
+    return onnx.Reshape(found, onnx.constant(torch.tensor([0, -1])))
+
+
+@operator(
+    rule="r t g, r g -> r (g m) ; whole t ; whole m ; keep = t ; of = m",
+    spell=_spell_n_of_m,
+    samples=lambda: [
+        sample(randn(2, 2, 3), torch.tensor([[3, 5, 10], [0, 12, 8]], dtype=torch.uint8), keep=2, of=4),
+        sample(randn(1, 1, 4), torch.tensor([[1, 0, 128, 16]], dtype=torch.uint8), keep=1, of=8),
+    ],
+    coding=True,
+    expands=True,
+    element=lambda values, mask, keep, of: scalars.spread(
+        mask, [scalars.moved(values, {1: scalars.Place(offset=place)}) for place in range(keep)]
+    ),
+)
+def n_of_m(values: Tensor, mask: Tensor, *, keep: int, of: int) -> Tensor:
+    bits = mask.to(torch.int32).unsqueeze(-1) >> torch.arange(of, dtype=torch.int32, device=mask.device) & 1
+    ranks = (bits.cumsum(-1) - bits).clamp(max=keep - 1)
+    return torch.where(bits != 0, values.transpose(1, 2).take_along_dim(ranks, 2), 0).to(values.dtype).flatten(1)

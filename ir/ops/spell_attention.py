@@ -74,7 +74,9 @@ def _shared(onnx: Any, q: Value, other: Value, given: Any) -> Any:
 
 
 def _not_later(onnx: Any, length: Size, source: Size) -> Any:
-    """True where key j may be seen by query i: ``j <= i``."""
-    if not isinstance(length, int) or not isinstance(source, int):
-        raise onnx.refusal(f"a causal mask over the dynamic sizes {length} and {source}")
-    return onnx.constant(torch.ones(length, source, dtype=torch.bool).tril())
+    """True where key j may be seen by query i: ``j <= i``; of dynamic sizes found when it runs."""
+    if isinstance(length, int) and isinstance(source, int):
+        return onnx.constant(torch.ones(length, source, dtype=torch.bool).tril())
+    first, step = onnx.constant(torch.tensor(0)), onnx.constant(torch.tensor(1))
+    i, j = (onnx.Range(first, onnx.squeeze(onnx.sizes([size]), 0), step) for size in (length, source))
+    return onnx.Not(onnx.Greater(j, onnx.unsqueeze(i, 1)))

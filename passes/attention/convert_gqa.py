@@ -32,8 +32,9 @@ class ConvertGqa(Pass):
     The projections of keys and values become smaller, and with them what a cache of both holds for each token. Aligned:
     heads of a group have the joint subspace in common that the scores and the output need most, and the weights of
     queries and of the output undo what differs; behind rotary positions only a rotation and a scale of each pair can be
-    undone. Groups are those that lose least, of all partitions where these are few. The mean of neighbouring heads is
-    GQA's (Ainslie et al. 2023); key-driven, query heads go to such means by the norms of their keys (Khan et al. 2024).
+    undone, and behind norms of queries and keys only what these do not see. Groups are those that lose least, of all
+    partitions where these are few. The mean of neighbouring heads is GQA's (Ainslie et al. 2023); key-driven, query
+    heads go to such means by the norms of their keys (Khan et al. 2024).
     With data, layers behind are then refitted by least squares, without gradients; without, inputs are made up, and
     nothing is refitted.
     """

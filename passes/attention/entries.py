@@ -58,7 +58,8 @@ class Trace:
     """What was met between two values: ``entries``; the ``nodes`` that were followed, in their order; the ``norms``.
 
     ``found`` are the entries of every value in between. ``norms`` are nodes that multiply entries by what is computed
-    from themselves. ``joined`` says that entries of other values were laid beside them (those of a cache).
+    from themselves, some by gains too, which entries do not have. ``joined`` says that entries of other values were
+    laid beside them (those of a cache).
     """
 
     entries: Entries
@@ -145,9 +146,8 @@ class Tracer:
     def _normed(self, node: Node, x: Entries, trace: Trace) -> Entries:
         if len(node.attributes.get("normalized_shape", (1,))) != 1:
             refuse(f"{node.op} goes over several axes")
-        trace.norms.append(node)
-        gain = node.inputs[1] if len(node.inputs) > 1 else None
-        return x if gain is None else x.times(self.numbers(gain))
+        trace.norms.append(node)  # with its gain, which pairs behind it would not be rotations with
+        return x
 
     def _added(self, node: Node, traced: Sequence[Entries | None]) -> Entries:
         if any(entries is None for entries in traced):

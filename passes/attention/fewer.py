@@ -9,6 +9,7 @@ import torch
 
 from regauge.passes.attention.grouping import Group, best_partition, neighbours
 from regauge.passes.attention.joint import JointHeads
+from regauge.passes.attention.normed import NormedHeads, gain_of
 from regauge.passes.attention.sharing import NewHeads, Projection
 from regauge.passes.attention.site_moments import SiteMoments, metric_of
 from regauge.passes.attention.sites import Heads, Site
@@ -30,11 +31,12 @@ def misfit(site: Site, count: int | None, method: Method) -> str | None:
     if count is not None and key.count <= count:
         return "it has no more heads of keys and values"
     if method == "aligned":
-        if query.norms or key.norms or value.norms:
+        normed = bool(query.norms or key.norms)
+        if value.norms or (normed and (count is None or gain_of(query) is None or gain_of(key) is None)):
             return "its queries, keys or values are normalised: only their mean can be shared (method=mean)"
         if not torch.equal(query.pairs, key.pairs) or len(value.pairs) or len(output.pairs):
             return "its queries and keys are rotated in different ways"
-        if not (query.even and key.even and value.even and output.even) or output.norms:
+        if not (normed or (query.even and key.even)) or not (value.even and output.even) or output.norms:
             return "its entries have gains of their own"
     return None
 
@@ -67,7 +69,7 @@ def key_driven_heads(site: Site, moments: SiteMoments | None, count: int) -> New
 def aligned_heads(site: Site, moments: SiteMoments | None, count: int) -> NewHeads:
     """Joint heads (:mod:`regauge.passes.attention.joint`) of the groups that lose least; queries and output undo it."""
     assert moments is not None
-    keys, values = joint_keys(site, moments), joint_values(site, moments)
+    keys, values = fewer_keys(site, moments), joint_values(site, moments)
     groups = best_partition(site.parts[1].count, count, lambda group: keys.lost(group) + values.lost(group))
     return aligned(site, moments, groups, keys, values)
 
@@ -80,6 +82,16 @@ METHODS: dict[Method, Callable[[Site, SiteMoments | None, int], NewHeads]] = {
 
 
 # -- aligned -----------------------------------------------------------------------------------------------------------
+
+
+def fewer_keys(site: Site, moments: SiteMoments) -> JointHeads | NormedHeads:
+    """The key heads of a site, which may be normalised, as ones that can be joined."""
+    query, key, *_ = site.parts
+    gains = [gain_of(part) for part in (query, key)]
+    if not (query.norms or key.norms) or gains[0] is None or gains[1] is None:
+        return joint_keys(site, moments)
+    metric = metric_of(moments.key, bias=key.bias is not None)
+    return NormedHeads(with_bias(key), torch.stack([own for own in gains if own is not None]), metric, key.pairs)
 
 
 def joint_keys(site: Site, moments: SiteMoments) -> JointHeads:
@@ -109,7 +121,7 @@ def joint_values(site: Site, moments: SiteMoments) -> JointHeads:
 
 
 def aligned(
-    site: Site, moments: SiteMoments, groups: Sequence[Group], keys: JointHeads, values: JointHeads
+    site: Site, moments: SiteMoments, groups: Sequence[Group], keys: JointHeads | NormedHeads, values: JointHeads
 ) -> NewHeads:
     """A site with the joint heads of groups."""
     query, key, value, output = site.parts

@@ -34,7 +34,7 @@ class Heads:
                   i' = c i - s j, j' = s i + c j; none where there are no rotary positions
     ``factor``    by which one number all entries are multiplied; None where a table multiplies them
     ``even``      whether the indices that no rotation mixes are multiplied by the same numbers
-    ``norms``     nodes in between that multiply a head by what is computed from it
+    ``norms``     nodes in between that multiply a head by what is computed from it; their gains are not in ``factor``
     ``cached``    whether entries of another value (a cache) are laid beside them
     ``in_order``  whether the positions are those of the layer's result, in their order
     ``alone``     whether nothing but attention reads these channels of the layer's result

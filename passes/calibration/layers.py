@@ -2,6 +2,7 @@
 
     linear           y = x W' + b       rows: all leading axes; columns: input features
     matmul           y = x W            the same, the weight stored the other way round; a batch of matrices is blocks
+                     y = x permute(W)   and where a permute has turned it around (``turned``), as Falcon writes layers
     conv             y = W * x + b      rows: places of the output; columns: channels by places of the kernel (im2col)
     conv_transpose   the same on the input with zeros between its entries, the kernel turned around
     grouped_mm       y = x W[expert]    a block of rows for each expert
@@ -40,16 +41,26 @@ class Layer:
     bias: Parameter | None
 
     @property
+    def turned(self) -> Node | None:
+        """The permute between the weight, a matrix, and the node."""
+        return None if self.node.inputs[1] is self.weight else self.node.inputs[1].producer  # type: ignore[union-attr]
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether the weight is stored as [.., columns, outputs]."""
+        return (self.node.op in ("matmul", "grouped_mm")) != (self.turned is not None)
+
+    @property
     def contracted(self) -> int:
         """The axis of the weight that is contracted with the input."""
-        if self.node.op in ("matmul", "grouped_mm"):
+        if self.inputs_first:
             return self.weight.rank - 2
         return 0 if self.node.op == "conv_transpose" else 1
 
     @property
     def made(self) -> int:
         """The axis of the weight that makes the result's, where there is one block."""
-        return self.weight.rank - 1 if self.node.op in ("matmul", "grouped_mm") else 1 - self.contracted
+        return self.weight.rank - 1 if self.inputs_first else 1 - self.contracted
 
     @property
     def blocks(self) -> int:
@@ -89,7 +100,7 @@ class Layer:
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight of this layer as [blocks, outputs, columns]."""
         shape = (self.blocks, self.outputs, self.columns)
-        if self.node.op in ("matmul", "grouped_mm"):
+        if self.inputs_first:
             return weight.mT.reshape(shape)
         if self.node.op == "conv_transpose":
             channels = self.columns // self.taps
@@ -105,7 +116,7 @@ class Layer:
     def matrices_as_stored(self, matrices: torch.Tensor) -> torch.Tensor:
         """[blocks, outputs, columns] in the shape in which the layer stores its weight."""
         sizes = [int(size) for size in self.weight.shape]
-        if self.node.op in ("matmul", "grouped_mm"):
+        if self.inputs_first:
             return matrices.mT.reshape(sizes)
         if self.node.op == "conv_transpose":
             channels = self.columns // self.taps
@@ -218,18 +229,21 @@ class Layer:
         return columns
 
 
-def layer_of(node: Node, *, blocks: bool = False, shared: bool = False) -> Layer | None:
+def layer_of(node: Node, *, blocks: bool = False, shared: bool = False, turned: bool = False) -> Layer | None:
     """The layer that a node is; None for other operators, and for weights that others than such layers read.
 
-    Layers of several blocks are given where ``blocks`` are asked for, and layers that share their weight (and bias)
-    with others of the same operator where ``shared`` ones are.
+    Layers of several blocks are given where ``blocks`` are asked for, layers that share their weight (and bias) with
+    others of the same operator where ``shared`` ones are, and those whose weight a permute turns around, which runs
+    before the layer, where ``turned`` ones are.
     """
     if node.op not in ("linear", "matmul", "grouped_mm", *_CONVOLUTIONS) or len(node.inputs) < 2:
         return None
     x, weight = node.inputs[:2]
     bias = node.inputs[2] if len(node.inputs) > 2 and node.op != "grouped_mm" else None
-    if not isinstance(x, Value) or not _is_own(weight, node, 1, shared):
+    within = _turned(weight, node) if turned else None
+    if not isinstance(x, Value) or not (within is not None or _is_own(weight, node, 1, shared)):
         return None
+    weight = weight if within is None else within
     if not (bias is None or _is_own(bias, node, 2, shared)):
         return None
     assert isinstance(weight, Parameter)
@@ -258,13 +272,24 @@ def contracting(graph: Graph, dims: Iterable[Dim], layers: Iterable[Layer]) -> d
     return found
 
 
+def _turned(value: Any, node: Node) -> Parameter | None:
+    """The trained matrix that a permute turns around for a linear layer alone."""
+    permute = value.producer if isinstance(value, Value) else None
+    if permute is None or permute.op != "permute" or len(value.uses) != 1 or node.op not in ("linear", "matmul"):
+        return None
+    weight = permute.inputs[0]
+    if not isinstance(weight, Parameter) or weight.rank != 2 or not _is_own(weight, permute, 0, shared=False):
+        return None
+    return weight if tuple(permute.attributes["dims"]) in ((1, 0), (-1, 0), (1, -2), (-1, -2)) else None
+
+
 def _is_own(value: Any, node: Node, slot: int, shared: bool) -> bool:
     """Whether a parameter is trained, and read as this node reads it, by nodes of its kind alone."""
     if not isinstance(value, Parameter) or value.kind != "parameter":
         return False
     if not shared and len(value.uses) != 1:
         return False
-    if any(user.op != node.op or place != slot or user.inputs[1] is not node.inputs[1] for user, place in value.uses):
+    if any(user.op != node.op or place != slot or user.inputs[1:2] != node.inputs[1:2] for user, place in value.uses):
         return False
     return isinstance(value.dtype, torch.dtype) and value.dtype.is_floating_point
 

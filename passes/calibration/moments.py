@@ -76,6 +76,11 @@ class Moments:
         wanted = [y.to(self.dtype) for _, y in self._kept if y is not None]
         return x.to(self.dtype), torch.cat(wanted) if wanted else torch.zeros(len(x), 0, dtype=self.dtype)
 
+    def rows_as_given(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in the types in which they were added."""
+        x, y = zip(*self._kept, strict=True)
+        return torch.cat(x), torch.cat(y)
+
     def check(self, layer: str) -> None:
         """Raise PassError, naming the layer, where what was added is not finite."""
         numbers = (*(x for x, _ in self._kept), self.squares, *(self._summed or ()))

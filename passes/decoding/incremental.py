@@ -24,6 +24,8 @@ from regauge.ir.sizes import replaced, simplify, symbol, symbols_in
 from regauge.ir.states import carry, forget_origin
 from regauge.passes.decoding.cuts import Cuts
 from regauge.passes.decoding.positions import ATTENTIONS, Courses, Positions, courses
+from regauge.passes.decoding.recent import recent_of
+from regauge.passes.decoding.recent_steps import RecentSteps, only_for_recent
 
 NEW, ALL = "new", "all"
 Spans = tuple[str, ...]
@@ -37,7 +39,8 @@ class Incremental:
         self.graph, self.positions = graph, positions
         self.build = Builder(graph, by=by)
         self.cuts = Cuts(positions)
-        self.past = _unused_symbol(graph, "past")
+        self.past: Any = _unused_symbol(graph, "past")
+        self.recent = self._recent_steps()
         self.total = simplify(positions.length + self.past)
         self.made: dict[tuple[Value, Spans], Value] = {}
         self.kept: dict[Value, tuple[Value, Value]] = {}  # what is kept of it: the state handed in, and handed out
@@ -50,15 +53,29 @@ class Incremental:
     def run(self) -> None:
         """Raises PassError where positions are mixed in a way that cannot be continued from a state."""
         _, high = self.graph.symbols.get(self.positions.length, (1, None))
-        for node in list(self.graph.nodes):
-            if any(value in self.positions.streamed for value in node.outputs):
+        nodes = list(self.graph.nodes)
+        passed = only_for_recent(nodes)
+        for node in nodes:
+            if node not in passed and any(value in self.positions.streamed for value in node.outputs):
                 self._continue(node)
         self.graph.outputs = [self._as_new(output) for output in self.graph.outputs]
-        self.graph.symbols[self.past] = (0, high)
+        for size in symbols_in(self.past):
+            self.graph.symbols[size] = (0, high)
         forget_origin(self.graph)
-        for before, after in self.kept.values():
+        for before, after in [*self.kept.values(), *(self.recent.kept if self.recent else ())]:
             carry(self.graph, before, after)
         remove_dead(self.graph)
+
+    def _recent_steps(self) -> RecentSteps | None:
+        """Where keys and values are rounded in blocks, the past positions are those of full blocks, and a rest."""
+        for node in self.graph.nodes:
+            recent = recent_of(node)
+            if recent is not None:
+                blocks, rest = (_unused_symbol(self.graph, name) for name in ("blocks", "rest"))
+                found = RecentSteps(self.build, recent, blocks, rest, self.positions.length)
+                self.past = found.past
+                return found
+        return None
 
     # -- nodes that compute something of the new positions -----------------------------------------------------------
 
@@ -66,6 +83,11 @@ class Incremental:
         """Let a node whose results have the new positions read what it needs of all of them."""
         if any(len(self.positions.axes(value)) > 1 for value in node.outputs):
             return  # scores: made for the spans in which they are read
+        recent = recent_of(node)
+        if recent is not None and self.recent is not None:
+            with self.build.at(node):
+                self._replace(node, self.recent.write(node, recent, (_below(node, "keys"), _below(node, "values"))))
+            return
         found = self._courses(node)
         counted = isinstance(query := node.inputs[0], Value) and query.rank - 2 in self.positions.axes(query)
         causal = node.op in ATTENTIONS and node.attributes["is_causal"] and counted
@@ -112,6 +134,9 @@ class Incremental:
         with self.build.at(node):
             result = self.build(node.op, *operands[:3], self._mask, name=node.op, **attributes)
         result.producer.metadata.update(node.metadata)
+        self._replace(node, result)
+
+    def _replace(self, node: Node, result: Value) -> None:
         replace_uses(self.graph, node.output, result)
         self._replaced[node.output] = result
         self.positions.streamed.add(result)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from regauge.ir.edit import record
+from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Value
+from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
-from regauge.passes.calibration.gradients import visit_gradients
-from regauge.passes.decoding.cache_bytes import cache_bytes, in_words
-from regauge.passes.decoding.incremental import Incremental
-from regauge.passes.decoding.positions import find_positions
-from regauge.passes.decoding.quantized_cache import Channels, balanced, write_quantized
+from regauge.passes.decoding.block_methods import write_blocks
+from regauge.passes.decoding.cache_bytes import in_words
+from regauge.passes.decoding.coders import Coding, chosen_bits
+from regauge.passes.decoding.kept import Kept, kept_by_cache, kept_values
+from regauge.passes.decoding.kept_samples import Sample, sample_kept
+from regauge.passes.decoding.predicted import Predictions
+from regauge.passes.decoding.quantized_cache import Coder, write_coded
+from regauge.passes.decoding.recent import BlockMethod
 from regauge.passes.decoding.recognised import refuse_caches
 from regauge.passes.options import option
 
@@ -29,85 +34,135 @@ class KvQuantize(Pass):
     after    attention(q, back(codes of k, ranges of k), back(codes of v, ranges of v))
 
     Rounded is whatever ``kv-cache`` would keep: keys and values as attention reads them, or latents; run it in front
-    of ``kv-cache``, which keeps codes and ranges then. Each position has a range (lowest number and step, in half
-    precision) for each ``group`` of neighbouring channels, as values have in KIVI (Liu et al. 2024). Keys have no
-    ranges over positions, as they have there, since these need a window of positions that are not rounded yet; instead
-    channels are centred and balanced by statistics of data: ranges against what an error in them changes.
+    of ``kv-cache``, which keeps codes and ranges then. Methods:
+
+    ``ranges``   each position has a range (lowest number and step, in half precision) for each ``group`` of
+                 neighbouring channels, as values have in KIVI (Liu et al. 2024); with data channels are centred and
+                 balanced: ranges against what an error in them changes
+    ``rotated``  the same, of channels turned by a Hadamard matrix in the order of their means (Su et al. 2025,
+                 RotateKV; nothing is kept apart for the first positions)
+    ``coupled``  8 / ``bits`` neighbouring channels share a byte, the number of a vector in a table made from data
+                 (Zhang et al. 2024, coupled quantization); there are no ranges
+    ``kivi``     ranges of keys are those of a channel over a ``block`` of positions, which stay as they are until it is
+                 full (Liu et al. 2024, KIVI; values wait as long as keys, there for the last ``block`` positions each)
+    ``gear``     the same, with what codes miss as a map of rank 2 and 2 % of entries apart (Kang et al. 2024, GEAR);
+                 for the sizes of both torch's exporter to ONNX needs some ten seconds an attention
+
+    ``before_rotation`` rounds keys as their layer gives them, and rotates what is given back at every step (as
+    RotateKV, coupled quantization and AQUA-KV do). ``predict`` keeps what is off from a linear prediction by the layer
+    before (Shutova et al. 2025, AQUA-KV), with data; at every step it multiplies all past positions by a matrix for
+    each. ``bytes`` chooses the bits of each of keys and values, with data, so that least is lost within the budget.
     """
 
     name = "kv-quantize"
 
-    bits: Literal[8, 4, 2] = option(4, "bits of a number")
+    bits: Literal[8, 4, 2, 1] = option(4, "bits of a number; 1 with method=coupled")
+    bytes: float | int | str | None = option(
+        None, "in place of bits: bytes per position, as share of those of the cache as it is, or 512, 2kB"
+    )
+    method: Literal["ranges", "rotated", "coupled", "kivi", "gear"] = option("ranges", "how numbers are kept")
+    block: int = option(32, "positions that are rounded together, by kivi and gear", at_least=2)
     group: int | None = option(
         None, "channels that share a range; all of a head, or of a latent, as a rule", at_least=2
     )
+    before_rotation: bool | None = option(None, "round keys before they are rotated; as the method does it as a rule")
+    predict: bool = option(False, "keep what is off from a prediction by the layer before")
     axis: str | None = option(None, "name of the dynamic size that counts positions, where attention does not tell")
     seed: int = option(0, "seed of the directions of gradients", at_least=0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bytes is not None:
+            parse_amount(self.bytes, "bytes", "bytes")
+        if self.method in ("kivi", "gear") and (self.bytes is not None or self.predict or self.before_rotation):
+            raise PassError(f"kv-quantize: method={self.method} goes without bytes, predict and before_rotation")
+        if self.bytes is None and self.bits not in self._coding.widths():
+            raise PassError(f"kv-quantize: bits={self.bits} is for method=coupled: give bits=2 or more")
+
+    @property
+    def _coding(self) -> Coding:
+        return Coding("ranges" if self.method == "kivi" or self.method == "gear" else self.method, self.group)
+
     def call(self, graph: Graph, context: Context) -> Graph:
         refuse_caches(graph, self.name)
-        names, before = self._kept(graph)
-        result = graph.copy()
-        values = [value for value in map(result.find, names) if self._fits(value, context)]
-        if not values:
+        names, before = kept_by_cache(graph, self.axis, by=self.name)
+        if self.method == "kivi" or self.method == "gear":
+            return self._in_blocks(graph, self.method, before, context)
+        early = self.before_rotation
+        early = (self.method != "ranges" or self.predict) if early is None else early
+        kinds = [kind for kind, asked in (("keys", early), ("values", self.predict)) if asked]
+        found = kept_values(graph, names, self.axis, early=kinds)
+        kept = [own for own in found if self._fits(graph.find(own.name), context)]
+        if not kept:
             context.left["nothing mixes positions: there is nothing to keep"] += not names
             return graph
-        known: Mapping[str, Channels] = {}
-        if context.data is not None:
-            batches = calibration_batches(graph, context)
-            known = _statistics(graph, [graph.find(value.name) for value in values], batches, self.seed)
-            context.note(f"statistics of {sum(map(examples_in, batches))} examples")
-        for value in values:
-            channels = int(value.shape[-1])
-            write_quantized(result, value, self.bits, self.group or channels, known.get(value.name), by=self.name)
-        record(result, self.name, f"{len(values)} values of {self.bits} bits")
-        context.note(
-            f"{in_words(before)} -> {in_words(self._kept(result)[1])} of caches for each position of a sequence"
-        )
+        samples = self._samples(graph, kept, context)
+        result = graph.copy()
+        chosen = self._chosen(result, kept, samples, before)
+        predictions = Predictions(result, by=self.name)
+        for own, (bits, coder) in zip(kept, chosen, strict=True):
+            value, sample = result.find(own.name), samples.get(own.name)
+            if self.predict and sample is not None:
+                left = predictions.residual(own, sample)
+                predictions.write(value, own, sample, left, self._coding.coder(value, bits, own.size, left))
+            else:
+                coder = coder or self._coding.coder(value, bits, own.size, sample)
+                write_coded(result, value, coder, by=self.name)
+        record(result, self.name, f"{len(kept)} values of {_in_words([bits for bits, _ in chosen])} bits")
+        after = kept_by_cache(result, self.axis, by=self.name)[1]
+        context.note(f"{in_words(before)} -> {in_words(after)} of caches for each position of a sequence")
+        if self.bytes is not None:
+            context.note(", ".join(f"{own.name}: {bits} bits" for own, (bits, _) in zip(kept, chosen, strict=True)))
         return result
 
-    def _kept(self, graph: Graph) -> tuple[list[str], float]:
-        """The names of the values that a cache would keep, and its bytes for each position."""
-        trial = graph.copy()
-        rewrite = Incremental(trial, find_positions(trial, self.axis), by=self.name)
-        rewrite.run()
-        return [value.name for value in rewrite.kept], cache_bytes(trial)
+    def _in_blocks(self, graph: Graph, method: BlockMethod, before: float, context: Context) -> Graph:
+        """The methods that round blocks of positions."""
+        result = graph.copy()
+        count, waiting = write_blocks(
+            result, method, self.bits, self.block, self.group, self.axis, context.left, by=self.name
+        )
+        if not count:
+            return graph
+        record(result, self.name, f"keys and values of {count} attentions in blocks of {self.block} positions")
+        after = kept_by_cache(result, self.axis, by=self.name)[1]
+        context.note(f"{in_words(before)} -> {in_words(after)} of caches for each position of a sequence")
+        context.note(f"and up to {in_words(waiting)} of positions whose block is not full")
+        return result
+
+    def _samples(self, graph: Graph, kept: Sequence[Kept], context: Context) -> dict[str, Sample]:
+        if context.data is None:
+            if self.predict or self.bytes is not None:
+                raise PassError(f"kv-quantize: {'predict' if self.predict else 'bytes'} needs data: give data=")
+            return {}
+        batches = calibration_batches(graph, context)
+        context.note(f"statistics of {sum(map(examples_in, batches))} examples")
+        return sample_kept(graph, [graph.find(own.name) for own in kept], batches, self.seed)
+
+    def _chosen(
+        self, graph: Graph, kept: Sequence[Kept], samples: Mapping[str, Sample], before: float
+    ) -> list[tuple[int, Coder | None]]:
+        """The bits of each, and its coder where that was made to choose them."""
+        if self.bytes is None:
+            return [(self.bits, None) for _ in kept]
+        known = [own for own in kept if own.name in samples]
+        allowed = parse_amount(self.bytes, "bytes", "bytes").of(before)
+        found = chosen_bits(
+            self._coding, [(graph.find(own.name), own.size, samples[own.name]) for own in known], allowed
+        )
+        by_name = dict(zip([own.name for own in known], found, strict=True))
+        return [by_name.get(own.name, (self._coding.widths()[0], None)) for own in kept]
 
     def _fits(self, value: Value, context: Context) -> bool:
         if not (isinstance(value.dtype, torch.dtype) and value.dtype.is_floating_point):
             context.left["a cache that holds no floating point numbers"] += 1
         elif value.producer is None or not isinstance(value.shape[-1], int):
             context.left["a cache whose last axis holds no channels"] += 1
-        elif self.group is not None and value.shape[-1] % self.group:
-            context.left[f"{self.group} channels do not divide {value.shape[-1]}"] += 1
+        elif reason := self._coding.misfit(value.shape[-1], self.bits):
+            context.left[reason] += 1
         else:
             return True
         return False
 
 
-@dataclass
-class _Sums:
-    """Over all positions of all examples, of each channel."""
-
-    count: int = 0
-    total: list[torch.Tensor] = field(default_factory=list)
-
-    def add(self, tensor: torch.Tensor, gradient: torch.Tensor, axes: list[int]) -> None:
-        own = [part.double().sum(axes, keepdim=True) for part in (tensor, tensor.square(), gradient.square())]
-        self.total = own if not self.total else [a + b for a, b in zip(self.total, own, strict=True)]
-        self.count += tensor.numel() // own[0].numel()
-
-    def channels(self) -> Channels:
-        mean, square, gradient = (total / self.count for total in self.total)
-        return balanced(mean, (square - mean.square()).clamp(min=0).sqrt(), gradient.sqrt())
-
-
-def _statistics(graph: Graph, values: list[Value], batches: list[object], seed: int) -> dict[str, Channels]:
-    """Of each value that gradients reach the statistics of its channels: what it has behind axes of dynamic sizes."""
-    sums = {value: _Sums() for value in values}
-
-    def visit(value: Value, tensor: torch.Tensor, gradient: torch.Tensor) -> None:
-        sums[value].add(tensor, gradient, [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)])
-
-    visit_gradients(graph, batches, values, visit, seed=seed)
-    return {value.name: own.channels() for value, own in sums.items() if own.count}
+def _in_words(bits: Sequence[int]) -> str:
+    return str(bits[0]) if len(set(bits)) == 1 else f"{min(bits)} to {max(bits)}"

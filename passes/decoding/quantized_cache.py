@@ -9,6 +9,7 @@ and back               (codes * scale + low) * share + mean
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -37,28 +38,82 @@ def balanced(mean: torch.Tensor, deviation: torch.Tensor, gradient: torch.Tensor
     return Channels(mean, share * (deviation / share).mean().clamp(min=1e-30))
 
 
-def write_quantized(graph: Graph, value: Value, bits: int, group: int, known: Channels | None, *, by: str) -> None:
-    """Let whatever reads ``value`` read what is left of it in ``bits`` bits; ``group`` channels share a range."""
+class Coder(Protocol):
+    """A way to keep a value in few bits."""
+
+    def back_and_forth(self, build: Builder, x: Value) -> Value:
+        """What is left of ``x`` (float32), by codes that a cache finds smallest on the way; of the shape of x."""
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Integers of ``bits`` bits between the ends of a range for each position and ``group`` neighbouring channels."""
+
+    bits: int
+    group: int
+    known: Channels | None = None
+
+    def back_and_forth(self, build: Builder, x: Value) -> Value:
+        if self.known is None:
+            return _back_and_forth(build, x, self.bits, self.group)
+        mean, share = (build.constant(part.float(), "channels") for part in (self.known.mean, self.known.share))
+        y = _back_and_forth(build, build.div(build.sub(x, mean), share), self.bits, self.group)
+        return build.add(build.mul(y, share), mean)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """Channels in another ``order`` [channels], turned in runs by an orthogonal ``matrix`` [size, size] before a coder.
+
+    ``mean`` [channels], in the new order, is taken away first.
+    """
+
+    order: torch.Tensor
+    matrix: torch.Tensor
+    mean: torch.Tensor
+    inner: Coder
+
+    def back_and_forth(self, build: Builder, x: Value) -> Value:
+        last, size, shape = x.rank - 1, len(self.matrix), x.shape
+        parted = (*shape[:-1], int(shape[-1]) // size, size)
+        mean = build.constant(self.mean.float(), "means")
+        there, back = (build.constant(part, "order") for part in (self.order, self.order.argsort()))
+        y = build.sub(build.index_select(x, there, dim=last), mean)
+        turned = build.matmul(
+            build.reshape(y, shape=parted), build.constant(self.matrix.T.float().contiguous(), "turn")
+        )
+        left = self.inner.back_and_forth(build, build.reshape(turned, shape=shape))
+        y = build.matmul(build.reshape(left, shape=parted), build.constant(self.matrix.float().contiguous(), "turn"))
+        y = build.add(build.reshape(y, shape=shape), mean)
+        return build.index_select(y, back, dim=last)  # type: ignore[no-any-return]
+
+
+def write_coded(graph: Graph, value: Value, coder: Coder, *, by: str) -> None:
+    """Let whatever reads ``value`` read what a coder leaves of it."""
     build, readers = Builder(graph, by=by), list(value.uses)
     assert value.producer is not None and isinstance(value.dtype, torch.dtype)
     with build.at(value.producer):
-        x = value if value.dtype == torch.float32 else build.cast(value, dtype=torch.float32)
-        mean, share = (
-            (None, None)
-            if known is None
-            else (build.constant(known.mean.float(), "mean"), build.constant(known.share.float(), "share"))
-        )
-        if known is not None:
-            x = build.div(build.sub(x, mean), share)
-        y = _back_and_forth(build, x, bits, group)
-        if known is not None:
-            y = build.add(build.mul(y, share), mean)
-        if value.dtype != torch.float32:
-            y = build.cast(y, dtype=value.dtype)
+        y = coded(build, value, coder)
     for node, slot in readers:
         set_input(node, slot, y, graph)
     graph.outputs = [y if output is value else output for output in graph.outputs]
     graph.version += 1
+
+
+def coded(build: Builder, value: Value, coder: Coder) -> Value:
+    """What a coder leaves of a value of any floating point type."""
+    if value.dtype == torch.float32:
+        return coder.back_and_forth(build, value)
+    return build.cast(coder.back_and_forth(build, build.cast(value, dtype=torch.float32)), dtype=value.dtype)  # type: ignore[no-any-return]
+
+
+def tried(coder: Coder, x: torch.Tensor) -> torch.Tensor:
+    """What a coder leaves of a tensor."""
+    graph = Graph("coder")
+    build = Builder(graph)
+    graph.outputs = [coded(build, build.input("x", x.shape, x.dtype), coder)]
+    (found,) = graph.run([x])
+    return found  # type: ignore[no-any-return]
 
 
 def _back_and_forth(build: Builder, x: Value, bits: int, group: int) -> Value:
@@ -73,7 +128,7 @@ def _back_and_forth(build: Builder, x: Value, bits: int, group: int) -> Value:
     codes = build.clamp(build.round(build.div(build.sub(grouped, low), scale)), 0.0, float(2**bits - 1))
     if group < channels:
         codes = build.reshape(codes, shape=shape)
-    found = build.cast(_unpacked(build, _packed(build, codes, bits), bits, channels), dtype=torch.float32)
+    found = build.cast(unpacked(build, packed(build, codes, bits), bits, channels), dtype=torch.float32)
     if group < channels:
         found = build.reshape(found, shape=grouped.shape)
     found = build.add(build.mul(found, scale), low)
@@ -81,7 +136,7 @@ def _back_and_forth(build: Builder, x: Value, bits: int, group: int) -> Value:
     return whole
 
 
-def _packed(build: Builder, codes: Value, bits: int) -> Value:
+def packed(build: Builder, codes: Value, bits: int) -> Value:
     """Codes, as floats, in bytes: the first of those that share one in its lowest bits."""
     count, channels = 8 // bits, int(codes.shape[-1])
     if count == 1:
@@ -97,7 +152,7 @@ def _packed(build: Builder, codes: Value, bits: int) -> Value:
     return found
 
 
-def _unpacked(build: Builder, packed: Value, bits: int, channels: int) -> Value:
+def unpacked(build: Builder, packed: Value, bits: int, channels: int) -> Value:
     if bits == 8:
         return packed
     found: Value = build.unpack(packed, base=2**bits, count=8 // bits)

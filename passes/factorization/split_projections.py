@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from regauge.ir.edit import Builder, record, remove_dead, replace_uses
-from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.ops.slice_bounds import bound
 from regauge.ir.sizes import same
 from regauge.passes.base import Context, Contract, Pass
@@ -85,7 +85,9 @@ class _View:
 
 def _parts(layer: Layer, held: Container[Any], nodes: Container[Node]) -> list[_View] | str:
     """What the result is taken apart into, or why it is not."""
-    y = layer.node.output
+    y, _ = _result(layer)
+    if layer.node.output in held:
+        return _WHOLE
     leading = tuple(range(y.rank - 1))
     found = list(_followed(_View(y, np.arange(layer.outputs), (*leading, -1)), leading, held, nodes))
     parts = [part for part in found if isinstance(part, _View)]
@@ -95,6 +97,20 @@ def _parts(layer: Layer, held: Container[Any], nodes: Container[Node]) -> list[_
     if len(parts) < 2 or any(count > 1 for count in every.values()):
         return _WHOLE
     return parts
+
+
+def _result(layer: Layer) -> tuple[Value, Parameter | None]:
+    """What the layer gives with its bias, which may be added by a node of its own behind it, as ONNX files have it."""
+    y = layer.node.output
+    users = list(y.uses)
+    if layer.bias is None and len(users) == 1 and users[0][0].op == "add":
+        node, slot = users[0]
+        other = node.inputs[1 - slot]
+        vector = isinstance(other, Parameter) and other.kind == "parameter" and other.shape == (layer.outputs,)
+        if vector and node.output.shape == y.shape:
+            assert isinstance(other, Parameter)
+            return node.output, other
+    return y, layer.bias
 
 
 def _followed(
@@ -184,6 +200,7 @@ def _split(graph: Graph, layer: Layer, parts: Sequence[_View], *, by: str) -> No
     x = node.inputs[0]
     assert isinstance(x, Value)
     matrix = layer.matrix(layer.weight.tensor.detach())
+    _, whole = _result(layer)
     for number, part in enumerate(parts):
         # channels in the order of the value's axes, so that a reshape and a permutation lay them out
         along = [-1 - axis for axis in part.order if axis < 0]
@@ -194,10 +211,13 @@ def _split(graph: Graph, layer: Layer, parts: Sequence[_View], *, by: str) -> No
             stored = own.t() if node.op == "matmul" else own
             weight = weight_like(build, f"{stem}part{number}.weight", stored, layer.weight)
             operands: list[Value] = [x, weight]
-            if layer.bias is not None:
-                bias = layer.bias.tensor.detach()[rows]
-                operands.append(weight_like(build, f"{stem}part{number}.bias", bias, layer.bias))
+            bias = None
+            if whole is not None:
+                bias = weight_like(build, f"{stem}part{number}.bias", whole.tensor.detach()[rows], whole)
+                operands += [bias] if layer.bias is not None else []
             value = build(node.op, *operands, name=f"{node.output.name}_part{number}", **node.attributes)
+            if bias is not None and layer.bias is None:
+                value = build.add(value, bias)
             value = build.reshape(value, shape=(*x.shape[:-1], *channels.shape))
             sources = _sources(part.order, x.rank - 1)
             if sources != list(range(len(sources))):

@@ -10,7 +10,8 @@ that a network whose channels are in another order is found again; the better of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,20 +30,83 @@ from regauge.ir.resize import taken
 _MOST_SWEEPS = 100
 
 
-def align(graph: Graph, reference: Graph, *, seed: int = 0, by: str = "align") -> Graph:
+@dataclass(frozen=True)
+class Match:
+    """A graph with its indices in the order of a reference, and how near that brought it.
+
+    ``moved`` has for each Dim the indices that have another place, and all of them; ``before`` and ``after`` are the
+    cosines of each weight with that of the reference, and of all weights together under the empty name; ``apart`` says
+    why Dims kept their order.
+    """
+
+    graph: Graph
+    moved: Mapping[str, tuple[int, int]]
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    apart: Mapping[str, int]
+
+    @property
+    def agreement(self) -> tuple[float, float]:
+        """The cosine of all weights with the reference's, before and after."""
+        return self.before[""], self.after[""]
+
+
+def match(graph: Graph, reference: Graph, *, seed: int = 0, by: str = "align") -> Match:
     """``graph`` with the indices of its Dims ordered so that its weights are most like those of ``reference``.
 
     It computes the same, up to rounding in sums. ``seed`` draws the order in which Dims are looked at. Raises
     GraphError where the two are not of one architecture.
     """
     check_alike([reference, graph])
-    found = _Matching(graph, reference).run(np.random.default_rng(seed))
-    if not found:
-        return graph
-    result = taken(graph, found)
-    record(result, by, f"{len(found)} Dims in the order of {reference.name}")
-    result.version += 1
-    return result
+    search = _Matching(graph, reference)
+    found = search.run(np.random.default_rng(seed))
+    result, before = graph, cosines(graph, reference)
+    if found:
+        result = taken(graph, found)
+        record(result, by, f"{len(found)} Dims in the order of {reference.name}")
+        result.version += 1
+    moved = {dim.name: _moved(order) for dim, order in found.items()}
+    after = cosines(result, reference) if found else before
+    return Match(result, moved, before, after, _apart(graph, search.groups))
+
+
+def align(graph: Graph, reference: Graph, *, seed: int = 0, by: str = "align") -> Graph:
+    """The graph of :func:`match`."""
+    return match(graph, reference, seed=seed, by=by).graph
+
+
+def cosines(graph: Graph, reference: Graph) -> dict[str, float]:
+    """Of each weight with that of another graph; of all together under the empty name."""
+    both = [
+        {p.name: p.tensor.detach().double() for p in own.all_parameters() if _counts(p)} for own in (graph, reference)
+    ]
+    found, total = dict[str, float](), torch.zeros(3, dtype=torch.float64)
+    for parameter in filter(_counts, reference.all_parameters()):
+        a, b = (tensors[parameter.name] for tensors in both)
+        sums = torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
+        total += sums
+        found[parameter.name] = _cosine(sums)
+    return {"": _cosine(total), **found}
+
+
+def _cosine(sums: torch.Tensor) -> float:
+    product, one, other = sums.tolist()
+    return float(product / max((one * other) ** 0.5, 1e-300)) if one or other else 1.0
+
+
+def _moved(order: np.ndarray | KeptWithin) -> tuple[int, int]:
+    """How many indices have another place, and how many there are."""
+    indices = order.indices if isinstance(order, KeptWithin) else order
+    return int((indices != np.arange(indices.shape[-1])).sum()), indices.size
+
+
+def _apart(graph: Graph, matched: Collection[Dim]) -> dict[str, int]:
+    """Why Dims of weights are not matched: how many for each reason."""
+    reasons = Counter[str]()
+    for group in graph.groups():
+        if group.dim not in matched and isinstance(group.dim.size, int) and group.dim.size > 1:
+            reasons[str(group.pins[0].reason) if group.pins else "operators tell its indices apart"] += 1
+    return dict(reasons)
 
 
 def check_alike(graphs: Sequence[Graph]) -> None:

@@ -9,6 +9,7 @@ LiNeS          scale + deeper * (l - 1) / (L - 1) at depth l of L        (Wang e
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -18,11 +19,13 @@ import torch
 from regauge.ir.edit import record, set_weight
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph, Parameter, Value
-from regauge.passes.merging.matching import align as aligned
-from regauge.passes.merging.matching import check_alike
+from regauge.passes.base import Cut
+from regauge.passes.merging.matching import Match, check_alike, cosines, match
+from regauge.passes.report import reported
 
 Scale: TypeAlias = float | Mapping[str, float]
 _NAME = "merge"
+_SHOWN = 3  # weights of a network that are least alike
 
 
 def merge(
@@ -45,15 +48,20 @@ def merge(
     the paper counts blocks. ``keep`` is the share of entries of each change that TIES keeps, whose mean takes the place
     of the sum. Statistics of batch norms are merged as weights are; whole numbers are those of the first.
 
+    The ``report`` of the result says for each network which Dims were brought into another order, the cosine of its
+    weights with those of the first before and after, which weights are least alike then, and why Dims kept their order.
     Raises GraphError for graphs of different architectures, and for options that do not go together.
     """
+    since = time.perf_counter()
     _check(graphs, base, weights, scale, deeper, keep)
     check_alike([*graphs, *([base] if base is not None else [])])
+    first = graphs[0] if base is None else base
+    matches: list[Match | None] = [None] * len(graphs)
     if align if align is not None else base is None:
-        first = graphs[0] if base is None else base
-        graphs = [graph if graph is first else aligned(graph, first, by=_NAME) for graph in graphs]
+        matches = [None if graph is first else match(graph, first, by=_NAME) for graph in graphs]
+        graphs = [graph if own is None else own.graph for graph, own in zip(graphs, matches, strict=True)]
     shares = [1.0 if base is not None else 1 / len(graphs)] * len(graphs) if weights is None else list(weights)
-    result = (graphs[0] if base is None else base).copy()
+    result = first.copy()
     factors = _factors(result, scale, deeper) if base is not None else {}
     tensors, start = [_tensors(graph) for graph in graphs], None if base is None else _tensors(base)
     kept = None if keep is None or start is None else [_trimmed(own, start, keep) for own in tensors]
@@ -61,7 +69,34 @@ def merge(
         merged = _merged(parameter.name, shares, tensors, start, factors, kept)
         set_weight(result, parameter, merged.to(parameter.tensor.dtype), by=_NAME)
     record(result, _NAME, f"{len(graphs)} networks")
-    return result
+    return _reported(result, first, graphs, matches, since)
+
+
+def _reported(
+    result: Graph, first: Graph, graphs: Sequence[Graph], matches: Sequence[Match | None], since: float
+) -> Graph:
+    notes, cuts, apart = list[str](), list[Cut](), dict[str, int]()
+    for place, (graph, own) in enumerate(zip(graphs, matches, strict=True)):
+        if graph is first:
+            continue
+        name = f"network {place + 1}"
+        alike = cosines(graph, first) if own is None else own.after
+        if own is None:
+            notes.append(f"{name}: cosine with the first or the base {alike['']:.3f}, not matched")
+        else:
+            before, after = own.agreement
+            notes.append(f"{name}: cosine with the first or the base {before:.3f} -> {after:.3f}")
+            cuts += [
+                Cut(dim, size, size, f"{name}: {dim}: {moved} of {size} indices in another place")
+                for dim, (moved, size) in own.moved.items()
+            ]
+            apart = dict(own.apart)
+        least = sorted((value, weight) for weight, value in alike.items() if weight)[:_SHOWN]
+        notes.append(f"{name}: least alike {', '.join(f'{weight} {value:.3f}' for value, weight in least)}")
+    whole = sum(not _is_real(parameter) for parameter in result.all_parameters())
+    if whole:
+        notes.append(f"whole numbers and constants of the first or the base kept: {whole}")
+    return reported(first, result, _NAME, since, cuts, apart, notes=notes)
 
 
 def _check(graphs: Sequence[Graph], base: Graph | None, weights: Any, scale: Any, deeper: float, keep: Any) -> None:

@@ -95,7 +95,7 @@ def wanda(graph: Graph, groups: Sequence[Group], batches: Sequence[Any]) -> Memb
 
     Wanda's |W| |x| squared and summed over what goes together. Empty for Dims that no layer contracts.
     """
-    layers = [layer for node in graph.nodes if (layer := layer_of(node)) is not None]
+    layers = [layer for node in graph.nodes if (layer := layer_of(node, turned=True))]
     readers: dict[Dim, list[Layer]] = {group.dim: [] for group in groups}
     for layer in layers:
         for dim in set(leaves(graph.axes.of[layer.weight][layer.contracted])) & set(readers):

@@ -69,7 +69,7 @@ class _Compensation:
     def run(self) -> None:
         self._refit_by_original()
         for was, node in self.both.steps():
-            layer = layer_of(node, blocks=True)
+            layer = layer_of(node, blocks=True, turned=True)
             if layer is not None and node.inputs[0] in self.both.drifted and node.op != "grouped_mm":
                 pairs = zip(self.both.inputs(layer), self.both.targets(layer, was), strict=True)
                 self._refit([was], layer, gathered(layer, ((x, y, None) for x, y in pairs)))
@@ -94,6 +94,8 @@ class _Compensation:
         shifted = layer.shifted(shift)
         if shifted is not None:
             set_weight(self.pruned, *shifted, by=self.by)
+        if layer.turned is not None:
+            self.both.now.rerun(layer.turned)
 
     def _refit_stack(self, was: Node, node: Node) -> None:
         """Refit a stack of recurrent layers."""
@@ -118,7 +120,7 @@ class _Compensation:
             return
         twins = dict(zip(inside(node), inside(was), strict=True))
         for inner, twin in twins.items():
-            layer = layer_of(inner, blocks=True)
+            layer = layer_of(inner, blocks=True, turned=True)
             if layer is None or inner.op == "grouped_mm" or not _own_region(node, layer.weight):
                 continue
             now, before = self.both.now.calls(node, inner), self.both.before.calls(was, twin)
@@ -139,10 +141,10 @@ class _Compensation:
         """Refit layers that share their weights, and experts, whose columns were cut."""
         wanted: dict[Node, Layer] = {}
         for was, node in zip(self.original.nodes, self.pruned.nodes, strict=True):
-            layer = layer_of(node, blocks=True, shared=True)
+            layer = layer_of(node, blocks=True, shared=True, turned=True)
             if layer is None or (len(layer.weight.uses) == 1 and node.op != "grouped_mm"):
                 continue
-            if touches(self.original.axes.of[was.inputs[1]][layer.contracted], self.keep):  # type: ignore[index]
+            if touches(self.original.axes.of[self.parameters[layer.weight.name]][layer.contracted], self.keep):
                 wanted[was] = layer
         if not wanted:
             return
@@ -164,7 +166,7 @@ class _Compensation:
             pairs = zip(inputs, outputs, ends, strict=True)
             found[layer.weight] = (layer, gathered(layer, pairs, moments))
         for layer, moments in found.values():
-            self._refit([was for was in wanted if was.inputs[1] is layer.weight], layer, moments)
+            self._refit([was for was, own in wanted.items() if own.weight is layer.weight], layer, moments)
 
 
 def gathered(layer: Layer, pairs: Iterable[Pair], moments: list[Halves] | None = None) -> list[Halves]:

@@ -52,7 +52,7 @@ def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[A
     gradients, the moments of the layers that are still needed (in temporary files where they are many), and
     :data:`regauge.passes.pruning.surgeon.MEMORY` for the Dim that is taken apart.
     """
-    layers = [layer for _, node in graph.walk() if (layer := layer_of(node, blocks=True, shared=True)) is not None]
+    layers = [layer for _, node in graph.walk() if (layer := layer_of(node, blocks=True, shared=True, turned=True))]
     readers = contracting(graph, [group.dim for group in groups], layers)
     groups = _told_apart(graph, groups, readers)
     sensitivity, first_order = _gradients(graph, groups, readers, batches, seed)
@@ -286,6 +286,8 @@ def _multiplied(graph: Graph, readers: dict[Dim, list[Layer]]) -> dict[Dim, list
     for node, role, dims in graph.axes.ends:
         for dim in dims if role == "contract" else ():
             having = [v for _, v in node.operands() if any(dim in leaves(extent) for extent in graph.axes.of[v])]
+            if any(layer.node is node for layer in readers.get(dim, ())):
+                continue  # also where its weight is turned, and so computed
             if readers.get(dim) and having and not any(isinstance(value, Parameter) for value in having):
                 found.setdefault(dim, []).append(having[0])
     return found

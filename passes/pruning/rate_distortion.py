@@ -39,7 +39,7 @@ def measured_curves(
 ) -> dict[Dim, Curve]:
     """The curve of each choice; the graph runs once for each Dim and count, and once per GiB of Gram matrices."""
     probe = Probe(graph, _first(batches))
-    refittable = [layer for node in graph.nodes if refit and (layer := layer_of(node)) is not None]
+    refittable = [layer for node in graph.nodes if refit and (layer := layer_of(node, turned=True))]
     readers = contracting(graph, [choice.dim for choice in choices], refittable)
     curves = {}
     for part in _parts(choices, readers):
@@ -85,7 +85,7 @@ def _parts(choices: Sequence[Choice], readers: Mapping[Dim, Sequence[Layer]]) ->
 
 def _refit(graph: Graph, small: Graph, layer: Layer, moments: Moments, dim: Dim, kept: np.ndarray) -> None:
     """Give the layer of the smaller graph the weight that comes nearest to its old outputs."""
-    twin = next(own for node in small.nodes if node.name == layer.node.name and (own := layer_of(node)) is not None)
+    twin = next(own for node in small.nodes if node.name == layer.node.name and (own := layer_of(node, turned=True)))
     majors = majors_of(graph, [dim])[dim] if kept.ndim > 1 else ()
     columns = layer.columns_within(graph, (*majors, dim), 0) if majors else layer.columns_of(graph, dim)
     goes = np.ones((*kept.shape[:-1], int(dim.size)), dtype=bool)

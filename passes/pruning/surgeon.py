@@ -22,7 +22,8 @@ import torch
 from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Parameter
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.calibration.moments import Moments, inverse
+from regauge.passes.calibration.moments import Moments
+from regauge.passes.pruning.inverse_hessian import InverseHessian, factors, inverse_hessian
 
 RIDGE = 1e-2  # share of the mean square of a column
 _MANY = 10  # so many times the columns are many rows; with fewer the ridge rises as they are short of that
@@ -32,6 +33,7 @@ _SMALL = 96  # a Dim of so many indices loses one in each step
 _NEAR = 3  # times the indices that go in a step: so many of the cheapest are looked at
 _SUBSTEPS = 8  # a step removes its indices in about so many turns
 _DOUBLE = 1024  # matrices up to this size are handled in double precision
+_SKETCH = 768  # rows that the outputs of larger ones are added up to: their squares are right to a twentieth
 
 Change = Callable[[dict[str, torch.Tensor]], float]
 
@@ -41,7 +43,7 @@ class Part:
     """Columns of one block of layers that read the same rows: [H^-1] of them, and their (scaled) weights."""
 
     columns: torch.Tensor  # [indices, columns each]: where each index is in the matrices; -1 where it is not
-    inverse: torch.Tensor  # [columns, columns]
+    inverse: InverseHessian
     rows: torch.Tensor  # [r, columns], of which only rows'rows counts
 
     def costs(self, alive: torch.Tensor) -> torch.Tensor:
@@ -54,11 +56,11 @@ class Part:
             return total
         if columns.shape[1] == 1:
             columns = columns[:, 0]
-            square: torch.Tensor = torch.linalg.vector_norm(self.rows, dim=0).square()[columns]
+            square: torch.Tensor = self.rows.square().sum(0)[columns]  # far quicker than a norm over the first axis
             return (square / self.inverse.diagonal()[columns].clamp(min=1e-30)).double()
-        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
+        blocks = self.inverse.blocks(columns)
         own = self.rows[:, columns].permute(1, 2, 0)  # index, column, row
-        half: torch.Tensor = torch.linalg.solve_triangular(_factors(blocks), own, upper=False)
+        half: torch.Tensor = torch.linalg.solve_triangular(factors(blocks), own, upper=False)
         return half.square().sum((1, 2)).double()
 
     def remove(self, gone: torch.Tensor) -> None:
@@ -66,21 +68,16 @@ class Part:
         columns = _present(self.columns[gone])
         if not len(columns):
             return
-        kept = torch.ones(len(self.inverse), dtype=torch.bool)
-        kept[columns] = False
+        kept = _without(columns, len(self.inverse))
         left = kept.nonzero()[:, 0]
-        across = self.inverse[columns][:, left]
-        factor = _factors(self.inverse[columns][:, columns])
-        half = torch.linalg.solve_triangular(factor, across, upper=False)
-        solved = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-        self.rows = torch.addmm(self.rows[:, left], self.rows[:, columns], solved, alpha=-1)
-        self.inverse = self.inverse[left][:, left].addmm_(half.t(), half, alpha=-1)
+        removal = self.inverse.removal(columns, left)
+        self.rows, self.inverse = removal.made_up(self.rows), removal.inverse()
         self.columns = torch.where(self.columns < 0, -1, (torch.cumsum(kept, 0) - 1)[self.columns])
 
     def near(self, indices: torch.Tensor) -> Part:
         """The same of a few indices alone: what goes among them changes the others of them exactly so."""
         flat = _present(self.columns[indices])
-        return Part(_places(self.columns[indices]), self.inverse[flat][:, flat], self.rows[:, flat])
+        return Part(_places(self.columns[indices]), self.inverse.matrix_at(flat), self.rows[:, flat])
 
 
 def _present(columns: torch.Tensor) -> torch.Tensor:
@@ -88,24 +85,17 @@ def _present(columns: torch.Tensor) -> torch.Tensor:
     return columns[columns >= 0]
 
 
+def _without(columns: torch.Tensor, count: int) -> torch.Tensor:
+    """Which of so many columns are none of these, as a mask."""
+    kept = torch.ones(count, dtype=torch.bool)
+    kept[columns] = False
+    return kept
+
+
 def _places(columns: torch.Tensor) -> torch.Tensor:
     """Where these columns are once only they are left."""
     has = columns >= 0
     return torch.where(has, torch.cumsum(has.reshape(-1), 0).reshape(columns.shape) - 1, -1)
-
-
-def _factors(blocks: torch.Tensor) -> torch.Tensor:
-    """Cholesky factors of one matrix or many; what rounding has left indefinite gets a ridge of its own."""
-    factors: torch.Tensor
-    factors, failed = torch.linalg.cholesky_ex(blocks)
-    size, tiny = blocks.shape[-1], torch.finfo(blocks.dtype).eps
-    share = 10 * size * tiny
-    while bool(failed.any()) and share < 1:
-        level = blocks.diagonal(dim1=-2, dim2=-1).abs().amax(-1).clamp(min=torch.finfo(blocks.dtype).tiny)
-        ridge = torch.diag_embed((level * share)[..., None].expand(*level.shape, size))
-        factors, failed = torch.linalg.cholesky_ex(blocks + ridge)
-        share *= 10
-    return factors
 
 
 @dataclass
@@ -148,21 +138,21 @@ class Share:
     def bytes(self, indices: int) -> int:
         """Of the matrices for so many indices."""
         columns = min(indices * self.columns.shape[1], int((self.columns >= 0).sum()))
-        outputs = min(columns, sum(layer.outputs for layer in self.layers))
-        return self.dtype.itemsize * columns * (columns + outputs)
+        outputs = min(columns if columns <= _DOUBLE else _SKETCH, sum(layer.outputs for layer in self.layers))
+        wide = min(columns, 2 * self.moments.rows) if self.moments.scarce else columns
+        return self.dtype.itemsize * columns * (wide + outputs)
 
-    def part(self, indices: torch.Tensor, whole: torch.Tensor, *, lasting: bool = True) -> Part:
+    def part(self, indices: torch.Tensor, whole: InverseHessian, *, lasting: bool = True) -> Part:
         """The matrices of the given indices; ``whole`` is :meth:`inverse`. One that is not lasting is used once."""
         places, flat = _places(self.columns[indices]), _present(self.columns[indices])
-        everything = len(flat) == len(whole) and bool((flat == torch.arange(len(flat))).all())
-        return Part(places, whole if everything else whole[flat][:, flat], self._rows(flat, lasting))
+        return Part(places, whole.at(flat), self._rows(flat, lasting))
 
-    def inverse(self) -> torch.Tensor:
+    def inverse(self) -> InverseHessian:
         """H^-1 of all columns; few rows could be made up for by any columns, and more is added to their H."""
         short = _MANY * self.moments.columns / max(1, self.moments.rows)
-        return inverse(self.moments, RIDGE * max(1.0, short)).to(self.dtype)
+        return inverse_hessian(self.moments, RIDGE * max(1.0, short), self.dtype)
 
-    def costs_alone(self, whole: torch.Tensor) -> torch.Tensor:
+    def costs_alone(self, whole: InverseHessian) -> torch.Tensor:
         """dE of each index, were it the only one to go."""
         total = torch.zeros(len(self.columns), dtype=torch.float64)
         many = max(1, 2048 // self.columns.shape[1])
@@ -173,32 +163,55 @@ class Share:
         return total
 
     def _rows(self, columns: torch.Tensor, lasting: bool) -> torch.Tensor:
-        """Scaled weights [outputs, columns] of all layers, or the square root of their product where that is less."""
+        """Scaled weights [outputs, columns] of all layers, or fewer rows with the same products or nearly these.
+
+        Up to :data:`_DOUBLE` columns the square root of their products, else a sketch: see :meth:`_sketch`.
+        """
         outputs = sum(layer.outputs for layer in self.layers)
-        parts = (
-            self._matrix(layer)[:, columns].to(self.dtype) * scale.to(self.dtype)[:, None]
-            for layer, scale in zip(self.layers, self.scales, strict=True)
-        )
+        if lasting and len(columns) > _DOUBLE and outputs > _SKETCH:
+            return self._sketch(columns)
         if outputs <= 1.5 * len(columns) or not lasting:
-            return torch.cat(list(parts))
+            return torch.cat([part for _, part in self._scaled(columns)])
         square = torch.zeros(len(columns), len(columns), dtype=self.dtype)
-        for part in parts:
+        for _, part in self._scaled(columns):
             square.addmm_(part.t(), part)
-        return _factors(square).mT
+        return factors(square).mT
+
+    def _scaled(self, columns: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """The scaled weights of each layer [outputs, columns], and how many outputs came before them."""
+        before = 0
+        for layer, scale in zip(self.layers, self.scales, strict=True):
+            yield before, self._matrix(layer)[:, columns].to(self.dtype) * scale.to(self.dtype)[:, None]
+            before += layer.outputs
+
+    def _sketch(self, columns: torch.Tensor) -> torch.Tensor:
+        """S W [_SKETCH, columns] with E[S'S] = 1: every output is added to one of the rows, with a random sign.
+
+        Squares of columns are right on average, and to sqrt(2 / rows) of themselves (Charikar, Chen and Farach-Colton
+        2002, count sketch). With all outputs of all layers, a Dim that a large model reads everywhere would take longer
+        than all else here.
+        """
+        found = torch.zeros(_SKETCH, len(columns), dtype=self.dtype)
+        generator = torch.Generator().manual_seed(0)
+        for before, part in self._scaled(columns):
+            order = torch.randperm(len(part), generator=generator)
+            signs = 1 - 2 * torch.randint(0, 2, (len(part), 1), generator=generator).to(self.dtype)
+            found.index_add_(0, (before + order) % _SKETCH, part.mul_(signs))
+        return found
 
     def _matrix(self, layer: Layer) -> torch.Tensor:
         return layer.matrices(layer.weight.tensor.detach())[self.block]
 
-    def without(self, gone: torch.Tensor, whole: torch.Tensor) -> Iterator[tuple[Layer, torch.Tensor, torch.Tensor]]:
+    def without(self, gone: torch.Tensor, whole: InverseHessian) -> Iterator[tuple[Layer, torch.Tensor, torch.Tensor]]:
         """For each layer its matrix without these indices, others making up for them, and the bias that this takes."""
         columns = _present(self.columns[gone])
-        factor = _factors(whole[columns][:, columns])
-        solved = torch.cholesky_solve(whole[columns], factor)
+        left = _without(columns, len(whole)).nonzero()[:, 0]
+        removal = whole.removal(columns, left)
         means = self.moments.means().to(self.dtype)
         for layer in self.layers:
             before = self._matrix(layer).to(self.dtype)
-            after = before - before[:, columns] @ solved
-            after[:, columns] = 0
+            after = torch.zeros_like(before)
+            after[:, left] = removal.made_up(before)
             yield layer, after, (before - after) @ means
 
 
@@ -241,7 +254,7 @@ def taken_apart(shares: Sequence[Share], size: int, change: Change | None, major
 
 def _opened(
     shares: Sequence[Share], size: int, majors: int, *, keep: bool
-) -> tuple[np.ndarray, torch.Tensor, list[Part], list[torch.Tensor | None]]:
+) -> tuple[np.ndarray, torch.Tensor, list[Part], list[InverseHessian | None]]:
     """Costs of indices alone, where not all fit; the indices that are taken apart; their matrices; H^-1, if kept."""
     every = majors * size
     needed = sum(share.bytes(every) for share in shares)
@@ -252,7 +265,7 @@ def _opened(
     count = size if needed <= MEMORY else max(2, int(size * (MEMORY / needed) ** 0.5))
     cheapest = torch.argsort(costs.reshape(majors, size), 1)[:, :count].sort(1).values
     pool = (cheapest + size * torch.arange(majors)[:, None]).reshape(-1)
-    parts, wholes = [], list[torch.Tensor | None]()
+    parts, wholes = [], list[InverseHessian | None]()
     keep = keep and 2 * needed <= MEMORY
     for share in shares:
         whole = share.inverse()
@@ -303,7 +316,7 @@ def _first_of_each(order: torch.Tensor, major: torch.Tensor, counts: Sequence[in
 
 
 def weights_without(
-    shares: Sequence[Share], gone: torch.Tensor, wholes: Sequence[torch.Tensor | None] = ()
+    shares: Sequence[Share], gone: torch.Tensor, wholes: Sequence[InverseHessian | None] = ()
 ) -> dict[str, torch.Tensor]:
     """The parameters of all layers without some indices, by name: what the graph has to be run with.
 

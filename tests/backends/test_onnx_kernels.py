@@ -69,6 +69,25 @@ def regions(graph: Graph) -> list[str]:
     return [content(body_of(node)) for node in fused_nodes(graph)]
 
 
+def test_causal_attention_of_any_length_is_one_function(tmp_path: Path) -> None:
+    """Queries and keys of the same length, and fewer queries, which see the first keys alone."""
+    batch, length, past = map(symbol, ("batch", "length", "past"))
+    graph = Graph("causal", symbols={batch: (1, None), length: (1, None), past: (0, None)})
+    build = Builder(graph)
+    q = build.input("q", (batch, 4, length, 8), torch.float32)
+    k, v = (build.input(name, (batch, 2, length + past, 8), torch.float32) for name in "kv")
+    options = {"scale": 0.3, "is_causal": True, "enable_gqa": True}
+    graph.outputs = [build.silu(build.attention(q, k, v, **options)), build.attention(k, k, v, **options)]
+    fused = regauge.optimize(graph, "fuse")
+    model = written(fused, tmp_path / "m.onnx", functions=True)
+    assert len(calls(model)) == len(model.functions) == 2 and len(model.graph.node) == 2
+    session = Session(tmp_path / "m.onnx")
+    for sizes in ((1, 1, 0), (2, 5, 3)):
+        tensors = [torch.randn(sizes[0], heads, n, 8) for heads, n in ((4, sizes[1]), *((2, sum(sizes[1:])),) * 2)]
+        for own, other in zip(session.run(tensors), graph.run(tensors), strict=True):
+            torch.testing.assert_close(own, other)
+
+
 def test_regions_are_functions_of_the_highest_operators(tmp_path: Path) -> None:
     graph = regauge.optimize(block(), "fuse")
     model = written(graph, tmp_path / "m.onnx", functions=True)

@@ -120,22 +120,31 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(name: str, form: Form, 
     assert compiled.spilled == 0 and compiled.registers <= 64
 
 
+FEW_BITS = [("int4_weight", 16), ("int4_weight", 4096), ("float8_both", 4096), ("sparse_24_weight", 16)]
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("name", "rows"), [("int4_weight", 16), ("int4_weight", 4096), ("float8_both", 4096)])
+@pytest.mark.parametrize(("name", "rows"), FEW_BITS)
 def test_products_of_few_bits_compile_and_spill_nothing(name: str, rows: int, architecture: str) -> None:
     kernel = kernel_of(form_graph(name, torch.bfloat16, rows, 4096), name)
-    sizes = {dim: int(dim.size) for dim in kernel.region.loops}
+    sizes = {dim: int(dim.size) for dim in kernel.region.sized}
     source = kernel.source("split" if rows == 16 else "contraction")
+    parts = {"sparse_24_weight": 2}.get(name, 4)
     assert source.kernels == ((name, f"{name}_total") if rows == 16 else (name,))
     for one in source.kernels:
         compiled = compile_kernel(source, sizes, architecture, name=one)
-        assert compiled.spilled == 0 and compiled.build.launch.parts == (4 if rows == 16 else 1)
+        assert compiled.spilled == 0 and compiled.build.launch.parts == (parts if rows == 16 else 1)
 
 
 def test_text_of_a_gated_layer_of_four_bits(golden: object) -> None:
     kernel = kernel_of(form_graph("gate_and_up_int4", torch.bfloat16), "gate_and_up_int4")
     golden("kernel_gate_and_up_int4", kernel.source().text)  # type: ignore[operator]
+
+
+def test_text_of_a_sparse_product(golden: object) -> None:
+    kernel = kernel_of(form_graph("sparse_24_weight", torch.bfloat16, 16, 256), "sparse")
+    golden("kernel_sparse_24", kernel.source().text.strip())  # type: ignore[operator]
 
 
 def test_text_of_a_product_that_is_shared_out(golden: object) -> None:

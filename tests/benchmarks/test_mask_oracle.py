@@ -121,6 +121,45 @@ def test_a_softmax_after_its_maximum_is_subtracted_sees_what_was_kept() -> None:
         assert (negative.max(-1).values < 0).all(), "what was removed is no maximum"
 
 
+class ChannelAttention(nn.Module):
+    """Attention between the channels of each head, as XCiT has it."""
+
+    def __init__(self, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(5, heads * size) for _ in range(3))
+        self.out = nn.Linear(heads * size, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        query, key, value = (part.permute(0, 2, 3, 1) for part in parts)  # example, head, channel, place
+        mixed = torch.softmax(query @ key.mT, -1) @ value
+        return self.out(mixed.permute(0, 3, 1, 2).flatten(2))
+
+
+def test_a_softmax_over_channels_of_heads_sees_what_each_head_kept() -> None:
+    torch.manual_seed(0)
+    model = ChannelAttention(4, 6).double()
+    kept = {0: [0, 2, 5], 1: [1, 2, 3], 3: [0, 4, 5]}  # no channel of the third head
+    rows = [6 * head + channel for head, channels in kept.items() for channel in channels]
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+
+    def error(rows_of_values: list[int]) -> float:
+        small = ChannelAttention(3, 3).double()
+        with torch.no_grad():
+            for name in ("query", "key", "value"):
+                own, whole = getattr(small, name), getattr(model, name)
+                places = rows_of_values if name == "value" else rows
+                own.weight.copy_(whole.weight[places])
+                own.bias.copy_(whole.bias[places])
+            small.out.weight.copy_(model.out.weight[:, rows])
+            small.out.bias.copy_(model.out.bias)
+        return masked_error(copy.deepcopy(model), small, lambda m: [m(x)])[0]
+
+    assert error(rows) < 1e-14
+    assert error([1, *rows[1:]]) > 1e-3
+
+
 class Weighted(nn.Module):
     """A weight-normalised layer and one after it."""
 

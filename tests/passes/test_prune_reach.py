@@ -149,6 +149,46 @@ def test_refitted_layers_are_nearer_than_masked_ones(
     assert chosen < factor * masked
 
 
+def test_of_a_shared_weight_that_is_refitted_nothing_is_told_as_lost() -> None:
+    torch.manual_seed(0)
+    x = images(64, 0)
+    pruned = regauge.optimize(capture(Shared().eval(), (x,)), "prune{ratio=0.4,score=l2,compensate=true}", data=[(x,)])
+    (cut,) = pruned.report.passes[0].cuts
+    assert (cut.before, cut.after, cut.lost) == (24, 14, ())
+
+
+class Turned(nn.Module):
+    """The layers of another model as Falcon writes them."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        first, second, third = (layer.weight for layer in layers if isinstance(layer, nn.Linear))
+        self.weights = nn.ParameterList([first, second, third.detach().t().contiguous()])
+        self.bias = layers[-1].bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second, third = self.weights
+        return nn.functional.linear(torch.relu(torch.relu(x @ first.t()) @ second.T), third.t(), self.bias)
+
+
+@pytest.mark.parametrize("options", ["ratio=0.4", "ratio=0.4,score=wanda", "params=0.6,scope=dp", "macs=0.6"])
+def test_layers_whose_weights_are_turned_are_refitted_as_others(options: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Linear(6, 24, bias=False), nn.ReLU(), nn.Linear(24, 32, bias=False), nn.ReLU(), nn.Linear(32, 5)
+    )
+    x, unseen = (torch.randn(400, 6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    results, notes = [], []
+    for model in (plain, Turned(plain)):
+        graph = capture(model.eval(), (x,))
+        pruned = regauge.optimize(graph, f"prune{{{options}}}", data=[(x,)])
+        notes.append([note for note in pruned.report.passes[0].notes if note.startswith("layers refitted on 400")])
+        results.append(pruned.run(unseen)[0])
+        torch.testing.assert_close(pruned.to_torch()(unseen), results[-1])
+    assert notes[0] and notes[0] == notes[1]
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_few_examples_do_no_harm(count: int) -> None:
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,19 @@ def test_products_without_a_bias_are_split() -> None:
         "weight.part1.weight": (16, 12),
     }
     assert torch.allclose(split.run(x)[0], graph.run(x)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("order", ["chunk", "unbind", "interleaved"])
+def test_files_are_split_too(order: str, tmp_path: Path) -> None:
+    """There the bias is added by a node of its own."""
+    torch.manual_seed(0)
+    model, x = Attention(order).eval(), torch.randn(3, 5, 16)
+    torch.onnx.export(model, (x,), str(tmp_path / "whole.onnx"), dynamo=True, verbose=False)
+    split = regauge.optimize(regauge.load(tmp_path / "whole.onnx"), "split-projections")
+    assert sum("part" in name for name in split.parameters) == 6
+    session = onnxruntime.InferenceSession(split.to_onnx(tmp_path / "split.onnx"))
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(found), model(x), atol=1e-5)
 
 
 class Rotary(nn.Module):

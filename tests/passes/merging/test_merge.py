@@ -137,3 +137,25 @@ def test_what_does_not_go_together_is_told() -> None:
         merge([one, one], scale=0.5)
     with pytest.raises(GraphError, match="sum up to 1, not to 1.5"):
         merge([one, one], weights=[1.0, 0.5])
+
+
+def test_the_report_says_what_was_matched_and_how_near_it_came() -> None:
+    torch.manual_seed(0)
+    graph = captured(Encoder(), torch.randn(2, 4, 5))
+    found = merge([graph, scrambled(graph)])
+    entry = found.report.passes[0]
+    (agreement,) = [note for note in entry.notes if "cosine" in note]
+    before, after = (float(part) for part in agreement.split("base ")[1].split(" -> "))
+    assert before < 0.5 and after == 1.0
+    assert all(str(cut).startswith("network 2: ") and "in another place" in str(cut) for cut in entry.cuts)
+    moved = {cut.dim: cut.before for cut in entry.cuts}
+    assert 40 in moved.values() and 24 in moved.values()  # the hidden layer and the stream
+    assert entry.left and "left alone" in str(found.report)
+
+
+def test_the_report_of_an_average_without_matching_has_the_agreement_as_it_is() -> None:
+    torch.manual_seed(0)
+    graph = captured(Encoder(), torch.randn(2, 4, 5))
+    entry = merge([graph, scrambled(graph)], align=False).report.passes[0]
+    assert any(note.endswith("not matched") for note in entry.notes) and not entry.cuts
+    assert any("least alike" in note for note in entry.notes)
