@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import regauge
-from decoders import Rotary, characters, decoder
+from decoders import Rotary, characters, decoder, stepped
 from layered_networks import ResidualNetwork, images, redrawn
 from regauge.backends.run_onnxruntime import Session
 from regauge.cli import main
@@ -25,6 +25,7 @@ from regauge.ir.verify import verify
 
 STEPS = ("simplify", "prune{params=0.7}", "factorize{params=0.8}", "quantize{scheme=w8}", "fuse")
 PASSES = ",".join(STEPS)
+CACHED = ",".join([*STEPS[:-1], "kv-cache", STEPS[-1]])
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,33 @@ def test_torch_and_files_agree_at_every_step(make: Callable[[], Job], tmp_path: 
     again = regauge.optimize(regauge.load(tmp_path / "step.onnx"), "unfuse,dequantize,prune{params=0.9}")
     assert again.report.after.parameters < small.report.after.parameters
     agreed(again, job.inputs, tmp_path / "again.onnx")
+
+
+def on_files(session: Session) -> Callable[..., Any]:
+    return lambda *given: session.run(given)
+
+
+def test_a_decoder_with_a_cache_goes_through_all_of_it(tmp_path: Path) -> None:
+    """Pruned, factorized, quantized, with a cache and fused in one call: steps give what all positions at once do."""
+    job = decoder_job()
+    whole, cached = (regauge.optimize(job.graph, passes, data=job.data) for passes in (PASSES, CACHED))
+    assert fused_nodes(cached) and len(cached.states) == 4
+    assert cached.report.after.parameters == whole.report.after.parameters < 0.6 * whole.report.before.parameters
+    (wanted,) = whole.run(job.inputs)
+    counts = (3, 1, 1, 2)
+    torch.testing.assert_close(stepped(regauge.Steps(cached), job.inputs, counts), wanted, rtol=1e-4, atol=1e-5)
+    runs: list[Callable[..., Any]] = [cached.to_torch(), cached.to_torch(kernels="triton")]
+    paths = [cached.to_onnx(tmp_path / f"{functions}.onnx", functions=functions) for functions in (False, True)]
+    runs += [on_files(Session(path, optimisation="off")) for path in paths]
+    for run in runs:
+        begin = {"batch": 3, "past": 0}
+        states = [torch.zeros([begin.get(str(n), n) for n in state.shape]) for state in cached.inputs[1:]]
+        found = []
+        for part in job.inputs.split(list(counts), 1):
+            with torch.no_grad():
+                logits, *states = run(part, *states)
+            found.append(logits)
+        torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_goes_through_all_of_it(tmp_path: Path) -> None:

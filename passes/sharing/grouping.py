@@ -44,11 +44,14 @@ def _runs(count: int, kept: int, loss: Callable[[Members], float]) -> list[Membe
         """The least loss of the first ``end`` blocks in so many groups, and where these begin."""
         if groups == 1:
             return loss(tuple(range(end))), (0,)
-        options = []
-        for start in range(groups - 1, end):
+        found: tuple[float, tuple[int, ...]] = (float("inf"), (0,))
+        for start in range(end - 1, groups - 2, -1):
+            own = loss(tuple(range(start, end)))
+            if own >= found[0]:  # longer runs lose no less: their losses are not asked for, which grow with the runs
+                break
             before, starts = best(start, groups - 1)
-            options.append((before + loss(tuple(range(start, end))), (*starts, start)))
-        return min(options)
+            found = min(found, (before + own, (*starts, start)))
+        return found
 
     starts = best(count, kept)[1]
     return [tuple(range(*pair)) for pair in zip(starts, (*starts[1:], count), strict=True)]

@@ -299,3 +299,17 @@ def test_starts_of_recursive_transformers() -> None:
         shared = found.parameters["blocks.1.proj.weight"]  # of blocks 1 and 3, the second group
         assert shared.aliases == ("blocks.3.proj.weight",)
         torch.testing.assert_close(shared.tensor, graph.parameters[f"blocks.{source}.proj.weight"].tensor)
+
+
+def test_runs_that_are_longer_than_they_can_be_are_not_weighed() -> None:
+    """What blocks lose is asked for few runs of many, and the groups are the best of all."""
+    places = [0.0, 0.1, 0.3, 3.0, 3.1, 3.3, 6.0, 6.1, 6.2, 9.0, 9.1, 9.4]
+    asked = set[tuple[int, ...]]()
+
+    def loss(group: tuple[int, ...]) -> float:
+        asked.add(group)
+        mean = sum(places[block] for block in group) / len(group)
+        return sum((places[block] - mean) ** 2 for block in group)
+
+    assert groups_of(12, 4, "adjacent", loss) == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)]
+    assert len(asked) <= 45  # of 78 runs
