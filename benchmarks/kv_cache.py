@@ -42,6 +42,8 @@ QUANTIZED = [
     "kv-quantize{bits=1,method=coupled}",
     "kv-quantize{bytes=0.14}",
     "kv-quantize{bytes=0.06,method=coupled}",
+    "kv-quantize{bits=2,method=kivi}",
+    "kv-quantize{bits=2,method=gear}",
 ]
 PASSES = {
     "char_gpt": [
