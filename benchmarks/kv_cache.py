@@ -44,6 +44,8 @@ QUANTIZED = [
     "kv-quantize{bytes=0.06,method=coupled}",
     "kv-quantize{bits=2,method=kivi}",
     "kv-quantize{bits=2,method=gear}",
+    "kv-quantize{bits=16,bytes=0.2,method=cskv}",
+    "kv-quantize{bytes=0.1,method=cskv}",
 ]
 PASSES = {
     "char_gpt": [
