@@ -23,7 +23,7 @@ TEXT: Mapping[str, str] = {
     "eq": "({} == {})", "ne": "({} != {})", "lt": "({} < {})", "le": "({} <= {})", "gt": "({} > {})",
     "ge": "({} >= {})", "where": "tl.where({}, {}, {})",
     "logical_and": "(({} != 0) & ({} != 0))", "logical_or": "(({} != 0) | ({} != 0))", "logical_not": "({} == 0)",
-    "real": "{}",
+    "real": "{}", "code": "{}", "round": "round({})",
 }  # fmt: skip
 """How each primitive is written; names without ``tl.`` are in FUNCTIONS."""
 
@@ -60,6 +60,11 @@ def log1p(x):
     u = 1.0 + x
     good = tl.log(u) * (x / (u - 1.0))
     return tl.where(u == 1.0, x, tl.where(u == float("inf"), u, good))
+''',
+    "round": '''@triton.jit
+def round(x):
+    """The nearest integer, halves to even: numbers of this size have no places behind the point."""
+    return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)
 ''',
     "bits_below": '''@triton.jit
 def bits_below(mask, place):

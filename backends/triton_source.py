@@ -92,6 +92,8 @@ class Writer:
             for arg in term.args:
                 self.uses[arg] = self.uses.get(arg, 0) + 1
         self.functions: dict[str, None] = {}
+        # a quotient that is off by a place would be another code where it is half way between two
+        self.exact = {arg for term in region.terms if term.op == "round" for arg in term.args}
         self.long = self._too_long()
 
     def _too_long(self) -> set[Term]:
@@ -184,7 +186,7 @@ class Writer:
             return self.text(term.args[0])
         if term.op in FUNCTIONS:
             self.functions[term.op] = None
-        form = ROUNDED.get(term.op, TEXT[term.op]) if self.rounding == "eager" else TEXT[term.op]
+        form = ROUNDED.get(term.op, TEXT[term.op]) if self.rounding == "eager" or term in self.exact else TEXT[term.op]
         whole = any(below_results(arg) in self.region.whole for arg in term.args)
         texts = [str(int(arg.value)) if whole and arg.op == "number" else self.text(arg) for arg in term.args]
         return form.format(*([outermost(text) for text in texts] if "{}, {}" in form or "({})" in form else texts))

@@ -53,7 +53,7 @@ def main() -> None:
         if options.only and not any(text in name for text in options.only):
             continue
         judged, after = [], before
-        for more in ("",) if "central" in step or "codebook" in step else ("", ",align=false"):
+        for more in ("",) if "codebook" in step else ("", ",align=false"):
             for data in (None, batches):
                 found = regauge.optimize(graph, f"{step}{more}}}", data=data)
                 after = after if judged else figures(found)

@@ -265,10 +265,12 @@ PRIMITIVES: Mapping[str, Callable[..., Any]] = {
     "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y, "where": _where,
     "logical_and": lambda x, y: (x != 0) & (y != 0), "logical_or": lambda x, y: (x != 0) | (y != 0),
     "logical_not": lambda x: x == 0,
+    "round": torch.round, "code": lambda x: x,
     "real": lambda x: x if x.is_floating_point() and x.itemsize > 1 else x.double(),
 }  # fmt: skip
 """What each primitive is in torch. ``maximum`` and ``minimum`` are NaN where an operand is, as torch's are;
-``real`` of an integer, or of a float of 8 bits, is that number in a type that holds what is computed of it."""
+``real`` of an integer, or of a float of 8 bits, is that number in a type that holds what is computed of it; ``code``
+says of a number that it is one that the type of the result has. Halves are rounded to even."""
 
 REDUCTIONS: Mapping[str, Callable[..., Any]] = {
     "sum": lambda x, dims: torch.sum(x, dims, keepdim=True),
@@ -283,7 +285,7 @@ log, log2, log1p = _function("log"), _function("log2"), _function("log1p")
 sqrt, rsqrt = _function("sqrt"), _function("rsqrt")
 sigmoid, tanh, erf = _function("sigmoid"), _function("tanh"), _function("erf")
 sin, cos, floor, ceil = _function("sin"), _function("cos"), _function("floor"), _function("ceil")
-real = _function("real")
+real, code, round_ = _function("real"), _function("code"), _function("round")
 eq, ne, where = _function("eq"), _function("ne"), _function("where")
 logical_and, logical_or, logical_not = _function("logical_and"), _function("logical_or"), _function("logical_not")
 sum_, amax, amin = _reduction("sum"), _reduction("amax"), _reduction("amin")

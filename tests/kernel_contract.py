@@ -84,10 +84,20 @@ def check_kernel(
         if rounding == "eager" and all(node.op in EXACT for node in graph.nodes):
             assert torch.equal(tensor, eager[value]), f"{value} differs from torch in some bit"
         errors[value.name] = error = _error(tensor, true[value])
+        if not tensor.is_floating_point():
+            _check_codes(tensor, eager[value], true[value])
+            continue
         floor = max(torch.finfo(tensor.dtype).eps, 16 * torch.finfo(torch.float32).eps)
         most = max(2 * _error(eager[value], true[value]), floor)
         assert error <= most, f"{value}: error {error:.3g}, {most:.3g} allowed\n{kernel.source(form).text}"
     return errors
+
+
+def _check_codes(found: torch.Tensor, eager: torch.Tensor, true: torch.Tensor) -> None:
+    """Numbers next to the right one, and hardly more often than torch's: where what is rounded is half way between."""
+    off, of_torch = ((one.int() - true.int()).abs() for one in (found, eager))
+    assert int(off.max()) <= max(1, 2 * int(of_torch.max())), f"codes are off by {int(off.max())}"
+    assert int((off > 0).sum()) <= max(2 * int((of_torch > 0).sum()), 1 + found.numel() // 100), "many codes are off"
 
 
 def _error(found: torch.Tensor, true: torch.Tensor) -> float:

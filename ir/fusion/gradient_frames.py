@@ -220,6 +220,8 @@ class Frame:
 
     def _primitive(self, op: str, args: list[Any]) -> Any:
         build = self.build
+        if op == "code":
+            return args[0]
         if op == "real":
             return self.reverse.typed(args[0], self.reverse.wide)
         if op in ("maximum", "minimum") and not all(isinstance(arg, Value) for arg in args):

@@ -47,7 +47,7 @@ def fault(region: Region) -> str | None:
 
 def _wrong_type(region: Region) -> str | None:
     for value, term in region.results.items():
-        codes = below_results(term).op in ("load", *DIGITS) and value.dtype in (*INTEGERS, *FLOAT8)
+        codes = below_results(term).op in ("load", "code", *DIGITS) and value.dtype in (*INTEGERS, *FLOAT8)
         if value.dtype not in (*FLOATS, torch.bool) and not codes and below_results(term) not in region.whole:
             return _no_type(value)
     rounded = {arg for term in region.terms if term.op != "real" for arg in term.args}
@@ -65,7 +65,7 @@ def _wrong_type(region: Region) -> str | None:
     if region.contractions and prod({digit.loop: digit.count for digit in digits}.values()) > MOST_DIGITS:
         return f"more than {MOST_DIGITS} numbers share a byte"
     for value in region.outputs:
-        if value.dtype not in FLOATS and below_results(region.results[value]).op != "digit":
+        if value.dtype not in FLOATS and below_results(region.results[value]).op not in ("digit", "code"):
             return f"the result {value.name} {NO_FLOAT}"
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from regauge.ir.fusion.products import CODES, few_bit_sides
-from regauge.ir.fusion.region import Region, Term, below_results
+from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.sizes import Size, product
 
 TILE = 128
@@ -33,6 +33,8 @@ def again(region: Region, bound: Callable[[Size], int]) -> str:
     for contraction, few_bits in zip(region.contractions, few_bit_sides(region), strict=True):
         factors = below_results(contraction.args[0]).args
         computed = [below_results(factor).op != "load" for factor in factors]
+        if any(term.op == "code" for factor in factors for term in terms_below(factor)):
+            return "what is quantized is stored in few bits, which the product then reads"
         both = all(few or not own and _of_codes(f) for f, own, few in zip(factors, computed, few_bits, strict=True))
         for factor, own, few in zip(factors, computed, few_bits, strict=True):
             tiles = int(product(bound(dim.size) for dim in contraction.axes - factor.axes)) if own else 0

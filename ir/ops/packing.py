@@ -1,10 +1,9 @@
 """Numbers of few bits that share bytes, and codes that are looked up in tables: what weights are stored as.
 
 unpack     digit i of a byte q of so many digits is q // base^i % base: 8 bits, 4 pairs, 2 halves, or 5 trits
-codebook   w[r, c] = table[r's group, q[r, c]], the rows in as many groups of neighbours as the table has rows
-n_of_m     w[r, g m + i] = values[r, how many bits of mask[r, g] are set below i, g] where bit i is set, and else 0
 codebook   w[r, c] = table[r's group, q[r, c]], the rows in as many groups of neighbours as the table has rows;
            of a table [v] w[...] = table[q[...]]
+n_of_m     w[r, g m + i] = values[r, how many bits of mask[r, g] are set below i, g] where bit i is set, and else 0
 
 While torch exports a module to ONNX, divisions are the ONNX operators: torch's own become a dozen for signs.
 """

@@ -164,6 +164,25 @@ def _quantized_samples() -> list[Any]:
     ]
 
 
+def _codes_of(dtype: torch.dtype, bits: int | None) -> tuple[float, float]:
+    """The least and the greatest code."""
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    if bits is None:
+        return limits.min, limits.max
+    return (0, 2**bits - 1) if limits.min == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _quantized_element(
+    x: Scalar, scale: Scalar, zero_point: Scalar | None = None, *, bits: int | None, dtype: torch.dtype, **_: Any
+) -> Scalar | None:
+    if dtype not in (torch.int8, torch.uint8):
+        return None
+    q = scalars.round_(x / scale)
+    return scalars.code(
+        scalars.clamp(q if zero_point is None else q + scalars.real(zero_point), *_codes_of(dtype, bits))
+    )
+
+
 @operator(
     rule=scaled_rule,
     onnx={"QuantizeLinear": OnnxForm(read=_read_quantize, write=holds_no_sizes)},
@@ -171,6 +190,7 @@ def _quantized_samples() -> list[Any]:
     samples=_quantized_samples,
     coding=True,
     scaling=Scaling(powers={"x scale": 0}),
+    element=_quantized_element,
 )
 def quantize(
     x: Tensor,

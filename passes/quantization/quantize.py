@@ -47,7 +47,7 @@ from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
 from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
-from regauge.passes.quantization.storage import HALF_BELOW, Plain, nearer, plain_vectors, plain_weights
+from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
 from regauge.passes.quantization.weights import group_of, rows_of, stored_on_data
@@ -232,8 +232,6 @@ class Quantize(Pass):
                 return "a weight of several blocks has no stack of terms"
             if self._scheme.activations:
                 return misfit_of_products(layer, target, dynamic=self.activations == "dynamic")
-            if _count(layer) < HALF_BELOW and self._unread(graph, layer):
-                return "half precision takes no more"
             return misfit_of_blocks(layer, target, self.block)
 
         tables = find_tables(graph, self.include, self.exclude) if self.embeddings else []
@@ -340,12 +338,11 @@ class Quantize(Pass):
         return not sparse and not reads_blocks(graph, layer, TARGETS[self.target], self._group(graph, layer, 8), 8)
 
     def _format(self, graph: Graph, layer: Layer, bits: int) -> Format:
-        """That of the scheme; where it is free a table's, or with zero points if that is much nearer."""
+        """That of the scheme; where it is free a table's, of a weight that is large enough for one."""
         assert self._scheme.make is not None
-        found = self._scheme.make(self._wanted(graph, layer, bits))
-        if not self._unread(graph, layer):
-            return found
-        return Levels() if _count(layer) >= ENOUGH else nearer(cast(Form, found), rows_of(layer))
+        if _count(layer) >= ENOUGH and self._unread(graph, layer):
+            return Levels()
+        return self._scheme.make(self._wanted(graph, layer, bits))
 
     def _mixed(self, graph: Graph, layers: list[Layer], target: Target, context: Context) -> Mapping[str, Format]:
         """The forms of the layers that do not stay in float."""

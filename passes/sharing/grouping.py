@@ -44,7 +44,7 @@ def _runs(count: int, kept: int, loss: Callable[[Members], float]) -> list[Membe
         """The least loss of the first ``end`` blocks in so many groups, and where these begin."""
         if groups == 1:
             return loss(tuple(range(end))), (0,)
-        found = (float("inf"), (0,))
+        found: tuple[float, tuple[int, ...]] = (float("inf"), (0,))
         for start in range(end - 1, groups - 2, -1):
             own = loss(tuple(range(start, end)))
             if own >= found[0]:  # longer runs lose no less: their losses are not asked for, which grow with the runs

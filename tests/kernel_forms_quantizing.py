@@ -1,0 +1,30 @@
+"""Forms of kernels whose results are codes of 8 bits; ``f`` is a Form of kernel_forms.py."""
+
+from typing import Any
+
+import torch
+
+
+def add_norm_quantize(f: Any, rows: Any, columns: int) -> Any:
+    """A residual and its norm, of which a product of integers reads codes; the scale is known before."""
+    b = f.build
+    stream = b.add(f.x(rows, columns), f.x(rows, columns))
+    normed = b.rms_norm(stream, f.w(columns), normalized_shape=(columns,), eps=1e-6)
+    return stream, b.quantize(normed, b.parameter("s", torch.tensor(0.03125, dtype=f.dtype)))
+
+
+def silu_mul_quantize(f: Any, rows: Any, columns: int) -> Any:
+    """Codes without a sign, a scale and a zero point for each column."""
+    b = f.build
+    zero = f.codes(columns, dtype=torch.uint8, low=100, high=140)
+    product = b.mul(b.silu(f.x(2, rows, columns)), f.x(2, rows, columns))
+    return b.quantize(product, f.scale(columns), zero, axis=2, dtype=torch.uint8)
+
+
+def int8_to_int8(f: Any, rows: Any, columns: int) -> Any:
+    """Integers on both sides of a layer, and behind it."""
+    b, depth = f.build, -(-columns // 32) * 32
+    x = b.dequantize(f.x(rows, depth, dtype=torch.int8), f.scale())
+    w = b.dequantize(f.codes(columns, depth), f.scale(columns), axis=0)
+    y = b.relu(b.linear(x, w, f.w(columns)))
+    return b.quantize(y, b.parameter("t", torch.tensor(4.0, dtype=f.dtype)))
