@@ -45,7 +45,9 @@ QUANTIZED = [
     "kv-quantize{bits=2,method=kivi}",
     "kv-quantize{bits=2,method=gear}",
     "kv-quantize{bits=16,bytes=0.2,method=cskv}",
-    "kv-quantize{bytes=0.1,method=cskv}",
+    "kv-quantize{bytes=0.11,method=cskv}",
+    "kv-quantize{bytes=0.0625,method=cskv}",
+    "kv-quantize{bits=2,bytes=0.0625,method=cskv}",
 ]
 PASSES = {
     "char_gpt": [
