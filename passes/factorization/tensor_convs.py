@@ -3,7 +3,7 @@
 cp    W[o, i, r, c] = sum over q  up[o, q] rows[q, r] columns[q, c] first[q, i]         (Lebedev et al. 2015, section 3)
 tt    W[o, i, r, c] = sum over p, q, s  up[o, s] columns[s, q, c] rows[q, p, r] first[p, i]     (Oseledets 2011, TT-SVD)
 
-Of cp the links between are depthwise. It starts from alternating least squares without data
+Of cp the links between are depthwise. Without data it starts from alternating least squares
 (:mod:`regauge.passes.factorization.polyadic`), these from the terms of the higher-order singular value decomposition
 that hold most, which are all of the kernel at full rank; tt from singular value decompositions in turns. Then each link
 is bettered beside the others.
@@ -53,6 +53,8 @@ class Cp:
         at = _places_between(layer, graph)
         macs = sum(size * count for size, count in zip((channels, *kernel), at, strict=True))
         macs += layer.outputs * at[-1]
+        if problem.inputs is not None:
+            ranks = ranks[:: max(1, len(ranks) // _RANKS_TRIED)]
         losses = self._losses(problem, ranks)
         return [
             Choice(self.name, (rank,), rank * each, rank * macs, loss) for rank, loss in zip(ranks, losses, strict=True)
@@ -60,6 +62,8 @@ class Cp:
 
     def _losses(self, problem: Problem, ranks: Sequence[int]) -> list[float]:
         """Those of some ranks are tried; their logarithms are nearly straight between these."""
+        if problem.inputs is not None:
+            return [problem.error(self._image(self._start(problem, rank, tried=True))) for rank in ranks]
         tried = sorted({*ranks[:: max(1, len(ranks) // _RANKS_TRIED)], *ranks[-1:]})
         least = max(problem.rounding, 1e-300)
         found = [max(problem.error(self._image(self._start(problem, rank, tried=True))), least) for rank in tried]
@@ -80,12 +84,13 @@ class Cp:
         return [*links, _single("up", up, problem.layer)], self._image(factors)
 
     def _start(self, problem: Problem, rank: int, *, tried: bool) -> Factors:
-        """What alternating least squares find without data, by few turns to try a rank; and what is best behind it."""
+        """Without data what alternating least squares find, by few turns to try a rank; with data the largest terms,
+        and what is best behind them."""
         layer = problem.layer
         sizes = _sizes(layer)
         *rows, up = _largest_terms(problem.weight, rank, sizes)
         alone = Problem(layer, problem.weight)
-        if alone.error(self._image([*rows, up])) > alone.rounding:
+        if problem.inputs is None and alone.error(self._image([*rows, up])) > alone.rounding:
             if tried:
                 (*rows, up), _ = in_turns(problem.weight, [*rows, up], _TURNS_TRIED)
             else:

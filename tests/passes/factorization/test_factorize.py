@@ -171,6 +171,6 @@ def test_without_data_no_layer_pays_for_another_that_stays_whole() -> None:
         Choice("tucker", (1, 1), 1, 1, 0.55),
     )
     choices = {name: [whole, half, least] for name in ("first", "second")}
-    losses = [own.loss for own in least_loss(choices, {"macs": 11}).values()]
+    losses = [own.loss for own in least_loss(choices, {"macs": 11.5}).values()]
     assert sorted(losses) == [0.0, 0.55]
-    assert {own.ranks for own in least_loss(spread(choices), {"macs": 11}).values()} == {(4, 4)}
+    assert {own.ranks for own in least_loss(spread(choices), {"macs": 11.5}).values()} == {(4, 4)}
