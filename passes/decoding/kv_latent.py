@@ -47,10 +47,11 @@ class KvLatent(Pass):
     have one latent for all heads, from which they are computed at every step; that costs as many multiplications for
     each past position as the heads have channels, times the rank. Values, and keys that are not rotated, have either
     form, whichever loses less at its bytes: the knapsack weighs both (``joint`` asks for one of them; ``joint=false``
-    saves the multiplications). A layer that makes queries, keys and values is split into three before. With data each layer is fitted to what it gave, on what the changed layers before it
-    give, and so is the layer behind attention. Deviations: no Hadamard rotation of latents, which paid off for none
-    without outliers; a latent for each head or for all where Palu has one for four, since the weights of outputs would
-    grow. ``kv-cache`` afterwards keeps the latents. Exact at full rank.
+    saves the multiplications). A layer that makes queries, keys and values is split into three before. With data each
+    layer is fitted to what it gave, on what the changed layers before it give, and so is the layer behind attention.
+    Deviations: no Hadamard rotation of latents, which paid off for none without outliers; a latent for each head or for
+    all where Palu has one for four, since the weights of outputs would grow. ``kv-cache`` afterwards keeps the latents.
+    Exact at full rank.
     """
 
     name = "kv-latent"
