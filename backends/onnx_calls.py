@@ -1,14 +1,22 @@
-"""Calls of functions on their way through torch's ONNX exporter: operators that it writes as one node each."""
+"""What goes through torch's ONNX exporter as operators that it writes as one node each.
+
+Calls of functions stay what they are. Nodes that the exporter has no form of (``Operator.spelled_for_torch``) are
+written by their records afterwards, each in the place of its call.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import onnx_ir
 import torch
+from onnx_ir.passes.common import InlinePass
 
+from regauge.backends.onnx_kernels import spelled_region
 from regauge.ir.cost import FUSED
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.graph import Graph, Node, Value
@@ -21,25 +29,69 @@ _TYPES = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "double
 
 @dataclass
 class Operators:
-    """A graph whose calls are operators of torch, and how the exporter writes each of these."""
+    """A graph whose calls are operators of torch, and how the exporter writes each of these.
+
+    ``spelled`` are those that are no functions, by name: a graph of the node that each stands for.
+    """
 
     graph: Graph
     translations: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    spelled: dict[str, Graph] = field(default_factory=dict)
 
 
 def as_operators(graph: Graph, bodies: Mapping[str, tuple[Graph, str]]) -> Operators:
     """The graph itself where it has no calls; ``bodies`` are regions by the names of their functions."""
-    if not any(node.op == FUSED and not node.regions for node in graph.nodes):
+    if not any(_is_call(node) or _is_spelled(node) for node in graph.nodes):
         return Operators(graph)
     result = Operators(graph.copy())
     build = Builder(result.graph)
     for node in result.graph.nodes:
-        if node.op == FUSED and not node.regions:
+        if _is_call(node):
             name = node.metadata[KERNEL]
-            operator = _operator(name, bodies[name][0])
-            _call(build, node, name)
-            result.translations[operator] = _translation(name, node)
+            body = bodies[name][0]
+        elif _is_spelled(node):
+            name = f"{node.op}_{len(result.spelled)}_{_digest(node)}"
+            body = result.spelled[name] = _alone(node)
+        else:
+            continue
+        operator = _operator(name, body)
+        _call(build, node, name)
+        result.translations[operator] = _translation(name, node)
     return result
+
+
+def write_spelled(model: onnx_ir.Model, spelled: Mapping[str, Graph]) -> None:
+    """Write the nodes that calls in a model stand for, by their records, in the place of these."""
+    if not spelled:
+        return
+    for name, body in spelled.items():
+        function = onnx_ir.Function(DOMAIN, name, graph=spelled_region(body, model.opset_imports[""]), attributes=[])
+        model.functions[function.identifier()] = function
+    InlinePass(lambda function: function.name in spelled)(model)
+
+
+def _is_call(node: Node) -> bool:
+    return node.op == FUSED and not node.regions
+
+
+def _is_spelled(node: Node) -> bool:
+    return node.operator.spelled_for_torch and all(isinstance(operand, Value) for operand in node.inputs)
+
+
+def _alone(node: Node) -> Graph:
+    """A graph of one node, whose inputs are what the node reads."""
+    graph = Graph(node.op)
+    build = Builder(graph)
+    operands = [build.input(f"x{slot}", value.shape, value.dtype) for slot, value in node.operands()]
+    found = build(node.op, *operands, **node.attributes)
+    graph.outputs = list(found) if isinstance(found, tuple) else [found]
+    return graph
+
+
+def _digest(node: Node) -> str:
+    """What an operator of torch computes, which is one of a process: one name, one meaning."""
+    said = [node.op, *sorted(node.attributes.items()), *(getattr(o, "signature", o) for o in node.inputs)]
+    return hashlib.sha256(str(said).encode()).hexdigest()[:10]
 
 
 def _call(build: Builder, node: Node, name: str) -> None:

@@ -34,7 +34,7 @@ def exported_model(graph: Graph, bodies: Bodies | None = None) -> onnx_ir.Model:
 
     Fused nodes without their regions are calls of functions, of which ``bodies`` holds the regions by name.
     """
-    from regauge.backends.onnx_calls import as_operators
+    from regauge.backends.onnx_calls import as_operators, write_spelled
     from regauge.backends.to_torch import to_torch
 
     operators = as_operators(graph, bodies or {})
@@ -45,8 +45,10 @@ def exported_model(graph: Graph, bodies: Bodies | None = None) -> onnx_ir.Model:
     inputs = sample_inputs(graph)
     flat = _FlatModule(module, described.get("in_spec"), len(inputs))
     axes = tuple(_dynamic_axes(value) for value in graph.inputs)
-    program = _export(flat, tuple(inputs), axes, graph, operators.translations)
+    least = RMS_NORM_OPSET if len(operators.translations) > len(operators.spelled) else 0  # of functions
+    program = _export(flat, tuple(inputs), axes, graph, operators.translations, least)
     model: onnx_ir.Model = program.model
+    write_spelled(model, operators.spelled)
     _restore_names(model, graph)
     pack_initializers(model, graph)
     return model
@@ -86,6 +88,7 @@ def _export(
     axes: tuple[dict[int, Any], ...],
     graph: Graph,
     translations: Mapping[Any, Any],
+    least_opset: int,
 ) -> Any:
     names = [value.name for value in graph.inputs]
     options: dict[str, Any] = {"input_names": names, "output_names": _output_names(graph)}
@@ -94,8 +97,9 @@ def _export(
     if any(node.attributes.get("block_size") or node.attributes.get("bits") for _, node in graph.walk()):
         options["opset_version"] = FOUR_BITS_SINCE  # the first with scales of blocks, and with less than bytes
     if translations:
-        opset = max(RMS_NORM_OPSET, options.get("opset_version", 0))
-        options.update(custom_translation_table=translations, opset_version=opset)
+        options["custom_translation_table"] = translations
+    if least_opset:
+        options["opset_version"] = max(least_opset, options.get("opset_version", 0))
     small, in_order = stored_small(graph), IN_ORDER in graph.metadata
     try:
         # The exporter takes attention apart as the plain kernel computes it. Traced with another one, whose results lie

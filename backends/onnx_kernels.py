@@ -57,7 +57,7 @@ def _spellable(graph: Graph) -> Graph:
 
     def has_no_spelling(node: Node) -> bool:
         try:
-            _spelled(canonical(body_of(node)), opset)
+            spelled_region(canonical(body_of(node)), opset)
         except EmitError:
             return True
         return False
@@ -114,7 +114,7 @@ def _calling(model: onnx_ir.Model) -> Iterator[onnx_ir.Node]:
 def _function(body: Graph, rounding: str, model: onnx_ir.Model) -> onnx_ir.Function:
     """The region as a function of standard operators, named by what it computes in types and attributes, not sizes."""
     opset = model.opset_imports.get("") or model.opset_imports.get("ai.onnx", 1)
-    graph = _spelled(body, opset)
+    graph = spelled_region(body, opset)
     function = onnx_ir.Function(DOMAIN, body.name, graph=graph, attributes=[])
     found = function_hash(function)
     without_sizes = re.sub(r"(: [a-z0-9]+)\[[^]]*]", r"\1", content(body))
@@ -126,7 +126,7 @@ def _function(body: Graph, rounding: str, model: onnx_ir.Model) -> onnx_ir.Funct
     return function
 
 
-def _spelled(body: Graph, opset: int) -> onnx_ir.Graph:
+def spelled_region(body: Graph, opset: int) -> onnx_ir.Graph:
     """The nodes of a region as ONNX nodes; raises EmitError where one has no spelling."""
     inputs = [onnx_ir.Value(name=value.name) for value in body.inputs]
     imports = {"": opset}

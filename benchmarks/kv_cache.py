@@ -42,6 +42,12 @@ QUANTIZED = [
     "kv-quantize{bits=1,method=coupled}",
     "kv-quantize{bytes=0.14}",
     "kv-quantize{bytes=0.06,method=coupled}",
+    "kv-quantize{bits=2,method=kivi}",
+    "kv-quantize{bits=2,method=gear}",
+    "kv-quantize{bits=16,bytes=0.2,method=cskv}",
+    "kv-quantize{bytes=0.11,method=cskv}",
+    "kv-quantize{bytes=0.0625,method=cskv}",
+    "kv-quantize{bits=2,bytes=0.0625,method=cskv}",
 ]
 PASSES = {
     "char_gpt": [

@@ -179,4 +179,9 @@ def broadcast_rule(call: Call) -> list[Axes]:
     return [call.pointwise()]
 
 
+def is_pointwise(node: Node) -> bool:
+    """Whether every result entry depends on the same entry of each operand, the same way each time it runs."""
+    return node.operator.rule is broadcast_rule and not node.operator.random and not node.regions
+
+
 ENDING_ROLES = frozenset({"contract", "reduce", "normalise"})

@@ -63,9 +63,12 @@ def note_lost_zeros(graph: Graph, context: Context) -> None:
 
 
 def codes_in(graph: Graph) -> int:
-    """How many tensors of a graph are codes that are made floats of."""
+    """How many tensors of a graph are codes that are made floats of, those that vectors are looked up in among them."""
+    from regauge.passes.quantization.dequantize import table_of_codes
+
     nodes = (node for node in graph.nodes if node.operator.coding and isinstance(node.inputs[0], Parameter))
-    return len({node.inputs[0] for node in nodes if len(node.inputs[0].shape) > 1})  # type: ignore[union-attr]
+    found = {node.inputs[0] for node in nodes if len(node.inputs[0].shape) > 1}  # type: ignore[union-attr]
+    return len(found | {table[1] for node in graph.nodes if (table := table_of_codes(node)) is not None})
 
 
 class _NotAgain(Exception):

@@ -6,12 +6,14 @@ router, so that axis keeps its indices; the residual width, and the width inside
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
-from regauge.ir.graph import Value
+from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Symmetry, operator, sample
 
 
@@ -32,10 +34,34 @@ def _aten_grouped_mm(
     return build.grouped_mm(x, weight, offsets)  # type: ignore[no-any-return]
 
 
+def _spell(onnx: Any, node: Node) -> Any:
+    """One Split of the rows by how many each expert has, a product for each, and zeros behind the last.
+
+    A runtime folds what takes the weight apart; an expert without rows costs a product of none.
+    """
+    weight = node.inputs[1]
+    assert isinstance(weight, Value)
+    count = weight.shape[0]
+    if not isinstance(count, int):
+        raise onnx.refusal(f"it has the dynamic number of {count} experts")
+    if onnx.opset < 13:
+        raise onnx.refusal(f"the sizes of Split are not computed in opset {onnx.opset}: convert it to 13 or newer")
+    x, matrices, ends = onnx.operand(0), onnx.operand(1), onnx.operand(2, torch.int64)
+    zero, one = onnx.constant([0]), onnx.constant([1])
+    size = onnx.Slice(onnx.Shape(x), zero, one)
+    counts = onnx.Sub(onnx.Concat(ends, size, axis=0), onnx.Concat(zero, ends, axis=0))
+    *groups, rest = onnx.Split(x, counts, outputs=count + 1, axis=0)
+    products = [onnx.MatMul(rows, onnx.Gather(matrices, onnx.constant(e), axis=0)) for e, rows in enumerate(groups)]
+    shape = onnx.Concat(onnx.Slice(onnx.Shape(rest), zero, one), onnx.sizes(weight.shape[2:]), axis=0)
+    return onnx.Concat(*products, onnx.Expand(onnx.constant(0, node.outputs[0].dtype), shape), axis=0)
+
+
 @operator(
     rule="t i, e i o, e -> t o ; whole e t",
     aten={"_grouped_mm": _aten_grouped_mm, "transformers::grouped_mm_fallback": None},
     macs=lambda call: call.out() * call.size(0, 1),
+    spell=_spell,
+    spelled_for_torch=True,
     samples=lambda: [
         sample(randn(7, 4), randn(3, 4, 5), torch.tensor([2, 2, 7], dtype=torch.int32)),
         sample(randn(6, 4), randn(2, 4, 3), torch.tensor([5, 5])),

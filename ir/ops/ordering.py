@@ -291,13 +291,36 @@ def _msort(build: Any, x: Any) -> Any:
     return build.sort(x, dim=0)[0]
 
 
+def _spell_sort(onnx: Any, node: Node) -> Any:
+    """All entries are the largest, or smallest, so many of them; of equal ones TopK gives the first first."""
+    axis = _axis(node.outputs[0], node.attributes["dim"])
+    size, descending = node.outputs[0].shape[axis], node.attributes["descending"]
+    return _top(onnx, size, axis, descending)
+
+
+def _spell_topk(onnx: Any, node: Node) -> Any:
+    given = node.attributes
+    return _top(onnx, given["k"], _axis(node.outputs[0], given["dim"]), given["largest"], given["sorted"])
+
+
+def _top(onnx: Any, k: Size, axis: int, largest: bool, in_order: bool = True) -> Any:
+    """TopK, which tells the largest from the smallest since opset 11."""
+    if onnx.opset < 10:
+        raise onnx.refusal(f"the number of entries is an attribute in opset {onnx.opset}: convert it to 10 or newer")
+    options = {"largest": None if largest else 0, "sorted": None if in_order else 0}
+    return onnx.TopK(onnx.operand(0), onnx.sizes([k]), outputs=2, axis=axis, **options)
+
+
 @operator(
     rule=_sort_rule,
     aten={"sort": _sort, "argsort": _argsort, "msort": _msort},
+    spell=_spell_sort,
+    spelled_for_torch=True,
     samples=lambda: [
         sample(randn(2, 5, 3), dim=1),
         sample(randn(2, 5), dim=-1, descending=True, stable=True),
         sample(randn(4), dim=0),
+        sample(torch.tensor([2, 0, 2, 1, 0, 2]), dim=0, stable=True),
     ],
     zeroed_by=(),
     scaling=Scaling(powers={"x": 1}),
@@ -333,6 +356,7 @@ def _onnx_topk(build: Any, call: Any) -> Any:
     rule=_topk_rule,
     aten={"topk": _topk},
     onnx={"TopK": _onnx_topk},
+    spell=_spell_topk,
     samples=lambda: [
         sample(randn(2, 5, 3), k=2, dim=1),
         sample(randn(2, 5), k=3, dim=-1, largest=False),

@@ -3,36 +3,56 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Node, Value
 from regauge.passes.decoding.cuts import Cuts, bytes_each
 from regauge.passes.decoding.positions import Positions, find_positions
 from regauge.passes.decoding.recent import BlockMethod, Recent, write_recent
+from regauge.passes.decoding.shrunk import Shrinking
+
+
+def nodes_in_blocks(graph: Graph, group: int | None, axis: str | None, left: Counter[str]) -> list[Node]:
+    """The attentions whose keys and values can be rounded so; ``left`` counts the reasons why others stay."""
+    positions = find_positions(graph, axis)
+    cuts, found = Cuts(positions), list[Node]()
+    for node in graph.nodes:
+        if node.op == "attention":
+            reason = _misfit(node, positions, cuts, group)
+            if reason is None:
+                found.append(node)
+            else:
+                left[reason] += 1
+    return found
 
 
 def write_blocks(
-    graph: Graph, method: BlockMethod, bits: int, block: int, group: int | None, axis: str | None,
-    left: Counter[str], *, by: str,
-) -> tuple[int, float]:  # fmt: skip
-    """Rewrite, in place, the attentions that can be; returns their number, and the bytes of a block that is not full.
+    graph: Graph, nodes: Sequence[Node], method: BlockMethod, bits: int, block: int, group: int | None,
+    axis: str | None, *, shrunk: Mapping[str, tuple[Shrinking, int]], by: str,
+) -> float:  # fmt: skip
+    """Rewrite these attentions of ``graph`` in place; returns the bytes of a block that is not full.
 
     Keys have a range for each channel over the positions of a block, values one for each position over ``group``
-    channels, all of a head if None; ``left`` counts the reasons why others stay.
+    channels, all of a head if None; ``shrunk`` has of what cskv keeps, by name, how to shrink it and its rank.
     """
-    positions = find_positions(graph, axis)
-    cuts, count, waiting = Cuts(positions), 0, 0.0
-    for node in [node for node in graph.nodes if node.op == "attention"]:
-        reason = _misfit(node, positions, cuts, group)
-        if reason is not None:
-            left[reason] += 1
-            continue
-        key, value = (operand for operand in node.inputs[1:3] if isinstance(operand, Value))
-        write_recent(graph, node, Recent(method, bits, block, group or int(value.shape[-1])), by=by)
-        count += 1
+    positions, waiting, build = find_positions(graph, axis), 0.0, Builder(graph, by=by)
+    for node in nodes:
+        key, value = read_by(node)
+        ways = [shrunk[x.name] for x in (key, value) if x.name in shrunk]
+        bases = [name for way, rank in ways for name in way.parameters(build, rank)]
+        write_recent(graph, node, Recent(method, bits, block, group or int(value.shape[-1]), tuple(bases)), by=by)
         waiting += sum((block - 1) * bytes_each(x, positions) for x in (key, value))
-    return count, waiting
+    return waiting
+
+
+def read_by(node: Node) -> tuple[Value, Value]:
+    """The keys and the values that an attention reads."""
+    key, value = node.inputs[1:3]
+    assert isinstance(key, Value) and isinstance(value, Value)
+    return key, value
 
 
 def _misfit(node: Node, positions: Positions, cuts: Cuts, group: int | None) -> str | None:
@@ -48,8 +68,7 @@ def _misfit(node: Node, positions: Positions, cuts: Cuts, group: int | None) -> 
         assert isinstance(operand, Value)
         if sum(bytes_each(own, positions) for own in cuts.of(operand)) < bytes_each(operand, positions):
             return "keys or values that are computed of something smaller, or repeated, in front of attention"
-    value = node.inputs[2]
-    assert isinstance(value, Value)
+    _, value = read_by(node)
     if group is not None and int(value.shape[-1]) % group:
         return f"{group} channels do not divide {value.shape[-1]}"
     return None

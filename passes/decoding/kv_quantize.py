@@ -10,11 +10,11 @@ import torch
 
 from regauge.ir.edit import record
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Graph, Node, Value
 from regauge.passes.allocation.amounts import parse_amount
-from regauge.passes.base import Context, Pass
+from regauge.passes.base import Context, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
-from regauge.passes.decoding.block_methods import write_blocks
+from regauge.passes.decoding.block_methods import nodes_in_blocks, read_by, write_blocks
 from regauge.passes.decoding.cache_bytes import in_words
 from regauge.passes.decoding.coders import Coding, chosen_bits
 from regauge.passes.decoding.kept import Kept, kept_by_cache, kept_values
@@ -23,6 +23,7 @@ from regauge.passes.decoding.predicted import Predictions
 from regauge.passes.decoding.quantized_cache import Coder, write_coded
 from regauge.passes.decoding.recent import BlockMethod
 from regauge.passes.decoding.recognised import refuse_caches
+from regauge.passes.decoding.shrunk import FLOAT_BITS, Shrinking, chosen_ranks, shrinking
 from regauge.passes.options import option
 
 
@@ -47,6 +48,9 @@ class KvQuantize(Pass):
                  full (Liu et al. 2024, KIVI; values wait as long as keys, there for the last ``block`` positions each)
     ``gear``     the same, with what codes miss as a map of rank 2 and 2 % of entries apart (Kang et al. 2024, GEAR);
                  for the sizes of both torch's exporter to ONNX needs some ten seconds an attention
+    ``cskv``     positions of full blocks as latents of all heads of few channels, made from data (Wang et al. 2024,
+                 CSKV, here in closed form), of ``bits`` bits with ranges over a block, or 16: half precision. ``bytes``
+                 chooses ranks (those of full blocks); without it the rank is half of the channels
 
     ``before_rotation`` rounds keys as their layer gives them, and rotates what is given back at every step (as
     RotateKV, coupled quantization and AQUA-KV do). ``predict`` keeps what is off from a linear prediction by the layer
@@ -56,12 +60,14 @@ class KvQuantize(Pass):
 
     name = "kv-quantize"
 
-    bits: Literal[8, 4, 2, 1] = option(4, "bits of a number; 1 with method=coupled")
+    bits: Literal[16, 8, 4, 2, 1] = option(4, "bits of a number; 1 with method=coupled, 16 with method=cskv")
     bytes: float | int | str | None = option(
-        None, "in place of bits: bytes per position, as share of those of the cache as it is, or 512, 2kB"
+        None,
+        "in place of bits, or of the rank of cskv: bytes per position, as share of those of the cache as it is, or "
+        "512, 2kB",
     )
-    method: Literal["ranges", "rotated", "coupled", "kivi", "gear"] = option("ranges", "how numbers are kept")
-    block: int = option(32, "positions that are rounded together, by kivi and gear", at_least=2)
+    method: Literal["ranges", "rotated", "coupled", "kivi", "gear", "cskv"] = option("ranges", "how numbers are kept")
+    block: int = option(32, "positions that are rounded together, by kivi, gear and cskv", at_least=2)
     group: int | None = option(
         None, "channels that share a range; all of a head, or of a latent, as a rule", at_least=2
     )
@@ -74,20 +80,33 @@ class KvQuantize(Pass):
         super().__post_init__()
         if self.bytes is not None:
             parse_amount(self.bytes, "bytes", "bytes")
-        if self.method in ("kivi", "gear") and (self.bytes is not None or self.predict or self.before_rotation):
-            raise PassError(f"kv-quantize: method={self.method} goes without bytes, predict and before_rotation")
-        if self.bytes is None and self.bits not in self._coding.widths():
-            raise PassError(f"kv-quantize: bits={self.bits} is for method=coupled: give bits=2 or more")
+        if self._blocks is not None and (self.predict or self.before_rotation):
+            raise PassError(f"kv-quantize: method={self.method} goes without predict and before_rotation")
+        if self.method in ("kivi", "gear") and self.bytes is not None:
+            raise PassError(f"kv-quantize: method={self.method} goes without bytes")
+        if self.method == "cskv" and self.group is not None:
+            raise PassError("kv-quantize: method=cskv goes without group: a latent has a range of its own")
+        widths = (*self._coding.widths(), FLOAT_BITS) if self.method == "cskv" else self._coding.widths()
+        if (self.bytes is None or self.method == "cskv") and self.bits not in widths:
+            known = {1: "coupled", FLOAT_BITS: "cskv"}[self.bits]
+            raise PassError(f"kv-quantize: bits={self.bits} is for method={known}: give bits={min(widths)} or more")
 
     @property
     def _coding(self) -> Coding:
-        return Coding("ranges" if self.method == "kivi" or self.method == "gear" else self.method, self.group)
+        method = self.method
+        return Coding(method if method == "rotated" or method == "coupled" else "ranges", self.group)
+
+    @property
+    def _blocks(self) -> BlockMethod | None:
+        """The method, where it rounds blocks of positions."""
+        method = self.method
+        return method if method == "kivi" or method == "gear" or method == "cskv" else None
 
     def call(self, graph: Graph, context: Context) -> Graph:
         refuse_caches(graph, self.name)
         names, before = kept_by_cache(graph, self.axis, by=self.name)
-        if self.method == "kivi" or self.method == "gear":
-            return self._in_blocks(graph, self.method, before, context)
+        if self._blocks is not None:
+            return self._in_blocks(graph, self._blocks, before, context)
         early = self.before_rotation
         early = (self.method != "ranges" or self.predict) if early is None else early
         kinds = [kind for kind, asked in (("keys", early), ("values", self.predict)) if asked]
@@ -117,17 +136,44 @@ class KvQuantize(Pass):
 
     def _in_blocks(self, graph: Graph, method: BlockMethod, before: float, context: Context) -> Graph:
         """The methods that round blocks of positions."""
-        result = graph.copy()
-        count, waiting = write_blocks(
-            result, method, self.bits, self.block, self.group, self.axis, context.left, by=self.name
-        )
-        if not count:
+        nodes = nodes_in_blocks(graph, self.group, self.axis, context.left)
+        shrunk = self._shrunk(graph, nodes, before, context) if method == "cskv" and nodes else {}
+        if method == "cskv":
+            reached = [node for node in nodes if all(value.name in shrunk for value in read_by(node))]
+            context.left["keys or values that no output depends on"] += len(nodes) - len(reached)
+            nodes = reached
+        if not nodes:
             return graph
-        record(result, self.name, f"keys and values of {count} attentions in blocks of {self.block} positions")
+        result = graph.copy()
+        copies = [own for own, node in zip(result.nodes, graph.nodes, strict=True) if node in set(nodes)]
+        waiting = write_blocks(
+            result, copies, method, self.bits, self.block, self.group, self.axis, shrunk=shrunk, by=self.name
+        )
+        record(result, self.name, f"keys and values of {len(nodes)} attentions in blocks of {self.block} positions")
         after = kept_by_cache(result, self.axis, by=self.name)[1]
         context.note(f"{in_words(before)} -> {in_words(after)} of caches for each position of a sequence")
         context.note(f"and up to {in_words(waiting)} of positions whose block is not full")
         return result
+
+    def _shrunk(
+        self, graph: Graph, nodes: Sequence[Node], before: float, context: Context
+    ) -> dict[str, tuple[Shrinking, int]]:
+        """Of keys and values of these attentions how to shrink them, and their ranks."""
+        values = {value.name: value for node in nodes for value in read_by(node)}
+        if context.data is None:
+            raise PassError("kv-quantize: method=cskv shrinks channels as data shows them: give data=")
+        batches = calibration_batches(graph, context)
+        context.note(f"statistics of {sum(map(examples_in, batches))} examples")
+        samples = sample_kept(graph, list(values.values()), batches, self.seed)
+        found = {name: shrinking(values[name], sample) for name, sample in samples.items()}
+        budget = None if self.bytes is None else parse_amount(self.bytes, "bytes", "bytes").of(before)
+        ranks = chosen_ranks(found, self.bits, self.block, budget)
+        context.cuts += [
+            Cut(f"{name}, rank", found[name].channels, rank)
+            for name, rank in ranks.items()
+            if rank < found[name].channels
+        ]
+        return {name: (found[name], rank) for name, rank in ranks.items()}
 
     def _samples(self, graph: Graph, kept: Sequence[Kept], context: Context) -> dict[str, Sample]:
         if context.data is None:

@@ -22,8 +22,9 @@ from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.sizes import Size, floor_divide, simplify
 from regauge.passes.decoding.block_ranges import BlockCoder, BlockRanges
 from regauge.passes.decoding.gear import Gear
+from regauge.passes.decoding.shrunk import Bases, Shrunk, heads_axis, latent_ranges
 
-BlockMethod: TypeAlias = Literal["kivi", "gear"]
+BlockMethod: TypeAlias = Literal["kivi", "gear", "cskv"]
 
 NOTE = "regauge.recent"
 """Where a node's metadata has its :class:`Recent`, in words."""
@@ -32,15 +33,23 @@ NOTE = "regauge.recent"
 @dataclass(frozen=True)
 class Recent:
     """How full blocks of ``block`` positions are kept: KIVI's ranges of ``bits`` bits, of keys over the positions of a
-    block, of values over ``group`` channels; ``gear`` keeps what they miss besides."""
+    block, of values over ``group`` channels; ``gear`` keeps what they miss besides, ``cskv`` shrinks channels by
+    ``bases``, the names of parameters (four of keys, four of values), and rounds the latents."""
 
     method: BlockMethod
     bits: int
     block: int
     group: int
+    bases: tuple[str, ...] = ()
 
-    def coders(self, key: Value, value: Value) -> tuple[BlockCoder, BlockCoder]:
+    def coders(self, graph: Graph, key: Value, value: Value) -> tuple[BlockCoder, BlockCoder]:
         """Of keys and of values [..., channels]."""
+        if self.method == "cskv":
+            own, bases = latent_ranges(self.bits, self.block), [graph.parameters[name] for name in self.bases]
+            first, second = (
+                Shrunk(Bases(*part), heads_axis(x), own) for part, x in ((bases[:4], key), (bases[4:], value))
+            )
+            return first, second
         ranges = BlockRanges(self.bits, -2, self.block), BlockRanges(self.bits, -1, self.group)
         if self.method == "kivi":
             return ranges
@@ -48,7 +57,7 @@ class Recent:
         return keys, values
 
     def noted(self) -> str:
-        return f"{self.method} {self.bits} {self.block} {self.group}"
+        return " ".join([self.method, *map(str, (self.bits, self.block, self.group)), *self.bases])
 
 
 def recent_of(node: Node) -> Recent | None:
@@ -56,8 +65,9 @@ def recent_of(node: Node) -> Recent | None:
     note = node.metadata.get(NOTE)
     if note is None:
         return None
-    method, *numbers = note.split()
-    return Recent("gear" if method == "gear" else "kivi", *map(int, numbers))
+    method, bits, block, group, *bases = note.split()
+    methods: dict[str, BlockMethod] = {"kivi": "kivi", "gear": "gear", "cskv": "cskv"}
+    return Recent(methods[method], int(bits), int(block), int(group), tuple(bases))
 
 
 def write_recent(graph: Graph, node: Node, recent: Recent, *, by: str) -> None:
@@ -67,7 +77,7 @@ def write_recent(graph: Graph, node: Node, recent: Recent, *, by: str) -> None:
     blocks = floor_divide(length, recent.block)
     with build.at(node):
         read = []
-        for x, coder in zip((key, value), recent.coders(key, value), strict=True):
+        for x, coder in zip((key, value), recent.coders(graph, key, value), strict=True):
             whole = build.slice(x, dim=x.rank - 2, start=0, end=simplify(blocks * recent.block))
             full = in_blocks(build, whole, recent.block, blocks)
             left = coder.back(build, coder.codes(build, full), int(x.shape[-1]))

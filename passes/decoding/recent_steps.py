@@ -59,7 +59,7 @@ class RecentSteps:
         query = node.inputs[0]
         assert isinstance(query, Value)
         plain = plain_operands(node)
-        coders = recent.coders(*plain)
+        coders = recent.coders(self.build.graph, *plain)
         read = [self._all(x, coder, name) for x, coder, name in zip(plain, coders, names, strict=True)]
         if self._mask is None:
             start, end = simplify(self.blocks * self.block), simplify(self.past + self.length)

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import torch
 
+from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, record, remove_dead, replace_uses
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.passes.base import Context, Contract, Cut, Pass
@@ -122,6 +123,8 @@ def _misfit(table: Parameter, readers: list[Node], size: int) -> str | None:
         return "something besides embeddings reads the table"
     if any(not isinstance(node.inputs[1], Value) or isinstance(node.inputs[1], Parameter) for node in readers):
         return "its indices are fixed"
+    if not is_real(table.dtype):
+        return "its numbers are integers"
     count = int(table.shape[0])
     return None if -(-count // size) + size < count else "two tables would be no smaller"
 

@@ -21,6 +21,7 @@ from regauge.passes.factorization.chains import weight_like
 from regauge.passes.options import option
 
 _WHOLE = "its result is read whole"
+_TURNED = "its parts are turned into each other, as rotary positions do"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class SplitProjections(Pass):
     after   q = linear(x, w0, b0)     k = linear(x, w1, b1)     v = ...     w0, w1, w2: f32[64,64]
 
     Parts are what slices, splits and selections read behind reshapes and permutations; heads may lie in any order
-    (``(3 h d)``, ``(h (q + k + v))``). ``simplify`` joins layers of one input again where that pays.
+    (``(3 h d)``, ``(h (q + k + v))``). Halves that rotary positions turn into each other stay together. ``simplify``
+    joins layers of one input again where that pays.
     """
 
     name: ClassVar[str] = "split-projections"
@@ -96,7 +98,21 @@ def _parts(layer: Layer, held: Container[Any], nodes: Container[Node]) -> list[_
     every = Counter(channel for part in parts for channel in part.channels.ravel().tolist())
     if len(parts) < 2 or any(count > 1 for count in every.values()):
         return _WHOLE
-    return parts
+    return _TURNED if _are_turned([part.value for part in parts]) else parts
+
+
+def _are_turned(parts: Sequence[Value]) -> bool:
+    """Whether two parts are halves of pairs that are rotated: x cos - y sin and x sin + y cos, at least two such sums
+    of products with both."""
+    by_node = dict[Node, set[int]]()
+    for place, part in enumerate(parts):
+        for product, _ in part.uses:
+            if product.op == "mul":
+                for node, _ in product.output.uses:
+                    if node.op in ("add", "sub"):
+                        by_node.setdefault(node, set()).add(place)
+    pairs = Counter(frozenset(own) for own in by_node.values() if len(own) == 2)
+    return max(pairs.values(), default=0) > 1
 
 
 def _result(layer: Layer) -> tuple[Value, Parameter | None]:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.reorder import may_be_reordered
+from regauge.ir.rules import is_pointwise
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.depth.parts import Order
-
-_FOR_EACH = (Symmetry.POINTWISE, Symmetry.HOMOGENEOUS, Symmetry.ODD, Symmetry.LINEAR)
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,12 @@ def _hidden(order: Order, down: Layer, dim: Dim, members: set[Parameter]) -> Hid
         return "something besides linear layers has its units"
     inside = {layer.node.output for layer in ups} | {value for node in between for value in node.outputs}
     for node in between:
-        every = [value for _, value in node.operands()]
-        operands = [value for value in every if not _is_bias(node, value, hidden)]
-        alone = symmetry_of(node) in _FOR_EACH or (node.op == "mul" and node.operator.macs is None)
-        if not alone or not set(operands) <= inside or any(v.shape != hidden.shape for v in (*operands, *node.outputs)):
+        operands = [value for _, value in node.operands() if not _is_bias(node, value, hidden)]
+        if (
+            not is_pointwise(node)
+            or not set(operands) <= inside
+            or any(v.shape != hidden.shape for v in (*operands, *node.outputs))
+        ):
             return f"{node.op} stands between"
     return HiddenLayer(dim, source, tuple(ups), tuple(between), down)
 

@@ -140,23 +140,30 @@ def _float(build: Builder, codes: Parameter, tensor: torch.Tensor) -> Parameter:
     return build.parameter(build.unique(name), tensor.contiguous(), kind)
 
 
-def _table(build: Builder, node: Node) -> bool:
-    """Let vectors be looked up as floats, and not as integers and their scales."""
+def table_of_codes(node: Node) -> tuple[Node, Parameter, Parameter] | None:
+    """Where a node scales vectors that are looked up as integers, what looks them up, these, and a scale for each."""
     if node.op != "mul" or not all(isinstance(operand, Value) for operand in node.inputs):
-        return False
+        return None
     cast, scales = (operand.producer for operand in node.inputs)  # type: ignore[union-attr]
     looked_up = cast.inputs[0].producer if cast is not None and cast.op == "cast" else None  # type: ignore[union-attr]
     if looked_up is None or scales is None or looked_up.op not in _LOOKUPS or scales.op != looked_up.op:
-        return False
+        return None
     codes, spread = looked_up.inputs[0], scales.inputs[0]
     column = spread.producer if isinstance(spread, Value) else None
     scale = column.inputs[0] if column is not None and column.op == "unsqueeze" else None
-    if (
-        not isinstance(codes, Parameter)
-        or not isinstance(scale, Parameter)
-        or looked_up.inputs[1:] != scales.inputs[1:]
-    ):
+    known = isinstance(codes, Parameter) and isinstance(scale, Parameter)
+    if not known or looked_up.inputs[1:] != scales.inputs[1:]:
+        return None
+    assert isinstance(codes, Parameter) and isinstance(scale, Parameter)
+    return looked_up, codes, scale
+
+
+def _table(build: Builder, node: Node) -> bool:
+    """Let vectors be looked up as floats, and not as integers and their scales."""
+    found = table_of_codes(node)
+    if found is None:
         return False
+    looked_up, codes, scale = found
     table = codes.tensor.detach().to(scale.tensor.dtype) * scale.tensor.detach()[:, None]
     with build.at(node):
         weight = _float(build, codes, table)

@@ -50,7 +50,7 @@ def _runs(count: int, kept: int, loss: Callable[[Members], float]) -> list[Membe
             if own >= found[0]:  # longer runs lose no less: their losses are not asked for, which grow with the runs
                 break
             before, starts = best(start, groups - 1)
-            found: tuple[float, tuple[int, ...]] = min(found, (before + own, (*starts, start)))
+            found = min(found, (before + own, (*starts, start)))
         return found
 
     starts = best(count, kept)[1]

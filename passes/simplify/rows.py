@@ -20,6 +20,7 @@ from regauge.ir.edit import Builder, remove_node, replace_uses, set_input
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.minimum_cut import Network
 from regauge.ir.purity import is_fixed
+from regauge.ir.rules import is_pointwise
 from regauge.ir.sizes import Size, product, same
 from regauge.ir.weight_edits import settle_successors
 from regauge.passes.simplify.constants import is_part
@@ -27,7 +28,6 @@ from regauge.passes.simplify.layout import REDUCTIONS, REGROUPING, dynamic_sizes
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 from regauge.passes.simplify.linear_map import W, X, bias_of
 from regauge.passes.simplify.pieces import axis_of
-from regauge.passes.simplify.transposes import is_pointwise
 
 NORMS = ("layer_norm", "rms_norm")
 ALONG = ("split", "concat", "softmax", "log_softmax")  # along an axis, which is the last one here

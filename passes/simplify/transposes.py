@@ -17,17 +17,12 @@ from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.matcher import Match
 from regauge.ir.operator import all_operators, get_operator
 from regauge.ir.rewrite import RuleSet, differs, refuse, rule
-from regauge.ir.rules import broadcast_rule
+from regauge.ir.rules import broadcast_rule, is_pointwise
 from regauge.ir.sizes import same
 from regauge.passes.simplify.layout import permuted, positive_dims
 
 Sample = dict[str, Any]
 FARTHEST = 32  # nodes between two permutes that may cancel
-
-
-def is_pointwise(node: Node) -> bool:
-    """Whether every result entry depends on the same entry of each operand, the same way each time it runs."""
-    return node.operator.rule is broadcast_rule and not node.operator.random and not node.regions
 
 
 def pointwise_of_two() -> tuple[str, ...]:

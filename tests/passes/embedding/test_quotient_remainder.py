@@ -70,3 +70,30 @@ def test_a_table_that_is_the_head_too_stays() -> None:
     graph = capture(Tied(torch.randn(30, 8)).eval(), (torch.arange(6).reshape(2, 3),))
     report = regauge.optimize(graph, "quotient-remainder").report
     assert report.passes[0].left == {"something besides embeddings reads the table": 1}
+
+
+def test_a_table_of_integers_is_split_as_floats() -> None:
+    """Codes of 8 bits were split as if they were the numbers: their factors were rounded to integers."""
+    first, second = torch.rand(5, 1, 8) + 0.5, torch.rand(6, 8) + 0.5
+    graph = captured((first * second).reshape(-1, 8))
+    found = regauge.optimize(graph, "quantize{scheme=w8},quotient-remainder{rows=6}")
+    ids = torch.arange(30).reshape(-1, 3)
+    wanted = graph.run((ids,))[0]
+    assert float((found.run((ids,))[0] - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
+    assert "it had 2 weights as floats, quantize{scheme=w8} rounded them again: let quantize come last" in (
+        found.report.passes[1].notes
+    )
+
+
+def test_a_table_that_holds_integers_is_left() -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter("table", nn.Parameter(torch.arange(120).reshape(30, 4), requires_grad=False))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.embedding(ids, self.table)
+
+    graph = capture(Places().eval(), (torch.arange(6).reshape(2, 3),))
+    left = regauge.optimize(graph, "quotient-remainder").report.passes[0].left
+    assert left == {"its numbers are integers": 1}

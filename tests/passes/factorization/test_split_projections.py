@@ -128,3 +128,34 @@ def test_what_is_read_whole_stays(overlap: bool) -> None:
     same = regauge.optimize(graph, "split-projections")
     assert "linear.weight" in same.parameters
     assert "its result is read whole" in str(same.report)
+
+
+class Turned(nn.Module):
+    """Queries whose halves, next to each other or not, rotary positions turn into each other, and a gate."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.query, self.gate = order, nn.Linear(16, 8), nn.Linear(16, 8)
+        self.register_buffer("angles", torch.linspace(0.0, 2.0, 20).reshape(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.query(x)
+        if self.order == "halves":
+            first, second = y.chunk(2, -1)
+        elif self.order == "pairs":
+            first, second = y.unflatten(-1, (4, 2)).unbind(-1)
+        else:
+            first, second = y[..., ::2], y[..., 1::2]
+        cosines, sines = self.angles.cos(), self.angles.sin()
+        found = torch.cat([first * cosines - second * sines, first * sines + second * cosines], -1)
+        up, gate = self.gate(x).chunk(2, -1)
+        return found + (up * gate.sigmoid()).repeat(1, 1, 2)
+
+
+@pytest.mark.parametrize("order", ["halves", "pairs", "every other"])
+def test_halves_that_rotary_positions_turn_stay_together(order: str) -> None:
+    graph, x = captured(Turned(order))
+    split = regauge.optimize(graph, "split-projections")
+    assert {"query.weight", "gate.part0.weight", "gate.part1.weight"} <= set(split.parameters)
+    assert "as rotary positions do" in str(split.report)
+    assert torch.allclose(split.run(x)[0], graph.run(x)[0], atol=1e-12)

@@ -108,3 +108,29 @@ def test_what_cannot_be_is_refused_or_left() -> None:
         regauge.optimize(graph, "split-experts")
     left = regauge.optimize(graph, "split-experts{experts=5,active=2}", data=text()).report.passes[0].left
     assert left["its units are not a multiple of 5"] == 3
+
+
+class Between(nn.Module):
+    """A hidden layer with something behind its activation."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.up, self.down, self.between = nn.Linear(8, 12), nn.Linear(12, 8), between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.up(x))
+        reads = {
+            "cumsum": lambda: h.cumsum(1),
+            "softmax": lambda: h.softmax(2),
+            "layer_norm": lambda: F.layer_norm(h, (12,)),
+        }
+        return self.down(reads[self.between]())
+
+
+@pytest.mark.parametrize("between", ["cumsum", "softmax", "layer_norm"])
+def test_what_mixes_rows_or_units_does_not_stand_between(between: str) -> None:
+    """Sums along positions ran over the rows of an expert, and norms over its units alone: other numbers."""
+    graph = capture(Between(between).double().eval(), (torch.randn(2, 5, 8).double(),), dynamic={0: {0: "batch"}})
+    found = regauge.optimize(graph, "split-experts{experts=3,active=3}", data=[(torch.randn(16, 5, 8).double(),)])
+    assert found.report.passes[0].left == {f"{between} stands between": 1}
+    assert not any(node.op == "grouped_mm" for node in found.nodes)
