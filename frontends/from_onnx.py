@@ -79,11 +79,22 @@ def load(source: Any, *, freeze: bool = False, opset: int | None = None) -> Grap
 
 
 def _mark_statistics(graph: Graph) -> None:
-    """Running means and variances are buffers, as in torch: nobody trained them, and they count as no parameters."""
+    """Running means and variances, and weights of classes in losses, are buffers, as in torch: nobody trained them, and
+    they count as no parameters; torch has no gradients of them."""
     for _, node in graph.walk():
-        for value in node.inputs[3:5] if node.op == "batch_norm" else ():
-            if isinstance(value, Parameter) and all(n.op == "batch_norm" and slot in (3, 4) for n, slot in value.uses):
+        for slot in _UNTRAINED.get(node.op, ()):
+            value = node.inputs[slot] if slot < len(node.inputs) else None
+            if isinstance(value, Parameter) and all(_reads_alike(node, *use) for use in value.uses):
                 value.kind, value.trainable = "buffer", False
+
+
+_UNTRAINED = {"batch_norm": (3, 4), "cross_entropy": (2,)}
+
+
+def _reads_alike(node: Node, user: Node, slot: int) -> bool:
+    """Whether another node reads what is not trained for the same: the mean of losses looks weights of classes up."""
+    looked_up = node.op == "cross_entropy" and user.op == "index_select" and slot == 0
+    return looked_up or (user.op == node.op and slot in _UNTRAINED[node.op])
 
 
 def _mark_quantized(graph: Graph) -> None:

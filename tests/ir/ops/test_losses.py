@@ -94,3 +94,21 @@ def test_losses_of_files(attributes: dict[str, Any], weighted: bool, tmp_path: P
     wanted = ReferenceEvaluator(model).run(None, {name: tensors[name].numpy() for name in names})
     for own, other in zip(regauge.load(tmp_path / "loss.onnx").run(given), wanted, strict=True):
         np.testing.assert_allclose(own.numpy(), other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_weights_of_classes_in_a_file_are_not_trained(reduction: str, tmp_path: Path) -> None:
+    """The emitted module could not run where gradients are kept: torch has none of these weights."""
+    node = helper.make_node("SoftmaxCrossEntropyLoss", ["x", "labels", "weight"], ["loss"], reduction=reduction)
+    inputs = [helper.make_tensor_value_info(*one) for one in (("x", 1, [3, 5]), ("labels", TensorProto.INT64, [3]))]
+    weight = onnx.numpy_helper.from_array(np.arange(1, 6, dtype=np.float32), "weight")
+    outputs = [helper.make_tensor_value_info("loss", 1, [3] if reduction == "none" else [])]
+    model = helper.make_graph([node], "g", inputs, outputs, [weight])
+    onnx.save(helper.make_model(model, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "loss.onnx")
+    module = regauge.load(tmp_path / "loss.onnx").to_torch()
+    x, labels = torch.randn(3, 5, requires_grad=True), torch.tensor([4, 0, 2])
+    wanted = F.cross_entropy(x, labels, torch.arange(1.0, 6.0), reduction=reduction)
+    torch.testing.assert_close(module(x, labels), wanted)
+    assert not list(module.parameters())
+    module(x, labels).sum().backward()
+    assert x.grad is not None
