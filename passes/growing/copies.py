@@ -149,7 +149,8 @@ def _joined(
     for sides in product((0, 1), repeat=len(own)):
         kept = {dim: pairs[dim][:, side] for dim, side in zip(own, sides, strict=True)}
         parts.append(tensor.index_select(axis, torch.from_numpy(flat_indices(extent, kept)).to(tensor.device)))
-    return torch.stack(parts).sum(0) / 2 ** sum(dim not in summed for dim in own)
+    means = float(2 ** sum(dim not in summed for dim in own))
+    return torch.stack(parts).sum(0) / means
 
 
 def _has_numbers(parameter: Parameter) -> bool:
