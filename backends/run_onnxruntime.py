@@ -29,17 +29,25 @@ class Session:
     ``model`` is a path, serialised bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model`` (data files are found for a
     path only). With ``optimisation="off"`` onnxruntime computes the graph as it is written, which is what a comparison
     wants; ``"all"`` is its default and what a user gets. With ``spin``, also its default, threads keep a core busy
-    while they wait, for the sake of latency; with optimisations off they never do. Raises RegaugeError when onnxruntime
-    refuses the model.
+    while they wait, for the sake of latency; with optimisations off they never do. ``settings`` are entries of
+    onnxruntime's configuration of a session: with all optimisations its kernels of weights in blocks round what they
+    read to 8 bits as well, unless ``session.qdq_matmulnbits_accuracy_level`` is ``"0"``. Raises RegaugeError when
+    onnxruntime refuses the model.
     """
 
     def __init__(
-        self, model: Any, *, optimisation: Optimisation = "all", threads: int | None = None, spin: bool = True
+        self,
+        model: Any,
+        *,
+        optimisation: Optimisation = "all",
+        threads: int | None = None,
+        spin: bool = True,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         if optimisation not in ("off", "all"):
             raise RegaugeError(f"optimisation is {optimisation!r}: say 'off' or 'all'")
         source = _source(model)
-        self._session = _open(source, optimisation, threads, spin and optimisation != "off")
+        self._session = _open(source, optimisation, threads, spin and optimisation != "off", settings or {})
         self.inputs: list[str] = [i.name for i in self._session.get_inputs()]
         self.overridable: list[str] = [i.name for i in self._session.get_overridable_initializers()]
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
@@ -90,7 +98,7 @@ def latency(sessions: Mapping[str, Session], inputs: Inputs, *, repeats: int = 5
 
 def optimised_file(model: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Write what onnxruntime makes of a model on this machine before it runs it."""
-    _open(os.fspath(model), "all", 1, written_to=os.fspath(path))
+    _open(os.fspath(model), "all", 1, False, {}, written_to=os.fspath(path))
 
 
 def _source(model: Any) -> str | bytes:
@@ -111,7 +119,13 @@ def _source(model: Any) -> str | bytes:
 
 
 def _open(
-    source: str | bytes, optimisation: Optimisation, threads: int | None, spin: bool = False, *, written_to: str = ""
+    source: str | bytes,
+    optimisation: Optimisation,
+    threads: int | None,
+    spin: bool,
+    settings: Mapping[str, str],
+    *,
+    written_to: str = "",
 ) -> Any:
     import onnxruntime
 
@@ -131,6 +145,8 @@ def _open(
     if optimisation == "off":
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
+    for key, value in settings.items():
+        options.add_session_config_entry(key, value)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own types, one per status code

@@ -176,7 +176,7 @@ class AttentionKernel(CodedFactors):
         if coded is None:
             return self._factor("values", self.parts.values, kind, "s_ok & n_ok")
         self.needed(coded.places)
-        return self.codes("values", coded, kind, coded.places)
+        return self.codes("values", coded, kind, "BLOCK_N", self.loops.columns, coded.places)
 
     def _shift(self) -> None:
         """Lines that make the mixture of values of that of codes."""
@@ -198,7 +198,8 @@ class AttentionKernel(CodedFactors):
             keys = self._factor("keys", self.parts.keys, self._type(), "k_ok & s_ok")
         else:
             self._source("[:, None]")
-            keys = f"tl.trans({self.codes('keys', coded, self._type())})"
+            codes = self.codes("keys", coded, self._type(), "BLOCK_K", self.loops.contracted)
+            keys = f"tl.trans({codes})"
             self._source("[None, :]")
         self.line(f'{scores} = tl.dot({self.queries}, {keys}, input_precision="ieee")')
         if coded is not None:

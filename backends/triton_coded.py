@@ -45,17 +45,20 @@ class CodedFactors(TileBase):
 
     def bytes_axis(self, axis: str, block: str, coded: Coded, loops: Sequence[Loop]) -> None:
         """Indices of the bytes that hold the numbers of a head, along columns of a tile."""
-        digit = coded.code.value.loop if coded.code.op == "digit" else None
-        count = f" // {coded.digits}" if coded.digits > 1 else ""
-        own = [loop for loop in loops if loop.dims[0] is not digit]
-        self.axis(axis, f"tl.arange(0, {block}{count}).to(tl.int64)[None, :]", own)
+        index = f"tl.arange(0, {_bytes_of(block, coded)}).to(tl.int64)[None, :]"
+        self.axis(axis, index, _loops_of_bytes(coded, loops))
 
-    def codes(self, name: str, coded: Coded, kind: torch.dtype, places: Terms = ()) -> str:
-        """The lines that read a tile of codes, places by numbers of a head, times what ``places`` scale; its name."""
+    def codes(
+        self, name: str, coded: Coded, kind: torch.dtype, block: str, loops: Sequence[Loop], places: Terms = ()
+    ) -> str:
+        """The lines that read a tile of codes, places by ``block`` numbers of a head, which lie along ``loops``, times
+        what ``places`` scale; its name."""
         load = coded.code.args[0] if coded.code.op == "digit" else coded.code
         self.needed(load.args)
-        read = self.name(load)
-        self.line(f"{read} = {self.raw(load)}")
+        read, text, tensor = self.name(load), self.raw(load), self.of_load[load]
+        if not (tensor.loops(self.loops.source) and tensor.loops(_loops_of_bytes(coded, loops))):
+            text = f"tl.broadcast_to({text}, [BLOCK_S, {_bytes_of(block, coded)}])"  # an axis of one entry
+        self.line(f"{read} = {text}")
         text = read
         if is_float8(load):
             text = self.of_bytes(self.of_load[load], read)
@@ -104,6 +107,16 @@ class CodedFactors(TileBase):
 def of_places(shift: Shift, source: frozenset[Dim]) -> bool:
     """Whether what a shift adds differs from place to place."""
     return any(term.axes & source for product in shift.places for term in product)
+
+
+def _bytes_of(block: str, coded: Coded) -> str:
+    """How many bytes hold a block of numbers."""
+    return f"{block} // {coded.digits}" if coded.digits > 1 else block
+
+
+def _loops_of_bytes(coded: Coded, loops: Sequence[Loop]) -> list[Loop]:
+    digit = coded.code.value.loop if coded.code.op == "digit" else None
+    return [loop for loop in loops if loop.dims[0] is not digit]
 
 
 def _interleaved(read: str, base: int, digits: Sequence[int]) -> str:

@@ -71,6 +71,10 @@ class Trained:
     test_images: torch.Tensor
     test_labels: torch.Tensor
 
+    def accuracy(self, logits: torch.Tensor) -> str:
+        """Share of test images that are right."""
+        return f"{float((logits.argmax(1) == self.test_labels).float().mean()):.3f}"
+
 
 def trained(name: str, kept: Path | None = None) -> Trained:
     """A network of ``NETWORKS``, trained for a minute or two, or read from the folder ``kept`` if it was before."""

@@ -1,16 +1,16 @@
-"""What quantization leaves of trained networks: size, speed and numbers, beside onnxruntime's own quantizer.
+"""What quantization leaves of trained networks: size, speed and numbers, beside other quantizers.
 
     PYTHONPATH=PHOTOGRAPHS python benchmarks/quantize.py [--only NAME ...] [--examples 256] [--write]
     python benchmarks/quantize.py --formats [--only SCHEME ...] [--examples 256] [--write]
     PYTHONPATH=PHOTOGRAPHS python benchmarks/quantize.py --mixed [--only NAME ...] [--examples 256] [--write]
-    python benchmarks/quantize.py --file MODEL.onnx --data INPUTS.npz [--examples 256]
+    PYTHONPATH=PEERS python benchmarks/quantize.py --file MODEL.onnx --data INPUTS.npz [--transformer] [--examples 256]
 
 weights   char_gpt (perplexity) and residual networks on photographs (share in the same class), with weights of few
           bits: rounded to the nearest, by columns (GPTQ), and by what `quantize` does
 formats   char_gpt with its weights in the other formats: perplexity and bits of a weight, scales and tables included
 mixed     the same networks: each layer's bits chosen, within the bytes of the same bits in all layers
-file      an ONNX file with weights and activations of 8 bits, in onnxruntime: decibels of the first output, bytes and
-          time, the float file over the quantized one
+file      an ONNX file in 8 bits, beside what other quantizers make of it (quantize_peers.py): decibels of the first
+          output, bytes and processor time, the float file in onnxruntime over the quantized model
 Decibels are 10 log10(|y|^2 / |y - y'|^2) over held-out inputs; times are medians in turns, one thread.
 """
 
@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,8 +33,8 @@ import torch
 import regauge
 from benchmarks import char_gpt
 from benchmarks.prune_networks import residual
+from benchmarks.quantize_peers import compare
 from benchmarks.report import append_table, environment
-from regauge.backends.run_onnxruntime import Session, latency
 from regauge.ir.cost import figures
 
 WEIGHTS = ["network", "bits", "nearest", "columns (GPTQ)", "quantize"]
@@ -119,8 +117,8 @@ def _images(depth: int, examples: int) -> tuple[Any, list[Any], Callable[[Any], 
     )
 
 
-def file(path: Path, data: Path, examples: int) -> Iterator[list[str]]:
-    """Rows of an ONNX file with weights and activations of 8 bits, on the first examples of an .npz by input name.
+def file(path: Path, data: Path, examples: int, transformer: bool, tools: list[str]) -> Iterator[list[str]]:
+    """Rows of an ONNX file in 8 bits, on the first examples of an .npz by input name.
 
     Half of the examples calibrate, the rest judge; batches of 8.
     """
@@ -130,39 +128,9 @@ def file(path: Path, data: Path, examples: int) -> Iterator[list[str]]:
             for start in range(0, examples, 8)
         ]
     chosen, held_out = batches[: len(batches) // 2], batches[len(batches) // 2 :]
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = (Path(folder) / f"{part}.onnx" for part in ("ours", "theirs"))
-        regauge.optimize(regauge.load(path), "quantize", data=chosen).to_onnx(ours)
-        theirs(path, theirs, chosen)
-        files = {"float": path, "regauge": ours, "onnxruntime, static": theirs}
-        sessions = {tool: Session(file, threads=1) for tool, file in files.items()}
-        results = {tool: [session.run(batch)[0] for batch in held_out] for tool, session in sessions.items()}
-        one = {name: tensor[:1] for name, tensor in held_out[0].items()}
-        times = [latency(sessions, inputs, repeats=30) for inputs in (one, held_out[0])]
-        wanted = torch.cat(results["float"])
-        for tool, found in results.items():
-            noise = float((torch.cat(found) - wanted).square().sum())
-            decibels = f"{10 * math.log10(float(wanted.square().sum()) / noise):.1f}" if noise else ""
-            size = path.stat().st_size / files[tool].stat().st_size
-            yield [path.stem, tool, decibels, f"{size:.2f}", *(f"{t['float'] / t[tool]:.2f}" for t in times)]
-
-
-def theirs(source: Path, target: Path, batches: Any) -> None:
-    """onnxruntime's static quantizer with the options that serve it best here: per channel, unsigned activations."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.left = iter(batches)
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self.left, None)
-            return None if batch is None else {name: tensor.numpy() for name, tensor in batch.items()}
-
-    quantize_static(
-        str(source), str(target), Reader(), per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
+    one = {name: tensor[:1] for name, tensor in held_out[0].items()}
+    for row in compare(path, chosen, held_out, [one, held_out[0]], transformer=transformer, tools=tools):
+        yield [path.stem, *row, *[""] * (len(FILE) - 1 - len(row))]
 
 
 def main() -> None:
@@ -173,13 +141,15 @@ def main() -> None:
     parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--file", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--transformer", action="store_true", help="the file is of a transformer: a peer wants to know")
+    parser.add_argument("--tools", nargs="*", default=["*"], help="globs on names of quantizers, of a file in 8 bits")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if options.file:
         title, heads = "Weights and activations of 8 bits in onnxruntime", FILE
-        found = file(options.file, options.data, options.examples)
+        found = file(options.file, options.data, options.examples, options.transformer, options.tools)
     elif options.formats:
         title, heads = "Weights in other formats, no fine-tuning", FORMATS
         found = formats(options.examples, options.only)

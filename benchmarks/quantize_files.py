@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import regauge
-from benchmarks.quantize import theirs
+from benchmarks.quantize_peers import onnxruntime_static
 from benchmarks.report import append_table, environment
 from regauge.backends.run_onnxruntime import Session, latency
 
@@ -143,7 +143,7 @@ def rows(name: str, task: Task) -> Iterator[list[str]]:
         regauge.optimize(regauge.load(path), task.scheme, data=task.calibration or None).to_onnx(files["regauge"])
         if task.peer:
             files["onnxruntime, static"] = Path(folder) / "theirs.onnx"
-            theirs(path, files["onnxruntime, static"], task.calibration)
+            onnxruntime_static(path, files["onnxruntime, static"], task.calibration)
         sessions = {tool: Session(file, threads=1) for tool, file in files.items()}
         plain = sessions["float"]
         times = latency(sessions, {name: x for name, x in task.one.items() if name in plain.inputs}, repeats=30)

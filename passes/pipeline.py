@@ -56,7 +56,8 @@ def run_passes(
     result, entries, originals = graph, [], on_floats.Originals()
     known = figures(graph)
     for index, one in enumerate(passes):
-        result, entry = _run_pass(result, one, data, known, measure, originals)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode: passes compute gradients
+            result, entry = _run_pass(result, one, data, known, measure, originals)
         known = entry.after
         entries.append(entry)
         if after is not None:

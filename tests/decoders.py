@@ -24,6 +24,11 @@ class Attention(nn.Module):
         self.heads, self.groups, self.kind, size = heads, groups, kind, width // heads
         self.q, self.o = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.k, self.v = nn.Linear(width, groups * size, bias=False), nn.Linear(width, groups * size, bias=False)
+        if kind == "fused":
+            self.qkv = nn.Linear(width, width + 2 * groups * size, bias=False)
+            del self.q, self.k, self.v
+        if kind == "normed":
+            self.norms = nn.ModuleList(nn.RMSNorm(size, eps=1e-6) for _ in range(2))
         self.register_buffer("speeds", 100.0 ** -torch.arange(0, 1, 2 / size))
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
@@ -34,10 +39,19 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
-        q = self.q(x).view(batch, length, self.heads, -1).transpose(1, 2)
-        k, v = (layer(x).view(batch, length, self.groups, -1).transpose(1, 2) for layer in (self.k, self.v))
+        if self.kind == "fused":
+            shared = self.groups * (width // self.heads)
+            parts = self.qkv(x).split([width, shared, shared], -1)
+        else:
+            parts = self.q(x), self.k(x), self.v(x)
+        q, k, v = (
+            part.view(batch, length, heads, -1).transpose(1, 2)
+            for part, heads in zip(parts, (self.heads, self.groups, self.groups), strict=True)
+        )
+        if self.kind == "normed":
+            q, k = (norm(part) for norm, part in zip(self.norms, (q, k), strict=True))
         q, k = self.turned(q), self.turned(k)
-        if self.kind == "shared":
+        if self.kind in ("shared", "fused", "normed"):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             k, v = (part.repeat_interleave(self.heads // self.groups, 1) for part in (k, v))

@@ -10,8 +10,9 @@ import torch
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Node, Value
 from regauge.passes.decoding.cuts import Cuts, bytes_each
+from regauge.passes.decoding.kept import source_of
 from regauge.passes.decoding.positions import Positions, find_positions
-from regauge.passes.decoding.recent import BlockMethod, Recent, write_recent
+from regauge.passes.decoding.recent import BlockMethod, Recent, between, write_recent
 from regauge.passes.decoding.shrunk import Shrinking
 
 
@@ -41,9 +42,12 @@ def write_blocks(
     positions, waiting, build = find_positions(graph, axis), 0.0, Builder(graph, by=by)
     for node in nodes:
         key, value = read_by(node)
-        ways = [shrunk[x.name] for x in (key, value) if x.name in shrunk]
+        kept = kept_for(node, positions) if shrunk else (key, value)
+        ways = [shrunk[x.name] for x in kept if x.name in shrunk]
         bases = [name for way, rank in ways for name in way.parameters(build, rank)]
-        write_recent(graph, node, Recent(method, bits, block, group or int(value.shape[-1]), tuple(bases)), by=by)
+        source = "" if kept[0] is key else kept[0].name
+        recent = Recent(method, bits, block, group or int(value.shape[-1]), tuple(bases), source)
+        write_recent(graph, node, recent, by=by)
         waiting += sum((block - 1) * bytes_each(x, positions) for x in (key, value))
     return waiting
 
@@ -53,6 +57,18 @@ def read_by(node: Node) -> tuple[Value, Value]:
     key, value = node.inputs[1:3]
     assert isinstance(key, Value) and isinstance(value, Value)
     return key, value
+
+
+def kept_for(node: Node, positions: Positions) -> tuple[Value, Value]:
+    """What may be kept for the keys and the values of an attention: keys as they are before they are rotated."""
+    key, value = read_by(node)
+    source = source_of(Cuts(positions, far=True), key, key, positions)
+    chain = between(key, source)
+    inside = {source, *(own for other in chain for own in other.outputs)}
+    alone = all(v in inside or v not in positions.streamed for other in chain for _, v in other.operands())
+    fits = source.rank > 2 and positions.axes(source) == [source.rank - 2] and source.dtype == key.dtype
+    layout = all(other.op in ("reshape", "permute") for other in chain)
+    return (source if alone and fits and not layout and isinstance(source.shape[-1], int) else key), value
 
 
 def _misfit(node: Node, positions: Positions, cuts: Cuts, group: int | None) -> str | None:

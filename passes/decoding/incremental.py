@@ -72,10 +72,22 @@ class Incremental:
             recent = recent_of(node)
             if recent is not None:
                 blocks, rest = (_unused_symbol(self.graph, name) for name in ("blocks", "rest"))
-                found = RecentSteps(self.build, recent, blocks, rest, self.positions.length)
+                found = RecentSteps(self.build, recent, blocks, rest, self.positions.length, self._computed_from)
                 self.past = found.past
                 return found
         return None
+
+    def _computed_from(self, value: Value, source: Value, given: Value) -> Value:
+        """The value at all positions where its source at these is what is given."""
+        before, self._cut = dict(self.made), frozenset({source})
+        spans = [self._spans(own, dict.fromkeys(range(own.rank), ALL)) for own in (source, value)]
+        self.made[source, spans[0]] = given
+        found = self._anew(value, spans[1])
+        positional = {key: made for key, made in self.made.items() if key[0] in self.positions.positional}
+        self.made, self._cut = {**before, **positional}, None
+        if found is None:
+            raise PassError(f"{value} is computed from {source} in a way that is not understood")
+        return found
 
     # -- nodes that compute something of the new positions -----------------------------------------------------------
 

@@ -49,12 +49,12 @@ def kept_values(graph: Graph, names: list[str], axis: str | None, *, early: Coll
                 continue
             size = read.shape[-1] if isinstance(read.shape[-1], int) else 0
             for value in near.of(read):
-                own = _source(far, read, value, positions) if kind in early else value
+                own = source_of(far, read, value, positions) if kind in early else value
                 found.setdefault(value.name, Kept(own.name, kind, number, size))
     return [found.get(name, Kept(name)) for name in names]
 
 
-def _source(far: Cuts, read: Value, value: Value, positions: Positions) -> Value:
+def source_of(far: Cuts, read: Value, value: Value, positions: Positions) -> Value:
     """The one value farthest from ``read`` that it is computed from, position by position, at the price of ``value``"""
     found = [own for own in far.of(read) if own.producer is not None]
     same = len(found) == 1 and bytes_each(found[0], positions) == bytes_each(value, positions)

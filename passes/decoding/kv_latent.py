@@ -25,6 +25,7 @@ from regauge.passes.calibration.layers import matrices_of
 from regauge.passes.calibration.sensitivity import output_metrics
 from regauge.passes.decoding.cache_bytes import in_words
 from regauge.passes.decoding.latent_fit import fitted_factors, own_factors
+from regauge.passes.decoding.latent_layers import split_layers
 from regauge.passes.decoding.latent_parts import Part, forms_of
 from regauge.passes.decoding.latent_rewrite import write_latents
 from regauge.passes.decoding.recognised import refuse_caches
@@ -46,10 +47,11 @@ class KvLatent(Pass):
     have one latent for all heads, from which they are computed at every step; that costs as many multiplications for
     each past position as the heads have channels, times the rank. Values, and keys that are not rotated, have either
     form, whichever loses less at its bytes: the knapsack weighs both (``joint`` asks for one of them; ``joint=false``
-    saves the multiplications). With data each layer is fitted to what it gave, on what the changed layers before it
-    give, and so is the layer behind attention. Deviations: no Hadamard rotation of latents, which paid off for none
-    without outliers; a latent for each head or for all where Palu has one for four, since the weights of outputs would
-    grow. ``kv-cache`` afterwards keeps the latents. Exact at full rank.
+    saves the multiplications). A layer that makes queries, keys and values is split into three before. With data each
+    layer is fitted to what it gave, on what the changed layers before it give, and so is the layer behind attention.
+    Deviations: no Hadamard rotation of latents, which paid off for none without outliers; a latent for each head or for
+    all where Palu has one for four, since the weights of outputs would grow. ``kv-cache`` afterwards keeps the latents.
+    Exact at full rank.
     """
 
     name = "kv-latent"
@@ -67,7 +69,7 @@ class KvLatent(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         refuse_caches(graph, self.name)
-        original = assembled(graph)
+        original = split_layers(assembled(graph))
         forms = list(forms_of(attention_sites(original), context.left, joint=self.joint))
         if not forms:
             context.left["no attention is understood"] += not context.left

@@ -14,11 +14,12 @@ from regauge.ir.graph import Graph, Node, Value
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import Context, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
-from regauge.passes.decoding.block_methods import nodes_in_blocks, read_by, write_blocks
+from regauge.passes.decoding.block_methods import kept_for, nodes_in_blocks, write_blocks
 from regauge.passes.decoding.cache_bytes import in_words
 from regauge.passes.decoding.coders import Coding, chosen_bits
 from regauge.passes.decoding.kept import Kept, kept_by_cache, kept_values
 from regauge.passes.decoding.kept_samples import Sample, sample_kept
+from regauge.passes.decoding.positions import find_positions
 from regauge.passes.decoding.predicted import Predictions
 from regauge.passes.decoding.quantized_cache import Coder, write_coded
 from regauge.passes.decoding.recent import BlockMethod
@@ -139,7 +140,8 @@ class KvQuantize(Pass):
         nodes = nodes_in_blocks(graph, self.group, self.axis, context.left)
         shrunk = self._shrunk(graph, nodes, before, context) if method == "cskv" and nodes else {}
         if method == "cskv":
-            reached = [node for node in nodes if all(value.name in shrunk for value in read_by(node))]
+            positions = find_positions(graph, self.axis)
+            reached = [node for node in nodes if all(own.name in shrunk for own in kept_for(node, positions))]
             context.left["keys or values that no output depends on"] += len(nodes) - len(reached)
             nodes = reached
         if not nodes:
@@ -159,7 +161,8 @@ class KvQuantize(Pass):
         self, graph: Graph, nodes: Sequence[Node], before: float, context: Context
     ) -> dict[str, tuple[Shrinking, int]]:
         """Of keys and values of these attentions how to shrink them, and their ranks."""
-        values = {value.name: value for node in nodes for value in read_by(node)}
+        positions = find_positions(graph, self.axis)
+        values = {value.name: value for node in nodes for value in kept_for(node, positions)}
         if context.data is None:
             raise PassError("kv-quantize: method=cskv shrinks channels as data shows them: give data=")
         batches = calibration_batches(graph, context)

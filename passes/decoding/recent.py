@@ -5,7 +5,8 @@ block that is not full yet as it is.
     after    attention(q, [k', k], [v', v], mask)
 
 k' is what is left of the full blocks of ``block`` positions. Of the columns of k' the mask shows a query those of the
-blocks before its own, of the columns of k those of its own block up to itself. As the number of full blocks changes
+blocks before its own, of the columns of k those of its own block up to itself. Where what is kept is what keys are
+computed from before they are rotated, k' is computed from what is left of that. As the number of full blocks changes
 with the length, this has a form of its own for steps (:mod:`regauge.passes.decoding.recent_steps`); what that needs to
 know is noted at the node.
 """
@@ -34,16 +35,22 @@ NOTE = "regauge.recent"
 class Recent:
     """How full blocks of ``block`` positions are kept: KIVI's ranges of ``bits`` bits, of keys over the positions of a
     block, of values over ``group`` channels; ``gear`` keeps what they miss besides, ``cskv`` shrinks channels by
-    ``bases``, the names of parameters (four of keys, four of values), and rounds the latents."""
+    ``bases``, the names of parameters (four of keys, four of values), and rounds the latents. ``source`` is the name of
+    what keys are computed from by position where that is kept in their place: keys before they are rotated."""
 
     method: BlockMethod
     bits: int
     block: int
     group: int
     bases: tuple[str, ...] = ()
+    source: str = ""
+
+    def kept(self, graph: Graph, key: Value, value: Value) -> tuple[Value, Value]:
+        """What is kept for keys and for values."""
+        return graph.find(self.source) if self.source else key, value
 
     def coders(self, graph: Graph, key: Value, value: Value) -> tuple[BlockCoder, BlockCoder]:
-        """Of keys and of values [..., channels]."""
+        """Of what is kept for keys and for values [..., channels]."""
         if self.method == "cskv":
             own, bases = latent_ranges(self.bits, self.block), [graph.parameters[name] for name in self.bases]
             first, second = (
@@ -57,7 +64,7 @@ class Recent:
         return keys, values
 
     def noted(self) -> str:
-        return " ".join([self.method, *map(str, (self.bits, self.block, self.group)), *self.bases])
+        return " ".join([self.method, *map(str, (self.bits, self.block, self.group)), self.source or "-", *self.bases])
 
 
 def recent_of(node: Node) -> Recent | None:
@@ -65,9 +72,9 @@ def recent_of(node: Node) -> Recent | None:
     note = node.metadata.get(NOTE)
     if note is None:
         return None
-    method, bits, block, group, *bases = note.split()
+    method, bits, block, group, source, *bases = note.split()
     methods: dict[str, BlockMethod] = {"kivi": "kivi", "gear": "gear", "cskv": "cskv"}
-    return Recent(methods[method], int(bits), int(block), int(group), tuple(bases))
+    return Recent(methods[method], int(bits), int(block), int(group), tuple(bases), "" if source == "-" else source)
 
 
 def write_recent(graph: Graph, node: Node, recent: Recent, *, by: str) -> None:
@@ -76,18 +83,49 @@ def write_recent(graph: Graph, node: Node, recent: Recent, *, by: str) -> None:
     build, length = Builder(graph, by=by), key.shape[-2]
     blocks = floor_divide(length, recent.block)
     with build.at(node):
-        read = []
-        for x, coder in zip((key, value), recent.coders(graph, key, value), strict=True):
-            whole = build.slice(x, dim=x.rank - 2, start=0, end=simplify(blocks * recent.block))
-            full = in_blocks(build, whole, recent.block, blocks)
-            left = coder.back(build, coder.codes(build, full), int(x.shape[-1]))
-            read.append(build.concat(in_a_row(build, left, x), x, dim=x.rank - 2))
+        read, kept = [], recent.kept(graph, key, value)
+        full = simplify(blocks * recent.block)
+        for x, own, coder in zip((key, value), kept, recent.coders(graph, *kept), strict=True):
+            whole = build.slice(own, dim=own.rank - 2, start=0, end=full)
+            parted = in_blocks(build, whole, recent.block, blocks)
+            left = in_a_row(build, coder.back(build, coder.codes(build, parted), int(own.shape[-1])), own)
+            if own is not x:
+                rest = build.slice(own, dim=own.rank - 2, start=full, end=length)
+                turned = computed_again(build, x, own, build.concat(left, rest, dim=own.rank - 2))
+                left = build.slice(turned, dim=x.rank - 2, start=0, end=full)
+            read.append(build.concat(left, x, dim=x.rank - 2))
         mask = recent_mask(build, recent.block, blocks, (0, length), (0, length))
         result = attend(build, node, query, read[0], read[1], mask)
     assert result.producer is not None
     result.producer.metadata[NOTE] = recent.noted()
     replace_uses(graph, node.output, result)
     remove_node(graph, node)
+
+
+def between(value: Value, source: Value) -> list[Node]:
+    """The nodes that compute a value from its source, in their order."""
+    reached = dict[Node, bool]()
+
+    def visit(own: Value) -> bool:
+        node = own.producer
+        if own is source or node is None:
+            return own is source
+        if node not in reached:
+            reached[node] = any([visit(operand) for _, operand in node.operands()])
+        return reached[node]
+
+    visit(value)
+    return [node for node, is_between in reached.items() if is_between]
+
+
+def computed_again(build: Builder, value: Value, source: Value, given: Value) -> Value:
+    """What a value is where its source is what is given."""
+    made = {source: given}
+    for node in between(value, source):
+        operands = [made.get(operand, operand) if isinstance(operand, Value) else operand for operand in node.inputs]
+        results = build(node.op, *operands, **node.attributes)
+        made.update(zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=True))
+    return made[value]
 
 
 def in_blocks(build: Builder, x: Value, block: int, blocks: Size) -> Value:

@@ -8,6 +8,7 @@ How many positions there are behind is block * blocks + rest, and both are sizes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from regauge.ir.edit import Builder
@@ -19,8 +20,10 @@ from regauge.passes.decoding.recent import Recent, attend, in_a_row, in_blocks, 
 
 def only_for_recent(nodes: list[Node]) -> set[Node]:
     """The nodes that round blocks and lay them beside what is not rounded: steps compute that in another way."""
-    own = [node for node in nodes if recent_of(node) is not None]
+    own = {node: recent for node in nodes if (recent := recent_of(node)) is not None}
     plain = {value for node in own for value in plain_operands(node)}
+    sources = {recent.source for recent in own.values()}
+    plain |= {value for node in nodes for value in node.outputs if value.name in sources}
     waiting = [operand for node in own for operand in node.inputs[1:3]]
     found: set[Node] = set()
     while waiting:
@@ -47,8 +50,11 @@ def plain_operands(node: Node) -> tuple[Value, Value]:
 class RecentSteps:
     """Writes the steps of all such attentions of a graph; ``kept`` takes pairs of states, handed in and handed out."""
 
-    def __init__(self, build: Builder, recent: Recent, blocks: Any, rest: Any, length: Any) -> None:
-        self.build, self.block = build, recent.block
+    def __init__(
+        self, build: Builder, recent: Recent, blocks: Any, rest: Any, length: Any, turned: Callable[..., Value]
+    ) -> None:
+        """``turned(value, source, given)`` is a value at all positions, where its source at these is what is given."""
+        self.build, self.block, self.turned = build, recent.block, turned
         self.blocks, self.rest, self.length = blocks, rest, length
         self.past = simplify(blocks * self.block + rest)
         self.full = floor_divide(rest + length, self.block)  # blocks that become full in this run
@@ -59,8 +65,9 @@ class RecentSteps:
         query = node.inputs[0]
         assert isinstance(query, Value)
         plain = plain_operands(node)
-        coders = recent.coders(self.build.graph, *plain)
-        read = [self._all(x, coder, name) for x, coder, name in zip(plain, coders, names, strict=True)]
+        kept = recent.kept(self.build.graph, *plain)
+        parts = zip(plain, kept, recent.coders(self.build.graph, *kept), names, strict=True)
+        read = [self._all(*part) for part in parts]
         if self._mask is None:
             start, end = simplify(self.blocks * self.block), simplify(self.past + self.length)
             self._mask = recent_mask(
@@ -68,13 +75,13 @@ class RecentSteps:
             )
         return attend(self.build, node, query, read[0], read[1], self._mask)
 
-    def _all(self, x: Value, coder: BlockCoder, name: str) -> Value:
+    def _all(self, x: Value, own: Value, coder: BlockCoder, name: str) -> Value:
         """The full blocks as they are given back, and behind them the block that was not full, and what is new."""
-        build, axis, count = self.build, x.rank - 2, simplify(self.full * self.block)
-        before = build.input(f"{name}.recent", self._with(x.shape, axis, self.rest), x.dtype)
-        joined = build.concat(before, x, dim=axis)
-        end = simplify(self.rest + self.length)
-        self.kept.append((before, build.slice(joined, dim=axis, start=count, end=end)))
+        build, axis, count = self.build, own.rank - 2, simplify(self.full * self.block)
+        before = build.input(f"{name}.recent", self._with(own.shape, axis, self.rest), own.dtype)
+        joined = build.concat(before, own, dim=axis)
+        rest = build.slice(joined, dim=axis, start=count, end=simplify(self.rest + self.length))
+        self.kept.append((before, rest))
         new = in_blocks(build, build.slice(joined, dim=axis, start=0, end=count), self.block, self.full)
         parts = []
         for number, code in enumerate(coder.codes(build, new)):
@@ -82,7 +89,20 @@ class RecentSteps:
             old = build.input(f"{name}.{number}", self._with(code.shape, place, self.blocks), code.dtype)
             parts.append(build.concat(old, code, dim=place))
             self.kept.append((old, parts[-1]))
-        return build.concat(in_a_row(build, coder.back(build, tuple(parts), int(x.shape[-1])), x), joined, dim=axis)  # type: ignore[no-any-return]
+        left = in_a_row(build, coder.back(build, tuple(parts), int(own.shape[-1])), own)
+        if own is not x:
+            left, joined = self._turned(x, own, left, joined, rest)
+        return build.concat(left, joined, dim=x.rank - 2)  # type: ignore[no-any-return]
+
+    def _turned(self, x: Value, own: Value, left: Value, joined: Value, rest: Value) -> tuple[Value, Value]:
+        """Keys of the full blocks, and those that are as they were, computed from what is kept of them."""
+        build, axis, start = self.build, own.rank - 2, simplify(self.blocks * self.block)
+        past = build.slice(left, dim=axis, start=0, end=start)
+        full = self.turned(x, own, build.concat(left, rest, dim=axis))
+        whole = self.turned(x, own, build.concat(past, joined, dim=axis))
+        end = simplify((self.blocks + self.full) * self.block)
+        recent = build.slice(whole, dim=x.rank - 2, start=start, end=simplify(self.past + self.length))
+        return build.slice(full, dim=x.rank - 2, start=0, end=end), recent
 
     @staticmethod
     def _with(shape: tuple[Size, ...], axis: int, size: Size) -> list[Size]:

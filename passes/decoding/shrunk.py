@@ -6,8 +6,7 @@ positions of a block;  back: U z + u
 The paper finds D and U for the layers that make keys and values, by training against what these give, and keeps a
 window that moves with each position. Here D and U are the best ones in closed form, for what attention reads, in the
 metric of the outputs' gradients (for values that is the same map: the best of rank r of W x is U D (W x)), and the
-window is the block that is not full. Keys that are rotated are shrunk as they are after it: nothing is rotated anew at
-a step, and they need a somewhat larger rank.
+window is the block that is not full. As in the paper keys are shrunk before they are rotated, which is done at steps.
 """
 
 from __future__ import annotations

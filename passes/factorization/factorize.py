@@ -28,7 +28,7 @@ from regauge.passes.factorization.metrics import Metric, squared_gradients
 from regauge.passes.factorization.on_data import Sensitivity, links_on_data, problems_on_data
 from regauge.passes.factorization.orders import in_blocks
 from regauge.passes.factorization.problems import Problem, plain_problems
-from regauge.passes.factorization.ranks import least_loss
+from regauge.passes.factorization.ranks import least_loss, spread
 from regauge.passes.factorization.readers import Reader, readers_in, squared_reader_gradients
 from regauge.passes.factorization.rules import Rule, by_rule, nearest, squared_values, wanted_by
 from regauge.passes.factorization.sparse_products import SparseProduct
@@ -128,6 +128,8 @@ class Factorize(Pass):
             found = factors[reader.name]
             choices[reader.name] = reader.choices(graph, found, self.multiple, on_data=batches is not None)
             values[reader.name] = (found.tail[:-1] - found.tail[1:]).clamp(min=0)
+        if batches is None:
+            choices = spread(choices)
         picked = self._gated(graph, layers, choices, lambda: self._picked(graph, choices, values, squares), context)
         context.left["it is worth more whole"] += len(layers) + len(readers) - len(picked)
         if not picked:

@@ -7,6 +7,7 @@ A layer stays whole or takes one of the choices of its form; this is the multipl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +17,16 @@ from regauge.passes.factorization.forms import Choice
 
 _BINS = 1 << 13
 _WEIGHTS = np.linspace(0, 1, 11)
+
+
+def spread(choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
+    """Choices with the squares of their losses.
+
+    Without data losses are shares of each layer, and nothing says which layer matters. The least sum of shares leaves
+    some layers whole and takes most of others, as forms of convolutions lose much before they save anything; with
+    squares many layers that lose some are better than few that lose much.
+    """
+    return {name: [replace(choice, loss=choice.loss**2) for choice in own] for name, own in choices.items()}
 
 
 def least_loss(choices: Mapping[str, Sequence[Choice]], allowed: Mapping[str, float]) -> dict[str, Choice]:

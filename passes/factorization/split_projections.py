@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from regauge.ir.edit import Builder, record, remove_dead, replace_uses
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.ops.slice_bounds import bound
-from regauge.ir.sizes import same
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
@@ -72,11 +71,13 @@ class SplitProjections(Pass):
 class _View:
     """The result of a layer as some value holds it: which channel lies where, and the order of its axes.
 
-    ``channels`` has the axes that channels are laid out along; ``order`` says of each axis of the value which leading
-    axis of the result it is, counted from 0, or which of ``channels``, counted from -1 downwards.
+    ``leading`` has the sizes of the axes in front, ``channels`` the axes that channels are laid out along; ``order``
+    says of each axis of the value which leading axis it is, counted from 0, or which of ``channels``, counted from -1
+    downwards.
     """
 
     value: Value
+    leading: tuple[Any, ...]
     channels: np.ndarray
     order: tuple[int, ...]
 
@@ -90,8 +91,8 @@ def _parts(layer: Layer, held: Container[Any], nodes: Container[Node]) -> list[_
     y, _ = _result(layer)
     if layer.node.output in held:
         return _WHOLE
-    leading = tuple(range(y.rank - 1))
-    found = list(_followed(_View(y, np.arange(layer.outputs), (*leading, -1)), leading, held, nodes))
+    whole = _View(y, y.shape[:-1], np.arange(layer.outputs), (*range(y.rank - 1), -1))
+    found = list(_followed(whole, held, nodes))
     parts = [part for part in found if isinstance(part, _View)]
     if len(parts) < len(found):
         return next(reason for reason in found if isinstance(reason, str))
@@ -129,9 +130,7 @@ def _result(layer: Layer) -> tuple[Value, Parameter | None]:
     return y, layer.bias
 
 
-def _followed(
-    view: _View, leading: Sequence[int], held: Container[Any], nodes: Container[Node]
-) -> Iterator[_View | str]:
+def _followed(view: _View, held: Container[Any], nodes: Container[Node]) -> Iterator[_View | str]:
     """The parts that are read behind a view, or reasons why it does not consist of parts."""
     if view.value in held:
         yield _WHOLE
@@ -139,34 +138,42 @@ def _followed(
         if slot != 0 or user.op not in _STEPS or user not in nodes:
             yield _WHOLE
             continue
-        for step in _STEPS[user.op](view, user, leading):
+        for step in _STEPS[user.op](view, user):
             if isinstance(step, str) or user.op in _CUTS:
                 yield step
             else:
-                yield from _followed(step, leading, held, nodes)
+                yield from _followed(step, held, nodes)
 
 
-def _reshaped(view: _View, node: Node, leading: Sequence[int]) -> Iterator[_View | str]:
-    y, count = node.output, len(leading)
-    kept = view.order[:count] == tuple(leading) and all(axis < 0 for axis in view.order[count:])
-    sizes = y.shape[count:]
-    if not kept or not all(isinstance(size, int) for size in sizes) or y.rank <= count:
-        yield "its result is reshaped with other axes"
-        return
-    if any(not same(old, new) for old, new in zip(view.value.shape[:count], y.shape[:count], strict=True)):
+def _reshaped(view: _View, node: Node) -> Iterator[_View | str]:
+    y, count = node.output, len(view.leading)
+    kept = view.order[:count] == tuple(range(count)) and all(axis < 0 for axis in view.order[count:])
+    start = _first_channel_axis(y, view.channels.size)
+    if not kept or start is None:
         yield "its result is reshaped with other axes"
         return
     ordered = view.channels.transpose([-1 - axis for axis in view.order[count:]])
-    channels = ordered.reshape([int(size) for size in sizes])
-    yield _View(y, channels, (*leading, *(-1 - axis for axis in range(channels.ndim))))
+    channels = ordered.reshape([int(size) for size in y.shape[start:]])
+    yield _View(y, y.shape[:start], channels, (*range(start), *(-1 - axis for axis in range(channels.ndim))))
 
 
-def _permuted(view: _View, node: Node, leading: Sequence[int]) -> Iterator[_View | str]:
+def _first_channel_axis(y: Value, channels: int) -> int | None:
+    """From which axis on the last axes of a reshaped value have all channels, and no others."""
+    found = 1
+    for axis in reversed(range(y.rank)):
+        size = y.shape[axis]
+        found *= size if isinstance(size, int) else 0
+        if found == channels:
+            return axis
+    return None
+
+
+def _permuted(view: _View, node: Node) -> Iterator[_View | str]:
     dims = [int(dim) % len(view.order) for dim in node.attributes["dims"]]
-    yield _View(node.output, view.channels, tuple(view.order[dim] for dim in dims))
+    yield replace(view, value=node.output, order=tuple(view.order[dim] for dim in dims))
 
 
-def _cut(view: _View, node: Node, leading: Sequence[int]) -> Iterator[_View | str]:
+def _cut(view: _View, node: Node) -> Iterator[_View | str]:
     axis = int(node.attributes["dim"]) % len(view.order)
     own = view.channel_axis(axis)
     if own is None:
@@ -179,9 +186,10 @@ def _cut(view: _View, node: Node, leading: Sequence[int]) -> Iterator[_View | st
             continue
         elif isinstance(places, int):
             order = tuple(_without(other, own) for place, other in enumerate(view.order) if place != axis)
-            yield _View(value, view.channels.take(places, own), order)
+            yield _View(value, view.leading, view.channels.take(places, own), order)
         else:
-            yield _View(value, view.channels.take(np.arange(view.channels.shape[own])[places], own), view.order)
+            channels = view.channels.take(np.arange(view.channels.shape[own])[places], own)
+            yield replace(view, value=value, channels=channels)
 
 
 def _without(axis: int, gone: int) -> int:
@@ -234,8 +242,8 @@ def _split(graph: Graph, layer: Layer, parts: Sequence[_View], *, by: str) -> No
             value = build(node.op, *operands, name=f"{node.output.name}_part{number}", **node.attributes)
             if bias is not None and layer.bias is None:
                 value = build.add(value, bias)
-            value = build.reshape(value, shape=(*x.shape[:-1], *channels.shape))
-            sources = _sources(part.order, x.rank - 1)
+            value = build.reshape(value, shape=(*part.leading, *channels.shape))
+            sources = _sources(part.order, len(part.leading))
             if sources != list(range(len(sources))):
                 value = build.permute(value, dims=tuple(sources))
         replace_uses(graph, part.value, value)

@@ -3,29 +3,35 @@
 cp    W[o, i, r, c] = sum over q  up[o, q] rows[q, r] columns[q, c] first[q, i]         (Lebedev et al. 2015, section 3)
 tt    W[o, i, r, c] = sum over p, q, s  up[o, s] columns[s, q, c] rows[q, p, r] first[p, i]     (Oseledets 2011, TT-SVD)
 
-Of cp the links between are depthwise. It starts from the terms of the higher-order singular value decomposition that
-hold most, which are all of the kernel at full rank, tt from singular value decompositions in turns; then each link is
-bettered beside the others.
+Of cp the links between are depthwise. Without data it starts from alternating least squares
+(:mod:`regauge.passes.factorization.polyadic`), these from the terms of the higher-order singular value decomposition
+that hold most, which are all of the kernel at full rank; tt from singular value decompositions in turns. Then each link
+is bettered beside the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from regauge.ir.cost import smallest_sizes
 from regauge.ir.graph import Graph, Value
 from regauge.ir.ops.windows import per_axis
 from regauge.passes.calibration.layers import Layer
+from regauge.passes.calibration.moments import factor_of
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.forms import Choice, ranks_up_to, single_places
 from regauge.passes.factorization.least_squares import bettered
+from regauge.passes.factorization.polyadic import decomposed, in_turns, random_start, terms
 from regauge.passes.factorization.problems import Problem, places
 
 _TURNS = 12
 _GAIN = 1e-3  # of the error in a turn, below which there is no other
 _RANKS_TRIED = 8
+_TURNS_TRIED = 10  # by which ranks of cp are compared
+_RIDGE = 1e-9  # of the metric of terms
 
 Factors = list[torch.Tensor]
 Image = Callable[[Factors], torch.Tensor]
@@ -44,21 +50,32 @@ class Cp:
         channels, *kernel = _sizes(layer)
         each = channels + sum(kernel) + layer.outputs
         ranks = ranks_up_to(min(layer.outputs * layer.columns // each, layer.columns), multiple)
-        found = []
-        for rank in ranks[:: max(1, len(ranks) // _RANKS_TRIED)]:
-            loss = problem.error(self._image(self._start(problem, rank)))
-            at = _places_between(layer, graph)
-            macs = sum(size * count for size, count in zip((channels, *kernel), at, strict=True))
-            macs += layer.outputs * at[-1]
-            found.append(Choice(self.name, (rank,), rank * each, rank * macs, loss))
-        return found
+        at = _places_between(layer, graph)
+        macs = sum(size * count for size, count in zip((channels, *kernel), at, strict=True))
+        macs += layer.outputs * at[-1]
+        if problem.inputs is not None:
+            ranks = ranks[:: max(1, len(ranks) // _RANKS_TRIED)]
+        losses = self._losses(problem, ranks)
+        return [
+            Choice(self.name, (rank,), rank * each, rank * macs, loss) for rank, loss in zip(ranks, losses, strict=True)
+        ]
+
+    def _losses(self, problem: Problem, ranks: Sequence[int]) -> list[float]:
+        """Those of some ranks are tried; their logarithms are nearly straight between these."""
+        if problem.inputs is not None:
+            return [problem.error(self._image(self._start(problem, rank, tried=True))) for rank in ranks]
+        tried = sorted({*ranks[:: max(1, len(ranks) // _RANKS_TRIED)], *ranks[-1:]})
+        least = max(problem.rounding, 1e-300)
+        found = [max(problem.error(self._image(self._start(problem, rank, tried=True))), least) for rank in tried]
+        losses: list[float] = np.exp(np.interp(ranks, tried, np.log(found))).tolist() if tried else []
+        return losses
 
     def lossless(self, layer: Layer) -> list[tuple[int, ...]]:
         return [(layer.columns,)]
 
     def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
         (rank,) = ranks
-        factors = _in_turns(problem, self._image, self._start(problem, rank))
+        factors = _bettered_in_turns(problem, self._image, self._start(problem, rank, tried=False))
         first, *along, up = factors
         links = [_single("down", first, problem.layer)]
         for axis, factor in enumerate(along):
@@ -66,35 +83,42 @@ class Cp:
             links.append(_along(axis, factor.reshape(shape), problem.layer, groups=rank))
         return [*links, _single("up", up, problem.layer)], self._image(factors)
 
-    def _start(self, problem: Problem, rank: int) -> Factors:
-        """The best terms of the kernel in the bases of its axes, and what is best behind them."""
-        sizes = _sizes(problem.layer)
-        kernel = problem.weight.reshape(-1, *sizes)
-        bases = [_basis(kernel, axis + 1) for axis in range(len(sizes))]
-        core = kernel
-        for basis in bases:
-            core = torch.tensordot(core, basis, dims=([1], [0]))  # the axis that was turned comes last
-        kept = torch.unravel_index(core.square().sum(0).flatten().argsort(descending=True)[:rank], sizes)
-        factors = [basis[:, own].t().contiguous() for basis, own in zip(bases, kept, strict=True)]
-        terms = _terms(factors)
-        up = problem.weight @ terms.t()
-        if problem.inputs is not None:
-            left = problem.weight - up @ terms
-            image = problem.inputs @ terms.t()
-            up = up + torch.linalg.solve(terms @ image, (left @ image).t()).t()
-        return [*factors, up]
+    def _start(self, problem: Problem, rank: int, *, tried: bool) -> Factors:
+        """Without data what alternating least squares find, by few turns to try a rank; with data the largest terms,
+        and what is best behind them."""
+        layer = problem.layer
+        sizes = _sizes(layer)
+        *rows, up = _largest_terms(problem.weight, rank, sizes)
+        alone = Problem(layer, problem.weight)
+        if problem.inputs is None and alone.error(self._image([*rows, up])) > alone.rounding:
+            if tried:
+                (*rows, up), _ = in_turns(problem.weight, [*rows, up], _TURNS_TRIED)
+            else:
+                starts = [[*rows, up], random_start(rank, sizes, layer.outputs, seed=0)]
+                *rows, up = decomposed(problem.weight, starts)
+        if problem.inputs is None:
+            return [*rows, up]
+        found = terms(rows)
+        left, image = problem.weight - up @ found, problem.inputs @ found.t()
+        curvature = found @ image
+        lower = factor_of(curvature, _RIDGE * float(curvature.diagonal().mean()))
+        return [*rows, up + torch.cholesky_solve((left @ image).t(), lower).t()]
 
     @staticmethod
     def _image(factors: Factors) -> torch.Tensor:
-        return factors[-1] @ _terms(factors[:-1])
+        return factors[-1] @ terms(factors[:-1])
 
 
-def _terms(factors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[rank, columns]: the outer product of the rows of all factors."""
-    found = factors[0]
-    for factor in factors[1:]:
-        found = (found[:, :, None] * factor[:, None, :]).flatten(1)
-    return found
+def _largest_terms(weight: torch.Tensor, rank: int, sizes: Sequence[int]) -> Factors:
+    """Of the kernel in the bases of its axes the terms that hold most of it, which at full rank are all of it."""
+    kernel = weight.reshape(-1, *sizes)
+    bases = [_basis(kernel, axis + 1) for axis in range(len(sizes))]
+    core = kernel
+    for basis in bases:
+        core = torch.tensordot(core, basis, dims=([1], [0]))  # the axis that was turned comes last
+    kept = torch.unravel_index(core.square().sum(0).flatten().argsort(descending=True)[:rank], sizes)
+    rows = [basis[:, own].t().contiguous() for basis, own in zip(bases, kept, strict=True)]
+    return [*rows, weight @ terms(rows).t()]
 
 
 class TensorTrain:
@@ -123,7 +147,7 @@ class TensorTrain:
         return list(found.values())
 
     def links(self, problem: Problem, ranks: Sequence[int]) -> tuple[list[Link], torch.Tensor]:
-        factors = _in_turns(problem, self._image, self._start(problem, ranks))
+        factors = _bettered_in_turns(problem, self._image, self._start(problem, ranks))
         first, *along, up = factors
         links = [_single("down", first, problem.layer)]
         for axis, factor in enumerate(along):
@@ -220,7 +244,7 @@ def _along(axis: int, weight: torch.Tensor, layer: Layer, groups: int) -> Link:
     return Link(f"axis{axis}", "conv", weight, {**found, "groups": groups})
 
 
-def _in_turns(problem: Problem, image: Image, factors: Factors) -> Factors:
+def _bettered_in_turns(problem: Problem, image: Image, factors: Factors) -> Factors:
     """Each factor a little better beside the others, as long as that lowers the error by a share."""
     least = problem.error(image(factors))
     for _ in range(max(1, _TURNS // problem.layer.blocks) if least > problem.rounding else 0):

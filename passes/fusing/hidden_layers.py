@@ -1,6 +1,8 @@
 """Hidden layers: what lies between one input and a layer that contracts hidden units, each unit for itself.
 
 h = act(up x + b)    or    h = act(gate x) * (up x)        y = down h + c
+
+Layers are ``linear``, or ``matmul`` with a weight, whose bias a node of its own may add, as in ONNX files.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ def hidden_layers(graph: Graph, left: Counter[str]) -> list[HiddenLayer]:
     free = set(may_be_reordered(graph, groups))
     found = []
     for node in order.nodes:
-        layer = layer_of(node) if node.op == "linear" else None
+        layer = _plain(node)
         if layer is None:
             continue
-        dims = leaves(graph.axes.of[layer.weight][1])
+        dims = leaves(graph.axes.of[layer.weight][layer.contracted])
         if len(dims) != 1 or dims[0] not in free:
             continue
         own = _hidden(order, layer, dims[0], {member.parameter for member in groups[dims[0]].members})
@@ -52,11 +54,17 @@ def hidden_layers(graph: Graph, left: Counter[str]) -> list[HiddenLayer]:
     return found
 
 
+def _plain(node: Node) -> Layer | None:
+    """The layer of one matrix that a node is, if it is one."""
+    layer = layer_of(node) if node.op in ("linear", "matmul") else None
+    return layer if layer is not None and layer.blocks == 1 else None
+
+
 def _hidden(order: Order, down: Layer, dim: Dim, members: set[Parameter]) -> HiddenLayer | str:
     hidden = down.node.inputs[0]
     assert isinstance(hidden, Value)
     nodes = order.needed_by([hidden])
-    layers = [layer for node in nodes if node.op == "linear" and (layer := layer_of(node)) is not None]
+    layers = [layer for node in nodes if (layer := _plain(node)) is not None]
     ups = [layer for layer in layers if layer.weight in members]
     if not ups or hidden in order.held:
         return "no linear layer makes its units alone"
@@ -67,12 +75,13 @@ def _hidden(order: Order, down: Layer, dim: Dim, members: set[Parameter]) -> Hid
         return "its units are made of several inputs"
     (source,) = sources
     assert isinstance(source, Value)
-    held = {value for layer in (*ups, down) for value in (layer.weight, layer.bias) if value is not None}
+    vectors = {v for node in between for _, v in node.operands() if isinstance(v, Parameter) and v in members}
+    held = vectors | {value for layer in (*ups, down) for value in (layer.weight, layer.bias) if value is not None}
     if members - held:
         return "something besides linear layers has its units"
     inside = {layer.node.output for layer in ups} | {value for node in between for value in node.outputs}
     for node in between:
-        operands = [value for _, value in node.operands()]
+        operands = [value for _, value in node.operands() if not _is_bias(node, value, hidden)]
         if (
             not is_pointwise(node)
             or not set(operands) <= inside
@@ -80,3 +89,7 @@ def _hidden(order: Order, down: Layer, dim: Dim, members: set[Parameter]) -> Hid
         ):
             return f"{node.op} stands between"
     return HiddenLayer(dim, source, tuple(ups), tuple(between), down)
+
+
+def _is_bias(node: Node, value: Value, hidden: Value) -> bool:
+    return node.op == "add" and isinstance(value, Parameter) and value.shape == hidden.shape[-1:]

@@ -10,7 +10,7 @@ import torch
 
 from regauge.ir.edit import Builder, record, remove_dead, replace_uses
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Graph, Parameter, Value
 from regauge.ir.lockstep import Lockstep
 from regauge.ir.sizes import product
 from regauge.passes.base import Context, Contract, Cut, Pass
@@ -54,7 +54,9 @@ class SplitExperts(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.active > self.experts:
-            raise PassError(f"split-experts: {self.active} of {self.experts} experts cannot run: write active=2")
+            raise PassError(
+                f"split-experts: {self.active} of {self.experts} experts cannot run: active={self.experts} at most"
+            )
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None:
@@ -62,6 +64,8 @@ class SplitExperts(Pass):
         result = graph.copy()
         hidden = self._chosen(result, context)
         if not hidden:
+            if not context.left:
+                context.left["no hidden layer of free units was found"] += 1
             return graph
         batches = calibration_batches(graph, context)
         judge = Judge(graph, batches, "distortion", healed=False, by=self.name)
@@ -209,9 +213,14 @@ def write_experts(graph: Graph, own: HiddenLayer, parts: Experts, active: int, *
         for layer in own.ups:
             y = build.grouped_mm(mine, writer.stacked_ups(build, layer), ends)
             if layer.bias is not None:
-                y = build.add(y, build.index_select(writer.biases(build, layer), experts, dim=0))
+                y = build.add(
+                    y, build.index_select(writer.biases(build, layer.bias, _stem(layer.weight)), experts, dim=0)
+                )
             held[layer.node.output] = y
         for node in own.between:
+            for _, bias in node.operands():
+                if isinstance(bias, Parameter):
+                    held[bias] = build.index_select(writer.biases(build, bias, _stem(bias)), experts, dim=0)
             operands = [held[o] if isinstance(o, Value) else o for o in node.inputs]
             held[node.output] = build(node.op, *operands, **node.attributes)
         hidden = down.node.inputs[0]
@@ -246,15 +255,14 @@ class _Writer:
         return tensor.detach()[self.parts.order].reshape(len(self.parts.router), -1, *tensor.shape[1:])
 
     def stacked_ups(self, build: Builder, layer: Layer) -> Value:
-        return self.weight(build, f"{_stem(layer.weight)}_experts", self._parts(layer.weight.tensor).mT)
+        return self.weight(build, f"{_stem(layer.weight)}_experts", self._parts(layer.matrix(layer.weight.tensor)).mT)
 
-    def biases(self, build: Builder, layer: Layer) -> Value:
-        assert layer.bias is not None
-        return self.weight(build, f"{_stem(layer.weight)}_biases", self._parts(layer.bias.tensor))
+    def biases(self, build: Builder, bias: Parameter, stem: str) -> Value:
+        return self.weight(build, f"{stem}_biases", self._parts(bias.tensor))
 
     def stacked_down(self, build: Builder) -> Value:
-        weight = self.own.down.weight
-        return self.weight(build, f"{_stem(weight)}_experts", self._parts(weight.tensor.t()))
+        down = self.own.down
+        return self.weight(build, f"{_stem(down.weight)}_experts", self._parts(down.matrix(down.weight.tensor).t()))
 
 
 def _stem(weight: Value) -> str:

@@ -274,6 +274,8 @@ class Quantize(Pass):
         if own:
             each = sum(found.bits for found in stored.values()) / sum(map(_count, own))
             context.note(f"the weights of {len(own)} layers, {each:.2f} bits each with scales")
+        if self.block is not None and whole < len(linear) and target.of_blocks:
+            context.note(target.of_blocks)
         return writer
 
     def _from_stack(self, original: Graph, layers: Sequence[Layer], target: Target, context: Context) -> Writer:

@@ -141,6 +141,21 @@ def test_a_query_without_any_key_gets_what_its_operator_says(op: str, form: Form
     assert row == (0 if op == "attention" else 7)
 
 
+@pytest.mark.parametrize("form", ["attention", "split"])
+@pytest.mark.parametrize("coded", ["k", "v"])
+def test_a_byte_may_hold_all_numbers_of_a_head(form: Form, coded: str) -> None:
+    """Bytes have no axis along a head then, and the tile of their digits is as wide as that of the other factor."""
+    graph = Graph("g")
+    build = Builder(graph)
+    q = build.input("q", (1, 2, 3, 4), torch.float32)
+    factors = {name: build.input(name, (1, 2, 5, 4), torch.float32) for name in "kv" if name != coded}
+    stored = build.input("stored", (1, 2, 5, 1), torch.uint8)
+    factors[coded] = build.mul(build.cast(build.unpack(stored, base=4, count=4), dtype=torch.float32), 0.5)
+    scores = build.div(build.matmul(q, build.permute(factors["k"], dims=(0, 1, 3, 2))), 3.0)
+    graph.outputs = [build.matmul(build.softmax(scores, dim=3), factors["v"])]
+    check_kernel(graph, drawn(graph), form=form)
+
+
 def test_few_queries_share_out_the_keys_among_programs() -> None:
     graph = Graph("g")
     build = Builder(graph)

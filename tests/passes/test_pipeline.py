@@ -269,3 +269,15 @@ def test_weights_that_no_pass_changed_come_back_from_the_cpu_as_they_were() -> N
     torch.testing.assert_close(found.run(x), expected.run(x))
     assert found.parameters["0.weight"].weight is graph.parameters["0.weight"].weight
     assert found.parameters["4.weight"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_passes_that_learn_do_so_whatever_the_mode_of_the_caller(mode: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
+    images = torch.randn(8, 1, 8, 8)
+    graph = capture(module, (images[:2],), dynamic={0: {0: "batch"}})
+    wanted = optimize(graph, "quantize", data=[(images,)])
+    with mode():
+        found = optimize(graph, "quantize", data=[(images,)])
+    torch.testing.assert_close(found.run(images), wanted.run(images), rtol=0, atol=0)

@@ -71,6 +71,21 @@ def test_ranks_go_where_channels_count_within_the_bytes() -> None:
     assert error(whole, chosen) < 0.2 * error(whole, even)
 
 
+def test_keys_that_are_rotated_are_shrunk_before() -> None:
+    torch.manual_seed(0)
+    model = Rotary("shared")
+    for attention in model.attentions:  # of rank 4 as their layers make them, of far more once they are rotated
+        for layer in (attention.k, attention.v):
+            layer.weight.data.copy_(torch.randn(16, 4) @ torch.randn(4, 32) / 8)
+    whole = decoder(model)
+    found = regauge.optimize(whole, "kv-quantize{method=cskv,block=4,bits=16,bytes=32}", data=[characters(32, 20)])
+    cached = regauge.optimize(found, "kv-cache")
+    assert cache_bytes(cached) == 32  # rank 4 of each of four; 256 as they are
+    assert error(whole, found) < 1e-3
+    tokens = characters(2, 19)
+    torch.testing.assert_close(stepped(Steps(cached), tokens, CUTS[1]), found.run(tokens)[0], rtol=1e-3, atol=1e-4)
+
+
 def test_what_lies_in_few_directions_of_all_heads_takes_no_more() -> None:
     torch.manual_seed(0)
     model = Placed()
@@ -81,7 +96,7 @@ def test_what_lies_in_few_directions_of_all_heads_takes_no_more() -> None:
     whole = decoder(model)
     found = regauge.optimize(
         whole, "kv-quantize{method=cskv,block=4,bits=16,bytes=32}", data=[characters(32, 20)]
-    )  # 1024 as they are: rank 4 of each of four
+    )  # 512 as they are: rank 4 of each of four
     assert cache_bytes(regauge.optimize(found, "kv-cache")) == 32
     assert error(whole, found) < 1e-3
 

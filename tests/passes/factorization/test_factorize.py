@@ -14,6 +14,8 @@ from regauge.frontends.capture import capture
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.passes.factorization.forms import Choice
+from regauge.passes.factorization.ranks import least_loss, spread
 
 
 class Encoder(nn.Module):
@@ -159,3 +161,16 @@ def test_what_is_left_whole_is_said() -> None:
     graph, _, _ = encoder()
     small = regauge.optimize(graph, "factorize{params=0.95}")
     assert "it is worth more whole" in str(small.report)
+
+
+def test_without_data_no_layer_pays_for_another_that_stays_whole() -> None:
+    """Squares of shares are added: two layers that lose 0.3 are better than one that loses 0.55."""
+    whole, half, least = (
+        Choice("", (), 10, 10, 0.0),
+        Choice("tucker", (4, 4), 5, 5, 0.3),
+        Choice("tucker", (1, 1), 1, 1, 0.55),
+    )
+    choices = {name: [whole, half, least] for name in ("first", "second")}
+    losses = [own.loss for own in least_loss(choices, {"macs": 11.5}).values()]
+    assert sorted(losses) == [0.0, 0.55]
+    assert {own.ranks for own in least_loss(spread(choices), {"macs": 11.5}).values()} == {(4, 4)}

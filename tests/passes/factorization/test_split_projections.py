@@ -24,8 +24,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = x.shape[0], x.shape[1]
-        y = self.qkv(x)
-        if self.order == "chunk":
+        y = self.qkv(x.flatten(0, 1)).view(*shape, 48) if self.order == "flat" else self.qkv(x)
+        if self.order in ("chunk", "flat"):
             q, k, v = (part.view(*shape, 4, 4).transpose(1, 2) for part in y.chunk(3, -1))
         elif self.order == "unbind":
             q, k, v = y.reshape(*shape, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
@@ -43,7 +43,7 @@ def captured(model: nn.Module) -> tuple[Graph, torch.Tensor]:
     return regauge.capture(model.double().eval(), (x,), dynamic={0: {0: "batch", 1: "time"}}), x
 
 
-@pytest.mark.parametrize("order", ["chunk", "unbind", "index", "interleaved"])
+@pytest.mark.parametrize("order", ["chunk", "flat", "unbind", "index", "interleaved"])
 def test_heads_in_any_order_are_split_exactly(order: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     graph, x = captured(Attention(order))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,27 @@ def test_all_experts_together_are_the_dense_layer(model: type[nn.Module]) -> Non
     assert len([node for node in found.nodes if node.op == "grouped_mm"]) >= 6
     torch.testing.assert_close(found.run((ids(5, 7),))[0], graph.run((ids(5, 7),))[0], rtol=0, atol=1e-10)
     torch.testing.assert_close(found.to_torch()(ids(5, 7)), graph.run((ids(5, 7),))[0], rtol=0, atol=1e-10)
+
+
+def test_hidden_layers_of_a_loaded_file_are_products_and_sums(tmp_path: Path) -> None:
+    """They were passed over without a word."""
+    model = redrawn(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))).eval()
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
+    capture(model, (x,)).to_onnx(tmp_path / "dense.onnx")
+    graph = regauge.load(tmp_path / "dense.onnx")
+    assert [node.op for node in graph.nodes] == ["matmul", "add", "relu", "matmul", "add"]
+    found = regauge.optimize(graph, "split-experts{experts=4,active=4}", data=[(x,)])
+    assert sum(node.op == "grouped_mm" for node in found.nodes) == 2
+    torch.testing.assert_close(found.run((x,))[0], model(x), rtol=0, atol=1e-5)
+    session = onnxruntime.InferenceSession(found.to_onnx(tmp_path / "experts.onnx"))
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=0, atol=1e-5)
+
+
+def test_a_network_without_hidden_layers_is_told() -> None:
+    graph = capture(nn.Linear(8, 8).eval(), (torch.randn(2, 8),))
+    left = regauge.optimize(graph, "split-experts", data=[torch.randn(4, 8)]).report.passes[0].left
+    assert left == {"no hidden layer of free units was found": 1}
 
 
 class Domains(nn.Module):
@@ -78,7 +102,7 @@ def test_more_experts_that_run_lose_less() -> None:
 
 def test_what_cannot_be_is_refused_or_left() -> None:
     graph = captured(Decoder())
-    with pytest.raises(PassError, match="5 of 4 experts cannot run"):
+    with pytest.raises(PassError, match="5 of 4 experts cannot run: active=4 at most"):
         regauge.optimize(graph, "split-experts{experts=4,active=5}", data=text())
     with pytest.raises(PassError, match="needs data"):
         regauge.optimize(graph, "split-experts")
