@@ -75,7 +75,8 @@ def _is_call(node: Node) -> bool:
 
 
 def _is_spelled(node: Node) -> bool:
-    return node.operator.spelled_for_torch and all(isinstance(operand, Value) for operand in node.inputs)
+    wanted = node.operator.spelled_for_torch
+    return (wanted(node) if callable(wanted) else wanted) and all(isinstance(one, Value) for one in node.inputs)
 
 
 def _alone(node: Node) -> Graph:

@@ -175,7 +175,8 @@ class Operator:
                    custom operator), with adapters; None maps arguments to slots and attributes by name
     ``onnx``       ONNX operators it stands for (``Add``, ``domain::Name``), likewise
     ``spell``      how a new node of it is written in ONNX, where no entry of ``onnx`` is direct
-    ``spelled_for_torch`` whether graphs from torch are written with ``spell``, too: torch's exporter has no form of it
+    ``spelled_for_torch`` whether graphs from torch are written with ``spell``, too: torch's exporter has no form of it,
+                   or none of the nodes of which a function says so
     ``macs``       multiply-accumulates of a call; None costs nothing
     ``samples``    calls on which its laws are checked (:mod:`regauge.ir.laws`)
     ``symmetry``   how values pass through it, or a function of the node where its operands decide
@@ -208,7 +209,7 @@ class Operator:
     aten: Mapping[str, Adapter | None] = field(default_factory=dict)
     onnx: Mapping[str, Adapter | OnnxForm | None] = field(default_factory=dict)
     spell: Speller | None = None
-    spelled_for_torch: bool = False
+    spelled_for_torch: bool | Callable[[Node], bool] = False
     macs: Callable[[Cost], Size] | None = None
     samples: Callable[[], Iterable[Sample]] | None = None
     symmetry: Symmetry | Callable[[Node], Symmetry] = Symmetry.POINTWISE

@@ -156,11 +156,17 @@ def _reduced_shape(x: Any, *, dims: tuple[int, ...] | None = None, keepdim: bool
     return [1 if axis in gone else size for axis, size in enumerate(x.shape) if keepdim or axis not in gone]
 
 
+def _over_all(node: Any) -> bool:
+    """Whether no axes are named, of which torch's exporter has no form that loads."""
+    return node.attributes["dims"] is None
+
+
 @reduction(
     onnx={"ReduceMean": _onnx_reduce("mean")},
     shape=_reduced_shape,
     symmetry=Symmetry.LINEAR,
     spell=spelling.reduced("ReduceMean"),
+    spelled_for_torch=_over_all,
     element=lambda x, **_: scalars.mean(x),
 )
 def mean(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
@@ -223,6 +229,7 @@ def _both_extremes(build: Any, x: Any, *, dim: int | None = None, keepdim: bool 
     },
     onnx={"ReduceMax": _onnx_reduce("amax")},
     spell=spelling.reduced("ReduceMax"),
+    spelled_for_torch=_over_all,
     shape=_reduced_shape,
     symmetry=Symmetry.HOMOGENEOUS,
     element=lambda x, **_: scalars.amax(x),
@@ -240,6 +247,7 @@ def amax(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
     },
     onnx={"ReduceMin": _onnx_reduce("amin")},
     spell=spelling.reduced("ReduceMin"),
+    spelled_for_torch=_over_all,
     shape=_reduced_shape,
     symmetry=Symmetry.HOMOGENEOUS,
     element=lambda x, **_: scalars.amin(x),
