@@ -43,6 +43,8 @@ states; ``approximate``: another function."""
 
 Need: TypeAlias = Literal["data", "gradients"]
 
+GIVE_DATA = "give batches, optimize(graph, passes, data=...), or on the command line --data FILE"
+
 
 class Cut(NamedTuple):
     """One Dim that a pass changed, and its sizes before and after; of a sparse weight, its entries.
@@ -203,8 +205,9 @@ class Pass(ABC):
 
     @classmethod
     def summary(cls) -> str:
-        """The first line of the docstring."""
-        return (cls.__doc__ or "").strip().partition("\n")[0]
+        """The first sentence of the docstring."""
+        first = (cls.__doc__ or "").strip().partition("\n\n")[0]
+        return re.split(r"(?<=(?<! al)\.) ", " ".join(first.split()))[0]
 
     @classmethod
     def details(cls) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from regauge.ir.timing import Measure
 from regauge.ir.verify import verify
 from regauge.ir.weights import writes
 from regauge.passes import on_floats
-from regauge.passes.base import Context, Pass, Replayed
+from regauge.passes.base import GIVE_DATA, Context, Pass, Replayed
 from regauge.passes.report import PassReport, Report, recorded_cuts
 from regauge.settings import current
 
@@ -141,7 +141,7 @@ def _trace(line: str) -> None:
 def _check_needs(one: Pass, data: Any) -> None:
     if one.needs and data is None:
         needs = " and ".join(sorted(one.needs))
-        raise PassError(f"{one.name} needs {needs}: give batches, optimize(graph, passes, data=...)")
+        raise PassError(f"{one.name} needs {needs}: {GIVE_DATA}")
 
 
 def _check_fused(one: Pass, graph: Graph) -> None:

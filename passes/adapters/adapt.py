@@ -25,7 +25,7 @@ from regauge.passes.adapters.forms import (
     with_directions,
 )
 from regauge.passes.adapters.sites import Site, sites
-from regauge.passes.base import Context, Contract, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.options import option
 
@@ -76,7 +76,7 @@ class Adapt(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if self.init == "eva" and context.data is None:
-            raise PassError("adapt needs data for init=eva: give batches, optimize(graph, passes, data=...)")
+            raise PassError(f"adapt needs data for init=eva: {GIVE_DATA}")
         result, count = self._split(graph, context) if self.form == "s2ft" else self._adapted(graph, context)
         if not count:
             return graph

@@ -15,7 +15,7 @@ from regauge.passes.attention.repair import Copy, cache_note
 from regauge.passes.attention.sharing import NewHeads
 from regauge.passes.attention.site_moments import site_moments
 from regauge.passes.attention.sites import Site
-from regauge.passes.base import Context, Contract, Cut, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.calibration.noise import noise_batches
 from regauge.passes.name_patterns import check_patterns, matches
@@ -51,7 +51,7 @@ class ConvertGqa(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if self.repair and context.data is None:
-            raise PassError("convert-gqa needs data for repair: give batches, optimize(graph, passes, data=...)")
+            raise PassError(f"convert-gqa needs data for repair: {GIVE_DATA}")
         copy = Copy(assembled(graph), by=self.name)
         sites = self._chosen(copy.sites, context.left)
         if not sites:

@@ -23,7 +23,7 @@ from regauge.passes.attention.repair import Copy, cache_note
 from regauge.passes.attention.sharing import NewHeads, may_be_ordered, write_heads
 from regauge.passes.attention.site_moments import site_rows
 from regauge.passes.attention.sites import Site
-from regauge.passes.base import Context, Contract, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.calibration.noise import noise_batches
 from regauge.passes.options import option
@@ -61,7 +61,7 @@ class ShareKv(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if self.repair and context.data is None:
-            raise PassError("share-kv needs data for repair: give batches, optimize(graph, passes, data=...)")
+            raise PassError(f"share-kv needs data for repair: {GIVE_DATA}")
         whole = assembled(graph)
         copy = Copy(whole, by=self.name)
         sites = self._candidates(copy, context.left)

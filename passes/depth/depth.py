@@ -10,7 +10,7 @@ from regauge.ir.cost import Metric, figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter
 from regauge.passes.allocation.amounts import parse_amount
-from regauge.passes.base import Context, Contract, Cut, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.noise import noise_batches
 from regauge.passes.depth.blocks import repeated_blocks
@@ -82,7 +82,7 @@ class Depth(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if self.compensate and context.data is None:
-            raise PassError("depth needs data for compensate: give batches, optimize(graph, passes, data=...)")
+            raise PassError(f"depth needs data for compensate: {GIVE_DATA}")
         candidates = self._candidates(graph, context)
         goal = self._goal(graph, candidates)
         goal.check(candidates, self._unit, context.left)

@@ -11,7 +11,7 @@ import torch
 from regauge.ir.edit import set_weight
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Value
-from regauge.passes.base import Context, Contract, Cut, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.depth.choice import Goal, iterated
 from regauge.passes.depth.healing import heal
@@ -68,7 +68,7 @@ class FuseBlocks(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None:
-            raise PassError("fuse-blocks needs data: give batches, optimize(graph, passes, data=...)")
+            raise PassError(f"fuse-blocks needs data: {GIVE_DATA}")
         if not self.blocks:
             return graph
         batches = calibration_batches(graph, context)

@@ -11,7 +11,7 @@ from regauge.ir.edit import record, set_input
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Value
 from regauge.ir.graph_copy import copy_graph
-from regauge.passes.base import Context, Contract, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.depth.branches import residual_branches
 from regauge.passes.depth.healing import heal
@@ -49,7 +49,7 @@ class Parallelize(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None:
-            raise PassError("parallelize needs data: give batches, optimize(graph, passes, data=...)")
+            raise PassError(f"parallelize needs data: {GIVE_DATA}")
         if not self.branches:
             return graph
         batches = calibration_batches(graph, context)

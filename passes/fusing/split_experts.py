@@ -13,7 +13,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter, Value
 from regauge.ir.lockstep import Lockstep
 from regauge.ir.sizes import product
-from regauge.passes.base import Context, Contract, Cut, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.depth.scores import Judge
@@ -60,7 +60,7 @@ class SplitExperts(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None:
-            raise PassError("split-experts needs data: give batches, optimize(graph, passes, data=...)")
+            raise PassError(f"split-experts needs data: {GIVE_DATA}")
         result = graph.copy()
         hidden = self._chosen(result, context)
         if not hidden:

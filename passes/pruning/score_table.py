@@ -14,6 +14,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.gauge import Gauge, gauges
 from regauge.ir.graph import Graph
 from regauge.ir.groups import Group
+from regauge.passes.base import GIVE_DATA
 from regauge.passes.calibration.losses import Labelled, Loss
 from regauge.passes.pruning.activation_scores import activation, activation_norm, wanda
 from regauge.passes.pruning.batch_norm_scales import batch_norm_gains
@@ -176,7 +177,7 @@ def score(
     """
     entry = criterion(name)
     if entry.needs != "nothing" and not batches:
-        raise PassError(f"score={name} needs data: give batches, optimize(graph, passes, data=...)")
+        raise PassError(f"score={name} needs data: {GIVE_DATA}")
     told = groups if entry.apart else [replace(group, majors=()) for group in groups]
     request = Request(graph, told, batches, loss, reduce, seed, [] if notes is None else notes)
     found = entry.compute(request)

@@ -14,7 +14,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.quantized_layers import PLANNED_FOR
 from regauge.passes.allocation.amounts import parse_amount
-from regauge.passes.base import Context, Contract, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, check_examples, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
@@ -154,9 +154,7 @@ class Quantize(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None and self.method not in (None, "nearest"):
-            raise PassError(
-                f"quantize needs data for method={self.method}: give batches, optimize(graph, passes, data=...)"
-            )
+            raise PassError(f"quantize needs data for method={self.method}: {GIVE_DATA}")
         original, target = prepared(graph).copy(), self._scheme.on(TARGETS[self.target])
         plain = self._plain(original)
         tables = self._tables(original, context.left, plain)
@@ -351,7 +349,7 @@ class Quantize(Pass):
         way = self.sensitivity or ("zd" if context.data is None else "loss")
         if context.data is None and (self.accuracy is not None or way not in WITHOUT_DATA):
             asked = f"sensitivity={way}" if self.accuracy is None else "accuracy"
-            raise PassError(f"quantize needs data for {asked}: give batches, optimize(graph, passes, data=...)")
+            raise PassError(f"quantize needs data for {asked}: {GIVE_DATA}")
         bits = sorted(self.bits or ((4, 8) if target.blocks_alone else (2, 3, 4, 8)))
         bits = [size for size in bits if size <= target.bits_alone]
         forms = {layer.weight.name: [integers(self._wanted(graph, layer, size)) for size in bits] for layer in layers}

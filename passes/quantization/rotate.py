@@ -13,7 +13,7 @@ from regauge.ir.frames import Frame, find_frames
 from regauge.ir.gauge import Gauge
 from regauge.ir.graph import Graph
 from regauge.ir.regauging import rotated
-from regauge.passes.base import Context, Contract, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.options import option
 from regauge.passes.quantization.hadamard import rotation
@@ -61,7 +61,7 @@ class Rotate(Pass):
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if self.kind == "learned" and context.data is None:
-            raise PassError("rotate needs data for kind=learned: give batches, optimize(graph, passes, data=...)")
+            raise PassError(f"rotate needs data for kind=learned: {GIVE_DATA}")
         start = with_bare_norms(prepared(Simplify(assemble="always").call(graph, Context())), by=self.name)
         frames = [frame for frame in find_frames(start) if Gauge.ORTHOGONAL in frame.gauge]
         generator = torch.Generator().manual_seed(self.seed)

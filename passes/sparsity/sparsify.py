@@ -12,7 +12,7 @@ import torch
 from regauge.ir.edit import set_weight
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.passes.base import Context, Contract, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
@@ -162,7 +162,7 @@ class Sparsify(Pass):
         wants += ["allocation=adaptive"] if self.allocation == "adaptive" else []
         wants += [f"cost={self.cost}"] if self.cost != "weights" else []
         if context.data is None and wants:
-            raise PassError(f"sparsify needs data for {wants[0]}: give batches, optimize(graph, passes, data=...)")
+            raise PassError(f"sparsify needs data for {wants[0]}: {GIVE_DATA}")
         nothing = self.method == "magnitude" and self.update == "off" and not wants
         return None if context.data is None or nothing else calibration_batches(graph, context)
 

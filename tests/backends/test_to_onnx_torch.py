@@ -89,6 +89,19 @@ def test_attention_with_a_bias_keeps_its_dynamic_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(Session(tmp_path / "m.onnx").run((x,))[0], graph.run(x)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mean", "amax", "amin", "sum"])
+def test_reductions_over_all_axes_are_written(name: str, tmp_path: Path) -> None:
+    class Reduced(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = x.sin() * getattr(x.cos(), name)()
+            return result
+
+    graph = capture(Reduced().eval(), (torch.randn(2, 6, 8),), dynamic={0: {0: "batch"}})
+    graph.to_onnx(tmp_path / "m.onnx")
+    x = torch.randn(5, 6, 8)
+    torch.testing.assert_close(Session(tmp_path / "m.onnx").run((x,))[0], graph.run(x)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_weights_go_beside_the_model_on_request(graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regauge.backends.onnx_write.LEAST_EXTERNAL_BYTES", 96)
     graph.to_onnx(tmp_path / "m.onnx", external_data=True)

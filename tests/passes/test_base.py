@@ -42,6 +42,16 @@ def test_name_comes_from_the_class() -> None:
     assert FoldAllConstants.summary() == "Fold constants."
 
 
+def test_a_summary_is_the_first_sentence_on_however_many_lines() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class FoldAsPublished(FoldAllConstants):
+        """Fold constants (Some et
+        al. 2024). Slowly.
+        """
+
+    assert FoldAsPublished.summary() == "Fold constants (Some et al. 2024)."
+
+
 def test_values_are_brought_to_their_types() -> None:
     one = FoldAllConstants.from_options({"share": 1, "names": "a.*", "keep": {"x": 2}, "loud": True})
     assert (one.share, one.names, one.keep, one.loud) == (1.0, ("a.*",), {"x": 2}, True)
