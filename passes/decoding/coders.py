@@ -12,6 +12,7 @@ import torch
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Value
 from regauge.passes.allocation.knapsack import BINS, Table
+from regauge.passes.base import GIVE_DATA
 from regauge.passes.decoding.coupled_codes import coupled_codes
 from regauge.passes.decoding.kept_samples import Sample
 from regauge.passes.decoding.quantized_cache import Coder, Ranges, Rotated, tried
@@ -52,7 +53,7 @@ class Coding:
         channels = int(value.shape[-1])
         if self.method == "coupled":
             if sample is None:
-                raise PassError("kv-quantize: method=coupled makes its tables from data: give data=")
+                raise PassError(f"kv-quantize: method=coupled makes its tables from data: {GIVE_DATA}")
             return coupled_codes(sample, 8 // bits)
         group = self._group(channels, size)
         if self.method == "rotated":

@@ -12,14 +12,14 @@ from regauge.ir.edit import record
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Value
 from regauge.passes.allocation.amounts import parse_amount
-from regauge.passes.base import Context, Cut, Pass
+from regauge.passes.base import GIVE_DATA, Context, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.decoding.block_methods import kept_for, nodes_in_blocks, write_blocks
 from regauge.passes.decoding.cache_bytes import in_words
 from regauge.passes.decoding.coders import Coding, chosen_bits
 from regauge.passes.decoding.kept import Kept, kept_by_cache, kept_values
 from regauge.passes.decoding.kept_samples import Sample, sample_kept
-from regauge.passes.decoding.positions import find_positions
+from regauge.passes.decoding.positions import ATTENTIONS, find_positions
 from regauge.passes.decoding.predicted import Predictions
 from regauge.passes.decoding.quantized_cache import Coder, write_coded
 from regauge.passes.decoding.recent import BlockMethod
@@ -107,14 +107,14 @@ class KvQuantize(Pass):
         refuse_caches(graph, self.name)
         names, before = kept_by_cache(graph, self.axis, by=self.name)
         if self._blocks is not None:
-            return self._in_blocks(graph, self._blocks, before, context)
+            return self._in_blocks(graph, self._blocks, names, before, context)
         early = self.before_rotation
         early = (self.method != "ranges" or self.predict) if early is None else early
         kinds = [kind for kind, asked in (("keys", early), ("values", self.predict)) if asked]
         found = kept_values(graph, names, self.axis, early=kinds)
         kept = [own for own in found if self._fits(graph.find(own.name), context)]
         if not kept:
-            context.left["nothing mixes positions: there is nothing to keep"] += not names
+            _tell_nothing(graph, names, context)
             return graph
         samples = self._samples(graph, kept, context)
         result = graph.copy()
@@ -135,7 +135,9 @@ class KvQuantize(Pass):
             context.note(", ".join(f"{own.name}: {bits} bits" for own, (bits, _) in zip(kept, chosen, strict=True)))
         return result
 
-    def _in_blocks(self, graph: Graph, method: BlockMethod, before: float, context: Context) -> Graph:
+    def _in_blocks(
+        self, graph: Graph, method: BlockMethod, names: Sequence[str], before: float, context: Context
+    ) -> Graph:
         """The methods that round blocks of positions."""
         nodes = nodes_in_blocks(graph, self.group, self.axis, context.left)
         shrunk = self._shrunk(graph, nodes, before, context) if method == "cskv" and nodes else {}
@@ -145,6 +147,7 @@ class KvQuantize(Pass):
             context.left["keys or values that no output depends on"] += len(nodes) - len(reached)
             nodes = reached
         if not nodes:
+            _tell_nothing(graph, names, context)
             return graph
         result = graph.copy()
         copies = [own for own, node in zip(result.nodes, graph.nodes, strict=True) if node in set(nodes)]
@@ -164,7 +167,7 @@ class KvQuantize(Pass):
         positions = find_positions(graph, self.axis)
         values = {value.name: value for node in nodes for value in kept_for(node, positions)}
         if context.data is None:
-            raise PassError("kv-quantize: method=cskv shrinks channels as data shows them: give data=")
+            raise PassError(f"kv-quantize: method=cskv shrinks channels as data shows them: {GIVE_DATA}")
         batches = calibration_batches(graph, context)
         context.note(f"statistics of {sum(map(examples_in, batches))} examples")
         samples = sample_kept(graph, list(values.values()), batches, self.seed)
@@ -181,7 +184,7 @@ class KvQuantize(Pass):
     def _samples(self, graph: Graph, kept: Sequence[Kept], context: Context) -> dict[str, Sample]:
         if context.data is None:
             if self.predict or self.bytes is not None:
-                raise PassError(f"kv-quantize: {'predict' if self.predict else 'bytes'} needs data: give data=")
+                raise PassError(f"kv-quantize: {'predict' if self.predict else 'bytes'} needs data: {GIVE_DATA}")
             return {}
         batches = calibration_batches(graph, context)
         context.note(f"statistics of {sum(map(examples_in, batches))} examples")
@@ -211,6 +214,14 @@ class KvQuantize(Pass):
         else:
             return True
         return False
+
+
+def _tell_nothing(graph: Graph, names: Sequence[str], context: Context) -> None:
+    """Say why nothing is kept in codes, where no attention has a reason of its own."""
+    if not names:
+        context.left["nothing mixes positions: there is nothing to keep"] += 1
+    elif not any(node.op in ATTENTIONS for node in graph.nodes):
+        context.left["attention that is several nodes: simplify{assemble=always} before makes one of them"] += 1
 
 
 def _in_words(bits: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch import nn
 
 import regauge
 from decoders import Placed, Rotary, characters, decoder, stepped
@@ -86,3 +87,23 @@ def test_what_cannot_be_is_told() -> None:
         regauge.optimize(graph("shared"), "kv-quantize{method=kivi,predict=true}")
     masked = regauge.optimize(graph("mask"), "kv-quantize{method=kivi}")
     assert "an attention that is not causal, or has a mask" in str(masked.report)
+
+
+class WrittenOut(nn.Module):
+    """Causal attention as products and a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.keys = nn.Embedding(40, 8), nn.Linear(8, 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        scores = (x @ self.keys(x).transpose(-1, -2)).masked_fill(~seen, float("-inf"))
+        found: torch.Tensor = scores.softmax(-1) @ x
+        return found
+
+
+def test_attention_of_several_nodes_is_told() -> None:
+    whole = regauge.capture(WrittenOut().eval(), (torch.ones(2, 9, dtype=torch.long),), dynamic={0: {0: "b", 1: "l"}})
+    assert "attention that is several nodes" in str(regauge.optimize(whole, "kv-quantize{method=kivi}").report)
