@@ -252,7 +252,7 @@ def test_operators(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("operators") == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == len(all_operators()) + 1
-    assert ["linear", "...", "i,", "o", "i,", "o?", "->", "...", "o", "linear"] in rows
+    assert ["linear", "...", "i,", "o", "i,", "o?", "->", "...", "o", "linear"] in [row[:10] for row in rows]
     assert run("operators", "LayerNormalization") == 0
     assert "layer_norm" in capsys.readouterr().out
     assert run("operators", "Layernormalization") == 2

@@ -43,7 +43,9 @@ class Layer:
     @property
     def turned(self) -> Node | None:
         """The permute between the weight, a matrix, and the node."""
-        return None if self.node.inputs[1] is self.weight else self.node.inputs[1].producer  # type: ignore[union-attr]
+        read = self.node.inputs[1]
+        producer = read.producer if isinstance(read, Value) else None
+        return producer if producer is not None and producer.op == "permute" else None
 
     @property
     def inputs_first(self) -> bool:
