@@ -110,7 +110,7 @@ def test_latents_of_fewer_bits_lose_less_than_codes_of_all_channels() -> None:
 
 
 def test_what_cannot_be_is_told() -> None:
-    with pytest.raises(PassError, match="shrinks channels as data shows them: give data="):
+    with pytest.raises(PassError, match="shrinks channels as data shows them: give batches"):
         regauge.optimize(graph("shared"), "kv-quantize{method=cskv}")
     with pytest.raises(PassError, match="bits=16 is for method=cskv"):
         regauge.optimize(graph("shared"), "kv-quantize{bits=16}")

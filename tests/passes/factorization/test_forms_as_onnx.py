@@ -20,7 +20,10 @@ from regauge.passes.factorization.problems import plain_problems
 ORDER = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+BY_DAY = ("linear", "conv2d", "grouped")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in BY_DAY else [pytest.mark.sweep]) for k in KINDS])
 def test_every_form_runs_in_onnxruntime(kind: str, tmp_path: Path) -> None:
     build, shape = KINDS[kind]
     torch.manual_seed(0)
