@@ -83,6 +83,15 @@ class Rotary(nn.Module):
         return self.head(self.norms[4](x))
 
 
+def with_uneven_channels(model: Rotary) -> Rotary:
+    """The same function, with channels of keys that differ up to a hundredfold; queries make up for it by pairs."""
+    for attention in model.attentions:
+        gain = torch.logspace(-1, 1, 4).repeat(2)
+        for layer, scales in ((attention.q, (1 / gain).repeat(4)), (attention.k, gain.repeat(2))):
+            layer.weight.data.mul_(scales[:, None])
+    return model
+
+
 class Placed(nn.Module):
     """Two blocks with one projection for queries, keys and values, and a table of places, as GPT-2 has them.
 

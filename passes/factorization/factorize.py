@@ -14,7 +14,7 @@ from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.passes.allocation.amounts import parse_amount
-from regauge.passes.base import Context, Contract, Cut, Pass
+from regauge.passes.base import GIVE_DATA, Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
@@ -216,9 +216,9 @@ class Factorize(Pass):
 
     def _check_without_data(self) -> None:
         if self.rule == "fisher":
-            raise PassError("factorize: rule=fisher takes gradients on data: give data=, or another rule")
+            raise PassError(f"factorize: rule=fisher takes gradients on data: give another rule, or {GIVE_DATA}")
         if self.metric not in ("output-aware", "plain"):
-            raise PassError(f"factorize: metric={self.metric} is of what layers get on data: give data=")
+            raise PassError(f"factorize: metric={self.metric} is of what layers get on data: {GIVE_DATA}")
 
     def _choices(
         self, graph: Graph, problems: Iterable[list[Problem]]

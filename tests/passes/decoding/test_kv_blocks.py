@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import regauge
-from decoders import Placed, Rotary, characters, decoder, stepped
+from decoders import Placed, Rotary, characters, decoder, stepped, with_uneven_channels
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.states import Steps
@@ -64,11 +64,7 @@ def test_the_block_that_is_not_full_is_as_it_was() -> None:
 
 def test_ranges_over_positions_fit_channels_that_differ() -> None:
     torch.manual_seed(0)
-    model = Rotary("shared")
-    for attention in model.attentions:
-        gain = torch.logspace(-1, 1, 4).repeat(2)  # channels of queries and keys make up for one another, pair by pair
-        for layer, scales in ((attention.q, (1 / gain).repeat(4)), (attention.k, gain.repeat(2))):
-            layer.weight.data.mul_(scales[:, None])
+    model = with_uneven_channels(Rotary("shared"))
     whole = decoder(model)
     lost = [
         error(whole, regauge.optimize(whole, f"kv-quantize{{bits=2{more}}}")) for more in ("", ",method=kivi,block=4")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import regauge
-from decoders import Placed, Rotary, characters, decoder, stepped
+from decoders import Placed, Rotary, characters, decoder, stepped, with_uneven_channels
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.states import Steps, carried
@@ -38,11 +38,7 @@ def test_more_bits_lose_less(bits: int, most: float) -> None:
 
 def test_statistics_of_channels_help_where_they_differ() -> None:
     torch.manual_seed(0)
-    model = Rotary("shared")
-    for attention in model.attentions:
-        gain = torch.logspace(-1, 1, 4).repeat(2)  # channels of queries and keys make up for one another, pair by pair
-        for layer, scales in ((attention.q, (1 / gain).repeat(4)), (attention.k, gain.repeat(2))):
-            layer.weight.data.mul_(scales[:, None])
+    model = with_uneven_channels(Rotary("shared"))
     whole, tokens = decoder(model), characters(16, 20, 5)
     losses = []
     for data in (None, [characters(32, 20)]):

@@ -150,5 +150,5 @@ def test_levels_of_rules() -> None:
 @pytest.mark.parametrize("text", ["params=0.5,rule=fisher", "params=0.5,metric=whitened"])
 def test_what_needs_data_says_so(text: str) -> None:
     graph, _ = network()
-    with pytest.raises(PassError, match="give data="):
+    with pytest.raises(PassError, match="give batches"):
         regauge.optimize(graph, f"factorize{{{text}}}")

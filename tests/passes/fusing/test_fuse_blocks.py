@@ -11,31 +11,16 @@ from torch import nn
 
 import regauge
 from layered_networks import Decoder, ids, redrawn
+from linear_branch import LinearBranch
 from regauge.frontends.capture import capture
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 
 
-class Linear(nn.Module):
-    """x + W x, with weights in some of the channels only."""
-
-    def __init__(self, channels: slice) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-        mask = torch.zeros(8)
-        mask[channels] = 1
-        with torch.no_grad():
-            self.fc.weight.mul_(mask[:, None] * mask)
-            self.fc.bias.mul_(mask)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.fc(x)
-
-
 def linear_blocks() -> tuple[nn.Sequential, Graph]:
     """Blocks in other channels each: (I + W)(I + R) = I + W + R."""
     torch.manual_seed(0)
-    blocks = {"front": Linear(slice(0, 4)), "back": Linear(slice(4, 8))}
+    blocks = {"front": LinearBranch(slice(0, 4)), "back": LinearBranch(slice(4, 8))}
     model = nn.Sequential(OrderedDict(blocks)).eval()
     return model, capture(model, (torch.randn(2, 8),), dynamic={0: {0: "batch"}})
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import regauge
 from layered_networks import Decoder, ParallelBlock, ids, redrawn
+from linear_branch import LinearBranch
 from regauge.frontends.capture import capture
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
@@ -52,26 +53,10 @@ def test_the_refit_makes_good_what_the_earlier_input_tells() -> None:
     assert error(graph, found) < 0.7 * error(graph, plain)
 
 
-class Linear(nn.Module):
-    """x + W x, with weights in some of the channels only."""
-
-    def __init__(self, channels: slice) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-        mask = torch.zeros(8)
-        mask[channels] = 1
-        with torch.no_grad():
-            self.fc.weight.mul_(mask[:, None] * mask)
-            self.fc.bias.mul_(mask)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.fc(x)
-
-
 def test_branches_that_do_not_read_one_another_lose_nothing(tmp_path: Path) -> None:
     """Of three, that which reads what the first writes still waits for it."""
     torch.manual_seed(0)
-    parts = {"one": Linear(slice(0, 4)), "two": Linear(slice(0, 4)), "three": Linear(slice(4, 8))}
+    parts = {"one": LinearBranch(slice(0, 4)), "two": LinearBranch(slice(0, 4)), "three": LinearBranch(slice(4, 8))}
     model, x = nn.Sequential(OrderedDict(parts)).eval(), torch.randn(16, 8)
     graph = capture(model, (x,), dynamic={0: {0: "batch"}})
     found = regauge.optimize(graph, "parallelize{branches=1,compensate=false}", data=[(x,)])
@@ -84,7 +69,7 @@ def test_branches_that_do_not_read_one_another_lose_nothing(tmp_path: Path) -> N
 
 def test_several_in_a_row_read_what_the_first_does() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(Linear(slice(0, 8)) for _ in range(3))).eval()
+    model = nn.Sequential(*(LinearBranch(slice(0, 8)) for _ in range(3))).eval()
     x = torch.randn(16, 8)
     graph = capture(model, (x,), dynamic={0: {0: "batch"}})
     found = regauge.optimize(graph, "parallelize{branches=2,compensate=false}", data=[(x,)])
