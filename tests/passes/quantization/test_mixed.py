@@ -184,11 +184,10 @@ def test_a_latency_is_predicted_where_nothing_is_measured() -> None:
     graph = regauge.capture(model, (torch.zeros(1, 512),))
     context = Context()
     small = Quantize(scheme="mixed", latency=0.27, target="ort-arm").call(graph, context)
-    kinds = [parameter.dtype for name, parameter in small.parameters.items() if name.endswith("quantized")]
-    assert {torch.int8, torch.uint8} == set(kinds) and "nothing was measured" in next(n for n in context.notes if "latency: " in n)
-    predicted, whole = (
-        float(n) for n in re.findall(r"([\d.]+) ms", next(n for n in context.notes if "latency: " in n))[:2]
-    )
+    kinds = {parameter.dtype for name, parameter in small.parameters.items() if name.endswith("quantized")}
+    (told,) = (note for note in context.notes if note.startswith("latency: "))
+    predicted, whole = (float(number) for number in re.findall(r"([\d.]+) ms", told)[:2])
+    assert kinds == {torch.int8, torch.uint8} and "nothing was measured" in told
     assert 0.2 * whole < predicted <= 0.27 * whole
 
 
