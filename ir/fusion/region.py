@@ -19,7 +19,7 @@ import torch
 from regauge.ir.affine import Affine
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
-from regauge.ir.fusion.terms import Layout, Load, Term, below_results, terms_below
+from regauge.ir.fusion.terms import BITS, Layout, Load, Term, below_results, terms_below
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Operator
 from regauge.ir.roofline import VIEWS
@@ -124,11 +124,11 @@ class Region:
 
     @cached_property
     def whole(self) -> frozenset[Term]:
-        """Integers that stay integers: they only name entries, or are compared with places, numbers and one another."""
+        """Integers that stay integers: they only name entries, are masks, or are compared with places and numbers."""
         read_as_whole: dict[Term, bool] = {}
         for term in self.terms:
             below = [below_results(arg) for arg in term.args]
-            names = set(below[: len(term.value.picked)] if term.op == "load" else ())
+            names = set(below[: len(term.value.picked)] if term.op == "load" else below if term.op in BITS else ())
             compared = term.op in COMPARISONS and all(map(_may_be_whole, below))
             for one in below if term.op != "result" else ():
                 if _is_integer(one):
@@ -141,7 +141,8 @@ class Region:
 
     @property
     def reduces_as_attention(self) -> bool:
-        return sorted(term.op for term in self.reductions) == ["amax", "sum", "sum", "sum"]
+        ops = sorted(term.op for term in self.reductions)
+        return ops[:1] == ["amax"] and len(ops) > 3 and set(ops[1:]) == {"sum"}
 
     @cached_property
     def attention(self) -> Attention | None:
@@ -198,7 +199,8 @@ class Region:
         """Names of the loops: ``i0`` and on, ``r0`` for what is reduced; ``s0`` and on for Dims that are measured.
 
         Of contractions: ``b0`` where both factors have them, ``m0`` of the left one, ``n0`` of the right one, and
-        ``k0`` for what is contracted. Of attention ``k0`` is contracted first and ``s0`` then, ``n0`` are of values.
+        ``k0`` for what is contracted. Of attention ``k0`` is contracted first and ``s0`` then, ``n0`` are of values,
+        and ``r0`` of the latents that keys are made of.
         """
         names: dict[Dim, str] = {}
         counts: dict[str, int] = {}
