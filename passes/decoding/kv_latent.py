@@ -58,14 +58,15 @@ class KvLatent(Pass):
     Nothing is computed anew where nothing but layout lies between layers and attention. Rotated (or normalised) keys
     have one latent for all heads, from which they are computed at every step, which costs as many multiplications for
     each past position as the heads have channels, times the rank; or, with data, a latent for each head behind the
-    rotation, onto which queries are projected, too. Heads of one attention have one rank, or with ``widths=2`` two,
-    each head that which suits it (CLOVER, Meng et al. 2024, where each has its own): heads of a rank are computed
-    together, with an attention and caches of their own. Keys and values have either form, whichever loses less at its
-    bytes: the knapsack weighs both (``joint`` asks for one of them; ``joint=false`` saves the multiplications). A layer
-    that makes queries, keys and values is split into three before. With data each layer is fitted to what it gave, on
-    what the changed layers before it give, and so is the layer behind attention. Deviations: no Hadamard rotation of
-    latents, which paid off for none without outliers; a latent for each head or for all where Palu has one for four,
-    since the weights of outputs would grow. ``kv-cache`` afterwards keeps the latents.
+    rotation, onto which queries are projected, too, where that loses less. Heads of one attention have one rank, or
+    with ``widths=2`` two, each head that which suits it (CLOVER, Meng et al. 2024, where each has its own): heads of a
+    rank are computed together, with an attention and caches of their own. Values, and keys that are not rotated, have
+    either form, whichever loses less at its bytes: the knapsack weighs both (``joint`` asks for one of them;
+    ``joint=false`` saves the multiplications). A layer that makes queries, keys and values is split into three before.
+    With data each layer is fitted to what it gave, on what the changed layers before it give, and so is the layer
+    behind attention. Deviations: no Hadamard rotation of latents, which paid off for none without outliers; a latent
+    for each head or for all where Palu has one for four, since the weights of outputs would grow. ``kv-cache``
+    afterwards keeps the latents.
     Exact at full rank.
 
     ``method=elitekv`` (Zhou et al. 2025): of rotated keys each head keeps those pairs rotated without which its scores
@@ -85,7 +86,7 @@ class KvLatent(Pass):
 
     bytes: float | int | str = option(0.5, "bytes per position: share of those of all keys and values, or 512, 2kB")
     joint: bool | None = option(
-        None, "keys, and values, from one latent of all heads; if not given, where that loses less"
+        None, "values, and keys that are not rotated, from one latent of all heads; if not given, where that loses less"
     )
     widths: int = option(
         1, "how many different ranks the heads of an attention may have; heads of each are computed apart", at_least=1
@@ -111,7 +112,7 @@ class KvLatent(Pass):
             budget = parse_amount(self.bytes, "bytes", "bytes")
             found = elite_latents(original, context, budget, self.pairs, self.seed, by=self.name)
             return graph if found is None else found
-        forms = self._forms(original, context.left, turned=context.data is not None)
+        forms = self._forms(original, context.left, data=context.data is not None)
         if not forms:
             context.left["no attention is understood"] += not context.left
             return graph
@@ -120,7 +121,7 @@ class KvLatent(Pass):
         )
         choices = self._choices(_rank_choices(forms, given, self.widths))
         original, changed = original.copy(), original.copy()
-        found = [self._forms(own, Counter(), turned=given is not None) for own in (original, changed)]
+        found = [self._forms(own, Counter(), data=given is not None) for own in (original, changed)]
         # the parts of both graphs, and what was chosen for them
         parts = [
             (was[ways.index(choice.part)], own[ways.index(choice.part)], choice)
@@ -149,8 +150,10 @@ class KvLatent(Pass):
         context.note(f"{in_words(before)} -> {in_words(after)} of keys and values for each position of a sequence")
         return changed
 
-    def _forms(self, graph: Graph, left: Counter[str], *, turned: bool) -> list[list[Part]]:
-        joint = False if self.method == "matryoshka" else self.joint
+    def _forms(self, graph: Graph, left: Counter[str], *, data: bool) -> list[list[Part]]:
+        of_heads = self.method == "matryoshka"
+        joint = False if of_heads else self.joint
+        turned = data and (of_heads or joint is None)
         return list(forms_of(attention_sites(graph), left, joint=joint, turned=turned))
 
     def _measured(self, graph: Graph, forms: list[list[Part]], batches: list[Any]) -> _Measured:

@@ -32,7 +32,7 @@ def test_rotated_keys_of_few_directions_stay_the_same(kind: str) -> None:
     """Nothing is computed anew for past positions: attention reads what is kept."""
     torch.manual_seed(0)
     graph, tokens = decoder(in_few_directions(kind)), characters(40, LONGEST)
-    small = regauge.optimize(graph, "kv-latent{bytes=0.5,joint=false}", data=[tokens])
+    small = regauge.optimize(graph, "kv-latent{method=matryoshka,bytes=0.5}", data=[tokens])
     verify(small, axes=True)
     (wanted,), (found,) = graph.run(tokens[:4]), small.run(tokens[:4])
     assert float((wanted - found).abs().max()) < 1e-5 * float(wanted.abs().max())  # moments are in single precision
