@@ -283,7 +283,7 @@ class _Planner:
             whole = _whole(group)
             if whole is None:
                 continue
-            near = open_.setdefault((whole.shape, *_kept_apart(group.region)), [])  # type: ignore[arg-type]
+            near = open_.setdefault(_kept_apart(group.region, whole), [])  # type: ignore[arg-type]
             near[:] = [other for other in near if group.first - other.last <= NEAR]
             for place, other in enumerate(near):
                 union = self._beside(other, group)
@@ -421,10 +421,11 @@ def _whole(group: _Group) -> Value | None:
     return next((value for value in region.outputs if loops <= region.dims(value)), None)
 
 
-def _kept_apart(region: Region) -> tuple[object, ...]:
-    """What regions beside one another have in common: their kind, and of contractions the left factor."""
+def _kept_apart(region: Region, whole: Value) -> tuple[object, ...]:
+    """What regions beside one another have in common: their kind, and a shape, or of contractions the left factor."""
     factors = [below_results(below_results(term.args[0]).args[0]) for term in region.contractions[:1]]
-    return region.kind, *(factor.value.value if factor.op == "load" else region for factor in factors)
+    found = [factor.value.value if factor.op == "load" else region for factor in factors] or [whole.shape]
+    return region.kind, *found
 
 
 def _steps(group: _Group) -> list[Region | Node]:
