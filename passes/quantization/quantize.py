@@ -26,6 +26,8 @@ from regauge.passes.quantization.bitstack import Terms
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.gate import Gate, check_latency
 from regauge.passes.quantization.grid import Form, Grid
+from regauge.passes.quantization.halves import Half, holds, takes_little_more
+from regauge.passes.quantization.inner_layers import problems_of
 from regauge.passes.quantization.learned_codes import Learned
 from regauge.passes.quantization.learned_rounding import STEPS, learned
 from regauge.passes.quantization.levels import ENOUGH, Levels
@@ -173,18 +175,20 @@ class Quantize(Pass):
             context.note(f"{self.table_bits} bits: {len(tables)} tables of vectors")
         if plain:
             context.note(f"8 bits: {len(plain)} weights that are read in float")
-        result = self._finished(writer)
+        result = self._finished(writer, context)
         inputs = None if context.data is None else next(context.inputs(graph))
         check_latency(graph, result, target, inputs, context, self.gate)
         return result
 
-    def _finished(self, writer: Writer) -> Graph:
+    def _finished(self, writer: Writer, context: Context | None = None) -> Graph:
         result = writer.graph
         for table in self._tables(result, Counter()):
             writer.table(table, self.table_bits)
         remove_dead(result)  # weights that were replaced
         if self._stores:
-            writer.stored(plain_weights(result, self.include, self.exclude))
+            plain = plain_weights(result, self.include, self.exclude)
+            on_data = context is not None and context.data is not None and self.method != "nearest"
+            writer.stored(plain, problems_of(result, plain, calibration_batches(result, context)) if on_data else {})
             writer.halved(plain_vectors(result, self.include, self.exclude))
             remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
@@ -338,10 +342,13 @@ class Quantize(Pass):
         return not sparse and not reads_blocks(graph, layer, TARGETS[self.target], self._group(graph, layer, 8), 8)
 
     def _format(self, graph: Graph, layer: Layer, bits: int) -> Format:
-        """That of the scheme; where it is free a table's, of a weight that is large enough for one."""
+        """That of the scheme; where it is free a table's, of a weight that is large enough, or half precision."""
         assert self._scheme.make is not None
-        if _count(layer) >= ENOUGH and self._unread(graph, layer):
-            return Levels()
+        if self._unread(graph, layer):
+            if _count(layer) >= ENOUGH:
+                return Levels()
+            if takes_little_more(_count(layer), layer.columns) and holds(layer.weight.tensor.detach()):
+                return Half()
         return self._scheme.make(self._wanted(graph, layer, bits))
 
     def _mixed(self, graph: Graph, layers: list[Layer], target: Target, context: Context) -> Mapping[str, Format]:
