@@ -230,9 +230,11 @@ class _Tracer:
         values, mask, starts = (self._operand(node, arg.value) for arg in scalar.args)
         value = node.inputs[scalar.args[0].value]
         assert isinstance(value, Value)
-        ((own, *_),) = self._layout(self._key(node, scalar.args[0].value), value.name) or ((None,),)
+        (loops,) = self._layout(self._key(node, scalar.args[0].value), value.name)
+        if len(loops) != 1:
+            raise FusionError(f"{value.name} is not one row of entries")
         rank, bit = self._digit("rank", node, (starts, mask), 2), self._digit("bit", node, (mask,), 2)
-        return self.mover.compact(values, own, rank, bit)
+        return self.mover.compact(values, loops[0], rank, bit)
 
     def _joined(self, slots: Sequence[int], node: Node) -> Term:
         """Of operands that are laid end to end along the axis that the node names the one where the index lies."""
