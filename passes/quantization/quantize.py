@@ -17,6 +17,7 @@ from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, check_examples, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
+from regauge.passes.calibration.expected_inputs import ExpectedInputs
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.losses import labelled
 from regauge.passes.on_floats import SPARSE
@@ -51,6 +52,7 @@ from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weig
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
 from regauge.passes.quantization.weights import group_of, rows_of, stored_on_data
+from regauge.passes.quantization.without_data import WithoutData, stored_without_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +117,16 @@ class Quantize(Pass):
         "static", "ranges of activations from data, or found at every run"
     )
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
-    method: Method | Learned | None = option(
+    method: Method | Learned | WithoutData | None = option(
         None,
         "how weights are rounded: nearest, or on data by columns (GPTQ), descent, or gradients through blocks "
-        "of layers (adaround, flexround); columns for 8 bits, descent for fewer",
+        "of layers (adaround, flexround); columns for 8 bits, descent for fewer; udfc: nearest, and layers behind make "
+        "up for it by weights alone",
+    )
+    correct: bool | None = option(
+        None,
+        "biases make up for the mean of what rounding changes, on data, or without it by what batch norms hold; if not "
+        "given, but with method=nearest",
     )
     steps: int | None = option(None, f"of adaround and flexround: steps for each block; {STEPS}", at_least=1)
     smoothing: float | None = option(
@@ -153,7 +161,7 @@ class Quantize(Pass):
         return self.group or (target.block if few or target.blocks_alone else None)
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        if context.data is None and self.method not in (None, "nearest"):
+        if context.data is None and self.method not in (None, "nearest", "udfc"):
             raise PassError(f"quantize needs data for method={self.method}: {GIVE_DATA}")
         original, target = prepared(graph).copy(), self._scheme.on(TARGETS[self.target])
         plain = self._plain(original)
@@ -166,9 +174,9 @@ class Quantize(Pass):
         elif self._scheme.kind == "stacks":
             writer = self._from_stack(original, layers, target, context)
         elif self._scheme.activations:
-            writer = self._with_activations(original, layers, target, context)
+            writer = self._with_activations(original, layers, target, context, self._expected(graph))
         else:
-            writer = self._weights_alone(original, layers, target, context)
+            writer = self._weights_alone(original, layers, target, context, self._expected(graph))
         if tables:
             context.note(f"{self.table_bits} bits: {len(tables)} tables of vectors")
         if plain:
@@ -245,7 +253,14 @@ class Quantize(Pass):
 
     # -- weights alone -----------------------------------------------------------------------------------------------
 
-    def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
+    def _expected(self, graph: Graph) -> ExpectedInputs | None:
+        """What layers are given on average, where biases are corrected by it; channels must stay in their order."""
+        corrects = self.method != "nearest" if self.correct is None else self.correct
+        return ExpectedInputs(graph) if corrects and not self.permute else None
+
+    def _weights_alone(
+        self, original: Graph, layers: list[Layer], target: Target, context: Context, expected: ExpectedInputs | None
+    ) -> Writer:
         if self.permute and self.group:
             original, count = with_like_rows_together(original, layers, self.group, by=self.name)
             layers = self.layers_of(original, Counter())
@@ -265,12 +280,12 @@ class Quantize(Pass):
             formats = {layer.weight.name: self._format(original, layer, bits) for layer in layers}
         result = original.copy()
         own = [layer for layer in self.layers_of(result, Counter()) if layer.weight.name in formats]
-        stored = self.stored(original, result, own, formats, context)
+        stored = self.stored(original, result, own, formats, context, expected)
         writer = Writer(result, target, by=self.name, packed=self.packed)
         for layer in own:
             writer.weight_alone(layer, stored[layer.weight.name])
         if own:
-            each = sum(found.bits for found in stored.values()) / sum(map(_count, own))
+            each = sum(found.bits for found in stored.values()) / sum(layer.entries for layer in own)
             context.note(f"the weights of {len(own)} layers, {each:.2f} bits each with scales")
         if self.block is not None and whole < len(linear) and target.of_blocks:
             context.note(target.of_blocks)
@@ -288,7 +303,7 @@ class Quantize(Pass):
                     f"quantize: bytes={self.bytes} is less than one term of each weight and all else take: {needed}"
                 )
             found = stack.within(int(most - needed) + _bytes(least))
-        each = 8 * _bytes(found) / sum(_count(layer) for layer in layers)
+        each = 8 * _bytes(found) / sum(layer.entries for layer in layers)
         context.note(
             f"{sum(terms.count for terms in found.values())} of {len(stack.order)} terms, {each:.2f} bits each"
         )
@@ -340,7 +355,7 @@ class Quantize(Pass):
     def _format(self, graph: Graph, layer: Layer, bits: int) -> Format:
         """That of the scheme; where it is free a table's, of a weight that is large enough for one."""
         assert self._scheme.make is not None
-        if _count(layer) >= ENOUGH and self._unread(graph, layer):
+        if layer.entries >= ENOUGH and self._unread(graph, layer):
             return Levels()
         return self._scheme.make(self._wanted(graph, layer, bits))
 
@@ -363,7 +378,7 @@ class Quantize(Pass):
             assert self.bytes is not None
             whole = figures(graph).bytes
             own = sum(sizes[-1] for sizes in mixed.sizes.values())
-            saved = sum(_saved(table, self.table_bits) for table in self._tables(graph, Counter()))
+            saved = sum(table.saved(self.table_bits) for table in self._tables(graph, Counter()))
             picked = mixed.within(parse_amount(self.bytes, "bytes", "bytes").of(whole) - (whole - own - saved))
         for name, place_of_form in picked.items():
             context.note(mixed.why(name, place_of_form))
@@ -376,22 +391,31 @@ class Quantize(Pass):
         layers: Sequence[Layer],
         formats: Mapping[str, Format],
         context: Context,
+        expected: ExpectedInputs | None = None,
     ) -> dict[str, Stored]:
-        """What is stored of each layer's weight, by its name; biases of ``result`` make up where there is data."""
-        if context.data is None or self.method == "nearest":
-            return {layer.weight.name: formats[layer.weight.name].rounded(rows_of(layer)) for layer in layers}
+        """What is stored of each layer's weight, by its name; biases of ``result`` make up for it where means are known
+        from data or ``expected``."""
+        alone = context.data is None or self.method == "udfc" or self.method == "nearest" and not self.correct
+        if alone:
+            udfc = self.method == "udfc"
+            found, count = stored_without_data(result, layers, formats, expected, udfc=udfc, by=self.name)
+            if count:
+                context.note(f"{count} of {len(layers)} biases corrected by what batch norms hold")
+            return found
         batches = calibration_batches(original, context)
         context.note(f"chosen on {sum(map(examples_in, batches))} examples")
         if self.method in get_args(Learned):
             forms = {name: form for name, form in formats.items() if isinstance(form, Form)}
             way, steps = cast(Learned, self.method), self.steps or STEPS
             return dict(learned(original, result, layers, batches, forms, way, steps, by=self.name))
-        method = cast(Method | None, self.method)
-        return stored_on_data(original, result, layers, batches, formats, method, by=self.name)
+        method, free = cast(Method | None, self.method), self.correct is not False
+        return stored_on_data(original, result, layers, batches, formats, method, free=free, by=self.name)
 
     # -- activations -------------------------------------------------------------------------------------------------
 
-    def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
+    def _with_activations(
+        self, original: Graph, layers: list[Layer], target: Target, context: Context, expected: ExpectedInputs | None
+    ) -> Writer:
         dynamic = self.activations == "dynamic"
         needless = dynamic and context.data is None and not self.smoothing
         batches = [] if needless else calibration_batches(original, context)
@@ -405,7 +429,7 @@ class Quantize(Pass):
         placement = place(result, [*own, *tied], target)
         ends = {} if dynamic else ends_of_values(result, placement, target, self.calibration, batches)
         formats = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
-        stored = self.stored(original, result, own, formats, context)
+        stored = self.stored(original, result, own, formats, context, expected)
         writer = Writer(result, target, by=self.name)
         if dynamic:
             writer.at_every_run(placement)
@@ -422,13 +446,3 @@ class Quantize(Pass):
 
 def _bytes(found: Mapping[str, Terms]) -> int:
     return int(sum(terms.bits for terms in found.values()) / 8)
-
-
-def _count(layer: Layer) -> int:
-    return layer.blocks * layer.outputs * layer.columns
-
-
-def _saved(table: Table, bits: int) -> int:
-    """Bytes that a table of vectors loses in so few bits: it has a scale for each vector."""
-    data = table.parameter.tensor.detach()
-    return int(data.nbytes - data.numel() * bits / 8 - 4 * len(data))
