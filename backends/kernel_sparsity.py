@@ -1,12 +1,14 @@
 """Weights with zeros made ready for kernels: what is stored are the other entries, and a bit for each place.
 
     linear(x, w[n, k])     ->     linear(x, n_of_m(values[n, 2, k / 4], mask[n, k / 4]))      of w that is 2:4
+    linear(x, w[n, k])     ->     linear(x, bitmap(values[v], mask[n, k / 32], starts[n, k / 32]))      of any other
 
 A kernel reads what is stored and multiplies dense tiles of it, made in registers: fewer bytes are read, and no less is
-multiplied (load sparse, compute dense: Xia et al. 2023, Flash-LLM, section 4, whose lists of positions in a tile are
-here the bits of NVIDIA's own sparse tiles). So it gains where reading weights takes the time, with few rows. Of a row
-the first groups lie in the lower bits of its bytes and the last ones in the upper ones, as :mod:`kernel_weights` lays
-codes.
+multiplied (load sparse, compute dense: Xia et al. 2023, Flash-LLM, section 4). Where the zeros lie are bits, not that
+paper's lists of positions in a tile: those of NVIDIA's own sparse tiles, or a bitmap (Fan et al. 2025, SpInfer, section
+4.2, whose tiles of 8 by 8 are here 32 neighbours of a row, with the place where their entries begin). So it gains where
+reading weights takes the time, with few rows. Of a row of n of m the first groups lie in the lower bits of its bytes
+and the last ones in the upper ones, as :mod:`kernel_weights` lays codes.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from regauge.ir.sizes import is_static
 GROUPS = (2, 4, 8)
 """Neighbours of which so many are kept: their bits fill bytes."""
 
+WORD = 32
+"""Neighbours of a bitmap that share a word, and the place where their entries begin."""
+
 MOST_KEPT = 4
 """Entries of a group, among which a kernel chooses for each place."""
 
@@ -40,14 +45,11 @@ def pack_zeros(graph: Graph) -> dict[Value, Parameter]:
     build = Builder(graph, by="kernels")
     found: dict[Value, Parameter] = {}
     for node, weight, turned in list(_weights(graph)):
-        tensor = weight.tensor.detach()
-        pattern = n_of_m_of(tensor.t() if turned else tensor)
-        if pattern is None:
-            continue
         with build.at(node):
-            stands = _packed(build, weight, turned, *pattern)
-        replace_uses(graph, weight, stands)
-        found[stands] = weight
+            stands = _packed(build, weight, turned)
+        if stands is not None:
+            replace_uses(graph, weight, stands)
+            found[stands] = weight
     return found
 
 
@@ -78,7 +80,7 @@ def n_of_m_of(weight: torch.Tensor) -> tuple[int, int] | None:
     """How many entries of how many neighbours along the inputs of a weight [outputs, inputs] are not zero at most,
     where that is stored in fewest bytes; None where it is not worth it."""
     size, inputs = weight.element_size(), weight.shape[1]
-    best, least = None, WORTH * size
+    best, least = None, min(WORTH * size, _bytes_of_bitmap(weight))
     there = weight != 0
     for of in GROUPS:
         if inputs % of or inputs // 8 < SHORTEST or not weight.numel():
@@ -88,6 +90,19 @@ def n_of_m_of(weight: torch.Tensor) -> tuple[int, int] | None:
         if keep <= MOST_KEPT and each < least:
             best, least = (keep, of), each
     return best
+
+
+def is_bitmap(weight: torch.Tensor) -> bool:
+    """Whether a bitmap of a weight [outputs, inputs] is worth it."""
+    return _bytes_of_bitmap(weight) < WORTH * weight.element_size()
+
+
+def _bytes_of_bitmap(weight: torch.Tensor) -> float:
+    """Bytes of each entry of a weight; infinity where it has no bitmap."""
+    count = int(torch.count_nonzero(weight))
+    if not weight.numel() or weight.shape[1] % WORD or count >= 2**31:
+        return math.inf
+    return count / weight.numel() * weight.element_size() + 2 * 4 / WORD
 
 
 def stored(weight: torch.Tensor, keep: int, of: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,10 +136,32 @@ def dense_of(build: Builder, values: Value, mask: Value, keep: int, of: int) -> 
     return found
 
 
-def _packed(build: Builder, weight: Parameter, turned: bool, keep: int, of: int) -> Value:
+def stored_bitmap(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The entries of a weight [outputs, inputs] that are not zero, row by row, [entries]; the bits of their places, and
+    how many entries lie before each word of these, [outputs, words] both."""
+    there = (weight != 0).reshape(weight.shape[0], -1, WORD)
+    values = weight.reshape(there.shape)[there]
+    bits = (there.to(torch.int64) << torch.arange(WORD)).sum(2)
+    counts = there.sum(2).flatten()
+    starts = (counts.cumsum(0) - counts).reshape(bits.shape)
+    if not len(values):
+        values = weight.new_zeros(1)  # read by no place
+    return values, bits.to(torch.int32), starts.to(torch.int32)
+
+
+def _packed(build: Builder, weight: Parameter, turned: bool) -> Value | None:
+    """What stands for a weight; None where it is best as it is."""
     tensor = weight.tensor.detach()
-    values, mask = stored(tensor.t() if turned else tensor, keep, of)
+    tensor = tensor.t() if turned else tensor
+    pattern = n_of_m_of(tensor)
+    if pattern is None and not is_bitmap(tensor):
+        return None
+    values, mask, *starts = stored_bitmap(tensor) if pattern is None else stored(tensor, *pattern)
     read = build.parameter(build.unique(f"{weight.name}_values"), values, trainable=weight.trainable)
     bits = build.parameter(build.unique(f"{weight.name}_mask"), mask, "buffer")
-    found = dense_of(build, read, bits, keep, of)
+    if pattern is None:
+        begins = build.parameter(build.unique(f"{weight.name}_starts"), starts[0], "buffer")
+        found: Value = build.bitmap(read, bits, begins, of=WORD)
+    else:
+        found = dense_of(build, read, bits, *pattern)
     return build.permute(found, dims=(1, 0)) if turned else found

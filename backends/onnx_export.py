@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from regauge.backends.onnx_bits import FOUR_BITS_SINCE, pack_initializers
+from regauge.backends.onnx_registry import kept_registry
 from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.ops.spell_normalisation import RMS_NORM_OPSET
@@ -104,7 +105,7 @@ def _export(
     try:
         # The exporter takes attention apart as the plain kernel computes it. Traced with another one, whose results lie
         # otherwise in memory, reshapes behind it became views that do not fit: of biased attention on a dynamic batch.
-        with _quiet(), sdpa_kernel(SDPBackend.MATH):
+        with _quiet(), kept_registry(), sdpa_kernel(SDPBackend.MATH):
             whole = not small and not in_order
             program: Any = torch.onnx.export(module, inputs, dynamo=True, verbose=False, optimize=whole, **options)
             if not whole:

@@ -18,7 +18,8 @@ import torch
 from regauge.backends.triton_expressions import TRITON_TYPES, outermost
 from regauge.backends.triton_loops import Loop
 from regauge.backends.triton_tiles import CONSTANTS, TileWriter, Tiling
-from regauge.ir.fusion.products import Product, Side, codes_of
+from regauge.ir.fusion.legality import FLOATS
+from regauge.ir.fusion.products import Product, Side, codes_of, is_compact
 from regauge.ir.fusion.region import Term, below_results, terms_below
 
 _LEFT, _RIGHT = "[None, :]", "[:, None]"
@@ -120,10 +121,10 @@ class ContractionKernel(TileWriter):
 
     def kind(self, product: Product) -> torch.dtype:
         """What factors are multiplied in: their type, or single precision where they have two. What has few bits goes
-        along with the other factor, and half precision holds it."""
+        along with the other factor, and half precision holds it; what is stored of a weight with zeros has its type."""
         if product.whole:
             return torch.int8
-        types = {type_of(side.core) for side in (product.left, product.right) if not side.few_bits}
+        types = _types(product.left) | _types(product.right)
         if not types:
             return torch.float16
         return types.pop() if len(types) == 1 else torch.float32
@@ -142,7 +143,7 @@ class ContractionKernel(TileWriter):
         if loads or not ahead and (way == _LEFT or not all(side.few_bits for side in sides)):
             self._contracted(way)
         for load in loads:
-            self.statements(load.args, self.load)
+            self.statements([arg for arg in load.args if arg.op != "load"], self.load)
             self.line(f"{self.name(load)} = {self.raw(load)}")
         self._read.update(loads)
 
@@ -194,8 +195,8 @@ class ContractionKernel(TileWriter):
         factor = side.core
         below = below_results(factor)
         if below.op == "load" and (self.rounding == "fused" or factor is below or factor.args[0] is below):
-            tensor = self.of_load[below]
-            self.statements(below.args, self.load)
+            tensor, needed = self.of_load[below], terms_below(below) - self.done
+            self.statements([term for term in self.region.terms if term in needed], self.load)
             text = self.of_bytes(tensor, self.raw(below))
             cast = "" if tensor.value.dtype == kind else f".to({TRITON_TYPES[kind]})"
             self.line(f"{self.name(below)} = {text}{cast}")
@@ -213,3 +214,12 @@ def type_of(factor: Term) -> torch.dtype:
     """The type that a factor has in torch; what is no value there is computed in single precision."""
     value = factor.value.value if factor.op == "load" else factor.value if factor.op == "result" else None
     return torch.float32 if value is None else value.dtype
+
+
+def _types(side: Side) -> set[torch.dtype]:
+    """The types of floats with more than 8 bits that a factor is made of."""
+    if not side.few_bits:
+        return {type_of(side.core)}
+    core = codes_of(side.core)
+    stored = core.args[1:] if core.op == "spread" else [core] if is_compact(core) else []
+    return {type_of(codes_of(value)) for value in stored} & set(FLOATS)

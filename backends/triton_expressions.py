@@ -75,6 +75,14 @@ def bits_below(mask, place):
         count += (below >> bit) & 1
     return count
 ''',
+    "set_below": '''@triton.jit
+def set_below(mask, place):
+    """How many of the lowest 31 bits of a mask are set below a place."""
+    below = (mask & ((1 << place) - 1)).to(tl.int32)
+    pairs = below - ((below >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return (((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+''',
     "from_e4m3": '''@triton.jit
 def from_e4m3(bits):
     """The number in half precision that 8 bits are: 1 for the sign, 4 of exponent, which half precision has 8 more of,
@@ -103,7 +111,7 @@ TRITON_TYPES = {
     torch.bool: "tl.int1",
 }
 
-_TRUTHS = {"inside", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"}
+_TRUTHS = {"inside", "bit", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"}
 
 
 def is_truth(term: Term) -> bool:

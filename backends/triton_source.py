@@ -26,7 +26,7 @@ from regauge.ir.affine import Affine, index_of
 from regauge.ir.dtypes import dtype_name
 from regauge.ir.fusion.fused import Rounding as Rounding
 from regauge.ir.fusion.region import Region
-from regauge.ir.fusion.terms import Load, Term, below_results
+from regauge.ir.fusion.terms import BITS, Load, Term, below_results
 from regauge.ir.graph import Node, Value
 from regauge.ir.sizes import format_size
 
@@ -83,6 +83,7 @@ class Writer:
         self.totals: list[Tensor] = []
         self.of_load = dict(zip(region.loads, self.reads, strict=True))
         self.picks = {number for load in region.loads for number in load.args[: len(load.value.picked)]} | region.whole
+        self.bits = {(term.value.loop,): str(term.value.count) for term in region.terms if term.op in BITS}
         self.long: set[Term] = set()
         self.lines: list[str] = []
         self.indent = "    "
@@ -130,8 +131,9 @@ class Writer:
         """Indices of several loops from their joint one; the last is the fastest."""
         total = axis
         for loop in loops[:0:-1]:
-            self.line(f"{loop.name} = {total} % size_{loop.name}")
-            self.line(f"{axis}_rest = {total} // size_{loop.name}")
+            size = self.bits.get(loop.dims, f"size_{loop.name}")
+            self.line(f"{loop.name} = {total} % {size}")
+            self.line(f"{axis}_rest = {total} // {size}")
             total = f"{axis}_rest"
         if len(loops) > 1:
             self.line(f"{loops[0].name} = {total}")
@@ -182,6 +184,8 @@ class Writer:
             place = f"{self.region.names[term.value.loop]}.to(tl.int32)"
             mask, *values = map(self.text, term.args)
             return self.spread(f"{mask}.to(tl.int32)", values, place)
+        if term.op in BITS:
+            return self._of_mask(term)
         if term.op not in TEXT:  # a reduction over nothing
             return self.text(term.args[0])
         if term.op in FUNCTIONS:
@@ -231,6 +235,15 @@ class Writer:
             found = f"tl.where({rank} == {number}, {values[number]}, {found})"
         return found
 
+    def _of_mask(self, term: Term) -> str:
+        """A bit of a mask, or the number of the entry that it stands for."""
+        *starts, mask = map(self.text, term.args)
+        place = self.region.names[term.value.loop]
+        if term.op == "bit":
+            return f"((({mask} >> {place}) & 1) != 0)"
+        self.functions["set_below"] = None
+        return f"({starts[0]}.to(tl.int64) + set_below({mask}, {place}))"
+
     def numbers(self, term: Term, text: str) -> str:
         """What was read as numbers in single precision; truth values stay, and so do numbers of entries."""
         tensor = self.of_load[term]
@@ -276,6 +289,7 @@ class Writer:
         texts = [
             f"({self.text(number)} >= 0) & ({self.text(number)} < size_{self.region.names[dim]})"
             for number, dim in zip(numbers, load.picked, strict=True)
+            if number.op != "rank"  # where its bit is set, there is an entry
         ]
         return [*texts, *map(self.text, guards)]
 

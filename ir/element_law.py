@@ -39,8 +39,8 @@ def check_element(case: Case) -> None:
     if expression.op == "digit":
         _check_digits(case, expression.value)
         return
-    if expression.op == "spread":
-        _check_spread(case)
+    if expression.op in ("spread", "compact"):
+        _check_masked(case, compact=expression.op == "compact")
         return
     of = case.analysis.of
     elsewhere = _Elsewhere(case)
@@ -179,14 +179,16 @@ def _check_digits(case: Case, base: int) -> None:
     case.expect_same([digits.to(case.results[0].dtype)], case.results, "element", "correct its element")
 
 
-def _check_spread(case: Case) -> None:
-    """Values [rows, n, groups] lie in rising order where bits of their group are set."""
-    values, mask = case.operands
+def _check_masked(case: Case, *, compact: bool) -> None:
+    """Values [rows, n, groups], or ``compact`` ones behind the start of their group, lie in rising order where bits of
+    it are set."""
+    values, mask, *starts = case.operands
     count = int(leaves(case.analysis.of[case.node.output][-1])[-1].size)
     found = torch.zeros(*mask.shape, count, dtype=values.dtype)
     for row, group in product(*map(range, mask.shape)):
         places = [place for place in range(count) if int(mask[row, group]) >> place & 1]
-        found[row, group, places] = values[row, : len(places), group]
+        kept = values[int(starts[0][row, group]) :] if compact else values[row, :, group]
+        found[row, group, places] = kept[: len(places)]
     case.expect_same([found.flatten(1)], case.results, "element", "correct its element")
 
 

@@ -218,6 +218,7 @@ class Graph:
     version: int = 0
     _nodes: dict[Node, None] = field(default_factory=dict)
     _sorted: tuple[int, list[Node]] | None = None
+    _schedule: tuple[tuple[Any, ...], list[Any]] | None = None  # see regauge.ir.schedule
     _analysis: tuple[int, Analysis] | None = None
     _runs: tuple[tuple[int, int], list[tuple[list[Any], list[Any]]]] | None = None  # see regauge.ir.sample_inputs
 

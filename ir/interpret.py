@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import sympy
@@ -12,6 +11,7 @@ import torch
 from regauge.ir.dtypes import dtype_name
 from regauge.ir.errors import GraphError, RegaugeError, first_line
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.schedule import schedule, schedule_now
 from regauge.ir.sizes import evaluate, solve_bindings
 from regauge.ir.weights import device_of_weight
 
@@ -42,6 +42,7 @@ class Interpreter:
         self.hook = hook
         self.weights = dict(weights or {})
         self.device = device_of(graph) if device is None else torch.device(device)
+        self._on_cpu = self.device.type == "cpu"
         self._moves = device is not None  # the parameters too
         self.states: dict[str, torch.Tensor] = {}
         self._unlike = ""  # what to say of an input that is not of the declared type or sizes, should a node fail
@@ -96,14 +97,12 @@ class Interpreter:
         return [_tensor(x, self.device) for x in inputs]
 
     def _run_graph(self, graph: Graph, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> list[Any]:
-        last_use = last_uses(graph)
-        late = born_inside(graph)
-        for step, node in enumerate(graph.nodes):
+        for node, late, last in schedule(graph) if graph is self.graph else schedule_now(graph):
             results = self.run_node(node, environment, bindings)
             environment.update(zip(node.outputs, results, strict=True))
-            for value in late.get(node, ()):
+            for value in late:
                 solve_bindings(value.shape, environment[value].shape, bindings)
-            for value in last_use.get(step, ()):
+            for value in last:
                 del environment[value]
         return [self.read(output, environment, bindings) for output in graph.outputs]
 
@@ -117,13 +116,19 @@ class Interpreter:
         return evaluate(operand, bindings)
 
     def run_node(self, node: Node, environment: dict[Value, Any], bindings: dict[sympy.Symbol, int]) -> tuple[Any, ...]:
-        operands = [self.read(operand, environment, bindings) for operand in node.inputs]
+        operands = [
+            environment[operand] if operand in environment else self.read(operand, environment, bindings)
+            for operand in node.inputs
+        ]
         attributes = {key: evaluate(value, bindings) for key, value in node.attributes.items()}
         if node.regions:
             attributes["regions"] = tuple(self._region(region, bindings) for region in node.regions)
         try:
-            with nullcontext() if self.device.type == "cpu" else self.device:  # tables are made there
+            if self._on_cpu:
                 raw = _function(node, operands)(*operands, **attributes)
+            else:
+                with self.device:  # tables are made there
+                    raw = _function(node, operands)(*operands, **attributes)
         except RegaugeError:
             raise
         except Exception as error:
@@ -152,11 +157,12 @@ class Interpreter:
 
 
 def _function(node: Node, operands: Sequence[Any]) -> Callable[..., Any]:
-    other = node.operator.with_gradients
+    operator = node.operator
+    other = operator.with_gradients
     if other is None or node.attributes.get("training") or not torch.is_grad_enabled():
-        return node.operator.evaluate
+        return operator.evaluate
     reached = any(isinstance(operand, torch.Tensor) and operand.requires_grad for operand in operands)
-    return other if reached else node.operator.evaluate
+    return other if reached else operator.evaluate
 
 
 def device_of(graph: Graph) -> torch.device:
@@ -203,30 +209,6 @@ def _unlike_declared(inputs: Sequence[Value], given: Sequence[Any]) -> str:
             if tensor.dtype != value.dtype or not sizes_fit:
                 return f"the input {value} got {dtype_name(tensor.dtype)}[{','.join(map(str, tensor.shape))}]"
     return ""
-
-
-def born_inside(graph: Graph) -> dict[Node, list[Value]]:
-    """Results whose shapes hold sizes that no input fixes, such as the number of hits of a ``nonzero``."""
-    known = {size for value in graph.inputs for size in value.shape}
-    result: dict[Node, list[Value]] = {}
-    for node in graph.nodes:
-        for value in node.outputs:
-            if any(isinstance(size, sympy.Symbol) and size not in known for size in value.shape):
-                result.setdefault(node, []).append(value)
-    return result
-
-
-def last_uses(graph: Graph) -> dict[int, list[Value]]:
-    """Values that can be dropped after each step, so that a run holds no more tensors than it needs."""
-    position = {node: step for step, node in enumerate(graph.nodes)}
-    protected = {o for o in graph.outputs if isinstance(o, Value)} | {s.after for s in graph.states}
-    result: dict[int, list[Value]] = {}
-    for node in graph.nodes:
-        for value in node.outputs:
-            if value not in protected:
-                steps = [position[user] for user, _ in value.uses if user in position]
-                result.setdefault(max(steps, default=position[node]), []).append(value)
-    return result
 
 
 def inputs_of(graph: Graph, batch: Sequence[Any] | Mapping[str, Any]) -> tuple[Any, ...] | Mapping[str, Any]:

@@ -13,8 +13,9 @@ import sympy
 import torch
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.interpret import Interpreter, born_inside, last_uses
+from regauge.ir.interpret import Interpreter
 from regauge.ir.mapped import can_be_stored
+from regauge.ir.schedule import schedule
 from regauge.ir.set_aside import Environment, Loaded, SetAside
 from regauge.ir.sizes import solve_bindings
 
@@ -56,8 +57,7 @@ class Lockstep:
             environment, bindings = self._interpreter.bound(batch)
             self._environments.append(Environment(environment))
             self._bindings.append(bindings)
-        self._last_uses = last_uses(graph)
-        self._late = born_inside(graph)
+        self._late = {step.node: step.late for step in schedule(graph)}
         self._held: dict[tuple[int, Value], int] = {}
         self._done: Node | None = None
 
@@ -66,10 +66,10 @@ class Lockstep:
 
     def steps(self) -> Iterator[Node]:
         """The nodes, each before it runs; what nothing reads any more is dropped behind it."""
-        for step, node in enumerate(self.graph.nodes):
+        for node, _, last in schedule(self.graph):
             yield node
             self.execute(node)
-            for value in self._last_uses.get(step, ()):
+            for value in last:
                 for place, environment in enumerate(self._environments):
                     environment.pop(value, None)
                     self._held.pop((place, value), None)

@@ -47,6 +47,8 @@ class Scalar:
     ``digit``    digit i of an integer to the base ``value``, i being the index within the last axis of the result
     ``spread``   where bit i of the first argument, an integer, is set, the argument behind it whose number is how many
                  bits are set below, and else 0; i is the index within the last axis of the result
+    ``compact``  where bit i of the second argument is set, the entry of the first one whose number is the third one
+                 and how many bits are set below, and else 0; all are operands
     ``picked``   of the first argument, an operand, the entry whose number the second one holds; ``value`` is a
                  :class:`Pick`
 
@@ -224,6 +226,13 @@ def spread(mask: Scalar, values: Sequence[Scalar]) -> Scalar:
     """The values one after the other where bits of a mask are set, from the lowest bit on, and zeros elsewhere; along
     the fastest part of the last axis of the result."""
     return Scalar("spread", (mask, *values))
+
+
+def compact(values: Scalar, mask: Scalar, starts: Scalar) -> Scalar:
+    """The values behind the one with the number ``starts`` one after the other where bits of a mask are set, from the
+    lowest bit on, and zeros elsewhere; along the fastest part of the last axis of the result. All are operands, the
+    values with one axis."""
+    return Scalar("compact", (values, mask, starts))
 
 
 def _function(op: str) -> Callable[..., Scalar]:

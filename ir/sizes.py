@@ -281,11 +281,17 @@ def is_static(size: Size) -> bool:
     return isinstance(size, int)
 
 
+_WHOLE = frozenset({int, bool, float, str, type(None)})  # types of what holds no size
+
+
 def evaluate(value: Any, bindings: Bindings) -> Any:
     """Replace every size expression inside (nested tuples and lists of) attributes by its value.
 
     That is an integer, or a float for a number computed from sizes such as ``seq**0.5``.
     """
+    kind = type(value)
+    if kind in _WHOLE or (kind is tuple and all(type(each) in _WHOLE for each in value)):
+        return value  # nearly always: this runs for every attribute of every node of every run
     if isinstance(value, sympy.Basic):
         number = number_at(value, bindings)
         if number is not None:

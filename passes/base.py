@@ -153,6 +153,10 @@ class Pass(ABC):
     solves: ClassVar[bool] = False
     """Whether the pass chooses or solves for weights; see :meth:`wants_floats`."""
 
+    wants_layers: ClassVar[bool] = False
+    """Whether products by transposed weights come to the pass as linear layers: ``x @ w.t()``, as some models and raw
+    ONNX exports have them."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:

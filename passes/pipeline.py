@@ -24,6 +24,7 @@ from regauge.ir.verify import verify
 from regauge.ir.weights import writes
 from regauge.passes import on_floats
 from regauge.passes.base import GIVE_DATA, Context, Pass, Replayed
+from regauge.passes.linear_layers import linear_layers
 from regauge.passes.report import PassReport, Report, recorded_cuts
 from regauge.settings import current
 
@@ -103,7 +104,9 @@ def _run_pass(
     try:
         _check_fused(one, graph)
         one.requires(graph)
-        result = on_floats.call(one, graph, context, originals)
+        source = linear_layers(graph) if one.wants_layers else graph
+        result = on_floats.call(one, source, context, originals)
+        result = graph if result is source else result
         _check_result(one, given, result)
         one.ensures(graph, result)
     except PassError as reason:

@@ -131,3 +131,9 @@ def characters(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 def stepped(steps: Steps, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """The first results of runs over so many positions each, side by side."""
     return torch.cat([steps(part)[0] for part in tokens.split(list(counts), 1)], 1)
+
+
+def of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """The nearest matrix of a rank."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]

@@ -7,7 +7,16 @@ import torch
 
 from attention_forms import ATTENTION_FORMS
 from kernel_forms_quantizing import add_norm_quantize, int8_to_int8, silu_mul_quantize
-from kernel_forms_sparse import gate_and_up_sparse, sparse_24_weight, sparse_48_weight
+from kernel_forms_sparse import (
+    bitmap_as_weight,
+    bitmap_of_codes,
+    bitmap_weight,
+    gate_and_up_bitmap,
+    gate_and_up_sparse,
+    int8_beside_sparse,
+    sparse_24_weight,
+    sparse_48_weight,
+)
 from loss_forms import cross_entropy, smooth_cross_entropy, weighted_cross_entropy
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
@@ -368,7 +377,8 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         dense_gelu_residual, dense_in_heads, gated_product, scores,
         with_itself,
         int8_weight, int8_groups, int4_weight, int4_neighbours, int2_weight, int8_both,
-        sparse_24_weight, sparse_48_weight, gate_and_up_sparse, add_norm_quantize, silu_mul_quantize, int8_to_int8,
+        sparse_24_weight, sparse_48_weight, gate_and_up_sparse, bitmap_weight, gate_and_up_bitmap,
+        bitmap_of_codes, bitmap_as_weight, int8_beside_sparse, add_norm_quantize, silu_mul_quantize, int8_to_int8,
         int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,
         three_products,
         *ATTENTION_FORMS,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, reject
 from hypothesis import strategies as st
 
-from regauge.backends.kernel_sparsity import dense_of, stored
+from regauge.backends.kernel_sparsity import dense_of, stored, stored_bitmap
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.legality import fault
@@ -187,7 +187,10 @@ def _few_bit_product(
 ) -> Value:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
     depth = int(x.shape[1])
-    storage = draw(st.sampled_from(("int8", "uint8", "float8", "int4", "sparse", "sparse int8")))
+    storage = draw(st.sampled_from(("int8", "uint8", "float8", "int4", "sparse", "sparse int8", "bitmap")))
+    if storage == "bitmap" and depth % 32 == 0:
+        weight = torch.randn(columns, depth, generator=generator).to(dtype)
+        return build.linear(x, _bitmap(build, weight * (weight > draw(st.sampled_from((0.3, 9.0)))), place))
     if storage == "sparse":
         return build.linear(x, _sparse(draw, build, torch.randn(columns, depth, generator=generator).to(dtype), place))
     turned = storage not in ("int4", "sparse int8") and draw(st.booleans())
@@ -230,6 +233,13 @@ def _sparse(draw: Callable[[Any], Any], build: Builder, weight: torch.Tensor, pl
     values, mask = stored(weight * there.flatten(1), keep, of)
     read = build.parameter(f"v{place}", values, trainable=False), build.parameter(f"m{place}", mask, "buffer")
     return dense_of(build, *read, keep, of)
+
+
+def _bitmap(build: Builder, weight: torch.Tensor, place: int) -> Value:
+    """A weight of which what is not zero is stored, and a bit for each place."""
+    values, mask, starts = stored_bitmap(weight)
+    words = build.parameter(f"m{place}", mask, "buffer"), build.parameter(f"b{place}", starts, "buffer")
+    return build.bitmap(build.parameter(f"v{place}", values, trainable=False), *words, of=32)
 
 
 @st.composite

@@ -138,7 +138,7 @@ def _parts(term: Term) -> Iterator[Term]:
 
 
 def _is_core(term: Term) -> bool:
-    if is_float8(term) or codes_of(term).op == "spread":
+    if is_float8(term) or codes_of(term).op == "spread" or is_compact(codes_of(term)):
         return True
     ends = integer_range(term)
     return bool(term.axes) and ends is not None and max(-ends[0], ends[1]) <= EXACT
@@ -154,6 +154,11 @@ def codes_of(term: Term) -> Term:
 def is_float8(term: Term) -> bool:
     term = codes_of(term)
     return term.op == "load" and term.value.value.dtype in FLOAT8
+
+
+def is_compact(term: Term) -> bool:
+    """Whether a term is what is left of a tensor with zeros, which a mask lays out."""
+    return term.op == "load" and any(arg.op == "rank" for arg in term.args)
 
 
 def _is_int8(term: Term) -> bool:

@@ -19,7 +19,7 @@ import torch
 from regauge.ir.affine import Affine
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
-from regauge.ir.fusion.terms import Layout, Load, Term, below_results, terms_below
+from regauge.ir.fusion.terms import BITS, Layout, Load, Term, below_results, terms_below
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Operator
 from regauge.ir.roofline import VIEWS
@@ -124,11 +124,11 @@ class Region:
 
     @cached_property
     def whole(self) -> frozenset[Term]:
-        """Integers that stay integers: they only name entries, or are compared with places, numbers and one another."""
+        """Integers that stay integers: they only name entries, are masks, or are compared with places and numbers."""
         read_as_whole: dict[Term, bool] = {}
         for term in self.terms:
             below = [below_results(arg) for arg in term.args]
-            names = set(below[: len(term.value.picked)] if term.op == "load" else ())
+            names = set(below[: len(term.value.picked)] if term.op == "load" else below if term.op in BITS else ())
             compared = term.op in COMPARISONS and all(map(_may_be_whole, below))
             for one in below if term.op != "result" else ():
                 if _is_integer(one):

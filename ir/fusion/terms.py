@@ -18,6 +18,9 @@ MOST_TERMS = 2000
 DIGITS = ("digit", "spread")
 """Terms whose :class:`Digit` says along which loop a number is taken apart."""
 
+BITS = ("rank", "bit")
+"""Terms whose :class:`Digit` says along which loop the bits of a mask lie: all of these are computed with integers."""
+
 Layout: TypeAlias = tuple[tuple[Dim, ...], ...]
 """For each axis of a tensor the loops that it is made of, the slowest first; none for an axis of size 1."""
 
@@ -38,6 +41,9 @@ class Term:
     ``digit``   of its argument, an integer, one digit; ``value`` is a :class:`Digit`
     ``spread``  where a bit of the first argument is set, the one of the others whose number is how many bits are set
                 below, and else 0; ``value`` is a :class:`Digit`, to the base 2
+    ``rank``    the first argument and how many bits of the second one are set below, an integer that picks an entry;
+                ``value`` is a :class:`Digit`, to the base 2
+    ``bit``     whether a bit of its argument is set; ``value`` is a :class:`Digit`, to the base 2
     """
 
     op: str
@@ -133,6 +139,14 @@ class Mover:
         moved = tuple((own, place) for own, place in load.moved if own is not dim)
         return self.load(self._keys[term], Load(load.value, load.layout, moved, (dim,)), (index,))
 
+    def compact(self, values: Term, dim: Dim, rank: Term, bit: Term) -> Term:
+        """What a tensor holds where the index of its loop is a rank, and a bit is set."""
+        values = below_results(values)
+        if values.op != "load" or values.args:
+            raise FusionError("it would look up entries of what it computes")
+        load: Load = values.value
+        return self.load(self._keys[values], Load(load.value, load.layout, picked=(dim,)), (rank, bit))
+
     def inside(self, place: Affine, length: Affine) -> Term:
         """Whether a place is on an axis."""
         if (place, length) not in self._insides:
@@ -183,7 +197,7 @@ class Mover:
                 self._keys[term], Load(load.value, load.layout, moved, load.picked), tuple(dict.fromkeys(args))
             )
         axes = frozenset(dim for arg in args for dim in arg.axes) - term.over
-        if term.op in DIGITS:
+        if term.op in (*DIGITS, *BITS):
             if term.value.loop in places:
                 raise FusionError("it would read the digits of numbers elsewhere")
             axes |= {term.value.loop}

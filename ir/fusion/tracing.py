@@ -223,6 +223,15 @@ class _Tracer:
             raise FusionError(f"an axis of {value.name} is several loops where {node.op} looks entries up in it")
         return self.mover.picked(table, own[0], numbers) if own else table
 
+    def _compact(self, scalar: Scalar, node: Node) -> Term:
+        """The entries of an operand that a mask and the places where its groups begin say."""
+        values, mask, starts = (self._operand(node, arg.value) for arg in scalar.args)
+        value = node.inputs[scalar.args[0].value]
+        assert isinstance(value, Value)
+        ((own, *_),) = self._layout(self._key(node, scalar.args[0].value), value.name) or ((None,),)
+        rank, bit = self._digit("rank", node, (starts, mask), 2), self._digit("bit", node, (mask,), 2)
+        return self.mover.compact(values, own, rank, bit)
+
     def _joined(self, slots: Sequence[int], node: Node) -> Term:
         """Of operands that are laid end to end along the axis that the node names the one where the index lies."""
         axis = node.attributes["dim"]
@@ -269,6 +278,8 @@ class _Tracer:
                 return self._elsewhere(scalar, node)
             case "picked":
                 return self._picked(scalar, node)
+            case "compact":
+                return self._compact(scalar, node)
             case "index":
                 dims = self._axis(node, scalar.value)
                 return Term("index", axes=frozenset(dims), value=dims)

@@ -4,6 +4,7 @@ unpack     digit i of a byte q of so many digits is q // base^i % base: 8 bits, 
 codebook   w[r, c] = table[r's group, q[r, c]], the rows in as many groups of neighbours as the table has rows;
            of a table [v] w[...] = table[q[...]]
 n_of_m     w[r, g m + i] = values[r, how many bits of mask[r, g] are set below i, g] where bit i is set, and else 0
+bitmap     w[r, g m + i] = values[starts[r, g] + how many bits of mask[r, g] are set below i] where bit i is set, else 0
 
 While torch exports a module to ONNX, divisions are the ONNX operators: torch's own become a dozen for signs.
 """
@@ -118,3 +119,48 @@ def n_of_m(values: Tensor, mask: Tensor, *, keep: int, of: int) -> Tensor:
     bits = mask.to(torch.int32).unsqueeze(-1) >> torch.arange(of, dtype=torch.int32, device=mask.device) & 1
     ranks = (bits.cumsum(-1) - bits).clamp(max=keep - 1)
     return torch.where(bits != 0, values.transpose(1, 2).take_along_dim(ranks, 2), 0).to(values.dtype).flatten(1)
+
+
+def _spell_bitmap(onnx: Any, node: Node) -> Any:
+    powers = onnx.constant(torch.tensor([2**place for place in range(node.attributes["of"])]))
+    whole = _positive(onnx, onnx.unsqueeze(onnx.operand(1, torch.int64), 2))
+    bits = onnx.Mod(onnx.Div(whole, powers), onnx.constant(torch.tensor(2)))
+    ranks = onnx.CumSum(bits, onnx.constant(torch.tensor(2)), exclusive=1)
+    numbers = onnx.Mul(onnx.Add(onnx.unsqueeze(onnx.operand(2, torch.int64), 2), ranks), bits)
+    zero = onnx.cast(onnx.constant(torch.tensor(0.0)), node.output.dtype)
+    found = onnx.Where(onnx.cast(bits, torch.bool), onnx.Gather(onnx.operand(0), numbers), zero)
+    return onnx.Reshape(found, onnx.constant(torch.tensor([0, -1])))
+
+
+def _positive(onnx: Any, whole: Any) -> Any:
+    """The 32 bits of a number as one that is not below zero."""
+    return onnx.Mod(onnx.Add(whole, onnx.constant(torch.tensor(2**32))), onnx.constant(torch.tensor(2**32)))
+
+
+@operator(
+    rule="v, r g, r g -> r (g m) ; indexed v ; whole m ; of = m",
+    spell=_spell_bitmap,
+    samples=lambda: [
+        sample(
+            randn(9),
+            torch.tensor([[3, 5, 10], [0, 12, 8]], dtype=torch.int32),
+            torch.tensor([[0, 2, 4], [6, 6, 8]], dtype=torch.int32),
+            of=4,
+        ),
+        sample(
+            randn(20),
+            torch.tensor([[-(2**31), 7], [-1431655766, 0]], dtype=torch.int32),
+            torch.tensor([[0, 1], [4, 20]], dtype=torch.int32),
+            of=32,
+        ),
+    ],
+    coding=True,
+    expands=True,
+    element=lambda values, mask, starts, of: scalars.compact(values, mask, starts),
+)
+def bitmap(values: Tensor, mask: Tensor, starts: Tensor, *, of: int) -> Tensor:
+    bits = mask.to(torch.int64).unsqueeze(-1) >> torch.arange(of, device=mask.device) & 1
+    ranks = bits.cumsum(-1) - bits
+    there = bits != 0
+    numbers = torch.where(there, starts.to(torch.int64).unsqueeze(-1) + ranks, 0)
+    return torch.where(there, values[numbers], 0).to(values.dtype).flatten(1)

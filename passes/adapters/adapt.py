@@ -45,6 +45,7 @@ class Adapt(Pass):
 
     name: ClassVar[str] = "adapt"
     contract: ClassVar[Contract] = "exact"
+    wants_layers: ClassVar[bool] = True
 
     form: Literal["lora", "svfit", "tensor-train", "tucker", "kronecker", "bone", "dora", "s2ft"] = option(
         "lora", "what is added to a weight, or s2ft: columns of it that train themselves"

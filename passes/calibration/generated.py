@@ -28,7 +28,8 @@ import torch
 from regauge.ir.dtypes import widened
 from regauge.ir.errors import PassError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.interpret import Interpreter, last_uses
+from regauge.ir.interpret import Interpreter
+from regauge.ir.schedule import schedule
 from regauge.passes.calibration.noise import float_inputs, noise_batches
 from regauge.passes.calibration.progress import progress
 
@@ -119,10 +120,9 @@ def statistics_distance(graph: Graph, batch: Sequence[Any], statistics: Sequence
     interpreter = Interpreter(graph)
     environment, bindings = interpreter.bound(batch)
     wanted = {found.node: found for found in statistics}
-    drop = last_uses(graph)
     distances: list[torch.Tensor] = []
     with torch.enable_grad():
-        for step, node in enumerate(graph.nodes):
+        for node, _, last in schedule(graph):
             if node in wanted:
                 distances.append(wanted[node].distance(environment[node.inputs[0]]))  # type: ignore[index]
                 if len(distances) == len(wanted):
@@ -132,6 +132,6 @@ def statistics_distance(graph: Graph, batch: Sequence[Any], statistics: Sequence
             except RegaugeError as reason:
                 raise PassError(f"inputs made up fail: {reason}; give data") from reason
             environment.update(zip(node.outputs, results, strict=True))
-            for value in drop.get(step, ()):
+            for value in last:
                 environment.pop(value, None)
     return torch.stack([distance.double() for distance in distances]).mean()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.interpret import Interpreter, born_inside
+from regauge.ir.interpret import Interpreter
+from regauge.ir.schedule import schedule
 from regauge.ir.sizes import solve_bindings
 
 Visit = Callable[[Value, torch.Tensor, torch.Tensor], None]
@@ -56,12 +57,11 @@ def _run(graph: Graph, batch: Any, wanted: set[Value]) -> tuple[list[tuple[Value
 
     interpreter = Interpreter(graph, hook=reached)
     environment, bindings = interpreter.bound(batch)
-    late = born_inside(graph)
     with torch.enable_grad():
-        for node in graph.nodes:
+        for node, late, _ in schedule(graph):
             results = interpreter.run_node(node, environment, bindings)
             environment.update(zip(node.outputs, results, strict=True))
-            for value in late.get(node, ()):
+            for value in late:
                 solve_bindings(value.shape, environment[value].shape, bindings)
         outputs = [interpreter.read(output, environment, bindings) for output in graph.outputs]
     return tensors, [y for y in outputs if isinstance(y, torch.Tensor) and y.is_floating_point()]

@@ -16,7 +16,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.interpret import Interpreter, last_uses
+from regauge.ir.interpret import Interpreter
+from regauge.ir.schedule import schedule
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.losses import Labelled, Loss, are_logits, example_slices, loss_of
 
@@ -33,18 +34,17 @@ class Differentiable:
         self.replace = replace
         self.weights = {p: p.tensor.detach().clone().requires_grad_() for p in parameters}
         self._interpreter = Interpreter(graph, weights={p.name: w for p, w in self.weights.items()})
-        self._drop = last_uses(graph)
 
     def run(self, inputs: Any, weights: Mapping[str, torch.Tensor] | None = None) -> list[Any]:
         """The outputs; ``weights`` are read in place of parameters of these names."""
         self._interpreter.weights |= weights or {}
         environment, bindings = self._interpreter.bound(inputs)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-            for step, node in enumerate(self.graph.nodes):
+            for node, _, last in schedule(self.graph):
                 with self._replaced(node, environment):
                     results = self._interpreter.run_node(node, environment, bindings)
                 environment.update(zip(node.outputs, results, strict=True))
-                for value in self._drop.get(step, ()):
+                for value in last:
                     environment.pop(value, None)
             return [self._interpreter.read(output, environment, bindings) for output in self.graph.outputs]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from regauge.ir.cost import item_size
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
@@ -27,11 +28,10 @@ from regauge.passes.decoding.cache_bytes import in_words
 from regauge.passes.decoding.latent_fit import fitted_factors, own_factors
 from regauge.passes.decoding.latent_layers import split_layers
 from regauge.passes.decoding.latent_parts import Part, forms_of
+from regauge.passes.decoding.latent_ranks import RankChoice, rank_choices
 from regauge.passes.decoding.latent_rewrite import write_latents
 from regauge.passes.decoding.recognised import refuse_caches
 from regauge.passes.options import option
-
-NOTHING = 1e-12  # share of what keys or values are, below which a loss is rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,9 @@ class KvLatent(Pass):
     the gradients of the graph's outputs (without data W_o and W_q alone); ranks by the knapsack of what they lose.
     Nothing is computed anew where nothing but layout lies between layers and attention. Rotated (or normalised) keys
     have one latent for all heads, from which they are computed at every step; that costs as many multiplications for
-    each past position as the heads have channels, times the rank. Values, and keys that are not rotated, have either
+    each past position as the heads have channels, times the rank. Heads of one attention have one rank, or with
+    ``widths=2`` two, each head that which suits it (CLOVER, Meng et al. 2024, where each has its own): heads of a rank
+    are computed together, with an attention and caches of their own. Values, and keys that are not rotated, have either
     form, whichever loses less at its bytes: the knapsack weighs both (``joint`` asks for one of them; ``joint=false``
     saves the multiplications). A layer that makes queries, keys and values is split into three before. With data each
     layer is fitted to what it gave, on what the changed layers before it give, and so is the layer behind attention.
@@ -60,6 +62,9 @@ class KvLatent(Pass):
     bytes: float | int | str = option(0.5, "bytes per position: share of those of all keys and values, or 512, 2kB")
     joint: bool | None = option(
         None, "values, and keys that are not rotated, from one latent of all heads; if not given, where that loses less"
+    )
+    widths: int = option(
+        1, "how many different ranks the heads of an attention may have; heads of each are computed apart", at_least=1
     )
     seed: int = option(0, "seed of the directions of gradients", at_least=0)
 
@@ -80,11 +85,13 @@ class KvLatent(Pass):
             names = {own[0].heads.layer.weight.name for own in forms}
             found_metrics = output_metrics(original, names, batches, self.seed)
             metrics = {name: own[0] for name, own in found_metrics.items()}
-        choices = self._choices(forms, _losses(original, forms, batches, metrics))
+        choices = self._choices(_rank_choices(original, forms, batches, metrics, self.widths))
         changed = original.copy()
         found = forms_of(attention_sites(changed), Counter(), joint=self.joint)
-        parts = [(own[form], rank) for own, (form, rank) in zip(found, choices, strict=True)]
-        picked = {part: rank for part, rank in parts if rank < part.most}
+        parts = [
+            (own[ways.index(choice.part)], choice) for own, ways, choice in zip(found, forms, choices, strict=True)
+        ]
+        picked = {part: choice.ranks for part, choice in parts if choice.ranks != part.whole}
         if not picked:
             context.left["keys and values fit whole"] += len(parts)
             return graph
@@ -95,48 +102,49 @@ class KvLatent(Pass):
             context.note(f"fitted on {sum(map(examples_in, batches))} examples")
         write_latents(changed, factors, by=self.name)
         remove_dead(changed)
-        context.cuts += [Cut(f"{part.name}, rank", part.most, rank) for part, rank in picked.items()]
-        before, after = sum(part.bytes(part.most) for part, _ in parts), sum(part.bytes(rank) for part, rank in parts)
+        context.cuts += [_cut(part, ranks) for part, ranks in picked.items()]
+        before, after = sum(part.bytes(part.whole) for part, _ in parts), sum(choice.bytes for choice in choices)
         context.note(f"{in_words(before)} -> {in_words(after)} of keys and values for each position of a sequence")
         return changed
 
-    def _choices(self, forms: list[list[Part]], losses: list[list[np.ndarray]]) -> list[tuple[int, int]]:
-        """Of each the form and the rank, so that least is lost within the budget."""
-        whole = sum(own[0].bytes(own[0].most) for own in forms)
+    def _choices(self, ways: list[list[RankChoice]]) -> list[RankChoice]:
+        """Of each the form and the ranks, so that least is lost within the budget."""
+        whole = sum(own[0].part.bytes(own[0].part.whole) for own in ways)
         allowed = parse_amount(self.bytes, "bytes", "bytes").of(whole)
-        options = [[(form, rank) for form, part in enumerate(own) for rank in range(1, part.most + 1)] for own in forms]
-        costs = [
-            np.ceil(np.array([own[form].bytes(rank) for form, rank in ways]) * (BINS / allowed) - 1e-9).astype(np.int64)
-            for own, ways in zip(forms, options, strict=True)
-        ]
-        lost = [np.concatenate([loss[1:] for loss in own]) for own in losses]
-        found = Table(costs, lost, BINS).solution(BINS)
+        # in numbers of the smallest kind where there are bins for them, so that the last of the budget can be used
+        smallest = min(item_size(own[0].part.heads.layer.weight.dtype) for own in ways)
+        unit = max(smallest, allowed / BINS)
+        bins = int(allowed / unit + 1e-9)
+        costs = [np.ceil(np.array([choice.bytes for choice in own]) / unit - 1e-9).astype(np.int64) for own in ways]
+        found = Table(costs, [np.array([choice.loss for choice in own]) for own in ways], bins).solution(bins)
         if found is None:
-            least = sum(min(part.bytes(1) for part in own) for own in forms)
+            least = sum(min(choice.bytes for choice in own) for own in ways)
             raise PassError(f"kv-latent: bytes={self.bytes} cannot be met: the smallest latents take {in_words(least)}")
-        return [ways[place] for ways, place in zip(options, found, strict=True)]
+        return [own[place] for own, place in zip(ways, found, strict=True)]
 
 
-def _losses(
-    graph: Graph, forms: list[list[Part]], batches: list[Any] | None, metrics: Mapping[str, torch.Tensor]
-) -> list[list[np.ndarray]]:
-    """Of each form what is lost at every rank from 0 to the most; without data as shares of the part."""
+def _rank_choices(
+    graph: Graph, forms: list[list[Part]], batches: list[Any] | None, metrics: Mapping[str, torch.Tensor], widths: int
+) -> list[list[RankChoice]]:
+    """Of the forms of each what is lost at every rank; without data as shares of the part."""
     layers = {own[0].heads.layer.weight.name: own[0].heads.layer for own in forms}
     inputs = dict[str, torch.Tensor]()
     if batches is not None:
         for layer, moments in visit_moments(graph, layers.values(), batches):
             inputs[layer.weight.name] = errors_of(layer, [moments])[0].hessian
 
-    def lost(part: Part) -> np.ndarray:
+    def choices(part: Part) -> list[RankChoice]:
         name, layer = part.heads.layer.weight.name, part.heads.layer
         maps = part.factored(matrices_of(layer)[0], inputs.get(name), metrics.get(name))
-        tail = torch.stack([_padded(one.tail, part.most) for one in maps]).sum(0)
-        tail[tail < NOTHING * tail[0]] = 0  # of forms that lose nothing the knapsack takes the first
-        return (tail if batches is not None else tail / tail[0].clamp(min=1e-300)).numpy()
+        return rank_choices(part, [one.tail for one in maps], widths, share=batches is None)
 
-    return [[lost(part) for part in own] for own in forms]
+    return [[choice for part in own for choice in choices(part)] for own in forms]
 
 
-def _padded(tail: torch.Tensor, most: int) -> torch.Tensor:
-    """Of a map with fewer inputs than channels nothing is lost above their number."""
-    return torch.cat([tail, tail.new_zeros(max(0, most + 1 - len(tail)))])
+def _cut(part: Part, ranks: tuple[int, ...]) -> Cut:
+    """What the report says of a part: the ranks of its heads one by one where they differ."""
+    rank = max(ranks)
+    if min(ranks) == rank:
+        return Cut(f"{part.name}, rank", part.most, rank)
+    words = f"{part.name}, ranks: {part.most} -> {' '.join(map(str, ranks))}"
+    return Cut(f"{part.name}, ranks", part.most, rank, words)

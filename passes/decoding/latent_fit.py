@@ -16,16 +16,17 @@ from regauge.passes.calibration.side_by_side import SideBySide
 from regauge.passes.decoding.latent_parts import Part
 
 Factors = dict[Part, list[tuple[torch.Tensor, torch.Tensor]]]
-"""Of each map of a part its factors: [channels of a head, rank] and [rank, inputs]."""
+"""Of each map of a part its factors: [channels of a head, rank] and [rank, inputs]; maps may differ in rank."""
 
 
-def own_factors(changed: Graph, picked: Mapping[Part, int], *, by: str) -> Factors:
+def own_factors(changed: Graph, picked: Mapping[Part, tuple[int, ...]], *, by: str) -> Factors:
     """The factors of the weights as they are, in the metrics of what reads them; their products are written."""
     found: Factors = {}
-    for part, rank in picked.items():
+    for part, ranks in picked.items():
         layer = part.heads.layer
         matrix = matrices_of(layer)[0].clone()
-        found[part] = [one.of_rank(rank) for one in part.factored(matrix, None, None)]
+        maps = part.factored(matrix, None, None)
+        found[part] = [one.of_rank(rank) for one, rank in zip(maps, ranks, strict=True)]
         _write(matrix, part, found[part])
         set_weight(changed, layer.weight, layer.stored(matrix), by=by)
     return found
@@ -34,7 +35,7 @@ def own_factors(changed: Graph, picked: Mapping[Part, int], *, by: str) -> Facto
 def fitted_factors(
     original: Graph,
     changed: Graph,
-    picked: Mapping[Part, int],
+    picked: Mapping[Part, tuple[int, ...]],
     batches: Sequence[Any],
     metrics: Mapping[str, torch.Tensor],
     *,
@@ -42,7 +43,7 @@ def fitted_factors(
 ) -> Factors:
     """The factors of the maps that give, from what the changed graph computes, most of what the original gives.
 
-    ``picked`` has the rank of each part of ``changed``, a copy of ``original``; products of factors are written into
+    ``picked`` has the ranks of each part of ``changed``, a copy of ``original``; products of factors are written into
     it, and weights of the layers that read attention are refitted.
     """
     found: Factors = {}
@@ -57,7 +58,7 @@ def fitted_factors(
         matrix = (error.optimum if node in outputs else matrices_of(layer)[0]).clone()
         for part in projections.get(node, ()):
             maps = part.factored(error.optimum, error.hessian, metrics[layer.weight.name])
-            found[part] = [one.of_rank(picked[part]) for one in maps]
+            found[part] = [one.of_rank(rank) for one, rank in zip(maps, picked[part], strict=True)]
             _write(matrix, part, found[part])
         set_matrices(changed, layer, matrix[None], [error], by=by)
     return found

@@ -41,9 +41,21 @@ class Part:
         """The rank of each map from which on nothing is saved."""
         return len(self.maps[0])
 
-    def bytes(self, rank: int) -> float:
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The ranks of maps that are not made smaller."""
+        return (self.most,) * len(self.maps)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether heads can be parted into groups with an attention each: keys and values are shared alike."""
+        key, value, query = self.site.key, self.site.value, self.site.query
+        known = key is not None and value is not None and query is not None and not self.joint
+        return known and torch.equal(key.head_of, value.head_of) and torch.equal(key.head_of, key.head_of.sort().values)
+
+    def bytes(self, ranks: Sequence[int]) -> float:
         """What a position takes in the cache."""
-        return len(self.maps) * rank * item_size(self.heads.layer.weight.dtype)
+        return sum(ranks) * item_size(self.heads.layer.weight.dtype)
 
     def factored(
         self, matrix: torch.Tensor, inputs: torch.Tensor | None, outputs: torch.Tensor | None

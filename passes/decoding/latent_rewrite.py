@@ -24,7 +24,8 @@ def write_latents(graph: Graph, factors: Factors, *, by: str) -> None:
             _through_latent(graph, part, *maps[0], by=by)
         else:
             sites.setdefault(part.site, {})[part.kind] = maps
-        record(graph, by, f"{part.name} of rank {len(maps[0][1])}")
+        ranks = [len(down) for _, down in maps]
+        record(graph, by, f"{part.name} of rank {' '.join(map(str, ranks if len(set(ranks)) > 1 else ranks[:1]))}")
     for site, own in sites.items():
         _SiteRewrite(graph, site, by).run(own)
 
@@ -41,7 +42,13 @@ def _through_latent(graph: Graph, part: Part, up: torch.Tensor, down: torch.Tens
 
 
 class _SiteRewrite:
-    """An attention whose keys or values, or both, are latents of the heads."""
+    """An attention whose keys or values, or both, are latents of the heads.
+
+    Attention computes heads of one width together. Heads of other ranks are groups with an attention each, whose
+    results the output's layer reads side by side: nothing is laid out with zeros, neither in caches nor in products,
+    and each group is attention as any other. Padding to the largest rank in place of this would need one attention,
+    but copy the whole cache at every step, or keep zeros in it.
+    """
 
     def __init__(self, graph: Graph, site: Site, by: str) -> None:
         self.graph, self.site = graph, site
@@ -52,31 +59,102 @@ class _SiteRewrite:
         self._query, self._key = query, key
 
     def run(self, maps: Mapping[str, Maps]) -> None:
+        groups = self._groups(maps)
+        results = [self._attention(maps, own) for own in groups]
+        if "values" in maps:
+            self._output(results, maps["values"], groups)
+            return
+        result = results[0]
+        if len(results) > 1:
+            with self.build.at(self.site.node):
+                apart = self.build.concat(*results, dim=result.rank - 3)
+                order = torch.tensor([head for own in groups for head in self._readers(own)]).argsort()
+                result = self._some(apart, order.tolist())
+        replace_uses(self.graph, self.site.node.output, result)
+
+    def _groups(self, maps: Mapping[str, Maps]) -> list[list[int]]:
+        """The heads of keys and values that have the same ranks, those of each group in order."""
+        ranks = [tuple(len(down) for _, down in own) for own in maps.values()]
+        found: dict[tuple[int, ...], list[int]] = {}
+        for head, own in enumerate(zip(*ranks, strict=False)):
+            found.setdefault(own, []).append(head)
+        if len(found) > 1:
+            return list(found.values())
+        heads = self.site.key if "keys" in maps else self.site.value
+        assert heads is not None
+        return [list(range(heads.count))]
+
+    def _readers(self, group: list[int]) -> list[int]:
+        """The query heads that use the heads of a group."""
+        heads = self.site.key or self.site.value
+        assert heads is not None
+        return [place for place, own in enumerate(heads.head_of.tolist()) if own in group]
+
+    def _attention(self, maps: Mapping[str, Maps], group: list[int]) -> Value:
+        """The result of one group [..., query heads, length, size of values], which may be of all heads."""
         site, operands = self.site, list(self.site.node.inputs)
         if "keys" in maps:
             assert site.query is not None and site.key is not None
             # what biases of keys add to scores is the same for all keys, and softmax takes it away
-            operands[1] = self._heads(site.key, torch.stack([down for _, down in maps["keys"]]), None, "latent_keys")
-            up = torch.stack([up for up, _ in maps["keys"]])[site.key.head_of]  # [query heads, size, rank]
-            bias = None if site.query.bias is None else torch.einsum("hd,hdr->hr", site.query.bias, up)
-            weight = torch.einsum("hdr,hdc->hrc", up, site.query.weight)
+            down = torch.stack([maps["keys"][head][1] for head in group])
+            operands[1] = self._heads(site.key, down, None, "latent_keys")
+            readers = self._readers(group)
+            up = torch.stack([maps["keys"][head][0] for head in site.key.head_of[readers].tolist()])
+            bias = None if site.query.bias is None else torch.einsum("hd,hdr->hr", site.query.bias[readers], up)
+            weight = torch.einsum("hdr,hdc->hrc", up, site.query.weight[readers])
             operands[0] = self._heads(site.query, weight, bias, "latent_queries")
         if "values" in maps:
             assert site.value is not None
-            down = torch.stack([down for _, down in maps["values"]])
+            down = torch.stack([maps["values"][head][1] for head in group])
             operands[2] = self._heads(site.value, down, None, "latent_values")
         for slot, heads in enumerate((site.query, site.key, site.value)):
-            if heads is None or operands[slot] is not site.node.inputs[slot]:
-                continue  # what lies in between is not understood: the fused layer stays for it, or it is a latent
-            if self._is_fused(heads, maps) and heads.is_layout:
-                operands[slot] = self._heads(heads, heads.weight, heads.bias, ("queries", "keys", "values")[slot])
+            if operands[slot] is site.node.inputs[slot]:
+                operands[slot] = self._as_it_is(operands[slot], slot, heads, maps, group)
+        if len(operands) > 3:
+            operands[3] = self._part(operands[3], None, group)
         with self.build.at(site.node):
-            result = self.build("attention", *operands, name=site.node.name, **site.node.attributes)
-            result.producer.metadata.update(site.node.metadata)
-            if "values" in maps:
-                self._output(result, torch.stack([up for up, _ in maps["values"]]))
-        if "values" not in maps:
-            replace_uses(self.graph, site.node.output, result)
+            result: Value = self.build("attention", *operands, name=site.node.name, **site.node.attributes)
+        result.producer.metadata.update(site.node.metadata)
+        return result
+
+    def _as_it_is(
+        self, operand: Operand, slot: int, heads: Heads | None, maps: Mapping[str, Maps], group: list[int]
+    ) -> Operand:
+        """The heads of a group of queries, keys or values that are no latents."""
+        # what lies in between may not be understood: then the fused layer stays for it
+        if heads is not None and self._is_fused(heads, maps) and heads.is_layout:
+            own = self._readers(group) if slot == 0 else group
+            bias = None if heads.bias is None else heads.bias[own]
+            return self._heads(heads, heads.weight[own], bias, ("queries", "keys", "values")[slot])
+        return self._part(operand, heads, group)
+
+    def _part(self, operand: Operand, heads: Heads | None, group: list[int]) -> Operand:
+        """The heads of a group out of an operand of attention, which may be a mask that is the same for some."""
+        own, others = self._readers(group), self.site.key or self.site.value
+        assert others is not None
+        if not isinstance(operand, Value) or operand.rank < 3 or len(own) == len(others.head_of):
+            return operand
+        many, repeats = operand.shape[-3], 1 if heads is None else len(heads.head_of) // heads.count
+        if heads is None and many == 1:
+            return operand
+        with self.build.at(self.site.node):
+            if many != len(others.head_of):
+                return self._some(operand, group)
+            if repeats == 1:
+                return self._some(operand, own)
+            once = self._some(operand, own[::repeats])  # a cache has each head once
+            return self.build.repeat_interleave(once, repeats=repeats, dim=once.rank - 3)  # type: ignore[no-any-return]
+
+    def _some(self, value: Value, heads: list[int]) -> Value:
+        """Some heads of a value [..., heads, length, size], in the order given."""
+        axis, start = value.rank - 3, heads[0]
+        if heads == list(range(start, start + len(heads))):
+            if len(heads) == value.shape[axis]:
+                return value
+            found: Value = self.build.slice(value, dim=axis, start=start, end=start + len(heads))
+        else:
+            found = self.build.index_select(value, self.build.constant(torch.tensor(heads), "heads"), dim=axis)
+        return found
 
     def _is_fused(self, heads: Heads, maps: Mapping[str, Maps]) -> bool:
         """Whether the layer makes keys or values, too, which are latents now."""
@@ -97,28 +175,32 @@ class _SiteRewrite:
             *batch, _, length, _ = self._query.shape if heads is self.site.query else self._key.shape
             parted = self.build.reshape(made, shape=(*batch, length, count, size))
             found: Value = self.build.permute(parted, dims=_swapped(parted.rank - 1))
-            repeats = len(heads.head_of) // count
+            repeats = len(heads.head_of) // heads.count
             if repeats > 1 and not self.shared:
                 found = self.build.repeat_interleave(found, repeats=repeats, dim=found.rank - 3)
         return found
 
-    def _output(self, mixed: Value, up: torch.Tensor) -> None:
+    def _output(self, results: Sequence[Value], maps: Maps, groups: list[list[int]]) -> None:
         """What reads attention reads latents [..., query heads, length, rank]; it takes the bias of values over."""
         site = self.site
         assert site.output is not None and site.value is not None
         layer, weight = site.output.layer, site.output.weight  # [query heads, size, outputs]
-        absorbed = torch.einsum("hdr,hdo->hro", up[site.value.head_of], weight)
         bias = None if layer.bias is None else layer.bias.tensor.detach().double()
         if site.value.bias is not None:
             added = torch.einsum("hd,hdo->o", site.value.bias[site.value.head_of], weight)
             bias = added if bias is None else bias + added
-        rank = mixed.rank - 1
-        apart = self.build.permute(mixed, dims=_swapped(rank))
-        rows = self.build.reshape(apart, shape=(*site.output.x.shape[:-1], absorbed.shape[0] * absorbed.shape[1]))
+        rows, absorbed = [], []
+        for mixed, own in zip(results, groups, strict=True):
+            readers = self._readers(own)
+            up = torch.stack([maps[head][0] for head in site.value.head_of[readers].tolist()])
+            absorbed.append(torch.einsum("hdr,hdo->hro", up, weight[readers]).flatten(0, 1))
+            apart = self.build.permute(mixed, dims=_swapped(mixed.rank - 1))
+            rows.append(self.build.reshape(apart, shape=(*site.output.x.shape[:-1], len(absorbed[-1]))))
+        x = rows[0] if len(rows) == 1 else self.build.concat(*rows, dim=rows[0].rank - 1)
         with self.build.at(layer.node):
             result = self.build.linear(
-                rows,
-                _weight(self.build, layer, "latent", absorbed.flatten(0, 1).T),
+                x,
+                _weight(self.build, layer, "latent", torch.cat(absorbed).T),
                 None if bias is None else _weight(self.build, layer, "latent", bias, "bias"),
             )
         replace_uses(self.graph, layer.node.output, result)

@@ -49,6 +49,7 @@ class Depth(Pass):
     name: ClassVar[str] = "depth"
     contract: ClassVar[Contract] = "approximate"
     solves: ClassVar[bool] = True
+    wants_layers: ClassVar[bool] = True
 
     blocks: int | None = option(None, "how many blocks, or branches, are removed", at_least=0)
     ratio: float | None = option(None, "share of the blocks, or branches, that is removed", at_least=0, at_most=1)

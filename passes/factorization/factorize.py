@@ -54,6 +54,7 @@ class Factorize(Pass):
     name: ClassVar[str] = "factorize"
     contract: ClassVar[Contract] = "approximate"
     solves: ClassVar[bool] = True
+    wants_layers: ClassVar[bool] = True
 
     params: float | str | None = option(None, "parameters kept: a share (0.5) or a number (1.2M)")
     macs: float | str | None = option(None, "multiply-accumulates kept: a share or a number (300M)")

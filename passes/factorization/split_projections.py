@@ -39,6 +39,7 @@ class SplitProjections(Pass):
     name: ClassVar[str] = "split-projections"
     contract: ClassVar[Contract] = "exact"
     solves: ClassVar[bool] = True
+    wants_layers: ClassVar[bool] = True
 
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
     exclude: tuple[str, ...] = option((), "globs on names of weights: not these")

@@ -47,6 +47,7 @@ class FuseBlocks(Pass):
     name: ClassVar[str] = "fuse-blocks"
     contract: ClassVar[Contract] = "approximate"
     solves: ClassVar[bool] = True
+    wants_layers: ClassVar[bool] = True
 
     blocks: int = option(1, "how many blocks are removed", at_least=0)
     group: int = option(

@@ -41,6 +41,7 @@ class Parallelize(Pass):
     name: ClassVar[str] = "parallelize"
     contract: ClassVar[Contract] = "approximate"
     solves: ClassVar[bool] = True
+    wants_layers: ClassVar[bool] = True
 
     branches: int = option(1, "how many branches read what the one before them reads", at_least=0)
     compensate: bool = option(True, "refit the layers behind by least squares")

@@ -45,6 +45,7 @@ class SplitExperts(Pass):
     name: ClassVar[str] = "split-experts"
     contract: ClassVar[Contract] = "approximate"
     solves: ClassVar[bool] = True
+    wants_layers: ClassVar[bool] = True
 
     experts: int = option(8, "into how many experts each hidden layer is split", at_least=2)
     active: int = option(4, "how many of them run for a row", at_least=1)

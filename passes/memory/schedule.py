@@ -14,11 +14,11 @@ from typing import Any
 
 from regauge.ir.cost import smallest_sizes
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.interpret import born_inside
 from regauge.ir.memory import read_from_around, returned
 from regauge.ir.memory_plan import MemoryPlan, plan_memory
 from regauge.ir.purity import is_pure
 from regauge.ir.roofline import Device, local_seconds
+from regauge.ir.schedule import schedule
 from regauge.ir.storage import storages
 
 Schedule = Sequence[int]
@@ -57,8 +57,9 @@ class Work:
         self._around = {node: set[Value]().union(*map(read_from_around, node.regions)) for node in graph.nodes}
         read_inside = set[Value]().union(*self._around.values())
         self._not_by_nodes = {*returned(graph), *read_inside}
-        self.tells_sizes = bool(born_inside(graph))
-        pinned, inside, telling = self._numbers(read_inside), _inside(graph, plan), born_inside(graph)
+        telling = {step.node for step in schedule(graph) if step.late}
+        self.tells_sizes = bool(telling)
+        pinned, inside = self._numbers(read_inside), _inside(graph, plan)
         self.tasks: list[Task] = []
         for node in graph.nodes:
             if not self.is_view(node):

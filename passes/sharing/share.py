@@ -61,6 +61,7 @@ class Share(Pass):
     name: ClassVar[str] = "share"
     contract: ClassVar[Contract] = "approximate"
     solves: ClassVar[bool] = True
+    wants_layers: ClassVar[bool] = True
 
     kind: Kind = option(
         "tie",

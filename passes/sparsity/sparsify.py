@@ -58,6 +58,7 @@ class Sparsify(Pass):
     name: ClassVar[str] = "sparsify"
     contract: ClassVar[Contract] = "approximate"
     solves: ClassVar[bool] = True
+    wants_layers: ClassVar[bool] = True
 
     pattern: str = option("2:4", "N:M, which keeps N of every M neighbours, or unstructured, or block")
     ratio: float | None = option(

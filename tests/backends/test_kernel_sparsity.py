@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import regauge
-from regauge.backends.kernel_sparsity import dense_of, n_of_m_of, pack_zeros, stored
+from regauge.backends.kernel_sparsity import dense_of, is_bitmap, n_of_m_of, pack_zeros, stored, stored_bitmap
 from regauge.backends.torch_kernels import with_kernels
 from regauge.ir.edit import Builder
 from regauge.ir.fusion.plan import plan_fusion
@@ -95,3 +95,63 @@ def test_what_sparsify_makes_is_stored_sparse_and_learns() -> None:
     module(x).square().sum().backward()
     sizes = {tuple(parameter.shape): parameter.grad is not None for parameter in module.parameters()}
     assert sizes[128, 2, 64] and sizes[16, 2, 32]
+
+
+def scattered(outputs: int, inputs: int, kept: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A weight with zeros anywhere."""
+    generator = torch.Generator().manual_seed(1)
+    there = torch.rand(outputs, inputs, generator=generator) < kept
+    return (torch.randn(outputs, inputs, generator=generator) * there).to(dtype)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 1.0])
+def test_what_a_bitmap_stores_is_the_weight(kept: float) -> None:
+    weight = scattered(7, 96, kept)
+    weight[2] = 0
+    weight[3] = torch.inf
+    graph = Graph("g")
+    build = Builder(graph)
+    values, mask, starts = stored_bitmap(weight)
+    words = build.parameter("m", mask, "buffer"), build.parameter("b", starts, "buffer")
+    graph.outputs = [build.bitmap(build.parameter("v", values), *words, of=32)]
+    (found,) = graph.run([])
+    assert torch.equal(found, weight) and len(values) == int((weight != 0).sum())
+    assert len(stored_bitmap(torch.zeros(2, 32))[0]) == 1
+
+
+def test_a_bitmap_is_for_zeros_that_lie_anywhere() -> None:
+    weight = scattered(64, 256, 0.3, torch.float16)
+    assert is_bitmap(weight) and n_of_m_of(weight) is None
+    assert not is_bitmap(scattered(64, 256, 0.7, torch.float16))
+    assert not is_bitmap(scattered(64, 240, 0.1))  # no whole words
+    half = sparse(64, 256, 2, 4, torch.float16)  # 1.125 bytes for each entry, of a bitmap 1.25
+    assert n_of_m_of(half) == (2, 4)
+    eighth = sparse(64, 256, 4, 8, torch.float16) * scattered(64, 256, 0.1, torch.float16).ne(0)
+    assert is_bitmap(eighth) and n_of_m_of(eighth) is None
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_plan_counts_the_entries_and_the_bits_of_a_bitmap(turned: bool) -> None:
+    weight = scattered(96, 256, 0.3, torch.float16)
+    graph = layer(weight, turned=turned)
+    assert len(pack_zeros(graph)) == 1
+    plan = plan_fusion(graph, contractions=False)
+    (region,) = plan.regions
+    words = 2 * 96 * 8 * 4
+    assert plan.bytes == 4 * 256 * 2 + int((weight != 0).sum()) * 2 + words + 4 * 96 * 2
+    assert few_bit_sides(region) == [(False, True)]
+    assert {node.op for node in region.nodes} >= {"bitmap", "silu"}
+
+
+def test_weights_cut_one_by_one_are_stored_as_bitmaps_and_learn() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 128), torch.nn.ReLU(), torch.nn.Linear(128, 16)).eval()
+    graph = regauge.capture(model, (torch.randn(2, 256),), dynamic={0: {0: "rows"}})
+    cut = optimize(graph, "sparsify{pattern=unstructured,ratio=0.7}")
+    found = with_kernels(cut)
+    assert not found.left and sum(op.graph.nodes[0].op == "bitmap" for op in found.operators) == 2
+    module, x = cut.to_torch(kernels="triton"), torch.randn(3, 256)
+    torch.testing.assert_close(module(x), cut.to_torch()(x), rtol=1e-5, atol=1e-5)
+    module(x).square().sum().backward()
+    learn = [parameter for parameter in module.parameters() if parameter.dim() == 1 and len(parameter) > 128]
+    assert len(learn) == 2 and all(bool(parameter.grad.abs().sum() > 0) for parameter in learn)

@@ -120,7 +120,13 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(name: str, form: Form, 
     assert compiled.spilled == 0 and compiled.registers <= 64
 
 
-FEW_BITS = [("int4_weight", 16), ("int4_weight", 4096), ("float8_both", 4096), ("sparse_24_weight", 16)]
+FEW_BITS = [
+    ("int4_weight", 16),
+    ("int4_weight", 4096),
+    ("float8_both", 4096),
+    ("sparse_24_weight", 16),
+    ("bitmap_weight", 16),
+]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -145,6 +151,11 @@ def test_text_of_a_gated_layer_of_four_bits(golden: object) -> None:
 def test_text_of_a_sparse_product(golden: object) -> None:
     kernel = kernel_of(form_graph("sparse_24_weight", torch.bfloat16, 16, 256), "sparse")
     golden("kernel_sparse_24", kernel.source().text.strip())  # type: ignore[operator]
+
+
+def test_text_of_a_product_with_a_bitmap(golden: object) -> None:
+    kernel = kernel_of(form_graph("bitmap_weight", torch.bfloat16, 16, 256), "bitmap")
+    golden("kernel_bitmap", kernel.source().text.strip())  # type: ignore[operator]
 
 
 def test_text_of_a_product_that_is_shared_out(golden: object) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import regauge
-from decoders import CHARACTERS, LONGEST, Placed, Rotary, characters, decoder, stepped
+from decoders import CHARACTERS, LONGEST, Placed, Rotary, characters, decoder, of_rank, stepped
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.states import Steps
@@ -22,11 +22,6 @@ MODELS = {
     "fused": lambda: Rotary("fused"),  # one layer for queries, rotated keys and values
     "normed": lambda: Rotary("normed"),  # keys are normalised before they are rotated
 }
-
-
-def of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    return (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
 
 
 def halved(model: nn.Module) -> nn.Module:
