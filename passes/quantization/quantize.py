@@ -49,6 +49,7 @@ from regauge.passes.quantization.ranges import Calibration
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
 from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
 from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
+from regauge.passes.quantization.subspaces import least_bits
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
 from regauge.passes.quantization.weights import group_of, rows_of, stored_on_data
@@ -179,8 +180,7 @@ class Quantize(Pass):
             writer = self._weights_alone(original, layers, target, context, self._expected(graph))
         if tables:
             context.note(f"{self.table_bits} bits: {len(tables)} tables of vectors")
-        if plain:
-            context.note(f"8 bits: {len(plain)} weights that are read in float")
+        context.note(f"8 bits: {len(plain)} weights that are read in float") if plain else None
         result = self._finished(writer)
         inputs = None if context.data is None else next(context.inputs(graph))
         check_latency(graph, result, target, inputs, context, self.gate)
@@ -277,7 +277,9 @@ class Quantize(Pass):
         if self._scheme.mixed:
             formats = self._mixed(original, layers, target, context)
         else:
-            formats = {layer.weight.name: self._format(original, layer, bits) for layer in layers}
+            least = least_bits(original) if self._scheme.make is integers else {}
+            sizes = [(layer.weight.name, layer, max(bits, least.get(layer.weight.name, 0))) for layer in layers]
+            formats = {name: self._format(original, layer, size) for name, layer, size in sizes}
         result = original.copy()
         own = [layer for layer in self.layers_of(result, Counter()) if layer.weight.name in formats]
         stored = self.stored(original, result, own, formats, context, expected)
