@@ -19,6 +19,7 @@ from regauge.backends.torch_packing import pack
 from regauge.ir.edit import Builder, remove_dead, replace_uses, set_input
 from regauge.ir.fusion.fused import Rounding, fuse_graph, fused_nodes
 from regauge.ir.fusion.plan import plan_fusion
+from regauge.ir.fusion.splits import slice_splits
 from regauge.ir.graph import Graph, Node, Parameter, Value
 
 
@@ -30,6 +31,7 @@ def for_kernels(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
         return graph
     result = graph.copy()
     with_own_numbers(result)
+    slice_splits(result)
     sparse = pack_zeros(result)
     regions = plan_fusion(result, contractions=False).regions
     inside = [node for region in regions if region.contractions for node in region.nodes]

@@ -7,7 +7,8 @@ Where a greater score is met, total and mixed are brought to it by exp(old peak 
 FlashAttention, algorithm 1; Dao 2023, FlashAttention-2, with the division at the end). Queries that share keys are rows
 of the same program. Behind the last place that a causal mask leaves to a tile nothing is read.
 
-Keys and values of few bits are multiplied as codes (:mod:`triton_coded`).
+Keys and values of few bits are multiplied as codes (:mod:`triton_coded`), keys that are products with latents computed
+tile by tile (:mod:`triton_latent`).
 
 With few queries the places are shared out among SPLITS programs (``split``), whose peaks, totals and mixtures a second
 kernel joins (``combine``; Dao et al. 2023, Flash-Decoding).
@@ -20,12 +21,13 @@ from typing import Literal
 
 import torch
 
-from regauge.backends.triton_coded import CodedFactors, of_places
+from regauge.backends.triton_coded import of_places
 from regauge.backends.triton_contraction import type_of
 from regauge.backends.triton_expressions import TRITON_TYPES, outermost
+from regauge.backends.triton_latent import LatentFactors
 from regauge.backends.triton_loops import Loop
 from regauge.ir.fusion.attention import causal_bound
-from regauge.ir.fusion.region import Region, Term, below_results, terms_below
+from regauge.ir.fusion.region import Region, terms_below
 
 AttentionForm = Literal["attention", "split", "combine"]
 _TITLES: Mapping[AttentionForm, str] = {
@@ -42,7 +44,7 @@ SCRATCH = ("peaks_ptr", "totals_ptr", "mixtures_ptr")
 """What parts hand on: for each part and row a peak, a total, and a mixture of all columns, in single precision."""
 
 
-class AttentionKernel(CodedFactors):
+class AttentionKernel(LatentFactors):
     """The text of one kernel; see the module docstring."""
 
     def __init__(self, region: Region, name: str, form: AttentionForm, *, contiguous: bool) -> None:
@@ -76,7 +78,10 @@ class AttentionKernel(CodedFactors):
         else:
             self._results()
         name = self.name_of_kernel
-        head = self.signature(name, self.arguments(self.loops, self.scratch), _CONSTANTS[self.form])
+        constants = _CONSTANTS[self.form]
+        if self.loops.rank and self.form != "combine":
+            constants = (*constants, "BLOCK_R")
+        head = self.signature(name, self.arguments(self.loops, self.scratch), constants)
         return self.finished([*head, *self.docstring(name, _TITLES[self.form], self.loops.all)])
 
     # -- indices -----------------------------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ class AttentionKernel(CodedFactors):
     def _queries(self) -> None:
         self._head("[None, :]")
         kind, coded = self._type(), self.parts.coded_keys
-        self.queries = self._factor("queries", self.parts.queries, kind, "m_ok & k_ok")
+        self.queries = self.factor("queries", self.parts.queries, kind, "m_ok & k_ok")
         if coded is None:
             self._head("[:, None]")
         else:
@@ -174,7 +179,7 @@ class AttentionKernel(CodedFactors):
                 self.line(f"{name} = {name} * kept + tl.sum({text}, axis=1, keep_dims=True)")
         self._source("[:, None]")
         if coded is None:
-            return self._factor("values", self.parts.values, kind, "s_ok & n_ok")
+            return self.factor("values", self.parts.values, kind, "s_ok & n_ok")
         self.needed(coded.places)
         return self.codes("values", coded, kind, "BLOCK_N", self.loops.columns, coded.places)
 
@@ -194,8 +199,10 @@ class AttentionKernel(CodedFactors):
     def _logits(self) -> str:
         """The lines that compute a tile of what the softmax is of; returns its name."""
         scores, coded = self.name(self.parts.scores), self.parts.coded_keys
-        if coded is None:
-            keys = self._factor("keys", self.parts.keys, self._type(), "k_ok & s_ok")
+        if self.parts.latent_keys is not None:
+            keys = self.keys_of_latents(self.parts.latent_keys, self._type())
+        elif coded is None:
+            keys = self.factor("keys", self.parts.keys, self._type(), "k_ok & s_ok")
         else:
             self._source("[:, None]")
             codes = self.codes("keys", coded, self._type(), "BLOCK_K", self.loops.contracted)
@@ -215,30 +222,6 @@ class AttentionKernel(CodedFactors):
         factors = (self.parts.queries, *([] if self.parts.coded_keys is not None else [self.parts.keys]))
         types = {type_of(factor) for factor in factors}
         return types.pop() if len(types) == 1 else torch.float32
-
-    def _factor(self, side: str, factor: Term, kind: torch.dtype, mask: str) -> str:
-        """The lines that read or compute a tile of a factor; returns its name. What lacks one of the axes of the tile
-        is repeated along it."""
-        name = self._given(side, factor, kind, mask)
-        axes = {axis.partition("_")[0] for axis in mask.split(" & ")}
-        if name == side or axes <= {self.region.names[dim][0] for dim in factor.axes}:
-            return name
-        self.line(f"{side} = tl.where({mask}, {name}, 0.0).to({TRITON_TYPES[kind]})")
-        return side
-
-    def _given(self, side: str, factor: Term, kind: torch.dtype, mask: str) -> str:
-        below = below_results(factor)
-        if below.op == "load":
-            tensor = self.of_load[below]
-            self.statements(below.args, self.load)
-            cast = "" if tensor.value.dtype == kind else f".to({TRITON_TYPES[kind]})"
-            self.line(f"{self.name(below)} = {self.of_bytes(tensor, self.raw(below))}{cast}")
-            return self.name(below)
-        needed = {*terms_below(factor), factor}
-        self.statements([term for term in self.region.terms if term in needed], self.load)
-        text = f"tl.where({mask}, {outermost(self.text(factor))}, 0.0)"
-        self.line(f"{side} = {text}" if kind == torch.float32 else f"{side} = {text}.to({TRITON_TYPES[kind]})")
-        return side
 
     # -- parts -------------------------------------------------------------------------------------------------------
 

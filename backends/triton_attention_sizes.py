@@ -63,6 +63,9 @@ def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loo
     if form == "combine":
         return Launch(programs, {**constants, "SPLITS": splits}, warps)
     constants |= {"BLOCK_K": max(16, power_above(count(loops.contracted, sizes))), "BLOCK_S": deep}
+    if loops.rank:  # there is a tile of keys for each product, too
+        constants["BLOCK_S"] = deep if width <= 64 else 32
+        constants["BLOCK_R"] = min(64, max(16, power_above(count(loops.rank, sizes))))
     if form == "split":
         constants["SPLITS"], programs = splits, programs * splits
     return Launch(programs, constants, warps, stages=2)

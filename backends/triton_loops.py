@@ -61,7 +61,8 @@ class Loops:
 
     Of a contraction rows are those of its left factor and columns those of its right one; both factors have ``batch``
     and what is ``contracted``. Of attention these are queries, columns of values, heads, and what scores are summed
-    over; keys and values have ``source``. Of ``measured`` axes, which are no loops, only the sizes are asked for.
+    over; keys and values have ``source``, and keys may be made of what has a ``rank``. Of ``measured`` axes, which are
+    no loops, only the sizes are asked for.
     """
 
     rows: tuple[Loop, ...]
@@ -70,10 +71,11 @@ class Loops:
     contracted: tuple[Loop, ...] = ()
     source: tuple[Loop, ...] = ()
     measured: tuple[Loop, ...] = ()
+    rank: tuple[Loop, ...] = ()
 
     @cached_property
     def all(self) -> tuple[Loop, ...]:
-        return (*self.batch, *self.rows, *self.columns, *self.contracted, *self.source)
+        return (*self.batch, *self.rows, *self.columns, *self.contracted, *self.source, *self.rank)
 
     @property
     def sized(self) -> tuple[Loop, ...]:
@@ -110,7 +112,7 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool, swe
 
     measured = tuple(Loop(region.names[dim], (dim,)) for dim in region.measured)
     if region.kind in ("contraction", "attention"):
-        return Loops(merged("m"), merged("n"), merged("b"), merged("k"), merged("s"), measured)
+        return Loops(merged("m"), merged("n"), merged("b"), merged("k"), merged("s"), measured, merged("r"))
     rows, columns = merged("i"), merged("r")
     if region.reduced and not sweep:
         return Loops(rows, columns, measured=measured)

@@ -34,7 +34,7 @@ HEAD = "import triton\nimport triton.language as tl\n"
 _TAKEN = {
     "tl", "triton", "row", "col", "ok", "row_ok", "col_ok", "start", "window", "step", "steps", "group", "split",
     "begin", "end", "part", "entries", "partials", "each", "blocks", "program", "first", "high", "batch", "m", "n",
-    "k", "s", "tiles", "share", "highest", "shift", "kept", "weights", "logits", "place", "places", "float",
+    "k", "s", "r", "low", "tiles", "share", "highest", "shift", "kept", "weights", "logits", "place", "places", "float",
     "range",
     *FUNCTIONS,
 }  # fmt: skip

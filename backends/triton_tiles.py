@@ -53,7 +53,8 @@ class TileBase(Writer):
 
     def entry(self, tensor: Tensor, picks: Sequence[Term] = ()) -> tuple[str, str]:
         """The address of an entry of a tile, and the mask."""
-        axes = {"m": self.loops.rows, "n": self.loops.columns, "k": self.inner, "s": self.loops.source}
+        loops = self.loops
+        axes = {"m": loops.rows, "n": loops.columns, "k": self.inner, "s": loops.source, "r": loops.rank}
         masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
         return self.address(tensor, self.loops, picks), " & ".join(masks)
 

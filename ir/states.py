@@ -69,6 +69,27 @@ def take_states(graph: Graph, noted: str | None) -> None:
             graph.states.append(State(before.name, before, after, returned=True))
 
 
+def pair_states(graph: Graph) -> None:
+    """Declare, in place, states of a graph that names none: each output, but for the first, goes with the next input,
+    but for the first, of its type and sizes; a dynamic size may be any other one.
+
+    A guess by form alone, for files of streams whose answer comes first: look at ``graph.states`` before relying on it.
+    """
+    free = [value for value in graph.inputs[1:] if not any(state.before is value for state in graph.states)]
+    for after in graph.outputs[1:]:
+        found = next((before for before in free if isinstance(after, Value) and _alike(before, after)), None)
+        if found is not None and isinstance(after, Value) and after.producer is not None:
+            free.remove(found)
+            graph.states.append(State(found.name, found, after, returned=True))
+
+
+def _alike(before: Value, after: Value) -> bool:
+    if before.dtype != after.dtype or before.rank != after.rank or not before.rank:
+        return False
+    pairs = zip(before.shape, after.shape, strict=True)
+    return all(a == b or not isinstance(a, int) and not isinstance(b, int) for a, b in pairs)
+
+
 def _pairs(noted: str | None) -> list[tuple[str, str]]:
     """None of a property that others wrote."""
     try:
@@ -91,7 +112,7 @@ def forget_origin(graph: Graph) -> None:
 def first_states(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Zeros for every carried state, in their order; the ordinary ``inputs`` of the first run tell dynamic sizes.
 
-    A cache, which grows from run to run, has no entries yet.
+    A cache, which grows from run to run, has no entries yet; other dynamic sizes are those that come back.
     """
     bindings: dict[sympy.Symbol, int] = {}
     for value, tensor in zip(ordinary_inputs(graph), inputs, strict=True):
@@ -100,7 +121,8 @@ def first_states(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Ten
     for state in carried(graph):
         for before, after in zip(state.before.shape, state.after.shape, strict=True):
             if before != after and isinstance(before, sympy.Symbol):
-                bindings.setdefault(before, 0)
+                known = not isinstance(after, int) and after.free_symbols <= bindings.keys()
+                bindings.setdefault(before, int(after.subs(bindings)) if known else 0)
         dtype = state.before.dtype
         if not isinstance(dtype, torch.dtype):
             raise GraphError(f"the state {state.before} cannot be made of zeros: hand in a first one")

@@ -118,8 +118,29 @@ def int8_cache_attention(f: Form, rows: Any, columns: int) -> Any:
     return b.attention(b.tanh(f.x(3, rows, 80)), keys, values, scale=0.2)
 
 
+def turned_latents_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Two heads of keys are computed from latents that they share, turned by their positions, and read by two heads of
+    queries each, as ``kv-latent`` leaves them (Palu)."""
+    b, width, rank = f.build, 128 if columns >= 512 else 32, 256 if columns >= 512 else 40
+    q, latents = f.x(2, 4, min(rows, 16), width), f.x(2, columns, rank)
+    keys = b.permute(
+        b.reshape(b.linear(latents, f.w(2 * width, rank)), shape=(2, columns, 2, width)), dims=(0, 2, 1, 3)
+    )
+    low, high = (b.slice(keys, dim=3, start=start, end=start + width // 2, step=1) for start in (0, width // 2))
+    turned = b.concat(b.neg(high), low, dim=3)
+    keys = b.add(b.mul(keys, f.x(columns, width)), b.mul(turned, f.x(columns, width)))
+    return b.attention(q, keys, f.x(2, 2, columns, width), scale=width**-0.5 / 8, enable_gqa=True)
+
+
+def latent_keys_with_bias_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Latents of each head, a bias behind the product, and a scale of each number of a head."""
+    b, q, latents = f.build, f.x(3, rows, 64), f.x(3, columns, 24)
+    keys = b.add(b.matmul(latents, b.permute(f.w(3, 64, 24), dims=(0, 2, 1))), f.w(3, 1, 64))
+    return b.attention(q, b.mul(keys, f.w(64)), f.x(3, columns, 64), f.x(rows, columns, dtype=torch.bool), scale=0.02)
+
+
 ATTENTION_FORMS = (
     causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention, decoding_attention,
     latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding, int4_groups_attention,
-    int8_cache_attention,
+    int8_cache_attention, turned_latents_attention, latent_keys_with_bias_attention,
 )  # fmt: skip

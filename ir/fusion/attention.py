@@ -1,6 +1,6 @@
 """Attention, read off the terms of a region: two sums of products with a softmax between them.
 
-    scores[m, s]   sum over k of queries[m, k] * keys[s, k]
+    scores[m, s]   sum over k of queries[m, k] * keys[s, k], where keys may be products themselves (:mod:`latent`)
     logits[m, s]   scores, scaled, masked, biased: whatever stands between, index by index
     weights[m, s]  exp(logits - peak), where peak is the greatest of the logits over s; total is their sum over s
     mixed[m, n]    sum over s of weights / total * values[s, n]
@@ -21,6 +21,7 @@ from functools import cached_property
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
 from regauge.ir.fusion.coded import Coded, coded
+from regauge.ir.fusion.latent import Latents, latents_of
 from regauge.ir.fusion.online import is_shifted
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.sizes import is_static, product
@@ -79,9 +80,19 @@ class Attention:
         """How values are made of codes; None where they are read, or computed, as they are."""
         return coded(self.values, self.source, self.columns)
 
+    @cached_property
+    def latent_keys(self) -> Latents | None:
+        """How keys are made of latents; None where no product makes them."""
+        return latents_of(self.keys, self.source)
+
+    @property
+    def rank(self) -> frozenset[Dim]:
+        """What keys are summed over where they are made of latents."""
+        return frozenset() if self.latent_keys is None else self.latent_keys.over
+
     def letter(self, dim: Dim) -> str:
         """What loops of its kind are called (:attr:`Region.names`)."""
-        kinds = {"s": self.source, "k": self.head, "b": self.batch, "n": self.columns}
+        kinds = {"s": self.source, "k": self.head, "b": self.batch, "n": self.columns, "r": self.rank}
         return next((letter for letter, dims in kinds.items() if dim in dims), "m")
 
     def behind(self, region: Region) -> list[Term]:
@@ -101,19 +112,23 @@ def find_attention(region: Region) -> Attention:
     """The attention that a region computes; raises FusionError with the reason where it computes none."""
     peaks = [term for term in region.reductions if term.op == "amax"]
     sums = [term for term in region.reductions if term.op == "sum"]
-    if len(peaks) != 1 or len(sums) != 3:
+    if len(peaks) != 1 or len(sums) < 3:
         raise FusionError("it would have two contractions, and no softmax between them")
     (peak,) = peaks
     logits = below_results(peak.args[0])
     inside = terms_below(peak)
-    (scores, *others), rest = [term for term in sums if term in inside] or [peak], [s for s in sums if s not in inside]
+    first, rest = [term for term in sums if term in inside], [term for term in sums if term not in inside]
+    deeper = {one for term in first for one in terms_below(term)}
+    (scores, *others) = [term for term in first if term not in deeper] or [peak]
     if others or len(rest) != 2 or below_results(scores.args[0]).op != "mul":
         raise FusionError("it would have two contractions, and no softmax between them")
     weights, total = _weights(rest, logits, peak)
     (mixed,) = (term for term in rest if term is not total)
     values, factors = _mixture(mixed, weights, peak)
-    first, second = below_results(scores.args[0]).args
-    keys, queries = (first, second) if first.axes & mixed.over else (second, first)
+    left, right = below_results(scores.args[0]).args
+    keys, queries = (left, right) if left.axes & mixed.over else (right, left)
+    if deeper.intersection(sums) - terms_below(keys) or deeper.intersection(sums) & terms_below(queries):
+        raise FusionError("its queries are computed by products")
     found = Attention(queries, keys, values, scores, logits, peak, weights, total, mixed, factors)
     _check_loops(region, found)
     return found
@@ -157,9 +172,9 @@ def _check_loops(region: Region, found: Attention) -> None:
     source, head = found.source, found.head
     if not source <= found.keys.axes or source & found.queries.axes or not source <= found.values.axes:
         raise FusionError("its keys and values have not the same places")
-    if head & (found.logits.axes | found.values.axes):
+    if (head | found.rank) & (found.logits.axes | found.values.axes) or head & found.rank:
         raise FusionError("an axis that is contracted goes on behind it")
-    if any(term.axes & (source | head) for term in found.behind(region)):
+    if any(term.axes & (source | head | found.rank) for term in found.behind(region)):
         raise FusionError("its weights are read behind the second contraction")
     given = found.batch | found.rows | found.columns
     for value in region.outputs:

@@ -18,12 +18,13 @@ from itertools import product as product_of
 from regauge.ir.cost import item_size, node_macs, smallest_sizes
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.legality import NO_FLOAT, computed_in_windows, fault
+from regauge.ir.fusion.plan_groups import Group, before_views, kept_apart, steps_of, whole
 from regauge.ir.fusion.planned import Plan as Plan
 from regauge.ir.fusion.planned import Refusal as Refusal
 from regauge.ir.fusion.planned import moves_nothing as moves_nothing
 from regauge.ir.fusion.products import few_bit_sides
 from regauge.ir.fusion.prologues import again
-from regauge.ir.fusion.region import Region, below_results, is_view, no_element
+from regauge.ir.fusion.region import Region, is_view, no_element
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.fusion.traffic import bytes_moved
 from regauge.ir.graph import Graph, Node, Value
@@ -63,23 +64,6 @@ def plan_fusion(
     return _Planner(graph, DEVICES["gpu"] if device is None else device, at, contractions, attention).plan()
 
 
-class _Group:
-    """Nodes that are one kernel so far; ``region`` is None where they are no region, ``why`` says the reason.
-
-    ``beside`` are results of parts that nothing else connects: they have the same loops.
-    """
-
-    __slots__ = ("nodes", "beside", "first", "last", "region", "why", "bytes", "seconds")
-
-    def __init__(self, nodes: list[Node], first: int, last: int, beside: tuple[Value, ...] = ()) -> None:
-        self.nodes, self.beside = nodes, beside
-        self.first, self.last = first, last  # positions in the graph
-        self.region: Region | None = None
-        self.why = ""
-        self.bytes = 0.0
-        self.seconds = 0.0
-
-
 class _Planner:
     def __init__(
         self, graph: Graph, device: Device, at: Mapping[object, int] | None, contractions: bool, attention: bool
@@ -107,16 +91,16 @@ class _Planner:
             self.known_bytes[value] = product(sizes) * item_size(value.dtype)
         return self.known_bytes[value]
 
-    def _alone(self, node: Node) -> _Group:
+    def _alone(self, node: Node) -> Group:
         place = self.place[node]
-        group = _Group([node], place, place)
+        group = Group([node], place, place)
         self._become_region(group)
         if group.region is None and not moves_nothing(node):
             read = dict.fromkeys(value for _, value in node.operands())
             self._cost(group, sum(map(self.value_bytes, [*read, *node.outputs])))
         return group
 
-    def _become_region(self, group: _Group) -> None:
+    def _become_region(self, group: Group) -> None:
         try:
             region = trace(self._trimmed(group.nodes), self.returned, group.beside)
         except FusionError as error:
@@ -152,7 +136,7 @@ class _Planner:
                 return kept
             kept = rest
 
-    def _cost(self, group: _Group, moved: float) -> None:
+    def _cost(self, group: Group, moved: float) -> None:
         """A node by itself is computed as its runtime likes; a program of a kernel that reduces rows has whole rows."""
         macs = sum(node_macs(node, self.bound) for node in group.nodes)
         busy = 1.0
@@ -172,7 +156,7 @@ class _Planner:
         ]
         return list(dict.fromkeys(found))
 
-    def _saved(self, value: Value, above: _Group, below: _Group) -> float:
+    def _saved(self, value: Value, above: Group, below: Group) -> float:
         """Bytes that need not be moved where a value stays inside of a kernel."""
         if not (above.bytes and below.bytes):
             return 0
@@ -196,6 +180,7 @@ class _Planner:
         refused = self._join_along(edges)
         if self.attention:
             made = self._join_attention()
+            made |= self._join_latents()
             found = self._join_along([edge for edge in edges if not made.isdisjoint(self._ends(*edge))])
             refused = list({(refusal.value, refusal.reader): refusal for refusal in [*refused, *found]}.values())
         self._join_beside()
@@ -203,12 +188,12 @@ class _Planner:
         apart = [r for r in refused if self.group[r.value.producer] is not self.group[r.reader]]  # type: ignore[index]
         apart += self._apart_beside()
         apart.sort(key=lambda refusal: -refusal.bytes)
-        steps = [step for group in groups for step in _steps(group)]
+        steps = [step for group in groups for step in steps_of(group)]
         after = sum(group.bytes for group in groups)
         alone = sum(not moves_nothing(node) for node in self.graph.nodes)
         return Plan(self.graph, tuple(steps), tuple(apart), int(after), int(before), alone)
 
-    def _ends(self, value: Value, reader: Node) -> tuple[_Group, _Group]:
+    def _ends(self, value: Value, reader: Node) -> tuple[Group, Group]:
         assert value.producer is not None
         return self.group[value.producer], self.group[reader]
 
@@ -221,9 +206,9 @@ class _Planner:
                 refused += self._joined(above, below, value, reader)
         return refused
 
-    def _join_attention(self) -> set[_Group]:
+    def _join_attention(self) -> set[Group]:
         """Make one group of each softmax and the two contractions that it stands between; the groups made."""
-        made: set[_Group] = set()
+        made: set[Group] = set()
         for group in list(dict.fromkeys(self.group.values())):
             ops = {term.op for term in group.region.reductions} if group.region is not None else set()
             if not ops >= {"amax", "sum"} or group.region is None or group.region.kind != "row reduction":
@@ -238,25 +223,48 @@ class _Planner:
                     break
         return made
 
-    def _between(self, first: _Group, middle: _Group, last: _Group) -> _Group | None:
+    def _between(self, first: Group, middle: Group, last: Group) -> Group | None:
         """Three groups as one that is attention; None where they are not that, or would not gain."""
         if first is last or not all(sum(node_macs(n, self.bound) for n in group.nodes) for group in (first, last)):
             return None
         nodes = self._without_views_first([*first.nodes, *middle.nodes, *last.nodes])
-        union = _Group(nodes, self.place[nodes[0]], self.place[nodes[-1]])
+        return self._as_attention(nodes, first, middle, last)
+
+    def _as_attention(self, nodes: list[Node], *parts: Group) -> Group | None:
+        """Nodes as one group that is attention; None where they are not that, or would take longer than the parts."""
+        union = Group(nodes, self.place[nodes[0]], self.place[nodes[-1]])
         if self._comes_back(union):
             return None
         self._become_region(union)
         if union.region is None or union.region.kind != "attention" or again(union.region, self.bound):
             return None
-        return union if union.seconds <= first.seconds + middle.seconds + last.seconds else None
+        return union if union.seconds <= sum(part.seconds for part in parts) else None
 
-    def _joined(self, above: _Group, below: _Group, value: Value, reader: Node) -> Iterable[Refusal]:
+    def _join_latents(self) -> set[Group]:
+        """Let attention compute keys that are products with latents; the groups made. Products are left to a library
+        otherwise, and so are the views that stand between."""
+        made: set[Group] = set()
+        for group in list(dict.fromkeys(self.group.values())):
+            if group.region is None or group.region.kind != "attention":
+                continue
+            for producer, views in before_views(group.nodes):
+                below, above = self.group[group.nodes[0]], self.group.get(producer)
+                if above is None or not node_macs(producer, self.bound):
+                    continue
+                nodes = sorted({*above.nodes, *views, *below.nodes}, key=self.place.__getitem__)
+                union = self._as_attention(nodes, above, below)
+                if union is not None and union.region.attention.latent_keys is not None:  # type: ignore[union-attr]
+                    self._become_one(union)
+                    made.discard(below)
+                    made.add(union)
+        return made
+
+    def _joined(self, above: Group, below: Group, value: Value, reader: Node) -> Iterable[Refusal]:
         """Make one group of two; a refusal where they stay apart."""
         nodes = self._without_views_first(above.nodes + below.nodes)
         if len(nodes) <= max(len(above.nodes), len(below.nodes)):
             return []  # one of them is a view of what is outside
-        union = _Group(nodes, self.place[nodes[0]], self.place[nodes[-1]])
+        union = Group(nodes, self.place[nodes[0]], self.place[nodes[-1]])
         saved = self._saved(value, above, below)
         reason = self._never(above) or self._never(below) or self._comes_back(union)
         if not reason:
@@ -268,7 +276,7 @@ class _Planner:
         self._become_one(union)
         return []
 
-    def _become_one(self, union: _Group) -> None:
+    def _become_one(self, union: Group) -> None:
         for node in union.nodes:
             self.group[node] = union
         place = union.first
@@ -278,28 +286,28 @@ class _Planner:
 
     def _join_beside(self) -> None:
         """Make one group of those that nothing connects but the loops that they have."""
-        open_: dict[object, list[_Group]] = {}
+        open_: dict[object, list[Group]] = {}
         for group in list(dict.fromkeys(self.group.values())):
-            whole = _whole(group)
-            if whole is None:
+            largest = whole(group)
+            if largest is None:
                 continue
-            near = open_.setdefault((whole.shape, *_kept_apart(group.region)), [])  # type: ignore[arg-type]
+            near = open_.setdefault((largest.shape, *kept_apart(group.region)), [])  # type: ignore[arg-type]
             near[:] = [other for other in near if group.first - other.last <= NEAR]
             for place, other in enumerate(near):
                 union = self._beside(other, group)
-                if isinstance(union, _Group):
+                if isinstance(union, Group):
                     self._become_one(union)
                     near[place] = union
                     break
             else:
                 near.append(group)
 
-    def _beside(self, first: _Group, second: _Group) -> _Group | str:
+    def _beside(self, first: Group, second: Group) -> Group | str:
         """Both as one group, or why they cannot be, or would not gain."""
         nodes = self._without_views_first(first.nodes + second.nodes)
-        results = [*(first.beside or (_whole(first),)), *(second.beside or (_whole(second),))]
+        results = [*(first.beside or (whole(first),)), *(second.beside or (whole(second),))]
         beside = tuple(value for value in results if value is not None)
-        union = _Group(nodes, self.place[nodes[0]], self.place[nodes[-1]], beside)
+        union = Group(nodes, self.place[nodes[0]], self.place[nodes[-1]], beside)
         reason = "one reads the other" if self._connected(first, second) else self._comes_back(union)
         if reason:
             return reason
@@ -311,7 +319,7 @@ class _Planner:
 
     def _apart_beside(self) -> list[Refusal]:
         """What neighbours that read the same values, but not each other, go on to read twice."""
-        found: dict[tuple[_Group, _Group], tuple[Value, Node, float]] = {}
+        found: dict[tuple[Group, Group], tuple[Value, Node, float]] = {}
         for value in [*self.graph.inputs, *(value for node in self.graph.nodes for value in node.outputs)]:
             readers = {self.group[user]: user for user in reversed(value.consumers()) if user in self.group}
             groups = sorted((group for group in readers if group.region and group.bytes), key=lambda group: group.first)
@@ -325,7 +333,7 @@ class _Planner:
                 refusals.append(Refusal(f"with what else reads it: {reason}", int(saved), value, reader))
         return refusals
 
-    def _why_beside(self, first: _Group, second: _Group) -> str:
+    def _why_beside(self, first: Group, second: Group) -> str:
         """Why regions are not one beside one another; nothing where a refusal says it that is between them."""
         if self._connected(first, second):
             return ""
@@ -333,7 +341,7 @@ class _Planner:
         kinds = {first.region.kind, second.region.kind}
         if kinds == {"contraction"}:
             return "it would have two contractions"
-        one, other = _whole(first), _whole(second)
+        one, other = whole(first), whole(second)
         if len(kinds) > 1 or one is None or other is None or one.shape != other.shape:
             return "they have other loops"
         if second.first - first.last > NEAR:
@@ -341,7 +349,7 @@ class _Planner:
         union = self._beside(first, second)
         return union if isinstance(union, str) else ""
 
-    def _connected(self, first: _Group, second: _Group) -> bool:
+    def _connected(self, first: Group, second: Group) -> bool:
         """Whether one reads the other: then that they are one was refused."""
         return any(
             not inside.isdisjoint(self.readers(node))
@@ -357,7 +365,7 @@ class _Planner:
                 kept[node] = None
         return list(kept)
 
-    def _never(self, group: _Group) -> str:
+    def _never(self, group: Group) -> str:
         """Why a group can be in no region at all."""
         node = group.nodes[0]
         if len(group.nodes) > 1 or group.region is not None:
@@ -367,7 +375,7 @@ class _Planner:
         # With a weight of few bits it may be another matter, and with what reads a truth value.
         return "" if group.why == LIBRARY or group.why.endswith(NO_FLOAT) else group.why
 
-    def _no_gain(self, above: _Group, below: _Group, union: _Group) -> str:
+    def _no_gain(self, above: Group, below: Group, union: Group) -> str:
         region = union.region
         assert region is not None
         if region.contractions and (reason := again(region, self.bound)):
@@ -380,13 +388,13 @@ class _Planner:
             return ""
         return "it would take longer: rows are read again, or too few to keep the device busy"
 
-    def _comes_back(self, union: _Group) -> str:
+    def _comes_back(self, union: Group) -> str:
         """Whether a path leaves the nodes and comes back: then they cannot run at once."""
         inside = set(union.nodes)
         last = union.last
         while self.spans[last] > last:  # what lies behind leads back only through a group that spans it
             last = self.spans[last]
-        seen: set[_Group] = set()
+        seen: set[Group] = set()
         stack = [user for node in union.nodes for user in self.readers(node) if user not in inside]
         while stack:
             group = self.group[stack.pop()]
@@ -401,35 +409,12 @@ class _Planner:
             stack += users
         return ""
 
-    def _in_order(self) -> list[_Group]:
+    def _in_order(self) -> list[Group]:
         """The groups in an order in which they can run."""
-        order: TopologicalSorter[_Group] = TopologicalSorter()
+        order: TopologicalSorter[Group] = TopologicalSorter()
         for node in self.graph.nodes:
             order.add(self.group[node])
             for user in self.readers(node):
                 if self.group[user] is not self.group[node]:
                     order.add(self.group[user], self.group[node])
         return list(order.static_order())
-
-
-def _whole(group: _Group) -> Value | None:
-    """A result with all loops of a region that may have others beside it, or all but those of its contractions."""
-    region = group.region
-    if region is None or not region.nodes or region.kind == "attention":
-        return None
-    loops = set(region.loops).difference(*(term.over for term in region.contractions))
-    return next((value for value in region.outputs if loops <= region.dims(value)), None)
-
-
-def _kept_apart(region: Region) -> tuple[object, ...]:
-    """What regions beside one another have in common: their kind, and of contractions the left factor."""
-    factors = [below_results(below_results(term.args[0]).args[0]) for term in region.contractions[:1]]
-    return region.kind, *(factor.value.value if factor.op == "load" else region for factor in factors)
-
-
-def _steps(group: _Group) -> list[Region | Node]:
-    """The region of a group, and behind it the views of its results."""
-    if group.region is None or not group.region.nodes:
-        return list(group.nodes)
-    inside = set(group.region.nodes)
-    return [group.region, *(node for node in group.nodes if node not in inside)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from regauge.ir.fusion.attention import Attention
 from regauge.ir.fusion.products import CODES, few_bit_sides
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.sizes import Size, product
@@ -17,19 +18,9 @@ product is bound by arithmetic, and a library is faster with the weight as float
 
 
 def again(region: Region, bound: Callable[[Size], int]) -> str:
-    """Why what stands before a contraction should not be computed in each of its tiles.
-
-    Of attention queries are computed once, keys and values for each tile of rows; of those that are stored in few bits
-    it is only codes that become floats again.
-    """
+    """Why what stands before a contraction should not be computed in each of its tiles."""
     if region.attention is not None:
-        parts = region.attention
-        rows = int(product(bound(dim.size) for dim in parts.rows))
-        codes = ((parts.keys, parts.coded_keys), (parts.values, parts.coded_values))
-        made = [code for factor, code in codes if below_results(factor).op != "load"]
-        if made and all(made):
-            return f"with more than {MOST_ROWS} rows numbers of keys and values are faster" if rows > MOST_ROWS else ""
-        return f"keys or values would be computed again for every {TILE} rows" if made and rows > TILE else ""
+        return _again_in_attention(region.attention, bound)
     for contraction, few_bits in zip(region.contractions, few_bit_sides(region), strict=True):
         factors = below_results(contraction.args[0]).args
         computed = [below_results(factor).op != "load" for factor in factors]
@@ -43,6 +34,21 @@ def again(region: Region, bound: Callable[[Size], int]) -> str:
             if not few and tiles > TILE:
                 return f"what stands before a contraction would be computed again for every {TILE} columns"
     return ""
+
+
+def _again_in_attention(parts: Attention, bound: Callable[[Size], int]) -> str:
+    """Queries are computed once, keys and values for each tile of rows; of those that are stored in few bits it is only
+    codes that become floats again. Keys are products of latents that have fewer numbers for a place than they."""
+    if parts.latent_keys is not None:
+        numbers = parts.keys.axes - parts.source - parts.latent_keys.latents.axes
+        if product(bound(dim.size) for dim in parts.rank) >= product(bound(dim.size) for dim in numbers):
+            return "what keys are made of has more numbers than they"
+    rows = int(product(bound(dim.size) for dim in parts.rows))
+    codes = ((parts.keys, parts.coded_keys), (parts.values, parts.coded_values))
+    made = [code for factor, code in codes if below_results(factor).op != "load"]
+    if made and all(made):
+        return f"with more than {MOST_ROWS} rows numbers of keys and values are faster" if rows > MOST_ROWS else ""
+    return f"keys or values would be computed again for every {TILE} rows" if made and rows > TILE else ""
 
 
 def _of_codes(factor: Term, most: int = 4) -> bool:

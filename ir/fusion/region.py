@@ -141,7 +141,8 @@ class Region:
 
     @property
     def reduces_as_attention(self) -> bool:
-        return sorted(term.op for term in self.reductions) == ["amax", "sum", "sum", "sum"]
+        ops = sorted(term.op for term in self.reductions)
+        return ops[:1] == ["amax"] and len(ops) > 3 and set(ops[1:]) == {"sum"}
 
     @cached_property
     def attention(self) -> Attention | None:
@@ -198,7 +199,8 @@ class Region:
         """Names of the loops: ``i0`` and on, ``r0`` for what is reduced; ``s0`` and on for Dims that are measured.
 
         Of contractions: ``b0`` where both factors have them, ``m0`` of the left one, ``n0`` of the right one, and
-        ``k0`` for what is contracted. Of attention ``k0`` is contracted first and ``s0`` then, ``n0`` are of values.
+        ``k0`` for what is contracted. Of attention ``k0`` is contracted first and ``s0`` then, ``n0`` are of values,
+        and ``r0`` of the latents that keys are made of.
         """
         names: dict[Dim, str] = {}
         counts: dict[str, int] = {}

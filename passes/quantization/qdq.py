@@ -13,10 +13,11 @@ from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.quantization.formats import Constants, Stored, digits_in_a_byte, packed_digits
 from regauge.passes.quantization.grid import Coded, Form, Grid
+from regauge.passes.quantization.halves import InHalf
 from regauge.passes.quantization.levels import Leveled
 from regauge.passes.quantization.placement import Placement, Table, reads_blocks
 from regauge.passes.quantization.ranges import Ends
-from regauge.passes.quantization.storage import Plain, halve, store
+from regauge.passes.quantization.storage import OnData, Plain, halve, store
 from regauge.passes.quantization.targets import Target
 
 _ACTIVATIONS = {"relu", "leaky_relu", "sigmoid", "tanh", "softplus", "softsign", "elu", "hardsigmoid"}
@@ -179,10 +180,10 @@ class Writer:
             else:
                 set_input(node, 1, self._weight(layer, weight), self.graph)
 
-    def stored(self, weights: Iterable[Plain]) -> None:
+    def stored(self, weights: Iterable[Plain], on_data: Mapping[Parameter, OnData]) -> None:
         """Store weights that no kernel reads in 8 bits, of which floats are made at load."""
         for found in weights:
-            store(self.build, found)
+            store(self.build, found, on_data.get(found.weight))
 
     def halved(self, vectors: Iterable[tuple[Graph, Parameter]]) -> None:
         """Store vectors in half precision, of which floats are made at load."""
@@ -253,7 +254,7 @@ class Writer:
             if layer.node.op != "conv" or stored.scale.shape[1] == 1:
                 codes = _stored(layer, stored.codes)
                 return stored.laid_out(to, codes.t() if turned else codes, int(by_inputs))
-        if isinstance(stored, Leveled):
+        if isinstance(stored, Leveled | InHalf):
             return stored.laid_out(to, tuple(int(size) for size in layer.weight.shape), int(stored_by_inputs))
         matrix: Value = stored.write(to)
         if layer.node.op == "conv":

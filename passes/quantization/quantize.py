@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal, cast, get_args
 
 from regauge.ir.cost import figures
@@ -27,6 +26,8 @@ from regauge.passes.quantization.bitstack import Terms
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.gate import Gate, check_latency
 from regauge.passes.quantization.grid import Form, Grid
+from regauge.passes.quantization.halves import Half, holds, takes_little_more
+from regauge.passes.quantization.inner_layers import problems_of
 from regauge.passes.quantization.learned_codes import Learned
 from regauge.passes.quantization.learned_rounding import STEPS, learned
 from regauge.passes.quantization.levels import ENOUGH, Levels
@@ -51,7 +52,7 @@ from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
 from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
 from regauge.passes.quantization.subspaces import least_bits
 from regauge.passes.quantization.targets import TARGETS, Target
-from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
+from regauge.passes.quantization.universal_stack import stack_at
 from regauge.passes.quantization.weights import group_of, rows_of, stored_on_data
 from regauge.passes.quantization.without_data import WithoutData, stored_without_data
 
@@ -181,18 +182,20 @@ class Quantize(Pass):
         if tables:
             context.note(f"{self.table_bits} bits: {len(tables)} tables of vectors")
         context.note(f"8 bits: {len(plain)} weights that are read in float") if plain else None
-        result = self._finished(writer)
+        result = self._finished(writer, context)
         inputs = None if context.data is None else next(context.inputs(graph))
         check_latency(graph, result, target, inputs, context, self.gate)
         return result
 
-    def _finished(self, writer: Writer) -> Graph:
+    def _finished(self, writer: Writer, context: Context | None = None) -> Graph:
         result = writer.graph
         for table in self._tables(result, Counter()):
             writer.table(table, self.table_bits)
         remove_dead(result)  # weights that were replaced
         if self._stores:
-            writer.stored(plain_weights(result, self.include, self.exclude))
+            plain = plain_weights(result, self.include, self.exclude)
+            on_data = context is not None and context.data is not None and self.method != "nearest"
+            writer.stored(plain, problems_of(result, plain, calibration_batches(result, context)) if on_data else {})
             writer.halved(plain_vectors(result, self.include, self.exclude))
             remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
@@ -294,7 +297,7 @@ class Quantize(Pass):
         return writer
 
     def _from_stack(self, original: Graph, layers: Sequence[Layer], target: Target, context: Context) -> Writer:
-        stack = self._stack(original, layers, context)
+        stack = stack_at(self.stack, original, layers, self.rank, context, by=self.name)
         found = dict(stack.weights)
         if self.bytes is not None:
             most = parse_amount(self.bytes, "bytes", "bytes").of(figures(original).bytes)
@@ -310,17 +313,6 @@ class Quantize(Pass):
             f"{sum(terms.count for terms in found.values())} of {len(stack.order)} terms, {each:.2f} bits each"
         )
         return self._of_terms(original, found, target)
-
-    def _stack(self, original: Graph, layers: Sequence[Layer], context: Context) -> UniversalStack:
-        if self.stack is not None and Path(self.stack).exists():
-            stack = UniversalStack.load(self.stack)
-            stack.check(layers, self.stack)
-            return stack
-        batches = calibration_batches(original, context)
-        stack = stack_of(original, layers, batches, self.rank, by=self.name)
-        if self.stack is not None:
-            stack.save(self.stack)
-        return stack
 
     def _of_terms(self, original: Graph, found: Mapping[str, Terms], target: Target) -> Writer:
         result = original.copy()
@@ -355,10 +347,13 @@ class Quantize(Pass):
         return not sparse and not reads_blocks(graph, layer, TARGETS[self.target], self._group(graph, layer, 8), 8)
 
     def _format(self, graph: Graph, layer: Layer, bits: int) -> Format:
-        """That of the scheme; where it is free a table's, of a weight that is large enough for one."""
+        """That of the scheme; where it is free a table's, of a weight that is large enough, or half precision."""
         assert self._scheme.make is not None
-        if layer.entries >= ENOUGH and self._unread(graph, layer):
-            return Levels()
+        if self._unread(graph, layer):
+            if layer.entries >= ENOUGH:
+                return Levels()
+            if takes_little_more(layer.entries, layer.columns) and holds(layer.weight.tensor.detach()):
+                return Half()
         return self._scheme.make(self._wanted(graph, layer, bits))
 
     def _mixed(self, graph: Graph, layers: list[Layer], target: Target, context: Context) -> Mapping[str, Format]:

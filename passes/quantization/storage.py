@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from regauge.ir.edit import Builder, set_input
+from regauge.ir.edit import Builder, set_input, set_weight
 from regauge.ir.extents import leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.local_axes import local_axes
 from regauge.ir.sizes import product
 from regauge.passes.calibration.layers import layer_of
+from regauge.passes.calibration.quadratic import Quadratic
 from regauge.passes.name_patterns import matches
 from regauge.passes.quantization.formats import Constants
 from regauge.passes.quantization.grid import Form, Grid
-from regauge.passes.quantization.levels import ENOUGH, Levels
+from regauge.passes.quantization.halves import holds
+from regauge.passes.quantization.levels import ENOUGH, Leveled, Levels
 
 LEAST = 256
 """Entries of a weight: the nodes and names around a smaller one take as much as it saves."""
@@ -38,6 +40,15 @@ class Plain:
     owner: Graph
     weight: Parameter
     axis: int
+
+
+@dataclass(frozen=True)
+class OnData:
+    """The error of what is made with a weight, a matrix whose rows lie on ``axis``, and the bias that is added."""
+
+    problem: Quadratic
+    axis: int
+    bias: Parameter | None
 
 
 def plain_weights(
@@ -67,7 +78,7 @@ def plain_vectors(graph: Graph, include: Sequence[str], exclude: Sequence[str]) 
                 continue
             chosen = (not include or matches(vector.names, include)) and not matches(vector.names, exclude)
             plain = not any(node.operator.coding or node.regions or _decodes(node) for node, _ in vector.uses)
-            if chosen and plain and _fits_half(vector.tensor.detach()):
+            if chosen and plain and holds(vector.tensor.detach()):
                 found.append((owner, vector))
     return found
 
@@ -76,11 +87,6 @@ def _decodes(node: Node) -> bool:
     """Whether a node multiplies what codes stand for by their scales."""
     makers = [value.producer for _, value in node.operands()]
     return node.op == "mul" and any(maker is not None and maker.operator.coding for maker in makers)
-
-
-def _fits_half(x: torch.Tensor) -> bool:
-    """Whether no entry changes by more than a part in a thousand, or in a million of the greatest."""
-    return bool(((x.half().float() - x).abs() <= x.abs() / 1e3 + x.abs().max() / 1e6).all())
 
 
 def _axis(weight: Parameter) -> int | None:
@@ -104,25 +110,29 @@ def _told_apart(node: Node, slot: int, weight: Parameter) -> int | None:
     return max(range(weight.rank), key=lambda axis: (not summed[axis] and weight.shape[axis] != 1, weight.shape[axis]))
 
 
-def store(build: Builder, found: Plain) -> None:
+def store(build: Builder, found: Plain, on_data: OnData | None = None) -> None:
     """Put codes of 8 bits and their way back in the place of a weight: a table's where it is large enough for one.
 
     Of a smaller one half precision where that takes no more, and zero points where most of the error goes with them.
+    With ``on_data`` codes are those of the least error there.
     """
-    owner, weight, axis = found.owner, found.weight, found.axis
+    owner, weight, axis = found.owner, found.weight, found.axis if on_data is None else on_data.axis
     inner = _within(build, owner)
     data = weight.tensor.detach().movedim(axis, 0)
-    if data.numel() < HALF_BELOW and _fits_half(data):
+    if data.numel() < HALF_BELOW and holds(data):
         halve(build, owner, weight)
         return
-    readers = list(weight.uses)
+    readers, matrix = list(weight.uses), data.flatten(1)
+    form = Levels() if data.numel() >= ENOUGH else nearer(Form(Grid(8), matrix.shape[1]), matrix)
+    coded = form.rounded(matrix) if on_data is None else form.fitted(on_data.problem, "descent")
+    if on_data is not None and on_data.bias is not None:
+        bias = on_data.problem.bias(coded.values).to(on_data.bias.tensor.dtype)
+        set_weight(build.graph, on_data.bias, bias, by=build.by)
     with inner.at(readers[0][0]):
         to = Constants(inner, weight.name, at_load=True)
-        if data.numel() >= ENOUGH:
-            shape = tuple(int(size) for size in weight.shape)
-            back = Levels().rounded(data.flatten(1)).laid_out(to, shape, axis)
+        if isinstance(coded, Leveled):
+            back = coded.laid_out(to, tuple(int(size) for size in weight.shape), axis)
         else:
-            coded = nearer(Form(Grid(8), data[0].numel()), data.flatten(1)).rounded(data.flatten(1))
             back = coded.laid_out(to, coded.codes.reshape(data.shape).movedim(0, axis), axis)
     for node, slot in readers:
         set_input(node, slot, back, owner)

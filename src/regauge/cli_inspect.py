@@ -113,11 +113,13 @@ def fusion(
     from regauge.ir.fusion.fused import without_fused
     from regauge.ir.fusion.plan import plan_fusion
     from regauge.ir.fusion.plan_rows import plan_rows, plan_summary, refusal_rows
+    from regauge.ir.fusion.splits import slice_splits
     from regauge.ir.roofline import DEVICES
 
     if device not in DEVICES:
         raise RegaugeError(f"there is no device {device!r}: give {' or '.join(sorted(DEVICES))}")
     graph = without_fused(open_file(model))
+    slice_splits(graph)
     plan = plan_fusion(graph, DEVICES[device], dynamic_sizes(graph, at or ()))
     print_table(plan_rows(plan))
     print(f"\n{plan_summary(plan)}")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 
 import regauge
@@ -16,6 +17,7 @@ from regauge.ir.states import (
     carry,
     first_states,
     ordinary_inputs,
+    pair_states,
     take_states,
     with_first_states,
 )
@@ -89,3 +91,24 @@ def test_what_cannot_be_carried_says_so() -> None:
         carry(graph, graph.inputs[1], graph.outputs[1])
     with pytest.raises(GraphError, match="is no input"):
         carry(graph, graph.outputs[0], graph.outputs[0])
+
+
+def test_states_of_a_file_that_names_none_are_told_by_their_form() -> None:
+    """The answer and the signal are none; sizes that come back dynamic are those of the signal, not empty caches."""
+    graph = Graph(name="voice")
+    build = Builder(graph)
+    batch, other = (
+        sympy.Symbol("batch", positive=True, integer=True),
+        sympy.Symbol("other", positive=True, integer=True),
+    )
+    x = build.input("x", (batch, 3), torch.float32)
+    rate = build.input("rate", (), torch.int64)
+    h, c = (build.input(name, (2, other, 3), torch.float32) for name in "hc")
+    grown = build.mul(build.unsqueeze(x, dim=0), torch.ones(2, 1, 1))
+    graph.outputs = [build.mul(x, rate), build.add(grown, 1.0, name="hn"), build.mul(grown, 2.0, name="cn")]
+    pair_states(graph)
+    assert [(s.before, s.after.name) for s in carried(graph)] == [(h, "hn"), (c, "cn")]
+    assert ordinary_inputs(graph) == [x, rate]
+    assert [tuple(zeros.shape) for zeros in first_states(graph, [torch.zeros(5, 3), torch.tensor(8)])] == [
+        (2, 5, 3)
+    ] * 2

@@ -10,9 +10,12 @@ from decoder_block import decoder_block
 from decoders import Rotary, decoder
 from regauge.ir.cost import item_size, smallest_sizes
 from regauge.ir.edit import Builder
+from regauge.ir.errors import FusionError
+from regauge.ir.fusion.attention import find_attention
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.plan import Plan, plan_fusion
 from regauge.ir.fusion.region import Region
+from regauge.ir.fusion.splits import slice_splits
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.fusion.traffic import bytes_moved
 from regauge.ir.graph import Graph
@@ -70,6 +73,7 @@ def cached(passes: str, length: int) -> tuple[Graph, dict[object, int], Plan, li
     """A decoder with caches and sizes, its plan there, and regions that are attention."""
     torch.manual_seed(0)
     graph = regauge.optimize(decoder(Rotary(width=256)), f"{passes},kv-cache")
+    slice_splits(graph)
     at = {symbol: {**SIZES, "length": length}[str(symbol)] for symbol in graph.symbols}
     plan = plan_fusion(graph, at=at, contractions=False)
     return graph, at, plan, [region for region in plan.regions if region.kind == "attention"]
@@ -94,6 +98,53 @@ def test_numbers_are_made_of_codes_once_for_more_rows() -> None:
     *_, plan, regions = cached("kv-quantize{bits=4}", 257)  # two heads of queries read one of keys
     assert not any("unpack" in [node.op for node in region.nodes] for region in regions)
     assert "with more than 512 rows numbers of keys and values are faster" in {one.reason for one in plan.refusals}
+
+
+def test_rotated_keys_are_computed_from_latents_where_scores_are() -> None:
+    graph, _, plan, regions = cached("kv-latent{bytes=0.5}", 1)
+    assert len(regions) == 2
+    for region in regions:
+        assert region.attention is not None and region.attention.latent_keys is not None
+        latents, *_ = region.attention.latent_keys.latents.value.value.shape[2:]
+        assert [dim.size for dim in region.attention.rank] == [latents] and latents < 2 * 64
+        assert len(region.attention.latent_keys.products) == 2  # as they are, and with halves swapped
+    linear = [step.op for step in plan.kernels if not isinstance(step, Region)].count("linear")
+    assert linear == sum(node.op == "linear" for node in graph.nodes) - 2
+
+
+def latent_attention(rows: int, *, rank: int = 24, turned: bool = True, other: bool = False) -> Graph:
+    graph, build = built()
+    q, latents, v = (
+        build.input(n, s, torch.float16) for n, s in (("q", (rows, 64)), ("l", (999, rank)), ("v", (999, 64)))
+    )
+    weight = build.parameter("w", torch.zeros(64, rank, dtype=torch.float16))
+    keys = build.linear(latents, weight)
+    if turned:
+        halves = [build.slice(keys, dim=1, start=start, end=start + 32, step=1) for start in (0, 32)]
+        keys = build.mul(
+            build.concat(build.neg(halves[1]), halves[0], dim=1), build.input("sin", (999, 64), torch.float16)
+        )
+    if other:
+        keys = build.add(keys, build.linear(build.tanh(latents), weight))
+    graph.outputs = [build.attention(q, keys, v, scale=0.125)]
+    return graph
+
+
+def test_keys_of_many_queries_are_computed_once() -> None:
+    def kernels(rows: int) -> int:
+        return len(plan_fusion(latent_attention(rows), contractions=False).kernels)
+
+    assert [kernels(rows) for rows in (2, 128, 129)] == [1, 1, 3]
+    assert len(plan_fusion(latent_attention(2, rank=64), contractions=False).kernels) == 2  # latents are no fewer
+
+
+def test_keys_may_be_products_with_one_tensor_of_latents() -> None:
+    for options in ({}, {"turned": False}):
+        graph = latent_attention(2, **options)
+        assert fault(trace(graph.nodes, graph.outputs)) is None  # type: ignore[arg-type]
+    graph = latent_attention(2, other=True)
+    with pytest.raises(FusionError, match="not as sums of products of the same latents"):
+        find_attention(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
 
 
 def test_heads_that_are_repeated_are_read_once_in_attention() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 import regauge
 from regauge.backends.onnx_audit import kernels_of
 from regauge.backends.run_onnxruntime import Session
+from regauge.ir.graph import Graph
 
 CHANNELS, LENGTH = 32, 20
 
@@ -103,3 +104,35 @@ def test_a_tied_table_gets_one_scale_for_each_row() -> None:
     assert codes.shape == (60, 16) and scale.shape == (60,)
     (a,), (b,) = graph.run((tokens,)), small.run((tokens,))
     assert float(10 * torch.log10(a.square().sum() / (a - b).square().sum())) > 35
+
+
+def test_weights_in_branches_are_rounded_for_the_data(tmp_path: Path) -> None:
+    """Of a convolution and of both weights of an LSTM within an If, on inputs whose channels go together; the branch
+    that no batch takes is rounded as without data."""
+    graph = regauge.load(two_branches(tmp_path / "float.onnx"))
+    torch.manual_seed(0)
+    mix = torch.randn(CHANNELS, 4) @ torch.randn(4, CHANNELS) + 0.1 * torch.randn(CHANNELS, CHANNELS)
+
+    def inputs(which: bool) -> dict[str, torch.Tensor]:
+        return {"x": torch.einsum("ck,bkt->bct", mix, torch.randn(2, CHANNELS, LENGTH)), "which": torch.tensor(which)}
+
+    blind = regauge.optimize(graph, "quantize{scheme=w8}")
+    small = regauge.optimize(graph, "quantize{scheme=w8}", data=[inputs(True) for _ in range(16)])
+    held_out = {which: [inputs(which) for _ in range(8)] for which in (True, False)}
+
+    def error(found: Graph, which: bool) -> float:
+        pairs = [(graph.run(batch)[0], found.run(batch)[0]) for batch in held_out[which]]
+        return float(sum((a - b).square().sum() for a, b in pairs))
+
+    assert error(small, True) < 0.35 * error(blind, True)
+    assert error(small, False) == error(blind, False)
+
+
+def test_kernels_of_one_channel_are_stored_in_half_precision() -> None:
+    """Rows of 5 entries and a scale take as many bytes, and of 9 half as many."""
+    model = nn.Sequential(nn.Conv1d(64, 64, 5, groups=64), nn.ReLU(), nn.Conv1d(64, 64, 9, groups=64)).eval()
+    graph = regauge.capture(model, (torch.randn(2, 64, 30),))
+    small = regauge.optimize(graph, "quantize{scheme=w8}")
+    kinds = {name.partition("_")[0]: p.dtype for name, p in small.parameters.items() if name.startswith(("0.", "2."))}
+    assert kinds["0.weight"] == torch.float16 and small.parameters["0.weight_half"].shape == (64, 1, 5)
+    assert small.parameters["2.weight_quantized"].dtype == torch.int8
