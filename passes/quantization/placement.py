@@ -131,7 +131,7 @@ class Table:
     layers: list[Layer]
 
     def saved(self, bits: int) -> int:
-        """Bytes that it loses in so few bits: it has a scale for each vector."""
+        """Bytes that it loses in so few bits, with a scale for each vector."""
         data = self.parameter.tensor.detach()
         return int(data.nbytes - data.numel() * bits / 8 - 4 * len(data))
 
