@@ -18,7 +18,7 @@ Positional parameters of the function are the operand slots (``None`` for an abs
 and sizes may stand where a tensor may); keyword-only parameters are the attributes. A body of one expression is inlined
 into emitted source, a longer one is copied there as a function. Of modules it may use ``torch``, ``F``
 (torch.nn.functional) and ``math``. Other functions that it calls are copied along, and numbers, strings and tuples that
-it reads by name are written out; what else it reads by name, the emitter refuses.
+it reads by name are written out.
 """
 
 from __future__ import annotations
