@@ -290,6 +290,8 @@ def grid_of(source: Source, constants: Mapping[str, int]) -> list[tuple[tuple[Lo
     if source.form == "contraction":
         return [(loops.rows, constants["BLOCK_M"]), (loops.columns, constants["BLOCK_N"]), (loops.batch, 1)]
     if source.form == "attention":
-        return [(loops.rows, constants["BLOCK_M"]), (loops.batch, 1)]
+        columns = math.prod(int(dim.size) for loop in loops.columns for dim in loop.dims)
+        blocks = [(loops.columns, constants["BLOCK_N"])] if columns > constants["BLOCK_N"] else []
+        return [(loops.rows, constants["BLOCK_M"]), (loops.batch, 1), *blocks]
     grid = [(loops.rows, constants.get("ROWS", 1))]
     return [*grid, (loops.columns, constants["BLOCK"])] if source.shared_out else grid
