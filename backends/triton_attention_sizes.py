@@ -92,7 +92,8 @@ def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops
     if width <= 64 and not single:
         own = 128 if form != "of_keys" else own
     masks = [tensor for tensor in reads if tensor.loops(loops.rows) and tensor.loops(loops.source)]
-    own = 32 if form == "of_keys" and masks else own
+    crowded = form == "of_keys" and bool(masks)  # no room for what is read ahead
+    own = 32 if crowded else own
     high, deep = (other, own) if form == "of_keys" else (own, other)
     last = loops.rows[-1:] if form == "of_keys" else loops.rows
     high, deep = min(high, max(16, power_above(count(last, sizes)))), min(deep, max(16, power_above(source)))
