@@ -99,6 +99,6 @@ def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops
     high, deep = min(high, max(16, power_above(count(last, sizes)))), min(deep, max(16, power_above(source)))
     tiles = -(-source // deep) if form == "of_keys" else -(-rows // high)
     constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns)), "BLOCK_K": max(16, power_above(head))}
-    return Launch(
-        tiles * count(loops.batch, sizes), {**constants, "BLOCK_S": deep}, 4 if single or own == 32 else 8, stages=2
-    )
+    warps = 4 if single or crowded else 8
+    programs = tiles * count(loops.batch, sizes)
+    return Launch(programs, {**constants, "BLOCK_S": deep}, warps, stages=1 if crowded else 2)
