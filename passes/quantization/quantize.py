@@ -47,6 +47,7 @@ from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
+from regauge.passes.quantization.sensitive import kept_in_half
 from regauge.passes.quantization.sensitivity import Sensitivity
 from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
 from regauge.passes.quantization.targets import TARGETS, Target
@@ -269,11 +270,14 @@ class Quantize(Pass):
         alone = sum(layer.outputs * layer.blocks % (self.group or 1) > 0 for layer in layers)
         if self._scheme.kind == "codebooks" and alone:
             context.note(f"{alone} layers have one codebook: {self.group} does not divide their outputs")
-        formats: Mapping[str, Format]
+        formats: dict[str, Format]
         if self._scheme.mixed:
-            formats = self._mixed(original, layers, target, context)
+            formats = dict(self._mixed(original, layers, target, context))
         else:
             formats = {layer.weight.name: self._format(original, layer, bits) for layer in layers}
+            free = [layer for layer in layers if self._unread(original, layer)]
+            if free and context.data is not None and self.method != "nearest":
+                formats |= kept_in_half(original, free, formats, calibration_batches(original, context))
         result = original.copy()
         own = [layer for layer in self.layers_of(result, Counter()) if layer.weight.name in formats]
         stored = self.stored(original, result, own, formats, context)
