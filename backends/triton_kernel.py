@@ -20,10 +20,11 @@ import torch
 from regauge.backends.kernel_configs import Case, Config, Table, architecture_of, config_of
 from regauge.backends.torch_runtime import import_source
 from regauge.backends.triton_attention import AttentionForm, AttentionKernel
-from regauge.backends.triton_attention_sizes import launch_of_attention, scratch_sizes, splits_of
+from regauge.backends.triton_attention_gradient import GRADIENT_FORMS, GradientForm
+from regauge.backends.triton_attention_sizes import launch_of_attention, launch_of_gradient, scratch_sizes, splits_of
 from regauge.backends.triton_contraction import ContractionKernel
 from regauge.backends.triton_launch import Launch, power_above
-from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, sizes_of, start_of, strides_of
+from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, sizes_of, start_of, strides_of, widths
 from regauge.backends.triton_rows import RowForm, RowKernel
 from regauge.backends.triton_source import Rounding
 from regauge.backends.triton_split import TOTAL, SplitKernel
@@ -40,7 +41,7 @@ from regauge.ir.graph import Value
 MOST_SUMMED = 264
 """Programs that share out rows over which sums go: enough to keep a device busy, and few parts to be added up then."""
 
-Form: TypeAlias = RowForm | Literal["contraction"] | AttentionForm
+Form: TypeAlias = RowForm | Literal["contraction"] | AttentionForm | GradientForm
 _FORMS: Mapping[Kind, tuple[Form, ...]] = {
     "pointwise": ("pointwise",),
     "row reduction": ("rows", "looped"),
@@ -168,12 +169,14 @@ class Kernel:
             if start.partials:
                 pointers.append(torch.empty(start.partials, dtype=torch.float32, device=device))
             if source.scratch:
-                handed = scratch_sizes(source.loops, sizes, start.constants["SPLITS"])
+                handed = scratch_sizes(source.form, source.loops, sizes, start.constants.get("SPLITS", 1))
                 pointers += [torch.empty(size, dtype=torch.float32, device=device) for size in handed]
             arguments = [*pointers, *numbers(source, sizes, starts, steps)]
             _start(source, start, arguments)
-            if source.then is not None:  # its arguments are the same
-                _start(source.then, launch_of(source.then, sizes, None), arguments)
+            following = source.then
+            while following is not None:  # its arguments are the same
+                _start(following, launch_of(following, sizes, None), arguments)
+                following = following.then
         for tensor, part in zip(source.totals, parts, strict=True):
             results[tensor.value] = part.sum(0).to(tensor.value.dtype).reshape(shape_of(tensor.layout, sizes))
         return results
@@ -232,6 +235,7 @@ def case_of(source: Source, sizes: Mapping[Dim, int]) -> Case:
     single = any(tensor.value.dtype == torch.float32 for tensor in source.reads)
     parts = (source.loops.rows, source.loops.columns, source.loops.contracted)
     rows, columns, contracted = (count(loops, sizes) for loops in parts)
+    columns = sum(widths(source.loops, sizes))
     # Windows are swept by programs that are cut alike, and blocks of rows are cut as where a program has but one.
     form = "pointwise" if source.shared_out else "rows" if source.form == "summed" else source.form
     return Case(form, "single" if single else "half", (rows, columns, contracted))
@@ -242,7 +246,11 @@ def config_for(
 ) -> Config | None:
     """The configuration for given sizes; None for tiles that no table holds (:mod:`triton_tile_sizes`, and
     :mod:`triton_attention_sizes`)."""
-    if source.form in ("split", "attention", "combine") or source.tiling is not None and not source.tiling.plain:
+    if (
+        source.form in ("split", "attention", "combine", *GRADIENT_FORMS)
+        or source.tiling is not None
+        and not source.tiling.plain
+    ):
         return None
     return config_of(case_of(source, sizes), architecture, tuned)
 
@@ -251,12 +259,15 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None) -
     """How a kernel is started for given sizes: tiles of the configuration, smaller where there is less."""
     if config is None and source.tiling is not None:
         return launch_of_tiles(source.loops, source.tiling, sizes, split=source.form == "split")
+    if source.form == "statistics" or source.form == "of_queries" or source.form == "of_keys":
+        return launch_of_gradient(source.form, source.reads, source.loops, sizes)
     if config is None:
         assert source.form == "attention" or source.form == "split" or source.form == "combine"
         return launch_of_attention(source.form, source.reads, source.loops, sizes)
     rows, columns, contracted = case_of(source, sizes).sizes
     tile, warps = config.tile, config.warps
     if source.form == "contraction":
+        columns = max(widths(source.loops, sizes))
         high, wide = (min(tile[n], max(16, power_above(m))) for n, m in (("BLOCK_M", rows), ("BLOCK_N", columns)))
         if (high, wide) != (tile["BLOCK_M"], tile["BLOCK_N"]):
             warps = min(warps, max(4, high * wide // 2048))
@@ -269,18 +280,20 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None) -
         constants = {"ROWS": together, "BLOCK": block}
         if source.shared_out and not source.loops.rows:
             del constants["ROWS"]
-    programs = math.prod(-(-count(loops, sizes) // per) for loops, per in grid_of(source, constants))
+    grid = grid_of(source, constants)
+    programs = math.prod(sum(-(-count(loops, sizes) // per) for loops, per in factor) for factor in grid)
     kept = columns if source.totals else 0
     programs = min(programs, MOST_SUMMED) if source.totals else programs
     return Launch(programs if columns else 0, constants, warps, config.stages, kept=kept)
 
 
-def grid_of(source: Source, constants: Mapping[str, int]) -> list[tuple[tuple[Loop, ...], int]]:
-    """How many programs there are: the product of sizes of loops, each divided by a number and rounded up."""
+def grid_of(source: Source, constants: Mapping[str, int]) -> list[list[tuple[tuple[Loop, ...], int]]]:
+    """How many programs there are: a product of sums of sizes of loops, each divided by a number and rounded up."""
     loops = source.loops
     if source.form == "contraction":
-        return [(loops.rows, constants["BLOCK_M"]), (loops.columns, constants["BLOCK_N"]), (loops.batch, 1)]
+        columns = [(part, constants["BLOCK_N"]) for part in loops.parts or [loops.columns]]
+        return [[(loops.rows, constants["BLOCK_M"])], columns, [(loops.batch, 1)]]
     if source.form == "attention":
-        return [(loops.rows, constants["BLOCK_M"]), (loops.batch, 1)]
-    grid = [(loops.rows, constants.get("ROWS", 1))]
-    return [*grid, (loops.columns, constants["BLOCK"])] if source.shared_out else grid
+        return [[(loops.rows, constants["BLOCK_M"])], [(loops.batch, 1)]]
+    grid = [[(loops.rows, constants.get("ROWS", 1))]]
+    return [*grid, [(loops.columns, constants["BLOCK"])]] if source.shared_out else grid

@@ -23,6 +23,7 @@ BUILT_IN = {
     "canonicalize": "regauge.passes.factorization.canonicalize:Canonicalize",
     "coalesce": "regauge.passes.growing.coalesce:Coalesce",
     "convert-gqa": "regauge.passes.attention.convert_gqa:ConvertGqa",
+    "deepen": "regauge.passes.growing.deepen:Deepen",
     "depth": "regauge.passes.depth.depth:Depth",
     "dequantize": "regauge.passes.quantization.dequantize:Dequantize",
     "derive": "regauge.passes.deriving.derive:Derive",

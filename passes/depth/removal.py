@@ -9,7 +9,7 @@ from regauge.ir.graph import Graph, Value
 from regauge.ir.graph_copy import copy_graph
 from regauge.passes.depth.parts import Order, Part
 
-_IDEMPOTENT = ("relu",)  # what a removal may leave twice in a row: relu(x + f(x)) becomes relu(x) of x = relu(...)
+IDEMPOTENT = ("relu",)  # what a removal may leave twice in a row: relu(x + f(x)) becomes relu(x) of x = relu(...)
 
 
 def removable(order: Order, part: Part) -> str | None:
@@ -73,7 +73,7 @@ def _skip(result: Graph, old: Value, new: Value) -> None:
 def _repeated(result: Graph, value: Value) -> list[Value]:
     """Of relu(relu(x)) the outer one, where ``value`` is the inner one."""
     node = value.producer
-    if node is None or node.op not in _IDEMPOTENT:
+    if node is None or node.op not in IDEMPOTENT:
         return []
     outer = [user.output for user in value.consumers() if user.op == node.op]
     return [found for found in outer if not any(output is found for output in result.outputs)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OF_ACTIVATIONS = ("calibration", "smoothing")
 _OF_SCHEMES = (
     "per", "group", "symmetric", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "latency",
-    "sensitivity", "stack", "rank", "rule", "margin", "bias", "method", *_OF_ACTIVATIONS,
+    "sensitivity", "stack", "rank", "rule", "margin", "bias", "method", "correct", *_OF_ACTIVATIONS,
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def check_options(options: Quantize) -> None:
     scheme, target = SCHEMES[options.scheme], TARGETS[options.target]
     taken = {*scheme.takes, *(_OF_ACTIVATIONS if scheme.activations else ())}
     taken -= {"smoothing"} if scheme.numbers is not None else set()
-    taken |= {"method"} if scheme.make is not None else set()
+    taken |= {"method", "correct"} if scheme.make is not None else set()
     defaults = {entry.name: entry.default for entry in fields(options)}
     given = [name for name in _OF_SCHEMES if getattr(options, name) is not defaults[name]]
     idle = [name for name in given if name not in taken]
@@ -57,6 +57,10 @@ def check_options(options: Quantize) -> None:
     _check_target(options)
     if options.steps is not None and options.method not in get_args(Learned):
         raise PassError("quantize: steps are of method=adaround or flexround: leave them out")
+    if options.correct is not None and options.method in get_args(Learned):
+        raise PassError(f"quantize: biases are learned with method={options.method}: leave correct out")
+    if options.correct and options.permute:
+        raise PassError("quantize: correct=true knows the channels in their own order: leave permute=true out")
     if options.method in get_args(Learned) and scheme.kind != "integers":
         raise PassError(f"quantize: method={options.method} is for integers, not scheme={options.scheme}")
 

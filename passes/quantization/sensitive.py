@@ -26,8 +26,8 @@ def kept_in_half(
 ) -> dict[str, Format]:
     """The layers, by names of their weights, that get half precision in place of integers of 8 bits.
 
-    In the order of what they lose for each entry, each alone in 8 bits (sensitivity "loss"), until the bytes are used or
-    a tenth of the loss is left. Larger weights have tables of numbers, which lose less, and are not among them.
+    In the order of what they lose for each entry, each alone in 8 bits (sensitivity "loss"), until bytes are used up
+    or a tenth of the loss is left. Larger weights have tables of numbers, which lose less, and are not among them.
     """
     small = [layer for layer in layers if isinstance(formats[layer.weight.name], Form)]
     small = [layer for layer in small if holds(layer.weight.tensor.detach())]

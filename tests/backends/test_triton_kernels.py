@@ -126,6 +126,8 @@ FEW_BITS = [
     ("float8_both", 4096),
     ("sparse_24_weight", 16),
     ("bitmap_weight", 16),
+    ("grouped_queries", 1024),
+    ("grouped_queries_int8", 16),
 ]
 
 
@@ -136,7 +138,7 @@ def test_products_of_few_bits_compile_and_spill_nothing(name: str, rows: int, ar
     kernel = kernel_of(form_graph(name, torch.bfloat16, rows, 4096), name)
     sizes = {dim: int(dim.size) for dim in kernel.region.sized}
     source = kernel.source("split" if rows == 16 else "contraction")
-    parts = {"sparse_24_weight": 2}.get(name, 4)
+    parts = {"sparse_24_weight": 2, "grouped_queries_int8": 2}.get(name, 4)
     assert source.kernels == ((name, f"{name}_total") if rows == 16 else (name,))
     for one in source.kernels:
         compiled = compile_kernel(source, sizes, architecture, name=one)
