@@ -22,17 +22,22 @@ import torch
 from regauge.backends.kernel_configs import Table
 from regauge.backends.kernel_weights import for_kernels
 from regauge.backends.to_torch import to_torch
+from regauge.backends.triton_gradient_kernel import GradientKernel
 from regauge.backends.triton_kernel import Kernel, triton_kernel
 from regauge.backends.triton_loops import sizes_of
 from regauge.ir.cost import smallest_sizes
+from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
-from regauge.ir.fusion.fused import Rounding, body_of, canonical, fused_nodes, traced
+from regauge.ir.fusion.attention_gradients import core_of
+from regauge.ir.fusion.fused import Rounding, body_of, canonical, fuse, fused_nodes, traced
 from regauge.ir.fusion.gradients import Entries, Gradient, Gradients, gradients_of
 from regauge.ir.fusion.products import few_bit_sides
 from regauge.ir.fusion.prologues import MOST_ROWS
 from regauge.ir.fusion.region import below_results
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
+from regauge.ir.graph_copy import copy_graph
 from regauge.ir.ops.torch_opaque import tensor_schema
 from regauge.ir.parse import parse_graph
 
@@ -74,9 +79,29 @@ class KernelOperator:
     @cached_property
     def backward(self) -> list[tuple[Gradient, KernelOperator]]:
         """The operators of the gradients that kernels compute."""
-        graphs = [canonical(one.graph) for one in self.gradients.kernels]
-        made = [kernel_operator(graph, "fused", to_torch(graph), self.tuned) for graph in graphs]
-        return list(zip(self.gradients.kernels, made, strict=True))
+        return [(one, _gradient_operator(one, self.tuned)) for one in self.gradients.kernels]
+
+    @cached_property
+    def keeps_results(self) -> bool:
+        """Whether gradients are computed of results, too."""
+        return any(one.results for one in self.gradients.kernels)
+
+    @cached_property
+    def in_stages(self) -> Body:
+        """The region in torch, of which torch finds gradients: attention within it is an operator of its own, whose
+        gradients kernels compute."""
+        region = self.kernel.region
+        nodes = core_of(region) if region.attention is not None and not self.gradients.kernels else []
+        if not nodes or len(nodes) == len(region.nodes):
+            return self.body
+        graph = copy_graph(self.graph)
+        place = {node: number for number, node in enumerate(self.graph.nodes)}
+        own = list(graph.nodes)
+        try:
+            fuse(Builder(graph), trace([own[place[node]] for node in nodes], graph.outputs), "fused")  # type: ignore[arg-type]
+        except FusionError:
+            return self.body
+        return to_torch(graph, kernels="triton")
 
     @property
     def overload(self) -> Any:
@@ -134,7 +159,19 @@ def kernel_of(body: Graph, rounding: Rounding, tuned: Table | None = None) -> Ke
 
 def kernel_operator(body: Graph, rounding: Rounding, in_torch: Body, tuned: Table | None = None) -> KernelOperator:
     """The operator of a region that ``in_torch`` computes; raises FusionError where it can have none."""
-    kernel = kernel_of(body, rounding, tuned)
+    return _operator(kernel_of(body, rounding, tuned), body, in_torch, tuned)
+
+
+def _gradient_operator(gradient: Gradient, tuned: Table | None) -> KernelOperator:
+    graph = canonical(gradient.graph)
+    if gradient.attention is None:
+        return kernel_operator(graph, "fused", to_torch(graph), tuned)
+    region = gradient.attention.region
+    kernel = GradientKernel(region, graph.name, "fused", tuned, gradient=gradient.attention, graph=graph)
+    return _operator(kernel, graph, to_torch(graph), tuned)
+
+
+def _operator(kernel: Kernel, body: Graph, in_torch: Body, tuned: Table | None) -> KernelOperator:
     reads = tuple(body.inputs)
     writes = tuple(output for output in body.outputs if isinstance(output, Value))
     texts = [kernel.source(form, contiguous=flat).text for form in kernel.forms for flat in (True, False)]
@@ -179,7 +216,7 @@ def _register(made: KernelOperator) -> None:
     library.impl(made.name, fresh, "CPU")  # type: ignore[no-untyped-call]
     library.impl(made.name, made.launch, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(full_name, fresh, lib=library)
-    torch.library.register_autograd(full_name, _backward(made), setup_context=_keep, lib=library)
+    torch.library.register_autograd(full_name, _backward(made), setup_context=_keep(made), lib=library)
 
 
 def _without_views(body: Body) -> Body:
@@ -194,30 +231,41 @@ def _without_views(body: Body) -> Body:
     return call
 
 
-def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+def _keep(made: KernelOperator) -> Callable[..., None]:
+    """What is kept for the backward pass: what is read, and results where gradients are computed of these."""
+
+    def keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        results = [output] if isinstance(output, torch.Tensor) else output
+        ctx.save_for_backward(*inputs, *(results if made.keeps_results else ()))
+
+    return keep
 
 
 def _backward(made: KernelOperator) -> Callable[..., Any]:
     """The backward pass: operators of the gradients, where there are such, and for the rest the body in torch."""
 
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        tensors = ctx.saved_tensors
+        tensors = ctx.saved_tensors[: len(made.reads)]
+        results = ctx.saved_tensors[len(made.reads) :]
         wanted = {place for place, needed in enumerate(ctx.needs_input_grad) if needed}
         found: dict[int, torch.Tensor | None] = {}
         whole = [gradient for gradient in gradients if gradient is not None]
         if len(whole) == len(gradients):
-            found = _by_kernels(made, tensors, whole, wanted)
+            found = _by_kernels(made, tensors, whole, results, wanted)
         rest = sorted(wanted - found.keys())
         if rest:
-            found.update(zip(rest, _of_body(made.body, tensors, gradients, rest), strict=True))
+            found.update(zip(rest, _of_body(made.in_stages, tensors, gradients, rest), strict=True))
         return tuple(found.get(place) for place in range(len(tensors)))
 
     return backward
 
 
 def _by_kernels(
-    made: KernelOperator, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], wanted: set[int]
+    made: KernelOperator,
+    tensors: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    kept: Sequence[torch.Tensor],
+    wanted: set[int],
 ) -> dict[int, torch.Tensor | None]:
     """The gradients that are given on, and those that operators compute, by the number of the argument."""
     found: dict[int, torch.Tensor | None] = {}
@@ -226,10 +274,9 @@ def _by_kernels(
         place = one.table if isinstance(one, Entries) else one
         if place in wanted and isinstance(one, Entries):
             gradient = _in_table(gradient, tensors[one.numbers], tensors[place])
-            known = found.get(place)
-            gradient = gradient if known is None else known + gradient
         if place in wanted:
-            found[place] = gradient
+            known = found.get(place)
+            found[place] = gradient if known is None else known + gradient
 
     for one, result in made.gradients.passed.items():
         give(one, gradients[result])
@@ -237,7 +284,8 @@ def _by_kernels(
         places: list[list[int | Entries]] = [[*o, *e] for o, e in zip(kernel.of, kernel.entries, strict=True)]
         if wanted.isdisjoint(one.table if isinstance(one, Entries) else one for ones in places for one in ones):
             continue
-        results = operator.overload(*(tensors[i] for i in kernel.reads), *(gradients[i] for i in kernel.given))
+        given = [*(tensors[i] for i in kernel.reads), *(gradients[i] for i in kernel.given)]
+        results = operator.overload(*given, *(kept[i] for i in kernel.results))
         for ones, gradient in zip(places, [results] if len(places) == 1 else results, strict=True):
             for one in ones:
                 give(one, gradient)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from regauge.backends.triton_attention import AttentionForm
+from regauge.backends.triton_attention_gradient import GradientForm
 from regauge.backends.triton_launch import Launch, power_above
 from regauge.backends.triton_loops import Loops, Tensor, count
 from regauge.ir.extents import Dim
@@ -29,9 +30,11 @@ def splits_of(loops: Loops, sizes: Mapping[Dim, int]) -> int:
     return 1 << most.bit_length() - 1 if most > 1 else 1
 
 
-def scratch_sizes(loops: Loops, sizes: Mapping[Dim, int], splits: int) -> list[int]:
-    """How many numbers each of SCRATCH holds."""
+def scratch_sizes(form: str, loops: Loops, sizes: Mapping[Dim, int], splits: int) -> list[int]:
+    """How many numbers each of SCRATCH holds, or of STATISTICS."""
     rows = splits * count(loops.batch, sizes) * count(loops.rows, sizes)
+    if form == "statistics":
+        return [rows, rows]
     return [rows, rows, rows * count(loops.columns, sizes)]
 
 
@@ -69,3 +72,22 @@ def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loo
     if form == "split":
         constants["SPLITS"], programs = splits, programs * splits
     return Launch(programs, constants, warps, stages=2)
+
+
+def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
+    """Programs have a tile of queries, or of places, and go through the other ones; tiles are small enough for two
+    gradients and four factors in registers."""
+    rows, columns, head, source = (
+        count(one, sizes) for one in (loops.rows, loops.columns, loops.contracted, loops.source)
+    )
+    width = max(columns, head)
+    single = any(tensor.value.dtype == torch.float32 for tensor in reads)
+    own, other = (32, 16) if single else (64, 32)
+    if width <= 64 and not single:
+        own = 128 if form != "of_keys" else own
+    high, deep = (other, own) if form == "of_keys" else (own, other)
+    last = loops.rows[-1:] if form == "of_keys" else loops.rows
+    high, deep = min(high, max(16, power_above(count(last, sizes)))), min(deep, max(16, power_above(source)))
+    tiles = -(-source // deep) if form == "of_keys" else -(-rows // high)
+    constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns)), "BLOCK_K": max(16, power_above(head))}
+    return Launch(tiles * count(loops.batch, sizes), {**constants, "BLOCK_S": deep}, 4 if single else 8, stages=2)

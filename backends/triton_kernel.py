@@ -20,7 +20,8 @@ import torch
 from regauge.backends.kernel_configs import Case, Config, Table, architecture_of, config_of
 from regauge.backends.torch_runtime import import_source
 from regauge.backends.triton_attention import AttentionForm, AttentionKernel
-from regauge.backends.triton_attention_sizes import launch_of_attention, scratch_sizes, splits_of
+from regauge.backends.triton_attention_gradient import GRADIENT_FORMS, GradientForm
+from regauge.backends.triton_attention_sizes import launch_of_attention, launch_of_gradient, scratch_sizes, splits_of
 from regauge.backends.triton_contraction import ContractionKernel
 from regauge.backends.triton_launch import Launch, power_above
 from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, sizes_of, start_of, strides_of
@@ -40,7 +41,7 @@ from regauge.ir.graph import Value
 MOST_SUMMED = 264
 """Programs that share out rows over which sums go: enough to keep a device busy, and few parts to be added up then."""
 
-Form: TypeAlias = RowForm | Literal["contraction"] | AttentionForm
+Form: TypeAlias = RowForm | Literal["contraction"] | AttentionForm | GradientForm
 _FORMS: Mapping[Kind, tuple[Form, ...]] = {
     "pointwise": ("pointwise",),
     "row reduction": ("rows", "looped"),
@@ -168,12 +169,14 @@ class Kernel:
             if start.partials:
                 pointers.append(torch.empty(start.partials, dtype=torch.float32, device=device))
             if source.scratch:
-                handed = scratch_sizes(source.loops, sizes, start.constants["SPLITS"])
+                handed = scratch_sizes(source.form, source.loops, sizes, start.constants.get("SPLITS", 1))
                 pointers += [torch.empty(size, dtype=torch.float32, device=device) for size in handed]
             arguments = [*pointers, *numbers(source, sizes, starts, steps)]
             _start(source, start, arguments)
-            if source.then is not None:  # its arguments are the same
-                _start(source.then, launch_of(source.then, sizes, None), arguments)
+            following = source.then
+            while following is not None:  # its arguments are the same
+                _start(following, launch_of(following, sizes, None), arguments)
+                following = following.then
         for tensor, part in zip(source.totals, parts, strict=True):
             results[tensor.value] = part.sum(0).to(tensor.value.dtype).reshape(shape_of(tensor.layout, sizes))
         return results
@@ -242,7 +245,11 @@ def config_for(
 ) -> Config | None:
     """The configuration for given sizes; None for tiles that no table holds (:mod:`triton_tile_sizes`, and
     :mod:`triton_attention_sizes`)."""
-    if source.form in ("split", "attention", "combine") or source.tiling is not None and not source.tiling.plain:
+    if (
+        source.form in ("split", "attention", "combine", *GRADIENT_FORMS)
+        or source.tiling is not None
+        and not source.tiling.plain
+    ):
         return None
     return config_of(case_of(source, sizes), architecture, tuned)
 
@@ -251,6 +258,8 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None) -
     """How a kernel is started for given sizes: tiles of the configuration, smaller where there is less."""
     if config is None and source.tiling is not None:
         return launch_of_tiles(source.loops, source.tiling, sizes, split=source.form == "split")
+    if source.form == "statistics" or source.form == "of_queries" or source.form == "of_keys":
+        return launch_of_gradient(source.form, source.reads, source.loops, sizes)
     if config is None:
         assert source.form == "attention" or source.form == "split" or source.form == "combine"
         return launch_of_attention(source.form, source.reads, source.loops, sizes)

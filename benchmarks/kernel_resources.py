@@ -1,19 +1,21 @@
 """What kernels take of a GPU, told without one: each form of tests/kernel_forms.py, compiled for two architectures.
 
-    python benchmarks/kernel_resources.py [--write]
+    python benchmarks/kernel_resources.py [--only NAME ...] [--write]
 
 Registers of a thread, bytes that it spills, and bytes of shared memory, as ptxas of the installed Triton allocates
 them: for 4096 rows of 4096 columns in bfloat16 (and for the longest rows that a program holds, where rows are reduced),
 as kernels are launched. Products have a row for 16 rows, too, of which several programs have a part each; a second
-kernel adds these up. The exit status is 1 where a kernel spills.
+kernel adds these up. Behind them are the gradients of some forms (GRADIENTS). With ``--only`` the rows of these forms
+take the place of those that the table has. The exit status is 1 where a kernel spills.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,25 +23,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
 
-from benchmarks.report import append_table
+from benchmarks.report import DOCUMENT, append_table
 from kernel_forms import FORMS, form_graph
+from regauge.backends.to_torch import to_torch
+from regauge.backends.torch_kernels import kernel_operator
 from regauge.backends.triton_compile import ARCHITECTURES, Compiled, compile_kernel
 from regauge.backends.triton_kernel import Source, triton_kernel
 from regauge.backends.triton_loops import count
+from regauge.ir.edit import Builder
 from regauge.ir.extents import Dim
+from regauge.ir.fusion.fused import body_of, canonical, fuse
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.fusion.traffic import PERSISTENT
 
 ROWS = COLUMNS = 4096
 FEW_ROWS = 16
 FIGURES = ("registers", "spilled", "shared")
+TITLE = "What generated kernels take of a GPU"
+GRADIENTS = (
+    "swiglu", "masked_softmax", "layer_norm", "add_rms_norm", "cross_entropy", "causal_attention", "masked_attention",
+    "capped_attention",
+)  # fmt: skip
+"""Forms whose gradients have kernels of several kinds: pointwise, rows, sums over rows, and attention."""
+
 HEADS = ["kernel", "form", "rows", "columns", *(f"{name} {figure}" for name in ARCHITECTURES for figure in FIGURES)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel of a text, for sizes."""
+    """One kernel of a text, for sizes; ``label`` is what the table calls it."""
 
+    label: str
     kernel: str
     source: Source
     rows: int
@@ -49,9 +63,9 @@ class Case:
         return compile_kernel(self.source, self.sizes, architecture, name=self.kernel)
 
 
-def cases() -> Iterator[Case]:
+def cases(names: Sequence[str]) -> Iterator[Case]:
     """Each kernel, in each form that it may have at a size."""
-    for name in FORMS:
+    for name in names:
         for rows, columns in ((ROWS, COLUMNS), (ROWS, PERSISTENT), (FEW_ROWS, COLUMNS)):
             graph = form_graph(name, torch.bfloat16, rows, columns)
             region = trace(graph.nodes, graph.outputs)  # type: ignore[arg-type]
@@ -65,7 +79,32 @@ def cases() -> Iterator[Case]:
                 few = region.kind == "contraction" and rows < ROWS
                 if wanted and (region.kind == "attention" or (form == "split") == few):
                     texts = [text for text in (source, source.then) if text is not None]
-                    yield from (Case(one, text, rows, sizes) for text in texts for one in text.kernels)
+                    yield from (Case(one, one, text, rows, sizes) for text in texts for one in text.kernels)
+
+
+def gradient_cases(names: Sequence[str]) -> Iterator[Case]:
+    """The kernels of gradients, which are launched one after the other."""
+    for name in names:
+        graph = form_graph(name, torch.bfloat16, ROWS, COLUMNS)
+        node = fuse(Builder(graph), trace(graph.nodes, graph.outputs), "fused")  # type: ignore[arg-type]
+        body = canonical(body_of(node))
+        for _, operator in kernel_operator(body, "fused", to_torch(body)).backward:
+            kernel = operator.kernel
+            sizes = {dim: int(dim.size) for dim in kernel.region.sized}
+            source: Source | None = kernel.source(kernel.form_for(sizes))
+            while source is not None:
+                for one in source.kernels:
+                    yield Case(f"{name}_gradient", one, source, ROWS, sizes)
+                source = source.then
+
+
+def merged(rows: Sequence[list[str]]) -> list[list[str]]:
+    """The rows of the table in the document, with these in place of those of the same kernels."""
+    parts = DOCUMENT.read_text(encoding="utf-8").split("\n## ")
+    lines = [line for part in parts if part.startswith(TITLE + "\n") for line in part.splitlines()]
+    known = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+    new = {row[0] for row in rows}
+    return [*(row for row in known if row[0] not in new), *rows]
 
 
 def cells(compiled: Compiled) -> list[str]:
@@ -75,20 +114,22 @@ def cells(compiled: Compiled) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    write = parser.parse_args().write
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="forms, by default all; their gradients, too")
+    arguments = parser.parse_args()
+    write, names = arguments.write, arguments.only or [*FORMS]
     rows, spills = [], []
-    for case in cases():
+    for case in chain(cases(names), gradient_cases([name for name in names if name in GRADIENTS])):
         found = [case.compiled(architecture) for architecture in ARCHITECTURES]
         columns = str(count(case.source.loops.columns, case.sizes))
-        rows.append([case.kernel, case.source.form, str(case.rows), columns, *(c for one in found for c in cells(one))])
-        spills += [case.kernel for one in found if one.spilled]
+        rows.append([case.label, case.source.form, str(case.rows), columns, *(c for one in found for c in cells(one))])
+        spills += [case.label for one in found if one.spilled]
         print(*rows[-1], flush=True)
     if write:
         note = (
             "`python benchmarks/kernel_resources.py`: registers of a thread, bytes that it spills, bytes of shared "
             "memory of a program, in bfloat16."
         )
-        append_table("What generated kernels take of a GPU", HEADS, rows, note)
+        append_table(TITLE, HEADS, merged(rows) if arguments.only else rows, note)
     if spills:
         print(f"these spill registers: {', '.join(dict.fromkeys(spills))}")
     return 1 if spills else 0

@@ -139,8 +139,17 @@ def latent_keys_with_bias_attention(f: Form, rows: Any, columns: int) -> Any:
     return b.attention(q, b.mul(keys, f.w(64)), f.x(3, columns, 64), f.x(rows, columns, dtype=torch.bool), scale=0.02)
 
 
+def written_out_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Node by node, with heads behind positions, and a width that is no power of two."""
+    b, q, k, v = f.build, f.x(2, rows, 3, 40), f.x(2, columns, 3, 40), f.x(2, columns, 3, 72)
+    scores = b.matmul(b.permute(q, dims=(0, 2, 1, 3)), b.permute(k, dims=(0, 2, 3, 1)))
+    scores = b.where(f.x(rows, columns, dtype=torch.bool), -1e4, b.mul(scores, 0.2))
+    return b.matmul(b.softmax(scores, dim=3), b.permute(v, dims=(0, 2, 1, 3)))
+
+
 ATTENTION_FORMS = (
     causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention, decoding_attention,
     latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding, int4_groups_attention,
     int8_cache_attention, turned_latents_attention, latent_keys_with_bias_attention,
+    written_out_attention,
 )  # fmt: skip

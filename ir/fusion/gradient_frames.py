@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -186,9 +187,7 @@ class Frame:
             return self._reduced(scalar, args[0])
         if scalar.op not in PRIMITIVES:
             raise FusionError(f"the derivative of {self.node.op} is not stated")
-        if not any(isinstance(arg, Value) for arg in args):
-            return float(PRIMITIVES[scalar.op](*(torch.tensor(arg, dtype=torch.float64) for arg in args)))
-        return self._primitive(scalar.op, args)
+        return primitive(self.build, partial(self.reverse.typed, dtype=self.reverse.wide), scalar.op, args)
 
     def _picked(self, scalar: Scalar) -> Value:
         """The entries of a table that an operand has the numbers of."""
@@ -218,15 +217,18 @@ class Frame:
             raise FusionError(f"{self.node.op} would reduce an axis that is only broadcast")
         return self.build(scalar.op, x, dims=tuple(sorted(self.ended)), keepdim=True)
 
-    def _primitive(self, op: str, args: list[Any]) -> Any:
-        build = self.build
-        if op == "code":
-            return args[0]
-        if op == "real":
-            return self.reverse.typed(args[0], self.reverse.wide)
-        if op in ("maximum", "minimum") and not all(isinstance(arg, Value) for arg in args):
-            x, bound = args if isinstance(args[0], Value) else reversed(args)
-            return build.clamp(x, bound, None) if op == "maximum" else build.clamp(x, None, bound)
-        if op == "where" and isinstance(args[0], Value) and args[0].dtype != torch.bool:
-            args[0] = build.ne(args[0], 0)
-        return build(op, *args)
+
+def primitive(build: Builder, typed: Callable[[Value], Value], op: str, args: list[Any]) -> Any:
+    """A primitive of values, or of numbers; ``typed`` makes a float of a value."""
+    if not any(isinstance(arg, Value) for arg in args):
+        return float(PRIMITIVES[op](*(torch.tensor(arg, dtype=torch.float64) for arg in args)))
+    if op == "code":
+        return args[0]
+    if op == "real":
+        return typed(args[0])
+    if op in ("maximum", "minimum") and not all(isinstance(arg, Value) for arg in args):
+        x, bound = args if isinstance(args[0], Value) else reversed(args)
+        return build.clamp(x, bound, None) if op == "maximum" else build.clamp(x, None, bound)
+    if op == "where" and isinstance(args[0], Value) and args[0].dtype != torch.bool:
+        args = [build.ne(args[0], 0), *args[1:]]
+    return build(op, *args)

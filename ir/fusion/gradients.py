@@ -22,6 +22,7 @@ import torch
 
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.errors import FusionError
+from regauge.ir.fusion.attention_gradients import AttentionGradient, attention_gradient
 from regauge.ir.fusion.fused import traced
 from regauge.ir.fusion.gradient_frames import Frame, is_float
 from regauge.ir.fusion.legality import fault
@@ -45,13 +46,16 @@ class Entries:
 class Gradient:
     """Gradients that one kernel computes: a graph that reads the inputs ``reads`` of a region and, behind them, the
     gradients of its results ``given``, and returns for each entry of ``of`` the gradient that these inputs have; all
-    by number. It may also be that of entries of tables, which are in ``entries``, one for each entry of ``of``."""
+    by number. It may also be that of entries of tables, which are in ``entries``, one for each entry of ``of``. Behind
+    all gradients it reads the ``results`` of the region itself; of ``attention`` kernels are other ones."""
 
     graph: Graph
     reads: tuple[int, ...]
     given: tuple[int, ...]
     of: tuple[tuple[int, ...], ...]
     entries: tuple[tuple[Entries, ...], ...]
+    results: tuple[int, ...] = ()
+    attention: AttentionGradient | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def gradients_of(body: Graph) -> Gradients:
     """The gradients, of row form, of the inputs of a region; raises FusionError where none can be stated."""
     region = traced(body)
     if region.contractions:
-        raise FusionError(f"{body.name}: the gradients of products are products of their own")
+        return _of_attention(body, attention_gradient(body, region))
     rows = frozenset(region.loops) - region.reduced
     shared = {load.value.value for load in region.loads if not rows <= load.axes}
     tables = {load.value.value for load in region.loads if load.value.picked}
@@ -100,6 +104,20 @@ def gradients_of(body: Graph) -> Gradients:
     found = {value: of for value, of in found.items() if value not in given}
     sums = {rounded[adjoints[value], value.dtype] for value in shared if value in adjoints}
     return _in_kernels(body, reverse, found, sums, passed, left)
+
+
+def _of_attention(body: Graph, found: AttentionGradient) -> Gradients:
+    place = {value: number for number, value in enumerate(body.inputs)}
+    of = tuple((place[factor.value.value],) for factor in found.factors)
+    reads = tuple(range(len(body.inputs)))
+    known = {number for numbers in of for number in numbers}
+    left = {
+        value.name: "the gradient of a mask is a sum of its own"
+        for value, number in place.items()
+        if is_float(value) and number not in known
+    }
+    kernel = Gradient(found.graph, reads, (0,), of, ((),) * len(of), (0,), found)
+    return Gradients((kernel,), left=left)
 
 
 def all_gradients(body: Graph) -> tuple[Graph, tuple[int, ...]]:

@@ -228,7 +228,10 @@ class _Tracer:
         values, mask, starts = (self._operand(node, arg.value) for arg in scalar.args)
         value = node.inputs[scalar.args[0].value]
         assert isinstance(value, Value)
-        ((own, *_),) = self._layout(self._key(node, scalar.args[0].value), value.name) or ((None,),)
+        layout = self._layout(self._key(node, scalar.args[0].value), value.name)
+        own = next((dim for axis in layout for dim in axis), None)
+        if own is None:
+            raise FusionError(f"{value.name} holds one entry")
         rank, bit = self._digit("rank", node, (starts, mask), 2), self._digit("bit", node, (mask,), 2)
         return self.mover.compact(values, own, rank, bit)
 

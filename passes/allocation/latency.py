@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
@@ -115,7 +115,7 @@ class LatencySearch:
             own.append(self._tried(counts, aim, meter, [*before, *own], measure))
             if own[-1].close:
                 break
-            aim = _next_aim(own)
+            aim = next_aim(own)
         return own
 
     def _tried(
@@ -170,7 +170,17 @@ class _Trial:
         return self.off - 1 if 1 <= self.off <= 1 + _CLOSE else 2 * (self.off - 1) if self.off > 1 else 1 - self.off
 
 
-def _next_aim(trials: Sequence[_Trial]) -> float:
+class Aimed(Protocol):
+    """What was measured: what was aimed at, in milliseconds, and the time as a multiple of what is wanted."""
+
+    @property
+    def aim(self) -> float: ...
+
+    @property
+    def off(self) -> float: ...
+
+
+def next_aim(trials: Sequence[Aimed]) -> float:
     """What to aim at next: between the nearest trials on both sides of the budget, or beyond the last one."""
     over = [trial for trial in trials if trial.off > 1]
     under = [trial for trial in trials if trial.off <= 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import matrices_of
 from regauge.passes.calibration.sensitivity import output_metrics
 from regauge.passes.decoding.cache_bytes import in_words
+from regauge.passes.decoding.elitekv import elite_latents
 from regauge.passes.decoding.latent_fit import fitted_factors, own_factors
 from regauge.passes.decoding.latent_layers import split_layers
 from regauge.passes.decoding.latent_parts import Part, forms_of
@@ -54,6 +55,11 @@ class KvLatent(Pass):
     Deviations: no Hadamard rotation of latents, which paid off for none without outliers; a latent for each head or for
     all where Palu has one for four, since the weights of outputs would grow. ``kv-cache`` afterwards keeps the latents.
     Exact at full rank.
+
+    ``method=elitekv`` (Zhou et al. 2025): of rotated keys each head keeps those pairs rotated without which its scores
+    would change most; all other channels of keys, and the values, come from one latent for all heads, which queries and
+    the output read in place of them (J-LRD). Nothing is computed anew; a head of attention is as wide as the latent.
+    Needs data. Fitted as above, not trained on, which the paper does.
     """
 
     name = "kv-latent"
@@ -66,6 +72,12 @@ class KvLatent(Pass):
     widths: int = option(
         1, "how many different ranks the heads of an attention may have; heads of each are computed apart", at_least=1
     )
+    method: Literal["palu", "elitekv"] = option(
+        "palu", "palu: latents of keys and of values; elitekv: one of both, beside the pairs of keys that stay rotated"
+    )
+    pairs: int | None = option(
+        None, "of elitekv: pairs of each head that stay rotated; if not given, a quarter of the bytes", at_least=0
+    )
     seed: int = option(0, "seed of the directions of gradients", at_least=0)
 
     def __post_init__(self) -> None:
@@ -75,6 +87,10 @@ class KvLatent(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         refuse_caches(graph, self.name)
         original = split_layers(assembled(graph))
+        if self.method == "elitekv":
+            budget = parse_amount(self.bytes, "bytes", "bytes")
+            found = elite_latents(original, context, budget, self.pairs, self.seed, by=self.name)
+            return graph if found is None else found
         forms = list(forms_of(attention_sites(original), context.left, joint=self.joint))
         if not forms:
             context.left["no attention is understood"] += not context.left

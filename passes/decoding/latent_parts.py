@@ -105,7 +105,7 @@ def forms_of(sites: Sequence[Site], left: Counter[str], *, joint: bool | None) -
             if reason is not None or heads is None:
                 left[f"{kind}: {reason}"] += 1
                 continue
-            ways = [way for way, fits in ((False, _is_absorbed(site, kind)), (True, _fills_layer(heads))) if fits]
+            ways = [way for way, fits in ((False, is_absorbed(site, kind)), (True, fills_layer(heads))) if fits]
             asked = [way for way in ways if joint is None or way == joint]
             yield [Part(site, kind, heads, way) for way in asked or ways]
 
@@ -118,19 +118,19 @@ def _misfit(site: Site, kind: str, heads: Heads | None) -> str | None:
         return "a convolution makes them"
     if heads.cached or not heads.in_order or not heads.alone:
         return "something else reads them, or they are cached already"
-    if _is_absorbed(site, kind):
+    if is_absorbed(site, kind):
         return None
-    if not _fills_layer(heads):
+    if not fills_layer(heads):
         return "their layer makes something else, too, and what lies between them and attention is no layout"
     return None
 
 
-def _fills_layer(heads: Heads) -> bool:
+def fills_layer(heads: Heads) -> bool:
     """Whether their layer makes nothing else."""
     return len(heads.channels.flatten()) == heads.layer.outputs
 
 
-def _is_absorbed(site: Site, kind: str) -> bool:
+def is_absorbed(site: Site, kind: str) -> bool:
     """Whether what reads keys or values can read the latent instead: nothing but layout lies in between."""
     heads, reader = (site.key, site.query) if kind == "keys" else (site.value, site.output)
     if heads is None or reader is None or not (heads.is_layout and reader.is_layout) or reader.layer.taps != 1:

@@ -27,7 +27,7 @@ def write_latents(graph: Graph, factors: Factors, *, by: str) -> None:
         ranks = [len(down) for _, down in maps]
         record(graph, by, f"{part.name} of rank {' '.join(map(str, ranks if len(set(ranks)) > 1 else ranks[:1]))}")
     for site, own in sites.items():
-        _SiteRewrite(graph, site, by).run(own)
+        SiteRewrite(graph, site, by).run(own)
 
 
 def _through_latent(graph: Graph, part: Part, up: torch.Tensor, down: torch.Tensor, *, by: str) -> None:
@@ -36,12 +36,12 @@ def _through_latent(graph: Graph, part: Part, up: torch.Tensor, down: torch.Tens
     rows = torch.empty_like(up)
     rows[part.maps[0]] = up
     with build.at(layer.node):
-        latent = build.linear(layer.node.inputs[0], _weight(build, layer, "latent", down))
-        whole = build.linear(latent, _weight(build, layer, "heads", rows), layer.bias)
+        latent = build.linear(layer.node.inputs[0], weight_beside(build, layer, "latent", down))
+        whole = build.linear(latent, weight_beside(build, layer, "heads", rows), layer.bias)
     replace_uses(graph, layer.node.output, whole)
 
 
-class _SiteRewrite:
+class SiteRewrite:
     """An attention whose keys or values, or both, are latents of the heads.
 
     Attention computes heads of one width together. Heads of other ranks are groups with an attention each, whose
@@ -62,7 +62,7 @@ class _SiteRewrite:
         groups = self._groups(maps)
         results = [self._attention(maps, own) for own in groups]
         if "values" in maps:
-            self._output(results, maps["values"], groups)
+            self.output(results, maps["values"], groups)
             return
         result = results[0]
         if len(results) > 1:
@@ -97,16 +97,16 @@ class _SiteRewrite:
             assert site.query is not None and site.key is not None
             # what biases of keys add to scores is the same for all keys, and softmax takes it away
             down = torch.stack([maps["keys"][head][1] for head in group])
-            operands[1] = self._heads(site.key, down, None, "latent_keys")
+            operands[1] = self.heads(site.key, down, None, "latent_keys")
             readers = self._readers(group)
             up = torch.stack([maps["keys"][head][0] for head in site.key.head_of[readers].tolist()])
             bias = None if site.query.bias is None else torch.einsum("hd,hdr->hr", site.query.bias[readers], up)
             weight = torch.einsum("hdr,hdc->hrc", up, site.query.weight[readers])
-            operands[0] = self._heads(site.query, weight, bias, "latent_queries")
+            operands[0] = self.heads(site.query, weight, bias, "latent_queries")
         if "values" in maps:
             assert site.value is not None
             down = torch.stack([maps["values"][head][1] for head in group])
-            operands[2] = self._heads(site.value, down, None, "latent_values")
+            operands[2] = self.heads(site.value, down, None, "latent_values")
         for slot, heads in enumerate((site.query, site.key, site.value)):
             if operands[slot] is site.node.inputs[slot]:
                 operands[slot] = self._as_it_is(operands[slot], slot, heads, maps, group)
@@ -125,7 +125,7 @@ class _SiteRewrite:
         if heads is not None and self._is_fused(heads, maps) and heads.is_layout:
             own = self._readers(group) if slot == 0 else group
             bias = None if heads.bias is None else heads.bias[own]
-            return self._heads(heads, heads.weight[own], bias, ("queries", "keys", "values")[slot])
+            return self.heads(heads, heads.weight[own], bias, ("queries", "keys", "values")[slot])
         return self._part(operand, heads, group)
 
     def _part(self, operand: Operand, heads: Heads | None, group: list[int]) -> Operand:
@@ -161,15 +161,15 @@ class _SiteRewrite:
         replaced = [own for own, kind in ((self.site.key, "keys"), (self.site.value, "values")) if kind in maps]
         return any(own is not None and own.layer.node is heads.layer.node for own in replaced)
 
-    def _heads(self, heads: Heads, weight: torch.Tensor, bias: torch.Tensor | None, label: str) -> Operand:
+    def heads(self, heads: Heads, weight: torch.Tensor, bias: torch.Tensor | None, label: str) -> Operand:
         """[..., heads, length, size] of what the layer reads, by a weight [heads, size, inputs]."""
         count, size, _ = weight.shape
         x, layer = heads.x, heads.layer
         with self.build.at(layer.node):
             made = self.build.linear(
                 x,
-                _weight(self.build, layer, label, weight.flatten(0, 1)),
-                None if bias is None else _weight(self.build, layer, label, bias.flatten(), "bias"),
+                weight_beside(self.build, layer, label, weight.flatten(0, 1)),
+                None if bias is None else weight_beside(self.build, layer, label, bias.flatten(), "bias"),
             )
         with self.build.at(self.site.node):
             *batch, _, length, _ = self._query.shape if heads is self.site.query else self._key.shape
@@ -180,7 +180,7 @@ class _SiteRewrite:
                 found = self.build.repeat_interleave(found, repeats=repeats, dim=found.rank - 3)
         return found
 
-    def _output(self, results: Sequence[Value], maps: Maps, groups: list[list[int]]) -> None:
+    def output(self, results: Sequence[Value], maps: Maps, groups: list[list[int]]) -> None:
         """What reads attention reads latents [..., query heads, length, rank]; it takes the bias of values over."""
         site = self.site
         assert site.output is not None and site.value is not None
@@ -200,8 +200,8 @@ class _SiteRewrite:
         with self.build.at(layer.node):
             result = self.build.linear(
                 x,
-                _weight(self.build, layer, "latent", torch.cat(absorbed).T),
-                None if bias is None else _weight(self.build, layer, "latent", bias, "bias"),
+                weight_beside(self.build, layer, "latent", torch.cat(absorbed).T),
+                None if bias is None else weight_beside(self.build, layer, "latent", bias, "bias"),
             )
         replace_uses(self.graph, layer.node.output, result)
 
@@ -211,7 +211,7 @@ def _swapped(rank: int) -> tuple[int, ...]:
     return (*range(rank - 2), rank - 1, rank - 2, rank)
 
 
-def _weight(build: Builder, layer: Layer, label: str, data: torch.Tensor, leaf: str = "weight") -> Parameter:
+def weight_beside(build: Builder, layer: Layer, label: str, data: torch.Tensor, leaf: str = "weight") -> Parameter:
     """A weight as that of the layer, beside it in the same module."""
     stem, _, _ = layer.weight.name.rpartition(".")
     data = data.to(layer.weight.tensor.dtype).contiguous()

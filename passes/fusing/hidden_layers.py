@@ -83,7 +83,7 @@ def _hidden(order: Order, down: Layer, dim: Dim, members: set[Parameter]) -> Hid
     for node in between:
         operands = [value for _, value in node.operands() if not _is_bias(node, value, hidden)]
         if (
-            not is_pointwise(node)
+            not (is_pointwise(node) or node.op == "dropout")  # which draws each unit by itself
             or not set(operands) <= inside
             or any(v.shape != hidden.shape for v in (*operands, *node.outputs))
         ):

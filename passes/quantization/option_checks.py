@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _OF_ACTIVATIONS = ("calibration", "smoothing")
 _OF_SCHEMES = (
-    "per", "group", "symmetric", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "sensitivity", "stack",
-    "rank", "method", *_OF_ACTIVATIONS,
+    "per", "group", "symmetric", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "latency",
+    "sensitivity", "stack", "rank", "method", *_OF_ACTIVATIONS,
 )  # fmt: skip
 
 
@@ -91,10 +91,14 @@ def _check_activations(options: Quantize) -> None:
 
 
 def _check_bits(options: Quantize) -> None:
-    bounds = [name for name in ("bytes", "accuracy") if getattr(options, name) is not None]
+    bounds = [name for name in ("bytes", "accuracy", "latency") if getattr(options, name) is not None]
     if len(options.bits) > 1 and not SCHEMES[options.scheme].mixed:
         raise PassError(f"quantize: scheme={options.scheme} takes one number of bits, not {len(options.bits)}")
     if SCHEMES[options.scheme].mixed and len(bounds) != 1:
-        raise PassError("quantize: scheme=mixed takes bytes or accuracy: write quantize{scheme=mixed,bytes=0.2}")
+        raise PassError(
+            "quantize: scheme=mixed takes one of bytes, latency and accuracy: write quantize{scheme=mixed,bytes=0.2}"
+        )
     if options.bytes is not None:
         parse_amount(options.bytes, "bytes", "bytes")
+    if options.latency is not None:
+        parse_amount(options.latency, "latency", "time")

@@ -130,6 +130,11 @@ class Table:
     lookups: list[Node]
     layers: list[Layer]
 
+    def saved(self, bits: int) -> int:
+        """Bytes that it loses in so few bits, with a scale for each vector."""
+        data = self.parameter.tensor.detach()
+        return int(data.nbytes - data.numel() * bits / 8 - 4 * len(data))
+
 
 def find_tables(graph: Graph, include: Sequence[str], exclude: Sequence[str]) -> list[Table]:
     """The tables that only lookups and linear layers read."""

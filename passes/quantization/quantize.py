@@ -15,10 +15,9 @@ from regauge.ir.graph import Graph
 from regauge.ir.quantized_layers import PLANNED_FOR
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
-from regauge.passes.calibration.batches import calibration_batches, check_examples, examples_in
+from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.calibration.losses import labelled
 from regauge.passes.on_floats import SPARSE
 from regauge.passes.options import option
 from regauge.passes.quantization.activations import ends_of_values, smooth_values
@@ -31,7 +30,7 @@ from regauge.passes.quantization.inner_layers import problems_of
 from regauge.passes.quantization.learned_codes import Learned
 from regauge.passes.quantization.learned_rounding import STEPS, learned
 from regauge.passes.quantization.levels import ENOUGH, Levels
-from regauge.passes.quantization.mixed import Mixed
+from regauge.passes.quantization.mixed_choice import chosen_forms
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
 from regauge.passes.quantization.option_checks import check_options
 from regauge.passes.quantization.placement import (
@@ -48,7 +47,7 @@ from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
-from regauge.passes.quantization.sensitivity import WITHOUT_DATA, Sensitivity
+from regauge.passes.quantization.sensitivity import Sensitivity
 from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
@@ -72,7 +71,8 @@ class Quantize(Pass):
     Of activations in floats of 8 bits onnxruntime makes what it does not run unless its optimisations are off.
 
     With scheme=mixed each layer gets the bits that lose least within ``bytes`` of the whole graph's weights (3 bits
-    count as 3), or the fewest that keep an ``accuracy``; the report says what each layer would lose with how many bits.
+    count as 3) or a ``latency``, measured where the target runs, or the fewest that keep an ``accuracy``; the report
+    says what each layer would lose with how many bits.
     """
 
     name: ClassVar[str] = "quantize"
@@ -92,8 +92,9 @@ class Quantize(Pass):
         above=0,
         at_most=1,
     )
+    latency: float | str | None = option(None, "of mixed: time of one run: a share or a time (5ms)")
     sensitivity: Sensitivity | None = option(
-        None, "of mixed: what bits cost: loss, gradient, hessian, lim or zd; loss, without data zd"
+        None, "of mixed: what bits cost: loss, gradient, hessian, lim, entropy or zd; loss, without data zd"
     )
     per: Per | None = option(None, "what shares a scale: the tensor, each row (output), or groups of its inputs")
     group: int | None = option(
@@ -353,28 +354,19 @@ class Quantize(Pass):
 
     def _mixed(self, graph: Graph, layers: list[Layer], target: Target, context: Context) -> Mapping[str, Format]:
         """The forms of the layers that do not stay in float."""
-        way = self.sensitivity or ("zd" if context.data is None else "loss")
-        if context.data is None and (self.accuracy is not None or way not in WITHOUT_DATA):
-            asked = f"sensitivity={way}" if self.accuracy is None else "accuracy"
-            raise PassError(f"quantize needs data for {asked}: {GIVE_DATA}")
         bits = sorted(self.bits or ((4, 8) if target.blocks_alone else (2, 3, 4, 8)))
         bits = [size for size in bits if size <= target.bits_alone]
         forms = {layer.weight.name: [integers(self._wanted(graph, layer, size)) for size in bits] for layer in layers}
-        batches = None if context.data is None else [labelled(graph, batch) for batch in context.batches()]
-        if batches is not None:
-            check_examples([batch.inputs for batch in batches])
-        mixed = Mixed(graph, layers, forms, way, batches, target.zeros)
-        if self.accuracy is not None:
-            picked = mixed.accurate(self.accuracy)
-        else:
-            assert self.bytes is not None
-            whole = figures(graph).bytes
-            own = sum(sizes[-1] for sizes in mixed.sizes.values())
-            saved = sum(_saved(table, self.table_bits) for table in self._tables(graph, Counter()))
-            picked = mixed.within(parse_amount(self.bytes, "bytes", "bytes").of(whole) - (whole - own - saved))
-        for name, place_of_form in picked.items():
-            context.note(mixed.why(name, place_of_form))
-        return {name: forms[name][at] for name, at in picked.items() if at < len(forms[name])}
+        saved = sum(table.saved(self.table_bits) for table in self._tables(graph, Counter()))
+
+        def written(found: Mapping[str, Form]) -> Graph:
+            writer = Writer(graph.copy(), target, by=self.name)
+            for layer in self.layers_of(writer.graph, Counter()):
+                if layer.weight.name in found:
+                    writer.weight_alone(layer, found[layer.weight.name].rounded(rows_of(layer)))
+            return self._finished(writer)
+
+        return chosen_forms(self, graph, layers, forms, target, saved, self._finished, written, context)
 
     def stored(
         self,
@@ -433,9 +425,3 @@ def _bytes(found: Mapping[str, Terms]) -> int:
 
 def _count(layer: Layer) -> int:
     return layer.blocks * layer.outputs * layer.columns
-
-
-def _saved(table: Table, bits: int) -> int:
-    """Bytes that a table of vectors loses in so few bits: it has a scale for each vector."""
-    data = table.parameter.tensor.detach()
-    return int(data.nbytes - data.numel() * bits / 8 - 4 * len(data))

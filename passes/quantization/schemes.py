@@ -110,7 +110,9 @@ SCHEMES: Mapping[SchemeName, Scheme] = {
     "w4": Scheme(4, integers, _OF_INTEGERS),
     "w3": Scheme(3, integers, _OF_INTEGERS),
     "w2": Scheme(2, integers, _OF_INTEGERS),
-    "mixed": Scheme(4, integers, ("group", "symmetric", "bits", "bytes", "accuracy", "sensitivity"), mixed=True),
+    "mixed": Scheme(
+        4, integers, ("group", "symmetric", "bits", "bytes", "accuracy", "latency", "sensitivity"), mixed=True
+    ),
     "ternary": Scheme(2, _ternary, ("per", "group", "packed", "statistic")),
     "fp8": Scheme(8, _floats(torch.float8_e4m3fn), activations=True, kind="float8", numbers=Float8()),
     "e4m3": Scheme(8, _floats(torch.float8_e4m3fn), ("per",), kind="float8", grouped=False),

@@ -9,10 +9,12 @@ hessian    tr(H) / n |Q(W) - W|^2, n the entries of W (Dong et al. 2020, HAWQ-V2
            Quantization); of |y - y0|^2 / 2 of the outputs, H of cross-entropy where batches have labels
 lim        1 - cos of what goes into the residual branch that the layer lies in and what comes out of the sum behind it
            (layer input modification: Dumitru et al. 2024, Layer-Wise Quantization; of blocks); 1 in no branch
+entropy    as loss, but all forms of neighbouring layers that depend on one another together: what is lost by both need
+           not be the sum (Q-VLM; blocks by the entropy of activations, see :mod:`.dependency`)
 zd         one minus the share of weights more than one standard deviation above their mean (the same, z-score
            distribution): no data
 
-Of the last two the paper gives a share of the layers, those of the highest scores, more bits; here they are multiplied
+Of lim and zd the paper gives a share of the layers, those of the highest scores, more bits; here they are multiplied
 by |Q(W) - W|^2 / |W|^2, so that they can be weighed against bytes as the others are.
 """
 
@@ -34,7 +36,7 @@ from regauge.passes.calibration.probe import Probe
 from regauge.passes.calibration.weight_gradients import hessian_traces
 from regauge.passes.quantization.trials import Trial, Trials
 
-Sensitivity: TypeAlias = Literal["loss", "gradient", "hessian", "lim", "zd"]
+Sensitivity: TypeAlias = Literal["loss", "gradient", "hessian", "lim", "entropy", "zd"]
 WITHOUT_DATA = ("zd",)
 
 Losses: TypeAlias = Mapping[str, Sequence[float]]

@@ -75,6 +75,25 @@ def test_programs_add_up_what_rows_share(name: str, dtype: torch.dtype, monkeypa
         check(found[value], exact, other)
 
 
+ATTENTION = ("causal_attention", "masked_attention", "capped_attention", "latent_attention", "written_out_attention")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_gradients_of_attention_keep_the_contract(name: str, dtype: torch.dtype) -> None:
+    made, read, seeds = drawn_operator(name, dtype)
+    ((one, operator),) = made.backward
+    given = [read[place] for place in one.reads] + seeds + [made.body(*read)]
+    found = operator.kernel.launch(dict(zip(operator.reads, given, strict=True)))
+    sums: dict[int, torch.Tensor] = {}  # of latents that are keys and values, too
+    for (place,), value in zip(one.of, operator.writes, strict=True):
+        sums[place] = sums[place] + found[value] if place in sums else found[value]
+    wide = [[t.double() if t.is_floating_point() else t for t in some] for some in (read, seeds)]
+    true, eager = (by_torch(made, *some, [*sums]) for some in (wide, (read, seeds)))
+    for gradient, exact, other in zip(sums.values(), true, eager, strict=True):
+        check(gradient, exact, other)
+
+
 def check(found: torch.Tensor, true: torch.Tensor, eager: torch.Tensor) -> None:
     """The contract of tests/kernel_contract.py."""
     scale = true.abs().max()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decoder_block import decoder_block
 from regauge.backends.torch_kernels import KernelOperator, with_kernels
@@ -108,6 +109,68 @@ def test_entries_of_tables_get_their_gradients_from_kernels(called: list[str]) -
     for own, other in zip(*found, strict=True):
         torch.testing.assert_close(own, other)
     assert called == ["embedding_add_rms_norm_gradient"] and not found[0][0][3].any() and found[0][0][1].any()
+
+
+def attention_block(dtype: torch.dtype, *, turned: bool) -> Graph:
+    """Causal attention, two heads of queries for each of keys; with ``turned`` queries and keys are scaled before."""
+    graph = Graph("attention")
+    build = Builder(graph)
+    q, k, v = (build.input(name, (1, heads, 6, 8), dtype) for name, heads in (("q", 4), ("k", 2), ("v", 2)))
+    if turned:
+        q, k = (build.mul(x, build.input(f"cos_{x.name}", (6, 8), dtype)) for x in (q, k))
+    y = build.attention(q, k, v, scale=0.3, is_causal=True, enable_gqa=True)
+    graph.outputs = [build.mul(y, build.sigmoid(build.input("gate", (1, 4, 6, 8), dtype))) if turned else y]
+    return graph
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_operators_compute_the_gradients_of_attention(called: list[str], turned: bool) -> None:
+    """Also where more is fused with it: that is left to torch, attention in the middle is not."""
+    graph = attention_block(torch.float32, turned=turned)
+    tensors = [torch.randn([int(size) for size in value.shape]) for value in graph.inputs]
+    found = []
+    modules = graph.to_torch(kernels="triton"), graph.to_torch()
+    called.clear()
+    for module in modules:
+        given = [tensor.clone().requires_grad_() for tensor in tensors]
+        module(*given).sin().sum().backward()
+        found.append([tensor.grad for tensor in given])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other)
+    assert called == ["attention"] * turned + ["attention_gradient"]
+    (made,) = with_kernels(graph).operators
+    assert bool(made.gradients.kernels) == (not turned) and (made.in_stages is made.body) == (not turned)
+
+
+def test_torch_finds_no_fault_with_the_operators_of_attention_and_its_gradients() -> None:
+    (made,) = with_kernels(attention_block(torch.float32, turned=False)).operators
+    given = [torch.randn([int(s) for s in v.shape], requires_grad=True) for v in made.reads]
+    torch.library.opcheck(made.overload, given)
+    ((_, operator),) = made.backward
+    read = [torch.randn([int(size) for size in value.shape], requires_grad=True) for value in operator.reads]
+    torch.library.opcheck(operator.overload, read)
+    second = []
+    for call in (made.overload, made.body):
+        with sdpa_kernel(SDPBackend.MATH):  # torch has no derivative of the gradients of its other kernels
+            first = torch.autograd.grad(call(*given).sin().sum(), given, create_graph=True)
+        second.append(torch.autograd.grad(sum(one.square().sum() for one in first), given))
+    for own, other in zip(*second, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_a_bias_of_scores_is_left_to_torch() -> None:
+    graph = Graph("biased")
+    build = Builder(graph)
+    q, k, v, bias = (
+        build.input(name, (5, 8) if name != "bias" else (5, 5), torch.float32) for name in ("q", "k", "v", "bias")
+    )
+    graph.outputs = [build.attention(q, k, v, bias, scale=0.3)]
+    (made,) = with_kernels(graph).operators
+    assert set(made.gradients.left) == {"bias"} and len(made.backward) == 1
+    given = [torch.randn([int(size) for size in value.shape], requires_grad=True) for value in made.reads]
+    own, other = (torch.autograd.grad(call(*given).sin().sum(), given) for call in (made.overload, made.body))
+    for one, another in zip(own, other, strict=True):
+        torch.testing.assert_close(one, another)
 
 
 def test_torch_finds_no_fault_with_operators_of_gradients() -> None:

@@ -36,6 +36,16 @@ def test_all_experts_together_are_the_dense_layer(model: type[nn.Module]) -> Non
     torch.testing.assert_close(found.to_torch()(ids(5, 7)), graph.run((ids(5, 7),))[0], rtol=0, atol=1e-10)
 
 
+def test_dropout_on_units_rests_between_layers() -> None:
+    """As T5 and BART have it."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 8)).double().eval()
+    x = torch.randn(32, 8, dtype=torch.float64)
+    graph = regauge.capture(model, (x,))
+    split = regauge.optimize(graph, "split-experts{experts=4,active=4}", data=[x])
+    assert split.report.passes[0].changed
+    torch.testing.assert_close(split.run((x,))[0], graph.run((x,))[0])
+
+
 def test_hidden_layers_of_a_loaded_file_are_products_and_sums(tmp_path: Path) -> None:
     """They were passed over without a word."""
     model = redrawn(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))).eval()

@@ -1,8 +1,12 @@
 """``quantize{scheme=mixed}``: bytes that are met, and better spent than on the same bits everywhere."""
 
+import platform
+import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,9 +18,12 @@ from regauge.backends.onnx_audit import kernels_of
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.ir.timing import Timing
+from regauge.passes.base import Context
 from regauge.passes.calibration.losses import Labelled
+from regauge.passes.calibration.probe import Probe
 from regauge.passes.calibration.weight_gradients import hessian_traces
-from regauge.passes.quantization.mixed import _by_bisection, stored_bytes
+from regauge.passes.quantization.mixed import Mixed, _by_bisection, stored_bytes
 from regauge.passes.quantization.quantize import Quantize
 from regauge.passes.quantization.schemes import integers
 
@@ -78,7 +85,9 @@ def uniform() -> tuple[float, int]:
     return error(quantized("scheme=w3")), int(figures(graph).bytes - sum(saved))
 
 
-@pytest.mark.parametrize(("way", "most"), [("loss", 0.2), ("gradient", 0.2), ("hessian", 0.2), ("lim", 0.3)])
+@pytest.mark.parametrize(
+    ("way", "most"), [("loss", 0.2), ("gradient", 0.2), ("hessian", 0.2), ("entropy", 0.2), ("lim", 0.3)]
+)
 def test_the_bytes_of_three_bits_are_better_spent(way: str, most: float) -> None:
     same, budget = uniform()
     small = quantized(f"scheme=mixed,bytes={budget},sensitivity={way}")
@@ -142,6 +151,64 @@ def test_tables_of_vectors_count_with_the_bytes() -> None:
         assert 0.85 * budget < bytes_in(small) <= budget
 
 
+OVERHEAD = 0.5  # milliseconds of a run, of one layer or of all, in the runtime that tests make up
+
+
+def in_a_slow_memory(graphs: Sequence[Graph], _: Any) -> list[Timing]:
+    """A runtime in which a run takes as long as it takes to read the weights."""
+    return [Timing(OVERHEAD + figures(graph).bytes / 1e4, 0.0, "a slow memory") for graph in graphs]
+
+
+@pytest.mark.parametrize("asked", ["0.7", "1.6ms"])
+def test_a_latency_is_met_by_the_forms_that_lose_least(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer is measured by itself, and all together: what the times of layers do not tell is corrected."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    (whole,) = in_a_slow_memory([branches()], None)
+    wanted = 0.7 * whole.milliseconds if asked == "0.7" else float(asked.removesuffix("ms"))
+    context = Context(data=data(), measure=in_a_slow_memory)
+    small = Quantize(scheme="mixed", latency=asked).call(branches(), context)
+    (found,) = in_a_slow_memory([small], None)
+    assert 0.95 * wanted < found.milliseconds <= 1.02 * wanted
+    bits = [note.split(": ")[1].split(";")[0] for note in context.notes if " by bits " in note]
+    assert len(bits) == 8 and len(set(bits)) > 1
+    assert f"measured in a slow memory, {wanted:.3g} ms asked" in next(n for n in context.notes if "latency: " in n)
+    with pytest.raises(
+        PassError, match="with the fastest forms of all layers .* ms of .* are left, and 0.1 ms are wanted"
+    ):
+        Quantize(scheme="mixed", latency="0.1ms").call(branches(), Context(data=data(), measure=in_a_slow_memory))
+
+
+def test_a_latency_is_predicted_where_nothing_is_measured() -> None:
+    """By a roofline, of layers so large that reading their weights is what takes time."""
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8)).eval()
+    graph = regauge.capture(model, (torch.zeros(1, 512),))
+    context = Context()
+    small = Quantize(scheme="mixed", latency=0.27, target="ort-arm").call(graph, context)
+    kinds = {parameter.dtype for name, parameter in small.parameters.items() if name.endswith("quantized")}
+    (told,) = (note for note in context.notes if note.startswith("latency: "))
+    predicted, whole = (float(number) for number in re.findall(r"([\d.]+) ms", told)[:2])
+    assert kinds == {torch.int8, torch.uint8} and "nothing was measured" in told
+    assert 0.2 * whole < predicted <= 0.27 * whole
+
+
+def test_what_dependent_layers_lose_together_is_measured() -> None:
+    """Every choice in a block by itself, as if its layers were replaced at once; blocks are neighbours."""
+    step, graph = Quantize(scheme="mixed", bytes=0.2, target="reference"), branches()
+    layers = step.layers_of(graph, Counter())
+    forms = {x.weight.name: [integers(step._wanted(graph, x, bits)) for bits in (2, 4)] for x in layers}
+    mixed = Mixed(graph, layers, forms, "entropy", [Labelled(batch, None, None) for batch in data()], False)
+    assert sorted(name for block in mixed.blocks for name in block.names) == sorted(forms)
+    block = max(mixed.blocks, key=lambda block: len(block.names))
+    assert 2 <= len(block.names) <= 4 and len(block.choices) == 3 ** len(block.names)
+    names, probe = block.names[:2], Probe(graph, data())
+    together = probe.change({**mixed.tried[names[0]][0].data, **mixed.tried[names[1]][0].data})
+    rest = (2,) * (len(block.names) - 2)
+    known = dict(zip(block.choices, block.losses, strict=True))
+    assert known[0, 0, *rest] == pytest.approx(together) and known[2, 2, *rest] == 0
+    assert mixed.losses[names[0]][0] == known[0, 2, *rest]
+    assert abs(together - known[0, 2, *rest] - known[2, 0, *rest]) > 1e-3 * together
+
+
 @pytest.mark.parametrize("labels", [False, True])
 def test_traces_of_the_hessian(labels: bool) -> None:
     """Against the whole Hessian of a linear classifier."""
@@ -166,10 +233,14 @@ def test_traces_of_the_hessian(labels: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("scheme=mixed", "takes bytes or accuracy"),
+        ("scheme=mixed", "takes one of bytes, latency and accuracy"),
         ("scheme=w4,bytes=0.3", "bytes does nothing with scheme=w4"),
-        ("scheme=mixed,bytes=0.3,accuracy=0.9", "takes bytes or accuracy"),
+        ("scheme=mixed,bytes=0.3,accuracy=0.9", "takes one of bytes, latency and accuracy"),
+        ("scheme=mixed,bytes=0.3,latency=0.9", "takes one of bytes, latency and accuracy"),
+        ("scheme=mixed,latency=40", "latency=40 is neither a share, which is at most 1, nor a time"),
+        ("scheme=w8,latency=0.5", "latency does nothing with scheme=w8"),
         ("scheme=mixed,accuracy=0.9", "needs data for accuracy"),
+        ("scheme=mixed,bytes=0.3,sensitivity=entropy", "needs data for sensitivity=entropy"),
         ("scheme=mixed,bytes=0.3,sensitivity=hessian", "needs data for sensitivity=hessian"),
         ("scheme=mixed,bytes=0.02", "take at least"),
         ("scheme=mixed,bytes=0.3,bits=9", "bits"),
