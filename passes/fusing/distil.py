@@ -134,7 +134,11 @@ def _is_real(value: Value) -> bool:
 
 def _check_alike(teacher: Graph, graph: Graph) -> None:
     """Raise PassError where the two graphs cannot be run on the same batches and compared."""
-    for what, before, after in (("inputs", teacher.inputs, graph.inputs), ("outputs", teacher.outputs, graph.outputs)):
+    sides: list[tuple[str, Sequence[Any], Sequence[Any]]] = [
+        ("inputs", teacher.inputs, graph.inputs),
+        ("outputs", teacher.outputs, graph.outputs),
+    ]
+    for what, before, after in sides:
         if _signatures(before) != _signatures(after):
             raise PassError(
                 f"distil compares with the graph that the pipeline began with, whose {what} were "
