@@ -275,6 +275,29 @@ def test_as_a_program(model_file: Path) -> None:
     assert done.stdout.startswith("Dim") and "Traceback" not in done.stderr and "\x1b" not in done.stdout
 
 
+def test_what_could_not_be_written_is_told_before_the_work(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regauge.cli.open_file", lambda *_, **__: pytest.fail("the model was read"))
+    (tmp_path / "folder.onnx").mkdir()
+    for out, reason in {"none/o.onnx": "the folder", "folder.onnx": "it is a folder"}.items():
+        assert run("optimize", model_file, "-o", tmp_path / out) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_source_of_others_is_not_replaced(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    assert run("optimize", model_file, "-o", own) == 0 == run("optimize", model_file, "-o", own)  # what is ours is
+    (own / "model.py").write_text("class Mine: ...\n")
+    capsys.readouterr()
+    monkeypatch.setattr("regauge.cli.open_file", lambda *_, **__: pytest.fail("the model was read"))
+    assert run("optimize", model_file, "-o", own) == 2
+    assert "model.py was not written by Regauge, and is left as it is" in capsys.readouterr().err
+    assert (own / "model.py").read_text() == "class Mine: ...\n"
+
+
 def test_demo_makes_the_network_smaller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     assert run("demo", "--quick", "--save", tmp_path / "digits.onnx") == 0
@@ -282,7 +305,10 @@ def test_demo_makes_the_network_smaller(tmp_path: Path, capsys: pytest.CaptureFi
     assert shown.endswith(f"wrote {tmp_path / 'digits.onnx'} and {tmp_path / 'digits.pruned.onnx'}\n")
     assert all(word in shown for word in ("accuracy", "parameters", "MACs", "ONNX file", "onnxruntime"))
     sizes = [(tmp_path / name).stat().st_size for name in ("digits.pruned.onnx", "digits.onnx")]
-    assert sizes[0] < sizes[1]
+    assert sizes[0] < 0.5 * sizes[1]
+    shares = {line.split()[0]: line.split()[-3:] for line in shown.splitlines() if "%" in line}["accuracy"]
+    trained, pruned, _ = (float(share.rstrip("%")) for share in shares)
+    assert pruned > trained - 5, "half of the multiply-accumulates, and no training since"
 
 
 def test_reading_a_model_leaves_the_compiler_of_torch_alone(model_file: Path) -> None:

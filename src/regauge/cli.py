@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regauge.cli_files import Data, Model, file_figures, is_onnx, open_file, read_batches, written_model
+from regauge.cli_files import Data, Model, check_output, file_figures, is_onnx, open_file, read_batches, written_model
 from regauge.cli_inspect import explain, fusion, groups, inspect, memory, scales
 from regauge.cli_kernels import autotune, kernels
 from regauge.cli_run import run
@@ -125,6 +125,7 @@ def optimize(
         for option, given in (("--sparse-weights", sparse_weights), ("--functions", functions)):
             if given:
                 raise RegaugeError(f"{option} is for ONNX files, and {output} would be a folder: name an .onnx file")
+    check_output(output, ".onnx" if output.suffix else "")
     pipeline = as_passes(passes or [])  # a wrong option is told before a large file is read
     graph = open_file(model, opset=opset)
     result = run_optimize(graph, pipeline, read_batches(data, graph))
@@ -206,6 +207,7 @@ def _check_onnx(model: Path, output: Path) -> None:
         raise RegaugeError(f"{model} is no ONNX file: regauge optimize --passes simplify takes programs of torch too")
     if output.suffix.lower() != ".onnx":
         raise RegaugeError(f"{output} would be no ONNX file: name an .onnx file")
+    check_output(output, ".onnx")
 
 
 for command in (inspect, groups, explain, scales, fusion, memory, run, kernels, autotune):
