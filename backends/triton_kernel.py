@@ -296,6 +296,8 @@ def grid_of(source: Source, constants: Mapping[str, int]) -> list[list[tuple[tup
         columns = [(part, constants["BLOCK_N"]) for part in loops.parts or [loops.columns]]
         return [[(loops.rows, constants["BLOCK_M"])], columns, [(loops.batch, 1)]]
     if source.form == "attention":
-        return [[(loops.rows, constants["BLOCK_M"])], [(loops.batch, 1)]]
+        wide = math.prod(int(dim.size) for loop in loops.columns for dim in loop.dims) > constants["BLOCK_N"]
+        blocks = [[(loops.columns, constants["BLOCK_N"])]] if wide else []
+        return [[(loops.rows, constants["BLOCK_M"])], [(loops.batch, 1)], *blocks]
     grid = [[(loops.rows, constants.get("ROWS", 1))]]
     return [*grid, [(loops.columns, constants["BLOCK"])]] if source.shared_out else grid

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from kernel_forms import FORMS, form_graph
+from regauge.backends.triton_attention_gradient import GRADIENT_FORMS, AttentionGradientKernel
 from regauge.backends.triton_compile import compile_kernel
 from regauge.backends.triton_kernel import Form, Kernel, triton_kernel
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
+from regauge.ir.fusion.attention_gradients import attention_gradient
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
 
@@ -84,6 +86,19 @@ def test_text_of_causal_attention(golden: object) -> None:
 def test_text_of_attention_to_codes_of_four_bits(golden: object) -> None:
     kernel = kernel_of(form_graph("int4_cache_attention", torch.bfloat16), "attention")
     golden("kernel_int4_cache_attention", kernel.source().text.rstrip("\n"))  # type: ignore[operator]
+
+
+def test_text_of_attention_with_keys_of_latents(golden: object) -> None:
+    kernel = kernel_of(form_graph("turned_latents_attention", torch.float16), "attention")
+    golden("kernel_latent_attention", kernel.source().text.rstrip("\n"))  # type: ignore[operator]
+
+
+def test_text_of_the_gradients_of_attention(golden: object) -> None:
+    graph = form_graph("causal_attention", torch.float16)
+    found = attention_gradient(graph, trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    kernels = [AttentionGradientKernel(found, "attention", form, contiguous=True) for form in GRADIENT_FORMS]
+    texts = [one.source().rpartition("\n\n\n")[2].rstrip("\n") for one in kernels]
+    golden("kernel_attention_gradients", "\n\n\n".join(texts))  # type: ignore[operator]
 
 
 def test_attention_rounds_once() -> None:

@@ -166,6 +166,6 @@ def test_attention_is_refused_where_more_is_wanted_of_it_than_one_pass_gives() -
         graph.outputs = [build.matmul(shares, v), *([shares] if weights else [])]
         return fault(trace(graph.nodes, graph.outputs))
 
-    assert reason(256) is None
-    assert reason(257) == "a program holds heads of 256 numbers at most"
+    assert reason(256) is None and reason(257) is None
+    assert reason(4097) == "heads have 4096 numbers at most, and not a dynamic number"
     assert reason(32, weights=True) == "its weights are read behind the second contraction"
