@@ -3,12 +3,15 @@
     PYTHONPATH=PHOTOGRAPHS python benchmarks/quantize.py [--only NAME ...] [--examples 256] [--write]
     python benchmarks/quantize.py --formats [--only SCHEME ...] [--examples 256] [--write]
     PYTHONPATH=PHOTOGRAPHS python benchmarks/quantize.py --mixed [--only NAME ...] [--examples 256] [--write]
+    PYTHONPATH=PHOTOGRAPHS python benchmarks/quantize.py --without-data [--only NAME ...] [--write]
     PYTHONPATH=PEERS python benchmarks/quantize.py --file MODEL.onnx --data INPUTS.npz [--transformer] [--examples 256]
 
 weights   char_gpt (perplexity) and residual networks on photographs (share in the same class), with weights of few
           bits: rounded to the nearest, by columns (GPTQ), and by what `quantize` does
 formats   char_gpt with its weights in the other formats: perplexity and bits of a weight, scales and tables included
 mixed     the same networks: each layer's bits chosen, within the bytes of the same bits in all layers
+without   residual networks, weights rounded without data: as they are, with biases corrected by batch norms, and with
+          layers that take over what channels lost: share in the same class, squared error of the logits
 file      an ONNX file in 8 bits, beside what other quantizers make of it (quantize_peers.py): decibels of the first
           output, bytes and processor time, the float file in onnxruntime over the quantized model
 Decibels are 10 log10(|y|^2 / |y - y'|^2) over held-out inputs; times are medians in turns, one thread.
@@ -46,6 +49,7 @@ OTHERS = (
     "onebit", "bitstack,bytes=0.3", "bitstack,bytes=0.25", "bitstack,bytes=0.2",
 )  # fmt: skip
 MIXED = ["network", "bits", "group in convolutions", "kB", "same bits", "mixed", "mixed, no data for the choice"]
+WITHOUT = ["network", "bits", "nearest", "biases corrected", "udfc", "udfc, biases corrected"]
 FILE = ["file", "quantizer", "dB", "size", "speed, 1 example", "speed, 8 examples"]
 
 
@@ -74,6 +78,22 @@ def mixed(examples: int, only: list[str]) -> Iterator[list[str]]:
                 step = f"quantize{{scheme=mixed,bytes={room},sensitivity={way},{options}}}"
                 found.append(judge(regauge.optimize(graph, step, data=batches)))
             yield [name, str(bits), group, f"{room / 1e3:.0f}", *found]
+
+
+def without_data(only: list[str]) -> Iterator[list[str]]:
+    """Rows of weights alone, one scale for each output: share in the same class / squared error of the logits."""
+    ways = ("method=nearest", "correct=true", "method=udfc,correct=false", "method=udfc")
+    for depth in (20, 56):
+        if only and f"resnet{depth}" not in only:
+            continue
+        network = residual(depth, 1, 0)
+        for bits in (8, 4, 3):
+            found = []
+            for way in ways:
+                step = f"quantize{{scheme=w{bits},target=reference,embeddings=false,{way}}}"
+                same, error = network.judge(regauge.optimize(network.graph, step).to_torch().eval())
+                found.append(f"{same:.3f} / {error:.4f}")
+            yield [f"resnet{depth}", str(bits), *found]
 
 
 def _networks(examples: int, only: list[str]) -> Iterator[tuple[str, Any, list[Any], Callable[[Any], str]]]:
@@ -139,6 +159,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--formats", action="store_true", help="formats of weights beyond integers")
     parser.add_argument("--mixed", action="store_true")
+    parser.add_argument("--without-data", action="store_true")
     parser.add_argument("--file", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--transformer", action="store_true", help="the file is of a transformer: a peer wants to know")
@@ -153,6 +174,9 @@ def main() -> None:
     elif options.formats:
         title, heads = "Weights in other formats, no fine-tuning", FORMATS
         found = formats(options.examples, options.only)
+    elif options.without_data:
+        title, heads = "Weights rounded without data", WITHOUT
+        found = without_data(options.only)
     elif options.mixed:
         title, heads = "Mixed precision at the bytes of uniform bits, no fine-tuning", MIXED
         found = mixed(options.examples, options.only)

@@ -88,6 +88,11 @@ class Layer:
         return int(np.prod(self.weight.shape)) // (self.columns * self.blocks)
 
     @property
+    def entries(self) -> int:
+        """Of the weight."""
+        return self.blocks * self.outputs * self.columns
+
+    @property
     def source(self) -> Hashable:
         """Equal for layers whose inputs are the same rows: they read one value in the same way, or share a weight."""
         if len(self.weight.uses) > 1:

@@ -10,10 +10,10 @@ s minimises |w_j - sum_i s_ij w_i|^2 + l1 (b_j - sum_i s_ij b_i)^2 + l2 |s_j|^2,
 share of the mean of G's diagonal. Beyond the paper, a sum of several layers' results has the sum of their Gs.
 
 ``moments`` takes for G what the channels' products are expected to be behind their activation, by the statistics that
-batch norms hold (:mod:`regauge.passes.pruning.channel_moments`): s then has the least expected squared error. In four
-small trained networks with a tenth of all channels cut the outputs had 0.09 to 0.27 of the squared error of the masked
-ones, and with a third or more still less than all of it. With ``udfc`` they had 0.33 to 2.4 of it, and more where more
-was cut: what is a combination before a relu need not be one behind it.
+batch norms hold (:mod:`regauge.passes.calibration.channel_moments`): s then has the least expected squared error. In
+four small trained networks with a tenth of all channels cut the outputs had 0.09 to 0.27 of the squared error of the
+masked ones, and with a third or more still less than all of it. With ``udfc`` they had 0.33 to 2.4 of it, and more
+where more was cut: what is a combination before a relu need not be one behind it.
 
 Between the two layers nothing may mix channels, nor treat them unlike each other but for batch norms in inference.
 Layers take over in the order of the graph, so that what makes channels is as it is once it has taken over itself.
@@ -32,8 +32,8 @@ from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.kept import Keep, KeptWithin, flat_indices, part_kept
 from regauge.ir.mapped import mapped, on_disk
+from regauge.passes.calibration.channel_moments import ChannelMoments, ChannelReader, combinations
 from regauge.passes.calibration.layers import Layer, layer_of
-from regauge.passes.pruning.channel_moments import ChannelMoments, ChannelReader
 from regauge.passes.pruning.readers import readers
 
 ClosedForm: TypeAlias = Literal["udfc", "moments"]
@@ -117,7 +117,8 @@ class _TakingOver:
             return False
         kept = torch.from_numpy(stays)
         gone = torch.from_numpy(np.setdiff1d(np.arange(int(dim.size)), stays))
-        shares = _combinations(moments.gram(BIAS), kept, gone, self.ridge)
+        gram = moments.gram(BIAS)
+        shares = combinations(gram[kept][:, kept], gram[kept][:, gone], self.ridge)
         matrix[:, columns[kept]] += torch.einsum("oje,ij->oie", matrix[:, columns[gone]], shares)
         matrix[:, columns[gone].reshape(-1)] = 0
         return True
@@ -129,15 +130,3 @@ class _TakingOver:
         mask[torch.from_numpy((kept[:, None] * layer.taps + np.arange(layer.taps)).reshape(-1))] = 1
         assert isinstance(layer.weight.dtype, torch.dtype)
         return (matrix * mask).to(layer.weight.dtype)
-
-
-def _combinations(gram: torch.Tensor, kept: torch.Tensor, gone: torch.Tensor, ridge: float) -> torch.Tensor:
-    """s = (G_KK + l2)^-1 G_KR, [kept, gone]; of several the least where G_KK is singular."""
-    inner: torch.Tensor = gram[kept][:, kept]
-    inner.diagonal().add_(ridge * inner.diagonal().mean().clamp(min=1e-30))
-    across = gram[kept][:, gone]
-    solved, failed = torch.linalg.solve_ex(inner, across)
-    if bool(failed) or not bool(solved.isfinite().all()):
-        solved = torch.linalg.pinv(inner, hermitian=True) @ across
-    found: torch.Tensor = solved
-    return found

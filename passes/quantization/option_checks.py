@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OF_ACTIVATIONS = ("calibration", "smoothing")
 _OF_SCHEMES = (
     "per", "group", "symmetric", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "latency",
-    "sensitivity", "stack", "rank", "method", *_OF_ACTIVATIONS,
+    "sensitivity", "stack", "rank", "rule", "margin", "bias", "method", "correct", *_OF_ACTIVATIONS,
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def check_options(options: Quantize) -> None:
     scheme, target = SCHEMES[options.scheme], TARGETS[options.target]
     taken = {*scheme.takes, *(_OF_ACTIVATIONS if scheme.activations else ())}
     taken -= {"smoothing"} if scheme.numbers is not None else set()
-    taken |= {"method"} if scheme.make is not None else set()
+    taken |= {"method", "correct"} if scheme.make is not None else set()
     defaults = {entry.name: entry.default for entry in fields(options)}
     given = [name for name in _OF_SCHEMES if getattr(options, name) is not defaults[name]]
     idle = [name for name in given if name not in taken]
@@ -46,11 +46,21 @@ def check_options(options: Quantize) -> None:
         raise PassError("quantize: table_bits does nothing with embeddings=false: leave it out")
     if options.calibration == "entropy" and scheme.numbers is not None:
         raise PassError("quantize: calibration=entropy counts steps of equal width, which floats have not")
+    if options.margin is not None and options.rule == "cscale":
+        raise PassError("quantize: margin does nothing with rule=cscale: leave it out")
+    if options.bias is not None and options.rule != "cscale":
+        raise PassError("quantize: bias does nothing without rule=cscale: leave it out")
+    if options.calibration is not None and options.rule == "cscale":
+        raise PassError("quantize: calibration does nothing with rule=cscale, which has one exponent: leave it out")
     _check_groups(options, blocks=target.blocks_alone and not scheme.activations)
     _check_bits(options)
     _check_target(options)
     if options.steps is not None and options.method not in get_args(Learned):
         raise PassError("quantize: steps are of method=adaround or flexround: leave them out")
+    if options.correct is not None and options.method in get_args(Learned):
+        raise PassError(f"quantize: biases are learned with method={options.method}: leave correct out")
+    if options.correct and options.permute:
+        raise PassError("quantize: correct=true knows the channels in their own order: leave permute=true out")
     if options.method in get_args(Learned) and scheme.kind != "integers":
         raise PassError(f"quantize: method={options.method} is for integers, not scheme={options.scheme}")
 
@@ -84,6 +94,11 @@ def _check_activations(options: Quantize) -> None:
         return
     if not SCHEMES[options.scheme].activations:
         raise PassError(f"quantize: activations does nothing with scheme={options.scheme}: leave it out")
+    if SCHEMES[options.scheme].numbers is not None:
+        raise PassError(
+            "quantize: exponents of float8 are found on data, or one for all (rule=cscale): for those of every run "
+            "write scalify{dtype=float8_e4m3,dynamic=true}"
+        )
     if options.calibration is not None:
         raise PassError("quantize: calibration does nothing with activations=dynamic: leave it out")
     if TARGETS[options.target].at_run is None:

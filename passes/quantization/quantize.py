@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal, cast, get_args
 
 from regauge.ir.cost import figures
@@ -17,6 +16,7 @@ from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
+from regauge.passes.calibration.expected_inputs import ExpectedInputs
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.on_floats import SPARSE
 from regauge.passes.options import option
@@ -47,11 +47,14 @@ from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
+from regauge.passes.quantization.sensitive import kept_in_half
 from regauge.passes.quantization.sensitivity import Sensitivity
 from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
+from regauge.passes.quantization.subspaces import least_bits
 from regauge.passes.quantization.targets import TARGETS, Target
-from regauge.passes.quantization.universal_stack import UniversalStack, stack_of
+from regauge.passes.quantization.universal_stack import stack_at
 from regauge.passes.quantization.weights import group_of, rows_of, stored_on_data
+from regauge.passes.quantization.without_data import WithoutData, stored_without_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,11 @@ class Quantize(Pass):
     )
     permute: bool = option(False, "first reorder outputs, exactly, so that those which share a codebook are alike")
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
+    rule: Literal["amax", "cscale"] | None = option(
+        None, "exponents of float8: by the greatest entry, or one for all; amax if not given"
+    )
+    margin: int | None = option(None, "powers of two that amax leaves above the greatest entry", at_least=0)
+    bias: int | None = option(None, "the exponent of cscale; 0 if not given")
     statistic: Statistic | None = option(
         None, "scale of ternary weights: that of least error, or the mean or median of magnitudes"
     )
@@ -118,10 +126,16 @@ class Quantize(Pass):
         "static", "ranges of activations from data, or found at every run"
     )
     calibration: Calibration | None = option(None, "how ranges of activations are found; minmax if not given")
-    method: Method | Learned | None = option(
+    method: Method | Learned | WithoutData | None = option(
         None,
         "how weights are rounded: nearest, or on data by columns (GPTQ), descent, or gradients through blocks "
-        "of layers (adaround, flexround); columns for 8 bits, descent for fewer",
+        "of layers (adaround, flexround); columns for 8 bits, descent for fewer; udfc: nearest, and layers behind make "
+        "up for it by weights alone",
+    )
+    correct: bool | None = option(
+        None,
+        "biases make up for the mean of what rounding changes, on data, or without it by what batch norms hold; if not "
+        "given, but with method=nearest",
     )
     steps: int | None = option(None, f"of adaround and flexround: steps for each block; {STEPS}", at_least=1)
     smoothing: float | None = option(
@@ -144,7 +158,8 @@ class Quantize(Pass):
 
     @property
     def _scheme(self) -> Scheme:
-        return SCHEMES[self.scheme]
+        bias = (self.bias or 0) if self.rule == "cscale" else None
+        return SCHEMES[self.scheme].with_exponents(self.margin, bias)
 
     @property
     def block(self) -> int | None:
@@ -156,7 +171,7 @@ class Quantize(Pass):
         return self.group or (target.block if few or target.blocks_alone else None)
 
     def call(self, graph: Graph, context: Context) -> Graph:
-        if context.data is None and self.method not in (None, "nearest"):
+        if context.data is None and self.method not in (None, "nearest", "udfc"):
             raise PassError(f"quantize needs data for method={self.method}: {GIVE_DATA}")
         original, target = prepared(graph).copy(), self._scheme.on(TARGETS[self.target])
         plain = self._plain(original)
@@ -169,13 +184,12 @@ class Quantize(Pass):
         elif self._scheme.kind == "stacks":
             writer = self._from_stack(original, layers, target, context)
         elif self._scheme.activations:
-            writer = self._with_activations(original, layers, target, context)
+            writer = self._with_activations(original, layers, target, context, self._expected(graph))
         else:
-            writer = self._weights_alone(original, layers, target, context)
+            writer = self._weights_alone(original, layers, target, context, self._expected(graph))
         if tables:
             context.note(f"{self.table_bits} bits: {len(tables)} tables of vectors")
-        if plain:
-            context.note(f"8 bits: {len(plain)} weights that are read in float")
+        context.note(f"8 bits: {len(plain)} weights that are read in float") if plain else None
         result = self._finished(writer, context)
         inputs = None if context.data is None else next(context.inputs(graph))
         check_latency(graph, result, target, inputs, context, self.gate)
@@ -189,7 +203,8 @@ class Quantize(Pass):
         if self._stores:
             plain = plain_weights(result, self.include, self.exclude)
             on_data = context is not None and context.data is not None and self.method != "nearest"
-            writer.stored(plain, problems_of(result, plain, calibration_batches(result, context)) if on_data else {})
+            batches, free = calibration_batches(result, context) if on_data else [], self.correct is not False
+            writer.stored(plain, problems_of(result, plain, batches, free=free))
             writer.halved(plain_vectors(result, self.include, self.exclude))
             remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
@@ -250,7 +265,14 @@ class Quantize(Pass):
 
     # -- weights alone -----------------------------------------------------------------------------------------------
 
-    def _weights_alone(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
+    def _expected(self, graph: Graph) -> ExpectedInputs | None:
+        """What layers are given on average, where biases are corrected by it; channels must stay in their order."""
+        corrects = self.method != "nearest" if self.correct is None else self.correct
+        return ExpectedInputs(graph) if corrects and not self.permute else None
+
+    def _weights_alone(
+        self, original: Graph, layers: list[Layer], target: Target, context: Context, expected: ExpectedInputs | None
+    ) -> Writer:
         if self.permute and self.group:
             original, count = with_like_rows_together(original, layers, self.group, by=self.name)
             layers = self.layers_of(original, Counter())
@@ -263,26 +285,31 @@ class Quantize(Pass):
         alone = sum(layer.outputs * layer.blocks % (self.group or 1) > 0 for layer in layers)
         if self._scheme.kind == "codebooks" and alone:
             context.note(f"{alone} layers have one codebook: {self.group} does not divide their outputs")
-        formats: Mapping[str, Format]
+        formats: dict[str, Format]
         if self._scheme.mixed:
-            formats = self._mixed(original, layers, target, context)
+            formats = dict(self._mixed(original, layers, target, context))
         else:
-            formats = {layer.weight.name: self._format(original, layer, bits) for layer in layers}
+            least = least_bits(original) if self._scheme.make is integers else {}
+            sizes = [(layer.weight.name, layer, max(bits, least.get(layer.weight.name, 0))) for layer in layers]
+            formats = {name: self._format(original, layer, size) for name, layer, size in sizes}
+            free = [layer for layer in layers if self._unread(original, layer)]
+            if free and context.data is not None and self.method not in ("nearest", "udfc"):
+                formats |= kept_in_half(original, free, formats, calibration_batches(original, context))
         result = original.copy()
         own = [layer for layer in self.layers_of(result, Counter()) if layer.weight.name in formats]
-        stored = self.stored(original, result, own, formats, context)
+        stored = self.stored(original, result, own, formats, context, expected)
         writer = Writer(result, target, by=self.name, packed=self.packed)
         for layer in own:
             writer.weight_alone(layer, stored[layer.weight.name])
         if own:
-            each = sum(found.bits for found in stored.values()) / sum(map(_count, own))
+            each = sum(found.bits for found in stored.values()) / sum(layer.entries for layer in own)
             context.note(f"the weights of {len(own)} layers, {each:.2f} bits each with scales")
         if self.block is not None and whole < len(linear) and target.of_blocks:
             context.note(target.of_blocks)
         return writer
 
     def _from_stack(self, original: Graph, layers: Sequence[Layer], target: Target, context: Context) -> Writer:
-        stack = self._stack(original, layers, context)
+        stack = stack_at(self.stack, original, layers, self.rank, context, by=self.name)
         found = dict(stack.weights)
         if self.bytes is not None:
             most = parse_amount(self.bytes, "bytes", "bytes").of(figures(original).bytes)
@@ -293,22 +320,11 @@ class Quantize(Pass):
                     f"quantize: bytes={self.bytes} is less than one term of each weight and all else take: {needed}"
                 )
             found = stack.within(int(most - needed) + _bytes(least))
-        each = 8 * _bytes(found) / sum(_count(layer) for layer in layers)
+        each = 8 * _bytes(found) / sum(layer.entries for layer in layers)
         context.note(
             f"{sum(terms.count for terms in found.values())} of {len(stack.order)} terms, {each:.2f} bits each"
         )
         return self._of_terms(original, found, target)
-
-    def _stack(self, original: Graph, layers: Sequence[Layer], context: Context) -> UniversalStack:
-        if self.stack is not None and Path(self.stack).exists():
-            stack = UniversalStack.load(self.stack)
-            stack.check(layers, self.stack)
-            return stack
-        batches = calibration_batches(original, context)
-        stack = stack_of(original, layers, batches, self.rank, by=self.name)
-        if self.stack is not None:
-            stack.save(self.stack)
-        return stack
 
     def _of_terms(self, original: Graph, found: Mapping[str, Terms], target: Target) -> Writer:
         result = original.copy()
@@ -337,6 +353,7 @@ class Quantize(Pass):
     def _unread(self, graph: Graph, layer: Layer) -> bool:
         """Whether floats are made of a layer's 8 bits at load, whose form is then free."""
         asked = self.per is not None or self.group is not None or self.symmetric is not None or self.packed
+        asked = asked or self.method in get_args(Learned)
         if asked or not self._stores or not self._scheme.alone or self._scheme.bits != 8:
             return False
         sparse = not graph.metadata.get(SPARSE, {}).keys().isdisjoint(layer.weight.names)
@@ -346,9 +363,9 @@ class Quantize(Pass):
         """That of the scheme; where it is free a table's, of a weight that is large enough, or half precision."""
         assert self._scheme.make is not None
         if self._unread(graph, layer):
-            if _count(layer) >= ENOUGH:
+            if layer.entries >= ENOUGH:
                 return Levels()
-            if takes_little_more(_count(layer), layer.columns) and holds(layer.weight.tensor.detach()):
+            if takes_little_more(layer.entries, layer.columns) and holds(layer.weight.tensor.detach()):
                 return Half()
         return self._scheme.make(self._wanted(graph, layer, bits))
 
@@ -375,24 +392,33 @@ class Quantize(Pass):
         layers: Sequence[Layer],
         formats: Mapping[str, Format],
         context: Context,
+        expected: ExpectedInputs | None = None,
     ) -> dict[str, Stored]:
-        """What is stored of each layer's weight, by its name; biases of ``result`` make up where there is data."""
-        if context.data is None or self.method == "nearest":
-            return {layer.weight.name: formats[layer.weight.name].rounded(rows_of(layer)) for layer in layers}
+        """What is stored of each layer's weight, by its name; biases of ``result`` make up for it where means are known
+        from data or ``expected``."""
+        alone = context.data is None or self.method == "udfc" or self.method == "nearest" and not self.correct
+        if alone:
+            udfc = self.method == "udfc"
+            found, count = stored_without_data(result, layers, formats, expected, udfc=udfc, by=self.name)
+            if count:
+                context.note(f"{count} of {len(layers)} biases corrected by what batch norms hold")
+            return found
         batches = calibration_batches(original, context)
         context.note(f"chosen on {sum(map(examples_in, batches))} examples")
         if self.method in get_args(Learned):
             forms = {name: form for name, form in formats.items() if isinstance(form, Form)}
             way, steps = cast(Learned, self.method), self.steps or STEPS
             return dict(learned(original, result, layers, batches, forms, way, steps, by=self.name))
-        method = cast(Method | None, self.method)
-        return stored_on_data(original, result, layers, batches, formats, method, by=self.name)
+        method, free = cast(Method | None, self.method), self.correct is not False
+        return stored_on_data(original, result, layers, batches, formats, method, free=free, by=self.name)
 
     # -- activations -------------------------------------------------------------------------------------------------
 
-    def _with_activations(self, original: Graph, layers: list[Layer], target: Target, context: Context) -> Writer:
+    def _with_activations(
+        self, original: Graph, layers: list[Layer], target: Target, context: Context, expected: ExpectedInputs | None
+    ) -> Writer:
         dynamic = self.activations == "dynamic"
-        needless = dynamic and context.data is None and not self.smoothing
+        needless = context.data is None and (dynamic and not self.smoothing or target.activations.fixed)
         batches = [] if needless else calibration_batches(original, context)
         if self.smoothing != 0 and self._scheme.numbers is None and batches:
             apart = {layer.node.inputs[0] for layer in self._tied(original)}
@@ -403,8 +429,8 @@ class Quantize(Pass):
         own, tied = self.layers_of(result, Counter()), self._tied(result)
         placement = place(result, [*own, *tied], target)
         ends = {} if dynamic else ends_of_values(result, placement, target, self.calibration, batches)
-        formats = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
-        stored = self.stored(original, result, own, formats, context)
+        formats = {layer.weight.name: self._scheme.form(target.weights, layer.columns) for layer in own}
+        stored = self.stored(original, result, own, formats, context, expected)
         writer = Writer(result, target, by=self.name)
         if dynamic:
             writer.at_every_run(placement)
@@ -421,7 +447,3 @@ class Quantize(Pass):
 
 def _bytes(found: Mapping[str, Terms]) -> int:
     return int(sum(terms.bits for terms in found.values()) / 8)
-
-
-def _count(layer: Layer) -> int:
-    return layer.blocks * layer.outputs * layer.columns

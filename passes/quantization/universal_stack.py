@@ -19,7 +19,8 @@ import torch
 from regauge.ir.edit import set_weight
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.passes.calibration.batches import examples_in, part_of
+from regauge.passes.base import Context
+from regauge.passes.calibration.batches import calibration_batches, examples_in, part_of
 from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.quantization.bitstack import Terms, stacked
@@ -91,6 +92,20 @@ class UniversalStack:
         if shapes != wanted:
             other = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
             raise PassError(f"quantize: the stack in {where} is of another model: {other[0]} differs")
+
+
+def stack_at(
+    path: str | None, graph: Graph, layers: Sequence[Layer], rank: int | None, context: Context, *, by: str
+) -> UniversalStack:
+    """The stack of a file; where there is none it is made on the data, and written if there is a path."""
+    if path is not None and Path(path).exists():
+        stack = UniversalStack.load(path)
+        stack.check(layers, path)
+        return stack
+    stack = stack_of(graph, layers, calibration_batches(graph, context), rank, by=by)
+    if path is not None:
+        stack.save(path)
+    return stack
 
 
 def stack_of(

@@ -30,13 +30,15 @@ def stored_on_data(
     formats: Mapping[str, Format],
     method: Method | None,
     *,
+    free: bool = True,
     by: str,
 ) -> dict[str, Stored]:
     """What is stored of ``layers``, which are those of ``changed``, a copy of ``original``, by the names of their
     weights, as are their formats. Without a method that of the format is taken.
 
-    What it stands for is written into ``changed``, and biases that make up for it. Layers of several blocks are
-    rounded to the nearest, and their biases corrected by the mean error. Zeros that ``sparsify`` set stay.
+    What it stands for is written into ``changed``, and biases that make up for it where these are ``free``. Layers of
+    several blocks are rounded to the nearest, and their biases corrected by the mean error. Zeros that ``sparsify`` set
+    stay.
     """
     sparse = changed.metadata.get(SPARSE, {}).keys()
     by_node, found = {layer.node: layer for layer in layers}, dict[str, Stored]()
@@ -48,17 +50,18 @@ def stored_on_data(
         name = layer.weight.name
         if layer.blocks > 1:
             stored = formats[name].rounded(rows_of(layer))
-            _correct_bias(run, layer, was, stored, changed, by)
+            if free:
+                _correct_bias(run, layer, was, stored, changed, by)
         else:
-            form = _with_zeros(formats[name], layer, sparse)
-            stored = _solved(run, layer, was, form, method, changed, by)
+            form = with_zeros(formats[name], layer, sparse)
+            stored = _solved(run, layer, was, form, method, changed, free, by)
         values = stored.values.reshape(layer.blocks, layer.outputs, layer.columns)
         set_weight(changed, layer.weight, layer.from_matrices(values), by=by)
         found[name] = stored
     return found
 
 
-def _with_zeros(form: Format, layer: Layer, sparse: Set[str]) -> Format:
+def with_zeros(form: Format, layer: Layer, sparse: Set[str]) -> Format:
     """A format that leaves zeros where the weight has them, if it was sparsified and is stored as numbers of a grid."""
     if not isinstance(form, Form) or sparse.isdisjoint(layer.weight.names):
         return form
@@ -84,7 +87,7 @@ def rows_of(layer: Layer) -> torch.Tensor:
 
 
 def _solved(
-    run: SideBySide, layer: Layer, was: Node, form: Format, method: Method | None, changed: Graph, by: str
+    run: SideBySide, layer: Layer, was: Node, form: Format, method: Method | None, changed: Graph, free: bool, by: str
 ) -> Stored:
     weight = layer.matrix(layer.weight.tensor.detach()).double()
     bias = layer.bias.tensor.detach().double() if layer.bias is not None else torch.zeros(len(weight)).double()
@@ -92,13 +95,13 @@ def _solved(
     for x, y in zip(run.inputs(layer), run.targets(layer, was), strict=True):
         moments.add(layer.rows_of_input(x), layer.rows_of_output(y))
     moments.check(layer.node.label)
-    free = layer.bias is not None
-    if moments.rows < ENOUGH_ROWS * layer.columns:
+    free = free and layer.bias is not None
+    if run.as_it_was(layer) or moments.rows < ENOUGH_ROWS * layer.columns:
         problem = change_of_output(moments, weight, bias, RIDGE, free=free)
     else:
         problem = least_error(moments, weight, bias, RIDGE, free=free)
-    stored = form.fitted(problem, method)
-    shifted = layer.shifted(problem.bias(stored.values) - bias) if layer.bias is not None else None
+    stored = form.rounded(weight) if method == "nearest" else form.fitted(problem, method)
+    shifted = layer.shifted(problem.bias(stored.values) - bias) if free else None
     if shifted is not None:
         set_weight(changed, *shifted, by=by)
     return stored

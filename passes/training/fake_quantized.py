@@ -130,6 +130,10 @@ class TrainedGrids:
         ratio = weight / spread(step, weight, node.attributes["axis"], node.attributes["block_size"])
         return ratio - 0.5 if node.attributes["midrise"] else ratio
 
+    def rounded(self, name: str) -> torch.Tensor:
+        """A weight as layers read it."""
+        return self._tensor(self.nodes[name].output)
+
     def limits(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The least and the greatest code of each entry of a weight, before zero points are added; they broadcast."""
         node = self.nodes[name]

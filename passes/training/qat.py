@@ -39,6 +39,7 @@ from regauge.passes.quantization.weights import group_of
 from regauge.passes.report import reported
 from regauge.passes.training.bound_model import BoundModel
 from regauge.passes.training.fake_quantized import FakeQuantizer, Scales, TrainedGrids
+from regauge.passes.training.salient import Salient
 
 
 class Qat:
@@ -66,6 +67,7 @@ class Qat:
     ``keep_zeros`` keeps the weights that are zero at the start so, and begins with the nearest codes: train what
     ``sparsify`` or ``NMSparsity`` gave (2:4 first, then integers, both under distillation: Yu et al. 2023, Boost Vision
     Transformer with GPU-Friendly Sparsity and Quantization, with activations of 8 bits where theirs may have 4).
+    ``partial`` is for training in rounds, see :meth:`freeze`; scales stay where they begin then.
     Zero points stay as they begin. Raises PassError where there is no layer to quantize.
     """
 
@@ -79,6 +81,7 @@ class Qat:
         data: Any = None,
         scales: Scales = "learned",
         keep_zeros: bool = False,
+        partial: bool = False,
         group: int | None = None,
         symmetric: bool | None = None,
         target: Literal["ort-x86", "reference"] = "ort-x86",
@@ -91,6 +94,8 @@ class Qat:
         bits, self.activations = _parts(scheme)
         if scales == "statistics":
             _check_statistics(bits, symmetric, keep_zeros)
+        if partial and scales != "fixed":
+            raise PassError("Qat: weights are frozen beside scales that stay: partial=True goes with scales='fixed'")
         self._placing = Quantize(
             scheme="w8a8" if self.activations else scheme,  # type: ignore[arg-type]
             group=group, symmetric=symmetric, target=target, calibration=calibration, smoothing=smoothing,
@@ -116,6 +121,7 @@ class Qat:
         self._weights = [layer.weight for layer in layers]
         self._zeros = {weight: weight.tensor == 0 for weight in self._weights} if keep_zeros else {}
         self._boundary: float | None = None
+        self._salient = Salient(self._weights, self._bound, self._grids) if partial else None
         self._frozen: dict[Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _fake(self, scales: Scales, grid: Grid, batches: Sequence[Any], chosen_on: Any) -> FakeQuantizer:
@@ -148,6 +154,17 @@ class Qat:
         self._boundary = boundary
         self._hold()
 
+    def freeze(self, share: float) -> None:
+        """From now on hold the most salient ``share`` of each weight at its codes; what is left makes up for that.
+
+        Saliency-aware partial retraining: call it with growing shares, 0.5, 0.75, 0.875 and so on, with some training
+        in front of each and behind the last. See :mod:`regauge.passes.training.salient`. Weights that were frozen stay
+        so. Needs ``partial=True``, and that gradients are still there when :meth:`step` is called.
+        """
+        if self._salient is None:
+            raise PassError("Qat: freeze needs the saliency of weights: write Qat(..., partial=True)")
+        self._salient.freeze(share)
+
     @torch.no_grad()
     def step(self) -> None:
         """To be called after each ``optimizer.step()``: what is to stay as it was is put back."""
@@ -158,6 +175,8 @@ class Qat:
         for weight, (mask, values) in self._frozen.items():
             tensor = self._bound.tensor(weight)
             tensor.copy_(torch.where(mask, values, tensor))
+        if self._salient is not None:
+            self._salient.step()
         self._hold()
 
     @torch.no_grad()
@@ -196,11 +215,14 @@ class Qat:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs beside those of the module and the optimizer."""
-        return {"steps": self.steps, "boundary": self._boundary}
+        salient = None if self._salient is None else self._salient.state_dict()
+        return {"steps": self.steps, "boundary": self._boundary, "salient": salient}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another one, made with the same arguments, was: after its module's state was loaded."""
         self.steps, self._boundary = int(state["steps"]), state["boundary"]
+        if self._salient is not None:
+            self._salient.load_state_dict(state["salient"])
         self._hold()
 
 

@@ -15,7 +15,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.resize import resize
 from regauge.passes.calibration.batch_norms import gain_of
-from regauge.passes.pruning.channel_moments import ChannelMoments, ChannelReader
+from regauge.passes.calibration.channel_moments import ChannelMoments, ChannelReader
 from regauge.passes.pruning.closed_form import CLOSED_FORMS, ClosedForm, take_over
 
 

@@ -11,6 +11,7 @@ from torch import nn
 import regauge
 from regauge.backends.onnx_audit import kernels_of
 from regauge.backends.run_onnxruntime import Session
+from regauge.ir.cost import figures
 from regauge.ir.graph import Graph
 
 CHANNELS, LENGTH = 32, 20
@@ -136,3 +137,39 @@ def test_kernels_of_one_channel_are_stored_in_half_precision() -> None:
     kinds = {name.partition("_")[0]: p.dtype for name, p in small.parameters.items() if name.startswith(("0.", "2."))}
     assert kinds["0.weight"] == torch.float16 and small.parameters["0.weight_half"].shape == (64, 1, 5)
     assert small.parameters["2.weight_quantized"].dtype == torch.int8
+
+
+def test_what_reads_as_it_did_keeps_a_weight_that_a_table_holds() -> None:
+    """A Fourier basis, of few different numbers, on signals that are nearly slow: a fit to what it gave, from sums in
+    single precision, would move each of them, which shows where a logarithm follows. Impulses tell the weight."""
+    place = torch.arange(128.0)
+    model = nn.Sequential(nn.Conv1d(1, 128, 128, bias=False), nn.ReLU()).eval()
+    model[0].weight.data = ((place[:, None] * place % 128) / 128 * 2 * torch.pi).cos().mul(64).round().div(64)[:, None]
+    torch.manual_seed(0)
+    times = torch.arange(1400) / 1400
+    signals = [torch.stack([(20 * (t + 1) * times + t).sin() for t in torch.rand(4)])[:, None] for _ in range(4)]
+    data = [x + 1e-3 * torch.randn_like(x) for x in signals]
+    graph = regauge.capture(model, (data[0],), dynamic={0: {0: "batch", 2: "time"}})
+    small = regauge.optimize(graph, "quantize{scheme=w8}", data=data)
+    assert small.parameters["0.weight_quantized"].dtype == torch.uint8
+    impulse = nn.functional.pad(torch.ones(1, 1, 1), (127, 127))
+    (a,), (b,) = (found.run((impulse,)) for found in (graph, small))
+    assert float((a - b).abs().max()) < 1e-6
+
+
+def test_small_weights_that_lose_most_are_kept_in_half_precision() -> None:
+    """Within a fortieth of the bytes; here the first layer, whose rows have one great entry each and matter by the
+    small ones, and none of the others. Without data all have 8 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(16, 16, 3), nn.ReLU(), nn.Conv1d(16, 40, 1), nn.ReLU(), nn.Conv1d(40, 600, 3)
+    ).eval()
+    model[0].weight.data[:, 0, 0] = 100.0
+    data = [(torch.cat([torch.zeros(1, 1, 30), torch.randn(1, 15, 30)], 1),) for _ in range(20)]
+    graph = regauge.capture(model, data[0])
+    blind, small = (regauge.optimize(graph, "quantize{scheme=w8}", data=given) for given in (None, data))
+    assert "0.weight_half" in small.parameters and "2.weight_half" not in small.parameters
+    assert not any(name.endswith("weight_half") for name in blind.parameters)
+    assert figures(small).bytes < 1.025 * figures(blind).bytes
+    wanted, before, after = (found.run(data[0])[0] for found in (graph, blind, small))
+    assert float((wanted - after).square().sum()) < 0.02 * float((wanted - before).square().sum())

@@ -191,3 +191,36 @@ def test_what_is_refused(scheme: str, options: dict[str, Any], message: str) -> 
     graph, batches = encoder()
     with pytest.raises(regauge.RegaugeError, match=message):
         Qat(graph, scheme, data=batches, **options)
+
+
+def test_salient_weights_are_frozen_in_rounds() -> None:
+    """At their codes, the same ones to the end and through a checkpoint; the rest makes up for it."""
+    graph, batches = encoder()
+    qat = Qat(graph, "w2", scales="fixed", partial=True)
+    before = error(graph, qat.finish(), batches[0])
+    held: dict[str, Any] = {}
+    for share in (0.5, 0.75, 1.0):
+        fit(qat, graph, batches, steps=20, rate=3e-4)
+        qat.freeze(share)
+        for name, mask in qat.state_dict()["salient"]["frozen"].items():
+            assert int(mask.sum()) == round(share * mask.numel())
+            tensor = qat.module.get_parameter(name)
+            old, values = held.get(name, (mask, tensor))
+            assert torch.equal(tensor[old], values[old]) and bool((mask | ~old).all())
+            held[name] = mask, tensor.detach().clone()
+    assert error(graph, qat.finish(), batches[0]) < 0.95 * before
+    other = Qat(graph, "w2", scales="fixed", partial=True)
+    other.module.load_state_dict(qat.module.state_dict())
+    other.load_state_dict(qat.state_dict())
+    fit(other, graph, batches, steps=2)
+    assert all(torch.equal(other.module.get_parameter(name), values) for name, (_, values) in held.items())
+
+
+def test_rounds_need_saliencies_and_scales_that_stay() -> None:
+    graph, _ = encoder()
+    with pytest.raises(regauge.RegaugeError, match="goes with scales='fixed'"):
+        Qat(graph, "w2", partial=True)
+    with pytest.raises(regauge.RegaugeError, match="write Qat"):
+        Qat(graph, "w2").freeze(0.5)
+    with pytest.raises(regauge.RegaugeError, match="share=2 is out of range"):
+        Qat(graph, "w2", scales="fixed", partial=True).freeze(2)
