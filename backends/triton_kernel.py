@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
@@ -143,7 +143,7 @@ class Kernel:
             writer = kind(region, name, rounding, contiguous=contiguous)
             tiling = writer.tiling
         else:
-            writer = RowKernel(region, name, form, rounding, contiguous=contiguous)
+            writer = RowKernel(region, name, cast(RowForm, form), rounding, contiguous=contiguous)
             totals = tuple(writer.totals)
         reads, writes = tuple(writer.reads), tuple(writer.writes)
         return Source(writer.source(), name, form, rounding, reads, writes, writer.loops, tiling, scratch, then, totals)

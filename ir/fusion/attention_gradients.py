@@ -170,7 +170,8 @@ def _slope(parts: Attention, seed: Term) -> Term:
 
     def term_of(one: Scalar) -> Term:
         if one.op == "operand":
-            return [*leaves, seed][one.value]
+            leaf: Term = [*leaves, seed][one.value]
+            return leaf
         if one not in made:
             args = tuple(map(term_of, one.args))
             axes = frozenset(dim for arg in args for dim in arg.axes)

@@ -60,7 +60,8 @@ def _row_scale(x: Any) -> Any:
     element=_row_scale,
 )
 def row_scales(x: Tensor) -> Tensor:
-    return quantize_rows(x)[1]
+    scales: Tensor = quantize_rows(x)[1]
+    return scales
 
 
 @operator(

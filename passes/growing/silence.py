@@ -102,4 +102,4 @@ def _parameter_of(operand: Operand) -> Parameter | None:
         if node is None or len(node.inputs) != 1 or symmetry_of(node) is not Symmetry.LAYOUT:
             return None
         operand = node.inputs[0]
-    return operand
+    return operand if isinstance(operand, Parameter) else None

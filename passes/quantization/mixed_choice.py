@@ -116,11 +116,11 @@ class _Fast:
             told = f"{shown(predicted, 'time')} of {shown(whole, 'time')} predicted, {shown(aim, 'time')} asked"
             context.note(f"latency: {told}; nothing was measured")
             return picked
-        each, whole = self._calibrated(each)
+        calibrated, whole = self._calibrated(each)
         aim, trials = self.amount.of(whole), list[_Trial]()
         for _ in range(_TRIALS):
             try:
-                picked = self.mixed.fast(each, whole, aim)
+                picked = self.mixed.fast(calibrated, whole, aim)
             except PassError:
                 if not trials:
                     raise

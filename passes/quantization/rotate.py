@@ -61,7 +61,7 @@ class Rotate(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        idle = [name for name in ("bits", "activation_bits", "steps") if name in self.given_options()]
+        idle: list[str] = [name for name in ("bits", "activation_bits", "steps") if name in self.given_options()]
         idle = [] if self.kind == "learned" else idle
         idle += ["high"] if "high" in self.given_options() and self.kind != "pca" else []
         if idle:

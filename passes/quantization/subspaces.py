@@ -69,7 +69,8 @@ def principal(
     for frame, gram in grams.items():
         directions = torch.linalg.eigh(gram).eigenvectors.flip(1).t()
         count = high_count(frame, share)
-        spread = torch.block_diag(*(rotation(kind, size, generator) for size in (count, len(gram) - count)))
+        inside = (rotation(kind, size, generator) for size in (count, len(gram) - count))
+        spread = torch.block_diag(*inside)  # type: ignore[no-untyped-call]
         found[frame] = spread @ directions
     return found
 

@@ -37,12 +37,14 @@ class Mixture:
 
     def tensor(self, coefficients: torch.Tensor | None = None) -> torch.Tensor:
         own = self.coefficients if coefficients is None else coefficients
-        return torch.tensordot(own, self.templates, 1)
+        tensor: torch.Tensor = torch.tensordot(own, self.templates, 1)
+        return tensor
 
     def other(self) -> torch.Tensor:
         """Coefficients of length 1 at right angles to those of the layer."""
         own = self.coefficients.detach()[None].double()
-        return torch.linalg.svd(own).Vh[-1].to(self.coefficients)
+        last: torch.Tensor = torch.linalg.svd(own).Vh[-1]
+        return last.to(self.coefficients)
 
 
 class Templates:
@@ -151,8 +153,7 @@ def _wide(
     seen, lead = np.zeros([1] * len(axes), dtype=np.int64), np.zeros([1] * len(axes), dtype=np.int64)
     for axis, extent in enumerate(axes):
         if touches(extent, copies):
-            shape = [-1 if at == axis else 1 for at in range(len(axes))]
-            along = _halves(extent, copies).reshape(shape)
+            along = _halves(extent, copies).reshape([-1 if at == axis else 1 for at in range(len(axes))])
             seen, lead = seen | along, np.where(lead == 0, along & -along, lead)
     shape = laid[0].shape
     own, rows = (torch.from_numpy(np.broadcast_to(found, shape).copy()).to(laid[0].device) for found in (seen, lead))
