@@ -190,7 +190,7 @@ def torchao_layers(path: Path, name: str) -> Contender:
     """Linear layers by one of torchao's configurations, in eager mode."""
     import torchao.quantization as torchao  # type: ignore[import-not-found]
 
-    graph = _with_layers(path)
+    graph = regauge.load(path)
     model = graph.to_torch().eval()
     before = stored(model)
     torchao.quantize_(model, getattr(torchao, f"{name}Config")())
@@ -205,7 +205,7 @@ def torchao_exported(path: Path, chosen: Sequence[Batch], *, dynamic: bool) -> C
     from torchao.quantization.pt2e import quantize_pt2e  # type: ignore[import-not-found]
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86  # type: ignore[import-not-found]
 
-    graph = _with_layers(path)
+    graph = regauge.load(path)
     names = _names(graph)
     batches = [tuple(batch[name] for name in names) for batch in chosen]
     exported = torch.export.export(graph.to_torch().eval(), batches[0]).module()
@@ -219,11 +219,6 @@ def torchao_exported(path: Path, chosen: Sequence[Batch], *, dynamic: bool) -> C
         compiled = torch.compile(model)
         compiled(*batches[0])
     return _of_module(compiled, model, names, size=len(batches[0][0]))
-
-
-def _with_layers(path: Path) -> Any:
-    """The graph of a file, its products and sums put together to linear layers: torchao looks for these."""
-    return regauge.optimize(regauge.load(path), "simplify{only=[assemble-linear,dead-code]}")
 
 
 def _of_module(run: Callable[..., Any], model: nn.Module, names: Sequence[str], size: int | None = None) -> Contender:
