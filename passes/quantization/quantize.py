@@ -195,8 +195,10 @@ class Quantize(Pass):
         remove_dead(result)  # weights that were replaced
         if self._stores:
             plain = plain_weights(result, self.include, self.exclude)
-            on_data = context is not None and context.data is not None and self.method != "nearest"
-            writer.stored(plain, problems_of(result, plain, calibration_batches(result, context)) if on_data else {})
+            if context is not None and context.data is not None and self.method != "nearest":
+                writer.stored(plain, problems_of(result, plain, calibration_batches(result, context)))
+            else:
+                writer.stored(plain, {})
             writer.halved(plain_vectors(result, self.include, self.exclude))
             remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
