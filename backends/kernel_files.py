@@ -131,7 +131,8 @@ def grid_formula(source: Source, constants: Mapping[str, int]) -> str:
         size = " * ".join(f"size_{loop.name}" for loop in loops)
         return size if per == 1 else f"cdiv({size}, {per})"
 
-    return " * ".join(factor(loops, per) for loops, per in grid_of(source, constants) if loops) or "1"
+    sums = [[factor(loops, per) for loops, per in parts if loops] for parts in grid_of(source, constants)]
+    return " * ".join(parts[0] if len(parts) == 1 else f"({' + '.join(parts)})" for parts in sums if parts) or "1"
 
 
 def _tensor(tensor: Tensor, source: Source) -> dict[str, Any]:

@@ -98,9 +98,9 @@ def is_bitmap(weight: torch.Tensor) -> bool:
 
 
 def _bytes_of_bitmap(weight: torch.Tensor) -> float:
-    """Bytes of each entry of a weight; infinity where it has no bitmap."""
+    """Bytes of each entry of a weight; infinity where it has no bitmap, as one of zeros alone."""
     count = int(torch.count_nonzero(weight))
-    if not weight.numel() or weight.shape[1] % WORD or count >= 2**31:
+    if not 0 < count < 2**31 or weight.shape[1] % WORD:
         return math.inf
     return count / weight.numel() * weight.element_size() + 2 * 4 / WORD
 
@@ -144,8 +144,8 @@ def stored_bitmap(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     bits = (there.to(torch.int64) << torch.arange(WORD)).sum(2)
     counts = there.sum(2).flatten()
     starts = (counts.cumsum(0) - counts).reshape(bits.shape)
-    if not len(values):
-        values = weight.new_zeros(1)  # read by no place
+    if len(values) < 2:  # an axis of one entry would have no index
+        values = torch.cat([values, weight.new_zeros(2 - len(values))])
     return values, bits.to(torch.int32), starts.to(torch.int32)
 
 

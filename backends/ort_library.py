@@ -118,7 +118,9 @@ def _lines(one: Written) -> Iterator[str]:
             raise FusionError(f"{operator.name} reads at places of its own, which the library does not compute")
         kind_of = "1" if argument.fixed is not None else "i" if argument.type == "i32" else "l"
         yield f"argument {kind_of} {int(argument.divisible)} {dims(loops)}"
-    for loops_, per in grid_of(source, build.launch.constants):
+    for (loops_, per), *others in grid_of(source, build.launch.constants):
+        if others:
+            raise FusionError(f"{operator.name} has products side by side, whose tiles the library does not count")
         yield f"grid {per} {dims([dim for loop in loops_ for dim in loop.dims])}"
 
 

@@ -32,6 +32,8 @@ from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Parameter
 
 Kernels: TypeAlias = Literal["triton", "onednn"]
+_SOURCE, _WEIGHTS = "model.py", "model.safetensors"
+_MARK = "written by Regauge"  # in the first line of the source
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def emit(
     forward.helpers.sources.update(layer_sources([*(home.text for home in homes), *packed.values()]))
     classes = Classes(graph, forward, code)
     texts = [*forward.functions.sources(), *classes.texts]
-    source = assemble(f"{classes.root}, written by Regauge.", forward.helpers.sources, texts, classes.imports)
+    source = assemble(f"{classes.root}, {_MARK}.", forward.helpers.sources, texts, classes.imports)
     return Emitted(source, classes.root, places)
 
 
@@ -135,32 +137,42 @@ def _fill(module: nn.Module, places: Places, device: torch.device | str | None) 
 def write(graph: Graph, folder: str | os.PathLike[str], *, kernels: Kernels | None = None) -> Path:
     """Write ``model.py`` and ``model.safetensors`` into a folder, both or nothing; returns the folder.
 
-    Files of these names are replaced, others stay. The source needs torch and safetensors only; with
-    ``kernels="triton"`` fused nodes are operators of torch where Regauge is installed. Raises EmitError
-    where the graph has no torch form.
+    Files of these names are replaced where Regauge wrote them, others stay. The source needs torch and safetensors
+    only; with ``kernels="triton"`` fused nodes are operators of torch where Regauge is installed. Raises EmitError
+    where the graph has no torch form, or the folder has a model that is not ours.
     """
     from safetensors.torch import save_file
 
-    emitted = emit(graph, kernels=kernels)
     target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise EmitError(f"{target} is a file: give the path of a folder")
+    check_folder(target)
+    emitted = emit(graph, kernels=kernels)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        (staging / "model.py").write_text(emitted.source + _loader(graph, emitted))
-        save_file(_stored(graph, kernels), staging / "model.safetensors", metadata={"format": "pt"})
+        (staging / _SOURCE).write_text(emitted.source + _loader(graph, emitted))
+        save_file(_stored(graph, kernels), staging / _WEIGHTS, metadata={"format": "pt"})
         for file in staging.iterdir():
             file.chmod(0o644)
         if not target.exists():
             staging.chmod(0o755)
             staging.rename(target)
             return target
-        for name in ("model.safetensors", "model.py"):
+        for name in (_WEIGHTS, _SOURCE):
             os.replace(staging / name, target / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def check_folder(folder: Path) -> None:
+    """Raise EmitError where :func:`write` would have to replace what Regauge did not write, or a file."""
+    if folder.exists() and not folder.is_dir():
+        raise EmitError(f"{folder} is a file: give the path of a folder")
+    source, weights = folder / _SOURCE, folder / _WEIGHTS
+    ours = source.is_file() and _MARK in source.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    for file in () if ours else (source, weights):
+        if file.exists():
+            raise EmitError(f"{file} was not written by Regauge, and is left as it is: give another folder, or move it")
 
 
 def _stored(graph: Graph, kernels: Kernels | None) -> dict[str, torch.Tensor]:

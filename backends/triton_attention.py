@@ -10,6 +10,8 @@ of the same program. Behind the last place that a causal mask leaves to a tile n
 Keys and values of few bits are multiplied as codes (:mod:`triton_coded`), keys that are products with latents computed
 tile by tile (:mod:`triton_latent`).
 
+Heads of more than 256 numbers are read in parts: scores are added up, and each part of values has programs of its own.
+
 With few queries the places are shared out among SPLITS programs (``split``), whose peaks, totals and mixtures a second
 kernel joins (``combine``; Dao et al. 2023, Flash-Decoding).
 """
@@ -90,24 +92,34 @@ class AttentionKernel(LatentFactors):
         """Which queries of which head a program has, and which part of the places."""
         self.line(f"tiles = tl.cdiv({self.joint_size(self.loops.rows)}, BLOCK_M)")
         program = "tl.program_id(0)"
+        if self.parts.wide_columns:
+            self.line(f"blocks = tl.cdiv({self.joint_size(self.loops.columns)}, BLOCK_N)  # of columns")
+            self.line("program = tl.program_id(0) // blocks")
+            program = "program"
+        whole = program
         if self.form != "attention":
             self.line(f"batches = {self.joint_size(self.loops.batch)}")
         if self.form == "split":
-            self.line("part = (tl.program_id(0) // (tiles * batches)).to(tl.int64)")
-            program = "tl.program_id(0) % (tiles * batches)"
+            self.line(f"part = ({program} // (tiles * batches)).to(tl.int64)")
+            program = f"{program} % (tiles * batches)"
         if self.loops.batch or self.form != "attention":
             batch = self.joint("batch", self.loops.batch)
             self.line(f"{batch} = ({program} // tiles).to(tl.int64)")
             self.take_apart("batch", self.loops.batch)
-        tile = "(tl.program_id(0) % tiles).to(tl.int64)"
+        tile = f"({whole} % tiles).to(tl.int64)"
         self.axis("m", f"({tile} * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]", self.loops.rows)
         self._columns()
 
     def _columns(self) -> None:
-        self.axis("n", "tl.arange(0, BLOCK_N).to(tl.int64)[None, :]", self.loops.columns)
+        index = "tl.arange(0, BLOCK_N).to(tl.int64)"
+        if self.parts.wide_columns:
+            index = f"((tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + {index})"
+        self.axis("n", f"{index}[None, :]", self.loops.columns)
 
     def _head(self, way: str) -> None:
-        self.axis("k", f"tl.arange(0, BLOCK_K).to(tl.int64){way}", self.loops.contracted)
+        index = "tl.arange(0, BLOCK_K)"
+        index = f"(low + {index})" if self.parts.wide_head else index
+        self.axis("k", f"{index}.to(tl.int64){way}", self.loops.contracted)
 
     def _source(self, way: str) -> None:
         self.axis("s", f"(start + tl.arange(0, BLOCK_S)).to(tl.int64){way}", self.loops.source)
@@ -118,6 +130,9 @@ class AttentionKernel(LatentFactors):
     # -- the pass ----------------------------------------------------------------------------------------------------
 
     def _queries(self) -> None:
+        if self.parts.wide_head:  # they are read in parts, with keys
+            self._start()
+            return
         self._head("[None, :]")
         kind, coded = self._type(), self.parts.coded_keys
         self.queries = self.factor("queries", self.parts.queries, kind, "m_ok & k_ok")
@@ -199,6 +214,9 @@ class AttentionKernel(LatentFactors):
     def _logits(self) -> str:
         """The lines that compute a tile of what the softmax is of; returns its name."""
         scores, coded = self.name(self.parts.scores), self.parts.coded_keys
+        if self.parts.wide_head:
+            self._scores_in_parts(scores)
+            return self._of_scores()
         if self.parts.latent_keys is not None:
             keys = self.keys_of_latents(self.parts.latent_keys, self._type())
         elif coded is None:
@@ -211,6 +229,22 @@ class AttentionKernel(LatentFactors):
         self.line(f'{scores} = tl.dot({self.queries}, {keys}, input_precision="ieee")')
         if coded is not None:
             self.shifted_scores(scores, coded, self.sums)
+        return self._of_scores()
+
+    def _scores_in_parts(self, scores: str) -> None:
+        """Lines that add up scores, BLOCK_K numbers of a head at a time."""
+        self.line(f"{scores} = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)")
+        self.line(f"for low in range(0, {self.joint_size(self.loops.contracted)}, BLOCK_K):")
+        self.indent += "    "
+        self._head("[None, :]")
+        queries = self.factor("queries", self.parts.queries, self._type(), "m_ok & k_ok")
+        self._head("[:, None]")
+        keys = self.factor("keys", self.parts.keys, self._type(), "k_ok & s_ok")
+        self.line(f'{scores} = tl.dot({queries}, {keys}, {scores}, input_precision="ieee")')
+        self.indent = self.indent[4:]
+
+    def _of_scores(self) -> str:
+        """The lines that compute what the softmax is of; its name."""
         logits = self.parts.logits
         wanted = {*terms_below(logits), logits} - {self.parts.scores, *terms_below(self.parts.scores)}
         self.statements([term for term in self.region.terms if term in wanted], self.load)

@@ -14,7 +14,11 @@ from regauge.backends.triton_attention_gradient import GradientForm
 from regauge.backends.triton_launch import Launch, power_above
 from regauge.backends.triton_loops import Loops, Tensor, count
 from regauge.ir.extents import Dim
+from regauge.ir.fusion.attention import WIDEST
 from regauge.ir.fusion.products import CODES
+
+WIDE_COLUMNS = 128
+"""Columns of values that a program has where they are too many for one."""
 
 MOST_ROWS = 128
 """Queries of a program."""
@@ -60,12 +64,14 @@ def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loo
     high = min(16 if form == "combine" else most, max(16, power_above(rows)))
     more = len(of_heads) > 2 if coded else more
     warps = 4 if high == 16 and width <= 128 and not more else warps
-    constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns))}
-    programs = -(-rows // high) * count(loops.batch, sizes)
+    wide = min(WIDE_COLUMNS if columns > WIDEST else WIDEST, max(16, power_above(columns)))
+    constants = {"BLOCK_M": high, "BLOCK_N": wide}
+    programs = -(-rows // high) * count(loops.batch, sizes) * -(-columns // wide)
     splits = max(2, splits_of(loops, sizes))
     if form == "combine":
         return Launch(programs, {**constants, "SPLITS": splits}, warps)
-    constants |= {"BLOCK_K": max(16, power_above(count(loops.contracted, sizes))), "BLOCK_S": deep}
+    head = count(loops.contracted, sizes)
+    constants |= {"BLOCK_K": 64 if head > WIDEST else max(16, power_above(head)), "BLOCK_S": deep}
     if loops.rank:  # there is a tile of keys for each product, too
         constants["BLOCK_S"] = deep if width <= 64 else 32
         constants["BLOCK_R"] = min(64, max(16, power_above(count(loops.rank, sizes))))
@@ -85,9 +91,14 @@ def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops
     own, other = (32, 16) if single else (64, 32)
     if width <= 64 and not single:
         own = 128 if form != "of_keys" else own
+    masks = [tensor for tensor in reads if tensor.loops(loops.rows) and tensor.loops(loops.source)]
+    crowded = form == "of_keys" and bool(masks)  # no room for what is read ahead
+    own = 32 if crowded else own
     high, deep = (other, own) if form == "of_keys" else (own, other)
     last = loops.rows[-1:] if form == "of_keys" else loops.rows
     high, deep = min(high, max(16, power_above(count(last, sizes)))), min(deep, max(16, power_above(source)))
     tiles = -(-source // deep) if form == "of_keys" else -(-rows // high)
     constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns)), "BLOCK_K": max(16, power_above(head))}
-    return Launch(tiles * count(loops.batch, sizes), {**constants, "BLOCK_S": deep}, 4 if single else 8, stages=2)
+    warps = 4 if single or crowded else 8
+    programs = tiles * count(loops.batch, sizes)
+    return Launch(programs, {**constants, "BLOCK_S": deep}, warps, stages=1 if crowded else 2)

@@ -31,15 +31,19 @@ class ContractionKernel(TileWriter):
 
     @property
     def tiling(self) -> Tiling:
-        kinds = [self.kind(product) for product in self.products.all]
-        return Tiling(len(kinds), max(kind.itemsize for kind in kinds), self.groups, self.digits)
+        kinds = [self.kind(product) for part in self.parts for product in part.all]
+        most = max(len(part.all) for part in self.parts)
+        return Tiling(most, max(kind.itemsize for kind in kinds), self.groups, self.digits, len(self.parts))
 
     def source(self) -> str:
         self.tile()
-        self.sums()
-        self.behind()
+        self.each_part(self._body)
         head = self.signature(self.kernel, self.arguments(self.loops), CONSTANTS)
         return self.finished([*head, *self.docstring(self.kernel, "contraction, in tiles", self.loops.all)])
+
+    def _body(self) -> None:
+        self.sums()
+        self.behind()
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 

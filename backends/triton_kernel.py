@@ -24,7 +24,7 @@ from regauge.backends.triton_attention_gradient import GRADIENT_FORMS, GradientF
 from regauge.backends.triton_attention_sizes import launch_of_attention, launch_of_gradient, scratch_sizes, splits_of
 from regauge.backends.triton_contraction import ContractionKernel
 from regauge.backends.triton_launch import Launch, power_above
-from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, sizes_of, start_of, strides_of
+from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, sizes_of, start_of, strides_of, widths
 from regauge.backends.triton_rows import RowForm, RowKernel
 from regauge.backends.triton_source import Rounding
 from regauge.backends.triton_split import TOTAL, SplitKernel
@@ -235,6 +235,7 @@ def case_of(source: Source, sizes: Mapping[Dim, int]) -> Case:
     single = any(tensor.value.dtype == torch.float32 for tensor in source.reads)
     parts = (source.loops.rows, source.loops.columns, source.loops.contracted)
     rows, columns, contracted = (count(loops, sizes) for loops in parts)
+    columns = sum(widths(source.loops, sizes))
     # Windows are swept by programs that are cut alike, and blocks of rows are cut as where a program has but one.
     form = "pointwise" if source.shared_out else "rows" if source.form == "summed" else source.form
     return Case(form, "single" if single else "half", (rows, columns, contracted))
@@ -266,6 +267,7 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None) -
     rows, columns, contracted = case_of(source, sizes).sizes
     tile, warps = config.tile, config.warps
     if source.form == "contraction":
+        columns = max(widths(source.loops, sizes))
         high, wide = (min(tile[n], max(16, power_above(m))) for n, m in (("BLOCK_M", rows), ("BLOCK_N", columns)))
         if (high, wide) != (tile["BLOCK_M"], tile["BLOCK_N"]):
             warps = min(warps, max(4, high * wide // 2048))
@@ -278,18 +280,22 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None) -
         constants = {"ROWS": together, "BLOCK": block}
         if source.shared_out and not source.loops.rows:
             del constants["ROWS"]
-    programs = math.prod(-(-count(loops, sizes) // per) for loops, per in grid_of(source, constants))
+    grid = grid_of(source, constants)
+    programs = math.prod(sum(-(-count(loops, sizes) // per) for loops, per in factor) for factor in grid)
     kept = columns if source.totals else 0
     programs = min(programs, MOST_SUMMED) if source.totals else programs
     return Launch(programs if columns else 0, constants, warps, config.stages, kept=kept)
 
 
-def grid_of(source: Source, constants: Mapping[str, int]) -> list[tuple[tuple[Loop, ...], int]]:
-    """How many programs there are: the product of sizes of loops, each divided by a number and rounded up."""
+def grid_of(source: Source, constants: Mapping[str, int]) -> list[list[tuple[tuple[Loop, ...], int]]]:
+    """How many programs there are: a product of sums of sizes of loops, each divided by a number and rounded up."""
     loops = source.loops
     if source.form == "contraction":
-        return [(loops.rows, constants["BLOCK_M"]), (loops.columns, constants["BLOCK_N"]), (loops.batch, 1)]
+        columns = [(part, constants["BLOCK_N"]) for part in loops.parts or [loops.columns]]
+        return [[(loops.rows, constants["BLOCK_M"])], columns, [(loops.batch, 1)]]
     if source.form == "attention":
-        return [(loops.rows, constants["BLOCK_M"]), (loops.batch, 1)]
-    grid = [(loops.rows, constants.get("ROWS", 1))]
-    return [*grid, (loops.columns, constants["BLOCK"])] if source.shared_out else grid
+        wide = math.prod(int(dim.size) for loop in loops.columns for dim in loop.dims) > constants["BLOCK_N"]
+        blocks = [[(loops.columns, constants["BLOCK_N"])]] if wide else []
+        return [[(loops.rows, constants["BLOCK_M"])], [(loops.batch, 1)], *blocks]
+    grid = [[(loops.rows, constants.get("ROWS", 1))]]
+    return [*grid, [(loops.columns, constants["BLOCK"])]] if source.shared_out else grid

@@ -62,7 +62,8 @@ class Loops:
     Of a contraction rows are those of its left factor and columns those of its right one; both factors have ``batch``
     and what is ``contracted``. Of attention these are queries, columns of values, heads, and what scores are summed
     over; keys and values have ``source``, and keys may be made of what has a ``rank``. Of ``measured`` axes, which are
-    no loops, only the sizes are asked for.
+    no loops, only the sizes are asked for. ``parts`` are the columns of products that lie beside one another: one after
+    the other, each in tiles of its own.
     """
 
     rows: tuple[Loop, ...]
@@ -72,6 +73,7 @@ class Loops:
     source: tuple[Loop, ...] = ()
     measured: tuple[Loop, ...] = ()
     rank: tuple[Loop, ...] = ()
+    parts: tuple[tuple[Loop, ...], ...] = ()
 
     @cached_property
     def all(self) -> tuple[Loop, ...]:
@@ -86,6 +88,11 @@ class Loops:
 def count(loops: Iterable[Loop], sizes: Mapping[Dim, int]) -> int:
     """How many indices loops have together."""
     return math.prod(loop.size(sizes) for loop in loops)
+
+
+def widths(loops: Loops, sizes: Mapping[Dim, int]) -> list[int]:
+    """How many columns each part has."""
+    return [count(part, sizes) for part in loops.parts or (loops.columns,)]
 
 
 def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool, sweep: bool = False) -> Loops:
@@ -112,7 +119,10 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool, swe
 
     measured = tuple(Loop(region.names[dim], (dim,)) for dim in region.measured)
     if region.kind in ("contraction", "attention"):
-        return Loops(merged("m"), merged("n"), merged("b"), merged("k"), merged("s"), measured, merged("r"))
+        columns, parts = merged("n"), tuple[tuple[Loop, ...], ...]()
+        if region.kind == "contraction" and len(region.parts) > 1:
+            parts = tuple(tuple(loop for loop in columns if loop.dims[0] in part[0].axes) for part in region.parts)
+        return Loops(merged("m"), columns, merged("b"), merged("k"), merged("s"), measured, merged("r"), parts)
     rows, columns = merged("i"), merged("r")
     if region.reduced and not sweep:
         return Loops(rows, columns, measured=measured)

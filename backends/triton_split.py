@@ -22,19 +22,25 @@ class SplitKernel(ContractionKernel):
         arguments = self.arguments(self.loops, ["partials_ptr"])
         constants = [*CONSTANTS, "SPLIT"]
         self.tile()
-        self.sums()
-        self._store()
+        self.each_part(self._partials)
         head = self.signature(self.kernel, arguments, constants)
         head += self.docstring(self.kernel, "contraction, in tiles, a part of the sums", self.loops.all)
         first = "\n".join([*head, *self.lines]) + "\n"
         self.lines, self.done = [], set()
         self.tile()
-        self._add()
-        self.behind()
+        self.each_part(self._total)
         head = self.signature(f"{self.kernel}{TOTAL}", arguments, constants)
         return self.finished(
             [*head, f'    """{self.kernel}: the sums of all parts, and what stands behind them"""'], [first]
         )
+
+    def _partials(self) -> None:
+        self.sums()
+        self._store()
+
+    def _total(self) -> None:
+        self._add()
+        self.behind()
 
     def begin(self) -> None:
         """The steps of the part that a program has."""
@@ -48,7 +54,7 @@ class SplitKernel(ContractionKernel):
 
     def _part(self, place: int, split: str) -> str:
         """Where the sums of one product for a part lie: tile after tile."""
-        count = len(self.products.all)
+        count = self.tiling.products
         split = split if count == 1 else f"({split} * {count} + {place})"
         return f"({split} * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (BLOCK_M * BLOCK_N)"
 

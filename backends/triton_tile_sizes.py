@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from regauge.backends.triton_launch import Launch, power_above
-from regauge.backends.triton_loops import Loops, count
+from regauge.backends.triton_loops import Loops, count, widths
 from regauge.backends.triton_tiles import Tiling
 from regauge.ir.extents import Dim
 
@@ -23,9 +23,8 @@ LEAST_STEPS = 4
 
 def launch_of_tiles(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int], *, split: bool) -> Launch:
     """Tiles of 128 by 128 at most, of 64 by 64 in single precision, which has no tensor cores; none below 16."""
-    rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
     high, wide, depth = _tile(loops, tiling, sizes)
-    tiles = -(-rows // high) * -(-columns // wide) * count(loops.batch, sizes)
+    tiles = tiles_of(loops, sizes, high, wide)
     constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": 8}
     warps = 8 if high * wide * _held(tiling) > 64 * 128 or tiling.products > 1 and high > 16 else 4
     stages = 2 if tiling.bytes == 4 or _many(tiling) else 3
@@ -38,11 +37,16 @@ def launch_of_tiles(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int], *, s
 
 def parts_of(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> int:
     """How many programs share a tile: 1 where tiles alone keep a device busy."""
-    rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
     high, wide, depth = _tile(loops, tiling, sizes)
-    tiles = -(-rows // high) * -(-columns // wide) * count(loops.batch, sizes)
+    tiles = tiles_of(loops, sizes, high, wide)
     steps = -(-_run(loops, tiling, sizes) // depth) * count(tiling.groups, sizes)
     return max(1, min(PROGRAMS // max(1, tiles), steps // LEAST_STEPS))
+
+
+def tiles_of(loops: Loops, sizes: Mapping[Dim, int], high: int, wide: int) -> int:
+    """How many tiles of so many rows and columns there are, those of each part for themselves."""
+    columns = sum(-(-width // wide) for width in widths(loops, sizes))
+    return -(-count(loops.rows, sizes) // high) * columns * count(loops.batch, sizes)
 
 
 def _run(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> int:
@@ -52,8 +56,8 @@ def _run(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> int:
 
 
 def _held(tiling: Tiling) -> int:
-    """How many tiles of sums a program holds, and of digits that are taken apart."""
-    return tiling.products * (2 if tiling.groups else 1) + bool(tiling.digits)
+    """How many tiles of sums a program holds, of digits that are taken apart, and what else takes as many registers."""
+    return tiling.products * (2 if tiling.groups else 1) + bool(tiling.digits) + (tiling.parts > 1)
 
 
 def _many(tiling: Tiling) -> bool:
@@ -66,7 +70,7 @@ def _tile(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> tuple[int, 
     most = 64 if tiling.bytes == 4 else 128
     deep = 32 if tiling.bytes == 4 else 128 if tiling.bytes == 1 else 64
     least = 32 if tiling.bytes == 1 else 16  # what tensor cores multiply at once
-    rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
+    rows, columns = count(loops.rows, sizes), max(widths(loops, sizes))
     high, wide = (min(most, max(16, power_above(size))) for size in (rows, columns))
     if high <= 32:  # a weight is read once: more programs read it
         wide = min(wide, 64)

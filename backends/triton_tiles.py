@@ -5,8 +5,9 @@ Programs that run together share rows and columns: GROUP rows of tiles are swept
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from regauge.backends.triton_loops import Loop, Tensor, loops_of
 from regauge.backends.triton_source import Rounding, Writer
@@ -20,17 +21,19 @@ CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")
 @dataclass(frozen=True)
 class Tiling:
     """What decides how large tiles are: how many ``products`` have one, ``bytes`` of an entry of the widest factor,
-    loops of ``groups`` with scales of their own, and of ``digits`` that share a byte."""
+    loops of ``groups`` with scales of their own, and of ``digits`` that share a byte; how many ``parts`` lie side by
+    side, of which a program has one, but registers for what is computed ahead of all."""
 
     products: int
     bytes: int
     groups: tuple[Loop, ...]
     digits: tuple[Loop, ...]
+    parts: int = 1
 
     @property
     def plain(self) -> bool:
         """Whether this is one product of floats: what tables of configurations are made for."""
-        return self.products == 1 and self.bytes > 1 and not self.groups and not self.digits
+        return self.products == 1 == self.parts and self.bytes > 1 and not self.groups and not self.digits
 
 
 class TileBase(Writer):
@@ -73,7 +76,9 @@ class TileWriter(TileBase):
 
     def __init__(self, region: Region, name: str, rounding: Rounding, *, contiguous: bool) -> None:
         super().__init__(region, name, rounding, contiguous=contiguous)
-        self.products: Products = products_of(region) if rounding == "fused" else plain_products(region)
+        how = partial(products_of, region) if rounding == "fused" else plain_products
+        self.parts: list[Products] = list(map(how, region.parts))
+        self.products = self.parts[0]
         apart = self.products.groups.union(self.products.digits)
         self.groups = tuple(loop for loop in self.loops.contracted if loop.dims[0] in self.products.groups)
         self.digits = tuple(loop for loop in self.loops.contracted if loop.dims[0] in self.products.digits)
@@ -86,7 +91,8 @@ class TileWriter(TileBase):
     def tile(self) -> None:
         """Which tile of which product of the batch a program has."""
         self.line(f"tiles_m = tl.cdiv({self.joint_size(self.loops.rows)}, BLOCK_M)")
-        self.line(f"tiles_n = tl.cdiv({self.joint_size(self.loops.columns)}, BLOCK_N)")
+        counts = [f"tl.cdiv({self.joint_size(loops)}, BLOCK_N)" for loops in self.loops.parts or [self.loops.columns]]
+        self.line(f"tiles_n = {' + '.join(counts)}")
         if self.loops.batch:
             batch = self.joint("batch", self.loops.batch)
             self.line(f"{batch} = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)")
@@ -97,7 +103,28 @@ class TileWriter(TileBase):
         self.line("tile_m = first + program % (GROUP * tiles_n) % high")
         self.line("tile_n = program % (GROUP * tiles_n) // high")
         self.axis("m", "(tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]", self.loops.rows)
-        self.axis("n", "(tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]", self.loops.columns)
+        if not self.loops.parts:
+            self._columns(self.loops.columns)
+
+    def _columns(self, loops: Sequence[Loop]) -> None:
+        self.axis("n", "(tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]", loops)
+
+    def each_part(self, body: Callable[[], None]) -> None:
+        """The lines of a body: where several parts lie beside one another a branch for each."""
+        if not self.loops.parts:
+            body()
+            return
+        outer, tiles = self.indent, [f"tl.cdiv({self.joint_size(loops)}, BLOCK_N)" for loops in self.loops.parts]
+        for place, loops in enumerate(self.loops.parts):
+            self.products, self.done = self.parts[place], set()
+            if place:
+                self.line(f"tile_n -= {tiles[place - 1]}")
+            inside = f"tile_n < {tiles[place]}"
+            self.line(f"if (tile_n >= 0) & ({inside}):" if place else f"if {inside}:")
+            self.indent += "    "
+            self._columns(loops)
+            body()
+            self.indent = outer
 
     # -- what stands behind ------------------------------------------------------------------------------------------
 
@@ -118,8 +145,10 @@ class TileWriter(TileBase):
             if len(factors) > 1 or factors[0] != name:
                 self.line(f"{name} = {' * '.join(factors)}")
             self.done.add(one.contraction)
-        rest = terms_behind(self.region) - self.done
+        axes = self.products.all[0].contraction.axes
+        writes = [tensor for tensor in self.writes if self.region.dims(tensor.value) == axes]
+        rest = terms_behind(self.region, [tensor.value for tensor in writes]) - self.done
         self.statements([term for term in self.region.terms if term in rest], self.load)
-        for tensor in self.writes:
+        for tensor in writes:
             address, mask = self.entry(tensor)
             self.line(f"tl.store({address}, {self.text(self.region.results[tensor.value])}, mask={mask})")

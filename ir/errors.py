@@ -52,6 +52,10 @@ class PassError(RegaugeError):
     """A pass was given a wrong option, cannot meet its budget, or broke its contract."""
 
 
+class PipelineError(PassError):
+    """The text of a pipeline cannot be read. Unlike others it takes three lines, the text with a caret being two."""
+
+
 class ExplainError(RegaugeError):
     """Something that was asked about (a Dim, a value, a parameter) does not exist in the graph."""
 

@@ -15,9 +15,10 @@ roles, gauge classes, cost, emitted torch source and the tests are all derived f
         return F.linear(x, weight, bias)
 
 Positional parameters of the function are the operand slots (``None`` for an absent optional operand; Python numbers
-and sizes may stand where a tensor may); keyword-only parameters are the attributes. The function may only use the names
-``torch``, ``F`` (torch.nn.functional) and ``math``: a one-expression body is inlined into emitted source, a longer one
-is copied there as a function.
+and sizes may stand where a tensor may); keyword-only parameters are the attributes. A body of one expression is inlined
+into emitted source, a longer one is copied there as a function. Of modules it may use ``torch``, ``F``
+(torch.nn.functional) and ``math``. Other functions that it calls are copied along, and numbers, strings and tuples that
+it reads by name are written out.
 """
 
 from __future__ import annotations

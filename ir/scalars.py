@@ -3,12 +3,12 @@
 The ``element`` of an operator record is such an expression of its operands:
 
     silu        lambda x: x * scalars.sigmoid(x)
-    softmax     lambda x, dim: e / scalars.sum(e), where e = exp(x - scalars.amax(x))
-    linear      lambda x, weight, bias=None: scalars.sum(x * weight) + bias
+    softmax     lambda x, dim: e / scalars.sum_(e), where e = exp(x - scalars.amax(x))
+    linear      lambda x, weight, bias=None: scalars.sum_(x * weight) + bias
 
-It says nothing of axes: an operand is read where its own axes say, by the axis rule of the record, and ``sum``,
+It says nothing of axes: an operand is read where its own axes say, by the axis rule of the record, and ``sum_``,
 ``amax`` and ``amin`` go over the axes that the rule ends (contracts, reduces or normalises over), ``count()`` being how
-many indices these have. An operator with reductions over different axes names the axis of each, ``sum(x, (0, -1))``
+many indices these have. An operator with reductions over different axes names the axis of each, ``sum_(x, (0, -1))``
 being over the last axis of operand 0; ``index((0, -1))`` is the place along it. Kernels are printed from elements; a
 law (:mod:`regauge.ir.element_law`) holds each to what its operator computes.
 """

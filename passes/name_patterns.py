@@ -1,4 +1,7 @@
-"""Globs on names, as the options ``include`` and ``exclude`` of passes take them."""
+"""Globs on names, as the options ``include`` and ``exclude`` of passes take them.
+
+A glob matches a name (``head.weight``), or a module that the name is in: ``head`` is ``head.*``, ``2`` is ``2.*``.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from regauge.ir.errors import PassError
 
 
 def matches(names: Iterable[str], patterns: Collection[str]) -> bool:
-    """Whether any of the names matches any of the globs."""
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    """Whether any of the globs matches any of the names, or a module that one of them is in."""
+    return any(fnmatchcase(name, glob) for name in names for p in patterns for glob in (p, f"{p}.*"))
 
 
 def check_patterns(

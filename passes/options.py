@@ -65,12 +65,24 @@ def _check_bounds(value: Any, entry: Field[Any], where: str) -> None:
 
 
 def convert(value: Any, annotation: Any, where: str) -> Any:
-    """``value`` as an instance of the annotation: ints serve as floats, one item as a list of one; raises PassError."""
+    """``value`` as an instance of the annotation; raises PassError.
+
+    Integers serve as floats, and as words, since modules are called ``2``; one item serves as a list of one.
+    """
+    return _convert(value, annotation, where, annotation)
+
+
+def _convert(value: Any, annotation: Any, where: str, wanted: Any) -> Any:
+    """:func:`convert`, where errors say what is ``wanted``: of an item, the list it stands in."""
     for candidate in _alternatives(annotation):
         found = _try_convert(value, candidate, where)
         if found is not MISSING:
             return found
-    raise PassError(f"{where} must be {describe(annotation)}, not {value!r}")
+    if isinstance(value, int) and not isinstance(value, bool) and str in _alternatives(annotation):
+        return str(value)
+    quoted = isinstance(value, bool | float) and str in _alternatives(annotation)  # what was written is not known
+    hint = ': put words that read otherwise in quotes, "0.1"' if quoted else ""
+    raise PassError(f"{where} must be {describe(wanted)}, not {value!r}{hint}")
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -90,7 +102,7 @@ def _try_convert(value: Any, annotation: Any, where: str) -> Any:
         item = get_args(annotation)[0]
         if isinstance(value, str) or not isinstance(value, list | tuple):
             value = (value,)
-        return origin(convert(part, item, where) for part in value)
+        return origin(_convert(part, item, where, annotation) for part in value)
     if origin is not None and issubclass(origin, Mapping):
         key, item = get_args(annotation)
         if not isinstance(value, Mapping):
@@ -108,13 +120,15 @@ def _try_convert(value: Any, annotation: Any, where: str) -> Any:
 def describe(annotation: Any) -> str:
     """A type in words: ``a number``, ``one of l1, l2``, ``a list of words``."""
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a word", Any: "a Python object"}
+    plural = {int: "integers", float: "numbers", str: "words"}
     parts = []
     for candidate in _alternatives(annotation):
         origin = get_origin(candidate)
         if origin is Literal:
             parts.append("one of " + ", ".join(map(str, get_args(candidate))))
         elif origin in (tuple, list):
-            parts.append(f"a list ({describe(get_args(candidate)[0])} each)")
+            item = get_args(candidate)[0]
+            parts.append(f"a list of {plural[item]}" if item in plural else f"a list ({describe(item)} each)")
         elif origin is not None and issubclass(origin, Mapping):
             parts.append("a mapping {name=value}")
         elif candidate is not type(None):

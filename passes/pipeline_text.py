@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from regauge.ir.errors import PassError
+from regauge.ir.errors import PipelineError
 
 _TOKEN = re.compile(r'\s*(?:(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<word>[^\s"\[\]{},=]+)|(?P<mark>[\[\]{},=]))')
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -36,7 +36,7 @@ class _Token(NamedTuple):
 
 
 def parse_pipeline(text: str) -> list[Stage]:
-    """The stages of a pipeline text; raises PassError with the position of what is wrong under a caret."""
+    """The stages of a pipeline text; raises PipelineError with the position of what is wrong under a caret."""
     return _Parser(text).pipeline()
 
 
@@ -59,11 +59,11 @@ class _Parser:
             position = match.end()
         return [*tokens, _Token("end", "", end)]
 
-    def _error(self, reason: str, position: int) -> PassError:
+    def _error(self, reason: str, position: int) -> PipelineError:
         place = f"pass pipeline, column {position + 1}: {reason}"
-        return PassError(f"{place}\n    {self.text}\n    {' ' * position}^")
+        return PipelineError(f"{place}\n    {self.text}\n    {' ' * position}^")
 
-    def _unexpected(self, expected: str) -> PassError:
+    def _unexpected(self, expected: str) -> PipelineError:
         token = self.tokens[self.at]
         found = "the text ends" if token.kind == "end" else f"{token.text!r} stands there"
         return self._error(f"expected {expected}, but {found}", token.position)

@@ -147,9 +147,15 @@ def written_out_attention(f: Form, rows: Any, columns: int) -> Any:
     return b.matmul(b.softmax(scores, dim=3), b.permute(v, dims=(0, 2, 1, 3)))
 
 
+def wide_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Heads that no program holds: latents with and without what is turned, as multi-head latent attention has them."""
+    q, k, v = f.x(4, rows, 320), f.x(1, columns, 320), f.x(1, columns, 264)
+    return f.build.attention(q, k, v, scale=320**-0.5, is_causal=True)
+
+
 ATTENTION_FORMS = (
     causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention, decoding_attention,
     latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding, int4_groups_attention,
     int8_cache_attention, turned_latents_attention, latent_keys_with_bias_attention,
-    written_out_attention,
+    written_out_attention, wide_attention,
 )  # fmt: skip

@@ -367,6 +367,30 @@ def three_products(f: Form, rows: Any, columns: int) -> Any:
     return b.mul(query, 0.125), key, b.add(value, b.mul(query, key))
 
 
+def grouped_queries(f: Form, rows: Any, columns: int) -> Any:
+    """Queries, keys and values of a layer with fewer heads for the latter: columns of three widths, in heads."""
+    b, depth = f.build, deep(columns)[0]
+    x, found = f.x(2, rows, depth), []
+    for heads, width, factor in ((3, columns, 0.125), (1, columns, 0.5), (2, 7, 1.5)):
+        y = b.linear(x, f.w(heads * width, depth), f.w(heads * width))
+        y = b.permute(b.reshape(y, shape=(2, rows, heads, width)), dims=(0, 2, 1, 3))
+        found.append(b.mul(y, factor))
+    return tuple(found)
+
+
+def grouped_queries_int8(f: Form, rows: Any, columns: int) -> Any:
+    """Two products of few bits with columns of their own, one of which is gated."""
+    b, (depth, group) = f.build, deep(columns)
+
+    def weight(outputs: int) -> Value:
+        scale = f.scale(outputs, depth // group)
+        return b.dequantize(f.codes(outputs, depth), scale, axis=1, block_size=group)
+
+    x = f.x(rows, depth)
+    gate, up = (b.linear(x, weight(2 * columns)) for _ in range(2))
+    return b.mul(b.silu(gate), up), b.linear(x, weight(9), f.w(9))
+
+
 FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
     form.__name__: form
     for form in (
@@ -380,7 +404,7 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         sparse_24_weight, sparse_48_weight, gate_and_up_sparse, bitmap_weight, gate_and_up_bitmap,
         bitmap_of_codes, bitmap_as_weight, int8_beside_sparse, add_norm_quantize, silu_mul_quantize, int8_to_int8,
         int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,
-        three_products,
+        three_products, grouped_queries, grouped_queries_int8,
         *ATTENTION_FORMS,
     )
 }  # fmt: skip

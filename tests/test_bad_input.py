@@ -116,7 +116,6 @@ def test_a_missing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         ("prune{ratio=-1}", "ratio"),
         ("prune{ratio=half}", "ratio"),
         ("prune{ratio=0.5,macs=0.5}", "a ratio, or budgets"),
-        ("prune{ratio=0.5", "}"),
         ("prune{ratio=0.5,score=magic}", "score"),
     ],
 )

@@ -106,7 +106,6 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
         (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{ratio=2}"), "'ratio' of prune must be at least 0"),
         (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{rato=0.5}"), "did you mean 'ratio'"),
         (("optimize", "MODEL", "-o", "OUT", "--passes", "prun"), "did you mean 'prune'"),
-        (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{ratio="), "column 13: expected a value"),
         (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{params=1,exclude=x}"), "matches no parameter"),
         (("optimize", "MODEL", "-o", "OUT", "--data", "MODEL"), "is not an .npz file of arrays: save one by"),
         (("optimize", "MODEL", "-o", "OUT", "--data", "ZIP"), "is not an .npz file of arrays: save one by"),
@@ -145,6 +144,15 @@ def test_errors_take_one_line_and_leave_nothing(
     error = capsys.readouterr().err
     assert error.startswith("regauge: ") and len(error.splitlines()) == 1 and message in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx", "broken.pt", "broken.pt2"]
+
+
+def test_a_caret_shows_what_is_wrong_with_a_pipeline(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("optimize", model_file, "-o", tmp_path / "out.onnx", "--passes", "prune{ratio=") == 2
+    first, text, caret = capsys.readouterr().err.splitlines()
+    assert first == "regauge: pass pipeline, column 13: expected a value, but the text ends"
+    assert text == "    prune{ratio=" and caret == " " * 16 + "^"
 
 
 @pytest.mark.parametrize("command", [("optimize", "MODEL", "-o", "OUT"), ("compare", "MODEL", "MODEL")])
@@ -275,6 +283,29 @@ def test_as_a_program(model_file: Path) -> None:
     assert done.stdout.startswith("Dim") and "Traceback" not in done.stderr and "\x1b" not in done.stdout
 
 
+def test_what_could_not_be_written_is_told_before_the_work(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regauge.cli.open_file", lambda *_, **__: pytest.fail("the model was read"))
+    (tmp_path / "folder.onnx").mkdir()
+    for out, reason in {"none/o.onnx": "the folder", "folder.onnx": "it is a folder"}.items():
+        assert run("optimize", model_file, "-o", tmp_path / out) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_source_of_others_is_not_replaced(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    assert run("optimize", model_file, "-o", own) == 0 == run("optimize", model_file, "-o", own)  # what is ours is
+    (own / "model.py").write_text("class Mine: ...\n")
+    capsys.readouterr()
+    monkeypatch.setattr("regauge.cli.open_file", lambda *_, **__: pytest.fail("the model was read"))
+    assert run("optimize", model_file, "-o", own) == 2
+    assert "model.py was not written by Regauge, and is left as it is" in capsys.readouterr().err
+    assert (own / "model.py").read_text() == "class Mine: ...\n"
+
+
 def test_demo_makes_the_network_smaller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     assert run("demo", "--quick", "--save", tmp_path / "digits.onnx") == 0
@@ -282,7 +313,10 @@ def test_demo_makes_the_network_smaller(tmp_path: Path, capsys: pytest.CaptureFi
     assert shown.endswith(f"wrote {tmp_path / 'digits.onnx'} and {tmp_path / 'digits.pruned.onnx'}\n")
     assert all(word in shown for word in ("accuracy", "parameters", "MACs", "ONNX file", "onnxruntime"))
     sizes = [(tmp_path / name).stat().st_size for name in ("digits.pruned.onnx", "digits.onnx")]
-    assert sizes[0] < sizes[1]
+    assert sizes[0] < 0.5 * sizes[1]
+    shares = {line.split()[0]: line.split()[-3:] for line in shown.splitlines() if "%" in line}["accuracy"]
+    trained, pruned, _ = (float(share.rstrip("%")) for share in shares)
+    assert pruned > trained - 5, "half of the multiply-accumulates, and no training since"
 
 
 def test_reading_a_model_leaves_the_compiler_of_torch_alone(model_file: Path) -> None:

@@ -28,6 +28,10 @@ def test_optimize_is_a_function_whatever_was_imported_before(first: str) -> None
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_elements_of_own_operators_are_written_with_scalars() -> None:
+    assert inspect.ismodule(regauge.scalars) and regauge.scalars.sum_ is not None
+
+
 def test_import_is_light() -> None:
     code = (
         "import sys, regauge, regauge.cli; assert 'torch' not in sys.modules, 'torch'; assert 'onnx' not in sys.modules"

@@ -27,7 +27,10 @@ from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.sizes import is_static, product
 
 WIDEST = 256
-"""Numbers of a head that a program holds, of queries and keys and of values."""
+"""Numbers of a head that a program holds at a time, of queries and keys and of values; wider ones are read in parts."""
+
+MOST_NUMBERS = 4096
+"""Numbers of a head at most: each part of values has programs of its own, which compute the scores again."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,16 @@ class Attention:
         """What keys are summed over where they are made of latents."""
         return frozenset() if self.latent_keys is None else self.latent_keys.over
 
+    @property
+    def wide_head(self) -> bool:
+        """Whether scores are summed in several parts."""
+        return _numbers(self.head) > WIDEST
+
+    @property
+    def wide_columns(self) -> bool:
+        """Whether values are mixed in several parts."""
+        return _numbers(self.columns) > WIDEST
+
     def letter(self, dim: Dim) -> str:
         """What loops of its kind are called (:attr:`Region.names`)."""
         kinds = {"s": self.source, "k": self.head, "b": self.batch, "n": self.columns, "r": self.rank}
@@ -106,6 +119,10 @@ class Attention:
                 found.add(term)
                 stack.extend(term.args)
         return [term for term in region.terms if term in found]
+
+
+def _numbers(dims: frozenset[Dim]) -> int:
+    return int(product(dim.size for dim in dims))
 
 
 def find_attention(region: Region) -> Attention:
@@ -182,8 +199,11 @@ def _check_loops(region: Region, found: Attention) -> None:
             raise FusionError(f"the axes of the result {value.name} are not those that the contraction gives")
     for side in (head, found.columns):
         sizes = [dim.size for dim in side]
-        if not all(map(is_static, sizes)) or int(product(sizes)) > WIDEST:
-            raise FusionError(f"a program holds heads of {WIDEST} numbers at most")
+        if not all(map(is_static, sizes)) or int(product(sizes)) > MOST_NUMBERS:
+            raise FusionError(f"heads have {MOST_NUMBERS} numbers at most, and not a dynamic number")
+    made = found.coded_keys or found.coded_values or found.latent_keys
+    if made is not None and (found.wide_head or found.wide_columns):
+        raise FusionError(f"a program holds heads of {WIDEST} numbers at most where they are made of codes or latents")
 
 
 def causal_bound(found: Attention) -> Term | None:

@@ -118,6 +118,8 @@ def _check(body: Graph, region: Region, parts: Attention) -> None:
             )
     if any(load.args or load.value.moved or load.value.picked for load in region.loads):
         raise FusionError(f"{body.name}: it reads at other places")
+    if parts.wide_head or parts.wide_columns:
+        raise FusionError(f"{body.name}: no program holds its heads and their gradients")
     if len(region.outputs) != 1:
         raise FusionError(f"{body.name}: it has several results")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
 
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.attention import find_attention
-from regauge.ir.fusion.products import FLOAT8, same_left
+from regauge.ir.fusion.products import FLOAT8, products_of, same_left
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.fusion.terms import DIGITS
 from regauge.ir.fusion.traffic import PERSISTENT
@@ -27,6 +27,9 @@ NO_FLOAT = "is no float"
 
 MOST_PRODUCTS = 3
 """Contractions beside one another in a region: a program has a tile of each in registers."""
+
+MOST_PARTS = 6
+"""Products with columns of their own in a region: a program has tiles of one, but its text has all."""
 
 MOST_DIGITS = 8
 """Numbers that share a byte: a program goes through them in turn, each time with another part of the other factor."""
@@ -109,25 +112,36 @@ def _wrong_rows(region: Region) -> str | None:
 def _wrong_tile(region: Region) -> str | None:
     """A contraction: pointwise before it over what it reads, and behind it over what it gives."""
     contraction, *others = region.contractions
+    rows = below_results(contraction.args[0]).args[0].axes - contraction.over
     if not set(_own_terms(region)).issuperset(region.contractions):
         return "it would compute a product again at other places of its axes"
     if len(others) == 1 and len(region.reductions) > 2 and not same_left(region):
         return _wrong_attention(region)
-    loops = {(one.over, one.axes) for one in region.contractions}
-    if len(loops) > 1 or not same_left(region):
+    loops = {(one.over, one.axes & rows) for one in region.contractions}
+    if len(loops) > 1 or not same_left(region) or not _alike(region):
         return "it would have two contractions"
     if len(region.reductions) > 1 + len(others):
         return "it would reduce rows beside a contraction, of which a program has only a tile"
-    if len(others) >= MOST_PRODUCTS:
+    if len(region.parts) > MOST_PARTS:
+        return f"it would have more than {MOST_PARTS} products beside one another"
+    if max(map(len, region.parts)) > MOST_PRODUCTS:
         return f"it would have more than {MOST_PRODUCTS} products, whose tiles no program holds"
     if any(not terms_below(term).isdisjoint(region.contractions) for term in region.contractions):
         return "it would have two contractions"
     if any(term.axes & contraction.over for term in terms_behind(region)):
         return "an axis that is contracted goes on behind it"
     for value in region.outputs:
-        if region.dims(value) != contraction.axes:
+        read = [one for one in region.contractions if one in terms_behind(region, [value])]
+        if not any(region.dims(value) == part[0].axes and set(read) <= {*part} for part in region.parts):
             return f"the axes of the result {value.name} are not those that the contraction gives"
     return None
+
+
+def _alike(region: Region) -> bool:
+    """Whether parts go over what is contracted in the same steps: their scales and their bytes lie along the same
+    loops of it."""
+    found = [products_of(region, part) for part in region.parts]
+    return len({(one.groups, one.digits) for one in found}) == 1
 
 
 def _own_terms(region: Region) -> Iterator[Term]:
@@ -139,10 +153,10 @@ def _own_terms(region: Region) -> Iterator[Term]:
         stack += () if term.op == "result" else term.args
 
 
-def terms_behind(region: Region) -> set[Term]:
-    """The terms that results are computed from, up to the contractions, and these."""
+def terms_behind(region: Region, outputs: Sequence[Value] | None = None) -> set[Term]:
+    """The terms that results are computed from, by default all, up to the contractions, and these."""
     found: set[Term] = set()
-    stack = [region.results[value] for value in region.outputs]
+    stack = [region.results[value] for value in (region.outputs if outputs is None else outputs)]
     while stack:
         one = stack.pop()
         if one not in found:

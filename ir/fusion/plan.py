@@ -1,6 +1,7 @@
 """Which nodes of a graph become one kernel, and what is refused.
 
-Edges between nodes are tried once each, those that carry most bytes first: the regions at both ends become one where
+Edges between nodes are tried once each, those that save most bytes first (what nothing else reads need not be written,
+either): the regions at both ends become one where
 that is legal (:mod:`regauge.ir.fusion.legality`), where no path leaves the union and comes back, and where a roofline
 of the device says that it gains. What is refused is kept with its reason and the bytes that it goes on to move.
 A softmax between two contractions becomes one region with both (attention), though with neither alone it could be one.
@@ -165,6 +166,12 @@ class _Planner:
         stays = value not in self.returned and inside.issuperset(self.readers(value.producer))
         return self.value_bytes(value) * (2 if stays else 1)
 
+    def _most_saved(self, value: Value, reader: Node) -> float:
+        """Bytes that need not be moved where a value is computed and read in one kernel, whatever else is in it."""
+        assert value.producer is not None
+        stays = value not in self.returned and self.readers(value.producer) == [reader]
+        return self.value_bytes(value) * (2 if stays else 1)
+
     # -- joining -----------------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
@@ -176,7 +183,7 @@ class _Planner:
             if value.producer in self.place
         ]
         # What is made of codes goes first: whether a product is left to a library depends on it.
-        edges.sort(key=lambda edge: (not edge[0].producer.operator.expands, -self.value_bytes(edge[0])))  # type: ignore[union-attr]
+        edges.sort(key=lambda edge: (not edge[0].producer.operator.expands, -self._most_saved(*edge)))  # type: ignore[union-attr]
         refused = self._join_along(edges)
         if self.attention:
             made = self._join_attention()
@@ -291,7 +298,7 @@ class _Planner:
             largest = whole(group)
             if largest is None:
                 continue
-            near = open_.setdefault((largest.shape, *kept_apart(group.region)), [])  # type: ignore[arg-type]
+            near = open_.setdefault(kept_apart(group.region, largest), [])  # type: ignore[arg-type]
             near[:] = [other for other in near if group.first - other.last <= NEAR]
             for place, other in enumerate(near):
                 union = self._beside(other, group)

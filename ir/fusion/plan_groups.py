@@ -34,10 +34,11 @@ def whole(group: Group) -> Value | None:
     return next((value for value in region.outputs if loops <= region.dims(value)), None)
 
 
-def kept_apart(region: Region) -> tuple[object, ...]:
-    """What regions beside one another have in common: their kind, and of contractions the left factor."""
+def kept_apart(region: Region, largest: Value) -> tuple[object, ...]:
+    """What regions beside one another have in common: their kind, and a shape, or of contractions the left factor."""
     factors = [below_results(below_results(term.args[0]).args[0]) for term in region.contractions[:1]]
-    return region.kind, *(factor.value.value if factor.op == "load" else region for factor in factors)
+    found = [factor.value.value if factor.op == "load" else region for factor in factors] or [largest.shape]
+    return region.kind, *found
 
 
 def steps_of(group: Group) -> list[Region | Node]:

@@ -69,10 +69,11 @@ class Products:
     digits: tuple[Dim, ...]
 
 
-def products_of(region: Region) -> Products:
-    """How the contractions of a region are computed."""
-    over = region.contractions[0].over
-    found = [_product(contraction) for contraction in region.contractions]
+def products_of(region: Region, part: Sequence[Term] | None = None) -> Products:
+    """How the contractions of a region, or of a part of it, are computed."""
+    part = region.contractions if part is None else part
+    over = part[0].over
+    found = [_product(contraction) for contraction in part]
     groups = frozenset(dim for one in found for scale in one.scales for dim in scale.axes & over)
     digits = [dim for one in found for side in (one.left, one.right) for dim in _digits(side)]
     inner = over - groups
@@ -80,7 +81,7 @@ def products_of(region: Region) -> Products:
     short = all(map(is_static, run)) and math.prod(map(int, run)) < SHORTEST
     cores = [side.core for one in found for side in (one.left, one.right)]
     if short or not groups.isdisjoint(digits) or not all(inner <= core.axes for core in cores if groups or digits):
-        return plain_products(region)
+        return plain_products(part)
     few = [side.core for one in found for side in (one.left, one.right) if side.few_bits]
     stored = {one for core in few for one in terms_below(core) if one.op == "load"}
     # what is read along the first ones is the same for all that come then
@@ -88,10 +89,10 @@ def products_of(region: Region) -> Products:
     return Products(tuple(found), groups, tuple(order))
 
 
-def plain_products(region: Region) -> Products:
-    """The contractions with factors as they are: each entry is scaled before it is multiplied."""
+def plain_products(contractions: Sequence[Term]) -> Products:
+    """Contractions with factors as they are: each entry is scaled before it is multiplied."""
     found = []
-    for contraction in region.contractions:
+    for contraction in contractions:
         left, right = map(Side, _factors(contraction))
         found.append(Product(contraction, left, right))
     return Products(tuple(found), frozenset(), ())

@@ -139,6 +139,15 @@ class Region:
     def contractions(self) -> list[Term]:
         return [term for term in self.reductions if _contracts(term)]
 
+    @cached_property
+    def parts(self) -> list[list[Term]]:
+        """Contractions by the axes that they give: those of a part have the same tiles, parts lie beside one another
+        along columns, as queries, keys and values do where they have not as many heads."""
+        parts: dict[frozenset[Dim], list[Term]] = {}
+        for term in self.contractions:
+            parts.setdefault(term.axes, []).append(term)
+        return list(parts.values())
+
     @property
     def reduces_as_attention(self) -> bool:
         ops = sorted(term.op for term in self.reductions)

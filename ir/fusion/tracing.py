@@ -22,14 +22,15 @@ from regauge.ir.fusion.terms import DIGITS, Digit, Layout, Load, Mover, Term
 from regauge.ir.graph import Node, Value
 from regauge.ir.rules import ENDING_ROLES, Axes, Call
 from regauge.ir.scalars import REDUCTIONS, Along, OperandAxis, Place, Scalar, element_of, movements
-from regauge.ir.sizes import is_static
+from regauge.ir.sizes import Size, is_static, same
 from regauge.ir.unify import unify
 
 
 def trace(nodes: Sequence[Node], returned: Iterable[Value] = (), beside: Sequence[Value] = ()) -> Region:
     """The region of nodes, given in topological order; raises FusionError with the reason where there is none.
 
-    Results that stand ``beside`` one another have the same loops on their axes, whatever else connects them.
+    Results that stand ``beside`` one another have the same loops on their axes, whatever else connects them, where all
+    have the same shape.
     """
     kept = frozenset(node.output for node in nodes if len(node.outputs) == 1).intersection(returned)
     try:
@@ -69,8 +70,9 @@ class _Tracer:
         self.calls: dict[Node, Call] = {}
         for node in self.nodes:
             self._apply(node)
-        for first, second in pairwise(beside):
-            self._lay_beside(first, second)
+        if all(same_shape(beside[0].shape, other.shape) for other in beside[1:]):
+            for first, second in pairwise(beside):
+                self._lay_beside(first, second)
         self.atoms, self.mover = Atoms(), Mover()
         self.windows: dict[tuple[Node, Along], Dim] = {}
         self.traced = Region(self.nodes, returned, loaded=self.mover.loads)
@@ -228,12 +230,11 @@ class _Tracer:
         values, mask, starts = (self._operand(node, arg.value) for arg in scalar.args)
         value = node.inputs[scalar.args[0].value]
         assert isinstance(value, Value)
-        layout = self._layout(self._key(node, scalar.args[0].value), value.name)
-        own = next((dim for axis in layout for dim in axis), None)
-        if own is None:
-            raise FusionError(f"{value.name} holds one entry")
+        (loops,) = self._layout(self._key(node, scalar.args[0].value), value.name)
+        if len(loops) != 1:
+            raise FusionError(f"{value.name} is not one row of entries")
         rank, bit = self._digit("rank", node, (starts, mask), 2), self._digit("bit", node, (mask,), 2)
-        return self.mover.compact(values, own, rank, bit)
+        return self.mover.compact(values, loops[0], rank, bit)
 
     def _joined(self, slots: Sequence[int], node: Node) -> Term:
         """Of operands that are laid end to end along the axis that the node names the one where the index lies."""
@@ -309,6 +310,10 @@ class _Tracer:
             return self.traced.results[value]
         key = self._key(node, slot)
         return self.mover.load(key, Load(value, self._layout(key, value.name)))
+
+
+def same_shape(shape: Sequence[Size], other: Sequence[Size]) -> bool:
+    return len(shape) == len(other) and all(map(same, shape, other))
 
 
 def _before(loops: Sequence[Dim], inner: Sequence[Dim]) -> tuple[list[Dim], list[Dim]]:

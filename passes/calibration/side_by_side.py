@@ -55,6 +55,11 @@ class SideBySide:
         """What the layer is given now, for each batch."""
         return self.now.values(layer.node.inputs[0])
 
+    def as_it_was(self, layer: Layer) -> bool:
+        """Whether the layer reads what it did in the original, and makes up for no other one: nothing is to be fitted,
+        which would leave its weight as it is but for the rounding of sums."""
+        return layer.node.inputs[0] not in self.drifted and self._lost_beside(layer.norm or layer.node) is None
+
     def targets(self, layer: Layer, was: Node) -> Iterator[torch.Tensor]:
         """What the layer should give, for each batch in turn."""
         norm, targets = layer.norm, (self.kept(tensor, was.output) for tensor in self.before.values(was.output))

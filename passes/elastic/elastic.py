@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,6 +28,7 @@ from regauge.passes.allocation.fit import allocate
 from regauge.passes.allocation.plans import uniform_plan
 from regauge.passes.allocation.search import UNITS, budgets_of
 from regauge.passes.base import Cut, reasons
+from regauge.passes.name_patterns import matches
 from regauge.passes.pruning.score_table import criterion, score
 from regauge.passes.pruning.selection import select
 from regauge.passes.report import reported
@@ -61,7 +61,7 @@ class Elastic:
         for pattern, share in given.items():
             if not 0 < share <= 1:
                 raise PassError(f"the width {share:g} is out of range: write the share that is kept, above 0, up to 1")
-            if not any(fnmatchcase(name, pattern) for name in self.scores):
+            if not matches(self.scores, [pattern]):
                 raise PassError(f"{pattern!r} matches no elastic Dim: they are {', '.join(list(self.scores)[:8])}")
         dims = self._dims()
         shares = {dims[name]: _share(name, given) for name in self.scores}
@@ -162,7 +162,7 @@ def _budget(graph: Graph, **options: Any) -> Budget:
 
 
 def _share(name: str, given: Mapping[str, float]) -> float:
-    return next((share for pattern, share in given.items() if fnmatchcase(name, pattern)), 1.0)
+    return next((share for pattern, share in given.items() if matches([name], [pattern])), 1.0)
 
 
 def elastic(

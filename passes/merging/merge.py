@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +20,7 @@ from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph, Parameter, Value
 from regauge.passes.base import Cut
 from regauge.passes.merging.matching import Match, check_alike, cosines, match
+from regauge.passes.name_patterns import matches
 from regauge.passes.report import reported
 
 Scale: TypeAlias = float | Mapping[str, float]
@@ -171,9 +171,9 @@ def _factors(graph: Graph, scale: Scale, deeper: float) -> dict[str, float]:
     names = [parameter.name for parameter in graph.all_parameters()]
     if isinstance(scale, Mapping):
         for pattern in scale:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not matches(names, [pattern]):
                 raise GraphError(f"merge: scale has {pattern!r}, which matches no parameter")
-        found = {n: next((v for pattern, v in scale.items() if fnmatchcase(n, pattern)), 1.0) for n in names}
+        found = {n: next((v for pattern, v in scale.items() if matches([n], [pattern])), 1.0) for n in names}
     else:
         found = dict.fromkeys(names, float(scale))
     depths = _depths(graph) if deeper else {}

@@ -11,11 +11,18 @@ from regauge.passes.quantization.grid import Grid, positive
 
 @dataclass(frozen=True)
 class Float8(Grid):
-    """The floats of a type of 8 bits. Scales are powers of two, which leave mantissas as they are: the least with which
-    nothing is beyond the greatest float (AMAX of Micikevicius et al. 2022, FP8 Formats for Deep Learning)."""
+    """The floats of a type of 8 bits. Scales are powers of two, which leave mantissas as they are: 2^-b, where b is
+
+    floor(log2(greatest float / greatest entry)) - margin      so that nothing is beyond the greatest float (AMAX)
+    bias                                                       one number for all, where it is given (CSCALE)
+
+    (Perez et al. 2023, Training and Inference of Large Language Models Using 8-bit Floating Point, section 3).
+    """
 
     bits: int = 8
     kind: torch.dtype = torch.float8_e4m3fn
+    margin: int = 0
+    bias: int | None = None
 
     @property
     def low(self) -> int:
@@ -31,7 +38,13 @@ class Float8(Grid):
 
     def span(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale, zero = super().span(low, high)
-        return torch.exp2(torch.ceil(torch.log2(scale))), zero
+        if self.bias is not None:
+            return torch.full_like(scale, 2.0**-self.bias), zero
+        return torch.exp2(torch.ceil(torch.log2(scale)) + self.margin), zero
+
+    @property
+    def free_scales(self) -> bool:
+        return False
 
     def codes(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """The nearest floats, as numbers in the type of ``x``."""

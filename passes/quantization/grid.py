@@ -20,9 +20,9 @@ _TURNS = 12  # of codes and scales, where scales are those of least squares
 SCALE_BITS = 32
 _SHARING = 4  # bits at most of codes that lie together in a byte
 
-Scales: TypeAlias = Literal["searched", "least", "mean", "median", "powers"]
-"""How scales are found: the best share of the range; least squares from the mean of magnitudes on; that mean or median
-itself (BitNet b1.58); the power of two that just holds the greatest entry (block floating point)."""
+Scales: TypeAlias = Literal["searched", "whole", "least", "mean", "median", "powers"]
+"""How scales are found: the best share of the range, or all of it; least squares from the mean of magnitudes on; that
+mean or median itself (BitNet b1.58); the power of two that just holds the greatest entry (block floating point)."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,8 @@ class Form:
         """Scale and zero [rows, groups] of parts [rows, groups, columns]."""
         if self.scales == "searched":
             return _searched(self.grid, parts, weighs)
+        if self.scales == "whole":
+            return self.grid.span(parts.amin(2), parts.amax(2))
         sizes = parts.abs()
         if self.scales == "powers":
             room = self.grid.bits - 2

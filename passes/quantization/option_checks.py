@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OF_ACTIVATIONS = ("calibration", "smoothing")
 _OF_SCHEMES = (
     "per", "group", "symmetric", "statistic", "packed", "bits", "permute", "bytes", "accuracy", "latency",
-    "sensitivity", "stack", "rank", "method", "correct", *_OF_ACTIVATIONS,
+    "sensitivity", "stack", "rank", "rule", "margin", "bias", "method", "correct", *_OF_ACTIVATIONS,
 )  # fmt: skip
 
 
@@ -46,6 +46,12 @@ def check_options(options: Quantize) -> None:
         raise PassError("quantize: table_bits does nothing with embeddings=false: leave it out")
     if options.calibration == "entropy" and scheme.numbers is not None:
         raise PassError("quantize: calibration=entropy counts steps of equal width, which floats have not")
+    if options.margin is not None and options.rule == "cscale":
+        raise PassError("quantize: margin does nothing with rule=cscale: leave it out")
+    if options.bias is not None and options.rule != "cscale":
+        raise PassError("quantize: bias does nothing without rule=cscale: leave it out")
+    if options.calibration is not None and options.rule == "cscale":
+        raise PassError("quantize: calibration does nothing with rule=cscale, which has one exponent: leave it out")
     _check_groups(options, blocks=target.blocks_alone and not scheme.activations)
     _check_bits(options)
     _check_target(options)
@@ -88,6 +94,11 @@ def _check_activations(options: Quantize) -> None:
         return
     if not SCHEMES[options.scheme].activations:
         raise PassError(f"quantize: activations does nothing with scheme={options.scheme}: leave it out")
+    if SCHEMES[options.scheme].numbers is not None:
+        raise PassError(
+            "quantize: exponents of float8 are found on data, or one for all (rule=cscale): for those of every run "
+            "write scalify{dtype=float8_e4m3,dynamic=true}"
+        )
     if options.calibration is not None:
         raise PassError("quantize: calibration does nothing with activations=dynamic: leave it out")
     if TARGETS[options.target].at_run is None:

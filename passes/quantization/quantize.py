@@ -107,6 +107,11 @@ class Quantize(Pass):
     )
     permute: bool = option(False, "first reorder outputs, exactly, so that those which share a codebook are alike")
     symmetric: bool | None = option(None, "weights without zero points; if not given, those of 8 bits")
+    rule: Literal["amax", "cscale"] | None = option(
+        None, "exponents of float8: by the greatest entry, or one for all; amax if not given"
+    )
+    margin: int | None = option(None, "powers of two that amax leaves above the greatest entry", at_least=0)
+    bias: int | None = option(None, "the exponent of cscale; 0 if not given")
     statistic: Statistic | None = option(
         None, "scale of ternary weights: that of least error, or the mean or median of magnitudes"
     )
@@ -152,7 +157,8 @@ class Quantize(Pass):
 
     @property
     def _scheme(self) -> Scheme:
-        return SCHEMES[self.scheme]
+        bias = (self.bias or 0) if self.rule == "cscale" else None
+        return SCHEMES[self.scheme].with_exponents(self.margin, bias)
 
     @property
     def block(self) -> int | None:
@@ -408,7 +414,8 @@ class Quantize(Pass):
         self, original: Graph, layers: list[Layer], target: Target, context: Context, expected: ExpectedInputs | None
     ) -> Writer:
         dynamic = self.activations == "dynamic"
-        needless = dynamic and context.data is None and not self.smoothing
+        fixed = self.rule == "cscale"
+        needless = (dynamic and not self.smoothing or fixed) and context.data is None
         batches = [] if needless else calibration_batches(original, context)
         if self.smoothing != 0 and self._scheme.numbers is None and batches:
             apart = {layer.node.inputs[0] for layer in self._tied(original)}
@@ -418,8 +425,13 @@ class Quantize(Pass):
         result = original.copy()
         own, tied = self.layers_of(result, Counter()), self._tied(result)
         placement = place(result, [*own, *tied], target)
-        ends = {} if dynamic else ends_of_values(result, placement, target, self.calibration, batches)
-        formats = {layer.weight.name: Form(target.weights, layer.columns) for layer in own}
+        ends = dict.fromkeys(placement.measured, (-1.0, 1.0)) if fixed else {}
+        if not dynamic and not fixed:
+            ends = ends_of_values(result, placement, target, self.calibration, batches)
+        ruled = self.margin is not None or fixed
+        formats = {
+            layer.weight.name: Form(target.weights, layer.columns, "whole" if ruled else "searched") for layer in own
+        }
         stored = self.stored(original, result, own, formats, context, expected)
         writer = Writer(result, target, by=self.name)
         if dynamic:

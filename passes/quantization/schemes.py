@@ -61,6 +61,23 @@ class Scheme:
     numbers: Grid | None = None
     mixed: bool = False
 
+    def with_exponents(self, margin: int | None, bias: int | None) -> Scheme:
+        """A scheme of floats of 8 bits with exponents by these rules (:class:`.float_grids.Float8`)."""
+        if self.make is None or margin is None and bias is None:
+            return self
+        make = self.make
+
+        def ruled(grid: Grid) -> Grid:
+            assert isinstance(grid, Float8)
+            return replace(grid, margin=margin or 0, bias=bias)
+
+        def form(wanted: Wanted) -> Format:
+            found = make(wanted)
+            assert isinstance(found, Form)
+            return replace(found, grid=ruled(found.grid), scales="whole")
+
+        return replace(self, make=form, numbers=None if self.numbers is None else ruled(self.numbers))
+
     @property
     def alone(self) -> bool:
         """Whether weights are plain integers, all of as many bits, and nothing else is quantized."""
@@ -102,6 +119,7 @@ def _signs(wanted: Wanted) -> Format:
     return OneBit()
 
 
+_OF_FLOATS = ("rule", "margin", "bias")
 _OF_INTEGERS = ("per", "group", "symmetric", "packed")
 
 SCHEMES: Mapping[SchemeName, Scheme] = {
@@ -114,11 +132,11 @@ SCHEMES: Mapping[SchemeName, Scheme] = {
         4, integers, ("group", "symmetric", "bits", "bytes", "accuracy", "latency", "sensitivity"), mixed=True
     ),
     "ternary": Scheme(2, _ternary, ("per", "group", "packed", "statistic")),
-    "fp8": Scheme(8, _floats(torch.float8_e4m3fn), activations=True, kind="float8", numbers=Float8()),
-    "e4m3": Scheme(8, _floats(torch.float8_e4m3fn), ("per",), kind="float8", grouped=False),
-    "e5m2": Scheme(8, _floats(torch.float8_e5m2), ("per",), kind="float8", grouped=False),
-    "e4m3fnuz": Scheme(8, _floats(torch.float8_e4m3fnuz), ("per",), kind="float8", grouped=False),
-    "e5m2fnuz": Scheme(8, _floats(torch.float8_e5m2fnuz), ("per",), kind="float8", grouped=False),
+    "fp8": Scheme(8, _floats(torch.float8_e4m3fn), _OF_FLOATS, activations=True, kind="float8", numbers=Float8()),
+    "e4m3": Scheme(8, _floats(torch.float8_e4m3fn), ("per", *_OF_FLOATS), kind="float8", grouped=False),
+    "e5m2": Scheme(8, _floats(torch.float8_e5m2), ("per", *_OF_FLOATS), kind="float8", grouped=False),
+    "e4m3fnuz": Scheme(8, _floats(torch.float8_e4m3fnuz), ("per", *_OF_FLOATS), kind="float8", grouped=False),
+    "e5m2fnuz": Scheme(8, _floats(torch.float8_e5m2fnuz), ("per", *_OF_FLOATS), kind="float8", grouped=False),
     "pow2": Scheme(4, _powers, ("per", "group", "bits"), kind="powers of two", grouped=False),
     "codebook": Scheme(4, _tables, ("per", "group", "bits", "permute"), kind="codebooks", grouped=False),
     "onebit": Scheme(1, _signs, kind="signs", grouped=False),

@@ -96,7 +96,7 @@ def _solved(
         moments.add(layer.rows_of_input(x), layer.rows_of_output(y))
     moments.check(layer.node.label)
     free = free and layer.bias is not None
-    if moments.rows < ENOUGH_ROWS * layer.columns:
+    if run.as_it_was(layer) or moments.rows < ENOUGH_ROWS * layer.columns:
         problem = change_of_output(moments, weight, bias, RIDGE, free=free)
     else:
         problem = least_error(moments, weight, bias, RIDGE, free=free)

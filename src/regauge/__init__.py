@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from regauge.frontends.capture import capture as capture
     from regauge.frontends.examine import examine as examine
     from regauge.frontends.from_onnx import load as load
+    from regauge.ir import scalars as scalars
     from regauge.ir.edit import Builder as Builder
     from regauge.ir.errors import RegaugeError as RegaugeError
     from regauge.ir.errors import RegaugeWarning as RegaugeWarning
@@ -83,11 +84,14 @@ _HOME = {
     "rewrite": "regauge.passes.rewriting",
     "run_stream": "regauge.passes.streaming.signals",
     "sample": "regauge.ir.operator",
+    "scalars": "regauge.ir.scalars",
     "settings": "regauge.settings",
     "sparse": "regauge.sparse",
     "stitch": "regauge.passes.merging.stitch",
     "training": "regauge.training",
 }
+
+_MODULES = {"scalars", "settings", "sparse", "training"}  # of the others, the home has a name in it
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "optimize", *_HOME]
@@ -97,7 +101,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'regauge' has no attribute {name!r}")
     module = importlib.import_module(_HOME[name])
-    found = module if module.__name__ == f"regauge.{name}" else getattr(module, name)
+    found = module if name in _MODULES else getattr(module, name)
     globals()[name] = found
     return found
 

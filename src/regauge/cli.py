@@ -1,7 +1,8 @@
 """The command line: what the Python interface does, for files.
 
 Tables and text are as wide as the terminal, and not broken in a pipe. Exit status 0: done; 1: a comparison found a
-difference; 2: an error, told in one line on stderr, with nothing written.
+difference; 2: an error, told in one line on stderr (of a pipeline text, with the text and a caret), with nothing
+written.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Annotated, Any
 
 import typer
 
-from regauge.cli_files import Data, Model, file_figures, is_onnx, open_file, read_batches, written_model
+from regauge.cli_files import Data, Model, check_output, file_figures, is_onnx, open_file, read_batches, written_model
 from regauge.cli_inspect import explain, fusion, groups, inspect, memory, scales
 from regauge.cli_kernels import autotune, kernels
 from regauge.cli_run import run
-from regauge.ir.errors import RegaugeError
+from regauge.ir.errors import PipelineError, RegaugeError
 from regauge.terminal import print_prose, print_table, print_text
 
 # Errors are printed by main(), in one line; docstrings are shown as they are written.
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except PipelineError as error:
+        return _failed(str(error), lines=3)
     except (RegaugeError, OSError) as error:
         return _failed(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -79,9 +82,9 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"regauge: warning: {str(message).splitlines()[0]}", file=sys.stderr)
 
 
-def _failed(message: str) -> int:
-    lines = message.strip().splitlines() or ["failed"]
-    print(f"regauge: {lines[0]}", file=sys.stderr)
+def _failed(message: str, lines: int = 1) -> int:
+    said = message.strip().splitlines() or ["failed"]
+    print("\n".join([f"regauge: {said[0]}", *said[1:lines]]), file=sys.stderr)
     return 2
 
 
@@ -125,6 +128,7 @@ def optimize(
         for option, given in (("--sparse-weights", sparse_weights), ("--functions", functions)):
             if given:
                 raise RegaugeError(f"{option} is for ONNX files, and {output} would be a folder: name an .onnx file")
+    check_output(output, ".onnx" if output.suffix else "")
     pipeline = as_passes(passes or [])  # a wrong option is told before a large file is read
     graph = open_file(model, opset=opset)
     result = run_optimize(graph, pipeline, read_batches(data, graph))
@@ -206,6 +210,7 @@ def _check_onnx(model: Path, output: Path) -> None:
         raise RegaugeError(f"{model} is no ONNX file: regauge optimize --passes simplify takes programs of torch too")
     if output.suffix.lower() != ".onnx":
         raise RegaugeError(f"{output} would be no ONNX file: name an .onnx file")
+    check_output(output, ".onnx")
 
 
 for command in (inspect, groups, explain, scales, fusion, memory, run, kernels, autotune):

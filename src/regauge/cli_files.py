@@ -129,7 +129,13 @@ def file_figures(path: Path, model: onnx_ir.Model, graph: Graph) -> tuple[int, i
 
 
 def check_output(path: Path, suffix: str) -> None:
-    """Tell before the work that its results could not be written; raises RegaugeError."""
+    """Tell before the work that its results could not be written, into a folder without a ``suffix``; RegaugeError."""
+    if not suffix:
+        from regauge.backends.to_torch import check_folder
+
+        return check_folder(path)
+    if path.is_dir():
+        raise RegaugeError(f"cannot write {path}: it is a folder")
     if path.suffix.lower() != suffix:
         kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
         raise RegaugeError(f"{path} would be {kind}: give it the suffix {suffix}")

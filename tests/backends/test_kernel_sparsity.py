@@ -116,7 +116,17 @@ def test_what_a_bitmap_stores_is_the_weight(kept: float) -> None:
     graph.outputs = [build.bitmap(build.parameter("v", values), *words, of=32)]
     (found,) = graph.run([])
     assert torch.equal(found, weight) and len(values) == int((weight != 0).sum())
-    assert len(stored_bitmap(torch.zeros(2, 32))[0]) == 1
+
+
+def test_a_weight_of_one_entry_has_a_kernel() -> None:
+    weight = torch.zeros(96, 96)
+    assert not is_bitmap(weight)
+    weight[1, 5] = 2.0
+    graph = layer(weight)
+    found = with_kernels(graph)
+    assert not found.left and any(node.op == "bitmap" for node in found.operators[0].graph.nodes)
+    x = torch.randn(4, 96)
+    torch.testing.assert_close(graph.to_torch(kernels="triton")(x), graph.to_torch()(x))
 
 
 def test_a_bitmap_is_for_zeros_that_lie_anywhere() -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from kernel_forms import FORMS, form_graph
+from regauge.backends.triton_attention_gradient import GRADIENT_FORMS, AttentionGradientKernel
 from regauge.backends.triton_compile import compile_kernel
 from regauge.backends.triton_kernel import Form, Kernel, triton_kernel
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
+from regauge.ir.fusion.attention_gradients import attention_gradient
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
 
@@ -86,6 +88,19 @@ def test_text_of_attention_to_codes_of_four_bits(golden: object) -> None:
     golden("kernel_int4_cache_attention", kernel.source().text.rstrip("\n"))  # type: ignore[operator]
 
 
+def test_text_of_attention_with_keys_of_latents(golden: object) -> None:
+    kernel = kernel_of(form_graph("turned_latents_attention", torch.float16), "attention")
+    golden("kernel_latent_attention", kernel.source().text.rstrip("\n"))  # type: ignore[operator]
+
+
+def test_text_of_the_gradients_of_attention(golden: object) -> None:
+    graph = form_graph("causal_attention", torch.float16)
+    found = attention_gradient(graph, trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    kernels = [AttentionGradientKernel(found, "attention", form, contiguous=True) for form in GRADIENT_FORMS]
+    texts = [one.source().rpartition("\n\n\n")[2].rstrip("\n") for one in kernels]
+    golden("kernel_attention_gradients", "\n\n\n".join(texts))  # type: ignore[operator]
+
+
 def test_attention_rounds_once() -> None:
     with pytest.raises(FusionError, match="kernel: attention in one pass rounds what it gives, not each of its nodes"):
         kernel_of(form_graph("causal_attention", torch.float16), rounding="eager")
@@ -126,6 +141,8 @@ FEW_BITS = [
     ("float8_both", 4096),
     ("sparse_24_weight", 16),
     ("bitmap_weight", 16),
+    ("grouped_queries", 1024),
+    ("grouped_queries_int8", 16),
 ]
 
 
@@ -136,7 +153,7 @@ def test_products_of_few_bits_compile_and_spill_nothing(name: str, rows: int, ar
     kernel = kernel_of(form_graph(name, torch.bfloat16, rows, 4096), name)
     sizes = {dim: int(dim.size) for dim in kernel.region.sized}
     source = kernel.source("split" if rows == 16 else "contraction")
-    parts = {"sparse_24_weight": 2}.get(name, 4)
+    parts = {"sparse_24_weight": 2, "grouped_queries_int8": 2}.get(name, 4)
     assert source.kernels == ((name, f"{name}_total") if rows == 16 else (name,))
     for one in source.kernels:
         compiled = compile_kernel(source, sizes, architecture, name=one)

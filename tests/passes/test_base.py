@@ -12,6 +12,7 @@ from regauge.ir.graph import Graph
 from regauge.passes.base import Context, Pass
 from regauge.passes.catalog import as_passes
 from regauge.passes.options import option
+from regauge.passes.pipeline_text import parse_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,14 @@ def test_values_are_brought_to_their_types() -> None:
     assert isinstance(one.share, float)
 
 
+def test_integers_serve_as_words() -> None:
+    """Modules of a Sequential are called ``2``, which a pipeline reads as a number."""
+    (one,) = (FoldAllConstants.from_options(stage.options) for stage in parse_pipeline("x{names=[2,head.*]}"))
+    assert one.names == ("2", "head.*")
+    assert FoldAllConstants(names=3).names == ("3",)  # type: ignore[arg-type]
+    assert str(one) == 'fold-all-constants{names=["2",head.*],keep={}}'
+
+
 def test_printed_form_holds_what_was_given() -> None:
     text = str(FoldAllConstants(rounds=5, names=("a", "b c")))
     assert text == 'fold-all-constants{rounds=5,names=[a,"b c"],keep={}}'
@@ -72,7 +81,8 @@ def test_printed_form_holds_what_was_given() -> None:
         ({"rounds": True}, "must be an integer, not True"),
         ({"share": "x"}, "must be a number, not 'x'"),
         ({"mode": "slow"}, "must be one of fast, full, not 'slow'"),
-        ({"names": [1]}, "must be a word, not 1"),
+        ({"names": [None]}, "'names' of fold-all-constants must be a list of words, not None"),
+        ({"names": [0.1]}, 'must be a list of words, not 0.1: put words that read otherwise in quotes, "0.1"'),
         ({"keep": 3}, r"must be a mapping \{name=value\}, not 3"),
         ({"loud": 1}, "must be true or false, not 1"),
     ],

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from random_networks import networks
+from regauge.frontends.capture import capture
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
@@ -135,6 +137,18 @@ def test_include_and_exclude() -> None:
     but = optimize(graph, 'prune{compensate=false,ratio=0.5,exclude=["block0.first.weight:0","head.*"]}')
     assert sizes(but) == {"stem.weight:0": 16, "block0.first.weight:0": 32, "block1.first.weight:0": 16}
     assert but.report.passes[0].left["excluded"] >= 2
+
+
+def test_a_pattern_that_names_a_module_stands_for_what_is_in_it() -> None:
+    graph = residual_network(16)
+    for name in ("block1", "block?"):
+        whole = optimize(graph, f"prune{{compensate=false,ratio=0.5,include={name}}}")
+        assert sizes(whole) == sizes(optimize(graph, f"prune{{compensate=false,ratio=0.5,include={name}.*}}"))
+    layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    captured = capture(layers, (torch.randn(2, 4),))
+    pruned = optimize(captured, "prune{ratio=0.5,compensate=false,exclude=[2]}")
+    assert pruned.parameters["2.weight"].shape == (8, 8)
+    assert optimize(captured, "prune{ratio=0.5,compensate=false,exclude=[0]}").parameters["2.weight"].shape == (4, 8)
 
 
 def test_pattern_that_matches_nothing_is_an_error() -> None:

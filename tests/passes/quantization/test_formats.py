@@ -102,6 +102,53 @@ def test_floats_of_eight_bits() -> None:
         assert torch.equal(coded.codes.float().to(kind).double(), coded.codes)
 
 
+def test_exponents_of_floats_follow_a_rule() -> None:
+    """AMAX: b = floor(log2(most / max |x|)) - margin, of a type whose most is 448, 240 or 57344; CSCALE: one b for all,
+    and what it puts beyond the greatest float is clipped."""
+    weight = torch.randn(8, 64).double() * torch.logspace(-3, 3, 8)[:, None].double()
+    for kind, most in ((torch.float8_e4m3fn, 448), (torch.float8_e4m3fnuz, 240), (torch.float8_e5m2, 57344)):
+        for margin in (0, 2):
+            scale = Form(Float8(kind=kind, margin=margin), 64, "whole").rounded(weight).scale[:, 0]
+            b = torch.floor(torch.log2(most / weight.abs().amax(1))) - margin
+            assert torch.equal(scale, torch.exp2(-b))
+    coded = Form(Float8(bias=3), 64, "whole").rounded(weight)
+    assert bool((coded.scale == 2.0**-3).all())
+    assert torch.equal(coded.values, (weight * 8).clamp(-448, 448).float().to(torch.float8_e4m3fn).double() / 8)
+
+
+def test_exponents_of_a_graph_in_floats_follow_a_rule() -> None:
+    """Of weights and activations; one for all needs no data."""
+    graph, batches = network()
+
+    def scales(options: str, data: Any) -> dict[str, torch.Tensor]:
+        small = regauge.optimize(graph, f"quantize{{scheme=fp8,target=reference{options}}}", data=data)
+        return {p.name: p.tensor for p in small.all_parameters() if p.name.endswith("_scale")}
+
+    plain, wide = scales("", batches), scales(",margin=1", batches)
+    values = [name for name, scale in plain.items() if scale.dim() == 0]
+    assert values and all(float(wide[name]) == 2 * float(plain[name]) for name in values)
+    assert all(
+        torch.equal(scale, torch.full_like(scale, 2.0**-4)) for scale in scales(",rule=cscale,bias=4", None).values()
+    )
+    fitted = scales(",method=descent", batches)
+    assert all(torch.equal(scale.log2().round().exp2(), scale) for scale in fitted.values())  # stay powers of two
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("scheme=fp8,rule=cscale,margin=1", "margin does nothing with rule=cscale"),
+        ("scheme=fp8,bias=1", "bias does nothing without rule=cscale"),
+        ("scheme=w8,rule=cscale", "rule does nothing with scheme=w8"),
+        ("scheme=fp8,rule=cscale,calibration=mse", "calibration does nothing with rule=cscale"),
+        ("scheme=fp8,activations=dynamic", "for those of every run write scalify{dtype=float8_e4m3,dynamic=true}"),
+    ],
+)
+def test_rules_of_exponents_that_do_nothing_are_refused(options: str, words: str) -> None:
+    with pytest.raises(PassError, match=words):
+        regauge.optimize(network()[0], f"quantize{{target=reference,{options}}}")
+
+
 @pytest.mark.parametrize(("scheme", "least"), [("e4m3", 30), ("e5m2,per=tensor", 23), ("fp8", 24)])
 def test_floats_of_eight_bits_in_a_file(scheme: str, least: float, tmp_path: Path) -> None:
     gained, size, in_file = stored(scheme, tmp_path)

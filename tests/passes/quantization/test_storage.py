@@ -136,3 +136,21 @@ def test_kernels_of_one_channel_are_stored_in_half_precision() -> None:
     kinds = {name.partition("_")[0]: p.dtype for name, p in small.parameters.items() if name.startswith(("0.", "2."))}
     assert kinds["0.weight"] == torch.float16 and small.parameters["0.weight_half"].shape == (64, 1, 5)
     assert small.parameters["2.weight_quantized"].dtype == torch.int8
+
+
+def test_what_reads_as_it_did_keeps_a_weight_that_a_table_holds() -> None:
+    """A Fourier basis, of few different numbers, on signals that are nearly slow: a fit to what it gave, from sums in
+    single precision, would move each of them, which shows where a logarithm follows. Impulses tell the weight."""
+    place = torch.arange(128.0)
+    model = nn.Sequential(nn.Conv1d(1, 128, 128, bias=False), nn.ReLU()).eval()
+    model[0].weight.data = ((place[:, None] * place % 128) / 128 * 2 * torch.pi).cos().mul(64).round().div(64)[:, None]
+    torch.manual_seed(0)
+    times = torch.arange(1400) / 1400
+    signals = [torch.stack([(20 * (t + 1) * times + t).sin() for t in torch.rand(4)])[:, None] for _ in range(4)]
+    data = [x + 1e-3 * torch.randn_like(x) for x in signals]
+    graph = regauge.capture(model, (data[0],), dynamic={0: {0: "batch", 2: "time"}})
+    small = regauge.optimize(graph, "quantize{scheme=w8}", data=data)
+    assert small.parameters["0.weight_quantized"].dtype == torch.uint8
+    impulse = nn.functional.pad(torch.ones(1, 1, 1), (127, 127))
+    (a,), (b,) = (found.run((impulse,)) for found in (graph, small))
+    assert float((a - b).abs().max()) < 1e-6
