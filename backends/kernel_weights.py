@@ -30,6 +30,7 @@ def for_kernels(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
     if fused_nodes(graph):
         return graph
     result = graph.copy()
+    with_row_codes(result)
     with_own_numbers(result)
     slice_splits(result)
     sparse = pack_zeros(result)
@@ -39,6 +40,19 @@ def for_kernels(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
     pack_weights(result, inside)
     fuse_graph(result, rounding=rounding)
     return result
+
+
+def with_row_codes(graph: Graph) -> None:
+    """Rows that are rounded by their own ranges, as scales and codes: what gives them may be in one kernel with both,
+    for a row is whole there."""
+    build = Builder(graph, by="kernels")
+    for node in [node for node in graph.nodes if node.op == "quantize_rows"]:
+        with build.at(node):
+            scales = build.row_scales(node.inputs[0])
+            codes = build.row_codes(node.inputs[0], scales)
+        for old, new in zip(node.outputs, (codes, scales), strict=True):
+            replace_uses(graph, old, new)
+    remove_dead(graph)
 
 
 def with_own_numbers(graph: Graph) -> None:
