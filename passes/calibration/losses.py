@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from regauge.ir.errors import PassError
+from regauge.ir.given_inputs import fitted
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import LABELS, inputs_of
 from regauge.ir.states import with_first_states
@@ -36,10 +37,10 @@ def labelled(graph: Graph, batch: Any) -> Labelled:
     if isinstance(batch, Mapping):
         names = {value.name for value in graph.inputs}
         labels = next((batch[name] for name in LABELS if name in batch and name not in names), None)
-        return Labelled(with_first_states(graph, batch), labels, batch)
+        return Labelled(fitted(graph, with_first_states(graph, batch))[0], labels, batch)
     inputs = inputs_of(graph, batch)
     behind = tuple(batch)[len(inputs) :]
-    return Labelled(with_first_states(graph, inputs), behind[0] if behind else None, batch)
+    return Labelled(fitted(graph, with_first_states(graph, inputs))[0], behind[0] if behind else None, batch)
 
 
 def example_slices(batch: Labelled, examples: int) -> list[Labelled]:
