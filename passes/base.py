@@ -73,6 +73,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)  # why things were left alone: reason -> how many
     measure: Measure | None = None  # times graphs in a runtime; None where nothing can
+    original: Graph | None = None  # what the pipeline began with
     made_up: bool = False  # whether a pass made the data itself, so that its size says nothing of what runs will get
 
     def batches(self) -> Iterator[Any]:

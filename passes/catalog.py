@@ -27,6 +27,7 @@ BUILT_IN = {
     "depth": "regauge.passes.depth.depth:Depth",
     "dequantize": "regauge.passes.quantization.dequantize:Dequantize",
     "derive": "regauge.passes.deriving.derive:Derive",
+    "distil": "regauge.passes.fusing.distil:Distil",
     "equalize": "regauge.passes.quantization.equalize:Equalize",
     "factorize": "regauge.passes.factorization.factorize:Factorize",
     "flatten": "regauge.passes.quantization.flatten:Flatten",

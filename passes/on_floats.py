@@ -8,6 +8,9 @@ if nothing could be made up for, or do nothing.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter
 from regauge.passes.base import Context, Pass
@@ -88,7 +91,7 @@ def _with_floats(one: Pass, graph: Graph, context: Context, originals: Originals
     from regauge.passes.catalog import as_passes
     from regauge.passes.quantization.dequantize import with_floats
 
-    own, rounding = Context(data=context.data, measure=context.measure), Context(data=context.data)
+    own, rounding = replace(context, cuts=[], notes=[], left=Counter()), Context(data=context.data)
     floats = originals.of(graph) or with_floats(graph, by=one.name)[0]
     found = one.call(floats, own)
     result = graph

@@ -58,7 +58,9 @@ def run_passes(
     known = figures(graph)
     for index, one in enumerate(passes):
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode: passes compute gradients
-            result, entry = _run_pass(result, one, data, known, measure, originals)
+            result, entry = _run_pass(
+                result, one, Context(data=data, measure=measure, original=graph), known, originals
+            )
         known = entry.after
         entries.append(entry)
         if after is not None:
@@ -96,11 +98,12 @@ def _run_from(
 
 
 def _run_pass(
-    graph: Graph, one: Pass, data: Any, before: Figures, measure: Measure | None, originals: on_floats.Originals
+    graph: Graph, one: Pass, context: Context, before: Figures, originals: on_floats.Originals
 ) -> tuple[Graph, PassReport]:
+    data = context.data
     _check_needs(one, data)
     _trace(f"{one}: starts")
-    context, given, start = Context(data=data, measure=measure), _Given(graph), time.perf_counter()
+    given, start = _Given(graph), time.perf_counter()
     try:
         _check_fused(one, graph)
         one.requires(graph)

@@ -38,7 +38,7 @@ STANDS_ON = {
     "adapters": ("simplify",),
     "decoding": ("factorization", "quantization"),
     "quantization": ("simplify",),
-    "training": ("pruning", "quantization", "factorization"),
+    "training": ("pruning", "quantization", "factorization", "growing"),
     "sharing": ("depth", "factorization"),
     "sparsity": ("quantization",),
     "fusing": ("depth", "sharing"),

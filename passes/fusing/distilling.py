@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -51,8 +51,39 @@ class Fused:
     def tensor(self) -> torch.Tensor:
         return torch.stack([self.weight, *(share.taken() for share in self.shares)]).sum(0)
 
+    @property
+    def factors(self) -> Sequence[torch.Tensor]:
+        return [factor for share in self.shares for factor in share.factors]
 
-Weights: TypeAlias = Mapping[str, Fused]  # by the name of the parameter
+
+@dataclass
+class Free:
+    """A weight that is learned itself; where it is ``kept`` zero it has no gradient."""
+
+    factors: tuple[torch.Tensor]
+    kept: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, zeros_stay: bool) -> Free:
+        return cls((weight.clone().requires_grad_(),), (weight != 0).to(weight.dtype) if zeros_stay else None)
+
+    def tensor(self) -> torch.Tensor:
+        (weight,) = self.factors
+        return weight if self.kept is None else weight * self.kept
+
+
+class Learned(Protocol):
+    """What stands for a weight while it is learned."""
+
+    @property
+    def factors(self) -> Sequence[torch.Tensor]:
+        """What gradients change."""
+
+    def tensor(self) -> torch.Tensor:
+        """The weight."""
+
+
+Weights: TypeAlias = Mapping[str, Learned]  # by the name of the parameter
 
 
 def ending_in(graph: Graph, ends: Sequence[Value]) -> Graph:
@@ -65,27 +96,35 @@ def ending_in(graph: Graph, ends: Sequence[Value]) -> Graph:
 
 
 class Distillation:
-    """What the outputs of one graph lack of another's, on batches, and coefficients that make it less.
+    """What the outputs of one graph lack of another's, on batches, and weights that make it less.
 
-    The teacher runs on a batch when the student does: nothing is held of other batches.
+    ``shares`` are what each output counts, the mean of all if not given. The teacher runs on a batch when the student
+    does: nothing is held of other batches.
     """
 
-    def __init__(self, teacher: Graph, student: Graph, weights: Weights) -> None:
+    def __init__(self, teacher: Graph, student: Graph, weights: Weights, shares: Sequence[float] | None = None) -> None:
         self.teacher, self.weights = teacher, weights
+        count = len(student.outputs)
+        self._shares = torch.tensor([1 / count] * count if shares is None else shares)
         self._network = Differentiable(student, [])
 
     def error(self, batch: Any) -> torch.Tensor:
-        """The squared error of the outputs as a share of their squares, the mean over them."""
+        """The squared errors of the outputs as shares of their squares, each by what it counts."""
         wanted = self.teacher.run(batch)
         found = self._network.run(batch, {name: own.tensor() for name, own in self.weights.items()})
         errors = [
             (y - z).square().sum() / y.square().sum().clamp(min=1e-30) for y, z in zip(wanted, found, strict=True)
         ]
-        return torch.stack(errors).mean()
+        return (torch.stack(errors) * self._shares.to(errors[0])).sum()
+
+    def judged(self, batch: Any) -> float:
+        """The error on a batch, as a number."""
+        with torch.no_grad():
+            return float(self.error(batch))
 
     def train(self, batches: Sequence[Any], steps: int, rate: float) -> None:
         """Adam with a rate that falls to zero along a cosine; each step sees one batch, in turn."""
-        factors = [factor for own in self.weights.values() for share in own.shares for factor in share.factors]
+        factors = [factor for own in self.weights.values() for factor in own.factors]
         adam = torch.optim.Adam(factors, rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
         for step in range(steps):

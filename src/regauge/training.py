@@ -28,4 +28,5 @@ from regauge.passes.training.self_guided import SelfGuided as SelfGuided
 from regauge.passes.training.sparse_momentum import SparseMomentum as SparseMomentum
 from regauge.passes.training.sparsifier import Sparsifier as Sparsifier
 from regauge.passes.training.target import Target as Target
+from regauge.passes.training.templates import Templates as Templates
 from regauge.passes.training.vib import Vib as Vib
