@@ -99,12 +99,13 @@ class Context:
         width are brought to the types of the inputs, with a note. Raises GraphError where a batch is of another type
         or shape.
         """
-        for batch in self.batches():
-            inputs, changed = fitted(graph, with_first_states(graph, inputs_of(graph, batch)))
-            for text in changed:
-                if text not in self.notes:
-                    self.note(text)
-            yield inputs
+        return (self.taken(graph, inputs_of(graph, batch)) for batch in self.batches())
+
+    def taken(self, graph: Graph, inputs: Any) -> Any:
+        """The inputs of one run, held to the graph's as :meth:`inputs` says."""
+        found, changed = fitted(graph, with_first_states(graph, inputs))
+        self.notes += [text for text in changed if text not in self.notes]
+        return found
 
     def sizes(self, graph: Graph) -> Mapping[Any, int]:
         """The dynamic sizes that the first batch of ``data`` has, by symbol; none without data."""
