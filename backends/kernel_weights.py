@@ -17,6 +17,7 @@ import torch
 from regauge.backends.kernel_sparsity import leave_dense, pack_zeros
 from regauge.backends.torch_packing import pack
 from regauge.ir.edit import Builder, remove_dead, replace_uses, set_input
+from regauge.ir.fusion.causal import mark_causal
 from regauge.ir.fusion.fused import Rounding, fuse_graph, fused_nodes
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.fusion.splits import slice_splits
@@ -26,12 +27,15 @@ from regauge.ir.graph import Graph, Node, Parameter, Value
 def for_kernels(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
     """A graph with fused nodes as it is, else a copy where all regions that gain on a GPU are such, of weights with
     zeros that are multiplied in these the rest is stored (:mod:`kernel_sparsity`), and codes of few bits share bytes.
+    Splits become slices, which regions may have, and masks of the order of positions an attribute of attention.
     """
     if fused_nodes(graph):
         return graph
     result = graph.copy()
+    with_row_codes(result)
     with_own_numbers(result)
     slice_splits(result)
+    mark_causal(result)
     sparse = pack_zeros(result)
     regions = plan_fusion(result, contractions=False).regions
     inside = [node for region in regions if region.contractions for node in region.nodes]
@@ -39,6 +43,19 @@ def for_kernels(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
     pack_weights(result, inside)
     fuse_graph(result, rounding=rounding)
     return result
+
+
+def with_row_codes(graph: Graph) -> None:
+    """Rows that are rounded by their own ranges, as scales and codes: what gives them may be in one kernel with both,
+    for a row is whole there."""
+    build = Builder(graph, by="kernels")
+    for node in [node for node in graph.nodes if node.op == "quantize_rows"]:
+        with build.at(node):
+            scales = build.row_scales(node.inputs[0])
+            codes = build.row_codes(node.inputs[0], scales)
+        for old, new in zip(node.outputs, (codes, scales), strict=True):
+            replace_uses(graph, old, new)
+    remove_dead(graph)
 
 
 def with_own_numbers(graph: Graph) -> None:

@@ -144,7 +144,7 @@ def build_of(
     if architecture not in ARCHITECTURES:
         raise FusionError(f"there is no architecture {architecture!r}: give {' or '.join(ARCHITECTURES)}")
     names = source.function().arg_names
-    start = launch_of(source, sizes, config or config_for(source, sizes, architecture))
+    start = launch_of(source, sizes, config or config_for(source, sizes, architecture), architecture)
     return Build(source, name or source.name, architecture, start, _arguments(source, names, sizes, open_sizes, start))
 
 

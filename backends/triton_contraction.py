@@ -6,7 +6,9 @@ tile. Products of the same left factor read its tiles once.
 
 Factors of few bits (:mod:`regauge.ir.fusion.products`) are multiplied as integers where both have 8 bits, and else as
 floats of the type of the other one, which hold them exactly. Bytes that hold several digits are read once for all of
-these. Scales multiply sums: those of groups the sum of each step, others the sum at the end.
+these. Scales multiply sums: those of groups the sum of each step, others the sum at the end. Two floats of 8 bits are
+multiplied as such where tensor cores do (from sm_90 on), with what they sum up added in single precision after each
+step, for they keep fewer bits than that (DeepSeek-V3, section 3.3.2), and else in half precision, which holds both.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from collections.abc import Sequence
 
 import torch
 
-from regauge.backends.triton_expressions import TRITON_TYPES, outermost
+from regauge.backends.triton_expressions import NATIVE8, TRITON_TYPES, outermost
 from regauge.backends.triton_loops import Loop
-from regauge.backends.triton_tiles import CONSTANTS, TileWriter, Tiling
+from regauge.backends.triton_tiles import CONSTANTS, FLOAT8, TileWriter, Tiling
 from regauge.ir.fusion.legality import FLOATS
-from regauge.ir.fusion.products import Product, Side, codes_of, is_compact
+from regauge.ir.fusion.products import Product, Side, codes_of, is_compact, is_float8
 from regauge.ir.fusion.region import Term, below_results, terms_below
 
 _LEFT, _RIGHT = "[None, :]", "[:, None]"
@@ -30,15 +32,26 @@ class ContractionKernel(TileWriter):
     """The text of one kernel; see the module docstring."""
 
     @property
+    def float8(self) -> bool:
+        """Whether there are products of two floats of 8 bits, which tensor cores of some architectures multiply."""
+        return self.rounding == "fused" and any(map(_both_float8, (one for part in self.parts for one in part.all)))
+
+    @property
+    def constants(self) -> list[str]:
+        return [*CONSTANTS, *[FLOAT8] * self.float8]
+
+    @property
     def tiling(self) -> Tiling:
         kinds = [self.kind(product) for part in self.parts for product in part.all]
         most = max(len(part.all) for part in self.parts)
-        return Tiling(most, max(kind.itemsize for kind in kinds), self.groups, self.digits, len(self.parts))
+        return Tiling(
+            most, max(kind.itemsize for kind in kinds), self.groups, self.digits, len(self.parts), self.float8
+        )
 
     def source(self) -> str:
         self.tile()
         self.each_part(self._body)
-        head = self.signature(self.kernel, self.arguments(self.loops), CONSTANTS)
+        head = self.signature(self.kernel, self.arguments(self.loops), self.constants)
         return self.finished([*head, *self.docstring(self.kernel, "contraction, in tiles", self.loops.all)])
 
     def _body(self) -> None:
@@ -86,7 +99,7 @@ class ContractionKernel(TileWriter):
         """One step: tiles of both factors of each product, multiplied and added."""
         products, outer = self.products.all, self.indent
         self._read: set[Term] = set()
-        self._tiles: dict[tuple[Term, torch.dtype], str] = {}
+        self._tiles: dict[tuple[Term, torch.dtype, bool], str] = {}
         for product in products if self.groups else ():
             kind = "tl.int32" if product.whole else "tl.float32"
             self.line(f"{self._partial(product)} = tl.zeros([BLOCK_M, BLOCK_N], {kind})")
@@ -98,12 +111,14 @@ class ContractionKernel(TileWriter):
             self.line(f"for {loop.name} in tl.static_range({loop.dims[0].size}):")
             self.indent += "    "
         self._codes(lefts, _LEFT)
-        left = [self._factor(product.left, self.kind(product), "left") for product in products]
+        left = [self._factor(product, "left") for product in products]
         self._codes(rights, _RIGHT)
         for product, first in zip(products, left, strict=True):
-            second = self._factor(product.right, self.kind(product), "right")
+            second = self._factor(product, "right")
             total = self._partial(product) if self.groups else self.name(product.contraction)
             how = "out_dtype=tl.int32" if product.whole else 'input_precision="ieee"'
+            if self.float8 and _both_float8(product):
+                how += ", max_num_imprecise_acc=BLOCK_K"
             self.line(f"{total} = tl.dot({first}, {second}, {total}, {how})")
         self.indent = outer
         for product in products if self.groups else ():
@@ -151,19 +166,25 @@ class ContractionKernel(TileWriter):
             self.line(f"{self.name(load)} = {self.raw(load)}")
         self._read.update(loads)
 
-    def _factor(self, side: Side, kind: torch.dtype, name: str) -> str:
+    def _factor(self, product: Product, name: str) -> str:
         """The lines that make a tile of a factor of what is read; returns its name."""
-        key = side.core, kind
+        side, kind = product.left if name == "left" else product.right, self.kind(product)
+        native = self.float8 and _both_float8(product)
+        key = side.core, kind, native
         if key not in self._tiles:
-            self._tiles[key] = self._few_bits(side, kind, name) if side.few_bits else self._plain(side, kind, name)
+            few = side.few_bits
+            made = self._few_bits(side, kind, name, native=native) if few else self._plain(side, kind, name)
+            self._tiles[key] = made
         return self._tiles[key]
 
-    def _few_bits(self, side: Side, kind: torch.dtype, name: str) -> str:
+    def _few_bits(self, side: Side, kind: torch.dtype, name: str, *, native: bool = False) -> str:
         core = codes_of(side.core)
         if kind == torch.int8:
             return self.name(core)
         text = self._stored(core)
         text = f"{text}.to({TRITON_TYPES[kind]})"
+        if native:
+            text = f"{self.name(core)}.to({NATIVE8[core.value.value.dtype]}, bitcast=True) if {FLOAT8} else {text}"
         if name == "left" and core.op in ("add", "sub"):  # what is read beyond the end is 0, but not what is made of it
             text = f"tl.where(k_ok, {text}, 0.0)"
         name = self.names.unique(name)
@@ -218,6 +239,10 @@ def type_of(factor: Term) -> torch.dtype:
     """The type that a factor has in torch; what is no value there is computed in single precision."""
     value = factor.value.value if factor.op == "load" else factor.value if factor.op == "result" else None
     return torch.float32 if value is None else value.dtype
+
+
+def _both_float8(product: Product) -> bool:
+    return all(side.few_bits and is_float8(side.core) for side in (product.left, product.right))
 
 
 def _types(side: Side) -> set[torch.dtype]:

@@ -104,6 +104,9 @@ ROUNDED = {"div": "tl.div_rn({}, {})"}
 FLOAT8: Mapping[Dtype, str] = {torch.float8_e4m3fn: "from_e4m3", torch.float8_e5m2: "from_e5m2"}
 """What makes numbers of floats of 8 bits, which kernels read as bytes: not all architectures have them."""
 
+NATIVE8: Mapping[Dtype, str] = {torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5"}
+"""Floats of 8 bits as Triton calls them."""
+
 TRITON_TYPES = {
     torch.float32: "tl.float32",
     torch.float16: "tl.float16",

@@ -28,7 +28,7 @@ from regauge.backends.triton_loops import Loop, Loops, Tensor, count, fits, size
 from regauge.backends.triton_rows import RowForm, RowKernel
 from regauge.backends.triton_source import Rounding
 from regauge.backends.triton_split import TOTAL, SplitKernel
-from regauge.backends.triton_tile_sizes import launch_of_tiles, parts_of
+from regauge.backends.triton_tile_sizes import launch_of_tiles, multiplies_float8, parts_of
 from regauge.backends.triton_tiles import Tiling
 from regauge.ir.errors import FusionError
 from regauge.ir.extents import Dim
@@ -160,7 +160,8 @@ class Kernel:
         device = next(iter(given.values())).device
         results = {tensor.value: _empty(tensor, sizes, device) for tensor in source.writes}
         steps.update((tensor, strides_of(tensor, results[tensor.value], sizes)) for tensor in source.writes)
-        start = launch_of(source, sizes, config_for(source, sizes, architecture_of(device), self.tuned))
+        architecture = architecture_of(device)
+        start = launch_of(source, sizes, config_for(source, sizes, architecture, self.tuned), architecture)
         parts = [torch.empty(start.programs, start.kept, dtype=torch.float32, device=device) for _ in source.totals]
         if start.programs:
             pointers = [_as_stored(given[tensor.value]) for tensor in source.reads] + list(results.values())
@@ -255,10 +256,11 @@ def config_for(
     return config_of(case_of(source, sizes), architecture, tuned)
 
 
-def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None) -> Launch:
+def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None, architecture: str = "") -> Launch:
     """How a kernel is started for given sizes: tiles of the configuration, smaller where there is less."""
     if config is None and source.tiling is not None:
-        return launch_of_tiles(source.loops, source.tiling, sizes, split=source.form == "split")
+        native = multiplies_float8(architecture)
+        return launch_of_tiles(source.loops, source.tiling, sizes, split=source.form == "split", float8=native)
     if source.form == "statistics" or source.form == "of_queries" or source.form == "of_keys":
         return launch_of_gradient(source.form, source.reads, source.loops, sizes)
     if config is None:

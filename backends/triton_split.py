@@ -8,7 +8,6 @@ order, and computes what stands behind the product: the result is the same each 
 from __future__ import annotations
 
 from regauge.backends.triton_contraction import ContractionKernel
-from regauge.backends.triton_tiles import CONSTANTS
 
 TOTAL = "_total"
 """What the name of the second kernel ends with."""
@@ -20,7 +19,7 @@ class SplitKernel(ContractionKernel):
 
     def source(self) -> str:
         arguments = self.arguments(self.loops, ["partials_ptr"])
-        constants = [*CONSTANTS, "SPLIT"]
+        constants = [*self.constants, "SPLIT"]
         self.tile()
         self.each_part(self._partials)
         head = self.signature(self.kernel, arguments, constants)

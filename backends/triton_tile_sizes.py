@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from regauge.backends.triton_launch import Launch, power_above
 from regauge.backends.triton_loops import Loops, count, widths
-from regauge.backends.triton_tiles import Tiling
+from regauge.backends.triton_tiles import FLOAT8, Tiling
 from regauge.ir.extents import Dim
 
 PROGRAMS = 256
@@ -21,11 +21,24 @@ LEAST_STEPS = 4
 """Steps of a part: with fewer, adding up would take longer than what it saves."""
 
 
-def launch_of_tiles(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int], *, split: bool) -> Launch:
-    """Tiles of 128 by 128 at most, of 64 by 64 in single precision, which has no tensor cores; none below 16."""
+def multiplies_float8(architecture: str) -> bool:
+    """Whether tensor cores of an architecture multiply floats of 8 bits: all from sm_90 on are tried."""
+    version = architecture.removeprefix("sm_")
+    return version.isdecimal() and int(version) >= 90
+
+
+def launch_of_tiles(
+    loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int], *, split: bool, float8: bool = False
+) -> Launch:
+    """Tiles of 128 by 128 at most, of 64 by 64 in single precision, which has no tensor cores; none below 16.
+
+    ``float8``: products of two floats of 8 bits are computed as such, 32 at a time at least.
+    """
     high, wide, depth = _tile(loops, tiling, sizes)
     tiles = tiles_of(loops, sizes, high, wide)
     constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": 8}
+    if tiling.float8:
+        constants[FLOAT8] = int(float8 and depth >= 32)
     warps = 8 if high * wide * _held(tiling) > 64 * 128 or tiling.products > 1 and high > 16 else 4
     stages = 2 if tiling.bytes == 4 or _many(tiling) else 3
     if not split:

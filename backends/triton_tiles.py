@@ -15,6 +15,9 @@ from regauge.ir.fusion.legality import terms_behind
 from regauge.ir.fusion.products import Products, plain_products, products_of
 from regauge.ir.fusion.region import Region, Term, terms_below
 
+FLOAT8 = "FLOAT8"
+"""The constant that says whether floats of 8 bits are multiplied as such, by an architecture that can."""
+
 CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")
 
 
@@ -22,18 +25,21 @@ CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")
 class Tiling:
     """What decides how large tiles are: how many ``products`` have one, ``bytes`` of an entry of the widest factor,
     loops of ``groups`` with scales of their own, and of ``digits`` that share a byte; how many ``parts`` lie side by
-    side, of which a program has one, but registers for what is computed ahead of all."""
+    side, of which a program has one, but registers for what is computed ahead of all; whether there are products of two
+    ``float8``."""
 
     products: int
     bytes: int
     groups: tuple[Loop, ...]
     digits: tuple[Loop, ...]
     parts: int = 1
+    float8: bool = False
 
     @property
     def plain(self) -> bool:
         """Whether this is one product of floats: what tables of configurations are made for."""
-        return self.products == 1 == self.parts and self.bytes > 1 and not self.groups and not self.digits
+        apart = self.groups or self.digits or self.float8
+        return self.products == 1 == self.parts and self.bytes > 1 and not apart
 
 
 class TileBase(Writer):

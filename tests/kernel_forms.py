@@ -6,7 +6,13 @@ from typing import Any
 import torch
 
 from attention_forms import ATTENTION_FORMS
-from kernel_forms_quantizing import add_norm_quantize, int8_to_int8, silu_mul_quantize
+from kernel_forms_quantizing import (
+    add_norm_quantize,
+    add_norm_quantize_rows,
+    int8_to_int8,
+    silu_mul_quantize,
+    silu_mul_quantize_rows,
+)
 from kernel_forms_sparse import (
     bitmap_as_weight,
     bitmap_of_codes,
@@ -347,6 +353,22 @@ def float8_both(f: Form, rows: Any, columns: int) -> Any:
     return b.relu(b.linear(x, w, f.w(columns)))
 
 
+def float8_pair(f: Form, rows: Any, columns: int) -> Any:
+    """Floats of 8 bits on both sides, with a scale for each row and each output."""
+    b, depth = f.build, deep(columns)[0]
+    x = b.mul(b.cast(f.x(rows, depth, dtype=torch.float8_e4m3fn), dtype=f.dtype), f.x(rows, 1))
+    w = b.dequantize(f.codes(columns, depth, dtype=torch.float8_e4m3fn), f.scale(columns), axis=0)
+    return b.linear(x, w, f.w(columns))
+
+
+def float8_groups(f: Form, rows: Any, columns: int) -> Any:
+    """With a scale for each group of inputs, too."""
+    b, (depth, group) = f.build, deep(columns)
+    x = b.dequantize(f.x(rows, depth, dtype=torch.float8_e4m3fn), f.scale())
+    q = f.codes(columns, depth, dtype=torch.float8_e4m3fn)
+    return b.silu(b.linear(x, b.dequantize(q, f.scale(columns, depth // group), axis=1, block_size=group)))
+
+
 def gate_and_up(f: Form, rows: Any, columns: int) -> Any:
     """Two products of one factor, read once."""
     b, depth = f.build, deep(columns)[0]
@@ -403,6 +425,7 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         int8_weight, int8_groups, int4_weight, int4_neighbours, int2_weight, int8_both,
         sparse_24_weight, sparse_48_weight, gate_and_up_sparse, bitmap_weight, gate_and_up_bitmap,
         bitmap_of_codes, bitmap_as_weight, int8_beside_sparse, add_norm_quantize, silu_mul_quantize, int8_to_int8,
+        add_norm_quantize_rows, silu_mul_quantize_rows, float8_pair, float8_groups,
         int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,
         three_products, grouped_queries, grouped_queries_int8,
         *ATTENTION_FORMS,

@@ -13,6 +13,22 @@ def add_norm_quantize(f: Any, rows: Any, columns: int) -> Any:
     return stream, b.quantize(normed, b.parameter("s", torch.tensor(0.03125, dtype=f.dtype)))
 
 
+def add_norm_quantize_rows(f: Any, rows: Any, columns: int) -> Any:
+    """A residual, and its norm as codes with a scale for each row, which is found when it runs."""
+    b = f.build
+    stream = b.add(f.x(2, rows, columns), f.x(2, rows, columns))
+    normed = b.rms_norm(stream, f.w(columns), normalized_shape=(columns,), eps=1e-6)
+    scales = b.row_scales(normed)
+    return stream, b.row_codes(normed, scales), scales
+
+
+def silu_mul_quantize_rows(f: Any, rows: Any, columns: int) -> Any:
+    b = f.build
+    product = b.mul(b.silu(f.x(rows, columns)), f.x(rows, columns))
+    scales = b.row_scales(product)
+    return b.row_codes(product, scales), scales
+
+
 def silu_mul_quantize(f: Any, rows: Any, columns: int) -> Any:
     """Codes without a sign, a scale and a zero point for each column."""
     b = f.build

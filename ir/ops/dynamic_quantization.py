@@ -2,15 +2,20 @@
 
 quantize_dynamic   x ~ (q - zero_point) * scale, 0 ... 255 between the least and the greatest entry and 0
 quantize_rows      x ~ q * scale, with the greatest magnitude of each row at 127
+row_scales         the scales of that, and
+row_codes          the codes for given ones: the same, as what kernels compute behind what gives the rows
 
-Both take ranges over axes that may be cut: what is left is then rounded by its own range.
+The first two take ranges over axes that may be cut: what is left is then rounded by its own range.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, randn
 
+from regauge.ir import scalars
 from regauge.ir.operator import operator, sample
 
 
@@ -42,3 +47,30 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.round(x / scale).to(torch.int8), scale
+
+
+def _row_scale(x: Any) -> Any:
+    most = scalars.amax(scalars.abs_(x)) / 127
+    return scalars.where(most > 0, most, 1.0)
+
+
+@operator(
+    rule="... k -> ... 1 ; reduce k",
+    samples=lambda: [sample(3 * randn(2, 4, 3)), sample(randn(5, 6))],
+    element=_row_scale,
+)
+def row_scales(x: Tensor) -> Tensor:
+    return quantize_rows(x)[1]
+
+
+@operator(
+    rule="... k, ... 1 -> ... k",
+    samples=lambda: [
+        sample(randn(2, 4, 3), randn(2, 4, 1).abs() / 30 + 0.1),
+        sample(randn(5, 6), randn(5, 1).abs() + 1),
+    ],
+    element=lambda x, scale: scalars.code(scalars.round_(x / scale)),
+    coding=True,
+)
+def row_codes(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.round(x / scale).to(torch.int8)

@@ -33,7 +33,10 @@ def smooth_values(
 def ends_of_values(
     graph: Graph, placement: Placement, target: Target, way: Calibration | None, batches: Sequence[Any]
 ) -> dict[Value, Ends]:
-    """The ranges of the values that a placement needs, on batches of inputs; without a way the least and greatest."""
+    """The ranges of the values that a placement needs, on batches of inputs; without a way the least and greatest, and
+    any where scales are the same whatever they are."""
+    if target.activations.fixed:
+        return dict.fromkeys(placement.measured, (-1.0, 1.0))
     statistics = Statistics(graph)
     histograms = {}
     for value in placement.measured:

@@ -43,6 +43,10 @@ class Float8(Grid):
         return torch.exp2(torch.ceil(torch.log2(scale)) + self.margin), zero
 
     @property
+    def fixed(self) -> bool:
+        return self.bias is not None
+
+    @property
     def free_scales(self) -> bool:
         return False
 

@@ -62,6 +62,11 @@ class Grid:
         """Whether any scale will do."""
         return True
 
+    @property
+    def fixed(self) -> bool:
+        """Whether scales are the same whatever the range."""
+        return False
+
     def span(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero of ranges, which are widened to hold 0: it must stay 0."""
         low, high = low.clamp(max=0), high.clamp(min=0)

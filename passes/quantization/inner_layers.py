@@ -34,11 +34,14 @@ class _Map:
     bias: Parameter | None = None
 
 
-def problems_of(graph: Graph, plain: Sequence[Plain], batches: Sequence[Any]) -> Mapping[Parameter, OnData]:
+def problems_of(
+    graph: Graph, plain: Sequence[Plain], batches: Sequence[Any], *, free: bool = True
+) -> Mapping[Parameter, OnData]:
     """The change of what is made with each weight as a function of the weight, if one node alone reads it.
 
     Layers of one block, and the products within recurrent layers of one direction, whose states are taken as they are
-    in float. What lies in a branch that the data never takes has none. Memory: the moments of all of them at once.
+    in float; biases stay unless they are ``free``. What lies in a branch that the data never takes has none, nor has
+    anything without batches. Memory: the moments of all of them at once.
     """
     found = {one.weight: own for one in plain if (own := _map(one.weight)) is not None}
     moments = {weight: Moments(own.columns) for weight, own in found.items()}
@@ -50,7 +53,7 @@ def problems_of(graph: Graph, plain: Sequence[Plain], batches: Sequence[Any]) ->
         run.watch({node: _adding(maps, moments) for node, maps in readers.items()})
         for _ in run.steps():
             pass
-    return {weight: _problem(found[weight], own) for weight, own in moments.items() if own.rows}
+    return {weight: _problem(found[weight], own, free) for weight, own in moments.items() if own.rows}
 
 
 def _map(weight: Parameter) -> _Map | None:
@@ -90,9 +93,9 @@ def _adding(maps: Sequence[_Map], moments: Mapping[Parameter, Moments]) -> Watch
     return watch
 
 
-def _problem(own: _Map, moments: Moments) -> OnData:
+def _problem(own: _Map, moments: Moments, free: bool) -> OnData:
     moments.check(own.node.label)
     weight = own.weight.tensor.detach().movedim(own.axis, 0).flatten(1).double()
     bias = torch.zeros(len(weight)).double() if own.bias is None else own.bias.tensor.detach().double()
-    problem = change_of_output(moments, weight, bias, RIDGE, free=own.bias is not None)
-    return OnData(problem, own.axis, own.bias)
+    problem = change_of_output(moments, weight, bias, RIDGE, free=free and own.bias is not None)
+    return OnData(problem, own.axis, own.bias if free else None)

@@ -18,9 +18,9 @@ from regauge.passes.allocation.latency import next_aim
 from regauge.passes.base import GIVE_DATA, Context
 from regauge.passes.calibration.batches import check_examples
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.calibration.losses import labelled
+from regauge.passes.calibration.losses import labelled_batches
 from regauge.passes.quantization.grid import Form
-from regauge.passes.quantization.layer_times import Finish, LayerTimes
+from regauge.passes.quantization.layer_times import Finish, LayerTimes, Times
 from regauge.passes.quantization.mixed import Mixed, Picked
 from regauge.passes.quantization.sensitivity import WITHOUT_DATA
 from regauge.passes.quantization.targets import Target
@@ -51,7 +51,7 @@ def chosen_forms(
     if context.data is None and (options.accuracy is not None or way not in WITHOUT_DATA):
         asked = f"sensitivity={way}" if options.accuracy is None else "accuracy"
         raise PassError(f"quantize needs data for {asked}: {GIVE_DATA}")
-    batches = None if context.data is None else [labelled(graph, batch) for batch in context.batches()]
+    batches = None if context.data is None else labelled_batches(graph, context)
     if batches is not None:
         check_examples([batch.inputs for batch in batches])
     mixed = Mixed(graph, layers, forms, way, batches, target.zeros)
@@ -96,9 +96,9 @@ class _Trial:
 class _Fast:
     """Forms of least loss within a latency: times of layers add up; what they give together is measured and corrected.
 
-    What is saved of the whole is what layers save by themselves; the aim moves by how far the measurement is off that,
-    as for ``prune{latency=}`` (:mod:`regauge.passes.allocation.latency`). Where nothing can measure, the roofline is
-    taken at its word.
+    What layers save by themselves, where their weights lie in a cache, is brought to what all together save in their
+    fastest forms; then the aim moves by how far a measurement is off it, as for ``prune{latency=}``
+    (:mod:`regauge.passes.allocation.latency`). Where nothing can measure, the roofline is taken at its word.
     """
 
     mixed: Mixed
@@ -108,15 +108,16 @@ class _Fast:
 
     def run(self, context: Context) -> Picked:
         each = self.times.of(self.mixed.layers, self.mixed.forms)
-        whole = self.times.whole()
-        aim = self.amount.of(whole)
         if self.times.measure is None:
+            whole = self.times.whole()
+            aim = self.amount.of(whole)
             picked = self.mixed.fast(each, whole, aim)
             predicted = whole - sum(own[-1] - own[picked[name]] for name, own in each.items())
             told = f"{shown(predicted, 'time')} of {shown(whole, 'time')} predicted, {shown(aim, 'time')} asked"
             context.note(f"latency: {told}; nothing was measured")
             return picked
-        trials = list[_Trial]()
+        each, whole = self._calibrated(each)
+        aim, trials = self.amount.of(whole), list[_Trial]()
         for _ in range(_TRIALS):
             try:
                 picked = self.mixed.fast(each, whole, aim)
@@ -137,6 +138,17 @@ class _Fast:
             f"measured in {best.timing.runtime or 'the runtime'}, {shown(asked, 'time')} asked"
         )
         return best.picked
+
+    def _calibrated(self, each: Times) -> tuple[Times, float]:
+        """The times of layers, of which what is saved in float's place adds up to what is measured of all, and the
+        milliseconds of the whole in float."""
+        assert self.times.measure is not None
+        fastest = {name: list(own).index(min(own)) for name, own in each.items()}
+        original, quick = self.times.measure([self.times.graph, self.written(fastest)], self.times.inputs)
+        alone = sum(own[-1] - min(own) for own in each.values())
+        share = max(original.milliseconds - quick.milliseconds, 0.0) / alone if alone else 0.0
+        found = {name: [own[-1] - share * (own[-1] - time) for time in own] for name, own in each.items()}
+        return found, original.milliseconds
 
     def _tried(self, picked: Picked, aim: float) -> _Trial:
         assert self.times.measure is not None

@@ -47,6 +47,7 @@ from regauge.passes.quantization.preparation import prepared
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
+from regauge.passes.quantization.sensitive import kept_in_half
 from regauge.passes.quantization.sensitivity import Sensitivity
 from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
 from regauge.passes.quantization.subspaces import least_bits
@@ -202,7 +203,8 @@ class Quantize(Pass):
         if self._stores:
             plain = plain_weights(result, self.include, self.exclude)
             on_data = context is not None and context.data is not None and self.method != "nearest"
-            writer.stored(plain, problems_of(result, plain, calibration_batches(result, context)) if on_data else {})
+            batches, free = calibration_batches(result, context) if on_data else [], self.correct is not False
+            writer.stored(plain, problems_of(result, plain, batches, free=free))
             writer.halved(plain_vectors(result, self.include, self.exclude))
             remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
@@ -283,13 +285,16 @@ class Quantize(Pass):
         alone = sum(layer.outputs * layer.blocks % (self.group or 1) > 0 for layer in layers)
         if self._scheme.kind == "codebooks" and alone:
             context.note(f"{alone} layers have one codebook: {self.group} does not divide their outputs")
-        formats: Mapping[str, Format]
+        formats: dict[str, Format]
         if self._scheme.mixed:
-            formats = self._mixed(original, layers, target, context)
+            formats = dict(self._mixed(original, layers, target, context))
         else:
             least = least_bits(original) if self._scheme.make is integers else {}
             sizes = [(layer.weight.name, layer, max(bits, least.get(layer.weight.name, 0))) for layer in layers]
             formats = {name: self._format(original, layer, size) for name, layer, size in sizes}
+            free = [layer for layer in layers if self._unread(original, layer)]
+            if free and context.data is not None and self.method not in ("nearest", "udfc"):
+                formats |= kept_in_half(original, free, formats, calibration_batches(original, context))
         result = original.copy()
         own = [layer for layer in self.layers_of(result, Counter()) if layer.weight.name in formats]
         stored = self.stored(original, result, own, formats, context, expected)
@@ -348,6 +353,7 @@ class Quantize(Pass):
     def _unread(self, graph: Graph, layer: Layer) -> bool:
         """Whether floats are made of a layer's 8 bits at load, whose form is then free."""
         asked = self.per is not None or self.group is not None or self.symmetric is not None or self.packed
+        asked = asked or self.method in get_args(Learned)
         if asked or not self._stores or not self._scheme.alone or self._scheme.bits != 8:
             return False
         sparse = not graph.metadata.get(SPARSE, {}).keys().isdisjoint(layer.weight.names)
@@ -412,8 +418,7 @@ class Quantize(Pass):
         self, original: Graph, layers: list[Layer], target: Target, context: Context, expected: ExpectedInputs | None
     ) -> Writer:
         dynamic = self.activations == "dynamic"
-        fixed = self.rule == "cscale"
-        needless = (dynamic and not self.smoothing or fixed) and context.data is None
+        needless = context.data is None and (dynamic and not self.smoothing or target.activations.fixed)
         batches = [] if needless else calibration_batches(original, context)
         if self.smoothing != 0 and self._scheme.numbers is None and batches:
             apart = {layer.node.inputs[0] for layer in self._tied(original)}
@@ -423,13 +428,8 @@ class Quantize(Pass):
         result = original.copy()
         own, tied = self.layers_of(result, Counter()), self._tied(result)
         placement = place(result, [*own, *tied], target)
-        ends = dict.fromkeys(placement.measured, (-1.0, 1.0)) if fixed else {}
-        if not dynamic and not fixed:
-            ends = ends_of_values(result, placement, target, self.calibration, batches)
-        ruled = self.margin is not None or fixed
-        formats = {
-            layer.weight.name: Form(target.weights, layer.columns, "whole" if ruled else "searched") for layer in own
-        }
+        ends = {} if dynamic else ends_of_values(result, placement, target, self.calibration, batches)
+        formats = {layer.weight.name: self._scheme.form(target.weights, layer.columns) for layer in own}
         stored = self.stored(original, result, own, formats, context, expected)
         writer = Writer(result, target, by=self.name)
         if dynamic:

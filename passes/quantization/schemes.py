@@ -49,7 +49,7 @@ class Scheme:
     that say how weights are stored. ``kind`` is what a runtime must have kernels for, ``integers`` or something else
     (:class:`regauge.passes.quantization.targets.Target`). ``grouped``: whether neighbouring inputs share a scale where
     nothing is said, and not whole rows. ``numbers``: the grid of weights and activations in place of the target's
-    integers. ``mixed``: whether each layer's bits are chosen.
+    integers. ``mixed``: whether each layer's bits are chosen. ``whole``: scales are those of the whole range.
     """
 
     bits: int
@@ -60,6 +60,7 @@ class Scheme:
     grouped: bool = True
     numbers: Grid | None = None
     mixed: bool = False
+    whole: bool = False
 
     def with_exponents(self, margin: int | None, bias: int | None) -> Scheme:
         """A scheme of floats of 8 bits with exponents by these rules (:class:`.float_grids.Float8`)."""
@@ -76,7 +77,11 @@ class Scheme:
             assert isinstance(found, Form)
             return replace(found, grid=ruled(found.grid), scales="whole")
 
-        return replace(self, make=form, numbers=None if self.numbers is None else ruled(self.numbers))
+        return replace(self, make=form, numbers=None if self.numbers is None else ruled(self.numbers), whole=True)
+
+    def form(self, grid: Grid, group: int) -> Form:
+        """How a weight is stored on the grid of a target."""
+        return Form(grid, group, "whole" if self.whole else "searched")
 
     @property
     def alone(self) -> bool:

@@ -86,6 +86,16 @@ def test_random_products_of_few_bits_keep_the_contract(graph: Graph, rounding: R
     check_random(graph, rounding, seed)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["float8_pair", "float8_groups", "float8_both"])
+def test_floats_of_8_bits_are_multiplied_as_such(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "architecture_of", lambda _: "sm_90")
+    graph = form_graph(name, dtype)
+    check_kernel(graph, drawn(graph), form="contraction")
+
+
 @pytest.mark.parametrize("scheme", ["w4", "w3", "w8", "w8a8", "fp8"])
 def test_a_quantized_module_has_kernels_of_its_products(scheme: str) -> None:
     for operator in with_kernels(quantized(scheme)).operators:

@@ -139,6 +139,8 @@ FEW_BITS = [
     ("int4_weight", 16),
     ("int4_weight", 4096),
     ("float8_both", 4096),
+    ("float8_pair", 16),
+    ("float8_groups", 4096),
     ("sparse_24_weight", 16),
     ("bitmap_weight", 16),
     ("grouped_queries", 1024),
@@ -158,6 +160,8 @@ def test_products_of_few_bits_compile_and_spill_nothing(name: str, rows: int, ar
     for one in source.kernels:
         compiled = compile_kernel(source, sizes, architecture, name=one)
         assert compiled.spilled == 0 and compiled.build.launch.parts == (parts if rows == 16 else 1)
+        native = compiled.build.launch.constants.get("FLOAT8")
+        assert native == (architecture == "sm_90" if name.startswith("float8") else None)
 
 
 def test_text_of_a_gated_layer_of_four_bits(golden: object) -> None:
