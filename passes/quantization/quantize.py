@@ -202,8 +202,8 @@ class Quantize(Pass):
         remove_dead(result)  # weights that were replaced
         if self._stores:
             plain = plain_weights(result, self.include, self.exclude)
-            on_data = context is not None and context.data is not None and self.method != "nearest"
-            batches, free = calibration_batches(result, context) if on_data else [], self.correct is not False
+            known = context if context is not None and context.data is not None and self.method != "nearest" else None
+            batches, free = calibration_batches(result, known) if known else [], self.correct is not False
             writer.stored(plain, problems_of(result, plain, batches, free=free))
             writer.halved(plain_vectors(result, self.include, self.exclude))
             remove_dead(result)
