@@ -83,7 +83,7 @@ class Writer:
         self.totals: list[Tensor] = []
         self.of_load = dict(zip(region.loads, self.reads, strict=True))
         self.picks = {number for load in region.loads for number in load.args[: len(load.value.picked)]} | region.whole
-        self.bits: dict[tuple[Dim, ...], str] = {
+        self.bits: dict[tuple[Any, ...], str] = {
             (term.value.loop,): str(term.value.count) for term in region.terms if term.op in BITS
         }
         self.long: set[Term] = set()
