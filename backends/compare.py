@@ -128,7 +128,7 @@ def _batches(inputs: Any) -> list[Any]:
 def _prepared(model: Any) -> tuple[Runner, list[str]]:
     """How a model is run, and the names of its outputs where it has any."""
     if isinstance(model, Graph):
-        return lambda inputs: run(model, inputs), [getattr(output, "name", str(output)) for output in model.outputs]
+        return lambda inputs: run(model, inputs), output_names(model)
     if isinstance(model, torch.nn.Module):
         return lambda inputs: _run_module(model, inputs), []
     if isinstance(model, str | os.PathLike):
@@ -139,6 +139,14 @@ def _prepared(model: Any) -> tuple[Runner, list[str]]:
     raise RegaugeError(
         f"a {type(model).__name__} cannot be run: give a Graph, an nn.Module, an ONNX path or a function"
     )
+
+
+def output_names(graph: Graph) -> list[str]:
+    """Of a loaded graph those of the file's outputs: one may be a copy of another value, whose name it has not."""
+    carried = graph.metadata.get("onnx")
+    if carried is not None and len(carried.graph.outputs) == len(graph.outputs):
+        return [output.name or f"output_{i}" for i, output in enumerate(carried.graph.outputs)]
+    return [getattr(output, "name", f"output_{i}") for i, output in enumerate(graph.outputs)]
 
 
 def _run_module(model: torch.nn.Module, inputs: Any) -> Any:

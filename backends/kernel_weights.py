@@ -17,6 +17,7 @@ import torch
 from regauge.backends.kernel_sparsity import leave_dense, pack_zeros
 from regauge.backends.torch_packing import pack
 from regauge.ir.edit import Builder, remove_dead, replace_uses, set_input
+from regauge.ir.fusion.causal import mark_causal
 from regauge.ir.fusion.fused import Rounding, fuse_graph, fused_nodes
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.fusion.splits import slice_splits
@@ -26,6 +27,7 @@ from regauge.ir.graph import Graph, Node, Parameter, Value
 def for_kernels(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
     """A graph with fused nodes as it is, else a copy where all regions that gain on a GPU are such, of weights with
     zeros that are multiplied in these the rest is stored (:mod:`kernel_sparsity`), and codes of few bits share bytes.
+    Splits become slices, which regions may have, and masks of the order of positions an attribute of attention.
     """
     if fused_nodes(graph):
         return graph
@@ -33,6 +35,7 @@ def for_kernels(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
     with_row_codes(result)
     with_own_numbers(result)
     slice_splits(result)
+    mark_causal(result)
     sparse = pack_zeros(result)
     regions = plan_fusion(result, contractions=False).regions
     inside = [node for region in regions if region.contractions for node in region.nodes]

@@ -24,6 +24,7 @@ from regauge.backends.onnx_speller import OnnxSpeller, spell
 from regauge.backends.onnx_write import graphs_in, with_nested
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.onnx_places import scope_notes
 from regauge.ir.operator import find_onnx
 from regauge.ir.purity import OPAQUE
 from regauge.ir.release import IN_ORDER
@@ -238,6 +239,7 @@ class _Rewiring:
             onnx.added[-1].name = onnx.added[-1].outputs[0].name
         if (self.carrier.model.ir_version or 0) >= 10:
             for made_node in onnx.added:
+                made_node.metadata_props.update(scope_notes(node))
                 made_node.metadata_props.update({k: node.metadata[k] for k in _PROVENANCE if k in node.metadata})
 
     def _declare(self, made: onnx_ir.Value, value: Value, added: Sequence[onnx_ir.Node]) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from regauge.backends.compare import output_names
 from regauge.backends.to_torch import to_torch
 from regauge.ir.errors import RegaugeError, first_line
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Graph
 from regauge.ir.interpret import Interpreter
 
 
@@ -41,7 +42,7 @@ def run_in_torch(
     except Exception as error:
         raise RegaugeError(f"the module of graph {graph.name!r} failed on {place}: {first_line(error)}") from error
     tensors = [result.cpu() for result in results if isinstance(result, torch.Tensor)]
-    return dict(zip(_names(graph), tensors, strict=False))
+    return dict(zip(output_names(graph), tensors, strict=False))
 
 
 def found_device(name: str) -> torch.device:
@@ -54,7 +55,3 @@ def found_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise RegaugeError(f"torch sees {count} CUDA devices here, not {name!r}: give --device cpu")
     return device
-
-
-def _names(graph: Graph) -> list[str]:
-    return [output.name if isinstance(output, Value) else f"output_{i}" for i, output in enumerate(graph.outputs)]

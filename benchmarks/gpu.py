@@ -28,13 +28,14 @@ if "--small" in sys.argv:
 import torch
 
 import regauge
-from benchmarks.gpu_cases import CASES, Case, Function, inputs, small, sparse_graph
+from benchmarks.gpu_cases import CASES, Case, Function, inputs, small, sparse_graph, with_gradients
 from benchmarks.report import append_table, section
 from regauge.backends.gpu_timing import Spread, rotating, times
 from regauge.backends.triton_kernel import Kernel, triton_kernel
 from regauge.ir.cost import figures
 from regauge.ir.fusion.plan import moves_nothing, plan_fusion
 from regauge.ir.fusion.region import Region
+from regauge.ir.fusion.splits import slice_splits
 from regauge.ir.graph import Graph, Value
 
 TITLE = "Kernels on a GPU"
@@ -52,6 +53,8 @@ class Ours:
         self.graph: Graph = (
             sparse_graph(tensors, case.pattern) if case.pattern else regauge.capture(module, empty, verify=False)
         )
+        slice_splits(self.graph)
+        self.trained = with_gradients(self.graph.to_torch(kernels="triton")) if case.trains else None
         self.plan = plan_fusion(self.graph)
         self.kernels: dict[Region, Kernel] = {
             step: triton_kernel(step, f"kernel_{place}")
@@ -60,6 +63,8 @@ class Ours:
         }
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.trained is not None:
+            return tuple(self.trained(*tensors))
         known: dict[Any, Any] = dict(zip(self.graph.inputs, tensors, strict=True))
         for step in self.plan.steps:
             if isinstance(step, Region) and step in self.kernels:
@@ -75,7 +80,10 @@ class Ours:
         read = [value for value in self.graph.inputs if value.uses]
         values = [value for value in (*read, *self.graph.outputs) if isinstance(value, Value)]
         moved = sum(torch.empty(value.shape, dtype=value.dtype, device="meta").nbytes for value in values)  # type: ignore
-        memory, products = moved / bandwidth, 2 * figures(self.graph).macs / flops
+        macs = figures(self.graph).macs
+        if self.trained is not None:  # what is read and given has a gradient; a product has two, and attention one more
+            moved, macs = 2 * moved, 3.5 * macs
+        memory, products = moved / bandwidth, 2 * macs / flops
         return max(memory, products), "memory" if memory >= products else "products"
 
 
@@ -105,12 +113,12 @@ def error(found: Any, true: Sequence[torch.Tensor]) -> float:
 
 def rivals(case: Case, ours: Ours, left: Callable[[], float]) -> dict[str, Function]:
     """What is timed beside one another; a compiler only where there is time for it."""
-    found: dict[str, Function] = {"regauge": ours, "eager": case.function}
+    found: dict[str, Function] = {"regauge": ours, "eager": case.call}
     if torch.cuda.is_available():
         for name, options in COMPILERS.items():
             if left() > RESERVE:
                 torch._dynamo.reset()
-                found[name] = torch.compile(case.function, fullgraph=True, dynamic=False, **options)
+                found[name] = torch.compile(case.call, fullgraph=True, dynamic=False, **options)
         peer = case.peer()
         if peer is not None:
             found["Liger"] = peer
@@ -123,7 +131,7 @@ def measure(case: Case, device: torch.device, speed: tuple[float, float], left: 
     tensors = inputs(case, shapes, torch.bfloat16, device)
     ours = Ours(case, tensors)
     floor, bound = ours.floor(*speed)
-    found = case.function(*(tensor.double() for tensor in tensors))
+    found = case.call(*(tensor.double() for tensor in tensors))
     true = found if isinstance(found, tuple) else (found,)
     good: dict[str, tuple[Function, float]] = {}
     cells = dict.fromkeys(HEADS, "")

@@ -34,6 +34,11 @@ class Case:
     arguments: tuple[Any, ...] = ()  # of Liger, behind the tensors
     types: Mapping[int, torch.dtype] = field(default_factory=dict)
     pattern: tuple[int, int] | None = None  # of the second tensor so many of so many neighbours are not zero
+    trains: bool = False  # what is timed is a call and the gradients of what it reads
+
+    @property
+    def call(self) -> Function:
+        return with_gradients(self.function) if self.trains else self.function
 
     def of(self, size: Callable[[int], int]) -> list[tuple[int, ...]]:
         return [tuple(size(extent) for extent in shape) for shape in self.shapes]
@@ -48,6 +53,20 @@ class Case:
         except (ImportError, AttributeError):
             return None
         return lambda *tensors: function(*tensors, *self.arguments)
+
+
+def with_gradients(function: Function) -> Function:
+    """The gradients of half of the squares of what a function gives."""
+
+    def call(*tensors: Any) -> Any:
+        leaves = [tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor for tensor in tensors]
+        with torch.enable_grad():
+            found = function(*leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        gradients = torch.autograd.grad(found, wanted, found.detach(), allow_unused=True)
+        return tuple(gradient for gradient in gradients if gradient is not None)  # labels in double precision have none
+
+    return call
 
 
 def small(extent: int) -> int:
@@ -145,6 +164,18 @@ def causal_attention(q: Any, k: Any, v: Any) -> Any:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def attention_to_turned_latents(q: Any, latents: Any, weight: Any, cos: Any, sin: Any, v: Any) -> Any:
+    """Keys of all heads come from the same latents (Palu), and are turned by their positions."""
+    keys = latents[:, None] @ weight.transpose(-1, -2)
+    half = keys.shape[-1] // 2
+    keys = keys * cos + torch.cat([-keys[..., half:], keys[..., :half]], -1) * sin
+    return F.scaled_dot_product_attention(q, keys, v, enable_gqa=True)
+
+
+def cross_entropy(x: Any, labels: Any) -> Any:
+    return F.cross_entropy(x, labels.abs().long(), reduction="none")
+
+
 def linear(x: Any, weight: Any, *_: Any) -> Any:
     return F.linear(x, weight)
 
@@ -176,6 +207,13 @@ CASES = [
     Case("scores, scaled, softmax", scores, ((32, 2048, 128), (32, 2048, 128))),
     Case("causal attention", causal_attention, ((4, 32, 2048, 128),) * 3),
     Case("attention of one query", attention, ((8, 32, 1, 128), (8, 32, 8192, 128), (8, 32, 8192, 128))),
+    Case("attention of wide heads", causal_attention, ((4, 8, 2048, 512),) * 3),
+    Case("attention of one query to turned latents", attention_to_turned_latents,
+         ((8, 32, 1, 128), (8, 8192, 256), (8, 128, 256), (8192, 128), (8192, 128), (8, 8, 8192, 128))),
+    Case("cross entropy", cross_entropy, ((4096, V), (4096,)), types={1: torch.int64}),
+    Case("gradients of a layer norm", layer_norm, ((T, D), (D,), (D,)), trains=True),
+    Case("gradients of a cross entropy", cross_entropy, ((4096, V), (4096,)), types={1: torch.int64}, trains=True),
+    Case("gradients of causal attention", causal_attention, ((4, 32, 2048, 128),) * 3, trains=True),
     *(Case(f"attention to 8 bits, {m} queries", attention_to_eight_bits,
            ((8, 32, m, 128), *((8, 32, 8192, 128),) * 2, *((8, 32, 8192, 1),) * 2),
            types=dict.fromkeys((1, 2), torch.int8))

@@ -49,16 +49,18 @@ QUANTIZED = [
     "kv-quantize{bytes=0.0625,method=cskv}",
     "kv-quantize{bits=2,bytes=0.0625,method=cskv}",
 ]
+LATENTS = [f"kv-latent{{bytes={share}{way}}}" for share in (0.5, 0.25) for way in ("", ",joint=false,widths=2")]
+LATENTS += [f"kv-latent{{bytes={share},method={way}}}" for share in (0.5, 0.25) for way in ("elitekv", "matryoshka")]
 PASSES = {
     "char_gpt": [
         "kv-latent{bytes=0.75}",
-        "kv-latent{bytes=0.5}",
+        *LATENTS,
         *QUANTIZED,
         "kv-latent{bytes=0.75},kv-quantize{bits=4}",
     ],
     "char_llama": [
         "kv-latent{bytes=0.75}",
-        "kv-latent{bytes=0.5}",
+        *LATENTS,
         "kv-latent{bytes=0.5,joint=false}",
         *QUANTIZED,
         "kv-latent{bytes=0.75},kv-quantize{bits=4}",

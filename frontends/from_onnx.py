@@ -143,6 +143,7 @@ class _Importer:
 
     def run(self) -> Graph:
         self.graph.metadata["onnx"] = self.model
+        self.scope.reserve_names(self.model.graph)
         self._inputs()
         self._note_frozen()
         self.initializers(self.scope, self.model.graph)
@@ -166,6 +167,7 @@ class _Importer:
                 continue
             shape, dtype = self._input_type(onnx_value)
             value = self.scope.build.input(onnx_value.name or "input", shape, dtype)
+            self.scope.name(value, onnx_value, "input")
             value.origin = onnx_value
             self.scope.entries[onnx_value] = Entry(onnx_value, self.scope, value=value)
             if onnx_value.const_value is not None:
@@ -270,6 +272,7 @@ class _Importer:
     def _give_up(self, scope: Scope, node: onnx_ir.Node, start: int, error: Exception) -> None:
         for added in reversed(scope.build.added[start:]):
             if added.origin is node and not any(value.uses for value in added.outputs):
+                scope.build.release(value.name for value in added.outputs)
                 remove_node(scope.build.graph, added)
         del scope.build.added[start:]
         kind = "" if isinstance(error, RegaugeError) else f"{type(error).__name__}: "
@@ -306,7 +309,7 @@ class _Importer:
                     raise OperatorError(f"its reader does not give the result {onnx_value.name!r}")
                 continue
             if value.origin is None and value.producer is not None and value.producer.origin is node:
-                value.name = scope.build.unique(onnx_value.name)
+                scope.name(value, onnx_value)
                 value.origin = onnx_value
             elif isinstance(value.origin, onnx_ir.Value) and value.origin is not onnx_value:
                 self.aliases[onnx_value] = value.origin

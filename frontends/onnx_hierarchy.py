@@ -6,13 +6,12 @@ a batch norm in carries the module of the norm, while its weight is named by the
 
 from __future__ import annotations
 
-import ast
 import re
-from typing import Any
 
 import onnx_ir
 
 from regauge.ir.graph import Graph, Node, Parameter
+from regauge.ir.onnx_places import noted_scope
 
 Scope = tuple[tuple[str, str], ...]
 _MODULE_PATH = re.compile(r"\w+(\.\w+)+")
@@ -21,23 +20,10 @@ _WEIGHTS = ("weight", "bias", "mean", "var")
 
 def recorded_scope(node: onnx_ir.Node, *, by_torch: bool) -> Scope:
     """The modules around a node from the root down, as torch's exporters note them; empty where nothing is noted."""
-    paths = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-    classes = node.metadata_props.get("pkg.torch.onnx.class_hierarchy")
-    if not paths or not classes:
-        return _scope_of_name(node.name or "") if by_torch else ()
-    try:
-        pairs = list(zip(_listed(paths), _listed(classes), strict=True))
-    except (ValueError, SyntaxError):
-        return ()
-    return tuple((str(path), str(name).rpartition(".")[2]) for path, name in pairs[:-1])
-
-
-def _listed(text: str) -> list[Any]:
-    """A list of texts as Python shows it."""
-    if text.startswith("['") and text.endswith("']") and "\\" not in text and '"' not in text:
-        return text[2:-2].split("', '")
-    found: list[Any] = ast.literal_eval(text)
-    return found
+    noted = noted_scope(node.metadata_props)
+    if noted is not None:
+        return noted
+    return _scope_of_name(node.name or "") if by_torch else ()
 
 
 def _scope_of_name(name: str) -> Scope:

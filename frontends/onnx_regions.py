@@ -61,14 +61,16 @@ def read_cond(importer: _Importer, scope: Scope, node: onnx_ir.Node) -> None:
         _inline(importer, scope, node, graphs[0 if taken else 1], 0 if taken else 1)
         return
     before = importer.opaque.copy()
+    inners = [_scope_of(scope, graph) for graph in graphs]
     try:
-        inners = [_scope_of(scope, graph) for graph in graphs]
         regions = [_read_body(importer, inner, graph) for inner, graph in zip(inners, graphs, strict=True)]
         types = _join_types(node, *[_types(region) for region in regions], exact=known)
     except Exception:
         importer.opaque[:] = before
         if not known and not assumed:
             raise
+        for inner in inners:
+            inner.release_names()
         branch = 0 if assumed or taken else 1
         if assumed:
             importer.assume(node)
@@ -141,6 +143,7 @@ def _iterate(
         inner = _scope_of(scope, graph)
         for formal, (shape, dtype) in zip(graph.inputs, [*leading, *carried, *entries], strict=True):
             value = inner.build.input(formal.name or "input", shape, dtype)
+            inner.name(value, formal, "input")
             value.origin = formal
             inner.entries[formal] = Entry(formal, inner, value=value)
         region = _read_body(importer, inner, graph)
@@ -148,6 +151,7 @@ def _iterate(
         if settled == carried:
             return inner, region, carried
         carried = settled
+        inner.release_names()
     raise OperatorError("the sizes of its carried values do not settle")
 
 

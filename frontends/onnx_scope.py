@@ -1,4 +1,4 @@
-"""What is known of the values of one ONNX scope (main graph, nested graph, function call) while it is being read."""
+"""The values of one ONNX scope (main graph, nested graph, function call) and what is known of them while it is read."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from regauge.ir.onnx_sizes import LIMIT, Content
 from regauge.ir.sizes import Size, UnknownRank, symbols_in
 from regauge.ir.weights import Weight
 
+_SHARING_NAMES = ("cond", "loop", "scan")  # a fused node has a region with names of its own
 VECTOR_LIMIT = 64  # a vector of dynamic sizes is stacked from scalars; exporters never need more than a rank's worth
 
 
@@ -99,8 +100,34 @@ class Scope:
         self.entries: dict[onnx_ir.Value, Entry] = {}
         self.captures: dict[Value, Value] = {}
         self.folded: dict[onnx_ir.Value, Any] = {} if parent is None else parent.folded
+        self._named: dict[str, onnx_ir.Value] = {} if parent is None else parent._named
         self.keep: Callable[[Scope, onnx_ir.Node, str], None] | None = None if parent is None else parent.keep
         self.emit: Callable[[Scope, onnx_ir.Node], None] | None = None if parent is None else parent.emit
+
+    def reserve_names(self, graph: onnx_ir.Graph) -> None:
+        """Keep every name for the value of the file that has it, an outer one before those nested, so that no name
+        that is made up while reading takes it. Bodies of functions are read once per call: theirs are not kept."""
+        for owner in (graph, *graph.subgraphs()):
+            for value in (*owner.inputs, *owner.initializers.values(), *(v for node in owner for v in node.outputs)):
+                if value.name:
+                    self._named.setdefault(value.name, value)
+        self.build.reserve(self._named)
+
+    def name(self, value: Value, onnx: onnx_ir.Value, default: str = "v") -> None:
+        """Call a value as the file calls it, in place of the name that it was given when it was made."""
+        self.build.release([value.name])
+        value.name = self.build.unique(onnx.name or default, reserved=self._is_named(onnx))
+
+    def release_names(self) -> None:
+        """Give back the names in a region that is read again, or not kept."""
+        pending = [self.build.graph]
+        for graph in pending:
+            self.build.release(value.name for value in graph.values())
+            pending += [region for node in graph.nodes if node.op in _SHARING_NAMES for region in node.regions]
+
+    def _is_named(self, onnx: onnx_ir.Value) -> bool:
+        """Whether the name of an ONNX value is kept for it: two branches may use one name."""
+        return onnx.name is not None and self._named.get(onnx.name) is onnx
 
     def find(self, onnx: onnx_ir.Value) -> Entry:
         """The entry of a value defined here or in a scope around; raises LoadError where there is none."""
@@ -130,6 +157,8 @@ class Scope:
             entry.value = made
             if entry.value.origin is None:
                 entry.value.origin = entry.onnx
+                if made.producer is not None:
+                    entry.scope.name(made, entry.onnx)
         return entry.value
 
     def codes(self, onnx: onnx_ir.Value) -> tuple[Value, int | None]:
@@ -176,17 +205,21 @@ class Scope:
         return inner
 
     def _parameter(self, entry: Entry, weight: Weight, *, is_weight: bool) -> Value:
-        name = entry.onnx.name or "constant"
-        if name in self.build.graph.parameters or not self.build.free(name):
-            name = self.build.unique(name)
         kind: Any = "parameter" if is_weight and not self.fixed else "constant"
-        return self.build.parameter(name, weight, kind)
+        return self.build.parameter(self._parameter_name(entry, "constant"), weight, kind)
+
+    def _parameter_name(self, entry: Entry, default: str) -> str:
+        """The name as it is in the file, where it is free: names of weights lead into files of weights."""
+        name, reserved = entry.onnx.name or default, self._is_named(entry.onnx)
+        free = name not in self.build.graph.parameters and self.build.free(name, reserved=reserved)
+        return name if free else self.build.unique(name, reserved=reserved)
 
     def _constant(self, entry: Entry) -> Value:
         """A constant for content that was folded: it is frozen as of now."""
         assert entry.content is not None
         tensor = torch_from_array(np.array(entry.content.array), dtype_of(entry.content.data_type))
-        made = self.build.constant(tensor, entry.onnx.name or "folded")
+        name = self.build.unique(entry.onnx.name or "folded", reserved=self._is_named(entry.onnx))
+        made = self.build.parameter(name, tensor, kind="constant", persistent=False)
         made.stored = entry.producer is None
         self.note(entry, made.name)
         return made

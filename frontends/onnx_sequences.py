@@ -27,7 +27,8 @@ def read_sequence(scope: Scope, node: onnx_ir.Node) -> None:
     elif isinstance(result, Value):
         fresh = result.origin is None and result.producer is not None
         if fresh:
-            result.name, result.origin = scope.build.unique(output.name or node.op_type), output
+            scope.name(result, output, node.op_type)
+            result.origin = output
         scope.entries[output] = Entry(output, scope, value=result)
     else:
         scope.entries[output] = Entry(output, scope, sequence=list(result), producer=node)

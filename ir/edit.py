@@ -44,6 +44,7 @@ class Builder:
         self.held: Container[Value] = ()  # what outputs and states read, regions included, where the driver knows
         self._successors: list[tuple[Parameter, Parameter]] = []
         self._taken = {value.name for value in graph.values()}
+        self._reserved: set[str] = set()
         self._counters: dict[str, int] = {}
 
     @contextmanager
@@ -60,19 +61,23 @@ class Builder:
         """A Builder for a region of a node of this graph: it shares the names, so that none is used twice."""
         inner = Builder(graph, by=self.by)
         self._taken |= inner._taken
-        inner._taken, inner._counters = self._taken, self._counters
+        inner._taken, inner._reserved, inner._counters = self._taken, self._reserved, self._counters
         inner.scope, inner.source, inner.origin = self.scope, self.source, self.origin
         return inner
 
-    def free(self, name: str) -> bool:
-        """Whether no value has this name yet."""
-        return name not in self._taken
+    def reserve(self, names: Iterable[str]) -> None:
+        """Keep names for who asks for them with ``reserved``: nothing else gets one."""
+        self._reserved.update(names)
 
-    def unique(self, name: str) -> str:
-        """``name`` if no value has it, else ``name_1``, ``name_2`` ..."""
+    def free(self, name: str, *, reserved: bool = False) -> bool:
+        """Whether no value has this name yet, and with ``reserved`` not given, whether none is to have it."""
+        return name not in self._taken and (reserved or name not in self._reserved)
+
+    def unique(self, name: str, *, reserved: bool = False) -> str:
+        """``name`` if it is free, else ``name_1``, ``name_2`` ..."""
         name = re.sub(r"[^A-Za-z0-9_.:/-]", "_", name) or "v"
         candidate = name
-        while candidate in self._taken:
+        while not self.free(candidate, reserved=reserved and candidate == name):
             self._counters[name] = self._counters.get(name, 0) + 1
             candidate = f"{name}_{self._counters[name]}"
         self._taken.add(candidate)

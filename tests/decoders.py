@@ -118,6 +118,21 @@ class Placed(nn.Module):
         return F.linear(self.norms[2](x), self.table.weight)
 
 
+class Reader(nn.Module):
+    """The embedding of characters lies near a few directions, as what trained layers read does."""
+
+    def __init__(self, inner: Placed | Rotary) -> None:
+        super().__init__()
+        self.inner = inner
+        table = inner.table.weight.data
+        table.copy_(torch.randn(CHARACTERS, 32) * torch.logspace(0, -2, 32) @ torch.linalg.qr(torch.randn(32, 32))[0])
+        if isinstance(inner, Placed):
+            inner.places.weight.data.mul_(0.1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.inner(tokens)
+
+
 def decoder(model: nn.Module) -> Graph:
     """The graph of a decoder, for any number of sequences and of positions up to LONGEST."""
     dynamic = {0: {0: "batch", 1: ("length", 1, LONGEST)}}

@@ -29,7 +29,6 @@ from regauge.ir.cost import FUSED
 from regauge.ir.edit import Builder, inline_region, remove_node, replace_uses, set_input
 from regauge.ir.fusion.plan import Plan, moves_nothing, plan_fusion
 from regauge.ir.fusion.region import Region
-from regauge.ir.fusion.splits import slice_splits
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Node, Operand, Value
 from regauge.ir.graph_copy import copy_graph
@@ -84,10 +83,8 @@ def fuse_graph(graph: Graph, device: Device | None = None, *, rounding: Rounding
     """Fuse all regions of a graph that gain on a device, by default a GPU, but for products, which are left to the
     library of the runtime, and for regions of one node, for which the runtime has a kernel.
 
-    Attention as one node becomes a region on a GPU: torch's kernels there take only some masks and types. Splits become
-    slices, which regions may have.
+    Attention as one node becomes a region on a GPU: torch's kernels there take only some masks and types.
     """
-    slice_splits(graph)
     alone = ("attention",) if device is None or device == DEVICES["gpu"] else ()
     plan = plan_fusion(graph, device, contractions=False, attention=rounding == "fused")
     build = Builder(graph, by=by)

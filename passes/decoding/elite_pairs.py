@@ -16,8 +16,11 @@ import torch
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Value
 from regauge.ir.lockstep import Lockstep
+from regauge.passes.calibration.batches import examples_in
+from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.decoding.elite_seats import Seat
 
+_DRAWS = 4
 _SAME_LENGTH = 1e-3
 _MOST_QUERIES = 64  # positions of queries of a sequence that are looked at
 _MOST_SCORES = 1 << 24  # of all pairs of a head at once
@@ -47,6 +50,41 @@ def score_changes(graph: Graph, seats: Sequence[Seat], batches: Sequence[Any]) -
                         torch.zeros((), dtype=torch.float64),
                     )
     return found
+
+
+def rotation_losses(graph: Graph, seats: Sequence[Seat], batches: Sequence[Any], seed: int) -> dict[Seat, torch.Tensor]:
+    """For each seat that the graph has, [heads x pairs, heads x pairs]: what outputs change by without rotations.
+
+    A form in which of them are left out, to first order: the squared change of the graph's outputs per example.
+    """
+    wanted = {value: seat for seat in seats for value in (*seat.turned, *seat.plain)}
+    held: dict[Value, tuple[torch.Tensor, torch.Tensor]] = {}
+    found: dict[Seat, torch.Tensor] = {}
+
+    def visit(value: Value, tensor: torch.Tensor, gradient: torch.Tensor) -> None:
+        held[value], seat = (tensor, gradient), wanted[value]
+        values = (*seat.turned, *seat.plain)
+        if not all(own in held for own in values):
+            return
+        parts = [held.pop(own) for own in values]
+        change = torch.zeros(())
+        for (turned, slope), (plain, _) in zip(parts[:2], parts[2:], strict=True):
+            own = (slope * (plain - turned)).flatten(0, -4).double().sum(-2)  # [examples, heads, size]
+            change = change + own.unflatten(1, (seat.key.count, -1)).sum(2)[..., seat.key.pairs].sum(-1)
+        rows = change.flatten(1)
+        found[seat] = found.get(seat, torch.zeros(())) + rows.T @ rows
+
+    visit_gradients(graph, batches, list(wanted), visit, draws=_DRAWS, seed=seed)
+    examples = max(1, sum(map(examples_in, batches)))
+    return {seat: total / (_DRAWS * examples) for seat, total in found.items()}
+
+
+def left_out(losses: torch.Tensor, kept: torch.Tensor) -> float:
+    """What it loses to rotate only the pairs ``kept`` [heads, pairs]."""
+    heads = len(kept)
+    out = torch.ones(heads, len(losses) // heads, dtype=torch.float64)
+    out.scatter_(1, kept, 0)
+    return float(out.flatten() @ losses @ out.flatten())
 
 
 def _check_lengths(seat: Seat, turned: Sequence[torch.Tensor], plain: Sequence[torch.Tensor]) -> None:

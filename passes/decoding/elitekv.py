@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,12 @@ from regauge.passes.calibration.quadratic import Quadratic
 from regauge.passes.calibration.sensitivity import output_metrics
 from regauge.passes.calibration.side_by_side import SideBySide
 from regauge.passes.decoding.cache_bytes import in_words
-from regauge.passes.decoding.elite_pairs import best_pairs, score_changes
+from regauge.passes.decoding.elite_pairs import best_pairs, left_out, rotation_losses, score_changes
 from regauge.passes.decoding.elite_rewrite import write_elite
 from regauge.passes.decoding.elite_seats import Seat, seated, seats_of
 from regauge.passes.factorization.metric_svd import Factored, factored
 
-_ROTATED = 0.25  # of the bytes, for what is rotated: 12 of 64 pairs at a third of the bytes in the paper's example
+_MOST_COUNTS = 16  # numbers of pairs that are weighed
 Metrics = Mapping[str, torch.Tensor]
 
 
@@ -48,20 +49,17 @@ def elite_latents(
     seated(original, seats, by=by)
     seated(changed, found, by=by)
     batches = calibration_batches(original, context)
-    share = budget.of(sum(seat.whole for seat in seats)) / sum(seat.whole for seat in seats)
-    changes = score_changes(original, [seat for seat in seats if seat.turned], batches)
-    kept: dict[Seat, torch.Tensor] = {}
-    for seat, own in zip(seats, found, strict=True):
-        count = _pairs(seat, share) if pairs is None else min(pairs, len(seat.key.pairs))
-        kept[own] = best_pairs(changes[seat], count) if seat in changes else torch.zeros(seat.key.count, 0).long()
-        own.rotate_only(changed, kept[own], by=by)
-        if len(seat.key.pairs):
-            context.cuts.append(
-                Cut(f"{seat.key.layer.weight.name}: rotated pairs of a head", len(seat.key.pairs), count)
-            )
-    names = {part.layer.weight.name for seat in found for part in seat.site.parts[1:3]}
-    metrics = {name: own[0] for name, own in output_metrics(changed, names, batches, seed).items()}
-    ranks = _ranks(changed, kept, batches, metrics, budget, by)
+    options = _options(original, seats, batches, pairs, seed)
+    chosen = _chosen(seats, options, budget, by)
+    kept = {own: option.kept for own, option in zip(found, chosen, strict=True)}
+    ranks = {own: option.rank for own, option in zip(found, chosen, strict=True)}
+    for seat in found:
+        seat.rotate_only(changed, kept[seat], by=by)
+        many = len(seat.key.pairs)
+        if many:
+            name = f"{seat.key.layer.weight.name}: rotated pairs of a head"
+            context.cuts.append(Cut(name, many, kept[seat].shape[1]))
+    metrics = _metrics(changed, found, batches, seed)
     for seat, (up, down) in _fitted(original, changed, seats, kept, ranks, batches, metrics, by).items():
         write_elite(changed, seat, kept[seat], up, down, by=by)
     remove_dead(changed)
@@ -73,40 +71,70 @@ def elite_latents(
     return changed
 
 
-def _pairs(seat: Seat, share: float) -> int:
-    """How many pairs of each head are rotated, where nothing is asked for."""
-    numbers = share * seat.whole / item_size(seat.key.layer.weight.dtype)
-    return min(max(1, round(_ROTATED * numbers / (2 * seat.key.count))), len(seat.key.pairs))
-
-
 def _rows(seat: Seat, kept: torch.Tensor) -> int:
     """The channels of keys and values that the latent makes."""
     return len(seat.still(kept)) + seat.site.parts[2].channels.numel()
 
 
-def _ranks(
-    graph: Graph, kept: Mapping[Seat, torch.Tensor], batches: Sequence[Any], metrics: Metrics, budget: Amount, by: str
-) -> dict[Seat, int]:
-    """The rank of each latent, so that least is lost within the budget."""
-    layers = {seat.key.layer.node: seat for seat in kept}
-    tails: dict[Seat, np.ndarray] = {}
-    for layer, moments in visit_moments(graph, [seat.key.layer for seat in kept], batches):
-        seat = layers[layer.node]
+@dataclass(frozen=True)
+class _Option:
+    """The pairs that are ``kept`` rotated [heads, pairs], the rank of the latent, its bytes and what it loses."""
+
+    kept: torch.Tensor
+    rank: int
+    bytes: float
+    loss: float
+
+
+def _options(
+    graph: Graph, seats: Sequence[Seat], batches: Sequence[Any], pairs: int | None, seed: int
+) -> list[list[_Option]]:
+    """Of each seat all ranks, with each of some numbers of pairs that stay rotated."""
+    rotary = [seat for seat in seats if seat.turned]
+    changes = score_changes(graph, rotary, batches) if rotary else {}
+    losses = rotation_losses(graph, rotary, batches, seed) if rotary else {}
+    metrics = _metrics(graph, seats, batches, seed)
+    inputs = {
+        layer.node: errors_of(layer, [moments])[0].hessian
+        for layer, moments in visit_moments(graph, [seat.key.layer for seat in seats], batches)
+    }
+    found = []
+    for seat in seats:
         key, value = (matrices_of(part.layer)[0] for part in seat.site.parts[1:3])
-        (error,) = errors_of(layer, [moments])
-        tails[seat] = joint(seat, kept[seat], key, value, error.hessian, metrics).tail[1:].numpy()
-    allowed = budget.of(sum(seat.whole for seat in kept))
-    left = allowed - sum(seat.bytes(own.shape[1], 0) for seat, own in kept.items())
-    unit = max(min(item_size(seat.key.layer.weight.dtype) for seat in kept), left / BINS)
-    costs = [np.ceil(np.arange(1, len(tails[seat]) + 1) * seat.bytes(0, 1) / unit - 1e-9).astype(int) for seat in kept]
-    bins = int(left / unit + 1e-9)
-    places = Table(costs, [tails[seat] for seat in kept], bins).solution(bins) if left > 0 else None
+        own = list[_Option]()
+        for count in _counts(seat, pairs):
+            kept = best_pairs(changes[seat], count) if seat.turned else torch.zeros(seat.key.count, 0).long()
+            lost = left_out(losses[seat], kept) if seat in losses else 0.0
+            tail = joint(seat, kept, key, value, inputs[seat.key.layer.node], metrics).tail.tolist()
+            own += [_Option(kept, r, seat.bytes(count, r), lost + tail[r]) for r in range(1, len(tail))]
+        found.append(own)
+    return found
+
+
+def _counts(seat: Seat, pairs: int | None) -> list[int]:
+    """How many pairs of each head may stay rotated."""
+    most = len(seat.key.pairs)
+    if pairs is not None or not most:
+        return [min(pairs or 0, most)]
+    return sorted({round(place) for place in np.linspace(0, most, min(most, _MOST_COUNTS) + 1)})
+
+
+def _chosen(seats: Sequence[Seat], options: Sequence[list[_Option]], budget: Amount, by: str) -> list[_Option]:
+    """Of each seat that option with which least is lost within the budget."""
+    allowed = budget.of(sum(seat.whole for seat in seats))
+    unit = max(min(item_size(seat.key.layer.weight.dtype) for seat in seats), allowed / BINS)
+    costs = [np.ceil(np.array([option.bytes for option in own]) / unit - 1e-9).astype(np.int64) for own in options]
+    bins = int(allowed / unit + 1e-9)
+    places = Table(costs, [np.array([option.loss for option in own]) for own in options], bins).solution(bins)
     if places is None:
-        least = sum(seat.bytes(own.shape[1], 1) for seat, own in kept.items())
-        raise PassError(
-            f"{by}: the budget of bytes cannot be met: rotated pairs and latents of rank 1 take {in_words(least)}"
-        )
-    return {seat: place + 1 for seat, place in zip(kept, places, strict=True)}
+        least = sum(min(option.bytes for option in own) for own in options)
+        raise PassError(f"{by}: the budget of bytes cannot be met: rotated pairs and latents take {in_words(least)}")
+    return [own[place] for own, place in zip(options, places, strict=True)]
+
+
+def _metrics(graph: Graph, seats: Sequence[Seat], batches: Sequence[Any], seed: int) -> Metrics:
+    names = {part.layer.weight.name for seat in seats for part in seat.site.parts[1:3]}
+    return {name: own[0] for name, own in output_metrics(graph, names, batches, seed).items()}
 
 
 def joint(

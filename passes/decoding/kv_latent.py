@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from regauge.ir.cost import item_size
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
-from regauge.ir.graph import Graph
+from regauge.ir.graph import Graph, Node
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.allocation.knapsack import BINS, Table
 from regauge.passes.attention.assembled import assembled
@@ -31,8 +30,20 @@ from regauge.passes.decoding.latent_layers import split_layers
 from regauge.passes.decoding.latent_parts import Part, forms_of
 from regauge.passes.decoding.latent_ranks import RankChoice, rank_choices
 from regauge.passes.decoding.latent_rewrite import write_latents
+from regauge.passes.decoding.latent_turned import TurnedMoments, seat, turned_moments
 from regauge.passes.decoding.recognised import refuse_caches
 from regauge.passes.options import option
+
+
+@dataclass
+class _Measured:
+    """What data shows: by the names of layers the metrics of what they read, and of errors in what they give; and of
+    keys behind their rotation."""
+
+    batches: list[Any]
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    turned: dict[Part, TurnedMoments] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +56,29 @@ class KvLatent(Pass):
     Palu (Chang et al. 2024) with a latent for each head, in exact metrics: of inputs their second moments, of outputs
     the gradients of the graph's outputs (without data W_o and W_q alone); ranks by the knapsack of what they lose.
     Nothing is computed anew where nothing but layout lies between layers and attention. Rotated (or normalised) keys
-    have one latent for all heads, from which they are computed at every step; that costs as many multiplications for
-    each past position as the heads have channels, times the rank. Heads of one attention have one rank, or with
-    ``widths=2`` two, each head that which suits it (CLOVER, Meng et al. 2024, where each has its own): heads of a rank
-    are computed together, with an attention and caches of their own. Values, and keys that are not rotated, have either
-    form, whichever loses less at its bytes: the knapsack weighs both (``joint`` asks for one of them; ``joint=false``
-    saves the multiplications). A layer that makes queries, keys and values is split into three before. With data each
-    layer is fitted to what it gave, on what the changed layers before it give, and so is the layer behind attention.
-    Deviations: no Hadamard rotation of latents, which paid off for none without outliers; a latent for each head or for
-    all where Palu has one for four, since the weights of outputs would grow. ``kv-cache`` afterwards keeps the latents.
+    have one latent for all heads, from which they are computed at every step, which costs as many multiplications for
+    each past position as the heads have channels, times the rank; or, with data, a latent for each head behind the
+    rotation, onto which queries are projected, too, where that loses less. Heads of one attention have one rank, or
+    with ``widths=2`` two, each head that which suits it (CLOVER, Meng et al. 2024, where each has its own): heads of a
+    rank are computed together, with an attention and caches of their own. Values, and keys that are not rotated, have
+    either form, whichever loses less at its bytes: the knapsack weighs both (``joint`` asks for one of them;
+    ``joint=false`` saves the multiplications). A layer that makes queries, keys and values is split into three before.
+    With data each layer is fitted to what it gave, on what the changed layers before it give, and so is the layer
+    behind attention. Deviations: no Hadamard rotation of latents, which paid off for none without outliers; a latent
+    for each head or for all where Palu has one for four, since the weights of outputs would grow. ``kv-cache``
+    afterwards keeps the latents.
     Exact at full rank.
 
     ``method=elitekv`` (Zhou et al. 2025): of rotated keys each head keeps those pairs rotated without which its scores
     would change most; all other channels of keys, and the values, come from one latent for all heads, which queries and
     the output read in place of them (J-LRD). Nothing is computed anew; a head of attention is as wide as the latent.
-    Needs data. Fitted as above, not trained on, which the paper does.
+    How many pairs an attention rotates is weighed with the rank, where the paper has one number for all. Needs data.
+    Fitted as above, and not trained on, which the paper does, and which few rotated pairs need.
+
+    ``method=matryoshka`` (Lin et al. 2024, MatryoshkaKV): latents of each head alone, whose indices are in the order of
+    what they carry, so that any first of them are a cache. With ``bytes=1.0`` all are kept: ``regauge.resize`` or
+    ``elastic`` then cut one set of weights to any rank, and ``regauge.training.Supernet`` trains them to be cut, as the
+    paper does. Projections need not be orthogonal here, since queries and the output take the inverse.
     """
 
     name = "kv-latent"
@@ -72,11 +91,13 @@ class KvLatent(Pass):
     widths: int = option(
         1, "how many different ranks the heads of an attention may have; heads of each are computed apart", at_least=1
     )
-    method: Literal["palu", "elitekv"] = option(
-        "palu", "palu: latents of keys and of values; elitekv: one of both, beside the pairs of keys that stay rotated"
+    method: Literal["palu", "elitekv", "matryoshka"] = option(
+        "palu",
+        "palu: latents of keys and of values; elitekv: one of both, beside the pairs of keys that stay rotated; "
+        "matryoshka: those of each head in the order of what they carry, to be cut further",
     )
     pairs: int | None = option(
-        None, "of elitekv: pairs of each head that stay rotated; if not given, a quarter of the bytes", at_least=0
+        None, "of elitekv: pairs of each head that stay rotated; if not given, as many as lose least", at_least=0
     )
     seed: int = option(0, "seed of the directions of gradients", at_least=0)
 
@@ -91,37 +112,60 @@ class KvLatent(Pass):
             budget = parse_amount(self.bytes, "bytes", "bytes")
             found = elite_latents(original, context, budget, self.pairs, self.seed, by=self.name)
             return graph if found is None else found
-        forms = list(forms_of(attention_sites(original), context.left, joint=self.joint))
+        forms = self._forms(original, context.left, data=context.data is not None)
         if not forms:
             context.left["no attention is understood"] += not context.left
             return graph
-        batches, metrics = None, dict[str, torch.Tensor]()
-        if context.data is not None:
-            batches = calibration_batches(original, context)
-            names = {own[0].heads.layer.weight.name for own in forms}
-            found_metrics = output_metrics(original, names, batches, self.seed)
-            metrics = {name: own[0] for name, own in found_metrics.items()}
-        choices = self._choices(_rank_choices(original, forms, batches, metrics, self.widths))
-        changed = original.copy()
-        found = forms_of(attention_sites(changed), Counter(), joint=self.joint)
+        given = (
+            None if context.data is None else self._measured(original, forms, calibration_batches(original, context))
+        )
+        choices = self._choices(_rank_choices(forms, given, self.widths))
+        original, changed = original.copy(), original.copy()
+        found = [self._forms(own, Counter(), data=given is not None) for own in (original, changed)]
+        # the parts of both graphs, and what was chosen for them
         parts = [
-            (own[ways.index(choice.part)], choice) for own, ways, choice in zip(found, forms, choices, strict=True)
+            (was[ways.index(choice.part)], own[ways.index(choice.part)], choice)
+            for was, own, ways, choice in zip(*found, forms, choices, strict=True)
         ]
-        picked = {part: choice.ranks for part, choice in parts if choice.ranks != part.whole}
+        every = self.method == "matryoshka"
+        picked = {part: choice.ranks for _, part, choice in parts if every or choice.ranks != part.whole}
         if not picked:
             context.left["keys and values fit whole"] += len(parts)
             return graph
-        if batches is None:
+        seats = dict[Part, Node]()
+        if given is None:
             factors = own_factors(changed, picked, by=self.name)
         else:
-            factors = fitted_factors(original, changed, picked, batches, metrics, by=self.name)
-            context.note(f"fitted on {sum(map(examples_in, batches))} examples")
-        write_latents(changed, factors, by=self.name)
+            behind = [(was, own, choice.part) for was, own, choice in parts if own in picked and own.turned]
+            for was, own, _ in behind:
+                seat(original, was, by=self.name)
+                seats[own] = seat(changed, own, by=self.name)
+            turned = {seats[own]: (own, given.turned[part]) for _, own, part in behind}
+            factors = fitted_factors(original, changed, picked, given.batches, given.outputs, turned, by=self.name)
+            context.note(f"fitted on {sum(map(examples_in, given.batches))} examples")
+        write_latents(changed, factors, seats, by=self.name)
         remove_dead(changed)
         context.cuts += [_cut(part, ranks) for part, ranks in picked.items()]
-        before, after = sum(part.bytes(part.whole) for part, _ in parts), sum(choice.bytes for choice in choices)
+        before, after = sum(part.bytes(part.whole) for _, part, _ in parts), sum(choice.bytes for choice in choices)
         context.note(f"{in_words(before)} -> {in_words(after)} of keys and values for each position of a sequence")
         return changed
+
+    def _forms(self, graph: Graph, left: Counter[str], *, data: bool) -> list[list[Part]]:
+        of_heads = self.method == "matryoshka"
+        joint = False if of_heads else self.joint
+        turned = data and (of_heads or joint is None)
+        return list(forms_of(attention_sites(graph), left, joint=joint, turned=turned))
+
+    def _measured(self, graph: Graph, forms: list[list[Part]], batches: list[Any]) -> _Measured:
+        parts = [part for own in forms for part in own]
+        names = {part.heads.layer.weight.name for part in parts if not part.turned}
+        found = _Measured(batches)
+        found.outputs = {name: own[0] for name, own in output_metrics(graph, names, batches, self.seed).items()}
+        found.turned = turned_moments(graph, [part for part in parts if part.turned], batches, self.seed)
+        layers = {part.heads.layer.weight.name: part.heads.layer for part in parts if not part.turned}
+        for layer, moments in visit_moments(graph, layers.values(), batches):
+            found.inputs[layer.weight.name] = errors_of(layer, [moments])[0].hessian
+        return found
 
     def _choices(self, ways: list[list[RankChoice]]) -> list[RankChoice]:
         """Of each the form and the ranks, so that least is lost within the budget."""
@@ -139,20 +183,18 @@ class KvLatent(Pass):
         return [own[place] for own, place in zip(ways, found, strict=True)]
 
 
-def _rank_choices(
-    graph: Graph, forms: list[list[Part]], batches: list[Any] | None, metrics: Mapping[str, torch.Tensor], widths: int
-) -> list[list[RankChoice]]:
+def _rank_choices(forms: list[list[Part]], given: _Measured | None, widths: int) -> list[list[RankChoice]]:
     """Of the forms of each what is lost at every rank; without data as shares of the part."""
-    layers = {own[0].heads.layer.weight.name: own[0].heads.layer for own in forms}
-    inputs = dict[str, torch.Tensor]()
-    if batches is not None:
-        for layer, moments in visit_moments(graph, layers.values(), batches):
-            inputs[layer.weight.name] = errors_of(layer, [moments])[0].hessian
 
     def choices(part: Part) -> list[RankChoice]:
         name, layer = part.heads.layer.weight.name, part.heads.layer
-        maps = part.factored(matrices_of(layer)[0], inputs.get(name), metrics.get(name))
-        return rank_choices(part, [one.tail for one in maps], widths, share=batches is None)
+        if given is None:
+            maps = part.factored(matrices_of(layer)[0], None, None)
+        elif part.turned:
+            maps = given.turned[part].factored()
+        else:
+            maps = part.factored(matrices_of(layer)[0], given.inputs[name], given.outputs.get(name))
+        return rank_choices(part, [one.tail for one in maps], widths, share=given is None)
 
     return [[choice for part in own for choice in choices(part)] for own in forms]
 

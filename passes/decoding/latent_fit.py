@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from regauge.ir.edit import set_weight
-from regauge.ir.graph import Graph
+from regauge.ir.graph import Graph, Node
 from regauge.passes.calibration.layer_errors import errors_of, set_matrices
 from regauge.passes.calibration.layer_moments import moments_of
 from regauge.passes.calibration.layers import Layer, matrices_of
 from regauge.passes.calibration.side_by_side import SideBySide
 from regauge.passes.decoding.latent_parts import Part
+from regauge.passes.decoding.latent_turned import TurnedMoments, fit_seat
 
 Factors = dict[Part, list[tuple[torch.Tensor, torch.Tensor]]]
 """Of each map of a part its factors: [channels of a head, rank] and [rank, inputs]; maps may differ in rank."""
@@ -38,19 +39,24 @@ def fitted_factors(
     picked: Mapping[Part, tuple[int, ...]],
     batches: Sequence[Any],
     metrics: Mapping[str, torch.Tensor],
+    turned: Mapping[Node, tuple[Part, TurnedMoments]],
     *,
     by: str,
 ) -> Factors:
     """The factors of the maps that give, from what the changed graph computes, most of what the original gives.
 
     ``picked`` has the ranks of each part of ``changed``, a copy of ``original``; products of factors are written into
-    it, and weights of the layers that read attention are refitted.
+    it, and weights of the layers that read attention are refitted. ``turned`` are the seats of keys that are projected
+    behind their rotation, in both graphs.
     """
     found: Factors = {}
-    projections = _by_node({part: part.heads.layer for part in picked})
+    projections = _by_node({part: part.heads.layer for part in picked if not part.turned})
     outputs = {part.site.output.layer.node: part.site.output.layer for part in picked if part.site.output is not None}
     run = SideBySide(original, changed, batches)
     for was, node in run.steps():
+        if node in turned:
+            part, moments = turned[node]
+            found[part] = fit_seat(run, was, node, part, moments, picked[part], by=by)
         if node not in projections and node not in outputs:
             continue
         layer = outputs.get(node) or projections[node][0].heads.layer

@@ -2,7 +2,8 @@
 
 values          W_v = B A, head by head: A x is kept, and the output's weight reads it: W_o' = W_o B
 keys            the same, and the queries' weight reads it: W_q' = B' W_q
-rotated keys    W_k = B A for all heads together: A x is kept, B (A x) is computed and rotated at every step
+rotated keys    W_k = B A for all heads together: A x is kept, B (A x) is computed and rotated at every step; or
+                B A = 1 head by head behind the rotation R: A R W_k x is kept, and queries are B' R W_q x
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ from dataclasses import dataclass
 import torch
 
 from regauge.ir.cost import item_size
+from regauge.ir.graph import Value
 from regauge.passes.attention.sites import Heads, Site
 from regauge.passes.factorization.metric_svd import Factored, factored
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The keys or the values of a site: one map of low rank for each head, or a ``joint`` one for all of them."""
+    """The keys or the values of a site: one map of low rank for each head, or a ``joint`` one for all of them.
+
+    Those of ``turned`` keys are behind their rotation, from keys to keys.
+    """
 
     site: Site
     kind: str  # "keys" or "values"
     heads: Heads
     joint: bool
+    turned: bool = False
 
     @property
     def name(self) -> str:
@@ -50,8 +56,9 @@ class Part:
     def divisible(self) -> bool:
         """Whether heads can be parted into groups with an attention each: keys and values are shared alike."""
         key, value, query = self.site.key, self.site.value, self.site.query
-        known = key is not None and value is not None and query is not None and not self.joint
-        return known and torch.equal(key.head_of, value.head_of) and torch.equal(key.head_of, key.head_of.sort().values)
+        if self.joint or self.turned or key is None or value is None or query is None:
+            return False
+        return torch.equal(key.head_of, value.head_of) and torch.equal(key.head_of, key.head_of.sort().values)
 
     def bytes(self, ranks: Sequence[int]) -> float:
         """What a position takes in the cache."""
@@ -92,22 +99,39 @@ def _over_angles(gram: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
     return mean
 
 
-def forms_of(sites: Sequence[Site], left: Counter[str], *, joint: bool | None) -> Iterator[list[Part]]:
+def forms_of(
+    sites: Sequence[Site], left: Counter[str], *, joint: bool | None, turned: bool = False
+) -> Iterator[list[Part]]:
     """Of keys and of values that can be kept in fewer numbers the forms of their latents, that of each head first.
 
-    One latent for all heads (``joint``) is a form wherever they have a layer of their own, and the only one where
-    attention cannot read latents; where both are, ``joint`` may ask for one. ``left`` counts the reasons why others
-    cannot be kept so.
+    One latent for all heads (``joint``) is a form wherever they have a layer of their own. Keys whose latents attention
+    cannot read have a form for each head behind their rotation where ``turned`` asks for it (which needs data). Where
+    both are, ``joint`` may ask for one. ``left`` counts the reasons why others cannot be kept so.
     """
     for site in sites:
         for kind, heads in (("keys", site.key), ("values", site.value)):
-            reason = _misfit(site, kind, heads)
+            behind = turned and kind == "keys" and _is_turned(site)
+            reason = None if behind else _misfit(site, kind, heads)
             if reason is not None or heads is None:
                 left[f"{kind}: {reason}"] += 1
                 continue
-            ways = [way for way, fits in ((False, is_absorbed(site, kind)), (True, fills_layer(heads))) if fits]
-            asked = [way for way in ways if joint is None or way == joint]
-            yield [Part(site, kind, heads, way) for way in asked or ways]
+            ways = [Part(site, kind, heads, joint=False)] if is_absorbed(site, kind) else []
+            if behind and not ways:
+                ways.append(Part(site, kind, heads, joint=False, turned=True))
+            if _misfit(site, kind, heads) is None and fills_layer(heads):
+                ways.append(Part(site, kind, heads, joint=True))
+            asked = [way for way in ways if joint is None or way.joint == joint]
+            yield asked or ways
+
+
+def _is_turned(site: Site) -> bool:
+    """Whether queries and keys can be projected in front of attention: their layout there is one of heads."""
+    key, query = site.key, site.node.inputs[0]
+    read = site.node.inputs[1]
+    if key is None or key.cached or not site.keeps_scale or not isinstance(query, Value) or not isinstance(read, Value):
+        return False
+    many, even = len(key.head_of), torch.equal(key.head_of, key.head_of.sort().values)
+    return even and min(query.rank, read.rank) > 3 and query.shape[-3] == many and read.shape[-3] in (key.count, many)
 
 
 def _misfit(site: Site, kind: str, heads: Heads | None) -> str | None:

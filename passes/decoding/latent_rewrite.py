@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from regauge.ir.edit import Builder, record, replace_uses
-from regauge.ir.graph import Graph, Operand, Parameter, Value
+from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.passes.attention.sites import Heads, Site
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.decoding.latent_fit import Factors
 from regauge.passes.decoding.latent_parts import Part
+from regauge.passes.decoding.latent_turned import write_turned
 
 Maps = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
-def write_latents(graph: Graph, factors: Factors, *, by: str) -> None:
-    """Put them into ``graph``, in whose weights their products stand."""
+def write_latents(graph: Graph, factors: Factors, turned: Mapping[Part, Node], *, by: str) -> None:
+    """Put them into ``graph``, in whose weights their products stand; ``turned`` keys have seats in it."""
     sites: dict[Site, dict[str, Maps]] = {}
     for part, maps in factors.items():
+        if part.turned:
+            write_turned(graph, turned[part], part, maps, by=by)
+            continue
         if part.joint:
             _through_latent(graph, part, *maps[0], by=by)
         else:

@@ -110,6 +110,7 @@ def fusion(
     regauge fusion model.onnx
     regauge fusion model.onnx --at batch=8 --refusals 50
     """
+    from regauge.ir.fusion.causal import mark_causal
     from regauge.ir.fusion.fused import without_fused
     from regauge.ir.fusion.plan import plan_fusion
     from regauge.ir.fusion.plan_rows import plan_rows, plan_summary, refusal_rows
@@ -119,7 +120,9 @@ def fusion(
     if device not in DEVICES:
         raise RegaugeError(f"there is no device {device!r}: give {' or '.join(sorted(DEVICES))}")
     graph = without_fused(open_file(model))
-    slice_splits(graph)
+    if device == "gpu":  # as graphs are made ready for kernels
+        slice_splits(graph)
+        mark_causal(graph)
     plan = plan_fusion(graph, DEVICES[device], dynamic_sizes(graph, at or ()))
     print_table(plan_rows(plan))
     print(f"\n{plan_summary(plan)}")

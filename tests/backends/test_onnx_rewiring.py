@@ -72,6 +72,23 @@ def test_a_linear_layer_is_added(tmp_path: Path) -> None:
     assert [node.op for node in load(model).nodes] == ["linear"] * 3
 
 
+def test_new_nodes_stay_in_the_module_that_they_were_built_in(tmp_path: Path) -> None:
+    model = model_of(PERCEPTRON.replace("ir_version: 8", "ir_version: 10"), PERCEPTRON_WEIGHTS)
+    for node, (path, kind) in zip(
+        model.graph.node, (("fc1", "Linear"), ("act", "it's ReLU"), ("fc2", "Linear")), strict=True
+    ):
+        scopes = {"name_scopes": ["", path, "node"], "class_hierarchy": ["m.Net", kind, "aten.op"]}
+        for key, entries in scopes.items():
+            node.metadata_props.add(key=f"pkg.torch.onnx.{key}", value=str(entries))
+    graph = load(model).copy()
+    made = in_place_of(graph, the(graph, "relu"), lambda build, x: build.mul(build.sigmoid(x), x))
+    assert made.producer is not None and made.producer.scope == (("", "Net"), ("act", "it's ReLU"))
+    wanted = {node.name: node.scope for node in graph.nodes}
+    again = load(written(graph, tmp_path, FEEDS))
+    assert {node.name: node.scope for node in again.nodes} == wanted
+    assert [path for node in again.nodes for path, _ in node.scope[1:]] == ["fc1", "act", "act", "fc2"]
+
+
 def test_factors_take_the_place_of_a_layer_and_its_weight_goes(tmp_path: Path) -> None:
     graph = load(model_of(PERCEPTRON, PERCEPTRON_WEIGHTS)).copy()
     first = the(graph, "linear")

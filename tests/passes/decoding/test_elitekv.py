@@ -48,8 +48,8 @@ def low_together() -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
     "whole": (lambda: Rotary("shared").double(), "kv-latent{method=elitekv,bytes=1.0,pairs=4}", 1.0),
-    "shared": (lambda: partly_turned("shared"), "kv-latent{method=elitekv,bytes=0.5,pairs=2}", 0.5),
-    "mask": (lambda: partly_turned("mask"), "kv-latent{method=elitekv,bytes=0.5,pairs=2}", 0.5),
+    "shared": (lambda: partly_turned("shared"), "kv-latent{method=elitekv,bytes=0.5}", 0.5),
+    "mask": (lambda: partly_turned("mask"), "kv-latent{method=elitekv,bytes=0.5}", 0.5),
     "places": (low_together, "kv-latent{method=elitekv,bytes=0.25}", 0.25),
 }
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import regauge
-from decoders import CHARACTERS, LONGEST, Placed, Rotary, characters, decoder, of_rank, stepped
+from decoders import CHARACTERS, LONGEST, Placed, Reader, Rotary, characters, decoder, of_rank, stepped
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.states import Steps
@@ -58,20 +58,6 @@ def test_what_has_the_rank_stays_the_same(name: str, with_data: bool) -> None:
     cached = regauge.optimize(small, "kv-cache")
     assert cache_bytes(cached) == cache_bytes(regauge.optimize(graph, "simplify,kv-cache")) / 2
     torch.testing.assert_close(stepped(Steps(cached), tokens[:2, :9], (4, 1, 1, 3)), found[:2, :9])
-
-
-class Reader(nn.Module):
-    """The embedding of characters lies near a few directions, as what trained layers read does."""
-
-    def __init__(self, inner: Placed) -> None:
-        super().__init__()
-        self.inner = inner
-        table = inner.table.weight.data
-        table.copy_(torch.randn(CHARACTERS, 32) * torch.logspace(0, -2, 32) @ torch.linalg.qr(torch.randn(32, 32))[0])
-        inner.places.weight.data.mul_(0.1)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.inner(tokens)
 
 
 def error(graph: Graph, small: Graph, tokens: torch.Tensor) -> float:

@@ -1,0 +1,235 @@
+"""Masks that are computed of positions: where they say no more than the order of these, attention is causal.
+
+    attention(q, k, v, arange(n) <= unsqueeze(arange(n)))             ->     attention(q, k, v, is_causal=True)
+    attention(q, k, v, where(tril(ones(n, n)), 0, -inf))              ->     attention(q, k, v, is_causal=True)
+
+Positions are affine, ``index + start``, and so is what compares them: column <= row + offset. With the offset 0 no mask
+has to be read, and what it hides is skipped (:func:`regauge.ir.fusion.attention.causal_bound`). One mask may be that of
+many layers: a kernel of each knows it by itself. Tables of truth values, as models keep them, are looked through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from regauge.ir.edit import Builder, remove_dead, remove_node, replace_uses
+from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
+from regauge.ir.sizes import Size, is_static, same
+
+ATTENTIONS = ("attention", "capped_attention")
+LARGEST = 2**24
+"""Entries of a table that are compared with what a causal mask has."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """Where ``column <= row + offset``, or with ``reverse`` where it is not."""
+
+    offset: Size
+    reverse: bool = False
+
+    @property
+    def turned(self) -> Order:
+        return replace(self, reverse=not self.reverse)
+
+
+def mark_causal(graph: Graph) -> int:
+    """Let attention be causal whose mask says just that; returns how many nodes were changed. Masks that nothing else
+    reads go."""
+    found = [node for node in graph.nodes if node.op in ATTENTIONS and _is_causal(node)]
+    for node in found:
+        attributes = {**node.attributes, "is_causal": True}
+        build = Builder(graph)
+        with build.at(node):
+            causal: Value = build(node.op, *node.inputs[:3], **attributes)
+        replace_uses(graph, node.output, causal)
+        for part in graph.nested():
+            part.outputs = [causal if output is node.output else output for output in part.outputs]
+        build.release([causal.name, node.output.name])
+        causal.name, node.output.name = node.output.name, causal.name
+        remove_node(graph, node)
+    if found:
+        remove_dead(graph)
+    return len(found)
+
+
+def _is_causal(node: Node) -> bool:
+    if len(node.inputs) != 4 or not isinstance(node.inputs[3], Value):
+        return False
+    mask = node.inputs[3]
+    if not mask.ranked or mask.rank < 2:
+        return False
+    query, key = (value for value in node.inputs[:2] if isinstance(value, Value))
+    leading = zip(reversed(mask.shape[:-2]), reversed(query.shape[:-2]), strict=False)
+    if mask.rank > query.rank or any(not same(size, 1) and not same(size, own) for size, own in leading):
+        return False  # the result has an axis of the mask
+    if not same(mask.shape[-2], query.shape[-2]) or not same(mask.shape[-1], key.shape[-2]):
+        return False  # it is repeated along positions
+    order = _order(mask) if mask.dtype == torch.bool else _added(mask)
+    if order is None or order.reverse:
+        return False
+    if node.attributes["is_causal"]:
+        return is_static(order.offset) and int(order.offset) >= 0
+    return same(order.offset, 0)
+
+
+# -- truth values ------------------------------------------------------------------------------------------------------
+
+
+def _order(value: Operand) -> Order | None:
+    """The order of positions that a value of two axes says, true or not zero where it holds; None where it is more."""
+    if isinstance(value, Parameter):
+        return _of_table(value, 1.0, 0.0)
+    node = value.producer if isinstance(value, Value) else None
+    if node is None:
+        return None
+    first, second = (*node.inputs, None, None)[:2]
+    if node.op in COMPARED:
+        if _number(second) == 0 and node.op in ("ne", "eq"):
+            order = _order(first)
+            return order if order is None or node.op == "ne" else order.turned
+        return COMPARED[node.op](first, second)
+    if node.op == "logical_not":
+        order = _order(first)
+        return order and order.turned
+    if node.op in ("tril", "triu"):
+        number = _number(first)
+        return None if not number or math.isnan(number) else _of_triangle(node)
+    if node.op == "cast" or _keeps_positions(node):
+        return _order(first)
+    return None
+
+
+def _of_triangle(node: Node) -> Order:
+    diagonal = node.attributes["diagonal"]
+    return Order(diagonal) if node.op == "tril" else Order(diagonal - 1, reverse=True)
+
+
+def _keeps_positions(node: Node) -> bool:
+    """Whether a node hands on the last two axes of its operand, from the first position on."""
+    x = node.inputs[0] if node.inputs else None
+    if not isinstance(x, Value) or not x.ranked or x.rank < 2 or len(node.outputs) != 1:
+        return False
+    if node.op == "slice":
+        return bool(node.attributes["start"] == 0 and node.attributes["step"] == 1)
+    views = ("reshape", "unsqueeze", "expand", "identity")
+    return node.op in views and all(map(same, x.shape[-2:], node.output.shape[-2:]))
+
+
+def _not_above(left: Operand, right: Operand, strictly: int) -> Order | None:
+    """left <= right, or left < right, of positions along the last two axes."""
+    first, second = _position(left), _position(right)
+    if first is None or second is None or {first[0], second[0]} != {1, 2}:
+        return None
+    difference = second[1] - first[1]
+    if first[0] == 1:  # column + first <= row + second
+        return Order(difference - strictly)
+    return Order(-difference - 1 + strictly, reverse=True)  # not column + second < row + first
+
+
+COMPARED: Mapping[str, Callable[[Operand, Operand], Order | None]] = {
+    "le": lambda x, y: _not_above(x, y, 0),
+    "lt": lambda x, y: _not_above(x, y, 1),
+    "ge": lambda x, y: _not_above(y, x, 0),
+    "gt": lambda x, y: _not_above(y, x, 1),
+    "ne": lambda x, y: None,
+    "eq": lambda x, y: None,
+}
+
+
+def _position(value: Operand) -> tuple[int, Size] | None:
+    """Along which axis, counted from the last one, a value is a position, and the first one."""
+    node = value.producer if isinstance(value, Value) else None
+    if node is None or not isinstance(value, Value) or len(node.outputs) != 1:
+        return None
+    if node.op == "arange":
+        start, step = node.attributes["start"], node.attributes["step"]
+        return (1, start) if step == 1 else None
+    x = node.inputs[0] if node.inputs else None
+    if not isinstance(x, Value):
+        return None
+    found = _position(x)
+    if found is None:
+        return None
+    axis, start = found
+    if node.op in ("add", "sub") and (number := _number(node.inputs[1])) is not None and number.is_integer():
+        return axis, start + int(number) * (1 if node.op == "add" else -1)
+    if node.op == "cast" and not node.output.dtype.is_floating_point and node.output.dtype != torch.bool:  # type: ignore[union-attr]
+        return found
+    if node.op == "expand":
+        return found
+    if node.op in ("reshape", "unsqueeze"):
+        long = [place for place, size in enumerate(reversed(value.shape), 1) if not same(size, 1)]
+        return (long[0], start) if len(long) == 1 and same(value.shape[-long[0]], x.shape[-axis]) else None
+    return None
+
+
+# -- what is added -----------------------------------------------------------------------------------------------------
+
+
+def _added(value: Operand) -> Order | None:
+    """The order where zero is added to scores, and elsewhere what leaves nothing of them."""
+    if isinstance(value, Parameter):
+        return _of_table(value, 0.0, None)
+    node = value.producer if isinstance(value, Value) else None
+    if node is None:
+        return None
+    if node.op == "triu" and _hides(_number(node.inputs[0]), node.output):
+        return _of_triangle(node).turned
+    if node.op == "where":
+        order, (first, second) = _order(node.inputs[0]), map(_number, node.inputs[1:])
+        if order is None:
+            return None
+        shown, hidden = (second, first) if order.reverse else (first, second)
+        return Order(order.offset) if shown == 0 and _hides(hidden, node.output) else None
+    if node.op == "cast" and _keeps_lowest(node) or _keeps_positions(node):
+        return _added(node.inputs[0])
+    return None
+
+
+def _keeps_lowest(node: Node) -> bool:
+    x = node.inputs[0]
+    return isinstance(x, Value) and x.dtype == node.output.dtype
+
+
+def _hides(number: float | None, mask: Value) -> bool:
+    """Whether nothing of a weight is left where this is added: minus infinity, or the least number of the type."""
+    if number is None or not isinstance(mask.dtype, torch.dtype) or not mask.dtype.is_floating_point:
+        return False
+    return number == -math.inf or number == torch.finfo(mask.dtype).min
+
+
+def _number(value: Operand) -> float | None:
+    """The one number that an operand holds everywhere; None where it is not known."""
+    if isinstance(value, bool | int | float):
+        return float(value)
+    if isinstance(value, Parameter):
+        return float(value.tensor) if value.kind != "parameter" and value.tensor.numel() == 1 else None
+    node = value.producer if isinstance(value, Value) else None
+    if node is None:
+        return None
+    if node.op == "full":
+        number = node.attributes["value"]
+        return float(number) if isinstance(number, bool | int | float) else None
+    views = ("reshape", "unsqueeze", "expand", "cast", "slice")
+    return _number(node.inputs[0]) if node.op in views and node.inputs else None
+
+
+def _of_table(table: Parameter, shown: float, hidden: float | None) -> Order | None:
+    """The order that a table of a model states; ``hidden`` None is what hides a score."""
+    if table.kind == "parameter" or table.rank < 2 or not all(size == 1 for size in table.shape[:-2]):
+        return None
+    tensor = table.tensor.reshape(table.tensor.shape[-2:])
+    if tensor.numel() > LARGEST or min(tensor.shape) < 2:
+        return None
+    below = torch.ones(tensor.shape, dtype=torch.bool).tril()
+    above = tensor[~below].double()
+    lowest = hidden if hidden is not None else float(above[0]) if above.numel() else -math.inf
+    if hidden is None and not _hides(lowest, table):
+        return None
+    fits = bool((tensor[below].double() == shown).all()) and bool((above == lowest).all())
+    return Order(0) if fits else None

@@ -1,0 +1,110 @@
+"""Masks of positions become causal attention, where they say just that."""
+
+import math
+
+import pytest
+import torch
+
+from regauge.ir.edit import Builder
+from regauge.ir.fusion.causal import mark_causal
+from regauge.ir.fusion.plan import plan_fusion
+from regauge.ir.graph import Graph, Value
+from regauge.ir.sizes import symbol
+
+N = 9
+
+
+def places(b: Builder, start: int = 0, size: int = N) -> tuple[Value, Value]:
+    """Positions of rows and of columns."""
+    rows = b.unsqueeze(b.arange(start=start, end=start + size), dim=1)
+    return rows, b.unsqueeze(b.arange(end=size), dim=0)
+
+
+def table(b: Builder, tensor: torch.Tensor) -> Value:
+    return b.parameter("table", tensor, "buffer")
+
+
+def ones(b: Builder, dtype: torch.dtype = torch.bool, value: float = True) -> Value:
+    return b.full(shape=(N, N), value=value, dtype=dtype)
+
+
+TRIL = torch.ones(1, 1, N, N, dtype=torch.bool).tril()
+CAUSAL = {
+    "rows >= columns": lambda b: b.ge(*places(b)),
+    "columns <= rows": lambda b: b.le(*reversed(places(b))),
+    "columns < rows + 1": lambda b: b.lt(*reversed(places(b, start=1))),
+    "rows + 2 > columns + 1": lambda b: b.gt(b.add(places(b)[0], 2), b.add(places(b)[1], 1)),
+    "not columns > rows": lambda b: b.logical_not(b.gt(*reversed(places(b)))),
+    "not rows < columns": lambda b: b.logical_not(b.lt(*places(b))),
+    "tril": lambda b: b.tril(ones(b)),
+    "tril of floats": lambda b: b.cast(b.tril(ones(b, torch.float32, 1.0)), dtype=torch.bool),
+    "tril is not zero": lambda b: b.ne(b.tril(ones(b, torch.float32, 1.0)), 0),
+    "triu is zero": lambda b: b.eq(b.triu(ones(b, torch.float32, 1.0), diagonal=1), 0),
+    "not triu": lambda b: b.logical_not(b.triu(ones(b), diagonal=1)),
+    "with more axes": lambda b: b.unsqueeze(b.tril(ones(b)), dim=0),
+    "added": lambda b: b.where(b.ge(*places(b)), 0.0, -math.inf),
+    "added, turned": lambda b: b.where(b.lt(*places(b)), torch.finfo(torch.float32).min, 0.0),
+    "added triu": lambda b: b.triu(ones(b, torch.float32, -math.inf), diagonal=1),
+    "table": lambda b: table(b, TRIL[0]),
+    "part of a table": lambda b: b.slice(
+        b.slice(table(b, torch.ones(12, 12, dtype=torch.bool).tril()), dim=0, start=0, end=N, step=1),
+        dim=1, start=0, end=N, step=1,
+    ),
+    "added table": lambda b: table(b, torch.full((N, N), -math.inf).triu(1)),
+}  # fmt: skip
+OTHER = {
+    "columns < rows": lambda b: b.lt(*reversed(places(b))),
+    "shifted": lambda b: b.ge(*places(b, start=2)),
+    "backwards": lambda b: b.le(*places(b)),
+    "triu": lambda b: b.triu(ones(b)),
+    "below the diagonal": lambda b: b.tril(ones(b), diagonal=-1),
+    "a finite number": lambda b: b.where(b.ge(*places(b)), 0.0, -100.0),
+    "of another table": lambda b: table(b, TRIL.logical_not()),
+    "end of a table": lambda b: b.slice(table(b, torch.ones(12, N).bool().tril()), dim=0, start=3, end=12, step=1),
+    "a table that is trained": lambda b: b.parameter("bias", torch.full((N, N), -math.inf).triu(1)),
+    "with an axis that queries lack": lambda b: table(b, TRIL),
+    "one more input": lambda b: b.logical_and(b.ge(*places(b)), b.input("padding", (1, N), torch.bool)),
+}
+
+
+def attention(mask: str, masks: dict) -> Graph:
+    graph = Graph("g")
+    build = Builder(graph)
+    q, k, v = (build.input(name, (2, N, 8), torch.float32) for name in "qkv")
+    graph.outputs = [build.attention(q, k, v, masks[mask](build), scale=0.3)]
+    return graph
+
+
+@pytest.mark.parametrize("mask", CAUSAL)
+def test_a_mask_that_orders_positions_is_an_attribute(mask: str) -> None:
+    graph = attention(mask, CAUSAL)
+    tensors = [torch.randn(2, N, 8) for _ in range(3)]
+    name = graph.outputs[0].name  # type: ignore[union-attr]
+    (before,) = graph.run(tensors)
+    assert mark_causal(graph) == 1
+    (node,) = graph.nodes
+    assert node.attributes["is_causal"] and node.output.name == name
+    torch.testing.assert_close(graph.run(tensors)[0], before)
+    assert mark_causal(graph) == 0
+
+
+@pytest.mark.parametrize("mask", OTHER)
+def test_other_masks_stay(mask: str) -> None:
+    graph = attention(mask, OTHER)
+    assert mark_causal(graph) == 0 and not graph.nodes[-1].attributes["is_causal"]
+
+
+def test_layers_that_share_a_mask_are_a_kernel_each_and_read_none() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    n = symbol("n")
+    graph.symbols[n] = (2, None)
+    q, k, v = (build.input(name, (2, n, 64), torch.float16) for name in "qkv")
+    mask = build.ge(build.unsqueeze(build.arange(end=n), dim=1), build.unsqueeze(build.arange(end=n), dim=0))
+    y = build.attention(q, k, v, mask, scale=0.125)
+    graph.outputs = [build.attention(y, k, v, mask, scale=0.125)]
+    assert mark_causal(graph) == 2
+    y = graph.nodes[0].output
+    plan = plan_fusion(graph, at={n: 512})
+    assert [{load.value.value.name for load in region.loads} for region in plan.regions] == [{*"qkv"}, {*"kv", y.name}]
+    assert len(plan.kernels) == 2
