@@ -1,4 +1,4 @@
-"""What can be told of an operator record when it is registered: a fault here is its author's, not the first graph's."""
+"""Checks an operator record when it is registered: a fault there is its author's, not the first graph's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What gradient-based scores differentiate: a loss of one's own, cross-entropy where batches have labels, or neither.
+"""Losses that gradient-based scores differentiate: the user's own, cross-entropy where batches have labels, or neither.
 
 Without labels the outputs themselves are the measure. Scores that square gradients take v'y with v normal, whose
 squared gradients are those of |y - y0|^2 (:mod:`regauge.passes.calibration.gradients`); all others take |y|^2 / 2,

@@ -107,7 +107,7 @@ class _Fast:
     written: Callable[[Picked], Graph]
 
     def run(self, context: Context) -> Picked:
-        each = self.times.of(self.mixed.layers, self.mixed.forms)
+        each: Times = self.times.of(self.mixed.layers, self.mixed.forms)
         if self.times.measure is None:
             whole = self.times.whole()
             aim = self.amount.of(whole)
