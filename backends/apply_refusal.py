@@ -1,4 +1,4 @@
-"""What to say when a module cannot express a cut: which of its parts failed, over which Dims, and how to leave them."""
+"""The message for a module that cannot express a cut: which parts failed, over which Dims, and how to leave them."""
 
 from __future__ import annotations
 

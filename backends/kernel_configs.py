@@ -1,4 +1,4 @@
-"""How kernels are cut into programs: tables of configurations by form, type, sizes and architecture.
+"""Tables of kernel configurations, which say how kernels are cut into programs: by form, type, sizes and architecture.
 
     shipped()                     the table of the package, ``kernel_configs.json``, screened offline
     Table.read("tuned.json")      one that ``regauge autotune`` wrote, asked before the shipped one

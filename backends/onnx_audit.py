@@ -1,4 +1,4 @@
-"""Whether onnxruntime runs a quantized model with the kernels that it was quantized for.
+"""Checks that onnxruntime runs a quantized model with the kernels that it was quantized for.
 
 A layer whose integers a runtime does not take up runs in float behind a conversion of its whole weight, at every run:
 slower than before quantization, and silently so. The graph that onnxruntime makes of the file says which kernels run.

@@ -1,4 +1,4 @@
-"""What goes through torch's ONNX exporter as operators that it writes as one node each.
+"""Operators that torch's ONNX exporter writes as one node each: calls of functions, and nodes that it has no form of.
 
 Calls of functions stay what they are. Nodes that the exporter has no form of (``Operator.spelled_for_torch``) are
 written by their records afterwards, each in the place of its call.

@@ -1,4 +1,4 @@
-"""What has changed in a graph since it was loaded from ONNX: the imported graph and the present one, matched.
+"""Matches the imported graph of an ONNX model with the present one, and lists what has changed.
 
 Nodes are matched by name, and where a pass renamed one, by the ONNX value that its first result stands for, across
 regions: a node that moved out of a branch is the same node. Copies of a graph share names, origins and weights; a

@@ -1,4 +1,4 @@
-"""What the shape arithmetic of a carried model gives under the shapes that its values have now."""
+"""Evaluates the shape arithmetic of a carried model under the shapes that its values have now."""
 
 from __future__ import annotations
 

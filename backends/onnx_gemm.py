@@ -1,4 +1,4 @@
-"""What is left of a Gemm that was dissolved, joined into one Gemm again.
+"""Joins what is left of a dissolved Gemm into one Gemm again.
 
     Transpose(A), MatMul(., B), Mul(., alpha), Add(., C)          Gemm(A, B, C; transA, alpha)
 

@@ -1,4 +1,4 @@
-"""What an operator's ``OnnxForm.write`` gets: the means to put changed sizes back into one ONNX node."""
+"""The argument of an operator's ``OnnxForm.write``: the means to put changed sizes back into one ONNX node."""
 
 from __future__ import annotations
 

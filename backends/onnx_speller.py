@@ -1,4 +1,4 @@
-"""What an operator's ``spell`` gets: the means to write one node of a graph as ONNX operators."""
+"""The argument of an operator's ``spell``: the means to write one node of a graph as ONNX operators."""
 
 from __future__ import annotations
 

@@ -23,6 +23,19 @@ _EIGHTHS = {
 }
 
 
+# Types of inputs, as onnxruntime calls them; of others nothing is said.
+INPUT_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+
+
 class Session:
     """A model loaded into onnxruntime on the CPU.
 

@@ -1,4 +1,4 @@
-"""Where the layers on integers of an emitted module live: at the path of the layer that they stand for, or below it."""
+"""Gives integer layers of an emitted module their paths: that of the layer which each replaces, or one below it."""
 
 from __future__ import annotations
 

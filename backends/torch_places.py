@@ -1,4 +1,4 @@
-"""Where each tensor of a graph lives in the emitted module: the path of its owner and its name there.
+"""Assigns each tensor of a graph its place in the emitted module: the path of its owner and its name there.
 
 Trained tensors live where their names say (tied ones at several places); constants live in the module that uses them.
 """

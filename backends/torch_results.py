@@ -1,4 +1,4 @@
-"""Whether an operator's Python function gives one tensor or a sequence of them."""
+"""Tells operators whose Python function gives a sequence of tensors from those that give one."""
 
 from __future__ import annotations
 

@@ -238,10 +238,10 @@ class AttentionGradientKernel(LatentFactors):
         leaves something of."""
         *outer, _ = self.loops.rows or (None,)
         if outer:
-            name = self.joint("outer", outer)  # type: ignore[arg-type]
-            self.line(f"for {name} in range(0, {self.joint_size(outer)}):")  # type: ignore[arg-type]
+            name = self.joint("outer", outer)
+            self.line(f"for {name} in range(0, {self.joint_size(outer)}):")
             self.indent += "    "
-            self.take_apart("outer", outer)  # type: ignore[arg-type]
+            self.take_apart("outer", outer)
         last = self.loops.rows[-1:]
         bound, first = causal_bound(self.parts), "0"
         if bound is not None and last and tuple(bound.value) == last[0].dims and len(self.loops.source) == 1:
@@ -256,7 +256,7 @@ class AttentionGradientKernel(LatentFactors):
         self.axis("m", f"(start + tl.arange(0, BLOCK_M)).to(tl.int64){way}", last)
         row = self.joint("m", last)
         if outer:
-            row = f"{self.joint('outer', outer)} * {self.joint_size(last)} + {row}"  # type: ignore[arg-type]
+            row = f"{self.joint('outer', outer)} * {self.joint_size(last)} + {row}"
         if way == "[None, :]":
             self._place(row)
 

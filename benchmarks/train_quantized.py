@@ -102,7 +102,10 @@ def images(steps: int) -> Network:
 def quantized(
     *, on_data: bool = True, share: float = 1.0, anneal: bool = False, products: bool = False, **options: Any
 ) -> Method:
-    """Training with fake quantization; ``products`` of queries and keys are quantized in place of these."""
+    """Training with fake quantization; ``products`` of queries and keys are quantized in place of these.
+
+    Where it is ``partial`` half, three quarters and seven eighths of the weights are frozen on the way.
+    """
 
     def run(network: Network, scheme: str) -> tuple[float, float]:
         data = network.data if on_data else None
@@ -113,6 +116,8 @@ def quantized(
         def after(step: int) -> None:
             if anneal and step == 4 * network.steps // 5:
                 qat.anneal()
+            if options.get("partial") and step in (rounds := [n * network.steps // 8 for n in (3, 5, 7)]):
+                qat.freeze((0.5, 0.75, 0.875)[rounds.index(step)])
             qat.step()
 
         network.train(qat.module, after, share)
@@ -147,6 +152,7 @@ METHODS: dict[str, Method] = {
     "learned scales, from nearest codes": quantized(on_data=False),
     "learned scales, from codes chosen on data": quantized(),
     "fixed scales, from codes chosen on data": quantized(scales="fixed"),
+    "fixed scales, salient weights frozen in rounds": quantized(scales="fixed", partial=True),
     "StatsQ": quantized(scales="statistics"),
     "StatsQ, then CGA": quantized(scales="statistics", anneal=True),
     "StatsQ with QKR": quantized(scales="statistics", products=True),

@@ -1,4 +1,4 @@
-"""Which tensors of a traced program share memory, so that writes into them become new values.
+"""Finds tensors of a traced program that share memory, so that writes into them become new values.
 
     y = x[:, 0]          select                     y  = select(x, dim=1, index=0)
     y.fill_(1)     ->    a write through a view     y1 = full_like(y, 1);  x1 = select_scatter(x, y1, dim=1, index=0)

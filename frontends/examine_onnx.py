@@ -1,4 +1,4 @@
-"""What an ONNX model holds that Regauge cannot see through, and where, before anything is done with it."""
+"""Lists what of an ONNX model Regauge cannot see through, and where, before anything is done with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module does in training mode and a graph of its evaluation does not show, read off the user's modules.
+"""Reads options off the user's modules that only act in training, which a graph of their evaluation does not show.
 
 An average of all batches (``momentum=None``), running statistics of an instance norm, dropout inside an attention, and
 slopes drawn at random: they are noted on the nodes, so that the emitted module can be trained like the user's.

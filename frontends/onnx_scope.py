@@ -1,4 +1,4 @@
-"""What is known of the values of one ONNX scope (main graph, nested graph, function call) while it is being read."""
+"""The values of one ONNX scope (main graph, nested graph, function call) and what is known of them while it is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an exported node comes from: the module it was called in and the user's source line."""
+"""The origin of an exported node: the module it was called in and the user's source line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a graph costs: parameters, weight bytes and MACs.
+"""Costs of a graph: parameters, weight bytes and MACs.
 
 The sizes of all axes are extents, so each figure is a polynomial in the sizes of Dims: :attr:`CostModel.macs` and its
 neighbours are sympy expressions, and the same terms are evaluated with plain integers, for given sizes or step by step

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RegaugeError(Exception):
     """Base of every error that Regauge raises on purpose; the command line prints it as one line and exits with 2."""
@@ -34,6 +37,17 @@ class PatternError(RegaugeError):
 
 class LawError(RegaugeError):
     """An operator does not do what its record says: its rule, its symmetry or its cost is wrong."""
+
+
+@contextmanager
+def blamed_on(what: str) -> Iterator[None]:
+    """What a function of an operator's record raises is an OperatorError that says of which one: ``what``."""
+    try:
+        yield
+    except RegaugeError:
+        raise
+    except Exception as error:  # anything, since the function is its author's
+        raise OperatorError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 class CaptureError(RegaugeError):

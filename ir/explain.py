@@ -1,4 +1,4 @@
-"""Why something is as it is, in words: a Dim, a parameter axis, a parameter or a value."""
+"""Explains in words a Dim, a parameter axis, a parameter or a value: what it is, and why it may or may not be cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which places of tensors share a map of a Dim: one walk over the nodes of a graph, each asked by its own rule.
+"""Links places of tensors that share a map of a Dim: one walk over a graph, in which each node's own rule is asked.
 
 A place is one occurrence of a Dim on an axis of a value. Places that a node lines up are linked, on the same side or on
 opposite ones: two factors that are contracted take inverse transposes of each other. Places that are linked to

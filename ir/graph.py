@@ -348,7 +348,7 @@ class Graph:
         them are, on a CPU (:mod:`regauge.backends.torch_onednn`).
         See :func:`regauge.backends.to_torch.to_torch`. Raises EmitError where a node has no torch form.
         """
-        emit = _edge("regauge.backends.to_torch").to_torch
+        emit = edge("regauge.backends.to_torch").to_torch
         module: torch.nn.Module = emit(self, device=device, integers=integers, kernels=kernels, tuned=tuned)
         return module
 
@@ -372,7 +372,7 @@ class Graph:
         one's own sees the file before it appears; with ``functions`` fused nodes are calls of local functions. See
         :func:`regauge.backends.to_onnx.to_onnx`. Raises EmitError when something cannot be expressed or written.
         """
-        written: Path = _edge("regauge.backends.to_onnx").to_onnx(
+        written: Path = edge("regauge.backends.to_onnx").to_onnx(
             self,
             path,
             external_data=external_data,
@@ -398,7 +398,7 @@ class Graph:
         ``inputs`` are for the numeric check; at most ``tries`` settings of integer attributes are tried. See
         :func:`regauge.backends.apply_to.apply_to`. Raises EmitError, with the model as it was, where that fails.
         """
-        module: torch.nn.Module = _edge("regauge.backends.apply_to").apply_to(
+        module: torch.nn.Module = edge("regauge.backends.apply_to").apply_to(
             self, model, inplace=inplace, inputs=inputs, tries=tries
         )
         return module
@@ -409,12 +409,12 @@ class Graph:
         For ``kernels`` see :meth:`to_torch`. See :func:`regauge.backends.to_torch.write`. Raises EmitError where the
         graph has no torch form.
         """
-        written: Path = _edge("regauge.backends.to_torch").write(self, folder, kernels=kernels)
+        written: Path = edge("regauge.backends.to_torch").write(self, folder, kernels=kernels)
         return written
 
 
-def _edge(module: str) -> Any:
-    """A backend, imported on use: ``ir`` knows the names of the backends for the sake of ``graph.to_torch()`` only."""
+def edge(module: str) -> Any:
+    """A module above, imported on use: ``ir`` knows such names for ``graph.to_torch()`` and the like only."""
     import importlib
 
     return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""How large a model may become by folding, in ``graph.metadata``, and in a file that was simplified.
+"""The limit on growth by folding, kept in ``graph.metadata`` and in the file of a simplified model.
 
 The limit is a part of the bytes that the parameters had before any run of ``simplify``. A simplified file says how many
 those were, or each run would grant anew what the one before used up.

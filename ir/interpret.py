@@ -134,9 +134,9 @@ class Interpreter:
         except Exception as error:
             shapes = ", ".join(map(describe, operands))
             where = f", called at {node.source}" if node.source else ""
-            unlike = f" ({self._unlike})" if self._unlike else ""
+            unlike = f"{self._unlike}: " if self._unlike else ""
             raise RegaugeError(
-                f"{node.label} failed on operands {shapes}{where}: {first_line(error)}{unlike}"
+                f"{unlike}{node.label} failed on operands {shapes}{where}: {first_line(error)}"
             ) from error
         results = tuple(raw) if isinstance(raw, tuple | list) else (raw,)
         if len(results) < len(node.outputs):

@@ -1,4 +1,4 @@
-"""What is left of axes and tensors when Dims keep some of their indices: the same everywhere, or within other Dims.
+"""Cuts axes and tensors to the indices that Dims keep: the same everywhere, or different ones within other Dims.
 
 A Dim whose kept indices differ from index to index of other Dims, its *majors*, is reordered in each index of these, so
 that the kept ones come first, and then cut as any other: the first so many stay.

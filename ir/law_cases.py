@@ -13,12 +13,12 @@ import torch
 from regauge.ir.axes import Analysis, infer_axes
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
-from regauge.ir.errors import LawError, first_line
+from regauge.ir.errors import LawError, OperatorError, blamed_on, first_line
 from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.kept import Keep, flat_indices, part_kept
 from regauge.ir.majors import keeps_apart, majors_beside
-from regauge.ir.operator import Operator, get_operator
+from regauge.ir.operator import Operator, Sample, get_operator
 from regauge.ir.resize import sizes_after
 
 # What one operator may lose to rounding: in double precision, and in what a sample holds in less.
@@ -209,9 +209,19 @@ def _operand_name(slots: Sequence[str], slot: int) -> str:
 
 
 def sample_count(name: str) -> int:
-    samples = get_operator(name).samples
     with torch.random.fork_rng(devices=[]):
-        return len(list(samples())) if samples else 0
+        return len(samples_of(get_operator(name)))
+
+
+def samples_of(record: Operator) -> list[Sample]:
+    """The samples of a record, none where it has none; raises OperatorError where they are no samples."""
+    with blamed_on(f"operator {record.name}, its samples"):
+        found = list(record.samples()) if record.samples else []
+    for one in found:
+        if not isinstance(one, Sample):
+            kind = type(one).__name__
+            raise OperatorError(f"operator {record.name}, its samples: one is a {kind}: write sample(operands, ...)")
+    return found
 
 
 def draw_case(name: str, index: int) -> Case:
@@ -223,7 +233,6 @@ def draw_case(name: str, index: int) -> Case:
 def _drawn(record: Operator, index: int) -> Case:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(index)
-        assert record.samples is not None
-        call = list(record.samples())[index]
+        call = samples_of(record)[index]
     operands = [o.to(_DOUBLE.get(o.dtype, o.dtype)) if isinstance(o, torch.Tensor) else o for o in call.operands]
     return Case(record.name, index, operands, call.attributes)

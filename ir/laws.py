@@ -28,15 +28,17 @@ import torch
 from regauge.ir.aten_law import check_aten_names
 from regauge.ir.cost import cost, figures
 from regauge.ir.element_law import check_element
-from regauge.ir.errors import LawError, RegaugeError
-from regauge.ir.extents import Dim
+from regauge.ir.errors import LawError, RegaugeError, blamed_on
+from regauge.ir.extents import Dim, leaves
 from regauge.ir.gauge import node_gauges
 from regauge.ir.gauge_maps import assignments, draw_map, mapped, strongest
 from regauge.ir.gradient_law import check_gradient
+from regauge.ir.graph import edge
 from regauge.ir.kept import KeptWithin, size_after
 from regauge.ir.law_cases import Case, draw_case, sample_count
 from regauge.ir.masking import gives_zero
 from regauge.ir.operator import Cost, Operator, get_operator
+from regauge.ir.record_checks import check_registered, is_built_in
 from regauge.ir.scale_law import check_scales
 
 ADVICE_ROLE = "state its role in the rule, or bind the axes that hold it by one name (ir/notation.py)"
@@ -47,17 +49,36 @@ OVER_ALL = {"normalise", "reduce"}
 def check_operator(name: str) -> None:
     """Check an operator's record against its own samples: does the operator do what its rule and symmetry say?
 
-    Samples are taken in double precision. Raises LawError for the first law that is broken, naming the law, the
-    operator and the Dim and saying what to do; also where the record has no samples. Raises OperatorError for an
-    unknown name.
+    Samples are taken in double precision; where the record says how it is written in ONNX, onnxruntime runs them as
+    they are. Raises LawError for the first law that is broken, naming the law, the operator and the Dim and saying what
+    to do; also where the record has no samples, or samples that cannot tell axes apart. Raises OperatorError for an
+    unknown name, also one of an operator that torch does not have, and for a function of the record that fails.
     """
     record = get_operator(name)
+    if not is_built_in(record):  # those name what may not be installed
+        check_registered(record)
     count = sample_count(name)
     if not count:
         raise LawError(f"operator {name!r} has no samples to check its record on: give samples=lambda: [sample(...)]")
     for index in range(count):
         for law in laws_of(record):
-            check_law(name, index, law)
+            with blamed_on(f"operator {name}, sample {index}, {law}: a function of its record fails"):
+                check_law(name, index, law)
+        if not is_built_in(record):
+            _check_sizes(draw_case(name, index))
+    if record.in_onnx and not is_built_in(record):
+        edge("regauge.spelling").check_spelling(name)
+
+
+def _check_sizes(case: Case) -> None:
+    """A Dim that may be cut has another size than the others: else a rule that mixes them up may pass."""
+    values = [*case.graph.parameters.values(), *case.node.outputs]
+    every = dict.fromkeys(dim for value in values for extent in case.analysis.of[value] for dim in leaves(extent))
+    for dim, size in case.free_dims():
+        for other in every:
+            if other is not dim and other.size == size:
+                message = f"{dim} and {other} have the same size"
+                raise case.broken("sizes", message, "give the sample different sizes on different axes")
 
 
 def laws_of(record: Operator) -> list[str]:
@@ -198,7 +219,9 @@ def _expect_symmetry(case: Case, dim: Dim, kind: str, change: torch.Tensor) -> N
 def _cost(case: Case) -> None:
     count = case.node.operator.macs
     assert count is not None
-    found = (count(Cost(case.node)), figures(case.graph).macs, cost(case.graph).figures().macs)
+    with blamed_on(f"operator {case.name}, its macs"):
+        own = count(Cost(case.node))
+    found = (own, figures(case.graph).macs, cost(case.graph).figures().macs)
     if len(set(found)) > 1:
         message = f"macs are {found[0]} for the node, but {found[1]} and {found[2]} for the sizes of its axes"
         raise case.broken("cost", message, "let macs read sizes of the call alone")

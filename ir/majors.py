@@ -1,4 +1,4 @@
-"""Within which other Dims a Dim may be cut, each index of these keeping indices of its own: its majors.
+"""Finds the majors of a Dim: other Dims within which it may be cut, each of their indices keeping its own.
 
     q, k   (heads x head size)          a head's queries and keys are multiplied with each other: any order will do
     conv   n (g i), (g o) i -> n (g o)  a group reads its own channels, and gives its own
@@ -28,7 +28,10 @@ from regauge.ir.rules import ENDING_ROLES
 
 
 def majors_of(graph: Graph, dims: Iterable[Dim]) -> dict[Dim, tuple[Dim, ...]]:
-    """The majors of each of these Dims, in the order of their first tensor; none is within itself, by no detour."""
+    """The majors of each of these Dims, in the order of their first tensor.
+
+    The relation has no cycles: a Dim is never its own major, directly or through others.
+    """
     analysis, asked = graph.axes, list(dims)
     _find(analysis, [dim for dim in asked if dim not in analysis.majors])
     return {dim: analysis.majors[dim] for dim in asked}

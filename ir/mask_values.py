@@ -1,4 +1,4 @@
-"""What is known of an attention mask before it is computed: is it finite, does each row keep a key?
+"""Tells of an attention mask, before it is computed, that it is finite, or that each row keeps a key.
 
 Where a whole row is masked with minus infinity, a softmax that is spelled out gives NaN and ``attention`` zero. The
 spelled form may only be replaced where that cannot happen. Sums and products of finite numbers are taken for finite.

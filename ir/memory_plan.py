@@ -1,4 +1,4 @@
-"""Where each value of a run lies in one block of memory, and what is alive when most is.
+"""Places the values of a run in one block of memory, and tells which are alive at the peak.
 
 Offsets are found greedily by size (Pisarchyk and Lee 2020, Efficient Memory Management for Deep Neural Net Inference,
 section 5.2, "Greedy by Size for Offset Calculation"): the largest values first, each into the smallest gap that fits

@@ -1,4 +1,4 @@
-"""How ONNX files hold fused regions: local functions of one domain, whose metadata says what they were written from.
+"""The form of fused regions in ONNX files: local functions of one domain, whose metadata holds the region's text.
 
 regauge.region      the region as text, of which readers make a fused node again
 regauge.hash        of the nodes of the function: where it is another one, the nodes are what counts

@@ -1,4 +1,4 @@
-"""What people may read of the operators: a table of all records, and the facts of one."""
+"""Prints the operators for ``regauge operators``: a table of all records, and the facts of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which nodes may be computed once instead of twice, now instead of later, or not at all."""
+"""Tells nodes that may be computed once instead of twice, or now instead of later, from those that must stay."""
 
 from __future__ import annotations
 

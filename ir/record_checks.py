@@ -1,9 +1,10 @@
-"""What can be told of an operator record when it is registered: a fault here is its author's, not the first graph's."""
+"""Checks an operator record when it is registered: a fault there is its author's, not the first graph's."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from types import FunctionType
@@ -21,17 +22,45 @@ if TYPE_CHECKING:
 def check_record(record: Operator) -> None:
     """Raises OperatorError or RuleSyntaxError for a record that no call could fit, or that no backend could emit."""
     _check_function(record.name, record.evaluate)
+    _check_fields(record)
     if isinstance(record.rule, str):
         rule = parse_rule(record.rule)
         _check_operands(record, rule)
         _check_results(record, rule)
     elif not callable(record.rule):
         raise OperatorError(f"the rule of {record.name} is a string in rule notation or a function of a Call")
-    if not record.evaluate.__module__.startswith("regauge.ir.ops."):  # those name what other versions of torch have
+    if not is_built_in(record):  # those name what other versions of torch have
         for name in record.aten:
             check_aten_name(record.name, name)
         for name in record.onnx:
             check_onnx_name(record.name, name)
+
+
+def is_built_in(record: Operator) -> bool:
+    return record.evaluate.__module__.startswith("regauge.ir.ops.")
+
+
+_FUNCTIONS = {
+    "samples": "lambda: [sample(...)]",
+    "macs": "lambda call: ...",
+    "element": "lambda x: ...",
+    "spell": "lambda onnx, node: ...",
+}
+
+
+def _check_fields(record: Operator) -> None:
+    """The name is a word, as the text form has it, and fields are mappings and functions where these are wanted."""
+    if not re.fullmatch(r"\w+", record.name):
+        raise OperatorError(f"an operator cannot be called {record.name!r}: use letters, digits and underscores")
+    for field in ("aten", "onnx"):
+        given = getattr(record, field)
+        if not isinstance(given, Mapping):
+            kind = type(given).__name__
+            raise OperatorError(f"{field} of {record.name} is a {kind}: write {field}={{NAME: None}}, or an adapter")
+    for field, form in _FUNCTIONS.items():
+        given = getattr(record, field)
+        if given is not None and not callable(given):
+            raise OperatorError(f"{field} of {record.name} is a {type(given).__name__}: write {field}={form}")
 
 
 def _check_function(name: str, evaluate: Callable[..., Any]) -> None:
@@ -109,6 +138,20 @@ def check_aten_name(operator: str, name: str) -> None:
     else:
         advice = "is it misspelt? A custom operator is written 'namespace::name'"
     raise OperatorError(f"{operator} cannot stand for {name!r}, which is no ATen operator that torch has: {advice}")
+
+
+def check_registered(record: Operator) -> None:
+    """Raises OperatorError for a custom operator of ``aten`` that no library has registered with torch by now.
+
+    :func:`check_record` cannot ask that: records may be registered before the library is imported.
+    """
+    known = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    for name in record.aten:
+        if "::" not in name or name in known:
+            continue
+        close = get_close_matches(name, known, 1)
+        advice = f"did you mean {close[0]!r}?" if close else "import what registers it before the record is checked"
+        raise OperatorError(f"{record.name} stands for {name!r}, but torch has no such operator registered: {advice}")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""How long one run of a graph takes, by a roofline of the device: a node waits for arithmetic or for memory.
+"""Predicts the time of one run by a roofline of the device: each node waits for arithmetic or for memory.
 
     seconds = overhead + max(2 * MACs / FLOP/s, bytes read and written / bytes/s)          for each node
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from regauge.ir.dtypes import epsilon_of
+from regauge.ir.errors import OperatorError, blamed_on
 
 if TYPE_CHECKING:
     from regauge.ir.graph import Node
@@ -359,7 +360,10 @@ def normalised(x: Scalar, weight: Scalar | None, bias: Scalar | None, eps: float
 
 
 def element_of(node: Node) -> Scalar | None:
-    """The element of a node, its operands being ``operand`` scalars; None where none is stated for such a node."""
+    """The element of a node, its operands being ``operand`` scalars; None where none is stated for such a node.
+
+    Raises OperatorError where the function of the record fails, or gives something else than an expression.
+    """
     element = node.operator.element
     if element is None or len(node.outputs) != 1:
         return None
@@ -373,7 +377,12 @@ def element_of(node: Node) -> Scalar | None:
             operands.append(number(given))
         else:
             return None  # a complex number, or a size that is known when it runs
-    return element(*operands, **node.attributes)
+    with blamed_on(f"operator {node.op}, its element"):
+        found = element(*operands, **node.attributes)
+    if found is not None and not isinstance(found, Scalar):
+        kind = type(found).__name__
+        raise OperatorError(f"operator {node.op}, its element: it gives a {kind}: write it with regauge.scalars")
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an operator does with scales of its operands, read off its record for one call.
+"""Scales of operands that an operator passes on or joins, read off its record for one call.
 
 A value is held as data times a scale, and the question is on which scales the operator may run on the data alone:
 

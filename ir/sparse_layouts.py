@@ -1,4 +1,4 @@
-"""How a weight with zeros is stored: a layout is a value, and here is all that is known of each.
+"""Layouts in which weights with zeros are stored: each is a value, with all that is known of it in one class.
 
     dense    every entry
     masked   a bit for each entry, and those that are there

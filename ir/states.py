@@ -121,8 +121,8 @@ def first_states(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Ten
     for state in carried(graph):
         for before, after in zip(state.before.shape, state.after.shape, strict=True):
             if before != after and isinstance(before, sympy.Symbol):
-                known = not isinstance(after, int) and after.free_symbols <= bindings.keys()
-                bindings.setdefault(before, int(after.subs(bindings)) if known else 0)
+                known = isinstance(after, sympy.Expr) and after.free_symbols <= bindings.keys()
+                bindings.setdefault(before, int(sympy.sympify(after).subs(bindings)) if known else 0)
         dtype = state.before.dtype
         if not isinstance(dtype, torch.dtype):
             raise GraphError(f"the state {state.before} cannot be made of zeros: hand in a first one")

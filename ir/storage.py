@@ -1,4 +1,4 @@
-"""Which values of a graph share memory: what torch gives as a view of an operand has none of its own.
+"""Finds values of a graph that share memory: what torch gives as a view of an operand has none of its own.
 
 Whether a reshape is a view depends on what came before it: behind a permute it mostly copies. So operators that only
 move entries are run on tensors without data (``device="meta"``), and torch tells. What other operators give counts as

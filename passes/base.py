@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from regauge.ir.errors import PassError
+from regauge.ir.given_inputs import fitted
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import Interpreter, inputs_of
 from regauge.ir.states import with_first_states
@@ -94,9 +95,17 @@ class Context:
     def inputs(self, graph: Graph) -> Iterator[Any]:
         """The batches of ``data`` as ``graph.run`` takes them: what they hold behind the graph's inputs is left out.
 
-        A batch without the states of a graph (caches, last frames) stands for a run that begins.
+        A batch without the states of a graph (caches, last frames) stands for a run that begins. Numbers of another
+        width are brought to the types of the inputs, with a note. Raises GraphError where a batch is of another type
+        or shape.
         """
-        return (with_first_states(graph, inputs_of(graph, batch)) for batch in self.batches())
+        return (self.taken(graph, inputs_of(graph, batch)) for batch in self.batches())
+
+    def taken(self, graph: Graph, inputs: Any) -> Any:
+        """The inputs of one run, held to the graph's as :meth:`inputs` says."""
+        found, changed = fitted(graph, with_first_states(graph, inputs))
+        self.notes += [text for text in changed if text not in self.notes]
+        return found
 
     def sizes(self, graph: Graph) -> Mapping[Any, int]:
         """The dynamic sizes that the first batch of ``data`` has, by symbol; none without data."""

@@ -1,4 +1,4 @@
-"""Which pass, and which part of it, first breaks something."""
+"""Finds the first pass, and the part of it, that breaks a check."""
 
 from __future__ import annotations
 

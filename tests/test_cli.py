@@ -167,6 +167,27 @@ def test_arrays_under_wrong_names_are_told_with_those_expected(
     assert capsys.readouterr().err == f"regauge: {data} holds arrays called pixels, but the model takes {name}\n"
 
 
+@pytest.mark.parametrize("command", [("optimize", "MODEL", "-o", "OUT"), ("compare", "MODEL", "MODEL")])
+def test_arrays_are_held_to_the_inputs_with_their_file(
+    command: tuple[str, ...], model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """numpy makes double precision where nothing else is said; other numbers and shapes are mistakes."""
+    name, data = _input_name(model_file), tmp_path / "data.npz"
+    files = {"MODEL": model_file, "OUT": tmp_path / "out.onnx"}
+    arguments = [*[files.get(part, part) for part in command], "--data", data]
+    np.savez(data, **{name: np.ones((2, 6))})
+    assert run(*arguments) == 0
+    assert f"regauge: warning: {data}: {name} is f64[2,6], taken as f32\n" in capsys.readouterr().err
+    for wrong, what, how in (
+        (np.ones((2, 6), dtype=int), "i64[2,6]", "type"),
+        (np.ones((2, 6, 1)), "f64[2,6,1]", "shape"),
+    ):
+        np.savez(data, **{name: wrong})
+        assert run(*arguments) == 2
+        message = f"regauge: {data}: {name} is {what}, the model takes f32[2,6]: give it in that {how}\n"
+        assert capsys.readouterr().err == message
+
+
 def test_data_of_passes_may_hold_labels(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tmp_path / "data.npz", tmp_path / "out.onnx"
     x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "sparse": ("passes", "ir", "settings"),
     "__init__": ("optimize", "sparse", "training", "frontends", "passes", "backends", "ir", "settings"),
     "demo": ("optimize", "frontends", "passes", "backends", "ir", "settings"),
+    "spelling": ("frontends", "backends", "ir"),
     "terminal": ("ir",),
     "cli_inspect": ("ir", "cli_files", "cli_tables", "terminal"),
     "cli_run": ("backends", "ir", "cli_files", "terminal"),

@@ -164,13 +164,8 @@ def _slope(parts: Attention, seed: Term) -> Term:
     last = scalars.operand(len(leaves))
     found = gradients(expression, last, [0], lambda one: frozenset(), frozenset())
     made = {one: term for term, one in known.items()} | {last: seed}
-    for one in [last, *known.values()]:
-        if one.op == "operand":
-            made[one] = [*leaves, seed][one.value]
 
     def term_of(one: Scalar) -> Term:
-        if one.op == "operand":
-            return [*leaves, seed][one.value]
         if one not in made:
             args = tuple(map(term_of, one.args))
             axes = frozenset(dim for arg in args for dim in arg.axes)

@@ -1,4 +1,4 @@
-"""What is computed of parameters alone: the parameters below a value, and its number in double precision."""
+"""Finds values that are computed of parameters alone, with those parameters, and evaluates them in double precision."""
 
 from __future__ import annotations
 

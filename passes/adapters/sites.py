@@ -1,4 +1,4 @@
-"""Where an adapter can stand: a node that multiplies by a weight, or looks one up, and the weight as matrices.
+"""Places for adapters: a node that multiplies by a weight, or looks one up, and the weight as matrices.
 
     linear, matmul, conv, conv_transpose, grouped_mm    the layers of :mod:`regauge.passes.calibration.layers`
     embedding                                           outputs: the entries of a row; columns: the rows

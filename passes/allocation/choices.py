@@ -1,4 +1,4 @@
-"""What an allocator chooses: for every Dim a count of the indices that it keeps."""
+"""Choices of an allocator: for every Dim a count of the indices that it keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to a graph before its sites of attention are looked for."""
+"""Prepares a graph before its attention sites are looked for."""
 
 from __future__ import annotations
 

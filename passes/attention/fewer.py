@@ -1,4 +1,4 @@
-"""How the heads of keys and values of one site become fewer: by their mean, by the norms of keys, or aligned first."""
+"""Reduces the heads of keys and values of one site: by their mean, by the norms of keys, or aligned first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which heads share one: the partition into groups, as even as can be, that loses least."""
+"""Partitions heads into groups that share one: as even as can be, with the least loss."""
 
 from __future__ import annotations
 

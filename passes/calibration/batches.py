@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from regauge.ir.errors import PassError
@@ -38,8 +39,8 @@ def examples_in(batch: Any) -> int:
 
 def part_of(batch: Any, rows: slice, examples: int) -> Any:
     """Some of the examples of a batch: rows of every tensor that has so many of them, all else as it is."""
-    if isinstance(batch, torch.Tensor):
-        return batch[rows] if batch.dim() and batch.shape[0] == examples else batch
+    if isinstance(batch, torch.Tensor | np.ndarray):
+        return batch[rows] if batch.ndim and batch.shape[0] == examples else batch
     if isinstance(batch, Mapping):
         return {name: part_of(inner, rows, examples) for name, inner in batch.items()}
     if isinstance(batch, tuple | list):

@@ -1,4 +1,4 @@
-"""Which layers a pass that changes weights one by one works on, and why the others are left as they are."""
+"""Selects the layers of a pass that changes weights one by one, and says why the others are left as they are."""
 
 from __future__ import annotations
 

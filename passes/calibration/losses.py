@@ -1,4 +1,4 @@
-"""What gradient-based scores differentiate: a loss of one's own, cross-entropy where batches have labels, or neither.
+"""Losses that gradient-based scores differentiate: the user's own, cross-entropy where batches have labels, or neither.
 
 Without labels the outputs themselves are the measure. Scores that square gradients take v'y with v normal, whose
 squared gradients are those of |y - y0|^2 (:mod:`regauge.passes.calibration.gradients`); all others take |y|^2 / 2,
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import LABELS, inputs_of
-from regauge.ir.states import with_first_states
+from regauge.passes.base import Context
 from regauge.passes.calibration.batches import part_of
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
@@ -31,15 +31,21 @@ class Labelled(NamedTuple):
     given: Any
 
 
-def labelled(graph: Graph, batch: Any) -> Labelled:
+def labelled_batches(graph: Graph, context: Context) -> list[Labelled]:
+    """The batches of a pass's data, each :func:`labelled`; the report notes inputs brought to another type."""
+    return [labelled(graph, batch, context) for batch in context.batches()]
+
+
+def labelled(graph: Graph, batch: Any, context: Context | None = None) -> Labelled:
     """A batch taken apart: labels are what a tuple holds behind the inputs, or ``labels`` of a mapping."""
+    context = Context() if context is None else context
     if isinstance(batch, Mapping):
         names = {value.name for value in graph.inputs}
         labels = next((batch[name] for name in LABELS if name in batch and name not in names), None)
-        return Labelled(with_first_states(graph, batch), labels, batch)
+        return Labelled(context.taken(graph, batch), labels, batch)
     inputs = inputs_of(graph, batch)
     behind = tuple(batch)[len(inputs) :]
-    return Labelled(with_first_states(graph, inputs), behind[0] if behind else None, batch)
+    return Labelled(context.taken(graph, inputs), behind[0] if behind else None, batch)
 
 
 def example_slices(batch: Labelled, examples: int) -> list[Labelled]:

@@ -1,4 +1,4 @@
-"""What a change of a graph does to its outputs, measured."""
+"""Measures how a change of a graph changes its outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a long step has come, on stderr, where that is a terminal."""
+"""Shows the progress of a long step on stderr, where that is a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parts go: so many, or as many as a budget asks for, at the least loss."""
+"""Chooses the parts that go: so many, or as many as a budget asks for, at the least loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a part is called: by the modules that own its weights.
+"""Names parts by the modules that own their weights.
 
 blocks.3                       all that lies below it goes
 blocks.3.{ln1,qkv,proj}        some of it

@@ -1,4 +1,4 @@
-"""What it costs to do without parts.
+"""Scores parts by what it costs to do without them.
 
     distortion   squared change of the outputs, as a share of their squares (LAPTOP-Diff: the outputs' mean squared
                  error, which is nearly additive over parts); where layers are refitted afterwards, measured after that

@@ -44,7 +44,9 @@ class Distil(Pass):
     solves: ClassVar[bool] = True
 
     steps: int = option(200, "of gradients, a batch each", at_least=1)
-    rate: float = option(1e-3, "of learning (Adam), at the first step; it falls to zero along a cosine", above=0)
+    rate: float = option(
+        3e-3, "of learning (Adam), at first, as a share of each weight's size; it falls to zero along a cosine", above=0
+    )
     inner: float = option(1.0, "what the errors inside count, in the mean, beside those of the outputs", at_least=0)
     include: tuple[str, ...] = option((), "globs on names of parameters: train nothing else")
     exclude: tuple[str, ...] = option((), "globs on names of parameters: these stay")

@@ -18,6 +18,8 @@ from regauge.ir.graph import Graph, Value
 from regauge.ir.graph_copy import copy_graph
 from regauge.passes.calibration.weight_gradients import Differentiable
 
+_LEAST_SIZE = 1e-3  # of a weight of zeros
+
 
 @dataclass
 class Share:
@@ -45,6 +47,8 @@ class Share:
 class Fused:
     """A weight with what it takes of the weights of removed blocks."""
 
+    size = 1.0  # of what is learned, which begins at zero
+
     weight: torch.Tensor
     shares: list[Share]
 
@@ -58,10 +62,18 @@ class Fused:
 
 @dataclass
 class Free:
-    """A weight that is learned itself; where it is ``kept`` zero it has no gradient."""
+    """A weight that is learned itself; where it is ``kept`` zero it has no gradient.
+
+    Steps are shares of its root mean square (Shazeer and Stern 2018, Adafactor, section 8), as factors and weights
+    beside norms have very different sizes.
+    """
 
     factors: tuple[torch.Tensor]
     kept: torch.Tensor | None = None
+
+    @property
+    def size(self) -> float:
+        return max(_LEAST_SIZE, float(self.factors[0].detach().square().mean().sqrt()))
 
     @classmethod
     def of(cls, weight: torch.Tensor, zeros_stay: bool) -> Free:
@@ -78,6 +90,10 @@ class Learned(Protocol):
     @property
     def factors(self) -> Sequence[torch.Tensor]:
         """What gradients change."""
+
+    @property
+    def size(self) -> float:
+        """By what the rate of learning is multiplied."""
 
     def tensor(self) -> torch.Tensor:
         """The weight."""
@@ -124,8 +140,7 @@ class Distillation:
 
     def train(self, batches: Sequence[Any], steps: int, rate: float) -> None:
         """Adam with a rate that falls to zero along a cosine; each step sees one batch, in turn."""
-        factors = [factor for own in self.weights.values() for factor in own.factors]
-        adam = torch.optim.Adam(factors, rate)
+        adam = torch.optim.Adam([{"params": own.factors, "lr": rate * own.size} for own in self.weights.values()])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
         for step in range(steps):
             with torch.enable_grad():

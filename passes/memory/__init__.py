@@ -1,1 +1,1 @@
-"""When what is computed, and what is computed twice, so that less memory is needed."""
+"""Passes that reorder nodes, or compute some of them twice, so that a run needs less memory."""

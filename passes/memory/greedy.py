@@ -1,4 +1,4 @@
-"""What to compute again so that a run keeps within a budget of memory, greedily by bytes freed for seconds spent."""
+"""Chooses what a run computes again to keep within a memory budget, greedily by bytes freed for seconds spent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far refits are taken: by the outputs of the graph, on examples that the cut and the refits were not made from.
+"""Judges refits by the outputs of the graph, on examples that neither the cut nor the refits were made from.
 
 Refits lower the errors of layers. That is not yet an error of the outputs: behind a maximum few rows of a layer count,
 a saturated softmax hides some errors and shows others, and of few examples the rows are nearly the same ones. So where

@@ -25,7 +25,7 @@ from regauge.passes.allocation.search import UNITS, Scope, Search, budgets_of
 from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, check_examples, examples_in
 from regauge.passes.calibration.generated import STEPS, generated_batches, statistics_in
-from regauge.passes.calibration.losses import Labelled, labelled
+from regauge.passes.calibration.losses import Labelled, labelled_batches
 from regauge.passes.options import option
 from regauge.passes.pruning.axis_sizes import axis_change
 from regauge.passes.pruning.closed_form import CLOSED_FORMS, ClosedForm, take_over
@@ -294,7 +294,7 @@ class Prune(Pass):
         unused = self.score is not None and not self._needs_data and not self._refits
         if context.data is None or unused:
             return None
-        batches = [labelled(graph, batch) for batch in context.batches()]
+        batches = labelled_batches(graph, context)
         check_examples([batch.inputs for batch in batches])
         return batches
 

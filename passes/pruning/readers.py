@@ -1,4 +1,4 @@
-"""Which nodes sum over Dims that are cut, so that they read less than before, and which of them were not refitted."""
+"""Finds nodes that sum over Dims that are cut, so that they read less than before, and those that were not refitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimal brain surgeon on one Dim: in which order its indices go, and what each costs once others make up for it.
+"""The optimal brain surgeon on one Dim: the order in which indices go, and the cost of each once others make up for it.
 
 A step removes a few per cent of the indices. What goes is found one after the other among those that cost least now,
 exactly, since the downdate of H^-1 and of W on these needs no other columns; then all columns are updated at once,
@@ -40,7 +40,7 @@ Change = Callable[[dict[str, torch.Tensor]], float]
 
 @dataclass
 class Part:
-    """Columns of one block of layers that read the same rows: [H^-1] of them, and their (scaled) weights."""
+    """The state of the surgeon on some columns of a :class:`Share`: their inverse Hessian and their scaled weights."""
 
     columns: torch.Tensor  # [indices, columns each]: where each index is in the matrices; -1 where it is not
     inverse: InverseHessian
@@ -100,7 +100,7 @@ def _places(columns: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Share:
-    """What layers that read the same rows have to say about the indices of a Dim."""
+    """Layers that read the same rows, with the second moments of these: what an index of a Dim costs in all of them."""
 
     layers: tuple[Layer, ...]
     scales: tuple[torch.Tensor, ...]  # of the rows of each layer's matrix
@@ -216,8 +216,10 @@ class Share:
 
 
 def taken_apart(shares: Sequence[Share], size: int, change: Change | None, majors: int = 1) -> tuple[np.ndarray, float]:
-    """Scores of all indices, and what to multiply them by: each is what the index adds when it goes, never less than
-    what went before it in the same major. Of a Dim within so many majors these are [majors x size].
+    """Scores of all indices by taking one after the other out, and the factor to multiply them by.
+
+    A score is the loss that the index adds when it goes, never less than that of one which went before it in the same
+    major. Of a Dim within so many majors the scores are [majors x size].
 
     ``change`` measures how much the outputs change with other weights. What was added up is brought to that at a
     quarter and at half of the indices: errors at different places of an image may add up or cancel behind the layer.
@@ -225,7 +227,7 @@ def taken_apart(shares: Sequence[Share], size: int, change: Change | None, major
     scores, pool, parts, wholes = _opened(shares, size, majors, keep=change is not None)
     major = pool // size
     alive = torch.ones(len(pool), dtype=torch.bool)
-    highest, total, factors = np.zeros(majors), 0.0, list[float]()
+    highest, total, corrections = np.zeros(majors), 0.0, list[float]()
     marks = [majors * (size // 4), majors * (size - size // 2)] if change is not None else []
     many = 1 if size <= _SMALL else size // _STEPS
     while int(alive.sum()) > majors:
@@ -241,7 +243,7 @@ def taken_apart(shares: Sequence[Share], size: int, change: Change | None, major
             part.remove(gone)
         if marks and change is not None and len(pool) - int(alive.sum()) >= marks[0] and total > 0:
             marks.pop(0)
-            factors.append(change(weights_without(shares, pool[~alive], wholes)) / total)
+            corrections.append(change(weights_without(shares, pool[~alive], wholes)) / total)
     last = alive.nonzero()[:, 0]
     ends = np.zeros(majors)
     ends[major[last].numpy()] = np.maximum(highest[major[last].numpy()], _costs(parts, last).numpy())
@@ -249,7 +251,7 @@ def taken_apart(shares: Sequence[Share], size: int, change: Change | None, major
     rest = np.ones(len(scores), dtype=bool)
     rest[pool.numpy()] = False
     scores[rest] = np.maximum(scores, ends.repeat(size))[rest]
-    return scores, float(np.median(factors)) if factors else 1.0
+    return scores, float(np.median(corrections)) if corrections else 1.0
 
 
 def _opened(

@@ -18,7 +18,7 @@ from regauge.passes.allocation.latency import next_aim
 from regauge.passes.base import GIVE_DATA, Context
 from regauge.passes.calibration.batches import check_examples
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.calibration.losses import labelled
+from regauge.passes.calibration.losses import labelled_batches
 from regauge.passes.quantization.grid import Form
 from regauge.passes.quantization.layer_times import Finish, LayerTimes, Times
 from regauge.passes.quantization.mixed import Mixed, Picked
@@ -51,7 +51,7 @@ def chosen_forms(
     if context.data is None and (options.accuracy is not None or way not in WITHOUT_DATA):
         asked = f"sensitivity={way}" if options.accuracy is None else "accuracy"
         raise PassError(f"quantize needs data for {asked}: {GIVE_DATA}")
-    batches = None if context.data is None else [labelled(graph, batch) for batch in context.batches()]
+    batches = None if context.data is None else labelled_batches(graph, context)
     if batches is not None:
         check_examples([batch.inputs for batch in batches])
     mixed = Mixed(graph, layers, forms, way, batches, target.zeros)
@@ -107,7 +107,7 @@ class _Fast:
     written: Callable[[Picked], Graph]
 
     def run(self, context: Context) -> Picked:
-        each = self.times.of(self.mixed.layers, self.mixed.forms)
+        each: Times = self.times.of(self.mixed.layers, self.mixed.forms)
         if self.times.measure is None:
             whole = self.times.whole()
             aim = self.amount.of(whole)

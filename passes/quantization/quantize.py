@@ -52,7 +52,7 @@ from regauge.passes.quantization.sensitivity import Sensitivity
 from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
 from regauge.passes.quantization.subspaces import least_bits
 from regauge.passes.quantization.targets import TARGETS, Target
-from regauge.passes.quantization.universal_stack import stack_at
+from regauge.passes.quantization.universal_stack import bytes_of, stack_at
 from regauge.passes.quantization.weights import group_of, rows_of, stored_on_data
 from regauge.passes.quantization.without_data import WithoutData, stored_without_data
 
@@ -202,8 +202,8 @@ class Quantize(Pass):
         remove_dead(result)  # weights that were replaced
         if self._stores:
             plain = plain_weights(result, self.include, self.exclude)
-            on_data = context is not None and context.data is not None and self.method != "nearest"
-            batches, free = calibration_batches(result, context) if on_data else [], self.correct is not False
+            known = context if context is not None and context.data is not None and self.method != "nearest" else None
+            batches, free = calibration_batches(result, known) if known else [], self.correct is not False
             writer.stored(plain, problems_of(result, plain, batches, free=free))
             writer.halved(plain_vectors(result, self.include, self.exclude))
             remove_dead(result)
@@ -319,8 +319,8 @@ class Quantize(Pass):
                 raise PassError(
                     f"quantize: bytes={self.bytes} is less than one term of each weight and all else take: {needed}"
                 )
-            found = stack.within(int(most - needed) + _bytes(least))
-        each = 8 * _bytes(found) / sum(layer.entries for layer in layers)
+            found = stack.within(int(most - needed) + bytes_of(least))
+        each = 8 * bytes_of(found) / sum(layer.entries for layer in layers)
         context.note(
             f"{sum(terms.count for terms in found.values())} of {len(stack.order)} terms, {each:.2f} bits each"
         )
@@ -443,7 +443,3 @@ class Quantize(Pass):
         ranges = "ranges found at every run" if dynamic else f"ranges of {len(ends)} values"
         context.note(f"{len(own) + len(tied)} layers multiply integers; {ranges}")
         return writer
-
-
-def _bytes(found: Mapping[str, Terms]) -> int:
-    return int(sum(terms.bits for terms in found.values()) / 8)

@@ -61,9 +61,9 @@ class Rotate(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        idle = [name for name in ("bits", "activation_bits", "steps") if name in self.given_options()]
-        idle = [] if self.kind == "learned" else idle
-        idle += ["high"] if "high" in self.given_options() and self.kind != "pca" else []
+        of: dict[str, tuple[str, ...]] = {"learned": ("bits", "activation_bits", "steps"), "pca": ("high",)}
+        taken = of.get(self.kind, ())
+        idle = [name for names in of.values() for name in names if name in self.given_options() and name not in taken]
         if idle:
             raise PassError(f"rotate: {idle[0]} does nothing with kind={self.kind}: leave it out")
 

@@ -25,6 +25,7 @@ from regauge.passes.quantization.hadamard import Kind, rotation
 
 HIGH = "high precision"  # in graph.metadata: bits that weights have at least, by name
 BITS = 8
+GROUP = 32
 
 Readers = dict[Frame, list[Layer]]
 
@@ -69,15 +70,20 @@ def principal(
     for frame, gram in grams.items():
         directions = torch.linalg.eigh(gram).eigenvectors.flip(1).t()
         count = high_count(frame, share)
-        spread = torch.block_diag(*(rotation(kind, size, generator) for size in (count, len(gram) - count)))
-        found[frame] = spread @ directions
+        ends = ((0, count), (count, len(gram)))
+        parts = [rotation(kind, end - start, generator) @ directions[start:end] for start, end in ends]
+        found[frame] = torch.cat(parts)
     return found
 
 
 def high_count(frame: Frame, share: float) -> int:
-    """How many directions of a frame are kept apart: at least one, and not all."""
+    """How many directions of a frame are kept apart: at least one, and not all.
+
+    Of a wide frame multiples of the groups of inputs that kernels have scales for, which both parts keep then.
+    """
     size = int(frame.dim.size)
-    return min(max(1, round(share * size)), size - 1)
+    step = GROUP if size % GROUP == 0 and size >= 4 * GROUP else 1
+    return min(max(step, round(share * size / step) * step), size - step)
 
 
 def read_apart(graph: Graph, columns: Mapping[str, torch.Tensor], *, by: str) -> None:

@@ -94,6 +94,10 @@ class UniversalStack:
             raise PassError(f"quantize: the stack in {where} is of another model: {other[0]} differs")
 
 
+def bytes_of(found: Mapping[str, Terms]) -> int:
+    return int(sum(terms.bits for terms in found.values()) / 8)
+
+
 def stack_at(
     path: str | None, graph: Graph, layers: Sequence[Layer], rank: int | None, context: Context, *, by: str
 ) -> UniversalStack:

@@ -1,4 +1,4 @@
-"""What shared layers stand as in the graph: one parameter with several readers, and plain operators around it."""
+"""Writes shared layers into the graph: one parameter with several readers, and plain operators around it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the steps of ``simplify`` have to keep to, and the scopes they work in."""
+"""Limits that the steps of ``simplify`` keep to, and the scopes they work in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether zeros that ``sparsify`` set are still there after later passes, which solve for weights, cut or replace."""
+"""Checks that zeros which ``sparsify`` set survive later passes, which solve for weights, cut or replace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sparsifiers of bonds share, which find the ranks of factor pairs and heads while training.
+"""The base of sparsifiers of bonds, which find the ranks of factor pairs and heads while training.
 
 At the end bonds are brought into singular form and cut to the ranks that were found
 (:mod:`regauge.passes.factorization.balance`).

@@ -1,4 +1,4 @@
-"""What a structured sparsifier has to reach, and how much of it at a time."""
+"""The target of a structured sparsifier, and how much of it is to be reached at a time."""
 
 from __future__ import annotations
 

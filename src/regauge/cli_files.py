@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regauge.ir.errors import RegaugeError, first_line
+from regauge.ir.errors import RegaugeError, RegaugeWarning, first_line
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -58,15 +59,17 @@ def open_file(path: Path, *, freeze: bool = False, opset: int | None = None) -> 
 
 
 def read_batches(paths: Sequence[Path] | None, model: Graph | Path) -> list[dict[str, Any]] | None:
-    """The batches in .npz files, under the names of the model's inputs; raises RegaugeError where they differ.
+    """The batches in .npz files, under the names of the model's inputs and of their types.
 
-    Data for passes may hold labels beside them, which some scores need.
+    Data for passes may hold labels beside them, which some scores need. Floats of another width are brought to that of
+    the model, with a warning. Raises RegaugeError, with the file, where names, types or shapes differ.
     """
     if not paths:
         return None
     from regauge.ir.interpret import LABELS
 
-    needed, optional = _input_names(model)
+    inputs, optional = _declared_inputs(model)
+    needed = [name for name in inputs if name not in optional]
     optional = optional if isinstance(model, Path) else [*optional, *LABELS]
     batches = []
     for path in paths:
@@ -76,19 +79,34 @@ def read_batches(paths: Sequence[Path] | None, model: Graph | Path) -> list[dict
                 f"{path} holds {'arrays called ' + ', '.join(batch) if batch else 'no array'}, "
                 f"but the model takes {', '.join(needed) or 'no inputs'}"
             )
-        batches.append(batch)
+        batches.append(_fitted(path, batch, inputs))
     return batches
 
 
-def _input_names(model: Graph | Path) -> tuple[list[str], list[str]]:
-    """Names of the inputs that must be given, and of those that may be."""
+def _declared_inputs(model: Graph | Path) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """Types and shapes of the inputs, and the names of those that need not be given."""
     if isinstance(model, Path):
-        from regauge.backends.run_onnxruntime import Session
+        from regauge.backends.run_onnxruntime import INPUT_TYPES, Session
 
         session = Session(model, optimisation="off")
-        return session.inputs, session.overridable
+        kinds = {name: INPUT_TYPES.get(kind, kind) for name, kind in session.input_types.items()}
+        return {name: (kinds[name], session.input_shapes[name]) for name in session.inputs}, session.overridable
     defaults = model.metadata.get("input_defaults", {})
-    return [value.name for value in model.inputs if value.name not in defaults], list(defaults)
+    return {v.name: (v.dtype, v.shape if v.ranked else None) for v in model.inputs}, list(defaults)
+
+
+def _fitted(path: Path, batch: dict[str, Any], inputs: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+    from regauge.ir.given_inputs import fitted_array
+
+    found = dict(batch)
+    for name in inputs.keys() & batch.keys():
+        try:
+            found[name], changed = fitted_array(name, batch[name], *inputs[name])
+        except RegaugeError as error:
+            raise RegaugeError(f"{path}: {error}") from error
+        if changed:
+            warnings.warn(f"{path}: {changed}", RegaugeWarning, stacklevel=3)
+    return found
 
 
 def _read_npz(path: Path) -> dict[str, Any]:

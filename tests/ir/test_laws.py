@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import regauge
 from own_operators import registered
 from regauge.ir import derivatives, scalars
 from regauge.ir.errors import LawError, OperatorError
+from regauge.ir.graph import Node
 from regauge.ir.laws import check_law
 from regauge.ir.operator import Symmetry
 
@@ -165,3 +167,81 @@ def test_a_wrong_derivative_of_a_primitive_is_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(derivatives, "GRADIENTS", {**derivatives.GRADIENTS, "tanh": lambda g, r, x: (g * (1.0 - r),)})
     with pytest.raises(LawError, match="operator tanh, sample 0, gradient: result 0"):
         check_law("tanh", 0, "gradient")
+
+
+def test_a_custom_operator_that_is_not_registered_is_told(register: Register) -> None:
+    with torch.library._scoped_library("test_laws", "DEF") as library:
+        library.define("cube(Tensor x) -> Tensor")
+        name = register(squashed, "... c -> ... c", regauge.sample(rows()), aten={"test_lwas::cube": None})
+        with pytest.raises(
+            OperatorError, match=r"torch has no such operator registered: did you mean 'test_laws::cube'"
+        ):
+            regauge.check_operator(name)
+    with pytest.raises(OperatorError, match="'test_lwas::cube', but torch has no such operator registered"):
+        regauge.check_operator(name)
+
+
+def test_a_sample_with_equal_sizes_is_told(register: Register) -> None:
+    name = register(squashed, "... c -> ... c", regauge.sample(torch.randn(3, 3)))
+    with pytest.raises(
+        LawError, match="sample 0, sizes: x:0=3 and x:1=3 have the same size: give the sample different"
+    ):
+        regauge.check_operator(name)
+
+
+def test_equal_sizes_that_cannot_differ_are_taken(register: Register) -> None:
+    sample = regauge.sample(torch.eye(3) + torch.randn(2, 3, 3) / 9)
+    regauge.check_operator(register(inverted, "b n m -> b m n ; whole n m", sample))
+
+
+def inverted(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.inv(x)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"macs": lambda call: call.size(3, 0)}, "operator squashed, its macs: IndexError: "),
+        ({"macs": lambda call: call.outs()}, "operator squashed, its macs: AttributeError: "),
+        ({"element": lambda x: scalars.tanhh(x)}, "operator squashed, its element: AttributeError: "),
+        ({"element": lambda x: 3}, "operator squashed, its element: it gives a int: write it with regauge.scalars"),
+        (
+            {"symmetry": lambda node: node.nothing},
+            "operator squashed, sample 0, .*: a function of its record fails: Attr",
+        ),
+        ({"spell": lambda onnx, node: onnx.nothing}, "operator squashed, sample 0, onnx at opset 13, its spell: Attr"),
+    ],
+)
+def test_functions_of_a_record_that_fail_are_told(register: Register, fields: dict[str, Any], message: str) -> None:
+    name = register(squashed, "... c -> ... c", regauge.sample(rows()), **fields)
+    with pytest.raises(OperatorError, match=message):
+        regauge.check_operator(name)
+
+
+def test_samples_that_are_none_are_told(register: Register) -> None:
+    name = register(squashed, "... c -> ... c", rows())
+    with pytest.raises(OperatorError, match=r"operator squashed, its samples: one is a Tensor: write sample"):
+        regauge.check_operator(name)
+
+
+def test_a_spelling_is_run(register: Register) -> None:
+    """It is held to what the operator computes, in onnxruntime at several opsets; operators of its own it has not."""
+
+    def right(onnx: Any, node: Node) -> Any:
+        return onnx.Add(onnx.Tanh(onnx.operand(0)), 1.0)
+
+    regauge.check_operator(register(squashed, "... c -> ... c", regauge.sample(rows()), spell=right))
+
+
+@pytest.mark.parametrize(
+    ("spell", "message"),
+    [
+        (lambda onnx, node: onnx.Tanh(onnx.operand(0)), "onnxruntime gives something else: .* correct its spell"),
+        (lambda onnx, node: onnx.Squeeze(onnx.operand(0)), "onnxruntime gives something else|is no model"),
+        (lambda onnx, node: onnx.Tahn(onnx.operand(0)), "no sample of it can be written at opsets .* has no Tahn"),
+    ],
+)
+def test_a_wrong_spelling_is_told(register: Register, spell: Any, message: str) -> None:
+    name = register(squashed, "... c -> ... c", regauge.sample(rows()), spell=spell)
+    with pytest.raises(LawError, match=message):
+        regauge.check_operator(name)

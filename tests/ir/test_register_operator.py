@@ -8,7 +8,7 @@ import torch
 
 from own_operators import registered
 from regauge.ir.errors import OperatorError, RegaugeError
-from regauge.ir.operator import all_operators, find_aten, find_onnx
+from regauge.ir.operator import Operator, all_operators, find_aten, find_onnx, register_operator
 from regauge.ir.record_checks import check_aten_name
 
 
@@ -100,6 +100,24 @@ def test_names_that_no_onnx_operator_has_are_refused(name: str, advice: str) -> 
     assert advice in refused(one, "a -> a", onnx={name: None})
     with registered(one, "a -> a", onnx={f"mine::{name}": None}):
         assert find_onnx("mine", name) is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"aten": ["relu"]}, "aten of one is a list: write aten={NAME: None}, or an adapter"),
+        ({"onnx": "Relu"}, "onnx of one is a str: write onnx={NAME: None}, or an adapter"),
+        ({"macs": 3}, "macs of one is a int: write macs=lambda call: ..."),
+        ({"element": "x"}, "element of one is a str: write element=lambda x: ..."),
+    ],
+)
+def test_fields_of_another_form_are_refused(fields: dict[str, Any], message: str) -> None:
+    assert message in refused(one, "a -> a", **fields)
+
+
+def test_a_name_that_the_text_form_cannot_hold_is_refused() -> None:
+    with pytest.raises(OperatorError, match="cannot be called 'my gate': use letters, digits and underscores"):
+        register_operator(Operator(name="my gate", evaluate=one, rule="a -> a"))
 
 
 def test_a_taken_name_leaves_nothing_behind() -> None:

@@ -112,7 +112,9 @@ def test_infinite_inputs_are_told_with_their_layer(score: str) -> None:
 
 
 def test_batches_of_another_rank_are_told_with_the_input() -> None:
-    with pytest.raises(GraphError, match=r"the input %x: f32\[batch,3,8,8\] got a tensor of shape"):
+    with pytest.raises(
+        GraphError, match=r"x is f32\[3,8,8\], the model takes f32\[batch,3,8,8\]: give it in that shape"
+    ):
         regauge.optimize(network(), "prune{macs=0.5}", data=[(images(2)[0],)])
 
 
@@ -150,10 +152,20 @@ def test_batches_without_an_example_are_refused(passes: str) -> None:
         regauge.optimize(network(), passes, data=[images(2)[:0]])
 
 
-def test_an_input_of_another_type_is_told() -> None:
+def test_an_input_of_another_width_is_taken() -> None:
     """numpy makes double precision where nothing else is said."""
-    with pytest.raises(RegaugeError, match=r"the input %x: f32.batch,3,8,8. got f64.2,3,8,8."):
-        regauge.optimize(network(), "prune{macs=0.5}", data=[images(2).double().numpy()])
+    graph, x = network(), images(2)
+    found = regauge.optimize(graph, "prune{macs=0.5,compensate=true}", data=[x.double().numpy()])
+    expected = regauge.optimize(graph, "prune{macs=0.5,compensate=true}", data=[x])
+    torch.testing.assert_close(found.run(x), expected.run(x))
+    assert "x is f64[2,3,8,8], taken as f32" in found.report.passes[0].notes
+
+
+def test_an_input_of_another_kind_is_told() -> None:
+    with pytest.raises(
+        RegaugeError, match=r"^x is i64.2,3,8,8., the model takes f32.batch,3,8,8.: give it in that type"
+    ):
+        regauge.optimize(network(), "prune{macs=0.5}", data=[(images(2).long(), torch.zeros(2))])
 
 
 def test_options_of_inputs_made_up_say_nothing_of_data() -> None:
