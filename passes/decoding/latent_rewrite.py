@@ -118,7 +118,8 @@ class SiteRewrite:
             operands[3] = self._part(operands[3], None, group)
         with self.build.at(site.node):
             result: Value = self.build("attention", *operands, name=site.node.name, **site.node.attributes)
-        result.producer.metadata.update(site.node.metadata)  # type: ignore[union-attr]
+        assert result.producer is not None
+        result.producer.metadata.update(site.node.metadata)
         return result
 
     def _as_it_is(
