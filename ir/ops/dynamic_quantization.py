@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, randn
 
 from regauge.ir import scalars
+from regauge.ir.graph import Node
 from regauge.ir.operator import operator, sample
+from regauge.ir.ops.spell_reduction import AXES_AS_INPUT
 
 
 @operator(
@@ -49,6 +51,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x / scale).to(torch.int8), scale
 
 
+def _spell_row_scales(onnx: Any, node: Node) -> Any:
+    most = onnx.on_axes("ReduceMax", onnx.Abs(onnx.operand(0)), [-1], since=AXES_AS_INPUT, keepdims=1)
+    scale = onnx.Div(most, 127.0)
+    return onnx.Where(onnx.Greater(scale, 0.0), scale, 1.0)
+
+
 def _row_scale(x: Any) -> Any:
     most = scalars.amax(scalars.abs_(x)) / 127
     return scalars.where(most > 0, most, 1.0)
@@ -57,6 +65,7 @@ def _row_scale(x: Any) -> Any:
 @operator(
     rule="... k -> ... 1 ; reduce k",
     samples=lambda: [sample(3 * randn(2, 4, 3)), sample(randn(5, 6))],
+    spell=_spell_row_scales,
     element=_row_scale,
 )
 def row_scales(x: Tensor) -> Tensor:
@@ -65,6 +74,7 @@ def row_scales(x: Tensor) -> Tensor:
 
 @operator(
     rule="... k, ... 1 -> ... k",
+    spell=lambda onnx, node: onnx.cast(onnx.Round(onnx.Div(onnx.operand(0), onnx.operand(1))), torch.int8),
     samples=lambda: [
         sample(randn(2, 4, 3), randn(2, 4, 1).abs() / 30 + 0.1),
         sample(randn(5, 6), randn(5, 1).abs() + 1),

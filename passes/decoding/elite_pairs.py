@@ -70,7 +70,9 @@ def rotation_losses(graph: Graph, seats: Sequence[Seat], batches: Sequence[Any],
         change = torch.zeros(())
         for (turned, slope), (plain, _) in zip(parts[:2], parts[2:], strict=True):
             own = (slope * (plain - turned)).flatten(0, -4).double().sum(-2)  # [examples, heads, size]
-            change = change + own.unflatten(1, (seat.key.count, -1)).sum(2)[..., seat.key.pairs].sum(-1)
+            change = change + own.reshape(len(own), seat.key.count, -1, own.shape[-1]).sum(2)[..., seat.key.pairs].sum(
+                -1
+            )
         rows = change.flatten(1)
         found[seat] = found.get(seat, torch.zeros(())) + rows.T @ rows
 

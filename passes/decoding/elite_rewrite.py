@@ -47,6 +47,7 @@ class _EliteRewrite:
                 keys = self.build.concat(turned[1], latent, dim=latent.rank - 1)
             operands: list[Operand] = [read, self._repeated(keys), self._repeated(latent), *node.inputs[3:]]
             result: Value = self.build("attention", *operands, name=node.name, **node.attributes)
+        assert result.producer is not None
         result.producer.metadata.update(node.metadata)
         maps = [(own, own) for own in of_values]
         self.site.output([result], maps, [list(range(value.count))])

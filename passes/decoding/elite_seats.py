@@ -111,7 +111,7 @@ def seated(graph: Graph, seats: Sequence[Seat], *, by: str) -> None:
         turned, plain, shares = [], [], []
         for slot, part in enumerate((seat.site.parts[0], seat.key) if len(seat.key.pairs) else ()):
             read = node.inputs[slot]
-            assert isinstance(read, Value)
+            assert isinstance(read, Value) and isinstance(read.dtype, torch.dtype)
             with build.at(node):
                 own = laid_out(build, part, part.layer.node.output, read)
                 share = build.parameter(

@@ -143,7 +143,7 @@ def joint(
     """J-LRD: the factors of what is not rotated of keys, and of values, one above the other."""
     rows, columns = seat.still(kept), seat.site.parts[2].channels.flatten()
     of_key, of_value = (metrics[part.layer.weight.name] for part in seat.site.parts[1:3])
-    metric = torch.block_diag(of_key[rows][:, rows], of_value[columns][:, columns])
+    metric = torch.block_diag(of_key[rows][:, rows], of_value[columns][:, columns])  # type: ignore[no-untyped-call]
     return factored(torch.cat([key[rows], value[columns]]), inputs, metric)
 
 
@@ -176,7 +176,7 @@ def _fitted(
             key, value = (error.optimum.clone() for error in errors)
             up, down = joint(seat, kept[seat], key, value, errors[0].hessian, metrics).of_rank(ranks[seat])
             rows, columns = seat.still(kept[seat]), seat.site.parts[2].channels.flatten()
-            key[rows], value[columns] = (up @ down).split([len(rows), len(columns)])
+            key[rows], value[columns] = (up @ down)[: len(rows)], (up @ down)[len(rows) :]
             for part, matrix, error in zip(seat.site.parts[1:3], (key, value), errors, strict=True):
                 set_matrices(changed, part.layer, matrix[None], [error], by=by)
             found[seat] = up, down

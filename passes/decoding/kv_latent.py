@@ -110,8 +110,8 @@ class KvLatent(Pass):
         original = split_layers(assembled(graph))
         if self.method == "elitekv":
             budget = parse_amount(self.bytes, "bytes", "bytes")
-            found = elite_latents(original, context, budget, self.pairs, self.seed, by=self.name)
-            return graph if found is None else found
+            elite = elite_latents(original, context, budget, self.pairs, self.seed, by=self.name)
+            return graph if elite is None else elite
         forms = self._forms(original, context.left, data=context.data is not None)
         if not forms:
             context.left["no attention is understood"] += not context.left

@@ -118,6 +118,7 @@ class SiteRewrite:
             operands[3] = self._part(operands[3], None, group)
         with self.build.at(site.node):
             result: Value = self.build("attention", *operands, name=site.node.name, **site.node.attributes)
+        assert result.producer is not None
         result.producer.metadata.update(site.node.metadata)
         return result
 
@@ -147,7 +148,7 @@ class SiteRewrite:
             if repeats == 1:
                 return self._some(operand, own)
             once = self._some(operand, own[::repeats])  # a cache has each head once
-            return self.build.repeat_interleave(once, repeats=repeats, dim=once.rank - 3)  # type: ignore[no-any-return]
+            return self.build.repeat_interleave(once, repeats=repeats, dim=once.rank - 3)
 
     def _some(self, value: Value, heads: list[int]) -> Value:
         """Some heads of a value [..., heads, length, size], in the order given."""

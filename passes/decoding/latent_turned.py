@@ -81,7 +81,7 @@ def by_heads(part: Part, tensor: torch.Tensor) -> torch.Tensor:
 def _of_heads(part: Part, gradient: torch.Tensor) -> torch.Tensor:
     """Of keys that are repeated the sum over their copies."""
     laid = gradient.flatten(0, -4).double().movedim(1, 0)
-    return laid.unflatten(0, (part.heads.count, -1)).sum(1).flatten(1, 2)
+    return laid.reshape(part.heads.count, -1, *laid.shape[1:]).sum(1).flatten(1, 2)
 
 
 def _with_floor(matrix: torch.Tensor, share: float) -> torch.Tensor:

@@ -110,7 +110,8 @@ def _carrier(sample: Sample, results: Sequence[torch.Tensor], opset: int) -> onn
 def _replaced(name: str, sample: Sample, results: Sequence[torch.Tensor], opset: int) -> Graph:
     """The carried graph with its outputs computed by the operator; all its tensors but the first are weights."""
     graph = load(_carrier(sample, results, opset)).copy()
-    build, operands, first = Builder(graph, by="check_spelling"), [], True
+    build, first = Builder(graph, by="check_spelling"), True
+    operands: list[Any] = []
     for index, operand in enumerate(sample.operands):
         if isinstance(operand, torch.Tensor) and not first:
             operands.append(build.parameter(f"weight{index}", operand))
