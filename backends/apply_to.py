@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from regauge.backends.apply_check import Check
-from regauge.backends.apply_layers import set_layer_sizes
-from regauge.backends.apply_refusal import failing_module, refusal
-from regauge.backends.apply_search import cut_dims, search
+from regauge.backends.applying.check import Check
+from regauge.backends.applying.layers import set_layer_sizes
+from regauge.backends.applying.refusal import failing_module, refusal
+from regauge.backends.applying.search import cut_dims, search
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Parameter
 

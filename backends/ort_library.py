@@ -21,13 +21,13 @@ from pathlib import Path
 
 import onnx_ir
 
-from regauge.backends.kernel_files import Written
-from regauge.backends.triton_compile import number_dims
-from regauge.backends.triton_kernel import grid_of
+from regauge.backends.triton_kernels.compile import number_dims
+from regauge.backends.triton_kernels.files import Written
+from regauge.backends.triton_kernels.kernel import grid_of
 from regauge.ir.cost import item_size
+from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
-from regauge.ir.extents import Dim
-from regauge.ir.sizes import is_static, product
+from regauge.ir.sizes.expressions import is_static, product
 
 NATIVE = Path(__file__).parent / "native" / "ort_kernels.cc"
 HEADER = "onnxruntime_c_api.h"

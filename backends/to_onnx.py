@@ -16,18 +16,18 @@ from typing import Any
 
 import onnx_ir
 
-from regauge.backends.onnx_audit import audit_of
-from regauge.backends.onnx_carrier import Carrier
-from regauge.backends.onnx_changes import find_changes
-from regauge.backends.onnx_check import Checker
-from regauge.backends.onnx_emit import patched_model
-from regauge.backends.onnx_kernels import add_functions, as_calls
-from regauge.backends.onnx_write import Check, copy_model, external_locations, write_model
-from regauge.ir.allocation import without_collection
+from regauge.backends.onnx_model.audit import audit_of
+from regauge.backends.onnx_model.carrier import Carrier
+from regauge.backends.onnx_model.changes import find_changes
+from regauge.backends.onnx_model.check import Checker
+from regauge.backends.onnx_model.emit import patched_model
+from regauge.backends.onnx_model.kernels import add_functions, as_calls
+from regauge.backends.onnx_model.write import Check, copy_model, external_locations, write_model
+from regauge.ir.collection import without_collection
 from regauge.ir.errors import EmitError
+from regauge.ir.folding_limits import BYTES_BEFORE, BYTES_PROPERTY
 from regauge.ir.graph import Graph
-from regauge.ir.growth import BYTES_BEFORE, BYTES_PROPERTY
-from regauge.ir.release import IN_ORDER
+from regauge.ir.node_order import IN_ORDER
 from regauge.ir.states import PROPERTY, noted_states
 
 Inputs = Sequence[Any] | Mapping[str, Any]
@@ -65,7 +65,7 @@ def to_onnx(
     calls = as_calls(graph, functions=functions)
     graph = calls.graph
     if "onnx" not in graph.metadata:
-        from regauge.backends.onnx_export import exported_model
+        from regauge.backends.onnx_model.export import exported_model
 
         model = exported_model(graph, calls.bodies)
         add_functions(model, calls)

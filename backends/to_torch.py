@@ -17,17 +17,17 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import nn
 
-from regauge.backends.torch_forward import Forward
-from regauge.backends.torch_frames import frame_tree
-from regauge.backends.torch_integers import as_integer_layers
-from regauge.backends.torch_layer_names import as_layers
-from regauge.backends.torch_modules import Classes
-from regauge.backends.torch_onednn_layers import as_onednn_layers
-from regauge.backends.torch_places import Places
-from regauge.backends.torch_quantized_source import layer_sources
-from regauge.backends.torch_runtime import import_source
-from regauge.backends.torch_source import assemble
-from regauge.backends.torch_tensors import needs_gradient
+from regauge.backends.torch_module.forward import Forward
+from regauge.backends.torch_module.frames import frame_tree
+from regauge.backends.torch_module.integers import as_integer_layers
+from regauge.backends.torch_module.layer_names import as_layers
+from regauge.backends.torch_module.modules import Classes
+from regauge.backends.torch_module.onednn_layers import as_onednn_layers
+from regauge.backends.torch_module.places import Places
+from regauge.backends.torch_module.quantized_source import layer_sources
+from regauge.backends.torch_module.runtime import import_source
+from regauge.backends.torch_module.source import assemble
+from regauge.backends.torch_module.tensors import needs_gradient
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Parameter
 
@@ -64,7 +64,7 @@ def emit(
     if tuned is not None and kernels != "triton":
         raise EmitError("a tuned table is for kernels: give kernels='triton', too")
     if kernels == "triton":
-        from regauge.backends.kernel_weights import for_kernels
+        from regauge.backends.triton_kernels.weights import for_kernels
 
         graph = for_kernels(graph)
     given = graph
@@ -106,8 +106,9 @@ def to_torch(
 
     Its tensors are copies. It takes the arguments the captured module took, or the graph's inputs in order, and gives
     the same structure of results. Raises EmitError where a node has no torch form. For ``integers`` see :func:`emit`,
-    for ``kernels`` :mod:`regauge.backends.torch_kernels` ("triton") and :mod:`regauge.backends.torch_onednn` ("onednn",
-    for a CPU); ``tuned`` is the path of a table of ``regauge autotune``.
+    for ``kernels`` :mod:`regauge.backends.torch_module.kernels` ("triton") and
+    :mod:`regauge.backends.torch_module.onednn` ("onednn", for a CPU); ``tuned`` is the path of a table of ``regauge
+    autotune``.
     """
     emitted = emit(graph, integers=integers, kernels=kernels, tuned=tuned)
     python = import_source(emitted.source, _module_name(graph))

@@ -27,9 +27,9 @@ import torch
 from benchmarks.isolated import isolated
 from benchmarks.report import append_table, environment
 from benchmarks.zoo import build
+from regauge.ir.dims.groups import dependency_groups
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.groups import dependency_groups
 
 MODELS = [
     "timm:resnet18:64", "timm:resnext50_32x4d:64", "timm:regnety_002:64", "timm:densenet121:64",

@@ -24,10 +24,10 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.zoo import build, names, redraw
 from regauge.backends.to_torch import to_torch
-from regauge.backends.torch_runtime import source_of
+from regauge.backends.torch_module.runtime import source_of
 from regauge.frontends.capture import capture
+from regauge.ir.dims.resize import resize
 from regauge.ir.interpret import run
-from regauge.ir.resize import resize
 
 TOLERANCE = 1e-5
 CHECKS = ("keys", "pickle", "export", "backward")

@@ -31,7 +31,7 @@ import regauge
 from benchmarks.gpu_cases import CASES, Case, Function, inputs, small, sparse_graph, with_gradients
 from benchmarks.report import append_table, section
 from regauge.backends.gpu_timing import Spread, rotating, times
-from regauge.backends.triton_kernel import Kernel, triton_kernel
+from regauge.backends.triton_kernels.kernel import Kernel, triton_kernel
 from regauge.ir.cost import figures
 from regauge.ir.fusion.plan import moves_nothing, plan_fusion
 from regauge.ir.fusion.region import Region

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from regauge.backends.kernel_sparsity import dense_of, stored
+from regauge.backends.triton_kernels.sparsity import dense_of, stored
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
 

@@ -1,9 +1,10 @@
-"""The shipped table of kernel configurations, backends/kernel_configs.json: screened without a GPU.
+"""The shipped table of kernel configurations, backends/triton_kernels/configs.json: screened without a GPU.
 
     python benchmarks/kernel_configs.py [--write] [--only contraction]
 
-For each architecture, form, type and size the configuration that the model of backends/kernel_screen.py likes best
-among those that compile without spilling: of the sample of the form, and of the kernels of tests/kernel_forms.py below.
+For each architecture, form, type and size the configuration that the model of backends/triton_kernels/screen.py likes
+best among those that compile without spilling: of the sample of the form, and of the kernels of tests/kernel_forms.py
+below.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import torch
 
 from kernel_forms import form_graph
-from regauge.backends.kernel_configs import SHIPPED, Case, Entry, Table, shipped
-from regauge.backends.kernel_samples import Sizes, sample
-from regauge.backends.kernel_screen import GPUS, Sized, screen
-from regauge.backends.triton_kernel import Form, triton_kernel
+from regauge.backends.triton_kernels.configs import SHIPPED, Case, Entry, Table, shipped
+from regauge.backends.triton_kernels.kernel import Form, triton_kernel
+from regauge.backends.triton_kernels.samples import Sizes, sample
+from regauge.backends.triton_kernels.screen import GPUS, Sized, screen
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Value
 

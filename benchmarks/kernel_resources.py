@@ -26,12 +26,12 @@ import torch
 from benchmarks.report import DOCUMENT, append_table
 from kernel_forms import FORMS, form_graph
 from regauge.backends.to_torch import to_torch
-from regauge.backends.torch_kernels import kernel_operator
-from regauge.backends.triton_compile import ARCHITECTURES, Compiled, compile_kernel
-from regauge.backends.triton_kernel import Source, triton_kernel
-from regauge.backends.triton_loops import count
+from regauge.backends.torch_module.kernels import kernel_operator
+from regauge.backends.triton_kernels.compile import ARCHITECTURES, Compiled, compile_kernel
+from regauge.backends.triton_kernels.kernel import Source, triton_kernel
+from regauge.backends.triton_kernels.loops import count
+from regauge.ir.dims.extents import Dim
 from regauge.ir.edit import Builder
-from regauge.ir.extents import Dim
 from regauge.ir.fusion.fused import body_of, canonical, fuse
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.fusion.traffic import PERSISTENT

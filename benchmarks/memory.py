@@ -95,8 +95,8 @@ class Peak:
 def work(source: Path, target: Path, job: str, verify: bool) -> int:
     """One job; gives the bytes of the weights it touches."""
     from regauge.frontends.from_onnx import load
-    from regauge.ir.groups import free_groups
-    from regauge.ir.resize import resize
+    from regauge.ir.dims.groups import free_groups
+    from regauge.ir.dims.resize import resize
 
     graph = load(source)
     groups = free_groups(graph)

@@ -152,7 +152,7 @@ def prune(model: onnx.ModelProto, path: Path, ratio: float, *, exact_only: bool)
 
 def recomputed(graph: Any) -> list[str]:
     """Names of the Dims that statistics are computed over."""
-    from regauge.ir.extents import leaves
+    from regauge.ir.dims.extents import leaves
 
     calls = graph.axes.calls.values()
     roles = [(role, extent) for call in calls for role, extent in call.roles]

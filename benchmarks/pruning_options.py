@@ -194,7 +194,7 @@ def _failure(reason: Exception) -> tuple[str, str]:
 def _unmet(before: Any, after: Any, text: str) -> str:
     """The budgets of ``prune`` where one is exceeded, or all are used to less than 99 %."""
     from regauge.ir.cost import cost, figures
-    from regauge.ir.memory import PeakMemory
+    from regauge.ir.memory.activations import PeakMemory
 
     if not text.startswith("prune"):
         return ""

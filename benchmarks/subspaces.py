@@ -24,10 +24,10 @@ import torch
 import regauge
 from benchmarks import char_gpt
 from benchmarks.report import append_table, environment
-from regauge.ir.frames import find_frames
-from regauge.ir.gauge import DIAGONAL
+from regauge.ir.gauge.classes import DIAGONAL
+from regauge.ir.gauge.frames import find_frames
+from regauge.ir.gauge.insertion import scaled
 from regauge.ir.graph import Graph
-from regauge.ir.regauging import scaled
 from regauge.ir.weights import dense
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.quantization.grid import Form, Grid

@@ -16,7 +16,7 @@ from regauge.ir.errors import OperatorError, RegaugeError, first_line
 from regauge.ir.graph import Value
 from regauge.ir.operator import Operator, find_aten
 from regauge.ir.ops.torch_opaque import literal_text, region_slot, slot, written_arguments
-from regauge.ir.sizes import same
+from regauge.ir.sizes.expressions import same
 
 # Where a tensor lives is not part of a graph: it runs where its weights are.
 PLACEMENT = ("device", "layout", "pin_memory", "memory_format")

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from regauge.frontends.provenance import is_users
 from regauge.frontends.pytrees import Leaf, step_name
 from regauge.ir.errors import CaptureError, RegaugeWarning
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 Range = tuple[int, int | None]
 

@@ -17,27 +17,27 @@ from typing import Any
 import onnx
 import onnx_ir
 
-from regauge.frontends.onnx_call import OnnxCall
-from regauge.frontends.onnx_file import in_order, lists_every_weight, open_model
-from regauge.frontends.onnx_functions import expand_function
-from regauge.frontends.onnx_hierarchy import place_by_weights, recorded_scope
-from regauge.frontends.onnx_kernels import read_region
-from regauge.frontends.onnx_opaque import emit_opaque
-from regauge.frontends.onnx_opset import in_opset, prove_equal
-from regauge.frontends.onnx_regions import read_cond, read_loop, read_scan
-from regauge.frontends.onnx_scope import Entry, Scope, tensor_entry
-from regauge.frontends.onnx_sequences import SEQUENCE_OPERATORS, read_sequence
-from regauge.frontends.onnx_weights import data_type_of, dtype_of, weight_of
-from regauge.ir.allocation import without_collection
+from regauge.frontends.onnx_model.call import OnnxCall
+from regauge.frontends.onnx_model.file import in_order, lists_every_weight, open_model
+from regauge.frontends.onnx_model.functions import expand_function
+from regauge.frontends.onnx_model.hierarchy import place_by_weights, recorded_scope
+from regauge.frontends.onnx_model.kernels import read_region
+from regauge.frontends.onnx_model.opaque import emit_opaque
+from regauge.frontends.onnx_model.opset import in_opset, prove_equal
+from regauge.frontends.onnx_model.regions import read_cond, read_loop, read_scan
+from regauge.frontends.onnx_model.scope import Entry, Scope, tensor_entry
+from regauge.frontends.onnx_model.sequences import SEQUENCE_OPERATORS, read_sequence
+from regauge.frontends.onnx_model.weights import data_type_of, dtype_of, weight_of
+from regauge.ir.collection import without_collection
 from regauge.ir.dtypes import Dtype
 from regauge.ir.edit import Builder, remove_node
 from regauge.ir.errors import LoadError, OperatorError, RegaugeError, RegaugeWarning
+from regauge.ir.folding_limits import BYTES_BEFORE, noted_bytes
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.growth import BYTES_BEFORE, noted_bytes
 from regauge.ir.onnx_folding import Question, fold
-from regauge.ir.onnx_sizes import Unknown, as_type, constant_tensor, content, of_shape
 from regauge.ir.operator import Operator, find_onnx
-from regauge.ir.sizes import Size, count, parse_size, symbol
+from regauge.ir.sizes.expressions import Size, count, parse_size, symbol
+from regauge.ir.sizes.onnx_contents import Unknown, as_type, constant_tensor, content, of_shape
 from regauge.ir.states import PROPERTY, take_states
 
 OVERRIDABLE = "overridable initializer: pass freeze=True to treat it as a weight"

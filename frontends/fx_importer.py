@@ -18,8 +18,8 @@ from regauge.frontends.provenance import scope_of, source_of
 from regauge.frontends.traced_sizes import TracedBuilder
 from regauge.ir.errors import CaptureError, RegaugeError
 from regauge.ir.graph import Value
-from regauge.ir.sizes import symbol
-from regauge.ir.symints import plain_sympy
+from regauge.ir.sizes.expressions import symbol
+from regauge.ir.sizes.symints import plain_sympy
 
 # These check or annotate; they compute nothing.
 _SILENT = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "_print",

@@ -11,7 +11,7 @@ from torch import fx
 
 from regauge.frontends.traced_sizes import TracedBuilder
 from regauge.ir.graph import Value
-from regauge.ir.sizes import same
+from regauge.ir.sizes.expressions import same
 
 Form = tuple[Any, list[Any], dict[str, Any]]
 

@@ -17,8 +17,8 @@ from regauge.ir.edit import Builder, Results
 from regauge.ir.graph import Graph, Operand, Value
 from regauge.ir.operator import Operator
 from regauge.ir.shapes import infer_results
-from regauge.ir.sizes import Size, symbol
-from regauge.ir.symints import size_from_symint, traced_size
+from regauge.ir.sizes.expressions import Size, symbol
+from regauge.ir.sizes.symints import size_from_symint, traced_size
 
 Shape = tuple[Size, ...]
 

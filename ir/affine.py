@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 
 Terms = tuple[tuple[Dim, int], ...]
 

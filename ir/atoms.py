@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from regauge.ir.extents import Concat, Dim, Extent, Product, resolve, size_of
+from regauge.ir.dims.extents import Concat, Dim, Extent, Product, resolve, size_of
 
 
 class Atoms:

@@ -3,7 +3,7 @@
 The sizes of all axes are extents, so each figure is a polynomial in the sizes of Dims: :attr:`CostModel.macs` and its
 neighbours are sympy expressions, and the same terms are evaluated with plain integers, for given sizes or step by step
 (:class:`Running`), where a pass must meet a budget. Dynamic sizes (batch, sequence) count as the least they may be,
-usually 1: MACs are those of one example. Activation memory is in :mod:`regauge.ir.memory`, time in
+usually 1: MACs are those of one example. Activation memory is in :mod:`regauge.ir.memory.activations`, time in
 :mod:`regauge.ir.roofline`.
 """
 
@@ -16,11 +16,11 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeV
 import sympy
 import torch
 
+from regauge.ir.dims.extents import Concat, Dim, Extent, Product, leaves, resolve
 from regauge.ir.dtypes import Dtype
-from regauge.ir.extents import Concat, Dim, Extent, Product, leaves, resolve
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Cost
-from regauge.ir.sizes import Size, product, simplify, total
+from regauge.ir.sizes.expressions import Size, product, simplify, total
 
 Metric: TypeAlias = Literal["parameters", "macs", "bytes"]
 SizeOf: TypeAlias = Callable[[Dim], Size]

@@ -15,8 +15,8 @@ from regauge.ir.errors import GraphError
 from regauge.ir.graph import Edit, Graph, Kind, Node, Operand, Parameter, Value, add_use
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
-from regauge.ir.size_sources import untold_sources
-from regauge.ir.sizes import Size
+from regauge.ir.sizes.expressions import Size
+from regauge.ir.sizes.sources import untold_sources
 from regauge.ir.weight_edits import computed_weight
 from regauge.ir.weights import Weight, dense
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from regauge.ir.dims.extents import Dim, format_extent, leaves
+from regauge.ir.dims.groups import Group
+from regauge.ir.dims.majors import majors_of
 from regauge.ir.errors import ExplainError, GraphError
-from regauge.ir.extents import Dim, format_extent, leaves
-from regauge.ir.gauge import Gauge, gauge_in_words, gauges
+from regauge.ir.gauge.classes import Gauge, gauge_in_words, gauges
 from regauge.ir.graph import Graph, Parameter, Value
-from regauge.ir.groups import Group
-from regauge.ir.majors import majors_of
 
 MAX_LISTED = 12
 
@@ -26,7 +26,7 @@ def explain(graph: Graph, what: str) -> str:
         return _explain_axis(graph, value, int(axis), groups)
     value = _value(graph, what)
     if value is None:
-        from regauge.ir.groups import find_group
+        from regauge.ir.dims.groups import find_group
 
         return explain_group(graph, find_group(graph, what))  # raises with a suggestion
     return _explain_value(graph, value, groups)

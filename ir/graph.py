@@ -18,12 +18,12 @@ import torch
 from regauge.ir.dtypes import Dtype, dtype_name
 from regauge.ir.errors import GraphError
 from regauge.ir.operator import Operator, get_operator
-from regauge.ir.sizes import Size, UnknownRank, format_size, simplify
+from regauge.ir.sizes.expressions import Size, UnknownRank, format_size, simplify
 from regauge.ir.weights import Weight, dense
 
 if TYPE_CHECKING:
-    from regauge.ir.axes import Analysis
-    from regauge.ir.extents import Dim
+    from regauge.ir.dims.axes import Analysis
+    from regauge.ir.dims.extents import Dim
     from regauge.ir.interpret import Hook
 
 Number: TypeAlias = bool | int | float | complex
@@ -232,15 +232,15 @@ class Graph:
     @property
     def axes(self) -> Analysis:
         """The axis analysis of the graph as it is now; computed once per version."""
-        from regauge.ir.axes import analyse
+        from regauge.ir.dims.axes import analyse
 
         if self._analysis is None or self._analysis[0] != self.version:
             self._analysis = (self.version, analyse(self))
         return self._analysis[1]
 
     def groups(self) -> list[Any]:
-        """Dependency groups: every Dim that occurs in a parameter, with its members; see :mod:`regauge.ir.groups`."""
-        from regauge.ir.groups import dependency_groups
+        """Dependency groups: every Dim that occurs in a parameter, with its members: :mod:`regauge.ir.dims.groups`."""
+        from regauge.ir.dims.groups import dependency_groups
 
         return dependency_groups(self)
 
@@ -249,7 +249,7 @@ class Graph:
 
         An axis that is a product or a concatenation has several, from the left; one of size 1 has none.
         """
-        from regauge.ir.extents import leaves
+        from regauge.ir.dims.extents import leaves
 
         found = self.find(value) if isinstance(value, str) else value
         if found not in self.axes.of:
@@ -343,10 +343,10 @@ class Graph:
         """An ``nn.Module`` that computes this graph, on ``device`` or where the weights are.
 
         Quantized layers multiply ``integers``; without that they are float layers behind codes and their way back. With
-        ``kernels="triton"`` what gains from it is one kernel on a GPU (:mod:`regauge.backends.torch_kernels`), cut into
-        programs as a ``tuned`` table of ``regauge autotune`` says; with ``"onednn"`` layers and the activations behind
-        them are, on a CPU (:mod:`regauge.backends.torch_onednn`).
-        See :func:`regauge.backends.to_torch.to_torch`. Raises EmitError where a node has no torch form.
+        ``kernels="triton"`` what gains from it is one kernel on a GPU (:mod:`regauge.backends.torch_module.kernels`),
+        cut into programs as a ``tuned`` table of ``regauge autotune`` says; with ``"onednn"`` layers and the
+        activations behind them are, on a CPU (:mod:`regauge.backends.torch_module.onednn`). See
+        :func:`regauge.backends.to_torch.to_torch`. Raises EmitError where a node has no torch form.
         """
         emit = edge("regauge.backends.to_torch").to_torch
         module: torch.nn.Module = emit(self, device=device, integers=integers, kernels=kernels, tuned=tuned)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from regauge.ir.allocation import without_collection
+from regauge.ir.collection import without_collection
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value, add_use
 
 

@@ -13,7 +13,7 @@ import sympy
 import torch
 
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.sizes import count
+from regauge.ir.sizes.expressions import count
 
 
 def known_tensor(operand: Operand, *, most: int, depth: int, weights: bool = False) -> Any:

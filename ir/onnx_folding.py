@@ -14,9 +14,9 @@ import numpy as np
 import onnx_ir
 import sympy
 
-from regauge.ir.onnx_sizes import LIMIT, Content, Unknown, as_type, content, equal, map_elements, negated
-from regauge.ir.size_numbers import numbers_tried
-from regauge.ir.sizes import Size, floor_divide
+from regauge.ir.sizes.expressions import Size, floor_divide
+from regauge.ir.sizes.numbers import numbers_tried
+from regauge.ir.sizes.onnx_contents import LIMIT, Content, Unknown, as_type, content, equal, map_elements, negated
 
 _INT64, _BOOL = onnx_ir.DataType.INT64, onnx_ir.DataType.BOOL
 

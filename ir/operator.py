@@ -35,12 +35,12 @@ import torch
 from regauge.ir.errors import OperatorError
 from regauge.ir.record_checks import check_record
 from regauge.ir.scalars import Element
-from regauge.ir.scaling import Scaling
-from regauge.ir.sizes import Size
+from regauge.ir.scales.scaling import Scaling
+from regauge.ir.sizes.expressions import Size
 
 if TYPE_CHECKING:
+    from regauge.ir.axis_rules.rules import Call
     from regauge.ir.graph import Node
-    from regauge.ir.rules import Call
 
     RuleFunction = Callable[[Call], Any]
 
@@ -48,20 +48,22 @@ Adapter = Callable[..., Any]
 """``adapter(build, ...)``: emits the nodes that an operator of another framework stands for, and returns their values.
 
 An ATen adapter gets the call's arguments as its schema names them, tensors as Values. An ONNX adapter gets one
-:class:`regauge.frontends.onnx_call.OnnxCall`.
+:class:`regauge.frontends.onnx_model.call.OnnxCall`.
 """
 
 Speller = Callable[..., Any]
 """``spell(onnx, node)``: writes a new node of the record as ONNX operators, and returns the value or values they give.
 
-``onnx`` is a :class:`regauge.backends.onnx_speller.OnnxSpeller`: ``onnx.Relu(x)`` adds an ONNX node,
+``onnx`` is a :class:`regauge.backends.onnx_model.speller.OnnxSpeller`: ``onnx.Relu(x)`` adds an ONNX node,
 ``onnx.operand(0)`` is an operand of ``node``, ``onnx.opset`` the version to write for. Where it cannot be written:
 ``raise onnx.refusal(reason)``.
 """
 
 
 class Symmetry(enum.Enum):
-    """How an operator treats the values on an axis that it does not end; regauge.ir.gauge reads it, a law checks it."""
+    """How an operator treats the values on an axis that it does not end; regauge.ir.gauge.classes reads it, a law
+    checks it.
+    """
 
     LINEAR = "linear"  # f(A x + B y) = A f(x) + B f(y): adds, scalings by constants
     LAYOUT = "layout"  # entries are moved, nothing is added to them: reshape, concat, slice
@@ -124,13 +126,13 @@ class Cost:
 
     def count(self, operand: int) -> Size:
         """Number of elements of an operand."""
-        from regauge.ir.sizes import count
+        from regauge.ir.sizes.expressions import count
 
         return count(getattr(self.node.inputs[operand], "shape", ()))
 
     def out(self, axis: int | None = None, result: int = 0) -> Size:
         """Number of elements of a result, or the size of one of its axes."""
-        from regauge.ir.sizes import count
+        from regauge.ir.sizes.expressions import count
 
         shape = self.node.outputs[result].shape
         size: Size = count(shape) if axis is None else shape[axis]
@@ -168,7 +170,7 @@ class Operator:
 
     ``name``       in text form, and for :class:`regauge.Builder`
     ``evaluate``   the semantics, a function over torch tensors; see the module docstring
-    ``rule``       the axis rule, a string in rule notation or a function of a :class:`regauge.ir.rules.Call`
+    ``rule``       the axis rule, a string in rule notation or a function of a :class:`regauge.ir.axis_rules.rules.Call`
     ``element``    what the only result is at one index, as an expression over scalars (:mod:`regauge.ir.scalars`): a
                    function of operands and attributes. None where there is no such expression, and from it where there
                    is none for these operands and attributes: then no kernel is made of it
@@ -178,10 +180,10 @@ class Operator:
     ``spell``      how a new node of it is written in ONNX, where no entry of ``onnx`` is direct
     ``spelled_for_torch`` whether graphs from torch are written with ``spell``, too: torch's exporter has no form of it,
                    or none of the nodes of which a function says so
-    ``macs``       multiply-accumulates of a call; None costs nothing
-    ``samples``    calls on which its laws are checked (:mod:`regauge.ir.laws`)
-    ``symmetry``   how values pass through it, or a function of the node where its operands decide
-    ``scaling``    what it does with scales where its symmetry does not tell (:mod:`regauge.ir.scaling`), or a function
+    ``macs``       multiply-accumulates of a call; None costs nothing ``samples``    calls on which its laws are checked
+    (:mod:`regauge.ir.laws.operators`) ``symmetry``   how values pass through it, or a function of the node where its
+    operands decide ``scaling``    what it does with scales where its symmetry does not tell
+    (:mod:`regauge.ir.scales.scaling`), or a function
                    of the node
     ``layer``      the ``torch.nn`` layer that computes a node, as source text; None from it where there is none
     ``shape``      ``shape(*operands, **attributes)``, a short way to the shape of the only result of common operators;
@@ -194,11 +196,11 @@ class Operator:
     ``sized_by_data`` whether values of operands decide the sizes of results, which who builds a node then states
     ``commutative`` whether its two operands may be exchanged
     ``zeroed_by``  slots of which one, zero at an index, makes the result zero there, where symmetry does not tell
-                   :mod:`regauge.ir.masking`: without it a product is zeroed by any factor, what has another symmetry
-                   than POINTWISE by all its operands together. ``()`` says the latter. A given ``bias`` must be zero
-                   besides
+                   :mod:`regauge.ir.dims.masking`: without it a product is zeroed by any factor, what has another
+                   symmetry than POINTWISE by all its operands together. ``()`` says the latter. A given ``bias`` must
+                   be zero besides
     ``coding``     whether it turns its first operand into codes, or codes into numbers: the code that stands for zero
-                   counts as zero for :mod:`regauge.ir.masking`
+                   counts as zero for :mod:`regauge.ir.dims.masking`
     ``expands``    whether it makes constants larger that are stored small on purpose, so that it is never folded
     ``with_gradients`` stands for ``evaluate`` in inference when gradients are to reach operands and torch lacks them
     """

@@ -14,7 +14,7 @@ from regauge.ir.dtypes import Dtype, dtype_from_name
 from regauge.ir.errors import GraphError, RegaugeError
 from regauge.ir.graph import Graph, Node, Operand, Parameter, State, Value, add_use
 from regauge.ir.operator import get_operator
-from regauge.ir.sizes import UNKNOWN_RANK, Size, parse_size, symbol
+from regauge.ir.sizes.expressions import UNKNOWN_RANK, Size, parse_size, symbol
 from regauge.ir.weights import LazyWeight, Weight
 
 _NAME = r"[A-Za-z0-9_.:/-]+"

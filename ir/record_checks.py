@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from regauge.ir.axis_rules.notation import PINNING_ROLES, Pattern, Rule, names_of, parse_rule
 from regauge.ir.errors import OperatorError
-from regauge.ir.notation import PINNING_ROLES, Pattern, Rule, names_of, parse_rule
 
 if TYPE_CHECKING:
     from regauge.ir.operator import Operator

@@ -28,10 +28,10 @@ from regauge.ir.cost import (
     sized,
     smallest_sizes,
 )
+from regauge.ir.dims.extents import Dim, Extent, leaves
 from regauge.ir.errors import RegaugeError
-from regauge.ir.extents import Dim, Extent, leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.sizes import product
+from regauge.ir.sizes.expressions import product
 
 VIEWS = frozenset({"reshape", "unsqueeze", "squeeze", "identity", "expand", "permute", "select", "slice", "dropout"})
 

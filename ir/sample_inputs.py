@@ -10,7 +10,7 @@ import torch
 
 from regauge.ir.errors import GraphError, RegaugeError
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.sizes import evaluate
+from regauge.ir.sizes.expressions import evaluate
 from regauge.ir.weights import writes
 
 MOST_REMEMBERED = 1 << 26  # bytes

@@ -10,7 +10,7 @@ It says nothing of axes: an operand is read where its own axes say, by the axis 
 ``amax`` and ``amin`` go over the axes that the rule ends (contracts, reduces or normalises over), ``count()`` being how
 many indices these have. An operator with reductions over different axes names the axis of each, ``sum_(x, (0, -1))``
 being over the last axis of operand 0; ``index((0, -1))`` is the place along it. Kernels are printed from elements; a
-law (:mod:`regauge.ir.element_law`) holds each to what its operator computes.
+law (:mod:`regauge.ir.laws.elements`) holds each to what its operator computes.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 
+from regauge.ir.axis_rules.rules import broadcast_rule
 from regauge.ir.errors import OperatorError, RegaugeError, first_line
 from regauge.ir.operator import Operator, Symmetry
-from regauge.ir.rules import broadcast_rule
-from regauge.ir.sizes import (
+from regauge.ir.sizes.expressions import (
     Size,
     evaluate,
     kinks_of,
@@ -30,7 +30,7 @@ from regauge.ir.sizes import (
     unclamped,
     without_limit,
 )  # fmt: skip
-from regauge.ir.symints import size_from_symint, traced_size
+from regauge.ir.sizes.symints import size_from_symint, traced_size
 
 Result = tuple[tuple[Size, ...], torch.dtype]
 

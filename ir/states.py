@@ -17,7 +17,7 @@ import torch
 
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph, State, Value
-from regauge.ir.sizes import evaluate, solve_bindings
+from regauge.ir.sizes.expressions import evaluate, solve_bindings
 
 NEXT = ".next"  # what the name of a state ends in once it is an output
 

@@ -25,7 +25,7 @@ import sympy
 import torch
 
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
-from regauge.ir.sizes import format_size
+from regauge.ir.sizes.expressions import format_size
 
 INDENT = "  "
 

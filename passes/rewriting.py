@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from regauge.ir.graph import Graph
-from regauge.ir.rewrite import RewriteLog, RewriteRule, RuleSet, rewrite_graph
+from regauge.ir.rewriting.rewrite import RewriteLog, RewriteRule, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 
 
@@ -41,7 +41,7 @@ def rewrite(
 
     Replacement and condition take by name what they want of the pattern's variables and named nodes; a condition that
     gives False or a text leaves the match alone, and so does ``regauge.refuse("reason")``. How patterns are written:
-    :mod:`regauge.ir.patterns`. With the contract ``exact`` the results are compared before and after. Raises
+    :mod:`regauge.ir.rewriting.patterns`. With the contract ``exact`` the results are compared before and after. Raises
     PatternError for a malformed pattern, and where a replacement has another shape or type.
     """
     given = getattr(replacement, "__name__", "")

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from regauge.ir.extents import Concat, Dim, Extent, Product, leaves, resolve, size_of
+from regauge.ir.dims.extents import Concat, Dim, Extent, Product, leaves, resolve, size_of
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import product, total
+from regauge.ir.sizes.expressions import product, total
 
 
 class Rounding:

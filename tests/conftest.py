@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from regauge.backends.onnx_registry import kept_registry
+from regauge.backends.onnx_model.registry import kept_registry
 
 settings.register_profile("regauge", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("regauge")

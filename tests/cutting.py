@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from regauge.ir.dims.groups import free_groups
+from regauge.ir.dims.kept import flat_indices
+from regauge.ir.dims.resize import resize
 from regauge.ir.graph import Graph
-from regauge.ir.groups import free_groups
 from regauge.ir.interpret import run
-from regauge.ir.kept import flat_indices
-from regauge.ir.resize import resize
 from regauge.ir.verify import verify
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import torch
 
-from regauge.backends.triton_kernel import Form, triton_kernel
-from regauge.backends.triton_source import Rounding
+from regauge.backends.triton_kernels.kernel import Form, triton_kernel
+from regauge.backends.triton_kernels.source import Rounding
 from regauge.ir.fusion.region import Region
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from regauge.backends.kernel_sparsity import dense_of, stored, stored_bitmap
+from regauge.backends.triton_kernels.sparsity import dense_of, stored, stored_bitmap
 from regauge.ir.graph import Value
 
 

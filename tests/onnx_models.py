@@ -11,10 +11,10 @@ import onnx
 import onnx.parser
 from onnx import numpy_helper
 
+from regauge.ir.dims.groups import free_groups
+from regauge.ir.dims.kept import flat_indices
+from regauge.ir.dims.resize import resize
 from regauge.ir.graph import Graph
-from regauge.ir.groups import free_groups
-from regauge.ir.kept import flat_indices
-from regauge.ir.resize import resize
 
 PERCEPTRON = """
 <ir_version: 8, opset_import: ["" : 17], producer_name: "somebody", doc_string: "a model">

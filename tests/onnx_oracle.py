@@ -15,7 +15,7 @@ import torch
 from regauge.frontends.from_onnx import load
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
-from regauge.ir.sizes import evaluate
+from regauge.ir.sizes.expressions import evaluate
 
 
 def runtime_outputs(source: Path | onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[Any]:

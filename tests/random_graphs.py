@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.sizes import Size, product, symbol
+from regauge.ir.sizes.expressions import Size, product, symbol
 
 BATCH = symbol("batch")
 UNARY = ("relu", "tanh", "sigmoid", "neg", "abs", "silu", "sign", "floor", "identity")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, reject
 from hypothesis import strategies as st
 
-from regauge.backends.kernel_sparsity import dense_of, stored, stored_bitmap
+from regauge.backends.triton_kernels.sparsity import dense_of, stored, stored_bitmap
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.legality import fault

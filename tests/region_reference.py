@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from regauge.ir.affine import Affine
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.ir.fusion.region import Region, Term
 from regauge.ir.graph import Value
 from regauge.ir.scalars import PRIMITIVES, REDUCTIONS
-from regauge.ir.sizes import evaluate, solve_bindings
+from regauge.ir.sizes.expressions import evaluate, solve_bindings
 
 
 def run_region(region: Region, tensors: Mapping[Value, torch.Tensor]) -> dict[Value, torch.Tensor]:

@@ -6,7 +6,7 @@ from torch import nn
 import regauge
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
-from regauge.ir.rewrite import RuleSet, rewrite_graph
+from regauge.ir.rewriting.rewrite import RuleSet, rewrite_graph
 
 
 def shaken(model: nn.Module) -> nn.Module:

@@ -8,9 +8,9 @@ import torch
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
 from regauge.ir.interpret import run
-from regauge.ir.rewrite import RuleSet, rewrite_graph
+from regauge.ir.rewriting.rewrite import RuleSet, rewrite_graph
 from regauge.ir.sample_inputs import sample_inputs
-from regauge.ir.sizes import Size, symbol
+from regauge.ir.sizes.expressions import Size, symbol
 from regauge.ir.verify import verify
 
 BATCH = symbol("batch")

@@ -4,7 +4,7 @@ import torch
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 
 def residual_network(width: int = 16, blocks: int = 2, *, dtype: torch.dtype = torch.float64) -> Graph:

@@ -11,7 +11,7 @@ import regauge
 from regauge.cli import main
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 
 @pytest.fixture(scope="module")

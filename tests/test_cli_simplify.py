@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-import regauge.backends.onnx_emit
+import regauge.backends.onnx_model.emit
 from onnx_simplified import normal, operators, padded_network, parsed, props
-from regauge.backends.onnx_proof import Proof
+from regauge.backends.onnx_model.proof import Proof
 from regauge.backends.run_onnxruntime import Inputs, Optimisation, Session
 from regauge.cli import main
 from regauge.frontends.from_onnx import load
@@ -91,14 +91,14 @@ def test_it_is_checked_on_data_where_data_is_given(source: Path) -> None:
 def test_a_file_that_computes_something_else_is_not_written(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = regauge.backends.onnx_emit.fold_known
+    real = regauge.backends.onnx_model.emit.fold_known
 
     def spoiled(graph: object, carrier: object, contents: object) -> None:
         real(graph, carrier, contents)  # type: ignore[arg-type]
         value = carrier.model.graph.initializers["shift"]  # type: ignore[attr-defined]
         value.const_value = type(value.const_value)(numpy_helper.from_array(2 * normal(3, 1, 1), "shift"))
 
-    monkeypatch.setattr(regauge.backends.onnx_emit, "fold_known", spoiled)
+    monkeypatch.setattr(regauge.backends.onnx_model.emit, "fold_known", spoiled)
     target = source.with_name("small.onnx")
     target.write_bytes(b"precious")
     assert run("simplify", source, "-o", target) == 2
@@ -212,7 +212,7 @@ def test_the_original_is_optimised_only_where_the_optimised_file_differs(
     source: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("regauge.backends.onnx_proof.Session", Shifted)
+    monkeypatch.setattr("regauge.backends.onnx_model.proof.Session", Shifted)
     monkeypatch.setattr(Shifted, "opened", [])
     monkeypatch.setattr(Shifted, "shifts", shifts)
     new = source.with_name("new.onnx")

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand there.
+"""The examples of the README and of the guides run as they stand there.
 
 Every ```python block is executed, each in a namespace and a folder of its own. Of every ```sh and ```console block the
 lines that begin with `regauge` (after a `$ `, if there is one) are run, in one folder for the block. A block that
@@ -14,25 +14,24 @@ from typing import NamedTuple
 
 import pytest
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
 FENCE = re.compile(r"^```(?P<info>\w[^`\n]*)\n(?P<text>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
-
-if not README.exists():
-    pytest.skip("there is no README.md yet", allow_module_level=True)
 
 
 class Block(NamedTuple):
+    page: Path
     language: str
-    line: int  # of the block's first line in the README, from 1
+    line: int  # of the block's first line in its page, from 1
     text: str
 
 
-def runnable_blocks(markdown: str) -> list[Block]:
+def runnable_blocks(page: Path, markdown: str) -> list[Block]:
     blocks = []
     for match in FENCE.finditer(markdown):
         language, *flags = re.split(r"[\s,{}]+", match["info"].strip())
         if "no-test" not in flags:
-            blocks.append(Block(language, markdown.count("\n", 0, match.start("text")) + 1, match["text"]))
+            blocks.append(Block(page, language, markdown.count("\n", 0, match.start("text")) + 1, match["text"]))
     return blocks
 
 
@@ -42,29 +41,29 @@ def regauge_commands(text: str) -> list[str]:
     return [command for command in commands if re.match(r"regauge(\s|$)", command)]
 
 
-BLOCKS = runnable_blocks(README.read_text(encoding="utf-8"))
+BLOCKS = [block for page in PAGES for block in runnable_blocks(page, page.read_text(encoding="utf-8"))]
 PYTHON = [block for block in BLOCKS if block.language in ("python", "py")]
 SHELL = [block for block in BLOCKS if block.language in ("sh", "bash", "shell", "console")]
 
 
-def line_of(block: Block) -> str:
-    return f"line{block.line}"
+def place(block: Block) -> str:
+    return f"{block.page.name}:{block.line}"
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=line_of)
+@pytest.mark.parametrize("block", PYTHON, ids=place)
 def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    at_its_line = "\n" * (block.line - 1) + block.text  # so that a traceback points into the README
-    exec(compile(at_its_line, str(README), "exec"), {"__name__": "__main__"})
+    at_its_line = "\n" * (block.line - 1) + block.text  # so that a traceback points into the page
+    exec(compile(at_its_line, str(block.page), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("block", SHELL, ids=line_of)
+@pytest.mark.parametrize("block", SHELL, ids=place)
 def test_shell_block_runs(block: Block, tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     for command in regauge_commands(block.text):
         environment = {**os.environ, "PATH": path, "NO_COLOR": "1"}
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"README.md:{block.line}: {command}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"{place(block)}: {command}\n{done.stdout}\n{done.stderr}"
 
 
 PAGE = """
@@ -86,11 +85,20 @@ its output
 
 
 def test_blocks_are_found_in_a_page() -> None:
-    first, second = runnable_blocks(PAGE)
-    assert first == Block("python", 3, "x = 1\n")
+    first, second = runnable_blocks(Path("page.md"), PAGE)
+    assert first == Block(Path("page.md"), "python", 3, "x = 1\n")
     assert regauge_commands(second.text) == ["regauge shown      twice"]
 
 
 def test_readme_shows_python_and_a_command() -> None:
-    assert PYTHON, "README.md has no ```python block"
-    assert SHELL, "README.md has no ```sh or ```console block that runs"
+    languages = {block.language for block in BLOCKS if block.page.name == "README.md"}
+    assert {"python", "sh"} <= languages, f"README.md has blocks of {languages} only"
+
+
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    missing = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]
+    assert not missing

@@ -61,7 +61,7 @@ def test_wheel_is_typed(wheel: set[str]) -> None:
 
 
 def test_wheel_holds_what_modules_read(wheel: set[str]) -> None:
-    assert {"regauge/backends/kernel_configs.json", "regauge/backends/native/ort_kernels.cc"} <= wheel
+    assert {"regauge/backends/triton_kernels/configs.json", "regauge/backends/native/ort_kernels.cc"} <= wheel
 
 
 def test_wheel_leaves_no_folder_beside_the_package(wheel: set[str]) -> None:

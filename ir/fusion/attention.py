@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
-from regauge.ir.extents import Dim
 from regauge.ir.fusion.coded import Coded, coded
 from regauge.ir.fusion.latent import Latents, latents_of
 from regauge.ir.fusion.online import is_shifted
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
-from regauge.ir.sizes import is_static, product
+from regauge.ir.sizes.expressions import is_static, product
 
 WIDEST = 256
 """Numbers of a head that a program holds at a time, of queries and keys and of values; wider ones are read in parts."""

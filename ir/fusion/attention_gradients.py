@@ -21,15 +21,15 @@ import torch
 
 from regauge.ir import scalars
 from regauge.ir.derivatives import gradients
+from regauge.ir.dims.extents import Dim
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
-from regauge.ir.extents import Dim
 from regauge.ir.fusion.attention import Attention
 from regauge.ir.fusion.gradient_frames import is_float, primitive
 from regauge.ir.fusion.region import Layout, Region, Term, below_results, terms_below
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.scalars import PRIMITIVES, Scalar
-from regauge.ir.sizes import product
+from regauge.ir.sizes.expressions import product
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 
 from regauge.ir.edit import Builder, remove_dead, remove_node, replace_uses
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
-from regauge.ir.sizes import Size, is_static, same
+from regauge.ir.sizes.expressions import Size, is_static, same
 
 ATTENTIONS = ("attention", "capped_attention")
 LARGEST = 2**24

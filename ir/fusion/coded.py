@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.ir.fusion.products import FLOAT8, codes_of, integer_range
 from regauge.ir.fusion.region import Term, below_results, terms_below
 

@@ -33,7 +33,7 @@ from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Node, Operand, Value
 from regauge.ir.graph_copy import copy_graph
 from regauge.ir.roofline import DEVICES, Device
-from regauge.ir.sizes import symbols_in
+from regauge.ir.sizes.expressions import symbols_in
 
 LONGEST_NAME = 40
 Rounding: TypeAlias = Literal["fused", "eager"]

@@ -9,17 +9,17 @@ from typing import Any, Protocol
 import torch
 
 from regauge.ir.atoms import Atoms
-from regauge.ir.axes import apply_rule
+from regauge.ir.axis_rules.rules import ENDING_ROLES, Axes, Call
 from regauge.ir.derivatives import gradients
+from regauge.ir.dims.axes import apply_rule
+from regauge.ir.dims.extents import Dim, fresh
 from regauge.ir.dtypes import epsilon_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import AxisError, FusionError
-from regauge.ir.extents import Dim, fresh
 from regauge.ir.fusion.region import no_element
 from regauge.ir.graph import Node, Value
-from regauge.ir.rules import ENDING_ROLES, Axes, Call
 from regauge.ir.scalars import PRIMITIVES, REDUCTIONS, OperandAxis, Scalar, element_of, operand, parts_of
-from regauge.ir.sizes import is_static, product, same
+from regauge.ir.sizes.expressions import is_static, product, same
 
 
 class Read(Protocol):

@@ -29,7 +29,7 @@ from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.region import below_results
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.graph_copy import copy_graph
-from regauge.ir.sizes import is_static, product
+from regauge.ir.sizes.expressions import is_static, product
 
 SHARED = "rows share it: its gradient is a sum over rows"
 

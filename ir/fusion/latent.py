@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
-from regauge.ir.extents import Dim
 from regauge.ir.fusion.region import Term, below_results, terms_below
 
 MOST_PRODUCTS = 3

@@ -14,7 +14,7 @@ from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.fusion.terms import DIGITS
 from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Value
-from regauge.ir.sizes import is_static, product, symbols_in
+from regauge.ir.sizes.expressions import is_static, product, symbols_in
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Types that kernels compute with: in single precision inside."""

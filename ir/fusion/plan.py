@@ -31,7 +31,7 @@ from regauge.ir.fusion.traffic import bytes_moved
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.roofline import DEVICES, Device
 from regauge.ir.scalars import element_of
-from regauge.ir.sizes import product
+from regauge.ir.sizes.expressions import product
 
 LIBRARY = "products are left to the runtime's library"
 """Why a product is no kernel where it is planned so."""

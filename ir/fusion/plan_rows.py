@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from regauge.ir.fusion.plan import Plan, Refusal
 from regauge.ir.fusion.region import Region
-from regauge.ir.sizes import format_size
+from regauge.ir.sizes.expressions import format_size
 from regauge.ir.tables import short
 
 

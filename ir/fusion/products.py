@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.fusion.terms import DIGITS
-from regauge.ir.sizes import is_static
+from regauge.ir.sizes.expressions import is_static
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Floats of 8 bits that kernels read; all are numbers of half precision, too."""

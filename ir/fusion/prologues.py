@@ -7,7 +7,7 @@ from collections.abc import Callable
 from regauge.ir.fusion.attention import Attention
 from regauge.ir.fusion.products import CODES, few_bit_sides
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
-from regauge.ir.sizes import Size, product
+from regauge.ir.sizes.expressions import Size, product
 
 TILE = 128
 """Columns of a contraction that one program computes: what stands before it is computed for each of them again."""

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from regauge.ir.affine import Affine
+from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
-from regauge.ir.extents import Dim
 from regauge.ir.fusion.terms import BITS, Layout, Load, Term, below_results, terms_below
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Operator
 from regauge.ir.roofline import VIEWS
 from regauge.ir.scalars import element_of
-from regauge.ir.sizes import product, same
+from regauge.ir.sizes.expressions import product, same
 
 if TYPE_CHECKING:
     from regauge.ir.fusion.attention import Attention

@@ -5,7 +5,7 @@ from __future__ import annotations
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.scalars import element_of
-from regauge.ir.sizes import is_static
+from regauge.ir.sizes.expressions import is_static
 
 
 def slice_splits(graph: Graph) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from regauge.ir.affine import Affine, index_of
+from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Value
 from regauge.ir.scalars import REDUCTIONS
 

@@ -13,17 +13,17 @@ from typing import Any
 
 from regauge.ir.affine import Affine, index_of, length_of
 from regauge.ir.atoms import Atoms
-from regauge.ir.axes import apply_rule
+from regauge.ir.axis_rules.rules import ENDING_ROLES, Axes, Call
+from regauge.ir.dims.axes import apply_rule
+from regauge.ir.dims.extents import Concat, Dim, fresh, leaves, resolve, size_of
+from regauge.ir.dims.unify import unify
 from regauge.ir.dtypes import epsilon_of
 from regauge.ir.errors import AxisError, FusionError
-from regauge.ir.extents import Concat, Dim, fresh, leaves, resolve, size_of
 from regauge.ir.fusion.region import Region, no_element
 from regauge.ir.fusion.terms import DIGITS, Digit, Layout, Load, Mover, Term
 from regauge.ir.graph import Node, Value
-from regauge.ir.rules import ENDING_ROLES, Axes, Call
 from regauge.ir.scalars import REDUCTIONS, Along, OperandAxis, Place, Scalar, element_of, movements
-from regauge.ir.sizes import Size, is_static, same
-from regauge.ir.unify import unify
+from regauge.ir.sizes.expressions import Size, is_static, same
 
 
 def trace(nodes: Sequence[Node], returned: Iterable[Value] = (), beside: Sequence[Value] = ()) -> Region:

@@ -8,7 +8,7 @@ from regauge.ir.cost import item_size
 from regauge.ir.fusion.online import online_sums, passes
 from regauge.ir.fusion.region import Region, Term, terms_below
 from regauge.ir.graph import Value
-from regauge.ir.sizes import Size, product
+from regauge.ir.sizes.expressions import Size, product
 
 PERSISTENT = 16384
 """Indices of a row that one program holds; longer rows are read again for each reduction that waits for another one,

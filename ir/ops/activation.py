@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Call
+from regauge.ir.dims.extents import size_of
 from regauge.ir.errors import AxisError, OperatorError
-from regauge.ir.extents import size_of
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Adapter, OnnxForm, Speller, Symmetry, operator, sample
 from regauge.ir.ops import spell_activation as spelling
 from regauge.ir.ops.elementwise import Function, pointwise
-from regauge.ir.rules import Call
 from regauge.ir.scalars import Element
-from regauge.ir.scaling import Scaling
-from regauge.ir.sizes import divide, same
+from regauge.ir.scales.scaling import Scaling
+from regauge.ir.sizes.expressions import divide, same
 
 
 def activation(

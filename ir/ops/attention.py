@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import Extent, size_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import AxisError
-from regauge.ir.extents import Extent, size_of
 from regauge.ir.graph import Value
 from regauge.ir.operator import Cost, OnnxForm, Sample, operator, sample
 from regauge.ir.ops.encoder_layer import native_attention, native_encoder_layer
@@ -32,10 +33,9 @@ from regauge.ir.ops.onnx_attention import (
 )
 from regauge.ir.ops.onnx_rotary import read_contrib_rotary, read_rotary, write_rotary
 from regauge.ir.ops.spell_attention import spell_attention
-from regauge.ir.rules import Axes, Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.scaling import Scaling
-from regauge.ir.sizes import Size, divide, same
+from regauge.ir.scales.scaling import Scaling
+from regauge.ir.sizes.expressions import Size, divide, same
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, rand, randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Call
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Symmetry, operator, sample
 from regauge.ir.ops import spell_normalisation as spelling
 from regauge.ir.ops.normalisation import given, instance_norm_layer
-from regauge.ir.rules import Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.scaling import Scaling
+from regauge.ir.scales.scaling import Scaling
 from regauge.ir.training_notes import TRACKED
 
 

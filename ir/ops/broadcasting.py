@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import ONE, size_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import AxisError, OperatorError
-from regauge.ir.extents import ONE, size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, product, same, simplify, unclamped
+from regauge.ir.sizes.expressions import Size, product, same, simplify, unclamped
 
 # -- axes of size one --------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Sample, Symmetry, sample
 from regauge.ir.ops import spell_arithmetic as spelling
 from regauge.ir.ops.elementwise import aten_binary, onnx_binary, onnx_pair, pointwise
-from regauge.ir.scaling import Scaling
+from regauge.ir.scales.scaling import Scaling
 
 
 def _numbers(*shape: int) -> Tensor:

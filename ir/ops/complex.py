@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Value
 from regauge.ir.operator import Symmetry, operator, sample
 from regauge.ir.ops.layout import axis_number
-from regauge.ir.rules import Axes, Call
 
 # -- views -------------------------------------------------------------------------------------------------------------
 

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Call
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Cost, OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.onnx_nbits import read_matmul_nbits, write_matmul_nbits
-from regauge.ir.rules import Call
 from regauge.ir.shapes import common_shape
-from regauge.ir.sizes import Size, product, same
+from regauge.ir.sizes.expressions import Size, product, same
 
 # -- linear ------------------------------------------------------------------------------------------------------------
 

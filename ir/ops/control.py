@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from regauge.ir.extents import Extent, fresh, size_of
+from regauge.ir.dims.extents import Extent, fresh, size_of
 from regauge.ir.operator import Symmetry, operator
-from regauge.ir.sizes import same
+from regauge.ir.sizes.expressions import same
 
 
 def _join(call: Any, first: list[Extent], second: list[Extent], sizes: Any, reason: str) -> list[Extent]:

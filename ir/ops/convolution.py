@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Call
+from regauge.ir.dims.extents import size_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
-from regauge.ir.extents import size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Speller, Symmetry, operator, sample
 from regauge.ir.ops.padding import pad_by
 from regauge.ir.ops.slicing import slice_axis
 from regauge.ir.ops.windows import per_axis, window_counts, window_places
-from regauge.ir.rules import Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.sizes import Size, floor_divide, is_static, product, same, simplify, symbols_in
+from regauge.ir.sizes.expressions import Size, floor_divide, is_static, product, same, simplify, symbols_in
 
 Sizes = tuple[Size, ...]
 

@@ -10,6 +10,7 @@ import sympy
 import torch
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
@@ -17,9 +18,8 @@ from regauge.ir.operator import OnnxForm, operator, sample
 from regauge.ir.ops.broadcasting import expand_to
 from regauge.ir.ops.conversion import as_dtype, onnx_dtype
 from regauge.ir.ops.layout import holds_no_sizes
-from regauge.ir.rules import Axes, Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.sizes import Size, is_static
+from regauge.ir.sizes.expressions import Size, is_static
 
 LARGEST_TABLE = 1_000_000  # larger tables stay operators: a constant would be written into every emitted file
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Value
 from regauge.ir.operator import Symmetry, operator, sample
 from regauge.ir.ops.layout import axis_number
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size
+from regauge.ir.sizes.expressions import Size
 
 
 def _triangle_rule(call: Call) -> Axes:

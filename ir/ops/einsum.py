@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.axis_rules.rules import Call
+from regauge.ir.dims.extents import size_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import AxisError, OperatorError
-from regauge.ir.extents import size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Cost, Symmetry, operator, sample
-from regauge.ir.rules import Call
-from regauge.ir.sizes import Size, product, same
+from regauge.ir.sizes.expressions import Size, product, same
 
 DOTS = "."  # an ellipsis as one character
 

@@ -14,7 +14,7 @@ from regauge.ir.operator import Adapter, Speller, Symmetry, sample
 from regauge.ir.ops.elementwise import Function, pointwise, positive
 from regauge.ir.ops.spell_arithmetic import truncated
 from regauge.ir.scalars import Element
-from regauge.ir.scaling import Scaling
+from regauge.ir.scales.scaling import Scaling
 
 Draw = Callable[..., Tensor]
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, rand, randint, randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import broadcast_rule
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Adapter, OnnxForm, Operator, Sample, Symmetry, register_operator, sample
 from regauge.ir.ops import spell_arithmetic as spelling
-from regauge.ir.rules import broadcast_rule
-from regauge.ir.scaling import Scaling
+from regauge.ir.scales.scaling import Scaling
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Samples = Callable[[], list[Sample]]

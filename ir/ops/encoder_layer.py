@@ -9,7 +9,7 @@ import torch
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Value
-from regauge.ir.sizes import Size
+from regauge.ir.sizes.expressions import Size
 
 
 def _keep_mask(build: Builder, mask: Value | None, mask_type: int | None, batch: Size, source: Size) -> Value | None:

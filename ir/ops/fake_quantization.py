@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, rand, randint, randn
 
+from regauge.ir.axis_rules.rules import Call
 from regauge.ir.operator import operator, sample
 from regauge.ir.ops.quantization import scaled_rule
-from regauge.ir.rules import Call
 
 
 def spread(scale: Tensor, x: Tensor, axis: int | None, block_size: int | None) -> Tensor:

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import randint, randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import size_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
-from regauge.ir.extents import size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import holds_no_sizes
 from regauge.ir.ops.lookup import carried
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, same
+from regauge.ir.sizes.expressions import Size, same
 
 Indices = Sequence[Value | None]
 

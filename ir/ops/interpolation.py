@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, rand, randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.onnx_resize import read_resize, read_upsample, write_resize
-from regauge.ir.rules import Axes, Call
-from regauge.ir.scaling import Scaling
-from regauge.ir.sizes import symbols_in
+from regauge.ir.scales.scaling import Scaling
+from regauge.ir.sizes.expressions import symbols_in
 
 _WITH_CORNERS = {"linear", "bilinear", "bicubic", "trilinear"}
 

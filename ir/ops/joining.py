@@ -9,14 +9,14 @@ import torch
 from torch import randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import Concat, Product, resolve
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
-from regauge.ir.extents import Concat, Product, resolve
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import axis_number, raise_rank
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, product
+from regauge.ir.sizes.expressions import Size, product
 
 # -- concat ------------------------------------------------------------------------------------------------------------
 

@@ -9,13 +9,13 @@ import torch
 from torch import randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import size_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
-from regauge.ir.extents import size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, floor_divide, product, same
+from regauge.ir.sizes.expressions import Size, floor_divide, product, same
 
 # -- reshape -----------------------------------------------------------------------------------------------------------
 

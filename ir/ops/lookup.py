@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import randint, randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import Extent, size_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
-from regauge.ir.extents import Extent, size_of
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.broadcasting import broadcast_shape, expand_to
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.ops.shuffling import groups_of, shuffled_places
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, product, same
+from regauge.ir.sizes.expressions import Size, product, same
 
 # -- embedding ---------------------------------------------------------------------------------------------------------
 

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import operator, sample
 from regauge.ir.ops import spell_normalisation as spelling
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.onnx_normalisation import GROUP_NORM_FORMS, LAYER_NORM_FORMS, RMS_NORM_FORMS
-from regauge.ir.rules import Axes, Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.scaling import Scaling
-from regauge.ir.sizes import Size, product
+from regauge.ir.scales.scaling import Scaling
+from regauge.ir.sizes.expressions import Size, product
 from regauge.ir.training_notes import TRACKED
 
 # -- what norms share --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
 from regauge.ir.ops.creation import numbers_from
-from regauge.ir.sizes import Size, floor_divide, product, same
+from regauge.ir.sizes.expressions import Size, floor_divide, product, same
 
 LOWEST = -10000.0  # what com.microsoft operators add where a mask is 0, unless told otherwise
 

@@ -8,7 +8,7 @@ from typing import Any
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, OnnxForm
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
-from regauge.ir.sizes import divide, same
+from regauge.ir.sizes.expressions import divide, same
 
 
 def _normalised(build: Any, op: str, x: Value, axis: int, weight: Value | None, bias: Value | None, eps: float) -> Any:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.errors import OperatorError, first_line
 from regauge.ir.operator import operator
-from regauge.ir.rules import Axes, Call
 
 # Types that numpy lacks travel as bits: (torch dtype, type of the bits, ONNX element type).
 _BITS: dict[torch.dtype, tuple[torch.dtype, int]] = {

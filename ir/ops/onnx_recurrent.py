@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import Cost, OnnxForm, Sample, operator, sample
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size
+from regauge.ir.sizes.expressions import Size
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node
-from regauge.ir.sizes import Size, divide, same
+from regauge.ir.sizes.expressions import Size, divide, same
 
 STAND_IN = 24  # a dynamic size under an integer scale: its index pattern repeats, so that any size shows all of it
 

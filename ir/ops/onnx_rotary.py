@@ -19,7 +19,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.ops.creation import numbers_from
 from regauge.ir.ops.onnx_attention import in_heads, joined
 from regauge.ir.ops.slicing import slice_axis
-from regauge.ir.sizes import same
+from regauge.ir.sizes.expressions import same
 
 
 def _rotated(build: Builder, x: Value, cos: Value, sin: Value, interleaved: bool) -> Value:

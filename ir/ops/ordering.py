@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import ONE, Extent
 from regauge.ir.errors import OperatorError
-from regauge.ir.extents import ONE, Extent
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, Operator, Sample, Speller, Symmetry, operator, register_operator, sample
 from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.elementwise import Function
 from regauge.ir.ops.layout import axis_number
-from regauge.ir.rules import Axes, Call
-from regauge.ir.scaling import Scaling
-from regauge.ir.sizes import Size
+from regauge.ir.scales.scaling import Scaling
+from regauge.ir.sizes.expressions import Size
 
 
 def _along(call: Call, role: str) -> Axes:

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import Concat, resolve, size_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
-from regauge.ir.extents import Concat, resolve, size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.slicing import slice_axis
-from regauge.ir.rules import Axes, Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.sizes import Size, is_static, same, simplify
+from regauge.ir.sizes.expressions import Size, is_static, same, simplify
 
 Pads = Sequence[tuple[Size, Size]]
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Speller, Symmetry, operator, sample
-from regauge.ir.rules import Axes, Call
 
 # -- shuffles ----------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, randn
 
 from regauge.ir import scalars
-from regauge.ir.extents import ONE
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import ONE
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, Symmetry, operator, sample
 from regauge.ir.ops import spell_reduction as spelling
@@ -27,10 +28,9 @@ from regauge.ir.ops.onnx_pooling import (
     read_max_pool,
 )
 from regauge.ir.ops.windows import per_axis, window_counts, window_places
-from regauge.ir.rules import Axes, Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.scaling import Scaling
-from regauge.ir.sizes import Size, same
+from regauge.ir.scales.scaling import Scaling
+from regauge.ir.sizes.expressions import Size, same
 
 
 def window_rule(call: Call, spatial: int) -> list[Axes]:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, rand, randint, randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Call
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import OnnxForm, operator, sample
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
-from regauge.ir.rules import Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.scaling import Scaling
-from regauge.ir.sizes import divide, same
+from regauge.ir.scales.scaling import Scaling
+from regauge.ir.sizes.expressions import divide, same
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32)
 """Types that hold quantized numbers; those of fewer bits lie in the 8-bit ones."""

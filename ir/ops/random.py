@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Value
 from regauge.ir.operator import operator, sample
 from regauge.ir.ops.conversion import as_dtype, onnx_dtype
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size
+from regauge.ir.sizes.expressions import Size
 
 
 def _drawn_rule(call: Call) -> list[Axes]:

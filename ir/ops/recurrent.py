@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import Concat, Extent, resolve, size_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import AxisError, OperatorError
-from regauge.ir.extents import Concat, Extent, resolve, size_of
 from regauge.ir.graph import Value
 from regauge.ir.operator import Adapter, Cost, Sample, operator, sample
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, same, total
+from regauge.ir.sizes.expressions import Size, same, total
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import ONE
 from regauge.ir.errors import OperatorError
-from regauge.ir.extents import ONE
 from regauge.ir.operator import Adapter, OnnxForm, Operator, Sample, Symmetry, operator, register_operator, sample
 from regauge.ir.ops import spell_reduction as spelling
 from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.elementwise import Function, positive
 from regauge.ir.ops.layout import axis_number
-from regauge.ir.rules import Axes, Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.scaling import Scaling
+from regauge.ir.scales.scaling import Scaling
 
 Dims = int | Sequence[int] | None
 

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import randint, randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import Extent, size_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
-from regauge.ir.extents import Extent, size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Sample, Symmetry, operator, sample
 from regauge.ir.ops.broadcasting import expand_to
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.ops.lookup import as_int64, carried, carry, counted_from_the_start
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import same
+from regauge.ir.sizes.expressions import same
 
 # -- one place per entry -----------------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.graph import Node
 from regauge.ir.operator import Symmetry, operator, sample
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import floor_divide
+from regauge.ir.sizes.expressions import floor_divide
 
 
 def _shuffle_rule(call: Call) -> Axes:

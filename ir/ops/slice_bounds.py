@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 
 from regauge.ir.errors import OperatorError
-from regauge.ir.sizes import Size, at_least, same, simplify
+from regauge.ir.sizes.expressions import Size, at_least, same, simplify
 
 ANYWHERE = 2**31 - 1  # exporters write a number at least as large for "to the end of the axis"
 

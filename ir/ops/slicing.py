@@ -9,17 +9,17 @@ import torch
 from torch import randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Axes, Call
+from regauge.ir.dims.extents import Concat, Extent, size_of
+from regauge.ir.dims.unify import split_minor
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
-from regauge.ir.extents import Concat, Extent, size_of
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.slice_bounds import ANYWHERE, bound, slice_places, spelled
-from regauge.ir.rules import Axes, Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.sizes import Size, at_least, divide, floor_divide, is_static, same, simplify
-from regauge.ir.unify import split_minor
+from regauge.ir.sizes.expressions import Size, at_least, divide, floor_divide, is_static, same, simplify
 
 # -- slice -------------------------------------------------------------------------------------------------------------
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, randn
 
 from regauge.ir import scalars
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.graph import Node
 from regauge.ir.operator import Adapter, OnnxForm, Speller, operator, sample
 from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
-from regauge.ir.rules import Axes, Call
 from regauge.ir.scalars import Scalar
-from regauge.ir.scaling import Scaling
-from regauge.ir.sizes import product, same
+from regauge.ir.scales.scaling import Scaling
+from regauge.ir.sizes.expressions import product, same
 
 
 def _softmax_rule(call: Call) -> list[Axes]:

@@ -9,7 +9,7 @@ from torch import Tensor, rand, randn
 
 from regauge.ir.operator import Sample, Symmetry, operator, sample
 from regauge.ir.ops.elementwise import aten_binary, pointwise, positive, power_scaling
-from regauge.ir.scaling import Scaling
+from regauge.ir.scales.scaling import Scaling
 
 
 def _pairs() -> list[Sample]:

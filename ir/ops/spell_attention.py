@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from regauge.ir.dims.mask_values import is_finite, keeps_a_key
 from regauge.ir.graph import Node, Value
-from regauge.ir.mask_values import is_finite, keeps_a_key
-from regauge.ir.sizes import Size, divide, same
+from regauge.ir.sizes.expressions import Size, divide, same
 
 ATTENTION_OPSET = 23
 

@@ -8,7 +8,7 @@ import torch
 
 from regauge.ir.dtypes import epsilon_of
 from regauge.ir.graph import Node, Value
-from regauge.ir.sizes import Size
+from regauge.ir.sizes.expressions import Size
 
 LAYER_NORM_OPSET, GROUP_NORM_OPSET, RMS_NORM_OPSET = 17, 21, 23  # GroupNormalization-18 has gains per group
 

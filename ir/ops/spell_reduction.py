@@ -10,7 +10,7 @@ import torch
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Speller
 from regauge.ir.ops.windows import per_axis
-from regauge.ir.sizes import product
+from regauge.ir.sizes.expressions import product
 
 AXES_AS_INPUT = 18  # of all reductions but ReduceSum, which was earlier
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
@@ -15,8 +16,7 @@ from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.data_sizes import split_computed_into
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.ops.slice_bounds import bound
-from regauge.ir.rules import Axes, Call
-from regauge.ir.sizes import Size, divide, floor_divide, same, simplify
+from regauge.ir.sizes.expressions import Size, divide, floor_divide, same, simplify
 
 # -- split -------------------------------------------------------------------------------------------------------------
 

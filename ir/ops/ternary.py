@@ -12,7 +12,7 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Symmetry, sample
 from regauge.ir.ops import spell_arithmetic as spelling
 from regauge.ir.ops.elementwise import pointwise
-from regauge.ir.scaling import Scaling
+from regauge.ir.scales.scaling import Scaling
 
 
 def _clamp(build: Any, x: Any, min: Any = None, max: Any = None) -> Any:

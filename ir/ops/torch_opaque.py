@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.errors import OperatorError
 from regauge.ir.operator import operator
-from regauge.ir.rules import Axes, Call
 
 OPERAND, REGION = "%", "&"
 

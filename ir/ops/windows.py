@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from regauge.ir.scalars import Along, Place
-from regauge.ir.sizes import Size, floor_divide
+from regauge.ir.sizes.expressions import Size, floor_divide
 
 
 def per_axis(value: Any, count: int) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
-from regauge.ir.rewrite import RewriteRule, refuse
+from regauge.ir.rewriting.rewrite import RewriteRule, refuse
 from regauge.passes.simplify.affine import weights
 from regauge.passes.simplify.fixed_values import combined, itself, successor
 from regauge.passes.simplify.linear_map import must_fit, own_weight

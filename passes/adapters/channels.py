@@ -15,11 +15,11 @@ from collections.abc import Collection
 
 import numpy as np
 
+from regauge.ir.dims.extents import Dim, leaves
+from regauge.ir.dims.reorder import may_be_reordered, reorder
 from regauge.ir.edit import Builder, record, remove_node, replace_uses
-from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Value
 from regauge.ir.ops.slicing import slice_axis
-from regauge.ir.reorder import may_be_reordered, reorder
 from regauge.passes.calibration.layers import Layer, contracting, layer_of
 
 SELECTED = "selected"  # what the weight that trains is called, below its layer

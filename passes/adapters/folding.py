@@ -9,7 +9,7 @@ import torch
 
 from regauge.ir.graph import Graph, Parameter, Value
 from regauge.ir.purity import is_pure
-from regauge.ir.sizes import symbols_in
+from regauge.ir.sizes.expressions import symbols_in
 
 
 def computed_of_parameters(graph: Graph) -> dict[Value, list[Parameter]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from regauge.ir.cost import Meter
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.passes.allocation.amounts import Unit, shown
 
 

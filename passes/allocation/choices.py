@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.passes.rounding import Rounding
 
 Counts: TypeAlias = dict[Dim, int]

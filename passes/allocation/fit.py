@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim
 from regauge.passes.allocation.budgets import Budgets
 from regauge.passes.allocation.choices import Choice, Counts
 from regauge.passes.allocation.plans import Plan

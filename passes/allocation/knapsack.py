@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.passes.allocation.budgets import Budgets
 from regauge.passes.allocation.choices import Choice, Counts
 from regauge.passes.allocation.fit import allocate, fill

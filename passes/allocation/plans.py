@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from regauge.ir.extents import Dim, leaves
+from regauge.ir.dims.extents import Dim, leaves
 from regauge.ir.graph import Graph
 from regauge.passes.allocation.choices import Choice, Counts
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from regauge.ir.cost import Meter, cost
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.ir.graph import Graph
-from regauge.ir.memory import PeakMemory
+from regauge.ir.memory.activations import PeakMemory
 from regauge.passes.allocation.amounts import Amount, Unit
 from regauge.passes.allocation.budgets import Budget, Budgets
 from regauge.passes.allocation.choices import Choice, Counts

@@ -21,8 +21,8 @@ import torch
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.rewrite import refuse
-from regauge.ir.sizes import evaluate, prime_hints, symbols_in
+from regauge.ir.rewriting.rewrite import refuse
+from regauge.ir.sizes.expressions import evaluate, prime_hints, symbols_in
 
 _SAME = {"cast", "identity", "dropout", "feature_dropout"}
 _NORMS = {"rms_norm", "layer_norm"}

@@ -17,7 +17,7 @@ import torch
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Value
 from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.rewrite import refuse
+from regauge.ir.rewriting.rewrite import refuse
 from regauge.passes.attention.entries import Entries, Tracer
 from regauge.passes.attention.sites import Heads
 

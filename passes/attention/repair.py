@@ -8,7 +8,7 @@ from typing import Any
 
 from regauge.ir.graph import Graph, Value
 from regauge.ir.graph_copy import copy_graph
-from regauge.ir.rewrite import Refusal
+from regauge.ir.rewriting.rewrite import Refusal
 from regauge.passes.attention.sharing import NewHeads, write_heads
 from regauge.passes.attention.sites import Heads, Site, attention_sites
 from regauge.passes.calibration.batches import examples_in

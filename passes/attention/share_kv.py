@@ -12,7 +12,7 @@ import torch
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node
-from regauge.ir.rewrite import Refusal
+from regauge.ir.rewriting.rewrite import Refusal
 from regauge.passes.attention.assembled import assembled
 from regauge.passes.attention.entries import Tracer
 from regauge.passes.attention.fewer import misfit

@@ -11,7 +11,7 @@ import torch
 from regauge.ir.edit import Builder, dead_nodes, record, remove_dead, remove_parameter, replace_uses, set_weight
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph, Node, Operand, Value
-from regauge.ir.rewrite import Refusal, refuse
+from regauge.ir.rewriting.rewrite import Refusal, refuse
 from regauge.ir.weight_edits import settle_successors
 from regauge.passes.attention.entries import Tracer
 from regauge.passes.attention.placement import Path

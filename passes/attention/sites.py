@@ -16,7 +16,7 @@ import torch
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.rewrite import Refusal, refuse
+from regauge.ir.rewriting.rewrite import Refusal, refuse
 from regauge.passes.attention.entries import Entries, Trace, Tracer, followed
 from regauge.passes.calibration.layers import Layer, layer_of
 

@@ -25,7 +25,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from regauge.ir.extents import Dim, Extent, leaves, positions_on
+from regauge.ir.dims.extents import Dim, Extent, leaves, positions_on
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.passes.calibration.batch_norms import gain_of, is_fixed, shift_of

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from regauge.ir.extents import leaves, positions_on
+from regauge.ir.dims.extents import leaves, positions_on
 from regauge.ir.graph import Graph, Parameter, Value
 from regauge.passes.calibration.channel_moments import ChannelReader
 from regauge.passes.calibration.layers import Layer

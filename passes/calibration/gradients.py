@@ -15,7 +15,7 @@ import torch
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.interpret import Interpreter
 from regauge.ir.schedule import schedule
-from regauge.ir.sizes import solve_bindings
+from regauge.ir.sizes.expressions import solve_bindings
 
 Visit = Callable[[Value, torch.Tensor, torch.Tensor], None]
 

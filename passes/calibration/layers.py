@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from regauge.ir.extents import Dim, leaves, positions_on
+from regauge.ir.dims.extents import Dim, leaves, positions_on
+from regauge.ir.dims.kept import numbered
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.kept import numbered
 from regauge.ir.ops.windows import per_axis
 
 _CONVOLUTIONS = ("conv", "conv_transpose")

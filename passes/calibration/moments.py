@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from regauge.ir.errors import PassError
-from regauge.ir.mapped import mapped
+from regauge.ir.memory.mapped import mapped
 from regauge.ir.weights import file_of
 
 _ROWS = 1 << 15  # rows that are multiplied at a time: products about means are exact enough in float32, sums are not

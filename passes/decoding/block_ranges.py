@@ -9,7 +9,7 @@ import torch
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Value
-from regauge.ir.sizes import Size, divide
+from regauge.ir.sizes.expressions import Size, divide
 from regauge.passes.decoding.quantized_cache import LEAST, packed, unpacked
 
 

@@ -8,7 +8,7 @@ import sympy
 
 from regauge.ir.cost import item_size
 from regauge.ir.graph import Graph, State
-from regauge.ir.sizes import Size, evaluate, symbols_in
+from regauge.ir.sizes.expressions import Size, evaluate, symbols_in
 from regauge.ir.states import carried
 
 _MANY = 2**10 * 3**3 * 5**2 * 7  # positions, of which most blocks are whole shares

@@ -20,7 +20,7 @@ import sympy
 from regauge.ir.edit import Builder, remove_dead, replace_uses, set_input
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Operand, Value
-from regauge.ir.sizes import replaced, simplify, symbol, symbols_in
+from regauge.ir.sizes.expressions import replaced, simplify, symbol, symbols_in
 from regauge.ir.states import carry, forget_origin
 from regauge.passes.decoding.cuts import Cuts
 from regauge.passes.decoding.positions import ATTENTIONS, Courses, Positions, courses

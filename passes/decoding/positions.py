@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import sympy
 
+from regauge.ir.dims.extents import leaves
+from regauge.ir.dims.local_axes import local_axes
 from regauge.ir.errors import PassError
-from regauge.ir.extents import leaves
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.local_axes import local_axes
-from regauge.ir.sizes import symbols_in
+from regauge.ir.sizes.expressions import symbols_in
 
 ATTENTIONS = ("attention", "capped_attention")
 

@@ -20,7 +20,7 @@ import torch
 
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.sizes import Size, floor_divide, simplify
+from regauge.ir.sizes.expressions import Size, floor_divide, simplify
 from regauge.passes.decoding.block_ranges import BlockCoder, BlockRanges
 from regauge.passes.decoding.gear import Gear
 from regauge.passes.decoding.shrunk import Bases, Shrunk, heads_axis, latent_ranges

@@ -13,7 +13,7 @@ from typing import Any
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
-from regauge.ir.sizes import Size, floor_divide, simplify
+from regauge.ir.sizes.expressions import Size, floor_divide, simplify
 from regauge.passes.decoding.block_ranges import BlockCoder
 from regauge.passes.decoding.recent import Recent, attend, in_a_row, in_blocks, recent_mask, recent_of
 

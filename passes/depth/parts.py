@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.sizes import same
+from regauge.ir.sizes.expressions import same
 from regauge.passes.depth.names import ModuleNames
 
 Unit: TypeAlias = Literal["block", "branch"]

@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from regauge.ir.dims.extents import Dim, leaves
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Value
 from regauge.ir.lockstep import Lockstep
 from regauge.passes.calibration.batches import examples_in

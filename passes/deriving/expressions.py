@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from regauge.ir.graph import Node, Value
 from regauge.ir.ops.einsum import DOTS, explicit_equation, terms_of
-from regauge.ir.sizes import Size, product, same
+from regauge.ir.sizes.expressions import Size, product, same
 
 MOST_TERMS = 12
 """Products of sums that would be more than so many products stay what they are."""

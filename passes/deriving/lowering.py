@@ -8,7 +8,7 @@ from typing import Any
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Parameter, Value
-from regauge.ir.sizes import Size, product, same
+from regauge.ir.sizes.expressions import Size, product, same
 from regauge.passes.deriving.expressions import Axes, Axis, Index
 from regauge.passes.deriving.search import Contracted, Gathered, Leaf, Products, Source, Tensor
 

@@ -22,7 +22,7 @@ from regauge.ir.cost import item_size
 from regauge.ir.dtypes import Dtype
 from regauge.ir.graph import Value
 from regauge.ir.roofline import Device
-from regauge.ir.sizes import Size, product
+from regauge.ir.sizes.expressions import Size, product
 from regauge.passes.deriving.expressions import Axes, Expression, Factor, Index
 
 

@@ -15,12 +15,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.groups import Group
+from regauge.ir.dims.reorder import may_be_reordered, reorder
+from regauge.ir.dims.resize import resize
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
-from regauge.ir.groups import Group
-from regauge.ir.reorder import may_be_reordered, reorder
-from regauge.ir.resize import resize
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.allocation.budgets import Budget, Budgets
 from regauge.passes.allocation.choices import Choice, round_wishes, with_multiples

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from regauge.ir.dims.kept import flat_indices, touches
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.kept import flat_indices, touches
 from regauge.passes.elastic.elastic import Elastic, Widths
 from regauge.passes.training.bound_model import BoundModel
 from regauge.passes.training.distillation import first_tensor, soft_cross_entropy

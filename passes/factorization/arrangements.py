@@ -13,7 +13,7 @@ from typing import Any
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Value
-from regauge.ir.sizes import Size, product
+from regauge.ir.sizes.expressions import Size, product
 
 _LEADING = "..."
 _Layout = list[str | list[str]]  # axes, lists of those that run together in one

@@ -14,15 +14,15 @@ from typing import Any, TypeAlias
 
 import torch
 
+from regauge.ir.dims.extents import leaves
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import record, set_weight
-from regauge.ir.extents import leaves
-from regauge.ir.frame_links import Place
-from regauge.ir.frames import Frame
-from regauge.ir.gauge import Gauge
+from regauge.ir.gauge.classes import Gauge
+from regauge.ir.gauge.frames import Frame
+from regauge.ir.gauge.insertion import rotating, within
+from regauge.ir.gauge.links import Place
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.lockstep import Lockstep
-from regauge.ir.regauging import rotating, within
 
 _FLOOR = 1e-12  # of the mean entry of a diagonal: directions in which nothing is written or read stay invertible
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from regauge.ir.frames import find_frames
+from regauge.ir.gauge.frames import find_frames
 from regauge.ir.graph import Graph, Value
 from regauge.passes.attention.assembled import assembled
 from regauge.passes.attention.sites import Heads, Site, attention_sites

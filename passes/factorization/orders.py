@@ -2,7 +2,7 @@
 
     x W1'  ->  h  ->  h W2'         blocks of W2 are columns k i and k' i': which channels meet in one is free
 
-A Dim that no operator tells apart (:mod:`regauge.ir.reorder`) may be permuted with all weights that have it, and
+A Dim that no operator tells apart (:mod:`regauge.ir.dims.reorder`) may be permuted with all weights that have it, and
 nothing of it stays in the graph. Channels are shared out among the blocks as in K-subspaces (Bradley and Mangasarian
 2000, k-plane clustering): in turns each block takes its best directions, and channels go where these leave least of
 them, as many to each block (a linear assignment). Where there are no blocks, as in sums of Kronecker products and
@@ -18,9 +18,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from regauge.ir.extents import Dim, leaves
+from regauge.ir.dims.extents import Dim, leaves
+from regauge.ir.dims.reorder import may_be_reordered, reorder
 from regauge.ir.graph import Graph
-from regauge.ir.reorder import may_be_reordered, reorder
 from regauge.passes.calibration.layers import Layer, matrices_of
 from regauge.passes.factorization.networks import Network, Sizes, count
 from regauge.passes.factorization.problems import Problem

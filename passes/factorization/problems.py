@@ -9,7 +9,7 @@ import torch
 
 from regauge.ir.cost import smallest_sizes
 from regauge.ir.graph import Graph, Value
-from regauge.ir.sizes import product
+from regauge.ir.sizes.expressions import product
 from regauge.passes.calibration.layers import Layer, matrices_of
 from regauge.passes.factorization.bands import Bands
 from regauge.passes.factorization.metric_svd import Factored, factored

@@ -29,7 +29,7 @@ import torch
 from regauge.ir.cost import smallest_sizes
 from regauge.ir.graph import Graph, Value
 from regauge.ir.ops.windows import per_axis
-from regauge.ir.sizes import Size
+from regauge.ir.sizes.expressions import Size
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.core_shapes import core_shapes

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from regauge.ir.extents import Dim, leaves
+from regauge.ir.axis_rules.rules import is_pointwise
+from regauge.ir.dims.extents import Dim, leaves
+from regauge.ir.dims.reorder import may_be_reordered
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.reorder import may_be_reordered
-from regauge.ir.rules import is_pointwise
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.depth.parts import Order
 

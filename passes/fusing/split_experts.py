@@ -12,7 +12,7 @@ from regauge.ir.edit import Builder, record, remove_dead, replace_uses
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter, Value
 from regauge.ir.lockstep import Lockstep
-from regauge.ir.sizes import product
+from regauge.ir.sizes.expressions import product
 from regauge.passes.base import GIVE_DATA, Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.layers import Layer

@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from regauge.ir.dims.extents import Dim, positions_on
 from regauge.ir.errors import GraphError, PassError
-from regauge.ir.extents import Dim, positions_on
 from regauge.ir.graph import Graph, Parameter
 from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.growing.copies import halved, restored

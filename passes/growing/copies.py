@@ -8,11 +8,11 @@ from itertools import product
 import numpy as np
 import torch
 
+from regauge.ir.dims.extents import Dim, Extent, Product, leaves, resolve
+from regauge.ir.dims.kept import flat_indices, touches
+from regauge.ir.dims.resize import taken
 from regauge.ir.edit import record, set_weight
-from regauge.ir.extents import Dim, Extent, Product, leaves, resolve
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.kept import flat_indices, touches
-from regauge.ir.resize import taken
 from regauge.ir.weight_edits import computed_weight
 from regauge.passes.growing.readers import Readers
 

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.reorder import may_be_reordered
 from regauge.ir.graph import Graph
-from regauge.ir.reorder import may_be_reordered
 from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.growing.copies import widened
 from regauge.passes.growing.readers import Readers, readers_of

@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from regauge.ir.extents import Dim, Extent, leaves
+from regauge.ir.axis_rules.rules import ENDING_ROLES
+from regauge.ir.dims.extents import Dim, Extent, leaves
+from regauge.ir.dims.local_axes import LocalAxes, local_axes
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.local_axes import LocalAxes, local_axes
 from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.rules import ENDING_ROLES
 
 Reader: TypeAlias = tuple[Parameter, int]  # and the axis on which it has the Dim
 

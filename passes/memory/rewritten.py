@@ -8,9 +8,9 @@ from dataclasses import replace
 from regauge.ir.edit import Builder, set_input
 from regauge.ir.graph import Graph, Node, Operand, Value
 from regauge.ir.graph_copy import copy_graph
-from regauge.ir.memory import returned
+from regauge.ir.memory.activations import returned
+from regauge.ir.node_order import IN_ORDER
 from regauge.ir.purity import RECOMPUTED
-from regauge.ir.release import IN_ORDER
 from regauge.passes.memory.schedule import Schedule, Work
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from regauge.ir.cost import smallest_sizes
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.memory import read_from_around, returned
-from regauge.ir.memory_plan import MemoryPlan, plan_memory
+from regauge.ir.memory.activations import read_from_around, returned
+from regauge.ir.memory.plan import MemoryPlan, plan_memory
+from regauge.ir.memory.views import storages
 from regauge.ir.purity import is_pure
 from regauge.ir.roofline import Device, local_seconds
 from regauge.ir.schedule import schedule
-from regauge.ir.storage import storages
 
 Schedule = Sequence[int]
 

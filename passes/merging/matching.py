@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from regauge.ir.dims.extents import Dim, leaves, positions_on
+from regauge.ir.dims.kept import KeptWithin, numbered, weight_kept
+from regauge.ir.dims.majors import majors_of
+from regauge.ir.dims.reorder import may_be_reordered
+from regauge.ir.dims.resize import taken
 from regauge.ir.edit import record
 from regauge.ir.errors import GraphError
-from regauge.ir.extents import Dim, leaves, positions_on
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.kept import KeptWithin, numbered, weight_kept
-from regauge.ir.majors import majors_of
-from regauge.ir.reorder import may_be_reordered
-from regauge.ir.resize import taken
 
 _MOST_SWEEPS = 100
 

@@ -12,11 +12,11 @@ from typing import Any
 import sympy
 import torch
 
+from regauge.ir.dims.extents import leaves
 from regauge.ir.edit import Builder, record, remove_dead
 from regauge.ir.errors import GraphError
-from regauge.ir.extents import leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.sizes import replaced
+from regauge.ir.sizes.expressions import replaced
 from regauge.passes.base import Context
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.calibration.moments import Moments

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from regauge.ir.extents import Dim, leaves
+from regauge.ir.dims.extents import Dim, leaves
+from regauge.ir.dims.groups import Group
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.groups import Group
 from regauge.ir.interpret import run
 from regauge.ir.lockstep import Lockstep
 from regauge.passes.calibration.layers import Layer, layer_of

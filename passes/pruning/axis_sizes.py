@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from regauge.ir.extents import Concat, Dim, Extent, resolve
+from regauge.ir.dims.extents import Concat, Dim, Extent, resolve
+from regauge.ir.dims.groups import Group
+from regauge.ir.dims.kept import Keep, size_after
 from regauge.ir.graph import Graph
-from regauge.ir.groups import Group
-from regauge.ir.kept import Keep, size_after
 
 
 def axis_change(graph: Graph, group: Group, keep: Keep) -> str:

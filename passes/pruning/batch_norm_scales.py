@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from regauge.ir.extents import leaves
+from regauge.ir.dims.extents import leaves
+from regauge.ir.dims.groups import Group
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.groups import Group
 from regauge.passes.calibration.batch_norms import gain_of
 from regauge.passes.pruning.scores import Axis, Scores, accumulate
 

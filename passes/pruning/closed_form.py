@@ -27,11 +27,11 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import torch
 
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.kept import Keep, KeptWithin, flat_indices, part_kept
 from regauge.ir.edit import set_weight
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.kept import Keep, KeptWithin, flat_indices, part_kept
-from regauge.ir.mapped import mapped, on_disk
+from regauge.ir.memory.mapped import mapped, on_disk
 from regauge.passes.calibration.channel_moments import ChannelMoments, ChannelReader, combinations
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.pruning.readers import readers

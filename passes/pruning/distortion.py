@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from regauge.ir.cost import figures
-from regauge.ir.extents import Dim, leaves
+from regauge.ir.dims.extents import Dim, leaves
+from regauge.ir.dims.groups import Group
+from regauge.ir.dims.kept import numbered
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.groups import Group
-from regauge.ir.kept import numbered
 from regauge.ir.lockstep import HELD, Lockstep
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients

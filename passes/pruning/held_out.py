@@ -20,7 +20,7 @@ import torch
 
 from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph
-from regauge.ir.mapped import mapped, on_disk
+from regauge.ir.memory.mapped import mapped, on_disk
 from regauge.passes.allocation.choices import Counts
 from regauge.passes.calibration.batches import in_folds
 from regauge.passes.calibration.losses import labelled

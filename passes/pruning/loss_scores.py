@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from regauge.ir.extents import Dim, leaves
+from regauge.ir.dims.extents import Dim, leaves
+from regauge.ir.dims.groups import Group
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.groups import Group
 from regauge.passes.calibration.losses import Labelled, Loss, loss_of
 from regauge.passes.calibration.weight_gradients import (
     Differentiable,

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 import torch
 
+from regauge.ir.dims.extents import Dim, leaves
 from regauge.ir.edit import Builder, replace_uses, set_input, set_weight
-from regauge.ir.extents import Dim, leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.passes.base import Context
 

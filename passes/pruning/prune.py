@@ -8,14 +8,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.groups import Group
+from regauge.ir.dims.kept import Keep, KeptWithin
+from regauge.ir.dims.majors import majors_of
+from regauge.ir.dims.resize import resize
 from regauge.ir.errors import PassError, RegaugeError
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
-from regauge.ir.groups import Group
 from regauge.ir.interpret import Interpreter
-from regauge.ir.kept import Keep, KeptWithin
-from regauge.ir.majors import majors_of
-from regauge.ir.resize import resize
 from regauge.passes.allocation.amounts import Amount, parse_amount
 from regauge.passes.allocation.budgets import Budget, Budgets, IndexCount
 from regauge.passes.allocation.choices import Choice, Counts, round_wishes, with_multiples

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.majors import majors_of
+from regauge.ir.dims.resize import resize
 from regauge.ir.edit import set_weight
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
-from regauge.ir.majors import majors_of
-from regauge.ir.resize import resize
 from regauge.passes.allocation.choices import Choice
 from regauge.passes.allocation.knapsack import Curve, options
 from regauge.passes.calibration.batches import examples_in

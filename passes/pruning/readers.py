@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.kept import Keep
 from regauge.ir.graph import Graph, Node
-from regauge.ir.kept import Keep
 
 _ROLES = ("contract", "reduce")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from regauge.ir.dims.kept import Keep, flat_indices, part_kept, touches
 from regauge.ir.graph import Graph, Node, Parameter
-from regauge.ir.kept import Keep, flat_indices, part_kept, touches
 from regauge.passes.calibration.moments import Halves
 from regauge.passes.pruning.refit import fitted
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from regauge.ir.dims.kept import Keep
 from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.kept import Keep
 from regauge.passes.calibration.batch_norms import is_fixed
 from regauge.passes.calibration.side_by_side import SideBySide
 

@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from regauge.ir.dims.groups import Group
 from regauge.ir.errors import PassError
-from regauge.ir.gauge import Gauge, gauges
+from regauge.ir.gauge.classes import Gauge, gauges
 from regauge.ir.graph import Graph
-from regauge.ir.groups import Group
 from regauge.passes.base import GIVE_DATA
 from regauge.passes.calibration.losses import Labelled, Loss
 from regauge.passes.pruning.activation_scores import activation, activation_norm, wanda

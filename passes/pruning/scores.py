@@ -15,10 +15,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
-from regauge.ir.extents import Dim, Extent, Product, resolve, size_of
+from regauge.ir.dims.extents import Dim, Extent, Product, resolve, size_of
+from regauge.ir.dims.groups import Group, Member
+from regauge.ir.dims.kept import numbered
 from regauge.ir.graph import Node, Parameter
-from regauge.ir.groups import Group, Member
-from regauge.ir.kept import numbered
 
 Scores: TypeAlias = dict[Dim, np.ndarray]
 Axis: TypeAlias = tuple[Parameter, int]

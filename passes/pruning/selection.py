@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from regauge.ir.groups import Group
-from regauge.ir.kept import KeptWithin
+from regauge.ir.dims.groups import Group
+from regauge.ir.dims.kept import KeptWithin
 from regauge.passes.name_patterns import check_patterns, matches
 
 _WHERE = "`regauge groups` lists the names"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.ir.graph import Graph, Parameter
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments

@@ -13,13 +13,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from regauge.ir.dims.extents import Dim, Extent, leaves, resolve
+from regauge.ir.dims.local_axes import local_axes, unrelated
+from regauge.ir.dims.resize import taken
 from regauge.ir.edit import record
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim, Extent, leaves, resolve
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.interpret import Interpreter
-from regauge.ir.local_axes import local_axes, unrelated
-from regauge.ir.resize import taken
 from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.name_patterns import matches

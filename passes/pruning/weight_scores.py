@@ -15,10 +15,10 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from regauge.ir.dims.extents import positions_on
+from regauge.ir.dims.groups import Group, Member
 from regauge.ir.dtypes import widened
-from regauge.ir.extents import positions_on
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.groups import Group, Member
 from regauge.passes.pruning.batch_norm_scales import batch_norm_scales
 from regauge.passes.pruning.scores import MemberScores, Scores, numbers, on_dim, scored_members, summed
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from regauge.ir.extents import Dim, leaves, positions_on
+from regauge.ir.dims.extents import Dim, leaves, positions_on
+from regauge.ir.dims.groups import Group
+from regauge.ir.dims.reorder import may_be_reordered, reorder
 from regauge.ir.graph import Graph, Parameter, Value
-from regauge.ir.groups import Group
-from regauge.ir.reorder import may_be_reordered, reorder
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.calibration.layers import Layer, contracting, layer_of

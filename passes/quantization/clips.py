@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 
 from regauge.ir.edit import Builder, remove_node, replace_uses, set_input
-from regauge.ir.frames import Frame, frames_at
+from regauge.ir.gauge.frames import Frame, frames_at
+from regauge.ir.gauge.insertion import entries
 from regauge.ir.graph import Graph, Node
-from regauge.ir.regauging import entries
 
 _OPEN = "_open"  # what the name of a ReLU in place of a clip ends with
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from regauge.ir.frames import Frame
-from regauge.ir.gauge import Gauge
+from regauge.ir.gauge.classes import Gauge
+from regauge.ir.gauge.frames import Frame
 from regauge.ir.graph import Graph, Parameter
 from regauge.passes.quantization.frame_weights import Balance, FrameWeight, balance_of, greatest
 

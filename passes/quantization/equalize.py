@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from regauge.ir.frames import find_frames
+from regauge.ir.gauge.frames import find_frames
+from regauge.ir.gauge.insertion import scaled
 from regauge.ir.graph import Graph
-from regauge.ir.regauging import scaled
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.options import option

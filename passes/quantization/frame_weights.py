@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from regauge.ir.frames import Frame, Side
+from regauge.ir.gauge.frames import Frame, Side
+from regauge.ir.gauge.insertion import entries
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.regauging import entries
 
 
 class FrameWeight(NamedTuple):

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from regauge.ir.frames import Frame
+from regauge.ir.gauge.frames import Frame
+from regauge.ir.gauge.insertion import fibres, mixed
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.regauging import fibres, mixed
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.calibration.weight_gradients import Differentiable
 from regauge.passes.quantization.grid import Form, Grid

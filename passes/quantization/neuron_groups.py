@@ -2,8 +2,8 @@
 
     w1: rows of size 1, 9, 1, 8      w1[[0, 2, 1, 3]], and whoever reads the outputs w2[:, [0, 2, 1, 3]]
 
-The function stays the same: the order of a Dim is changed in every weight that has it (:mod:`regauge.ir.reorder`), and
-no index is stored (JLCM, whose groups are those of k-means on statistics of rows; here of equal sizes).
+The function stays the same: the order of a Dim is changed in every weight that has it (:mod:`regauge.ir.dims.reorder`),
+and no index is stored (JLCM, whose groups are those of k-means on statistics of rows; here of equal sizes).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from regauge.ir.extents import Dim, resolve
+from regauge.ir.dims.extents import Dim, resolve
+from regauge.ir.dims.reorder import may_be_reordered, reorder
 from regauge.ir.graph import Graph
-from regauge.ir.reorder import may_be_reordered, reorder
 from regauge.passes.calibration.layers import Layer
 
 _ROUNDS = 20  # of k-means

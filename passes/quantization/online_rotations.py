@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from regauge.ir.edit import Builder, set_input, set_weight
-from regauge.ir.frames import find_frames, frames_at
-from regauge.ir.gauge import Gauge
+from regauge.ir.gauge.classes import Gauge
+from regauge.ir.gauge.frames import find_frames, frames_at
 from regauge.ir.graph import Graph, Node, Value
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.quantization.hadamard import spread, two_factors

@@ -9,7 +9,7 @@ import torch
 
 from regauge.ir.edit import Builder, replace_uses, set_input
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
-from regauge.ir.sizes import product
+from regauge.ir.sizes.expressions import product
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.quantization.formats import Constants, Stored, digits_in_a_byte, packed_digits
 from regauge.passes.quantization.grid import Coded, Form, Grid

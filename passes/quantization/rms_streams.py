@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from regauge.ir.dims.extents import leaves
 from regauge.ir.edit import Builder, remove_node, replace_uses, set_input
-from regauge.ir.extents import leaves
-from regauge.ir.frame_links import Links, Place
-from regauge.ir.frames import Frame, find_frames, frames_at
-from regauge.ir.gauge import DIAGONAL, Gauge
+from regauge.ir.gauge.classes import DIAGONAL, Gauge
+from regauge.ir.gauge.frames import Frame, find_frames, frames_at
+from regauge.ir.gauge.insertion import scaled, written_through
+from regauge.ir.gauge.links import Links, Place
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.regauging import scaled, written_through
 from regauge.passes.base import Context
 from regauge.passes.simplify.simplify import Simplify
 

@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 
 from regauge.ir.errors import PassError
-from regauge.ir.frames import Frame, find_frames
-from regauge.ir.gauge import Gauge
+from regauge.ir.gauge.classes import Gauge
+from regauge.ir.gauge.frames import Frame, find_frames
+from regauge.ir.gauge.insertion import rotated
 from regauge.ir.graph import Graph
-from regauge.ir.regauging import rotated
 from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.options import option

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from regauge.ir.frames import Frame
+from regauge.ir.gauge.frames import Frame
 from regauge.ir.graph import Node, Value
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.statistics import Range, Spread

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from regauge.ir.edit import Builder, set_input, set_weight
-from regauge.ir.frames import Frame, find_frames, frames_at
-from regauge.ir.gauge import Gauge
+from regauge.ir.gauge.classes import Gauge
+from regauge.ir.gauge.frames import Frame, find_frames, frames_at
+from regauge.ir.gauge.insertion import entries, rescale
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.regauging import entries, rescale
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.calibration.statistics import Range, Spread, Statistics
 from regauge.passes.quantization.placement import readers_in

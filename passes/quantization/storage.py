@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from regauge.ir.dims.extents import leaves
+from regauge.ir.dims.local_axes import local_axes
 from regauge.ir.edit import Builder, set_input, set_weight
-from regauge.ir.extents import leaves
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.local_axes import local_axes
-from regauge.ir.sizes import product
+from regauge.ir.sizes.expressions import product
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.quadratic import Quadratic
 from regauge.passes.name_patterns import matches

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from regauge.ir.edit import Builder, remove_dead, replace_uses
-from regauge.ir.frames import Frame, frames_at
+from regauge.ir.gauge.frames import Frame, frames_at
 from regauge.ir.graph import Graph, Value
 from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer, layer_of

@@ -41,7 +41,7 @@ tensorrt, NVIDIA TensorRT with explicit quantization:
 - Q moves up past what only moves entries, and past joins: all that one of them holds has one scale.
 - norms and softmax stay in float. Weights alone have 4 bits, in blocks along the inputs of a product of matrices.
 
-torch-cpu, emitted modules on x86 processors (torch 2.13; the layers are those of backends/torch_quantized.py):
+torch-cpu, emitted modules on x86 processors (torch 2.13; the layers are those of backends/torch_module/quantized.py):
 - weights are signed and symmetric per output channel: torch._int_mm multiplies them with signed codes, exactly, and a
   zero point of the activations costs one addition. It is as fast as oneDNN's qlinear_pointwise for wide layers and
   twice as fast for small ones; that takes a thousand times as long for signed activations.

@@ -16,8 +16,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from regauge.ir.dims.extents import leaves
 from regauge.ir.edit import set_weight
-from regauge.ir.extents import leaves
 from regauge.ir.graph import Graph, Value
 from regauge.passes.calibration.channel_moments import ChannelMoments, ChannelReader, combinations
 from regauge.passes.calibration.expected_inputs import ExpectedInputs

@@ -15,8 +15,8 @@ from regauge.ir.edit import Builder, dead_nodes, remove_dead, remove_node, set_i
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Cost
 from regauge.ir.purity import OPAQUE, is_fixed
-from regauge.ir.scaling import Joint, NodeScaling, node_scaling
-from regauge.ir.sizes import count, divide
+from regauge.ir.scales.scaling import Joint, NodeScaling, node_scaling
+from regauge.ir.sizes.expressions import count, divide
 from regauge.ir.weight_edits import settle_successors
 from regauge.passes.scaling.factors import ONE, Factor, exponent_below
 from regauge.passes.scaling.held import WIDE, Held, Holder, Plan

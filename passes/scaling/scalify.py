@@ -11,7 +11,7 @@ import torch
 from regauge.ir.dtypes import is_real
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter, Value
-from regauge.ir.scaling import node_scaling
+from regauge.ir.scales.scaling import node_scaling
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.statistics import Statistics

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from regauge.ir.extents import Dim
-from regauge.ir.frames import Frame, Side
-from regauge.ir.gauge import Gauge
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.reorder import reorder
+from regauge.ir.gauge.classes import Gauge
+from regauge.ir.gauge.frames import Frame, Side
+from regauge.ir.gauge.insertion import rotated, scaled
 from regauge.ir.graph import Graph, Node
-from regauge.ir.regauging import rotated, scaled
-from regauge.ir.reorder import reorder
 from regauge.passes.sharing.places import Private
 
 Likeness: TypeAlias = Callable[[int, Sequence[tuple[int, np.ndarray]]], np.ndarray]

@@ -1,8 +1,8 @@
 """The Dims and frames that belong to one block alone, by what stands for them in the other blocks.
 
-A Dim is private to a block where every weight that has it is the block's own; a frame (:mod:`regauge.ir.frames`) where
-every weight that writes or reads it is. Both are known by the roles of these weights in the block, so that those of one
-structure are found in each block of it.
+A Dim is private to a block where every weight that has it is the block's own; a frame (:mod:`regauge.ir.gauge.frames`)
+where every weight that writes or reads it is. Both are known by the roles of these weights in the block, so that those
+of one structure are found in each block of it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TypeVar
 
 import torch
 
-from regauge.ir.extents import Dim, leaves
-from regauge.ir.frames import Frame, Side, find_frames
+from regauge.ir.dims.extents import Dim, leaves
+from regauge.ir.dims.reorder import may_be_reordered
+from regauge.ir.gauge.frames import Frame, Side, find_frames
+from regauge.ir.gauge.insertion import fibres, within
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.regauging import fibres, within
-from regauge.ir.reorder import may_be_reordered
 
 _Kind = TypeVar("_Kind")
 

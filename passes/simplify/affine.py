@@ -18,8 +18,8 @@ from torch import rand, randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Parameter, Value
-from regauge.ir.pattern_instances import Weight
-from regauge.ir.rewrite import RewriteRule, RuleSet, refuse
+from regauge.ir.rewriting.pattern_instances import Weight
+from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet, refuse
 from regauge.passes.simplify.affine_steps import PAIRS, Affine, affine_of
 from regauge.passes.simplify.fixed_values import combined, itself, new_weight, number, successor
 from regauge.passes.simplify.linear_map import (

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import rand, randn
 
+from regauge.ir.dims.extents import fresh
+from regauge.ir.dims.local_axes import LocalAxes
 from regauge.ir.edit import Builder
-from regauge.ir.extents import fresh
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.local_axes import LocalAxes
-from regauge.ir.matcher import Match, match
-from regauge.ir.pattern_instances import Weight
-from regauge.ir.rewrite import RewriteRule, RuleSet, Samples, refuse
+from regauge.ir.rewriting.matcher import Match, match
+from regauge.ir.rewriting.pattern_instances import Weight
+from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet, Samples, refuse
 from regauge.passes.simplify.affine import norm_vectors, weights
 from regauge.passes.simplify.affine_steps import PAIRS, Affine, affine_of, moving_slot
 from regauge.passes.simplify.assemble_norms import FROM_MEANS

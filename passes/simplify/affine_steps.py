@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
+from regauge.ir.axis_rules.rules import Axes
+from regauge.ir.dims.extents import fresh
 from regauge.ir.edit import Builder
-from regauge.ir.extents import fresh
 from regauge.ir.graph import Node, Value
-from regauge.ir.rewrite import refuse
-from regauge.ir.rules import Axes
-from regauge.ir.sizes import same
+from regauge.ir.rewriting.rewrite import refuse
+from regauge.ir.sizes.expressions import same
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, number
 from regauge.passes.simplify.linear_map import Factor, factor
 

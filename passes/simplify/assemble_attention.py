@@ -5,7 +5,7 @@
 
 The scale may stand before or behind the first product, on either side or split over both; it is frozen as a number.
 Key and value heads that are repeated for several query heads are shared instead. A mask must mean the same in both
-forms in rows that it masks as a whole (regauge.ir.mask_values), or the match is left as it is.
+forms in rows that it masks as a whole (regauge.ir.dims.mask_values), or the match is left as it is.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import randn
 
+from regauge.ir.dims.mask_values import is_finite, keeps_a_key
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Value
-from regauge.ir.mask_values import is_finite, keeps_a_key
-from regauge.ir.matcher import Match, number_of
-from regauge.ir.pattern_instances import Constant
-from regauge.ir.rewrite import RuleSet, refuse, rule
-from regauge.ir.sizes import Size, divide, same
+from regauge.ir.rewriting.matcher import Match, number_of
+from regauge.ir.rewriting.pattern_instances import Constant
+from regauge.ir.rewriting.rewrite import RuleSet, refuse, rule
+from regauge.ir.sizes.expressions import Size, divide, same
 
 LOWEST = -1e30  # a number so low that scores do not show beside it, in types with the exponents of float32
 

@@ -15,9 +15,9 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Operand, Parameter, Value
-from regauge.ir.pattern_instances import Weight
-from regauge.ir.rewrite import RuleSet, refuse, rule
-from regauge.ir.sizes import same
+from regauge.ir.rewriting.pattern_instances import Weight
+from regauge.ir.rewriting.rewrite import RuleSet, refuse, rule
+from regauge.ir.sizes.expressions import same
 
 
 def _samples(*shape: int) -> list[dict[str, Any]]:

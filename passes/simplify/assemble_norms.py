@@ -20,10 +20,10 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.matcher import Match, is_number, number_of
-from regauge.ir.pattern_instances import Constant, Weight
-from regauge.ir.rewrite import RuleSet, differs, refuse, rule
-from regauge.ir.sizes import Size, divide, product, same
+from regauge.ir.rewriting.matcher import Match, is_number, number_of
+from regauge.ir.rewriting.pattern_instances import Constant, Weight
+from regauge.ir.rewriting.rewrite import RuleSet, differs, refuse, rule
+from regauge.ir.sizes.expressions import Size, divide, product, same
 
 TRAILING_NORMS = ("layer_norm", "rms_norm")  # over the last axes; gains run along all of them
 CHANNEL_NORMS = ("group_norm", "instance_norm")  # gains run along axis 1

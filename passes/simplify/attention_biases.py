@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.axis_rules.rules import Axes
+from regauge.ir.dims.extents import Extent, leaves
+from regauge.ir.dims.local_axes import lay_along, local_axes
 from regauge.ir.edit import Builder
-from regauge.ir.extents import Extent, leaves
 from regauge.ir.graph import Node, Parameter, Value
-from regauge.ir.local_axes import lay_along, local_axes
-from regauge.ir.pattern_instances import Constant
-from regauge.ir.rewrite import RewriteRule, RuleSet, refuse
-from regauge.ir.rules import Axes
+from regauge.ir.rewriting.pattern_instances import Constant
+from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet, refuse
 from regauge.passes.simplify.affine import weights
 from regauge.passes.simplify.fixed_values import combined, fixed
 from regauge.passes.simplify.kernels import kernel

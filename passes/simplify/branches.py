@@ -23,9 +23,9 @@ from torch import rand, randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Parameter, Value
-from regauge.ir.matcher import Match
-from regauge.ir.rewrite import RewriteRule, RuleSet, refuse
-from regauge.ir.sizes import same
+from regauge.ir.rewriting.matcher import Match
+from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet, refuse
+from regauge.ir.sizes.expressions import same
 from regauge.passes.simplify.affine import norm_vectors, weights
 from regauge.passes.simplify.affine_steps import PAIRS, affine_of
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, itself, number, successor

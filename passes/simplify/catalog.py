@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from regauge.ir.errors import PassError
-from regauge.ir.rewrite import RuleSet
+from regauge.ir.rewriting.rewrite import RuleSet
 from regauge.passes.simplify import (
     affine,
     affine_before,

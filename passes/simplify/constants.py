@@ -15,14 +15,14 @@ from typing import Any, TypeAlias
 
 import torch
 
+from regauge.ir.axis_rules.rules import broadcast_rule
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, remove_dead, remove_node, replace_uses
 from regauge.ir.fold import computed, is_fill, is_table
+from regauge.ir.folding_limits import NODE_BYTES
 from regauge.ir.graph import Graph, Kind, Node, Parameter, Value
-from regauge.ir.growth import NODE_BYTES
 from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.purity import is_pure
-from regauge.ir.rules import broadcast_rule
 from regauge.ir.weight_edits import settle_successors
 from regauge.passes.simplify.limits import Limits, bytes_of, count_of, held_values, scopes, size_of, total_bytes
 

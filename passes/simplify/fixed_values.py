@@ -15,7 +15,7 @@ import torch
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.rewrite import refuse
+from regauge.ir.rewriting.rewrite import refuse
 from regauge.ir.weights import DenseWeight
 
 THROUGH = frozenset({"reshape", "permute", "unsqueeze", "squeeze", "expand", "add", "sub", "mul", "div", "neg"})

@@ -20,10 +20,10 @@ from torch import randn
 from regauge.ir.dtypes import Dtype, is_real
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.matcher import SMALL
-from regauge.ir.pattern_instances import Constant
-from regauge.ir.rewrite import RuleSet, differs, refuse, rule
-from regauge.ir.sizes import same
+from regauge.ir.rewriting.matcher import SMALL
+from regauge.ir.rewriting.pattern_instances import Constant
+from regauge.ir.rewriting.rewrite import RuleSet, differs, refuse, rule
+from regauge.ir.sizes.expressions import same
 
 Sample = dict[str, Any]
 

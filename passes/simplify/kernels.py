@@ -15,7 +15,7 @@ import torch
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Value
-from regauge.ir.rewrite import refuse
+from regauge.ir.rewriting.rewrite import refuse
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, successor
 from regauge.passes.simplify.linear_map import (
     W,

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from regauge.ir.rewrite import refuse
-from regauge.ir.sizes import Size, same
+from regauge.ir.rewriting.rewrite import refuse
+from regauge.ir.sizes.expressions import Size, same
 
 MOST = 1 << 22  # entries over which a factor is laid out
 

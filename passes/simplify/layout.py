@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import randn
 
-from regauge.ir import unify as algebra
+from regauge.ir.dims import unify as algebra
+from regauge.ir.dims.extents import ONE, fresh, resolve
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
-from regauge.ir.extents import ONE, fresh, resolve
 from regauge.ir.graph import Node, Parameter, Value
-from regauge.ir.matcher import Match
-from regauge.ir.pattern_instances import Weight
-from regauge.ir.rewrite import RuleSet, differs, refuse, rule
-from regauge.ir.sizes import Size, product, same
+from regauge.ir.rewriting.matcher import Match
+from regauge.ir.rewriting.pattern_instances import Weight
+from regauge.ir.rewriting.rewrite import RuleSet, differs, refuse, rule
+from regauge.ir.sizes.expressions import Size, product, same
 
 Sample = dict[str, Any]
 REGROUPING = ("reshape", "squeeze", "unsqueeze")  # entries stay in their row-major order

@@ -10,9 +10,9 @@ import torch
 
 from regauge.ir.dtypes import Dtype
 from regauge.ir.edit import Builder
+from regauge.ir.folding_limits import BYTES_BEFORE
 from regauge.ir.graph import Graph, Parameter, Value
-from regauge.ir.growth import BYTES_BEFORE
-from regauge.ir.sizes import Size
+from regauge.ir.sizes.expressions import Size
 
 LEAST_GROWTH = 64 * 1024  # bytes that any module may grow by; a file may not
 

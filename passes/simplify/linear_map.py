@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
+from regauge.ir.axis_rules.rules import Axes
 from regauge.ir.cost import local_figures
+from regauge.ir.dims.extents import Extent, Product
+from regauge.ir.dims.local_axes import LocalAxes, Spread, lay_along, local_axes
 from regauge.ir.edit import Builder
-from regauge.ir.extents import Extent, Product
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.local_axes import LocalAxes, Spread, lay_along, local_axes
-from regauge.ir.rewrite import refuse
-from regauge.ir.rules import Axes
-from regauge.ir.sizes import same
+from regauge.ir.rewriting.rewrite import refuse
+from regauge.ir.sizes.expressions import same
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, itself, new_weight, number, successor
 
 MAPS = ("linear", "conv", "conv_transpose", "matmul")

@@ -16,7 +16,7 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
-from regauge.ir.rewrite import RewriteRule, RuleSet
+from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet
 from regauge.passes.simplify.affine import weights
 from regauge.passes.simplify.kernels import composed, placed
 from regauge.passes.simplify.linear_map import X, must_pay, own_weight

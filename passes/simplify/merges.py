@@ -19,8 +19,8 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Parameter, Value
-from regauge.ir.matcher import Match
-from regauge.ir.rewrite import RewriteRule, RuleSet, refuse
+from regauge.ir.rewriting.matcher import Match
+from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet, refuse
 from regauge.passes.simplify.affine import weights
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, new_weight
 from regauge.passes.simplify.linear_map import (

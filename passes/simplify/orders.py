@@ -18,9 +18,9 @@ from torch import randint, randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.pattern_instances import Constant, Weight
-from regauge.ir.rewrite import RuleSet, differs, refuse, rule
-from regauge.ir.sizes import at_least, same
+from regauge.ir.rewriting.pattern_instances import Constant, Weight
+from regauge.ir.rewriting.rewrite import RuleSet, differs, refuse, rule
+from regauge.ir.sizes.expressions import at_least, same
 from regauge.passes.simplify.layout import permuted, positive_dims, regrouped
 
 

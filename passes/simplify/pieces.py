@@ -16,11 +16,11 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Parameter, Value
-from regauge.ir.matcher import Match
 from regauge.ir.ops.slice_bounds import bound, spelled
-from regauge.ir.pattern_instances import Constant
-from regauge.ir.rewrite import RuleSet, differs, refuse, rule
-from regauge.ir.sizes import Size, at_least, same, simplify
+from regauge.ir.rewriting.matcher import Match
+from regauge.ir.rewriting.pattern_instances import Constant
+from regauge.ir.rewriting.rewrite import RuleSet, differs, refuse, rule
+from regauge.ir.sizes.expressions import Size, at_least, same, simplify
 
 Sample = dict[str, Any]
 

@@ -13,8 +13,8 @@ from torch import randn
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Value
-from regauge.ir.matcher import Match
-from regauge.ir.rewrite import RuleSet, differs, rule
+from regauge.ir.rewriting.matcher import Match
+from regauge.ir.rewriting.rewrite import RuleSet, differs, rule
 
 
 def _root_of_squares(op: Any, x: Any, dims: Any, keepdim: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
-from regauge.ir.rewrite import RuleSet, refuse, rule
+from regauge.ir.rewriting.rewrite import RuleSet, refuse, rule
 from regauge.passes.simplify.affine import weights
 from regauge.passes.simplify.fixed_values import combined, itself, new_weight, successor
 from regauge.passes.simplify.kernels import Geometry, geometry, kernel_size

@@ -19,9 +19,9 @@ from torch import randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Value
-from regauge.ir.matcher import Match
-from regauge.ir.rewrite import RewriteRule, RuleSet, differs, refuse
-from regauge.ir.sizes import Size, product, same
+from regauge.ir.rewriting.matcher import Match
+from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet, differs, refuse
+from regauge.ir.sizes.expressions import Size, product, same
 from regauge.passes.simplify.affine import weights
 from regauge.passes.simplify.fixed_values import combined, itself, successor
 from regauge.passes.simplify.kernels import geometry, kernel_size

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from regauge.ir.allocation import without_collection
+from regauge.ir.collection import without_collection
+from regauge.ir.folding_limits import BYTES_BEFORE, FILE_ROOM
 from regauge.ir.graph import Graph
-from regauge.ir.growth import BYTES_BEFORE, FILE_ROOM
-from regauge.ir.rewrite import RewriteLog, RuleSet, rewrite_graph
+from regauge.ir.rewriting.rewrite import RewriteLog, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
 from regauge.passes.rewriting import tell

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import rand, randn
 
+from regauge.ir.dims.extents import fresh
 from regauge.ir.edit import Builder
-from regauge.ir.extents import fresh
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.pattern_instances import Weight
-from regauge.ir.rewrite import RuleSet, differs, refuse, rule
+from regauge.ir.rewriting.pattern_instances import Weight
+from regauge.ir.rewriting.rewrite import RuleSet, differs, refuse, rule
 from regauge.passes.simplify.affine_steps import affine_of, moving_slot
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, successor
 from regauge.passes.simplify.linear_map import must_fit

@@ -17,8 +17,8 @@ from torch import rand, randn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Parameter, Value
-from regauge.ir.matcher import Match
-from regauge.ir.rewrite import RewriteRule, RuleSet, refuse
+from regauge.ir.rewriting.matcher import Match
+from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet, refuse
 from regauge.passes.simplify.affine import norm_vectors, weights
 from regauge.passes.simplify.affine_steps import PAIRS, affine_of, batch_norm_affine
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, new_weight, number, successor

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import randn
 
+from regauge.ir.axis_rules.rules import broadcast_rule, is_pointwise
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.matcher import Match
 from regauge.ir.operator import all_operators, get_operator
-from regauge.ir.rewrite import RuleSet, differs, refuse, rule
-from regauge.ir.rules import broadcast_rule, is_pointwise
-from regauge.ir.sizes import same
+from regauge.ir.rewriting.matcher import Match
+from regauge.ir.rewriting.rewrite import RuleSet, differs, refuse, rule
+from regauge.ir.sizes.expressions import same
 from regauge.passes.simplify.layout import permuted, positive_dims
 
 Sample = dict[str, Any]

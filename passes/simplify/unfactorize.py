@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from regauge.ir.edit import Builder
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node
-from regauge.ir.rewrite import RuleSet, refuse, rewrite_graph
+from regauge.ir.rewriting.rewrite import RuleSet, refuse, rewrite_graph
 from regauge.ir.roofline import Device, local_seconds
 from regauge.passes.allocation.latency import device_of
 from regauge.passes.base import Context, Contract, Pass

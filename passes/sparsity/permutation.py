@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.reorder import may_be_reordered, reorder
 from regauge.ir.graph import Graph
-from regauge.ir.reorder import may_be_reordered, reorder
 from regauge.passes.base import Context
 from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer

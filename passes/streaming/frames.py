@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from regauge.ir.edit import Builder
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Node, Value
-from regauge.ir.sizes import Size
+from regauge.ir.sizes.expressions import Size
 
 
 @dataclass(frozen=True)

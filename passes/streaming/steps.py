@@ -14,14 +14,14 @@ from typing import Any, Literal, TypeAlias
 
 import sympy
 
+from regauge.ir.dims.extents import Concat, Dim, Extent, Product, leaves, resolve
+from regauge.ir.dims.local_axes import LocalAxes, local_axes
 from regauge.ir.edit import Builder
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Concat, Dim, Extent, Product, leaves, resolve
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
-from regauge.ir.local_axes import LocalAxes, local_axes
 from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.ops.windows import per_axis
-from regauge.ir.sizes import Size, evaluate, product, total
+from regauge.ir.sizes.expressions import Size, evaluate, product, total
 from regauge.passes.streaming.frames import Buffers, Frames, Window, moved
 
 Padding: TypeAlias = Literal["exact", "causal", "signal"]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.groups import Member
+from regauge.ir.dims.resize import resize
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim
-from regauge.ir.frames import Frame, find_frames
+from regauge.ir.gauge.frames import Frame, find_frames
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.groups import Member
-from regauge.ir.resize import resize
 from regauge.passes.factorization.balance import balance_frame, is_bond
 from regauge.passes.name_patterns import matches
 from regauge.passes.training.places import along_axis, laid_along, multiplied, sums_by_index

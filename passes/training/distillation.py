@@ -23,11 +23,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
+from regauge.ir.axis_rules.rules import Axes
+from regauge.ir.dims.kept import Keep, part_kept
+from regauge.ir.dims.resize import kept_indices
 from regauge.ir.errors import PassError, RegaugeWarning
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.kept import Keep, part_kept
-from regauge.ir.resize import kept_indices
-from regauge.ir.rules import Axes
 
 Selection = tuple[Axes, Keep]  # the axes of the teacher's feature, and what the student has of their Dims
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Parameter
 from regauge.passes.training.sparsifier import GroupSparsifier
 from regauge.passes.training.target import Scope, Target

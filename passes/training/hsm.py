@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.groups import Member
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.groups import Member
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.training.learned import LearnedSparsifier, straight_through
 from regauge.passes.training.places import multiplied

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Parameter
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.training.learned import LearnedSparsifier, straight_through

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from regauge.ir.dims.extents import Dim, resolve
+from regauge.ir.dims.groups import Member
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim, resolve
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.groups import Member
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.training.bound_model import ForwardWeights
 from regauge.passes.training.places import multiplied

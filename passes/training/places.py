@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from regauge.ir.extents import Dim, Extent, Product, leaves, resolve, size_of
+from regauge.ir.dims.extents import Dim, Extent, Product, leaves, resolve, size_of
+from regauge.ir.dims.groups import Member
+from regauge.ir.dims.local_axes import LocalAxes
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.groups import Member
-from regauge.ir.local_axes import LocalAxes
 
 Factors = Mapping[Dim, torch.Tensor]  # for each Dim one number per index
 

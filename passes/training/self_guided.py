@@ -11,7 +11,7 @@ from torch import nn
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import evaluate
+from regauge.ir.sizes.expressions import evaluate
 from regauge.passes.training.bond_sparsifier import Bond, BondSparsifier
 from regauge.passes.training.factor_pairs import Chain, chains
 

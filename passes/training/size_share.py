@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from regauge.ir.cost import cost
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.ir.graph import Graph
 from regauge.passes.training.target import Target
 

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.groups import Member
+from regauge.ir.dims.resize import resize
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.groups import Member
-from regauge.ir.resize import resize
 from regauge.passes.base import Cut
 from regauge.passes.report import recorded_cuts, reported
 from regauge.passes.training.bound_model import BoundModel

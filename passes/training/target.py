@@ -10,10 +10,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from regauge.ir.cost import Metric, cost
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.groups import Group
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
-from regauge.ir.groups import Group
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.allocation.budgets import Budget, Budgets
 from regauge.passes.allocation.choices import Choice, Counts, round_wishes, with_multiples

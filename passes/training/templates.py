@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from regauge.ir.dims.extents import Dim, Extent, Product, resolve
+from regauge.ir.dims.kept import flat_indices, touches
+from regauge.ir.dims.resize import taken
 from regauge.ir.edit import record, set_weight
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim, Extent, Product, resolve
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.kept import flat_indices, touches
-from regauge.ir.resize import taken
 from regauge.passes.growing.grow import copiable
 from regauge.passes.training.bound_model import BoundModel, ForwardWeights
 

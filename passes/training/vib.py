@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.ir.graph import Graph
 from regauge.passes.training.learned import LearnedSparsifier
 from regauge.passes.training.target import Target

@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from regauge.frontends.examine import examine as examine
     from regauge.frontends.from_onnx import load as load
     from regauge.ir import scalars as scalars
+    from regauge.ir.dims.resize import resize as resize
     from regauge.ir.edit import Builder as Builder
     from regauge.ir.errors import RegaugeError as RegaugeError
     from regauge.ir.errors import RegaugeWarning as RegaugeWarning
     from regauge.ir.graph import Graph as Graph
-    from regauge.ir.laws import check_operator as check_operator
+    from regauge.ir.laws.operators import check_operator as check_operator
     from regauge.ir.operator import OnnxForm as OnnxForm
     from regauge.ir.operator import Operator as Operator
     from regauge.ir.operator import Symmetry as Symmetry
     from regauge.ir.operator import operator as operator
     from regauge.ir.operator import register_operator as register_operator
     from regauge.ir.operator import sample as sample
-    from regauge.ir.resize import resize as resize
-    from regauge.ir.rewrite import RewriteRule as RewriteRule
-    from regauge.ir.rewrite import RuleSet as RuleSet
-    from regauge.ir.rewrite import refuse as refuse
-    from regauge.ir.scaling import Scaling as Scaling
+    from regauge.ir.rewriting.rewrite import RewriteRule as RewriteRule
+    from regauge.ir.rewriting.rewrite import RuleSet as RuleSet
+    from regauge.ir.rewriting.rewrite import refuse as refuse
+    from regauge.ir.scales.scaling import Scaling as Scaling
     from regauge.ir.states import Steps as Steps
     from regauge.passes.base import Context as Context
     from regauge.passes.base import Pass as Pass
@@ -62,15 +62,15 @@ _HOME = {
     "Pass": "regauge.passes.base",
     "RegaugeError": "regauge.ir.errors",
     "RegaugeWarning": "regauge.ir.errors",
-    "RewriteRule": "regauge.ir.rewrite",
-    "RuleSet": "regauge.ir.rewrite",
-    "Scaling": "regauge.ir.scaling",
+    "RewriteRule": "regauge.ir.rewriting.rewrite",
+    "RuleSet": "regauge.ir.rewriting.rewrite",
+    "Scaling": "regauge.ir.scales.scaling",
     "Steps": "regauge.ir.states",
     "Symmetry": "regauge.ir.operator",
     "align": "regauge.passes.merging.matching",
     "bisect": "regauge.passes.bisect",
     "capture": "regauge.frontends.capture",
-    "check_operator": "regauge.ir.laws",
+    "check_operator": "regauge.ir.laws.operators",
     "compare": "regauge.backends.compare",
     "elastic": "regauge.passes.elastic.elastic",
     "examine": "regauge.frontends.examine",
@@ -78,9 +78,9 @@ _HOME = {
     "merge": "regauge.passes.merging.merge",
     "operator": "regauge.ir.operator",
     "option": "regauge.passes.options",
-    "refuse": "regauge.ir.rewrite",
+    "refuse": "regauge.ir.rewriting.rewrite",
     "register_operator": "regauge.ir.operator",
-    "resize": "regauge.ir.resize",
+    "resize": "regauge.ir.dims.resize",
     "rewrite": "regauge.passes.rewriting",
     "run_stream": "regauge.passes.streaming.signals",
     "sample": "regauge.ir.operator",

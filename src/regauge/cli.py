@@ -167,7 +167,7 @@ def simplify(
     regauge simplify model.onnx -o simple.onnx
     regauge simplify model.onnx -o simple.onnx --skip merging --skip constants --explain
     """
-    from regauge.backends.onnx_proof import Proof
+    from regauge.backends.onnx_model.proof import Proof
     from regauge.optimize import optimize as run_optimize
     from regauge.passes.simplify.simplify import Simplify
     from regauge.settings import current, using

@@ -130,7 +130,7 @@ def written_model(path: Path) -> onnx_ir.Model:
     """The model in a file, without the data of large weights in it."""
     import onnx_ir
 
-    from regauge.frontends.onnx_reading import read_skeleton
+    from regauge.frontends.onnx_model.reading import read_skeleton
 
     model: onnx_ir.Model = onnx_ir.from_proto(read_skeleton(path))
     return model
@@ -138,7 +138,7 @@ def written_model(path: Path) -> onnx_ir.Model:
 
 def file_figures(path: Path, model: onnx_ir.Model, graph: Graph) -> tuple[int, int, int]:
     """Nodes of all scopes but for Constants, bytes with external data, and MACs of an ONNX file and its graph."""
-    from regauge.backends.onnx_write import all_graphs, external_locations
+    from regauge.backends.onnx_model.write import all_graphs, external_locations
     from regauge.ir.cost import figures
 
     nodes = sum(node.op_type != "Constant" for inner in all_graphs(model) for node in inner)

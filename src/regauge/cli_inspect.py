@@ -45,7 +45,7 @@ def groups(
     regauge groups model.onnx --all
     regauge groups model.onnx --of conv1.weight:0
     """
-    from regauge.ir.groups import find_groups
+    from regauge.ir.dims.groups import find_groups
 
     graph = open_file(model)
     if of:
@@ -88,8 +88,8 @@ def scales(
     \b
     regauge scales model.onnx
     """
-    from regauge.ir.scale_table import scale_counts, scale_rows
-    from regauge.ir.scales import find_scales
+    from regauge.ir.scales.table import scale_counts, scale_rows
+    from regauge.ir.scales.variables import find_scales
 
     found = find_scales(open_file(model))
     print_table(scale_rows(found, everything=everything))
@@ -146,7 +146,7 @@ def memory(
     \b
     regauge memory model.onnx --at batch=8 --values 30
     """
-    from regauge.ir.memory_plan import peak_rows, plan_memory, plan_summary
+    from regauge.ir.memory.plan import peak_rows, plan_memory, plan_summary
 
     graph = open_file(model)
     plan = plan_memory(graph, dynamic_sizes(graph, at or ()))

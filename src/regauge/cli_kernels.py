@@ -34,10 +34,10 @@ def kernels(
     regauge kernels model.onnx --arch sm_90 -o kernels
     regauge kernels model.pt2 --arch sm_80 --arch sm_90 --at batch=8 -o kernels
     """
-    from regauge.backends.kernel_configs import Table
-    from regauge.backends.kernel_files import write_kernels
     from regauge.backends.ort_library import build_library, missing
-    from regauge.backends.triton_compile import ARCHITECTURES
+    from regauge.backends.triton_kernels.compile import ARCHITECTURES
+    from regauge.backends.triton_kernels.configs import Table
+    from regauge.backends.triton_kernels.files import write_kernels
 
     if library and missing():
         raise RegaugeError(f"--library: {missing()}")
@@ -84,10 +84,10 @@ def autotune(
     """
     import torch
 
-    from regauge.backends.kernel_configs import Table, architecture_of
-    from regauge.backends.kernel_samples import parsed
-    from regauge.backends.kernel_tuning import measured, tune
-    from regauge.backends.torch_kernels import with_kernels
+    from regauge.backends.torch_module.kernels import with_kernels
+    from regauge.backends.triton_kernels.configs import Table, architecture_of
+    from regauge.backends.triton_kernels.samples import parsed
+    from regauge.backends.triton_kernels.tuning import measured, tune
 
     check_output(output, ".json")
     if not offline and not (device.startswith("cuda") and torch.cuda.is_available()):

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from regauge.ir.dims.groups import Group
     from regauge.ir.graph import Graph
-    from regauge.ir.groups import Group
 
 
 def summary_rows(graph: Graph) -> list[list[str]]:
     from regauge.ir.cost import figures
-    from regauge.ir.memory import activation_bytes
+    from regauge.ir.memory.activations import activation_bytes
     from regauge.ir.tables import short
 
     cost, (_, peak) = figures(graph), activation_bytes(graph)

@@ -16,15 +16,15 @@ import onnx_ir
 import torch
 from onnx import helper
 
-from regauge.backends.onnx_changes import find_changes
-from regauge.backends.onnx_emit import patched_model
+from regauge.backends.onnx_model.changes import find_changes
+from regauge.backends.onnx_model.emit import patched_model
 from regauge.backends.run_onnxruntime import Session
 from regauge.frontends.from_onnx import load
 from regauge.ir.edit import Builder, remove_dead, replace_uses
 from regauge.ir.errors import EmitError, LawError, blamed_on, first_line
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
-from regauge.ir.law_cases import samples_of
+from regauge.ir.laws.cases import samples_of
 from regauge.ir.operator import Sample, get_operator
 
 OPSETS = (13, 17, 21, 23)

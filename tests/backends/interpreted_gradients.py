@@ -6,10 +6,10 @@ import torch
 import triton_interpreter
 from kernel_contract import drawn
 from kernel_forms import form_graph
-from regauge.backends import triton_kernel as kernels
-from regauge.backends.kernel_configs import Config
 from regauge.backends.to_torch import to_torch
-from regauge.backends.torch_kernels import KernelOperator, kernel_operator
+from regauge.backends.torch_module.kernels import KernelOperator, kernel_operator
+from regauge.backends.triton_kernels import kernel as kernels
+from regauge.backends.triton_kernels.configs import Config
 from regauge.ir.edit import Builder
 from regauge.ir.fusion.fused import body_of, canonical, fuse
 from regauge.ir.fusion.tracing import trace

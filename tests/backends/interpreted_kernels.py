@@ -14,19 +14,19 @@ from kernel_contract import check_kernel, drawn, evaluated
 from kernel_forms import FORMS, form_graph
 from quantized_graphs import quantized, random_tensor
 from random_regions import DTYPES, attentions, few_bit_products, products, regions, streams, windows
-from regauge.backends import triton_kernel as kernels
-from regauge.backends.kernel_configs import Config
-from regauge.backends.torch_kernels import with_kernels
-from regauge.backends.triton_kernel import Form, launch_of, triton_kernel
-from regauge.backends.triton_loops import sizes_of
-from regauge.backends.triton_source import Rounding
+from regauge.backends.torch_module.kernels import with_kernels
+from regauge.backends.triton_kernels import kernel as kernels
+from regauge.backends.triton_kernels.configs import Config
+from regauge.backends.triton_kernels.kernel import Form, launch_of, triton_kernel
+from regauge.backends.triton_kernels.loops import sizes_of
+from regauge.backends.triton_kernels.source import Rounding
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.fusion.region import Region
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 triton_interpreter.repair()
 

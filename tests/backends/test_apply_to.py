@@ -9,9 +9,9 @@ from torch import nn
 
 from regauge.backends.apply_to import apply_to
 from regauge.frontends.capture import capture
+from regauge.ir.dims.resize import resize
 from regauge.ir.errors import EmitError
 from regauge.ir.interpret import run
-from regauge.ir.resize import resize
 from regauge.optimize import optimize
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from regauge.backends import kernel_screen, kernel_tuning
-from regauge.backends.kernel_configs import Case, Config, Entry, Table, config_of, shipped
-from regauge.backends.kernel_samples import SAMPLES, parsed, sample
-from regauge.backends.kernel_screen import GPUS, Model, candidates, resident, screen
-from regauge.backends.kernel_tuning import tune
-from regauge.backends.triton_compile import Compiled, build_of
-from regauge.backends.triton_kernel import Launch, case_of, launch_of
+from regauge.backends.triton_kernels import screen as kernel_screen
+from regauge.backends.triton_kernels import tuning as kernel_tuning
+from regauge.backends.triton_kernels.compile import Compiled, build_of
+from regauge.backends.triton_kernels.configs import Case, Config, Entry, Table, config_of, shipped
+from regauge.backends.triton_kernels.kernel import Launch, case_of, launch_of
+from regauge.backends.triton_kernels.samples import SAMPLES, parsed, sample
+from regauge.backends.triton_kernels.screen import GPUS, Model, candidates, resident, screen
+from regauge.backends.triton_kernels.tuning import tune
 from regauge.cli import main
 from regauge.ir.errors import FusionError
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from decoder_block import decoder_block
-from regauge.backends.kernel_configs import Config, Entry, Table
-from regauge.backends.kernel_files import grid_formula, write_kernels
-from regauge.backends.kernel_samples import SAMPLES, sample
-from regauge.backends.torch_kernels import with_kernels
-from regauge.backends.torch_runtime import source_of
-from regauge.backends.triton_kernel import case_of, launch_of
+from regauge.backends.torch_module.kernels import with_kernels
+from regauge.backends.torch_module.runtime import source_of
+from regauge.backends.triton_kernels.configs import Config, Entry, Table
+from regauge.backends.triton_kernels.files import grid_formula, write_kernels
+from regauge.backends.triton_kernels.kernel import case_of, launch_of
+from regauge.backends.triton_kernels.samples import SAMPLES, sample
 from regauge.cli import main
 from regauge.ir.errors import EmitError, FusionError
 from regauge.ir.graph import Graph

@@ -12,12 +12,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decoder_block import decoder_block
-from regauge.backends.torch_kernels import KernelOperator, with_kernels
-from regauge.backends.triton_compile import compile_kernel
+from regauge.backends.torch_module.kernels import KernelOperator, with_kernels
+from regauge.backends.triton_kernels.compile import compile_kernel
 from regauge.ir.edit import Builder
 from regauge.ir.fusion import legality
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import regauge
-from regauge.backends.kernel_sparsity import dense_of, is_bitmap, n_of_m_of, pack_zeros, stored, stored_bitmap
-from regauge.backends.torch_kernels import with_kernels
+from regauge.backends.torch_module.kernels import with_kernels
+from regauge.backends.triton_kernels.sparsity import dense_of, is_bitmap, n_of_m_of, pack_zeros, stored, stored_bitmap
 from regauge.ir.edit import Builder
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.fusion.products import few_bit_sides
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 from regauge.optimize import optimize
 
 PATTERNS = [(1, 2), (1, 4), (2, 4), (1, 8), (3, 8), (4, 8)]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from regauge.backends.kernel_weights import pack_weights
+from regauge.backends.triton_kernels.weights import pack_weights
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
 

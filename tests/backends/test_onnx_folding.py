@@ -11,8 +11,8 @@ from onnx import numpy_helper
 
 import regauge
 from onnx_models import ATTENTION, ATTENTION_WEIGHTS, model_of, save
-from regauge.backends.onnx_carrier import Carrier
-from regauge.backends.onnx_sharing import share_equal
+from regauge.backends.onnx_model.carrier import Carrier
+from regauge.backends.onnx_model.sharing import share_equal
 from regauge.ir.weights import sampled_bytes
 
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import regauge
 from integer_reference import Findings, IntegerReference, exposed
-from regauge.backends.onnx_audit import kernels_of
+from regauge.backends.onnx_model.audit import kernels_of
 from regauge.backends.run_onnxruntime import Session
 from regauge.passes.quantization.targets import TARGETS
 

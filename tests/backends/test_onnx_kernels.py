@@ -15,7 +15,7 @@ from decoder_block import decoder_block
 from kernel_forms import FORMS, form_graph
 from layered_networks import ResidualNetwork, images, redrawn
 from random_regions import regions as regions_drawn
-from regauge.backends.onnx_kernels import Calls, add_functions
+from regauge.backends.onnx_model.kernels import Calls, add_functions
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.edit import Builder, set_weight
 from regauge.ir.fusion.fused import body_of, canonical, content, fuse, fused_nodes
@@ -23,7 +23,7 @@ from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
 from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, REGION, ROUNDING
 from regauge.ir.sample_inputs import sample_inputs
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 
 def block() -> Graph:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import regauge
-from regauge.backends.onnx_write import all_graphs
+from regauge.backends.onnx_model.write import all_graphs
 from regauge.backends.run_onnxruntime import Session
 
 CORPUS = Path(__file__).parents[3] / "shared" / "corpus" / "onnx"

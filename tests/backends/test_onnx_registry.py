@@ -8,7 +8,7 @@ import torch
 from torch.onnx._internal.exporter import _registration
 
 import regauge
-from regauge.backends.onnx_registry import kept_registry
+from regauge.backends.onnx_model.registry import kept_registry
 
 
 class Doubled(torch.nn.Module):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from regauge.backends.onnx_streaming import hollow_initializers, write_proto
-from regauge.backends.onnx_write import ChangedTensor
-from regauge.frontends import onnx_reading
+from regauge.backends.onnx_model.streaming import hollow_initializers, write_proto
+from regauge.backends.onnx_model.write import ChangedTensor
 from regauge.frontends.from_onnx import load
-from regauge.frontends.onnx_reading import read_proto, read_skeleton
+from regauge.frontends.onnx_model import reading as onnx_reading
+from regauge.frontends.onnx_model.reading import read_proto, read_skeleton
 from regauge.ir.errors import LoadError
 from regauge.ir.weights import KeptWeight
 

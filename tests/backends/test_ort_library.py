@@ -16,15 +16,15 @@ from onnx import TensorProto, helper
 
 from decoder_block import decoder_block
 from regauge.backends import ort_library
-from regauge.backends.kernel_files import Written, write_kernels
 from regauge.backends.ort_library import build_library, manifest, missing
-from regauge.backends.triton_kernel import numbers
-from regauge.backends.triton_loops import strides_of
+from regauge.backends.triton_kernels.files import Written, write_kernels
+from regauge.backends.triton_kernels.kernel import numbers
+from regauge.backends.triton_kernels.loops import strides_of
 from regauge.cli import main
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from quantized_graphs import gated_layer
-from regauge.backends.kernel_weights import with_row_codes
-from regauge.backends.torch_kernels import with_kernels
+from regauge.backends.torch_module.kernels import with_kernels
+from regauge.backends.triton_kernels.weights import with_row_codes
 from regauge.ir.edit import Builder
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.graph import Graph

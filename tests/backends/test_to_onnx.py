@@ -22,7 +22,7 @@ from onnx_models import (
     model_of,
     pruned,
 )
-from regauge.backends.onnx_check import coarsest
+from regauge.backends.onnx_model.check import coarsest
 from regauge.backends.run_onnxruntime import Session
 from regauge.frontends.from_onnx import load
 from regauge.ir.errors import EmitError
@@ -240,7 +240,7 @@ def test_added_nodes_are_written(tmp_path: Path) -> None:
 
 def test_a_wrong_file_is_refused_and_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if an operator were spelled wrongly: the finished file is run, and is not what was asked for."""
-    from regauge.backends import onnx_rewiring
+    from regauge.backends.onnx_model import rewiring as onnx_rewiring
 
     small = pruned(load(model_of(PERCEPTRON, PERCEPTRON_WEIGHTS)))
     relu = next(node for node in small.nodes if node.op == "relu")

@@ -103,7 +103,7 @@ def test_reductions_over_all_axes_are_written(name: str, tmp_path: Path) -> None
 
 
 def test_weights_go_beside_the_model_on_request(graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regauge.backends.onnx_write.LEAST_EXTERNAL_BYTES", 96)
+    monkeypatch.setattr("regauge.backends.onnx_model.write.LEAST_EXTERNAL_BYTES", 96)
     graph.to_onnx(tmp_path / "m.onnx", external_data=True)
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from regauge.backends.to_torch import emit, to_torch, write
-from regauge.backends.torch_runtime import source_of
+from regauge.backends.torch_module.runtime import source_of
+from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
-from regauge.ir.resize import resize
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 ROOT = ("", "Net")
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from regauge.backends.to_torch import to_torch
-from regauge.backends.torch_runtime import source_of
+from regauge.backends.torch_module.runtime import source_of
 from regauge.frontends.capture import capture
 from regauge.optimize import optimize
 

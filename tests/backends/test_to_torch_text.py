@@ -7,16 +7,16 @@ import sympy
 import torch
 
 from regauge.backends.to_torch import to_torch
-from regauge.backends.torch_arguments import tidy_calls
-from regauge.backends.torch_literals import literal
-from regauge.backends.torch_runtime import source_of
-from regauge.backends.torch_sizes import size_expression
-from regauge.backends.torch_source import WIDTH, broken, double_quoted
+from regauge.backends.torch_module.arguments import tidy_calls
+from regauge.backends.torch_module.literals import literal
+from regauge.backends.torch_module.runtime import source_of
+from regauge.backends.torch_module.sizes import size_expression
+from regauge.backends.torch_module.source import WIDTH, broken, double_quoted
 from regauge.frontends.capture import capture
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
-from regauge.ir.sizes import parse_size
+from regauge.ir.sizes.expressions import parse_size
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,15 @@ from decoder_block import decoder_block
 from kernel_contract import drawn, evaluated
 from quantized_graphs import gated_layer, quantized, random_tensor
 from random_graphs import graphs
-from regauge.backends.torch_kernels import WithKernels, with_kernels
-from regauge.backends.torch_runtime import source_of
+from regauge.backends.torch_module.kernels import WithKernels, with_kernels
+from regauge.backends.torch_module.runtime import source_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import EmitError
 from regauge.ir.fusion import legality
 from regauge.ir.fusion.fused import body_of, fused_nodes
 from regauge.ir.graph import Graph
 from regauge.ir.sample_inputs import sample_inputs
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 from regauge.optimize import optimize
 
 

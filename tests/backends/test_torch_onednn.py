@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import regauge
-from regauge.backends.torch_onednn import PackedConv2d, PackedLinear
+from regauge.backends.torch_module.onednn import PackedConv2d, PackedLinear
 from regauge.ir.errors import EmitError
 
 ACTIVATIONS = {

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import regauge
-from regauge.backends import torch_quantized as layers
-from regauge.backends.torch_packing import pack
+from regauge.backends.torch_module import quantized as layers
+from regauge.backends.torch_module.packing import pack
 from regauge.ir.cost import figures
 
 torch.manual_seed(0)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from kernel_forms import FORMS, form_graph
-from regauge.backends.triton_attention_gradient import GRADIENT_FORMS, AttentionGradientKernel
-from regauge.backends.triton_compile import compile_kernel
-from regauge.backends.triton_kernel import Form, Kernel, triton_kernel
+from regauge.backends.triton_kernels.attention_gradient import GRADIENT_FORMS, AttentionGradientKernel
+from regauge.backends.triton_kernels.compile import compile_kernel
+from regauge.backends.triton_kernels.kernel import Form, Kernel, triton_kernel
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.attention_gradients import attention_gradient

@@ -12,7 +12,7 @@ from benchmarks.onnx_exports import FOLDER, light_files, real_files
 
 import regauge
 from onnx_oracle import quietly_loaded
-from regauge.backends.onnx_write import all_graphs
+from regauge.backends.onnx_model.write import all_graphs
 
 FILES = [*sorted(FOLDER.glob("*.onnx")), *real_files(), *light_files()]
 

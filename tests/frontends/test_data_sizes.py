@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from regauge.backends.torch_runtime import source_of
+from regauge.backends.torch_module.runtime import source_of
 from regauge.frontends.capture import capture
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.interpret import run

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_oracle import assert_equals_runtime, free_sizes, opaque, runtime_outputs
 from regauge.frontends.from_onnx import load
+from regauge.ir.dims.groups import free_groups
+from regauge.ir.dims.resize import resize
 from regauge.ir.graph import Graph
-from regauge.ir.groups import free_groups
 from regauge.ir.interpret import run
-from regauge.ir.resize import resize
 
 FLOAT, BOOL, INT64 = TensorProto.FLOAT, TensorProto.BOOL, TensorProto.INT64
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from onnx_models import ATTENTION, ATTENTION_WEIGHTS, model_of
 from onnx_oracle import assert_equals_runtime
 from regauge.ir.onnx_folding import Question, fold
-from regauge.ir.onnx_sizes import Content, Unknown, content, of_shape
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
+from regauge.ir.sizes.onnx_contents import Content, Unknown, content, of_shape
 
 N, T = symbol("n"), symbol("t")
 INT64, FLOAT = onnx_ir.DataType.INT64, onnx_ir.DataType.FLOAT

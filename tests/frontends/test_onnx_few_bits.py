@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import regauge
-from regauge.backends.onnx_audit import kernels_of
+from regauge.backends.onnx_model.audit import kernels_of
 from regauge.backends.run_onnxruntime import Session
 
 INPUTS, HIDDEN, BLOCK = 64, 48, 32

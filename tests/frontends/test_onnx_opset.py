@@ -9,7 +9,7 @@ from onnx import version_converter
 
 import regauge
 from onnx_models import model_of, save
-from regauge.backends.onnx_audit import kernels_of
+from regauge.backends.onnx_model.audit import kernels_of
 from regauge.cli import main
 from regauge.ir.errors import LoadError
 

@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 
-from regauge.ir import allocation
-from regauge.ir.allocation import without_collection
+from regauge.ir import collection as allocation
+from regauge.ir.collection import without_collection
 
 
 class Link:

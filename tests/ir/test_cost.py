@@ -8,8 +8,8 @@ from hypothesis import given
 from random_networks import networks
 from regauge.ir.cost import cost, figures, item_size, local_figures, smallest_sizes
 from regauge.ir.graph import Graph
-from regauge.ir.memory import activation_bytes
-from regauge.ir.sizes import floor_divide, symbol
+from regauge.ir.memory.activations import activation_bytes
+from regauge.ir.sizes.expressions import floor_divide, symbol
 from regauge.optimize import optimize
 from small_graphs import multilayer_perceptron, residual_network
 

@@ -8,7 +8,7 @@ from regauge.ir.edit import Builder, dead_nodes, remove_dead, remove_node, remov
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 from small_graphs import multilayer_perceptron
 
 

@@ -5,11 +5,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regauge.ir.dims.extents import (
+    ONE,
+    Concat,
+    Dim,
+    Extent,
+    Product,
+    format_extent,
+    fresh,
+    leaves,
+    pin,
+    resolve,
+    size_of,
+)
+from regauge.ir.dims.kept import flat_indices
+from regauge.ir.dims.unify import reshape, split_at, split_minor, unify
 from regauge.ir.errors import AxisError
-from regauge.ir.extents import ONE, Concat, Dim, Extent, Product, format_extent, fresh, leaves, pin, resolve, size_of
-from regauge.ir.kept import flat_indices
-from regauge.ir.sizes import symbol
-from regauge.ir.unify import reshape, split_at, split_minor, unify
+from regauge.ir.sizes.expressions import symbol
 
 
 @st.composite

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from own_operators import registered
+from regauge.ir.dims.groups import find_group
 from regauge.ir.edit import Builder
-from regauge.ir.gauge import Gauge, gauges
+from regauge.ir.gauge.classes import Gauge, gauges
 from regauge.ir.graph import Graph, Value
-from regauge.ir.groups import find_group
 from regauge.ir.interpret import run
 from regauge.ir.operator import Symmetry
 

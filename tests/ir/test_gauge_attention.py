@@ -2,10 +2,10 @@
 
 import torch
 
+from regauge.ir.dims.groups import find_group
 from regauge.ir.edit import Builder
-from regauge.ir.gauge import Gauge, gauges
+from regauge.ir.gauge.classes import Gauge, gauges
 from regauge.ir.graph import Graph
-from regauge.ir.groups import find_group
 from regauge.ir.interpret import run
 
 WIDTH, HEADS, SIZE, LENGTH = 6, 3, 4, 5

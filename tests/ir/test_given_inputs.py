@@ -10,7 +10,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import GraphError
 from regauge.ir.given_inputs import fitted
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 BATCH = symbol("batch")
 

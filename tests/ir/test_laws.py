@@ -12,7 +12,7 @@ from own_operators import registered
 from regauge.ir import derivatives, scalars
 from regauge.ir.errors import LawError, OperatorError
 from regauge.ir.graph import Node
-from regauge.ir.laws import check_law
+from regauge.ir.laws.operators import check_law
 from regauge.ir.operator import Symmetry
 
 Register = Callable[..., str]

@@ -2,10 +2,10 @@
 
 import torch
 
+from regauge.ir.dims.extents import Product
+from regauge.ir.dims.local_axes import LocalAxes, lay_along
 from regauge.ir.edit import Builder
-from regauge.ir.extents import Product
 from regauge.ir.graph import Graph, Node
-from regauge.ir.local_axes import LocalAxes, lay_along
 
 
 def grouped_convolution() -> tuple[Builder, Node]:

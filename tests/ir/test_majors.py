@@ -12,15 +12,15 @@ import torch
 
 import regauge
 from headed_networks import Attention, Experts, FusedHeads, Gates, Groups, Sums, captured, expect_masked
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.groups import find_group, free_groups
+from regauge.ir.dims.kept import KeptWithin, part_kept
+from regauge.ir.dims.majors import majors_of
+from regauge.ir.dims.resize import kept_indices, resize
 from regauge.ir.errors import AxisError, GraphError
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
-from regauge.ir.groups import find_group, free_groups
 from regauge.ir.interpret import run
-from regauge.ir.kept import KeptWithin, part_kept
-from regauge.ir.majors import majors_of
-from regauge.ir.mapped import mapped
-from regauge.ir.resize import kept_indices, resize
+from regauge.ir.memory.mapped import mapped
 from regauge.ir.weights import dense
 
 

@@ -27,7 +27,7 @@ class _EluPlusOne(nn.Module):
         return F.elu(x) + 1
 
 
-def group(model: nn.Module, member: str, shape: tuple[int, ...] = (2, 6, 8)) -> regauge.ir.groups.Group:
+def group(model: nn.Module, member: str, shape: tuple[int, ...] = (2, 6, 8)) -> regauge.ir.dims.groups.Group:
     graph = regauge.capture(model.eval(), (torch.randn(*shape),))
     (found,) = [g for g in graph.groups() if any(str(m) == member for m in g.members)]
     return found

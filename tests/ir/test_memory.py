@@ -12,9 +12,9 @@ from random_networks import networks
 from regauge.ir.cost import cost, smallest_sizes
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.graph import Graph, Node
-from regauge.ir.memory import PeakMemory, activation_bytes
+from regauge.ir.memory.activations import PeakMemory, activation_bytes
+from regauge.ir.memory.views import storages
 from regauge.ir.sample_inputs import sample_inputs
-from regauge.ir.storage import storages
 from small_graphs import multilayer_perceptron, residual_network
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from random_networks import networks
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
-from regauge.ir.memory import activation_bytes
-from regauge.ir.memory_plan import ALIGNMENT, MemoryPlan, peak_rows, plan_memory, plan_summary
+from regauge.ir.memory.activations import activation_bytes
+from regauge.ir.memory.plan import ALIGNMENT, MemoryPlan, peak_rows, plan_memory, plan_summary
 
 
 def hourglass() -> Graph:

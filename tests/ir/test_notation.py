@@ -2,8 +2,8 @@
 
 import pytest
 
+from regauge.ir.axis_rules.notation import parse_rule
 from regauge.ir.errors import AxisError, RuleSyntaxError
-from regauge.ir.notation import parse_rule
 from regauge.ir.operator import all_operators
 
 GOOD = [
@@ -52,7 +52,7 @@ def test_every_stated_rule_prints_back(name: str) -> None:
 def test_a_rule_that_does_not_fit_says_what_it_wanted() -> None:
     import torch
 
-    from regauge.ir.axes import analyse
+    from regauge.ir.dims.axes import analyse
     from regauge.ir.edit import Builder
     from regauge.ir.graph import Graph
 

@@ -1,14 +1,14 @@
-"""Every operator obeys its laws (ir/laws.py) on every sample: one test per operator, sample and law."""
+"""Every operator obeys its laws (ir/laws/operators.py) on every sample: one test per operator, sample and law."""
 
 from functools import cache
 
 import pytest
 
+from regauge.ir.axis_rules.notation import PINNING_ROLES
+from regauge.ir.dims.extents import leaves
 from regauge.ir.errors import LawError
-from regauge.ir.extents import leaves
-from regauge.ir.law_cases import draw_case, sample_count
-from regauge.ir.laws import check_law, laws_of
-from regauge.ir.notation import PINNING_ROLES
+from regauge.ir.laws.cases import draw_case, sample_count
+from regauge.ir.laws.operators import check_law, laws_of
 from regauge.ir.operator import all_operators
 from regauge.ir.shapes import infer_in_full, infer_shortly
 

@@ -12,10 +12,10 @@ from headed_networks import Attention, FusedHeads, Groups
 from random_networks import networks
 from regauge.ir.edit import Builder
 from regauge.ir.errors import GraphError
-from regauge.ir.frames import Frame, find_frames, frames_of
-from regauge.ir.gauge import Gauge
+from regauge.ir.gauge.classes import Gauge
+from regauge.ir.gauge.frames import Frame, find_frames, frames_of
+from regauge.ir.gauge.insertion import rotated, scaled
 from regauge.ir.graph import Graph
-from regauge.ir.regauging import rotated, scaled
 from regauge.ir.verify import verify
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import regauge
+from regauge.ir.dims.reorder import reorder
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph
-from regauge.ir.reorder import reorder
 from regauge.ir.verify import verify
 
 

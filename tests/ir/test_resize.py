@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from regauge.ir.dims.extents import Dim
+from regauge.ir.dims.groups import find_group, free_groups
+from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.errors import ExplainError, GraphError
-from regauge.ir.extents import Dim
 from regauge.ir.graph import Graph
-from regauge.ir.groups import find_group, free_groups
 from regauge.ir.interpret import run
-from regauge.ir.resize import resize
 from regauge.ir.verify import verify
 from small_graphs import multilayer_perceptron, residual_network
 

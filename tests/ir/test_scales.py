@@ -11,12 +11,12 @@ from regauge.ir import operator as records
 from regauge.ir.edit import Builder, set_weight
 from regauge.ir.errors import LawError
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.laws import check_law
+from regauge.ir.laws.operators import check_law
 from regauge.ir.operator import get_operator, operator, sample
 from regauge.ir.sample_inputs import sample_inputs
-from regauge.ir.scale_table import scale_rows
-from regauge.ir.scales import Scales, ScaleVariable, cell_name, find_scales
-from regauge.ir.scaling import Scaling
+from regauge.ir.scales.scaling import Scaling
+from regauge.ir.scales.table import scale_rows
+from regauge.ir.scales.variables import Scales, ScaleVariable, cell_name, find_scales
 from small_graphs import multilayer_perceptron, residual_network
 
 

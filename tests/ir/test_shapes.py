@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from regauge.ir.graph import Value
 from regauge.ir.operator import get_operator
 from regauge.ir.shapes import infer_in_full, infer_shortly
-from regauge.ir.sizes import evaluate, symbol
+from regauge.ir.sizes.expressions import evaluate, symbol
 
 N = symbol("n")
 SIZES = st.sampled_from((N, 2 * N, 2 * N + 3))

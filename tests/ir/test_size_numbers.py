@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import sympy
 
-from regauge.ir.size_numbers import fingerprint, number_at, takes_both_signs, takes_zero_and_more
-from regauge.ir.sizes import at_least, divide, floor_divide, may_be_same, same, simplify, symbol
+from regauge.ir.sizes.expressions import at_least, divide, floor_divide, may_be_same, same, simplify, symbol
+from regauge.ir.sizes.numbers import fingerprint, number_at, takes_both_signs, takes_zero_and_more
 
 BATCH, SEQUENCE = symbol("batch"), symbol("seq")
 

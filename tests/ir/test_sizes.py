@@ -3,7 +3,7 @@
 import pytest
 
 from regauge.ir.errors import RegaugeError
-from regauge.ir.sizes import (
+from regauge.ir.sizes.expressions import (
     divide,
     evaluate,
     floor_divide,

@@ -8,7 +8,7 @@ from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
 from regauge.ir.parse import parse_graph
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 from regauge.ir.verify import verify
 
 TEXT = """\

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-import regauge.backends.onnx_write as writing
+import regauge.backends.onnx_model.write as writing
 from onnx_models import PERCEPTRON, PERCEPTRON_WEIGHTS, model_of, pruned, save
 from regauge.frontends.from_onnx import load
 from regauge.ir.errors import EmitError
@@ -22,7 +22,7 @@ def fail(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["onnx_write._serialize", "onnx_write._write_data", "staged_files._flush"])
+@pytest.mark.parametrize("step", ["onnx_model.write._serialize", "onnx_model.write._write_data", "staged_files._flush"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_failure_leaves_the_folder_as_it_was(
     step: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -89,7 +89,7 @@ def test_nothing_is_written_where_the_file_computes_something_else(
 ) -> None:
     model = parsed(DYNAMIC, w=normal(6, 6), v=normal(6))
     before = regauge.optimize(regauge.load(model), "simplify")
-    monkeypatch.setattr("regauge.backends.onnx_emit.fold_known", _spoil)
+    monkeypatch.setattr("regauge.backends.onnx_model.emit.fold_known", _spoil)
     with pytest.raises(EmitError, match="computes something else: y is off by"):
         before.to_onnx(tmp_path / "small.onnx")
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import onnx_ir
 import pytest
 import torch
 
-import regauge.frontends.onnx_weights
+import regauge.frontends.onnx_model.weights
 from onnx_models import NETWORK, NETWORK_WEIGHTS, halves, masked, model_of, pruned, save
 from regauge.backends.run_onnxruntime import Session
 from regauge.frontends.from_onnx import load
@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def every_tensor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models here are small: let no tensor be too small to be put beside them."""
-    monkeypatch.setattr("regauge.backends.onnx_write.LEAST_EXTERNAL_BYTES", 0)
+    monkeypatch.setattr("regauge.backends.onnx_model.write.LEAST_EXTERNAL_BYTES", 0)
 
 
 def locations(path: Path) -> set[str]:
@@ -153,7 +153,7 @@ def test_alignment_is_kept(tmp_path: Path) -> None:
 
 
 def test_more_than_fits_into_a_file_goes_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regauge.backends.onnx_write.MOST_INLINE_BYTES", 100)
+    monkeypatch.setattr("regauge.backends.onnx_model.write.MOST_INLINE_BYTES", 100)
     path = pruned(load(MODEL)).to_onnx(tmp_path / "p.onnx", external_data=False)
     assert locations(path) == {"p.onnx.data"}
 
@@ -161,7 +161,7 @@ def test_more_than_fits_into_a_file_goes_beside_it(tmp_path: Path, monkeypatch: 
 def test_weights_are_read_one_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
-    read = regauge.frontends.onnx_weights.read_tensor
+    read = regauge.frontends.onnx_model.weights.read_tensor
 
     def counted(tensor: Any) -> torch.Tensor:
         nonlocal most
@@ -170,7 +170,7 @@ def test_weights_are_read_one_at_a_time(source: Path, tmp_path: Path, monkeypatc
         most = max(most, len(alive))
         return result
 
-    monkeypatch.setattr(regauge.frontends.onnx_weights, "read_tensor", counted)
+    monkeypatch.setattr(regauge.frontends.onnx_model.weights, "read_tensor", counted)
     graph = pruned(load(source))
     assert most <= 1
     graph.to_onnx(tmp_path / "p.onnx", verify=False)

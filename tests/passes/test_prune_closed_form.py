@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import regauge
+from regauge.ir.dims.resize import resize
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.resize import resize
 from regauge.passes.calibration.batch_norms import gain_of
 from regauge.passes.calibration.channel_moments import ChannelMoments, ChannelReader
 from regauge.passes.pruning.closed_form import CLOSED_FORMS, ClosedForm, take_over

@@ -9,12 +9,12 @@ from torch import nn
 
 import regauge
 from headed_networks import Attention, Experts, Groups, captured, expect_masked
+from regauge.ir.dims.groups import find_group
+from regauge.ir.dims.kept import KeptWithin
+from regauge.ir.dims.majors import majors_of
+from regauge.ir.dims.resize import kept_indices
 from regauge.ir.graph import Graph
-from regauge.ir.groups import find_group
 from regauge.ir.interpret import run
-from regauge.ir.kept import KeptWithin
-from regauge.ir.majors import majors_of
-from regauge.ir.resize import kept_indices
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.pruning import surgeon

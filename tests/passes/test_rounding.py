@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from random_networks import networks
+from regauge.ir.dims.extents import Concat, leaves, resolve
 from regauge.ir.edit import Builder
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Concat, leaves, resolve
 from regauge.ir.graph import Graph
 from regauge.optimize import optimize
 from regauge.passes.pruning.prune import Prune

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from random_networks import networks
-from regauge.ir.extents import Concat, Dim, Product
+from regauge.ir.dims.extents import Concat, Dim, Product
+from regauge.ir.dims.kept import flat_indices
 from regauge.ir.graph import Graph
-from regauge.ir.kept import flat_indices
 from regauge.passes.pruning import weight_scores
 from regauge.passes.pruning.batch_norm_scales import batch_norm_scales
 from regauge.passes.pruning.score_table import score

@@ -9,7 +9,7 @@ from regauge.ir.edit import Builder
 from regauge.ir.fusion.causal import mark_causal
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.graph import Graph, Value
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 N = 9
 

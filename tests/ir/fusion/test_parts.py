@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from regauge.backends.kernel_files import grid_formula
-from regauge.backends.torch_kernels import kernel_of, with_kernels
-from regauge.backends.triton_kernel import triton_kernel
+from regauge.backends.torch_module.kernels import kernel_of, with_kernels
+from regauge.backends.triton_kernels.files import grid_formula
+from regauge.backends.triton_kernels.kernel import triton_kernel
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.fused import body_of, fuse, fused_nodes, traced

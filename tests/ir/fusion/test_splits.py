@@ -5,7 +5,7 @@ import torch
 from regauge.ir.edit import Builder
 from regauge.ir.fusion.splits import slice_splits
 from regauge.ir.graph import Graph
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 
 def test_pieces_keep_their_names_and_what_nothing_reads_goes() -> None:

@@ -5,10 +5,10 @@ import torch
 from torch import randn
 
 from cutting import cut_all, free_sizes
+from regauge.ir.dims.groups import find_group
 from regauge.ir.edit import Builder
-from regauge.ir.gauge import Gauge, gauges
+from regauge.ir.gauge.classes import Gauge, gauges
 from regauge.ir.graph import Graph, Value
-from regauge.ir.groups import find_group
 from regauge.ir.interpret import run
 from regauge.ir.operator import Cost, find_aten
 from regauge.ir.ops.einsum import explicit_equation

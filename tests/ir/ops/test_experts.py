@@ -7,15 +7,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cutting import cut_all, free_sizes
 from headed_networks import expect_masked
+from regauge.ir.dims.groups import free_groups
+from regauge.ir.dims.majors import majors_of
+from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Graph
-from regauge.ir.groups import free_groups
 from regauge.ir.interpret import run
-from regauge.ir.majors import majors_of
 from regauge.ir.operator import find_aten
 from regauge.ir.ops.experts import grouped_mm
-from regauge.ir.resize import resize
 from regauge.optimize import optimize
 
 OFFSETS = torch.tensor([2, 2, 6], dtype=torch.int32)

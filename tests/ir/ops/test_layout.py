@@ -12,7 +12,7 @@ from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.interpret import run
 from regauge.ir.operator import find_aten
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 
 BATCH = symbol("batch")
 

@@ -10,11 +10,11 @@ from torch import nn, randint, randn
 from cutting import cut_all, free_sizes
 from onnx_node import check_node, normal, operators
 from regauge.frontends.capture import capture
+from regauge.ir.dims.extents import leaves
+from regauge.ir.dims.groups import find_group
 from regauge.ir.edit import Builder
-from regauge.ir.extents import leaves
-from regauge.ir.gauge import Gauge, gauges
+from regauge.ir.gauge.classes import Gauge, gauges
 from regauge.ir.graph import Graph, Value
-from regauge.ir.groups import find_group
 from regauge.ir.operator import get_operator
 
 

@@ -16,11 +16,11 @@ from cutting import cut_all, free_sizes
 from onnx_node import check_node, normal, operators
 from regauge.frontends.capture import capture
 from regauge.frontends.from_onnx import load
+from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
 from regauge.ir.interpret import Interpreter, run
 from regauge.ir.operator import get_operator
-from regauge.ir.resize import resize
 
 
 def network(*shape: int) -> tuple[Graph, Builder, Value]:

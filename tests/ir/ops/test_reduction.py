@@ -10,11 +10,11 @@ from torch import randn
 from cutting import free_sizes
 from onnx_node import check_node, normal, operators
 from regauge.frontends.capture import capture
+from regauge.ir.dims.groups import find_group
+from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.groups import find_group
 from regauge.ir.interpret import run
-from regauge.ir.resize import resize
 
 
 def projected(width: int = 8) -> tuple[Graph, Builder, Value]:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from regauge.ir.errors import OperatorError
 from regauge.ir.ops.slice_bounds import clamped, slice_places, spelled
-from regauge.ir.sizes import Size, evaluate, simplify, symbol
+from regauge.ir.sizes.expressions import Size, evaluate, simplify, symbol
 
 N, M = symbol("N"), symbol("M")
 NUMBERS = st.integers(-9, 9) | st.sampled_from([2**63 - 1, -(2**63)])

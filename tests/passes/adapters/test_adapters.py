@@ -10,9 +10,9 @@ from torch import nn
 
 import regauge
 from regauge.ir.edit import set_weight
-from regauge.ir.equivalence import prove_rule
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
+from regauge.ir.rewriting.equivalence import prove_rule
 from regauge.passes.adapters.channel_rule import CHANNELS
 from regauge.passes.adapters.forms import FORMS
 

@@ -11,7 +11,7 @@ from regauge.ir.cost import figures
 from regauge.ir.edit import Builder
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.memory import activation_bytes
+from regauge.ir.memory.activations import activation_bytes
 from regauge.passes.allocation.plans import signatures
 from regauge.passes.pruning.prune import Prune
 from small_graphs import multilayer_perceptron, residual_network

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import PassError
-from regauge.ir.extents import Dim
 from regauge.passes.allocation.amounts import Amount, parse_amount
 from regauge.passes.allocation.choices import Choice
 from regauge.passes.allocation.plans import ranked_plan, uniform_plan

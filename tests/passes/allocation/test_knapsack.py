@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regauge.ir.extents import Dim
+from regauge.ir.dims.extents import Dim
 from regauge.passes.allocation.amounts import Amount
 from regauge.passes.allocation.budgets import Budget, Budgets, IndexCount
 from regauge.passes.allocation.choices import Choice

@@ -11,7 +11,7 @@ from torch import nn
 import regauge
 from digits_training import accuracy, captured, convolutional, digits, train
 from regauge.ir.cost import figures
-from regauge.ir.reorder import reorder
+from regauge.ir.dims.reorder import reorder
 from regauge.passes.elastic.supernet import Supernet
 from small_graphs import residual_network
 

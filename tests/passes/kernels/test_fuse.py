@@ -10,7 +10,7 @@ from regauge.ir.errors import PassError
 from regauge.ir.fusion.fused import fused_nodes
 from regauge.ir.graph import Graph
 from regauge.ir.roofline import DEVICES
-from regauge.ir.sizes import symbol
+from regauge.ir.sizes.expressions import symbol
 from regauge.passes.catalog import BUILT_IN, find_pass
 
 # Options that passes cannot do without.

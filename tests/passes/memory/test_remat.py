@@ -15,7 +15,7 @@ from random_networks import networks
 from regauge.ir.edit import Builder
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, State, Value
-from regauge.ir.memory import activation_bytes
+from regauge.ir.memory.activations import activation_bytes
 from regauge.ir.purity import RECOMPUTED
 from regauge.ir.roofline import DEVICES
 from regauge.ir.sample_inputs import sample_inputs

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import regauge
+from regauge.ir.dims.kept import KeptWithin
+from regauge.ir.dims.majors import majors_of
+from regauge.ir.dims.reorder import may_be_reordered
+from regauge.ir.dims.resize import taken
 from regauge.ir.edit import set_weight
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph
-from regauge.ir.kept import KeptWithin
-from regauge.ir.majors import majors_of
-from regauge.ir.reorder import may_be_reordered
-from regauge.ir.resize import taken
 from regauge.passes.merging.matching import align
 from regauge.passes.merging.merge import merge
 from small_graphs import residual_network

@@ -7,10 +7,10 @@ from torch import nn
 
 import regauge
 from random_networks import networks
-from regauge.ir.frames import find_frames
-from regauge.ir.gauge import Gauge
+from regauge.ir.gauge.classes import Gauge
+from regauge.ir.gauge.frames import find_frames
+from regauge.ir.gauge.insertion import scaled
 from regauge.ir.graph import Graph
-from regauge.ir.regauging import scaled
 from regauge.ir.weights import dense
 from regauge.passes.quantization.equalization import balances, equalizing
 from regauge.passes.quantization.frame_weights import greatest

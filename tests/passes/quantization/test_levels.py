@@ -8,7 +8,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import regauge
-from regauge.backends.onnx_audit import kernels_of
+from regauge.backends.onnx_model.audit import kernels_of
 from regauge.backends.run_onnxruntime import Session
 from regauge.passes.quantization.grid import Form, Grid
 from regauge.passes.quantization.levels import Levels, nearest_levels

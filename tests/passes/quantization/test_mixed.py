@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import regauge
-from regauge.backends.onnx_audit import kernels_of
+from regauge.backends.onnx_model.audit import kernels_of
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph

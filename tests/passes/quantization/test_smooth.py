@@ -6,7 +6,7 @@ from torch import nn
 
 import regauge
 from regauge.ir.errors import PassError
-from regauge.ir.frames import find_frames
+from regauge.ir.gauge.frames import find_frames
 from regauge.ir.graph import Graph, Value
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.statistics import Range, Spread

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import regauge
-from regauge.backends.onnx_audit import kernels_of
+from regauge.backends.onnx_model.audit import kernels_of
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.cost import figures
 from regauge.ir.graph import Graph

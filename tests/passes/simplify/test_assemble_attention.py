@@ -18,7 +18,7 @@ from assembling import WAYS, assembled, counts, exported
 from onnx_oracle import runtime_outputs
 from regauge.ir.graph import Graph, Node
 from regauge.ir.interpret import run
-from regauge.ir.rewrite import rewrite_graph
+from regauge.ir.rewriting.rewrite import rewrite_graph
 from regauge.passes.simplify.assemble_attention import RULES
 
 LENGTH, HEADS, DEPTH = 5, 4, 6

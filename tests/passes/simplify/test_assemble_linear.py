@@ -10,7 +10,7 @@ from torch import nn, randn
 
 import regauge
 from assembling import WAYS, assembled, counts, exported
-from regauge.ir.rewrite import rewrite_graph
+from regauge.ir.rewriting.rewrite import rewrite_graph
 from regauge.passes.simplify.assemble_linear import RULES
 
 

@@ -16,7 +16,7 @@ import regauge
 from assembling import WAYS, assembled, counts, exported
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.rewrite import rewrite_graph
+from regauge.ir.rewriting.rewrite import rewrite_graph
 from regauge.passes.simplify.assemble_norms import RULES
 from regauge.passes.simplify.simplify import Simplify
 

@@ -12,7 +12,7 @@ from torch import nn, randn
 
 import regauge
 from regauge.ir.graph import Graph
-from regauge.ir.rewrite import rewrite_graph
+from regauge.ir.rewriting.rewrite import rewrite_graph
 from regauge.passes.simplify import identities, layout, pieces, transposes
 from simplifying import BATCH, made, ops, simplified
 

@@ -15,8 +15,8 @@ from onnx_simplified import simplified as simplified_file
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
 from regauge.ir.interpret import run
-from regauge.ir.rewrite import rewrite_graph
-from regauge.ir.sizes import symbol
+from regauge.ir.rewriting.rewrite import rewrite_graph
+from regauge.ir.sizes.expressions import symbol
 from regauge.passes.simplify.catalog import RULE_SETS
 from simplified import refusals, simplified
 

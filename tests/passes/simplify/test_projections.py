@@ -11,7 +11,7 @@ from torch import nn, randn
 import regauge
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.graph import Graph, Value
-from regauge.ir.sizes import Size
+from regauge.ir.sizes.expressions import Size
 from regauge.passes.simplify.limits import limits_of
 from regauge.passes.simplify.projections import join_projections
 from simplifying import BATCH, made, ops, same_function

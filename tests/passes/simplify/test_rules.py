@@ -2,9 +2,9 @@
 
 import pytest
 
-from regauge.ir.equivalence import prove_rule
 from regauge.ir.errors import PassError
-from regauge.ir.rewrite import RewriteRule
+from regauge.ir.rewriting.equivalence import prove_rule
+from regauge.ir.rewriting.rewrite import RewriteRule
 from regauge.passes.simplify.catalog import ALL_RULE_SETS, choose
 
 RULES = [pytest.param(rule, id=rule.name) for rules in ALL_RULE_SETS.values() for rule in rules]

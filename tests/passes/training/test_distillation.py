@@ -9,7 +9,7 @@ from torch import nn
 
 import regauge
 from digits_training import accuracy, captured, convolutional, digits, train
-from regauge.ir.resize import kept_indices
+from regauge.ir.dims.resize import kept_indices
 from regauge.training import Distillation, feature_distance, soft_cross_entropy
 
 

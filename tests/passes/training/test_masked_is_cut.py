@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import regauge
 from regauge.demo import DigitsNetwork
-from regauge.ir.extents import Concat, Dim, Product
+from regauge.ir.dims.extents import Concat, Dim, Product
 from regauge.passes.training.places import contracted_axes, laid_along, sums_by_index
 from regauge.training import GradualGroups, Target
 

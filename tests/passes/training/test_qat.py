@@ -10,7 +10,7 @@ from torch import nn
 
 import regauge
 from digits_training import accuracy, captured, convolutional, digits, train
-from regauge.backends.onnx_audit import kernels_of
+from regauge.backends.onnx_model.audit import kernels_of
 from regauge.training import NMSparsity, Qat
 
 WIDTH = 32

@@ -1,0 +1,1 @@
+"""What `apply_to` needs: finding the layers of a live module that a changed graph belongs to."""

@@ -1,0 +1,267 @@
+"""Kernels of the gradients of attention (:mod:`regauge.ir.fusion.attention_gradients`), three of them.
+
+    statistics   for BLOCK_M queries the logarithm of the sum of exp(logits), in one pass over the keys, and the sum of
+                 gradient times result
+    of_queries   for BLOCK_M queries the gradient of these, in one pass over keys and values
+    of_keys      for BLOCK_S places the gradients of their keys and values, in one pass over the queries that read them
+
+Weights are computed again, of what the statistics say. Each program has its own entries of a gradient, also where
+several heads of queries share keys: nothing is added up in memory, and each time alike. With a causal mask what it
+leaves nothing of is skipped on both ways (Dao 2023, FlashAttention-2, algorithm 2 and section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from regauge.backends.triton_kernels.contraction import type_of
+from regauge.backends.triton_kernels.expressions import TRITON_TYPES, outermost
+from regauge.backends.triton_kernels.latent import LatentFactors
+from regauge.backends.triton_kernels.loops import Loop, Tensor, loops_of
+from regauge.ir.affine import index_of
+from regauge.ir.fusion.attention import causal_bound
+from regauge.ir.fusion.attention_gradients import AttentionGradient
+from regauge.ir.fusion.region import Layout, Term, terms_below
+from regauge.ir.graph import Value
+
+GradientForm = Literal["statistics", "of_queries", "of_keys"]
+GRADIENT_FORMS: tuple[GradientForm, ...] = ("statistics", "of_queries", "of_keys")
+STATISTICS = ("sums_ptr", "deltas_ptr")
+"""What the first kernel hands on: two numbers for each row, in single precision."""
+
+_CONSTANTS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_S")
+_TITLES: Mapping[GradientForm, str] = {
+    "statistics": "what gradients of attention need of each row",
+    "of_queries": "the gradient of queries",
+    "of_keys": "the gradients of keys and values",
+}
+
+
+class AttentionGradientKernel(LatentFactors):
+    """The text of one kernel; see the module docstring."""
+
+    def __init__(self, gradient: AttentionGradient, name: str, form: GradientForm, *, contiguous: bool) -> None:
+        super().__init__(gradient.region, name, "fused", contiguous=contiguous)
+        self.form, self.gradient, self.parts = form, gradient, gradient.parts
+        layout = gradient.region.layouts[gradient.region.outputs[0]]
+        *_, given, result = gradient.graph.inputs
+        (written,) = self.writes
+        self.given = self._own(f"{written.name}_gradient", given, layout)
+        self.result = Tensor(written.name, result, layout, written.places)
+        loads = [factor.value for factor in gradient.factors]
+        outputs = [value for value in gradient.graph.outputs if isinstance(value, Value)]
+        self.reads = [*self.reads, self.given, self.result]
+        self.writes = [
+            self._own(f"{self.of_load[factor].name}_gradient", value, load.layout)
+            for factor, load, value in zip(gradient.factors, loads, outputs, strict=True)
+        ]
+        self.loops = loops_of(self.region, [*self.reads, *self.writes], contiguous=contiguous)
+        self.inner = self.loops.contracted
+        self.known[self.parts.scores] = self.names.unique("scores")
+        self.known[gradient.seed] = self.names.unique("slopes")
+        self.scores, self.slopes = self.known[self.parts.scores], self.known[gradient.seed]
+        self.kind = type_of(self.parts.queries)
+
+    def _own(self, name: str, value: Value, layout: Layout) -> Tensor:
+        places = {dim: index_of(dim) for axis in layout for dim in axis}
+        return Tensor(self.names.unique(name), value, layout, places)
+
+    @property
+    def name_of_kernel(self) -> str:
+        return f"{self.kernel}_{self.form}"
+
+    def source(self) -> str:
+        self.line(f"batches = {self.joint_size(self.loops.batch)}")
+        {"statistics": self._statistics, "of_queries": self._of_queries, "of_keys": self._of_keys}[self.form]()
+        head = self.signature(self.name_of_kernel, self.arguments(self.loops, STATISTICS), _CONSTANTS)
+        return self.finished([*head, *self.docstring(self.name_of_kernel, _TITLES[self.form], self.loops.all)])
+
+    def text(self, term: Term) -> str:
+        return self.slopes if term is self.gradient.seed else super().text(term)
+
+    # -- indices -----------------------------------------------------------------------------------------------------
+
+    def joint(self, axis: str, loops: Sequence[Loop]) -> str:
+        return super().joint(axis, loops) if loops else axis
+
+    def _batch(self, tiles: str) -> None:
+        self.line(f"tiles = {tiles}")
+        batch = self.joint("batch", self.loops.batch)
+        self.line(f"{batch} = (tl.program_id(0) // tiles).to(tl.int64)")
+        self.take_apart("batch", self.loops.batch)
+
+    def _rows(self) -> None:
+        """A program has a tile of rows."""
+        self._batch(f"tl.cdiv({self.joint_size(self.loops.rows)}, BLOCK_M)")
+        tile = "(tl.program_id(0) % tiles).to(tl.int64)"
+        self.axis("m", f"({tile} * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]", self.loops.rows)
+        self._place(self.joint("m", self.loops.rows))
+
+    def _place(self, row: str) -> None:
+        """Where the statistics of rows lie."""
+        batch, size = self.joint("batch", self.loops.batch), self.joint_size(self.loops.rows)
+        self.line(f"place = {batch} * {f'({size})' if ' ' in size else size} + {row}")
+
+    def _along(self, axis: str, block: str, way: str, loops: Sequence[Loop]) -> None:
+        self.axis(axis, f"tl.arange(0, {block}).to(tl.int64){way}", loops)
+
+    def _head(self, way: str) -> None:
+        self._along("k", "BLOCK_K", way, self.loops.contracted)
+
+    def _columns(self, way: str) -> None:
+        self._along("n", "BLOCK_N", way, self.loops.columns)
+
+    def _source(self, way: str) -> None:
+        self.axis("s", f"(start + tl.arange(0, BLOCK_S)).to(tl.int64){way}", self.loops.source)
+
+    # -- tiles -------------------------------------------------------------------------------------------------------
+
+    def _tile_of(self, tensor: Tensor) -> str:
+        """The lines that read a tile of the gradient of the result, or of the result; its name."""
+        address, mask = self.entry(tensor)
+        absent = [] if self.loops.rows else ["m * 0"]
+        absent += [] if self.loops.columns else ["n * 0"]
+        self.line(f"{tensor.name} = tl.load({' + '.join([address, *absent])}, mask={mask or 'm_ok & n_ok'}, other=0)")
+        return tensor.name
+
+    def _statistics_of_rows(self) -> None:
+        self.line('sums = tl.load(sums_ptr + place, mask=m_ok, other=float("inf"))')
+        self.line("delta = tl.load(deltas_ptr + place, mask=m_ok, other=0)")
+
+    def _logits(self) -> None:
+        """Lines that make logits of scores, on a tile in which indices lie one way or the other."""
+        logits = self.parts.logits
+        wanted = {*terms_below(logits), logits} - {self.parts.scores, *terms_below(self.parts.scores)}
+        self.statements([term for term in self.region.terms if term in wanted], self.load)
+        self.line(f'logits = tl.where(s_ok, {outermost(self.text(logits))}, float("-inf"))')
+
+    def _slopes(self, of_weights: str) -> str:
+        """The gradient of the scores, of what that of the weights is; its name, rounded to the type of queries."""
+        self.line(f"{self.slopes} = weights * ({of_weights} - delta)")
+        text = outermost(self.text(self.gradient.slope))
+        self.line(f"steep = ({text}).to({TRITON_TYPES[self.kind]})")
+        return "steep"
+
+    def _dot(self, first: str, second: str, total: str = "") -> str:
+        return f'tl.dot({first}, {second}{f", {total}" if total else ""}, input_precision="ieee")'
+
+    def _places(self) -> None:
+        """The head of the loop over keys."""
+        end = self.joint_size(self.loops.source)
+        bound = causal_bound(self.parts)
+        if bound is not None:
+            last = f"tl.max({outermost(self.text(bound))})" if bound.axes else self.text(bound)
+            self.line(f"end = tl.minimum({end}, {last} + 1)  # behind it all is masked")
+            end = "end"
+        self.line(f"for start in range(0, {end}, BLOCK_S):")
+        self.indent += "    "
+        self._source("[None, :]")
+
+    # -- the kernels -------------------------------------------------------------------------------------------------
+
+    def _statistics(self) -> None:
+        self._rows()
+        self._head("[None, :]")
+        queries = self.factor("queries", self.parts.queries, self.kind, "m_ok & k_ok")
+        self._head("[:, None]")
+        self.line('peak = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)')
+        self.line("total = tl.zeros([BLOCK_M, 1], tl.float32)")
+        self._places()
+        keys = self.factor("keys", self.parts.keys, self.kind, "k_ok & s_ok")
+        self.line(f"{self.scores} = {self._dot(queries, keys)}")
+        self._logits()
+        self.raise_peak("peak", "tl.reduce(logits, 1, maximum, keep_dims=True)")
+        self.line("total = total * kept + tl.sum(tl.exp(logits - shift), axis=1, keep_dims=True)")
+        self.line("peak = highest")
+        self.indent = self.indent[4:]
+        sums = "peak + tl.log(total)"
+        if self.gradient.guarded:  # no weight is left of exp(logits - infinity)
+            sums = f'tl.where(peak == float("-inf"), float("inf"), {sums})'
+        self.line(f"tl.store(sums_ptr + place, {sums}, mask=m_ok)")
+        self._columns("[None, :]")
+        given, result = (self._tile_of(tensor) for tensor in (self.given, self.result))
+        text = f"{given}.to(tl.float32) * {result}.to(tl.float32)"
+        self.line(f"tl.store(deltas_ptr + place, tl.sum({text}, axis=1, keep_dims=True), mask=m_ok)")
+
+    def _of_queries(self) -> None:
+        self._rows()
+        self._head("[None, :]")
+        queries = self.factor("queries", self.parts.queries, self.kind, "m_ok & k_ok")
+        self._columns("[None, :]")
+        given = self._tile_of(self.given)
+        self._statistics_of_rows()
+        self._head("[:, None]")
+        self._columns("[:, None]")
+        self.line("found = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)")
+        self._places()
+        keys = self.factor("keys", self.parts.keys, self.kind, "k_ok & s_ok")
+        self.line(f"{self.scores} = {self._dot(queries, keys)}")
+        self._logits()
+        self.line("weights = tl.exp(logits - sums)")
+        values = self.factor("values", self.parts.values, self.given.value.dtype, "n_ok & s_ok")  # type: ignore[arg-type]
+        steep = self._slopes(self._dot(given, values))
+        self.line(f"found = {self._dot(steep, f'tl.trans({keys})', 'found')}")
+        self.indent = self.indent[4:]
+        self._head("[None, :]")
+        self._store(self.writes[0], "found", "m_ok & k_ok")
+
+    def _of_keys(self) -> None:
+        self._batch(f"tl.cdiv({self.joint_size(self.loops.source)}, BLOCK_S)")
+        self.line("begin = (tl.program_id(0) % tiles) * BLOCK_S")
+        self.axis("s", "(begin + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None]", self.loops.source)
+        self._head("[None, :]")
+        self._columns("[None, :]")
+        kind = self.given.value.dtype
+        keys = self.factor("keys", self.parts.keys, self.kind, "s_ok & k_ok")
+        values = self.factor("values", self.parts.values, kind, "s_ok & n_ok")  # type: ignore[arg-type]
+        self.line("of_keys = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)")
+        self.line("of_values = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)")
+        self._row_loops()
+        queries = self.factor("queries", self.parts.queries, self.kind, "m_ok & k_ok")
+        given = self._tile_of(self.given)
+        self._rows_from_start("[None, :]")
+        self._statistics_of_rows()
+        self.line(f"{self.scores} = {self._dot(keys, f'tl.trans({queries})')}")
+        self._logits()
+        self.line("weights = tl.exp(logits - sums)")
+        rounded = f"weights.to({TRITON_TYPES[kind]})"  # type: ignore[index]
+        self.line(f"of_values = {self._dot(rounded, given, 'of_values')}")
+        steep = self._slopes(self._dot(values, f"tl.trans({given})"))
+        self.line(f"of_keys = {self._dot(steep, queries, 'of_keys')}")
+        self.indent = "    "
+        self._store(self.writes[1], "of_keys", "s_ok & k_ok")
+        self._store(self.writes[2], "of_values", "s_ok & n_ok")
+
+    def _row_loops(self) -> None:
+        """The heads of the loops over rows: the last of them BLOCK_M at a time, from the first one that a causal mask
+        leaves something of."""
+        *outer, _ = self.loops.rows or (None,)
+        if outer:
+            name = self.joint("outer", outer)
+            self.line(f"for {name} in range(0, {self.joint_size(outer)}):")
+            self.indent += "    "
+            self.take_apart("outer", outer)
+        last = self.loops.rows[-1:]
+        bound, first = causal_bound(self.parts), "0"
+        if bound is not None and last and tuple(bound.value) == last[0].dims and len(self.loops.source) == 1:
+            first = "begin // BLOCK_M * BLOCK_M"  # before it all is masked
+        self.line(f"for start in range({first}, {self.joint_size(last)}, BLOCK_M):")
+        self.indent += "    "
+        self._rows_from_start("[:, None]")
+
+    def _rows_from_start(self, way: str) -> None:
+        *outer, _ = self.loops.rows or (None,)
+        last = self.loops.rows[-1:]
+        self.axis("m", f"(start + tl.arange(0, BLOCK_M)).to(tl.int64){way}", last)
+        row = self.joint("m", last)
+        if outer:
+            row = f"{self.joint('outer', outer)} * {self.joint_size(last)} + {row}"
+        if way == "[None, :]":
+            self._place(row)
+
+    def _store(self, tensor: Tensor, text: str, mask: str) -> None:
+        address, _ = self.entry(tensor)
+        axes = {"m": self.loops.rows, "s": self.loops.source, "k": self.loops.contracted, "n": self.loops.columns}
+        absent = [f"{axis} * 0" for axis, loops in axes.items() if not loops and f"{axis}_ok" in mask]
+        self.line(f"tl.store({' + '.join([address, *absent])}, {text}, mask={mask})")

@@ -1,0 +1,104 @@
+"""How large the tiles of attention are, and among how many programs its places are shared out.
+
+Tiles are found by compiling for sm_80 and sm_90: none spills registers (benchmarks/kernel_resources.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from regauge.backends.triton_kernels.attention import AttentionForm
+from regauge.backends.triton_kernels.attention_gradient import GradientForm
+from regauge.backends.triton_kernels.launch import Launch, power_above
+from regauge.backends.triton_kernels.loops import Loops, Tensor, count
+from regauge.ir.dims.extents import Dim
+from regauge.ir.fusion.attention import WIDEST
+from regauge.ir.fusion.products import CODES
+
+WIDE_COLUMNS = 128
+"""Columns of values that a program has where they are too many for one."""
+
+MOST_ROWS = 128
+"""Queries of a program."""
+
+BUSY, LEAST_PLACES, MOST_SPLITS = 256, 256, 64
+"""Programs that keep a GPU busy (two for each processor), places that are worth a program, and parts of them."""
+
+
+def splits_of(loops: Loops, sizes: Mapping[Dim, int]) -> int:
+    """Among how many programs the places of a tile of queries are shared out, so that there are BUSY programs."""
+    tiles = count(loops.batch, sizes) * -(-count(loops.rows, sizes) // MOST_ROWS)
+    most = min(BUSY // max(tiles, 1), count(loops.source, sizes) // LEAST_PLACES, MOST_SPLITS)
+    return 1 << most.bit_length() - 1 if most > 1 else 1
+
+
+def scratch_sizes(form: str, loops: Loops, sizes: Mapping[Dim, int], splits: int) -> list[int]:
+    """How many numbers each of SCRATCH holds, or of STATISTICS."""
+    rows = splits * count(loops.batch, sizes) * count(loops.rows, sizes)
+    if form == "statistics":
+        return [rows, rows]
+    return [rows, rows, rows * count(loops.columns, sizes)]
+
+
+def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
+    """Of wide heads, and where masks are read, a program has fewer queries and places at a time, so that none of its
+    registers are spilled; a factor of a product is never below 16."""
+    rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
+    width = max(columns, count(loops.contracted, sizes))
+    of_places = [tensor for tensor in reads if tensor.loops(loops.source)]
+    masks = [tensor for tensor in of_places if tensor.loops(loops.rows)]
+    more = len(of_places) - len(masks) > 2  # is read of each place than keys and values
+    of_heads = [tensor for tensor in of_places if tensor.loops((*loops.contracted, *loops.columns))]
+    coded = any(tensor.value.dtype in CODES for tensor in of_heads)
+    warps = 8
+    if any(tensor.value.dtype == torch.float32 for tensor in reads if tensor in of_heads or tensor.loops(loops.rows)):
+        most, deep = (32 if width <= 128 else 16), 32  # there are no tensor cores for it
+    elif coded:
+        most, deep = 64, 64 if rows <= 16 and len(of_heads) == 2 else 32
+    elif width <= 64 or width <= 128 and not masks:
+        most, deep = MOST_ROWS, 64
+    else:
+        most, deep, warps = (64, 32, 4) if width <= 128 else (64, 32, 8)
+    high = min(16 if form == "combine" else most, max(16, power_above(rows)))
+    more = len(of_heads) > 2 if coded else more
+    warps = 4 if high == 16 and width <= 128 and not more else warps
+    wide = min(WIDE_COLUMNS if columns > WIDEST else WIDEST, max(16, power_above(columns)))
+    constants = {"BLOCK_M": high, "BLOCK_N": wide}
+    programs = -(-rows // high) * count(loops.batch, sizes) * -(-columns // wide)
+    splits = max(2, splits_of(loops, sizes))
+    if form == "combine":
+        return Launch(programs, {**constants, "SPLITS": splits}, warps)
+    head = count(loops.contracted, sizes)
+    constants |= {"BLOCK_K": 64 if head > WIDEST else max(16, power_above(head)), "BLOCK_S": deep}
+    if loops.rank:  # there is a tile of keys for each product, too
+        constants["BLOCK_S"] = deep if width <= 64 else 32
+        constants["BLOCK_R"] = min(64, max(16, power_above(count(loops.rank, sizes))))
+    if form == "split":
+        constants["SPLITS"], programs = splits, programs * splits
+    return Launch(programs, constants, warps, stages=2)
+
+
+def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
+    """Programs have a tile of queries, or of places, and go through the other ones; tiles are small enough for two
+    gradients and four factors in registers."""
+    rows, columns, head, source = (
+        count(one, sizes) for one in (loops.rows, loops.columns, loops.contracted, loops.source)
+    )
+    width = max(columns, head)
+    single = any(tensor.value.dtype == torch.float32 for tensor in reads)
+    own, other = (32, 16) if single else (64, 32)
+    if width <= 64 and not single:
+        own = 128 if form != "of_keys" else own
+    masks = [tensor for tensor in reads if tensor.loops(loops.rows) and tensor.loops(loops.source)]
+    crowded = form == "of_keys" and bool(masks)  # no room for what is read ahead
+    own = 32 if crowded else own
+    high, deep = (other, own) if form == "of_keys" else (own, other)
+    last = loops.rows[-1:] if form == "of_keys" else loops.rows
+    high, deep = min(high, max(16, power_above(count(last, sizes)))), min(deep, max(16, power_above(source)))
+    tiles = -(-source // deep) if form == "of_keys" else -(-rows // high)
+    constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns)), "BLOCK_K": max(16, power_above(head))}
+    warps = 4 if single or crowded else 8
+    programs = tiles * count(loops.batch, sizes)
+    return Launch(programs, {**constants, "BLOCK_S": deep}, warps, stages=1 if crowded else 2)

@@ -1,0 +1,1 @@
+"""Sizes of axes: numbers, or expressions over the dynamic sizes that a user named."""
