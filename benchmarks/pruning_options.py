@@ -81,7 +81,7 @@ TRIALS = (
     Trial("prune{macs=0.6,compensate=moments}", data=False),
     Trial("prune{score=l2,ratio=0.5,compensate=false,reestimate=true,examples=8,steps=2}", data=False),
     Trial("sparsify", data=False), Trial("sparsify"), Trial("sparsify{pattern=unstructured}"),
-    Trial("sparsify{pattern=block}"), Trial("sparsify{pattern=4:8,transposable=true,allocation=uniform}"),
+    Trial("sparsify{pattern=block}"), Trial("sparsify{pattern=4:8,transposable=true}"),
     Trial("sparsify{pattern=1:4,method=wanda,refine=means,update=off}"),
     Trial("sparsify{pattern=unstructured,ratio=0.7,method=obs,update=columns,allocation=uniform}"),
     Trial("sparsify{method=magnitude,permute=true}"), Trial("sparsify{pattern=block,block=8x1}", data=False),
