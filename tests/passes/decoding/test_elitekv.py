@@ -120,6 +120,9 @@ def test_what_is_missing_is_told() -> None:
         regauge.optimize(graph, "kv-latent{method=elitekv}")
     small = regauge.optimize(graph, "kv-latent{method=elitekv}", data=[characters(8, LONGEST)])
     assert "normalised for each head" in str(small.report)
+    linear = regauge.capture(nn.Linear(3, 2), (torch.randn(2, 3),))
+    none = regauge.optimize(linear, "kv-latent{method=elitekv}", data=[torch.randn(2, 3)])
+    assert "no attention is understood" in str(none.report)
 
 
 class ScaledQueries(Attention):
