@@ -23,6 +23,8 @@ from regauge.ir.sizes.expressions import Size, is_static, same
 ATTENTIONS = ("attention", "capped_attention")
 LARGEST = 2**24
 """Entries of a table that are compared with what a causal mask has."""
+COUNTING = (torch.int32, torch.int64)
+"""Types that tell all positions apart."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,12 @@ class Order:
 def mark_causal(graph: Graph) -> int:
     """Let attention be causal whose mask says just that; returns how many nodes were changed. Masks that nothing else
     reads go."""
-    found = [node for node in graph.nodes if node.op in ATTENTIONS and _is_causal(node)]
+    written = {state.before for state in graph.states}
+    found = [
+        node
+        for node in graph.nodes
+        if node.op in ATTENTIONS and _is_causal(node) and written.isdisjoint(_read_for(node.inputs[3]))
+    ]
     for node in found:
         attributes = {**node.attributes, "is_causal": True}
         build = Builder(graph)
@@ -77,6 +84,17 @@ def _is_causal(node: Node) -> bool:
     return same(order.offset, 0)
 
 
+def _read_for(value: Operand) -> set[Value]:
+    """The value and all that it is computed of: buffers that a run writes hold something else in the next one."""
+    found, left = set[Value](), [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, Value) and one not in found:
+            found.add(one)
+            left.extend(() if one.producer is None else one.producer.inputs)
+    return found
+
+
 # -- truth values ------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +108,7 @@ def _order(value: Operand) -> Order | None:
     first, second = (*node.inputs, None, None)[:2]
     if node.op in COMPARED:
         if _number(second) == 0 and node.op in ("ne", "eq"):
-            order = _order(first)
+            order = _order(first) if _has_positions_of(first, node.output) else None
             return order if order is None or node.op == "ne" else order.turned
         return COMPARED[node.op](first, second)
     if node.op == "logical_not":
@@ -98,7 +116,7 @@ def _order(value: Operand) -> Order | None:
         return order and order.turned
     if node.op in ("tril", "triu"):
         number = _number(first)
-        return None if not number or math.isnan(number) else _of_triangle(node)
+        return _of_triangle(node) if number and 1 <= abs(number) < 128 else None  # an integer of any type is not zero
     if node.op == "cast" or _keeps_positions(node):
         return _order(first)
     return None
@@ -118,6 +136,11 @@ def _keeps_positions(node: Node) -> bool:
         return bool(node.attributes["start"] == 0 and node.attributes["step"] == 1)
     views = ("reshape", "unsqueeze", "expand", "identity")
     return node.op in views and all(map(same, x.shape[-2:], node.output.shape[-2:]))
+
+
+def _has_positions_of(part: Operand, whole: Value) -> bool:
+    """Whether an operand has both axes of positions of a result, and is not repeated along one."""
+    return isinstance(part, Value) and part.rank >= 2 and all(map(same, part.shape[-2:], whole.shape[-2:]))
 
 
 def _not_above(left: Operand, right: Operand, strictly: int) -> Order | None:
@@ -148,7 +171,8 @@ def _position(value: Operand) -> tuple[int, Size] | None:
         return None
     if node.op == "arange":
         start, step = node.attributes["start"], node.attributes["step"]
-        return (1, start) if step == 1 else None
+        exact = node.output.dtype in (*COUNTING, torch.float32, torch.float64)
+        return (1, start) if step == 1 and exact and not same(node.output.shape[0], 1) else None
     x = node.inputs[0] if node.inputs else None
     if not isinstance(x, Value):
         return None
@@ -158,7 +182,7 @@ def _position(value: Operand) -> tuple[int, Size] | None:
     axis, start = found
     if node.op in ("add", "sub") and (number := _number(node.inputs[1])) is not None and number.is_integer():
         return axis, start + int(number) * (1 if node.op == "add" else -1)
-    if node.op == "cast" and not node.output.dtype.is_floating_point and node.output.dtype != torch.bool:  # type: ignore[union-attr]
+    if node.op == "cast" and node.output.dtype in COUNTING:
         return found
     if node.op == "expand":
         return found
@@ -182,7 +206,7 @@ def _added(value: Operand) -> Order | None:
         return _of_triangle(node).turned
     if node.op == "where":
         order, (first, second) = _order(node.inputs[0]), map(_number, node.inputs[1:])
-        if order is None:
+        if order is None or not _has_positions_of(node.inputs[0], node.output):
             return None
         shown, hidden = (second, first) if order.reverse else (first, second)
         return Order(order.offset) if shown == 0 and _hides(hidden, node.output) else None
@@ -216,7 +240,10 @@ def _number(value: Operand) -> float | None:
         number = node.attributes["value"]
         return float(number) if isinstance(number, bool | int | float) else None
     views = ("reshape", "unsqueeze", "expand", "cast", "slice")
-    return _number(node.inputs[0]) if node.op in views and node.inputs else None
+    number = _number(node.inputs[0]) if node.op in views and node.inputs else None
+    if node.op == "cast" and number is not None and not number.is_integer() and math.isfinite(number):
+        return number if node.output.dtype in (torch.float32, torch.float64) else None
+    return number
 
 
 def _of_table(table: Parameter, shown: float, hidden: float | None) -> Order | None:

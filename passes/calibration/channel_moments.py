@@ -109,7 +109,25 @@ class ChannelReader:
             return before
         if norm:
             return self._behind_norm(node, dim, before)
+        if self.reading == "statistics" and node.op == "pad":
+            return self._among_zeros(node, dim, before)
         return _behind_activation(node, before) if alike and self.reading != "rows" else before
+
+    def _among_zeros(self, node: Node, dim: Dim, before: ChannelMoments) -> ChannelMoments | str:
+        """Of channels around which zeros are put, which count as much as what they surround."""
+        if node.attributes["mode"] != "constant":
+            return before
+        share = 1.0
+        for (first, last), size, extent in zip(
+            node.attributes["pads"], node.output.shape, self.graph.axes.of[node.output], strict=True
+        ):
+            if dim in leaves(extent) or not (first or last):
+                continue
+            if not isinstance(size, int):
+                return "zeros are put around it, and its sizes are not fixed"
+            share *= (size - first - last) / size
+        outer = before.mean[:, :, None] * before.mean[:, None, :]
+        return ChannelMoments(share * before.mean, share * (before.covariance + (1 - share) * outer))
 
     def _made_by(self, layer: Layer | None, node: Node, dim: Dim) -> ChannelMoments | str:
         if layer is None:
@@ -164,7 +182,8 @@ class ChannelReader:
         if len(node.outputs) != 1 or node.regions or node.op in _SUMS or _parameters(node):
             return False
         if self.reading == "statistics":
-            return node.op in _AVERAGES or symmetry_of(node) is Symmetry.LAYOUT
+            average = node.op in _AVERAGES and node.attributes.get("divisor_override") is None
+            return average or symmetry_of(node) is Symmetry.LAYOUT
         if symmetry_of(node) is Symmetry.LINEAR:
             return sum(isinstance(operand, Value) for operand in node.inputs) == 1
         return symmetry_of(node) is Symmetry.LAYOUT

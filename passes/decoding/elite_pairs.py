@@ -44,7 +44,8 @@ def score_changes(graph: Graph, seats: Sequence[Seat], batches: Sequence[Any]) -
             for seat in wanted[value]:
                 if all(own in held for own in (*seat.turned, *seat.plain)):
                     parts = [held.pop(own) for own in (*seat.turned, *seat.plain)]
-                    _check_lengths(seat, parts[1], parts[3])
+                    _check_lengths(seat, "queries", parts[0], parts[2])
+                    _check_lengths(seat, "keys", parts[1], parts[3])
                     found[seat] = sum(
                         (_products(seat, *own) for own in zip(*parts, strict=True)),
                         torch.zeros((), dtype=torch.float64),
@@ -89,11 +90,11 @@ def left_out(losses: torch.Tensor, kept: torch.Tensor) -> float:
     return float(out.flatten() @ losses @ out.flatten())
 
 
-def _check_lengths(seat: Seat, turned: Sequence[torch.Tensor], plain: Sequence[torch.Tensor]) -> None:
-    """Raise PassError where positions do more than rotate: without that queries and keys would have another size."""
+def _check_lengths(seat: Seat, what: str, turned: Sequence[torch.Tensor], plain: Sequence[torch.Tensor]) -> None:
+    """Raise PassError where more is done than to rotate: without that queries and keys would have another size."""
     now, was = (sum(float(own.double().square().sum()) for own in part) for part in (turned, plain))
     if abs(now - was) > _SAME_LENGTH * was:
-        raise PassError(f"{seat.site.node.label}: positions scale its keys besides rotating them: use method=palu")
+        raise PassError(f"{seat.site.node.label}: its {what} are scaled besides rotating them: use method=palu")
 
 
 def _products(seat: Seat, *values: torch.Tensor) -> torch.Tensor:

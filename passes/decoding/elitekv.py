@@ -44,6 +44,7 @@ def elite_latents(
     original, changed = original.copy(), original.copy()
     seats = list(seats_of(attention_sites(original), context.left))
     if not seats:
+        context.left["no attention is understood"] += not context.left
         return None
     found = list(seats_of(attention_sites(changed), Counter()))
     seated(original, seats, by=by)

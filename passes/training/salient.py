@@ -39,7 +39,9 @@ class Salient:
         """Add the gradients of a step, and put frozen weights back."""
         for weight in self.weights:
             tensor = self._bound.tensor(weight)
-            if tensor.grad is not None:
+            if tensor.grad is not None and bool(
+                tensor.grad.isfinite().all()
+            ):  # scalers of losses leave other steps out
                 self.squares[weight] += tensor.grad.square()
             tensor.copy_(torch.where(self.frozen[weight], self.values[weight], tensor))
 
@@ -48,6 +50,11 @@ class Salient:
         """Freeze the most salient ones, those that are frozen included, up to a share of each weight."""
         if not 0 < share <= 1:
             raise PassError(f"share={share:g} is out of range: write a share of the weights above 0, at most 1")
+        if share < 1 and not any(bool(square.any()) for square in self.squares.values()):
+            raise PassError(
+                "Qat: no gradient was seen since the last round, and none says which weights are salient: train first, "
+                "and call step() between optimizer.step() and optimizer.zero_grad()"
+            )
         for weight in self.weights:
             tensor, before = self._bound.tensor(weight), self.frozen[weight]
             count = round(share * tensor.numel())

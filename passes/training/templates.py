@@ -10,6 +10,7 @@ What grows is found as ``grow`` finds it: every Dim whose indices may have copie
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from regauge.ir.dims.extents import Dim, Extent, Product, resolve
 from regauge.ir.dims.kept import flat_indices, touches
 from regauge.ir.dims.resize import taken
 from regauge.ir.edit import record, set_weight
-from regauge.ir.errors import PassError
+from regauge.ir.errors import PassError, RegaugeWarning
 from regauge.ir.graph import Graph, Parameter
 from regauge.passes.growing.grow import copiable
 from regauge.passes.training.bound_model import BoundModel, ForwardWeights
@@ -56,7 +57,8 @@ class Templates:
     are the blocks on the diagonal; in the blocks beside them stand new mixtures of the first model's templates (in the
     rows of its outputs) and of the second's, whose coefficients are at right angles to those that were learned
     (section 3.2; rows as in the authors' code by default). What does not grow is the mean of both: a classifier gives
-    the mean of what the two give, where the new blocks are zero.
+    the mean of what the two give, where the new blocks are zero and no norm runs over both halves of a stream. A
+    layer of which nothing grows, as where its weight is tied, is the mean as well, and a warning names it.
 
     Known deviations: banks of templates that layers share are not made; weights of the wide network are trained
     themselves, and no longer their templates; trained weights may be the start. Raises PassError where nothing grows.
@@ -101,6 +103,7 @@ class Templates:
             raise PassError("the two networks are to grow into one, and their layers have other names or sizes")
         mixed = [[mix.tensor(scale * mix.other()).detach() for mix in own.mixtures.values()] for own in (self, other)]
         halves = {parameter.name: pair for parameter, *pair in zip(self.mixtures, *mixed, strict=True)}
+        self._warn_of_means()
         first, second = self.finish(), other.finish()
         copies = {dim: np.tile(np.arange(int(dim.size)), 2) for dim in self.dims}
         result = taken(self.graph, copies)
@@ -118,6 +121,18 @@ class Templates:
             record(result, "templates", f"{dim.name}: {dim.size} -> {2 * int(dim.size)}")
         result.version += 1
         return result
+
+    def _warn_of_means(self) -> None:
+        """Two networks that were trained apart have nothing in common of which a mean would be of use."""
+        names = [own.name for own in self.bound.trained() if own.rank > 1 and own not in self.mixtures]
+        if names:
+            reasons = "; ".join(f"{number} x {reason}" for reason, number in self.left.items())
+            warnings.warn(
+                f"nothing of {', '.join(names)} grows ({reasons}): there the wide network has the mean of both "
+                "weights, which fits neither network",
+                RegaugeWarning,
+                stacklevel=3,
+            )
 
     def _is_summed(self, parameter: Parameter, axes: Sequence[Extent]) -> bool:
         """Whether a weight adds up indices that have grown into some that have not: those of both networks."""

@@ -8,7 +8,7 @@ import torch
 from regauge.ir.edit import Builder
 from regauge.ir.fusion.causal import mark_causal
 from regauge.ir.fusion.plan import plan_fusion
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Graph, State, Value
 from regauge.ir.sizes.expressions import symbol
 
 N = 9
@@ -26,6 +26,10 @@ def table(b: Builder, tensor: torch.Tensor) -> Value:
 
 def ones(b: Builder, dtype: torch.dtype = torch.bool, value: float = True) -> Value:
     return b.full(shape=(N, N), value=value, dtype=dtype)
+
+
+def lowest(b: Builder) -> Value:
+    return ones(b, torch.float32, -math.inf)
 
 
 TRIL = torch.ones(1, 1, N, N, dtype=torch.bool).tril()
@@ -63,6 +67,12 @@ OTHER = {
     "end of a table": lambda b: b.slice(table(b, torch.ones(12, N).bool().tril()), dim=0, start=3, end=12, step=1),
     "a table that is trained": lambda b: b.parameter("bias", torch.full((N, N), -math.inf).triu(1)),
     "with an axis that queries lack": lambda b: table(b, TRIL),
+    "one column for all": lambda b: b.where(b.tril(b.full(shape=(N, 1), value=True, dtype=torch.bool)), 0.0, lowest(b)),
+    "one position for all": lambda b: b.where(b.ge(places(b)[0], b.arange(end=1)), 0.0, lowest(b)),
+    "less than one, as an integer": lambda b: b.cast(
+        b.cast(b.tril(ones(b, torch.float32, 0.5)), dtype=torch.int32), dtype=torch.bool
+    ),
+    "positions that types of 8 bits count": lambda b: b.ge(*(b.cast(one, dtype=torch.int8) for one in places(b))),
     "one more input": lambda b: b.logical_and(b.ge(*places(b)), b.input("padding", (1, N), torch.bool)),
 }
 
@@ -92,6 +102,24 @@ def test_a_mask_that_orders_positions_is_an_attribute(mask: str) -> None:
 def test_other_masks_stay(mask: str) -> None:
     graph = attention(mask, OTHER)
     assert mark_causal(graph) == 0 and not graph.nodes[-1].attributes["is_causal"]
+
+
+@pytest.mark.parametrize("kept", ["a start", "a table"])
+def test_masks_of_buffers_that_runs_write_stay(kept: str) -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    q, k, v = (build.input(name, (2, N, 8), torch.float32) for name in "qkv")
+    rows, columns = places(build)
+    if kept == "a start":
+        buffer = build.parameter("start", torch.zeros((), dtype=torch.int64), "buffer")
+        after, mask = build.add(buffer, 1), build.ge(build.add(rows, buffer), columns)
+    else:
+        buffer = mask = table(build, TRIL[0, 0])
+        after = build.logical_not(buffer)
+    graph.outputs = [build.attention(q, k, v, mask, scale=0.3)]
+    assert mark_causal(graph.copy()) == 1
+    graph.states.append(State("kept", buffer, after))
+    assert mark_causal(graph) == 0
 
 
 def test_layers_that_share_a_mask_are_a_kernel_each_and_read_none() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import regauge
-from decoders import LONGEST, Placed, Rotary, characters, decoder, of_rank, stepped
+from decoders import LONGEST, Attention, Placed, Rotary, characters, decoder, of_rank, stepped
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
 from regauge.ir.states import Steps
@@ -120,3 +120,23 @@ def test_what_is_missing_is_told() -> None:
         regauge.optimize(graph, "kv-latent{method=elitekv}")
     small = regauge.optimize(graph, "kv-latent{method=elitekv}", data=[characters(8, LONGEST)])
     assert "normalised for each head" in str(small.report)
+    linear = regauge.capture(nn.Linear(3, 2), (torch.randn(2, 3),))
+    none = regauge.optimize(linear, "kv-latent{method=elitekv}", data=[torch.randn(2, 3)])
+    assert "no attention is understood" in str(none.report)
+
+
+class ScaledQueries(Attention):
+    """Queries grow with their position, as where attention is to stay sharp on long texts."""
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        sharper = 1 + torch.arange(x.shape[-2]).float()[:, None] / 4
+        return super().turned(x) * (sharper if x.shape[1] == self.heads else 1.0)
+
+
+def test_scaled_queries_are_told() -> None:
+    """What is not rotated any more would be read without the scale: only keys were looked at."""
+    torch.manual_seed(0)
+    model = Rotary("shared")
+    model.attentions = nn.ModuleList(ScaledQueries(32, 4, 2, "shared") for _ in range(2))
+    with pytest.raises(PassError, match="its queries are scaled besides rotating them: use method=palu"):
+        regauge.optimize(decoder(model), "kv-latent{method=elitekv}", data=[characters(8, LONGEST)])

@@ -94,6 +94,35 @@ def test_the_mean_of_a_rectified_normal_is_that_of_the_paper() -> None:
     torch.testing.assert_close(found[0], wanted, rtol=1e-3, atol=1e-4)
 
 
+class Framed(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.norm, self.next, self.way = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x).relu()
+        if self.way == "zeros on one side":
+            return self.next(nn.functional.pad(x, (0, 3, 0, 4)))
+        return self.next(nn.functional.avg_pool2d(x, 2, divisor_override=1))
+
+
+def test_zeros_put_around_count_and_sums_of_windows_are_no_means() -> None:
+    torch.manual_seed(0)
+    model, x = Framed("zeros on one side").eval(), torch.randn(256, 4, 8, 8)
+    graph = regauge.capture(model, (x,))
+    layer = layer_of(graph.nodes[-1])
+    assert layer is not None
+    found = ExpectedInputs(graph).of(layer)
+    with torch.no_grad():
+        read = nn.functional.pad(model.norm(x).relu(), (0, 3, 0, 4))
+    mean = read.double().mean((0, 2, 3)).repeat_interleave(9)
+    assert isinstance(found, torch.Tensor)
+    torch.testing.assert_close(found[0], mean, rtol=0.05, atol=0.01)
+    graph = regauge.capture(Framed("sums").eval(), (x,))
+    layer = layer_of(graph.nodes[-1])
+    assert layer is not None and ExpectedInputs(graph).of(layer) == "avg_pool stands between"
+
+
 @pytest.mark.parametrize(("scheme", "gain"), [("w8", 1.2), ("w4", 1.2), ("w3", 1.2)])
 def test_biases_make_up_for_the_mean_without_data(scheme: str, gain: float) -> None:
     """By default, where batch norms tell; method=nearest leaves biases alone, unless it is asked for."""

@@ -224,3 +224,10 @@ def test_rounds_need_saliencies_and_scales_that_stay() -> None:
         Qat(graph, "w2").freeze(0.5)
     with pytest.raises(regauge.RegaugeError, match="share=2 is out of range"):
         Qat(graph, "w2", scales="fixed", partial=True).freeze(2)
+    qat = Qat(graph, "w2", scales="fixed", partial=True)
+    with pytest.raises(regauge.RegaugeError, match="between optimizer.step\\(\\) and optimizer.zero_grad\\(\\)"):
+        qat.freeze(0.5)
+    tensor = qat.module.get_parameter(next(iter(qat.state_dict()["salient"]["frozen"])))
+    tensor.grad = torch.full_like(tensor, torch.inf)
+    qat.step()  # a scaler of losses has left the step out
+    assert not any(square.any() for square in qat.state_dict()["salient"]["squares"].values())

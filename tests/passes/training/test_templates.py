@@ -10,7 +10,7 @@ from torch import nn
 import regauge
 from layered_networks import redrawn
 from regauge.frontends.capture import capture
-from regauge.ir.errors import PassError
+from regauge.ir.errors import PassError, RegaugeWarning
 from regauge.ir.graph import Graph
 from regauge.training import Templates
 
@@ -94,3 +94,24 @@ def test_what_cannot_grow_is_said() -> None:
     linear = nn.Linear(3, 2)
     with pytest.raises(PassError, match="no layer that can become wider"):
         Templates(linear, regauge.capture(linear, (torch.randn(2, 3),)))
+
+
+class Tied(nn.Module):
+    """The width of the stream cannot grow: the weight that reads it is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(7, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        return F.linear(x + self.down(F.gelu(self.up(x))), self.table.weight)
+
+
+def test_means_of_whole_layers_are_warned_of() -> None:
+    """The mean of two embeddings fits neither network, and nothing said so."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 7, (2, 4))
+    ends = [Templates(model, capture(model, (tokens,))) for model in (Tied().eval(), Tied().eval())]
+    with pytest.warns(RegaugeWarning, match=r"nothing of table.weight grows .*tied to another use.* mean of both"):
+        ends[0].grow(ends[1])
