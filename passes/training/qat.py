@@ -133,7 +133,10 @@ class Qat:
         ends = ends_of_values(graph, placement, self.target, way, batches) if self.activations else {}
         block = None if self.activations else self._placing.block
         forms = {layer.weight.name: Form(grid, group_of(layer, block)) for layer in layers}
+        floats = {layer.weight: layer.weight.weight for layer in layers}
         stored = self._placing.stored(self._float, graph, layers, forms, Context(data=chosen_on))
+        for weight, own in floats.items() if chosen_on is None else ():
+            weight.weight = own  # training goes on from the floats: on their codes no scale has a gradient
         if self.activations:
             quantizer.activations(placement, ends)
         for layer in layers:

@@ -43,10 +43,11 @@ def test_prune_behind_quantize_refits_as_before_it(scheme: str) -> None:
     assert decibels(behind) > 20
     notes = behind.report.passes[-1].notes
     assert any(note.startswith("layers refitted on 256 examples: ") for note in notes)
-    assert f"it had 4 weights as floats, {report_text(scheme)} rounded them again: let quantize come last" in notes
+    codes = 3 if scheme == "w8" else 4  # the small first weight is in half precision
+    assert f"it had {codes} weights as floats, {report_text(scheme)} rounded them again: let quantize come last" in notes
     assert behind.report.after == before.report.after and behind.report.after.bytes < 0.2 * network_bytes()
     assert [cut.after for cut in behind.report.passes[-1].cuts] == [cut.after for cut in before.report.passes[0].cuts]
-    assert codes_in(behind) == codes_in(before) == 4
+    assert codes_in(behind) == codes_in(before) == codes
     assert len(quantized_layers(behind)) == len(quantized_layers(before))
 
 
@@ -59,7 +60,7 @@ def test_in_another_pipeline_floats_are_those_that_codes_stand_for(scheme: str) 
 
 
 def test_without_refits_codes_are_cut_as_they_are() -> None:
-    whole = optimized("quantize{scheme=w8}")
+    whole = optimized("quantize{scheme=w4}")
     cut = regauge.optimize(whole, "prune{ratio=0.4,compensate=false}")
     codes, before = (graph.parameters["0.weight_quantized"].tensor.flatten(1).tolist() for graph in (cut, whole))
     assert len(codes) < len(before) and all(row in before for row in codes)
@@ -91,7 +92,7 @@ def test_what_solves_for_weights_does_so_behind_quantize(one: str, least: float)
     assert not any("dequantize" in reason for reason in behind.report.passes[-1].left)
     assert least < decibels(behind) < 58  # it did something
     assert decibels(behind) == pytest.approx(decibels(optimized(one, "quantize{scheme=w8}")), abs=0.01)
-    assert codes_in(behind) >= 4
+    assert codes_in(behind) >= 3
 
 
 @pytest.mark.parametrize("scheme", ["w8", "w8a8", "w4"])
@@ -118,7 +119,7 @@ def test_reports_say_where_zeros_are_lost(one: str, held: int) -> None:
 
 def test_exact_passes_say_that_quantize_comes_last() -> None:
     behind = optimized("quantize{scheme=w8}", "equalize")
-    assert any("4 weights are integers, which equalize takes as they are: let quantize come last" in note
+    assert any("3 weights are integers, which equalize takes as they are: let quantize come last" in note
                for note in behind.report.passes[-1].notes)  # fmt: skip
 
 
