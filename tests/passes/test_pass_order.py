@@ -44,7 +44,8 @@ def test_prune_behind_quantize_refits_as_before_it(scheme: str) -> None:
     notes = behind.report.passes[-1].notes
     assert any(note.startswith("layers refitted on 256 examples: ") for note in notes)
     codes = 3 if scheme == "w8" else 4  # the small first weight is in half precision
-    assert f"it had {codes} weights as floats, {report_text(scheme)} rounded them again: let quantize come last" in notes
+    again = f"{report_text(scheme)} rounded them again: let quantize come last"
+    assert f"it had {codes} weights as floats, {again}" in notes
     assert behind.report.after == before.report.after and behind.report.after.bytes < 0.2 * network_bytes()
     assert [cut.after for cut in behind.report.passes[-1].cuts] == [cut.after for cut in before.report.passes[0].cuts]
     assert codes_in(behind) == codes_in(before) == codes
