@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from regauge.ir.graph import Graph
+from regauge.passes.quantization.formats import Stored
 from regauge.passes.quantization.grid import Grid, positive
+
+_SHRUNK = 0.1  # of a weight's norm: rounding to 3 bits of mantissa changes it by less than a hundredth
 
 
 @dataclass(frozen=True)
@@ -100,3 +105,12 @@ class Powers(Grid):
         count = 1 - self.least
         place = 1 - torch.log2(codes.abs().clamp(min=2.0**self.least))
         return torch.where(codes == 0, 0.0, place + count * (codes < 0)), 2 * count + 1
+
+
+def beyond_exponent(graph: Graph, stored: Mapping[str, Stored]) -> list[str]:
+    """A note on weights of the graph that one exponent for all (cscale) saturates, or lets vanish."""
+    norms = {
+        name: (float(graph.parameters[name].tensor.norm()), float(own.values.norm())) for name, own in stored.items()
+    }
+    lost = [name for name, (before, after) in norms.items() if abs(after - before) > _SHRUNK * before]
+    return [f"beyond the range of one exponent, give another bias: {', '.join(lost)}"] if lost else []

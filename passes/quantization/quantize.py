@@ -22,6 +22,7 @@ from regauge.passes.on_floats import SPARSE
 from regauge.passes.options import option
 from regauge.passes.quantization.activations import ends_of_values, smooth_values
 from regauge.passes.quantization.bitstack import Terms
+from regauge.passes.quantization.float_grids import beyond_exponent
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.gate import Gate, check_latency
 from regauge.passes.quantization.grid import Form, Grid
@@ -298,6 +299,7 @@ class Quantize(Pass):
         result = original.copy()
         own = [layer for layer in self.layers_of(result, Counter()) if layer.weight.name in formats]
         stored = self.stored(original, result, own, formats, context, expected)
+        context.notes += beyond_exponent(original, stored) if self.rule == "cscale" else []
         writer = Writer(result, target, by=self.name, packed=self.packed)
         for layer in own:
             writer.weight_alone(layer, stored[layer.weight.name])
@@ -431,6 +433,7 @@ class Quantize(Pass):
         ends = {} if dynamic else ends_of_values(result, placement, target, self.calibration, batches)
         formats = {layer.weight.name: self._scheme.form(target.weights, layer.columns) for layer in own}
         stored = self.stored(original, result, own, formats, context, expected)
+        context.notes += beyond_exponent(original, stored) if self.rule == "cscale" else []
         writer = Writer(result, target, by=self.name)
         if dynamic:
             writer.at_every_run(placement)

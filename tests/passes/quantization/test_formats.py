@@ -60,6 +60,18 @@ def test_ternary_scales_are_those_of_bitnet() -> None:
     assert errors[0] < 0.21 and errors[0] < min(errors[1:])  # a normal weight keeps 0.19 of its square at best
 
 
+@pytest.mark.parametrize(("bias", "told"), [(4, False), (30, True), (-14, True)])
+def test_weights_beyond_one_exponent_are_told(bias: int, told: bool) -> None:
+    """They saturated, or vanished, without a word."""
+    graph = regauge.capture(torch.nn.Linear(16, 8), (torch.randn(2, 16),))
+    notes = (
+        regauge.optimize(graph, f"quantize{{scheme=e4m3,target=reference,rule=cscale,bias={bias}}}")
+        .report.passes[0]
+        .notes
+    )
+    assert any("beyond the range of one exponent" in note and "weight" in note for note in notes) is told
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_ternary_columns_make_up_for_one_another(shared: bool) -> None:
     given = problem()
