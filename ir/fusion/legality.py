@@ -65,7 +65,9 @@ def _wrong_type(region: Region) -> str | None:
     digits = [term.value for term in region.terms if term.op in DIGITS]
     if any(digit.base & (digit.base - 1) for digit in digits):
         return "numbers that share a byte have parts of a bit"
-    if region.contractions and prod({digit.loop: digit.count for digit in digits}.values()) > MOST_DIGITS:
+    counts = {digit.loop: digit.count for digit in digits}.values()
+    each = max if region.attention is not None else prod  # keys and values have tiles of their own
+    if region.contractions and counts and each(counts) > MOST_DIGITS:
         return f"more than {MOST_DIGITS} numbers share a byte"
     for value in region.outputs:
         if value.dtype not in FLOATS and below_results(region.results[value]).op not in ("digit", "code"):
