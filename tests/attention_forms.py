@@ -18,6 +18,12 @@ def causal_attention(f: Form, rows: Any, columns: int) -> Any:
     return f.build.attention(q, k, v, scale=128**-0.5, is_causal=True, enable_gqa=True)
 
 
+def later_causal_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Queries are the last of the positions: half of these, if not more."""
+    q, k, v = f.x(2, 4, min(rows, max(columns // 2, 1)), 64), f.x(2, 2, columns, 64), f.x(2, 2, columns, 64)
+    return f.build.attention(q, k, v, scale=0.125, is_causal=True, lower_right=True, enable_gqa=True)
+
+
 def masked_attention(f: Form, rows: Any, columns: int) -> Any:
     """Heads whose sizes are no powers of two, and other ones of values."""
     q, k, v = f.x(2, 3, rows, 80), f.x(2, 3, columns, 80), f.x(2, 3, columns, 24)
@@ -157,13 +163,14 @@ def written_out_attention(f: Form, rows: Any, columns: int) -> Any:
 
 def wide_attention(f: Form, rows: Any, columns: int) -> Any:
     """Heads that no program holds: latents with and without what is turned, as multi-head latent attention has them."""
-    q, k, v = f.x(4, rows, 320), f.x(1, columns, 320), f.x(1, columns, 264)
-    return f.build.attention(q, k, v, scale=320**-0.5, is_causal=True)
+    width, other = (4096, 4096) if columns >= 512 else (320, 264)
+    q, k, v = f.x(4, rows, width), f.x(1, columns, width), f.x(1, columns, other)
+    return f.build.attention(q, k, v, scale=width**-0.5, is_causal=True)
 
 
 ATTENTION_FORMS = (
-    causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention, decoding_attention,
-    latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding, int2_cache_decoding, int4_groups_attention,
-    int8_cache_attention, turned_latents_attention, latent_keys_with_bias_attention,
-    written_out_attention, wide_attention,
+    causal_attention, later_causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention,
+    decoding_attention, latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding,
+    int2_cache_decoding, int4_groups_attention, int8_cache_attention, turned_latents_attention,
+    latent_keys_with_bias_attention, written_out_attention, wide_attention,
 )  # fmt: skip
