@@ -30,7 +30,8 @@ from regauge.passes.quantization.halves import Half, holds, takes_little_more
 from regauge.passes.quantization.inner_layers import problems_of
 from regauge.passes.quantization.learned_codes import Learned
 from regauge.passes.quantization.learned_rounding import STEPS, learned
-from regauge.passes.quantization.levels import ENOUGH, Levels
+from regauge.passes.quantization.levels import ENOUGH
+from regauge.passes.quantization.mirrored import table_of
 from regauge.passes.quantization.mixed_choice import chosen_forms
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
 from regauge.passes.quantization.option_checks import check_options
@@ -366,7 +367,7 @@ class Quantize(Pass):
         assert self._scheme.make is not None
         if self._unread(graph, layer):
             if layer.entries >= ENOUGH:
-                return Levels()
+                return table_of(rows_of(layer), layer.weight.shape, layer.made)
             if takes_little_more(layer.entries, layer.columns) and holds(layer.weight.tensor.detach()):
                 return Half()
         return self._scheme.make(self._wanted(graph, layer, bits))
