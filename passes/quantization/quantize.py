@@ -11,7 +11,7 @@ from regauge.ir.cost import figures
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.quantized_layers import PLANNED_FOR
+from regauge.ir.storage.quantized_layers import PLANNED_FOR
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
