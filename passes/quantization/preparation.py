@@ -1,4 +1,4 @@
-"""What is done to a graph before its weights are scaled, rotated or rounded: norms folded, linear layers assembled, biases apart."""
+"""What is done to a graph before its weights are scaled, rotated or rounded: norms folded, layers put together."""
 
 from __future__ import annotations
 

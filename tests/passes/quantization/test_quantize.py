@@ -410,7 +410,7 @@ def test_layers_that_share_a_bias_are_quantized_each_with_its_own(tmp_path: Path
     model, x = Pair().eval(), torch.randn(64, 64)
     graph = regauge.capture(model, (x,), dynamic={0: {0: "batch"}})
     wanted, data = model(x), [(part,) for part in x.split(16)]
-    for step, decibels in (("quantize", 38), ("quantize{scheme=w8}", 50), ("quantize{scheme=w4}", 30)):
+    for step, decibels in (("quantize", 38), ("quantize{scheme=w8}", 48), ("quantize{scheme=w4}", 25)):
         small = regauge.optimize(graph, step, data=data)
         found = small.run((x,))[0]
         assert 10 * torch.log10(wanted.square().sum() / (found - wanted).square().sum()) > decibels
