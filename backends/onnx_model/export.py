@@ -22,7 +22,7 @@ from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.node_order import IN_ORDER
 from regauge.ir.ops.spell_normalisation import RMS_NORM_OPSET
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 
 Bodies: TypeAlias = Mapping[str, tuple[Graph, str]]
 _PREFIX = "module."  # what the wrapper adds to every name

@@ -13,7 +13,7 @@ from regauge.backends.run_onnxruntime import Session
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.quantized_layers import quantized_layers
+from regauge.ir.storage.quantized_layers import quantized_layers
 
 WIDTH, LENGTH = 32, 6
 
