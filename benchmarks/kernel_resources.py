@@ -33,7 +33,8 @@ from regauge.backends.triton_kernels.kernel import Source, triton_kernel
 from regauge.backends.triton_kernels.loops import count
 from regauge.ir.dims.extents import Dim
 from regauge.ir.edit import Builder
-from regauge.ir.fusion.fused import body_of, canonical, fuse
+from regauge.ir.fusion.fuse import fuse
+from regauge.ir.fusion.fused import body_of, canonical
 from regauge.ir.fusion.legality import WIDEST_TOTALS
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.fusion.traffic import PERSISTENT

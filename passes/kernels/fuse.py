@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from regauge.ir.fusion.causal import mark_causal
-from regauge.ir.fusion.fused import Rounding, fuse_graph, fused_nodes, unfuse
+from regauge.ir.fusion.fuse import fuse_graph
+from regauge.ir.fusion.fused import Rounding, fused_nodes, unfuse
 from regauge.ir.fusion.plan_rows import plan_summary
 from regauge.ir.graph import Graph
+from regauge.ir.printing.tables import short
 from regauge.ir.roofline import DEVICES
-from regauge.ir.tables import short
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.options import option
 

@@ -11,7 +11,8 @@ from regauge.backends.torch_module.kernels import KernelOperator, kernel_operato
 from regauge.backends.triton_kernels import kernel as kernels
 from regauge.backends.triton_kernels.configs import Config
 from regauge.ir.edit import Builder
-from regauge.ir.fusion.fused import body_of, canonical, fuse
+from regauge.ir.fusion.fuse import fuse
+from regauge.ir.fusion.fused import body_of, canonical
 from regauge.ir.fusion.tracing import trace
 
 triton_interpreter.repair()

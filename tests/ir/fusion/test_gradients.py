@@ -16,7 +16,8 @@ from regauge.ir.derivatives import GRADIENTS
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion import legality
-from regauge.ir.fusion.fused import body_of, fuse
+from regauge.ir.fusion.fuse import fuse
+from regauge.ir.fusion.fused import body_of
 from regauge.ir.fusion.gradients import SHARED, all_gradients, gradients_of
 from regauge.ir.fusion.legality import WIDEST_TOTALS
 from regauge.ir.fusion.tracing import trace
