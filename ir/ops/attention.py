@@ -116,9 +116,8 @@ def _masked(scores: Scalar, mask: Scalar | None, is_causal: bool, lower_right: b
     if mask is not None:
         scores = scalars.where(mask, scores, -math.inf) if mask.truth else scores + mask
     if is_causal:
-        place = scalars.from_end if lower_right else scalars.index
-        past = place(_SOURCE) <= place(_LENGTH)
-        scores = scalars.where(past, scores, -math.inf)
+        source, length = (scalars.index(axis, from_end=lower_right) for axis in (_SOURCE, _LENGTH))
+        scores = scalars.where(source <= length, scores, -math.inf)
     return scores
 
 
