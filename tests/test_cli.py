@@ -119,7 +119,7 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
         (("optimize", "MODEL", "-o", "WRONG"), "small.pt2 would be a .pt2 file: name an .onnx file, or a folder"),
         (("optimize", "MODEL", "-o", "OUT", "--passes", "prune{macs=1.5}"), "macs=1.5 is neither a share"),
         (("optimize", "MODEL"), "Missing option '-o'"),
-        (("optimize", "MODEL", "-o", "OUT", "--pases", "x"), "No such option: --pases"),
+        (("optimize", "MODEL", "-o", "OUT", "--pases", "x"), "No such option '--pases'"),
         (("optimise", "MODEL"), "No such command 'optimise'"),
         (("groups", "MODEL", "--of", "nothing:0"), "no Dim or parameter axis is called 'nothing:0'"),
         (("explain", "MODEL", "nothing"), "nothing"),

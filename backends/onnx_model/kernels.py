@@ -17,7 +17,7 @@ from regauge.backends.onnx_model.carrier import Carrier
 from regauge.backends.onnx_model.size_nodes import SizeSource
 from regauge.backends.onnx_model.speller import OnnxSpeller, spell
 from regauge.ir.errors import EmitError, FusionError
-from regauge.ir.fusion.fused import body_of, canonical, content, fused_nodes, traced, unfuse, without_fused
+from regauge.ir.fusion.fused import body_of, canonical, content, fused_nodes, unfuse, without_fused
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, KERNEL, REGION, ROUNDING, VERSION, function_hash
 from regauge.ir.ops.spell_normalisation import RMS_NORM_OPSET
@@ -163,6 +163,8 @@ def _axes(body: Graph) -> str:
 
     Empty where they are not those of one kernel.
     """
+    from regauge.ir.fusion.fuse import traced  # loads all of fusion, which few files need
+
     try:
         region = traced(body)
     except FusionError:

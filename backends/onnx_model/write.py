@@ -27,7 +27,7 @@ LEAST_EXTERNAL_BYTES = 1024  # smaller tensors stay in the model file, as onnx a
 
 Check = Callable[[Path], None]
 
-
+_STANDARD = ("", "ai.onnx", "ai.onnx.ml")  # domains whose results shape inference tells
 _NESTING = (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS)
 
 
@@ -268,7 +268,7 @@ def _serialize(model: onnx_ir.Model, path: Path, sparse_weights: bool) -> None:
         with without_collection(), hollow as tensors:
             proto = onnx_ir.to_proto(model)
         proto.training_info.extend(model.meta.get("training_info", ()))
-        _drop_declarations(proto.graph, model.meta.get("declared", ()))
+        _drop_declarations(proto.graph, model.meta.get("declared"))
         if sparse_weights:
             store_sparsely(proto.graph)
         write_proto(proto, tensors, path)
@@ -278,13 +278,18 @@ def _serialize(model: onnx_ir.Model, path: Path, sparse_weights: bool) -> None:
         raise EmitError(f"the model cannot be serialised: {error}") from error
 
 
-def _drop_declarations(graph: Any, declared: Container[str]) -> None:
-    """Leave out, unless it was there, what is said anyhow: types of initializers, and of results without a shape."""
-    names = {tensor.name for tensor in graph.initializer}
+def _drop_declarations(graph: Any, declared: Container[str] | None) -> None:
+    """Leave out, unless it was there, what is said anyhow: types of initializers, and of results without a shape.
+
+    Where the file ``declared`` no result at all, also what shape inference tells of standard operators; None: no file.
+    """
+    silent = {tensor.name for tensor in graph.initializer}
+    if declared is not None and not declared:
+        silent |= {name for node in graph.node if node.domain in _STANDARD for name in node.output}
 
     def says_more(info: Any) -> bool:
         bare = info.type.HasField("tensor_type") and not info.type.tensor_type.HasField("shape")
-        return info.name in declared or not (bare or info.name in names)
+        return declared is not None and info.name in declared or not (bare or info.name in silent)
 
     kept = [info for info in graph.value_info if says_more(info)]
     if len(kept) < len(graph.value_info):

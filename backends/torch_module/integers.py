@@ -25,9 +25,9 @@ from regauge.ir.edit import Builder, remove_dead, replace_uses
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.graph_copy import copy_graph
 from regauge.ir.ops.windows import per_axis
-from regauge.ir.quantized_layers import PLANNED_FOR
+from regauge.ir.storage.quantized_layers import PLANNED_FOR
+from regauge.ir.storage.weights import LazyWeight
 from regauge.ir.training_notes import LAYER
-from regauge.ir.weights import LazyWeight
 
 
 @dataclass(frozen=True)

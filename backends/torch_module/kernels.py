@@ -30,7 +30,8 @@ from regauge.ir.dims.extents import Dim
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.attention_gradients import core_of
-from regauge.ir.fusion.fused import Rounding, body_of, canonical, fuse, fused_nodes, traced
+from regauge.ir.fusion.fuse import fuse, traced
+from regauge.ir.fusion.fused import Rounding, body_of, canonical, fused_nodes
 from regauge.ir.fusion.gradients import Entries, Gradient, Gradients, gradients_of
 from regauge.ir.fusion.products import few_bit_sides
 from regauge.ir.fusion.prologues import MOST_ROWS
@@ -39,7 +40,7 @@ from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
 from regauge.ir.graph_copy import copy_graph
 from regauge.ir.ops.torch_opaque import tensor_schema
-from regauge.ir.parse import parse_graph
+from regauge.ir.printing.parse import parse_graph
 
 NAMESPACE = "regauge_kernels"
 Body: TypeAlias = Callable[..., Any]

@@ -18,7 +18,8 @@ from regauge.backends.torch_module.packing import pack
 from regauge.backends.triton_kernels.sparsity import leave_dense, pack_zeros
 from regauge.ir.edit import Builder, remove_dead, replace_uses, set_input
 from regauge.ir.fusion.causal import mark_causal
-from regauge.ir.fusion.fused import Rounding, fuse_graph, fused_nodes
+from regauge.ir.fusion.fuse import fuse_graph
+from regauge.ir.fusion.fused import Rounding, fused_nodes
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.fusion.splits import slice_splits
 from regauge.ir.graph import Graph, Node, Parameter, Value

@@ -23,7 +23,7 @@ import torch
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.attention_gradients import AttentionGradient, attention_gradient
-from regauge.ir.fusion.fused import traced
+from regauge.ir.fusion.fuse import traced
 from regauge.ir.fusion.gradient_frames import Frame, is_float
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.region import below_results

@@ -15,6 +15,7 @@ from regauge.passes.quantization.formats import Constants, Stored, digits_in_a_b
 from regauge.passes.quantization.grid import Coded, Form, Grid
 from regauge.passes.quantization.halves import InHalf
 from regauge.passes.quantization.levels import Leveled
+from regauge.passes.quantization.mirrored import Unfolded
 from regauge.passes.quantization.placement import Placement, Table, reads_blocks
 from regauge.passes.quantization.ranges import Ends
 from regauge.passes.quantization.storage import OnData, Plain, halve, store
@@ -254,7 +255,7 @@ class Writer:
             if layer.node.op != "conv" or stored.scale.shape[1] == 1:
                 codes = _stored(layer, stored.codes)
                 return stored.laid_out(to, codes.t() if turned else codes, int(by_inputs))
-        if isinstance(stored, Leveled | InHalf):
+        if isinstance(stored, Leveled | Unfolded | InHalf):
             return stored.laid_out(to, tuple(int(size) for size in layer.weight.shape), int(stored_by_inputs))
         matrix: Value = stored.write(to)
         if layer.node.op == "conv":

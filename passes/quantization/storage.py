@@ -25,7 +25,8 @@ from regauge.passes.name_patterns import matches
 from regauge.passes.quantization.formats import Constants
 from regauge.passes.quantization.grid import Form, Grid
 from regauge.passes.quantization.halves import holds
-from regauge.passes.quantization.levels import ENOUGH, Leveled, Levels
+from regauge.passes.quantization.levels import ENOUGH, Leveled
+from regauge.passes.quantization.mirrored import Unfolded, table_of
 
 LEAST = 256
 """Entries of a weight: the nodes and names around a smaller one take as much as it saves."""
@@ -123,15 +124,17 @@ def store(build: Builder, found: Plain, on_data: OnData | None = None) -> None:
         halve(build, owner, weight)
         return
     readers, matrix = list(weight.uses), data.flatten(1)
-    form = Levels() if data.numel() >= ENOUGH else nearer(Form(Grid(8), matrix.shape[1]), matrix)
+    shape = tuple(int(size) for size in weight.shape)
+    many = data.numel() >= ENOUGH
+    form = table_of(matrix, shape, axis) if many else nearer(Form(Grid(8), matrix.shape[1]), matrix)
     coded = form.rounded(matrix) if on_data is None else form.fitted(on_data.problem, "descent")
     if on_data is not None and on_data.bias is not None:
         bias = on_data.problem.bias(coded.values).to(on_data.bias.tensor.dtype)
         set_weight(build.graph, on_data.bias, bias, by=build.by)
     with inner.at(readers[0][0]):
         to = Constants(inner, weight.name, at_load=True)
-        if isinstance(coded, Leveled):
-            back = coded.laid_out(to, tuple(int(size) for size in weight.shape), axis)
+        if isinstance(coded, Leveled | Unfolded):
+            back = coded.laid_out(to, shape, axis)
         else:
             back = coded.laid_out(to, coded.codes.reshape(data.shape).movedim(0, axis), axis)
     for node, slot in readers:

@@ -13,43 +13,48 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
-from regauge.cli_files import Data, Model, check_output, file_figures, is_onnx, open_file, read_batches, written_model
+from regauge.cli_files import (
+    PATH,
+    check_output,
+    data_option,
+    file_figures,
+    is_onnx,
+    model_argument,
+    open_file,
+    read_batches,
+    written_model,
+)
 from regauge.cli_inspect import explain, fusion, groups, inspect, memory, scales
 from regauge.cli_kernels import autotune, kernels
 from regauge.cli_run import run
 from regauge.ir.errors import PipelineError, RegaugeError
 from regauge.terminal import print_prose, print_table, print_text
 
-# Errors are printed by main(), in one line; docstrings are shown as they are written.
-app = typer.Typer(
-    name="regauge",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 OBJECTS_UNSEEN = 100_000  # made before Python looks for garbage among them
 
 
-def _version(asked: bool) -> None:
+def _version(context: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked:
         from regauge import __version__
 
         print(f"regauge {__version__}")
-        raise typer.Exit
+        context.exit()
 
 
-@app.callback()
-def _every_command(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option(
+    "--version",
+    is_flag=True,
+    callback=_version,
+    expose_value=False,
+    is_eager=True,
+    help="Show the version and exit.",
+)
+def app() -> None:
     """Prune and rewrite neural networks that already exist."""
 
 
@@ -70,12 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(str(error), lines=3)
     except (RegaugeError, OSError) as error:
         return _failed(str(error))
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, click.Abort):
         return _failed("stopped")
-    except Exception as error:
-        if hasattr(error, "format_message"):  # wrong usage; typer carries a click of its own, so no class can be named
-            return _failed(error.format_message())
-        raise
+    except click.ClickException as error:  # wrong usage
+        return _failed(error.format_message())
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -89,26 +92,28 @@ def _failed(message: str, lines: int = 1) -> int:
 
 
 @app.command()
+@model_argument
+@click.option(
+    "-o", "--output", metavar="OUT", type=PATH, required=True, help="an .onnx file, or a folder for torch source"
+)
+@click.option(
+    "--passes",
+    metavar="PIPELINE",
+    multiple=True,
+    help="a pipeline, such as 'prune{ratio=0.5}'; may be repeated. None: the model is converted only",
+)
+@data_option
+@click.option("--sparse-weights", is_flag=True, help="store weights with many zeros sparsely where smaller (ONNX)")
+@click.option("--functions", is_flag=True, help="write fused regions as local functions (ONNX; see the pass fuse)")
+@click.option("--opset", type=int, help="convert an ONNX model to this newer opset first, proven by running both")
 def optimize(
-    model: Model,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="an .onnx file, or a folder for torch source")
-    ],
-    passes: Annotated[
-        list[str] | None,
-        typer.Option(help="a pipeline, such as 'prune{ratio=0.5}'; may be repeated. None: the model is converted only"),
-    ] = None,
-    data: Data = None,
-    sparse_weights: Annotated[
-        bool,
-        typer.Option("--sparse-weights", help="store weights with many zeros sparsely where that is smaller (ONNX)"),
-    ] = False,
-    functions: Annotated[
-        bool, typer.Option("--functions", help="write fused regions as local functions (ONNX; see the pass fuse)")
-    ] = False,
-    opset: Annotated[
-        int | None, typer.Option(help="convert an ONNX model to this newer opset first, proven by running both")
-    ] = None,
+    model: Path,
+    output: Path,
+    passes: Sequence[str],
+    data: Sequence[Path],
+    sparse_weights: bool,
+    functions: bool,
+    opset: int | None,
 ) -> None:
     """Run passes over a model and write the result.
 
@@ -129,7 +134,7 @@ def optimize(
             if given:
                 raise RegaugeError(f"{option} is for ONNX files, and {output} would be a folder: name an .onnx file")
     check_output(output, ".onnx" if output.suffix else "")
-    pipeline = as_passes(passes or [])  # a wrong option is told before a large file is read
+    pipeline = as_passes(list(passes))  # a wrong option is told before a large file is read
     graph = open_file(model, opset=opset)
     result = run_optimize(graph, pipeline, read_batches(data, graph))
     if output.suffix.lower() == ".onnx":
@@ -145,18 +150,21 @@ def optimize(
 
 
 @app.command()
+@click.argument("model", metavar="IN", type=PATH, help="an ONNX file")
+@click.option("-o", "--output", metavar="OUT", type=PATH, required=True, help="an .onnx file")
+@click.option("--only", metavar="NAMES", multiple=True, help="rules, rule sets or steps to apply: none of the others")
+@click.option("--skip", metavar="NAMES", multiple=True, help="rules, rule sets or steps to leave out")
+@click.option("--explain", is_flag=True, help="say what was nearly done, and why it was not")
+@click.option("--freeze", is_flag=True, help="initializers that callers may override are weights")
+@data_option
 def simplify(
-    model: Annotated[Path, typer.Argument(metavar="IN", help="an ONNX file")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="an .onnx file")],
-    only: Annotated[
-        list[str] | None, typer.Option(help="rules, rule sets or steps to apply: none of the others")
-    ] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="rules, rule sets or steps to leave out")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="say what was nearly done, and why it was not")] = False,
-    freeze: Annotated[
-        bool, typer.Option("--freeze", help="initializers that callers may override are weights")
-    ] = False,
-    data: Data = None,
+    model: Path,
+    output: Path,
+    only: Sequence[str],
+    skip: Sequence[str],
+    explain: bool,
+    freeze: bool,
+    data: Sequence[Path],
 ) -> None:
     """Write an ONNX model that computes the same with fewer nodes.
 
@@ -200,9 +208,9 @@ def simplify(
     print(f"wrote {output}")
 
 
-def _listed(names: Sequence[str] | None) -> tuple[str, ...]:
+def _listed(names: Sequence[str]) -> tuple[str, ...]:
     """Names given one by one or with commas."""
-    return tuple(name for given in names or () for part in given.split(",") if (name := part.strip()))
+    return tuple(name for given in names for part in given.split(",") if (name := part.strip()))
 
 
 def _check_onnx(model: Path, output: Path) -> None:
@@ -214,17 +222,29 @@ def _check_onnx(model: Path, output: Path) -> None:
 
 
 for command in (inspect, groups, explain, scales, fusion, memory, run, kernels, autotune):
-    app.command()(command)
+    app.add_command(command)
 
 
 @app.command()
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="an ONNX file or a .pt2 file")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="an ONNX file or a .pt2 file")],
-    data: Data = None,
-    tolerance: Annotated[float, typer.Option(help="difference allowed, relative to the greatest output", min=0)] = 1e-5,
-    seeds: Annotated[int, typer.Option(help="how many times inputs are made up where no data is given", min=1)] = 1,
-) -> int:
+@click.argument("first", metavar="A", type=PATH, help="an ONNX file or a .pt2 file")
+@click.argument("second", metavar="B", type=PATH, help="an ONNX file or a .pt2 file")
+@data_option
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=1e-5,
+    show_default=True,
+    metavar="SHARE",
+    help="difference allowed, relative to the greatest output",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="how many times inputs are made up where no data is given",
+)
+def compare(first: Path, second: Path, data: Sequence[Path], tolerance: float, seeds: int) -> int:
     """Run two models on the same inputs and show how far they differ.
 
     The exit status is 1 where an output differs by more than the tolerance.
@@ -233,7 +253,7 @@ def compare(
     regauge compare model.onnx small.onnx --data images.npz --tolerance 1e-3
     """
     from regauge.backends.compare import compare as run_compare
-    from regauge.ir.sample_inputs import sample_inputs
+    from regauge.ir.running.sample_inputs import sample_inputs
 
     models: list[Any] = [path if is_onnx(path) else open_file(path) for path in (first, second)]
     batches: list[Any] | None = read_batches(data, models[0])
@@ -250,9 +270,8 @@ def compare(
 
 
 @app.command()
-def passes(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="a pass, to see its options")] = None,
-) -> None:
+@click.argument("name", metavar="[NAME]", required=False, help="a pass, to see its options")
+def passes(name: str | None) -> None:
     """List the passes, or describe one: its options and rules.
 
     \b
@@ -280,11 +299,8 @@ def passes(
 
 
 @app.command()
-def operators(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="an operator, as torch, ONNX or Regauge has it")
-    ] = None,
-) -> None:
+@click.argument("name", metavar="[NAME]", required=False, help="an operator, as torch, ONNX or Regauge has it")
+def operators(name: str | None) -> None:
     """List the operators that are known, or describe one of them.
 
     Told of an operator are its axis rule, and what it is called elsewhere.
@@ -293,7 +309,7 @@ def operators(
     regauge operators
     regauge operators LayerNormalization
     """
-    from regauge.ir.operator_table import described, operator_rows
+    from regauge.ir.printing.operator_table import described, operator_rows
 
     if name is None:
         print_table(operator_rows())
@@ -305,12 +321,11 @@ def operators(
 
 
 @app.command()
-def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="train for a few seconds only")] = False,
-    save: Annotated[
-        Path | None, typer.Option(help="keep the trained network as this ONNX file, the pruned one beside it")
-    ] = None,
-) -> None:
+@click.option("--quick", is_flag=True, help="train for a few seconds only")
+@click.option(
+    "--save", metavar="FILE", type=PATH, help="keep the trained network as this ONNX file, the pruned one beside it"
+)
+def demo(quick: bool, save: Path | None) -> None:
     """Train, prune, fine-tune and measure a small network.
 
     \b

@@ -6,9 +6,9 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from regauge.ir.errors import RegaugeError, RegaugeWarning, first_line
 
@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
     from regauge.ir.graph import Graph
 
-Model = Annotated[Path, typer.Argument(metavar="IN", help="an ONNX file, or a program saved by torch.export (.pt2)")]
-Data = Annotated[
-    list[Path] | None, typer.Option(metavar="FILE", help="an .npz file, one array per input; may be repeated")
-]
-At = Annotated[list[str] | None, typer.Option(metavar="SYMBOL=SIZE", help="the value of a dynamic size")]
+PATH = click.Path(path_type=Path)
+
+model_argument = click.argument(
+    "model", metavar="IN", type=PATH, help="an ONNX file, or a program saved by torch.export (.pt2)"
+)
+data_option = click.option(
+    "--data", metavar="FILE", type=PATH, multiple=True, help="an .npz file, one array per input; may be repeated"
+)
+at_option = click.option("--at", metavar="SYMBOL=SIZE", multiple=True, help="the value of a dynamic size")
 
 OF_TORCH = (".pt", ".pth", ".ckpt", ".safetensors")  # files of weights, or of programs in forms that are not read
 
@@ -66,7 +70,7 @@ def read_batches(paths: Sequence[Path] | None, model: Graph | Path) -> list[dict
     """
     if not paths:
         return None
-    from regauge.ir.interpret import LABELS
+    from regauge.ir.running.interpret import LABELS
 
     inputs, optional = _declared_inputs(model)
     needed = [name for name in inputs if name not in optional]
@@ -96,7 +100,7 @@ def _declared_inputs(model: Graph | Path) -> tuple[dict[str, tuple[Any, Any]], l
 
 
 def _fitted(path: Path, batch: dict[str, Any], inputs: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    from regauge.ir.given_inputs import fitted_array
+    from regauge.ir.running.given_inputs import fitted_array
 
     found = dict(batch)
     for name in inputs.keys() & batch.keys():

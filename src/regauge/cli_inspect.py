@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
 
-import typer
+import click
 
-from regauge.cli_files import At, Model, dynamic_sizes, open_file
+from regauge.cli_files import at_option, dynamic_sizes, model_argument, open_file
 from regauge.cli_tables import group_state, member_rows, summary_rows
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_table, print_text
 
 
-def inspect(
-    model: Model,
-    text: Annotated[bool, typer.Option("--text", help="print the whole graph (regauge.ir.parse reads it)")] = False,
-) -> None:
+@click.command()
+@model_argument
+@click.option("--text", is_flag=True, help="print the whole graph (regauge.ir.printing.parse reads it)")
+def inspect(model: Path, text: bool) -> None:
     """Show what a model is made of, its costs, and what can be cut.
 
     \b
@@ -30,12 +31,12 @@ def inspect(
     print_table([["model", str(model)], *summary_rows(graph)])
 
 
-def groups(
-    model: Model,
-    of: Annotated[str | None, typer.Option(help="only the Dims of this parameter axis, such as conv1.weight:0")] = None,
-    free: Annotated[bool, typer.Option("--free", help="only Dims that can be cut, nothing about the others")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="also each Dim that cannot be cut, and why not")] = False,
-) -> None:
+@click.command()
+@model_argument
+@click.option("--of", metavar="AXIS", help="only the Dims of this parameter axis, such as conv1.weight:0")
+@click.option("--free", is_flag=True, help="only Dims that can be cut, nothing about the others")
+@click.option("--all", "everything", is_flag=True, help="also each Dim that cannot be cut, and why not")
+def groups(model: Path, of: str | None, free: bool, everything: bool) -> None:
     """List the Dims of a model: axes that can only be cut together.
 
     Those that can be cut are listed, and the others counted by what keeps them from it.
@@ -64,10 +65,10 @@ def groups(
             print_text(f"  {count} x {reason}")
 
 
-def explain(
-    model: Model,
-    what: Annotated[str, typer.Argument(metavar="DIM", help="a Dim, a parameter axis (conv1.weight:0) or a value")],
-) -> None:
+@click.command()
+@model_argument
+@click.argument("what", metavar="DIM", help="a Dim, a parameter axis (conv1.weight:0) or a value")
+def explain(model: Path, what: str) -> None:
     """Say what a Dim, an axis or a value is, and if it can be cut.
 
     \b
@@ -76,10 +77,10 @@ def explain(
     print_text(open_file(model).explain(what))
 
 
-def scales(
-    model: Model,
-    everything: Annotated[bool, typer.Option("--all", help="also the scales that weights alone have")] = False,
-) -> None:
+@click.command()
+@model_argument
+@click.option("--all", "everything", is_flag=True, help="also the scales that weights alone have")
+def scales(model: Path, everything: bool) -> None:
     """List the scales that values share, and which can be moved.
 
     Where a scale moves, the weights named beside it take it up, and the same function is computed. Beside the others
@@ -96,12 +97,20 @@ def scales(
     print(f"\n{scale_counts(found)}")
 
 
-def fusion(
-    model: Model,
-    device: Annotated[str, typer.Option(help="for which device the kernels have to gain: gpu or cpu")] = "gpu",
-    at: At = None,
-    most: Annotated[int, typer.Option("--refusals", help="list so many of the refusals", min=0)] = 20,
-) -> None:
+@click.command()
+@model_argument
+@click.option("--device", metavar="DEVICE", default="gpu", help="for which device the kernels have to gain: gpu or cpu")
+@at_option
+@click.option(
+    "--refusals",
+    "most",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="list so many of the refusals",
+)
+def fusion(model: Path, device: str, at: Sequence[str], most: int) -> None:
     """Plan which nodes of a model become one kernel.
 
     What is refused is listed below the kernels, with the reason and the bytes that this costs.
@@ -123,7 +132,7 @@ def fusion(
     if device == "gpu":  # as graphs are made ready for kernels
         slice_splits(graph)
         mark_causal(graph)
-    plan = plan_fusion(graph, DEVICES[device], dynamic_sizes(graph, at or ()))
+    plan = plan_fusion(graph, DEVICES[device], dynamic_sizes(graph, at))
     print_table(plan_rows(plan))
     print(f"\n{plan_summary(plan)}")
     if plan.refusals and most:
@@ -133,11 +142,19 @@ def fusion(
             print(f"{len(plan.refusals) - most} more were refused")
 
 
-def memory(
-    model: Model,
-    at: At = None,
-    most: Annotated[int, typer.Option("--values", help="list so many of the values alive at the peak", min=0)] = 10,
-) -> None:
+@click.command()
+@model_argument
+@at_option
+@click.option(
+    "--values",
+    "most",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="list so many of the values alive at the peak",
+)
+def memory(model: Path, at: Sequence[str], most: int) -> None:
     """Say when a run holds most memory, and what is alive then.
 
     Also said is how large a block the whole run fits into. Weights are not counted, and what torch gives as a view
@@ -149,7 +166,7 @@ def memory(
     from regauge.ir.memory.plan import peak_rows, plan_memory, plan_summary
 
     graph = open_file(model)
-    plan = plan_memory(graph, dynamic_sizes(graph, at or ()))
+    plan = plan_memory(graph, dynamic_sizes(graph, at))
     print_text(plan_summary(plan))
     print()
     print_table(peak_rows(plan, most))

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from regauge.cli_files import At, Model, check_output, dynamic_sizes, open_file
+from regauge.cli_files import PATH, at_option, check_output, dynamic_sizes, model_argument, open_file
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_table
 
-Architectures = Annotated[
-    list[str] | None, typer.Option("--arch", metavar="ARCH", help="sm_80 or sm_90; may be repeated")
-]
+architectures_option = click.option(
+    "--arch", "architectures", metavar="ARCH", multiple=True, help="sm_80 or sm_90; may be repeated"
+)
 
 
+@click.command()
+@model_argument
+@click.option("-o", "--output", metavar="DIR", type=PATH, required=True, help="a folder for sources and binaries")
+@architectures_option
+@at_option
+@click.option("--tuned", metavar="FILE", type=PATH, help="a table that regauge autotune wrote")
+@click.option("--library", is_flag=True, help="build the library of onnxruntime operators that launches them, too")
 def kernels(
-    model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="a folder for sources and binaries")],
-    architectures: Architectures = None,
-    at: At = None,
-    tuned: Annotated[Path | None, typer.Option(metavar="FILE", help="a table that regauge autotune wrote")] = None,
-    library: Annotated[
-        bool, typer.Option("--library", help="build the library of onnxruntime operators that launches them, too")
-    ] = False,
+    model: Path, output: Path, architectures: Sequence[str], at: Sequence[str], tuned: Path | None, library: bool
 ) -> None:
     """Compile the kernels of a model for GPUs, without one.
 
@@ -43,7 +43,7 @@ def kernels(
         raise RegaugeError(f"--library: {missing()}")
     table = Table.read(tuned) if tuned is not None else None
     graph = open_file(model)
-    found = write_kernels(graph, output, architectures or list(ARCHITECTURES), dynamic_sizes(graph, at or ()), table)
+    found = write_kernels(graph, output, architectures or list(ARCHITECTURES), dynamic_sizes(graph, at), table)
     rows = [["kernel", "form", "registers", "spilled", "shared", "programs", ""]]
     for one in found:
         figures = [str(one.metadata[name]) for name in ("form", "registers", "spilled", "shared", "grid")]
@@ -57,21 +57,33 @@ def kernels(
     print(f"wrote {output}")
 
 
+@click.command()
+@click.argument(
+    "model",
+    metavar="[IN]",
+    type=PATH,
+    required=False,
+    help="an ONNX file or a .pt2 file whose kernels are tuned",
+)
+@click.option("-o", "--output", metavar="FILE", type=PATH, required=True, help="the table, a .json file")
+@click.option(
+    "--shapes",
+    metavar="FORM:SIZES:TYPE",
+    multiple=True,
+    help="such as rows:4096x8192:bf16 or contraction:16x8192x4096:f16",
+)
+@click.option("--device", metavar="DEVICE", default="cuda", show_default=True, help="where kernels are timed")
+@click.option("--offline", is_flag=True, help="time nothing: compile, drop what spills, and trust a roofline")
+@architectures_option
+@at_option
 def autotune(
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="the table, a .json file")],
-    model: Annotated[
-        Path | None, typer.Argument(metavar="IN", help="an ONNX file or a .pt2 file whose kernels are tuned")
-    ] = None,
-    shapes: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FORM:SIZES:TYPE", help="such as rows:4096x8192:bf16 or contraction:16x8192x4096:f16"),
-    ] = None,
-    device: Annotated[str, typer.Option(help="where kernels are timed")] = "cuda",
-    offline: Annotated[
-        bool, typer.Option("--offline", help="time nothing: compile, drop what spills, and trust a roofline")
-    ] = False,
-    architectures: Architectures = None,
-    at: At = None,
+    model: Path | None,
+    output: Path,
+    shapes: Sequence[str],
+    device: str,
+    offline: bool,
+    architectures: Sequence[str],
+    at: Sequence[str],
 ) -> None:
     """Find how the kernels of a model are best cut into programs.
 
@@ -100,10 +112,10 @@ def autotune(
             if offline
             else "--arch is for --offline: a GPU has its own"
         )
-    tried = [parsed(text) for text in shapes or ()]
+    tried = [parsed(text) for text in shapes]
     if model is not None:
         graph = open_file(model)
-        sized = with_kernels(graph).sized(dynamic_sizes(graph, at or ()))
+        sized = with_kernels(graph).sized(dynamic_sizes(graph, at))
         tried += [(operator.kernel, sizes) for operator, sizes in sized]
     if not tried:
         raise RegaugeError("there is nothing to tune: give a model with regions that gain as kernels, or --shapes")

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from regauge.cli_files import Model, check_output, open_file, read_batches
+from regauge.cli_files import PATH, check_output, model_argument, open_file, read_batches
 from regauge.terminal import print_table
 
 if TYPE_CHECKING:
     import torch
 
 
-def run(
-    model: Model,
-    device: Annotated[str, typer.Option(help="where: cpu, cuda, or one of several as cuda:1")] = "cpu",
-    inputs: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="an .npz file, one array per input. None: they are made up")
-    ] = None,
-    kernels: Annotated[bool, typer.Option("--kernels", help="run fused regions as Triton kernels on a GPU")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="OUT", help="an .npz file for the results")
-    ] = None,
-) -> None:
+@click.command()
+@model_argument
+@click.option("--device", default="cpu", metavar="DEVICE", help="where: cpu, cuda, or one of several as cuda:1")
+@click.option("--inputs", metavar="FILE", type=PATH, help="an .npz file, one array per input. None: they are made up")
+@click.option("--kernels", is_flag=True, help="run fused regions as Triton kernels on a GPU")
+@click.option("-o", "--output", metavar="OUT", type=PATH, help="an .npz file for the results")
+def run(model: Path, device: str, inputs: Path | None, kernels: bool, output: Path | None) -> None:
     """Run a model in torch and show, or save, what it gives.
 
     Regions that the file holds are those that --kernels runs as kernels; where it holds none, all that gain on a GPU.
@@ -34,7 +30,7 @@ def run(
     regauge run model.onnx --device cuda --kernels --inputs images.npz -o results.npz
     """
     from regauge.backends.run_torch import found_device, run_in_torch
-    from regauge.ir.sample_inputs import sample_inputs
+    from regauge.ir.running.sample_inputs import sample_inputs
 
     if output is not None:
         check_output(output, ".npz")

@@ -11,7 +11,8 @@ from regauge.backends.torch_module.kernels import KernelOperator, kernel_operato
 from regauge.backends.triton_kernels import kernel as kernels
 from regauge.backends.triton_kernels.configs import Config
 from regauge.ir.edit import Builder
-from regauge.ir.fusion.fused import body_of, canonical, fuse
+from regauge.ir.fusion.fuse import fuse
+from regauge.ir.fusion.fused import body_of, canonical
 from regauge.ir.fusion.tracing import trace
 
 triton_interpreter.repair()
@@ -75,7 +76,10 @@ def test_programs_add_up_what_rows_share(name: str, dtype: torch.dtype, monkeypa
         check(found[value], exact, other)
 
 
-ATTENTION = ("causal_attention", "masked_attention", "capped_attention", "latent_attention", "written_out_attention")
+ATTENTION = (
+    "causal_attention", "later_causal_attention", "masked_attention", "capped_attention", "latent_attention",
+    "written_out_attention",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,11 +18,12 @@ from random_regions import regions as regions_drawn
 from regauge.backends.onnx_model.kernels import Calls, add_functions
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.edit import Builder, set_weight
-from regauge.ir.fusion.fused import body_of, canonical, content, fuse, fused_nodes
+from regauge.ir.fusion.fuse import fuse
+from regauge.ir.fusion.fused import body_of, canonical, content, fused_nodes
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
 from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, REGION, ROUNDING
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.ir.sizes.expressions import symbol
 
 

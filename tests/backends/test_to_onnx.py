@@ -238,6 +238,20 @@ def test_added_nodes_are_written(tmp_path: Path) -> None:
     assert sorted(n.op_type for n in written.graph.node) == ["Add", "Gemm", "Gemm", "Relu", "Tanh"]
 
 
+@pytest.mark.parametrize("declares", [True, False])
+def test_shapes_of_added_results_are_declared_where_the_file_declares_some(declares: bool, tmp_path: Path) -> None:
+    from regauge.ir.edit import Builder, replace_uses, set_input
+
+    text = PERCEPTRON if declares else PERCEPTRON.replace("<float[batch, 8] h> {", "{")
+    graph = load(model_of(text, PERCEPTRON_WEIGHTS)).copy()
+    hidden = next(node for node in graph.nodes if node.op == "relu").output
+    bent = Builder(graph, by="bend").tanh(hidden, name="bent")
+    replace_uses(graph, hidden, bent)
+    set_input(bent.producer, 0, hidden, graph)
+    written = onnx.load(graph.to_onnx(tmp_path / "bent.onnx"))
+    assert [info.name for info in written.graph.value_info] == (["h", "bent"] if declares else [])
+
+
 def test_a_wrong_file_is_refused_and_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if an operator were spelled wrongly: the finished file is run, and is not what was asked for."""
     from regauge.backends.onnx_model import rewiring as onnx_rewiring

@@ -11,14 +11,15 @@ from regauge.ir.cost import figures
 from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.fusion import legality
-from regauge.ir.fusion.fused import body_of, canonical, fuse_graph, fused_nodes, traced, unfuse, without_fused
+from regauge.ir.fusion.fuse import fuse_graph, traced
+from regauge.ir.fusion.fused import body_of, canonical, fused_nodes, unfuse, without_fused
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.graph import Graph
 from regauge.ir.memory.activations import activation_bytes
-from regauge.ir.parse import parse_graph
+from regauge.ir.printing.parse import parse_graph
 from regauge.ir.roofline import DEVICES, roofline
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.ir.verify import verify
 
 

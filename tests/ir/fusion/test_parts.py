@@ -8,7 +8,8 @@ from regauge.backends.triton_kernels.files import grid_formula
 from regauge.backends.triton_kernels.kernel import triton_kernel
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.fused import body_of, fuse, fused_nodes, traced
+from regauge.ir.fusion.fuse import fuse, traced
+from regauge.ir.fusion.fused import body_of, fused_nodes
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
