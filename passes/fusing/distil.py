@@ -34,7 +34,7 @@ class Distil(Pass):
     which teach no worse than divergences of classes (Kim et al. 2021, arXiv 2105.08919), and with them the results of
     repeated blocks, or of layers where nothing repeats, that have the sizes that they had (Romero et al. 2015, FitNets,
     without regressors). Each step sees one batch of the data, in turn; the last one is held out where there are others.
-    The outputs alone judge, as what is inside only guides: the weights are kept if the mean of the errors of the outputs
+    The outputs alone judge, as what is inside only guides: the weights are kept if the mean error of the outputs
     becomes less on that batch. Passes in front that fitted layers to data saw it, too, which speaks for what they left.
     Zeros that ``sparsify`` set stay zero; norms keep the statistics that they have. The more the batches differ, the
     better: a few photographs are best given in many crops, colours and lights.
