@@ -46,6 +46,12 @@ class Chosen:
         asked = self.options.storage
         return self._scheme.alone and self._target.folds if asked is None else asked
 
+    @property
+    def halves(self) -> bool:
+        """Whether vectors are stored in half precision: also beside activations in integers, which lose far more."""
+        integers = self._scheme.activations and self._scheme.numbers is None and self._target.folds
+        return self.stores or integers and self.options.storage is None
+
     def plain(self, graph: Graph) -> list[Plain]:
         """The weights that are stored in 8 bits though they are read in float."""
         if not self.stores:

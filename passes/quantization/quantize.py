@@ -32,7 +32,7 @@ from regauge.passes.quantization.mixed_choice import chosen_forms
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
 from regauge.passes.quantization.option_checks import check_options
 from regauge.passes.quantization.placement import place
-from regauge.passes.quantization.preparation import prepared
+from regauge.passes.quantization.preparation import prepared, with_biases_apart
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration
 from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, integers
@@ -136,7 +136,7 @@ class Quantize(Pass):
     storage: bool | None = option(
         None,
         "weights that are read in float, too: 8 bits, made floats when the file is loaded; if not given, where weights "
-        "alone are integers, in onnxruntime",
+        "alone are integers, in onnxruntime, and beside integer activations vectors alone, in half precision",
     )
     gate: Gate = option("off", "measure it beside the float graph on a batch: warn, or refuse, where it is slower")
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
@@ -164,7 +164,8 @@ class Quantize(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None and self.method not in (None, "nearest", "udfc"):
             raise PassError(f"quantize needs data for method={self.method}: {GIVE_DATA}")
-        original, target = prepared(graph).copy(), self.full_scheme.on(TARGETS[self.target])
+        original = with_biases_apart(prepared(graph), by=self.name)
+        target = self.full_scheme.on(TARGETS[self.target])
         plain = self._chosen.plain(original)
         tables = self._chosen.tables(original, context.left, plain)
         layers = self.layers_of(original, context.left, plain)
@@ -196,8 +197,9 @@ class Quantize(Pass):
             known = context if context is not None and context.data is not None and self.method != "nearest" else None
             batches, free = calibration_batches(result, known) if known else [], self.correct is not False
             writer.stored(plain, problems_of(result, plain, batches, free=free))
+        if self._chosen.halves:
             writer.halved(plain_vectors(result, self.include, self.exclude))
-            remove_dead(result)
+        remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
         return result
 

@@ -84,7 +84,9 @@ def test_weights_of_float_layers_are_stored_beside_integers(tmp_path: Path) -> N
     kernels, stray = kernels_of(tmp_path / "small.onnx")
     assert not stray and not kernels["Cast"]
     whole = regauge.optimize(graph, "quantize", data=batches)
-    assert "depth.weight" in whole.parameters and "gain" in whole.parameters
+    assert "depth.weight" in whole.parameters and "gain_half" in whole.parameters
+    floats = regauge.optimize(graph, "quantize{storage=false}", data=batches)
+    assert "gain" in floats.parameters
 
 
 def test_a_tied_table_gets_one_scale_for_each_row() -> None:
