@@ -107,7 +107,8 @@ class Chosen:
             if self._scheme.kind == "stacks" and layer.blocks > 1:
                 return "a weight of several blocks has no stack of terms"
             if self._scheme.activations:
-                return misfit_of_products(layer, self._target, dynamic=self._dynamic)
+                floats = self._scheme.kind == "float8"
+                return misfit_of_products(layer, self._target, dynamic=self._dynamic, floats=floats)
             return misfit_of_blocks(layer, self._target, self.options.block)
 
         apart = {table.parameter for table in self._all_tables(graph)} | {found.weight for found in plain}

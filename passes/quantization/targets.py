@@ -57,6 +57,8 @@ torch-cpu, emitted modules on x86 processors (torch 2.13; the layers are those o
 torch-cuda, emitted modules on NVIDIA GPUs, where nothing was measured yet:
 - torch._int_mm takes more than 16 rows, and inputs and outputs in multiples of 8; layers of other sizes stay in float.
 - a zero point would have to be subtracted from every product all the same: activations are symmetric.
+- torch._scaled_mm multiplies floats of 8 bits from sm_89 on, inputs and outputs in multiples of 16; generated kernels
+  do from sm_90 on, and read them as bytes before. There are no convolutions of them.
 """
 
 from __future__ import annotations
@@ -92,6 +94,7 @@ class Target:
     windows: bool = False  # convolutions are products of their windows: of two axes, in one group, without gaps
     at_run: Literal["rows", "whole"] | None = None  # what may be rounded by its own range, found when it runs
     multiple: int = 1  # inputs and outputs of a product of integers are multiples of this
+    multiple_of_floats: int = 1  # and those of a product of floats of 8 bits
     folds: bool = False  # what computes in float reads weights converted at load
     of_blocks: str = ""  # what its kernels of weights in blocks do that the graph does not say
 
@@ -171,6 +174,8 @@ TARGETS: Mapping[str, Target] = {
             windows=True,
             at_run="rows",
             multiple=8,
+            kinds=("integers", "float8"),
+            multiple_of_floats=16,
         ),
     )
 }
