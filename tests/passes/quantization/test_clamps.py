@@ -1,4 +1,4 @@
-"""Clamps behind products of integers: onnxruntime takes them for ranges, and the product for one in float if none is."""
+"""Clamps behind products of integers: onnxruntime takes them for ranges, and the products for floats if none is."""
 
 from pathlib import Path
 
