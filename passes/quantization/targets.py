@@ -16,6 +16,8 @@ ort-x86, onnxruntime on x86 processors:
   bias: all three become one float Gemm, if the bias is added; it is subtracted with its sign turned there. Nor where a
   ReLU follows at once, as that would belong to a product of integers: it is a leaky one there, which leaks nothing.
   Nor where another matrix is added at once, which is taken for a bias: a vector of zeros is subtracted in between.
+- a ReLU or Clip right behind a product of integers is taken for the range of integers made of it: where none are made,
+  the product is one of floats. Such a ReLU is a leaky one, and zeros are subtracted in front of such a Clip.
 - that kernel rounds what it multiplies by its weights to 8 bits too, in blocks, as it runs: 41 dB on normal numbers, as
   good as nothing beside weights of 4 bits and most of the error beside those of 8. A session may forbid it.
 - by ranges that are found when it runs, of whole activations, products of matrices are as fast as by ranges of data
