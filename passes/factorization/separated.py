@@ -301,7 +301,7 @@ class _Unfolded:
         weighed = problem.weighed(over)
         beside = ((up.t() @ weighed) * flat).sum(1)
         together = torch.zeros(len(flat), len(flat), dtype=flat.dtype)
-        for inputs, outputs in problem.bands or [(problem.inputs, problem.outputs)]:
+        for inputs, outputs in (*problem.bands,) or ((problem.inputs, problem.outputs),):
             left = up if outputs is None else outputs @ up
             together += (up.t() @ left) * ((flat if inputs is None else flat @ inputs) @ flat.t())
         pairs = together.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
