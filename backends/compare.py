@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.errors import EquivalenceError, RegaugeError, first_line
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import describe, run
-from regauge.ir.sample_inputs import sample_inputs
-from regauge.ir.tables import format_table
+from regauge.ir.printing.tables import format_table
+from regauge.ir.running.interpret import describe, run
+from regauge.ir.running.sample_inputs import sample_inputs
 
 Runner = Callable[[Any], Any]
 

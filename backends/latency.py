@@ -24,9 +24,9 @@ from regauge.backends.run_torch import flat_module
 from regauge.backends.to_onnx import to_onnx
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import Interpreter, device_of
-from regauge.ir.quantized_layers import planned_for_onnxruntime
-from regauge.ir.sample_inputs import sample_runs
+from regauge.ir.running.interpret import Interpreter, device_of
+from regauge.ir.running.sample_inputs import sample_runs
+from regauge.ir.storage.quantized_layers import planned_for_onnxruntime
 from regauge.ir.timing import Timing
 
 FEWEST, MOST = 21, 400  # rounds

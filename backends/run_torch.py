@@ -12,7 +12,7 @@ from regauge.backends.compare import output_names
 from regauge.backends.to_torch import to_torch
 from regauge.ir.errors import RegaugeError, first_line
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import Interpreter
+from regauge.ir.running.interpret import Interpreter
 
 
 def flat_module(

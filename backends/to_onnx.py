@@ -25,7 +25,7 @@ from regauge.backends.onnx_model.kernels import add_functions, as_calls
 from regauge.backends.onnx_model.write import Check, copy_model, external_locations, write_model
 from regauge.ir.collection import without_collection
 from regauge.ir.errors import EmitError
-from regauge.ir.folding_limits import BYTES_BEFORE, BYTES_PROPERTY
+from regauge.ir.folding.limits import BYTES_BEFORE, BYTES_PROPERTY
 from regauge.ir.graph import Graph
 from regauge.ir.node_order import IN_ORDER
 from regauge.ir.states import PROPERTY, noted_states

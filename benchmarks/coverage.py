@@ -115,7 +115,7 @@ def _graph_error(graph: Any, case: Case, expected: Sequence[torch.Tensor]) -> fl
     """Error of the captured graph, run by the reference interpreter, over the model's flattened outputs."""
     from torch.utils import _pytree
 
-    from regauge.ir.interpret import run
+    from regauge.ir.running.interpret import run
 
     leaves = [x for x in _pytree.tree_leaves((case.args, case.kwargs)) if isinstance(x, torch.Tensor)]
     results = run(graph, leaves)

@@ -27,7 +27,7 @@ from regauge.backends.to_torch import to_torch
 from regauge.backends.torch_module.runtime import source_of
 from regauge.frontends.capture import capture
 from regauge.ir.dims.resize import resize
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 
 TOLERANCE = 1e-5
 CHECKS = ("keys", "pickle", "export", "backward")

@@ -26,7 +26,7 @@ from benchmarks.mask_oracle import relative_error
 from benchmarks.zoo import build, names, redraw
 from regauge.ir.edit import remove_dead
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.factorization.blocks import links_of
 from regauge.passes.factorization.catalog import FORMS

@@ -4,9 +4,10 @@
 
 Registers of a thread, bytes that it spills, and bytes of shared memory, as ptxas of the installed Triton allocates
 them: for 4096 rows of 4096 columns in bfloat16 (and for the longest rows that a program holds, where rows are reduced),
-as kernels are launched. Products have a row for 16 rows, too, of which several programs have a part each; a second
-kernel adds these up. Behind them are the gradients of some forms (GRADIENTS). With ``--only`` the rows of these forms
-take the place of those that the table has. The exit status is 1 where a kernel spills.
+as kernels are launched. Losses have the rows of a large vocabulary, too (MORE); products have a row for 16 rows, of
+which several programs have a part each; a second kernel adds these up. Behind them are the gradients of some forms
+(GRADIENTS). With ``--only`` the rows of these forms take the place of those that the table has. The exit status is 1
+where a kernel spills.
 """
 
 from __future__ import annotations
@@ -34,16 +35,22 @@ from regauge.ir.dims.extents import Dim
 from regauge.ir.edit import Builder
 from regauge.ir.fusion.fuse import fuse
 from regauge.ir.fusion.fused import body_of, canonical
+from regauge.ir.fusion.legality import WIDEST_TOTALS
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.fusion.traffic import PERSISTENT
 
 ROWS = COLUMNS = 4096
 FEW_ROWS = 16
+MORE = {
+    **dict.fromkeys(("cross_entropy", "smooth_cross_entropy", "weighted_cross_entropy"), (8192, 131072)),
+    **dict.fromkeys(("layer_norm", "add_rms_norm"), (4096, WIDEST_TOTALS)),
+}
+"""Rows and columns that forms, and their gradients, have beside those of all."""
 FIGURES = ("registers", "spilled", "shared")
 TITLE = "What generated kernels take of a GPU"
 GRADIENTS = (
-    "swiglu", "masked_softmax", "layer_norm", "add_rms_norm", "cross_entropy", "causal_attention", "masked_attention",
-    "capped_attention",
+    "swiglu", "masked_softmax", "layer_norm", "add_rms_norm", "cross_entropy", "smooth_cross_entropy",
+    "causal_attention", "masked_attention", "capped_attention",
 )  # fmt: skip
 """Forms whose gradients have kernels of several kinds: pointwise, rows, sums over rows, and attention."""
 
@@ -67,7 +74,8 @@ class Case:
 def cases(names: Sequence[str]) -> Iterator[Case]:
     """Each kernel, in each form that it may have at a size."""
     for name in names:
-        for rows, columns in ((ROWS, COLUMNS), (ROWS, PERSISTENT), (FEW_ROWS, COLUMNS)):
+        more = [MORE[name]] if name in MORE else []
+        for rows, columns in dict.fromkeys([(ROWS, COLUMNS), (ROWS, PERSISTENT), (FEW_ROWS, COLUMNS), *more]):
             graph = form_graph(name, torch.bfloat16, rows, columns)
             region = trace(graph.nodes, graph.outputs)  # type: ignore[arg-type]
             if (columns > COLUMNS) > (region.kind == "row reduction") or (rows < ROWS) > (region.kind == "contraction"):
@@ -85,8 +93,9 @@ def cases(names: Sequence[str]) -> Iterator[Case]:
 
 def gradient_cases(names: Sequence[str]) -> Iterator[Case]:
     """The kernels of gradients, which are launched one after the other."""
-    for name in names:
-        graph = form_graph(name, torch.bfloat16, ROWS, COLUMNS)
+    sizes_of = {name: [(ROWS, COLUMNS), *([MORE[name]] if name in MORE else [])] for name in names}
+    for name, (rows, columns) in ((name, one) for name, each in sizes_of.items() for one in each):
+        graph = form_graph(name, torch.bfloat16, rows, columns)
         node = fuse(Builder(graph), trace(graph.nodes, graph.outputs), "fused")  # type: ignore[arg-type]
         body = canonical(body_of(node))
         for _, operator in kernel_operator(body, "fused", to_torch(body)).backward:
@@ -95,7 +104,7 @@ def gradient_cases(names: Sequence[str]) -> Iterator[Case]:
             source: Source | None = kernel.source(kernel.form_for(sizes))
             while source is not None:
                 for one in source.kernels:
-                    yield Case(f"{name}_gradient", one, source, ROWS, sizes)
+                    yield Case(f"{name}_gradient", one, source, rows, sizes)
                 source = source.then
 
 

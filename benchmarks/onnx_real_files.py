@@ -164,7 +164,7 @@ def measure(path: Path, feeds: Feeds, ratio: float) -> tuple[list[str], list[lis
     """The row of one file, the shapes its convolutions were left with, and the larger of the two differences."""
     import regauge
     from regauge.backends.run_onnxruntime import Session
-    from regauge.ir.interpret import run
+    from regauge.ir.running.interpret import run
 
     with tempfile.TemporaryDirectory() as folder:
         copy, small = Path(folder) / "copy.onnx", Path(folder) / "small.onnx"

@@ -130,7 +130,7 @@ def measure(name: str, how: str, path: Path, inputs: tuple[Any, ...], ratio: flo
 def difference(graph: Any, path: Path, inputs: tuple[Any, ...]) -> float:
     import onnxruntime
 
-    from regauge.ir.interpret import run
+    from regauge.ir.running.interpret import run
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

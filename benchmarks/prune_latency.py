@@ -30,7 +30,7 @@ from benchmarks.report import append_table, environment
 from regauge.backends.latency import measure
 from regauge.ir.cost import figures
 from regauge.ir.graph import Graph
-from regauge.passes.pruning.scores import score
+from regauge.passes.pruning.score_table import score
 
 HEADS = [
     "network", "runtime", "method", "asked", "as measured by the pass", "measured afterwards", "noise", "MACs kept",

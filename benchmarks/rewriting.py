@@ -31,7 +31,7 @@ from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph
 from regauge.ir.memory.activations import activation_bytes
 from regauge.ir.memory.plan import plan_memory
-from regauge.ir.tables import short
+from regauge.ir.printing.tables import short
 from rematerialised import hourglass, training_step
 from storage_peak import storage_peak
 

@@ -155,7 +155,7 @@ def feeds_for(path: Path) -> list[dict[str, np.ndarray]]:
     from itertools import islice
 
     import regauge
-    from regauge.ir.sample_inputs import sample_runs
+    from regauge.ir.running.sample_inputs import sample_runs
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

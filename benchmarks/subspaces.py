@@ -28,7 +28,7 @@ from regauge.ir.gauge.classes import DIAGONAL
 from regauge.ir.gauge.frames import find_frames
 from regauge.ir.gauge.insertion import scaled
 from regauge.ir.graph import Graph
-from regauge.ir.weights import dense
+from regauge.ir.storage.weights import dense
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.quantization.grid import Form, Grid
 from regauge.passes.quantization.subspaces import least_bits

@@ -17,7 +17,7 @@ from regauge.frontends.pytrees import Leaf
 from regauge.frontends.traced_sizes import TracedBuilder, TracedSizes
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import CaptureError
-from regauge.ir.fold import fold_constants
+from regauge.ir.folding.fold import fold_constants
 from regauge.ir.graph import Graph, Parameter, State, Value
 
 

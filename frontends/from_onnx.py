@@ -32,9 +32,9 @@ from regauge.ir.collection import without_collection
 from regauge.ir.dtypes import Dtype
 from regauge.ir.edit import Builder, remove_node
 from regauge.ir.errors import LoadError, OperatorError, RegaugeError, RegaugeWarning
-from regauge.ir.folding_limits import BYTES_BEFORE, noted_bytes
+from regauge.ir.folding.limits import BYTES_BEFORE, noted_bytes
+from regauge.ir.folding.onnx_operators import Question, fold
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.onnx_folding import Question, fold
 from regauge.ir.operator import Operator, find_onnx
 from regauge.ir.sizes.expressions import Size, count, parse_size, symbol
 from regauge.ir.sizes.onnx_contents import Unknown, as_type, constant_tensor, content, of_shape

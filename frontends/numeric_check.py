@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind
 from regauge.frontends.aten_call import target_path
 from regauge.frontends.fx_importer import Trail
 from regauge.ir.graph import Graph, Node
-from regauge.ir.interpret import Interpreter
+from regauge.ir.running.interpret import Interpreter
 
 # Relative to the largest magnitude of the reference: room for another order of summation, none for another function.
 _TOLERANCE = {

@@ -17,8 +17,8 @@ from regauge.ir.operator import Operator, get_operator
 from regauge.ir.shapes import infer_results
 from regauge.ir.sizes.expressions import Size
 from regauge.ir.sizes.sources import untold_sources
-from regauge.ir.weight_edits import computed_weight
-from regauge.ir.weights import Weight, dense
+from regauge.ir.storage.weight_edits import computed_weight
+from regauge.ir.storage.weights import Weight, dense
 
 Results = Sequence[tuple[Sequence[Size], Dtype]]
 Expected = Sequence[tuple[tuple[Size, ...], Dtype] | None]
@@ -114,7 +114,7 @@ class Builder:
     ) -> Parameter:
         """A weight to read in place of ``old``: ``function`` of the tensors of ``old`` and of ``sources`` in float64.
 
-        Once nobody reads ``old`` any more it goes, and the new one takes its names (regauge.ir.weight_edits).
+        Once nobody reads ``old`` any more it goes, and the new one takes its names (regauge.ir.storage.weight_edits).
         """
         new = self.computed(f"{old.name}_folded", function, old, *sources, shape=shape, dtype=dtype)
         self._successors.append((old, new))

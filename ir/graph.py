@@ -19,12 +19,12 @@ from regauge.ir.dtypes import Dtype, dtype_name
 from regauge.ir.errors import GraphError
 from regauge.ir.operator import Operator, get_operator
 from regauge.ir.sizes.expressions import Size, UnknownRank, format_size, simplify
-from regauge.ir.weights import Weight, dense
+from regauge.ir.storage.weights import Weight, dense
 
 if TYPE_CHECKING:
     from regauge.ir.dims.axes import Analysis
     from regauge.ir.dims.extents import Dim
-    from regauge.ir.interpret import Hook
+    from regauge.ir.running.interpret import Hook
 
 Number: TypeAlias = bool | int | float | complex
 Kind: TypeAlias = Literal["parameter", "buffer", "constant"]
@@ -172,7 +172,7 @@ class Node:
                 yield slot, operand
 
     def __repr__(self) -> str:
-        from regauge.ir.text import format_node
+        from regauge.ir.printing.text import format_node
 
         return format_node(self)
 
@@ -218,9 +218,9 @@ class Graph:
     version: int = 0
     _nodes: dict[Node, None] = field(default_factory=dict)
     _sorted: tuple[int, list[Node]] | None = None
-    _schedule: tuple[tuple[Any, ...], list[Any]] | None = None  # see regauge.ir.schedule
+    _schedule: tuple[tuple[Any, ...], list[Any]] | None = None  # see regauge.ir.running.schedule
     _analysis: tuple[int, Analysis] | None = None
-    _runs: tuple[tuple[int, int], list[tuple[list[Any], list[Any]]]] | None = None  # see regauge.ir.sample_inputs
+    _runs: tuple[tuple[int, int], list[tuple[list[Any], list[Any]]]] | None = None  # see ir/running/sample_inputs.py
 
     @property
     def nodes(self) -> list[Node]:
@@ -264,13 +264,13 @@ class Graph:
         ``inputs`` are tensors in order or by name, or one tensor. ``hook(node, results)`` is called after every node
         with the tuple of its results, and may return others in their place.
         """
-        from regauge.ir.interpret import run
+        from regauge.ir.running.interpret import run
 
         return run(self, (inputs,) if isinstance(inputs, torch.Tensor) else inputs, hook=hook)
 
     def explain(self, what: str) -> str:
-        """Why a Dim, a parameter axis or a value is as it is, in words; see :mod:`regauge.ir.explain`."""
-        from regauge.ir.explain import explain
+        """Why a Dim, a parameter axis or a value is as it is, in words; see :mod:`regauge.ir.printing.explain`."""
+        from regauge.ir.printing.explain import explain
 
         return explain(self, what)
 
@@ -319,7 +319,7 @@ class Graph:
         return len(self._nodes)
 
     def __str__(self) -> str:
-        from regauge.ir.text import format_graph
+        from regauge.ir.printing.text import format_graph
 
         return format_graph(self)
 

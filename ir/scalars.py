@@ -40,6 +40,7 @@ class Scalar:
     ``operand``  the value of operand ``value``, a slot number; a ``truth`` value where its type is that
     ``number``   the number ``value``
     ``index``    the place along the axis ``value`` of an operand
+    ``from_end`` the same, counted from the end of the axis: -1 is the last place
     ``count``    how many indices the axis ``value`` of an operand has, or where that is None all ended axes together
     ``epsilon``  what a norm takes for an ``eps`` of None, by the type of the result
     ``joined``   of the arguments the one in whose segment of the result the index lies
@@ -123,9 +124,9 @@ def operand(slot: int, *, truth: bool = False) -> Scalar:
     return Scalar("operand", value=slot, truth=truth)
 
 
-def index(axis: OperandAxis) -> Scalar:
-    """The place along an axis of an operand, or of the result, from 0 on."""
-    return Scalar("index", value=axis)
+def index(axis: OperandAxis, *, from_end: bool = False) -> Scalar:
+    """The place along an axis of an operand, or of the result, from 0 on, or ``from_end``: -1 is the last one."""
+    return Scalar("from_end" if from_end else "index", value=axis)
 
 
 def count(axis: OperandAxis | None = None) -> Scalar:
@@ -434,8 +435,8 @@ def _evaluated(node: Scalar, value: Callable[[Scalar], Any], operands: Sequence[
             return laid.size(laid.ended if node.value is None else laid.of(node.value))
         case "epsilon":
             return epsilon_of(operands[0].dtype)
-        case "index":
-            return laid.index(node.value)
+        case "index" | "from_end":
+            return laid.index(node.value) - (laid.size(laid.of(node.value)) if node.op == "from_end" else 0)
     args = [value(arg) for arg in node.args]
     if node.op in PRIMITIVES:
         return PRIMITIVES[node.op](*args)

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from regauge.ir.errors import PassError
-from regauge.ir.given_inputs import fitted
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import Interpreter, inputs_of
+from regauge.ir.running.given_inputs import fitted
+from regauge.ir.running.interpret import Interpreter, inputs_of
 from regauge.ir.states import with_first_states
 from regauge.ir.timing import Measure
 from regauge.passes.options import check_options, describe, hints, unknown_option

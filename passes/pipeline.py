@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from regauge.ir.cost import Figures, figures
-from regauge.ir.device import on_device
 from regauge.ir.edit import dead_nodes, record, remove_dead
 from regauge.ir.errors import EquivalenceError, PassError, RegaugeError, RegaugeWarning
 from regauge.ir.fusion.fused import fused_nodes
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import device_of, run_seeded
-from regauge.ir.sample_inputs import input_symbols, remember_runs, sample_runs
+from regauge.ir.running.interpret import device_of, run_seeded
+from regauge.ir.running.sample_inputs import input_symbols, remember_runs, sample_runs
+from regauge.ir.storage.device import on_device
+from regauge.ir.storage.weights import writes
 from regauge.ir.timing import Measure
 from regauge.ir.verify import verify
-from regauge.ir.weights import writes
 from regauge.passes import on_floats
 from regauge.passes.base import GIVE_DATA, Context, Pass, Replayed
 from regauge.passes.linear_layers import linear_layers

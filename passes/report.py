@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from regauge.ir.cost import Figures, figures
 from regauge.ir.graph import Graph
-from regauge.ir.tables import format_table, short
+from regauge.ir.printing.tables import format_table, short
 from regauge.passes.base import Cut, reasons
 
 _SHOWN_CUTS = 12

@@ -15,8 +15,8 @@ from torch import nn
 
 import regauge
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
 from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet, rewrite_graph
+from regauge.ir.running.interpret import run
 from regauge.ir.verify import verify
 from regauge.passes.simplify.simplify import Simplify
 

@@ -18,6 +18,12 @@ def causal_attention(f: Form, rows: Any, columns: int) -> Any:
     return f.build.attention(q, k, v, scale=128**-0.5, is_causal=True, enable_gqa=True)
 
 
+def later_causal_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Queries are the last of the positions: half of these, if not more."""
+    q, k, v = f.x(2, 4, min(rows, max(columns // 2, 1)), 64), f.x(2, 2, columns, 64), f.x(2, 2, columns, 64)
+    return f.build.attention(q, k, v, scale=0.125, is_causal=True, lower_right=True, enable_gqa=True)
+
+
 def masked_attention(f: Form, rows: Any, columns: int) -> Any:
     """Heads whose sizes are no powers of two, and other ones of values."""
     q, k, v = f.x(2, 3, rows, 80), f.x(2, 3, columns, 80), f.x(2, 3, columns, 24)
@@ -74,12 +80,14 @@ def quantized_cache_attention(f: Form, rows: Any, columns: int) -> Any:
     return f.build.attention(q, read_back(), read_back(), scale=0.125, enable_gqa=True)
 
 
-def int4_cache(f: Form, columns: int, size: int, group: int | None = None, *, statistics: bool = False) -> Value:
+def few_bit_cache(
+    f: Form, columns: int, size: int, group: int | None = None, *, statistics: bool = False, bits: int = 4
+) -> Value:
     """What ``kv-quantize{bits=4}`` reads back of keys or values: two heads of codes, two a byte, with the step and the
     lowest number of each position (or of each group of channels there), and statistics of channels."""
-    b, count = f.build, 1 if group is None else size // group
+    b, count, shared = f.build, 1 if group is None else size // group, 8 // bits
     step, low = (b.cast(f.x(2, 2, columns, count, dtype=torch.float16), dtype=torch.float32) for _ in range(2))
-    codes = b.unpack(f.x(2, 2, columns, size // 2, dtype=torch.uint8), base=16, count=2)
+    codes = b.unpack(f.x(2, 2, columns, size // shared, dtype=torch.uint8), base=2**bits, count=shared)
     y = b.cast(codes, dtype=torch.float32)
     if group is not None:
         step, low = (b.unsqueeze(part, dim=4) for part in (step, low))
@@ -93,20 +101,26 @@ def int4_cache(f: Form, columns: int, size: int, group: int | None = None, *, st
 
 def int4_cache_attention(f: Form, rows: Any, columns: int) -> Any:
     """A prompt behind others: what is cached has 4 bits."""
-    keys, values = (int4_cache(f, columns, 64, statistics=True) for _ in range(2))
+    keys, values = (few_bit_cache(f, columns, 64, statistics=True) for _ in range(2))
     visible = f.x(rows, columns, dtype=torch.bool)
     return f.build.attention(f.x(2, 6, rows, 64), keys, values, visible, scale=0.125, enable_gqa=True)
 
 
 def int4_cache_decoding(f: Form, rows: Any, columns: int) -> Any:
     """One query for each of eight heads, two of which are cached."""
-    keys, values = (int4_cache(f, columns, 128) for _ in range(2))
+    keys, values = (few_bit_cache(f, columns, 128) for _ in range(2))
+    return f.build.attention(f.x(2, 8, 1, 128), keys, values, scale=0.125, enable_gqa=True)
+
+
+def int2_cache_decoding(f: Form, rows: Any, columns: int) -> Any:
+    """Four numbers of a head share a byte, of keys and of values."""
+    keys, values = (few_bit_cache(f, columns, 128, bits=2) for _ in range(2))
     return f.build.attention(f.x(2, 8, 1, 128), keys, values, scale=0.125, enable_gqa=True)
 
 
 def int4_groups_attention(f: Form, rows: Any, columns: int) -> Any:
     """Groups of channels with ranges of their own: numbers are made of codes one by one."""
-    keys, values = (int4_cache(f, columns, 64, 32) for _ in range(2))
+    keys, values = (few_bit_cache(f, columns, 64, 32) for _ in range(2))
     return f.build.attention(f.x(2, 2, rows, 64), keys, values, scale=0.125)
 
 
@@ -149,13 +163,14 @@ def written_out_attention(f: Form, rows: Any, columns: int) -> Any:
 
 def wide_attention(f: Form, rows: Any, columns: int) -> Any:
     """Heads that no program holds: latents with and without what is turned, as multi-head latent attention has them."""
-    q, k, v = f.x(4, rows, 320), f.x(1, columns, 320), f.x(1, columns, 264)
-    return f.build.attention(q, k, v, scale=320**-0.5, is_causal=True)
+    width, other = (4096, 4096) if columns >= 512 else (320, 264)
+    q, k, v = f.x(4, rows, width), f.x(1, columns, width), f.x(1, columns, other)
+    return f.build.attention(q, k, v, scale=width**-0.5, is_causal=True)
 
 
 ATTENTION_FORMS = (
-    causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention, decoding_attention,
-    latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding, int4_groups_attention,
-    int8_cache_attention, turned_latents_attention, latent_keys_with_bias_attention,
-    written_out_attention, wide_attention,
+    causal_attention, later_causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention,
+    decoding_attention, latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding,
+    int2_cache_decoding, int4_groups_attention, int8_cache_attention, turned_latents_attention,
+    latent_keys_with_bias_attention, written_out_attention, wide_attention,
 )  # fmt: skip

@@ -9,7 +9,7 @@ from regauge.ir.dims.groups import free_groups
 from regauge.ir.dims.kept import flat_indices
 from regauge.ir.dims.resize import resize
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.ir.verify import verify
 
 

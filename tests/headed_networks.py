@@ -5,7 +5,7 @@ from torch import nn
 
 import regauge
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.ir.verify import verify
 
 

@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from regauge.frontends.from_onnx import load
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 
 generator = np.random.default_rng(0)
 

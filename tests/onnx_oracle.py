@@ -14,7 +14,7 @@ import torch
 
 from regauge.frontends.from_onnx import load
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.ir.sizes.expressions import evaluate
 
 

@@ -264,6 +264,7 @@ def attentions(draw: Callable[[Any], Any]) -> Graph:
         options: dict[str, Any] = {"softcap": 2.0} if draw(st.booleans()) else {}
         op = "capped_attention" if options else "attention"
         options |= {"scale": 0.5, "is_causal": causal, "enable_gqa": shared > 1}
+        options["lower_right"] = causal and draw(st.booleans())
         y = build(op, q, k, v, *given, **options)
     else:
         scores = build.div(build.matmul(q, build.permute(k, dims=(0, 1, 3, 2))), 3.0)

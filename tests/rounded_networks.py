@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Graph
-from regauge.ir.weights import dense
+from regauge.ir.storage.weights import dense
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.quantization.grid import Form, Grid
 

@@ -5,8 +5,8 @@ from torch import nn
 
 import regauge
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
 from regauge.ir.rewriting.rewrite import RuleSet, rewrite_graph
+from regauge.ir.running.interpret import run
 
 
 def shaken(model: nn.Module) -> nn.Module:

@@ -7,9 +7,9 @@ import torch
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
 from regauge.ir.rewriting.rewrite import RuleSet, rewrite_graph
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.interpret import run
+from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.ir.sizes.expressions import Size, symbol
 from regauge.ir.verify import verify
 

@@ -1,6 +1,7 @@
 """The repository's own shape: links resolve, imports only point downward, and no file is a drawer."""
 
 import ast
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,6 +140,26 @@ def test_imports_outside_the_package_are_written_in_full() -> None:
         if name.startswith(".") or name.partition(".")[0] in LINKED
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_what_examples_and_benchmarks_import_is_there() -> None:
+    """Nothing else runs all of them: a name that moved would be missed only by whoever measures next."""
+    wrong = [
+        f"{place(file, line)}: {name}"
+        for file in python_files(ROOT / "examples", ROOT / "benchmarks")
+        for line, name in imported(file)
+        if name.startswith("regauge.") and not exists(name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module of the package, or what its module names."""
+    parent, _, last = name.rpartition(".")
+    if importlib.util.find_spec(parent) is None:
+        return False
+    module = importlib.import_module(parent)
+    return hasattr(module, last) or hasattr(module, "__path__") and importlib.util.find_spec(name) is not None
 
 
 def test_no_module_has_a_banned_name() -> None:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from regauge.ir.errors import EmitError, first_line
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import device_of, run
+from regauge.ir.running.interpret import device_of, run
 from regauge.ir.sizes.expressions import evaluate
 
 TOLERANCE = 1e-4  # of the largest value of a result; float32 sums in another order stay well below

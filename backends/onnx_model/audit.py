@@ -14,7 +14,7 @@ from typing import Any
 
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
-from regauge.ir.quantized_layers import planned_for_onnxruntime, quantized_layers
+from regauge.ir.storage.quantized_layers import planned_for_onnxruntime, quantized_layers
 
 INTEGER_KERNELS = {
     "QLinearMatMul", "QGemm", "QLinearConv", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits",

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from regauge.ir.folding.purity import is_pure
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
-from regauge.ir.purity import is_pure
 from regauge.ir.sizes.expressions import same
 
 _FORMALS: dict[str, Callable[[Node], int]] = {

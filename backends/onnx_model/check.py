@@ -15,8 +15,8 @@ from regauge.backends.onnx_model.write import external_locations, with_nested
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.errors import EmitError, RegaugeError, RegaugeWarning
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
-from regauge.ir.sample_inputs import input_symbols, remembered_runs, sample_runs
+from regauge.ir.running.interpret import run
+from regauge.ir.running.sample_inputs import input_symbols, remembered_runs, sample_runs
 from regauge.ir.sizes.onnx_contents import constant_tensor
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -10,7 +10,7 @@ import onnx_ir
 import torch
 
 from regauge.ir.errors import RegaugeError
-from regauge.ir.onnx_folding import Question, fold
+from regauge.ir.folding.onnx_operators import Question, fold
 from regauge.ir.sizes.expressions import Size, divide, product, same
 from regauge.ir.sizes.onnx_contents import LIMIT, Content, Unknown, constant_tensor, content, of_shape
 

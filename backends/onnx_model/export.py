@@ -22,7 +22,7 @@ from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.node_order import IN_ORDER
 from regauge.ir.ops.spell_normalisation import RMS_NORM_OPSET
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 
 Bodies: TypeAlias = Mapping[str, tuple[Graph, str]]
 _PREFIX = "module."  # what the wrapper adds to every name
@@ -38,6 +38,7 @@ def exported_model(graph: Graph, bodies: Bodies | None = None) -> onnx_ir.Model:
     from regauge.backends.onnx_model.calls import as_operators, write_spelled
     from regauge.backends.to_torch import to_torch
 
+    _check_recurrent(graph)
     operators = as_operators(graph, bodies or {})
     graph = operators.graph
     module = to_torch(graph, integers=False)
@@ -53,6 +54,19 @@ def exported_model(graph: Graph, bodies: Bodies | None = None) -> onnx_ir.Model:
     _restore_names(model, graph)
     pack_initializers(model, graph)
     return model
+
+
+def _check_recurrent(graph: Graph) -> None:
+    """Refuse LSTMs whose states are projected: the exporter writes them as if they were not, with wrong shapes."""
+    for _, node in graph.walk():
+        if not str(node.attributes.get("target", "")).startswith("aten.lstm.") or len(node.inputs) < 3:
+            continue
+        state, cell = node.inputs[1:3]
+        if isinstance(state, Value) and isinstance(cell, Value) and state.shape[-1:] != cell.shape[-1:]:
+            raise EmitError(
+                f"{node.label} projects its states (proj_size), which ONNX's LSTM does not: emit a torch module, or "
+                "write the layer as a loop of cells"
+            )
 
 
 class _FlatModule(torch.nn.Module):

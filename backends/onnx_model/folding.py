@@ -18,7 +18,7 @@ from regauge.backends.onnx_model.carrier import Carrier
 from regauge.backends.onnx_model.contents import Contents
 from regauge.backends.onnx_model.inlining import nested_graphs
 from regauge.backends.onnx_model.sharing import share_equal, share_sizes
-from regauge.ir.folding_limits import FILE_ROOM, NODE_BYTES
+from regauge.ir.folding.limits import FILE_ROOM, NODE_BYTES
 from regauge.ir.graph import Graph
 from regauge.ir.sizes.onnx_contents import Content
 

@@ -14,7 +14,7 @@ from regauge.backends.onnx_model.write import MOST_INLINE_BYTES
 from regauge.backends.run_onnxruntime import Optimisation, Session
 from regauge.ir.errors import EmitError, RegaugeError, RegaugeWarning, first_line
 from regauge.ir.graph import Graph
-from regauge.ir.sample_inputs import candidates, input_symbols
+from regauge.ir.running.sample_inputs import candidates, input_symbols
 
 Runs: TypeAlias = Sequence[tuple[Mapping[str, Any], list[Any]]]
 

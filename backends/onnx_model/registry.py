@@ -1,8 +1,8 @@
 """Keeps the tables of operators that torch's ONNX exporter builds from one export to the next.
 
-Every ``torch.onnx.export`` reads the source of some thousand translations anew to list them, and asks for all operators
-that are composed of others once for each namespace: 0.5 s of the 0.75 s that a small graph takes. Both stay the same
-until another operator or translation is registered, so they are kept under the number of these.
+Every ``torch.onnx.export`` reads the source of some thousand translations anew to list them, and asks several times for
+all operators that are composed of others, each time once for each namespace: 0.5 s of the 0.75 s that a small graph
+takes. Both stay the same until another operator or translation is registered, so they are kept under what is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from unittest import mock
 
 import torch
 
-_KEPT: dict[tuple[str, Hashable], tuple[Hashable, Any]] = {}  # by what it is: what was registered then, and the result
+_COMPOSED = "_collect_all_valid_cia_ops"
+_KEPT: dict[tuple[str, Hashable], tuple[Hashable, Any]] = {}  # by what it is: the state then, and the result
 
 
 @contextlib.contextmanager
@@ -28,10 +29,11 @@ def kept_registry() -> Iterator[None]:
                 mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_listed_once(ONNXRegistry)))
             )
         with contextlib.suppress(ImportError, AttributeError):
-            import torch._export.utils as composed
+            from torch.export import decomp_utils, exported_program
 
-            name = "_materialize_cpp_cia_ops"
-            stack.enter_context(mock.patch.object(composed, name, _called_once(name, getattr(composed, name))))
+            for module in (decomp_utils, exported_program):
+                listed = _composed_once(getattr(module, _COMPOSED))
+                stack.enter_context(mock.patch.object(module, _COMPOSED, listed))
         yield
 
 
@@ -48,15 +50,24 @@ def _listed_once(registry: Any) -> Callable[..., Any]:
     return from_torchlib
 
 
-def _called_once(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
-    return lambda: _kept((name, ()), function)
+def _composed_once(find: Callable[[], set[Any]]) -> Callable[[], set[Any]]:
+    """``find``, which lists the operators that are composed of others, asked again only where one may have come."""
+
+    def composed() -> set[Any]:
+        spaces = [getattr(torch.ops, name) for name in torch.ops._dir]
+        asked_for = tuple(len(getattr(space, "_dir", ())) for space in spaces)  # others are not listed
+        kernels = len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+        return set(_kept((_COMPOSED, ()), find, (asked_for, kernels)))
+
+    return composed
 
 
-def _kept(what: tuple[str, Hashable], make: Callable[[], Any]) -> Any:
-    registered, result = _KEPT.get(what, (None, None))
-    if registered != _registered():
+def _kept(what: tuple[str, Hashable], make: Callable[[], Any], state: Hashable = ()) -> Any:
+    """What ``make`` gave when the same was registered, in the same ``state``."""
+    known, result = _KEPT.get(what, (None, None))
+    if known != (_registered(), state):
         result = make()
-        _KEPT[what] = _registered(), result
+        _KEPT[what] = (_registered(), state), result
     return result
 
 

@@ -24,11 +24,11 @@ from regauge.backends.onnx_model.speller import OnnxSpeller, spell
 from regauge.backends.onnx_model.write import graphs_in, with_nested
 from regauge.ir.axis_rules.rules import broadcast_rule
 from regauge.ir.errors import EmitError
+from regauge.ir.folding.purity import OPAQUE
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.node_order import IN_ORDER
 from regauge.ir.onnx_places import scope_notes
 from regauge.ir.operator import find_onnx
-from regauge.ir.purity import OPAQUE
 
 _SEQUENCES = {"SplitToSequence"}  # read as pieces of known number, which a Split gives without a sequence
 

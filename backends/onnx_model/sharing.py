@@ -17,7 +17,7 @@ from onnx_ir.serde import serialize_attribute
 from regauge.backends.onnx_model.carrier import Carrier
 from regauge.backends.onnx_model.write import ChangedTensor, with_nested
 from regauge.ir.sizes.onnx_contents import constant_tensor
-from regauge.ir.weights import sampled_bytes
+from regauge.ir.storage.weights import sampled_bytes
 
 _SHAPE_ARITHMETIC = frozenset(
     {"Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Add", "Sub", "Mul", "Div", "Max", "Min"}

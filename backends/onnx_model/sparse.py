@@ -1,6 +1,6 @@
 """Weights with many zeros as sparse initializers, where the file becomes smaller by that.
 
-A sparse initializer is a weight in the layout :class:`regauge.ir.sparse_layouts.Coo`, the only one that ONNX has.
+A sparse initializer is a weight in the layout :class:`regauge.ir.storage.sparse_layouts.Coo`, the only one of ONNX.
 Positions are written as protobuf packs numbers, one to four bytes each, where raw data would take eight: a weight in
 float32 of which half is zero is smaller already. onnxruntime makes such weights dense when it loads a model, so neither
 memory nor speed change.
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from regauge.ir.sparse_layouts import Coo
+from regauge.ir.storage.sparse_layouts import Coo
 
 _TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64}  # the element types that are stored so
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir
 import torch
 
-from regauge.ir.protobuf_wire import delimited, fields
+from regauge.ir.storage.protobuf_wire import delimited, fields
 
 LEAST_BYTES = 1 << 12  # smaller tensors are serialised with all else
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # numbers of fields in onnx.proto

@@ -13,7 +13,7 @@ import torch
 from regauge.backends.torch_module.frames import inside, module_path
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Kind, Node, Parameter
-from regauge.ir.weights import Weight
+from regauge.ir.storage.weights import Weight
 
 Parts: TypeAlias = "dict[str, tuple[Weight | torch.Tensor, Literal['parameter', 'buffer', 'trained']]]"
 """The tensors of a layer by their names in it; parameters are not trained but for those that are said to be."""

@@ -40,7 +40,7 @@ from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
 from regauge.ir.graph_copy import copy_graph
 from regauge.ir.ops.torch_opaque import tensor_schema
-from regauge.ir.parse import parse_graph
+from regauge.ir.printing.parse import parse_graph
 
 NAMESPACE = "regauge_kernels"
 Body: TypeAlias = Callable[..., Any]

@@ -8,7 +8,7 @@ from regauge.backends.torch_module.frames import scope_of
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.sizes.expressions import Size
-from regauge.ir.weights import DenseWeight, LazyWeight, Weight, dense
+from regauge.ir.storage.weights import DenseWeight, LazyWeight, Weight, dense
 
 
 def fuse_linear(graph: Graph) -> None:

@@ -13,7 +13,7 @@ import torch
 from regauge.backends.torch_module.frames import Frame, inside, module_path, scope_of
 from regauge.backends.torch_module.source import is_plain_name, quoted
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.weights import Weight
+from regauge.ir.storage.weights import Weight
 
 LARGEST_COMPARED = 1 << 22  # elements
 _RESERVED = frozenset(dir(torch.nn.Module()))

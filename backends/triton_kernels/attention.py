@@ -28,7 +28,6 @@ from regauge.backends.triton_kernels.contraction import type_of
 from regauge.backends.triton_kernels.expressions import TRITON_TYPES, outermost
 from regauge.backends.triton_kernels.latent import LatentFactors
 from regauge.backends.triton_kernels.loops import Loop
-from regauge.ir.fusion.attention import causal_bound
 from regauge.ir.fusion.region import Region, terms_below
 
 AttentionForm = Literal["attention", "split", "combine"]
@@ -160,10 +159,7 @@ class AttentionKernel(LatentFactors):
     def _places(self) -> None:
         """The loop over keys and values."""
         first, end = "0", self.joint_size(self.loops.source)
-        bound = causal_bound(self.parts)
-        if bound is not None:
-            last = f"tl.max({outermost(self.text(bound))})" if bound.axes else self.text(bound)
-            self.line(f"end = tl.minimum({end}, {last} + 1)  # behind it all is masked")
+        if self.masked_behind(self.parts, end):
             end = "end"
         if self.form == "split":
             self.line(f"share = tl.cdiv(tl.cdiv({end}, BLOCK_S), SPLITS) * BLOCK_S")

@@ -149,10 +149,7 @@ class AttentionGradientKernel(LatentFactors):
     def _places(self) -> None:
         """The head of the loop over keys."""
         end = self.joint_size(self.loops.source)
-        bound = causal_bound(self.parts)
-        if bound is not None:
-            last = f"tl.max({outermost(self.text(bound))})" if bound.axes else self.text(bound)
-            self.line(f"end = tl.minimum({end}, {last} + 1)  # behind it all is masked")
+        if self.masked_behind(self.parts, end):
             end = "end"
         self.line(f"for start in range(0, {end}, BLOCK_S):")
         self.indent += "    "
@@ -245,7 +242,11 @@ class AttentionGradientKernel(LatentFactors):
         last = self.loops.rows[-1:]
         bound, first = causal_bound(self.parts), "0"
         if bound is not None and last and tuple(bound.value) == last[0].dims and len(self.loops.source) == 1:
-            first = "begin // BLOCK_M * BLOCK_M"  # before it all is masked
+            place = "begin"
+            if bound.op == "from_end":
+                rows, places = self.joint_size(last), self.joint_size(self.loops.source)
+                place = f"tl.maximum(begin + {rows} - {places}, 0)"
+            first = f"{place} // BLOCK_M * BLOCK_M"  # before it all is masked
         self.line(f"for start in range({first}, {self.joint_size(last)}, BLOCK_M):")
         self.indent += "    "
         self._rows_from_start("[:, None]")

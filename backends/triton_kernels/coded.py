@@ -64,6 +64,10 @@ class CodedFactors(TileBase):
             text = self.of_bytes(self.of_load[load], read)
         if coded.digits > 1:
             text = _interleaved(read, coded.code.value.base, range(coded.digits))
+            if coded.digits > 2:
+                digits = self.names.unique("digits")
+                self.line(f"{digits} = {text}")
+                text = digits
         if coded.middle:
             text = f"({text}.to(tl.int16) - {coded.middle})"
         if places:

@@ -44,9 +44,8 @@ class ContractionKernel(TileWriter):
     def tiling(self) -> Tiling:
         kinds = [self.kind(product) for part in self.parts for product in part.all]
         most = max(len(part.all) for part in self.parts)
-        return Tiling(
-            most, max(kind.itemsize for kind in kinds), self.groups, self.digits, len(self.parts), self.float8
-        )
+        widest, bitmap = max(kind.itemsize for kind in kinds), any(term.op == "rank" for term in self.region.terms)
+        return Tiling(most, widest, self.groups, self.digits, len(self.parts), self.float8, bitmap)
 
     def source(self) -> str:
         self.tile()

@@ -11,12 +11,23 @@ import torch
 from regauge.backends.triton_kernels.coded import CodedFactors
 from regauge.backends.triton_kernels.contraction import type_of
 from regauge.backends.triton_kernels.expressions import TRITON_TYPES, outermost
+from regauge.ir.fusion.attention import Attention, causal_bound
 from regauge.ir.fusion.latent import Latents
 from regauge.ir.fusion.region import Term, below_results, terms_below
 
 
 class LatentFactors(CodedFactors):
-    """Lines for factors, and for keys that are products."""
+    """Lines for factors, and for keys that are products; and where a causal mask ends."""
+
+    def masked_behind(self, parts: Attention, places: str) -> bool:
+        """Where behind some place all is masked, the line that says where these end, of so many places."""
+        bound = causal_bound(parts)
+        if bound is None:
+            return False
+        last = f"tl.max({outermost(self.text(bound))})" if bound.axes else self.text(bound)
+        last = f"{last} + {places}" if bound.op == "from_end" else last
+        self.line(f"end = tl.minimum({places}, {last} + 1)  # behind it all is masked")
+        return True
 
     def factor(self, side: str, factor: Term, kind: torch.dtype, mask: str) -> str:
         """The lines that read or compute a tile of a factor; returns its name. What lacks one of the axes of the tile

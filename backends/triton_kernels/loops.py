@@ -14,6 +14,7 @@ from regauge.ir.affine import Affine
 from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.region import Layout, Region
+from regauge.ir.fusion.terms import PLACES
 from regauge.ir.graph import Value
 from regauge.ir.sizes.expressions import evaluate, is_static, solve_bindings
 
@@ -103,7 +104,7 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool, swe
     one whose reductions ``sweep`` over what is then contracted.
     """
 
-    layouts = [*(tensor.layout for tensor in tensors), *((t.value,) for t in region.terms if t.op == "index")]
+    layouts = [*(tensor.layout for tensor in tensors), *((t.value,) for t in region.terms if t.op in PLACES)]
 
     def merged(letter: str) -> tuple[Loop, ...]:
         groups: list[tuple[Dim, ...]] = []

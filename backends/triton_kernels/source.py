@@ -26,7 +26,7 @@ from regauge.ir.affine import Affine, index_of
 from regauge.ir.dtypes import dtype_name
 from regauge.ir.fusion.fused import Rounding as Rounding
 from regauge.ir.fusion.region import Region
-from regauge.ir.fusion.terms import BITS, Load, Term, below_results
+from regauge.ir.fusion.terms import BITS, PLACES, Load, Term, below_results
 from regauge.ir.graph import Node, Value
 from regauge.ir.sizes.expressions import format_size
 
@@ -171,7 +171,7 @@ class Writer:
         if term.op == "count":
             loops = [loop for loop in self.all_loops() if loop.dims[0] in term.over]
             return f"(1.0 * {self.joint_size(loops)})"  # a float: div_rn takes no integers
-        if term.op == "index":
+        if term.op in PLACES:
             return self._index(term)
         if term.op == "result":
             return self._result(term)
@@ -267,7 +267,7 @@ class Writer:
         text = loops[0].name if loops else "0"
         for loop in loops[1:]:
             text = f"({text} * size_{loop.name} + {loop.name})"
-        return text
+        return text if term.op == "index" else f"({text} - {self.joint_size(loops)})"
 
     def all_loops(self) -> Sequence[Loop]:
         raise NotImplementedError

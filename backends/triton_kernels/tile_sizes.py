@@ -70,7 +70,8 @@ def _run(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> int:
 
 def _held(tiling: Tiling) -> int:
     """How many tiles of sums a program holds, of digits that are taken apart, and what else takes as many registers."""
-    return tiling.products * (2 if tiling.groups else 1) + bool(tiling.digits) + (tiling.parts > 1)
+    found = tiling.bitmap and (tiling.products > 1 or tiling.bytes == 1)  # where the entries of a deep tile lie
+    return tiling.products * (2 if tiling.groups else 1) + bool(tiling.digits) + (tiling.parts > 1) + found
 
 
 def _many(tiling: Tiling) -> bool:

@@ -26,7 +26,7 @@ class Tiling:
     """What decides how large tiles are: how many ``products`` have one, ``bytes`` of an entry of the widest factor,
     loops of ``groups`` with scales of their own, and of ``digits`` that share a byte; how many ``parts`` lie side by
     side, of which a program has one, but registers for what is computed ahead of all; whether there are products of two
-    ``float8``."""
+    ``float8``, and whether a weight is found by a ``bitmap``."""
 
     products: int
     bytes: int
@@ -34,6 +34,7 @@ class Tiling:
     digits: tuple[Loop, ...]
     parts: int = 1
     float8: bool = False
+    bitmap: bool = False
 
     @property
     def plain(self) -> bool:

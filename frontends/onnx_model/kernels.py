@@ -20,7 +20,7 @@ from regauge.ir.errors import RegaugeError
 from regauge.ir.fusion.fused import named_sizes
 from regauge.ir.graph import Graph, Operand, Value
 from regauge.ir.onnx_kernels import DOMAIN, HASH, REGION, ROUNDING, function_hash
-from regauge.ir.parse import parse_graph
+from regauge.ir.printing.parse import parse_graph
 from regauge.ir.sizes.expressions import Size, replaced, same, symbols_in
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from regauge.frontends.onnx_model.weights import DENSE_BYTES, tensors_of
 from regauge.ir.errors import LoadError, RegaugeWarning, first_line
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run_seeded
-from regauge.ir.sample_inputs import sample_runs
+from regauge.ir.running.interpret import run_seeded
+from regauge.ir.running.sample_inputs import sample_runs
 from regauge.settings import current
 
 TOLERANCE = 1e-4  # of a result's greatest entry: operators that are spelled anew may round otherwise

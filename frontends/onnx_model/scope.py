@@ -17,7 +17,7 @@ from regauge.ir.errors import LoadError
 from regauge.ir.graph import Value
 from regauge.ir.sizes.expressions import Size, UnknownRank, symbols_in
 from regauge.ir.sizes.onnx_contents import LIMIT, Content
-from regauge.ir.weights import Weight
+from regauge.ir.storage.weights import Weight
 
 _SHARING_NAMES = ("cond", "loop", "scan")  # a fused node has a region with names of its own
 VECTOR_LIMIT = 64  # a vector of dynamic sizes is stacked from scalars; exporters never need more than a rank's worth

@@ -13,7 +13,7 @@ import torch
 
 from regauge.ir.dtypes import Dtype
 from regauge.ir.errors import LoadError
-from regauge.ir.weights import DenseWeight, LazyWeight, Weight
+from regauge.ir.storage.weights import DenseWeight, LazyWeight, Weight
 
 _TYPES = onnx_ir.DataType
 

@@ -21,7 +21,7 @@ import torch
 from regauge.ir.dims.extents import Dim, Extent, Product, coordinates, leaves, resolve, size_of
 from regauge.ir.errors import AxisError
 from regauge.ir.sizes.expressions import Size, product, total
-from regauge.ir.weights import Weight, cut, reordered, taken_along
+from regauge.ir.storage.weights import Weight, cut, reordered, taken_along
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import math
 
 import torch
 
+from regauge.ir.folding.known_values import known_tensor
 from regauge.ir.graph import Operand, Parameter, Value
-from regauge.ir.known_values import known_tensor
 
 MOST = 1 << 22  # elements of a mask that is computed here
 DEPTH = 24  # nodes above a mask that are looked at

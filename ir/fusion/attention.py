@@ -24,6 +24,7 @@ from regauge.ir.fusion.coded import Coded, coded
 from regauge.ir.fusion.latent import Latents, latents_of
 from regauge.ir.fusion.online import is_shifted
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
+from regauge.ir.fusion.terms import PLACES
 from regauge.ir.sizes.expressions import is_static, product
 
 WIDEST = 256
@@ -207,7 +208,8 @@ def _check_loops(region: Region, found: Attention) -> None:
 
 
 def causal_bound(found: Attention) -> Term | None:
-    """The last place of ``source`` that a row reads, where logits are minus infinity behind it: an index of rows."""
+    """The last place of ``source`` that a row reads, where logits are minus infinity behind it: an index of rows, from
+    the first place of both, or from the end of both."""
     logits = below_results(found.logits)
     if logits.op != "where":
         return None
@@ -215,5 +217,5 @@ def causal_bound(found: Attention) -> Term | None:
     if condition.op != "le" or other.op != "number" or other.value != -math.inf:
         return None
     place, last = map(below_results, condition.args)
-    indices = place.op == last.op == "index"
-    return last if indices and frozenset(place.value) == found.source and last.axes <= found.rows else None
+    places = place.op == last.op and place.op in PLACES
+    return last if places and frozenset(place.value) == found.source and last.axes <= found.rows else None

@@ -27,6 +27,7 @@ from regauge.ir.errors import FusionError
 from regauge.ir.fusion.attention import Attention
 from regauge.ir.fusion.gradient_frames import is_float, primitive
 from regauge.ir.fusion.region import Layout, Region, Term, below_results, terms_below
+from regauge.ir.fusion.terms import PLACES
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.scalars import PRIMITIVES, Scalar
 from regauge.ir.sizes.expressions import product
@@ -301,8 +302,10 @@ class _Written:
         if term.op == "load":
             value = self.given[term.value.value]
             return self._laid(self._typed(value, self.wide) if is_float(value) else value, term.value.layout, dims)
-        if term.op == "index":
-            places = self.build.arange(end=product(dim.size for dim in term.value))
+        if term.op in PLACES:
+            size = product(dim.size for dim in term.value)
+            first = -size if term.op == "from_end" else 0
+            places = self.build.arange(start=first, end=first + size)
             return self._laid(places, (tuple(term.value),), dims)
         if term.op not in PRIMITIVES:
             raise FusionError(f"the derivative of {term.op} in logits is not stated")

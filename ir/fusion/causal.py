@@ -2,10 +2,12 @@
 
     attention(q, k, v, arange(n) <= unsqueeze(arange(n)))             ->     attention(q, k, v, is_causal=True)
     attention(q, k, v, where(tril(ones(n, n)), 0, -inf))              ->     attention(q, k, v, is_causal=True)
+    attention(q, k, v, arange(n) <= unsqueeze(arange(past, n)))       ->     the same with lower_right=True
 
-Positions are affine, ``index + start``, and so is what compares them: column <= row + offset. With the offset 0 no mask
-has to be read, and what it hides is skipped (:func:`regauge.ir.fusion.attention.causal_bound`). One mask may be that of
-many layers: a kernel of each knows it by itself. Tables of truth values, as models keep them, are looked through.
+Positions are affine, ``index + start``, and so is what compares them: column <= row + offset. With the offset 0, or
+that of queries which are the last positions behind a cache, no mask has to be read, and what it hides is skipped
+(:func:`regauge.ir.fusion.attention.causal_bound`). One mask may be that of many layers: a kernel of each knows it by
+itself. Tables of truth values, as models keep them, are looked through.
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ def mark_causal(graph: Graph) -> int:
     """Let attention be causal whose mask says just that; returns how many nodes were changed. Masks that nothing else
     reads go."""
     written = {state.before for state in graph.states}
-    found = [
-        node
+    found = {
+        node: order
         for node in graph.nodes
-        if node.op in ATTENTIONS and _is_causal(node) and written.isdisjoint(_read_for(node.inputs[3]))
-    ]
-    for node in found:
-        attributes = {**node.attributes, "is_causal": True}
+        if node.op in ATTENTIONS and (order := _causal(node)) and written.isdisjoint(_read_for(node.inputs[3]))
+    }
+    for node, order in found.items():
+        attributes = {**node.attributes, **order}
         build = Builder(graph)
         with build.at(node):
             causal: Value = build(node.op, *node.inputs[:3], **attributes)
@@ -64,24 +66,29 @@ def mark_causal(graph: Graph) -> int:
     return len(found)
 
 
-def _is_causal(node: Node) -> bool:
+def _causal(node: Node) -> dict[str, bool] | None:
+    """The attributes that say what the mask of a node says; None where it says more."""
     if len(node.inputs) != 4 or not isinstance(node.inputs[3], Value):
-        return False
+        return None
     mask = node.inputs[3]
     if not mask.ranked or mask.rank < 2:
-        return False
+        return None
     query, key = (value for value in node.inputs[:2] if isinstance(value, Value))
     leading = zip(reversed(mask.shape[:-2]), reversed(query.shape[:-2]), strict=False)
     if mask.rank > query.rank or any(not same(size, 1) and not same(size, own) for size, own in leading):
-        return False  # the result has an axis of the mask
+        return None  # the result has an axis of the mask
     if not same(mask.shape[-2], query.shape[-2]) or not same(mask.shape[-1], key.shape[-2]):
-        return False  # it is repeated along positions
+        return None  # it is repeated along positions
     order = _order(mask) if mask.dtype == torch.bool else _added(mask)
     if order is None or order.reverse:
-        return False
+        return None
     if node.attributes["is_causal"]:
-        return is_static(order.offset) and int(order.offset) >= 0
-    return same(order.offset, 0)
+        implied = is_static(order.offset) and int(order.offset) >= 0 and not node.attributes["lower_right"]
+        return {"is_causal": True} if implied else None
+    if same(order.offset, 0):
+        return {"is_causal": True}
+    last = same(order.offset, key.shape[-2] - query.shape[-2])
+    return {"is_causal": True, "lower_right": True} if last else None
 
 
 def _read_for(value: Operand) -> set[Value]:
@@ -118,8 +125,18 @@ def _order(value: Operand) -> Order | None:
         number = _number(first)
         return _of_triangle(node) if number and 1 <= abs(number) < 128 else None  # an integer of any type is not zero
     if node.op == "cast" or _keeps_positions(node):
-        return _order(first)
+        return _shifted(_order(first), node)
     return None
+
+
+def _shifted(order: Order | None, node: Node) -> Order | None:
+    """The order of a result of the order of its operand, where it is a slice that begins at another position."""
+    if order is None or node.op != "slice":
+        return order
+    x, start = node.inputs[0], node.attributes["start"]
+    assert isinstance(x, Value)
+    behind = {x.rank - 2: start, x.rank - 1: -start}.get(node.attributes["dim"] % x.rank, 0)
+    return replace(order, offset=order.offset + behind)
 
 
 def _of_triangle(node: Node) -> Order:
@@ -128,12 +145,12 @@ def _of_triangle(node: Node) -> Order:
 
 
 def _keeps_positions(node: Node) -> bool:
-    """Whether a node hands on the last two axes of its operand, from the first position on."""
+    """Whether a node hands on the last two axes of its operand, or neighbouring positions of these."""
     x = node.inputs[0] if node.inputs else None
     if not isinstance(x, Value) or not x.ranked or x.rank < 2 or len(node.outputs) != 1:
         return False
     if node.op == "slice":
-        return bool(node.attributes["start"] == 0 and node.attributes["step"] == 1)
+        return bool(node.attributes["step"] == 1)
     views = ("reshape", "unsqueeze", "expand", "identity")
     return node.op in views and all(map(same, x.shape[-2:], node.output.shape[-2:]))
 
@@ -211,7 +228,7 @@ def _added(value: Operand) -> Order | None:
         shown, hidden = (second, first) if order.reverse else (first, second)
         return Order(order.offset) if shown == 0 and _hides(hidden, node.output) else None
     if node.op == "cast" and _keeps_lowest(node) or _keeps_positions(node):
-        return _added(node.inputs[0])
+        return _shifted(_added(node.inputs[0]), node)
     return None
 
 
@@ -253,10 +270,12 @@ def _of_table(table: Parameter, shown: float, hidden: float | None) -> Order | N
     tensor = table.tensor.reshape(table.tensor.shape[-2:])
     if tensor.numel() > LARGEST or min(tensor.shape) < 2:
         return None
-    below = torch.ones(tensor.shape, dtype=torch.bool).tril()
-    above = tensor[~below].double()
-    lowest = hidden if hidden is not None else float(above[0]) if above.numel() else -math.inf
-    if hidden is None and not _hides(lowest, table):
-        return None
-    fits = bool((tensor[below].double() == shown).all()) and bool((above == lowest).all())
-    return Order(0) if fits else None
+    rows, columns = tensor.shape
+    for offset in dict.fromkeys((0, max(columns - rows, 0))):
+        below = torch.ones(tensor.shape, dtype=torch.bool).tril(offset)
+        above = tensor[~below].double()
+        lowest = hidden if hidden is not None else float(above[0]) if above.numel() else -math.inf
+        seen = bool((tensor[below].double() == shown).all()) and bool((above == lowest).all())
+        if seen and (hidden is not None or _hides(lowest, table)):
+            return Order(offset)
+    return None

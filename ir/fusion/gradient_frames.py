@@ -17,6 +17,7 @@ from regauge.ir.dtypes import epsilon_of
 from regauge.ir.edit import Builder
 from regauge.ir.errors import AxisError, FusionError
 from regauge.ir.fusion.region import no_element
+from regauge.ir.fusion.terms import PLACES
 from regauge.ir.graph import Node, Value
 from regauge.ir.scalars import PRIMITIVES, REDUCTIONS, OperandAxis, Scalar, element_of, operand, parts_of
 from regauge.ir.sizes.expressions import is_static, product, same
@@ -117,7 +118,7 @@ class Frame:
             if scalar.op in ("operand", "picked"):
                 slot = scalar.value if scalar.op == "operand" else scalar.args[0].value
                 found = frozenset(self.dims.index(dim) for axis in self._layout(slot) for dim in axis)
-            elif scalar.op == "index":
+            elif scalar.op in PLACES:
                 found = frozenset(map(self.dims.index, self._named(scalar.value)))
             else:
                 found = frozenset(axis for arg in scalar.args for axis in self._axes(arg))
@@ -172,11 +173,14 @@ class Frame:
                 return self._picked(scalar)
             case "index":
                 return self._places(self._named(scalar.value))
+            case "from_end":
+                named = self._named(scalar.value)
+                return self.build.sub(self._places(named), product(dim.size for dim in named))
             case "number":
                 return scalar.value
             case "count":
-                named = (self.dims[axis] for axis in self.ended) if scalar.value is None else self._named(scalar.value)
-                size = product(dim.size for dim in named)
+                ended = tuple(self.dims[axis] for axis in self.ended)
+                size = product(dim.size for dim in (ended if scalar.value is None else self._named(scalar.value)))
                 if not is_static(size):
                     raise FusionError(f"{self.node.op} divides by the dynamic size {size}")
                 return size

@@ -12,7 +12,6 @@ from regauge.ir.fusion.attention import find_attention
 from regauge.ir.fusion.products import FLOAT8, products_of, same_left
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.fusion.terms import DIGITS
-from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Value
 from regauge.ir.sizes.expressions import is_static, product, symbols_in
 
@@ -30,6 +29,9 @@ MOST_PRODUCTS = 3
 
 MOST_PARTS = 6
 """Products with columns of their own in a region: a program has tiles of one, but its text has all."""
+
+WIDEST_TOTALS = 8192
+"""Columns of rows that a program adds up while it has each of them as a whole: of more its registers are spilled."""
 
 MOST_DIGITS = 8
 """Numbers that share a byte: a program goes through them in turn, each time with another part of the other factor."""
@@ -65,7 +67,9 @@ def _wrong_type(region: Region) -> str | None:
     digits = [term.value for term in region.terms if term.op in DIGITS]
     if any(digit.base & (digit.base - 1) for digit in digits):
         return "numbers that share a byte have parts of a bit"
-    if region.contractions and prod({digit.loop: digit.count for digit in digits}.values()) > MOST_DIGITS:
+    counts = {digit.loop: digit.count for digit in digits}.values()
+    each = max if region.attention is not None else prod  # keys and values have tiles of their own
+    if region.contractions and counts and each(counts) > MOST_DIGITS:
         return f"more than {MOST_DIGITS} numbers share a byte"
     for value in region.outputs:
         if value.dtype not in FLOATS and below_results(region.results[value]).op not in ("digit", "code"):
@@ -104,8 +108,8 @@ def _wrong_rows(region: Region) -> str | None:
         if below_results(region.results[value]) not in region.totals and not rows <= region.dims(value):
             return f"its loops are not all axes of the result {value.name}"
     sizes = [dim.size for dim in region.reduced]
-    if region.totals and not (all(map(is_static, sizes)) and int(product(sizes)) <= PERSISTENT):
-        return f"it would add up rows of more than {PERSISTENT} columns, or of a dynamic number"
+    if region.totals and not (all(map(is_static, sizes)) and int(product(sizes)) <= WIDEST_TOTALS):
+        return f"it would add up rows of more than {WIDEST_TOTALS} columns, or of a dynamic number"
     return None
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from regauge.ir.fusion.plan import Plan, Refusal
 from regauge.ir.fusion.region import Region
+from regauge.ir.printing.tables import short
 from regauge.ir.sizes.expressions import format_size
-from regauge.ir.tables import short
 
 
 def plan_rows(plan: Plan) -> list[list[str]]:

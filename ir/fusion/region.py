@@ -19,7 +19,7 @@ import torch
 from regauge.ir.affine import Affine
 from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.terms import BITS, Layout, Load, Term, below_results, terms_below
+from regauge.ir.fusion.terms import BITS, PLACES, Layout, Load, Term, below_results, terms_below
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Operator
 from regauge.ir.roofline import VIEWS
@@ -241,7 +241,7 @@ COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 def _is_integer(term: Term) -> bool:
-    return term.op == "index" or term.op == "load" and term.value.value.dtype in (torch.int32, torch.int64)
+    return term.op in PLACES or term.op == "load" and term.value.value.dtype in (torch.int32, torch.int64)
 
 
 def _may_be_whole(term: Term) -> bool:

@@ -18,6 +18,9 @@ MOST_TERMS = 2000
 DIGITS = ("digit", "spread")
 """Terms whose :class:`Digit` says along which loop a number is taken apart."""
 
+PLACES = ("index", "from_end")
+"""Terms that are a place along an axis, an integer."""
+
 BITS = ("rank", "bit")
 """Terms whose :class:`Digit` says along which loop the bits of a mask lie: all of these are computed with integers."""
 
@@ -34,6 +37,7 @@ class Term:
     ``number``  ``value`` is the number
     ``count``   how many indices the loops ``over`` have together
     ``index``   the place along an axis that is made of the loops ``value``, the slowest first
+    ``from_end``  the same, counted from the end of the axis: -1 is the last place
     ``load``    what a tensor from outside the region holds, and zero where one of ``args`` is not true; ``value`` is a
                 :class:`Load`
     ``inside``  whether a place is on an axis: ``value`` is the place and the length of the axis, both Affine
@@ -181,7 +185,7 @@ class Mover:
         if term.op == "inside":
             place, length = term.value
             return self.inside(place.at(places), length)
-        if term.op == "index":
+        if term.op in PLACES:
             raise FusionError("it would read a place along an axis elsewhere")
         if term.over & frozenset(dim for place in places.values() for dim in place.dims):
             raise FusionError("it would read what is reduced elsewhere along the same axis")

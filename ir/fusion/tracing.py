@@ -284,9 +284,9 @@ class _Tracer:
                 return self._picked(scalar, node)
             case "compact":
                 return self._compact(scalar, node)
-            case "index":
+            case "index" | "from_end":
                 dims = self._axis(node, scalar.value)
-                return Term("index", axes=frozenset(dims), value=dims)
+                return Term(scalar.op, axes=frozenset(dims), value=dims)
         args = tuple(self._term(arg, node, ended, known) for arg in scalar.args)
         if scalar.op == "where":
             return self.mover.chosen(*args)

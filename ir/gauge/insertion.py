@@ -22,7 +22,7 @@ from regauge.ir.gauge.classes import Gauge, gauge_in_words
 from regauge.ir.gauge.frames import Frame
 from regauge.ir.gauge.links import Place
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.weight_edits import computed_weight
+from regauge.ir.storage.weight_edits import computed_weight
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 _ORTHOGONAL_TO = 1e-6  # how far Q'Q may be from one, at its worst entry

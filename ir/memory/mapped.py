@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from regauge.ir.weights import CutWeight, DenseWeight, ReorderedWeight, Weight, file_of
+from regauge.ir.storage.weights import CutWeight, DenseWeight, ReorderedWeight, Weight, file_of
 
 
 def on_disk(weight: Weight) -> bool:

@@ -15,8 +15,8 @@ from regauge.ir.cost import item_size, smallest_sizes
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.memory.activations import Timeline
 from regauge.ir.memory.views import storages
+from regauge.ir.printing.tables import short
 from regauge.ir.sizes.expressions import product
-from regauge.ir.tables import short
 
 ALIGNMENT = 64
 """Bytes at a multiple of which each value begins: a line of the cache, as allocators of torch do."""

@@ -2,7 +2,9 @@
 
     q  ... h l d     k  ... h s d     v  ... h s e     mask  ... h l s     ->  ... h l e
 
-With ``enable_gqa`` the heads of q are ``(h r)``: r neighbouring query heads share one key and value head. A mask is
+With ``is_causal`` query i sees the keys up to place i, and with ``lower_right``, too, as many more as there are more
+keys than queries: the last query sees all, as where queries are the last positions behind a cache. With ``enable_gqa``
+the heads of q are ``(h r)``: r neighbouring query heads share one key and value head. A mask is
 true where a position takes part, or a number that is added; its axes are those of the scores, heads included, so that
 a relative bias is cut with the heads.
 """
@@ -97,6 +99,7 @@ def _samples() -> list[Sample]:
         sample(q, few_k, few_v, scale=0.5, enable_gqa=True),
         sample(q, few_k, few_v, randn(2, 4, 3, 5), scale=0.5, enable_gqa=True),
         sample(q, k[:, :, :3], v[:, :, :3], scale=0.4, is_causal=True),
+        sample(q, k, v, scale=0.4, is_causal=True, lower_right=True),
         sample(randn(3, 6), randn(5, 6), randn(5, 2), scale=0.4),
         sample(q, k[:, :1], v[:, :1], randn(2, 1, 1, 5), scale=0.4),
         sample(q, k, v, torch.tensor([[True], [False], [True]]), scale=0.3),
@@ -108,24 +111,24 @@ def _samples() -> list[Sample]:
 _DEPTH, _LENGTH, _SOURCE = (0, -1), (0, -2), (1, -2)
 
 
-def _masked(scores: Scalar, mask: Scalar | None, is_causal: bool) -> Scalar:
+def _masked(scores: Scalar, mask: Scalar | None, is_causal: bool, lower_right: bool) -> Scalar:
     """What a mask, or the order of positions, leaves of scores; a position that takes no part has minus infinity."""
     if mask is not None:
         scores = scalars.where(mask, scores, -math.inf) if mask.truth else scores + mask
     if is_causal:
-        past = scalars.index(_SOURCE) <= scalars.index(_LENGTH)
-        scores = scalars.where(past, scores, -math.inf)
+        source, length = (scalars.index(axis, from_end=lower_right) for axis in (_SOURCE, _LENGTH))
+        scores = scalars.where(source <= length, scores, -math.inf)
     return scores
 
 
 def _element(
     q: Scalar, k: Scalar, v: Scalar, mask: Scalar | None = None, *,
-    scale: float, is_causal: bool = False, dropout_p: float = 0.0, **_: Any,
+    scale: float, is_causal: bool = False, lower_right: bool = False, dropout_p: float = 0.0, **_: Any,
 ) -> Scalar | None:  # fmt: skip
     """A query without any position gives zero, so that its greatest score is not subtracted from itself."""
     if dropout_p:
         return None
-    scores = _masked(scalars.sum_(q * k, _DEPTH) * scale, mask, is_causal)
+    scores = _masked(scalars.sum_(q * k, _DEPTH) * scale, mask, is_causal, lower_right)
     greatest = scalars.amax(scores, _SOURCE)
     none = scalars.eq(greatest, -math.inf)
     weights = scalars.exp(scores - scalars.where(none, 0.0, greatest))
@@ -135,10 +138,10 @@ def _element(
 
 def _capped_element(
     q: Scalar, k: Scalar, v: Scalar, mask: Scalar | None = None, *,
-    scale: float, softcap: float, is_causal: bool = False, **_: Any,
+    scale: float, softcap: float, is_causal: bool = False, lower_right: bool = False, **_: Any,
 ) -> Scalar:  # fmt: skip
     scores = softcap * scalars.tanh(scalars.sum_(q * k, _DEPTH) * (scale / softcap))
-    scores = _masked(scores, mask, is_causal)
+    scores = _masked(scores, mask, is_causal, lower_right)
     weights = scalars.exp(scores - scalars.amax(scores, _SOURCE))
     return scalars.sum_(weights / scalars.sum_(weights, _SOURCE) * v, _SOURCE)
 
@@ -239,11 +242,17 @@ def attention(
     *,
     scale: float,
     is_causal: bool = False,
+    lower_right: bool = False,
     enable_gqa: bool = False,
     dropout_p: float = 0.0,
     head_size: int | None = None,
 ) -> torch.Tensor:
     """``head_size`` is the size of d, told apart where a file format would derive the scale from it."""
+    if is_causal and lower_right:
+        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(k.shape[-2] - q.shape[-2])
+        if mask is not None:
+            seen = seen & mask if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
+        mask, is_causal = seen, False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -256,6 +265,7 @@ def _capped_samples() -> list[Sample]:
         sample(q, q, q, randn(4, 3, 3), scale=0.3, softcap=2.0),
         sample(q, q, q, randn(3, 3) > -1, scale=0.3, softcap=1.5),
         sample(q, q, q, scale=0.3, softcap=1.5, is_causal=True),
+        sample(q[:, :, :2], q, q, scale=0.3, softcap=1.5, is_causal=True, lower_right=True),
     ]
 
 
@@ -277,6 +287,7 @@ def capped_attention(
     scale: float,
     softcap: float,
     is_causal: bool = False,
+    lower_right: bool = False,
     enable_gqa: bool = False,
     head_size: int | None = None,
 ) -> torch.Tensor:
@@ -286,7 +297,8 @@ def capped_attention(
         v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
     scores = softcap * torch.tanh(q @ k.transpose(-2, -1) * (scale / softcap))
     if is_causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        first = 1 + (k.shape[-2] - q.shape[-2] if lower_right else 0)
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(first)
         scores = scores.masked_fill(later, -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask

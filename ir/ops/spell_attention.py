@@ -9,7 +9,7 @@ import torch
 
 from regauge.ir.dims.mask_values import is_finite, keeps_a_key
 from regauge.ir.graph import Node, Value
-from regauge.ir.sizes.expressions import Size, divide, same
+from regauge.ir.sizes.expressions import Size, at_least, divide, same
 
 ATTENTION_OPSET = 23
 
@@ -32,7 +32,8 @@ def spell_attention(onnx: Any, node: Node) -> Any:
     if softcap:
         scores = onnx.Mul(onnx.Tanh(onnx.Div(scores, float(softcap))), float(softcap))
     if causal:
-        scores = onnx.Where(_not_later(onnx, q.shape[-2], k.shape[-2]), scores, -math.inf)
+        first = k.shape[-2] - q.shape[-2] if node.attributes["lower_right"] else 0
+        scores = onnx.Where(_not_later(onnx, q.shape[-2], k.shape[-2], first), scores, -math.inf)
     if onnx.given(3):
         mask = onnx.operand(3)
         boolean = _tensor(node, 3).dtype == torch.bool
@@ -47,6 +48,9 @@ def spell_attention(onnx: Any, node: Node) -> Any:
 
 def _masks_rows(node: Node) -> bool:
     """Whether the mask may leave nothing of a row: attention gives zero there, a softmax of minus infinity NaN."""
+    if node.attributes["is_causal"] and node.attributes["lower_right"]:
+        if not at_least(_tensor(node, 1).shape[-2] - _tensor(node, 0).shape[-2], 0):
+            return True
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     if not isinstance(mask, Value) or (mask.dtype != torch.bool and is_finite(mask)):
         return False
@@ -73,10 +77,16 @@ def _shared(onnx: Any, q: Value, other: Value, given: Any) -> Any:
     return onnx.Reshape(spread, onnx.target(shape, other.shape[:-3]))
 
 
-def _not_later(onnx: Any, length: Size, source: Size) -> Any:
-    """True where key j may be seen by query i: ``j <= i``; of dynamic sizes found when it runs."""
+def _not_later(onnx: Any, length: Size, source: Size, first: Size) -> Any:
+    """True where key j may be seen by query i: ``j <= i + first``; of dynamic sizes found when it runs."""
     if isinstance(length, int) and isinstance(source, int):
-        return onnx.constant(torch.ones(length, source, dtype=torch.bool).tril())
-    first, step = onnx.constant(torch.tensor(0)), onnx.constant(torch.tensor(1))
-    i, j = (onnx.Range(first, onnx.squeeze(onnx.sizes([size]), 0), step) for size in (length, source))
-    return onnx.Not(onnx.Greater(j, onnx.unsqueeze(i, 1)))
+        return onnx.constant(torch.ones(length, source, dtype=torch.bool).tril(int(first)))
+
+    def places(start: Size, end: Size) -> Any:
+        bounds = [
+            onnx.constant(torch.tensor(n)) if isinstance(n, int) else onnx.squeeze(onnx.sizes([n]), 0)
+            for n in (start, end)
+        ]
+        return onnx.Range(*bounds, onnx.constant(torch.tensor(1)))
+
+    return onnx.Not(onnx.Greater(places(0, source), onnx.unsqueeze(places(first, first + length), 1)))

@@ -21,12 +21,12 @@ from regauge.ir.cost import smallest_sizes
 from regauge.ir.dtypes import is_real
 from regauge.ir.errors import EquivalenceError
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.interpret import Interpreter
 from regauge.ir.operator import Symmetry, symmetry_of
 from regauge.ir.rewriting.matcher import Miss
 from regauge.ir.rewriting.pattern_instances import Choices, Constant, Weight, choices, instance, resolved, spelled
 from regauge.ir.rewriting.patterns import call_of
 from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet, rewrite_graph
+from regauge.ir.running.interpret import Interpreter
 
 Proof: TypeAlias = Literal["any function", "integers", "float64"]
 """How an equality was shown: with functions uninterpreted, on integers to the last bit, or to float64 tolerance."""

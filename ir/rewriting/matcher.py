@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from regauge.ir.folding.known_values import known_tensor
 from regauge.ir.graph import Node, Operand, Parameter, Value
-from regauge.ir.known_values import known_tensor
 from regauge.ir.rewriting.patterns import (
     EVERY,
     CallPattern,

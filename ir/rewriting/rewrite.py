@@ -21,12 +21,12 @@ from typing import Any, NoReturn, TypeAlias
 from regauge.ir.collection import without_collection
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import PatternError
+from regauge.ir.folding.purity import is_fixed
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.purity import is_fixed
 from regauge.ir.rewriting.matcher import Match, Miss, match, may_match
 from regauge.ir.rewriting.patterns import Pattern, call_of, parse_pattern
 from regauge.ir.sizes.expressions import may_be_same, same
-from regauge.ir.weight_edits import settle_successors
+from regauge.ir.storage.weight_edits import settle_successors
 
 Samples: TypeAlias = Callable[[], Iterable[dict[str, Any]]]
 

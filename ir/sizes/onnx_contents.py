@@ -2,7 +2,7 @@
 
 Exporters spell a reshape target as Shape, Gather, Concat; a softmax scale as Shape, Gather, Cast, Sqrt. Such values are
 known when a model is loaded, up to the dynamic sizes in them: they are arrays of numbers or sympy expressions (numpy
-arrays of objects where an expression is in them). :mod:`regauge.ir.onnx_folding` computes them.
+arrays of objects where an expression is in them). :mod:`regauge.ir.folding.onnx_operators` computes them.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from regauge.ir.folding.purity import is_pure
 from regauge.ir.graph import Graph, Parameter, Value
-from regauge.ir.purity import is_pure
 from regauge.ir.sizes.expressions import symbols_in
 
 

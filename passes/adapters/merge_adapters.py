@@ -12,7 +12,7 @@ import torch
 from regauge.ir.edit import Builder, dead_nodes, record, remove_dead, remove_node, replace_uses
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.rewriting.rewrite import RuleSet, rewrite_graph
-from regauge.ir.weight_edits import settle_successors
+from regauge.ir.storage.weight_edits import settle_successors
 from regauge.passes.adapters.channel_rule import CHANNELS
 from regauge.passes.adapters.folding import computed_of_parameters, number_of
 from regauge.passes.base import Context, Contract, Pass

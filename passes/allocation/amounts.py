@@ -7,7 +7,7 @@ import re
 from typing import Literal, NamedTuple, TypeAlias
 
 from regauge.ir.errors import PassError
-from regauge.ir.tables import short
+from regauge.ir.printing.tables import short
 
 Unit: TypeAlias = Literal["count", "bytes", "time"]
 

@@ -12,7 +12,7 @@ from regauge.ir.edit import Builder, dead_nodes, record, remove_dead, remove_par
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph, Node, Operand, Value
 from regauge.ir.rewriting.rewrite import Refusal, refuse
-from regauge.ir.weight_edits import settle_successors
+from regauge.ir.storage.weight_edits import settle_successors
 from regauge.passes.attention.entries import Tracer
 from regauge.passes.attention.placement import Path
 from regauge.passes.attention.sites import Site

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Graph, Value
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.attention.sites import Site
 from regauge.passes.calibration.layer_moments import visit_moments
 from regauge.passes.calibration.layers import Layer

@@ -64,7 +64,7 @@ def _no_layer(node: Node, weight: Value) -> str:
     if node.op == "dequantize":
         return "stored as integers: put dequantize before, and quantize behind"
     if node.op not in _LINEAR:
-        return f"no linear layer, but read by {node.op}"
+        return f"no linear layer, but read by {node.attributes.get('target', node.op)}"  # that of a call of torch
     if len(weight.uses) > 1:
         return "its weight has several readers"
     return "a grouped convolution" if node.op == "conv" else "no single matrix that the input is multiplied by"

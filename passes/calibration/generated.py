@@ -28,8 +28,8 @@ import torch
 from regauge.ir.dtypes import widened
 from regauge.ir.errors import PassError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.interpret import Interpreter
-from regauge.ir.schedule import schedule
+from regauge.ir.running.interpret import Interpreter
+from regauge.ir.running.schedule import schedule
 from regauge.passes.calibration.noise import float_inputs, noise_batches
 from regauge.passes.calibration.progress import progress
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.interpret import Interpreter
-from regauge.ir.schedule import schedule
+from regauge.ir.running.interpret import Interpreter
+from regauge.ir.running.schedule import schedule
 from regauge.ir.sizes.expressions import solve_bindings
 
 Visit = Callable[[Value, torch.Tensor, torch.Tensor], None]

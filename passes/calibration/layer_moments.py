@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Graph
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import LABELS, inputs_of
+from regauge.ir.running.interpret import LABELS, inputs_of
 from regauge.passes.base import Context
 from regauge.passes.calibration.batches import part_of
 

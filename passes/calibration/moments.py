@@ -6,7 +6,7 @@ import torch
 
 from regauge.ir.errors import PassError
 from regauge.ir.memory.mapped import mapped
-from regauge.ir.weights import file_of
+from regauge.ir.storage.weights import file_of
 
 _ROWS = 1 << 15  # rows that are multiplied at a time: products about means are exact enough in float32, sums are not
 _DOUBLE = 2048  # systems up to this size are kept and solved in double precision, larger ones in single

@@ -15,7 +15,7 @@ import torch
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Value
-from regauge.ir.sample_inputs import followed_uses, lookup_bound, sample_inputs, sample_runs
+from regauge.ir.running.sample_inputs import followed_uses, lookup_bound, sample_inputs, sample_runs
 from regauge.ir.sizes.expressions import evaluate
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.image_noise import image_noise

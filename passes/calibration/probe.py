@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
-from regauge.ir.lockstep import HELD
+from regauge.ir.running.interpret import run
+from regauge.ir.running.lockstep import HELD
 from regauge.passes.calibration.batches import examples_in
 
 
 class Probe:
     """The outputs of a graph on a few examples, to compare with what it gives with other weights or sizes.
 
-    They are held where they fit into :data:`regauge.ir.lockstep.HELD`, else computed at each comparison.
+    They are held where they fit into :data:`regauge.ir.running.lockstep.HELD`, else computed at each comparison.
     """
 
     def __init__(self, graph: Graph, batches: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ import torch
 from regauge.ir.dims.kept import Keep, part_kept
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.batch_norms import before_norm
 from regauge.passes.calibration.layers import Layer
 

@@ -23,7 +23,7 @@ import torch
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.interpret import Interpreter
+from regauge.ir.running.interpret import Interpreter
 from regauge.passes.calibration.losses import labelled
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.calibration.progress import progress

@@ -16,8 +16,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.interpret import Interpreter
-from regauge.ir.schedule import schedule
+from regauge.ir.running.interpret import Interpreter
+from regauge.ir.running.schedule import schedule
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.losses import Labelled, Loss, are_logits, example_slices, loss_of
 

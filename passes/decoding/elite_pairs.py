@@ -15,7 +15,7 @@ import torch
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Value
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.decoding.elite_seats import Seat

@@ -10,8 +10,8 @@ import torch
 
 from regauge.ir.errors import PassError, RegaugeError
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run_seeded
-from regauge.ir.sample_inputs import input_symbols, sample_inputs
+from regauge.ir.running.interpret import run_seeded
+from regauge.ir.running.sample_inputs import input_symbols, sample_inputs
 from regauge.ir.states import Steps, ordinary_inputs
 
 STEPS = (3, 1, 2)  # positions of each run

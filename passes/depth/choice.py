@@ -11,7 +11,7 @@ import numpy as np
 from regauge.ir.cost import Metric, figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.tables import short
+from regauge.ir.printing.tables import short
 from regauge.passes.base import reasons
 from regauge.passes.depth.parts import Part
 from regauge.passes.depth.removal import without

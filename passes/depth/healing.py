@@ -20,7 +20,7 @@ import torch
 
 from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.calibration.moments import Moments, least_squares
 from regauge.passes.calibration.row_samples import add_sample

@@ -19,7 +19,7 @@ import torch
 from regauge.ir.dims.extents import Dim, leaves
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Value
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.depth.healing import heal

@@ -13,13 +13,13 @@ import torch
 from regauge.ir.cost import node_macs, smallest_sizes
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import EquivalenceError, PassError
+from regauge.ir.folding.purity import is_pure
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.graph_copy import copy_nodes
 from regauge.ir.memory.activations import read_from_around, returned
-from regauge.ir.purity import is_pure
+from regauge.ir.printing.tables import short
 from regauge.ir.rewriting.equivalence import prove_equal
 from regauge.ir.roofline import Device, local_seconds
-from regauge.ir.tables import short
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.allocation.latency import device_of
 from regauge.passes.base import Context, Contract, Pass

@@ -22,7 +22,7 @@ from regauge.ir.gauge.frames import Frame
 from regauge.ir.gauge.insertion import rotating, within
 from regauge.ir.gauge.links import Place
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 
 _FLOOR = 1e-12  # of the mean entry of a diagonal: directions in which nothing is written or read stay invertible
 

@@ -15,7 +15,7 @@ import torch
 from regauge.ir.cost import smallest_sizes
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.graph import Graph, Value
-from regauge.ir.quantized_layers import PLANNED_FOR
+from regauge.ir.storage.quantized_layers import PLANNED_FOR
 from regauge.ir.timing import Measure
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.factorization.blocks import links_of

@@ -20,7 +20,7 @@ import torch
 
 from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.attention.sites import Heads, Site
 from regauge.passes.factorization.balance import balancing
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Graph
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.layer_errors import RIDGE, errors_of, set_matrices
 from regauge.passes.calibration.layer_moments import moments_of
 from regauge.passes.calibration.layers import Layer

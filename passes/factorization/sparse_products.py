@@ -5,7 +5,7 @@ diagonals of the metrics, which the outer factors take back without another entr
 whole metrics, factor beside factor, on these supports; the paper has no metrics, and no such fit.
 
 Costs are counted in entries that are not zero: the weights are stored with zeros, which sparse layouts
-(:mod:`regauge.ir.sparse_layouts`) and ``to_onnx(sparse_weights=True)`` leave out, and dense kernels multiply.
+(:mod:`regauge.ir.storage.sparse_layouts`) and ``to_onnx(sparse_weights=True)`` leave out, and dense kernels multiply.
 """
 
 from __future__ import annotations

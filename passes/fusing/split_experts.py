@@ -11,7 +11,7 @@ import torch
 from regauge.ir.edit import Builder, record, remove_dead, replace_uses
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter, Value
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.ir.sizes.expressions import product
 from regauge.passes.base import GIVE_DATA, Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in

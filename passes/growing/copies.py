@@ -13,7 +13,7 @@ from regauge.ir.dims.kept import flat_indices, touches
 from regauge.ir.dims.resize import taken
 from regauge.ir.edit import record, set_weight
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.weight_edits import computed_weight
+from regauge.ir.storage.weight_edits import computed_weight
 from regauge.passes.growing.readers import Readers
 
 

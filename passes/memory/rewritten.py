@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from regauge.ir.edit import Builder, set_input
+from regauge.ir.folding.purity import RECOMPUTED
 from regauge.ir.graph import Graph, Node, Operand, Value
 from regauge.ir.graph_copy import copy_graph
 from regauge.ir.memory.activations import returned
 from regauge.ir.node_order import IN_ORDER
-from regauge.ir.purity import RECOMPUTED
 from regauge.passes.memory.schedule import Schedule, Work
 
 

@@ -13,13 +13,13 @@ from itertools import accumulate
 from typing import Any
 
 from regauge.ir.cost import smallest_sizes
+from regauge.ir.folding.purity import is_pure
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.memory.activations import read_from_around, returned
 from regauge.ir.memory.plan import MemoryPlan, plan_memory
 from regauge.ir.memory.views import storages
-from regauge.ir.purity import is_pure
 from regauge.ir.roofline import Device, local_seconds
-from regauge.ir.schedule import schedule
+from regauge.ir.running.schedule import schedule
 
 Schedule = Sequence[int]
 

@@ -11,8 +11,8 @@ import torch
 from regauge.ir.dims.extents import Dim, leaves
 from regauge.ir.dims.groups import Group
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.interpret import run
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.interpret import run
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.pruning.scores import MemberScores, on_dim
 

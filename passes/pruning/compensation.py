@@ -23,8 +23,8 @@ import torch
 from regauge.ir.dims.kept import Keep, touches
 from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.lockstep import Lockstep
 from regauge.ir.memory.mapped import mapped, on_disk
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.calibration.moments import Halves
 from regauge.passes.calibration.side_by_side import SideBySide, inside

@@ -30,7 +30,7 @@ from regauge.ir.dims.extents import Dim, leaves
 from regauge.ir.dims.groups import Group
 from regauge.ir.dims.kept import numbered
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.lockstep import HELD, Lockstep
+from regauge.ir.running.lockstep import HELD, Lockstep
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer, contracting, layer_of

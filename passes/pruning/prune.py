@@ -15,7 +15,7 @@ from regauge.ir.dims.majors import majors_of
 from regauge.ir.dims.resize import resize
 from regauge.ir.errors import PassError, RegaugeError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import Interpreter
+from regauge.ir.running.interpret import Interpreter
 from regauge.passes.allocation.amounts import Amount, parse_amount
 from regauge.passes.allocation.budgets import Budget, Budgets, IndexCount
 from regauge.passes.allocation.choices import Choice, Counts, round_wishes, with_multiples

@@ -19,7 +19,7 @@ from regauge.ir.dims.resize import taken
 from regauge.ir.edit import record
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.interpret import Interpreter
+from regauge.ir.running.interpret import Interpreter
 from regauge.passes.base import Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.name_patterns import matches

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.interpret import Interpreter
+from regauge.ir.running.interpret import Interpreter
 from regauge.passes.calibration.layers import Layer
 
 

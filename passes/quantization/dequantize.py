@@ -10,7 +10,7 @@ import torch
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, remove_dead, replace_uses
 from regauge.ir.graph import Graph, Kind, Node, Operand, Parameter, Value
-from regauge.ir.quantized_layers import PLANNED_FOR
+from regauge.ir.storage.quantized_layers import PLANNED_FOR
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.quantization.preparation import prepared
 

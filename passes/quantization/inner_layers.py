@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from regauge.ir.graph import Graph, Node, Parameter
-from regauge.ir.lockstep import Lockstep, Watcher
+from regauge.ir.running.lockstep import Lockstep, Watcher
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.calibration.quadratic import change_of_output

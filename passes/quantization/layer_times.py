@@ -11,8 +11,8 @@ import torch
 from regauge.ir.cost import local_figures
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.interpret import Interpreter
 from regauge.ir.roofline import Device, roofline
+from regauge.ir.running.interpret import Interpreter
 from regauge.ir.timing import Measure
 from regauge.passes.calibration.layers import Layer, layer_of
 from regauge.passes.quantization.grid import Form

@@ -13,8 +13,8 @@ import torch
 
 from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import Interpreter
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.interpret import Interpreter
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.quantization.blocks import Block, ends_of_blocks
 from regauge.passes.quantization.grid import Coded, Form

@@ -21,8 +21,8 @@ import torch
 
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
-from regauge.ir.tables import short
+from regauge.ir.printing.tables import short
+from regauge.ir.running.interpret import run
 from regauge.passes.allocation.amounts import shown
 from regauge.passes.allocation.knapsack import BINS, Table
 from regauge.passes.calibration.layers import Layer

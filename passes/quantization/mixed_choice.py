@@ -11,7 +11,7 @@ from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.roofline import DEVICES
-from regauge.ir.sample_inputs import sample_runs
+from regauge.ir.running.sample_inputs import sample_runs
 from regauge.ir.timing import Timing
 from regauge.passes.allocation.amounts import Amount, parse_amount, shown
 from regauge.passes.allocation.latency import next_aim

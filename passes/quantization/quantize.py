@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, get_args
 
@@ -11,51 +11,39 @@ from regauge.ir.cost import figures
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.quantized_layers import PLANNED_FOR
+from regauge.ir.storage.quantized_layers import PLANNED_FOR
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.base import GIVE_DATA, Context, Contract, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
-from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.expected_inputs import ExpectedInputs
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.on_floats import SPARSE
 from regauge.passes.options import option
 from regauge.passes.quantization.activations import ends_of_values, smooth_values
 from regauge.passes.quantization.bitstack import Terms
+from regauge.passes.quantization.chosen import Chosen
 from regauge.passes.quantization.float_grids import beyond_exponent
 from regauge.passes.quantization.formats import Format, Method, Stored
 from regauge.passes.quantization.gate import Gate, check_latency
 from regauge.passes.quantization.grid import Form, Grid
-from regauge.passes.quantization.halves import Half, holds, takes_little_more
 from regauge.passes.quantization.inner_layers import problems_of
 from regauge.passes.quantization.learned_codes import Learned
 from regauge.passes.quantization.learned_rounding import STEPS, learned
-from regauge.passes.quantization.levels import ENOUGH
-from regauge.passes.quantization.mirrored import table_of
 from regauge.passes.quantization.mixed_choice import chosen_forms
 from regauge.passes.quantization.neuron_groups import with_like_rows_together
 from regauge.passes.quantization.option_checks import check_options
-from regauge.passes.quantization.placement import (
-    Table,
-    find_tables,
-    left_in_float,
-    misfit_of_blocks,
-    misfit_of_products,
-    misfit_of_table,
-    place,
-    reads_blocks,
-)
-from regauge.passes.quantization.preparation import prepared
+from regauge.passes.quantization.placement import place
+from regauge.passes.quantization.preparation import prepared, with_biases_apart
 from regauge.passes.quantization.qdq import Writer
 from regauge.passes.quantization.ranges import Calibration
-from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, Wanted, integers
+from regauge.passes.quantization.schemes import SCHEMES, Per, Scheme, SchemeName, Statistic, integers
 from regauge.passes.quantization.sensitive import kept_in_half
 from regauge.passes.quantization.sensitivity import Sensitivity
 from regauge.passes.quantization.storage import Plain, plain_vectors, plain_weights
 from regauge.passes.quantization.subspaces import least_bits
 from regauge.passes.quantization.targets import TARGETS, Target
 from regauge.passes.quantization.universal_stack import bytes_of, stack_at
-from regauge.passes.quantization.weights import group_of, rows_of, stored_on_data
+from regauge.passes.quantization.weight_formats import WeightFormats
+from regauge.passes.quantization.weights import rows_of, stored_on_data
 from regauge.passes.quantization.without_data import WithoutData, stored_without_data
 
 
@@ -148,7 +136,7 @@ class Quantize(Pass):
     storage: bool | None = option(
         None,
         "weights that are read in float, too: 8 bits, made floats when the file is loaded; if not given, where weights "
-        "alone are integers, in onnxruntime",
+        "alone are integers, in onnxruntime, and beside integer activations vectors alone, in half precision",
     )
     gate: Gate = option("off", "measure it beside the float graph on a batch: warn, or refuse, where it is slower")
     include: tuple[str, ...] = option((), "globs on names of weights: only these")
@@ -159,33 +147,36 @@ class Quantize(Pass):
         check_options(self)
 
     @property
-    def _scheme(self) -> Scheme:
+    def full_scheme(self) -> Scheme:
+        """The scheme, with what options say of exponents."""
         bias = (self.bias or 0) if self.rule == "cscale" else None
         return SCHEMES[self.scheme].with_exponents(self.margin, bias)
 
     @property
     def block(self) -> int | None:
         """Columns that share a scale where weights are stored alone; None: all of a row."""
-        if self.per in ("tensor", "row") or self._scheme.kind == "codebooks":
+        if self.per in ("tensor", "row") or self.full_scheme.kind == "codebooks":
             return None
         target = TARGETS[self.target]
-        few = self._scheme.bits < 8 and self._scheme.grouped or self.per == "group"
+        few = self.full_scheme.bits < 8 and self.full_scheme.grouped or self.per == "group"
         return self.group or (target.block if few or target.blocks_alone else None)
 
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None and self.method not in (None, "nearest", "udfc"):
             raise PassError(f"quantize needs data for method={self.method}: {GIVE_DATA}")
-        original, target = prepared(graph).copy(), self._scheme.on(TARGETS[self.target])
-        plain = self._plain(original)
-        tables = self._tables(original, context.left, plain)
+        original = with_biases_apart(prepared(graph), by=self.name)
+        target = self.full_scheme.on(TARGETS[self.target])
+        plain = self._chosen.plain(original)
+        self._chosen.count_inputs(graph, context.left)
+        tables = self._chosen.tables(original, context.left, plain)
         layers = self.layers_of(original, context.left, plain)
         if not layers and not tables and not plain:
             return graph
-        if not layers and not self._tied(original):
+        if not layers and not self._chosen.tied(original):
             writer = Writer(original.copy(), target, by=self.name)
-        elif self._scheme.kind == "stacks":
+        elif self.full_scheme.kind == "stacks":
             writer = self._from_stack(original, layers, target, context)
-        elif self._scheme.activations:
+        elif self.full_scheme.activations:
             writer = self._with_activations(original, layers, target, context, self._expected(graph))
         else:
             writer = self._weights_alone(original, layers, target, context, self._expected(graph))
@@ -199,71 +190,27 @@ class Quantize(Pass):
 
     def _finished(self, writer: Writer, context: Context | None = None) -> Graph:
         result = writer.graph
-        for table in self._tables(result, Counter()):
+        for table in self._chosen.tables(result, Counter()):
             writer.table(table, self.table_bits)
         remove_dead(result)  # weights that were replaced
-        if self._stores:
+        if self._chosen.stores:
             plain = plain_weights(result, self.include, self.exclude)
             known = context if context is not None and context.data is not None and self.method != "nearest" else None
             batches, free = calibration_batches(result, known) if known else [], self.correct is not False
             writer.stored(plain, problems_of(result, plain, batches, free=free))
+        if self._chosen.halves:
             writer.halved(plain_vectors(result, self.include, self.exclude))
-            remove_dead(result)
+        remove_dead(result)
         result.metadata[PLANNED_FOR] = self.target
         return result
 
     @property
-    def _stores(self) -> bool:
-        """Whether weights that are read in float are stored in 8 bits."""
-        return self._scheme.alone and TARGETS[self.target].folds if self.storage is None else self.storage
-
-    def _plain(self, graph: Graph) -> list[Plain]:
-        """The weights that are stored in 8 bits though they are read in float."""
-        if not self._stores:
-            return []
-        apart = {table.parameter for table in self._tables(graph, Counter())}
-        apart |= {layer.weight for layer in [*self.layers_of(graph, Counter()), *self._tied(graph)]}
-        return plain_weights(graph, self.include, self.exclude, apart)
-
-    def _tables(self, graph: Graph, left: Counter[str], plain: Sequence[Plain] = ()) -> list[Table]:
-        target, found, stored = TARGETS[self.target], [], {one.weight for one in plain}
-        whole = self._scheme.activations and self.table_bits == 8
-        for table in find_tables(graph, self.include, self.exclude) if self.embeddings else []:
-            reason = misfit_of_table(table, target, activations=whole, dynamic=self.activations == "dynamic")
-            if reason is None:
-                found.append(table)
-            elif table.parameter not in stored:
-                left[reason] += 1
-        return found
-
-    def _tied(self, graph: Graph) -> list[Layer]:
-        """The layers that multiply integers of tables."""
-        if not self._scheme.activations or self._scheme.numbers is not None or self.table_bits != 8:
-            return []
-        return [layer for table in self._tables(graph, Counter()) for layer in table.layers]
+    def _chosen(self) -> Chosen:
+        return Chosen(self)
 
     def layers_of(self, graph: Graph, left: Counter[str], plain: Sequence[Plain] = ()) -> list[Layer]:
-        """The layers that are quantized, of a graph as :func:`prepared`; ``left`` counts the others by reason, but for
-        those whose weights are ``plain``."""
-        target = TARGETS[self.target]
-
-        def against(layer: Layer) -> str | None:
-            if self._scheme.kind == "stacks" and layer.blocks > 1:
-                return "a weight of several blocks has no stack of terms"
-            if self._scheme.activations:
-                return misfit_of_products(layer, target, dynamic=self.activations == "dynamic")
-            return misfit_of_blocks(layer, target, self.block)
-
-        tables = find_tables(graph, self.include, self.exclude) if self.embeddings else []
-        apart = {table.parameter for table in tables} | {found.weight for found in plain}
-
-        def chosen(misfit: Callable[[Layer], str | None], left: Counter[str]) -> list[Layer]:
-            return chosen_layers(graph, self.include, self.exclude, left, misfit, blocks=True, apart=apart)
-
-        if not self._scheme.activations:
-            return chosen(against, left)
-        floats = left_in_float(graph, chosen(against, Counter()), target)
-        return chosen(lambda layer: against(layer) or floats.get(layer.node), left)
+        """The layers that are quantized (:meth:`.chosen.Chosen.layers`)."""
+        return self._chosen.layers(graph, left, plain)
 
     # -- weights alone -----------------------------------------------------------------------------------------------
 
@@ -280,21 +227,22 @@ class Quantize(Pass):
             layers = self.layers_of(original, Counter())
             context.note(f"{count} Dims reordered, so that groups of {self.group} outputs are alike")
         linear = [layer for layer in layers if layer.node.op != "conv"]
-        bits = self.bits[0] if self.bits else self._scheme.bits
-        whole = sum(self._group(original, layer, bits) != self.block for layer in linear)
+        bits = self.bits[0] if self.bits else self.full_scheme.bits
+        forms = WeightFormats(self, original)
+        whole = sum(forms.group(layer, bits) != self.block for layer in linear)
         if self.block is not None and whole:
             context.note(f"{whole} layers have a scale for each output: no kernel reads blocks of {self.block} of them")
         alone = sum(layer.outputs * layer.blocks % (self.group or 1) > 0 for layer in layers)
-        if self._scheme.kind == "codebooks" and alone:
+        if self.full_scheme.kind == "codebooks" and alone:
             context.note(f"{alone} layers have one codebook: {self.group} does not divide their outputs")
         formats: dict[str, Format]
-        if self._scheme.mixed:
+        if self.full_scheme.mixed:
             formats = dict(self._mixed(original, layers, target, context))
         else:
-            least = least_bits(original) if self._scheme.make is integers else {}
+            least = least_bits(original) if self.full_scheme.make is integers else {}
             sizes = [(layer.weight.name, layer, max(bits, least.get(layer.weight.name, 0))) for layer in layers]
-            formats = {name: self._format(original, layer, size) for name, layer, size in sizes}
-            free = [layer for layer in layers if self._unread(original, layer)]
+            formats = {name: forms.of(layer, size) for name, layer, size in sizes}
+            free = [layer for layer in layers if forms.free(layer)]
             if free and context.data is not None and self.method not in ("nearest", "udfc"):
                 formats |= kept_in_half(original, free, formats, calibration_batches(original, context))
         result = original.copy()
@@ -336,48 +284,13 @@ class Quantize(Pass):
             writer.weight_alone(layer, found[layer.weight.name])
         return writer
 
-    def _group(self, graph: Graph, layer: Layer, bits: int) -> int:
-        """Columns that share a scale: those of a row where no kernel reads blocks, if nobody asks for groups."""
-        group = group_of(layer, self.block, self.group)
-        asked = bits < 8 or self.group is not None or self.per == "group"
-        read = asked or reads_blocks(graph, layer, TARGETS[self.target], group, bits)
-        return group if read else layer.columns
-
-    def _wanted(self, graph: Graph, layer: Layer, bits: int) -> Wanted:
-        return Wanted(
-            bits=bits,
-            group=self._group(graph, layer, bits),
-            shared=self.per == "tensor",
-            symmetric=True if TARGETS[self.target].centred else self.symmetric,
-            statistic=self.statistic,
-            rows=1 if self.per == "row" else self.group,
-        )
-
-    def _unread(self, graph: Graph, layer: Layer) -> bool:
-        """Whether floats are made of a layer's 8 bits at load, whose form is then free."""
-        asked = self.per is not None or self.group is not None or self.symmetric is not None or self.packed
-        asked = asked or self.method in get_args(Learned)
-        if asked or not self._stores or not self._scheme.alone or self._scheme.bits != 8:
-            return False
-        sparse = not graph.metadata.get(SPARSE, {}).keys().isdisjoint(layer.weight.names)
-        return not sparse and not reads_blocks(graph, layer, TARGETS[self.target], self._group(graph, layer, 8), 8)
-
-    def _format(self, graph: Graph, layer: Layer, bits: int) -> Format:
-        """That of the scheme; where it is free a table's, of a weight that is large enough, or half precision."""
-        assert self._scheme.make is not None
-        if self._unread(graph, layer):
-            if layer.entries >= ENOUGH:
-                return table_of(rows_of(layer), layer.weight.shape, layer.made)
-            if takes_little_more(layer.entries, layer.columns) and holds(layer.weight.tensor.detach()):
-                return Half()
-        return self._scheme.make(self._wanted(graph, layer, bits))
-
     def _mixed(self, graph: Graph, layers: list[Layer], target: Target, context: Context) -> Mapping[str, Format]:
         """The forms of the layers that do not stay in float."""
         bits = sorted(self.bits or ((4, 8) if target.blocks_alone else (2, 3, 4, 8)))
         bits = [size for size in bits if size <= target.bits_alone]
-        forms = {layer.weight.name: [integers(self._wanted(graph, layer, size)) for size in bits] for layer in layers}
-        saved = sum(table.saved(self.table_bits) for table in self._tables(graph, Counter()))
+        wanted = WeightFormats(self, graph).wanted
+        forms = {layer.weight.name: [integers(wanted(layer, size)) for size in bits] for layer in layers}
+        saved = sum(table.saved(self.table_bits) for table in self._chosen.tables(graph, Counter()))
 
         def written(found: Mapping[str, Form]) -> Graph:
             writer = Writer(graph.copy(), target, by=self.name)
@@ -423,16 +336,16 @@ class Quantize(Pass):
         dynamic = self.activations == "dynamic"
         needless = context.data is None and (dynamic and not self.smoothing or target.activations.fixed)
         batches = [] if needless else calibration_batches(original, context)
-        if self.smoothing != 0 and self._scheme.numbers is None and batches:
-            apart = {layer.node.inputs[0] for layer in self._tied(original)}
+        if self.smoothing != 0 and self.full_scheme.numbers is None and batches:
+            apart = {layer.node.inputs[0] for layer in self._chosen.tied(original)}
             free = [layer for layer in layers if layer.node.inputs[0] not in apart]
             moved, all_values = smooth_values(original, free, target, self.smoothing, batches, by=self.name)
             context.note(f"{moved} of {all_values} values smoothed")
         result = original.copy()
-        own, tied = self.layers_of(result, Counter()), self._tied(result)
+        own, tied = self.layers_of(result, Counter()), self._chosen.tied(result)
         placement = place(result, [*own, *tied], target)
         ends = {} if dynamic else ends_of_values(result, placement, target, self.calibration, batches)
-        formats = {layer.weight.name: self._scheme.form(target.weights, layer.columns) for layer in own}
+        formats = {layer.weight.name: self.full_scheme.form(target.weights, layer.columns) for layer in own}
         stored = self.stored(original, result, own, formats, context, expected)
         context.notes += beyond_exponent(original, stored) if self.rule == "cscale" else []
         writer = Writer(result, target, by=self.name)

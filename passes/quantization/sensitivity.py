@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.interpret import Interpreter
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.interpret import Interpreter
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.losses import Labelled

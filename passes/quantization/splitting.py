@@ -15,7 +15,7 @@ import torch
 
 from regauge.ir.edit import Builder, set_input
 from regauge.ir.graph import Graph, Value
-from regauge.ir.weight_edits import settle_successors
+from regauge.ir.storage.weight_edits import settle_successors
 from regauge.passes.calibration.layers import Layer
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from regauge.ir.graph import Graph
-from regauge.ir.lockstep import Lockstep
 from regauge.ir.memory.mapped import mapped
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.calibration.quadratic import Quadratic, change_of_output

@@ -12,12 +12,12 @@ import torch
 
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, dead_nodes, remove_dead, remove_node, set_input
+from regauge.ir.folding.purity import OPAQUE, is_fixed
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.operator import Cost
-from regauge.ir.purity import OPAQUE, is_fixed
 from regauge.ir.scales.scaling import Joint, NodeScaling, node_scaling
 from regauge.ir.sizes.expressions import count, divide
-from regauge.ir.weight_edits import settle_successors
+from regauge.ir.storage.weight_edits import settle_successors
 from regauge.passes.scaling.factors import ONE, Factor, exponent_below
 from regauge.passes.scaling.held import WIDE, Held, Holder, Plan
 

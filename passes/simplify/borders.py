@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from regauge.ir.edit import Builder, remove_node, replace_uses
+from regauge.ir.folding.purity import is_fixed
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.purity import is_fixed
-from regauge.ir.weight_edits import settle_successors
+from regauge.ir.storage.weight_edits import settle_successors
 from regauge.passes.simplify.constants import is_part
 from regauge.passes.simplify.kernels import Geometry, geometry
 from regauge.passes.simplify.limits import Limits, held_values, scopes

@@ -21,12 +21,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from regauge.ir.edit import Builder, remove_node, replace_uses
+from regauge.ir.folding.purity import is_fixed
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.ir.ops.slice_bounds import bound
-from regauge.ir.purity import is_fixed
 from regauge.ir.rewriting.rewrite import Refusal, refuse
 from regauge.ir.sizes.expressions import same
-from regauge.ir.weight_edits import settle_successors
+from regauge.ir.storage.weight_edits import settle_successors
 from regauge.passes.simplify.affine_steps import PAIRS
 from regauge.passes.simplify.fixed_values import Fixed, combined, fixed, itself, successor
 from regauge.passes.simplify.laid_factors import MOST, Laid, known_size, regrouped_factor, rounds

@@ -4,8 +4,8 @@ goes into the weight.
     add(constant, mul(constant, 2))      constant
     linear(x, permute(weight))           linear(x, weight), stored the other way round
 
-Constants count as in :mod:`regauge.ir.fold`. A trained weight takes in what training would not miss: moves of its
-entries, and linear maps of each. What is random, stateful, training or opaque (quantization among it) is not touched.
+Constants count as in :mod:`regauge.ir.folding.fold`. A trained weight takes in what training would not miss: moves of
+its entries, and linear maps of each. What is random, stateful, training or opaque (quantized, say) is not touched.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from regauge.ir.axis_rules.rules import broadcast_rule
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, remove_dead, remove_node, replace_uses
-from regauge.ir.fold import computed, is_fill, is_table
-from regauge.ir.folding_limits import NODE_BYTES
+from regauge.ir.folding.fold import computed, is_fill, is_table
+from regauge.ir.folding.limits import NODE_BYTES
+from regauge.ir.folding.purity import is_pure
 from regauge.ir.graph import Graph, Kind, Node, Parameter, Value
 from regauge.ir.operator import Symmetry, symmetry_of
-from regauge.ir.purity import is_pure
-from regauge.ir.weight_edits import settle_successors
+from regauge.ir.storage.weight_edits import settle_successors
 from regauge.passes.simplify.limits import Limits, bytes_of, count_of, held_values, scopes, size_of, total_bytes
 
 Known: TypeAlias = Callable[[Parameter, Container[Value]], bool]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from regauge.ir.edit import Builder, inline_region, remove_node, replace_uses
-from regauge.ir.fold import is_table
+from regauge.ir.folding.fold import is_table
+from regauge.ir.folding.purity import is_fixed, is_pure
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
-from regauge.ir.purity import is_fixed, is_pure
 from regauge.ir.sizes.expressions import same
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 from regauge.passes.simplify.merging import same_bytes

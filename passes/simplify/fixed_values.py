@@ -16,7 +16,7 @@ from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.rewriting.rewrite import refuse
-from regauge.ir.weights import DenseWeight
+from regauge.ir.storage.weights import DenseWeight
 
 THROUGH = frozenset({"reshape", "permute", "unsqueeze", "squeeze", "expand", "add", "sub", "mul", "div", "neg"})
 """What may stand between a weight and its reader: never a cast, a rounding or a QDQ pair."""

@@ -32,8 +32,8 @@ import torch
 
 from regauge.ir.cost import figures, local_figures
 from regauge.ir.edit import Builder, remove_node, replace_uses
+from regauge.ir.folding.purity import is_fixed
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.purity import is_fixed
 from regauge.ir.rewriting.rewrite import Refusal, refuse
 from regauge.ir.sizes.expressions import Size, product, same
 from regauge.passes.simplify.fixed_values import Fixed, combined, itself, new_weight

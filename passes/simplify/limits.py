@@ -10,7 +10,7 @@ import torch
 
 from regauge.ir.dtypes import Dtype
 from regauge.ir.edit import Builder
-from regauge.ir.folding_limits import BYTES_BEFORE
+from regauge.ir.folding.limits import BYTES_BEFORE
 from regauge.ir.graph import Graph, Parameter, Value
 from regauge.ir.sizes.expressions import Size
 

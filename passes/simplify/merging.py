@@ -14,9 +14,9 @@ import torch
 
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import remove_node, replace_uses, tie
+from regauge.ir.folding.purity import RECOMPUTED, is_pure
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.purity import RECOMPUTED, is_pure
-from regauge.ir.weights import sampled_bytes
+from regauge.ir.storage.weights import sampled_bytes
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 
 # -- nodes -------------------------------------------------------------------------------------------------------------

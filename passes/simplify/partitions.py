@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from regauge.ir.edit import Builder, remove_node, replace_uses
+from regauge.ir.folding.purity import is_fixed
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.purity import is_fixed
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 from regauge.passes.simplify.pieces import axis_of, piece
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from regauge.ir.edit import Builder, remove_node, replace_uses
+from regauge.ir.folding.purity import is_fixed
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.purity import is_fixed
 from regauge.passes.simplify.constants import is_part
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 
 from regauge.ir.edit import Builder, remove_node, replace_uses
+from regauge.ir.folding.purity import is_fixed
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.purity import is_fixed
 from regauge.ir.rewriting.rewrite import Refusal, refuse
 from regauge.ir.sizes.expressions import Size, product, same
-from regauge.ir.weight_edits import settle_successors
+from regauge.ir.storage.weight_edits import settle_successors
 from regauge.passes.simplify.constants import is_part
 from regauge.passes.simplify.fixed_values import Fixed, combined, itself, new_weight
 from regauge.passes.simplify.heads import NODE_MACS

@@ -18,11 +18,11 @@ from typing import Any
 from regauge.ir.axis_rules.rules import is_pointwise
 from regauge.ir.dtypes import is_real
 from regauge.ir.edit import Builder, remove_node, replace_uses, set_input
+from regauge.ir.folding.purity import is_fixed
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.minimum_cut import Network
-from regauge.ir.purity import is_fixed
 from regauge.ir.sizes.expressions import Size, product, same
-from regauge.ir.weight_edits import settle_successors
+from regauge.ir.storage.weight_edits import settle_successors
 from regauge.passes.simplify.constants import is_part
 from regauge.passes.simplify.layout import REDUCTIONS, REGROUPING, dynamic_sizes, regrouped
 from regauge.passes.simplify.limits import Limits, held_values, scopes

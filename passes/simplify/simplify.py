@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from regauge.ir.collection import without_collection
-from regauge.ir.folding_limits import BYTES_BEFORE, FILE_ROOM
+from regauge.ir.folding.limits import BYTES_BEFORE, FILE_ROOM
 from regauge.ir.graph import Graph
 from regauge.ir.rewriting.rewrite import RewriteLog, RuleSet, rewrite_graph
 from regauge.passes.base import Context, Contract, Pass

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from regauge.ir.sparse_layouts import Layout, NofM
+from regauge.ir.storage.sparse_layouts import Layout, NofM
 
 _TRIAL_ROWS = 64  # a multiple of what any kernel wants
 

@@ -11,7 +11,7 @@ from torch import nn
 from regauge.ir.edit import record
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.weights import dense
+from regauge.ir.storage.weights import dense
 
 
 class BoundModel:

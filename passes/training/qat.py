@@ -24,7 +24,7 @@ from torch import nn
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.quantized_layers import PLANNED_FOR
+from regauge.ir.storage.quantized_layers import PLANNED_FOR
 from regauge.passes.base import Context, reasons
 from regauge.passes.calibration.batches import calibration_batches
 from regauge.passes.quantization.activations import ends_of_values, smooth_values

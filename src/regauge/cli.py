@@ -253,7 +253,7 @@ def compare(first: Path, second: Path, data: Sequence[Path], tolerance: float, s
     regauge compare model.onnx small.onnx --data images.npz --tolerance 1e-3
     """
     from regauge.backends.compare import compare as run_compare
-    from regauge.ir.sample_inputs import sample_inputs
+    from regauge.ir.running.sample_inputs import sample_inputs
 
     models: list[Any] = [path if is_onnx(path) else open_file(path) for path in (first, second)]
     batches: list[Any] | None = read_batches(data, models[0])
@@ -309,7 +309,7 @@ def operators(name: str | None) -> None:
     regauge operators
     regauge operators LayerNormalization
     """
-    from regauge.ir.operator_table import described, operator_rows
+    from regauge.ir.printing.operator_table import described, operator_rows
 
     if name is None:
         print_table(operator_rows())

@@ -70,7 +70,7 @@ def read_batches(paths: Sequence[Path] | None, model: Graph | Path) -> list[dict
     """
     if not paths:
         return None
-    from regauge.ir.interpret import LABELS
+    from regauge.ir.running.interpret import LABELS
 
     inputs, optional = _declared_inputs(model)
     needed = [name for name in inputs if name not in optional]
@@ -100,7 +100,7 @@ def _declared_inputs(model: Graph | Path) -> tuple[dict[str, tuple[Any, Any]], l
 
 
 def _fitted(path: Path, batch: dict[str, Any], inputs: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    from regauge.ir.given_inputs import fitted_array
+    from regauge.ir.running.given_inputs import fitted_array
 
     found = dict(batch)
     for name in inputs.keys() & batch.keys():

@@ -16,7 +16,7 @@ from regauge.terminal import print_table, print_text
 
 @click.command()
 @model_argument
-@click.option("--text", is_flag=True, help="print the whole graph (regauge.ir.parse reads it)")
+@click.option("--text", is_flag=True, help="print the whole graph (regauge.ir.printing.parse reads it)")
 def inspect(model: Path, text: bool) -> None:
     """Show what a model is made of, its costs, and what can be cut.
 

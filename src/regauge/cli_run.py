@@ -30,7 +30,7 @@ def run(model: Path, device: str, inputs: Path | None, kernels: bool, output: Pa
     regauge run model.onnx --device cuda --kernels --inputs images.npz -o results.npz
     """
     from regauge.backends.run_torch import found_device, run_in_torch
-    from regauge.ir.sample_inputs import sample_inputs
+    from regauge.ir.running.sample_inputs import sample_inputs
 
     if output is not None:
         check_output(output, ".npz")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def summary_rows(graph: Graph) -> list[list[str]]:
     from regauge.ir.cost import figures
     from regauge.ir.memory.activations import activation_bytes
-    from regauge.ir.tables import short
+    from regauge.ir.printing.tables import short
 
     cost, (_, peak) = figures(graph), activation_bytes(graph)
     nodes = Counter(node.op for _, node in graph.walk())

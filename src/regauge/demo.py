@@ -17,7 +17,7 @@ from regauge.frontends.capture import capture
 from regauge.ir.cost import figures
 from regauge.ir.errors import RegaugeError
 from regauge.ir.graph import Graph
-from regauge.ir.tables import short
+from regauge.ir.printing.tables import short
 from regauge.optimize import optimize
 
 PIPELINE = "prune{macs=0.5,round_to=16}"

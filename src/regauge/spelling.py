@@ -23,9 +23,9 @@ from regauge.frontends.from_onnx import load
 from regauge.ir.edit import Builder, remove_dead, replace_uses
 from regauge.ir.errors import EmitError, LawError, blamed_on, first_line
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
 from regauge.ir.laws.cases import samples_of
 from regauge.ir.operator import Sample, get_operator
+from regauge.ir.running.interpret import run
 
 OPSETS = (13, 17, 21, 23)
 KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}  # of other operators onnxruntime has no kernels

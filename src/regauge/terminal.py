@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
-from regauge.ir.tables import Rows, format_table
+from regauge.ir.printing.tables import Rows, format_table
 
 
 def width() -> int | None:
@@ -16,7 +16,7 @@ def width() -> int | None:
 
 
 def print_table(rows: Rows) -> None:
-    """A header and rows, aligned; see :func:`regauge.ir.tables.format_table`."""
+    """A header and rows, aligned; see :func:`regauge.ir.printing.tables.format_table`."""
     print("\n".join(format_table(rows, width())))
 
 

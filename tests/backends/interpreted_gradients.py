@@ -76,7 +76,10 @@ def test_programs_add_up_what_rows_share(name: str, dtype: torch.dtype, monkeypa
         check(found[value], exact, other)
 
 
-ATTENTION = ("causal_attention", "masked_attention", "capped_attention", "latent_attention", "written_out_attention")
+ATTENTION = (
+    "causal_attention", "later_causal_attention", "masked_attention", "capped_attention", "latent_attention",
+    "written_out_attention",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

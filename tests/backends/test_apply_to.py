@@ -11,7 +11,7 @@ from regauge.backends.apply_to import apply_to
 from regauge.frontends.capture import capture
 from regauge.ir.dims.resize import resize
 from regauge.ir.errors import EmitError
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.optimize import optimize
 
 

@@ -11,7 +11,7 @@ from regauge.backends.compare import check_equal, compare
 from regauge.backends.run_onnxruntime import Session
 from regauge.frontends.capture import capture
 from regauge.ir.errors import EquivalenceError, RegaugeError
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from small_graphs import multilayer_perceptron, residual_network
 
 

@@ -13,7 +13,7 @@ import regauge
 from onnx_models import ATTENTION, ATTENTION_WEIGHTS, model_of, save
 from regauge.backends.onnx_model.carrier import Carrier
 from regauge.backends.onnx_model.sharing import share_equal
-from regauge.ir.weights import sampled_bytes
+from regauge.ir.storage.weights import sampled_bytes
 
 
 def operators(path: Path) -> Counter[str]:

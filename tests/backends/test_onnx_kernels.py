@@ -23,7 +23,7 @@ from regauge.ir.fusion.fused import body_of, canonical, content, fused_nodes
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
 from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, REGION, ROUNDING
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.ir.sizes.expressions import symbol
 
 

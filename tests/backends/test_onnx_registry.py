@@ -5,6 +5,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from torch.export import exported_program
 from torch.onnx._internal.exporter import _registration
 
 import regauge
@@ -48,3 +49,18 @@ def test_what_one_export_adds_no_other_sees() -> None:
     assert {name: len(found) for name, found in plain.functions.items()} == {
         name: len(found) for name, found in again.functions.items()
     }
+
+
+def test_operators_composed_of_others_are_listed_once_until_one_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    collect = exported_program._collect_all_valid_cia_ops
+    monkeypatch.setattr(exported_program, "_collect_all_valid_cia_ops", lambda: [asked.append(1), collect()][1])
+    with kept_registry(), torch.library._scoped_library("regauge_test_composed", "FRAGMENT") as library:
+        listed = exported_program._collect_all_valid_cia_ops
+        first = listed()
+        asked.clear()
+        assert listed() == first == collect() and not asked
+        library.define("composed(Tensor x) -> Tensor")
+        assert listed() == first
+        library.impl("composed", lambda x: x + x, "CompositeImplicitAutograd")
+        assert listed() - first == {torch.ops.regauge_test_composed.composed.default}

@@ -16,7 +16,7 @@ from regauge.frontends.from_onnx import load
 from regauge.ir.edit import Builder, remove_dead, remove_node, replace_uses, set_input
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 
 
 def written(graph: Graph, path: Path, feeds: dict[str, np.ndarray]) -> onnx.ModelProto:

@@ -15,7 +15,7 @@ from regauge.frontends.from_onnx import load
 from regauge.frontends.onnx_model import reading as onnx_reading
 from regauge.frontends.onnx_model.reading import read_proto, read_skeleton
 from regauge.ir.errors import LoadError
-from regauge.ir.weights import KeptWeight
+from regauge.ir.storage.weights import KeptWeight
 
 
 def large_model() -> onnx.ModelProto:

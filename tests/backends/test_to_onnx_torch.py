@@ -121,3 +121,10 @@ def test_what_the_exporter_refuses_is_one_line(
         graph.to_onnx(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr().out == ""
+
+
+def test_an_lstm_with_projected_states_is_refused_by_name(tmp_path: Path) -> None:
+    """torch's exporter writes its projection off, with states of the wrong size."""
+    network = nn.LSTM(6, 8, proj_size=4, batch_first=True).eval()
+    with pytest.raises(EmitError, match="lstm.*projects its states"):
+        capture(network, (torch.randn(2, 5, 6),)).to_onnx(tmp_path / "projected.onnx")

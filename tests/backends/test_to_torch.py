@@ -15,7 +15,7 @@ from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.ir.sizes.expressions import symbol
 
 ROOT = ("", "Net")

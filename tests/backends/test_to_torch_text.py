@@ -15,7 +15,7 @@ from regauge.backends.torch_module.source import WIDTH, broken, double_quoted
 from regauge.frontends.capture import capture
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.ir.sizes.expressions import parse_size
 
 

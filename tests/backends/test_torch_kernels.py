@@ -24,7 +24,7 @@ from regauge.ir.errors import EmitError
 from regauge.ir.fusion import legality
 from regauge.ir.fusion.fused import body_of, fused_nodes
 from regauge.ir.graph import Graph
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.ir.sizes.expressions import symbol
 from regauge.optimize import optimize
 

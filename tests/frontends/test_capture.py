@@ -15,7 +15,7 @@ from regauge.backends.compare import compare
 from regauge.frontends.capture import capture
 from regauge.ir.errors import CaptureError, RegaugeWarning
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.interpret import Interpreter, run
+from regauge.ir.running.interpret import Interpreter, run
 from regauge.ir.verify import verify
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from regauge.backends.torch_module.runtime import source_of
 from regauge.frontends.capture import capture
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.optimize import optimize
 
 Inputs = tuple[torch.Tensor, ...]

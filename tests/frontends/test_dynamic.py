@@ -8,7 +8,7 @@ from torch import nn
 
 from regauge.frontends.capture import capture
 from regauge.ir.errors import CaptureError, RegaugeWarning
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.ir.sizes.expressions import symbol
 
 

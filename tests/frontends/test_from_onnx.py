@@ -17,7 +17,7 @@ from onnx_oracle import assert_equals_runtime, free_sizes, opaque, quietly_loade
 from regauge.frontends.examine_onnx import examine_onnx
 from regauge.frontends.from_onnx import load
 from regauge.ir.errors import LoadError, RegaugeWarning
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 
 CORPUS = Path(__file__).parents[3] / "shared" / "corpus" / "onnx"
 SPEECH = {"sequence": 576, "batch": 1, "input_0": 1, "input_1": 576, "state_1": 1}

@@ -15,7 +15,7 @@ from regauge.frontends.from_onnx import load
 from regauge.ir.dims.groups import free_groups
 from regauge.ir.dims.resize import resize
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 
 FLOAT, BOOL, INT64 = TensorProto.FLOAT, TensorProto.BOOL, TensorProto.INT64
 

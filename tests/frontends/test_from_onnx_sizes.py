@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from onnx_models import ATTENTION, ATTENTION_WEIGHTS, model_of
 from onnx_oracle import assert_equals_runtime
-from regauge.ir.onnx_folding import Question, fold
+from regauge.ir.folding.onnx_operators import Question, fold
 from regauge.ir.sizes.expressions import symbol
 from regauge.ir.sizes.onnx_contents import Content, Unknown, content, of_shape
 

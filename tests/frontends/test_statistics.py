@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import regauge
-from regauge.ir.interpret import Interpreter
+from regauge.ir.running.interpret import Interpreter
 
 
 def network() -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from regauge.frontends.capture import capture
-from regauge.ir.interpret import Interpreter, run
+from regauge.ir.running.interpret import Interpreter, run
 from regauge.ir.verify import verify
 
 

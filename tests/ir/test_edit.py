@@ -7,7 +7,7 @@ import regauge
 from regauge.ir.edit import Builder, dead_nodes, remove_dead, remove_node, remove_parameter, replace_uses, set_weight
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.ir.sizes.expressions import symbol
 from small_graphs import multilayer_perceptron
 

@@ -15,8 +15,8 @@ from regauge.ir.dims.groups import find_group
 from regauge.ir.edit import Builder
 from regauge.ir.gauge.classes import Gauge, gauges
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
 from regauge.ir.operator import Symmetry
+from regauge.ir.running.interpret import run
 
 WIDTH = 6
 Between = Callable[[Builder, Value], Value]

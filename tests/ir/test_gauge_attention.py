@@ -6,7 +6,7 @@ from regauge.ir.dims.groups import find_group
 from regauge.ir.edit import Builder
 from regauge.ir.gauge.classes import Gauge, gauges
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 
 WIDTH, HEADS, SIZE, LENGTH = 6, 3, 4, 5
 

@@ -19,9 +19,9 @@ from regauge.ir.dims.majors import majors_of
 from regauge.ir.dims.resize import kept_indices, resize
 from regauge.ir.errors import AxisError, GraphError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
 from regauge.ir.memory.mapped import mapped
-from regauge.ir.weights import dense
+from regauge.ir.running.interpret import run
+from regauge.ir.storage.weights import dense
 
 
 def majors(graph: Graph) -> dict[str, list[str]]:

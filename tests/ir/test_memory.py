@@ -14,7 +14,7 @@ from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.graph import Graph, Node
 from regauge.ir.memory.activations import PeakMemory, activation_bytes
 from regauge.ir.memory.views import storages
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 from small_graphs import multilayer_perceptron, residual_network
 
 

@@ -9,7 +9,7 @@ from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.errors import ExplainError, GraphError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.ir.verify import verify
 from small_graphs import multilayer_perceptron, residual_network
 

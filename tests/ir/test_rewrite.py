@@ -7,12 +7,12 @@ from torch import randn
 from regauge.ir.edit import Builder
 from regauge.ir.errors import EquivalenceError, PatternError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
 from regauge.ir.rewriting.equivalence import prove_rule
 from regauge.ir.rewriting.matcher import Match, Miss, is_number, match, may_match, number_of
 from regauge.ir.rewriting.pattern_instances import Weight
 from regauge.ir.rewriting.patterns import parse_pattern
 from regauge.ir.rewriting.rewrite import RewriteRule, RuleSet, refuse, rewrite_graph
+from regauge.ir.running.interpret import run
 from regauge.ir.sizes.expressions import symbol
 from regauge.ir.verify import verify
 

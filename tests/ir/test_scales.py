@@ -13,7 +13,7 @@ from regauge.ir.errors import LawError
 from regauge.ir.graph import Graph, Parameter
 from regauge.ir.laws.operators import check_law
 from regauge.ir.operator import get_operator, operator, sample
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.ir.scales.scaling import Scaling
 from regauge.ir.scales.table import scale_rows
 from regauge.ir.scales.variables import Scales, ScaleVariable, cell_name, find_scales

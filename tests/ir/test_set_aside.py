@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import regauge
-from regauge.ir import lockstep
-from regauge.ir.lockstep import Lockstep
 from regauge.ir.memory.mapped import can_be_stored
 from regauge.ir.memory.set_aside import Loaded, SetAside
+from regauge.ir.running import lockstep
+from regauge.ir.running.lockstep import Lockstep
 
 DTYPES = [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn]
 

@@ -10,7 +10,7 @@ import regauge
 from regauge.ir.edit import Builder
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph
-from regauge.ir.parse import parse_graph
+from regauge.ir.printing.parse import parse_graph
 from regauge.ir.states import (
     Steps,
     carried,

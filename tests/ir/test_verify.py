@@ -6,7 +6,7 @@ import torch
 from regauge.ir.edit import Builder, remove_dead, remove_node, replace_uses, set_input
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.ir.verify import verify
 
 

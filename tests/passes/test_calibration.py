@@ -7,7 +7,7 @@ from torch import nn
 from regauge.frontends.capture import capture
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.moments import Moments, least_squares

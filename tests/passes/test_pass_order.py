@@ -9,7 +9,7 @@ import torch
 import regauge
 from digits_training import captured, convolutional, digits, train
 from regauge.ir.graph import Graph
-from regauge.ir.quantized_layers import quantized_layers
+from regauge.ir.storage.quantized_layers import quantized_layers
 from regauge.passes.on_floats import codes_in
 
 

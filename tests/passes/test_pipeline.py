@@ -13,7 +13,7 @@ from regauge.frontends.capture import capture
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import EquivalenceError, PassError
 from regauge.ir.graph import Graph
-from regauge.ir.weights import dense
+from regauge.ir.storage.weights import dense
 from regauge.optimize import optimize
 from regauge.passes import pipeline
 from regauge.passes.base import Context, Contract, Cut, Need, Pass

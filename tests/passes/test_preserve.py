@@ -18,7 +18,7 @@ def masked(graph: Graph, pruned: Graph, x: torch.Tensor) -> torch.Tensor:
     for name, parameter in graph.parameters.items():
         kept = pruned.parameters[name].tensor
         weights[name] = torch.where(torch.isin(parameter.tensor, kept), parameter.tensor, 0.0)
-    return regauge.ir.interpret.run(graph, (x,), weights=weights)[0]
+    return regauge.ir.running.interpret.run(graph, (x,), weights=weights)[0]
 
 
 class Normed(nn.Module):

@@ -14,7 +14,7 @@ from regauge.frontends.capture import capture
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.weights import LazyWeight
+from regauge.ir.storage.weights import LazyWeight
 from regauge.optimize import optimize
 from regauge.passes.pruning.prune import Prune
 from regauge.passes.pruning.selection import best

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from random_networks import networks
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.interpret import run
+from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.optimize import optimize
 from regauge.passes.pruning.prune import Prune
 

@@ -9,10 +9,10 @@ from torch import nn
 
 import regauge
 from regauge.frontends.capture import capture
-from regauge.ir import lockstep
 from regauge.ir.cost import figures
 from regauge.ir.graph import Graph
-from regauge.ir.weights import CutWeight, DenseWeight, file_of
+from regauge.ir.running import lockstep
+from regauge.ir.storage.weights import CutWeight, DenseWeight, file_of
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.moments import Halves, Moments, inverse, least_squares
 from regauge.passes.calibration.probe import Probe

@@ -14,7 +14,7 @@ from regauge.ir.dims.kept import KeptWithin
 from regauge.ir.dims.majors import majors_of
 from regauge.ir.dims.resize import kept_indices
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.moments import Moments
 from regauge.passes.pruning import surgeon

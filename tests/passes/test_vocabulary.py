@@ -11,7 +11,7 @@ from torch import nn
 import regauge
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.passes.pruning.vocabulary import new_ids
 
 KEPT = [2, 3, 7, 11, 19]

@@ -20,6 +20,11 @@ def places(b: Builder, start: int = 0, size: int = N) -> tuple[Value, Value]:
     return rows, b.unsqueeze(b.arange(end=size), dim=0)
 
 
+def later(b: Builder) -> tuple[Value, Value]:
+    """Positions of the last rows, and of all columns."""
+    return places(b, PAST, LATER)[0], places(b)[1]
+
+
 def table(b: Builder, tensor: torch.Tensor) -> Value:
     return b.parameter("table", tensor, "buffer")
 
@@ -56,6 +61,20 @@ CAUSAL = {
     ),
     "added table": lambda b: table(b, torch.full((N, N), -math.inf).triu(1)),
 }  # fmt: skip
+PAST, LATER = 4, N - 4
+LOWER_RIGHT = {
+    "rows behind a cache": lambda b: b.ge(*later(b)),
+    "counted from the past": lambda b: b.ge(b.add(b.unsqueeze(b.arange(end=LATER), dim=1), PAST), places(b)[1]),
+    "tril": lambda b: b.tril(b.full(shape=(LATER, N), value=True, dtype=torch.bool), diagonal=PAST),
+    "added": lambda b: b.where(b.ge(*later(b)), 0.0, -math.inf),
+    "table": lambda b: table(b, TRIL[0, 0, PAST:]),
+    "added table": lambda b: table(b, torch.full((N, N), -math.inf).triu(1)[PAST:]),
+    "end of a table": lambda b: b.slice(table(b, TRIL[0, 0]), dim=0, start=PAST, end=N, step=1),
+    "middle of a table": lambda b: b.slice(
+        b.slice(table(b, torch.ones(1, 12, 12, dtype=torch.bool).tril()), dim=1, start=PAST + 2, end=N + 2, step=1),
+        dim=-1, start=2, end=N + 2, step=1,
+    ),
+}  # fmt: skip
 OTHER = {
     "columns < rows": lambda b: b.lt(*reversed(places(b))),
     "shifted": lambda b: b.ge(*places(b, start=2)),
@@ -64,7 +83,9 @@ OTHER = {
     "below the diagonal": lambda b: b.tril(ones(b), diagonal=-1),
     "a finite number": lambda b: b.where(b.ge(*places(b)), 0.0, -100.0),
     "of another table": lambda b: table(b, TRIL.logical_not()),
-    "end of a table": lambda b: b.slice(table(b, torch.ones(12, N).bool().tril()), dim=0, start=3, end=12, step=1),
+    "rows of a table further on": lambda b: b.slice(
+        table(b, torch.ones(12, N).bool().tril()), dim=0, start=3, end=12, step=1
+    ),
     "a table that is trained": lambda b: b.parameter("bias", torch.full((N, N), -math.inf).triu(1)),
     "with an axis that queries lack": lambda b: table(b, TRIL),
     "one column for all": lambda b: b.where(b.tril(b.full(shape=(N, 1), value=True, dtype=torch.bool)), 0.0, lowest(b)),
@@ -77,10 +98,10 @@ OTHER = {
 }
 
 
-def attention(mask: str, masks: dict) -> Graph:
+def attention(mask: str, masks: dict, queries: int = N) -> Graph:
     graph = Graph("g")
     build = Builder(graph)
-    q, k, v = (build.input(name, (2, N, 8), torch.float32) for name in "qkv")
+    q, k, v = (build.input(name, (2, size, 8), torch.float32) for name, size in (("q", queries), ("k", N), ("v", N)))
     graph.outputs = [build.attention(q, k, v, masks[mask](build), scale=0.3)]
     return graph
 
@@ -96,6 +117,34 @@ def test_a_mask_that_orders_positions_is_an_attribute(mask: str) -> None:
     assert node.attributes["is_causal"] and node.output.name == name
     torch.testing.assert_close(graph.run(tensors)[0], before)
     assert mark_causal(graph) == 0
+
+
+@pytest.mark.parametrize("mask", LOWER_RIGHT)
+def test_a_mask_of_the_last_positions_is_an_attribute(mask: str) -> None:
+    graph = attention(mask, LOWER_RIGHT, LATER)
+    tensors = [torch.randn(2, size, 8) for size in (LATER, N, N)]
+    (before,) = graph.run(tensors)
+    assert mark_causal(graph) == 1
+    (node,) = graph.nodes
+    assert node.attributes["is_causal"] and node.attributes["lower_right"]
+    torch.testing.assert_close(graph.run(tensors)[0], before)
+    assert mark_causal(graph) == 0
+
+
+def test_a_cache_of_dynamic_length_leaves_no_mask() -> None:
+    past, new = symbol("past"), symbol("new")
+    graph = Graph("g", symbols={past: (0, None), new: (1, None)})
+    build = Builder(graph)
+    q, k, v = (build.input(name, (2, new, 8), torch.float32) for name in "qkv")
+    k, v = (build.concat(build.input(f"past_{x.name}", (2, past, 8), torch.float32), x, dim=1) for x in (k, v))
+    rows = build.unsqueeze(build.arange(start=past, end=past + new), dim=1)
+    mask = build.ge(rows, build.unsqueeze(build.arange(end=past + new), dim=0))
+    graph.outputs = [build.attention(q, k, v, mask, scale=0.3)]
+    runs = [[torch.randn(2, size, 8) for size in (n, n, n, p, p)] for p, n in ((0, 3), (5, 1), (4, 6))]
+    before = [graph.run(run)[0] for run in runs]
+    assert mark_causal(graph) == 1 and graph.nodes[-1].attributes["lower_right"] and len(graph.nodes) == 3
+    for run, wanted in zip(runs, before, strict=True):
+        torch.testing.assert_close(graph.run(run)[0], wanted)
 
 
 @pytest.mark.parametrize("mask", OTHER)

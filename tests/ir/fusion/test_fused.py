@@ -17,9 +17,9 @@ from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.graph import Graph
 from regauge.ir.memory.activations import activation_bytes
-from regauge.ir.parse import parse_graph
+from regauge.ir.printing.parse import parse_graph
 from regauge.ir.roofline import DEVICES, roofline
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.ir.verify import verify
 
 

@@ -19,8 +19,8 @@ from regauge.ir.fusion import legality
 from regauge.ir.fusion.fuse import fuse
 from regauge.ir.fusion.fused import body_of
 from regauge.ir.fusion.gradients import SHARED, all_gradients, gradients_of
+from regauge.ir.fusion.legality import WIDEST_TOTALS
 from regauge.ir.fusion.tracing import trace
-from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Graph, Value
 from regauge.ir.scalars import PRIMITIVES, REDUCTIONS
 
@@ -116,7 +116,7 @@ def test_what_rows_share_has_a_gradient_but_no_kernel_where_rows_are_not_whole()
     """Neither channels of images, nor rows of more columns than a program holds."""
     body, _ = body_and_tensors(form_graph("mish_batch_norm", torch.float64))
     assert set(gradients_of(body).left.values()) == {SHARED}
-    body, _ = body_and_tensors(form_graph("layer_norm", torch.float64, 2, PERSISTENT + 1))
+    body, _ = body_and_tensors(form_graph("layer_norm", torch.float64, 2, WIDEST_TOTALS + 1))
     assert set(gradients_of(body).left) == {"w", "w_1"}
     body, tensors = body_and_tensors(form_graph("layer_norm", torch.float64))
     graph, of = all_gradients(body)

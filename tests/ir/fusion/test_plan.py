@@ -21,9 +21,9 @@ from regauge.ir.fusion.plan_rows import plan_summary, refusal_rows
 from regauge.ir.fusion.region import Region
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Parameter, Value
-from regauge.ir.interpret import Interpreter
 from regauge.ir.roofline import DEVICES
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.interpret import Interpreter
+from regauge.ir.running.sample_inputs import sample_inputs
 from region_reference import run_region
 
 

@@ -20,9 +20,9 @@ from regauge.frontends.capture import capture
 from regauge.frontends.from_onnx import load
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
 from regauge.ir.operator import find_aten
 from regauge.ir.ops.attention import attention, capped_attention
+from regauge.ir.running.interpret import run
 
 # -- the record --------------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from regauge.ir.dims.groups import find_group
 from regauge.ir.edit import Builder
 from regauge.ir.gauge.classes import Gauge, gauges
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
 from regauge.ir.operator import Cost, find_aten
 from regauge.ir.ops.einsum import explicit_equation
+from regauge.ir.running.interpret import run
 
 
 def network(*shape: int) -> tuple[Graph, Builder, Value]:

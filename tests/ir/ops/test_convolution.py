@@ -10,8 +10,8 @@ from torch import randn
 from cutting import cut_all, free_sizes
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
 from regauge.ir.operator import find_aten
+from regauge.ir.running.interpret import run
 
 
 def network(*shape: int) -> tuple[Graph, Builder, Value]:

@@ -13,8 +13,8 @@ from regauge.frontends.capture import capture
 from regauge.ir.edit import Builder
 from regauge.ir.errors import RegaugeWarning
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
 from regauge.ir.operator import Symmetry, get_operator
+from regauge.ir.running.interpret import run
 
 
 def network(*shape: int) -> tuple[Graph, Builder, Value]:

@@ -13,9 +13,9 @@ from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
 from regauge.ir.operator import find_aten
 from regauge.ir.ops.experts import grouped_mm
+from regauge.ir.running.interpret import run
 from regauge.optimize import optimize
 
 OFFSETS = torch.tensor([2, 2, 6], dtype=torch.int32)

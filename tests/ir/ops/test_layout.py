@@ -10,8 +10,8 @@ from cutting import cut_all, free_sizes
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Graph, Node, Value
-from regauge.ir.interpret import run
 from regauge.ir.operator import find_aten
+from regauge.ir.running.interpret import run
 from regauge.ir.sizes.expressions import symbol
 
 BATCH = symbol("batch")

@@ -19,8 +19,8 @@ from regauge.frontends.from_onnx import load
 from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import Interpreter, run
 from regauge.ir.operator import get_operator
+from regauge.ir.running.interpret import Interpreter, run
 
 
 def network(*shape: int) -> tuple[Graph, Builder, Value]:

@@ -14,7 +14,7 @@ from cutting import free_sizes
 from onnx_models import halves, masked, model_of, pruned
 from regauge.backends.run_onnxruntime import Session
 from regauge.frontends.from_onnx import load
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 
 END = 2**63 - 1
 

@@ -19,8 +19,8 @@ from regauge.frontends.capture import capture
 from regauge.frontends.from_onnx import load
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
 from regauge.ir.operator import Symmetry
+from regauge.ir.running.interpret import run
 
 
 def network(*shape: int) -> tuple[Graph, Builder, Value]:

@@ -14,7 +14,7 @@ from regauge.ir.dims.groups import find_group
 from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 
 
 def projected(width: int = 8) -> tuple[Graph, Builder, Value]:

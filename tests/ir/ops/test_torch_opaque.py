@@ -6,10 +6,10 @@ import torch
 from regauge.ir.edit import Builder
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
 from regauge.ir.operator import get_operator
 from regauge.ir.ops.torch_opaque import find_target, literal_text, replace_slots, slot
-from regauge.ir.parse import parse_graph
+from regauge.ir.printing.parse import parse_graph
+from regauge.ir.running.interpret import run
 
 evaluate = get_operator("torch_call").evaluate
 

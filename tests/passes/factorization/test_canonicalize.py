@@ -12,7 +12,7 @@ import regauge
 from attention_networks import LENGTH, WIDTH, Decoder
 from random_networks import networks
 from regauge.ir.graph import Graph
-from regauge.ir.sample_inputs import sample_runs
+from regauge.ir.running.sample_inputs import sample_runs
 from regauge.passes.base import Context
 from regauge.passes.factorization.canonicalize import Canonicalize
 

@@ -14,11 +14,11 @@ import regauge
 from random_networks import networks
 from regauge.ir.edit import Builder
 from regauge.ir.errors import PassError
+from regauge.ir.folding.purity import RECOMPUTED
 from regauge.ir.graph import Graph, State, Value
 from regauge.ir.memory.activations import activation_bytes
-from regauge.ir.purity import RECOMPUTED
 from regauge.ir.roofline import DEVICES
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.passes.memory.rewritten import scheduled
 from regauge.passes.memory.schedule import Work
 from rematerialised import training_step

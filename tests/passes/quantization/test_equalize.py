@@ -11,7 +11,7 @@ from regauge.ir.gauge.classes import Gauge
 from regauge.ir.gauge.frames import find_frames
 from regauge.ir.gauge.insertion import scaled
 from regauge.ir.graph import Graph
-from regauge.ir.weights import dense
+from regauge.ir.storage.weights import dense
 from regauge.passes.quantization.equalization import balances, equalizing
 from regauge.passes.quantization.frame_weights import greatest
 from regauge.passes.quantization.grid import Grid

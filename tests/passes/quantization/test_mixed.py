@@ -26,6 +26,7 @@ from regauge.passes.calibration.weight_gradients import hessian_traces
 from regauge.passes.quantization.mixed import Mixed, _by_bisection, stored_bytes
 from regauge.passes.quantization.quantize import Quantize
 from regauge.passes.quantization.schemes import integers
+from regauge.passes.quantization.weight_formats import WeightFormats
 
 WIDTH = 32
 
@@ -80,7 +81,7 @@ def uniform() -> tuple[float, int]:
     step = Quantize(scheme="w3", target="reference")
     graph = branches()
     layers = step.layers_of(graph, Counter())
-    forms = [integers(step._wanted(graph, layer, 3)) for layer in layers]
+    forms = [integers(WeightFormats(step, graph).wanted(layer, 3)) for layer in layers]
     saved = (x.weight.tensor.nbytes - stored_bytes(x, form, zeros=False) for x, form in zip(layers, forms, strict=True))
     return error(quantized("scheme=w3")), int(figures(graph).bytes - sum(saved))
 
@@ -195,7 +196,7 @@ def test_what_dependent_layers_lose_together_is_measured() -> None:
     """Every choice in a block by itself, as if its layers were replaced at once; blocks are neighbours."""
     step, graph = Quantize(scheme="mixed", bytes=0.2, target="reference"), branches()
     layers = step.layers_of(graph, Counter())
-    forms = {x.weight.name: [integers(step._wanted(graph, x, bits)) for bits in (2, 4)] for x in layers}
+    forms = {x.weight.name: [integers(WeightFormats(step, graph).wanted(x, bits)) for bits in (2, 4)] for x in layers}
     mixed = Mixed(graph, layers, forms, "entropy", [Labelled(batch, None, None) for batch in data()], False)
     assert sorted(name for block in mixed.blocks for name in block.names) == sorted(forms)
     block = max(mixed.blocks, key=lambda block: len(block.names))

@@ -10,7 +10,7 @@ import regauge
 from onnx_models import NETWORK, NETWORK_WEIGHTS, model_of
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.quantized_layers import quantized_layers
+from regauge.ir.storage.quantized_layers import quantized_layers
 
 PRUNE = "prune{ratio=0.5,compensate=false}"
 OPTIONS = ["target=ort-x86", "target=ort-x86-avx2", "target=ort-arm", "target=tensorrt", "activations=dynamic"]

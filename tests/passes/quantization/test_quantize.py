@@ -13,7 +13,7 @@ from regauge.backends.run_onnxruntime import Session
 from regauge.ir.cost import figures
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.quantized_layers import quantized_layers
+from regauge.ir.storage.quantized_layers import quantized_layers
 
 WIDTH, LENGTH = 32, 6
 
@@ -392,3 +392,29 @@ def test_a_layer_that_the_runtime_would_convert_is_an_error(tmp_path: Path) -> N
     with pytest.raises(regauge.RegaugeError, match="onnxruntime (would convert|runs)"):
         slow.to_onnx(tmp_path / "refused.onnx")
     assert not (tmp_path / "refused.onnx").exists()
+
+
+def test_layers_that_share_a_bias_are_quantized_each_with_its_own(tmp_path: Path) -> None:
+    class Pair(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+            self.other.bias = self.one.bias
+            self.gain = torch.nn.Linear(64, 64)
+            self.gain.bias = self.one.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.gain(torch.tanh(self.other(torch.tanh(self.one(x)))))) + self.one.bias
+
+    torch.manual_seed(0)
+    model, x = Pair().eval(), torch.randn(64, 64)
+    graph = regauge.capture(model, (x,), dynamic={0: {0: "batch"}})
+    wanted, data = model(x), [(part,) for part in x.split(16)]
+    for step, decibels in (("quantize", 38), ("quantize{scheme=w8}", 48), ("quantize{scheme=w4}", 25)):
+        small = regauge.optimize(graph, step, data=data)
+        found = small.run((x,))[0]
+        assert 10 * torch.log10(wanted.square().sum() / (found - wanted).square().sum()) > decibels
+        assert "left alone" not in str(small.report) and "3 layers" in str(small.report)
+    assert len(graph.parameters) == 4  # the graph itself has one bias still
+    written = Session(small.to_onnx(tmp_path / "pair.onnx")).run((x,))[0]
+    assert (written - wanted).square().sum() < 1e-2 * wanted.square().sum()

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import regauge
+from onnx_models import model_of
 from regauge.backends.onnx_model.audit import kernels_of
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.cost import figures
@@ -84,7 +86,9 @@ def test_weights_of_float_layers_are_stored_beside_integers(tmp_path: Path) -> N
     kernels, stray = kernels_of(tmp_path / "small.onnx")
     assert not stray and not kernels["Cast"]
     whole = regauge.optimize(graph, "quantize", data=batches)
-    assert "depth.weight" in whole.parameters and "gain" in whole.parameters
+    assert "depth.weight" in whole.parameters and "gain_half" in whole.parameters
+    floats = regauge.optimize(graph, "quantize{storage=false}", data=batches)
+    assert "gain" in floats.parameters
 
 
 def test_a_tied_table_gets_one_scale_for_each_row() -> None:
@@ -173,3 +177,17 @@ def test_small_weights_that_lose_most_are_kept_in_half_precision() -> None:
     assert figures(small).bytes < 1.025 * figures(blind).bytes
     wanted, before, after = (found.run(data[0])[0] for found in (graph, blind, small))
     assert float((wanted - after).square().sum()) < 0.02 * float((wanted - before).square().sum())
+
+
+@pytest.mark.parametrize("scheme", ["w8", "w8a8"])
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [("(float[n, 64] x, float[64, 96] w) => (float[n, 96] y)", "callers may put another for"),
+     ("(float[n, 64] x) => (float[n, 96] y, float[64, 96] w)", "its weight is a result, too")],
+)  # fmt: skip
+def test_weights_that_are_inputs_or_results_stay_and_the_report_says_why(beside: str, reason: str, scheme: str) -> None:
+    """The file of one grew by its integers; of the other nothing was said."""
+    text = f'<ir_version: 8, opset_import: ["" : 17]> seen {beside} {{ y = MatMul (x, w) }}'
+    graph = regauge.load(model_of(text, {"w": (64, 96)}))
+    small = regauge.optimize(graph, f"quantize{{scheme={scheme}}}", data=[torch.randn(8, 64)])
+    assert reason in str(small.report) and figures(small).bytes == figures(graph).bytes

@@ -11,7 +11,7 @@ from torch import nn
 import regauge
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
-from regauge.ir.lockstep import Lockstep
+from regauge.ir.running.lockstep import Lockstep
 from regauge.passes.calibration.expected_inputs import ExpectedInputs
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.quantization.grid import Form, Grid

@@ -12,7 +12,7 @@ from random_networks import networks
 from regauge.ir.edit import Builder
 from regauge.ir.errors import EmitError, PassError
 from regauge.ir.graph import Graph
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.settings import using
 from small_graphs import multilayer_perceptron, residual_network
 

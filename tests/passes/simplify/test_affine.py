@@ -9,7 +9,7 @@ from torch import nn
 import regauge
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, State
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.passes.simplify.catalog import RULE_SETS
 from simplified import refusals, simplified
 

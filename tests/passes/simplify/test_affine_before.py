@@ -90,7 +90,7 @@ def shared_norm(kind: str) -> Graph:
 
 def test_a_norm_that_two_maps_read_goes_into_both_or_neither() -> None:
     from regauge import optimize
-    from regauge.ir.interpret import run
+    from regauge.ir.running.interpret import run
 
     graph, x = shared_norm("both"), torch.randn(2, 4, 6, 6).double()
     after = optimize(graph, "simplify")

@@ -16,8 +16,8 @@ import regauge
 from assembling import WAYS, assembled, counts, exported
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
 from regauge.ir.rewriting.rewrite import rewrite_graph
+from regauge.ir.running.interpret import run
 from regauge.passes.simplify.assemble_activations import RULES
 
 

@@ -17,8 +17,8 @@ import regauge
 from assembling import WAYS, assembled, counts, exported
 from onnx_oracle import runtime_outputs
 from regauge.ir.graph import Graph, Node
-from regauge.ir.interpret import run
 from regauge.ir.rewriting.rewrite import rewrite_graph
+from regauge.ir.running.interpret import run
 from regauge.passes.simplify.assemble_attention import RULES
 
 LENGTH, HEADS, DEPTH = 5, 4, 6

@@ -8,7 +8,7 @@ from torch import nn
 
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.passes.simplify.catalog import RULE_SETS
 from simplified import refusals, simplified
 

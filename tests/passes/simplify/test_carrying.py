@@ -11,7 +11,7 @@ from torch import Tensor, nn, rand, randn
 import regauge
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.passes.simplify.simplify import Simplify
 from simplified import simplified
 from simplifying import BATCH, made, ops, same_function

@@ -14,8 +14,8 @@ from onnx_simplified import assert_equal_runs, normal, parsed
 from onnx_simplified import simplified as simplified_file
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
 from regauge.ir.rewriting.rewrite import rewrite_graph
+from regauge.ir.running.interpret import run
 from regauge.ir.sizes.expressions import symbol
 from regauge.passes.simplify.catalog import RULE_SETS
 from simplified import refusals, simplified

@@ -8,8 +8,8 @@ import torch
 from regauge import optimize
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
-from regauge.ir.interpret import run
 from regauge.ir.rewriting.rewrite import rewrite_graph
+from regauge.ir.running.interpret import run
 from regauge.ir.verify import verify
 from regauge.passes.simplify.catalog import ALL_RULE_SETS
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from random_networks import networks
 from regauge import optimize
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
-from regauge.ir.sample_inputs import sample_inputs
+from regauge.ir.running.interpret import run
+from regauge.ir.running.sample_inputs import sample_inputs
 
 
 @given(networks())

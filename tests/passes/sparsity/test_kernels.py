@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import regauge
-from regauge.ir.sparse_layouts import Blocks, Csr, Layout, Masked, NofM
+from regauge.ir.storage.sparse_layouts import Blocks, Csr, Layout, Masked, NofM
 from regauge.passes.nm_mask import nm_mask
 from regauge.passes.sparsity.kernels import use_sparse_kernels
 

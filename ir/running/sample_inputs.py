@@ -11,7 +11,7 @@ import torch
 from regauge.ir.errors import GraphError, RegaugeError
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.sizes.expressions import evaluate
-from regauge.ir.weights import writes
+from regauge.ir.storage.weights import writes
 
 MOST_REMEMBERED = 1 << 26  # bytes
 _FOLLOWED = {"cast", "identity", "reshape", "unsqueeze", "squeeze", "expand", "slice", "select", "permute", "clamp"}
@@ -34,7 +34,7 @@ def sample_runs(graph: Graph) -> Iterator[tuple[list[Any], list[Any]]]:
     Of a graph with dynamic sizes several bindings are tried, small ones, all ones, and those of images and signals; it
     may have preconditions that only some meet (a window must fit). Inputs that have defaults are given these.
     """
-    from regauge.ir.interpret import run_seeded
+    from regauge.ir.running.interpret import run_seeded
 
     for inputs in candidates(graph):
         try:

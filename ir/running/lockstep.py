@@ -13,10 +13,10 @@ import sympy
 import torch
 
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.interpret import Interpreter
 from regauge.ir.memory.mapped import can_be_stored
 from regauge.ir.memory.set_aside import Environment, Loaded, SetAside
-from regauge.ir.schedule import schedule
+from regauge.ir.running.interpret import Interpreter
+from regauge.ir.running.schedule import schedule
 from regauge.ir.sizes.expressions import solve_bindings
 
 HELD = 1 << 27  # bytes of values that are held in memory; what is more goes into temporary files

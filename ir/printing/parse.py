@@ -1,4 +1,4 @@
-"""Reading the text form of :mod:`regauge.ir.text` back into a graph."""
+"""Reading the text form of :mod:`regauge.ir.printing.text` back into a graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regauge.ir.errors import GraphError, RegaugeError
 from regauge.ir.graph import Graph, Node, Operand, Parameter, State, Value, add_use
 from regauge.ir.operator import get_operator
 from regauge.ir.sizes.expressions import UNKNOWN_RANK, Size, parse_size, symbol
-from regauge.ir.weights import LazyWeight, Weight
+from regauge.ir.storage.weights import LazyWeight, Weight
 
 _NAME = r"[A-Za-z0-9_.:/-]+"
 _VALUE = re.compile(rf"%({_NAME}): ([A-Za-z0-9_]+)\[([^\]]*)\]")

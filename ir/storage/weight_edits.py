@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from regauge.ir.graph import Graph, Parameter
-from regauge.ir.weights import DenseWeight, KeptWeight, LazyWeight, Weight, is_resident
+from regauge.ir.storage.weights import DenseWeight, KeptWeight, LazyWeight, Weight, is_resident
 
 if TYPE_CHECKING:
     from regauge.ir.edit import Builder

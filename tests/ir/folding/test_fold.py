@@ -3,9 +3,9 @@
 import torch
 
 from regauge.ir.edit import Builder
-from regauge.ir.fold import fold_constants
+from regauge.ir.folding.fold import fold_constants
 from regauge.ir.graph import Graph, Node
-from regauge.ir.interpret import run
+from regauge.ir.running.interpret import run
 from regauge.ir.sizes.expressions import symbol
 from regauge.ir.verify import verify
 

@@ -8,8 +8,8 @@ import torch
 
 from regauge.ir.edit import Builder
 from regauge.ir.errors import GraphError
-from regauge.ir.given_inputs import fitted
 from regauge.ir.graph import Graph
+from regauge.ir.running.given_inputs import fitted
 from regauge.ir.sizes.expressions import symbol
 
 BATCH = symbol("batch")

@@ -6,8 +6,8 @@ import torch
 from regauge.ir.edit import Builder
 from regauge.ir.errors import GraphError
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
-from regauge.ir.parse import parse_graph
+from regauge.ir.printing.parse import parse_graph
+from regauge.ir.running.interpret import run
 from regauge.ir.sizes.expressions import symbol
 from regauge.ir.verify import verify
 

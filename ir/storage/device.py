@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from regauge.ir.graph import Graph
-from regauge.ir.weights import Weight, dense
+from regauge.ir.storage.weights import Weight, dense
 
 
 def on_device(

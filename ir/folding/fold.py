@@ -16,8 +16,8 @@ import sympy
 import torch
 
 from regauge.ir.edit import Builder, remove_dead, replace_uses
+from regauge.ir.folding.purity import is_pure
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.purity import is_pure
 
 MAX_ELEMENTS = 1 << 22
 # A filled tensor alone is no table: it stays a node, whose sizes follow when an axis is cut.

@@ -4,8 +4,8 @@ import torch
 
 from regauge.ir.edit import Builder, set_input
 from regauge.ir.graph import Graph
-from regauge.ir.interpret import run
-from regauge.ir.schedule import schedule
+from regauge.ir.running.interpret import run
+from regauge.ir.running.schedule import schedule
 
 
 def chain() -> Graph:

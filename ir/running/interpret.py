@@ -11,9 +11,9 @@ import torch
 from regauge.ir.dtypes import dtype_name
 from regauge.ir.errors import GraphError, RegaugeError, first_line
 from regauge.ir.graph import Graph, Node, Parameter, Value
-from regauge.ir.schedule import schedule, schedule_now
+from regauge.ir.running.schedule import schedule, schedule_now
 from regauge.ir.sizes.expressions import evaluate, solve_bindings
-from regauge.ir.weights import device_of_weight
+from regauge.ir.storage.weights import device_of_weight
 
 Hook = Callable[[Node, tuple[Any, ...]], tuple[Any, ...] | None]
 """Called after each node with its results; may return other results in their place."""

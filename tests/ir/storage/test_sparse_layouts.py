@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.sparse import _semi_structured_conversions as conversions
 
 from regauge.ir.errors import RegaugeError
-from regauge.ir.sparse_layouts import (
+from regauge.ir.storage.sparse_layouts import (
     LAYOUTS,
     Blocks,
     Coo,

@@ -1,0 +1,1 @@
+"""Graphs, operators and reports as text, and text read back."""

@@ -1,0 +1,1 @@
+"""Running graphs: the reference interpreter, its schedule, and inputs given or made up."""

@@ -1,0 +1,1 @@
+"""Where the data of weights is, and the layouts that hold it."""
