@@ -4,6 +4,7 @@
     conv of the same                                                                 QConv2d(in, out, kernel)
     y = matmul(x, dequantize(w, t, z, block_size=32, bits=4)) + b                    QLinearWeight(in, out, bits=4, ...)
     conv of the same                                                                 QConvWeight(in, out, kernel, ...)
+    the same of floats of 8 bits, for torch-cuda                                     QLinearFloat8(in, out)
     q, s = quantize_rows(x); y = matmul(q * s, dequantize(w, t)) + b                 QLinearDynamic(in, out)
 
 On a copy of the graph. The layer is a node ``linear`` or ``conv`` of x and the integers, which says in its metadata
@@ -29,6 +30,9 @@ from regauge.ir.storage.quantized_layers import PLANNED_FOR
 from regauge.ir.storage.weights import LazyWeight
 from regauge.ir.training_notes import LAYER
 
+FLOAT8 = torch.float8_e4m3fn
+"""The floats of 8 bits that a GPU multiplies by one another."""
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -39,6 +43,11 @@ class Codes:
     zero: torch.Tensor | None
     bits: int
     turned: bool  # stored [inputs, outputs]
+
+    @property
+    def floats(self) -> bool:
+        """Whether codes are floats of 8 bits."""
+        return self.parameter.dtype == FLOAT8
 
     @property
     def plain(self) -> bool:
@@ -60,6 +69,7 @@ class Input:
     zero: torch.Tensor = torch.zeros((), dtype=torch.int32)
     moved: tuple[Node, ...] = ()  # reshapes of the codes, the last one first
     factor: torch.Tensor | None = None  # by which each channel is multiplied before it is rounded
+    floats: bool = False  # it is rounded to floats of 8 bits
 
 
 def as_integer_layers(graph: Graph) -> tuple[Graph, list[Home]]:
@@ -89,7 +99,7 @@ def _codes(node: Node) -> Codes | None:
     turned = node.op == "matmul"
     if not isinstance(q, Parameter) or len(q.uses) != 1 or (q.rank > 2) != (node.op == "conv") or q.rank < 2:
         return None
-    if q.dtype not in (torch.int8, torch.uint8) or not isinstance(scale, Parameter):
+    if q.dtype not in (torch.int8, torch.uint8, FLOAT8) or not isinstance(scale, Parameter):
         return None
     axis, block = source.attributes["axis"], source.attributes["block_size"]
     outputs, axis = int(q.shape[int(turned)]), None if axis is None else axis % q.rank
@@ -127,16 +137,16 @@ def _input(node: Node) -> Input | None:
         return None
     scale, zero = (*back.inputs[1:], None)[:2]
     dtype, x = source.attributes["dtype"], source.inputs[0]
-    if dtype not in (torch.int8, torch.uint8) or not isinstance(scale, Parameter) or not isinstance(x, Value):
+    if dtype not in (torch.int8, torch.uint8, FLOAT8) or not isinstance(scale, Parameter) or not isinstance(x, Value):
         return None
     if zero is not None and not isinstance(zero, Parameter):
         return None
     signed = torch.zeros((), dtype=torch.int32) if zero is None else zero.tensor.detach().to(torch.int32).reshape(())
     signed = signed - (128 if dtype == torch.uint8 else 0)
     factor = None
-    if node.op != "conv" and not moved:
+    if node.op != "conv" and not moved and dtype != FLOAT8:
         x, factor = _unsmoothed(x)
-    return Input(x, scale.tensor.detach().reshape(()), signed, tuple(moved), factor)
+    return Input(x, scale.tensor.detach().reshape(()), signed, tuple(moved), factor, dtype == FLOAT8)
 
 
 def _unsmoothed(x: Value) -> tuple[Value, torch.Tensor | None]:
@@ -188,7 +198,11 @@ def _lowered(build: Builder, node: Node, weight: Codes) -> Home | None:
         return None
     bias, last = ends
     found = None
-    if read is not None and weight.plain:
+    if weight.floats:
+        found = _on_floats(build.graph, node, weight, read, bias)
+        if found is None:
+            return None
+    elif read is not None and weight.plain and not read.floats:
         found = _by_rows(weight, bias) if read.scale is None else _on_integers(node, weight, read, bias)
     if found is None:
         read = None
@@ -226,6 +240,23 @@ def _by_rows(weight: Codes, bias: Parameter | torch.Tensor | None) -> tuple[str,
         "scale": (weight.scale[:, 0].contiguous(), "buffer"),
     }
     return f"QLinearDynamic({inputs}, {outputs}{', bias=False' if bias is None else ''})", parts | _own_bias(bias)
+
+
+def _on_floats(
+    graph: Graph, node: Node, weight: Codes, read: Input | None, bias: Parameter | torch.Tensor | None
+) -> tuple[str, Parts] | None:
+    """A layer for a GPU: elsewhere products of floats of 8 bits are slower than those of what they stand for."""
+    planned = graph.metadata.get(PLANNED_FOR) == "torch-cuda" and node.op != "conv"
+    if not planned or read is None or not read.floats or weight.zero is not None or weight.scale.shape[1] != 1:
+        return None
+    assert read.scale is not None
+    outputs, inputs = weight.load().shape
+    parts: Parts = {
+        "weight": (LazyWeight((outputs, inputs), FLOAT8, lambda: weight.load().contiguous()), "parameter"),
+        "scale": ((read.scale.double() * weight.scale[:, 0].double()).float(), "buffer"),
+        "input_scale": (read.scale, "buffer"),
+    }
+    return f"QLinearFloat8({inputs}, {outputs}{', bias=False' if bias is None else ''})", parts | _own_bias(bias)
 
 
 def _on_integers(

@@ -103,6 +103,39 @@ class QLinearDynamic(nn.Module):
         return self.forward(x, plain_matmul)
 
 
+def float8_matmul(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Floats of 8 bits [..., k] times the rows of [n, k] in single precision: on a GPU by a kernel, if it has one."""
+    n, k = weight.shape
+    of_kernel = q.is_cuda and n % 16 == 0 and k % 16 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 9)
+    if not of_kernel or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return q.float() @ weight.float().t()
+    one = torch.ones((), device=q.device)
+    y = torch._scaled_mm(q.reshape(-1, k), weight.t(), one, one, out_dtype=torch.float32)
+    return y.reshape(*q.shape[:-1], n)
+
+
+class QLinearFloat8(nn.Module):
+    """y = x W^T + b on floats of 8 bits: x ~ q * input_scale, W ~ weight * s.
+
+    There is an s for each output, and scale = input_scale * s.
+    """
+
+    scale: torch.Tensor
+    input_scale: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        weight = torch.zeros(out_features, in_features, dtype=torch.float8_e4m3fn)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", torch.ones(out_features))
+        self.register_buffer("input_scale", torch.ones(()))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.div(self.input_scale).clamp_(-448, 448).to(torch.float8_e4m3fn)
+        return scaled(float8_matmul(q, self.weight), self.scale, self.bias)
+
+
 class QConv2d(nn.Module):
     """A convolution on integers; tensors as in QLinear, weight [out, height, width, in].
 

@@ -179,8 +179,8 @@ class Frame:
             case "number":
                 return scalar.value
             case "count":
-                named = (self.dims[axis] for axis in self.ended) if scalar.value is None else self._named(scalar.value)
-                size = product(dim.size for dim in named)
+                ended = tuple(self.dims[axis] for axis in self.ended)
+                size = product(dim.size for dim in (ended if scalar.value is None else self._named(scalar.value)))
                 if not is_static(size):
                     raise FusionError(f"{self.node.op} divides by the dynamic size {size}")
                 return size

@@ -74,9 +74,12 @@ class Separated:
         for rank, own in groupby(shapes, key=lambda shape: shape[0]):
             first = unfolded.start(rank)
             behind = unfolded.behind(first)
+            lost = unfolded.lost(first, behind) if self.third else None
             for ranks in own:
-                last = ranks[1] if self.third else behind.up.shape[1]
-                loss = problem.error(unfolded.flat(unfolded.image(first, behind.up[:, :last] @ behind.down[:last])))
+                if lost is None:
+                    loss = problem.error(unfolded.product(first, behind.up @ behind.down, None))
+                else:
+                    loss = float(lost[ranks[1]])
                 found.append(Choice(self.name, ranks, *self._cost(problem.layer, graph, ranks), loss))
         return found
 
@@ -285,6 +288,26 @@ class _Unfolded:
         left = self.weight - self.image(first, plain)  # nothing at full rank, which is exact whatever the metric
         cross = torch.einsum("ojs,prjs->opr", left, image).reshape(len(self.weight), -1)
         return factored(plain + torch.linalg.solve(metric, cross.t()).t(), metric, self.problem.outputs)
+
+    def lost(self, first: torch.Tensor, behind: Factored) -> torch.Tensor:
+        """What the problem loses with each number of directions behind a first link, from none to all of them.
+
+        Those that are left out are products of two vectors each: how any two of them count together, and with what all
+        leave over, is found once for all numbers.
+        """
+        problem, up = self.problem, behind.up
+        flat = self.flat(self.image(first, behind.down))
+        over = problem.weight - up @ flat
+        weighed = problem.weighed(over)
+        beside = ((up.t() @ weighed) * flat).sum(1)
+        together = torch.zeros(len(flat), len(flat), dtype=flat.dtype)
+        for inputs, outputs in (*problem.bands,) or ((problem.inputs, problem.outputs),):
+            left = up if outputs is None else outputs @ up
+            together += (up.t() @ left) * ((flat if inputs is None else flat @ inputs) @ flat.t())
+        pairs = together.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+        behind_each = 2 * beside.flip(0).cumsum(0).flip(0) + pairs
+        least = (weighed * over).sum()
+        return torch.cat([least + behind_each, least[None]]) / problem.scale
 
     def image(self, first: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
         """[outputs, inner, rest] of a first link and what follows it."""

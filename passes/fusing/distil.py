@@ -33,10 +33,11 @@ class Distil(Pass):
     The graph that the pipeline began with is the teacher, and no labels are needed: outputs are compared by squares,
     which teach no worse than divergences of classes (Kim et al. 2021, arXiv 2105.08919), and with them the results of
     repeated blocks, or of layers where nothing repeats, that have the sizes that they had (Romero et al. 2015, FitNets,
-    without regressors). Each step sees one batch of the data, in turn; the last one is held out where there are others,
-    and the weights are kept if the error on it becomes less. Zeros that ``sparsify`` set stay zero; norms keep the
-    statistics that they have. The more the batches differ, the better: a few photographs are best given in many crops,
-    colours and lights.
+    without regressors). Each step sees one batch of the data, in turn; the last one is held out where there are others.
+    The outputs alone judge, as what is inside only guides: the weights are kept if the mean error of the outputs
+    becomes less on that batch. Passes in front that fitted layers to data saw it, too, which speaks for what they left.
+    Zeros that ``sparsify`` set stay zero; norms keep the statistics that they have. The more the batches differ, the
+    better: a few photographs are best given in many crops, colours and lights.
     """
 
     name: ClassVar[str] = "distil"
@@ -62,21 +63,24 @@ class Distil(Pass):
         batches = calibration_batches(graph, context)
         result = graph.copy()
         weights = {own.name: Free.of(own.tensor.detach(), _held(graph, own)) for own in self._trained(result)}
-        ends, shares = self._ends(teacher, result)
-        run = Distillation(ending_in(teacher, ends[0]), ending_in(result, ends[1]), weights, shares)
+        ends = self._ends(teacher, result)
+        run = Distillation(ending_in(teacher, ends.before), ending_in(result, ends.after), weights, ends.shares)
         seen, held = batches[:-1] or batches, batches[-1]
-        before = run.judged(held)
+        before = ends.judged(run, held)
         run.train(seen, self.steps, self.rate)
-        after = run.judged(held)
-        errors = f"the error on the last batch went from {before:.3g} to {after:.3g}"
-        if not after < before:
+        after = ends.judged(run, held)
+        whose = "the last batch" if len(batches) > 1 else "the batch that it learned from"
+        errors = f"on {whose} the error of the outputs went from {before[0]:.3g} to {after[0]:.3g}"
+        if len(ends.shares) > ends.outputs:
+            errors += f", of what is inside from {before[1]:.3g} to {after[1]:.3g}"
+        if not after[0] < before[0]:
             context.note(f"weights stay as they were: {errors}")
             return graph
         for name, own in weights.items():
             set_weight(result, result.parameters[name], own.tensor().detach(), by=self.name)
         context.note(
             f"weights trained on {sum(map(examples_in, seen))} examples: {len(weights)}, values compared: "
-            f"{len(ends[0])}; {errors}"
+            f"{len(ends.shares)}; {errors}"
         )
         return result
 
@@ -92,8 +96,8 @@ class Distil(Pass):
             if (not self.include or matches(own.names, self.include)) and not matches(own.names, self.exclude)
         ]
 
-    def _ends(self, teacher: Graph, graph: Graph) -> tuple[tuple[list[Value], list[Value]], list[float]]:
-        """What is compared, in both graphs, and what each counts: the outputs 1 together, what is inside ``inner``."""
+    def _ends(self, teacher: Graph, graph: Graph) -> _Ends:
+        """What is compared: the outputs count 1 together, what is inside ``inner``."""
         outputs = [
             (own, other)
             for own, other in zip(teacher.outputs, graph.outputs, strict=True)
@@ -105,7 +109,23 @@ class Distil(Pass):
         inside = [pair for pair in inside if pair not in outputs]
         shares = [1 / len(outputs)] * len(outputs) + [self.inner / max(1, len(inside))] * len(inside)
         pairs = [*outputs, *inside]
-        return ([own for own, _ in pairs], [other for _, other in pairs]), shares
+        return _Ends([own for own, _ in pairs], [other for _, other in pairs], shares, len(outputs))
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Values of two graphs that are compared, the outputs first, and what each counts in training."""
+
+    before: list[Value]
+    after: list[Value]
+    shares: list[float]
+    outputs: int
+
+    def judged(self, run: Distillation, batch: Any) -> tuple[float, float]:
+        """The mean error of the outputs on a batch, and of what is inside."""
+        with torch.no_grad():
+            errors = run.errors(batch)
+        return float(errors[: self.outputs].mean()), float(errors[self.outputs :].mean())
 
 
 def _inside(teacher: Graph, graph: Graph) -> list[tuple[Value, Value]]:

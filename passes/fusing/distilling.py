@@ -124,19 +124,19 @@ class Distillation:
         self._shares = torch.tensor([1 / count] * count if shares is None else shares)
         self._network = Differentiable(student, [])
 
-    def error(self, batch: Any) -> torch.Tensor:
-        """The squared errors of the outputs as shares of their squares, each by what it counts."""
+    def errors(self, batch: Any) -> torch.Tensor:
+        """The squared error of each output as a share of its squares."""
         wanted = self.teacher.run(batch)
         found = self._network.run(batch, {name: own.tensor() for name, own in self.weights.items()})
         errors = [
             (y - z).square().sum() / y.square().sum().clamp(min=1e-30) for y, z in zip(wanted, found, strict=True)
         ]
-        return (torch.stack(errors) * self._shares.to(errors[0])).sum()
+        return torch.stack(errors)
 
-    def judged(self, batch: Any) -> float:
-        """The error on a batch, as a number."""
-        with torch.no_grad():
-            return float(self.error(batch))
+    def error(self, batch: Any) -> torch.Tensor:
+        """What training makes less: the errors of all outputs, each by what it counts."""
+        errors = self.errors(batch)
+        return (errors * self._shares.to(errors)).sum()
 
     def train(self, batches: Sequence[Any], steps: int, rate: float) -> None:
         """Adam with a rate that falls to zero along a cosine; each step sees one batch, in turn."""

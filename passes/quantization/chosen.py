@@ -52,6 +52,13 @@ class Chosen:
         integers = self._scheme.activations and self._scheme.numbers is None and self._target.folds
         return self.stores or integers and self.options.storage is None
 
+    @staticmethod
+    def count_inputs(graph: Graph, left: Counter[str]) -> None:
+        """Count in ``left`` the weights of an ONNX file that are inputs as well, which callers may put others for."""
+        defaults = graph.metadata.get("input_defaults", {})
+        if count := sum(value.name in defaults and value.ranked and value.rank > 1 for value in graph.inputs):
+            left["an input with a default, which callers may put another for"] += count
+
     def plain(self, graph: Graph) -> list[Plain]:
         """The weights that are stored in 8 bits though they are read in float."""
         if not self.stores:
@@ -65,6 +72,9 @@ class Chosen:
         found, stored = [], {one.weight for one in plain}
         whole = self._scheme.activations and self.options.table_bits == 8
         for table in self._all_tables(graph):
+            if table.parameter in graph.outputs:
+                left["a table that is a result, too, stays in float"] += 1
+                continue
             reason = misfit_of_table(table, self._target, activations=whole, dynamic=self._dynamic)
             if reason is None:
                 found.append(table)
@@ -92,10 +102,13 @@ class Chosen:
         include, exclude = self.options.include, self.options.exclude
 
         def against(layer: Layer) -> str | None:
+            if layer.weight in graph.outputs:
+                return "its weight is a result, too, and stays in float"
             if self._scheme.kind == "stacks" and layer.blocks > 1:
                 return "a weight of several blocks has no stack of terms"
             if self._scheme.activations:
-                return misfit_of_products(layer, self._target, dynamic=self._dynamic)
+                floats = self._scheme.kind == "float8"
+                return misfit_of_products(layer, self._target, dynamic=self._dynamic, floats=floats)
             return misfit_of_blocks(layer, self._target, self.options.block)
 
         apart = {table.parameter for table in self._all_tables(graph)} | {found.weight for found in plain}

@@ -63,8 +63,8 @@ def misfit(layer: Layer) -> str | None:
     return None
 
 
-def misfit_of_products(layer: Layer, target: Target, *, dynamic: bool = False) -> str | None:
-    """Why a layer does not multiply integers for a target; None where it does.
+def misfit_of_products(layer: Layer, target: Target, *, dynamic: bool = False, floats: bool = False) -> str | None:
+    """Why a layer does not multiply integers, or ``floats`` of 8 bits, for a target; None where it does.
 
     ``dynamic`` says that its input is rounded by ranges that are found when it runs.
     """
@@ -75,10 +75,13 @@ def misfit_of_products(layer: Layer, target: Target, *, dynamic: bool = False) -
         return reason
     if target.windows and layer.node.op == "conv":
         gaps = any(step != 1 for step in per_axis(layer.node.attributes["dilation"], layer.weight.rank - 2))
+        if floats:
+            return f"{target.name} has no convolution of floats of 8 bits"
         if layer.weight.rank != 4 or layer.blocks > 1 or gaps:
             return f"{target.name} has no such convolution of integers"
-    if layer.columns % target.multiple or layer.outputs % target.multiple:
-        return f"its sizes are no multiples of {target.multiple}: {target.name} has no product of integers for them"
+    multiple, of = (target.multiple_of_floats, "floats of 8 bits") if floats else (target.multiple, "integers")
+    if layer.columns % multiple or layer.outputs % multiple:
+        return f"its sizes are no multiples of {multiple}: {target.name} has no product of {of} for them"
     return None
 
 

@@ -145,15 +145,23 @@ class Writer:
         elif layer.bias is not None:
             negative = -layer.bias.tensor.detach()
             y = self.build.sub(y, self._buffer(f"{layer.bias.name}_negative", negative))
-        elif self.target.apart and _is_summed(layer.node):
-            nothing = torch.zeros(layer.outputs, dtype=layer.weight.tensor.dtype)
-            y = self.build.sub(y, self._buffer(f"{layer.weight.name}_nothing", nothing))
+        elif self.target.apart and (_is_summed(layer.node) or _is_clamped(layer.node)):
+            y = self._less_nothing(layer, y)
         replace_uses(self.graph, layer.node.output, y)
+
+    def _less_nothing(self, layer: Layer, y: Value) -> Value:
+        """The product, kept apart from what follows."""
+        nothing = torch.zeros(layer.outputs, dtype=layer.weight.tensor.dtype)
+        found: Value = self.build.sub(y, self._buffer(f"{layer.weight.name}_nothing", nothing))
+        return found
 
     def _gemm(self, node: Node, x: Value, layer: Layer, weight: Coded) -> Value:
         rows = self._plain[x] if x.rank == 2 else self._as_matrix(x)
         stored = self._weight(layer, weight, outputs_first=True)
         y: Value = self.build.linear(rows, stored, self._integer_bias(layer, x, weight))
+        if self.target.apart:
+            self._part_clamp(node)
+            y = self._less_nothing(layer, y) if _is_clamped(node) or _has_a_computed_bias(layer) else y
         return y if x.rank == 2 else self.build.reshape(y, shape=node.output.shape)
 
     def _in_place(self, node: Node, x: Value, weight: Value, bias: Value | None) -> None:
@@ -292,6 +300,18 @@ def _in_a_gemm(node: Node) -> bool:
 def _is_summed(node: Node) -> bool:
     """Whether onnxruntime would take what is added to a product without a bias for its bias, in one float Gemm."""
     return _is_matrix(node.inputs[0]) and any(reader.op == "add" for reader in node.output.consumers())
+
+
+def _has_a_computed_bias(layer: Layer) -> bool:
+    """Whether onnxruntime would take a vector that is computed from constants for the bias of a product, in float."""
+    adds = [reader for reader in layer.node.output.consumers() if reader.op == "add" and layer.bias is None]
+    return any(isinstance(value, Value) and value.rank == 1 for add in adds for value in add.inputs)
+
+
+def _is_clamped(node: Node) -> bool:
+    """Whether a clamp follows at once, which onnxruntime takes for the range of integers though none come behind it."""
+    further = [clamp.output.consumers() for clamp in node.output.consumers() if clamp.op == "clamp"]
+    return any(not readers or any(reader.op != "quantize" for reader in readers) for readers in further)
 
 
 def _is_matrix(x: Operand) -> bool:

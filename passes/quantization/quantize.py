@@ -167,6 +167,7 @@ class Quantize(Pass):
         original = with_biases_apart(prepared(graph), by=self.name)
         target = self.full_scheme.on(TARGETS[self.target])
         plain = self._chosen.plain(original)
+        self._chosen.count_inputs(graph, context.left)
         tables = self._chosen.tables(original, context.left, plain)
         layers = self.layers_of(original, context.left, plain)
         if not layers and not tables and not plain:

@@ -16,6 +16,8 @@ ort-x86, onnxruntime on x86 processors:
   bias: all three become one float Gemm, if the bias is added; it is subtracted with its sign turned there. Nor where a
   ReLU follows at once, as that would belong to a product of integers: it is a leaky one there, which leaks nothing.
   Nor where another matrix is added at once, which is taken for a bias: a vector of zeros is subtracted in between.
+- a ReLU or Clip right behind a product of integers is taken for the range of integers made of it: where none are made,
+  the product is one of floats. Such a ReLU is a leaky one, and zeros are subtracted in front of such a Clip.
 - that kernel rounds what it multiplies by its weights to 8 bits too, in blocks, as it runs: 41 dB on normal numbers, as
   good as nothing beside weights of 4 bits and most of the error beside those of 8. A session may forbid it.
 - by ranges that are found when it runs, of whole activations, products of matrices are as fast as by ranges of data
@@ -55,6 +57,8 @@ torch-cpu, emitted modules on x86 processors (torch 2.13; the layers are those o
 torch-cuda, emitted modules on NVIDIA GPUs, where nothing was measured yet:
 - torch._int_mm takes more than 16 rows, and inputs and outputs in multiples of 8; layers of other sizes stay in float.
 - a zero point would have to be subtracted from every product all the same: activations are symmetric.
+- torch._scaled_mm multiplies floats of 8 bits from sm_89 on, inputs and outputs in multiples of 16; generated kernels
+  do from sm_90 on, and read them as bytes before. There are no convolutions of them.
 """
 
 from __future__ import annotations
@@ -90,6 +94,7 @@ class Target:
     windows: bool = False  # convolutions are products of their windows: of two axes, in one group, without gaps
     at_run: Literal["rows", "whole"] | None = None  # what may be rounded by its own range, found when it runs
     multiple: int = 1  # inputs and outputs of a product of integers are multiples of this
+    multiple_of_floats: int = 1  # and those of a product of floats of 8 bits
     folds: bool = False  # what computes in float reads weights converted at load
     of_blocks: str = ""  # what its kernels of weights in blocks do that the graph does not say
 
@@ -169,6 +174,8 @@ TARGETS: Mapping[str, Target] = {
             windows=True,
             at_run="rows",
             multiple=8,
+            kinds=("integers", "float8"),
+            multiple_of_floats=16,
         ),
     )
 }

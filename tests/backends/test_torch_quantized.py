@@ -108,6 +108,28 @@ def test_a_module_computes_what_its_graph_does(options: str, target: str) -> Non
     assert float((found - wanted).norm() / wanted.norm()) < least
 
 
+def test_floats_of_8_bits_are_multiplied_for_a_gpu() -> None:
+    """Layers of sizes that its kernel takes; there is none for convolutions."""
+    graph = quantized("scheme=fp8,target=torch-cuda")
+    left = graph.report.passes[-1].left
+    assert left["torch-cuda has no convolution of floats of 8 bits"] == 2
+    assert left["its sizes are no multiples of 16: torch-cuda has no product of floats of 8 bits for them"] == 1
+    module, x = graph.to_torch(), torch.randn(5, 3, 12, 12)
+    assert type(module.fc).__name__ == "QLinearFloat8" and module.fc.weight.dtype == torch.float8_e4m3fn
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), graph.run((x,))[0])
+        exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+        torch.testing.assert_close(exported.module()(x), module(x))
+    plain = quantized("scheme=fp8,target=reference").to_torch()
+    assert not any(type(child).__name__.startswith("Q") for child in plain.children())
+
+
+def test_products_of_floats_of_8_bits_are_those_of_the_kernel() -> None:
+    q, weight = (torch.randn(shape).to(torch.float8_e4m3fn) for shape in ((5, 32), (48, 32)))
+    of_kernel = torch._scaled_mm(q, weight.t(), torch.ones(()), torch.ones(()), out_dtype=torch.float32)
+    torch.testing.assert_close(layers.float8_matmul(q, weight), of_kernel)
+
+
 @pytest.mark.parametrize("options", ["w8a8", "w3"])
 def test_a_module_can_be_saved_copied_and_exported(options: str) -> None:
     graph = quantized(f"scheme={options},target=torch-cpu")

@@ -20,6 +20,7 @@ from regauge.passes.factorization.forms import Form
 from regauge.passes.factorization.metric_svd import factored
 from regauge.passes.factorization.on_data import Sensitivity, problems_on_data
 from regauge.passes.factorization.problems import Problem, plain_problems
+from regauge.passes.factorization.separated import _Unfolded
 from regauge.passes.factorization.sparse_products import SparseProduct
 from regauge.passes.factorization.structured import Structured
 
@@ -90,6 +91,23 @@ def test_costs_are_those_of_the_written_layers(kind: str, name: str) -> None:
         nodes = [node for node in changed.nodes if node is not own.node]
         assert local_figures(nodes, changed).macs == choice.macs
         assert sum(link.weight.numel() for link in links) == choice.parameters
+
+
+@pytest.mark.parametrize("inputs", [None, metric(72)], ids=["plain", "metric"])
+@pytest.mark.parametrize("bands", [(), ((metric(72, 3), metric(12, 4)), (metric(72, 5), metric(12, 6)))], ids=len)
+def test_what_fewer_directions_lose_is_known_of_all_at_once(inputs: torch.Tensor | None, bands: Any) -> None:
+    graph = capture(nn.Conv2d(8, 12, 3).double(), (drawn(1, 8, 6, 6),))
+    layer = layer_in(graph)
+    problem = Problem(layer, matrices_of(layer)[0], inputs, None if inputs is None else metric(12, 2), bands)
+    choices = FORMS["tucker"].choices(problem, graph, 1)
+    unfolded = _Unfolded(problem, (0,))
+    assert len({choice.numbers[1] for choice in choices}) > 4
+    for choice in choices:
+        rank, last = choice.numbers
+        first = unfolded.start(rank)
+        behind = unfolded.behind(first)
+        whole = unfolded.product(first, behind.down[:last], behind.up[:, :last])
+        assert choice.loss == pytest.approx(problem.error(whole), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["tucker", "columns", "rows", "cp", "tt"])

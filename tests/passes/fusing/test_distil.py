@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -39,19 +41,20 @@ def test_a_pruned_network_learns_what_it_was() -> None:
     assert error(graph, trained, x) < 0.5 * error(graph, small, x)
     assert [own.shape for own in trained.all_parameters()] == [own.shape for own in small.all_parameters()]
     (note,) = trained.report.passes[-1].notes
-    assert note.startswith("weights trained on 320 examples: 6") and "the error on the last batch went from" in note
+    assert note.startswith("weights trained on 320 examples: 6")
+    assert "on the last batch the error of the outputs went from" in note
 
 
 def test_what_is_compared_are_blocks_and_else_layers_of_the_same_sizes() -> None:
     teacher = network()
-    (own, twin), shares = Distil()._ends(teacher, regauge.optimize(teacher, "factorize{rank=4}"))
-    assert [value.name for value in own[1:]] == [value.name for value in twin[1:]] == ["relu", "relu_1"]
-    assert shares == [1.0, 0.5, 0.5]
+    ends = Distil()._ends(teacher, regauge.optimize(teacher, "factorize{rank=4}"))
+    assert [value.name for value in ends.before[1:]] == [value.name for value in ends.after[1:]] == ["relu", "relu_1"]
+    assert ends.shares == [1.0, 0.5, 0.5] and ends.outputs == 1
     residual = residual_network()
-    (own, _), shares = Distil(inner=0.5)._ends(residual, residual.copy())
-    assert [value.producer.op for value in own if value.producer is not None] == ["linear", "add", "add"]
-    assert shares == [1.0, 0.25, 0.25]
-    assert len(Distil(inner=0)._ends(residual, residual.copy())[0][0]) == 1
+    ends = Distil(inner=0.5)._ends(residual, residual.copy())
+    assert [value.producer.op for value in ends.before if value.producer is not None] == ["linear", "add", "add"]
+    assert ends.shares == [1.0, 0.25, 0.25]
+    assert len(Distil(inner=0)._ends(residual, residual.copy()).before) == 1
 
 
 def test_zeros_stay_and_so_does_what_is_excluded() -> None:
@@ -69,8 +72,23 @@ def test_zeros_stay_and_so_does_what_is_excluded() -> None:
 def test_weights_that_come_no_nearer_are_not_kept() -> None:
     graph = network()
     found = regauge.optimize(graph, "factorize{rank=8},distil{steps=3,rate=100}", data=rows())
-    assert found.report.passes[-1].notes[0].startswith("weights stay as they were: the error on the last batch went")
+    assert found.report.passes[-1].notes[0].startswith("weights stay as they were: on the last batch the error of the")
     assert not found.report.passes[-1].changed
+
+
+def test_outputs_alone_judge() -> None:
+    """The last layer was fitted to what the hidden ones lost: as these come nearer, outputs are further off."""
+    step = "factorize{rank=4},distil{steps=30,inner=300,rate=0.03,exclude=[4.*]}"
+    found = regauge.optimize(network(), step, data=rows())
+    (note,) = found.report.passes[-1].notes
+    assert note.startswith("weights stay as they were: on the last batch the error of the outputs went from")
+    before, after = map(float, re.findall(r"of what is inside from (\S+) to (\S+)", note)[0])
+    assert after < before and not found.report.passes[-1].changed
+
+
+def test_of_one_batch_it_says_that_it_learned_from_it() -> None:
+    found = regauge.optimize(network(), "factorize{rank=8},distil{steps=2}", data=rows(1))
+    assert "on the batch that it learned from the error of the outputs went" in found.report.passes[-1].notes[0]
 
 
 def test_what_it_cannot_learn_from_is_said() -> None:
