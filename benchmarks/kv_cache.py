@@ -51,6 +51,7 @@ QUANTIZED = [
 ]
 LATENTS = [f"kv-latent{{bytes={share}{way}}}" for share in (0.5, 0.25) for way in ("", ",joint=false,widths=2")]
 LATENTS += [f"kv-latent{{bytes={share},method={way}}}" for share in (0.5, 0.25) for way in ("elitekv", "matryoshka")]
+LATENTS += [f"kv-latent{{bytes={share},method=xkv,layers={layers}}}" for share in (0.5, 0.25) for layers in (2, 4)]
 PASSES = {
     "char_gpt": [
         "kv-latent{bytes=0.75}",

@@ -9,7 +9,7 @@ caller hands what it got back in with the next run; a first run starts from zero
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -22,9 +22,10 @@ from regauge.ir.sizes.expressions import evaluate, solve_bindings
 NEXT = ".next"  # what the name of a state ends in once it is an output
 
 
-def carry(graph: Graph, before: Value, after: Value) -> State:
+def carry(graph: Graph, before: Value, after: Value, taken: Container[str] | None = None) -> State:
     """Make ``after`` an output that the caller hands in again as the input ``before``; returns the new state.
 
+    Who carries many states gives the names that are ``taken`` in the graph, which are else looked up for each.
     Raises GraphError where ``before`` is no input of the graph, or ``after`` is an output already or not computed here.
     """
     if before not in graph.inputs:
@@ -32,7 +33,7 @@ def carry(graph: Graph, before: Value, after: Value) -> State:
     if after.producer is None or any(output is after for output in graph.outputs):
         raise GraphError(f"what the state {before} becomes needs a value of its own: {after} is none, add an identity")
     name = before.name + NEXT
-    if not any(value.name == name for value in graph.values()):
+    if name not in ({value.name for value in graph.values()} if taken is None else taken):
         after.name = name
     state = State(before.name, before, after, returned=True)
     graph.outputs.append(after)

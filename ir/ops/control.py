@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from regauge.ir.dims.extents import Extent, fresh, size_of
+from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Symmetry, operator
 from regauge.ir.sizes.expressions import same
 
@@ -167,3 +168,17 @@ def scan(  # type: ignore[no-untyped-def]
     columns = [list(column) for column in zip(*rows, strict=True)]
     columns = [c[::-1] if i < len(output_reverse) and output_reverse[i] else c for i, c in enumerate(columns)]
     return (*state, *[torch.stack(c, axis) for c, axis in zip(columns, output_axes, strict=True)])
+
+
+def captured_values(node: Node, slot: int) -> list[Value]:
+    """What stands in each region for an operand that regions read as it is, at every step; none of other operands."""
+    attributes = node.attributes
+    first = {
+        "cond": 1,
+        "while_loop": attributes.get("carried", 0),
+        "loop": 2 + attributes.get("carried", 0),
+        "scan": attributes.get("carried", 0) + len(attributes.get("input_axes", ())),
+    }.get(node.op)
+    if first is None or slot < first:
+        return []
+    return [region.inputs[slot - len(node.inputs)] for region in node.regions]

@@ -10,7 +10,7 @@ from regauge.ir.edit import set_weight
 from regauge.ir.graph import Graph
 from regauge.passes.calibration.layers import Layer, matrices_of
 from regauge.passes.calibration.moments import Moments
-from regauge.passes.calibration.quadratic import Quadratic, change_of_output, least_error
+from regauge.passes.calibration.quadratic import Quadratic, change_of_output, least_error, least_through
 
 RIDGE = 1e-4  # share of the mean square of a column
 ENOUGH_ROWS = 8  # for each column: with less data, weights would be fitted to it rather than to the layer
@@ -27,6 +27,15 @@ def errors_of(layer: Layer, moments: Sequence[Moments]) -> list[Quadratic]:
         solve = least_error if enough else change_of_output
         found.append(solve(own, weight, bias, RIDGE, free=free))
     return found
+
+
+def fit_through(layer: Layer, moments: Moments, rows: torch.Tensor) -> tuple[torch.Tensor, Quadratic]:
+    """Of a layer of one block the U with which U ``rows`` [rank, columns] gives most of the targets in its moments.
+
+    With less data than U could be fitted to, it is what gives most of the layer's own output.
+    """
+    scarce = moments.rows < ENOUGH_ROWS * len(rows)
+    return least_through(moments, matrices_of(layer)[0], _biases(layer)[0], rows, free=_is_free(layer), own=scarce)
 
 
 def set_matrices(graph: Graph, layer: Layer, matrices: torch.Tensor, errors: Sequence[Quadratic], *, by: str) -> None:

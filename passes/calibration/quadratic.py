@@ -64,6 +64,23 @@ def change_of_output(
     return Quadratic(gram + _ridge(gram, found, share).diag(), weight, mean, bias + weight @ mean)
 
 
+def least_through(
+    found: Moments, weight: torch.Tensor, bias: torch.Tensor, rows: torch.Tensor, *, free: bool, own: bool
+) -> tuple[torch.Tensor, Quadratic]:
+    """The U [outputs, rank] with which U ``rows`` [rank, columns] has the least error; and the error, about U rows.
+
+    Without a ridge, so that a weight made of these rows comes out as it is. Where ``own`` is given targets are those of
+    the weight itself.
+    """
+    gram, cross, mean, target = _centred(found, bias, free)
+    if own:
+        cross, target = weight @ gram, bias + weight @ mean
+    seen = rows @ gram
+    root = factor_of(seen @ rows.T, 1e-14 * float(gram.diagonal().mean() * rows.square().mean()))
+    up = torch.cholesky_solve((cross @ rows.T).T, root).T
+    return up, Quadratic(gram, up @ rows, mean, target)
+
+
 def _centred(
     found: Moments, bias: torch.Tensor, free: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -62,8 +62,9 @@ class Incremental:
         for size in symbols_in(self.past):
             self.graph.symbols[size] = (0, high)
         forget_origin(self.graph)
+        taken = {value.name for value in self.graph.values()}
         for before, after in [*self.kept.values(), *(self.recent.kept if self.recent else ())]:
-            carry(self.graph, before, after)
+            carry(self.graph, before, after, taken)
         remove_dead(self.graph)
 
     def _recent_steps(self) -> RecentSteps | None:

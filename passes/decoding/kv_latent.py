@@ -32,6 +32,7 @@ from regauge.passes.decoding.latent_ranks import RankChoice, rank_choices
 from regauge.passes.decoding.latent_rewrite import write_latents
 from regauge.passes.decoding.latent_turned import TurnedMoments, seat, turned_moments
 from regauge.passes.decoding.recognised import refuse_caches
+from regauge.passes.decoding.xkv import group_latents
 from regauge.passes.options import option
 
 
@@ -79,6 +80,15 @@ class KvLatent(Pass):
     what they carry, so that any first of them are a cache. With ``bytes=1.0`` all are kept: ``regauge.resize`` or
     ``elastic`` then cut one set of weights to any rank, and ``regauge.training.Supernet`` trains them to be cut, as the
     paper does. Projections need not be orthogonal here, since queries and the output take the inverse.
+
+    ``method=xkv`` (Chang et al. 2025): the keys of ``layers`` adjacent attentions, as they are before their rotation,
+    have one latent together, and so have their values. The paper decomposes the caches of such a group side by side
+    once a prompt was read, into one basis of its tokens and a factor for each layer; this is its counterpart for
+    weights, which are decomposed in the moments of what data gives the layers. They read different states of the
+    residual stream, and none can read what a later one adds, so that the latent grows from layer to layer: c_m = A_m
+    x_m, and k_m = B_m [c_1 ... c_m]. What is saved is in the cache: what earlier layers keep serves the later ones,
+    too, which add only what does not follow from it, or nothing. How much each adds is found by what is lost; weights
+    become no smaller for it, and keys and values are computed at every step, as from a latent of all heads. Needs data.
     """
 
     name = "kv-latent"
@@ -91,11 +101,13 @@ class KvLatent(Pass):
     widths: int = option(
         1, "how many different ranks the heads of an attention may have; heads of each are computed apart", at_least=1
     )
-    method: Literal["palu", "elitekv", "matryoshka"] = option(
+    method: Literal["palu", "elitekv", "matryoshka", "xkv"] = option(
         "palu",
         "palu: latents of keys and of values; elitekv: one of both, beside the pairs of keys that stay rotated; "
-        "matryoshka: those of each head in the order of what they carry, to be cut further",
+        "matryoshka: those of each head in the order of what they carry, to be cut further; "
+        "xkv: one latent for the keys of adjacent layers, and one for their values",
     )
+    layers: int = option(2, "of xkv: how many adjacent attentions have a latent in common", at_least=1)
     pairs: int | None = option(
         None, "of elitekv: pairs of each head that stay rotated; if not given, as many as lose least", at_least=0
     )
@@ -112,6 +124,10 @@ class KvLatent(Pass):
             budget = parse_amount(self.bytes, "bytes", "bytes")
             elite = elite_latents(original, context, budget, self.pairs, self.seed, by=self.name)
             return graph if elite is None else elite
+        if self.method == "xkv":
+            budget = parse_amount(self.bytes, "bytes", "bytes")
+            grouped = group_latents(original, context, budget, self.layers, self.seed, by=self.name)
+            return graph if grouped is None else grouped
         forms = self._forms(original, context.left, data=context.data is not None)
         if not forms:
             context.left["no attention is understood"] += not context.left

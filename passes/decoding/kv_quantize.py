@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from regauge.ir.edit import record
+from regauge.ir.edit import Builder, record
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph, Node, Value
 from regauge.passes.allocation.amounts import parse_amount
@@ -112,22 +112,23 @@ class KvQuantize(Pass):
         early = (self.method != "ranges" or self.predict) if early is None else early
         kinds = [kind for kind, asked in (("keys", early), ("values", self.predict)) if asked]
         found = kept_values(graph, names, self.axis, early=kinds)
-        kept = [own for own in found if self._fits(graph.find(own.name), context)]
+        kept = [own for own, value in zip(found, _values(graph, found), strict=True) if self._fits(value, context)]
         if not kept:
             _tell_nothing(graph, names, context)
             return graph
         samples = self._samples(graph, kept, context)
         result = graph.copy()
         chosen = self._chosen(result, kept, samples, before)
-        predictions = Predictions(result, by=self.name)
-        for own, (bits, coder) in zip(kept, chosen, strict=True):
-            value, sample = result.find(own.name), samples.get(own.name)
+        build = Builder(result, by=self.name)
+        predictions = Predictions(build)
+        for own, value, (bits, coder) in zip(kept, _values(result, kept), chosen, strict=True):
+            sample = samples.get(own.name)
             if self.predict and sample is not None:
                 left = predictions.residual(own, sample)
                 predictions.write(value, own, sample, left, self._coding.coder(value, bits, own.size, left))
             else:
                 coder = coder or self._coding.coder(value, bits, own.size, sample)
-                write_coded(result, value, coder, by=self.name)
+                write_coded(build, value, coder)
         record(result, self.name, f"{len(kept)} values of {_in_words([bits for bits, _ in chosen])} bits")
         after = kept_by_cache(result, self.axis, by=self.name)[1]
         context.note(f"{in_words(before)} -> {in_words(after)} of caches for each position of a sequence")
@@ -188,7 +189,7 @@ class KvQuantize(Pass):
             return {}
         batches = calibration_batches(graph, context)
         context.note(f"statistics of {sum(map(examples_in, batches))} examples")
-        return sample_kept(graph, [graph.find(own.name) for own in kept], batches, self.seed)
+        return sample_kept(graph, _values(graph, kept), batches, self.seed)
 
     def _chosen(
         self, graph: Graph, kept: Sequence[Kept], samples: Mapping[str, Sample], before: float
@@ -199,7 +200,9 @@ class KvQuantize(Pass):
         known = [own for own in kept if own.name in samples]
         allowed = parse_amount(self.bytes, "bytes", "bytes").of(before)
         found = chosen_bits(
-            self._coding, [(graph.find(own.name), own.size, samples[own.name]) for own in known], allowed
+            self._coding,
+            [(value, own.size, samples[own.name]) for own, value in zip(known, _values(graph, known), strict=True)],
+            allowed,
         )
         by_name = dict(zip([own.name for own in known], found, strict=True))
         return [by_name.get(own.name, (self._coding.widths()[0], None)) for own in kept]
@@ -214,6 +217,11 @@ class KvQuantize(Pass):
         else:
             return True
         return False
+
+
+def _values(graph: Graph, kept: Sequence[Kept]) -> list[Value]:
+    by_name = {value.name: value for value in graph.values()}
+    return [by_name[own.name] for own in kept]
 
 
 def _tell_nothing(graph: Graph, names: Sequence[str], context: Context) -> None:

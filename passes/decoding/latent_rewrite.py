@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from regauge.ir.edit import Builder, record, replace_uses
+from regauge.ir.edit import Builder, record, replace_uses, set_input
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.passes.attention.sites import Heads, Site
 from regauge.passes.calibration.layers import Layer
@@ -40,9 +40,32 @@ def _through_latent(graph: Graph, part: Part, up: torch.Tensor, down: torch.Tens
     rows = torch.empty_like(up)
     rows[part.maps[0]] = up
     with build.at(layer.node):
-        latent = build.linear(layer.node.inputs[0], weight_beside(build, layer, "latent", down))
+        latent = build.linear(apart(part.heads.x), weight_beside(build, layer, "latent", down))
         whole = build.linear(latent, weight_beside(build, layer, "heads", rows), layer.bias)
-    replace_uses(graph, layer.node.output, whole)
+        put(build, layer.node.output, whole)
+
+
+def apart(x: Value) -> Value:
+    """The same rows where sequences and positions have an axis each, if a reshape made one axis of them.
+
+    Of a latent that has them on one axis a cache could keep nothing.
+    """
+    while x.producer is not None and x.producer.op == "reshape":
+        before = x.producer.inputs[0]
+        if not isinstance(before, Value) or before.rank <= x.rank or before.shape[-1] != x.shape[-1]:
+            break
+        x = before
+    return x
+
+
+def put(build: Builder, result: Value, other: Value) -> None:
+    """Let ``other``, the same rows with axes as :func:`apart` gives them, be read in place of a layer's ``result``."""
+    graph = build.graph
+    if other.rank != result.rank:
+        for node, slot in [use for use in result.uses if use[0].op == "reshape"]:
+            set_input(node, slot, other, graph)
+        other = build.reshape(other, shape=result.shape)
+    replace_uses(graph, result, other)
 
 
 class SiteRewrite:

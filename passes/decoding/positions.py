@@ -23,9 +23,13 @@ ATTENTIONS = ("attention", "capped_attention")
 
 @dataclass(frozen=True)
 class Positions:
-    """The dynamic size that counts positions, and the values of a graph that depend on it."""
+    """The dynamic size that counts positions, and the values of a graph that depend on it.
+
+    ``nodes`` are those of the graph as it was, in the order in which they run.
+    """
 
     length: sympy.Symbol
+    nodes: Sequence[Node] = ()
     streamed: set[Value] = field(default_factory=set)
     positional: set[Value] = field(default_factory=set)
 
@@ -43,7 +47,7 @@ def find_positions(graph: Graph, name: str | None = None) -> Positions:
 
     Raises PassError where there is none, or several.
     """
-    found = Positions(_length(graph, name))
+    found = Positions(_length(graph, name), tuple(graph.nodes))
     found.streamed.update(value for value in graph.inputs if found.axes(value))
     for node in graph.nodes:
         given = [value for _, value in node.operands()]

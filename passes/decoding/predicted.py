@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from regauge.ir.edit import Builder, set_input
-from regauge.ir.graph import Graph, Value
+from regauge.ir.graph import Value
 from regauge.passes.decoding.kept import Kept
 from regauge.passes.decoding.kept_samples import Sample
 from regauge.passes.decoding.quantized_cache import Coder, coded, tried
@@ -34,8 +34,8 @@ class Predictions:
     keeps the first layer in more bits; here its bits are those of the others.
     """
 
-    def __init__(self, graph: Graph, *, by: str) -> None:
-        self.graph, self.by = graph, by
+    def __init__(self, build: Builder) -> None:
+        self.build = build
         self._done: dict[tuple[str, int], Decoded] = {}
         self._maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -50,13 +50,13 @@ class Predictions:
 
     def write(self, value: Value, kept: Kept, sample: Sample, left: Sample, coder: Coder) -> None:
         """Let whatever reads the value read its prediction with what a coder leaves of the rest."""
-        build, readers = Builder(self.graph, by=self.by), list(value.uses)
+        build, readers = self.build, list(value.uses)
         assert value.producer is not None
         with build.at(value.producer):
             found = self._predicted(build, value, kept, sample, coder)
         for node, slot in readers:
-            set_input(node, slot, found, self.graph)
-        self.graph.version += 1
+            set_input(node, slot, found, build.graph)
+        build.graph.version += 1
         given = sample.tensor - left.tensor + tried(coder, left.tensor)
         self._done[kept.kind, kept.number] = Decoded(found, given)
 

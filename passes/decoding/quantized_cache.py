@@ -88,9 +88,9 @@ class Rotated:
         return build.index_select(y, back, dim=last)  # type: ignore[no-any-return]
 
 
-def write_coded(graph: Graph, value: Value, coder: Coder, *, by: str) -> None:
-    """Let whatever reads ``value`` read what a coder leaves of it."""
-    build, readers = Builder(graph, by=by), list(value.uses)
+def write_coded(build: Builder, value: Value, coder: Coder) -> None:
+    """Let whatever reads ``value`` in the graph of ``build`` read what a coder leaves of it."""
+    graph, readers = build.graph, list(value.uses)
     assert value.producer is not None and isinstance(value.dtype, torch.dtype)
     with build.at(value.producer):
         y = coded(build, value, coder)

@@ -49,7 +49,7 @@ class FuseBlocks(Pass):
     solves: ClassVar[bool] = True
     wants_layers: ClassVar[bool] = True
 
-    blocks: int = option(1, "how many blocks are removed", at_least=0)
+    blocks: int = option(1, "how many blocks are removed", at_least=1)
     group: int = option(
         7, "blocks in a row, the removed one in the middle, that are trained to stand for them", at_least=2
     )
@@ -70,8 +70,6 @@ class FuseBlocks(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None:
             raise PassError(f"fuse-blocks needs data: {GIVE_DATA}")
-        if not self.blocks:
-            return graph
         batches = calibration_batches(graph, context)
         structures = repeated(graph)
         if self.align:

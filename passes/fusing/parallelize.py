@@ -43,7 +43,7 @@ class Parallelize(Pass):
     solves: ClassVar[bool] = True
     wants_layers: ClassVar[bool] = True
 
-    branches: int = option(1, "how many branches read what the one before them reads", at_least=0)
+    branches: int = option(1, "how many branches read what the one before them reads", at_least=1)
     compensate: bool = option(True, "refit the layers behind by least squares")
     include: tuple[str, ...] = option((), "globs on names of branches: only these no longer wait for the one before")
     exclude: tuple[str, ...] = option((), "globs on names of branches: these still wait")
@@ -51,8 +51,6 @@ class Parallelize(Pass):
     def call(self, graph: Graph, context: Context) -> Graph:
         if context.data is None:
             raise PassError(f"parallelize needs data: {GIVE_DATA}")
-        if not self.branches:
-            return graph
         batches = calibration_batches(graph, context)
         pairs = self._candidates(graph, context.left)
         if len(pairs) < self.branches:

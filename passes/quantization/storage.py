@@ -18,6 +18,7 @@ from regauge.ir.dims.extents import leaves
 from regauge.ir.dims.local_axes import local_axes
 from regauge.ir.edit import Builder, set_input, set_weight
 from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.ops.control import captured_values
 from regauge.ir.sizes.expressions import product
 from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.quadratic import Quadratic
@@ -90,19 +91,30 @@ def _decodes(node: Node) -> bool:
     return node.op == "mul" and any(maker is not None and maker.operator.coding for maker in makers)
 
 
-def _axis(weight: Parameter) -> int | None:
+def _axis(weight: Value) -> int | None:
     """The axis that the first layer among the readers makes results with; None where one of them is no layer."""
     axes = [_told_apart(node, slot, weight) for node, slot in weight.uses if node.op != "embedding"]
     return axes[0] if axes and None not in axes else None
 
 
-def _told_apart(node: Node, slot: int, weight: Parameter) -> int | None:
+def _axis_inside(node: Node, slot: int) -> int | None:
+    """The same of a weight that branches, or the body of a loop, capture: by who reads it there."""
+    captured = captured_values(node, slot)
+    if not captured or any(value in region.outputs for value, region in zip(captured, node.regions, strict=True)):
+        return None
+    axes = [axis for value in captured if value.uses and (axis := _axis(value)) is not None]
+    return axes[0] if axes and len(axes) == sum(bool(value.uses) for value in captured) else None
+
+
+def _told_apart(node: Node, slot: int, weight: Value) -> int | None:
     """Of a layer the axis of its outputs, else the longest one over which the reader does not sum, or, where it sums
     over all that are longer than 1, the longest; None where it sums over none."""
+    if node.regions:
+        return _axis_inside(node, slot)
     layer = layer_of(node, blocks=True) if slot == 1 else None
     if layer is not None:
         return layer.made
-    local = None if node.regions else local_axes(node)
+    local = local_axes(node)
     if local is None or weight.rank < 2:
         return None
     summed = [any(local.roles.get(dim) == "contract" for dim in leaves(axis)) for axis in local.operands[slot]]

@@ -87,6 +87,17 @@ def test_of_joint_latents_and_those_of_heads_the_pass_takes_what_loses_less() ->
     assert cache_bytes(regauge.optimize(chosen, "kv-cache")) <= cache_bytes(regauge.optimize(graph, "kv-cache")) / 2
 
 
+def test_joint_latents_are_kept_where_layers_read_sequences_and_positions_as_one_axis() -> None:
+    """The report said so; of the cache they took as much as keys and values did."""
+    torch.manual_seed(0)
+    graph, tokens = decoder(Placed(flat=True)), characters(64, LONGEST)
+    small = regauge.optimize(graph, "kv-latent{bytes=0.5,joint=true}", data=[tokens])
+    assert "512 bytes -> 256 bytes of keys and values" in str(small.report)
+    cached = regauge.optimize(small, "kv-cache")
+    assert cache_bytes(cached) == 256
+    torch.testing.assert_close(stepped(Steps(cached), tokens[:2, :9], (4, 1, 1, 3)), small.run(tokens[:2, :9])[0])
+
+
 @pytest.mark.parametrize("with_data", [False, True])
 def test_attention_reads_latents_itself_where_that_loses_nothing(with_data: bool) -> None:
     torch.manual_seed(0)

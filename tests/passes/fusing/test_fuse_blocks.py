@@ -107,3 +107,5 @@ def test_what_it_refuses() -> None:
         regauge.optimize(graph, "fuse-blocks{blocks=4}", data=text())
     with pytest.raises(PassError, match="block of a structure that repeats"):
         regauge.optimize(graph, "fuse-blocks{include=none.*}", data=text())
+    with pytest.raises(PassError, match="option 'blocks' of fuse-blocks must be at least 1, not 0"):
+        regauge.optimize(graph, "fuse-blocks{blocks=0}", data=text())

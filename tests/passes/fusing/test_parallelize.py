@@ -82,3 +82,5 @@ def test_what_cannot_be_is_refused() -> None:
         regauge.optimize(graph, "parallelize")
     with pytest.raises(PassError, match="asks for 4 branches, but 3 can"):
         regauge.optimize(graph, "parallelize{branches=4}", data=text())
+    with pytest.raises(PassError, match="option 'branches' of parallelize must be at least 1, not 0"):
+        regauge.optimize(graph, "parallelize{branches=0}", data=text())

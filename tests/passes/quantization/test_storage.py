@@ -191,3 +191,41 @@ def test_weights_that_are_inputs_or_results_stay_and_the_report_says_why(beside:
     graph = regauge.load(model_of(text, {"w": (64, 96)}))
     small = regauge.optimize(graph, f"quantize{{scheme={scheme}}}", data=[torch.randn(8, 64)])
     assert reason in str(small.report) and figures(small).bytes == figures(graph).bytes
+
+
+CAPTURED = {
+    "branches": """
+      y = If (c) <
+        then_branch = g1 () => (float[n, 64] a) { a = MatMul (x, w) },
+        else_branch = g2 () => (float[n, 64] b) { b0 = MatMul (x, w)  b = Tanh (b0) }
+      >""",
+    "a loop": """
+      y = Loop (steps, , x) < body = g1 (int64 i, bool k, float[n, 64] s) => (bool l, float[n, 64] t) {
+        l = Identity (k)  m = MatMul (s, w)  t = Tanh (m) } >""",
+    "a branch, and in front": """
+      h = MatMul (x, w)
+      y = If (c) <
+        then_branch = g1 () => (float[n, 64] a) { a = MatMul (h, w) },
+        else_branch = g2 () => (float[n, 64] b) { b = Tanh (h) }
+      >""",
+}
+
+
+@pytest.mark.parametrize("body", CAPTURED)
+def test_weights_that_regions_capture_are_stored_in_bytes(body: str, tmp_path: Path) -> None:
+    """Weights of the whole file that are read in branches and loops alone stayed in float."""
+    text = f"""
+    <ir_version: 8, opset_import: ["" : 11]>
+    outer (float[n, 64] x, bool c) => (float[n, 64] y) <int64 steps = {{2}}> {{ {CAPTURED[body]} }}
+    """
+    model = model_of(text, {"w": (64, 64)})
+    onnx.save(model, tmp_path / "float.onnx")
+    small = regauge.optimize(regauge.load(model), "quantize{scheme=w8}")
+    path = small.to_onnx(tmp_path / "small.onnx")
+    assert path.stat().st_size < (tmp_path / "float.onnx").stat().st_size / 2.5
+    before, after = Session(tmp_path / "float.onnx"), Session(path)
+    torch.manual_seed(0)
+    for flag in (True, False):
+        batch = {"x": torch.randn(8, 64), "c": torch.tensor(flag)}
+        wanted, found = before.run(batch)[0], after.run(batch)[0]
+        assert (found - wanted).square().sum() < 1e-2 * wanted.square().sum()
