@@ -52,7 +52,7 @@ class Comparison:
         return max((output.relative for output in self.outputs), default=0.0)
 
     def equal(self, tolerance: float = 1e-5) -> bool:
-        """Whether every output differs by at most ``tolerance``, relative to its greatest magnitude."""
+        """True if every output differs by at most ``tolerance``, relative to its greatest magnitude."""
         return self.relative <= tolerance
 
     def rows(self) -> list[list[str]]:

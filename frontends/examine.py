@@ -36,7 +36,7 @@ class Finding:
 
 
 def examine(obj: Any, example_inputs: Any = None, kwargs: Mapping[str, Any] | None = None) -> list[Finding]:
-    """What is unsupported in a torch module, an ExportedProgram or an ONNX model (path, ModelProto or onnx_ir model).
+    """List what is unsupported in a torch module, ExportedProgram or ONNX model (path, ModelProto or onnx_ir model).
 
     An empty list means that everything has an operator record whose axis rule fits. A model that cannot be captured at
     all gives one finding that says so.

@@ -27,7 +27,7 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def epsilon_of(dtype: Dtype) -> float:
-    """What torch's norms take for an ``eps`` of None: from 1 to the next number, in the type that they compute in."""
+    """The ``eps`` of torch's norms given as None: from 1 to the next number, in the type that they compute in."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 

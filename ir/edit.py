@@ -70,7 +70,7 @@ class Builder:
         self._reserved.update(names)
 
     def free(self, name: str, *, reserved: bool = False) -> bool:
-        """Whether no value has this name yet, and with ``reserved`` not given, whether none is to have it."""
+        """True if no value has this name yet nor, unless ``reserved``, is to have it."""
         return name not in self._taken and (reserved or name not in self._reserved)
 
     def unique(self, name: str, *, reserved: bool = False) -> str:

@@ -11,7 +11,7 @@ class RegaugeError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: the first, or its type where it says nothing."""
+    """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -41,7 +41,7 @@ class LawError(RegaugeError):
 
 @contextmanager
 def blamed_on(what: str) -> Iterator[None]:
-    """What a function of an operator's record raises is an OperatorError that says of which one: ``what``."""
+    """Turn what a function of an operator's record raises into an OperatorError that names it: ``what``."""
     try:
         yield
     except RegaugeError:

@@ -259,7 +259,7 @@ class Graph:
         return [leaves(extent) for extent in self.axes.axes(found)]
 
     def run(self, inputs: Any, *, hook: Hook | None = None) -> list[Any]:
-        """What the graph computes, node by node in torch: its outputs, in order.
+        """Evaluate the graph node by node in torch; returns its outputs, in order.
 
         ``inputs`` are tensors in order or by name, or one tensor. ``hook(node, results)`` is called after every node
         with the tuple of its results, and may return others in their place.
@@ -269,7 +269,7 @@ class Graph:
         return run(self, (inputs,) if isinstance(inputs, torch.Tensor) else inputs, hook=hook)
 
     def explain(self, what: str) -> str:
-        """Why a Dim, a parameter axis or a value is as it is, in words; see :mod:`regauge.ir.printing.explain`."""
+        """Describe a Dim, a parameter axis or a value, with the reasons; see :mod:`regauge.ir.printing.explain`."""
         from regauge.ir.printing.explain import explain
 
         return explain(self, what)

@@ -61,8 +61,8 @@ Speller = Callable[..., Any]
 
 
 class Symmetry(enum.Enum):
-    """How an operator treats the values on an axis that it does not end; regauge.ir.gauge.classes reads it, a law
-    checks it.
+    """The equivariance of an operator in the values on an axis that it does not end; regauge.ir.gauge.classes reads it,
+    and a law checks it.
     """
 
     LINEAR = "linear"  # f(A x + B y) = A f(x) + B f(y): adds, scalings by constants
@@ -148,7 +148,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxForm:
-    """How an ONNX operator maps to a record.
+    """The mapping of an ONNX operator to a record.
 
     ``read(build, call)`` emits the IR; ``write(nodes, patch)`` puts changed size-valued attributes of the IR nodes that
     stand for one carried ONNX node back into it (only operators with such attributes need it). Where the ONNX node
@@ -243,7 +243,7 @@ class Operator:
 
     @property
     def in_onnx(self) -> bool:
-        """Whether new nodes of this record can be written to ONNX."""
+        """True if new nodes of this record can be written to ONNX."""
         return self.spell is not None or bool(self.direct_forms)
 
     @cached_property

@@ -130,12 +130,12 @@ def index(axis: OperandAxis, *, from_end: bool = False) -> Scalar:
 
 
 def count(axis: OperandAxis | None = None) -> Scalar:
-    """How many indices an axis of an operand has, by default the ended axes together."""
+    """The number of indices on an axis of an operand, by default on the ended axes together."""
     return Scalar("count", value=axis)
 
 
 def epsilon() -> Scalar:
-    """What a norm takes for an ``eps`` of None, by the type of the result."""
+    """The ``eps`` of a norm that is given as None, by the type of the result."""
     return Scalar("epsilon")
 
 
@@ -180,7 +180,7 @@ def moved(x: Scalar, places: Mapping[int, Place], fill: Number | None = None) ->
 
 
 def inside(x: Scalar, places: Mapping[int, Place]) -> Scalar:
-    """Whether places are on the axes of an operand."""
+    """True where places are on the axes of an operand."""
     return Scalar("inside", (x,), Moved(tuple(places.items())))
 
 
@@ -198,7 +198,7 @@ def picked(x: Scalar, axis: int, index: Scalar, still: int | None = None) -> Sca
 
 
 def movements(expression: Scalar) -> list[Scalar]:
-    """What an expression reads elsewhere, or asks whether it is there: its ``moved`` and ``inside``."""
+    """The reads of an expression at other places and its tests of bounds: its ``moved`` and ``inside``."""
     return parts_of(expression, ("moved", "inside"))
 
 
@@ -215,7 +215,7 @@ def parts_of(expression: Scalar, ops: Collection[str]) -> list[Scalar]:
 
 
 def joined(*args: Operand) -> Scalar:
-    """What is laid end to end along an axis of the result, whose extent is the concatenation of the arguments' ones."""
+    """The concatenation of arguments along an axis of the result, whose extent is the concatenation of theirs."""
     return _call("joined", *args)
 
 

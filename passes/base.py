@@ -66,7 +66,7 @@ class Cut(NamedTuple):
 
 @dataclass
 class Context:
-    """What a pass gets beside the graph, and where it says what it did."""
+    """The context of one run of a pass: the data that it may use, and the report that it fills in."""
 
     data: Any = None  # batches to calibrate on, as given to optimize()
     cuts: list[Cut] = field(default_factory=list)
@@ -180,7 +180,7 @@ class Pass(ABC):
         """Raise PassError where the graph does not have what the pass needs."""
 
     def wants_floats(self, context: Context) -> bool:
-        """Whether the pass chooses or solves for weights, and so wants floats where they are stored as integers."""
+        """True if the pass selects or solves for weights: quantized weights are dequantized before it runs."""
         return self.solves
 
     @abstractmethod
@@ -225,7 +225,7 @@ class Pass(ABC):
 
     @classmethod
     def details(cls) -> list[tuple[str, str]]:
-        """What a pass consists of, where that can be chosen: names and one line each, for ``regauge passes NAME``."""
+        """The selectable parts of a pass, names with a line each, as ``regauge passes NAME`` lists them."""
         return []
 
     def given_options(self) -> dict[str, Any]:

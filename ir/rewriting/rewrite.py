@@ -79,7 +79,7 @@ class RewriteRule:
         return parse_pattern(self.pattern_function)
 
     def build(self, build: Builder, found: Match) -> Any:
-        """What takes the place of a match; raises PatternError where the replacement computes with values."""
+        """Build the replacement of a match; raises PatternError where the replacement computes with values."""
         try:
             return self.replacement(build, **self.bind(self.replacement, found))
         except TypeError as error:

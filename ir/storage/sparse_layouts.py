@@ -56,7 +56,7 @@ class Layout(ABC):
     def name(self) -> str: ...
 
     def misfit(self, tensor: torch.Tensor) -> str | None:
-        """Why a tensor cannot be stored so; None where it can."""
+        """The reason that a tensor cannot be stored in this layout; None where it can."""
         return None
 
     def pack(self, tensor: torch.Tensor) -> Packed:
@@ -74,11 +74,11 @@ class Layout(ABC):
         """The tensor that was packed; use :meth:`Packed.unpack`."""
 
     def kernel_misfit(self, weight: torch.Tensor) -> str | None:
-        """Why torch's linear cannot run on a weight [outputs, inputs] in this layout; None where it can."""
+        """The reason that torch's linear cannot run on such a weight [outputs, inputs]; None where it can."""
         return "torch has no kernel for it"
 
     def operand(self, weight: torch.Tensor) -> torch.Tensor:
-        """What torch's linear takes in place of a weight that :meth:`kernel_misfit` lets pass."""
+        """The operand of torch's linear for a weight that :meth:`kernel_misfit` lets pass."""
         raise RegaugeError(f"nothing multiplies with the layout {self.name}: {self.kernel_misfit(weight)}")
 
 

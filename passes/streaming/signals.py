@@ -28,7 +28,7 @@ class StreamForm:
 
 
 def run_stream(graph: Graph, *signals: torch.Tensor) -> list[torch.Tensor]:
-    """What a graph that ``stream`` made gives for whole signals, in order of its ordinary inputs, step by step.
+    """Run a graph that ``stream`` made step by step over whole signals, given in order of its ordinary inputs.
 
     The outputs are one behind the other, without the frames that stand for nothing. Raises GraphError for another
     graph, and for a signal that is no whole number of steps long.

@@ -178,7 +178,7 @@ class Cric(Hesso):
         return ended + self.period_steps
 
     def scores(self) -> dict[Dim, np.ndarray]:
-        """What decides which indices are redundant: mean saliency, and what the loss said of each Dim."""
+        """The redundancy scores of each Dim's indices: their mean saliency, plus a term of the losses seen."""
         samples = max(1, self.cycle * self.sampling_steps + self._time)
         return {dim: self._sums[dim] / samples + self._losses[dim] for dim in self.dims}
 

@@ -69,11 +69,11 @@ class LearnedSparsifier(GroupSparsifier):
 
     @abstractmethod
     def gates(self) -> dict[Dim, torch.Tensor]:
-        """What each index of each Dim is multiplied by, with gradients to the learned parameters."""
+        """The gates of each Dim, one factor for each index, with gradients to the learned parameters."""
 
     @abstractmethod
     def ranking(self) -> dict[Dim, np.ndarray]:
-        """What decides at the end which indices go, lowest first."""
+        """The final importance scores of each Dim's indices: the lowest are removed first."""
 
     def _weights(self) -> dict[Parameter, torch.Tensor]:
         along = self.along(self.gates(), self.gated)

@@ -58,7 +58,7 @@ class SelfGuided(BondSparsifier):
 
     @property
     def share(self) -> float:
-        """How much of what the pairs give the dense layers say now: a."""
+        """The current weight a of the dense layers in the outputs of the pairs."""
         return 0.5 * (1 + math.cos(math.pi * min(1.0, self.steps / self.learning)))
 
     def _product(self, chain: Chain) -> torch.Tensor:

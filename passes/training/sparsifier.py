@@ -67,7 +67,7 @@ class Sparsifier(ABC):
         """The step after which the target is reached and only weights are trained."""
 
     def loss(self) -> torch.Tensor:
-        """What is added to the loss; zero where the method has no term of its own."""
+        """The regularisation term of the loss; zero where the method has none."""
         return torch.zeros((), device=self._device)
 
     @property

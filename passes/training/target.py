@@ -33,7 +33,7 @@ _MOST_GOES = 0.9  # ranked together, a Dim still keeps a tenth of its indices: n
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is to be left when training ends, in the words of the pass ``prune``.
+    """The budget at the end of training, in the options of the pass ``prune``.
 
     Give exactly one of ``ratio`` (share of indices that goes) and ``params``, ``macs``, ``bytes`` (what is kept: a
     share, or a number such as "1.2M"). ``scope`` says if every Dim loses the same share or all are ranked together;
@@ -77,7 +77,7 @@ class Target:
         return None if self.budget is None else _BUDGETS[self.budget]
 
     def kept(self, original: float) -> float:
-        """What the budget leaves of the figure that is limited."""
+        """The amount that the budget leaves of the figure that it limits."""
         assert self.budget is not None
         amount = parse_amount(getattr(self, self.budget), self.budget, UNITS[self.budget])
         return min(amount.of(original), original)

@@ -142,6 +142,11 @@ def test_tied_weights_stay_tied_in_training_and_state() -> None:
     torch.testing.assert_close(again(ids()), module(ids()))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoder().to_onnx(tmp_path_factory.mktemp("whole") / "whole.onnx")
+
+
 @pytest.mark.parametrize(
     ("options", "source"),
     [
@@ -156,8 +161,8 @@ def test_tied_weights_stay_tied_in_training_and_state() -> None:
         ("blocks=1,rank=0,whole=true", "torch"),
     ],
 )
-def test_shared_weights_are_stored_once_in_onnx(options: str, source: str, tmp_path: Path) -> None:
-    graph = decoder() if source == "torch" else regauge.load(decoder().to_onnx(tmp_path / "whole.onnx"))
+def test_shared_weights_are_stored_once_in_onnx(options: str, source: str, whole: Path, tmp_path: Path) -> None:
+    graph = decoder() if source == "torch" else regauge.load(whole)
     found = regauge.optimize(graph, f"share{{{options}}}")
     model = onnx.load(found.to_onnx(tmp_path / "shared.onnx"))  # which runs it, and compares
     matrices = [tensor for tensor in model.graph.initializer if len(tensor.dims) > 1]

@@ -1,6 +1,7 @@
 """Training with fake quantization: what is emitted is what was trained, and what of it gets better."""
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,16 @@ def encoder(*, dynamic: bool = False) -> tuple[Any, list[torch.Tensor]]:
     return regauge.capture(Encoder(), (batches[0],), dynamic={0: {0: "batch"}} if dynamic else None), batches
 
 
-def trained_digits() -> tuple[nn.Module, Any]:
+@cache
+def trained() -> nn.Module:
     model = convolutional()
     train(model, 150)
+    return model
+
+
+def trained_digits() -> tuple[nn.Module, Any]:
+    model = copy.deepcopy(trained())
+    torch.manual_seed(0)  # whether it was trained just now
     return model, captured(model.eval())
 
 
