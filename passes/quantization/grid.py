@@ -18,6 +18,7 @@ from regauge.passes.quantization.rounding import best_scales, by_columns, by_des
 _SHRINKS = torch.linspace(1.0, 0.35, 27, dtype=torch.float64)  # shares of the range that are tried
 _TURNS = 12  # of codes and scales, where scales are those of least squares
 SCALE_BITS = 32
+_AT_ONCE = 1 << 21  # entries
 _SHARING = 4  # bits at most of codes that lie together in a byte
 
 Scales: TypeAlias = Literal["searched", "whole", "least", "mean", "median", "powers"]
@@ -119,6 +120,9 @@ class Form:
 
     def rounded(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> Coded:
         rows, columns = weight.shape
+        most = max(1, _AT_ONCE // max(1, columns))
+        if rows > most and not self.shared:
+            return self._in_parts(weight, importance, most)
         weighs = torch.ones(columns, dtype=torch.float64) if importance is None else importance.double()
         whole = weight.double() if self.zeros is None else weight.double().masked_fill(self.zeros, 0)
         if self.shared:
@@ -130,6 +134,16 @@ class Form:
             scale, zero = scale.expand(rows, 1), zero.expand(rows, 1)
         coded = Coded(self, whole, scale, zero)
         return coded.with_codes(self.grid.codes(whole, coded.spread(scale), coded.spread(zero)))
+
+    def _in_parts(self, weight: torch.Tensor, importance: torch.Tensor | None, count: int) -> Coded:
+        """The same, so many rows at a time: what is tried takes several times the memory of the rows."""
+        found = []
+        for first in range(0, len(weight), count):
+            rows = slice(first, first + count)
+            form = self if self.zeros is None else replace(self, zeros=self.zeros[rows])
+            found.append(form.rounded(weight[rows], importance))
+        codes, scale, zero = (torch.cat([getattr(one, name) for one in found]) for name in ("codes", "scale", "zero"))
+        return Coded(self, codes, scale, zero)
 
     def fitted(self, problem: Quadratic, method: Method | None) -> Coded:
         """Rounding to 8 bits loses too little for descent, unless that is asked for."""

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -83,3 +85,15 @@ def test_entries_count_by_the_importance_of_their_channel() -> None:
         histogram.add(x)
     grid = Grid(4, symmetric=False)
     assert ends_of(light, grid, "mse")[1] < 0.5 * ends_of(heavy, grid, "mse")[1]
+
+
+@pytest.mark.parametrize("scales", ["searched", "least", "whole"])
+def test_many_rows_are_rounded_in_parts_as_all_at_once(scales: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight, importance = torch.randn(37, 24), torch.rand(24)
+    form = Form(Grid(4, symmetric=False), 12, scales, zeros=torch.rand(37, 24) < 0.3)
+    whole = form.rounded(weight, importance)
+    monkeypatch.setattr("regauge.passes.quantization.grid._AT_ONCE", 24 * 5)
+    parts = form.rounded(weight, importance)
+    for name in ("codes", "scale", "zero", "values"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name))
