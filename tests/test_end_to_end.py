@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
 import regauge
 from decoders import Rotary, characters, decoder, stepped
 from layered_networks import ResidualNetwork, images, redrawn
+from main_job import STEPS, Seen, agreed, regions_come_along
 from regauge.backends.run_onnxruntime import Session
 from regauge.cli import main
 from regauge.ir.cost import figures
-from regauge.ir.fusion.fused import fused_nodes, without_fused
+from regauge.ir.fusion.fused import body_of, fused_nodes
 from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.graph import Graph
-from regauge.ir.verify import verify
 
-STEPS = ("simplify", "prune{params=0.7}", "factorize{params=0.8}", "quantize{scheme=w8}", "fuse")
 PASSES = ",".join(STEPS)
 CACHED = ",".join([*STEPS[:-1], "kv-cache", STEPS[-1]])
 
@@ -48,45 +46,6 @@ def network_job() -> Job:
     graph = regauge.capture(redrawn(ResidualNetwork()), (images(),), dynamic={0: {0: "batch"}})
     steps = [(12085, 48340, 1e-5), (8399, 33596, 0.05), (6707, 26828, 0.05), *[(6864, 7721, 0.05)] * 2]
     return Job(graph, [images(16, seed) for seed in (1, 2)], images(3), steps)
-
-
-@dataclass(frozen=True)
-class Seen(regauge.Pass):
-    """Changes nothing, and keeps the graph that it is given."""
-
-    name = "seen"
-    contract = "exact"
-    takes_fused = True
-    graphs: Any
-
-    def call(self, graph: Graph, context: regauge.Context) -> Graph:
-        self.graphs.append(graph)
-        return graph
-
-
-def agreed(graph: Graph, inputs: torch.Tensor, path: Path) -> torch.Tensor:
-    """The result of a graph, which its module and its file give too."""
-    verify(graph, axes=True)
-    (found,) = graph.run(inputs)
-    with torch.no_grad():
-        torch.testing.assert_close(graph.to_torch()(inputs), found, rtol=1e-4, atol=1e-5)
-    graph.to_onnx(path, verify=False, functions=True)
-    torch.testing.assert_close(Session(path, optimisation="off").run([inputs])[0], found, rtol=1e-4, atol=1e-5)
-    return found
-
-
-def regions_come_along(quantized: Graph, fused: Graph, inputs: torch.Tensor, path: Path) -> None:
-    """Fused nodes compute what their nodes did, to the last bit; so do modules with kernels and ONNX functions."""
-    (wanted,) = quantized.run(inputs)
-    assert fused_nodes(fused) and torch.equal(fused.run(inputs)[0], wanted)
-    assert torch.equal(without_fused(fused).run(inputs)[0], wanted)
-    with torch.no_grad():
-        torch.testing.assert_close(fused.to_torch(kernels="triton")(inputs), wanted, rtol=1e-4, atol=1e-5)
-    onnx.checker.check_model(onnx.load(path), full_check=True)
-    loaded = regauge.load(path)
-    functions = len(fused_nodes(loaded))  # a causal mask of dynamic sizes has no spelling as a part of one
-    assert functions == len(fused_nodes(fused)) or 0 < functions < len(fused_nodes(fused))
-    torch.testing.assert_close(loaded.run(inputs)[0], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [decoder_job, network_job])
@@ -120,6 +79,8 @@ def test_a_decoder_with_a_cache_goes_through_all_of_it(tmp_path: Path) -> None:
     job = decoder_job()
     whole, cached = (regauge.optimize(job.graph, passes, data=job.data) for passes in (PASSES, CACHED))
     assert fused_nodes(cached) and len(cached.states) == 4
+    inside = [node for fused in fused_nodes(cached) for node in body_of(fused).nodes if node.op == "attention"]
+    assert len(inside) == 2 and all(node.attributes["lower_right"] for node in inside)  # no mask is read
     assert cached.report.after.parameters == whole.report.after.parameters < 0.6 * whole.report.before.parameters
     (wanted,) = whole.run(job.inputs)
     counts = (3, 1, 1, 2)

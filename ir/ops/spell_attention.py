@@ -32,8 +32,8 @@ def spell_attention(onnx: Any, node: Node) -> Any:
     if softcap:
         scores = onnx.Mul(onnx.Tanh(onnx.Div(scores, float(softcap))), float(softcap))
     if causal:
-        first = k.shape[-2] - q.shape[-2] if node.attributes["lower_right"] else 0
-        scores = onnx.Where(_not_later(onnx, q.shape[-2], k.shape[-2], first), scores, -math.inf)
+        seen = _not_later(onnx, q.shape[-2], k.shape[-2], lower_right=node.attributes["lower_right"])
+        scores = onnx.Where(seen, scores, -math.inf)
     if onnx.given(3):
         mask = onnx.operand(3)
         boolean = _tensor(node, 3).dtype == torch.bool
@@ -77,16 +77,14 @@ def _shared(onnx: Any, q: Value, other: Value, given: Any) -> Any:
     return onnx.Reshape(spread, onnx.target(shape, other.shape[:-3]))
 
 
-def _not_later(onnx: Any, length: Size, source: Size, first: Size) -> Any:
-    """True where key j may be seen by query i: ``j <= i + first``; of dynamic sizes found when it runs."""
+def _not_later(onnx: Any, length: Size, source: Size, *, lower_right: bool) -> Any:
+    """True where key j may be seen by query i: ``j <= i``, or as many more as there are more keys than queries; of
+    dynamic sizes found when it runs."""
     if isinstance(length, int) and isinstance(source, int):
-        return onnx.constant(torch.ones(length, source, dtype=torch.bool).tril(int(first)))
-
-    def places(start: Size, end: Size) -> Any:
-        bounds = [
-            onnx.constant(torch.tensor(n)) if isinstance(n, int) else onnx.squeeze(onnx.sizes([n]), 0)
-            for n in (start, end)
-        ]
-        return onnx.Range(*bounds, onnx.constant(torch.tensor(1)))
-
-    return onnx.Not(onnx.Greater(places(0, source), onnx.unsqueeze(places(first, first + length), 1)))
+        first = source - length if lower_right else 0
+        return onnx.constant(torch.ones(length, source, dtype=torch.bool).tril(first))
+    zero, step = onnx.constant(torch.tensor(0)), onnx.constant(torch.tensor(1))
+    queries, keys = (onnx.squeeze(onnx.sizes([size]), 0) for size in (length, source))
+    rows = (onnx.Sub(keys, queries), keys) if lower_right else (zero, queries)
+    i, j = onnx.Range(*rows, step), onnx.Range(zero, keys, step)
+    return onnx.Not(onnx.Greater(j, onnx.unsqueeze(i, 1)))

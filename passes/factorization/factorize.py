@@ -18,7 +18,7 @@ from regauge.passes.base import GIVE_DATA, Context, Contract, Cut, Pass
 from regauge.passes.calibration.batches import calibration_batches, examples_in
 from regauge.passes.calibration.chosen_layers import chosen_layers
 from regauge.passes.calibration.layers import Layer
-from regauge.passes.factorization.blocks import choices_of, links_of
+from regauge.passes.factorization.blocks import choices_of
 from regauge.passes.factorization.catalog import FORMS, UNASKED
 from regauge.passes.factorization.chains import Link, write_chain
 from regauge.passes.factorization.cost_gate import CostGate, Gate
@@ -33,6 +33,7 @@ from regauge.passes.factorization.readers import Reader, readers_in, squared_rea
 from regauge.passes.factorization.rules import Rule, by_rule, nearest, squared_values, wanted_by
 from regauge.passes.factorization.sparse_products import SparseProduct
 from regauge.passes.factorization.structured import Structured
+from regauge.passes.factorization.without_data import links_without_data
 from regauge.passes.name_patterns import matches
 from regauge.passes.options import option
 
@@ -48,7 +49,8 @@ class Factorize(Pass):
 
     Forms and ranks are chosen so that least is lost in all. With data what is kept are the directions that the outputs
     of a layer take on it, weighed by how much the outputs of the model move with them, one layer after the other, each
-    with the inputs that the layers before give.
+    with the inputs that the layers before give. Without data biases make up for the mean of what is lost, where batch
+    norms tell it.
     """
 
     name: ClassVar[str] = "factorize"
@@ -143,7 +145,10 @@ class Factorize(Pass):
         small = self._small(result, factors, picked)
         own = [layer for layer in self._layers(result, Counter(), readers) if layer.weight.name in picked]
         if batches is None:
-            links = [(layer, _links(layer, picked[layer.weight.name])) for layer in own]
+            solved = list(links_without_data(original, result, own, picked, by=self.name))
+            links = [(layer, found) for layer, found, _ in solved]
+            if count := sum(corrected for *_, corrected in solved):
+                context.note(f"{count} of {len(own)} biases corrected by what batch norms hold")
         else:
             links = list(links_on_data(original, result, own, picked, batches, sensitivity, by=self.name))
             context.note(f"chosen on {sum(map(examples_in, batches))} examples")
@@ -311,10 +316,6 @@ class Factorize(Pass):
                 own = sum(getattr(found[0], figure) for found in choices.values())
                 allowed[figure] = parse_amount(getattr(self, name), name).of(whole) - (whole - own)
         return allowed
-
-
-def _links(layer: Layer, choice: Choice) -> list[Link]:
-    return links_of(FORMS[choice.form], plain_problems(layer), choice.numbers)[0]
 
 
 def _is_sparse(picked: Mapping[str, Choice], layer: Layer) -> bool:

@@ -71,7 +71,7 @@ def regions(graph: Graph) -> list[str]:
 
 
 def test_causal_attention_of_any_length_is_one_function(tmp_path: Path) -> None:
-    """Queries and keys of the same length, and fewer queries, which see the first keys alone."""
+    """Queries and keys of the same length, and fewer queries, which see the first keys alone, or are the last ones."""
     batch, length, past = map(symbol, ("batch", "length", "past"))
     graph = Graph("causal", symbols={batch: (1, None), length: (1, None), past: (0, None)})
     build = Builder(graph)
@@ -79,9 +79,10 @@ def test_causal_attention_of_any_length_is_one_function(tmp_path: Path) -> None:
     k, v = (build.input(name, (batch, 2, length + past, 8), torch.float32) for name in "kv")
     options = {"scale": 0.3, "is_causal": True, "enable_gqa": True}
     graph.outputs = [build.silu(build.attention(q, k, v, **options)), build.attention(k, k, v, **options)]
+    graph.outputs.append(build.attention(q, k, v, lower_right=True, **options))
     fused = regauge.optimize(graph, "fuse")
     model = written(fused, tmp_path / "m.onnx", functions=True)
-    assert len(calls(model)) == len(model.functions) == 2 and len(model.graph.node) == 2
+    assert len(calls(model)) == len(model.functions) == 3 and len(model.graph.node) == 3
     session = Session(tmp_path / "m.onnx")
     for sizes in ((1, 1, 0), (2, 5, 3)):
         tensors = [torch.randn(sizes[0], heads, n, 8) for heads, n in ((4, sizes[1]), *((2, sum(sizes[1:])),) * 2)]
