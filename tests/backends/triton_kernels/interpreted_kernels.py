@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter: test_triton_kernels.py runs these tests in a process of their own."""
+"""Kernels in Triton's interpreter: test_kernel.py runs these tests in a process of their own."""
 
 from typing import Any
 
