@@ -33,8 +33,8 @@ class Group:
 
     @property
     def name(self) -> str:
-        names = [part.heads.layer.weight.name for part in self.parts]
-        return f"{' and '.join(names)}: {self.parts[0].kind}"
+        names = dict.fromkeys(own.heads.layer.weight.name for own in (self.parts[0], self.parts[-1]))
+        return f"{' to '.join(names)}: {self.parts[0].kind}"
 
     @property
     def layers(self) -> list[Layer]:

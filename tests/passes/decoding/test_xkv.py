@@ -58,6 +58,7 @@ def test_what_has_the_rank_stays_the_same(make: type[nn.Module]) -> None:
     (wanted,), (found,) = graph.run(tokens[:4]), small.run(tokens[:4])
     assert float((wanted - found).abs().max()) < 1e-5 * float(wanted.abs().max())  # moments are in single precision
     assert "512 bytes -> 256 bytes of keys and values" in str(small.report)
+    assert "attentions.0.k.weight to attentions.1.k.weight: keys, ranks: 32 ->" in str(small.report)
     cached = regauge.optimize(small, "kv-cache")
     assert cache_bytes(cached) == 256
     assert float((stepped(Steps(cached), tokens[:2, :9], (4, 1, 1, 3)) - found[:2, :9]).abs().max()) < 1e-10
