@@ -5,7 +5,8 @@
 char_gpt    perplexity with its linear layers at 0.8 and 0.6 of their parameters
 heads       perplexity with fewer directions in each head of attention (without data, by norms alone), and with parts of
             the parameters, canonicalized before and not
-resnet*     share of photographs in the same class at half of the multiplications; ranks in blocks of 16, too;
+resnet*     share of crops in the same class at half of the multiplications, of photographs that nothing saw, and of the
+            other halves of those that it is calibrated on; ranks in blocks of 16, too;
             --vary changes the colours and the light of half of those that it is calibrated on
 digits-cnn  the same of the digits' test images
 time        onnxruntime's for one batch, of the whole network's; medians in turns, one thread
@@ -115,8 +116,11 @@ def images(depth: int, examples: int, vary: bool) -> Iterator[list[str]]:
     if vary:
         given = torch.cat([given[: examples // 2], cifar_resnet.varied(given[examples // 2 :], seed=3)])
 
+    beside = Judge(network.model, cifar_resnet.crops(1000, held_out=True, seed=1))
+
     def judge(found: Any) -> str:
-        return f"{network.judge(found.to_torch().eval())[0]:.3f}"
+        module = found.to_torch().eval()
+        return f"{network.judge(module)[0]:.3f}, {beside(module)[0]:.3f}"
 
     batches = [(part,) for part in given.split(128)]
     for kept, step in HALVES.items():

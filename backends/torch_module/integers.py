@@ -5,6 +5,7 @@
     y = matmul(x, dequantize(w, t, z, block_size=32, bits=4)) + b                    QLinearWeight(in, out, bits=4, ...)
     conv of the same                                                                 QConvWeight(in, out, kernel, ...)
     the same of floats of 8 bits, for torch-cuda                                     QLinearFloat8(in, out)
+    by rows                                                                          QLinearFloat8Dynamic(in, out)
     q, s = quantize_rows(x); y = matmul(q * s, dequantize(w, t)) + b                 QLinearDynamic(in, out)
 
 On a copy of the graph. The layer is a node ``linear`` or ``conv`` of x and the integers, which says in its metadata
@@ -168,7 +169,9 @@ def _rows(back: Node) -> Input | None:
     if scale is None or scale.op != "quantize_rows" or codes is not scale.outputs[0]:
         return None
     x = scale.inputs[0]
-    return Input(x) if back.inputs[1] is scale.outputs[1] and isinstance(x, Value) else None
+    if back.inputs[1] is not scale.outputs[1] or not isinstance(x, Value):
+        return None
+    return Input(x, floats=scale.attributes["dtype"] == FLOAT8)
 
 
 def _bias(graph: Graph, node: Node) -> tuple[Parameter | torch.Tensor | None, Node] | None:
@@ -249,14 +252,16 @@ def _on_floats(
     planned = graph.metadata.get(PLANNED_FOR) == "torch-cuda" and node.op != "conv"
     if not planned or read is None or not read.floats or weight.zero is not None or weight.scale.shape[1] != 1:
         return None
-    assert read.scale is not None
     outputs, inputs = weight.load().shape
+    scale = weight.scale[:, 0].double() * (1.0 if read.scale is None else read.scale.double())
     parts: Parts = {
         "weight": (LazyWeight((outputs, inputs), FLOAT8, lambda: weight.load().contiguous()), "parameter"),
-        "scale": ((read.scale.double() * weight.scale[:, 0].double()).float(), "buffer"),
-        "input_scale": (read.scale, "buffer"),
+        "scale": (scale.float(), "buffer"),
     }
-    return f"QLinearFloat8({inputs}, {outputs}{', bias=False' if bias is None else ''})", parts | _own_bias(bias)
+    if read.scale is not None:
+        parts["input_scale"] = (read.scale, "buffer")
+    name = f"QLinearFloat8{'Dynamic' if read.scale is None else ''}"
+    return f"{name}({inputs}, {outputs}{', bias=False' if bias is None else ''})", parts | _own_bias(bias)
 
 
 def _on_integers(

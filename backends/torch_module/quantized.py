@@ -136,6 +136,27 @@ class QLinearFloat8(nn.Module):
         return scaled(float8_matmul(q, self.weight), self.scale, self.bias)
 
 
+class QLinearFloat8Dynamic(nn.Module):
+    """y = x W^T + b on floats of 8 bits: x ~ q * t, with t of each row a power of two as its entries need, W ~ weight *
+    scale."""
+
+    scale: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        weight = torch.zeros(out_features, in_features, dtype=torch.float8_e4m3fn)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", torch.ones(out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = x.abs().amax(-1, keepdim=True).div_(448)
+        t = torch.where(t > 0, t, 1.0).log2_().ceil_().exp2_()
+        q = x.div(t).to(torch.float8_e4m3fn)
+        y = scaled(float8_matmul(q, self.weight), self.scale, None).mul_(t)
+        return y if self.bias is None else y + self.bias
+
+
 class QConv2d(nn.Module):
     """A convolution on integers; tensors as in QLinear, weight [out, height, width, in].
 

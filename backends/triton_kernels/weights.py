@@ -51,6 +51,8 @@ def with_row_codes(graph: Graph) -> None:
     for a row is whole there."""
     build = Builder(graph, by="kernels")
     for node in [node for node in graph.nodes if node.op == "quantize_rows"]:
+        if node.attributes["dtype"] != torch.int8:
+            continue
         with build.at(node):
             scales = build.row_scales(node.inputs[0])
             codes = build.row_codes(node.inputs[0], scales)

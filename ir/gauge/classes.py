@@ -3,7 +3,8 @@
 For a producer ``y = W x`` and a consumer ``z = V f(y)`` over the Dim, a map T is in the gauge class when
 ``V T^-1 f(T W x)`` is the same function: cutting and sorting need only permutations, equalization positive scales,
 rotations orthogonal maps, factorization all invertible ones. The class of a Dim is the meet over every node that
-touches it, read off the node's role for the Dim and its operator's symmetry; ``tests/ir/test_gauge.py`` holds examples.
+touches it, read off the node's role for the Dim and its operator's symmetry; ``tests/ir/gauge/test_classes.py`` holds
+examples.
 
 What T means at one node, and what the law of symmetry (:mod:`regauge.ir.laws.operators`) checks of every record:
 

@@ -1,7 +1,8 @@
 """Quantization by ranges that are found when it runs: of a whole tensor, or of each row.
 
 quantize_dynamic   x ~ (q - zero_point) * scale, 0 ... 255 between the least and the greatest entry and 0
-quantize_rows      x ~ q * scale, with the greatest magnitude of each row at 127
+quantize_rows      x ~ q * scale, with the greatest magnitude of each row at 127; as floats of 8 bits with scales that
+                   are powers of two, the least ones with which nothing is beyond the greatest float
 row_scales         the scales of that, and
 row_codes          the codes for given ones: the same, as what kernels compute behind what gives the rows
 
@@ -43,12 +44,19 @@ def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator(
     rule="... k -> ... k, ... 1 ; normalise k",
-    samples=lambda: [sample(3 * randn(2, 4, 3)), sample(randn(5, 6))],
+    samples=lambda: [
+        sample(3 * randn(2, 4, 3)),
+        sample(randn(5, 6)),
+        sample(randn(5, 6), dtype=torch.float8_e4m3fn),
+    ],
 )
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.abs().amax(-1, keepdim=True) / 127
+def quantize_rows(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1, keepdim=True) / (torch.finfo(dtype).max if dtype.is_floating_point else 127)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return torch.round(x / scale).to(torch.int8), scale
+    if dtype.is_floating_point:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+        return (x / scale).to(dtype), scale
+    return torch.round(x / scale).to(dtype), scale
 
 
 def _spell_row_scales(onnx: Any, node: Node) -> Any:

@@ -94,11 +94,9 @@ def _check_activations(options: Quantize) -> None:
         return
     if not SCHEMES[options.scheme].activations:
         raise PassError(f"quantize: activations does nothing with scheme={options.scheme}: leave it out")
-    if SCHEMES[options.scheme].numbers is not None:
-        raise PassError(
-            "quantize: exponents of float8 are found on data, or one for all (rule=cscale): for those of every run "
-            "write scalify{dtype=float8_e4m3,dynamic=true}"
-        )
+    if SCHEMES[options.scheme].numbers is not None and (options.rule == "cscale" or options.margin is not None):
+        given = "rule=cscale" if options.rule == "cscale" else f"margin={options.margin}"
+        raise PassError(f"quantize: {given} is not for exponents of every run: leave activations=dynamic out")
     if options.calibration is not None:
         raise PassError("quantize: calibration does nothing with activations=dynamic: leave it out")
     if TARGETS[options.target].at_run is None:

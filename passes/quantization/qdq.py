@@ -69,7 +69,9 @@ class Writer:
         for value in placement.fed:
             with self._behind(value):
                 if self.target.at_run == "rows":
-                    q, scale = self.build.quantize_rows(value, name=f"{value.name}_quantized")
+                    kind = self.target.activations.dtype
+                    kind = kind if kind.is_floating_point else torch.int8
+                    q, scale = self.build.quantize_rows(value, dtype=kind, name=f"{value.name}_quantized")
                     self._plain[value] = self.build.mul(self.build.cast(q, dtype=value.dtype), scale)
                 else:
                     q, scale, zero = self.build.quantize_dynamic(value, name=f"{value.name}_quantized")

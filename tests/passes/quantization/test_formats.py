@@ -153,7 +153,8 @@ def test_exponents_of_a_graph_in_floats_follow_a_rule() -> None:
         ("scheme=fp8,bias=1", "bias does nothing without rule=cscale"),
         ("scheme=w8,rule=cscale", "rule does nothing with scheme=w8"),
         ("scheme=fp8,rule=cscale,calibration=mse", "calibration does nothing with rule=cscale"),
-        ("scheme=fp8,activations=dynamic", "for those of every run write scalify{dtype=float8_e4m3,dynamic=true}"),
+        ("scheme=fp8,activations=dynamic,rule=cscale", "rule=cscale is not for exponents of every run"),
+        ("scheme=fp8,activations=dynamic,margin=1", "margin=1 is not for exponents of every run"),
     ],
 )
 def test_rules_of_exponents_that_do_nothing_are_refused(options: str, words: str) -> None:

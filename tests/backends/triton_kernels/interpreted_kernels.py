@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter: test_triton_kernels.py runs these tests in a process of their own."""
+"""Kernels in Triton's interpreter: test_kernel.py runs these tests in a process of their own."""
 
 from typing import Any
 
@@ -97,7 +97,7 @@ def test_floats_of_8_bits_are_multiplied_as_such(
     check_kernel(graph, drawn(graph), form="contraction")
 
 
-@pytest.mark.parametrize("scheme", ["w4", "w3", "w8", "w8a8", "fp8"])
+@pytest.mark.parametrize("scheme", ["w4", "w3", "w8", "w8a8", "fp8", "fp8,activations=dynamic"])
 def test_a_quantized_module_has_kernels_of_its_products(scheme: str) -> None:
     for operator in with_kernels(quantized(scheme)).operators:
         tensors = [random_tensor(value) for value in operator.reads]

@@ -12,7 +12,7 @@ import regauge
 from regauge.backends.onnx_model.write import all_graphs
 from regauge.backends.run_onnxruntime import Session
 
-CORPUS = Path(__file__).parents[3] / "shared" / "corpus" / "onnx"
+CORPUS = Path(__file__).parents[4] / "shared" / "corpus" / "onnx"
 NODES = {  # of all scopes, without Constants: before, and at most after
     "face_version-RFB-320": (211, 100),
     "face_version-RFB-320_simplified": (110, 107),

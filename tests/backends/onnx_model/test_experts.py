@@ -115,7 +115,7 @@ def test_a_file_of_an_old_opset_is_told_what_to_do(tmp_path: Path) -> None:
 
 def test_mixtral_is_written(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    sys.path.append(str(Path(__file__).resolve().parents[3] / "shared" / "tools"))
+    sys.path.append(str(Path(__file__).resolve().parents[4] / "shared" / "tools"))
     with contextlib.suppress(ImportError):  # transformers imports torchvision where it is installed, beside any torch
         import torchvision_on_cpu  # noqa: F401
     try:

@@ -108,14 +108,17 @@ def test_a_module_computes_what_its_graph_does(options: str, target: str) -> Non
     assert float((found - wanted).norm() / wanted.norm()) < least
 
 
-def test_floats_of_8_bits_are_multiplied_for_a_gpu() -> None:
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_floats_of_8_bits_are_multiplied_for_a_gpu(activations: str) -> None:
     """Layers of sizes that its kernel takes; there is none for convolutions."""
-    graph = quantized("scheme=fp8,target=torch-cuda")
+    graph = quantized(f"scheme=fp8,target=torch-cuda,activations={activations}")
     left = graph.report.passes[-1].left
-    assert left["torch-cuda has no convolution of floats of 8 bits"] == 2
+    if activations == "static":
+        assert left["torch-cuda has no convolution of floats of 8 bits"] == 2
     assert left["its sizes are no multiples of 16: torch-cuda has no product of floats of 8 bits for them"] == 1
     module, x = graph.to_torch(), torch.randn(5, 3, 12, 12)
-    assert type(module.fc).__name__ == "QLinearFloat8" and module.fc.weight.dtype == torch.float8_e4m3fn
+    kind = {"static": "QLinearFloat8", "dynamic": "QLinearFloat8Dynamic"}[activations]
+    assert type(module.fc).__name__ == kind and module.fc.weight.dtype == torch.float8_e4m3fn
     with torch.no_grad():
         torch.testing.assert_close(module(x), graph.run((x,))[0])
         exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))

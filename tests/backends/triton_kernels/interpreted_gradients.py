@@ -1,4 +1,4 @@
-"""Kernels of gradients in Triton's interpreter: test_kernel_gradients.py runs these tests in a process of their own."""
+"""Kernels of gradients in Triton's interpreter: test_gradients.py runs these tests in a process of their own."""
 
 import pytest
 import torch

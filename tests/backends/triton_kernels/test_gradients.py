@@ -27,7 +27,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def test_interpreted_gradients() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_gradients.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[2])
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
 
 

@@ -32,7 +32,7 @@ def run_interpreted(*options: str) -> None:
     """The tests of kernels in a process in which Triton interprets: wrong addresses end it, repairs stay in it."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[2])
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
 
 
