@@ -64,7 +64,7 @@ def test_what_has_the_rank_stays_the_same(make: type[nn.Module]) -> None:
     assert float((stepped(Steps(cached), tokens[:2, :9], (4, 1, 1, 3)) - found[:2, :9]).abs().max()) < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["shared", "mask", "normed", "places", "flat"])
+@pytest.mark.parametrize("kind", ["shared", "normed", "places", "flat"])
 def test_full_rank_is_exact(kind: str) -> None:
     torch.manual_seed(0)
     placed = kind in ("places", "flat")
@@ -91,7 +91,6 @@ MODELS = {
     "shared": lambda: Rotary("shared"),
     "fused": lambda: Rotary("fused"),
     "normed": lambda: Rotary("normed"),
-    "places": Placed,
     "flat": lambda: Placed(flat=True),
 }
 
