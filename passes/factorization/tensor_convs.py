@@ -3,7 +3,7 @@
 cp    W[o, i, r, c] = sum over q  up[o, q] rows[q, r] columns[q, c] first[q, i]         (Lebedev et al. 2015, section 3)
 tt    W[o, i, r, c] = sum over p, q, s  up[o, s] columns[s, q, c] rows[q, p, r] first[p, i]     (Oseledets 2011, TT-SVD)
 
-Of cp the links between are depthwise. Without data it starts from alternating least squares
+Of cp the links between are depthwise. It starts from alternating least squares
 (:mod:`regauge.passes.factorization.polyadic`), these from the terms of the higher-order singular value decomposition
 that hold most, which are all of the kernel at full rank; tt from singular value decompositions in turns. Then each link
 is bettered beside the others.
@@ -84,13 +84,12 @@ class Cp:
         return [*links, _single("up", up, problem.layer)], self._image(factors)
 
     def _start(self, problem: Problem, rank: int, *, tried: bool) -> Factors:
-        """Without data what alternating least squares find, by few turns to try a rank; with data the largest terms,
-        and what is best behind them."""
+        """What alternating least squares find of the kernel, by few turns to try a rank; on data with the best up."""
         layer = problem.layer
         sizes = _sizes(layer)
         *rows, up = _largest_terms(problem.weight, rank, sizes)
         alone = Problem(layer, problem.weight)
-        if problem.inputs is None and alone.error(self._image([*rows, up])) > alone.rounding:
+        if alone.error(self._image([*rows, up])) > alone.rounding:
             if tried:
                 (*rows, up), _ = in_turns(problem.weight, [*rows, up], _TURNS_TRIED)
             else:
