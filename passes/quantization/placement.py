@@ -17,6 +17,7 @@ from regauge.passes.quantization.targets import Target
 
 _LAYERS = ("linear", "matmul", "conv")
 _OPSET_OF_BLOCKS = 21
+_FEW, _TINY = 16, 8192  # vectors, and entries, of a table that is left as it is
 _DEPTH_OF_SOFTMAX = 30.0
 _SLOW_DEPTHWISE = "depthwise convolutions are slower with integers"
 _SMALL_SHARE = 0.02  # of the multiplications of all layers
@@ -161,10 +162,13 @@ def _tied(node: Node, table: Parameter) -> Layer:
 
 
 def misfit_of_table(table: Table, target: Target, *, activations: bool, dynamic: bool = False) -> str | None:
-    """Why a table whose layers cannot read its integers is left as it is; None where they can, or it has none.
+    """Why a table is left as it is: it is tiny, or the weight of layers that cannot read its integers; None otherwise.
 
     ``dynamic`` as in :func:`misfit_of_products`.
     """
+    vectors, width = (int(size) for size in table.parameter.shape)
+    if not table.layers and vectors <= _FEW and vectors * width <= _TINY:
+        return "a table of few vectors: the error of each is in most of the outputs, and they take few bytes"
     if not table.layers or not activations and not target.blocks_alone:
         return None
     if not activations:

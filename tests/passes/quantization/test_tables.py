@@ -110,3 +110,21 @@ def test_bits_of_tables_that_stay_are_refused() -> None:
     graph, _ = tied()
     with pytest.raises(regauge.RegaugeError, match="table_bits does nothing with embeddings=false"):
         regauge.optimize(graph, "quantize{scheme=w8,table_bits=4,embeddings=false}")
+
+
+def test_tables_of_few_vectors_stay_as_they_are() -> None:
+    """Kinds of tokens: what 8 bits lose of one vector is in every position, and does not average out."""
+
+    class Kinds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.kinds = nn.Embedding(500, 32), nn.Embedding(2, 32)
+
+        def forward(self, tokens: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+            return self.words(tokens) + self.kinds(kinds)
+
+    tokens = torch.randint(0, 500, (2, 9))
+    graph = regauge.capture(Kinds().eval(), (tokens, tokens % 2))
+    small = regauge.optimize(graph, "quantize{scheme=w8}")
+    assert "kinds.weight" in small.parameters and "words.weight_quantized" in small.parameters
+    assert "1 tables of vectors" in str(small.report) and "few vectors" in str(small.report)
