@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from regauge.ir.graph import Node
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 PATHS = "pkg.torch.onnx.name_scopes"
 CLASSES = "pkg.torch.onnx.class_hierarchy"
@@ -22,6 +25,14 @@ def noted_scope(notes: Mapping[str, str]) -> tuple[tuple[str, str], ...] | None:
     except (ValueError, SyntaxError):
         return ()
     return tuple((str(path), str(name).rpartition(".")[2]) for path, name in pairs[:-1])
+
+
+def says_places(nodes: Iterable[onnx_ir.Node]) -> bool:
+    """Whether a file tells of any node where it is: by notes, or by a name as torch's older exporter gives it.
+
+    In any other file places are guessed by the names of weights, and would be again.
+    """
+    return any(PATHS in node.metadata_props or (node.name or "").startswith("/") for node in nodes)
 
 
 def scope_notes(node: Node) -> dict[str, str]:

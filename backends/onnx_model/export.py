@@ -21,13 +21,13 @@ from regauge.backends.onnx_model.registry import kept_registry
 from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.node_order import IN_ORDER
+from regauge.ir.onnx_places import CLASSES, PATHS
 from regauge.ir.ops.spell_normalisation import RMS_NORM_OPSET
 from regauge.ir.running.sample_inputs import sample_inputs
 
 Bodies: TypeAlias = Mapping[str, tuple[Graph, str]]
 _PREFIX = "module."  # what the wrapper adds to every name
 _FOLDED_BIAS = ".weight_bias"
-_SCOPES, _CLASSES = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"
 
 
 def exported_model(graph: Graph, bodies: Bodies | None = None) -> onnx_ir.Model:
@@ -251,14 +251,14 @@ def _make_unique(graph: onnx_ir.Graph) -> None:
 
 def _strip_wrapper(node: onnx_ir.Node) -> None:
     """Drop the wrapper from what the exporter notes on a node of the modules around it."""
-    noted = [node.metadata_props.get(key) for key in (_SCOPES, _CLASSES)]
+    noted = [node.metadata_props.get(key) for key in (PATHS, CLASSES)]
     if None in noted:
         return
     paths, classes = (ast.literal_eval(text or "[]") for text in noted)
     if len(paths) > 2 and paths[1] == _PREFIX.rstrip("."):  # the wrapper, the root, ..., the operator
         stripped = ["", *(path.removeprefix(_PREFIX) for path in paths[2:])]
-        node.metadata_props[_SCOPES] = str(stripped)
-        node.metadata_props[_CLASSES] = str(classes[1:])
+        node.metadata_props[PATHS] = str(stripped)
+        node.metadata_props[CLASSES] = str(classes[1:])
         node.metadata_props["namespace"] = "/".join(map(": ".join, zip(stripped, classes[1:], strict=True)))
 
 

@@ -27,7 +27,7 @@ from regauge.ir.errors import EmitError
 from regauge.ir.folding.purity import OPAQUE
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.node_order import IN_ORDER
-from regauge.ir.onnx_places import scope_notes
+from regauge.ir.onnx_places import says_places, scope_notes
 from regauge.ir.operator import find_onnx
 
 _SEQUENCES = {"SplitToSequence"}  # read as pieces of known number, which a Split gives without a sequence
@@ -85,6 +85,7 @@ class _Rewiring:
         self.graphs: dict[Graph, onnx_ir.Graph] = {graph: carrier.model.graph, imported: carrier.model.graph}
         self.branch_outputs = _branch_outputs(graph, carrier)
         self.parents = _parents(carrier.model.graph)
+        self.tells_places = says_places(carrier.model.graph.all_nodes())
         for root in (graph, imported):
             self._place_regions(root)
         self.created: dict[Value, onnx_ir.Value] = {}
@@ -239,7 +240,7 @@ class _Rewiring:
             onnx.added[-1].name = onnx.added[-1].outputs[0].name
         if (self.carrier.model.ir_version or 0) >= 10:
             for made_node in onnx.added:
-                made_node.metadata_props.update(scope_notes(node))
+                made_node.metadata_props.update(scope_notes(node) if self.tells_places else {})
                 made_node.metadata_props.update({k: node.metadata[k] for k in _PROVENANCE if k in node.metadata})
 
     def _declare(self, made: onnx_ir.Value, value: Value, added: Sequence[onnx_ir.Node]) -> None:

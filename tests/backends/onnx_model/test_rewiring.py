@@ -89,6 +89,15 @@ def test_new_nodes_stay_in_the_module_that_they_were_built_in(tmp_path: Path) ->
     assert [path for node in again.nodes for path, _ in node.scope[1:]] == ["fc1", "act", "act", "fc2"]
 
 
+def test_no_places_are_noted_in_a_file_that_tells_none(tmp_path: Path) -> None:
+    graph = load(model_of(PERCEPTRON.replace("ir_version: 8", "ir_version: 10"), PERCEPTRON_WEIGHTS)).copy()
+    made = in_place_of(graph, the(graph, "relu"), lambda build, x: build.mul(build.sigmoid(x), x))
+    assert made.producer is not None
+    made.producer.scope = (("", ""), ("fc1", "Linear"))  # as the names of weights may have it
+    model = written(graph, tmp_path, FEEDS)
+    assert not any("torch" in note.key for node in model.graph.node for note in node.metadata_props)
+
+
 def test_factors_take_the_place_of_a_layer_and_its_weight_goes(tmp_path: Path) -> None:
     graph = load(model_of(PERCEPTRON, PERCEPTRON_WEIGHTS)).copy()
     first = the(graph, "linear")
