@@ -49,3 +49,14 @@ def multilayer_perceptron(*widths: int, norm: bool = False) -> Graph:
             x = build.relu(x)
     graph.outputs = [x]
     return graph
+
+
+def gated_layers() -> Graph:
+    """Three layers on ``silu(x) * x``, the same region each time: the first reads the input, the others a layer."""
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (5, 16), torch.float32)
+    for name in "abc":
+        x = build.linear(build.mul(build.silu(x), x), build.parameter(name, torch.zeros(16, 16)))
+    graph.outputs = [x]
+    return graph

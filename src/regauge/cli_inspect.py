@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -12,6 +13,15 @@ from regauge.cli_files import at_option, dynamic_sizes, model_argument, open_fil
 from regauge.cli_tables import group_state, member_rows, summary_rows
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_table, print_text
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def most_option(flag: str, default: int, help: str) -> Callable[[Command], Command]:
+    """An option for how many rows of a table are shown at most."""
+    return click.option(
+        flag, "most", type=click.IntRange(min=0), default=default, show_default=True, metavar="N", help=help
+    )
 
 
 @click.command()
@@ -101,15 +111,7 @@ def scales(model: Path, everything: bool) -> None:
 @model_argument
 @click.option("--device", metavar="DEVICE", default="gpu", help="for which device the kernels have to gain: gpu or cpu")
 @at_option
-@click.option(
-    "--refusals",
-    "most",
-    type=click.IntRange(min=0),
-    default=20,
-    show_default=True,
-    metavar="N",
-    help="list so many of the refusals",
-)
+@most_option("--refusals", 20, "list so many of the refusals")
 def fusion(model: Path, device: str, at: Sequence[str], most: int) -> None:
     """Plan which nodes of a model become one kernel.
 
@@ -145,15 +147,7 @@ def fusion(model: Path, device: str, at: Sequence[str], most: int) -> None:
 @click.command()
 @model_argument
 @at_option
-@click.option(
-    "--values",
-    "most",
-    type=click.IntRange(min=0),
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="list so many of the values alive at the peak",
-)
+@most_option("--values", 10, "list so many of the values alive at the peak")
 def memory(model: Path, at: Sequence[str], most: int) -> None:
     """Say when a run holds most memory, and what is alive then.
 

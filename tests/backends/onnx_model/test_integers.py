@@ -130,26 +130,25 @@ def linear(draw: st.DrawFn) -> tuple[onnx.ModelProto, list[int]]:
 FAST = settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.generate))  # no shrinking: it is slow
 
 
-@given(convolutional(), st.sampled_from(EXECUTED))
-@FAST
-def test_convolutions(case: tuple[onnx.ModelProto, list[int]], target: str) -> None:
+def check_integers(model: onnx.ModelProto, shape: list[int], target: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        small = quantized(case[0], f"target={target}", Path(folder), case[1])
-    x = 1.5 * np.random.default_rng(1).standard_normal(case[1]).astype(np.float32)
+        small = quantized(model, f"target={target}", Path(folder), shape)
+    x = 1.5 * np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     plain, fast = check(small, x, fused=target != "reference")
     assert plain.compared == fast.compared > 0 and plain.floats == fast.floats > 0
     assert not plain.untraced
+
+
+@given(convolutional(), st.sampled_from(EXECUTED))
+@FAST
+def test_convolutions(case: tuple[onnx.ModelProto, list[int]], target: str) -> None:
+    check_integers(*case, target)
 
 
 @given(linear(), st.sampled_from(EXECUTED))
 @FAST
 def test_linear_layers(case: tuple[onnx.ModelProto, list[int]], target: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        small = quantized(case[0], f"target={target}", Path(folder), case[1])
-    x = 1.5 * np.random.default_rng(1).standard_normal(case[1]).astype(np.float32)
-    plain, fast = check(small, x, fused=target != "reference")
-    assert plain.compared == fast.compared > 0 and plain.floats == fast.floats > 0
-    assert not plain.untraced
+    check_integers(*case, target)
 
 
 def test_a_channel_all_but_dead_keeps_its_bias(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from regauge.ir.graph import Graph
 from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.ir.sizes.expressions import symbol
 from regauge.optimize import optimize
+from small_graphs import gated_layers
 
 
 def gated(rows: Any = 5) -> Graph:
@@ -152,13 +153,7 @@ def test_unknown_kernels_are_told() -> None:
 
 
 def test_the_same_region_elsewhere_is_the_same_operator() -> None:
-    graph = Graph("g")
-    build = Builder(graph)
-    x = build.input("x", (5, 16), torch.float32)
-    for name in "abc":
-        x = build.linear(build.mul(build.silu(x), x), build.parameter(name, torch.zeros(16, 16)))
-    graph.outputs = [x]
-    found = with_kernels(graph)
+    found = with_kernels(gated_layers())
     first, *others = found.operators  # it reads x, the others what a layer gives
     assert names(found) == ["silu_mul"] * 3 and {operator.name for operator in others} == {others[0].name}
     assert first.name != others[0].name
