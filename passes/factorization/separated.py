@@ -185,19 +185,26 @@ class _Unfolded:
             self.inner *= self.sizes[axis]
         self.rest = problem.layer.columns // self.inner
         self.weight = self._split(problem.weight)
-        if problem.inputs is not None:
-            columns = problem.layer.columns
-            rows = self._split(problem.inputs).reshape(columns, columns)
-            self.metric = self._split(rows.t()).reshape(self.inner, self.rest, self.inner, self.rest)
-        else:
-            self.metric = torch.eye(problem.layer.columns, dtype=torch.float64).reshape(
-                self.inner, self.rest, self.inner, self.rest
-            )
+        columns = problem.layer.columns
+        inputs = torch.eye(columns, dtype=torch.float64) if problem.inputs is None else problem.inputs
+        self.metric = self._split_metric(inputs)
 
     def _split(self, matrix: torch.Tensor) -> torch.Tensor:
         """[n, columns] as [n, inner, rest]."""
         grid = matrix.reshape(len(matrix), *self.sizes)
         return grid.permute(0, *(axis + 1 for axis in self.order)).reshape(len(matrix), self.inner, self.rest)
+
+    def _split_metric(self, metric: torch.Tensor) -> torch.Tensor:
+        """[columns, columns] as [inner, rest, inner, rest]."""
+        rows = self._split(metric).reshape(metric.shape)
+        return self._split(rows.t()).reshape(self.inner, self.rest, self.inner, self.rest)
+
+    @cached_property
+    def _metrics(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Those that errors are told by: of inputs [inner, rest, inner, rest], and of outputs."""
+        if not self.problem.bands:
+            return [(self.metric, self.problem.outputs)]
+        return [(self._split_metric(inputs), outputs) for inputs, outputs in self.problem.bands]
 
     def flat(self, split: torch.Tensor) -> torch.Tensor:
         """[n, inner, rest] as [n, columns]."""
@@ -258,11 +265,26 @@ class _Unfolded:
         first, core, up = parts
         first = self.first_bettered(first, core, up)
         outputs, metric = self.problem.outputs, self.metric_behind(first)
+        behind = [(self._metric_behind(first, own), left) for own, left in self._metrics]
+        through = [(own, _through(left, up)) for own, left in behind]
         left = outputs if up is None or outputs is None else up.t() @ outputs @ up
-        core = bettered(self.problem, lambda found: self.product(first, found, up), core, divided_by(left, metric))
+        core = bettered(
+            self.problem,
+            lambda found: self.product(first, found, up),
+            core,
+            divided_by(left, metric),
+            curved=lambda found: _weighed(found, through),
+        )
         if up is not None:
             right = core @ metric @ core.t()
-            up = bettered(self.problem, lambda found: self.product(first, core, found), up, divided_by(outputs, right))
+            through = [(core @ own @ core.t(), left) for own, left in behind]
+            up = bettered(
+                self.problem,
+                lambda found: self.product(first, core, found),
+                up,
+                divided_by(outputs, right),
+                curved=lambda found: _weighed(found, through),
+            )
         return first, core, up
 
     def first_bettered(self, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
@@ -272,7 +294,17 @@ class _Unfolded:
         weighed = behind if self.problem.outputs is None else torch.einsum("ou,upr->opr", self.problem.outputs, behind)
         left = torch.einsum("opr,oqr->pq", weighed, moved)
         right = torch.einsum("irjr->ij", self.metric)
-        return bettered(self.problem, lambda found: self.product(found, core, up), first, divided_by(left, right))
+        inner = core.reshape(-1, len(first), self.rest)
+        columns = self.inner * self.rest
+        through = [(own.reshape(columns, columns), _through(left, up)) for own, left in self._metrics]
+
+        def curved(found: torch.Tensor) -> torch.Tensor:
+            image = _weighed(self.image(found, core).reshape(len(core), -1), through)
+            return torch.einsum("qpr,qir->pi", inner, image.reshape(len(core), self.inner, self.rest))
+
+        return bettered(
+            self.problem, lambda found: self.product(found, core, up), first, divided_by(left, right), curved=curved
+        )
 
     def product(self, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
         """What the links multiply by, [outputs, columns]."""
@@ -280,7 +312,10 @@ class _Unfolded:
 
     def metric_behind(self, first: torch.Tensor) -> torch.Tensor:
         """The metric of what a first link gives, [rank x rest, rank x rest]."""
-        image = torch.einsum("pi,irjs->prjs", first, self.metric)
+        return self._metric_behind(first, self.metric)
+
+    def _metric_behind(self, first: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+        image = torch.einsum("pi,irjs->prjs", first, metric)
         return torch.einsum("prjs,qj->prqs", image, first).reshape(len(first) * self.rest, -1)
 
     def behind(self, first: torch.Tensor) -> Factored:
@@ -317,3 +352,18 @@ class _Unfolded:
     def image(self, first: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
         """[outputs, inner, rest] of a first link and what follows it."""
         return torch.einsum("opr,pi->oir", behind.reshape(len(behind), len(first), self.rest), first)
+
+
+def _through(outputs: torch.Tensor | None, up: torch.Tensor | None) -> torch.Tensor | None:
+    """The metric of outputs before a last link [outputs, last]."""
+    if up is None:
+        return outputs
+    return up.t() @ (up if outputs is None else outputs @ up)
+
+
+def _weighed(change: torch.Tensor, metrics: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
+    """A matrix times the metrics of both of its sides, of each band, in all."""
+    found = torch.zeros_like(change)
+    for inputs, outputs in metrics:
+        found += change @ inputs if outputs is None else outputs @ change @ inputs
+    return found
