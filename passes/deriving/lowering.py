@@ -132,7 +132,7 @@ class Lowering:
     # -- contractions ------------------------------------------------------------------------------------------------
 
     def _contracted(self, source: Contracted, left: Laid, right: Laid) -> Laid:
-        """The product of two tensors: elementwise where nothing is summed, else a linear map, or a matmul of a batch."""
+        """The product of two tensors: elementwise where nothing is summed, else a linear map or a matmul."""
         kept, shared = set(source.kept), set(left.flat) & set(right.flat)
         left, right = (self._summed(laid, kept | shared) for laid in (left, right))
         if not shared - kept:
