@@ -3,6 +3,10 @@
 The images are random crops of the two photographs that scikit-learn carries: calibration crops come from their left
 halves, held-out ones from the right halves. Defaults of ``prune`` without data were chosen on such held-out crops, so
 fresh crops come from other photographs, those that scikit-image carries, on which nothing was decided.
+
+Where the data set that the networks were trained on is at hand, :func:`cifar` reads it (its binary version, as
+Krizhevsky 2009 distributes it; it has no licence, so it is not carried along). Crops of photographs look unlike its
+objects: most hold none of the ten classes, and the class of such a crop changes more readily.
 """
 
 from __future__ import annotations
@@ -80,6 +84,17 @@ def crops(count: int, *, held_out: bool, seed: int = 0) -> torch.Tensor:
     middles = [photograph.shape[1] // 2 for photograph in photographs]
     halves = [p[:, m:] if held_out else p[:, :m] for p, m in zip(photographs, middles, strict=True)]
     return _drawn(halves, count, seed + held_out)
+
+
+def cifar(folder: Path, part: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first images of a part ("data_batch_1", "test_batch"), normalised, [count, 3, 32, 32], and their classes."""
+    record = 1 + 3 * 32 * 32
+    with (folder / f"{part}.bin").open("rb") as file:
+        read = bytearray(file.read(count * record))
+    if len(read) != count * record:
+        raise ValueError(f"{folder / part}.bin holds {len(read) // record} images, and {count} are asked for")
+    rows = torch.frombuffer(read, dtype=torch.uint8).view(count, record)
+    return (rows[:, 1:].view(-1, 3, 32, 32).float() / 255 - MEAN) / DEVIATION, rows[:, 0].long()
 
 
 def has_fresh_photographs() -> bool:

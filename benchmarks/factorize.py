@@ -1,13 +1,15 @@
 """What factorization leaves of trained networks, with and without data, beside plain singular values.
 
-    PYTHONPATH=PHOTOGRAPHS python benchmarks/factorize.py [--only NAME ...] [--examples 128] [--write]
+    PYTHONPATH=PHOTOGRAPHS python benchmarks/factorize.py [--only NAME ...] [--examples 128] [--cifar FOLDER] [--write]
 
 char_gpt    perplexity with its linear layers at 0.8 and 0.6 of their parameters
 heads       perplexity with fewer directions in each head of attention (without data, by norms alone), and with parts of
             the parameters, canonicalized before and not
 resnet*     share of crops in the same class at half of the multiplications, of photographs that nothing saw, and of the
             other halves of those that it is calibrated on; ranks in blocks of 16, too;
-            --vary changes the colours and the light of half of those that it is calibrated on
+            --vary changes the colours and the light of half of those that it is calibrated on;
+            --cifar FOLDER calibrates on images that the network was trained on instead, and judges on 3,000 of the
+            test: share in the same class, and share that is right (in brackets the network's own)
 digits-cnn  the same of the digits' test images
 time        onnxruntime's for one batch, of the whole network's; medians in turns, one thread
 
@@ -45,6 +47,7 @@ from regauge.passes.factorization.on_data import Sensitivity, problems_on_data
 from regauge.passes.factorization.problems import Problem
 
 HALVES = {"0.5 of MACs": "factorize{macs=0.5}", "0.5 of MACs, blocks of 16": "factorize{macs=0.5,multiple=16}"}
+TEST_IMAGES = 3000
 FORM_TITLE = "Forms of linear layers, char_gpt, no fine-tuning"
 FORM_HEADS = ["form", "lost without data", "lost", "0.8 of linear layers", "MACs", "0.6 of linear layers", "MACs"]
 HEADS = ["network", "kept", "parameters", "MACs", "without data", "with data", "time"]
@@ -127,6 +130,23 @@ def images(depth: int, examples: int, vary: bool) -> Iterator[list[str]]:
         yield _row(f"resnet{depth}", kept, network.graph, step, batches, judge, (network.batches[0][:8],))
 
 
+def of_training_data(depth: int, examples: int, folder: Path) -> Iterator[list[str]]:
+    """Like :func:`images`, on the data set that the networks were trained on."""
+    model = cifar_resnet.trained(depth)
+    test, labels = cifar_resnet.cifar(folder, "test_batch", TEST_IMAGES)
+    same, right = Judge(model, test), Judge(model, test, labels)
+    own = right(model)[0]
+
+    def judge(found: Any) -> str:
+        module = found.to_torch().eval()
+        return f"{same(module)[0]:.3f}, {right(module)[0]:.3f} ({own:.3f})"
+
+    graph = regauge.capture(model, (test[:2],), dynamic={0: {0: "batch"}})
+    batches = [(part,) for part in cifar_resnet.cifar(folder, "data_batch_1", examples)[0].split(125)]
+    for kept, step in HALVES.items():
+        yield _row(f"resnet{depth}, its own data", kept, graph, step, batches, judge, (test[:8],))
+
+
 def digits(examples: int) -> Iterator[list[str]]:
     network = digits_networks.trained("digits-cnn")
     graph = regauge.capture(network.model, (network.images[:2],), dynamic={0: {0: "batch"}})
@@ -162,6 +182,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="*", help="compare these forms of linear layers instead; all if none is named")
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--vary", action="store_true", help="change colours and light of half of the photographs")
+    parser.add_argument("--cifar", type=Path, help="a folder of CIFAR-10, binary version, for the residual networks")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -170,10 +191,16 @@ def main() -> None:
         names = options.forms or ["low-rank", *(name for name in FORMS if name not in UNASKED)]
         _shown(of_forms(options.examples, names), FORM_TITLE, FORM_HEADS, options)
         return
+
+    def residual_rows(depth: int) -> Iterator[list[str]]:
+        if options.cifar:
+            return of_training_data(depth, options.examples, options.cifar)
+        return images(depth, options.examples, options.vary)
+
     parts: dict[str, Callable[[], Iterator[list[str]]]] = {
         "char_gpt": lambda: characters(options.examples),
-        "resnet20": lambda: images(20, options.examples, options.vary),
-        "resnet56": lambda: images(56, options.examples, options.vary),
+        "resnet20": lambda: residual_rows(20),
+        "resnet56": lambda: residual_rows(56),
         "digits-cnn": lambda: digits(options.examples),
     }
 

@@ -45,7 +45,7 @@ STANDS_ON = {
     "sparsity": ("quantization",),
     "fusing": ("depth", "sharing"),
     "elastic": ("pruning", "training"),
-    "growing": ("pruning", "depth"),
+    "growing": ("pruning", "depth", "sharing"),
 }
 # A module of such a name hides the library, or says nothing about what is in it.
 BANNED_NAMES = {"torch", "onnx", "triton", "utils", "helpers"}

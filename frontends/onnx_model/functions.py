@@ -42,7 +42,7 @@ def expand_function(importer: _Importer, scope: Scope, node: onnx_ir.Node, funct
 
 
 def called_functions(model: onnx_ir.Model, node: onnx_ir.Node) -> list[onnx_ir.Function]:
-    """The functions of a model that a node calls: itself, in its branches and bodies, or by a function that it calls."""
+    """The functions of a model that a node calls: itself, in branches and bodies, or by a function that it calls."""
     found: dict[onnx_ir.OperatorIdentifier, onnx_ir.Function] = {}
     waiting = [node]
     while waiting:

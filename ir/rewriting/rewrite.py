@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NoReturn, TypeAlias
 
+from regauge.ir.bonds import hand_bonds_on
 from regauge.ir.collection import without_collection
 from regauge.ir.edit import Builder, remove_node, replace_uses
 from regauge.ir.errors import PatternError
@@ -299,6 +300,8 @@ class _Driver:
             news = tuple(results) if isinstance(results, tuple | list) else (results,)
             _check_results(entry, found, news, self.strict)
             self._check_outputs(found, news, build)
+            if lost := hand_bonds_on(found.nodes.values(), found.roots, news, build.added):
+                raise Refusal(lost)
         except Refusal as refusal:
             build.take_back()
             if self.log.came_nearer(entry.name, len(found.nodes)):

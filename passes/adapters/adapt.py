@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -47,9 +48,9 @@ class Adapt(Pass):
     contract: ClassVar[Contract] = "exact"
     wants_layers: ClassVar[bool] = True
 
-    form: Literal["lora", "svfit", "tensor-train", "tucker", "kronecker", "bone", "dora", "s2ft"] = option(
-        "lora", "what is added to a weight, or s2ft: columns of it that train themselves"
-    )
+    form: Literal[
+        "lora", "svfit", "tensor-train", "lotr", "tucker", "kronecker", "compacter", "bone", "dora", "s2ft"
+    ] = option("lora", "what is added to a weight, or s2ft: columns of it that train themselves")
     rank: int = option(
         8, "the rank of an adapter, its number of terms, the width of its block, or the channels that train", at_least=1
     )
@@ -107,9 +108,10 @@ class Adapt(Pass):
         starts = self._starts(graph, result, form, chosen, context)
         for parameter in result.all_parameters():
             parameter.trainable = False
+        common = dict[Hashable, Value]()
         for site in chosen:
             if site.weight.name in starts:
-                self._insert(result, form, site, starts[site.weight.name])
+                self._insert(result, form, site, starts[site.weight.name], common)
         return result, len(starts)
 
     def _starts(
@@ -137,10 +139,11 @@ class Adapt(Pass):
     def _scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def _insert(self, graph: Graph, form: Form, site: Site, start: Tensors) -> None:
+    def _insert(self, graph: Graph, form: Form, site: Site, start: Tensors, common: dict[Hashable, Value]) -> None:
+        """Put the adapter in; what layers share is in ``common`` once the first of them has made it."""
         node, build = site.node, Builder(graph, by=self.name)
         with build.at(node):
-            given = _parameters(build, form, site, start)
+            given = _parameters(build, form, site, start, common)
             change = form.change(build, site, given)
             scale = self._scale
             if isinstance(change, Factors) and site.has_layers:
@@ -163,15 +166,22 @@ class Adapt(Pass):
         record(graph, self.name, f"{site.weight.name}: {form.name} {sizes}")
 
 
-def _parameters(build: Builder, form: Form, site: Site, start: Tensors) -> dict[str, Value]:
-    dtype = site.weight.dtype
+def _parameters(
+    build: Builder, form: Form, site: Site, start: Tensors, common: dict[Hashable, Value]
+) -> dict[str, Value]:
+    dtype, given = site.weight.dtype, dict[str, Value]()
     assert isinstance(dtype, torch.dtype)
-    return {
-        name: build.parameter(
-            build.unique(site.stem + name), tensor.to(dtype).contiguous(), trainable=name not in form.frozen
-        )
-        for name, tensor in start.items()
-    }
+    for name, tensor in start.items():
+        key, shared = (name, tensor.shape, dtype), name in form.shared
+        if shared and key in common:
+            given[name] = common[key]
+            continue
+        stem = f"adapters.{name}_{'x'.join(map(str, tensor.shape))}" if shared else f"{site.stem}{name}"
+        data = tensor.to(dtype).contiguous()
+        given[name] = build.parameter(build.unique(stem), data, trainable=name not in form.frozen)
+        if shared:
+            common[key] = given[name]
+    return given
 
 
 def _scaled(build: Builder, value: Value, scale: float) -> Value:

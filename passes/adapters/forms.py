@@ -7,11 +7,15 @@ dora          up down, and of the sum with the weight each output is brought to 
               DoRA; gradients go through the length of the sum, which the paper takes for a constant)
 svfit         up and down are frozen singular vectors, the singular values between them train (Sun et al. 2024, SVFit)
 tensor-train  both are products of two cores, over two factors of o and two of c, a bond of rank r between all (Yang et
-              al. 2024, LoRETTA; LoTR besides ties cores between layers, which is not done here)
+              al. 2024, LoRETTA)
+lotr          left core right, of which a layer has only the core [r, r] to itself: a tensor train over layers, too
+              (Bershatsky et al. 2024, LoTR; here left is common to all layers of as many outputs, right to all of as
+              many columns, there both to layers of one kind)
 tucker        up core down, in convolutions with a core over the places of the kernel (Si et al. 2024, FLoRA; its
               factors over the places, which are no smaller than these, are left out)
-kronecker     a sum of r Kronecker products (Mahabadi et al. 2021, Compacter, whose factors are of low rank in turn and
-              shared between layers, which is not done here)
+kronecker     a sum of r Kronecker products (Zhang et al. 2021, PHM)
+compacter     the same of n matrices [n, n], which all layers have in common, with n of rank one, n being r or the next
+              number below it that divides outputs and columns (Mahabadi et al. 2021, Compacter)
 bone          one block [o, r] for every r columns (Kang 2024, Bone: its plain sum, not the product with the weight)
 
 Each starts with one factor at zero and the others at random, or (``principal``) with the part of the weight that it
@@ -57,6 +61,7 @@ class Form:
     blocks: bool = False  # whether there may be several
     frozen: tuple[str, ...] = ()  # parameters that do not train
     directed: bool = False  # whether outputs are divided by their length
+    shared: tuple[str, ...] = ()  # parameters that all layers have in common where they have one shape
 
     def misfit(self, site: Site) -> str | None:
         """Why this form does not suit a layer; None where it does."""
@@ -205,6 +210,18 @@ def _train_change(build: Builder, site: Site, given: Values) -> Factors:
     return _as_layers(build, site, build.reshape(down, shape=(rank, site.columns)), up)
 
 
+def _lotr_zero(site: Site, rank: int, generator: torch.Generator) -> Tensors:
+    return {
+        "left": _random(generator, site.outputs, rank, fan=rank),
+        "core": torch.zeros(rank, rank, dtype=torch.float64),
+        "right": _random(generator, rank, site.columns, fan=site.columns),
+    }
+
+
+def _lotr_change(build: Builder, site: Site, given: Values) -> Factors:
+    return _as_layers(build, site, given["right"], build.matmul(given["left"], given["core"]))
+
+
 # -- whole matrices ----------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +280,25 @@ def _kronecker_change(build: Builder, site: Site, given: Values) -> Value:
     return result
 
 
+def _compacter_zero(site: Site, rank: int, generator: torch.Generator) -> Tensors:
+    both = math.gcd(site.outputs, site.columns)
+    n = next(n for n in range(min(rank, both), 0, -1) if both % n == 0)
+    return {
+        "rule": _random(generator, n, n, n, fan=n),
+        "up": torch.zeros(n, site.outputs // n, 1, dtype=torch.float64),
+        "down": _random(generator, n, 1, site.columns // n, fan=site.columns),
+    }
+
+
+def _compacter_change(build: Builder, site: Site, given: Values) -> Value:
+    n, b, d = int(given["rule"].shape[0]), given["up"].shape[1], given["down"].shape[2]
+    second = build.reshape(build.matmul(given["up"], given["down"]), shape=(n, b * d))
+    first = build.reshape(given["rule"], shape=(n * n, n))
+    arranged = build.permute(build.reshape(build.matmul(first, second), shape=(n, n, b, d)), dims=(0, 2, 1, 3))
+    result: Value = build.reshape(arranged, shape=(site.outputs, site.columns))
+    return result
+
+
 def _bone_zero(site: Site, rank: int, generator: torch.Generator) -> Tensors:
     return {"block": torch.zeros(site.outputs, min(rank, site.columns), dtype=torch.float64)}
 
@@ -285,8 +321,10 @@ FORMS: Mapping[str, Form] = {
         Form("dora", _dora_zero, None, _dora_change, directed=True),
         Form("svfit", None, _svfit_principal, _svfit_change, frozen=("left", "right")),
         Form("tensor-train", _train_zero, _train_principal, _train_change),
+        Form("lotr", _lotr_zero, None, _lotr_change, shared=("left", "right")),
         Form("tucker", _tucker_zero, _tucker_principal, _tucker_change),
         Form("kronecker", _kronecker_zero, _kronecker_principal, _kronecker_change),
+        Form("compacter", _compacter_zero, None, _compacter_change, shared=("rule",)),
         Form("bone", _bone_zero, None, _bone_change),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from regauge.ir.bonds import keep_bond
 from regauge.ir.edit import record, replace_uses
 from regauge.ir.graph import Graph, Operand, Value
 from regauge.passes.attention.sites import Heads
@@ -58,6 +59,7 @@ class _EliteRewrite:
         assert isinstance(like, Value)
         with self.build.at(key.layer.node):
             made = self.build.linear(key.x, weight_beside(self.build, key.layer, "latent", down))
+        keep_bond(made, f"{self.seat.name} in a cache")
         *batch, _, length, _ = like.shape
         with self.build.at(self.seat.site.node):
             one = self.build.reshape(made, shape=(*batch, 1, length, len(down)))

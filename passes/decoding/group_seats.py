@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from regauge.ir.bonds import keep_bond
 from regauge.ir.cost import item_size
 from regauge.ir.edit import Builder, record, remove_dead, replace_uses
 from regauge.ir.graph import Graph, Node, Value
@@ -111,9 +112,9 @@ def write_group(
     for part, seat, down, up in zip(group.parts, group.layers, downs, ups, strict=True):
         with build.at(seat.node):
             if len(down):
-                latents.append(
-                    build.linear(apart(part.heads.x), weight_beside(build, part.heads.layer, "latent", down))
-                )
+                latent = build.linear(apart(part.heads.x), weight_beside(build, part.heads.layer, "latent", down))
+                keep_bond(latent, f"{group.name} in a cache")
+                latents.append(latent)
             many = len(latents)
             if many not in joined:
                 joined[many] = latents[0] if many == 1 else build.concat(*latents, dim=latents[0].rank - 1)

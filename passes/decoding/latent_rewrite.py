@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from regauge.ir.bonds import keep_bond
 from regauge.ir.edit import Builder, record, replace_uses, set_input
 from regauge.ir.graph import Graph, Node, Operand, Parameter, Value
 from regauge.passes.attention.sites import Heads, Site
@@ -41,6 +42,7 @@ def _through_latent(graph: Graph, part: Part, up: torch.Tensor, down: torch.Tens
     rows[part.maps[0]] = up
     with build.at(layer.node):
         latent = build.linear(apart(part.heads.x), weight_beside(build, layer, "latent", down))
+        keep_bond(latent, f"{part.name} in a cache")
         whole = build.linear(latent, weight_beside(build, layer, "heads", rows), layer.bias)
         put(build, layer.node.output, whole)
 

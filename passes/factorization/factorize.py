@@ -30,7 +30,7 @@ from regauge.passes.factorization.orders import in_blocks
 from regauge.passes.factorization.problems import Problem, plain_problems
 from regauge.passes.factorization.ranks import least_loss, spread
 from regauge.passes.factorization.readers import Reader, readers_in, squared_reader_gradients
-from regauge.passes.factorization.rules import Rule, by_rule, nearest, squared_values, wanted_by
+from regauge.passes.factorization.rules import Rule, by_rule, keeping, nearest, squared_values, wanted_by
 from regauge.passes.factorization.sparse_products import SparseProduct
 from regauge.passes.factorization.structured import Structured
 from regauge.passes.factorization.without_data import links_without_data
@@ -62,6 +62,12 @@ class Factorize(Pass):
     macs: float | str | None = option(None, "multiply-accumulates kept: a share or a number (300M)")
     rank: float | None = option(
         None, "the rank of every layer instead: a number, or a share of the greatest that saves anything", above=0
+    )
+    energy: float | None = option(
+        None,
+        "as few ranks instead as keep this share of what each layer gives, 0.99 of its squares",
+        above=0,
+        at_most=1,
     )
     form: (
         Literal[
@@ -102,10 +108,17 @@ class Factorize(Pass):
         budgets = [name for name in _FIGURES if getattr(self, name) is not None]
         for name in budgets:
             parse_amount(getattr(self, name), name)
-        if self.rank is None and not budgets:
-            raise PassError("factorize: say how small it is to become: factorize{params=0.5}, {macs=0.5} or {rank=16}")
-        if self.rank is not None and budgets:
-            raise PassError(f"factorize: give rank={self.rank:g} or {budgets[0]}=..., not both")
+        if self.rank is None and self.energy is None and not budgets:
+            raise PassError(
+                "factorize: say how small it is to become: factorize{params=0.5}, {macs=0.5} or {rank=16}, or by "
+                "{energy=0.99} how much each layer keeps"
+            )
+        for name, value, others in [
+            ("rank", self.rank, budgets),
+            ("energy", self.energy, ["rank"] if self.rank is not None else budgets),
+        ]:
+            if value is not None and others:
+                raise PassError(f"factorize: give {name}={value:g} or {others[0]}=..., not both")
         if self.rank is not None and self.rank >= 1 and self.rank != int(self.rank):
             raise PassError(f"factorize: rank={self.rank:g} is neither a share nor a whole number")
 
@@ -126,14 +139,21 @@ class Factorize(Pass):
             if self.rule == "fisher":
                 squares = squared_gradients(graph, layers, batches, self.seed)
         factors = self._factors(graph, readers, batches)
-        choices, values = self._choices(graph, problems)
+        choices, values, carried = self._choices(graph, problems)
         for reader in readers:
             found = factors[reader.name]
             choices[reader.name] = reader.choices(graph, found, self.multiple, on_data=batches is not None)
             values[reader.name] = (found.tail[:-1] - found.tail[1:]).clamp(min=0)
-        if batches is None:
+            carried[reader.name] = float(found.tail[0]) / reader.scale(found, on_data=batches is not None)
+        if batches is None and self.energy is None:
             choices = spread(choices)
-        picked = self._gated(graph, layers, choices, lambda: self._picked(graph, choices, values, squares), context)
+
+        def solve() -> dict[str, Choice]:
+            if self.energy is not None:
+                return keeping(choices, carried, self.energy)
+            return self._picked(graph, choices, values, squares)
+
+        picked = self._gated(graph, layers, choices, solve, context)
         context.left["it is worth more whole"] += len(layers) + len(readers) - len(picked)
         if not picked:
             return graph
@@ -228,19 +248,22 @@ class Factorize(Pass):
 
     def _choices(
         self, graph: Graph, problems: Iterable[list[Problem]]
-    ) -> tuple[dict[str, list[Choice]], dict[str, torch.Tensor]]:
-        """What each layer may become, whole first, by the name of its weight; squared singular values for rules."""
-        choices, values = dict[str, list[Choice]](), dict[str, torch.Tensor]()
+    ) -> tuple[dict[str, list[Choice]], dict[str, torch.Tensor], dict[str, float]]:
+        """What each layer may become, whole first, by the name of its weight; squared singular values for rules; and
+        what a layer would lose without any weight."""
+        choices, values, carried = dict[str, list[Choice]](), dict[str, torch.Tensor](), dict[str, float]()
         for blocks in problems:
             layer = blocks[0].layer
             macs = local_figures([layer.node], graph).macs
             choices[layer.weight.name] = [Choice("", (), layer.weight.tensor.numel(), macs, 0.0)]
             if self.rule != "knapsack":
                 values[layer.weight.name] = squared_values(blocks)
+            if self.energy is not None:
+                carried[layer.weight.name] = sum(problem.carried for problem in blocks)
             for form in self._forms():
                 if form.misfit(layer) is None:
                     choices[layer.weight.name] += choices_of(form, blocks, graph, self.multiple)
-        return choices, values
+        return choices, values, carried
 
     def _gated(
         self,
@@ -279,7 +302,7 @@ class Factorize(Pass):
         values: Mapping[str, torch.Tensor],
         squares: Mapping[str, torch.Tensor],
     ) -> dict[str, Choice]:
-        """What each layer that does not stay whole becomes, by the name of its weight."""
+        """What each layer becomes by a rank or a budget, those that do not stay whole by the name of their weight."""
         if self.rank is not None:
             picked = {name: self._of_rank(own) for name, own in choices.items()}
         elif self.rule != "knapsack":

@@ -44,6 +44,11 @@ class Problem:
         return max(float(self.weight.square().sum()), 1e-300)
 
     @cached_property
+    def carried(self) -> float:
+        """What is lost without any weight; where errors of bands and of both metrics differ in it, the less."""
+        return min(self.error(torch.zeros_like(self.weight)), float(self.factored.tail[0]) / self.scale)
+
+    @cached_property
     def rounding(self) -> float:
         """Errors up to this are nothing that turns could better: a share of that without any weight."""
         return _ROUNDING * self.error(torch.zeros_like(self.weight))

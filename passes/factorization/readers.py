@@ -58,6 +58,10 @@ class Reader:
         found = factored(weight * root, None, (by_output + _SMALL * by_output.mean() + 1e-30).diag())
         return Factored(found.up, found.down / root, found.tail)
 
+    def scale(self, found: Factored, *, on_data: bool) -> float:
+        """By which losses are divided: without data they are shares."""
+        return 1.0 if on_data else max(float(found.tail[0]), 1e-300)
+
     def choices(self, graph: Graph, found: Factored, multiple: int, *, on_data: bool) -> list[Choice]:
         """To leave it whole, and the ranks with which it has fewer parameters."""
         outputs, columns = len(found.up), found.down.shape[1]
@@ -67,7 +71,7 @@ class Reader:
         rows = places(graph, x, -1)
         each = outputs if self.is_table else columns + outputs
         spared = 0 if self.is_table else outputs * columns * rows
-        scale = 1.0 if on_data else max(float(found.tail[0]), 1e-300)
+        scale = self.scale(found, on_data=on_data)
         return [
             Choice("", (), outputs * columns, whole, 0.0),
             *(

@@ -7,7 +7,9 @@ welore           one threshold for the singular values of all layers, between th
 fisher           ranks are proportional to the root of the mean squared gradient of the weight (Chang et al. 2025, Palu,
                  section 3.3)
 
-Each is a level from 0 to 1, of which the greatest is taken that keeps within the budget.
+Each is a level from 0 to 1, of which the greatest is taken that keeps within the budget. Without a budget a share of
+energy may be given itself (:func:`keeping`): in the metric of inputs what is kept are the directions that outputs take
+on data, as many as hold it, whatever directions the weight has besides (the utilised rank of a layer).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ Wanted: TypeAlias = Callable[[str, float], float]
 """The rank of the layer whose weight has a name, at a level; infinite where it is to stay whole."""
 
 _HALVINGS = 30
+_ROUNDING = 1e-12  # of all energy: what is none but for rounding
 
 
 def by_rule(choices: Mapping[str, Sequence[Choice]], allowed: Mapping[str, float], wanted: Wanted) -> dict[str, Choice]:
@@ -50,6 +53,25 @@ def by_rule(choices: Mapping[str, Sequence[Choice]], allowed: Mapping[str, float
         figure = max(allowed, key=lambda name: sum(getattr(own, name) for own in best.values()) / max(allowed[name], 1))
         best = {name: min(own, key=lambda choice: float(getattr(choice, figure))) for name, own in choices.items()}
     return best
+
+
+def keeping(choices: Mapping[str, Sequence[Choice]], carried: Mapping[str, float], energy: float) -> dict[str, Choice]:
+    """Of each layer the choice that costs least of those that lose at most ``1 - energy`` of what is ``carried``.
+
+    Layers that stay whole are left out. Costs are the shares of parameters and of multiplications, added up.
+    """
+    picked = dict[str, Choice]()
+    for name, (whole, *others) in choices.items():
+        allowed = (1 - energy) * carried[name] + _ROUNDING * carried[name]
+        fits = [own for own in others if own.loss <= allowed]
+        cheapest = min(fits, key=lambda own: _share(own, whole), default=whole)
+        if _share(cheapest, whole) < _share(whole, whole):
+            picked[name] = cheapest
+    return picked
+
+
+def _share(choice: Choice, whole: Choice) -> float:
+    return choice.parameters / max(whole.parameters, 1) + choice.macs / max(whole.macs, 1)
 
 
 def nearest(choices: Sequence[Choice], rank: float) -> Choice:

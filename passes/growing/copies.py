@@ -94,9 +94,12 @@ def restored(
     share: float = 1.0,
     *,
     by: str,
+    stands: Mapping[str, str] | None = None,
 ) -> Graph:
     """The original with the weights of a network that :func:`halved` made, both of a pair copies that count one half;
-    below a ``share`` of 1 the rest of the weights is as it was."""
+    below a ``share`` of 1 the rest of the weights is as it was. Those that the small network does not have are known
+    there by the names that ``stands`` has for theirs."""
+    stands = stands or {}
     result = original.copy()
     for before in original.all_parameters():
         if not _has_numbers(before):
@@ -116,7 +119,8 @@ def restored(
 
         own = result.parameters[before.name]
         assert isinstance(own.dtype, torch.dtype)
-        weight = computed_weight(change, [small.parameters[before.name], before], own.weight.shape, own.dtype)
+        source = small.parameters[stands.get(before.name, before.name)]
+        weight = computed_weight(change, [source, before], own.weight.shape, own.dtype)
         set_weight(result, own, weight, by=by)
     return result
 

@@ -144,13 +144,23 @@ def placed_bias(build: Builder, node: Node, value: Fixed, size: int | None = Non
 
 
 def must_pay(build: Builder, before: Sequence[Node]) -> None:
-    """Refuse where what was built in place of some nodes has more parameters or needs more MACs than they."""
+    """Refuse where what was built in place of some nodes has more parameters or needs more MACs than they, or
+    weights of more entries that are not zero."""
     old, new = (local_figures(nodes, build.graph) for nodes in (before, build.added))
     if new.parameters > old.parameters or new.macs > old.macs:
         refuse(
             f"merged they would have {new.parameters} parameters and {new.macs} MACs, "
             f"not {old.parameters} and {old.macs}"
         )
+    entries, others = (_entries(nodes) for nodes in (before, build.added))
+    if others > entries:
+        refuse(f"merged their weights would have {others} entries that are not zero, not {entries}")
+
+
+def _entries(nodes: Sequence[Node]) -> int:
+    """How many entries of the weights of nodes are not zero: products of sparse matrices are less sparse than they."""
+    weights = dict.fromkeys(value for node in nodes for _, value in node.operands() if value.rank > 1)
+    return sum(int(own.tensor.count_nonzero()) for own in weights if isinstance(own, Parameter))
 
 
 def must_fit(new: Value, old: Value) -> Value:

@@ -85,6 +85,34 @@ def test_insert_train_capture_merge(form: str, init: str) -> None:
     assert len(merged) == len(graph) and all(p.trainable for p in merged.parameters.values())
 
 
+@pytest.mark.parametrize(
+    ("form", "shared", "own"),
+    [
+        # of layers of 16 to 16: left [16, 4], right [4, 16] and for each a core [4, 4]
+        ("lotr", {"adapters.left_16x4", "adapters.right_4x16"}, 4 * 4),
+        # four matrices [4, 4], and for each layer four times 4 + 4 numbers of rank one
+        ("compacter", {"adapters.rule_4x4x4"}, 4 * (4 + 4)),
+    ],
+)
+def test_what_layers_share_is_one_parameter_that_all_of_them_train(form: str, shared: set[str], own: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).double().eval()
+    graph = regauge.capture(model, (x,), dynamic={0: {0: "batch"}})
+    adapted = regauge.optimize(graph, f"adapt{{form={form},rank=4}}")
+    new = {n: p for n, p in adapted.parameters.items() if n not in graph.parameters}
+    assert shared <= new.keys()
+    assert sum(p.tensor.numel() for p in new.values()) == sum(new[n].tensor.numel() for n in shared) + 3 * own
+    module = trained(adapted, x)
+    assert shared <= {name for name, _ in module.named_parameters()}
+    merged = regauge.optimize(regauge.capture(module, (x,), dynamic={0: {0: "batch"}}), "merge-adapters")
+    assert merged.parameters.keys() == graph.parameters.keys()
+    torch.testing.assert_close(merged.run(x)[0], module(x).detach(), rtol=0, atol=1e-10)
+    assert all(
+        not torch.equal(merged.parameters[n].tensor, p.tensor) for n, p in graph.parameters.items() if p.rank > 1
+    )
+
+
 class Feed(nn.Module):
     """Attention and a hidden layer on a stream, convolutions in front."""
 

@@ -108,6 +108,22 @@ def test_attention_reads_latents_itself_where_that_loses_nothing(with_data: bool
         assert {f"attentions.{block}.v.latent_values.weight", f"attentions.{block}.k.latent.weight"} <= names
 
 
+@pytest.mark.parametrize("name", ["places", "shared"])
+@pytest.mark.parametrize("text", ["kv-latent{bytes=0.5}", "kv-latent{bytes=0.75,joint=true}"])
+def test_later_passes_leave_latents_as_narrow_as_they_are(name: str, text: str) -> None:
+    """The product of the two maps may have fewer parameters: they were multiplied, and the cache was whole again."""
+    torch.manual_seed(0)
+    graph, tokens = decoder(MODELS[name]()), characters(40, LONGEST)
+    small = regauge.optimize(graph, text, data=[tokens])
+    kept = cache_bytes(regauge.optimize(small, "kv-cache"))
+    assert kept <= cache_bytes(regauge.optimize(graph, "kv-cache")) * (0.75 if "0.75" in text else 0.5)
+    for later in ("simplify", "unfactorize{when=always}", "kv-cache,simplify"):
+        found = regauge.optimize(small, later)
+        assert cache_bytes(found if "cache" in later else regauge.optimize(found, "kv-cache")) == kept, later
+    simple = regauge.optimize(small, "simplify").run(tokens[:4])[0]
+    torch.testing.assert_close(simple, small.run(tokens[:4])[0], rtol=1e-4, atol=1e-4)
+
+
 def test_budgets_are_refused_where_they_cannot_be_met() -> None:
     graph = decoder(Placed())
     with pytest.raises(PassError, match="the smallest latents take 16 bytes"):

@@ -152,3 +152,63 @@ def test_what_needs_data_says_so(text: str) -> None:
     graph, _ = network()
     with pytest.raises(PassError, match="give batches"):
         regauge.optimize(graph, f"factorize{{{text}}}")
+
+
+def in_few_directions() -> tuple[nn.Module, Graph, torch.Tensor]:
+    """Two layers, of which the first is given 6 directions of 48."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40)).double().eval()
+    data = torch.randn(256, 6).double() @ torch.randn(6, 48).double()
+    return model, capture(model, (data[:2],), dynamic={0: {0: "batch"}}), data
+
+
+def test_the_utilised_rank_of_a_layer_is_exact_on_data() -> None:
+    """Weights of full rank whose outputs take 6 directions (and a mean): these are kept, and no others."""
+    model, graph, data = in_few_directions()
+    small = regauge.optimize(graph, "factorize{energy=0.9995,metric=whitened}", data=[data])
+    assert small.parameters["0.down.weight"].shape[0] == 6
+    with torch.no_grad():
+        expected, found = model(data), small.to_torch()(data)
+    assert ((found - expected).square().mean() / expected.square().mean()).item() < 1e-8
+    plain = regauge.optimize(graph, "factorize{energy=0.9995}")
+    assert {"0.weight", "2.weight"} <= set(plain.parameters)  # the weights alone have no few directions
+
+
+@pytest.mark.parametrize("energy", [0.9, 0.99])
+@pytest.mark.parametrize("with_data", [False, True])
+def test_each_layer_keeps_the_energy_that_is_asked_for(energy: float, with_data: bool) -> None:
+    """And with one direction less it would not."""
+    torch.manual_seed(1)
+    layer = nn.Linear(32, 48, bias=False).double()
+    layer.weight = nn.Parameter(layer.weight @ torch.diag(torch.logspace(0, -3, 32).double()))
+    data = torch.randn(200, 32).double()
+    graph = capture(nn.Sequential(layer).eval(), (data[:2],), dynamic={0: {0: "batch"}})
+    options = f"factorize{{energy={energy},metric={'whitened' if with_data else 'plain'}}}"
+    small = regauge.optimize(graph, options, data=[data] if with_data else None)
+    rank = small.parameters["0.down.weight"].shape[0]
+    product = small.parameters["0.up.weight"].tensor @ small.parameters["0.down.weight"].tensor
+    weighed = data if with_data else torch.eye(32).double()
+    whole = (weighed @ layer.weight.t()).square().sum()
+    lost = (weighed @ (layer.weight - product).t()).square().sum() / whole
+    best = torch.linalg.svdvals(weighed @ layer.weight.t()).square() / whole
+    assert lost <= 1 - energy + 1e-3
+    assert best[rank - 1 :].sum() > 1 - energy - 1e-3
+
+
+def test_convolutions_keep_it_in_whatever_form_costs_least() -> None:
+    torch.manual_seed(2)
+    conv = nn.Conv2d(16, 24, 3, padding=1)
+    mixed = torch.einsum("op,pqhw,qi->oihw", torch.randn(24, 5), torch.randn(5, 4, 3, 3), torch.randn(4, 16))
+    conv.weight = nn.Parameter(mixed)
+    x = torch.randn(2, 16, 8, 8)
+    graph = capture(nn.Sequential(conv).eval(), (x,), dynamic={0: {0: "batch"}})
+    small = regauge.optimize(graph, "factorize{energy=0.99999}")
+    assert str(small.report).count("(tucker)") == 1
+    torch.testing.assert_close(small.to_torch()(x), conv(x), rtol=0, atol=0.1)
+    assert figures(small).macs < 0.4 * figures(graph).macs
+
+
+def test_energy_alone_is_asked_for() -> None:
+    for options, said in [("energy=0.9,params=0.5", "not both"), ("energy=0.9,rank=2", "not both"), ("energy=2", "1")]:
+        with pytest.raises(PassError, match=said):
+            regauge.optimize(in_few_directions()[1], f"factorize{{{options}}}")

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+import regauge
 from onnx_simplified import assert_equal_runs, normal, parsed
 from onnx_simplified import simplified as simplified_file
+from regauge.ir.bonds import keep_bond
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph
 from regauge.ir.rewriting.rewrite import rewrite_graph
@@ -87,6 +89,30 @@ def test_narrow_linear_layers_stay_two() -> None:
     a, b = build.parameter("a", torch.randn(2, 16).double()), build.parameter("b", torch.randn(16, 2).double())
     graph.outputs = [build.linear(build.linear(x, a), b)]
     assert "merged they would have 256 parameters and 512 MACs, not 64 and 128" in refusals(graph, RULES)
+
+
+def test_sparse_matrices_stay_two() -> None:
+    """Their product has half the parameters, and as many entries that are not zero as are in it; it was multiplied."""
+    graph = Graph()
+    build = Builder(graph)
+    x, thin = build.input("x", (2, 16), torch.float64), torch.eye(16).double()
+    thin[0] = thin[:, 0] = 1
+    a, b = build.parameter("a", thin), build.parameter("b", thin.clone())
+    graph.outputs = [build.linear(build.linear(x, a), b)]
+    assert "merged their weights would have 256 entries that are not zero, not 92" in refusals(graph, RULES)
+
+
+def test_a_bond_that_is_noted_stays_when_what_makes_it_is_rewritten() -> None:
+    graph = Graph()
+    build = Builder(graph)
+    x = build.input("x", (2, 16), torch.float64)
+    a, b = build.parameter("a", torch.randn(12, 16).double()), build.parameter("b", torch.randn(16, 12).double())
+    down, shift = build.linear(x, a), build.parameter("shift", torch.randn(12).double())
+    keep_bond(down, "a cache")
+    graph.outputs = [build.linear(build.add(down, shift), b)]
+    small = regauge.optimize(graph, "simplify")
+    assert [node.op for node in small.nodes] == ["linear", "linear"]
+    assert "narrow as it is for a cache" in str(small.report)
 
 
 def test_a_middle_that_is_read_stays() -> None:
