@@ -69,11 +69,11 @@ GRADIENTS: Mapping[str, Callable[..., Sequence[Part]]] = {
     "sin": lambda g, r, x: (g * cos(x),),
     "cos": lambda g, r, x: (-(g * sin(x)),),
     "where": lambda g, r, condition, x, y: (None, where(condition, g, 0.0), where(condition, 0.0, g)),
-    "real": lambda g, r, x: (g,),
+    **dict.fromkeys(("real", "code", "e4m3", "e5m2"), lambda g, r, x: (g,)),  # torch's casts of floats pass it on
     "sum": lambda g, r, x: (g,),
     "amax": lambda g, r, x: _extreme(g, r, x),
     "amin": lambda g, r, x: _extreme(g, r, x),
-    **dict.fromkeys(("floor", "ceil", "round", "code", "eq", "ne", "lt", "le", "gt", "ge"), _constant),
+    **dict.fromkeys(("floor", "ceil", "round", "eq", "ne", "lt", "le", "gt", "ge"), _constant),
     **dict.fromkeys(("logical_and", "logical_or", "logical_not"), _constant),
 }
 """For each primitive and reduction the gradients of its arguments, of ``g``, that of its result ``r``; None is zero."""

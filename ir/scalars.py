@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from regauge.ir.dtypes import epsilon_of
 from regauge.ir.errors import OperatorError, blamed_on
 
 if TYPE_CHECKING:
@@ -277,11 +276,17 @@ PRIMITIVES: Mapping[str, Callable[..., Any]] = {
     "logical_and": lambda x, y: (x != 0) & (y != 0), "logical_or": lambda x, y: (x != 0) | (y != 0),
     "logical_not": lambda x: x == 0,
     "round": torch.round, "code": lambda x: x,
+    "e4m3": lambda x: x.to(torch.float8_e4m3fn).to(x.dtype), "e5m2": lambda x: x.to(torch.float8_e5m2).to(x.dtype),
     "real": lambda x: x if x.is_floating_point() and x.itemsize > 1 else x.double(),
 }  # fmt: skip
 """What each primitive is in torch. ``maximum`` and ``minimum`` are NaN where an operand is, as torch's are;
 ``real`` of an integer, or of a float of 8 bits, is that number in a type that holds what is computed of it; ``code``
-says of a number that it is one that the type of the result has. Halves are rounded to even."""
+says of a number that it is one that the type of the result has. Halves are rounded to even. ``e4m3`` and ``e5m2`` are
+the nearest floats of 8 bits as casts of torch 2.13 give them: what is beyond the greatest e4m3 is that, and beyond the
+greatest e5m2 infinite."""
+
+ROUNDED_8: Mapping[torch.dtype, str] = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+"""The floats of 8 bits that elements round to, and the primitive that does."""
 
 REDUCTIONS: Mapping[str, Callable[..., Any]] = {
     "sum": lambda x, dims: torch.sum(x, dims, keepdim=True),
@@ -300,6 +305,11 @@ real, code, round_ = _function("real"), _function("code"), _function("round")
 eq, ne, where = _function("eq"), _function("ne"), _function("where")
 logical_and, logical_or, logical_not = _function("logical_and"), _function("logical_or"), _function("logical_not")
 sum_, amax, amin = _reduction("sum"), _reduction("amax"), _reduction("amin")
+
+
+def float8(x: Scalar, dtype: torch.dtype) -> Scalar | None:
+    """The nearest float of 8 bits, as a code of that type; None for types that no primitive rounds to."""
+    return code(_call(ROUNDED_8[dtype], real(x))) if dtype in ROUNDED_8 else None
 
 
 def mean(x: Scalar) -> Scalar:
@@ -384,66 +394,3 @@ def element_of(node: Node) -> Scalar | None:
         kind = type(found).__name__
         raise OperatorError(f"operator {node.op}, its element: it gives a {kind}: write it with regauge.scalars")
     return found
-
-
-@dataclass(frozen=True)
-class Laid:
-    """Operands laid along the same axes, with the size 1 where they lack one.
-
-    ``sizes`` are how many indices the axes have; ``ended`` those that the rule ends; ``of`` tells which of them an axis
-    of an operand is made of, the slowest first.
-    """
-
-    sizes: Sequence[int]
-    ended: Sequence[int]
-    of: Callable[[OperandAxis], Sequence[int]]
-
-    def size(self, axes: Sequence[int]) -> int:
-        return math.prod(self.sizes[axis] for axis in axes)
-
-    def index(self, axis: OperandAxis) -> torch.Tensor:
-        """The places along an axis."""
-        own = self.of(axis)
-        split = torch.arange(self.size(own)).reshape([self.sizes[place] for place in own])
-        order = sorted(range(len(own)), key=lambda i: own[i])
-        return split.permute(order).reshape([size if place in own else 1 for place, size in enumerate(self.sizes)])
-
-
-def evaluate(expression: Scalar, operands: Sequence[Any], laid: Laid) -> Any:
-    """The expression in torch: operands are tensors that broadcast, laid as ``laid`` says, or numbers.
-
-    Reduced axes stay, with the size 1. An operand that is only broadcast along a reduced axis counts once for each
-    index of it.
-    """
-    known: dict[Scalar, Any] = {}
-
-    def value(node: Scalar) -> Any:
-        if node not in known:
-            known[node] = _evaluated(node, value, operands, laid)
-        return known[node]
-
-    return value(expression)
-
-
-def _evaluated(node: Scalar, value: Callable[[Scalar], Any], operands: Sequence[Any], laid: Laid) -> Any:
-    match node.op:
-        case "operand":
-            return operands[node.value]
-        case "number":
-            return node.value
-        case "count":
-            return laid.size(laid.ended if node.value is None else laid.of(node.value))
-        case "epsilon":
-            return epsilon_of(operands[0].dtype)
-        case "index" | "from_end":
-            return laid.index(node.value) - (laid.size(laid.of(node.value)) if node.op == "from_end" else 0)
-    args = [value(arg) for arg in node.args]
-    if node.op in PRIMITIVES:
-        return PRIMITIVES[node.op](*args)
-    (x,) = args
-    ended = tuple(laid.ended if node.value is None else laid.of(node.value))
-    if not ended:
-        return x
-    reduced = REDUCTIONS[node.op](x, ended)
-    met = math.prod(x.shape[axis] for axis in ended)
-    return reduced * (laid.size(ended) // met) if node.op == "sum" and met else reduced

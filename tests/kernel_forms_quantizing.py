@@ -13,6 +13,22 @@ def add_norm_quantize(f: Any, rows: Any, columns: int) -> Any:
     return stream, b.quantize(normed, b.parameter("s", torch.tensor(0.03125, dtype=f.dtype)))
 
 
+def add_norm_quantize_float8(f: Any, rows: Any, columns: int) -> Any:
+    """The same as floats of 8 bits; some entries are beyond the greatest one."""
+    b = f.build
+    stream = b.add(f.x(rows, columns), f.x(rows, columns))
+    normed = b.rms_norm(stream, f.w(columns), normalized_shape=(columns,), eps=1e-6)
+    scale = b.parameter("s", torch.tensor(0.00390625, dtype=f.dtype))
+    return stream, b.quantize(normed, scale, dtype=torch.float8_e4m3fn)
+
+
+def silu_mul_quantize_float8(f: Any, rows: Any, columns: int) -> Any:
+    """Floats of 8 bits with more of exponent, and a scale for each column."""
+    b = f.build
+    product = b.mul(b.silu(f.x(2, rows, columns)), f.x(2, rows, columns))
+    return b.quantize(product, f.scale(columns), axis=2, dtype=torch.float8_e5m2)
+
+
 def add_norm_quantize_rows(f: Any, rows: Any, columns: int) -> Any:
     """A residual, and its norm as codes with a scale for each row, which is found when it runs."""
     b = f.build

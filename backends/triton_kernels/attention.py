@@ -300,5 +300,4 @@ class AttentionKernel(LatentFactors):
             address = self.address(tensor, self.loops)
             absent = [] if self.loops.rows else ["m * 0"]
             absent += [] if self.loops.columns else ["n * 0"]
-            value = self.text(self.region.results[tensor.value])
-            self.line(f"tl.store({' + '.join([address, *absent])}, {value}, mask=m_ok & n_ok)")
+            self.line(f"tl.store({' + '.join([address, *absent])}, {self.stored(tensor)}, mask=m_ok & n_ok)")

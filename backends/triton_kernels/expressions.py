@@ -11,7 +11,7 @@ import torch
 
 from regauge.ir.dtypes import Dtype
 from regauge.ir.fusion.region import Term
-from regauge.ir.scalars import PRIMITIVES
+from regauge.ir.scalars import PRIMITIVES, ROUNDED_8
 
 TEXT: Mapping[str, str] = {
     "add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "div": "({} / {})", "neg": "(-{})",
@@ -24,6 +24,7 @@ TEXT: Mapping[str, str] = {
     "ge": "({} >= {})", "where": "tl.where({}, {}, {})",
     "logical_and": "(({} != 0) & ({} != 0))", "logical_or": "(({} != 0) | ({} != 0))", "logical_not": "({} == 0)",
     "real": "{}", "code": "{}", "round": "round({})",
+    "e4m3": "e4m3({})", "e5m2": "e5m2({})",
 }  # fmt: skip
 """How each primitive is written; names without ``tl.`` are in FUNCTIONS."""
 
@@ -66,6 +67,46 @@ def round(x):
     """The nearest integer, halves to even: numbers of this size have no places behind the point."""
     return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)
 ''',
+    "e4m3": '''@triton.jit
+def e4m3(x):
+    """The nearest float of 8 bits with 3 of fraction, halves to even, in single precision; the greatest of what is
+    beyond that. Below the least normal one they are 2^-9 apart."""
+    bits = x.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    near = (size + 0x7FFFF + ((size >> 20) & 1)) & 0x7FF00000
+    fixed = ((tl.abs(x) + 24576.0) - 24576.0).to(tl.uint32, bitcast=True)
+    near = tl.where(size < 0x3C800000, fixed, near)
+    near = tl.where(near > 0x43E00000, 0x43E00000, near)
+    near = tl.where(size > 0x7F800000, 0x7FC00000, near)
+    return ((bits ^ size) | near).to(tl.float32, bitcast=True)
+''',
+    "e5m2": '''@triton.jit
+def e5m2(x):
+    """The nearest float of 8 bits with 2 of fraction, halves to even, in single precision; infinite beyond the
+    greatest. Below the least normal one they are 2^-16 apart."""
+    bits = x.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    near = (size + 0xFFFFF + ((size >> 21) & 1)) & 0x7FE00000
+    fixed = ((tl.abs(x) + 192.0) - 192.0).to(tl.uint32, bitcast=True)
+    near = tl.where(size < 0x38800000, fixed, near)
+    near = tl.where(near > 0x47600000, 0x7F800000, near)
+    near = tl.where(size > 0x7F800000, 0x7FC00000, near)
+    return ((bits ^ size) | near).to(tl.float32, bitcast=True)
+''',
+    "bits_of_e4m3": '''@triton.jit
+def bits_of_e4m3(x):
+    """The 8 bits of a number that is such a float: those of it in half precision, whose exponents are 8 greater."""
+    size = (tl.abs(x) * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True) >> 7
+    sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+    return (sign | tl.where(x != x, 0x7F, size)).to(tl.uint8)
+''',
+    "bits_of_e5m2": '''@triton.jit
+def bits_of_e5m2(x):
+    """The 8 bits of a number that is such a float: the upper ones of it in half precision."""
+    size = tl.abs(x).to(tl.float16).to(tl.uint16, bitcast=True) >> 8
+    sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+    return (sign | tl.where(x != x, 0x7F, size)).to(tl.uint8)
+''',
     "bits_below": '''@triton.jit
 def bits_below(mask, place):
     """How many of the lowest 7 bits of a mask are set below a place."""
@@ -101,8 +142,11 @@ def from_e5m2(bits):
 ROUNDED = {"div": "tl.div_rn({}, {})"}
 """What is written otherwise where each operator is rounded as in torch: a quotient that is off by two places is not."""
 
-FLOAT8: Mapping[Dtype, str] = {torch.float8_e4m3fn: "from_e4m3", torch.float8_e5m2: "from_e5m2"}
+FLOAT8: Mapping[Dtype, str] = {dtype: f"from_{name}" for dtype, name in ROUNDED_8.items()}
 """What makes numbers of floats of 8 bits, which kernels read as bytes: not all architectures have them."""
+
+BITS8: Mapping[Dtype, str] = {dtype: f"bits_of_{name}" for dtype, name in ROUNDED_8.items()}
+"""What makes the bytes that kernels write of them."""
 
 NATIVE8: Mapping[Dtype, str] = {torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5"}
 """Floats of 8 bits as Triton calls them."""

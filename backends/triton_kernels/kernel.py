@@ -179,7 +179,8 @@ class Kernel:
         start = launch_of(source, sizes, config_for(source, sizes, architecture, self.tuned), architecture)
         parts = [torch.empty(start.programs, start.kept, dtype=torch.float32, device=device) for _ in source.totals]
         if start.programs:
-            pointers = [_as_stored(given[tensor.value]) for tensor in source.reads] + list(results.values())
+            tensors = [*(given[tensor.value] for tensor in source.reads), *results.values()]
+            pointers = [*map(_as_stored, tensors)]
             starts = [start_of(t, given[t.value], sizes) for t in source.reads if t.shifts]
             pointers += parts
             if start.partials:

@@ -130,8 +130,7 @@ class RowKernel(Writer):
         address, mask = self._place(tensor)
         if not mask:  # one number: a tile of one entry stores it
             address, mask = (f"{address} + col * 0", "ok") if self.flat else (f"{address} + row * 0", "row_ok")
-        value = self.text(self.region.results[tensor.value])
-        self.line(f"tl.store({address}, {value}, mask={mask})")
+        self.line(f"tl.store({address}, {self.stored(tensor)}, mask={mask})")
 
     # -- bodies ------------------------------------------------------------------------------------------------------
 

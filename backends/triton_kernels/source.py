@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from regauge.backends.triton_kernels.expressions import (
+    BITS8,
     FLOAT8,
     FUNCTIONS,
     ROUNDED,
@@ -28,6 +29,7 @@ from regauge.ir.fusion.fused import Rounding as Rounding
 from regauge.ir.fusion.region import Region
 from regauge.ir.fusion.terms import BITS, PLACES, Load, Term, below_results
 from regauge.ir.graph import Node, Value
+from regauge.ir.scalars import ROUNDED_8
 from regauge.ir.sizes.expressions import format_size
 
 HEAD = "import triton\nimport triton.language as tl\n"
@@ -69,6 +71,17 @@ def _is_call(text: str) -> bool:
     return outermost(body) != body
 
 
+def _rounded(region: Region) -> set[Term]:
+    """What becomes codes: the arguments of roundings, and what bounds between them let through."""
+    found = set[Term]()
+    stack = [arg for term in region.terms if term.op in ("round", *ROUNDED_8.values()) for arg in term.args]
+    while stack:
+        one = stack.pop()
+        found.add(one)
+        stack += one.args if one.op in ("maximum", "minimum", "real") else ()
+    return found
+
+
 class Writer:
     """The text of one kernel in the making.
 
@@ -96,7 +109,7 @@ class Writer:
                 self.uses[arg] = self.uses.get(arg, 0) + 1
         self.functions: dict[str, None] = {}
         # a quotient that is off by a place would be another code where it is half way between two
-        self.exact = {arg for term in region.terms if term.op == "round" for arg in term.args}
+        self.exact = _rounded(region)
         self.long = self._too_long()
 
     def _too_long(self) -> set[Term]:
@@ -260,6 +273,17 @@ class Writer:
             return text
         self.functions[function] = None
         return f"{function}({text})"
+
+    def stored(self, tensor: Tensor) -> str:
+        """A result as it is written: floats of 8 bits as bytes."""
+        term = self.region.results[tensor.value]
+        function, number = BITS8.get(tensor.value.dtype), constant(term)
+        if function is None:
+            return self.text(term)
+        if number is not None:
+            return str(int(torch.tensor(number).to(tensor.value.dtype).view(torch.uint8)))
+        self.functions[function] = None
+        return f"{function}({outermost(self.text(term))})"
 
     def _index(self, term: Term) -> str:
         """The place along an axis that is made of loops."""

@@ -158,4 +158,4 @@ class TileWriter(TileBase):
         self.statements([term for term in self.region.terms if term in rest], self.load)
         for tensor in writes:
             address, mask = self.entry(tensor)
-            self.line(f"tl.store({address}, {self.text(self.region.results[tensor.value])}, mask={mask})")
+            self.line(f"tl.store({address}, {self.stored(tensor)}, mask={mask})")

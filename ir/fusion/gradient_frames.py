@@ -19,7 +19,7 @@ from regauge.ir.errors import AxisError, FusionError
 from regauge.ir.fusion.region import no_element
 from regauge.ir.fusion.terms import PLACES
 from regauge.ir.graph import Node, Value
-from regauge.ir.scalars import PRIMITIVES, REDUCTIONS, OperandAxis, Scalar, element_of, operand, parts_of
+from regauge.ir.scalars import PRIMITIVES, REDUCTIONS, ROUNDED_8, OperandAxis, Scalar, element_of, operand, parts_of
 from regauge.ir.sizes.expressions import is_static, product, same
 
 
@@ -230,6 +230,9 @@ def primitive(build: Builder, typed: Callable[[Value], Value], op: str, args: li
         return args[0]
     if op == "real":
         return typed(args[0])
+    for dtype, name in ROUNDED_8.items():
+        if op == name:
+            return build.cast(build.cast(args[0], dtype=dtype), dtype=args[0].dtype)
     if op in ("maximum", "minimum") and not all(isinstance(arg, Value) for arg in args):
         x, bound = args if isinstance(args[0], Value) else reversed(args)
         return build.clamp(x, bound, None) if op == "maximum" else build.clamp(x, None, bound)

@@ -18,9 +18,10 @@ import torch
 from regauge.ir.dims.extents import Dim
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.fusion.terms import DIGITS
+from regauge.ir.scalars import ROUNDED_8
 from regauge.ir.sizes.expressions import is_static
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOAT8 = tuple(ROUNDED_8)
 """Floats of 8 bits that kernels read; all are numbers of half precision, too."""
 
 CODES = (torch.int8, torch.uint8, *FLOAT8)

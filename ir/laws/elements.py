@@ -17,8 +17,9 @@ from regauge.ir.atoms import Atoms
 from regauge.ir.axis_rules.rules import ENDING_ROLES
 from regauge.ir.dims.extents import ONE, Concat, Dim, Extent, leaves, resolve, size_of
 from regauge.ir.graph import Value
+from regauge.ir.laws.evaluation import Laid, evaluate
 from regauge.ir.operator import Symmetry
-from regauge.ir.scalars import Along, Laid, OperandAxis, Place, Scalar, element_of, evaluate, operand, parts_of
+from regauge.ir.scalars import Along, OperandAxis, Place, Scalar, element_of, operand, parts_of
 
 if TYPE_CHECKING:
     from regauge.ir.laws.cases import Case

@@ -32,7 +32,7 @@ def check_gradient(case: Case) -> None:
         graph, of = all_gradients(_body(case))
     except FusionError:
         return
-    seed = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype).reshape(result.shape)
+    seed = torch.linspace(0.5, 1.5, result.numel()).to(result.dtype).reshape(result.shape)
     for number, found in zip(of, graph.run([*tensors, seed]), strict=True):
         expected = _by_torch(case, number, seed)
         if expected is not None:

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, randn
 
+from regauge.ir import scalars
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, Symmetry, sample
 from regauge.ir.ops.elementwise import pointwise
+from regauge.ir.scalars import Scalar
 
 ONNX_DTYPES: Mapping[int, torch.dtype] = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: torch.int32, 7: torch.int64,
@@ -83,6 +85,12 @@ def _cast_symmetry(node: Node) -> Symmetry:
     return Symmetry.LINEAR if floats else Symmetry.POINTWISE
 
 
+def _cast_element(x: Scalar, dtype: torch.dtype) -> Scalar | None:
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return scalars.float8(x, dtype)
+    return x if dtype.is_floating_point else None
+
+
 @pointwise(
     aten={
         "to": _to,
@@ -100,7 +108,7 @@ def _cast_symmetry(node: Node) -> Symmetry:
         sample(randn(2, 3), dtype=torch.float64),
     ],
     symmetry=_cast_symmetry,
-    element=lambda x, dtype: x if dtype.is_floating_point else None,
+    element=_cast_element,
 )
 def cast(x: Tensor, *, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)

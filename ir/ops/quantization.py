@@ -161,6 +161,7 @@ def _quantized_samples() -> list[Any]:
         sample(3 * randn(2, 4, 3), scales / 40, randint(-9, 9, (4,)).to(torch.int8), axis=1),
         sample(3 * randn(5, 6), (rand(5, 3) + 0.5) / 4, axis=1, block_size=2, bits=4),
         sample(900 * randn(4, 6), scales, axis=0, dtype=torch.float8_e4m3fn),
+        sample(1e5 * randn(4, 6), scales, axis=0, dtype=torch.float8_e5m2),
     ]
 
 
@@ -175,6 +176,8 @@ def _codes_of(dtype: torch.dtype, bits: int | None) -> tuple[float, float]:
 def _quantized_element(
     x: Scalar, scale: Scalar, zero_point: Scalar | None = None, *, bits: int | None, dtype: torch.dtype, **_: Any
 ) -> Scalar | None:
+    if dtype.is_floating_point:
+        return scalars.float8(scalars.clamp(x / scale, *_codes_of(dtype, None)), dtype)
     if dtype not in (torch.int8, torch.uint8):
         return None
     q = scalars.round_(x / scale)

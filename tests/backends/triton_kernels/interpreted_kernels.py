@@ -97,11 +97,47 @@ def test_floats_of_8_bits_are_multiplied_as_such(
     check_kernel(graph, drawn(graph), form="contraction")
 
 
+def _around(dtype: torch.dtype) -> torch.Tensor:
+    """All floats of 8 bits, what is half way between two and right beside that, beyond them, and all of bfloat16."""
+    own = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    ends = own[own.isfinite()].sort().values
+    half = torch.cat([(ends[1:] + ends[:-1]) / 2, ends[-1:] + (ends[-1] - ends[-2]) / 2])
+    half = torch.cat([half, -half])
+    beside = [torch.nextafter(half, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    all_ = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).float()
+    return torch.cat([own, half, *beside, all_, torch.tensor([480.0, 464.00003, 61440.0, 65536.0, 1e-45])])
+
+
+@pytest.mark.parametrize("op", ["cast", "quantize", "read back"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_floats_of_8_bits_are_rounded_as_by_torch(dtype: torch.dtype, op: str) -> None:
+    """Each bit, of numbers of every kind; what is read back in the same kernel is rounded, too."""
+    numbers = _around(dtype)
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (len(numbers),), torch.float32)
+    if op == "quantize":
+        found = build.quantize(x, build.parameter("s", torch.tensor(0.75)), dtype=dtype)
+    else:
+        found = build.cast(x, dtype=dtype)
+    graph.outputs = [build.mul(build.cast(found, dtype=torch.float32), 3.0)] if op == "read back" else [found]
+    region = trace(graph.nodes, graph.outputs)  # type: ignore[arg-type]
+    read = {load.value.value: getattr(load.value.value, "tensor", numbers) for load in region.loads}
+    (own,) = triton_kernel(region).launch(read).values()
+    (expected,) = graph.run(numbers)
+    bits = torch.uint8 if op != "read back" else torch.int32
+    same = own.view(bits) == expected.view(bits)
+    either = own.float().isnan() & expected.float().isnan()  # the sign of what is no number is nobody's
+    assert bool((same | either).all()), numbers[~(same | either)][:9]
+
+
 @pytest.mark.parametrize("scheme", ["w4", "w3", "w8", "w8a8", "fp8", "fp8,activations=dynamic"])
 def test_a_quantized_module_has_kernels_of_its_products(scheme: str) -> None:
     for operator in with_kernels(quantized(scheme)).operators:
         tensors = [random_tensor(value) for value in operator.reads]
         for own, other in zip(*(_tuple(run(*tensors)) for run in (operator.launch, operator.body)), strict=True):
+            assert own.dtype == other.dtype
+            own, other = own.float(), other.float()
             torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 

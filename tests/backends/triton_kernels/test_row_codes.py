@@ -1,8 +1,12 @@
 """Rows rounded by their own ranges when they run: one kernel with what gives them, and products of their codes."""
 
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
 
+import regauge
 from quantized_graphs import gated_layer
 from regauge.backends.torch_module.kernels import with_kernels
 from regauge.backends.triton_kernels.weights import with_row_codes
@@ -48,3 +52,23 @@ def test_a_norm_is_in_the_kernel_that_rounds_its_rows() -> None:
     plan = plan_fusion(graph)
     assert [[node.op for node in region.nodes] for region in plan.regions] == [["rms_norm", "row_scales", "row_codes"]]
     assert plan.bytes == 256 * 1024 * 2 + 1024 * 2 + 256 * 1024 + 256 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_norm_is_in_the_kernel_that_rounds_to_floats_of_8_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """And in one function of a file, which gives the same numbers."""
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (256, 1024), torch.float32)
+    normed = build.rms_norm(x, build.parameter("w", torch.ones(1024)), normalized_shape=(1024,), eps=1e-6)
+    scale = build.parameter("s", torch.tensor(2.0**-8))
+    graph.outputs = [build.quantize(normed, scale, dtype=dtype)]
+    plan = plan_fusion(graph)
+    assert [[node.op for node in region.nodes] for region in plan.regions] == [["rms_norm", "quantize"]]
+    assert plan.bytes == 256 * 1024 * 4 + 1024 * 4 + 4 + 256 * 1024
+    graph.outputs = [build.dequantize(graph.outputs[0], scale)]  # onnxruntime gives no float of 8 bits out
+    optimize(graph, "fuse").to_onnx(tmp_path / "codes.onnx", functions=True)
+    (function,) = onnx.load(tmp_path / "codes.onnx").functions
+    assert [node.op_type for node in function.node][-2:] == ["QuantizeLinear", "DequantizeLinear"]
+    numbers = torch.randn(256, 1024)
+    assert torch.equal(regauge.load(tmp_path / "codes.onnx").run(numbers)[0], graph.run(numbers)[0])
