@@ -219,6 +219,13 @@ class _Reader:
             raise self.error("expected the name of an axis")
         return self.take()
 
+    def axis(self) -> str:
+        """The name of an axis in a pattern, which is no word of an annotation."""
+        word = self.peek()
+        if word in ROLES_IN_WORDS:
+            raise self.error(f"{word!r} names a role, not an axis: roles stand behind all patterns, as in '; {word} n'")
+        return self.name()
+
 
 def _blanks(text: str, at: int) -> int:
     return len(text[at:]) - len(text[at:].lstrip())
@@ -296,7 +303,7 @@ def _term(reader: _Reader) -> Term:
             return One()
         case "(":
             return _composite(reader)
-    name = reader.name()
+    name = reader.axis()
     if reader.peek() == "..." and reader.glued():
         reader.take()
         return Run(name)
@@ -315,7 +322,7 @@ def _composite(reader: _Reader) -> Composite:
             if kind not in ("", separator):
                 raise reader.error("products and sums may not be mixed: add parentheses")
             kind = separator
-        parts.append(_composite(reader) if reader.peek() == "(" else Axis(reader.name()))
+        parts.append(_composite(reader) if reader.peek() == "(" else Axis(reader.axis()))
     reader.take(")")
     if not parts:
         raise reader.error("empty parentheses")

@@ -41,7 +41,9 @@ from regauge.ir.laws.scales import check_scales
 from regauge.ir.operator import Cost, Operator, get_operator
 from regauge.ir.record_checks import check_registered, is_built_in
 
-ADVICE_ROLE = "state its role in the rule, or bind the axes that hold it by one name (ir/axis_rules/notation.py)"
+ADVICE_ROLE = (
+    "state its role in the rule ('; whole n'), or bind the axes that hold it by one name (ir/axis_rules/notation.py)"
+)
 ADVICE_SYMMETRY = "claim a weaker symmetry; POINTWISE is always right (ir/operator.py)"
 OVER_ALL = {"normalise", "reduce"}
 

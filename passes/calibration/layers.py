@@ -331,8 +331,9 @@ def _windows(x: torch.Tensor, kernel: list[int], stride: Any, dilation: Any, *, 
     rank = len(kernel)
     for axis in range(rank):
         window = dilation[axis] * (kernel[axis] - 1) + 1
-        x = x.unfold(2 + axis, window, stride[axis])[..., :: dilation[axis]]
+        x = x.unfold(2 + axis if axis == 0 else 1 + axis, window, stride[axis])[..., :: dilation[axis]]
+        if axis == 0:  # copies where few numbers are side by side are slow: what is copied here is smaller
+            x = x.movedim(1, 1 + rank).contiguous()
     if turned:
-        x = x.flip(list(range(2 + rank, 2 + 2 * rank)))
-    places = range(2, 2 + rank)
-    return x.permute(0, *places, 1, *range(2 + rank, 2 + 2 * rank)).reshape(-1, x.shape[1] * int(np.prod(kernel)))
+        x = x.flip(list(range(-rank, 0)))
+    return x.reshape(-1, x.shape[1 + rank] * int(np.prod(kernel)))

@@ -152,21 +152,23 @@ def _add_about_means(gram: torch.Tensor, cross: torch.Tensor, x: torch.Tensor, y
     What the means give is added in double precision: of inputs that hardly vary, products of the rows as they are would
     leave nothing but rounding once a mean is taken out of the sums, and a matrix that is indefinite.
     """
-    x, sums, mean = _about_mean(torch.cat([x, x.new_ones(len(x), 1)], 1))
+    x, sums, mean = _about_mean(x)
+    gram[:-1, :-1] += x.t() @ x
+    if y is not None:
+        y, left, own = _about_mean(y)
+        cross[:, :-1] += y.t() @ x
+    sums, mean = (torch.cat([part, part.new_tensor([end])]) for part, end in ((sums, 0.0), (mean, 1.0)))
     half = torch.outer(sums + len(x) / 2 * mean, mean)
-    gram += x.t() @ x
     gram += half
     gram += half.t()
     if y is not None:
-        y, left, own = _about_mean(y)
-        cross += y.t() @ x
         cross += torch.outer(own, sums) + torch.outer(left + len(x) * own, mean)
 
 
 def _about_mean(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows less about their mean, in single precision; the sums of what that leaves, and the mean that was taken."""
     x = x if x.dtype == torch.float64 else x.float()
-    mean = x.mean(0, dtype=torch.float64).to(x.dtype)
+    mean = x.mean(0)  # any number near it will do: the sums of what it leaves are added
     rest = (x - mean).float()
     return rest, rest.sum(0, dtype=torch.float64), mean.double()
 

@@ -21,12 +21,16 @@ _CLOSE = 1e-5  # norm of what is left of the gradient, as a share of the first o
 
 @dataclass
 class Quadratic:
-    """``hessian`` [columns, columns], ``optimum`` [outputs, columns], and the means that give the bias."""
+    """``hessian`` [columns, columns], ``optimum`` [outputs, columns], and the means that give the bias.
+
+    ``ridge`` is what the diagonal of ``hessian`` has beside what the data gave.
+    """
 
     hessian: torch.Tensor
     optimum: torch.Tensor
     input_mean: torch.Tensor
     target_mean: torch.Tensor
+    ridge: float = 0.0
 
     def bias(self, weight: torch.Tensor) -> torch.Tensor:
         """The best bias beside a weight."""
@@ -40,7 +44,7 @@ class Quadratic:
     def ordered(self, columns: torch.Tensor) -> Quadratic:
         """The same with the columns in another order."""
         hessian, optimum = self.hessian[columns][:, columns], self.optimum[:, columns]
-        return Quadratic(hessian, optimum, self.input_mean[columns], self.target_mean)
+        return Quadratic(hessian, optimum, self.input_mean[columns], self.target_mean, self.ridge)
 
 
 def least_error(found: Moments, weight: torch.Tensor, bias: torch.Tensor, share: float, *, free: bool) -> Quadratic:
@@ -50,8 +54,9 @@ def least_error(found: Moments, weight: torch.Tensor, bias: torch.Tensor, share:
     """
     gram, cross, mean, target = _centred(found, bias, free)
     amount = _ridge(gram, found, share)
-    optimum = torch.linalg.solve(gram + amount.diag(), (cross + weight * amount).t()).t()
-    return Quadratic(gram + amount.diag(), optimum, mean, target)
+    gram.diagonal().add_(amount)
+    optimum = torch.linalg.solve(gram, (cross + weight * amount).t()).t()
+    return Quadratic(gram, optimum, mean, target, amount)
 
 
 def change_of_output(
@@ -61,7 +66,9 @@ def change_of_output(
     gram, sums = found.gram[:-1, :-1], found.gram[-1, :-1]
     mean = sums / found.gram[-1, -1] if free and found.rows else torch.zeros_like(sums)
     gram = gram - torch.outer(sums, mean)
-    return Quadratic(gram + _ridge(gram, found, share).diag(), weight, mean, bias + weight @ mean)
+    amount = _ridge(gram, found, share)
+    gram.diagonal().add_(amount)
+    return Quadratic(gram, weight, mean, bias + weight @ mean, amount)
 
 
 def least_through(
@@ -92,14 +99,13 @@ def _centred(
     return gram - torch.outer(sums, mean), cross - torch.outer(target, sums), mean, target
 
 
-def _ridge(gram: torch.Tensor, found: Moments, share: float) -> torch.Tensor:
+def _ridge(gram: torch.Tensor, found: Moments, share: float) -> float:
     """A share of the mean square of a centred column, and more than rounding where the inputs hardly vary.
 
     There centring cancels, and weights would be fitted to what rounding has left, which may be indefinite.
     """
     whole = float(found.gram.diag()[:-1].mean())
-    amount = max(float(gram.diag().mean()) * share, whole * _ROUNDING, 1e-12)
-    return torch.full((len(gram),), amount, dtype=gram.dtype)
+    return max(float(gram.diag().mean()) * share, whole * _ROUNDING, 1e-12)
 
 
 def refit(problem: Quadratic, kept: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from regauge.ir.roofline import Device, local_seconds
 from regauge.passes.allocation.amounts import parse_amount
 from regauge.passes.allocation.latency import device_of
 from regauge.passes.base import Context, Contract, Pass
-from regauge.passes.deriving.expressions import READERS, Expression, Outside, Term, leaf
+from regauge.passes.deriving.expressions import RANGES, READERS, Expression, Outside, Term, leaf
 from regauge.passes.deriving.lowering import Lowering
 from regauge.passes.deriving.search import Found, Limit, Search
 from regauge.passes.options import option
@@ -40,7 +40,9 @@ class Derive(Pass):
     as one expression over indices, after the rules of OLLIE (Zheng et al., OSDI 2023): iterators are split and merged
     where reshapes do so, stages are merged to one and split again by contracting two tensors at a time, in any order,
     common factors are taken out of sums, and what comes of that is matched to linear maps, matmuls and elementwise
-    operators. OLLIE also relaxes ranges of convolutions with several taps and generates kernels: that is not done here.
+    operators. Ranges are relaxed and tightened where they are in the graph, as zeros around a tensor and as slices:
+    these go before or behind a product, or to its other factor. OLLIE also relaxes ranges of convolutions with several
+    taps and generates kernels: that is not done here.
 
     The search goes from the cheapest state on, by a roofline of the ``device``, every dynamic size at its least or as
     in the first batch of data. What is read more than once is computed once, and weights are not multiplied ahead:
@@ -156,12 +158,16 @@ class _Reading:
 
     def __init__(self, work: _Derivation, root: Node) -> None:
         self.work, self.root = work, root
-        self.nodes: list[Node] = []
-        self.cut: list[Node] = []
-        try:
-            self.expression: Expression | None = self._of(root)
-        except Outside:
-            self.expression = None
+        self.expression: Expression | None = None
+        for self.ranges in (True, False):  # reshapes split axes that are read, but not where their ranges are others
+            self.nodes: list[Node] = []
+            self.cut: list[Node] = []
+            try:
+                self.expression = self._of(root)
+                break
+            except Outside:
+                continue
+        if self.expression is None:
             given = [value for _, value in root.operands() if value.producer is not None and work.goes_on(value)]
             self.cut = [value.producer for value in given if value.producer is not None and _is_read(value.producer)]
 
@@ -185,6 +191,9 @@ class _Reading:
             raise Outside("another type")
         node = operand.producer
         if node is not None and _is_read(node) and self.work.goes_on(operand):
+            if node.op in RANGES and not self.ranges:
+                self.cut.append(node)
+                return leaf(operand)
             try:
                 return self._of(node)
             except Outside:

@@ -36,10 +36,23 @@ class Outside(Exception):
 
 
 @dataclass(frozen=True)
+class Range:
+    """A factor that is 1 where ``wide index = start + narrow index``, else 0: its axes are these two indices.
+
+    Summed over the narrow index it puts zeros around a tensor, over the wide one it takes a part of one: a range is
+    relaxed to a wider one, where the summand is zero outside, or tightened to where it is not.
+    """
+
+    start: int
+    narrow: int
+    wide: int
+
+
+@dataclass(frozen=True)
 class Factor:
     """A value, with the indices that each of its axes is made of; an axis of size 1 has none."""
 
-    value: Value
+    value: Value | Range
     axes: Axes
 
 
@@ -70,6 +83,9 @@ class Expression:
 
         if not new:
             return self
+        ends = {i for term in self.terms for f in term.factors if isinstance(f.value, Range) for (i,) in f.axes}
+        if any(len(axis) > 1 for index, axis in new.items() if index in ends):
+            raise Outside("an index whose range is another one is split")
         terms = [
             replace(term, factors=tuple(Factor(f.value, replaced(f.axes)) for f in term.factors)) for term in self.terms
         ]
@@ -302,6 +318,53 @@ def _permuted(node: Node, read: Read) -> Expression:
     return replace(x, axes=tuple(x.axes[dim] for dim in node.attributes["dims"]))
 
 
+def _padded(node: Node, read: Read) -> Expression:
+    """Zeros around a tensor: a sum over the narrow range of each axis."""
+    pads, x = node.attributes["pads"], read(node.inputs[0])
+    if node.attributes["mode"] != "constant" or node.attributes["value"] != 0:
+        raise Outside("what is around a tensor is not zero")
+    for dim, (before, after) in enumerate(pads):
+        if before or after:
+            x = _in_range(x, dim, before, node.output.shape[dim], wider=True)
+    return x
+
+
+def _sliced(node: Node, read: Read) -> Expression:
+    """A part of a tensor: a sum over the wide range, in which all else is multiplied by zero."""
+    dim, start, step = (node.attributes[name] for name in ("dim", "start", "step"))
+    if step != 1:
+        raise Outside("a slice with steps")
+    return _in_range(read(node.inputs[0]), dim, start, node.output.shape[dim], wider=False)
+
+
+def _in_range(x: Expression, dim: int, start: Size, size: Size, *, wider: bool) -> Expression:
+    """The expression with an axis of another size, times the range that says which index is which."""
+    if len(x.axes[dim]) != 1 or same(size, 1):
+        raise Outside("a range of several indices, or of none")
+    (old,) = x.axes[dim]
+    new = Index(size)
+    narrow, wide = (old, new) if wider else (new, old)
+    if not (isinstance(start, int) and isinstance(narrow.size, int) and isinstance(wide.size, int)):
+        raise Outside("a range of a dynamic size")
+    if not 0 <= start <= wide.size - narrow.size:
+        raise Outside("a tensor of which something is cut off where zeros are put around it")
+    factor = Factor(Range(start, narrow.size, wide.size), ((wide,), (narrow,)))
+    terms = []
+    for term in x.terms:
+        if old in term.indices:
+            terms.append(replace(term, factors=(*term.factors, factor)))
+        elif wider:
+            raise Outside("zeros around what is the same along the axis")
+        else:
+            terms.append(term)
+    if any(len(term.factors) > MOST_FACTORS for term in terms):
+        raise Outside("too many factors")
+    return Expression((*x.axes[:dim], (new,), *x.axes[dim + 1 :]), tuple(terms))
+
+
+RANGES: Mapping[str, Callable[[Node, Read], Expression]] = {"pad": _padded, "slice": _sliced}
+"""What is one of its operand with other ranges of indices."""
+
 READERS: Mapping[str, Callable[[Node, Read], Expression]] = {
     "matmul": _matmul,
     "linear": _linear,
@@ -318,5 +381,6 @@ READERS: Mapping[str, Callable[[Node, Read], Expression]] = {
     "squeeze": _shaped,
     "permute": _permuted,
     "identity": lambda node, read: read(node.inputs[0]),
+    **RANGES,
 }
 """What is a sum of products of its operands, and how it is read."""

@@ -9,8 +9,8 @@ from typing import Any
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Parameter, Value
 from regauge.ir.sizes.expressions import Size, product, same
-from regauge.passes.deriving.expressions import Axes, Axis, Index
-from regauge.passes.deriving.search import Contracted, Gathered, Leaf, Products, Source, Tensor
+from regauge.passes.deriving.expressions import Axes, Axis, Index, Range
+from regauge.passes.deriving.search import Contracted, Gathered, Leaf, Products, Source, Tensor, range_of
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,31 @@ class Lowering:
 
     def _source(self, source: Source) -> Laid:
         if isinstance(source, Leaf):
+            assert isinstance(source.value, Value)  # a range is part of what it is contracted with
             return Laid(source.value, source.axes)
         if isinstance(source, Gathered):
             return self._gathered(source)
         if source.right is None:
             return self._summed(self._tensor(source.left), source.kept)
+        found = range_of(source.right)
+        if found is not None:
+            return self._in_range(self._tensor(source.left), found, *source.right.indices)
         return self._contracted(source, self._tensor(source.left), self._tensor(source.right))
+
+    def _in_range(self, laid: Laid, found: Range, wide: Index, narrow: Index) -> Laid:
+        """A part of what has the wide index, or zeros around what has the narrow one."""
+        old, new = (wide, narrow) if wide in laid.flat else (narrow, wide)
+        if not _has_whole(laid.axes, (old,)):
+            axes = tuple((index,) for index in laid.flat)
+            laid = Laid(self._arranged(laid, axes), axes)
+        dim = laid.axes.index((old,))
+        if old is wide:
+            value = self.build.slice(laid.value, dim=dim, start=found.start, end=found.start + found.narrow, step=1)
+        else:
+            pads = [(0, 0)] * len(laid.axes)
+            pads[dim] = (found.start, found.wide - found.narrow - found.start)
+            value = self.build.pad(laid.value, pads=tuple(pads))
+        return Laid(value, (*laid.axes[:dim], (new,), *laid.axes[dim + 1 :]))
 
     # -- sums and elementwise products -------------------------------------------------------------------------------
 

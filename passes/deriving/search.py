@@ -2,6 +2,7 @@
 
     a state    terms that are products of tensors: values, and what was computed before
     contract   two tensors of a term become one, summed over what nothing else has  (a stage is split)
+    range      a tensor and a range: zeros are put around it, or a part is taken    (a range is relaxed, or tightened)
     gather     a b + a c becomes a (b + c), where b and c are single tensors
     a goal     every term is one tensor with no index but those of the result
 
@@ -23,7 +24,7 @@ from regauge.ir.dtypes import Dtype
 from regauge.ir.graph import Value
 from regauge.ir.roofline import Device
 from regauge.ir.sizes.expressions import Size, product
-from regauge.passes.deriving.expressions import Axes, Expression, Factor, Index
+from regauge.passes.deriving.expressions import Axes, Expression, Factor, Index, Range
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,16 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """A value of the graph, its axes taken apart into the indices of ``axes``."""
+    """A value of the graph, or a range, its axes taken apart into the indices of ``axes``."""
 
-    value: Value
+    value: Value | Range
     axes: Axes
+
+
+def range_of(tensor: Tensor | None) -> Range | None:
+    """The range that a tensor stands for; None of others."""
+    source = None if tensor is None else tensor.source
+    return source.value if isinstance(source, Leaf) and isinstance(source.value, Range) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,12 +192,21 @@ class Search:
         if len(tensors) == 1:
             return [(0,)] if not self.result.issuperset(tensors[0].indices) else []
         pairs = list(combinations(range(len(tensors)), 2))
+        pairs = [(a, b) for a, b in pairs if range_of(tensors[a]) is None or range_of(tensors[b]) is None]
         sharing = [(a, b) for a, b in pairs if set(tensors[a].indices) & set(tensors[b].indices)]
         return [*(sharing or pairs)]
 
-    def _contracted(self, tensors: Sequence[Tensor], rest: Iterable[Tensor]) -> Tensor:
-        """The product of one or two tensors, summed over indices that neither the result nor another factor has."""
+    def _contracted(self, tensors: Sequence[Tensor], rest: Iterable[Tensor]) -> Tensor | None:
+        """The product of one or two tensors, summed over indices that neither the result nor another factor has.
+
+        With a range one of its indices is exchanged for the other; None where another factor has that one as well.
+        """
         needed = self.result.union(*(tensor.indices for tensor in rest))
+        tensors = sorted(tensors, key=lambda tensor: range_of(tensor) is not None)
+        if range_of(tensors[-1]) is not None:
+            ends, own = set(tensors[-1].indices), set(tensors[0].indices)
+            if len(tensors) == 1 or len(ends & own) != 1 or ends & needed != ends - own:
+                return None
         every = tuple(dict.fromkeys(index for tensor in tensors for index in tensor.indices))
         kept = tuple(index for index in every if index in needed)
         number = {index: place for place, index in enumerate(every)}
@@ -207,7 +223,7 @@ class Search:
         for common, rest in (tensors, tensors[::-1]):
             for other_common, other_rest in (others, others[::-1]):
                 new = self._renamed(common, other_common)
-                if new is None:
+                if new is None or range_of(rest) is not None or range_of(other_rest) is not None:
                     continue
                 moved = Tensor(other_rest.source, tuple(new.get(index, index) for index in other_rest.indices))
                 apart = set(moved.indices) ^ set(rest.indices)
@@ -252,6 +268,9 @@ class Search:
             every = {index for tensor in read for index in tensor.indices}
             summed = every - set(source.kept)
             macs = float(product(self.bound(index.size) for index in every)) if summed and len(read) > 1 else 0.0
+            if range_of(source.right) is not None:  # entries are moved: all of the smaller tensor are read
+                each = [self._bytes(source.left.indices), self._bytes(source.kept)]
+                return self.device.overhead + (min(each) + each[1]) / self.device.bandwidth
         moved = sum(self._bytes(tensor.indices) for tensor in read) + self._bytes(source.kept)
         return self.device.overhead + max(2 * macs / self.device.flops, moved / self.device.bandwidth)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -30,39 +31,55 @@ Bands = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass
 class Spectrum:
-    """For each band the sum of x_w x_w' over its frequencies [size, size], and how many of these were added."""
+    """For each band the sum of x_w x_w' over its frequencies [size, size], and how many of these were added.
+
+    The last band is what slower waves leave of ``total``, the sum over all places: only these are looked for.
+    """
 
     size: int
-    sums: dict[int, torch.Tensor] = field(default_factory=dict)
+    total: torch.Tensor
+    slow: dict[int, torch.Tensor] = field(default_factory=dict)
     counts: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def sums(self) -> dict[int, torch.Tensor]:
+        found = dict(self.slow)
+        if self.counts.get(len(EDGES)):
+            found[len(EDGES)] = self.total - sum(self.slow.values())
+        return found
+
     def add(self, rows: torch.Tensor, places: Sequence[int]) -> None:
-        """Add rows [examples x places, size], the places of an example in order."""
-        grid = rows.reshape(-1, *places, rows.shape[-1])
-        bands, twice = _bands_of(places)
+        """Add rows [examples x places, size], the places of an example in order; not to ``total``."""
+        grid = rows.reshape(-1, *places, self.size)
+        waves = [_slow_waves(size) for size in places]
+        cycles = torch.stack(torch.meshgrid(*(own for _, own in waves), indexing="ij")).amax(0).flatten()
+        bands = torch.bucketize(cycles, torch.tensor(EDGES), right=True)
         step = max(1, _AT_ONCE // max(1, grid[0].numel()))
         for start in range(0, len(grid), step):
-            part = grid[start : start + step].float()
-            axes = tuple(range(1, 1 + len(places)))
-            found = torch.fft.rfftn(part, dim=axes, norm="ortho").flatten(1, len(places)) * twice.sqrt()[:, None]
-            for band in sorted(set(bands.tolist())):
+            found = grid[start : start + step].float()
+            count = len(found)
+            for axis in reversed(range(len(places))):
+                before = count * prod(places[:axis])
+                found = waves[axis][0].to(found) @ found.reshape(before, places[axis], -1)
+            found = found.reshape(count, len(bands), self.size)
+            for band in range(len(EDGES)):
                 own = found[:, bands == band].reshape(-1, self.size)
-                both = torch.cat([own.real, own.imag])
-                self.sums[band] = self.sums.get(band, torch.zeros((), dtype=torch.float64)) + (both.t() @ both).double()
-                self.counts[band] = self.counts.get(band, 0.0) + len(part) * float(twice[bands == band].sum())
+                if len(own):
+                    self.slow[band] = self.slow.get(band, torch.zeros_like(self.total)) + (own.t() @ own).double()
+                    self.counts[band] = self.counts.get(band, 0.0) + len(own)
+        fast = len(grid) * (prod(places) - len(bands))
+        self.counts[len(EDGES)] = self.counts.get(len(EDGES), 0.0) + fast
 
 
-def _bands_of(places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The band of each frequency of a real transform, and how often it stands for one: its mirror image is left out."""
-    last = len(places) - 1
-    axes = []
-    for axis, size in enumerate(places):
-        cycles = torch.fft.rfftfreq(size) if axis == last else torch.fft.fftfreq(size)
-        axes.append((cycles * size).abs().round().long())
-    grids = torch.meshgrid(*axes, indexing="ij")
-    radius = torch.stack(grids).amax(0).flatten()
-    alone = (grids[last] == 0) | (2 * grids[last] == places[last])
-    return torch.bucketize(radius, torch.tensor(EDGES), right=True), torch.where(alone, 1.0, 2.0).flatten()
+def _slow_waves(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal cosines and sines [waves, size] with fewer cycles than the last band has, and their cycles."""
+    place, found = torch.arange(size, dtype=torch.float64) / size, list[tuple[torch.Tensor, int]]()
+    for cycles in range(min(EDGES[-1], size // 2 + 1)):
+        angle = 2 * torch.pi * cycles * place
+        found.append((angle.cos(), cycles))
+        if cycles and 2 * cycles != size:  # otherwise the sine is nothing
+            found.append((angle.sin(), cycles))
+    return torch.stack([wave / wave.norm() for wave, _ in found]), torch.tensor([cycles for _, cycles in found])
 
 
 def output_bands(graph: Graph, layers: Iterable[Layer], batches: Sequence[Any], seed: int) -> Mapping[str, Spectrum]:
@@ -71,19 +88,26 @@ def output_bands(graph: Graph, layers: Iterable[Layer], batches: Sequence[Any], 
     The sums are means over examples, as :func:`regauge.passes.calibration.sensitivity.output_metrics` has them.
     """
     own = {layer.node.output: layer for layer in layers if _has_places(layer)}
-    found = {layer.weight.name: Spectrum(layer.outputs) for layer in own.values()}
+    found = {layer.weight.name: Spectrum(layer.outputs, _zeros(layer.outputs)) for layer in own.values()}
     if not found:
         return found
 
     def visit(value: Value, _: torch.Tensor, gradient: torch.Tensor) -> None:
         layer = own[value]
-        found[layer.weight.name].add(layer.rows_of_output(gradient), gradient.shape[2:])
+        rows, spectrum = layer.rows_of_output(gradient), found[layer.weight.name]
+        spectrum.add(rows, gradient.shape[2:])
+        spectrum.total += (rows.float().t() @ rows.float()).double()
 
     visit_gradients(graph, batches, list(own), visit, seed=seed)
     examples = max(1, sum(examples_in(batch) for batch in batches))
     for spectrum in found.values():
-        spectrum.sums = {band: total / examples for band, total in spectrum.sums.items()}
+        spectrum.total /= examples
+        spectrum.slow = {band: total / examples for band, total in spectrum.slow.items()}
     return found
+
+
+def _zeros(size: int) -> torch.Tensor:
+    return torch.zeros(size, size, dtype=torch.float64)
 
 
 def _has_places(layer: Layer) -> bool:
@@ -92,10 +116,10 @@ def _has_places(layer: Layer) -> bool:
 
 def metrics_in_bands(inputs: Spectrum, outputs: Spectrum, share: float) -> Bands:
     """The metrics of each band; those of inputs get a ridge of a ``share`` of the mean square of a column."""
-    found = []
+    found, given = [], outputs.sums
     for band, total in inputs.sums.items():
-        if band in outputs.sums:
-            ridge = share * float(total.diagonal().mean())
-            metric = total + ridge * torch.eye(inputs.size, dtype=total.dtype)
-            found.append((metric, outputs.sums[band] / max(outputs.counts[band], 1.0)))
+        if band in given:
+            metric = total.clone()
+            metric.diagonal().add_(share * float(total.diagonal().mean()))
+            found.append((metric, given[band] / max(outputs.counts[band], 1.0)))
     return found if len(found) > 1 else []

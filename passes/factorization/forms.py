@@ -129,3 +129,8 @@ def ranks_up_to(limit: int, multiple: int) -> list[int]:
 def single_places(rank: int) -> dict[str, object]:
     """The attributes of a convolution of single places."""
     return {"stride": (1,) * rank, "padding": (0,) * rank, "dilation": (1,) * rank, "groups": 1}
+
+
+def kernel_sizes(layer: Layer) -> list[int]:
+    """Of a convolution the channels that a block reads, and the axes of the kernel."""
+    return [layer.columns // layer.taps, *(int(size) for size in layer.weight.shape[2:])]

@@ -30,8 +30,12 @@ def bettered(
     factor: torch.Tensor,
     divided: Divided = lambda gradient: gradient,
     steps: int = _STEPS,
+    curved: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The factor after some steps; ``image`` gives the matrix [outputs, columns] of one, and is linear."""
+    """The factor after some steps; ``image`` gives the matrix [outputs, columns] of one, and is linear.
+
+    ``curved`` is the product of the quadratic's matrix and a factor, where there is a shorter way to it.
+    """
 
     def transposed(matrix: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
@@ -43,7 +47,7 @@ def bettered(
     direction = divided(residual)
     energy = (residual * direction).sum()
     for _ in range(steps):
-        moved = transposed(problem.weighed(image(direction)))
+        moved = transposed(problem.weighed(image(direction))) if curved is None else curved(direction)
         curvature = (direction * moved).sum()
         if not float(curvature) > 0:
             break

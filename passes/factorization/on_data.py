@@ -60,7 +60,8 @@ class Sensitivity:
         name = layer.weight.name
         bands: Bands = ()
         if name in self.bands:
-            spectrum = Spectrum(layer.columns)
+            spectrum = Spectrum(layer.columns, quadratics[0].hessian.clone())
+            spectrum.total.diagonal().sub_(quadratics[0].ridge)
             for x, y in zip(inputs, outputs, strict=True):
                 spectrum.add(layer.rows_of_input(x) - quadratics[0].input_mean.to(x.dtype), y.shape[2:])
             bands = metrics_in_bands(spectrum, self.bands[name], RIDGE)

@@ -9,6 +9,8 @@ tucker-1  i = channel          r = place of the kernel     two links, up and cor
 columns   i = channel, row     r = column                  two links, up and core are one (Jaderberg et al. 2014)
 rows      i = channel, column  r = row
 
+Of transposed convolutions the link with the kernel is transposed (tucker, tucker-1).
+
 Beside a first link the best core and up are those of :mod:`regauge.passes.factorization.metric_svd` in the metric that
 it leaves; beside these the first link is a least squares problem. They are solved in turns, from the directions that
 are best with the metric of inputs averaged over r.
@@ -33,7 +35,7 @@ from regauge.ir.sizes.expressions import Size
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.core_shapes import core_shapes
-from regauge.passes.factorization.forms import Choice, ranks_up_to, single_places
+from regauge.passes.factorization.forms import Choice, kernel_sizes, ranks_up_to, single_places
 from regauge.passes.factorization.least_squares import bettered, divided_by
 from regauge.passes.factorization.metric_svd import Factored, factored
 from regauge.passes.factorization.problems import Problem, places
@@ -56,11 +58,11 @@ class Separated:
     third: bool = False
 
     def misfit(self, layer: Layer) -> str | None:
-        if layer.node.op != "conv" or layer.taps == 1:
+        if layer.node.op not in ("conv", "conv_transpose") or layer.taps == 1:
             return f"{self.name} is for convolutions of several places"
         kernel = layer.weight.shape[2:]
-        if self.first != (0,) and (len(kernel) != 2 or 1 in kernel):
-            return f"{self.name} is for kernels of two axes"
+        if self.first != (0,) and (len(kernel) != 2 or 1 in kernel or layer.node.op != "conv"):
+            return f"{self.name} is for kernels of two axes, not transposed"
         return None
 
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
@@ -102,24 +104,25 @@ class Separated:
                 yield first, last
 
     def lossless(self, layer: Layer) -> list[tuple[int, ...]]:
-        inner = prod(int(layer.weight.shape[axis + 1]) for axis in self.first)
+        inner = prod(kernel_sizes(layer)[axis] for axis in self.first)
         return [(inner, min(layer.outputs, layer.columns)) if self.third else (inner,)]
 
     def _cost(self, layer: Layer, graph: Graph, ranks: Sequence[Any]) -> tuple[Any, Any]:
         """Parameters and multiply-accumulates, of ranks or of arrays of them."""
         x, y = layer.node.inputs[0], layer.node.output
         assert isinstance(x, Value)
-        sizes = [int(size) for size in layer.weight.shape[1:]]
+        sizes = kernel_sizes(layer)
         inner = 1
         for axis in self.first:
             inner *= sizes[axis]
         rest = layer.columns // inner
         before, behind = places(graph, x, 1), places(graph, y, 1)
+        middle = before if layer.node.op == "conv_transpose" else behind
         if self.third:
             into, out = ranks
-            parts = [(into * inner, before), (into * out * rest, behind), (out * layer.outputs, behind)]
+            parts = [(into * inner, before), (into * out * rest, middle), (out * layer.outputs, behind)]
         elif len(self.first) == 1:
-            parts = [(ranks[0] * inner, before), (ranks[0] * rest * layer.outputs, behind)]
+            parts = [(ranks[0] * inner, before), (ranks[0] * rest * layer.outputs, middle)]
         else:
             axis = self.first[1]
             other = 3 - axis  # of the axes of the kernel, 1 and 2
@@ -133,18 +136,20 @@ class Separated:
         return self._chain(problem.layer, *parts), unfolded.product(*parts)
 
     def _chain(self, layer: Layer, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> list[Link]:
-        node, sizes = layer.node, [int(size) for size in layer.weight.shape[1:]]
+        node, sizes = layer.node, kernel_sizes(layer)
         spatial = len(sizes) - 1
         rank = len(first)
-        options = {name: per_axis(node.attributes[name], spatial) for name in ("stride", "padding", "dilation")}
+        names = ("stride", "padding", "dilation", "output_padding")
+        options = {name: per_axis(node.attributes[name], spatial) for name in names if name in node.attributes}
         if len(self.first) == 1:
             kernel = sizes[1:]
             down = Link("down", "conv", first.reshape(rank, -1, *(1 for _ in kernel)), single_places(spatial))
-            middle = core.reshape(-1, rank, *kernel), {**options, "groups": 1}
+            weight = core.reshape(-1, rank, *kernel)
+            middle = weight.transpose(0, 1) if node.op == "conv_transpose" else weight, {**options, "groups": 1}
             if up is None:
-                return [down, Link("up", "conv", *middle)]
+                return [down, Link("up", node.op, *middle)]
             last = up.reshape(*up.shape, *(1 for _ in kernel))
-            return [down, Link("core", "conv", *middle), Link("up", "conv", last, single_places(spatial))]
+            return [down, Link("core", node.op, *middle), Link("up", "conv", last, single_places(spatial))]
         axis = self.first[1] - 1  # of the kernel, that the first link goes along
         plain = {"stride": 1, "padding": 0, "dilation": 1}
         along = [
@@ -172,7 +177,7 @@ class _Unfolded:
 
     def __init__(self, problem: Problem, first: Sequence[int]) -> None:
         self.problem = problem
-        self.sizes = [int(size) for size in problem.layer.weight.shape[1:]]
+        self.sizes = kernel_sizes(problem.layer)
         self.many = len(first)
         self.order = [*first, *(axis for axis in range(len(self.sizes)) if axis not in first)]
         self.inner = 1
@@ -180,19 +185,26 @@ class _Unfolded:
             self.inner *= self.sizes[axis]
         self.rest = problem.layer.columns // self.inner
         self.weight = self._split(problem.weight)
-        if problem.inputs is not None:
-            columns = problem.layer.columns
-            rows = self._split(problem.inputs).reshape(columns, columns)
-            self.metric = self._split(rows.t()).reshape(self.inner, self.rest, self.inner, self.rest)
-        else:
-            self.metric = torch.eye(problem.layer.columns, dtype=torch.float64).reshape(
-                self.inner, self.rest, self.inner, self.rest
-            )
+        columns = problem.layer.columns
+        inputs = torch.eye(columns, dtype=torch.float64) if problem.inputs is None else problem.inputs
+        self.metric = self._split_metric(inputs)
 
     def _split(self, matrix: torch.Tensor) -> torch.Tensor:
         """[n, columns] as [n, inner, rest]."""
         grid = matrix.reshape(len(matrix), *self.sizes)
         return grid.permute(0, *(axis + 1 for axis in self.order)).reshape(len(matrix), self.inner, self.rest)
+
+    def _split_metric(self, metric: torch.Tensor) -> torch.Tensor:
+        """[columns, columns] as [inner, rest, inner, rest]."""
+        rows = self._split(metric).reshape(metric.shape)
+        return self._split(rows.t()).reshape(self.inner, self.rest, self.inner, self.rest)
+
+    @cached_property
+    def _metrics(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Those that errors are told by: of inputs [inner, rest, inner, rest], and of outputs."""
+        if not self.problem.bands:
+            return [(self.metric, self.problem.outputs)]
+        return [(self._split_metric(inputs), outputs) for inputs, outputs in self.problem.bands]
 
     def flat(self, split: torch.Tensor) -> torch.Tensor:
         """[n, inner, rest] as [n, columns]."""
@@ -253,11 +265,26 @@ class _Unfolded:
         first, core, up = parts
         first = self.first_bettered(first, core, up)
         outputs, metric = self.problem.outputs, self.metric_behind(first)
+        behind = [(self._metric_behind(first, own), left) for own, left in self._metrics]
+        through = [(own, _through(left, up)) for own, left in behind]
         left = outputs if up is None or outputs is None else up.t() @ outputs @ up
-        core = bettered(self.problem, lambda found: self.product(first, found, up), core, divided_by(left, metric))
+        core = bettered(
+            self.problem,
+            lambda found: self.product(first, found, up),
+            core,
+            divided_by(left, metric),
+            curved=lambda found: _weighed(found, through),
+        )
         if up is not None:
             right = core @ metric @ core.t()
-            up = bettered(self.problem, lambda found: self.product(first, core, found), up, divided_by(outputs, right))
+            through = [(core @ own @ core.t(), left) for own, left in behind]
+            up = bettered(
+                self.problem,
+                lambda found: self.product(first, core, found),
+                up,
+                divided_by(outputs, right),
+                curved=lambda found: _weighed(found, through),
+            )
         return first, core, up
 
     def first_bettered(self, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
@@ -267,7 +294,17 @@ class _Unfolded:
         weighed = behind if self.problem.outputs is None else torch.einsum("ou,upr->opr", self.problem.outputs, behind)
         left = torch.einsum("opr,oqr->pq", weighed, moved)
         right = torch.einsum("irjr->ij", self.metric)
-        return bettered(self.problem, lambda found: self.product(found, core, up), first, divided_by(left, right))
+        inner = core.reshape(-1, len(first), self.rest)
+        columns = self.inner * self.rest
+        through = [(own.reshape(columns, columns), _through(left, up)) for own, left in self._metrics]
+
+        def curved(found: torch.Tensor) -> torch.Tensor:
+            image = _weighed(self.image(found, core).reshape(len(core), -1), through)
+            return torch.einsum("qpr,qir->pi", inner, image.reshape(len(core), self.inner, self.rest))
+
+        return bettered(
+            self.problem, lambda found: self.product(found, core, up), first, divided_by(left, right), curved=curved
+        )
 
     def product(self, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
         """What the links multiply by, [outputs, columns]."""
@@ -275,7 +312,10 @@ class _Unfolded:
 
     def metric_behind(self, first: torch.Tensor) -> torch.Tensor:
         """The metric of what a first link gives, [rank x rest, rank x rest]."""
-        image = torch.einsum("pi,irjs->prjs", first, self.metric)
+        return self._metric_behind(first, self.metric)
+
+    def _metric_behind(self, first: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+        image = torch.einsum("pi,irjs->prjs", first, metric)
         return torch.einsum("prjs,qj->prqs", image, first).reshape(len(first) * self.rest, -1)
 
     def behind(self, first: torch.Tensor) -> Factored:
@@ -312,3 +352,18 @@ class _Unfolded:
     def image(self, first: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
         """[outputs, inner, rest] of a first link and what follows it."""
         return torch.einsum("opr,pi->oir", behind.reshape(len(behind), len(first), self.rest), first)
+
+
+def _through(outputs: torch.Tensor | None, up: torch.Tensor | None) -> torch.Tensor | None:
+    """The metric of outputs before a last link [outputs, last]."""
+    if up is None:
+        return outputs
+    return up.t() @ (up if outputs is None else outputs @ up)
+
+
+def _weighed(change: torch.Tensor, metrics: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
+    """A matrix times the metrics of both of its sides, of each band, in all."""
+    found = torch.zeros_like(change)
+    for inputs, outputs in metrics:
+        found += change @ inputs if outputs is None else outputs @ change @ inputs
+    return found

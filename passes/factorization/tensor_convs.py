@@ -6,7 +6,7 @@ tt    W[o, i, r, c] = sum over p, q, s  up[o, s] columns[s, q, c] rows[q, p, r] 
 Of cp the links between are depthwise. It starts from alternating least squares
 (:mod:`regauge.passes.factorization.polyadic`), these from the terms of the higher-order singular value decomposition
 that hold most, which are all of the kernel at full rank; tt from singular value decompositions in turns. Then each link
-is bettered beside the others.
+is bettered beside the others. Of transposed convolutions the links between are transposed, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from regauge.ir.ops.windows import per_axis
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.calibration.moments import factor_of
 from regauge.passes.factorization.chains import Link
-from regauge.passes.factorization.forms import Choice, ranks_up_to, single_places
+from regauge.passes.factorization.forms import Choice, kernel_sizes, ranks_up_to, single_places
 from regauge.passes.factorization.least_squares import bettered
 from regauge.passes.factorization.polyadic import decomposed, in_turns, random_start, terms
 from regauge.passes.factorization.problems import Problem, places
@@ -47,12 +47,11 @@ class Cp:
 
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
         layer = problem.layer
-        channels, *kernel = _sizes(layer)
+        channels, *kernel = kernel_sizes(layer)
         each = channels + sum(kernel) + layer.outputs
         ranks = ranks_up_to(min(layer.outputs * layer.columns // each, layer.columns), multiple)
-        at = _places_between(layer, graph)
-        macs = sum(size * count for size, count in zip((channels, *kernel), at, strict=True))
-        macs += layer.outputs * at[-1]
+        at = _places_of_links(layer, graph)
+        macs = sum(size * count for size, count in zip((channels, *kernel, layer.outputs), at, strict=True))
         if problem.inputs is not None:
             ranks = ranks[:: max(1, len(ranks) // _RANKS_TRIED)]
         losses = self._losses(problem, ranks)
@@ -86,7 +85,7 @@ class Cp:
     def _start(self, problem: Problem, rank: int, *, tried: bool) -> Factors:
         """What alternating least squares find of the kernel, by few turns to try a rank; on data with the best up."""
         layer = problem.layer
-        sizes = _sizes(layer)
+        sizes = kernel_sizes(layer)
         *rows, up = _largest_terms(problem.weight, rank, sizes)
         alone = Problem(layer, problem.weight)
         if alone.error(self._image([*rows, up])) > alone.rounding:
@@ -130,16 +129,16 @@ class TensorTrain:
 
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
         layer = problem.layer
-        channels, *kernel = _sizes(layer)
+        channels, *kernel = kernel_sizes(layer)
         most = self._most(layer)
-        at = _places_between(layer, graph)
+        at = _places_of_links(layer, graph)
         found = dict[tuple[int, ...], Choice]()
         for step in range(1, _RANKS_TRIED + 1):
             ranks = self._ranks(layer, most, step / (_RANKS_TRIED + 1), multiple)
             links = [channels * ranks[0]]
             links += [before * own * size for before, own, size in zip(ranks, ranks[1:], kernel, strict=False)]
             links += [ranks[-1] * layer.outputs]
-            parameters, macs = sum(links), sum(a * b for a, b in zip(links, [*at, at[-1]], strict=True))
+            parameters, macs = sum(links), sum(a * b for a, b in zip(links, at, strict=True))
             if ranks not in found and parameters < layer.outputs * layer.columns:
                 loss = problem.error(self._image(self._start(problem, ranks)))
                 found[ranks] = Choice(self.name, ranks, parameters, macs, loss)
@@ -158,7 +157,7 @@ class TensorTrain:
         return [tuple(self._most(layer))]
 
     def _most(self, layer: Layer) -> list[int]:
-        sizes, found, before = _sizes(layer), list[int](), 1
+        sizes, found, before = kernel_sizes(layer), list[int](), 1
         for axis, size in enumerate(sizes):
             behind = layer.outputs
             for other in sizes[axis + 1 :]:
@@ -171,14 +170,14 @@ class TensorTrain:
     def _ranks(layer: Layer, most: Sequence[int], share: float, multiple: int) -> tuple[int, ...]:
         """A share of the greatest ranks, none above what the links before it can give."""
         found, before = list[int](), 1
-        for rank, size in zip(most, _sizes(layer), strict=True):
+        for rank, size in zip(most, kernel_sizes(layer), strict=True):
             wanted = max(1, round(share * rank / multiple)) * multiple
             found.append(min(rank, wanted, before * size))
             before = found[-1]
         return tuple(found)
 
     def _start(self, problem: Problem, ranks: Sequence[int]) -> Factors:
-        sizes = _sizes(problem.layer)
+        sizes = kernel_sizes(problem.layer)
         rest = problem.weight.reshape(-1, *sizes).movedim(0, -1).reshape(sizes[0], -1)
         factors, before = Factors(), 1
         for size, rank in zip(sizes, ranks, strict=True):
@@ -199,14 +198,9 @@ class TensorTrain:
 
 
 def _misfit(name: str, layer: Layer) -> str | None:
-    if layer.node.op != "conv" or layer.taps == 1:
+    if layer.node.op not in ("conv", "conv_transpose") or layer.taps == 1:
         return f"{name} is for convolutions of several places"
     return None
-
-
-def _sizes(layer: Layer) -> list[int]:
-    """Channels of a block, and the axes of the kernel."""
-    return [int(size) for size in layer.weight.shape[1:]]
 
 
 def _basis(kernel: torch.Tensor, axis: int) -> torch.Tensor:
@@ -216,31 +210,36 @@ def _basis(kernel: torch.Tensor, axis: int) -> torch.Tensor:
     return found
 
 
-def _places_between(layer: Layer, graph: Graph) -> list[int]:
-    """The places of what the first link gives, and each of those along an axis."""
+def _places_of_links(layer: Layer, graph: Graph) -> list[int]:
+    """How many places each link multiplies its kernel at: those that it gives, and of transposed ones that it reads."""
     x, y = layer.node.inputs[0], layer.node.output
     assert isinstance(x, Value)
     bound = smallest_sizes(graph)
-    found = [places(graph, x, 1)]
+    given = [places(graph, x, 1)]
     for axis in range(2, x.rank):
-        found.append(found[-1] // bound(x.shape[axis]) * bound(y.shape[axis]))
-    return found
+        given.append(given[-1] // bound(x.shape[axis]) * bound(y.shape[axis]))
+    along = given[:-1] if layer.node.op == "conv_transpose" else given[1:]
+    return [given[0], *along, given[-1]]
 
 
 def _single(name: str, weight: torch.Tensor, layer: Layer) -> Link:
-    spatial = len(_sizes(layer)) - 1
+    spatial = len(kernel_sizes(layer)) - 1
     return Link(name, "conv", weight.reshape(*weight.shape, *(1 for _ in range(spatial))), single_places(spatial))
 
 
 def _along(axis: int, weight: torch.Tensor, layer: Layer, groups: int) -> Link:
     """A link that goes along one axis of the kernel, with what the layer does there."""
-    spatial = len(_sizes(layer)) - 1
+    spatial = len(kernel_sizes(layer)) - 1
     found = single_places(spatial)
-    for name in ("stride", "padding", "dilation"):
-        plain = 0 if name == "padding" else 1
-        own = per_axis(layer.node.attributes[name], spatial)
-        found[name] = tuple(own[a] if a == axis else plain for a in range(spatial))
-    return Link(f"axis{axis}", "conv", weight, {**found, "groups": groups})
+    node = layer.node
+    for name in ("stride", "padding", "dilation", "output_padding"):
+        if name in node.attributes:
+            plain = 1 if name in ("stride", "dilation") else 0
+            own = per_axis(node.attributes[name], spatial)
+            found[name] = tuple(own[a] if a == axis else plain for a in range(spatial))
+    if node.op == "conv_transpose" and groups == 1:
+        weight = weight.transpose(0, 1)
+    return Link(f"axis{axis}", node.op, weight, {**found, "groups": groups})
 
 
 def _bettered_in_turns(problem: Problem, image: Image, factors: Factors) -> Factors:

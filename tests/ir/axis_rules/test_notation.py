@@ -32,6 +32,8 @@ def test_rules_print_back(text: str) -> None:
         ("(a b + c) -> a", "may not be mixed", 7),
         ("() -> a", "empty parentheses", 3),
         ("a & b -> a", "does not belong", 2),
+        ("... whole n -> ... n", "'whole' names a role, not an axis", 4),
+        ("(g scan) -> g", "'scan' names a role, not an axis", 3),
         ("a -> b ; window c", "no operand or result has the axis 'c'", 16),
         ("a -> b ; k = cc ; whole b", "k = cc: no operand or result has the axis", 13),
     ],

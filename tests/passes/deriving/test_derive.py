@@ -15,7 +15,9 @@ from regauge.ir.errors import EquivalenceError, PassError
 from regauge.ir.graph import Graph, Value
 from regauge.ir.roofline import DEVICES
 from regauge.passes.base import Context
+from regauge.passes.deriving import derive
 from regauge.passes.deriving.derive import _Derivation
+from regauge.passes.deriving.expressions import RANGES, READERS
 from regauge.passes.deriving.search import Limit
 
 
@@ -251,3 +253,76 @@ def test_random_expressions_are_equal_however_they_are_computed(graph: Graph) ->
             work.visit(node)
     inputs = [torch.randint(-2, 3, value.shape).double() for value in graph.inputs]
     assert torch.equal(result.run(inputs)[0], graph.run(inputs)[0])
+
+
+# -- ranges ------------------------------------------------------------------------------------------------------------
+
+
+def test_zeros_are_put_around_what_is_computed_and_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a feature map that windows need more of, as in Swin Transformer, behind the map instead of before it."""
+    graph = captured(lambda x, w: torch.nn.functional.pad(x, (0, 0, 4, 60)) @ w, (8, 64, 128), (128, 128))
+    done = regauge.optimize(graph, "derive")
+    assert ops(done) == ["matmul", "pad"] or ops(done) == ["reshape", "matmul", "reshape", "pad"]
+    assert macs(done) == (8 * 128 * 128 * 128, 8 * 64 * 128 * 128)
+    without = {op: read for op, read in READERS.items() if op not in RANGES}
+    monkeypatch.setattr(derive, "READERS", without)
+    assert ops(regauge.optimize(graph, "derive")) == ops(graph)  # no other rule finds it
+
+
+def test_weights_of_zeros_between_channels_are_not_read() -> None:
+    """Channels of a shortcut that are filled up with zeros: the sum goes over those that are there."""
+    graph = captured(lambda x, w: torch.nn.functional.pad(x, (32, 96)) @ w, (512, 128), (256, 256))
+    done = regauge.optimize(graph, "derive")
+    assert sorted(ops(done)) == ["matmul", "slice"]
+    assert macs(done) == (512 * 256 * 256, 512 * 128 * 256)
+    (cut,) = [node for node in done.nodes if node.op == "slice"]
+    assert (cut.attributes["dim"], cut.attributes["start"], cut.attributes["end"]) == (0, 32, 160)
+
+
+def test_only_the_part_that_is_read_is_computed() -> None:
+    graph = captured(lambda x, w: (x @ w)[:, 8:24], (512, 128), (128, 128))
+    done = regauge.optimize(graph, "derive")
+    assert ops(done) == ["slice", "matmul"]
+    assert macs(done) == (512 * 128 * 128, 512 * 128 * 16)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: torch.nn.functional.pad(x, (0, 0, 4, 60), value=1.0) @ w,  # what is around is not zero
+        lambda x, w: torch.nn.functional.pad(x + 1.0, (0, 0, 4, 60)) @ w,  # nor is it the same sum there
+        lambda x, w: (x @ w)[:, ::2],
+    ],
+)
+def test_other_ranges_stay(function: Callable[..., torch.Tensor]) -> None:
+    graph = captured(function, (64, 128), (128, 128))
+    assert ops(regauge.optimize(graph, "derive")) == ops(graph)
+
+
+@given(st.data())
+def test_what_is_found_with_ranges_is_equal(data: st.DataObject) -> None:
+    """Zeros and slices anywhere in a chain of products and sums."""
+    torch.manual_seed(0)
+    sizes = st.sampled_from((2, 3, 64))
+    graph = Graph("g")
+    build = Builder(graph)
+    value = build.input("x", (data.draw(sizes), data.draw(sizes)), torch.float32)
+    for place in range(data.draw(st.integers(2, 4))):
+        dim = data.draw(st.integers(0, 1))
+        size = int(value.shape[dim])
+        kind = data.draw(st.sampled_from(("pad", "slice", "matmul", "add")))
+        if kind == "pad":
+            amounts = data.draw(st.tuples(st.integers(0, 40), st.integers(0, 40)))
+            value = build.pad(value, pads=(amounts, (0, 0)) if dim == 0 else ((0, 0), amounts))
+        elif kind == "slice" and size > 2:
+            start = data.draw(st.integers(0, size - 2))
+            value = build.slice(value, dim=dim, start=start, end=data.draw(st.integers(start + 2, size)), step=1)
+        elif kind == "add":
+            value = build.add(value, build.input(f"y{place}", tuple(value.shape), torch.float32))
+        else:
+            other = build.input(f"w{place}", (int(value.shape[1]), data.draw(sizes)), torch.float32)
+            value = build.matmul(value, other)
+    graph.outputs = [value]
+    done = regauge.optimize(graph, "derive{gain=0}")
+    tensors = [torch.randint(-3, 4, tuple(map(int, value.shape))).float() for value in graph.inputs]
+    assert torch.equal(done.run(tensors)[0], graph.run(tensors)[0])
