@@ -56,6 +56,7 @@ PASSES = {
     "char_gpt": [
         "kv-latent{bytes=0.75}",
         *LATENTS,
+        *(f"kv-latent{{bytes={share},joint=true,group={group}}}" for share in (0.5, 0.25) for group in (2, 3)),
         *QUANTIZED,
         "kv-latent{bytes=0.75},kv-quantize{bits=4}",
     ],
@@ -63,6 +64,7 @@ PASSES = {
         "kv-latent{bytes=0.75}",
         *LATENTS,
         "kv-latent{bytes=0.5,joint=false}",
+        "kv-latent{bytes=0.5,joint=true,group=1}",
         *QUANTIZED,
         "kv-latent{bytes=0.75},kv-quantize{bits=4}",
     ],

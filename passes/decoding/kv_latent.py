@@ -63,11 +63,13 @@ class KvLatent(Pass):
     with ``widths=2`` two, each head that which suits it (CLOVER, Meng et al. 2024, where each has its own): heads of a
     rank are computed together, with an attention and caches of their own. Values, and keys that are not rotated, have
     either form, whichever loses less at its bytes: the knapsack weighs both (``joint`` asks for one of them;
-    ``joint=false`` saves the multiplications). A layer that makes queries, keys and values is split into three before.
-    With data each layer is fitted to what it gave, on what the changed layers before it give, and so is the layer
-    behind attention. Deviations: no Hadamard rotation of latents, which paid off for none without outliers; a latent
-    for each head or for all where Palu has one for four, since the weights of outputs would grow. ``kv-cache``
-    afterwards keeps the latents.
+    ``joint=false`` saves the multiplications). Between both, ``group=4`` has a joint latent for each four adjacent
+    heads (G-LRD), of one rank in all groups; keys and values are computed from that of their group alone, with as many
+    times fewer multiplications at the same bytes as there are groups. A layer that makes queries, keys and values is
+    split into three before. With data each layer is fitted to what it gave, on what the changed layers before it give,
+    and so is the layer behind attention. Deviations: no Hadamard rotation of latents, which paid off for none without
+    outliers; values of a group's latent are computed, where Palu has the output read it, whose weights would grow.
+    ``kv-cache`` afterwards keeps the latents.
     Exact at full rank.
 
     ``method=elitekv`` (Zhou et al. 2025): of rotated keys each head keeps those pairs rotated without which its scores
@@ -98,6 +100,9 @@ class KvLatent(Pass):
     joint: bool | None = option(
         None, "values, and keys that are not rotated, from one latent of all heads; if not given, where that loses less"
     )
+    group: int | None = option(
+        None, "how many adjacent heads have a joint latent in common; if not given, all that there are", at_least=1
+    )
     widths: int = option(
         1, "how many different ranks the heads of an attention may have; heads of each are computed apart", at_least=1
     )
@@ -116,6 +121,9 @@ class KvLatent(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_amount(self.bytes, "bytes", "bytes")
+        if self.group is not None and (self.joint is False or self.method != "palu"):
+            other = "joint=false has one for each head" if self.method == "palu" else f"not method={self.method}"
+            raise PassError(f"{self.name}: group={self.group} is of joint latents of method=palu; {other}")
 
     def call(self, graph: Graph, context: Context) -> Graph:
         refuse_caches(graph, self.name)
@@ -177,7 +185,7 @@ class KvLatent(Pass):
         of_heads = self.method == "matryoshka"
         joint = False if of_heads else self.joint
         turned = data and (of_heads or joint is None)
-        return list(forms_of(attention_sites(graph), left, joint=joint, turned=turned))
+        return list(forms_of(attention_sites(graph), left, joint=joint, turned=turned, group=self.group))
 
     def _measured(self, graph: Graph, forms: list[list[Part]], batches: list[Any]) -> _Measured:
         parts = [part for own in forms for part in own]

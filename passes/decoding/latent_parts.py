@@ -4,6 +4,7 @@ values          W_v = B A, head by head: A x is kept, and the output's weight re
 keys            the same, and the queries' weight reads it: W_q' = B' W_q
 rotated keys    W_k = B A for all heads together: A x is kept, B (A x) is computed and rotated at every step; or
                 B A = 1 head by head behind the rotation R: A R W_k x is kept, and queries are B' R W_q x
+in groups       W = B A for the heads of each group together: B (A x) is computed at every step, group by group
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from regauge.ir.cost import item_size
+from regauge.ir.errors import PassError
 from regauge.ir.graph import Value
 from regauge.passes.attention.sites import Heads, Site
 from regauge.passes.calibration.layers import layer_of
@@ -25,7 +27,8 @@ from regauge.passes.factorization.metric_svd import Factored, factored
 class Part:
     """The keys or the values of a site: one map of low rank for each head, or a ``joint`` one for all of them.
 
-    Those of ``turned`` keys are behind their rotation, from keys to keys.
+    Where ``group`` is given a joint map is that of so many adjacent heads, which divide their number. Those of
+    ``turned`` keys are behind their rotation, from keys to keys.
     """
 
     site: Site
@@ -33,6 +36,7 @@ class Part:
     heads: Heads
     joint: bool
     turned: bool = False
+    group: int | None = None
 
     @property
     def name(self) -> str:
@@ -41,7 +45,9 @@ class Part:
     @property
     def maps(self) -> list[torch.Tensor]:
         """The channels of the layer that each map makes, in the order of heads."""
-        return [self.heads.channels.flatten()] if self.joint else list(self.heads.channels)
+        if not self.joint:
+            return list(self.heads.channels)
+        return [rows.flatten() for rows in self.heads.channels.split(self.group or self.heads.count)]
 
     @property
     def most(self) -> int:
@@ -111,13 +117,22 @@ def _over_angles(gram: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
 
 
 def forms_of(
-    sites: Sequence[Site], left: Counter[str], *, joint: bool | None, turned: bool = False
+    sites: Sequence[Site],
+    left: Counter[str],
+    *,
+    joint: bool | None,
+    turned: bool = False,
+    group: int | None = None,
 ) -> Iterator[list[Part]]:
     """Of keys and of values that can be kept in fewer numbers the forms of their latents, that of each head first.
 
     One latent for all heads (``joint``) is a form wherever they have a layer of their own. Keys whose latents attention
     cannot read have a form for each head behind their rotation where ``turned`` asks for it (which needs data). Where
-    both are, ``joint`` may ask for one. ``left`` counts the reasons why others cannot be kept so.
+    both are, ``joint`` may ask for one. ``group`` has a joint latent for each so many adjacent heads. ``left`` counts
+    the reasons why others cannot be kept so.
+
+    Raises:
+        PassError: heads cannot be parted into groups of ``group``.
     """
     for site in sites:
         for kind, heads in (("keys", site.key), ("values", site.value)):
@@ -130,9 +145,19 @@ def forms_of(
             if behind and not ways:
                 ways.append(Part(site, kind, heads, joint=False, turned=True))
             if _misfit(site, kind, heads) is None and fills_layer(heads):
-                ways.append(Part(site, kind, heads, joint=True))
+                _check_group(heads, kind, group)
+                ways.append(Part(site, kind, heads, joint=True, group=group))
             asked = [way for way in ways if joint is None or way.joint == joint]
             yield asked or ways
+
+
+def _check_group(heads: Heads, kind: str, group: int | None) -> None:
+    if group is not None and heads.count % group:
+        fit = [str(own) for own in range(1, heads.count + 1) if heads.count % own == 0]
+        raise PassError(
+            f"{heads.layer.weight.name} makes {kind} of {heads.count} heads, which are no groups of {group}: "
+            f"give group={' or '.join(fit)}, or none for a latent of all"
+        )
 
 
 def _is_turned(site: Site) -> bool:

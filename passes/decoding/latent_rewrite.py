@@ -26,7 +26,7 @@ def write_latents(graph: Graph, factors: Factors, turned: Mapping[Part, Node], *
             write_turned(graph, turned[part], part, maps, by=by)
             continue
         if part.joint:
-            _through_latent(graph, part, *maps[0], by=by)
+            _through_latent(graph, part, maps, by=by)
         else:
             sites.setdefault(part.site, {})[part.kind] = maps
         ranks = [len(down) for _, down in maps]
@@ -35,16 +35,36 @@ def write_latents(graph: Graph, factors: Factors, turned: Mapping[Part, Node], *
         SiteRewrite(graph, site, by).run(own)
 
 
-def _through_latent(graph: Graph, part: Part, up: torch.Tensor, down: torch.Tensor, *, by: str) -> None:
-    """y = B (A x) + b for all heads together; the rows of B in the order of the layer's channels."""
+def _through_latent(graph: Graph, part: Part, maps: Maps, *, by: str) -> None:
+    """y = B (A x) + b for all heads together, or for those of each group; B's rows in the order of the layer's."""
     layer, build = part.heads.layer, Builder(graph, by=by)
-    rows = torch.empty_like(up)
-    rows[part.maps[0]] = up
+    down, order = torch.cat([down for _, down in maps]), torch.cat(part.maps)
     with build.at(layer.node):
         latent = build.linear(apart(part.heads.x), weight_beside(build, layer, "latent", down))
         keep_bond(latent, f"{part.name} in a cache")
-        whole = build.linear(latent, weight_beside(build, layer, "heads", rows), layer.bias)
+        if len(maps) == 1:
+            rows = maps[0][0][order.argsort()]
+            whole = build.linear(latent, weight_beside(build, layer, "heads", rows), layer.bias)
+        else:
+            whole = _of_groups(build, layer, latent, torch.stack([up.T for up, _ in maps]))
+            if not torch.equal(order, order.sort().values):
+                places = build.constant(order.argsort(), "channels")
+                whole = build.index_select(whole, places, dim=whole.rank - 1)
+            whole = whole if layer.bias is None else build.add(whole, layer.bias)
         put(build, layer.node.output, whole)
+
+
+def _of_groups(build: Builder, layer: Layer, latent: Value, up: torch.Tensor) -> Value:
+    """[..., groups * channels] of latents [..., groups * rank], by ``up`` [groups, rank, channels].
+
+    One batched product: as a matrix the maps side by side would be zeros but for a block of each group.
+    """
+    groups, rank, channels = up.shape
+    parted = build.reshape(latent, shape=(*latent.shape[:-1], groups, rank))
+    order = _swapped(latent.rank)
+    made = build.matmul(build.permute(parted, dims=order), weight_beside(build, layer, "heads", up))
+    found: Value = build.reshape(build.permute(made, dims=order), shape=(*latent.shape[:-1], groups * channels))
+    return found
 
 
 def apart(x: Value) -> Value:
