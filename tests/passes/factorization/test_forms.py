@@ -107,7 +107,7 @@ def test_what_fewer_directions_lose_is_known_of_all_at_once(inputs: torch.Tensor
         first = unfolded.start(rank)
         behind = unfolded.behind(first)
         whole = unfolded.product(first, behind.down[:last], behind.up[:, :last])
-        assert choice.loss == pytest.approx(problem.error(whole), rel=1e-8, abs=1e-12)  # one has a ridge of 1e-9
+        assert choice.loss == pytest.approx(problem.error(whole), rel=1e-7, abs=1e-12)  # one has a ridge of 1e-9
 
 
 @pytest.mark.parametrize("name", ["tucker", "columns", "rows", "cp", "tt"])
