@@ -168,9 +168,26 @@ def wide_attention(f: Form, rows: Any, columns: int) -> Any:
     return f.build.attention(q, k, v, scale=width**-0.5, is_causal=True)
 
 
+def position_bias_attention(f: Form, rows: Any, columns: int) -> Any:
+    """A bias for each head and pair of places, as T5 has it, of queries that are the last of the positions."""
+    q, k, v = f.x(2, 4, min(rows, columns), 64), f.x(2, 2, columns, 64), f.x(2, 2, columns, 64)
+    bias = f.x(4, min(rows, columns), columns)
+    return f.build.attention(q, k, v, bias, scale=0.125, is_causal=True, lower_right=True, enable_gqa=True)
+
+
+def sloped_attention(f: Form, rows: Any, columns: int) -> Any:
+    """A slope for each head times distances, as ALiBi has it, and a weight for each key of a sequence."""
+    b, q, k, v = f.build, f.x(2, 3, rows, 40), f.x(2, 3, columns, 40), f.x(2, 3, columns, 24)
+    scores = b.mul(b.matmul(q, b.permute(k, dims=(0, 1, 3, 2))), 0.2)
+    away = b.mul(f.x(rows, columns), 0.25)
+    scores = b.add(b.add(scores, b.mul(f.x(3, 1, 1), away)), f.x(2, 1, 1, columns))
+    return b.matmul(b.softmax(scores, dim=3), v)
+
+
 ATTENTION_FORMS = (
     causal_attention, later_causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention,
     decoding_attention, latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding,
     int2_cache_decoding, int4_groups_attention, int8_cache_attention, turned_latents_attention,
     latent_keys_with_bias_attention, written_out_attention, wide_attention,
+    position_bias_attention, sloped_attention,
 )  # fmt: skip

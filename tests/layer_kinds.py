@@ -30,10 +30,22 @@ class Matmul(nn.Module):
         return x @ self.weight
 
 
+class Stack(nn.Module):
+    """A matrix for each of three entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 9), (4, 5, 6)),
     "wide": (lambda: nn.Linear(12, 18), (5, 12)),
     "matmul": (Matmul, (2, 3, 12)),
+    "stack": (Stack, (3, 4, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 5, stride=2, padding=2), (2, 4, 17)),
     "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 4, 9, 8)),
     "conv3d": (lambda: nn.Conv3d(3, 4, 2, padding=1), (1, 3, 4, 5, 3)),

@@ -25,8 +25,11 @@ from regauge.ir.fusion.attention_gradients import AttentionGradient
 from regauge.ir.fusion.region import Layout, Term, terms_below
 from regauge.ir.graph import Value
 
-GradientForm = Literal["statistics", "of_queries", "of_keys"]
+GradientForm = Literal["statistics", "of_queries", "of_keys", "of_bias", "total"]
 GRADIENT_FORMS: tuple[GradientForm, ...] = ("statistics", "of_queries", "of_keys")
+BIAS_FORMS: tuple[GradientForm, ...] = ("statistics", "of_bias", "total")
+"""The kernels of the gradients of factors, and of that of a bias (:mod:`bias_gradient`), one after the other."""
+
 STATISTICS = ("sums_ptr", "deltas_ptr")
 """What the first kernel hands on: two numbers for each row, in single precision."""
 
@@ -35,11 +38,15 @@ _TITLES: Mapping[GradientForm, str] = {
     "statistics": "what gradients of attention need of each row",
     "of_queries": "the gradient of queries",
     "of_keys": "the gradients of keys and values",
+    "of_bias": "the gradient of a bias",
+    "total": "the sums of all parts of the gradient of a bias",
 }
 
 
 class AttentionGradientKernel(LatentFactors):
     """The text of one kernel; see the module docstring."""
+
+    scratch: tuple[str, ...] = STATISTICS
 
     def __init__(self, gradient: AttentionGradient, name: str, form: GradientForm, *, contiguous: bool) -> None:
         super().__init__(gradient.region, name, "fused", contiguous=contiguous)
@@ -49,12 +56,12 @@ class AttentionGradientKernel(LatentFactors):
         (written,) = self.writes
         self.given = self._own(f"{written.name}_gradient", given, layout)
         self.result = Tensor(written.name, result, layout, written.places)
-        loads = [factor.value for factor in gradient.factors]
+        loads = [load.value for load in gradient.of]
         outputs = [value for value in gradient.graph.outputs if isinstance(value, Value)]
         self.reads = [*self.reads, self.given, self.result]
         self.writes = [
-            self._own(f"{self.of_load[factor].name}_gradient", value, load.layout)
-            for factor, load, value in zip(gradient.factors, loads, outputs, strict=True)
+            self._own(f"{self.of_load[own].name}_gradient", value, load.layout)
+            for own, load, value in zip(gradient.of, loads, outputs, strict=True)
         ]
         self.loops = loops_of(self.region, [*self.reads, *self.writes], contiguous=contiguous)
         self.inner = self.loops.contracted
@@ -73,9 +80,16 @@ class AttentionGradientKernel(LatentFactors):
 
     def source(self) -> str:
         self.line(f"batches = {self.joint_size(self.loops.batch)}")
-        {"statistics": self._statistics, "of_queries": self._of_queries, "of_keys": self._of_keys}[self.form]()
-        head = self.signature(self.name_of_kernel, self.arguments(self.loops, STATISTICS), _CONSTANTS)
+        self._body()
+        head = self.signature(self.name_of_kernel, self.arguments(self.loops, self.scratch), self.constants)
         return self.finished([*head, *self.docstring(self.name_of_kernel, _TITLES[self.form], self.loops.all)])
+
+    def _body(self) -> None:
+        {"statistics": self._statistics, "of_queries": self._of_queries, "of_keys": self._of_keys}[self.form]()
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        return _CONSTANTS
 
     def text(self, term: Term) -> str:
         return self.slopes if term is self.gradient.seed else super().text(term)

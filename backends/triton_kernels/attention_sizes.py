@@ -11,6 +11,7 @@ import torch
 
 from regauge.backends.triton_kernels.attention import AttentionForm
 from regauge.backends.triton_kernels.attention_gradient import GradientForm
+from regauge.backends.triton_kernels.bias_gradient import ENTRIES, Shares
 from regauge.backends.triton_kernels.launch import Launch, power_above
 from regauge.backends.triton_kernels.loops import Loops, Tensor, count
 from regauge.ir.dims.extents import Dim
@@ -93,12 +94,35 @@ def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops
         own = 128 if form != "of_keys" else own
     masks = [tensor for tensor in reads if tensor.loops(loops.rows) and tensor.loops(loops.source)]
     crowded = form == "of_keys" and bool(masks)  # no room for what is read ahead
-    own = 32 if crowded else own
+    biased = any(tensor.value.dtype != torch.bool for tensor in masks)  # four warps would spill biases
+    own = (64 if biased and width <= 128 and not single else 32) if crowded else own
     high, deep = (other, own) if form == "of_keys" else (own, other)
     last = loops.rows[-1:] if form == "of_keys" else loops.rows
     high, deep = min(high, max(16, power_above(count(last, sizes)))), min(deep, max(16, power_above(source)))
     tiles = -(-source // deep) if form == "of_keys" else -(-rows // high)
     constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns)), "BLOCK_K": max(16, power_above(head))}
-    warps = 4 if single or crowded else 8
+    warps = 4 if single or crowded and not biased else 8
     programs = tiles * count(loops.batch, sizes)
     return Launch(programs, {**constants, "BLOCK_S": deep}, warps, stages=1 if crowded else 2)
+
+
+def launch_of_bias(reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
+    """Programs have a tile of the bias; where tiles are too few, PARTS programs share what leads to each."""
+    rows, columns, head, source = (
+        count(one, sizes) for one in (loops.rows[-1:], loops.columns, loops.contracted, loops.source)
+    )
+    single = any(tensor.value.dtype == torch.float32 for tensor in reads)
+    high, deep, warps = (32, 32, 4) if single else (64, 32, 8)
+    high, deep = min(high, max(16, power_above(rows))), min(deep, max(16, power_above(source)))
+    tiles, steps = Shares(bias, loops).counts(sizes, high, deep)
+    most = min(BUSY // max(tiles, 1), steps)
+    parts = 1 << most.bit_length() - 1 if most > 1 else 1
+    constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns)), "BLOCK_K": max(16, power_above(head))}
+    return Launch(tiles * parts, {**constants, "BLOCK_S": deep, "PARTS": parts}, warps, stages=1)
+
+
+def launch_of_total(reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
+    """Programs add up the parts of some entries; there are none where a bias has but one part."""
+    parts = launch_of_bias(reads, bias, loops, sizes).constants["PARTS"]
+    programs = -(-count(bias.loops(loops.all), sizes) // ENTRIES) if parts > 1 else 0
+    return Launch(programs, {"BLOCK": ENTRIES, "PARTS": parts}, 4)

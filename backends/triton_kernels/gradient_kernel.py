@@ -7,8 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from regauge.backends.triton_kernels.attention_gradient import GRADIENT_FORMS, STATISTICS, AttentionGradientKernel
+from regauge.backends.triton_kernels.attention_gradient import (
+    BIAS_FORMS,
+    GRADIENT_FORMS,
+    AttentionGradientKernel,
+)
+from regauge.backends.triton_kernels.attention_sizes import launch_of_bias
+from regauge.backends.triton_kernels.bias_gradient import BiasGradientKernel
 from regauge.backends.triton_kernels.kernel import Form, Kernel, Source
+from regauge.backends.triton_kernels.launch import Launch
+from regauge.backends.triton_kernels.loops import count
 from regauge.ir.dims.extents import Dim
 from regauge.ir.fusion.attention_gradients import AttentionGradient
 from regauge.ir.graph import Graph, Value
@@ -30,27 +38,42 @@ class GradientKernel(Kernel):
         return "statistics"
 
     def _write(self, form: Form, contiguous: bool) -> Source:
-        assert self.gradient is not None
         then: Source | None = None
-        for one in reversed(GRADIENT_FORMS):
-            writer = AttentionGradientKernel(self.gradient, self.name, one, contiguous=contiguous)
+        for writer in reversed(self._writers(contiguous)):
             text, reads, writes = writer.source(), tuple(writer.reads), tuple(writer.writes)
             then = Source(
                 text,
                 writer.name_of_kernel,
-                one,
+                writer.form,
                 self.rounding,
                 reads,
                 writes,
                 writer.loops,
-                scratch=STATISTICS,
+                scratch=writer.scratch,
                 then=then,
             )
         assert then is not None
         return then
 
+    def _writers(self, contiguous: bool) -> list[AttentionGradientKernel]:
+        gradient, name = self.gradient, self.name
+        assert gradient is not None
+        if gradient.bias is None:
+            return [AttentionGradientKernel(gradient, name, form, contiguous=contiguous) for form in GRADIENT_FORMS]
+        return [BiasGradientKernel(gradient, name, form, contiguous=contiguous) for form in BIAS_FORMS]
+
+    def scratch(self, source: Source, sizes: Mapping[Dim, int], start: Launch) -> list[int]:
+        """Of the gradient of a bias also the parts that are added up, if there are several."""
+        rows = super().scratch(source, sizes, start)
+        if self.gradient is None or self.gradient.bias is None:
+            return rows
+        (bias,), loops = source.writes, source.loops
+        parts = launch_of_bias(source.reads, bias, loops, sizes).constants["PARTS"]
+        return [*rows, parts * count(bias.loops(loops.all), sizes) if parts > 1 else 1]
+
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
-        """The gradients of queries, keys and values, for what the region reads, the gradient of its result, and it."""
+        """The gradients of queries, keys and values, or of a bias, for what the region reads, the gradient of its
+        result, and this."""
         assert self.gradient is not None and self.graph is not None
         whole = self.gradient.graph
         inside = [*self.gradient.reads, *whole.inputs[-2:]]

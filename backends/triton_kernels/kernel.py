@@ -19,10 +19,12 @@ import torch
 
 from regauge.backends.torch_module.runtime import import_source
 from regauge.backends.triton_kernels.attention import AttentionForm, AttentionKernel
-from regauge.backends.triton_kernels.attention_gradient import GRADIENT_FORMS, GradientForm
+from regauge.backends.triton_kernels.attention_gradient import BIAS_FORMS, GRADIENT_FORMS, GradientForm
 from regauge.backends.triton_kernels.attention_sizes import (
     launch_of_attention,
+    launch_of_bias,
     launch_of_gradient,
+    launch_of_total,
     scratch_sizes,
     splits_of,
 )
@@ -163,6 +165,10 @@ class Kernel:
         reads, writes = tuple(writer.reads), tuple(writer.writes)
         return Source(writer.source(), name, form, rounding, reads, writes, writer.loops, tiling, scratch, then, totals)
 
+    def scratch(self, source: Source, sizes: Mapping[Dim, int], start: Launch) -> list[int]:
+        """How many numbers the kernels of a source hand on, in each piece of memory."""
+        return scratch_sizes(source.form, source.loops, sizes, start.constants.get("SPLITS", 1))
+
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
         source = self.source(form)
@@ -186,13 +192,15 @@ class Kernel:
             if start.partials:
                 pointers.append(torch.empty(start.partials, dtype=torch.float32, device=device))
             if source.scratch:
-                handed = scratch_sizes(source.form, source.loops, sizes, start.constants.get("SPLITS", 1))
+                handed = self.scratch(source, sizes, start)
                 pointers += [torch.empty(size, dtype=torch.float32, device=device) for size in handed]
             arguments = [*pointers, *numbers(source, sizes, starts, steps)]
             _start(source, start, arguments)
             following = source.then
             while following is not None:  # its arguments are the same
-                _start(following, launch_of(following, sizes, None), arguments)
+                next_ = launch_of(following, sizes, None)
+                if next_.programs:
+                    _start(following, next_, arguments)
                 following = following.then
         for tensor, part in zip(source.totals, parts, strict=True):
             results[tensor.value] = part.sum(0).to(tensor.value.dtype).reshape(shape_of(tensor.layout, sizes))
@@ -264,7 +272,7 @@ def config_for(
     """The configuration for given sizes; None for tiles that no table holds (:mod:`triton_tile_sizes`, and
     :mod:`triton_attention_sizes`)."""
     if (
-        source.form in ("split", "attention", "combine", *GRADIENT_FORMS)
+        source.form in ("split", "attention", "combine", *GRADIENT_FORMS, *BIAS_FORMS)
         or source.tiling is not None
         and not source.tiling.plain
     ):
@@ -277,6 +285,10 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None, a
     if config is None and source.tiling is not None:
         native = multiplies_float8(architecture)
         return launch_of_tiles(source.loops, source.tiling, sizes, split=source.form == "split", float8=native)
+    if source.form == "of_bias":
+        return launch_of_bias(source.reads, source.writes[0], source.loops, sizes)
+    if source.form == "total":
+        return launch_of_total(source.reads, source.writes[0], source.loops, sizes)
     if source.form == "statistics" or source.form == "of_queries" or source.form == "of_keys":
         return launch_of_gradient(source.form, source.reads, source.loops, sizes)
     if config is None:

@@ -37,7 +37,8 @@ _TAKEN = {
     "tl", "triton", "row", "col", "ok", "row_ok", "col_ok", "start", "window", "step", "steps", "group", "split",
     "begin", "end", "part", "entries", "partials", "each", "blocks", "program", "first", "high", "batch", "m", "n",
     "k", "s", "r", "low", "tiles", "share", "highest", "shift", "kept", "weights", "logits", "place", "places", "float",
-    "range",
+    "range", "sums", "deltas", "delta", "found", "steep", "of_keys", "of_values", "more", "rest", "stop", "parts",
+    "begin_m", "begin_s", "tiles_m", "tiles_s",
     *FUNCTIONS,
 }  # fmt: skip
 _WIDTH = 112

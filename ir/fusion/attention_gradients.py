@@ -4,16 +4,19 @@
     delta   = sum over n of gradient * result                   once for each row
     g_logits = weights * (sum over n of gradient * values - delta)
     g_values = sum over m of weights * gradient,  g_queries, g_keys = sums of the derivative of logits * keys, queries
+    g_bias   = the derivative of logits, summed over the loops that the bias lacks
 
 (Dao et al. 2022, FlashAttention, appendix B; Dao 2023, FlashAttention-2, algorithm 2.) The result of the region is kept
-for it. A mask or a bias has no gradient here: torch finds it where it is asked for.
+for it. A bias is whatever else logits are made of: what is added to scores (Raffel et al. 2020, T5, section 2.1; Liu et
+al. 2021, Swin, equation 4), the slope that distances are multiplied by (Press et al. 2022, ALiBi), a learned scale. Its
+gradient stands apart from the other ones, as a mask of floats is seldom trained.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,11 +38,12 @@ from regauge.ir.sizes.expressions import product
 
 @dataclass(frozen=True)
 class AttentionGradient:
-    """Gradients of the factors of a region that is attention and nothing else.
+    """Gradients of the factors of a region that is attention and nothing else, or that of a ``bias``.
 
-    ``graph`` reads what the region ``reads``, the gradient of its result and this result, and returns the gradients of
-    queries, keys and values. ``slope`` is the gradient of the scores, of the gradient ``seed`` of the logits; with
-    ``guarded`` rows of which all is masked give zero.
+    ``graph`` reads what the region ``reads``, the gradient of its result and this result, and returns the gradients
+    ``of`` queries, keys and values, or of the bias. ``slope`` is the gradient of the scores, or of the bias before sums
+    over the loops that it lacks, of the gradient ``seed`` of the logits; with ``guarded`` rows of which all is masked
+    give zero.
     """
 
     region: Region
@@ -48,6 +52,7 @@ class AttentionGradient:
     seed: Term
     slope: Term
     guarded: bool
+    bias: Term | None = None
 
     @property
     def parts(self) -> Attention:
@@ -55,11 +60,10 @@ class AttentionGradient:
         return self.region.attention
 
     @property
-    def factors(self) -> tuple[Term, Term, Term]:
-        """The loads of queries, keys and values."""
+    def of(self) -> tuple[Term, ...]:
+        """The loads whose gradients these are: of queries, keys and values, or of the bias."""
         parts = self.parts
-        first, second, third = map(below_results, (parts.queries, parts.keys, parts.values))
-        return first, second, third
+        return (self.bias,) if self.bias else tuple(map(below_results, (parts.queries, parts.keys, parts.values)))
 
 
 def core_of(region: Region) -> list[Node]:
@@ -98,9 +102,27 @@ def attention_gradient(body: Graph, region: Region) -> AttentionGradient:
     _check(body, region, parts)
     guarded = _is_guarded(region, parts)
     seed = Term("gradient", axes=parts.logits.axes)
-    slope = _slope(parts, seed)
+    slope = _slope(parts, parts.scores, seed)
     graph = _Written(body, region, parts, guarded).gradient(seed, slope)
     return AttentionGradient(region, tuple(body.inputs), graph, seed, slope, guarded)
+
+
+def biases_of(region: Region) -> list[Term]:
+    """The loads of floats that logits are made of beside scores."""
+    parts = region.attention
+    assert parts is not None
+    inside = {*terms_below(parts.logits), parts.logits} - {parts.scores, *terms_below(parts.scores)}
+    return [load for load in region.loads if load in inside and is_float(load.value.value)]
+
+
+def bias_gradient(body: Graph, found: AttentionGradient, bias: Term) -> AttentionGradient:
+    """The gradient of one of ``biases_of``, beside the ones ``found``; raises FusionError where none can be stated."""
+    places = found.parts.source
+    if places & bias.axes not in (places, frozenset()):
+        raise FusionError("it goes along a part of the places only")
+    slope = _slope(found.parts, bias, found.seed)
+    graph = _Written(body, found.region, found.parts, found.guarded).gradient(found.seed, slope, bias)
+    return replace(found, graph=graph, slope=slope, bias=bias)
 
 
 def _check(body: Graph, region: Region, parts: Attention) -> None:
@@ -144,15 +166,15 @@ def _is_guarded(region: Region, parts: Attention) -> bool:
 # -- the derivative of the logits --------------------------------------------------------------------------------------
 
 
-def _slope(parts: Attention, seed: Term) -> Term:
-    """The gradient of the scores, of ``seed``, that of the logits."""
-    leaves: list[Term] = [parts.scores]
-    known: dict[Term, Scalar] = {parts.scores: scalars.operand(0)}
+def _slope(parts: Attention, of: Term, seed: Term) -> Term:
+    """The gradient of the scores, or of another part of the logits, of ``seed``, that of the logits."""
+    leaves: list[Term] = [of]
+    known: dict[Term, Scalar] = {of: scalars.operand(0)}
 
     def scalar(term: Term) -> Scalar:
         term = below_results(term)
         if term not in known:
-            if term.op in PRIMITIVES and parts.scores in terms_below(term):
+            if term.op in PRIMITIVES and of in terms_below(term):
                 known[term] = Scalar(term.op, tuple(map(scalar, term.args)))
             elif term.op == "number":
                 known[term] = scalars.number(term.value)
@@ -174,7 +196,7 @@ def _slope(parts: Attention, seed: Term) -> Term:
         return made[one]
 
     if 0 not in found:
-        raise FusionError("its logits do not depend on its scores")
+        raise FusionError("its logits do not depend on its scores" if of is parts.scores else "no logit depends on it")
     return term_of(found[0])
 
 
@@ -200,7 +222,7 @@ class _Written:
         self.batch, self.rows, self.source, self.head, self.columns = ([d for d in dims if d in kind] for kind in kinds)
         self.known: dict[Term, Any] = {}
 
-    def gradient(self, seed: Term, slope: Term) -> Graph:
+    def gradient(self, seed: Term, slope: Term, bias: Term | None = None) -> Graph:
         build, parts = self.build, self.parts
         queries, keys, values = (
             self._matrix(self.given[below_results(one).value.value], below_results(one).value.layout, rows, columns)
@@ -220,6 +242,9 @@ class _Written:
         delta = build.sum(build.mul(given, result), dims=(2,), keepdim=True)
         g_logits = build.mul(weights, build.sub(build.matmul(given, self._turned(values)), delta))
         self.known[seed] = self._laid_matrix(g_logits)
+        if bias is not None:
+            self.graph.outputs = [self._summed(self._value(slope), bias)]
+            return self.graph
         g_scores = self._as_matrix(self._value(slope))
         found = (
             (parts.queries, build.matmul(g_scores, keys), self.rows, self.head),
@@ -231,6 +256,13 @@ class _Written:
             for factor, matrix, rows, columns in found
         ]
         return self.graph
+
+    def _summed(self, slope: Value, bias: Term) -> Value:
+        """What a bias has of a value along the axes of the logits: sums over the axes that it lacks."""
+        dims = [*self.batch, *self.rows, *self.source]
+        lacking = tuple(place for place, dim in enumerate(dims) if dim not in bias.axes)
+        found = self.build.sum(slope, dims=lacking, keepdim=True) if lacking else slope
+        return self._placed(found, bias.value, [dim for dim in dims if dim in bias.axes])
 
     def _weights(self, logits: Value) -> Value:
         build = self.build
@@ -270,7 +302,7 @@ class _Written:
         return self._reshaped(value, [dim.size if dim in own else 1 for dim in dims])
 
     def _placed(self, matrix: Value, load: Any, dims: Sequence[Dim]) -> Value:
-        """A matrix for each index of the batch as what a factor is laid out as."""
+        """A value with these axes as what a factor, or a bias, is laid out as."""
         own = [dim for axis in load.layout for dim in axis]
         value = self._reshaped(matrix, [dim.size for dim in dims])
         order = [list(dims).index(dim) for dim in own]

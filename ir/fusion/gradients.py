@@ -22,7 +22,7 @@ import torch
 
 from regauge.ir.edit import Builder, remove_dead
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.attention_gradients import AttentionGradient, attention_gradient
+from regauge.ir.fusion.attention_gradients import AttentionGradient, attention_gradient, bias_gradient, biases_of
 from regauge.ir.fusion.fuse import traced
 from regauge.ir.fusion.gradient_frames import Frame, is_float
 from regauge.ir.fusion.legality import fault
@@ -107,17 +107,21 @@ def gradients_of(body: Graph) -> Gradients:
 
 
 def _of_attention(body: Graph, found: AttentionGradient) -> Gradients:
+    """Those of queries, keys and values by one operator, and that of each bias, which is seldom wanted, by another."""
     place = {value: number for number, value in enumerate(body.inputs)}
-    of = tuple((place[factor.value.value],) for factor in found.factors)
     reads = tuple(range(len(body.inputs)))
-    known = {number for numbers in of for number in numbers}
-    left = {
-        value.name: "the gradient of a mask is a sum of its own"
-        for value, number in place.items()
-        if is_float(value) and number not in known
-    }
-    kernel = Gradient(found.graph, reads, (0,), of, ((),) * len(of), (0,), found)
-    return Gradients((kernel,), left=left)
+    all_, left = [found], dict[str, str]()
+    for bias in biases_of(found.region):
+        try:
+            all_.append(bias_gradient(body, found, bias))
+        except FusionError as error:
+            left[bias.value.value.name] = str(error)
+
+    def kernel(one: AttentionGradient) -> Gradient:
+        of = tuple((place[load.value.value],) for load in one.of)
+        return Gradient(one.graph, reads, (0,), of, ((),) * len(of), (0,), one)
+
+    return Gradients(tuple(map(kernel, all_)), left=left)
 
 
 def all_gradients(body: Graph) -> tuple[Graph, tuple[int, ...]]:

@@ -27,15 +27,22 @@ def visit_moments(graph: Graph, layers: Iterable[Layer], batches: Sequence[Any])
 
 
 def moments_of(
-    layer: Layer, inputs: Sequence[torch.Tensor], targets: Iterable[torch.Tensor] | None = None
+    layer: Layer,
+    inputs: Sequence[torch.Tensor],
+    targets: Iterable[torch.Tensor] | None = None,
+    ends: Sequence[torch.Tensor] | None = None,
 ) -> list[Moments]:
-    """Of each block, over all batches: of what it is given and, where there are targets, of what it should give."""
+    """Of each block, over all batches: of what it is given and, where there are targets, of what it should give.
+
+    ``ends`` are the offsets of a ``grouped_mm`` in each batch, by which rows belong to blocks.
+    """
     found = [Moments(layer.columns, 0 if targets is None else layer.outputs) for _ in range(layer.blocks)]
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
     pairs = ((x, None) for x in inputs) if targets is None else zip(inputs, targets, strict=True)
-    for x, y in pairs:
-        rows = [None] * layer.blocks if y is None else layer.blocks_of_output(y)
-        for moments, x_rows, y_rows in zip(found, layer.blocks_of_input(x), rows, strict=True):
+    offsets: Sequence[torch.Tensor | None] = ends or [None] * len(inputs)
+    for (x, y), own in zip(pairs, offsets, strict=True):
+        rows = [None] * layer.blocks if y is None else layer.blocks_of_output(y, own)
+        for moments, x_rows, y_rows in zip(found, layer.blocks_of_input(x, own), rows, strict=True):
             moments.add(x_rows, y_rows)
     for moments in found:
         moments.check(layer.node.label)

@@ -49,6 +49,7 @@ def output_metrics(graph: Graph, names: Collection[str], batches: Sequence[Any],
 
     The form of a layer's error in it is, to first order and summed over rows, the squared change of the graph's outputs
     per example. Directions that hardly count are given a small weight; of very wide layers only the diagonal is held.
+    Experts have one metric in common.
     """
     layers = layers_by_name(graph, names)
     by_output = {layer.node.output: name for name, layer in layers.items()}
@@ -57,7 +58,7 @@ def output_metrics(graph: Graph, names: Collection[str], batches: Sequence[Any],
 
     def visit(value: Value, _: torch.Tensor, gradient: torch.Tensor) -> None:
         name = by_output[value]
-        own = torch.stack(list(layers[name].blocks_of_output(gradient))).double()
+        own = _rows(layers[name], gradient).double()
         found = own.mT @ own if layers[name].outputs <= _WIDE else own.square().sum(1)
         sums[name] = found if name not in sums else sums[name].add_(found)
         rows[name] += own.shape[1]
@@ -69,5 +70,10 @@ def output_metrics(graph: Graph, names: Collection[str], batches: Sequence[Any],
         metric = metric / max(1, rows[name]) / examples
         diagonal = metric.diagonal(dim1=1, dim2=2)
         diagonal.add_((diagonal.mean(1, keepdim=True) * _SMALL).clamp(min=1e-30))
-        sums[name] = metric
+        sums[name] = metric.expand(layers[name].blocks, -1, -1)
     return sums
+
+
+def _rows(layer: Layer, gradient: torch.Tensor) -> torch.Tensor:
+    """[blocks, rows, outputs]; of experts, which have few rows each, those of all of them as one block."""
+    return gradient[None] if layer.node.op == "grouped_mm" else torch.stack(list(layer.blocks_of_output(gradient)))

@@ -91,6 +91,7 @@ class Lowering:
     # -- sums and elementwise products -------------------------------------------------------------------------------
 
     def _gathered(self, source: Gathered) -> Laid:
+        """The sum of the parts, one after the other, each times its scale."""
         total: Laid | None = None
         for scale, tensor in source.parts:
             part = self._tensor(tensor)
@@ -131,6 +132,7 @@ class Lowering:
     # -- contractions ------------------------------------------------------------------------------------------------
 
     def _contracted(self, source: Contracted, left: Laid, right: Laid) -> Laid:
+        """The product of two tensors: elementwise where nothing is summed, else a linear map or a matmul."""
         kept, shared = set(source.kept), set(left.flat) & set(right.flat)
         left, right = (self._summed(laid, kept | shared) for laid in (left, right))
         if not shared - kept:

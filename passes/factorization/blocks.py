@@ -1,4 +1,7 @@
-"""Layers of several blocks, as grouped convolutions are: the same form and ranks in all, links of as many groups."""
+"""Layers of several blocks: the same form and ranks in all.
+
+The links of a grouped convolution have as many groups; those of stacked matrices, of experts, are stacks of as many.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,9 @@ def links_of(form: Form, problems: Sequence[Problem], numbers: Sequence[int]) ->
         return found[0][0], matrices
     links = []
     for parts in zip(*(links for links, _ in found), strict=True):
+        if "groups" not in parts[0].attributes:
+            links.append(replace(parts[0], weight=torch.stack([part.weight for part in parts])))
+            continue
         groups = len(parts) * int(parts[0].attributes["groups"])
         weight = torch.cat([part.weight for part in parts])
         links.append(replace(parts[0], weight=weight, attributes={**parts[0].attributes, "groups": groups}))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from regauge.ir.edit import Builder, record, replace_uses
-from regauge.ir.graph import Graph, Parameter, Value
+from regauge.ir.graph import Graph, Operand, Parameter, Value
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.arrangements import Arrangement
 
@@ -37,6 +37,8 @@ def write_chain(graph: Graph, layer: Layer, links: Sequence[Link], *, by: str) -
     node, build = layer.node, Builder(graph, by=by)
     whole, _, leaf = layer.weight.name.rpartition(".")
     stem = f"{whole}." if whole else f"{leaf}_" if leaf != "weight" else ""
+    if whole and not leaf.endswith("weight"):  # a module may hold several stacks of matrices
+        stem = f"{whole}.{leaf}_"
     with build.at(node):
         value: Value | Any = node.inputs[0]
         leading = value.shape[:-1]
@@ -51,7 +53,11 @@ def write_chain(graph: Graph, layer: Layer, links: Sequence[Link], *, by: str) -
             name = node.output.name if last else f"{node.output.name}_{link.name}"
             if link.before is not None:
                 value = link.before.write(build, value, leading)
-            operands = (value, weight) if bias is None or link.after is not None else (value, weight, bias)
+            operands: tuple[Operand, ...] = (value, weight)
+            if link.op == "grouped_mm":
+                operands += (node.inputs[2],)  # each matrix has the same rows as before
+            elif bias is not None and link.after is None:
+                operands += (bias,)
             value = build(link.op, *operands, name=name, **link.attributes)
             if link.after is not None:
                 value = link.after.write(build, value, leading)

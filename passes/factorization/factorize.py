@@ -32,6 +32,7 @@ from regauge.passes.factorization.ranks import least_loss, spread
 from regauge.passes.factorization.readers import Reader, readers_in, squared_reader_gradients
 from regauge.passes.factorization.rules import Rule, by_rule, keeping, nearest, squared_values, wanted_by
 from regauge.passes.factorization.sparse_products import SparseProduct
+from regauge.passes.factorization.stacks import as_read
 from regauge.passes.factorization.structured import Structured
 from regauge.passes.factorization.without_data import links_without_data
 from regauge.passes.name_patterns import matches
@@ -49,8 +50,9 @@ class Factorize(Pass):
 
     Forms and ranks are chosen so that least is lost in all. With data what is kept are the directions that the outputs
     of a layer take on it, weighed by how much the outputs of the model move with them, one layer after the other, each
-    with the inputs that the layers before give. Without data biases make up for the mean of what is lost, where batch
-    norms tell it.
+    with the inputs that the layers before give. Experts, whose weights are a stack of matrices, have one rank: each is
+    fitted to the rows that it gets, in one metric of outputs for all, and to what it made of them. Without data biases
+    make up for the mean of what is lost, where batch norms tell it.
     """
 
     name: ClassVar[str] = "factorize"
@@ -123,10 +125,11 @@ class Factorize(Pass):
             raise PassError(f"factorize: rank={self.rank:g} is neither a share nor a whole number")
 
     def call(self, graph: Graph, context: Context) -> Graph:
+        given, graph = graph, as_read(graph, by=self.name)
         readers = self._readers(graph)
         layers = self._layers(graph, context.left, readers)
         if not layers and not readers:
-            return graph
+            return given
         squares: Mapping[str, torch.Tensor] = {}
         if context.data is None:
             self._check_without_data()
@@ -156,7 +159,7 @@ class Factorize(Pass):
         picked = self._gated(graph, layers, choices, solve, context)
         context.left["it is worth more whole"] += len(layers) + len(readers) - len(picked)
         if not picked:
-            return graph
+            return given
         original = self._ordered(graph, layers, picked, context) if self.permute else graph
         if original is not graph and batches is not None:
             layers = self._layers(original, Counter(), readers)

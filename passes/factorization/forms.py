@@ -1,6 +1,7 @@
 """Forms that a layer may be factorized into; each says which ranks it may have, what they cost and lose, and its links.
 
-low-rank   y = up (down x): of a convolution, one to fewer channels and one of single places behind it
+low-rank   y = up (down x): of a convolution, one to fewer channels and one of single places behind it; of experts, or
+           any stack of matrices, two stacks of one rank
 tucker     a convolution between two of single places (:mod:`regauge.passes.factorization.separated`)
 tucker-1   a convolution of single places to fewer channels, then one of several (on outputs this is low-rank)
 columns    a convolution along the first axis of the kernel, then one along the second
@@ -76,8 +77,7 @@ class LowRank:
     name = "low-rank"
 
     def misfit(self, layer: Layer) -> str | None:
-        alone = layer.blocks == 1 or layer.node.op in ("conv", "conv_transpose")
-        return None if alone else "no single matrix that the input is multiplied by"
+        return None
 
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
         layer, found = problem.layer, problem.factored
@@ -88,6 +88,8 @@ class LowRank:
         assert isinstance(x, Value)
         first = places(graph, x, channels) if layer.node.op == "conv_transpose" else behind
         macs = layer.columns * first + layer.outputs * behind
+        if layer.node.op in ("matmul", "grouped_mm"):  # whose blocks have rows of their own
+            macs = -(-macs // layer.blocks)
         return [
             Choice(self.name, (rank,), rank * each, rank * macs, float(found.tail[rank]) / problem.scale)
             for rank in ranks_up_to(layer.outputs * layer.columns // each, multiple)
@@ -102,8 +104,8 @@ class LowRank:
         up, down = problem.factored.of_rank(rank)
         if node.op == "linear":
             return [Link("down", "linear", down), Link("up", "linear", up)], up @ down
-        if node.op == "matmul":
-            return [Link("down", "matmul", down.t()), Link("up", "matmul", up.t())], up @ down
+        if node.op in ("matmul", "grouped_mm"):
+            return [Link("down", node.op, down.t()), Link("up", node.op, up.t())], up @ down
         kernel = [int(size) for size in layer.weight.shape[2:]]
         channels = layer.columns // layer.taps
         if node.op == "conv":

@@ -75,7 +75,7 @@ def _sizes(layer: Layer, inputs: Sequence[torch.Tensor], block: int) -> torch.Te
     """diag(mean |x|^(2 power)) [columns, columns]"""
     total, count = torch.zeros(layer.columns, dtype=torch.float64), 0
     for x in inputs:
-        rows = list(layer.blocks_of_input(x))[block]
+        rows = x if layer.node.op == "grouped_mm" else list(layer.blocks_of_input(x))[block]  # of all experts
         total += rows.abs().sum(0, dtype=torch.float64)
         count += len(rows)
     mean = total / max(1, count)

@@ -81,7 +81,7 @@ def problems_on_data(
         if layer is None:
             continue
         inputs = run.values(node.inputs[0])
-        errors = errors_of(layer, moments_of(layer, inputs))
+        errors = errors_of(layer, moments_of(layer, inputs, ends=_ends(layer, run)))
         run.execute(node)
         yield sensitivity.problems(layer, errors, inputs, run.values(node.output))
 
@@ -130,7 +130,14 @@ def refitted(
         if layer is None:
             continue
         inputs = run.inputs(layer)
-        errors = errors_of(layer, moments_of(layer, inputs, run.targets(layer, was)))
+        ends = _ends(layer, run.now)  # rows may be sorted otherwise than they were: there are no targets for them
+        targets = run.targets(layer, was) if ends is None else None
+        errors = errors_of(layer, moments_of(layer, inputs, targets, ends))
         matrices = matrices_for(sensitivity.problems(layer, errors, inputs, run.before.values(was.output)))
         set_matrices(changed, layer, matrices, errors, by=by)
         yield layer
+
+
+def _ends(layer: Layer, run: Lockstep) -> Sequence[torch.Tensor] | None:
+    """Of experts where the rows of each end, for each batch."""
+    return run.values(layer.node.inputs[2]) if layer.node.op == "grouped_mm" else None

@@ -1,8 +1,11 @@
 """Layers that are mixtures of common atoms: W_l = sum over s of c_ls A_s (MASA).
 
 Zhussip et al. 2025, Share Your Attention: Transformer Weight Sharing via Matrix-based Dictionary Learning, a dictionary
-for each kind of layer. Atoms of trained layers are the first principal ones (section on pretrained models); with data
-atoms and coefficients are least squares in the metrics of the layers.
+for each kind of layer. Atoms of trained layers are the first principal ones (section on pretrained models), here not
+centred: of all mixtures of so many matrices they lose least. Deviations: with data atoms and coefficients are least
+squares in the metrics of the layers, and each layer is fitted once more on what those before give, with no training;
+every layer of a repeated block may have a dictionary, where the paper has those of attention; and how many atoms each
+has is found by what they lose within a budget.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _BINS = 1 << 12
 
 
 def groups_of(count: int, kept: int, how: Grouping, loss: Callable[[Members], float]) -> list[Members]:
-    """``count`` blocks in ``kept`` groups.
+    """``count`` blocks in ``kept`` groups; ``loss`` tells what is lost once blocks of these numbers share.
 
     adjacent   runs of neighbours whose losses add up to least
     cycle      every so many blocks: the whole is a loop over ``kept`` blocks
@@ -39,6 +39,8 @@ def groups_of(count: int, kept: int, how: Grouping, loss: Callable[[Members], fl
 
 
 def _runs(count: int, kept: int, loss: Callable[[Members], float]) -> list[Members]:
+    """Runs of neighbours, by the best runs of the blocks before each start."""
+
     @cache
     def best(end: int, groups: int) -> tuple[float, tuple[int, ...]]:
         """The least loss of the first ``end`` blocks in so many groups, and where these begin."""

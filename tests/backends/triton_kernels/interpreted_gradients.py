@@ -8,6 +8,7 @@ from kernel_contract import drawn
 from kernel_forms import form_graph
 from regauge.backends.to_torch import to_torch
 from regauge.backends.torch_module.kernels import KernelOperator, kernel_operator
+from regauge.backends.triton_kernels import attention_sizes
 from regauge.backends.triton_kernels import kernel as kernels
 from regauge.backends.triton_kernels.configs import Config
 from regauge.ir.edit import Builder
@@ -78,7 +79,7 @@ def test_programs_add_up_what_rows_share(name: str, dtype: torch.dtype, monkeypa
 
 ATTENTION = (
     "causal_attention", "later_causal_attention", "masked_attention", "capped_attention", "latent_attention",
-    "written_out_attention",
+    "written_out_attention", "position_bias_attention", "sloped_attention",
 )  # fmt: skip
 
 
@@ -86,16 +87,34 @@ ATTENTION = (
 @pytest.mark.parametrize("name", ATTENTION)
 def test_gradients_of_attention_keep_the_contract(name: str, dtype: torch.dtype) -> None:
     made, read, seeds = drawn_operator(name, dtype)
-    ((one, operator),) = made.backward
-    given = [read[place] for place in one.reads] + seeds + [made.body(*read)]
-    found = operator.kernel.launch(dict(zip(operator.reads, given, strict=True)))
+    assert not made.gradients.left
     sums: dict[int, torch.Tensor] = {}  # of latents that are keys and values, too
-    for (place,), value in zip(one.of, operator.writes, strict=True):
-        sums[place] = sums[place] + found[value] if place in sums else found[value]
+    for one, operator in made.backward:
+        given = [read[place] for place in one.reads] + seeds + [made.body(*read)]
+        found = operator.kernel.launch(dict(zip(operator.reads, given, strict=True)))
+        for (place,), value in zip(one.of, operator.writes, strict=True):
+            sums[place] = sums[place] + found[value] if place in sums else found[value]
     wide = [[t.double() if t.is_floating_point() else t for t in some] for some in (read, seeds)]
     true, eager = (by_torch(made, *some, [*sums]) for some in (wide, (read, seeds)))
     for gradient, exact, other in zip(sums.values(), true, eager, strict=True):
         check(gradient, exact, other)
+
+
+@pytest.mark.parametrize("name", ["capped_attention", "position_bias_attention", "sloped_attention"])
+def test_programs_share_what_a_bias_lacks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone for a tile each program gives the same as several, and each time the same."""
+    made, read, seeds = drawn_operator(name, torch.float32)
+    parts: list[list[torch.Tensor]] = []
+    for busy in (256, 256, 1):
+        monkeypatch.setattr(attention_sizes, "BUSY", busy)
+        found: list[torch.Tensor] = []
+        for one, operator in made.backward[1:]:
+            given = [read[place] for place in one.reads] + seeds + [made.body(*read)]
+            found += operator.kernel.launch(dict(zip(operator.reads, given, strict=True))).values()
+        parts.append(found)
+    assert parts[0] and all(map(torch.equal, parts[0], parts[1]))
+    for own, other in zip(parts[0], parts[2], strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 
 
 def check(found: torch.Tensor, true: torch.Tensor, eager: torch.Tensor) -> None:

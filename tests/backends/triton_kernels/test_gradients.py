@@ -158,19 +158,50 @@ def test_torch_finds_no_fault_with_the_operators_of_attention_and_its_gradients(
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
 
-def test_the_gradient_of_a_bias_of_scores_is_left_to_torch() -> None:
+@pytest.mark.parametrize("shape", [(5, 5), (3, 5, 5), (2, 1, 5, 5), (3, 1, 1), (1,), (2, 1, 1, 5)], ids=str)
+def test_the_gradient_of_a_bias_of_scores_is_an_operator_of_its_own(called: list[str], shape: tuple[int, ...]) -> None:
+    """It is called where the bias is trained, and not where it is a mask."""
     graph = Graph("biased")
     build = Builder(graph)
     q, k, v, bias = (
-        build.input(name, (5, 8) if name != "bias" else (5, 5), torch.float32) for name in ("q", "k", "v", "bias")
+        build.input(name, shape if name == "bias" else (2, 3, 5, 8), torch.float32) for name in ("q", "k", "v", "bias")
     )
-    graph.outputs = [build.attention(q, k, v, bias, scale=0.3)]
+    scores = build.add(build.mul(build.matmul(q, build.permute(k, dims=(0, 1, 3, 2))), 0.3), bias)
+    graph.outputs = [build.matmul(build.softmax(scores, dim=3), v)]
     (made,) = with_kernels(graph).operators
-    assert set(made.gradients.left) == {"bias"} and len(made.backward) == 1
+    assert not made.gradients.left and [one.of for one, _ in made.backward] == [((0,), (1,), (3,)), ((2,),)]
     given = [torch.randn([int(size) for size in value.shape], requires_grad=True) for value in made.reads]
+    called.clear()
     own, other = (torch.autograd.grad(call(*given).sin().sum(), given) for call in (made.overload, made.body))
     for one, another in zip(own, other, strict=True):
-        torch.testing.assert_close(one, another)
+        torch.testing.assert_close(one, another, rtol=1e-4, atol=1e-5)  # of shifts of whole rows it is zero
+    first, second = (operator.graph.name for _, operator in made.backward)
+    assert called[1:] == [first, second]
+    called.clear()
+    torch.autograd.grad(made.overload(*given[:2], given[2].detach(), given[3]).sin().sum(), given[0])
+    assert called[1:] == [first]
+
+
+def test_a_table_of_relative_positions_is_trained_behind_the_operator(called: list[str]) -> None:
+    """As T5 and Swin have it: a bias for each head is looked up by the distance of two places."""
+    graph = Graph("relative")
+    build = Builder(graph)
+    q, k, v = (build.input(name, (2, 3, 5, 8), torch.float32) for name in "qkv")
+    table = build.parameter("table", torch.randn(7, 3))
+    places = build.input("places", (5, 5), torch.int64)
+    bias = build.permute(build.embedding(table, places), dims=(2, 0, 1))
+    graph.outputs = [build.attention(q, k, v, bias, scale=0.3)]
+    tensors = [*(torch.randn(2, 3, 5, 8) for _ in range(3)), (torch.arange(25) % 7).reshape(5, 5)]
+    found = []
+    modules = graph.to_torch(kernels="triton"), graph.to_torch()
+    called.clear()
+    for module in modules:
+        given = [one.clone().requires_grad_(one.is_floating_point()) for one in tensors]
+        module(*given).sin().sum().backward()
+        found.append([*(one.grad for one in given[:3]), next(module.parameters()).grad])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+    assert len([name for name in called if name.endswith("_gradient")]) == 2
 
 
 def test_torch_finds_no_fault_with_operators_of_gradients() -> None:

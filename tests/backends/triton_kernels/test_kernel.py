@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from kernel_forms import FORMS, form_graph
-from regauge.backends.triton_kernels.attention_gradient import GRADIENT_FORMS, AttentionGradientKernel
+from regauge.backends.triton_kernels.attention_gradient import BIAS_FORMS, GRADIENT_FORMS, AttentionGradientKernel
+from regauge.backends.triton_kernels.bias_gradient import BiasGradientKernel
 from regauge.backends.triton_kernels.compile import compile_kernel
 from regauge.backends.triton_kernels.kernel import Form, Kernel, triton_kernel
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.attention_gradients import attention_gradient
+from regauge.ir.fusion.attention_gradients import attention_gradient, bias_gradient, biases_of
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
 
@@ -100,6 +101,16 @@ def test_text_of_the_gradients_of_attention(golden: object) -> None:
     kernels = [AttentionGradientKernel(found, "attention", form, contiguous=True) for form in GRADIENT_FORMS]
     texts = [one.source().rpartition("\n\n\n")[2].rstrip("\n") for one in kernels]
     golden("kernel_attention_gradients", "\n\n\n".join(texts))  # type: ignore[operator]
+
+
+def test_text_of_the_gradient_of_a_bias(golden: object) -> None:
+    graph = form_graph("position_bias_attention", torch.float16)
+    found = attention_gradient(graph, trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    (bias,) = biases_of(found.region)
+    one = bias_gradient(graph, found, bias)
+    kernels = [BiasGradientKernel(one, "attention", form, contiguous=True) for form in BIAS_FORMS[1:]]
+    texts = [kernel.source().rpartition("\n\n\n")[2].rstrip("\n") for kernel in kernels]
+    golden("kernel_bias_gradient", "\n\n\n".join(texts))  # type: ignore[operator]
 
 
 def test_attention_rounds_once() -> None:
