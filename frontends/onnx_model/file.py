@@ -271,15 +271,17 @@ def _producers(node: onnx_ir.Node) -> Iterator[onnx_ir.Node]:
 def captured_values(node: onnx_ir.Node) -> list[onnx_ir.Value]:
     """Outer values that the graphs in a node's attributes read, each once, in order of use."""
     found: dict[onnx_ir.Value, None] = {}
+    for graph in nested_graphs(node):
+        _collect(graph, set(), found)
+    return list(found)
+
+
+def nested_graphs(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
+    """The graphs in a node's attributes: branches and bodies, not what is nested in these."""
     for attribute in node.attributes.data.values():
         if attribute.type not in _NESTING or attribute.is_ref():
             continue
-        if attribute.type == onnx_ir.AttributeType.GRAPH:
-            _collect(attribute.value, set(), found)
-        else:
-            for inner in attribute.value:
-                _collect(inner, set(), found)
-    return list(found)
+        yield from [attribute.value] if attribute.type == onnx_ir.AttributeType.GRAPH else attribute.value
 
 
 def _collect(graph: onnx_ir.Graph, local: set[onnx_ir.Value], found: dict[onnx_ir.Value, None]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_ir
 
 from regauge.frontends.onnx_model.call import resolved_attributes
+from regauge.frontends.onnx_model.file import nested_graphs
 from regauge.frontends.onnx_model.scope import Scope
 from regauge.ir.graph import Node, Value
 
@@ -38,6 +39,20 @@ def expand_function(importer: _Importer, scope: Scope, node: onnx_ir.Node, funct
             scope.entries[actual] = entry
         results.append(inner.operand(formal) if actual.name else None)
     importer.bind(scope, node, results)
+
+
+def called_functions(model: onnx_ir.Model, node: onnx_ir.Node) -> list[onnx_ir.Function]:
+    """The functions of a model that a node calls: itself, in branches and bodies, or by a function that it calls."""
+    found: dict[onnx_ir.OperatorIdentifier, onnx_ir.Function] = {}
+    waiting = [node]
+    while waiting:
+        caller = waiting.pop()
+        waiting += [inner for graph in nested_graphs(caller) for inner in graph]
+        function = model.functions.get(caller.op_identifier())
+        if function is not None and caller.op_identifier() not in found:
+            found[caller.op_identifier()] = function
+            waiting += function
+    return list(found.values())
 
 
 def _fix(added: Node, call: onnx_ir.Node, reason: str) -> None:

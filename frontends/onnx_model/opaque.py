@@ -12,6 +12,7 @@ import torch
 
 from regauge.frontends.onnx_model.call import resolved_attributes
 from regauge.frontends.onnx_model.file import captured_values
+from regauge.frontends.onnx_model.functions import called_functions
 from regauge.frontends.onnx_model.scope import Entry, Scope
 from regauge.frontends.onnx_model.weights import data_type_of, dtype_of, read_tensor, torch_from_array
 from regauge.ir.dtypes import Dtype
@@ -85,7 +86,7 @@ def _one_node_model(
     outputs = [onnx.ValueInfoProto(name=name) for name in node_proto.output if name]
     graph = onnx.helper.make_graph([*casts, node_proto], node.op_type, inputs, outputs)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in scope.opsets.items()]
-    functions = [onnx_ir.to_proto(function) for function in model.functions.values()]
+    functions = [onnx_ir.to_proto(function) for function in called_functions(model, node)]
     return onnx.helper.make_model(
         graph, opset_imports=opsets, ir_version=max(model.ir_version or 8, 4), functions=functions
     )

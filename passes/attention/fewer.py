@@ -33,7 +33,8 @@ def misfit(site: Site, count: int | None, method: Method) -> str | None:
     if method == "aligned":
         normed = bool(query.norms or key.norms)
         if value.norms or (normed and (count is None or gain_of(query) is None or gain_of(key) is None)):
-            return "its queries, keys or values are normalised: only their mean can be shared (method=mean)"
+            other = "layers share no such heads" if count is None else "only their mean can be shared (method=mean)"
+            return f"its queries, keys or values are normalised: {other}"
         if not torch.equal(query.pairs, key.pairs) or len(value.pairs) or len(output.pairs):
             return "its queries and keys are rotated in different ways"
         if not (normed or (query.even and key.even)) or not (value.even and output.even) or output.norms:

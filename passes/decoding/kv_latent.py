@@ -28,7 +28,7 @@ from regauge.passes.decoding.elitekv import elite_latents
 from regauge.passes.decoding.latent_fit import fitted_factors, own_factors
 from regauge.passes.decoding.latent_layers import split_layers
 from regauge.passes.decoding.latent_parts import Part, forms_of
-from regauge.passes.decoding.latent_ranks import RankChoice, rank_choices
+from regauge.passes.decoding.latent_ranks import RankChoice, bytes_now, larger_than_now, rank_choices
 from regauge.passes.decoding.latent_rewrite import write_latents
 from regauge.passes.decoding.latent_turned import TurnedMoments, seat, turned_moments
 from regauge.passes.decoding.recognised import refuse_caches
@@ -144,9 +144,15 @@ class KvLatent(Pass):
             for was, own, ways, choice in zip(*found, forms, choices, strict=True)
         ]
         every = self.method == "matryoshka"
-        picked = {part: choice.ranks for _, part, choice in parts if every or choice.ranks != part.whole}
+        larger = [] if every else larger_than_now(choices)
+        picked = {
+            part: choice.ranks
+            for _, part, choice in parts
+            if every or (choice.ranks != part.whole and not any(choice is one for one in larger))
+        }
+        context.left["it comes from a latent already that is no larger than what the budget leaves"] += len(larger)
         if not picked:
-            context.left["keys and values fit whole"] += len(parts)
+            context.left["keys and values fit whole"] += len(parts) - len(larger)
             return graph
         seats = dict[Part, Node]()
         if given is None:
@@ -162,7 +168,8 @@ class KvLatent(Pass):
         write_latents(changed, factors, seats, by=self.name)
         remove_dead(changed)
         context.cuts += [_cut(part, ranks) for part, ranks in picked.items()]
-        before, after = sum(part.bytes(part.whole) for _, part, _ in parts), sum(choice.bytes for choice in choices)
+        before = bytes_now(choices)
+        after = bytes_now(larger) + sum(choice.bytes for choice in choices if not any(choice is own for own in larger))
         context.note(f"{in_words(before)} -> {in_words(after)} of keys and values for each position of a sequence")
         return changed
 

@@ -17,6 +17,7 @@ import torch
 from regauge.ir.cost import item_size
 from regauge.ir.graph import Value
 from regauge.passes.attention.sites import Heads, Site
+from regauge.passes.calibration.layers import layer_of
 from regauge.passes.factorization.metric_svd import Factored, factored
 
 
@@ -51,6 +52,16 @@ class Part:
     def whole(self) -> tuple[int, ...]:
         """The ranks of maps that are not made smaller."""
         return (self.most,) * len(self.maps)
+
+    @property
+    def latent(self) -> Value | None:
+        """The narrower result of another layer that this one reads, a latent that a cache keeps in its place."""
+        read = self.heads.layer.node.inputs[0]
+        producer = read.producer if isinstance(read, Value) else None
+        if not isinstance(read, Value) or producer is None or layer_of(producer) is None:
+            return None
+        size = read.shape[-1]
+        return read if isinstance(size, int) and size < self.heads.channels.numel() else None
 
     @property
     def divisible(self) -> bool:

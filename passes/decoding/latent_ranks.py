@@ -7,11 +7,14 @@ are a group with an attention of its own, and only so many ranks are used as gro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from regauge.ir.cost import item_size
+from regauge.ir.graph import Value
 from regauge.passes.decoding.latent_parts import Part
 
 NOTHING = 1e-12  # share of what keys or values are, below which a loss is rounding
@@ -42,6 +45,34 @@ def rank_choices(part: Part, tails: list[torch.Tensor], widths: int, *, share: b
         found += [ranks for ranks in best_ranks(lost, widths) if len(set(ranks)) > 1]
     heads = np.arange(len(lost))
     return [RankChoice(part, ranks, part.bytes(ranks), float(lost[heads, list(ranks)].sum())) for ranks in found]
+
+
+def larger_than_now(choices: Sequence[RankChoice]) -> list[RankChoice]:
+    """The choices of parts that come from latents already, which take no more than what was chosen for them."""
+    found = []
+    for latent, own in _by_latent(choices).items():
+        if latent is not None and sum(choice.bytes for choice in own) >= _bytes_of(latent):
+            found += own
+    return found
+
+
+def bytes_now(choices: Sequence[RankChoice]) -> float:
+    """What the parts take in the cache before any of them is made smaller: each latent that they come from once."""
+    return sum(
+        sum(choice.part.bytes(choice.part.whole) for choice in own) if latent is None else _bytes_of(latent)
+        for latent, own in _by_latent(choices).items()
+    )
+
+
+def _by_latent(choices: Sequence[RankChoice]) -> dict[Value | None, list[RankChoice]]:
+    found: dict[Value | None, list[RankChoice]] = {}
+    for choice in choices:
+        found.setdefault(choice.part.latent, []).append(choice)
+    return found
+
+
+def _bytes_of(latent: Value) -> float:
+    return int(latent.shape[-1]) * item_size(latent.dtype)
 
 
 def best_ranks(lost: np.ndarray, widths: int) -> list[tuple[int, ...]]:

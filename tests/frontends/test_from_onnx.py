@@ -346,6 +346,22 @@ def test_an_operator_that_onnx_lacks_is_run_to_see_what_its_data_decides() -> No
     assert graph.outputs[0].signature == "f32[y_0,y_1,3]"  # type: ignore[union-attr]
 
 
+def test_functions_that_an_operator_does_not_call_hide_nothing_of_it() -> None:
+    """A file with local functions, as ``fuse`` writes them, knows as much of foreign operators as one without."""
+    opset = helper.make_opsetid("", 18)
+    twice = helper.make_function("own", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], [opset])
+    nodes = [
+        helper.make_node("FusedMatMul", ["x", "w"], ["h"], domain="com.microsoft", transB=1),
+        helper.make_node("Twice", ["h"], ["y"], domain="own"),
+    ]
+    model = foreign(nodes, value("w", TensorProto.FLOAT, [5, 3]))
+    model.functions.append(twice)
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    graph = assert_equals_runtime(model)
+    assert opaque(graph) == ["com.microsoft::FusedMatMul"]
+    assert graph.nodes[0].output.signature == "f32[h_0,5]"
+
+
 def test_a_rank_that_data_decides_is_unknown_to_all_that_reads_it() -> None:
     nodes = [helper.make_node("Reshape", ["x", "s"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
     model = foreign(nodes, value("s", TensorProto.INT64, ["k"]))

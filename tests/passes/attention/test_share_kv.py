@@ -140,3 +140,21 @@ def test_repair_needs_data() -> None:
 def test_a_threshold_without_a_search_is_refused() -> None:
     with pytest.raises(PassError, match="threshold is for single layers: leave it out, or write method=kvsharer"):
         regauge.optimize(captured(Layers(2, "", 4)), "share-kv{layers=1, threshold=0.9}")
+
+
+def test_normed_keys_are_left_alone_with_words_of_this_pass() -> None:
+    """They were those of ``convert-gqa``, with a method that ``share-kv`` has not."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Decoder("half", kv=2, norm=True) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = x + 0.3 * layer(x)
+            return x
+
+    x = data(1)[0]
+    found = regauge.optimize(regauge.capture(Normed().double().eval(), (x,)), "share-kv{layers=1}")
+    assert "2 x its queries, keys or values are normalised: layers share no such heads" in str(found.report)

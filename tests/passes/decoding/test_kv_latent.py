@@ -124,6 +124,24 @@ def test_later_passes_leave_latents_as_narrow_as_they_are(name: str, text: str) 
     torch.testing.assert_close(simple, small.run(tokens[:4])[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("text", ["kv-latent{bytes=0.5}", "kv-latent{bytes=0.5,joint=true}"])
+@pytest.mark.parametrize("name", ["places", "shared"])
+def test_the_report_of_a_second_pass_counts_the_latents_of_the_first(name: str, text: str) -> None:
+    """It counted whole heads again, and made latents of latents that were larger."""
+    torch.manual_seed(0)
+    small = regauge.optimize(decoder(MODELS[name]()), text)
+    again = regauge.optimize(small, text.replace("0.5", "0.7"))
+    smaller = regauge.optimize(small, text.replace("0.5", "0.4"))
+    joint = "joint" in text
+    if joint or name == "shared":  # rotated keys come from a layer behind their latent
+        assert "it comes from a latent already" in str(again.report)
+    now, after = (cache_bytes(regauge.optimize(graph, "kv-cache")) for graph in (small, smaller))
+    assert cache_bytes(regauge.optimize(again, "kv-cache")) <= now
+    if joint:
+        assert len(again) == len(small)
+        assert f"{now:.0f} bytes -> {after:.0f} bytes of keys and values" in str(smaller.report)
+
+
 def test_budgets_are_refused_where_they_cannot_be_met() -> None:
     graph = decoder(Placed())
     with pytest.raises(PassError, match="the smallest latents take 16 bytes"):
