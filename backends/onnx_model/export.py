@@ -124,6 +124,7 @@ def _export(
             program: Any = torch.onnx.export(module, inputs, dynamo=True, verbose=False, optimize=whole, **options)
             if not whole:
                 _optimise(program.model, small, merges=not in_order)
+            _let_overflow(program.model)
             return program
     except RegaugeError:
         raise
@@ -187,6 +188,13 @@ def _optimise(model: onnx_ir.Model, small: set[str], *, merges: bool) -> None:
     onnxscript.optimizer.remove_unused_nodes(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     DeduplicateInitializersPass()(model)
+
+
+def _let_overflow(model: onnx_ir.Model) -> None:
+    """Casts to float8_e5m2 overflow to infinity, as in torch; the exporter leaves them to saturate."""
+    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == onnx_ir.DataType.FLOAT8E5M2:
+            node.attributes["saturate"] = onnx_ir.AttrInt64("saturate", 0)
 
 
 def _output_names(graph: Graph) -> list[str]:

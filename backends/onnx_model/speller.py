@@ -186,7 +186,8 @@ class OnnxSpeller:
         if dtype.itemsize == 1 and dtype.is_floating_point and self.opset < FLOAT8_SINCE:
             raise self.refusal(f"{dtype_name(dtype)} needs opset {FLOAT8_SINCE}, and the model has {self.opset}")
         code = int(onnx_ir.tensor_adapters.from_torch_dtype(dtype))
-        return self("Cast", value, to=code)
+        overflows = {"saturate": 0} if dtype == torch.float8_e5m2 else {}  # to infinity, as in torch
+        return self("Cast", value, to=code, **overflows)
 
     def sizes(self, sizes: Sequence[Size]) -> onnx_ir.Value:
         """A vector of sizes; dynamic ones are computed from the node's operands and the inputs of the model."""

@@ -202,14 +202,19 @@ def _library() -> torch.library.Library:
     return torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-_REGISTERED: set[str] = set()
+_REGISTERED: dict[str, KernelOperator] = {}
+
+
+def registered() -> tuple[KernelOperator, ...]:
+    """All operators that torch was told of in this process, those of gradients, too."""
+    return tuple(_REGISTERED.values())
 
 
 def _register(made: KernelOperator) -> None:
     """Tell torch of an operator, unless it knows it: operators of one name compute the same."""
     if made.name in _REGISTERED:
         return
-    _REGISTERED.add(made.name)
+    _REGISTERED[made.name] = made
     library = _library()
     library.define(f"{made.name}{tensor_schema(len(made.reads), len(made.writes))}")  # type: ignore[no-untyped-call]
     full_name = f"{NAMESPACE}::{made.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,11 +72,23 @@ def _copy(build: Any, x: Any, source: Any, non_blocking: bool = False) -> Any:
 
 
 def _onnx_cast(build: Any, call: Any) -> Any:
-    return build.cast(call.operand(0), dtype=onnx_dtype(call.attribute("to")))
+    return _cast_as_onnx_does(build, call, onnx_dtype(call.attribute("to")))
 
 
 def _onnx_cast_like(build: Any, call: Any) -> Any:
-    return build.cast(call.operand(0), dtype=call.operand(1).dtype)
+    return _cast_as_onnx_does(build, call, call.operand(1).dtype)
+
+
+def _cast_as_onnx_does(build: Any, call: Any, dtype: torch.dtype) -> Any:
+    """What is too large for floats of 8 bits is their largest number in ONNX, unless ``saturate`` is 0; in torch so it
+    is of e4m3fn, while that of e5m2 is infinite."""
+    x, saturates = call.operand(0), call.attribute("saturate", 1)
+    if dtype == torch.float8_e5m2 and saturates:
+        largest = torch.finfo(dtype).max
+        x = build.clamp(x, -largest, largest)
+    elif dtype == torch.float8_e4m3fn and not saturates:  # what would not be rounded to 448 is not a number
+        x = build.where(build.gt(build.abs(x), 464.0), math.nan, x)
+    return build.cast(x, dtype=dtype)
 
 
 def _cast_symmetry(node: Node) -> Symmetry:

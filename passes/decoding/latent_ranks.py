@@ -72,7 +72,7 @@ def _by_latent(choices: Sequence[RankChoice]) -> dict[Value | None, list[RankCho
 
 
 def _bytes_of(latent: Value) -> float:
-    return int(latent.shape[-1]) * item_size(latent.dtype)  # type: ignore[call-overload]
+    return int(latent.shape[-1]) * item_size(latent.dtype)
 
 
 def best_ranks(lost: np.ndarray, widths: int) -> list[tuple[int, ...]]:

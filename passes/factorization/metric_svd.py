@@ -43,26 +43,27 @@ def factored(weight: torch.Tensor, inputs: torch.Tensor | None = None, outputs: 
     scaled = weight if root is None else root.t() @ weight
     if len(weight) <= weight.shape[1]:
         image = scaled @ inputs.double() if inputs is not None else scaled
-        values, vectors = _principal(image @ scaled.t())
-        return Factored(_unscaled(vectors, root), vectors.t() @ scaled, _tail(values))
+        values, vectors = principal(image @ scaled.t())
+        return Factored(unscaled(vectors, root), vectors.t() @ scaled, _tail(values))
     if inputs is None:
-        values, vectors = _principal(scaled.t() @ scaled)
-        return Factored(_unscaled(scaled @ vectors, root), vectors.t(), _tail(values))
+        values, vectors = principal(scaled.t() @ scaled)
+        return Factored(unscaled(scaled @ vectors, root), vectors.t(), _tail(values))
     lower = factor_of(inputs.double(), 0.0)
     whitened = scaled @ lower
-    values, vectors = _principal(whitened.t() @ whitened)
+    values, vectors = principal(whitened.t() @ whitened)
     down = torch.linalg.solve_triangular(lower.t(), vectors, upper=True).t()
-    return Factored(_unscaled(whitened @ vectors, root), down, _tail(values))
+    return Factored(unscaled(whitened @ vectors, root), down, _tail(values))
 
 
-def _unscaled(up: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
+def unscaled(up: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
+    """What a root of the metric of outputs makes ``up`` [outputs, rank]."""
     if root is None:
         return up
     found: torch.Tensor = torch.linalg.solve_triangular(root.t(), up, upper=True)
     return found
 
 
-def _principal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def principal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues and eigenvectors of a positive semi-definite matrix, the greatest first."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0).clamp(min=0), vectors.flip(1)

@@ -9,8 +9,6 @@ tucker-1  i = channel          r = place of the kernel     two links, up and cor
 columns   i = channel, row     r = column                  two links, up and core are one (Jaderberg et al. 2014)
 rows      i = channel, column  r = row
 
-Of transposed convolutions the link with the kernel is transposed (tucker, tucker-1).
-
 Beside a first link the best core and up are those of :mod:`regauge.passes.factorization.metric_svd` in the metric that
 it leaves; beside these the first link is a least squares problem. They are solved in turns, from the directions that
 are best with the metric of inputs averaged over r.
@@ -35,9 +33,10 @@ from regauge.ir.sizes.expressions import Size
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.core_shapes import core_shapes
-from regauge.passes.factorization.forms import Choice, kernel_sizes, ranks_up_to, single_places
+from regauge.passes.factorization.forms import Choice, ranks_up_to, single_places
 from regauge.passes.factorization.least_squares import bettered, divided_by
 from regauge.passes.factorization.metric_svd import Factored, factored
+from regauge.passes.factorization.nested_links import Behind, Metrics, links_behind
 from regauge.passes.factorization.problems import Problem, places
 
 Parts: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -58,11 +57,11 @@ class Separated:
     third: bool = False
 
     def misfit(self, layer: Layer) -> str | None:
-        if layer.node.op not in ("conv", "conv_transpose") or layer.taps == 1:
+        if layer.node.op != "conv" or layer.taps == 1:
             return f"{self.name} is for convolutions of several places"
         kernel = layer.weight.shape[2:]
-        if self.first != (0,) and (len(kernel) != 2 or 1 in kernel or layer.node.op != "conv"):
-            return f"{self.name} is for kernels of two axes, not transposed"
+        if self.first != (0,) and (len(kernel) != 2 or 1 in kernel):
+            return f"{self.name} is for kernels of two axes"
         return None
 
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
@@ -72,17 +71,13 @@ class Separated:
             shapes: list[tuple[int, ...]] = [*self._shapes(unfolded, most, graph, multiple)]
         else:
             shapes = [(rank,) for rank in _thinned(most)]
+        by_rank = {rank: [*own] for rank, own in groupby(shapes, key=lambda shape: shape[0])}
         found = []
-        for rank, own in groupby(shapes, key=lambda shape: shape[0]):
-            first = unfolded.start(rank)
-            behind = unfolded.behind(first)
-            lost = unfolded.lost(first, behind) if self.third else None
+        for (_, own), behind in zip(by_rank.items(), unfolded.links_behind([*by_rank]), strict=True):
+            lost = behind.lost(problem.outputs) if self.third else None
             for ranks in own:
-                if lost is None:
-                    loss = problem.error(unfolded.product(first, behind.up @ behind.down, None))
-                else:
-                    loss = float(lost[ranks[1]])
-                found.append(Choice(self.name, ranks, *self._cost(problem.layer, graph, ranks), loss))
+                loss = float(behind.least if lost is None else lost[ranks[1]]) / problem.scale
+                found.append(Choice(self.name, ranks, *self._cost(problem.layer, graph, ranks), max(loss, 0.0)))
         return found
 
     def _shapes(
@@ -104,25 +99,24 @@ class Separated:
                 yield first, last
 
     def lossless(self, layer: Layer) -> list[tuple[int, ...]]:
-        inner = prod(kernel_sizes(layer)[axis] for axis in self.first)
+        inner = prod(int(layer.weight.shape[axis + 1]) for axis in self.first)
         return [(inner, min(layer.outputs, layer.columns)) if self.third else (inner,)]
 
     def _cost(self, layer: Layer, graph: Graph, ranks: Sequence[Any]) -> tuple[Any, Any]:
         """Parameters and multiply-accumulates, of ranks or of arrays of them."""
         x, y = layer.node.inputs[0], layer.node.output
         assert isinstance(x, Value)
-        sizes = kernel_sizes(layer)
+        sizes = [int(size) for size in layer.weight.shape[1:]]
         inner = 1
         for axis in self.first:
             inner *= sizes[axis]
         rest = layer.columns // inner
         before, behind = places(graph, x, 1), places(graph, y, 1)
-        middle = before if layer.node.op == "conv_transpose" else behind
         if self.third:
             into, out = ranks
-            parts = [(into * inner, before), (into * out * rest, middle), (out * layer.outputs, behind)]
+            parts = [(into * inner, before), (into * out * rest, behind), (out * layer.outputs, behind)]
         elif len(self.first) == 1:
-            parts = [(ranks[0] * inner, before), (ranks[0] * rest * layer.outputs, middle)]
+            parts = [(ranks[0] * inner, before), (ranks[0] * rest * layer.outputs, behind)]
         else:
             axis = self.first[1]
             other = 3 - axis  # of the axes of the kernel, 1 and 2
@@ -136,20 +130,18 @@ class Separated:
         return self._chain(problem.layer, *parts), unfolded.product(*parts)
 
     def _chain(self, layer: Layer, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> list[Link]:
-        node, sizes = layer.node, kernel_sizes(layer)
+        node, sizes = layer.node, [int(size) for size in layer.weight.shape[1:]]
         spatial = len(sizes) - 1
         rank = len(first)
-        names = ("stride", "padding", "dilation", "output_padding")
-        options = {name: per_axis(node.attributes[name], spatial) for name in names if name in node.attributes}
+        options = {name: per_axis(node.attributes[name], spatial) for name in ("stride", "padding", "dilation")}
         if len(self.first) == 1:
             kernel = sizes[1:]
             down = Link("down", "conv", first.reshape(rank, -1, *(1 for _ in kernel)), single_places(spatial))
-            weight = core.reshape(-1, rank, *kernel)
-            middle = weight.transpose(0, 1) if node.op == "conv_transpose" else weight, {**options, "groups": 1}
+            middle = core.reshape(-1, rank, *kernel), {**options, "groups": 1}
             if up is None:
-                return [down, Link("up", node.op, *middle)]
+                return [down, Link("up", "conv", *middle)]
             last = up.reshape(*up.shape, *(1 for _ in kernel))
-            return [down, Link("core", node.op, *middle), Link("up", "conv", last, single_places(spatial))]
+            return [down, Link("core", "conv", *middle), Link("up", "conv", last, single_places(spatial))]
         axis = self.first[1] - 1  # of the kernel, that the first link goes along
         plain = {"stride": 1, "padding": 0, "dilation": 1}
         along = [
@@ -177,7 +169,7 @@ class _Unfolded:
 
     def __init__(self, problem: Problem, first: Sequence[int]) -> None:
         self.problem = problem
-        self.sizes = kernel_sizes(problem.layer)
+        self.sizes = [int(size) for size in problem.layer.weight.shape[1:]]
         self.many = len(first)
         self.order = [*first, *(axis for axis in range(len(self.sizes)) if axis not in first)]
         self.inner = 1
@@ -329,25 +321,16 @@ class _Unfolded:
         cross = torch.einsum("ojs,prjs->opr", left, image).reshape(len(self.weight), -1)
         return factored(plain + torch.linalg.solve(metric, cross.t()).t(), metric, self.problem.outputs)
 
-    def lost(self, first: torch.Tensor, behind: Factored) -> torch.Tensor:
-        """What the problem loses with each number of directions behind a first link, from none to all of them.
-
-        Those that are left out are products of two vectors each: how any two of them count together, and with what all
-        leave over, is found once for all numbers.
-        """
-        problem, up = self.problem, behind.up
-        flat = self.flat(self.image(first, behind.down))
-        over = problem.weight - up @ flat
-        weighed = problem.weighed(over)
-        beside = ((up.t() @ weighed) * flat).sum(1)
-        together = torch.zeros(len(flat), len(flat), dtype=flat.dtype)
-        for inputs, outputs in (*problem.bands,) or ((problem.inputs, problem.outputs),):
-            left = up if outputs is None else outputs @ up
-            together += (up.t() @ left) * ((flat if inputs is None else flat @ inputs) @ flat.t())
-        pairs = together.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
-        behind_each = 2 * beside.flip(0).cumsum(0).flip(0) + pairs
-        least = (weighed * over).sum()
-        return torch.cat([least + behind_each, least[None]]) / problem.scale
+    def links_behind(self, ranks: Sequence[int]) -> Iterator[Behind]:
+        """What follows each of the first links that :meth:`start` gives, of ascending ranks."""
+        basis = self.directions.down / self.directions.down.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        basis = torch.linalg.qr(basis.t(), mode="complete").Q.t()
+        weight = torch.einsum("oir,pi->opr", self.weight, basis).reshape(len(self.weight), -1)
+        inputs = None if self.problem.inputs is None else self._metric_behind(basis, self.metric)
+        bands: list[Metrics] = [(inputs, self.problem.outputs)]
+        if self.problem.bands:
+            bands = [(self._metric_behind(basis, own), outputs) for own, outputs in self._metrics]
+        return links_behind(weight, inputs, bands, [rank * self.rest for rank in ranks])
 
     def image(self, first: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
         """[outputs, inner, rest] of a first link and what follows it."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regauge import training as training
     from regauge.backends.compare import Comparison as Comparison
     from regauge.backends.compare import compare as compare
+    from regauge.backends.torch_module.lower import lower as lower
     from regauge.frontends.capture import capture as capture
     from regauge.frontends.examine import examine as examine
     from regauge.frontends.from_onnx import load as load
@@ -75,6 +76,7 @@ _HOME = {
     "elastic": "regauge.passes.elastic.elastic",
     "examine": "regauge.frontends.examine",
     "load": "regauge.frontends.from_onnx",
+    "lower": "regauge.backends.torch_module.lower",
     "merge": "regauge.passes.merging.merge",
     "operator": "regauge.ir.operator",
     "option": "regauge.passes.options",
