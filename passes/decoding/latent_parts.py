@@ -47,7 +47,8 @@ class Part:
         """The channels of the layer that each map makes, in the order of heads."""
         if not self.joint:
             return list(self.heads.channels)
-        return [rows.flatten() for rows in self.heads.channels.split(self.group or self.heads.count)]
+        groups = self.heads.count // (self.group or self.heads.count)
+        return list(self.heads.channels.reshape(groups, -1))
 
     @property
     def most(self) -> int:
