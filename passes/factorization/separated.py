@@ -9,6 +9,8 @@ tucker-1  i = channel          r = place of the kernel     two links, up and cor
 columns   i = channel, row     r = column                  two links, up and core are one (Jaderberg et al. 2014)
 rows      i = channel, column  r = row
 
+Of transposed convolutions the link with the kernel is transposed (tucker, tucker-1).
+
 Beside a first link the best core and up are those of :mod:`regauge.passes.factorization.metric_svd` in the metric that
 it leaves; beside these the first link is a least squares problem. They are solved in turns, from the directions that
 are best with the metric of inputs averaged over r.
@@ -33,7 +35,7 @@ from regauge.ir.sizes.expressions import Size
 from regauge.passes.calibration.layers import Layer
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.core_shapes import core_shapes
-from regauge.passes.factorization.forms import Choice, ranks_up_to, single_places
+from regauge.passes.factorization.forms import Choice, kernel_sizes, ranks_up_to, single_places
 from regauge.passes.factorization.least_squares import bettered, divided_by
 from regauge.passes.factorization.metric_svd import Factored, factored
 from regauge.passes.factorization.nested_links import Behind, Metrics, links_behind
@@ -57,11 +59,11 @@ class Separated:
     third: bool = False
 
     def misfit(self, layer: Layer) -> str | None:
-        if layer.node.op != "conv" or layer.taps == 1:
+        if layer.node.op not in ("conv", "conv_transpose") or layer.taps == 1:
             return f"{self.name} is for convolutions of several places"
         kernel = layer.weight.shape[2:]
-        if self.first != (0,) and (len(kernel) != 2 or 1 in kernel):
-            return f"{self.name} is for kernels of two axes"
+        if self.first != (0,) and (len(kernel) != 2 or 1 in kernel or layer.node.op != "conv"):
+            return f"{self.name} is for kernels of two axes, not transposed"
         return None
 
     def choices(self, problem: Problem, graph: Graph, multiple: int) -> list[Choice]:
@@ -99,24 +101,25 @@ class Separated:
                 yield first, last
 
     def lossless(self, layer: Layer) -> list[tuple[int, ...]]:
-        inner = prod(int(layer.weight.shape[axis + 1]) for axis in self.first)
+        inner = prod(kernel_sizes(layer)[axis] for axis in self.first)
         return [(inner, min(layer.outputs, layer.columns)) if self.third else (inner,)]
 
     def _cost(self, layer: Layer, graph: Graph, ranks: Sequence[Any]) -> tuple[Any, Any]:
         """Parameters and multiply-accumulates, of ranks or of arrays of them."""
         x, y = layer.node.inputs[0], layer.node.output
         assert isinstance(x, Value)
-        sizes = [int(size) for size in layer.weight.shape[1:]]
+        sizes = kernel_sizes(layer)
         inner = 1
         for axis in self.first:
             inner *= sizes[axis]
         rest = layer.columns // inner
         before, behind = places(graph, x, 1), places(graph, y, 1)
+        middle = before if layer.node.op == "conv_transpose" else behind
         if self.third:
             into, out = ranks
-            parts = [(into * inner, before), (into * out * rest, behind), (out * layer.outputs, behind)]
+            parts = [(into * inner, before), (into * out * rest, middle), (out * layer.outputs, behind)]
         elif len(self.first) == 1:
-            parts = [(ranks[0] * inner, before), (ranks[0] * rest * layer.outputs, behind)]
+            parts = [(ranks[0] * inner, before), (ranks[0] * rest * layer.outputs, middle)]
         else:
             axis = self.first[1]
             other = 3 - axis  # of the axes of the kernel, 1 and 2
@@ -130,18 +133,20 @@ class Separated:
         return self._chain(problem.layer, *parts), unfolded.product(*parts)
 
     def _chain(self, layer: Layer, first: torch.Tensor, core: torch.Tensor, up: torch.Tensor | None) -> list[Link]:
-        node, sizes = layer.node, [int(size) for size in layer.weight.shape[1:]]
+        node, sizes = layer.node, kernel_sizes(layer)
         spatial = len(sizes) - 1
         rank = len(first)
-        options = {name: per_axis(node.attributes[name], spatial) for name in ("stride", "padding", "dilation")}
+        names = ("stride", "padding", "dilation", "output_padding")
+        options = {name: per_axis(node.attributes[name], spatial) for name in names if name in node.attributes}
         if len(self.first) == 1:
             kernel = sizes[1:]
             down = Link("down", "conv", first.reshape(rank, -1, *(1 for _ in kernel)), single_places(spatial))
-            middle = core.reshape(-1, rank, *kernel), {**options, "groups": 1}
+            weight = core.reshape(-1, rank, *kernel)
+            middle = weight.transpose(0, 1) if node.op == "conv_transpose" else weight, {**options, "groups": 1}
             if up is None:
-                return [down, Link("up", "conv", *middle)]
+                return [down, Link("up", node.op, *middle)]
             last = up.reshape(*up.shape, *(1 for _ in kernel))
-            return [down, Link("core", "conv", *middle), Link("up", "conv", last, single_places(spatial))]
+            return [down, Link("core", node.op, *middle), Link("up", "conv", last, single_places(spatial))]
         axis = self.first[1] - 1  # of the kernel, that the first link goes along
         plain = {"stride": 1, "padding": 0, "dilation": 1}
         along = [
@@ -169,7 +174,7 @@ class _Unfolded:
 
     def __init__(self, problem: Problem, first: Sequence[int]) -> None:
         self.problem = problem
-        self.sizes = [int(size) for size in problem.layer.weight.shape[1:]]
+        self.sizes = kernel_sizes(problem.layer)
         self.many = len(first)
         self.order = [*first, *(axis for axis in range(len(self.sizes)) if axis not in first)]
         self.inner = 1
