@@ -15,6 +15,8 @@ from torch import nn
 import regauge
 from regauge.ir.graph import Graph
 from regauge.ir.states import Steps
+from regauge.ir.verify import verify
+from regauge.passes.decoding.cache_bytes import cache_bytes
 
 CHARACTERS, LONGEST = 23, 24
 
@@ -175,6 +177,18 @@ def characters(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 def stepped(steps: Steps, tokens: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """The first results of runs over so many positions each, side by side."""
     return torch.cat([steps(part)[0] for part in tokens.split(list(counts), 1)], 1)
+
+
+def check_latents_of_half(graph: Graph, step: str, *, with_data: bool) -> None:
+    """A step leaves what a decoder computes, whose keys and values have half their rank, and halves its caches."""
+    tokens = characters(40, LONGEST)
+    small = regauge.optimize(graph, step, data=[tokens] if with_data else None)
+    verify(small, axes=True)
+    (wanted,), (found,) = graph.run(tokens[:4]), small.run(tokens[:4])
+    assert float((wanted - found).abs().max()) < (1e-5 if with_data else 1e-10) * float(wanted.abs().max())
+    cached = regauge.optimize(small, "kv-cache")
+    assert cache_bytes(cached) == cache_bytes(regauge.optimize(graph, "simplify,kv-cache")) / 2
+    torch.testing.assert_close(stepped(Steps(cached), tokens[:2, :9], (4, 1, 1, 3)), found[:2, :9])
 
 
 def of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:

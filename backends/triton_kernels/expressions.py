@@ -28,6 +28,32 @@ TEXT: Mapping[str, str] = {
 }  # fmt: skip
 """How each primitive is written; names without ``tl.`` are in FUNCTIONS."""
 
+
+def _rounded_8(
+    name: str, fraction: int, *, fixed: str, least: int, apart: int, beyond: str, greatest: int, at_most: int
+) -> str:
+    """A function that rounds to a float of 8 bits with so many bits of ``fraction``.
+
+    In bits of single precision ``least`` is the least normal one and ``greatest`` the greatest, beyond which it gives
+    ``at_most``. Subnormal ones are 2^``apart`` from each other: added to ``fixed``, single precision has such steps.
+    """
+    cut = 23 - fraction
+    half, kept = (1 << (cut - 1)) - 1, 0x7FFFFFFF & ~((1 << cut) - 1)
+    return f'''@triton.jit
+def {name}(x):
+    """The nearest float of 8 bits with {fraction} of fraction, halves to even, in single precision; {beyond}
+    what is greater than all. Below the least normal one they are 2^{apart} apart."""
+    bits = x.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    near = (size + 0x{half:X} + ((size >> {cut}) & 1)) & 0x{kept:X}
+    fixed = ((tl.abs(x) + {fixed}) - {fixed}).to(tl.uint32, bitcast=True)
+    near = tl.where(size < 0x{least:X}, fixed, near)
+    near = tl.where(near > 0x{greatest:X}, 0x{at_most:X}, near)
+    near = tl.where(size > 0x7F800000, 0x7FC00000, near)
+    return ((bits ^ size) | near).to(tl.float32, bitcast=True)
+'''
+
+
 FUNCTIONS: Mapping[str, str] = {
     "maximum": '''@triton.jit
 def maximum(x, y):
@@ -67,32 +93,26 @@ def round(x):
     """The nearest integer, halves to even: numbers of this size have no places behind the point."""
     return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)
 ''',
-    "e4m3": '''@triton.jit
-def e4m3(x):
-    """The nearest float of 8 bits with 3 of fraction, halves to even, in single precision; the greatest of what is
-    beyond that. Below the least normal one they are 2^-9 apart."""
-    bits = x.to(tl.uint32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    near = (size + 0x7FFFF + ((size >> 20) & 1)) & 0x7FF00000
-    fixed = ((tl.abs(x) + 24576.0) - 24576.0).to(tl.uint32, bitcast=True)
-    near = tl.where(size < 0x3C800000, fixed, near)
-    near = tl.where(near > 0x43E00000, 0x43E00000, near)
-    near = tl.where(size > 0x7F800000, 0x7FC00000, near)
-    return ((bits ^ size) | near).to(tl.float32, bitcast=True)
-''',
-    "e5m2": '''@triton.jit
-def e5m2(x):
-    """The nearest float of 8 bits with 2 of fraction, halves to even, in single precision; infinite beyond the
-    greatest. Below the least normal one they are 2^-16 apart."""
-    bits = x.to(tl.uint32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    near = (size + 0xFFFFF + ((size >> 21) & 1)) & 0x7FE00000
-    fixed = ((tl.abs(x) + 192.0) - 192.0).to(tl.uint32, bitcast=True)
-    near = tl.where(size < 0x38800000, fixed, near)
-    near = tl.where(near > 0x47600000, 0x7F800000, near)
-    near = tl.where(size > 0x7F800000, 0x7FC00000, near)
-    return ((bits ^ size) | near).to(tl.float32, bitcast=True)
-''',
+    "e4m3": _rounded_8(
+        "e4m3",
+        3,
+        fixed="24576.0",
+        least=0x3C800000,
+        apart=-9,
+        beyond="the greatest for",
+        greatest=0x43E00000,
+        at_most=0x43E00000,
+    ),
+    "e5m2": _rounded_8(
+        "e5m2",
+        2,
+        fixed="192.0",
+        least=0x38800000,
+        apart=-16,
+        beyond="infinite for",
+        greatest=0x47600000,
+        at_most=0x7F800000,
+    ),
     "bits_of_e4m3": '''@triton.jit
 def bits_of_e4m3(x):
     """The 8 bits of a number that is such a float: those of it in half precision, whose exponents are 8 greater."""
