@@ -10,9 +10,10 @@
 (Dao et al. 2022, FlashAttention, appendix B; Dao 2023, FlashAttention-2, algorithm 2.) These have delta as the sum of
 gradient * result, which is the same but for rounding: what a result in half precision was rounded by would be in the
 gradients of all logits of a row alike, and add up in that of a bias, or where keys have a mean (Qiu and Yao 2025, Why
-Low-Precision Transformer Training Fails). Here the gradients of the logits of a row add up to zero. A bias is whatever else logits are made of: what is added to scores (Raffel et al. 2020, T5, section 2.1; Liu et
-al. 2021, Swin, equation 4), the slope that distances are multiplied by (Press et al. 2022, ALiBi), a learned scale. Its
-gradient stands apart from the other ones, as a mask of floats is seldom trained.
+Low-Precision Transformer Training Fails). Here the gradients of the logits of a row add up to zero. A bias is whatever
+else logits are made of: what is added to scores (Raffel et al. 2020, T5, section 2.1; Liu et al. 2021, Swin, equation
+4), the slope that distances are multiplied by (Press et al. 2022, ALiBi), a learned scale. Its gradient stands apart
+from the other ones, as a mask of floats is seldom trained.
 """
 
 from __future__ import annotations
