@@ -99,7 +99,7 @@ def _unify_concats(left: list[Extent], right: list[Extent]) -> None:
 
 
 def _shifted(axis: Extent, by: Extent, other: Iterable[Extent]) -> bool:
-    """Whether an axis meets itself a few indices further on: all its pieces would be one, nested as deep as they are many.
+    """Whether an axis meets itself a few indices on: its pieces would all be one, nested as deep as they are many.
 
     ``x[1:] - x[:-1]`` ties every index to its neighbour.
     """

@@ -78,7 +78,7 @@ def test_parameters_that_nothing_reads_keep_their_shape() -> None:
 
 
 def test_a_long_axis_that_meets_itself_a_few_indices_on_is_kept() -> None:
-    """Differences of neighbours tie each index to the next: as deep as the axis was long, once, until it was too deep."""
+    """Differences of neighbours tie each index to the next: the analysis once went as deep as the axis was long."""
 
     class Differences(nn.Module):
         def __init__(self, step: int) -> None:
