@@ -214,9 +214,9 @@ def test_memory_says_where_the_peak_is(model_file: Path, capsys: pytest.CaptureF
     assert printed[2].split() == ["bytes", "value", "from", "to"] and len(printed) == 5
 
 
-def test_fusion_tells_a_wrong_device_or_size(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("fusion", model_file, "--device", "abacus") == 2
-    assert "no device 'abacus': give cpu or gpu" in capsys.readouterr().err
+def test_fusion_tells_a_wrong_target_or_size(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fusion", model_file, "--target", "abacus") == 2
+    assert "no target 'abacus': give cpu or gpu" in capsys.readouterr().err
     assert run("fusion", model_file, "--at", "batch=many") == 2
     assert "--at batch=many: give the name of a dynamic size and its value" in capsys.readouterr().err
 

@@ -90,12 +90,22 @@ def _unify_concats(left: list[Extent], right: list[Extent]) -> None:
             continue
         if _shorter(size_of(x), size_of(y)):
             left, right, x, y = right, left, y, x
-        parts = split_at(x, size_of(y))
+        parts = None if _shifted(x, y, right) else split_at(x, size_of(y))
         if parts is None:
             _entangle([x, y, *left, *right])
             return
         left.extend([parts[1], parts[0]])
         right.append(y)
+
+
+def _shifted(axis: Extent, by: Extent, other: Iterable[Extent]) -> bool:
+    """Whether an axis meets itself a few indices on: its pieces would all be one, nested as deep as they are many.
+
+    ``x[1:] - x[:-1]`` ties every index to its neighbour.
+    """
+    size, step = size_of(axis), size_of(by)
+    many = not isinstance(size, int) or not isinstance(step, int) or size > MOST_PIECES * step
+    return many and any(resolve(segment) is axis for segment in other)
 
 
 def _shorter(a: Size, b: Size) -> bool:

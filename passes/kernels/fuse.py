@@ -32,16 +32,16 @@ class Fuse(Pass):
     contract: ClassVar[Contract] = "exact"
     takes_fused: ClassVar[bool] = True
 
-    device: Literal["gpu", "cpu"] = option("gpu", "the device whose time decides what gains")
+    target: Literal["gpu", "cpu"] = option("gpu", "what it is for: the kind of device whose time decides what gains")
     rounding: Rounding = option(
         "fused", "what kernels round: their results (fused), or what each node gives, as torch does (eager)"
     )
 
     def call(self, graph: Graph, context: Context) -> Graph:
         result = graph.copy()
-        if self.device == "gpu":  # a kernel that knows the order of positions skips what it hides
+        if self.target == "gpu":  # a kernel that knows the order of positions skips what it hides
             mark_causal(result)
-        found = fuse_graph(result, DEVICES[self.device], rounding=self.rounding, by=self.name)
+        found = fuse_graph(result, DEVICES[self.target], rounding=self.rounding, by=self.name)
         refusals = found.plan.refusals
         context.left.update([*(refusal.reason for refusal in refusals), *found.left])
         if not found.nodes:

@@ -109,10 +109,10 @@ def scales(model: Path, everything: bool) -> None:
 
 @click.command()
 @model_argument
-@click.option("--device", metavar="DEVICE", default="gpu", help="for which device the kernels have to gain: gpu or cpu")
+@click.option("--target", metavar="TARGET", default="gpu", help="for what kernels have to gain, as of fuse: gpu or cpu")
 @at_option
 @most_option("--refusals", 20, "list so many of the refusals")
-def fusion(model: Path, device: str, at: Sequence[str], most: int) -> None:
+def fusion(model: Path, target: str, at: Sequence[str], most: int) -> None:
     """Plan which nodes of a model become one kernel.
 
     What is refused is listed below the kernels, with the reason and the bytes that this costs.
@@ -128,13 +128,13 @@ def fusion(model: Path, device: str, at: Sequence[str], most: int) -> None:
     from regauge.ir.fusion.splits import slice_splits
     from regauge.ir.roofline import DEVICES
 
-    if device not in DEVICES:
-        raise RegaugeError(f"there is no device {device!r}: give {' or '.join(sorted(DEVICES))}")
+    if target not in DEVICES:
+        raise RegaugeError(f"there is no target {target!r}: give {' or '.join(sorted(DEVICES))}")
     graph = without_fused(open_file(model))
-    if device == "gpu":  # as graphs are made ready for kernels
+    if target == "gpu":  # as graphs are made ready for kernels
         slice_splits(graph)
         mark_causal(graph)
-    plan = plan_fusion(graph, DEVICES[device], dynamic_sizes(graph, at))
+    plan = plan_fusion(graph, DEVICES[target], dynamic_sizes(graph, at))
     print_table(plan_rows(plan))
     print(f"\n{plan_summary(plan)}")
     if plan.refusals and most:

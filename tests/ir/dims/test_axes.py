@@ -75,3 +75,23 @@ def test_parameters_that_nothing_reads_keep_their_shape() -> None:
     pruned = regauge.optimize(graph, "prune{ratio=0.5}")
     assert [tuple(p.shape) for p in pruned.parameters.values()] == [(8, 8), (4, 6), (3, 4)]
     assert "no node reads it" in graph.explain("spare:0")
+
+
+def test_a_long_axis_that_meets_itself_a_few_indices_on_is_kept() -> None:
+    """Differences of neighbours tie each index to the next: the analysis once went as deep as the axis was long."""
+
+    class Differences(nn.Module):
+        def __init__(self, step: int) -> None:
+            super().__init__()
+            self.up, self.step = nn.Linear(3, 2000), step
+            self.down = nn.Linear(2000 - step, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.up(x)
+            result: torch.Tensor = self.down(y[:, self.step :] - y[:, : -self.step])
+            return result
+
+    few = regauge.capture(Differences(1).eval(), (torch.randn(2, 3),))
+    assert not any(group.free for group in few.groups())
+    halves = regauge.capture(Differences(1000).eval(), (torch.randn(2, 3),))
+    assert [group.size for group in halves.groups() if group.free] == [1000]

@@ -70,16 +70,18 @@ def test_attention_as_one_node_is_a_region_where_there_is_a_gpu() -> None:
     q, k, v = (build.input(name, (1, 2, 64, 16), torch.float32) for name in "qkv")
     graph.outputs = [build.attention(q, k, v, scale=0.25)]
     assert len(fused_nodes(regauge.optimize(graph, "fuse"))) == 1
-    assert not fused_nodes(regauge.optimize(graph, "fuse{device=cpu}"))
+    assert not fused_nodes(regauge.optimize(graph, "fuse{target=cpu}"))
 
 
-def test_rounding_and_device_are_options() -> None:
-    found = regauge.optimize(block(), "fuse{rounding=eager,device=cpu}")
+def test_rounding_and_target_are_options() -> None:
+    found = regauge.optimize(block(), "fuse{rounding=eager,target=cpu}")
     assert {node.attributes["rounding"] for node in fused_nodes(found)} == {"eager"}
-    (device, _) = find_pass("fuse").option_table()
-    assert device.kind == f"one of {', '.join(sorted(DEVICES, reverse=True))}"
-    with pytest.raises(PassError, match="option 'device' of fuse must be one of gpu, cpu, not 'tpu'"):
-        regauge.optimize(block(), "fuse{device=tpu}")
+    (target, _) = find_pass("fuse").option_table()
+    assert target.kind == f"one of {', '.join(sorted(DEVICES, reverse=True))}"
+    with pytest.raises(PassError, match="option 'target' of fuse must be one of gpu, cpu, not 'tpu'"):
+        regauge.optimize(block(), "fuse{target=tpu}")
+    with pytest.raises(PassError, match="fuse has no option 'device': options are target, rounding"):
+        regauge.optimize(block(), "fuse{device=cpu}")
 
 
 def test_a_size_that_no_operand_has_is_left() -> None:
