@@ -179,7 +179,7 @@ def sloped_attention(f: Form, rows: Any, columns: int) -> Any:
     """A slope for each head times distances, as ALiBi has it, and a weight for each key of a sequence."""
     b, q, k, v = f.build, f.x(2, 3, rows, 40), f.x(2, 3, columns, 40), f.x(2, 3, columns, 24)
     scores = b.mul(b.matmul(q, b.permute(k, dims=(0, 1, 3, 2))), 0.2)
-    away = b.mul(f.x(rows, columns), 0.25)
+    away = b.mul(f.x(rows, columns), 2.0)
     scores = b.add(b.add(scores, b.mul(f.x(3, 1, 1), away)), f.x(2, 1, 1, columns))
     return b.matmul(b.softmax(scores, dim=3), v)
 

@@ -83,11 +83,6 @@ class KernelOperator:
         return [(one, _gradient_operator(one, self.tuned)) for one in self.gradients.kernels]
 
     @cached_property
-    def keeps_results(self) -> bool:
-        """Whether gradients are computed of results, too."""
-        return any(one.results for one in self.gradients.kernels)
-
-    @cached_property
     def in_stages(self) -> Body:
         """The region in torch, of which torch finds gradients: attention within it is an operator of its own, whose
         gradients kernels compute."""
@@ -222,7 +217,7 @@ def _register(made: KernelOperator) -> None:
     library.impl(made.name, fresh, "CPU")  # type: ignore[no-untyped-call]
     library.impl(made.name, made.launch, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(full_name, fresh, lib=library)
-    torch.library.register_autograd(full_name, _backward(made), setup_context=_keep(made), lib=library)
+    torch.library.register_autograd(full_name, _backward(made), setup_context=_keep, lib=library)
 
 
 def _without_views(body: Body) -> Body:
@@ -237,27 +232,21 @@ def _without_views(body: Body) -> Body:
     return call
 
 
-def _keep(made: KernelOperator) -> Callable[..., None]:
-    """What is kept for the backward pass: what is read, and results where gradients are computed of these."""
-
-    def keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-        results = [output] if isinstance(output, torch.Tensor) else output
-        ctx.save_for_backward(*inputs, *(results if made.keeps_results else ()))
-
-    return keep
+def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+    """What is kept for the backward pass: what is read, of which all else is computed again."""
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(made: KernelOperator) -> Callable[..., Any]:
     """The backward pass: operators of the gradients, where there are such, and for the rest the body in torch."""
 
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        tensors = ctx.saved_tensors[: len(made.reads)]
-        results = ctx.saved_tensors[len(made.reads) :]
+        tensors = ctx.saved_tensors
         wanted = {place for place, needed in enumerate(ctx.needs_input_grad) if needed}
         found: dict[int, torch.Tensor | None] = {}
         whole = [gradient for gradient in gradients if gradient is not None]
         if len(whole) == len(gradients):
-            found = _by_kernels(made, tensors, whole, results, wanted)
+            found = _by_kernels(made, tensors, whole, wanted)
         rest = sorted(wanted - found.keys())
         if rest:
             found.update(zip(rest, _of_body(made.in_stages, tensors, gradients, rest), strict=True))
@@ -270,7 +259,6 @@ def _by_kernels(
     made: KernelOperator,
     tensors: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
-    kept: Sequence[torch.Tensor],
     wanted: set[int],
 ) -> dict[int, torch.Tensor | None]:
     """The gradients that are given on, and those that operators compute, by the number of the argument."""
@@ -291,7 +279,7 @@ def _by_kernels(
         if wanted.isdisjoint(one.table if isinstance(one, Entries) else one for ones in places for one in ones):
             continue
         given = [*(tensors[i] for i in kernel.reads), *(gradients[i] for i in kernel.given)]
-        results = operator.overload(*given, *(kept[i] for i in kernel.results))
+        results = operator.overload(*given)
         for ones, gradient in zip(places, [results] if len(places) == 1 else results, strict=True):
             for one in ones:
                 give(one, gradient)

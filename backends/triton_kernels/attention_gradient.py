@@ -1,7 +1,7 @@
 """Kernels of the gradients of attention (:mod:`regauge.ir.fusion.attention_gradients`), three of them.
 
-    statistics   for BLOCK_M queries the logarithm of the sum of exp(logits), in one pass over the keys, and the sum of
-                 gradient times result
+    statistics   for BLOCK_M queries, in one pass over keys and values, the logarithm of the sum of exp(logits), and the
+                 sum of weights times their gradients
     of_queries   for BLOCK_M queries the gradient of these, in one pass over keys and values
     of_keys      for BLOCK_S places the gradients of their keys and values, in one pass over the queries that read them
 
@@ -52,13 +52,12 @@ class AttentionGradientKernel(LatentFactors):
         super().__init__(gradient.region, name, "fused", contiguous=contiguous)
         self.form, self.gradient, self.parts = form, gradient, gradient.parts
         layout = gradient.region.layouts[gradient.region.outputs[0]]
-        *_, given, result = gradient.graph.inputs
+        *_, given = gradient.graph.inputs
         (written,) = self.writes
         self.given = self._own(f"{written.name}_gradient", given, layout)
-        self.result = Tensor(written.name, result, layout, written.places)
         loads = [load.value for load in gradient.of]
         outputs = [value for value in gradient.graph.outputs if isinstance(value, Value)]
-        self.reads = [*self.reads, self.given, self.result]
+        self.reads = [*self.reads, self.given]
         self.writes = [
             self._own(f"{self.of_load[own].name}_gradient", value, load.layout)
             for own, load, value in zip(gradient.of, loads, outputs, strict=True)
@@ -132,7 +131,7 @@ class AttentionGradientKernel(LatentFactors):
     # -- tiles -------------------------------------------------------------------------------------------------------
 
     def _tile_of(self, tensor: Tensor) -> str:
-        """The lines that read a tile of the gradient of the result, or of the result; its name."""
+        """The lines that read a tile of the gradient of the result; its name."""
         address, mask = self.entry(tensor)
         absent = [] if self.loops.rows else ["m * 0"]
         absent += [] if self.loops.columns else ["n * 0"]
@@ -172,46 +171,54 @@ class AttentionGradientKernel(LatentFactors):
     # -- the kernels -------------------------------------------------------------------------------------------------
 
     def _statistics(self) -> None:
-        self._rows()
-        self._head("[None, :]")
-        queries = self.factor("queries", self.parts.queries, self.kind, "m_ok & k_ok")
-        self._head("[:, None]")
+        queries, given = self._of_rows()
         self.line('peak = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)')
         self.line("total = tl.zeros([BLOCK_M, 1], tl.float32)")
+        self.line("mixed = tl.zeros([BLOCK_M, 1], tl.float32)")
         self._places()
         keys = self.factor("keys", self.parts.keys, self.kind, "k_ok & s_ok")
         self.line(f"{self.scores} = {self._dot(queries, keys)}")
         self._logits()
         self.raise_peak("peak", "tl.reduce(logits, 1, maximum, keep_dims=True)")
-        self.line("total = total * kept + tl.sum(tl.exp(logits - shift), axis=1, keep_dims=True)")
+        self.line("powers = tl.exp(logits - shift)")
+        self.line("total = total * kept + tl.sum(powers, axis=1, keep_dims=True)")
+        of_weights = self._dot(given, self._values())
+        self.line(f"mixed = mixed * kept + tl.sum(powers * {of_weights}, axis=1, keep_dims=True)")
         self.line("peak = highest")
         self.indent = self.indent[4:]
-        sums = "peak + tl.log(total)"
+        sums, delta = "peak + tl.log(total)", "mixed / total"
         if self.gradient.guarded:  # no weight is left of exp(logits - infinity)
-            sums = f'tl.where(peak == float("-inf"), float("inf"), {sums})'
+            none = 'peak == float("-inf")'
+            sums, delta = f'tl.where({none}, float("inf"), {sums})', f"tl.where({none}, 0.0, {delta})"
         self.line(f"tl.store(sums_ptr + place, {sums}, mask=m_ok)")
-        self._columns("[None, :]")
-        given, result = (self._tile_of(tensor) for tensor in (self.given, self.result))
-        text = f"{given}.to(tl.float32) * {result}.to(tl.float32)"
-        self.line(f"tl.store(deltas_ptr + place, tl.sum({text}, axis=1, keep_dims=True), mask=m_ok)")
+        self.line(f"tl.store(deltas_ptr + place, {delta}, mask=m_ok)")
 
-    def _of_queries(self) -> None:
+    def _of_rows(self) -> tuple[str, str]:
+        """Lines that read a tile of queries and of the gradient of their result, and lay what keys and values are
+        contracted over across; their names."""
         self._rows()
         self._head("[None, :]")
         queries = self.factor("queries", self.parts.queries, self.kind, "m_ok & k_ok")
         self._columns("[None, :]")
         given = self._tile_of(self.given)
-        self._statistics_of_rows()
         self._head("[:, None]")
         self._columns("[:, None]")
+        return queries, given
+
+    def _values(self) -> str:
+        kind = self.given.value.dtype
+        return self.factor("values", self.parts.values, kind, "n_ok & s_ok")  # type: ignore[arg-type]
+
+    def _of_queries(self) -> None:
+        queries, given = self._of_rows()
+        self._statistics_of_rows()
         self.line("found = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)")
         self._places()
         keys = self.factor("keys", self.parts.keys, self.kind, "k_ok & s_ok")
         self.line(f"{self.scores} = {self._dot(queries, keys)}")
         self._logits()
         self.line("weights = tl.exp(logits - sums)")
-        values = self.factor("values", self.parts.values, self.given.value.dtype, "n_ok & s_ok")  # type: ignore[arg-type]
-        steep = self._slopes(self._dot(given, values))
+        steep = self._slopes(self._dot(given, self._values()))
         self.line(f"found = {self._dot(steep, f'tl.trans({keys})', 'found')}")
         self.indent = self.indent[4:]
         self._head("[None, :]")

@@ -72,11 +72,11 @@ class GradientKernel(Kernel):
         return [*rows, parts * count(bias.loops(loops.all), sizes) if parts > 1 else 1]
 
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
-        """The gradients of queries, keys and values, or of a bias, for what the region reads, the gradient of its
-        result, and this."""
+        """The gradients of queries, keys and values, or of a bias, for what the region reads and the gradient of its
+        result."""
         assert self.gradient is not None and self.graph is not None
         whole = self.gradient.graph
-        inside = [*self.gradient.reads, *whole.inputs[-2:]]
+        inside = [*self.gradient.reads, whole.inputs[-1]]
         read = {own: given[value] for own, value in zip(inside, self.graph.inputs, strict=True)}
         found = super().launch(read, form)
         return {own: found[value] for own, value in zip(self.graph.outputs, whole.outputs, strict=True)}  # type: ignore[index, misc]

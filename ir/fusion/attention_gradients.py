@@ -1,15 +1,19 @@
 """The gradients of attention: of its queries, keys and values, where a region is a softmax between two products.
 
     weights = exp(logits - log of the sum of exp(logits))       again, from what the region reads
-    delta   = sum over n of gradient * result                   once for each row
-    g_logits = weights * (sum over n of gradient * values - delta)
+    g_weights = sum over n of gradient * values
+    delta   = sum over s of weights * g_weights                 once for each row
+    g_logits = weights * (g_weights - delta)
     g_values = sum over m of weights * gradient,  g_queries, g_keys = sums of the derivative of logits * keys, queries
     g_bias   = the derivative of logits, summed over the loops that the bias lacks
 
-(Dao et al. 2022, FlashAttention, appendix B; Dao 2023, FlashAttention-2, algorithm 2.) The result of the region is kept
-for it. A bias is whatever else logits are made of: what is added to scores (Raffel et al. 2020, T5, section 2.1; Liu et
-al. 2021, Swin, equation 4), the slope that distances are multiplied by (Press et al. 2022, ALiBi), a learned scale. Its
-gradient stands apart from the other ones, as a mask of floats is seldom trained.
+(Dao et al. 2022, FlashAttention, appendix B; Dao 2023, FlashAttention-2, algorithm 2.) These have delta as the sum of
+gradient * result, which is the same but for rounding: what a result in half precision was rounded by would be in the
+gradients of all logits of a row alike, and add up in that of a bias, or where keys have a mean (Qiu and Yao 2025, Why
+Low-Precision Transformer Training Fails). Here the gradients of the logits of a row add up to zero. A bias is whatever
+else logits are made of: what is added to scores (Raffel et al. 2020, T5, section 2.1; Liu et al. 2021, Swin, equation
+4), the slope that distances are multiplied by (Press et al. 2022, ALiBi), a learned scale. Its gradient stands apart
+from the other ones, as a mask of floats is seldom trained.
 """
 
 from __future__ import annotations
@@ -43,10 +47,9 @@ FEWEST = 16
 class AttentionGradient:
     """Gradients of the factors of a region that is attention and nothing else, or that of a ``bias``.
 
-    ``graph`` reads what the region ``reads``, the gradient of its result and this result, and returns the gradients
-    ``of`` queries, keys and values, or of the bias. ``slope`` is the gradient of the scores, or of the bias before sums
-    over the loops that it lacks, of the gradient ``seed`` of the logits; with ``guarded`` rows of which all is masked
-    give zero.
+    ``graph`` reads what the region ``reads`` and the gradient of its result, and returns the gradients ``of`` queries,
+    keys and values, or of the bias. ``slope`` is the gradient of the scores, or of the bias before sums over the loops
+    that it lacks, of the gradient ``seed`` of the logits; with ``guarded`` rows of which all is masked give zero.
     """
 
     region: Region
@@ -220,9 +223,7 @@ class _Written:
         self.build = Builder(self.graph)
         self.given = {value: self.build.input(value.name, value.shape, value.dtype) for value in body.inputs}
         (result,) = region.outputs
-        self.gradient_of_result, self.result = (
-            self.build.input(f"{prefix}{result.name}", result.shape, result.dtype) for prefix in ("g_", "")
-        )
+        self.gradient_of_result = self.build.input(f"g_{result.name}", result.shape, result.dtype)
         self.wide = torch.float64 if result.dtype == torch.float64 else torch.float32
         order = [*region.layouts[result], *(axis for load in region.loads for axis in load.value.layout)]
         dims = list(dict.fromkeys(dim for axis in order for dim in axis))
@@ -241,14 +242,13 @@ class _Written:
             )
         )
         layout = self.region.layouts[self.region.outputs[0]]
-        given, result = (
-            self._matrix(one, layout, self.rows, self.columns) for one in (self.gradient_of_result, self.result)
-        )
+        given = self._matrix(self.gradient_of_result, layout, self.rows, self.columns)
         scores = build.matmul(queries, self._turned(keys))
         self.known[parts.scores] = self._laid_matrix(scores)
         weights = self._weights(self._as_matrix(self._value(parts.logits)))
-        delta = build.sum(build.mul(given, result), dims=(2,), keepdim=True)
-        g_logits = build.mul(weights, build.sub(build.matmul(given, self._turned(values)), delta))
+        g_weights = build.matmul(given, self._turned(values))
+        delta = build.sum(build.mul(weights, g_weights), dims=(2,), keepdim=True)
+        g_logits = build.mul(weights, build.sub(g_weights, delta))
         self.known[seed] = self._laid_matrix(g_logits)
         if bias is not None:
             self.graph.outputs = [self._summed(self._value(slope), bias)]

@@ -46,15 +46,14 @@ class Entries:
 class Gradient:
     """Gradients that one kernel computes: a graph that reads the inputs ``reads`` of a region and, behind them, the
     gradients of its results ``given``, and returns for each entry of ``of`` the gradient that these inputs have; all
-    by number. It may also be that of entries of tables, which are in ``entries``, one for each entry of ``of``. Behind
-    all gradients it reads the ``results`` of the region itself; of ``attention`` kernels are other ones."""
+    by number. It may also be that of entries of tables, which are in ``entries``, one for each entry of ``of``. Of
+    ``attention`` kernels are other ones."""
 
     graph: Graph
     reads: tuple[int, ...]
     given: tuple[int, ...]
     of: tuple[tuple[int, ...], ...]
     entries: tuple[tuple[Entries, ...], ...]
-    results: tuple[int, ...] = ()
     attention: AttentionGradient | None = None
 
 
@@ -119,7 +118,7 @@ def _of_attention(body: Graph, found: AttentionGradient) -> Gradients:
 
     def kernel(one: AttentionGradient) -> Gradient:
         of = tuple((place[load.value.value],) for load in one.of)
-        return Gradient(one.graph, reads, (0,), of, ((),) * len(of), (0,), one)
+        return Gradient(one.graph, reads, (0,), of, ((),) * len(of), one)
 
     return Gradients(tuple(map(kernel, all_)), left=left)
 
