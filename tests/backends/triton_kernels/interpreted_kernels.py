@@ -301,6 +301,14 @@ def test_what_an_operator_launches_is_what_it_computes_in_torch() -> None:
         torch.testing.assert_close(operator.launch(*tensors), operator.body(*tensors))
 
 
+def test_of_other_types_an_operator_gives_what_torch_does() -> None:
+    """As a module that was converted to halves, or to double precision, runs on a CPU."""
+    for operator in with_kernels(decoder_block(tokens=8, width=16, heads=2, hidden=24, dtype=torch.float32)).operators:
+        for dtype in (torch.float64, torch.bfloat16):
+            tensors = [torch.randn([int(size) for size in value.shape], dtype=dtype) for value in operator.reads]
+            torch.testing.assert_close(operator.launch(*tensors), operator.body(*tensors), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("op", ["rms_norm", "softmax", "silu"])
 def test_one_kernel_computes_what_stands_beside_one_another(op: str) -> None:
     graph = Graph("g")
