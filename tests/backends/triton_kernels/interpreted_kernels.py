@@ -257,6 +257,29 @@ def test_one_kernel_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {form for form, _ in kernel._sources} == {"rows", "looped"}
 
 
+@pytest.mark.parametrize("op", ["sum", "mean", "logsumexp"])
+def test_rows_without_any_number_are_reduced_to_what_torch_says(op: str) -> None:
+    rows, columns = symbol("rows"), symbol("columns")
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (rows, columns), torch.float32)
+    double = build.mul(x, 2.0)
+    graph.outputs = [build.mul(build(op, double, dims=(1,)), 0.5), build.neg(double)]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    for form in kernel.forms:
+        for shape in ((3, 0), (0, 4), (0, 0)):
+            check_kernel(graph, {x: torch.empty(shape)}, form=form)
+
+
+def test_a_batch_of_none_is_summed_to_zero() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (symbol("rows"), symbol("columns")), torch.float32)
+    graph.outputs = [build.mul(build.sum(build.exp(x), dims=None), 0.5)]
+    for shape in ((0, 5), (3, 0)):
+        check_kernel(graph, {x: torch.empty(shape)})
+
+
 def test_places_follow_from_sizes_that_are_known_when_it_runs() -> None:
     """Segments, a flip and windows with padding, of a batch and a length that are symbols."""
     batch, length = symbol("batch"), symbol("length")
