@@ -27,6 +27,7 @@ from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 from regauge.passes.simplify.partitions import split_partitions
 from regauge.passes.simplify.pooling import pool_means
 from regauge.passes.simplify.projections import join_projections
+from regauge.passes.simplify.residuals import free_residuals
 from regauge.passes.simplify.rows import flatten_rows
 from regauge.passes.simplify.sequences import put_positions_first
 
@@ -48,6 +49,7 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "gates": spread_gates,
     "guards": threshold_weights,
     "sequences": put_positions_first,
+    "residuals": free_residuals,
 }
 FILE_STEPS = {
     "dead-code",
@@ -95,7 +97,7 @@ class Simplify(Pass):
     ``assemble`` says so: "auto" leaves a graph that was loaded from an ONNX file as it is spelled there, because the
     runtime of that file may lack the operator, and the file would have to spell it out again. Steps that spell a file
     for its runtime (``rows``, ``projections``, ``gates``, ``guards``,
-    ``sequences``) are left out where operators are put together.
+    ``sequences``, ``residuals``) are left out where operators are put together.
     """
 
     name: ClassVar[str] = "simplify"
