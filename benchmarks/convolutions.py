@@ -167,8 +167,8 @@ def rows() -> Iterator[list[str]]:
 HEADS = ["convolution", "rules (library)", "torch, ms", "ratio", "onnxruntime, ms", "ratio"]
 NOTE = (
     "`derive` on float32 convolutions of random weights, medians of the processor time of runs in turns on one thread; "
-    "rows that say `torch` ask for what pays there alone, those that say `left` are ways that its costs refuse, written "
-    "by hand. 2 CPU cores, shared while this was measured."
+    "rows that say `torch` ask for what pays there alone, those that say `left` are ways that its costs refuse, "
+    "written by hand. 2 CPU cores, shared while this was measured."
 )
 
 
