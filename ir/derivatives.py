@@ -73,7 +73,7 @@ GRADIENTS: Mapping[str, Callable[..., Sequence[Part]]] = {
     "sum": lambda g, r, x: (g,),
     "amax": lambda g, r, x: _extreme(g, r, x),
     "amin": lambda g, r, x: _extreme(g, r, x),
-    **dict.fromkeys(("floor", "ceil", "round", "eq", "ne", "lt", "le", "gt", "ge"), _constant),
+    **dict.fromkeys(("floor", "ceil", "round", "power_of_two", "eq", "ne", "lt", "le", "gt", "ge"), _constant),
     **dict.fromkeys(("logical_and", "logical_or", "logical_not"), _constant),
 }
 """For each primitive and reduction the gradients of its arguments, of ``g``, that of its result ``r``; None is zero."""

@@ -264,6 +264,11 @@ def _pairwise(function: Callable[..., torch.Tensor]) -> Callable[[Any, Any], tor
     return call
 
 
+def _power_of_two(x: torch.Tensor) -> torch.Tensor:
+    fraction = torch.frexp(x.detach()).mantissa
+    return torch.where((fraction > 0.5) & x.isfinite(), x / fraction, x).detach()
+
+
 PRIMITIVES: Mapping[str, Callable[..., Any]] = {
     "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "div": lambda x, y: x / y,
     "neg": lambda x: -x, "abs": torch.abs, "maximum": _pairwise(torch.maximum), "minimum": _pairwise(torch.minimum),
@@ -275,7 +280,7 @@ PRIMITIVES: Mapping[str, Callable[..., Any]] = {
     "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y, "where": _where,
     "logical_and": lambda x, y: (x != 0) & (y != 0), "logical_or": lambda x, y: (x != 0) | (y != 0),
     "logical_not": lambda x: x == 0,
-    "round": torch.round, "code": lambda x: x,
+    "round": torch.round, "code": lambda x: x, "power_of_two": _power_of_two,
     "e4m3": lambda x: x.to(torch.float8_e4m3fn).to(x.dtype), "e5m2": lambda x: x.to(torch.float8_e5m2).to(x.dtype),
     "real": lambda x: x if x.is_floating_point() and x.itemsize > 1 else x.double(),
 }  # fmt: skip
@@ -283,7 +288,7 @@ PRIMITIVES: Mapping[str, Callable[..., Any]] = {
 ``real`` of an integer, or of a float of 8 bits, is that number in a type that holds what is computed of it; ``code``
 says of a number that it is one that the type of the result has. Halves are rounded to even. ``e4m3`` and ``e5m2`` are
 the nearest floats of 8 bits as casts of torch 2.13 give them: what is beyond the greatest e4m3 is that, and beyond the
-greatest e5m2 infinite."""
+greatest e5m2 infinite. ``power_of_two`` is the least one that is not below a normal number, which is greater than 0."""
 
 ROUNDED_8: Mapping[torch.dtype, str] = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 """The floats of 8 bits that elements round to, and the primitive that does."""
@@ -302,6 +307,7 @@ sqrt, rsqrt = _function("sqrt"), _function("rsqrt")
 sigmoid, tanh, erf = _function("sigmoid"), _function("tanh"), _function("erf")
 sin, cos, floor, ceil = _function("sin"), _function("cos"), _function("floor"), _function("ceil")
 real, code, round_ = _function("real"), _function("code"), _function("round")
+power_of_two = _function("power_of_two")
 eq, ne, where = _function("eq"), _function("ne"), _function("where")
 logical_and, logical_or, logical_not = _function("logical_and"), _function("logical_or"), _function("logical_not")
 sum_, amax, amin = _reduction("sum"), _reduction("amax"), _reduction("amin")

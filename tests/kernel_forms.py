@@ -10,10 +10,12 @@ from kernel_forms_quantizing import (
     add_norm_quantize,
     add_norm_quantize_float8,
     add_norm_quantize_rows,
+    add_norm_quantize_rows_float8,
     int8_to_int8,
     silu_mul_quantize,
     silu_mul_quantize_float8,
     silu_mul_quantize_rows,
+    silu_mul_quantize_rows_float8,
 )
 from kernel_forms_sparse import (
     bitmap_as_weight,
@@ -428,7 +430,8 @@ FORMS: Mapping[str, Callable[[Form, Any, int], Any]] = {
         sparse_24_weight, sparse_48_weight, gate_and_up_sparse, bitmap_weight, gate_and_up_bitmap,
         bitmap_of_codes, bitmap_as_weight, int8_beside_sparse, add_norm_quantize, silu_mul_quantize, int8_to_int8,
         add_norm_quantize_rows, silu_mul_quantize_rows, float8_pair, float8_groups,
-        add_norm_quantize_float8, silu_mul_quantize_float8,
+        add_norm_quantize_float8, silu_mul_quantize_float8, add_norm_quantize_rows_float8,
+        silu_mul_quantize_rows_float8,
         int8_both_static, int8_both_groups, float8_weight, float8_both, gate_and_up, gate_and_up_int4,
         three_products, grouped_queries, grouped_queries_int8,
         *ATTENTION_FORMS,

@@ -45,6 +45,22 @@ def silu_mul_quantize_rows(f: Any, rows: Any, columns: int) -> Any:
     return b.row_codes(product, scales), scales
 
 
+def add_norm_quantize_rows_float8(f: Any, rows: Any, columns: int) -> Any:
+    """The same as floats of 8 bits: the scales are powers of two."""
+    b = f.build
+    stream = b.add(f.x(2, rows, columns), f.x(2, rows, columns))
+    normed = b.rms_norm(stream, f.w(columns), normalized_shape=(columns,), eps=1e-6)
+    scales = b.row_scales(normed, dtype=torch.float8_e4m3fn)
+    return stream, b.row_codes(normed, scales, dtype=torch.float8_e4m3fn), scales
+
+
+def silu_mul_quantize_rows_float8(f: Any, rows: Any, columns: int) -> Any:
+    b = f.build
+    product = b.mul(b.silu(f.x(rows, columns)), f.x(rows, columns))
+    scales = b.row_scales(product, dtype=torch.float8_e5m2)
+    return b.row_codes(product, scales, dtype=torch.float8_e5m2), scales
+
+
 def silu_mul_quantize(f: Any, rows: Any, columns: int) -> Any:
     """Codes without a sign, a scale and a zero point for each column."""
     b = f.build

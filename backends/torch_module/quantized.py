@@ -150,9 +150,12 @@ class QLinearFloat8Dynamic(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        t = x.abs().amax(-1, keepdim=True).div_(448)
-        t = torch.where(t > 0, t, 1.0).log2_().ceil_().exp2_()
-        q = x.div(t).to(torch.float8_e4m3fn)
+        most = x.abs().amax(-1, keepdim=True).float()
+        t = most.div(448).clamp_(min=2**-24)
+        fraction = torch.frexp(t).mantissa
+        t = torch.where((fraction > 0.5) & t.isfinite(), t / fraction, t)  # the least power of two that is not below
+        t = torch.where(most > 0, t, 1.0)
+        q = x.div(t).clamp_(-448, 448).to(torch.float8_e4m3fn)
         y = scaled(float8_matmul(q, self.weight), self.scale, None).mul_(t)
         return y if self.bias is None else y + self.bias
 

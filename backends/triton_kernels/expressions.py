@@ -24,7 +24,7 @@ TEXT: Mapping[str, str] = {
     "ge": "({} >= {})", "where": "tl.where({}, {}, {})",
     "logical_and": "(({} != 0) & ({} != 0))", "logical_or": "(({} != 0) | ({} != 0))", "logical_not": "({} == 0)",
     "real": "{}", "code": "{}", "round": "round({})",
-    "e4m3": "e4m3({})", "e5m2": "e5m2({})",
+    "e4m3": "e4m3({})", "e5m2": "e5m2({})", "power_of_two": "power_of_two({})",
 }  # fmt: skip
 """How each primitive is written; names without ``tl.`` are in FUNCTIONS."""
 
@@ -113,6 +113,12 @@ def round(x):
         greatest=0x47600000,
         at_most=0x7F800000,
     ),
+    "power_of_two": '''@triton.jit
+def power_of_two(x):
+    """The least power of two that is not below a normal number greater than 0: what has a fraction goes up."""
+    bits = x.to(tl.uint32, bitcast=True) + 0x7FFFFF
+    return (bits & 0x7F800000).to(tl.float32, bitcast=True)
+''',
     "bits_of_e4m3": '''@triton.jit
 def bits_of_e4m3(x):
     """The 8 bits of a number that is such a float: those of it in half precision, whose exponents are 8 greater."""

@@ -75,7 +75,8 @@ def _is_call(text: str) -> bool:
 def _rounded(region: Region) -> set[Term]:
     """What becomes codes: the arguments of roundings, and what bounds between them let through."""
     found = set[Term]()
-    stack = [arg for term in region.terms if term.op in ("round", *ROUNDED_8.values()) for arg in term.args]
+    roundings = ("round", "power_of_two", *ROUNDED_8.values())
+    stack = [arg for term in region.terms if term.op in roundings for arg in term.args]
     while stack:
         one = stack.pop()
         found.add(one)
@@ -109,7 +110,7 @@ class Writer:
             for arg in term.args:
                 self.uses[arg] = self.uses.get(arg, 0) + 1
         self.functions: dict[str, None] = {}
-        # a quotient that is off by a place would be another code where it is half way between two
+        # a quotient that is off by a place would be another code where it is half way between two, or another power
         self.exact = _rounded(region)
         self.long = self._too_long()
 

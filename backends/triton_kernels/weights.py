@@ -51,11 +51,10 @@ def with_row_codes(graph: Graph) -> None:
     for a row is whole there."""
     build = Builder(graph, by="kernels")
     for node in [node for node in graph.nodes if node.op == "quantize_rows"]:
-        if node.attributes["dtype"] != torch.int8:
-            continue
+        dtype = node.attributes["dtype"]
         with build.at(node):
-            scales = build.row_scales(node.inputs[0])
-            codes = build.row_codes(node.inputs[0], scales)
+            scales = build.row_scales(node.inputs[0], dtype=dtype)
+            codes = build.row_codes(node.inputs[0], scales, dtype=dtype)
         for old, new in zip(node.outputs, (codes, scales), strict=True):
             replace_uses(graph, old, new)
     remove_dead(graph)

@@ -230,6 +230,8 @@ def primitive(build: Builder, typed: Callable[[Value], Value], op: str, args: li
         return args[0]
     if op == "real":
         return typed(args[0])
+    if op == "power_of_two":
+        return _power_of_two(build, args[0])
     for dtype, name in ROUNDED_8.items():
         if op == name:
             return build.cast(build.cast(args[0], dtype=dtype), dtype=args[0].dtype)
@@ -239,3 +241,10 @@ def primitive(build: Builder, typed: Callable[[Value], Value], op: str, args: li
     if op == "where" and isinstance(args[0], Value) and args[0].dtype != torch.bool:
         args = [build.ne(args[0], 0), *args[1:]]
     return build(op, *args)
+
+
+def _power_of_two(build: Builder, x: Value) -> Any:
+    """The least power of two that is not below x; the logarithm is rounded, and may give the one beside it."""
+    power = build.exp2(build.ceil(build.log2(x)))
+    half, double = build.mul(power, 0.5), build.mul(power, 2.0)
+    return build.where(build.lt(half, x), build.where(build.lt(power, x), double, power), half)

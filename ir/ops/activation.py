@@ -151,11 +151,12 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     return F.prelu(x, weight)
 
 
-@activation("Threshold({threshold}, {value})", {"threshold": 0.1, "value": 0.2}, onnx={
-    "ThresholdedRelu": lambda build, call: build.threshold(
-        call.operand(0), threshold=call.attribute("alpha", 1.0), value=0.0
-    )
-}, spell=spelling.threshold, element=lambda x, threshold, value: scalars.where(x <= threshold, value, x))  # fmt: skip
+@activation(
+    "Threshold({threshold}, {value})",
+    {"threshold": 0.1, "value": 0.2},
+    spell=spelling.threshold,
+    element=lambda x, threshold, value: scalars.where(x <= threshold, value, x),
+)
 def threshold(x: Tensor, *, threshold: float, value: float) -> Tensor:
     return F.threshold(x, threshold, value)
 

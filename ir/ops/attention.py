@@ -34,7 +34,7 @@ from regauge.ir.ops.onnx_attention import (
     write_contrib_attention,
 )
 from regauge.ir.ops.onnx_rotary import read_contrib_rotary, read_rotary, write_rotary
-from regauge.ir.ops.spell_attention import spell_attention
+from regauge.ir.ops.spell_attention import spell_attention, spelled_for_torch
 from regauge.ir.scalars import Scalar
 from regauge.ir.scales.scaling import Scaling
 from regauge.ir.sizes.expressions import Size, divide, same
@@ -228,6 +228,7 @@ def _math(
         "com.microsoft::RotaryEmbedding": OnnxForm(read=read_contrib_rotary, write=write_rotary),
     },
     spell=spell_attention,
+    spelled_for_torch=spelled_for_torch,
     macs=_macs,
     samples=_samples,
     zeroed_by=("v",),

@@ -145,6 +145,10 @@ def _spell(onnx: Any, node: Node) -> Any:
 )
 def cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, *, ignore_index: int = -100) -> Tensor:
     """The loss of each label, zero of an ignored one; classes are the last axis of ``x``."""
-    rows = x.reshape(-1, x.shape[-1])
-    losses = F.cross_entropy(rows, target.reshape(-1), weight, reduction="none", ignore_index=ignore_index)
-    return losses.reshape(target.shape)
+    there = target != ignore_index
+    labels = torch.where(there, target, 0)
+    # Not F.cross_entropy: below autograd torch 2.13 takes losses of a dynamic number of rows for one number.
+    losses = -F.log_softmax(x, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    if weight is not None:
+        losses = losses * weight.take(labels)
+    return torch.where(there, losses, 0.0)

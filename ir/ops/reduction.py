@@ -6,6 +6,7 @@ the mean of what is left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -275,8 +276,10 @@ def all_(x: Tensor, *, dims: tuple[int, ...] | None = None, keepdim: bool = Fals
 
 
 def _log_sum_exp(x: Scalar, **_: Any) -> Scalar:
+    """Where the greatest number is infinite, as it is where all are hidden, it is the result, without a gradient."""
     greatest = scalars.shift(x)
-    return greatest + scalars.log(scalars.sum_(scalars.exp(x - greatest)))
+    own = greatest + scalars.log(scalars.sum_(scalars.exp(x - greatest)))
+    return scalars.where(scalars.eq(scalars.abs_(greatest), math.inf), greatest, own)
 
 
 @reduction(

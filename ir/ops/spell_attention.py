@@ -21,7 +21,7 @@ def spell_attention(onnx: Any, node: Node) -> Any:
     softcap, causal = node.attributes.get("softcap"), node.attributes["is_causal"]
     plain = q.rank == k.rank == v.rank == 4 and all(same(q.shape[0], other.shape[0]) for other in (k, v))
     heads = node.attributes["enable_gqa"] or all(same(q.shape[1], other.shape[1]) for other in (k, v) if plain)
-    masked = _masks_rows(node)
+    masked = masks_rows(node)
     if onnx.opset >= ATTENTION_OPSET and plain and heads and not causal and not softcap and not masked:
         return onnx.Attention(*onnx.operands(4), scale=float(node.attributes["scale"]))
     keys, values = onnx.operands(3)[1:]
@@ -46,7 +46,7 @@ def spell_attention(onnx: Any, node: Node) -> Any:
     return onnx.MatMul(weights, values)
 
 
-def _masks_rows(node: Node) -> bool:
+def masks_rows(node: Node) -> bool:
     """Whether the mask may leave nothing of a row: attention gives zero there, a softmax of minus infinity NaN."""
     if node.attributes["is_causal"] and node.attributes["lower_right"]:
         if not at_least(_tensor(node, 1).shape[-2] - _tensor(node, 0).shape[-2], 0):
@@ -55,6 +55,11 @@ def _masks_rows(node: Node) -> bool:
     if not isinstance(mask, Value) or (mask.dtype != torch.bool and is_finite(mask)):
         return False
     return node.attributes["is_causal"] or not keeps_a_key(mask)
+
+
+def spelled_for_torch(node: Node) -> bool:
+    """Where a row may be hidden torch's exporter writes NaN, or for truth values the mean of all that is hidden."""
+    return masks_rows(node) and not node.attributes["dropout_p"]
 
 
 def _tensor(node: Node, slot: int) -> Value:

@@ -58,7 +58,10 @@ def variance(onnx: Any, node: Node) -> Any:
     squares = onnx.Mul(centred, centred)
     keepdims = node.attributes["keepdim"]
     spread = onnx.on_axes("ReduceMean", squares, axes, since=AXES_AS_INPUT, keepdims=keepdims)
-    return onnx.Mul(spread, int(count) / (int(count) - correction)) if correction else spread
+    if not correction:
+        return spread
+    freedom = int(count) - correction  # torch divides by nothing less than zero: one number has no spread
+    return onnx.Mul(spread, int(count) / freedom if freedom > 0 else math.inf)
 
 
 def vector_norm(onnx: Any, node: Node) -> Any:

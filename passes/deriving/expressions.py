@@ -1,4 +1,4 @@
-"""Tensors as sums of products: ``y[s,o] = sum over k of x[s,k] w[o,k] + b[o]``, read off the nodes of a graph.
+"""Tensors as sums of products: ``y[s,o] = sum over k of x[s,k] w[o,k] + b[o]``, and what is done with them.
 
 Every axis is a product of *indices*, major ones first, so that a reshape only splits and merges indices (OLLIE's
 iterators), and a node that is read once is put into what reads it (its stages are merged).
@@ -6,12 +6,11 @@ iterators), and a node that is read once is put into what reads it (its stages a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from regauge.ir.graph import Node, Value
-from regauge.ir.ops.einsum import DOTS, explicit_equation, terms_of
+from regauge.ir.graph import Value
 from regauge.ir.sizes.expressions import Size, product, same
 
 MOST_TERMS = 12
@@ -49,10 +48,45 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A factor that is 1 where ``wide = stride * out + dilation * tap + start``, else 0: its axes are these indices.
+
+    Summed over wide and tap it is what a convolution reads, zeros around it where ``start`` is negative; summed
+    over out and tap where a transposed convolution adds its products to. An axis of size 1 has no index.
+    """
+
+    stride: int
+    dilation: int
+    start: int
+    wide: int
+    out: int
+    taps: int
+
+    def parts(self, *, spread: bool) -> list[tuple[int, int, int]]:
+        """For each tap: the first entry read that there is, and the entries of the result, from and to, that read any.
+
+        Forwards these are of the wide and the out index; ``spread``, which is for a stride of 1, the other way round.
+        """
+        size, count = (self.out, self.wide) if spread else (self.wide, self.out)
+        step, turn = 1 if spread else self.stride, -1 if spread else 1
+        found = []
+        for tap in range(self.taps):
+            first = turn * (self.start + self.dilation * tap)
+            low = min(count, max(0, -(first // step)))
+            high = max(low, min(count, (size - 1 - first) // step + 1))
+            found.append((first + step * low, low, high))
+        return found
+
+
+Places: TypeAlias = Range | Window
+"""Factors of ones and zeros, which are never tensors: they say which index of one tensor goes with which of another."""
+
+
+@dataclass(frozen=True)
 class Factor:
     """A value, with the indices that each of its axes is made of; an axis of size 1 has none."""
 
-    value: Value | Range
+    value: Value | Places
     axes: Axes
 
 
@@ -83,9 +117,10 @@ class Expression:
 
         if not new:
             return self
-        ends = {i for term in self.terms for f in term.factors if isinstance(f.value, Range) for (i,) in f.axes}
+        places = [f for term in self.terms for f in term.factors if isinstance(f.value, Places)]
+        ends = {index for factor in places for axis in factor.axes for index in axis}
         if any(len(axis) > 1 for index, axis in new.items() if index in ends):
-            raise Outside("an index whose range is another one is split")
+            raise Outside("an index of a range or a window is split")
         terms = [
             replace(term, factors=tuple(Factor(f.value, replaced(f.axes)) for f in term.factors)) for term in self.terms
         ]
@@ -101,10 +136,18 @@ def leaf(value: Value) -> Expression:
     return Expression(axes, (Term(1.0, (Factor(value, axes),)),))
 
 
+class Read(Protocol):
+    """Gives the expression of an operand; ``split`` where windows beside one another are read as a split index."""
+
+    split: bool
+
+    def __call__(self, operand: Any, /) -> Expression: ...
+
+
 # -- indices -----------------------------------------------------------------------------------------------------------
 
 
-def _matched(first: Axis, second: Axis) -> dict[Index, Axis]:
+def matched(first: Axis, second: Axis) -> dict[Index, Axis]:
     """What replaces the indices of two axes so that they are the same: indices are split where one has larger ones."""
     left, right = list(first), list(second)
     new: dict[Index, Axis] = {}
@@ -141,25 +184,26 @@ def _divides(a: Size, b: Size) -> bool:
     return isinstance(a, int) and isinstance(b, int) and 1 < a < b and b % a == 0
 
 
-def _unified(
+def unified(
     first: Expression, second: Expression, pairs: Callable[[Axes, Axes], Sequence[tuple[Axis, Axis]]]
 ) -> tuple[Expression, Expression]:
     """Both with the same indices on pairs of axes; an axis of size 1 fits any other."""
     for place in range(len(pairs(first.axes, second.axes))):
         a, b = pairs(first.axes, second.axes)[place]
         if a and b:
-            new = _matched(a, b)
+            new = matched(a, b)
             first, second = first.with_indices(new), second.with_indices(new)
     return first, second
 
 
-def _aligned(a: Axes, b: Axes) -> list[tuple[Axis, Axis]]:
+def aligned(a: Axes, b: Axes) -> list[tuple[Axis, Axis]]:
     """Axes of two shapes that are broadcast against one another."""
     count = min(len(a), len(b))
     return list(zip(a[len(a) - count :], b[len(b) - count :], strict=True))
 
 
-def _broadcast(a: Axes, b: Axes) -> Axes:
+def broadcast(a: Axes, b: Axes) -> Axes:
+    """The axes of the result where two shapes are broadcast against one another."""
     longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
     head = len(longer) - len(shorter)
     return (*longer[:head], *(x or y for x, y in zip(longer[head:], shorter, strict=True)))
@@ -193,17 +237,22 @@ def regrouped(expression: Expression, shape: Sequence[Size]) -> Expression:
 # -- products and sums -------------------------------------------------------------------------------------------------
 
 
-def _times(first: Expression, second: Expression, axes: Axes) -> Expression:
+def few(terms: Iterable[Term]) -> None:
+    """Raises Outside where a term has more factors than a search could put in order."""
+    if any(len(term.factors) > MOST_FACTORS for term in terms):
+        raise Outside("too many factors")
+
+
+def times(first: Expression, second: Expression, axes: Axes) -> Expression:
     """The product of two expressions, summed over the indices that are not in the axes of the result."""
     if len(first.terms) * len(second.terms) > MOST_TERMS:
         raise Outside("too many terms")
     terms = [Term(a.scale * b.scale, (*a.factors, *b.factors)) for a in first.terms for b in second.terms]
-    if any(len(term.factors) > MOST_FACTORS for term in terms):
-        raise Outside("too many factors")
-    return _summed(Expression(axes, tuple(terms)), {i for e in (first, second) for axis in e.axes for i in axis})
+    few(terms)
+    return summed(Expression(axes, tuple(terms)), {i for e in (first, second) for axis in e.axes for i in axis})
 
 
-def _summed(expression: Expression, before: set[Index]) -> Expression:
+def summed(expression: Expression, before: set[Index]) -> Expression:
     """The expression where indices of ``before`` are summed that it does not have; a term without one is repeated."""
     kept = {index for axis in expression.axes for index in axis}
     terms = []
@@ -215,129 +264,15 @@ def _summed(expression: Expression, before: set[Index]) -> Expression:
     return replace(expression, terms=tuple(terms))
 
 
-def _number(operand: Any) -> float:
-    if isinstance(operand, Value) or isinstance(operand, bool) or not isinstance(operand, int | float):
-        raise Outside("not a number")
-    return float(operand)
-
-
-Read: TypeAlias = Callable[[Any], Expression]
-
-
-def _matmul(node: Node, read: Read) -> Expression:
-    x, y = map(read, node.inputs)
-    if len(x.axes) < 2 or len(y.axes) < 2:
-        raise Outside("a vector")
-    x, y = _unified(x, y, lambda a, b: [(a[-1], b[-2]), *_aligned(a[:-2], b[:-2])])
-    return _times(x, y, (*_broadcast(x.axes[:-2], y.axes[:-2]), x.axes[-2], y.axes[-1]))
-
-
-def _linear(node: Node, read: Read) -> Expression:
-    x, weight = read(node.inputs[0]), read(node.inputs[1])
-    x, weight = _unified(x, weight, lambda a, b: [(a[-1], b[-1])])
-    result = _times(x, weight, (*x.axes[:-1], weight.axes[0]))
-    return _plus(result, read(node.inputs[2])) if len(node.inputs) > 2 and node.inputs[2] is not None else result
-
-
-def _conv(node: Node, read: Read) -> Expression:
-    """A convolution with one tap is a product over channels."""
-    attributes, weight = node.attributes, node.inputs[1]
-    taps = isinstance(weight, Value) and all(same(size, 1) for size in weight.shape[2:])
-    plain = all(s == 1 for s in attributes["stride"]) and not any(attributes["padding"])
-    if not taps or not plain or attributes.get("groups", 1) != 1:
-        raise Outside("a convolution with several taps, strides or groups")
-    x, w = _unified(read(node.inputs[0]), read(weight), lambda a, b: [(a[1], b[1])])
-    result = _times(x, w, (x.axes[0], w.axes[0], *x.axes[2:]))
-    if len(node.inputs) < 3 or node.inputs[2] is None:
-        return result
-    bias = read(node.inputs[2])
-    return _plus(result, replace(bias, axes=(*bias.axes, *((),) * (len(x.axes) - 2))))
-
-
-def _einsum(node: Node, read: Read) -> Expression:
-    operands, result = terms_of(explicit_equation(node.attributes["equation"]))
-    if any(DOTS in term or len(set(term)) < len(term) for term in (*operands, result)):
-        raise Outside("an einsum with an ellipsis or a diagonal")
-    known, letters = read(node.inputs[0]), operands[0]
-    for operand, term in zip(node.inputs[1:], operands[1:], strict=True):
-        other = read(operand)
-
-        def shared(a: Axes, b: Axes, letters: str = letters, term: str = term) -> list[tuple[Axis, Axis]]:
-            return [(a[letters.index(letter)], b[term.index(letter)]) for letter in term if letter in letters]
-
-        known, other = _unified(known, other, shared)
-        axes = {**dict(zip(term, other.axes, strict=True))}
-        axes |= {letter: axis or axes.get(letter, ()) for letter, axis in zip(letters, known.axes, strict=True)}
-        letters = "".join(dict.fromkeys(letters + term))
-        known = _times(known, other, tuple(axes[letter] for letter in letters))
-    given = dict(zip(letters, known.axes, strict=True))
-    before = {index for axis in known.axes for index in axis}
-    return _summed(replace(known, axes=tuple(given[letter] for letter in result)), before)
-
-
-def _mul(node: Node, read: Read) -> Expression:
-    x, y = node.inputs
-    if not isinstance(x, Value) or not isinstance(y, Value):
-        return read(x).scaled(_number(y)) if isinstance(x, Value) else read(y).scaled(_number(x))
-    a, b = _unified(read(x), read(y), _aligned)
-    return _times(a, b, _broadcast(a.axes, b.axes))
-
-
-def _plus(first: Expression, second: Expression) -> Expression:
-    a, b = _unified(first, second, _aligned)
+def plus(first: Expression, second: Expression) -> Expression:
+    """The sum of two expressions, broadcast against one another."""
+    a, b = unified(first, second, aligned)
     if len(a.terms) + len(b.terms) > MOST_TERMS:
         raise Outside("too many terms")
-    return Expression(_broadcast(a.axes, b.axes), (*a.terms, *b.terms))
+    return Expression(broadcast(a.axes, b.axes), (*a.terms, *b.terms))
 
 
-def _add(node: Node, read: Read) -> Expression:
-    x, y = map(read, node.inputs)
-    return _plus(x, y)
-
-
-def _sub(node: Node, read: Read) -> Expression:
-    x, y = map(read, node.inputs)
-    return _plus(x, y.scaled(-1.0))
-
-
-def _reduced(node: Node, read: Read) -> Expression:
-    x, dims = read(node.inputs[0]), node.attributes["dims"]
-    rank = len(x.axes)
-    gone = set(range(rank)) if dims is None else {dim % rank for dim in dims}
-    keep = node.attributes["keepdim"]
-    axes = [() if i in gone else axis for i, axis in enumerate(x.axes) if keep or i not in gone]
-    return _summed(replace(x, axes=tuple(axes)), {index for axis in x.axes for index in axis})
-
-
-def _shaped(node: Node, read: Read) -> Expression:
-    return regrouped(read(node.inputs[0]), node.output.shape)
-
-
-def _permuted(node: Node, read: Read) -> Expression:
-    x = read(node.inputs[0])
-    return replace(x, axes=tuple(x.axes[dim] for dim in node.attributes["dims"]))
-
-
-def _padded(node: Node, read: Read) -> Expression:
-    """Zeros around a tensor: a sum over the narrow range of each axis."""
-    pads, x = node.attributes["pads"], read(node.inputs[0])
-    if node.attributes["mode"] != "constant" or node.attributes["value"] != 0:
-        raise Outside("what is around a tensor is not zero")
-    for dim, (before, after) in enumerate(pads):
-        if before or after:
-            x = _in_range(x, dim, before, node.output.shape[dim], wider=True)
-    return x
-
-
-def _sliced(node: Node, read: Read) -> Expression:
-    """A part of a tensor: a sum over the wide range, in which all else is multiplied by zero."""
-    dim, start, step = (node.attributes[name] for name in ("dim", "start", "step"))
-    if step != 1:
-        raise Outside("a slice with steps")
-    return _in_range(read(node.inputs[0]), dim, start, node.output.shape[dim], wider=False)
-
-
-def _in_range(x: Expression, dim: int, start: Size, size: Size, *, wider: bool) -> Expression:
+def in_range(x: Expression, dim: int, start: Size, size: Size, *, wider: bool) -> Expression:
     """The expression with an axis of another size, times the range that says which index is which."""
     if len(x.axes[dim]) != 1 or same(size, 1):
         raise Outside("a range of several indices, or of none")
@@ -357,30 +292,5 @@ def _in_range(x: Expression, dim: int, start: Size, size: Size, *, wider: bool) 
             raise Outside("zeros around what is the same along the axis")
         else:
             terms.append(term)
-    if any(len(term.factors) > MOST_FACTORS for term in terms):
-        raise Outside("too many factors")
+    few(terms)
     return Expression((*x.axes[:dim], (new,), *x.axes[dim + 1 :]), tuple(terms))
-
-
-RANGES: Mapping[str, Callable[[Node, Read], Expression]] = {"pad": _padded, "slice": _sliced}
-"""What is one of its operand with other ranges of indices."""
-
-READERS: Mapping[str, Callable[[Node, Read], Expression]] = {
-    "matmul": _matmul,
-    "linear": _linear,
-    "conv": _conv,
-    "einsum": _einsum,
-    "mul": _mul,
-    "add": _add,
-    "sub": _sub,
-    "neg": lambda node, read: read(node.inputs[0]).scaled(-1.0),
-    "div": lambda node, read: read(node.inputs[0]).scaled(1.0 / _number(node.inputs[1])),
-    "sum": _reduced,
-    "reshape": _shaped,
-    "unsqueeze": _shaped,
-    "squeeze": _shaped,
-    "permute": _permuted,
-    "identity": lambda node, read: read(node.inputs[0]),
-    **RANGES,
-}
-"""What is a sum of products of its operands, and how it is read."""

@@ -21,37 +21,42 @@ from regauge.ir.graph import Graph, Value
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer
+from regauge.passes.factorization.grams import Gram
 
 EDGES = (1, 2, 4)  # cycles per image from which on a band is another: 0, 1, 2 and 3, more
 _AT_ONCE = 1 << 24  # numbers that are transformed together
 
-Bands = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Metrics of inputs [columns, columns] and of outputs [outputs, outputs] of each band."""
+Bands = Sequence[tuple[Gram, torch.Tensor]]
+"""Metrics of inputs and of outputs [outputs, outputs] of each band."""
 
 
 @dataclass
 class Spectrum:
     """For each band the sum of x_w x_w' over its frequencies [size, size], and how many of these were added.
 
-    The last band is what slower waves leave of ``total``, the sum over all places: only these are looked for.
+    The last band is what slower waves leave of ``total``, the sum over all places: only these are looked for. Up to so
+    many rows as ``most`` those of a band are kept as they are; where they are ``few`` the last band's, too.
     """
 
     size: int
     total: torch.Tensor
+    most: int = 0
+    few: bool = False
+    rows: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     slow: dict[int, torch.Tensor] = field(default_factory=dict)
     counts: dict[int, float] = field(default_factory=dict)
 
     @property
     def sums(self) -> dict[int, torch.Tensor]:
-        found = dict(self.slow)
-        if self.counts.get(len(EDGES)):
-            found[len(EDGES)] = self.total - sum(self.slow.values())
-        return found
+        found = {band: _moments(own) for band, own in self.rows.items()} | self.slow
+        if not self.few and self.counts.get(len(EDGES)):
+            found[len(EDGES)] = self.total - sum(found.values())
+        return dict(sorted(found.items()))
 
     def add(self, rows: torch.Tensor, places: Sequence[int]) -> None:
         """Add rows [examples x places, size], the places of an example in order; not to ``total``."""
         grid = rows.reshape(-1, *places, self.size)
-        waves = [_slow_waves(size) for size in places]
+        waves = [_waves(size, fast=self.few) for size in places]
         cycles = torch.stack(torch.meshgrid(*(own for _, own in waves), indexing="ij")).amax(0).flatten()
         bands = torch.bucketize(cycles, torch.tensor(EDGES), right=True)
         step = max(1, _AT_ONCE // max(1, grid[0].numel()))
@@ -62,19 +67,44 @@ class Spectrum:
                 before = count * prod(places[:axis])
                 found = waves[axis][0].to(found) @ found.reshape(before, places[axis], -1)
             found = found.reshape(count, len(bands), self.size)
-            for band in range(len(EDGES)):
+            for band in range(len(EDGES) + self.few):
                 own = found[:, bands == band].reshape(-1, self.size)
                 if len(own):
-                    self.slow[band] = self.slow.get(band, torch.zeros_like(self.total)) + (own.t() @ own).double()
-                    self.counts[band] = self.counts.get(band, 0.0) + len(own)
+                    self._add(band, own)
         fast = len(grid) * (prod(places) - len(bands))
         self.counts[len(EDGES)] = self.counts.get(len(EDGES), 0.0) + fast
 
+    def _add(self, band: int, rows: torch.Tensor) -> None:
+        self.counts[band] = self.counts.get(band, 0.0) + len(rows)
+        if self.counts[band] <= self.most:
+            self.rows.setdefault(band, []).append(rows.double())
+            return
+        total = self.slow.get(band, torch.zeros_like(self.total))
+        self.slow[band] = total + _moments([*self.rows.pop(band, []), rows])
 
-def _slow_waves(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal cosines and sines [waves, size] with fewer cycles than the last band has, and their cycles."""
+    def grams(self, share: float) -> dict[int, Gram]:
+        """The metric of each band, with a ridge of a ``share`` of the mean square of a column."""
+        kept = {band: torch.cat(own) for band, own in sorted(self.rows.items())}
+        found = {band: Gram.of_rows(own, share * float(own.square().sum()) / self.size) for band, own in kept.items()}
+        if any(count and band not in kept for band, count in self.counts.items()):
+            for band, total in self.sums.items():
+                if band not in kept:
+                    metric = total.clone()
+                    metric.diagonal().add_(share * float(total.diagonal().mean()))
+                    found[band] = Gram.of(metric)
+        return dict(sorted(found.items()))
+
+
+def _moments(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    size = rows[0].shape[1]
+    return sum(((own.t() @ own).double() for own in rows), start=_zeros(size))
+
+
+def _waves(size: int, *, fast: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal cosines and sines [waves, size] and their cycles: all, or only fewer than the last band has."""
     place, found = torch.arange(size, dtype=torch.float64) / size, list[tuple[torch.Tensor, int]]()
-    for cycles in range(min(EDGES[-1], size // 2 + 1)):
+    every = size // 2 + 1
+    for cycles in range(every if fast else min(EDGES[-1], every)):
         angle = 2 * torch.pi * cycles * place
         found.append((angle.cos(), cycles))
         if cycles and 2 * cycles != size:  # otherwise the sine is nothing
@@ -116,10 +146,10 @@ def _has_places(layer: Layer) -> bool:
 
 def metrics_in_bands(inputs: Spectrum, outputs: Spectrum, share: float) -> Bands:
     """The metrics of each band; those of inputs get a ridge of a ``share`` of the mean square of a column."""
-    found, given = [], outputs.sums
-    for band, total in inputs.sums.items():
-        if band in given:
-            metric = total.clone()
-            metric.diagonal().add_(share * float(total.diagonal().mean()))
-            found.append((metric, given[band] / max(outputs.counts[band], 1.0)))
+    given = outputs.sums
+    found = [
+        (metric, given[band] / max(outputs.counts[band], 1.0))
+        for band, metric in inputs.grams(share).items()
+        if band in given
+    ]
     return found if len(found) > 1 else []

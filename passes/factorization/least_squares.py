@@ -30,12 +30,8 @@ def bettered(
     factor: torch.Tensor,
     divided: Divided = lambda gradient: gradient,
     steps: int = _STEPS,
-    curved: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The factor after some steps; ``image`` gives the matrix [outputs, columns] of one, and is linear.
-
-    ``curved`` is the product of the quadratic's matrix and a factor, where there is a shorter way to it.
-    """
+    """The factor after some steps; ``image`` gives the matrix [outputs, columns] of one, and is linear."""
 
     def transposed(matrix: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
@@ -43,11 +39,26 @@ def bettered(
             (found,) = torch.autograd.grad(image(variable), variable, matrix)
         return found
 
+    def curved(change: torch.Tensor) -> torch.Tensor:
+        return transposed(problem.weighed(image(change)))
+
     residual = transposed(problem.weighed(problem.weight - image(factor)))
+    return lowered(factor, residual, curved, divided, steps)[0]
+
+
+def lowered(
+    factor: torch.Tensor,
+    residual: torch.Tensor,
+    curved: Callable[[torch.Tensor], torch.Tensor],
+    divided: Divided = lambda gradient: gradient,
+    steps: int = _STEPS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A factor after some steps of conjugate gradients, and what they leave of ``residual``, half of the gradient
+    downhill. ``curved`` is the product of the quadratic's matrix and a factor."""
     direction = divided(residual)
     energy = (residual * direction).sum()
     for _ in range(steps):
-        moved = transposed(problem.weighed(image(direction))) if curved is None else curved(direction)
+        moved = curved(direction)
         curvature = (direction * moved).sum()
         if not float(curvature) > 0:
             break
@@ -57,7 +68,7 @@ def bettered(
         downhill = divided(residual)
         before, energy = energy, (residual * downhill).sum()
         direction = downhill + energy / before * direction
-    return factor
+    return factor, residual
 
 
 def divided_by(left: torch.Tensor | None, right: torch.Tensor | None) -> Divided:
@@ -65,7 +76,11 @@ def divided_by(left: torch.Tensor | None, right: torch.Tensor | None) -> Divided
 
     They are ``left`` [..., rows, rows] and ``right`` [..., columns, columns]; none is the plain one.
     """
-    before, behind = (None if metric is None else _root(metric) for metric in (left, right))
+    return divided_by_roots(*(None if metric is None else root_of(metric) for metric in (left, right)))
+
+
+def divided_by_roots(before: torch.Tensor | None, behind: torch.Tensor | None) -> Divided:
+    """The same by what :func:`root_of` finds of the two metrics."""
 
     def divided(gradient: torch.Tensor) -> torch.Tensor:
         if before is not None:
@@ -75,8 +90,8 @@ def divided_by(left: torch.Tensor | None, right: torch.Tensor | None) -> Divided
     return divided
 
 
-def _root(metric: torch.Tensor) -> torch.Tensor:
+def root_of(metric: torch.Tensor) -> torch.Tensor:
     """The lower Cholesky factor of a metric, or of each of several."""
     if metric.dim() > 2:
-        return torch.stack([_root(own) for own in metric])
+        return torch.stack([root_of(own) for own in metric])
     return factor_of(metric, max(_RIDGE * float(metric.diagonal().mean()), 1e-300))

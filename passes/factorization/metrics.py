@@ -65,10 +65,10 @@ def in_metric(
     if metric == "whitened":
         return replace(problem, outputs=None, bands=())
     if metric == "asvd":
-        return replace(problem, inputs=_sizes(problem.layer, inputs, block), outputs=None, bands=())
+        return replace(problem, inputs=_sizes(problem.layer, inputs, block), outputs=None, bands=(), few=None)
     if pair is not None:
-        return replace(problem, inputs=pair[0][block], outputs=pair[1][block], bands=())
-    return replace(problem, inputs=None, outputs=None, bands=())
+        return replace(problem, inputs=pair[0][block], outputs=pair[1][block], bands=(), few=None)
+    return replace(problem, inputs=None, outputs=None, bands=(), few=None)
 
 
 def _sizes(layer: Layer, inputs: Sequence[torch.Tensor], block: int) -> torch.Tensor:

@@ -12,30 +12,33 @@ grow by blocks of columns from one first link to the next, so that all of them c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import TypeAlias
 
 import torch
 
 from regauge.passes.calibration.moments import factor_of
+from regauge.passes.factorization.grams import Gram
 from regauge.passes.factorization.metric_svd import principal, unscaled
 
-Metrics: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Of inputs [columns, columns] and of outputs [outputs, outputs]; none is the plain one."""
+Metrics: TypeAlias = tuple[Gram, torch.Tensor | None]
+"""Of inputs and of outputs [outputs, outputs]; none is the plain one."""
+Images: TypeAlias = tuple[torch.Tensor, Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]]
+"""M A M' [outputs, outputs]; and of each band the metric of outputs, M A_b M' and E A_b M'."""
+
+_ROUNDING = 1e-9  # of a product with a metric, up to which bands add up to it
 
 
 @dataclass(frozen=True)
 class Behind:
-    """The best M behind one first link of ``columns`` columns: ``image`` is M A M' [outputs, outputs].
-
-    Of each band there are the metric of outputs, M A_b M' and E A_b M'; ``least`` is the error.
-    """
+    """The best M behind one first link of ``columns`` columns: ``least`` is the error."""
 
     columns: int
-    image: torch.Tensor
-    bands: Sequence[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
     least: torch.Tensor
+    images: Callable[[], Images]
 
     def lost(self, outputs: torch.Tensor | None) -> torch.Tensor:
         """The error with each number of directions of M, from none to all of them, the most important ones first in
@@ -45,12 +48,13 @@ class Behind:
         leave over, is found once for all numbers.
         """
         root = None if outputs is None else factor_of(outputs, 0.0)
-        values, vectors = principal(self.image if root is None else root.t() @ self.image @ root)
+        image, bands = self.images()
+        values, vectors = principal(image if root is None else root.t() @ image @ root)
         vectors = vectors[:, : min(len(values), self.columns)]
         up, down = unscaled(vectors, root), vectors.t() if root is None else vectors.t() @ root.t()
         beside = torch.zeros(len(down), dtype=down.dtype)
         together = torch.zeros(len(down), len(down), dtype=down.dtype)
-        for metric, kept, between in self.bands:
+        for metric, kept, between in bands:
             left = up if metric is None else metric @ up
             beside += ((left.t() @ between) * down).sum(1)
             together += (up.t() @ left) * (down @ kept @ down.t())
@@ -59,14 +63,15 @@ class Behind:
 
 
 def links_behind(
-    weight: torch.Tensor, inputs: torch.Tensor | None, bands: Sequence[Metrics], counts: Sequence[int]
+    weight: torch.Tensor, inputs: Gram, bands: Sequence[Metrics], basis: torch.Tensor, counts: Sequence[int]
 ) -> Iterator[Behind]:
     """Behind each first link, which have the first of the columns of ``weight`` [outputs, columns], ascending
-    ``counts`` of them. M is the best in the metric ``inputs``; errors are told by ``bands``. In double precision."""
-    lower = None if inputs is None else factor_of(inputs, 0.0)
-    image = weight if lower is None else weight @ lower
+    ``counts`` of them. M is the best in the metric ``inputs``; errors are told by ``bands``. Metrics are turned to the
+    ``basis`` of the weight first. In double precision."""
+    lower = factor_of(inputs.turned(basis).matrix(), 0.0)
+    image = weight @ lower
     bounds = [0, *counts, weight.shape[1]]
-    found = [_Band(image, _whitened(metric, inputs, lower), outputs, bounds) for metric, outputs in bands]
+    found = _in_bands(image, lower, inputs, bands, basis, bounds)
     plain = torch.zeros(len(weight), len(weight), dtype=weight.dtype)
     for place, count in enumerate(counts):
         own = image[:, bounds[place] : count]
@@ -74,18 +79,71 @@ def links_behind(
         for band in found:
             band.step(place)
         pairs = [(band.outputs, band.kept, band.whole - band.kept) for band in found]
-        yield Behind(count, plain, pairs, torch.stack([band.least[place] for band in found]).sum())
+        least = torch.stack([band.least[place] for band in found]).sum()
+        yield Behind(count, least, partial(_same, (plain, pairs)))
 
 
-def _whitened(
-    metric: torch.Tensor | None, inputs: torch.Tensor | None, lower: torch.Tensor | None
-) -> torch.Tensor | None:
-    """L^-1 A_b L^-T; nothing where it is the identity."""
-    if metric is inputs or metric is None or lower is None:
-        return None if metric is inputs else metric
-    half = torch.linalg.solve_triangular(lower, metric, upper=False)
-    found: torch.Tensor = torch.linalg.solve_triangular(lower, half.t(), upper=False)
+def _same(images: Images) -> Images:
+    return images
+
+
+def _in_bands(
+    image: torch.Tensor,
+    lower: torch.Tensor,
+    inputs: Gram,
+    bands: Sequence[Metrics],
+    basis: torch.Tensor,
+    bounds: Sequence[int],
+) -> list[_Band]:
+    """With N = L^-1 A_b L^-T; what follows from the others is not computed: the largest, where all add up to A."""
+    if len(bands) == 1 and bands[0][0] is inputs:
+        return [_Band(image, None, bands[0][1], bounds)]
+    last = max(range(len(bands)), key=lambda band: _count(bands[band][0]))
+    more = _sum_off(inputs, [metric for metric, _ in bands])
+    inverse = torch.zeros(0)  # L^-1 L^-T, where it is needed
+    if more is not None or any(metric.rows is not None for metric, _ in bands):
+        inverse = torch.cholesky_inverse(lower.t().flip(0, 1)).flip(0, 1)
+    found, total = dict[int, _Band](), torch.zeros(0)
+    for band in sorted(range(len(bands)), key=lambda band: band == last):
+        metric, outputs = bands[band]
+        if more is not None and band == last:
+            own = more * inverse - total
+            own.diagonal().add_(1)
+        else:
+            own = _whitened(metric.turned(basis), lower, inverse)
+        if more is not None and band != last:
+            total = total + own if total.numel() else own
+        found[band] = _Band(image, own, outputs, bounds)
+    return [found[band] for band in range(len(bands))]
+
+
+def _whitened(metric: Gram, lower: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """L^-1 A_b L^-T"""
+    found: torch.Tensor
+    if metric.rows is not None:
+        assert isinstance(metric.ridge, float)
+        half = torch.linalg.solve_triangular(lower, metric.rows.flatten(1).t(), upper=False)
+        return torch.addmm(inverse, half, half.t(), beta=metric.ridge)
+    half = torch.linalg.solve_triangular(lower, metric.matrix(), upper=False)
+    found = torch.linalg.solve_triangular(lower, half.t(), upper=False)
     return found
+
+
+def _count(metric: Gram) -> int:
+    """Of the rows that products with it take."""
+    return len(metric.rows) if metric.rows is not None else prod(metric.shape)
+
+
+def _sum_off(inputs: Gram, bands: Sequence[Gram]) -> float | None:
+    """How many of the identity the bands have in all beside ``inputs``; nothing where that is not what they differ in.
+
+    By products with a random vector (Freivalds 1977), with which anything else shows.
+    """
+    probe = torch.randn(2, *inputs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = inputs.weighed(probe)
+    off = sum((own.weighed(probe) for own in bands), start=-whole)
+    more = float((off * probe).sum() / probe.square().sum())
+    return more if float((off - more * probe).norm()) <= _ROUNDING * float(whole.norm()) else None
 
 
 class _Band:

@@ -21,6 +21,7 @@ from regauge.passes.factorization.blocks import links_of
 from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import Link
 from regauge.passes.factorization.forms import Choice
+from regauge.passes.factorization.grams import Gram
 from regauge.passes.factorization.metrics import Metric, Pair, gradient_metrics, in_metric
 from regauge.passes.factorization.problems import Problem
 
@@ -59,16 +60,31 @@ class Sensitivity:
         """Those of the blocks of a layer, with what it is given and gives, for each batch."""
         name = layer.weight.name
         bands: Bands = ()
+        few: Gram | None = None
         if name in self.bands:
-            spectrum = Spectrum(layer.columns, quadratics[0].hessian.clone())
-            spectrum.total.diagonal().sub_(quadratics[0].ridge)
-            for x, y in zip(inputs, outputs, strict=True):
-                spectrum.add(layer.rows_of_input(x) - quadratics[0].input_mean.to(x.dtype), y.shape[2:])
+            spectrum = _spectrum(layer, quadratics[0], inputs, outputs)
             bands = metrics_in_bands(spectrum, self.bands[name], RIDGE)
+            if spectrum.few:
+                rows = torch.cat([part for _, own in sorted(spectrum.rows.items()) for part in own])
+                few = Gram.of_rows(rows, quadratics[0].ridge)
         pairs = zip(quadratics, self.metrics[name], strict=True)
-        found = [Problem(layer, own.optimum, own.hessian, metric, bands) for own, metric in pairs]
+        found = [Problem(layer, own.optimum, own.hessian, metric, bands, few) for own, metric in pairs]
         pair = self.pairs.get(name)
         return [in_metric(own, self.metric, inputs, block, pair) for block, own in enumerate(found)]
+
+
+def _spectrum(
+    layer: Layer, quadratic: Quadratic, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> Spectrum:
+    """That of what a convolution is given, by rows as long as they are fewer than half of its columns."""
+    most, count = layer.columns // 2, sum(y.numel() // y.shape[1] for y in outputs)
+    spectrum = Spectrum(layer.columns, quadratic.hessian, most, few=count <= most)
+    if not spectrum.few:
+        spectrum.total = quadratic.hessian.clone()
+        spectrum.total.diagonal().sub_(quadratic.ridge)
+    for x, y in zip(inputs, outputs, strict=True):
+        spectrum.add(layer.rows_of_input(x) - quadratic.input_mean.to(x.dtype), y.shape[2:])
+    return spectrum
 
 
 def problems_on_data(

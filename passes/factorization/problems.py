@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -12,9 +12,10 @@ from regauge.ir.graph import Graph, Value
 from regauge.ir.sizes.expressions import product
 from regauge.passes.calibration.layers import Layer, matrices_of
 from regauge.passes.factorization.bands import Bands
+from regauge.passes.factorization.grams import Gram
 from regauge.passes.factorization.metric_svd import Factored, factored
 
-_ROUNDING = 1e-25
+ROUNDING = 1e-25  # share of the error without any weight, up to which there is nothing to better
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Problem:
     """A block of a layer [outputs, columns], in double precision; without data both metrics are plain.
 
     ``inputs`` [columns, columns] is the metric of its inputs, ``outputs`` [outputs, outputs] that of its outputs. Where
-    there are ``bands`` errors are told by these, which the two come near to.
+    there are ``bands`` errors are told by these, which the two come near to. ``few`` is the metric of inputs by its
+    rows, where these are fewer than the columns: those of the bands, where there are any, one after the other.
     """
 
     layer: Layer
@@ -30,6 +32,16 @@ class Problem:
     inputs: torch.Tensor | None = None
     outputs: torch.Tensor | None = None
     bands: Bands = ()
+    few: Gram | None = None
+    behind: dict[tuple[tuple[int, ...], int], float] = field(default_factory=dict, init=False, repr=False)
+    """What is lost behind first links, by the axes that they contract and their ranks, as far as it was found."""
+
+    @property
+    def metric(self) -> Gram:
+        """That of inputs; the plain one where nothing is known of them."""
+        if self.few is not None:
+            return self.few
+        return Gram.plain(self.weight.shape[1]) if self.inputs is None else Gram.of(self.inputs)
 
     @cached_property
     def factored(self) -> Factored:
@@ -51,14 +63,14 @@ class Problem:
     @cached_property
     def rounding(self) -> float:
         """Errors up to this are nothing that turns could better: a share of that without any weight."""
-        return _ROUNDING * self.error(torch.zeros_like(self.weight))
+        return ROUNDING * self.error(torch.zeros_like(self.weight))
 
     def weighed(self, change: torch.Tensor) -> torch.Tensor:
         """A matrix [outputs, columns] times both metrics."""
         if self.bands:
-            parts = (outputs @ change @ inputs for inputs, outputs in self.bands)
+            parts = (inputs.weighed(change[..., None], outputs)[..., 0] for inputs, outputs in self.bands)
             return sum(parts, start=torch.zeros_like(change))
-        change = change if self.inputs is None else change @ self.inputs
+        change = change if self.inputs is None else self.metric.weighed(change[..., None])[..., 0]
         return change if self.outputs is None else self.outputs @ change
 
     def error(self, weight: torch.Tensor) -> float:

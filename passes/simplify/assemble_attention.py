@@ -47,7 +47,9 @@ def _pattern(
         op.add(biased, more), biased,
     )  # fmt: skip
     weights = op.softmax(masked, dim=axis)
-    without_nan = op.where(op.isnan(weights), 0, weights, name="guard")
+    without_nan = op.either(
+        op.where(op.isnan(weights), 0, weights, name="guard"), op.thresholded_relu(weights, alpha=0.0, name="threshold")
+    )
     kept = op.either(op.dropout(op.either(without_nan, weights), p=...), without_nan, weights)
     return op.matmul(kept, v)
 
@@ -188,7 +190,7 @@ def _kept(build: Builder, match: Match, guarded: bool) -> Value | None:
 
 def _mask(build: Builder, match: Match) -> Value | None:
     """All masks as one."""
-    guarded = match["guard"] is not None
+    guarded = any(match[name] is not None for name in ("guard", "threshold"))
     keep, summands = _kept(build, match, guarded), [match[name] for name in ("bias", "more") if match[name] is not None]
     for summand in summands:
         if not isinstance(summand, Value) or summand.dtype != match.root.output.dtype:

@@ -3,9 +3,10 @@
     permute(reshape(linear(x, wq))), ... wk, ... wv      split(permute(reshape(linear(x, [wq wk wv]))))
     permute(reshape(matmul(x, wq') + bq)), ...           split(permute(reshape(linear(x, [wq wk wv], [bq bk bv]))))
     permute(reshape(part)), ... of split(x)              split(permute(reshape(x)))
+    split(permute(reshape(linear(x, [wq wk wv]))))       permute(reshape(linear(x, wq))), ...
 
 In ONNX files only, whose runtimes pay for each node. A split copies what it gives, which torch's does not, so that
-projections stay apart where more is copied than the nodes are worth. Where the axes of a part
+projections stay apart, or are taken apart, where more is copied than the nodes are worth. Where the axes of a part
 come in another order, as those of keys, it is permuted once more; onnxruntime then moves the first permute behind the
 split and joins the two, so that what is saved there are the products and the reshapes.
 
@@ -35,13 +36,14 @@ from regauge.passes.simplify.layout import permuted, positive_dims
 from regauge.passes.simplify.limits import Limits, held_values, scopes
 from regauge.passes.simplify.linear_map import W, X, bias_of, channels, old_bias, own_weight
 from regauge.passes.simplify.merges import joint_name, stacked
-from regauge.passes.simplify.pieces import axis_of
+from regauge.passes.simplify.pieces import axis_of, offsets
 
 COPY_MACS = 64  # for each entry that a split copies out of rows, and that a permute then finds apart, as was measured
 
 
 def join_projections(graph: Graph, limits: Limits) -> int:
-    """Make one projection of several of a value, and tell heads apart once they are laid out; how many nodes went."""
+    """Make one projection of several of a value, and tell heads apart once they are laid out, or by their weights where
+    they are large; how many nodes went, or were taken apart."""
     if "onnx" not in graph.metadata:
         return 0
     owners, count = list(scopes(graph)), 0
@@ -54,6 +56,7 @@ def join_projections(graph: Graph, limits: Limits) -> int:
             if node.op == "split" and axis_of(node) == node.outputs[0].rank - 1 and not _stays(node):
                 _move(owner, build, node)
         count += before - len(owner)
+        count += sum(_take_apart(owner, build, node) for node in list(owner.nodes) if node.op == "split")
     return count
 
 
@@ -224,3 +227,118 @@ def _lay_out(graph: Graph, build: Builder, whole: Value, layout: _Layout, split:
         remove_node(graph, permute)
         remove_node(graph, reshape)
         new.name = permute.name
+
+
+# -- one projection as several -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """A projection whose results are laid out as heads and split along the outermost axis of its channels."""
+
+    map: _Map
+    reshape: Node
+    permute: Node
+    split: Node
+    axis: int  # of the reshaped value
+
+    @property
+    def nodes(self) -> list[Node]:
+        """From the last one to the first."""
+        return [self.split, self.permute, self.reshape, *filter(None, (self.map.sum, self.map.node))]
+
+
+def _fused(build: Builder, split: Node) -> _Fused | None:
+    """What a split takes apart, where it is one projection that nothing else reads."""
+    permute = _maker(build, split, "permute")
+    reshape = None if permute is None else _maker(build, permute, "reshape")
+    made = None if reshape is None else _maker(build, reshape, "linear", "matmul", "add")
+    if permute is None or reshape is None or made is None or _stays(split):
+        return None
+    products = [value.producer for _, value in made.operands()] if made.op == "add" else [made]
+    maps = [_map(node, build) for node in products if node is not None]
+    found = next((one for one in maps if one is not None and one.output is made.output), None)
+    axis = positive_dims(permute)[axis_of(split)]
+    shape = reshape.output.shape
+    if found is None or not all(isinstance(size, int) for size in (*shape[axis:], *split.attributes["sizes"])):
+        return None
+    outermost = same(product(shape[axis:]), made.output.shape[-1])
+    return _Fused(found, reshape, permute, split, axis) if outermost else None
+
+
+def _maker(build: Builder, node: Node, *ops: str) -> Node | None:
+    """What gives the first operand of a node, and nothing else, where it is of these kinds and may be another one."""
+    value = node.inputs[0]
+    made = value.producer if isinstance(value, Value) else None
+    alone = isinstance(value, Value) and len(value.uses) == 1 and value not in build.held
+    return made if made is not None and alone and made.op in ops and not _stays(made) else None
+
+
+def _take_apart(graph: Graph, build: Builder, split: Node) -> bool:
+    """Put several projections in the place of one whose results are copied apart for more than the nodes are worth."""
+    fused = _fused(build, split)
+    copied = None if fused is None else product(fused.map.output.shape)
+    more = 3 * len(split.outputs) - 4  # nodes, and never fewer than would go where they were joined
+    if fused is None or not isinstance(copied, int) or COPY_MACS * copied <= more * NODE_MACS:
+        return False
+    build.added, build.made = [], []
+    try:
+        parts = _parts(build, fused)
+    except Refusal:
+        build.take_back()
+        return False
+    old = [operand for node in fused.nodes for operand in node.inputs if isinstance(operand, Parameter)]
+    laid = [_lay_part(graph, build, fused, *pair) for pair in zip(parts, split.outputs, strict=True)]
+    for node in fused.nodes:
+        remove_node(graph, node)
+    for value, name in laid:
+        build.release([name])
+        value.name = build.unique(name)
+    settle_successors(graph, build)
+    for parameter in old:
+        if not parameter.uses and graph.parameters.get(parameter.name) is parameter:
+            del graph.parameters[parameter.name]
+            graph.version += 1
+    return True
+
+
+def _parts(build: Builder, fused: _Fused) -> list[Value]:
+    """A map for each part, of its rows of the weight; refuses where that is not the map's own."""
+    node, bias = fused.map.node, fused.map.bias()
+    own, inputs = own_weight(build, node), int(node.inputs[X].shape[-1])  # type: ignore
+    vectors = [x for x in (fused.map.sum or node).inputs if isinstance(x, Parameter) and x is not own]
+    inner = int(product(fused.reshape.output.shape[fused.axis + 1 :]))
+    ends = [int(end) * inner for end in offsets(fused.split.attributes["sizes"])]
+    found: list[Value] = []
+    for start, end in zip(ends, ends[1:], strict=False):
+
+        def rows(tensor: torch.Tensor, start: int = start, end: int = end) -> torch.Tensor:
+            return tensor[start:end]
+
+        names = [f"{parameter.name}_{len(found)}" for parameter in (own, *vectors)]
+        weight = new_weight(build, names[0], own, combined(rows, kernel(build, node)), (end - start, inputs))
+        vector = new_weight(build, names[1], own, combined(rows, bias), (end - start,)) if vectors else None
+        with build.at(node):
+            build.origin = None  # it stands for a part of the node of the file
+            found.append(build.linear(node.inputs[X], weight, vector))
+    return found
+
+
+def _lay_part(graph: Graph, build: Builder, fused: _Fused, part: Value, output: Value) -> tuple[Value, str]:
+    """Lay a part out as the heads that the split gave in its place, without an axis of size one that goes at once;
+    returns them, and the name of what they stand for."""
+    axis, dims = fused.axis, positive_dims(fused.permute)
+    shape = list(fused.reshape.output.shape)
+    shape[axis] = output.shape[axis_of(fused.split)]
+    target, squeeze = output, _reader(output, "squeeze", build)
+    if squeeze is not None and squeeze.attributes["dims"] == (axis_of(fused.split),):
+        target, dims = squeeze.output, tuple(dim - (dim > axis) for dim in dims if dim != axis)
+        del shape[axis]
+    with build.at(fused.permute):
+        build.origin = None
+        turned = permuted(build, build.reshape(part, shape=tuple(shape)), dims)
+    turned.producer.metadata["regauge.replaces"] = f"{fused.map.node.name}, {fused.split.name}"  # type: ignore
+    replace_uses(graph, target, turned)
+    if squeeze is not None and target is squeeze.output:
+        remove_node(graph, squeeze)
+    return turned, target.name

@@ -20,13 +20,16 @@ from regauge.passes.simplify.constants import fold_constants, fold_initializers,
 from regauge.passes.simplify.control_flow import inline_decided
 from regauge.passes.simplify.dead_code import drop_orphans, remove_dead_code
 from regauge.passes.simplify.gates import spread_gates
+from regauge.passes.simplify.guards import threshold_weights
 from regauge.passes.simplify.heads import join_heads
 from regauge.passes.simplify.limits import Limits, limits_of, total_bytes
 from regauge.passes.simplify.merging import merge_equal_nodes, tie_equal_weights
 from regauge.passes.simplify.partitions import split_partitions
 from regauge.passes.simplify.pooling import pool_means
 from regauge.passes.simplify.projections import join_projections
+from regauge.passes.simplify.residuals import free_residuals
 from regauge.passes.simplify.rows import flatten_rows
+from regauge.passes.simplify.sequences import put_positions_first
 
 STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "dead-code": remove_dead_code,
@@ -44,6 +47,9 @@ STEPS: Mapping[str, Callable[[Graph, Limits], int]] = {
     "rows": flatten_rows,
     "projections": join_projections,
     "gates": spread_gates,
+    "guards": threshold_weights,
+    "sequences": put_positions_first,
+    "residuals": free_residuals,
 }
 FILE_STEPS = {
     "dead-code",
@@ -64,8 +70,16 @@ AFTER_RULES = (
     "rows",
     "projections",
     "gates",
+    "guards",
+    "sequences",
 )
-FOR_RUNTIMES = ("rows", "projections", "gates")  # how a file is spelled best, which hides whole operators
+FOR_RUNTIMES = (
+    "rows",
+    "projections",
+    "gates",
+    "guards",
+    "sequences",
+)  # how a file is spelled best, which hides whole operators
 MOST_ROUNDS = 16  # each undoes what the one before made possible; more would mean that two rules undo each other
 
 
@@ -82,7 +96,8 @@ class Simplify(Pass):
     Whole operators are put together from the primitive ones that exporters write (norms, activations, attention) where
     ``assemble`` says so: "auto" leaves a graph that was loaded from an ONNX file as it is spelled there, because the
     runtime of that file may lack the operator, and the file would have to spell it out again. Steps that spell a file
-    for its runtime (``rows``, ``projections``, ``gates``) are left out where operators are put together.
+    for its runtime (``rows``, ``projections``, ``gates``, ``guards``,
+    ``sequences``, ``residuals``) are left out where operators are put together.
     """
 
     name: ClassVar[str] = "simplify"

@@ -89,6 +89,25 @@ def test_attention_with_a_bias_keeps_its_dynamic_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(Session(tmp_path / "m.onnx").run((x,))[0], graph.run(x)[0], rtol=1e-4, atol=1e-5)
 
 
+class MaskedAttention(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_queries_without_any_key_are_written_as_zeros(dtype: torch.dtype, tmp_path: Path) -> None:
+    """torch's exporter writes the mean of what is hidden, and of numbers for a mask NaN."""
+    mask = torch.rand(2, 1, 5, 5) > 0.3
+    mask[0, 0, 2] = False
+    mask = mask if dtype == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    graph = capture(MaskedAttention().eval(), (q, k, mask), dynamic=dict.fromkeys(range(3), {0: "batch"}))
+    graph.to_onnx(tmp_path / "m.onnx")
+    expected = MaskedAttention()(q, k, mask)
+    assert expected[0, :, 2].count_nonzero() == 0
+    torch.testing.assert_close(Session(tmp_path / "m.onnx").run((q, k, mask))[0], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["mean", "amax", "amin", "sum"])
 def test_reductions_over_all_axes_are_written(name: str, tmp_path: Path) -> None:
     class Reduced(nn.Module):

@@ -131,6 +131,27 @@ def test_floats_of_8_bits_are_rounded_as_by_torch(dtype: torch.dtype, op: str) -
     assert bool((same | either).all()), numbers[~(same | either)][:9]
 
 
+@pytest.mark.parametrize("form", ["rows", "looped"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_rows_of_floats_of_8_bits_are_rounded_as_by_torch(dtype: torch.dtype, form: Form) -> None:
+    """Each bit of scales and codes, where the greatest entry is next to a power of two, nothing, or tiny."""
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (200, 37), torch.float32)
+    scales = build.row_scales(x, dtype=dtype)
+    graph.outputs = [build.row_codes(x, scales, dtype=dtype), scales]
+    ends = torch.finfo(dtype).max * torch.exp2(torch.arange(-30.0, 20.0))
+    beside = [torch.nextafter(ends, torch.tensor(end)) for end in (0.0, torch.inf)]
+    numbers = (torch.rand(200, 37) - 0.5) * torch.cat([ends, *beside, 3 * ends])[:, None]
+    numbers[:, 20] = torch.cat([ends, *beside, 3 * ends])
+    numbers[7], numbers[8, 3] = 0.0, float("nan")
+    region = trace(graph.nodes, graph.outputs)  # type: ignore[arg-type]
+    own = triton_kernel(region).launch({x: numbers}, form)
+    for value, expected in zip(graph.outputs, graph.run(numbers), strict=True):
+        found, expected = own[value].float(), expected.float()  # type: ignore[index]
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0)), value
+
+
 @pytest.mark.parametrize("scheme", ["w4", "w3", "w8", "w8a8", "fp8", "fp8,activations=dynamic"])
 def test_a_quantized_module_has_kernels_of_its_products(scheme: str) -> None:
     for operator in with_kernels(quantized(scheme)).operators:
@@ -323,14 +344,26 @@ def test_a_looped_softmax_meets_greater_numbers_tile_after_tile(
     below = build.sub(x, build.amax(x, dims=(1,), keepdim=True))
     power = build.exp(below)
     written_out = build.div(power, build.sum(power, dims=(1,), keepdim=True))
-    bounded = build.logsumexp(build.clamp(x, None, 500.0), dims=(1,))
-    graph.outputs = [build.softmax(x, dim=1), build.log_softmax(x, dim=1), bounded, written_out]
+    logs = build.logsumexp(x, dims=(1,))
+    graph.outputs = [build.softmax(x, dim=1), build.log_softmax(x, dim=1), logs, written_out]
     monkeypatch.setattr(kernels, "config_for", lambda *_: Config({"ENTRIES": 8}, warps=4, stages=2))
     tensor = torch.randn(6, 50).to(dtype)
     tensor[0, :40], tensor[1, 30:] = float("-inf"), float("-inf")
     tensor[2, 40], tensor[3, 3], tensor[4, 49] = float("nan"), float("inf"), 50.0
     tensor[5] = torch.linspace(-20, 20, 50).to(dtype)
     check_kernel(graph, {graph.inputs[0]: tensor}, rounding, "looped")
+
+
+@pytest.mark.parametrize("form", ["rows", "looped"])
+def test_the_logarithm_of_a_sum_is_infinite_where_its_greatest_number_is(form: Form) -> None:
+    """All hidden, or one that is beyond all others: as of torch, not what is left of inf - inf."""
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (4, 37), torch.float32)
+    graph.outputs = [build.logsumexp(x, dims=(1,))]
+    tensor = torch.randn(4, 37)
+    tensor[0], tensor[1, 20], tensor[2, 3] = float("-inf"), float("inf"), float("nan")
+    check_kernel(graph, {x: tensor}, form=form)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -160,7 +160,15 @@ def test_kernels_compile_without_a_gpu_and_spill_nothing(name: str, form: Form, 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", ["add_norm_quantize_float8", "silu_mul_quantize_float8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "add_norm_quantize_float8",
+        "silu_mul_quantize_float8",
+        "add_norm_quantize_rows_float8",
+        "silu_mul_quantize_rows_float8",
+    ],
+)
 def test_rounding_to_floats_of_8_bits_compiles_for_all_and_spills_nothing(name: str, architecture: str) -> None:
     kernel = kernel_of(form_graph(name, torch.bfloat16, 4096, 4096), name)
     sizes = {dim: int(dim.size) for dim in kernel.region.loops}

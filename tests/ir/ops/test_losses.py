@@ -58,6 +58,19 @@ def test_losses_are_written(options: dict[str, Any], tmp_path: Path) -> None:
     torch.testing.assert_close(found, module(x, target), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_losses_of_any_number_of_rows_are_written(reduction: str, tmp_path: Path) -> None:
+    """torch's exporter fails at losses of rows whose number is dynamic, and what it writes at none of them."""
+    module = Loss(reduction=reduction)
+    graph = regauge.capture(module, INPUTS[0], dynamic={0: {0: "rows"}, 1: {0: "rows"}})
+    for functions in (False, True):
+        regauge.optimize(graph, "fuse").to_onnx(tmp_path / "loss.onnx", functions=functions)
+        for rows in (0, 1, 5):
+            x, target = torch.randn(rows, 7), torch.arange(rows)
+            found = Session(tmp_path / "loss.onnx").run((x, target))[0]
+            torch.testing.assert_close(found, module(x, target), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("options", [{}, {"weight": WEIGHT, "label_smoothing": 0.2}], ids=str)
 def test_labels_that_are_probabilities(options: dict[str, Any], reduction: str) -> None:

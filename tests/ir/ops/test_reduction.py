@@ -14,7 +14,9 @@ from regauge.ir.dims.groups import find_group
 from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
 from regauge.ir.graph import Graph, Value
+from regauge.ir.operator import sample
 from regauge.ir.running.interpret import run
+from regauge.spelling import check_sample
 
 
 def projected(width: int = 8) -> tuple[Graph, Builder, Value]:
@@ -147,3 +149,10 @@ def test_onnx_positions() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_last_index_of_equal_entries_stays_with_onnxruntime() -> None:
     assert operators(check_node("ArgMax", [X], select_last_index=1)) == ["onnx_call"]
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize("op", ["var", "std"])
+def test_the_spread_of_one_number_is_written_as_what_is_no_number(op: str) -> None:
+    check_sample(op, 0, sample(randn(3, 1), dims=(1,)), 17)
+    check_sample(op, 0, sample(randn(3, 2), dims=(1,), correction=3), 17)

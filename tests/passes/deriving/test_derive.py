@@ -15,9 +15,9 @@ from regauge.ir.errors import EquivalenceError, PassError
 from regauge.ir.graph import Graph, Value
 from regauge.ir.roofline import DEVICES
 from regauge.passes.base import Context
-from regauge.passes.deriving import derive
+from regauge.passes.deriving import reading
 from regauge.passes.deriving.derive import _Derivation
-from regauge.passes.deriving.expressions import RANGES, READERS
+from regauge.passes.deriving.readers import RANGES, READERS
 from regauge.passes.deriving.search import Limit
 
 
@@ -265,7 +265,7 @@ def test_zeros_are_put_around_what_is_computed_and_not_multiplied(monkeypatch: p
     assert ops(done) == ["matmul", "pad"] or ops(done) == ["reshape", "matmul", "reshape", "pad"]
     assert macs(done) == (8 * 128 * 128 * 128, 8 * 64 * 128 * 128)
     without = {op: read for op, read in READERS.items() if op not in RANGES}
-    monkeypatch.setattr(derive, "READERS", without)
+    monkeypatch.setattr(reading, "READERS", without)
     assert ops(regauge.optimize(graph, "derive")) == ops(graph)  # no other rule finds it
 
 

@@ -17,12 +17,13 @@ from regauge.passes.factorization.blocks import choices_of, links_of
 from regauge.passes.factorization.catalog import FORMS
 from regauge.passes.factorization.chains import write_chain
 from regauge.passes.factorization.forms import Form
+from regauge.passes.factorization.grams import Gram
 from regauge.passes.factorization.metric_svd import factored
 from regauge.passes.factorization.on_data import Sensitivity, problems_on_data
 from regauge.passes.factorization.problems import Problem, plain_problems
-from regauge.passes.factorization.separated import _Unfolded
 from regauge.passes.factorization.sparse_products import SparseProduct
 from regauge.passes.factorization.structured import Structured
+from regauge.passes.factorization.unfolded import Unfolded
 
 
 @pytest.mark.parametrize("name", list(FORMS))
@@ -94,13 +95,15 @@ def test_costs_are_those_of_the_written_layers(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("inputs", [None, metric(72)], ids=["plain", "metric"])
-@pytest.mark.parametrize("bands", [(), ((metric(72, 3), metric(12, 4)), (metric(72, 5), metric(12, 6)))], ids=len)
+@pytest.mark.parametrize(
+    "bands", [(), ((Gram.of(metric(72, 3)), metric(12, 4)), (Gram.of(metric(72, 5)), metric(12, 6)))], ids=len
+)
 def test_what_fewer_directions_lose_is_known_of_all_at_once(inputs: torch.Tensor | None, bands: Any) -> None:
     graph = capture(nn.Conv2d(8, 12, 3).double(), (drawn(1, 8, 6, 6),))
     layer = layer_in(graph)
     problem = Problem(layer, matrices_of(layer)[0], inputs, None if inputs is None else metric(12, 2), bands)
     choices = FORMS["tucker"].choices(problem, graph, 1)
-    unfolded = _Unfolded(problem, (0,))
+    unfolded = Unfolded(problem, (0,))
     assert len({choice.numbers[1] for choice in choices}) > 4
     all_of_it = problem.error(torch.zeros_like(problem.weight))
     for choice in choices:

@@ -175,6 +175,9 @@ def test_rows_without_keys_are_zero_where_the_file_says_so(way: str, tmp_path: P
     written = onnx.load(result.to_onnx(tmp_path / "written.onnx"))
     found = runtime_outputs(written, {graph.inputs[0].name: x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    small = regauge.load(regauge.optimize(graph, "simplify").to_onnx(tmp_path / "small.onnx"))
+    assert "isnan" not in [node.op for node in small.nodes]  # written as a threshold, which is the same
+    assert counts(assembled(small, (x,)), "attention", "softmax") == {"attention": 2, "softmax": 0}
 
 
 class Causal(nn.Module):

@@ -168,3 +168,62 @@ def test_products_whose_weight_or_bias_others_read_stay_apart() -> None:
 
     after = joined(made(heads, x=(2, 5, 6)))
     assert ops(after).count("matmul") == 2 and "split" not in ops(after)
+
+
+def fused(
+    build: Builder,
+    x: Value,
+    sizes: Sequence[int] = (1, 1, 1),
+    dims: Sequence[int] = (2, 0, 3, 1, 4),
+    bias: bool = True,
+    squeezed: bool = True,
+    make: Callable[..., Value] = projected,
+) -> list[Value]:
+    """One projection to queries, keys and values of two heads of 4, split where they lie outermost."""
+    whole = make(build, x, "qkv", 24, bias)
+    turned = build.permute(build.reshape(whole, shape=(*x.shape[:2], 3, 2, 4)), dims=tuple(dims))
+    axis = list(dims).index(2)
+    parts = build.split(turned, sizes=tuple(sizes), dim=axis)
+    return [build.tanh(build.squeeze(part, dims=(axis,)) if squeezed else part) for part in parts]
+
+
+LONG = (16, 1024, 6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"squeezed": False}, {"sizes": (2, 1), "squeezed": False}, {"make": product}],
+    ids=["plain", "no-bias", "not-squeezed", "unequal", "product"],
+)
+def test_a_projection_whose_copies_cost_more_than_nodes_is_several(options: dict[str, Any]) -> None:
+    after = joined(made(lambda b, x: fused(b, x, **options), x=LONG))
+    sizes = options.get("sizes", (1, 1, 1))
+    assert sorted(ops(after)) == sorted(["linear", "reshape", "permute", "tanh"] * len(sizes))
+    shapes = [p.shape for name, p in after.parameters.items() if "weight" in name]
+    assert shapes == [(8 * size, 6) for size in sizes]
+    assert len(after.parameters) == len(sizes) * (1 + options.get("bias", True))
+
+
+def outer_heads(build: Builder, x: Value) -> list[Value]:
+    """Heads lie outermost: a part is no run of rows of the weight."""
+    whole = projected(build, x, "qkv", 24)
+    turned = build.permute(build.reshape(whole, shape=(*x.shape[:2], 2, 3, 4)), dims=(3, 0, 2, 1, 4))
+    return [build.tanh(part) for part in build.split(turned, sizes=(1, 1, 1), dim=0)]
+
+
+def read_before_it_is_split(build: Builder, x: Value) -> list[Value]:
+    first = fused(build, x)
+    reshaped = next(node for node in build.graph.nodes if node.op == "reshape").output
+    return [*first, build.relu(reshaped)]
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [(fused, (2, 5, 6)), (fused, (BATCH, 1024, 6)), (outer_heads, LONG), (read_before_it_is_split, LONG)],
+    ids=["short", "open", "outer-heads", "read-elsewhere"],
+)
+def test_a_projection_stays_one_where_it_is_no_gain_or_not_the_same(
+    function: Callable[..., Any], shape: tuple[Size, ...]
+) -> None:
+    graph = made(lambda b, x: function(b, x), x=shape)
+    assert str(joined(graph)) == str(graph)
