@@ -317,7 +317,7 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None, a
     programs = math.prod(sum(-(-count(loops, sizes) // per) for loops, per in factor) for factor in grid)
     kept = columns if source.totals else 0
     programs = min(programs, MOST_SUMMED) if source.totals else programs
-    return Launch(programs if columns else 0, constants, warps, config.stages, kept=kept)
+    return Launch(programs, constants, warps, config.stages, kept=kept)
 
 
 def grid_of(source: Source, constants: Mapping[str, int]) -> list[list[tuple[tuple[Loop, ...], int]]]:
