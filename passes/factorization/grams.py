@@ -8,7 +8,7 @@ columns. A plain metric has no rows at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -59,17 +59,45 @@ class Gram:
         both = [*order, *(axis + len(sizes) for axis in order)]
         return Gram(self.full.reshape(*sizes, *sizes).permute(both).reshape(inner, rest, inner, rest))
 
-    def weighed(self, change: torch.Tensor) -> torch.Tensor:
-        """``change`` [..., inner, rest] times the metric."""
-        flat = change.reshape(-1, prod(self.shape))
+    def weighed(self, change: torch.Tensor, outputs: torch.Tensor | None = None) -> torch.Tensor:
+        """``change`` [n, inner, rest] times the metric, and in front times one of outputs [n, n]."""
+        flat = change.reshape(len(change), -1)
         if self.rows is None:
             assert self.full is not None
-            return (flat @ self.full.reshape(flat.shape[1], -1)).reshape(change.shape)
-        rows = self.rows.flatten(1)
-        found = ((flat @ rows.t()) @ rows).reshape(change.shape)
-        if isinstance(self.ridge, torch.Tensor):
-            return found + self.ridge @ change
-        return found.add_(change, alpha=self.ridge)
+            found = flat @ self.full.reshape(flat.shape[1], -1)
+            return (found if outputs is None else outputs @ found).reshape(change.shape)
+        found = torch.zeros_like(flat)
+        if len(self.rows):
+            rows = self.rows.flatten(1)
+            seen = flat @ rows.t()
+            found = (seen if outputs is None else outputs @ seen) @ rows
+        if isinstance(self.ridge, torch.Tensor) or self.ridge:
+            plain = self.ridge @ change if isinstance(self.ridge, torch.Tensor) else self.ridge * change
+            found += plain.reshape(flat.shape) if outputs is None else outputs @ plain.reshape(flat.shape)
+        return found.reshape(change.shape)
+
+    def beside(self, core: torch.Tensor, outputs: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What a first link [rank, inner] is multiplied by in the error beside a core [n, rank, rest] behind it."""
+        flat = core.flatten(1)
+        left = flat if outputs is None else outputs @ flat
+
+        def by_rows(first: torch.Tensor) -> torch.Tensor:
+            found = torch.zeros_like(first)
+            if len(rows):
+                seen = torch.einsum("nir,pi->npr", rows, first)
+                back = (seen.flatten(1) @ flat.t() @ left).reshape(seen.shape)
+                found = torch.einsum("npr,nir->pi", back, rows)
+            return found.add_(plain @ first) if self.ridge else found
+
+        def by_matrix(first: torch.Tensor) -> torch.Tensor:
+            image = self.weighed(torch.einsum("opr,pi->oir", core, first))
+            return torch.einsum("opr,oir->pi", left.reshape(core.shape), image)
+
+        if self.rows is None:
+            return by_matrix
+        assert isinstance(self.ridge, float)
+        rows, plain = self.rows, self.ridge * torch.einsum("opr,oqr->pq", core, left.reshape(core.shape))
+        return by_rows
 
     def matrix(self) -> torch.Tensor:
         """[inner x rest, inner x rest]"""
@@ -90,7 +118,9 @@ class Gram:
             assert self.full is not None
             image = torch.einsum("pi,irjs->prjs", first, self.full)
             return Gram(torch.einsum("prjs,qj->prqs", image, first))
-        ridge = first @ (self.ridge @ first.t() if isinstance(self.ridge, torch.Tensor) else self.ridge * first.t())
+        ridge = self.ridge
+        if isinstance(ridge, torch.Tensor) or ridge:
+            ridge = first @ (ridge @ first.t() if isinstance(ridge, torch.Tensor) else ridge * first.t())
         found = Gram(rows=torch.einsum("pi,nir->npr", first, self.rows).contiguous(), ridge=ridge)
         size = len(first) * self.rows.shape[2]
         return (

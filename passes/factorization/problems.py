@@ -68,8 +68,7 @@ class Problem:
     def weighed(self, change: torch.Tensor) -> torch.Tensor:
         """A matrix [outputs, columns] times both metrics."""
         if self.bands:
-            split = change[..., None]
-            parts = (outputs @ inputs.weighed(split)[..., 0] for inputs, outputs in self.bands)
+            parts = (inputs.weighed(change[..., None], outputs)[..., 0] for inputs, outputs in self.bands)
             return sum(parts, start=torch.zeros_like(change))
         change = change if self.inputs is None else self.metric.weighed(change[..., None])[..., 0]
         return change if self.outputs is None else self.outputs @ change

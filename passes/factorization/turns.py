@@ -10,11 +10,13 @@ those of what the first link gives. The gradient that steps leave tells the erro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeAlias
 
 import torch
 
+from regauge.passes.factorization.grams import Gram
 from regauge.passes.factorization.least_squares import Divided, divided_by_roots, lowered, root_of
 from regauge.passes.factorization.nested_links import Metrics
 from regauge.passes.factorization.problems import ROUNDING
@@ -45,7 +47,7 @@ class Turns:
     """Errors told by some metrics."""
 
     def __init__(self, unfolded: Unfolded, metrics: Sequence[Metrics]) -> None:
-        self.unfolded, self.metrics = unfolded, metrics
+        self.unfolded, self.metrics = unfolded, _apart(metrics)
         self.outputs = unfolded.problem.outputs
         self.wanted = _weighed(unfolded.weight, metrics)
         self.whole = float((self.wanted * unfolded.weight).sum())
@@ -89,7 +91,7 @@ class Turns:
         _, core, up = parts
         behind = [(inputs.behind(first), outputs) for inputs, outputs in self.metrics]
         seen = self._seen(first)
-        metric = sum((inputs.matrix() for inputs, _ in behind[1:]), start=behind[0][0].matrix())
+        metric = self.unfolded.metric.behind(first).matrix()
         core, lost = self._core_bettered((first, core, up), seen, behind, metric)
         if up is not None:
             up, lost = self._up_bettered(core, up, seen, behind, metric)
@@ -99,16 +101,14 @@ class Turns:
         """A better first link beside the others, and what is lost with it."""
         first, core, up = parts
         inner = core.reshape(len(core), len(first), self.unfolded.rest)
-        through = [(inputs, _through(outputs, up)) for inputs, outputs in self.metrics]
-
-        def reduced(image: torch.Tensor) -> torch.Tensor:
-            return torch.einsum("qpr,qir->pi", inner, image)
+        through = [inputs.beside(inner, _through(outputs, up)) for inputs, outputs in self.metrics]
 
         def curved(found: torch.Tensor) -> torch.Tensor:
-            return reduced(_weighed(self.unfolded.image(found, core), through))
+            return sum((own(found) for own in through), start=torch.zeros_like(found))
 
         wanted = self.wanted if up is None else torch.einsum("oq,oir->qir", up, self.wanted)
-        return self._lowered(first, reduced(wanted), curved, self._beside_first(inner, up))
+        wanted = torch.einsum("qpr,qir->pi", inner, wanted)
+        return self._lowered(first, wanted, curved, self._beside_first(inner, up))
 
     def _beside_first(self, inner: torch.Tensor, up: torch.Tensor | None) -> Divided:
         moved, outputs = inner @ self._over_inner, _through(self.outputs, up)
@@ -190,6 +190,22 @@ def _weighed(change: torch.Tensor, metrics: Sequence[Metrics]) -> torch.Tensor:
     """[outputs, inner, rest] times the metrics of both of its sides, of each band, in all."""
     found = torch.zeros_like(change)
     for inputs, outputs in metrics:
-        own = inputs.weighed(change)
-        found += own if outputs is None else (outputs @ own.flatten(1)).reshape(own.shape)
+        found += inputs.weighed(change, outputs)
+    return found
+
+
+def _apart(metrics: Sequence[Metrics]) -> list[Metrics]:
+    """The same with one term for the ridges of all metrics that are known by their rows."""
+    found, ridges = list[Metrics](), list[Metrics]()
+    for inputs, outputs in metrics:
+        if inputs.rows is None:
+            found.append((inputs, outputs))
+        else:
+            found.append((Gram(rows=inputs.rows), outputs))
+            ridges.append((inputs, outputs))
+    if ridges:
+        left = [inputs.ridge * outputs for inputs, outputs in ridges if outputs is not None]
+        share = 1.0 if left else sum(float(inputs.ridge) for inputs, _ in ridges)
+        columns = replace(ridges[0][0], rows=torch.zeros(0, *ridges[0][0].shape, dtype=torch.float64), ridge=share)
+        found.append((columns, sum(left[1:], start=left[0]) if left else None))
     return found
