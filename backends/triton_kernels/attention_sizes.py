@@ -1,6 +1,7 @@
 """How large the tiles of attention are, and among how many programs its places are shared out.
 
-Tiles are found by compiling for sm_80 and sm_90: none spills registers (benchmarks/kernel_resources.py).
+Tiles are found by compiling for sm_80 and sm_90 with all versions of Triton that are supported: none spills registers
+(benchmarks/kernel_resources.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from regauge.backends.triton_kernels.attention import AttentionForm
 from regauge.backends.triton_kernels.attention_gradient import GradientForm
 from regauge.backends.triton_kernels.bias_gradient import ENTRIES, Shares
-from regauge.backends.triton_kernels.launch import Launch, power_above
+from regauge.backends.triton_kernels.launch import Launch, is_at_least, power_above
 from regauge.backends.triton_kernels.loops import Loops, Tensor, count
 from regauge.ir.dims.extents import Dim
 from regauge.ir.fusion.attention import WIDEST
@@ -43,9 +44,12 @@ def scratch_sizes(form: str, loops: Loops, sizes: Mapping[Dim, int], splits: int
     return [rows, rows, rows * count(loops.columns, sizes)]
 
 
-def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
+def launch_of_attention(
+    form: AttentionForm, reads: Sequence[Tensor], loops: Loops, sizes: Mapping[Dim, int], architecture: str = ""
+) -> Launch:
     """Of wide heads, and where masks are read, a program has fewer queries and places at a time, so that none of its
-    registers are spilled; a factor of a product is never below 16."""
+    registers are spilled; a factor of a product is never below 16. Tensor cores that read factors from shared memory
+    leave registers for more places."""
     rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
     width = max(columns, count(loops.contracted, sizes))
     of_places = [tensor for tensor in reads if tensor.loops(loops.source)]
@@ -59,7 +63,7 @@ def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loo
     elif coded:
         most, deep = 64, 64 if rows <= 16 and len(of_heads) == 2 else 32
     elif width <= 64 or width <= 128 and not masks:
-        most, deep = MOST_ROWS, 64
+        most, deep = MOST_ROWS, 64 if width <= 64 or is_at_least(architecture, 90) else 32
     else:
         most, deep, warps = (64, 32, 4) if width <= 128 else (64, 32, 8)
     high = min(16 if form == "combine" else most, max(16, power_above(rows)))

@@ -56,6 +56,10 @@ class Tensor:
         return [loop for loop in loops if loop.dims[0] in self.axes]
 
 
+MOST_INDICES = 2**31 - 1
+"""Indices that several loops of one side of a tile have together: the joint one is taken apart in 32 bits."""
+
+
 @dataclass(frozen=True, eq=False)
 class Loops:
     """The loops of a kernel: ``rows``, and ``columns``, which are reduced where anything is.
@@ -89,6 +93,15 @@ class Loops:
 def count(loops: Iterable[Loop], sizes: Mapping[Dim, int]) -> int:
     """How many indices loops have together."""
     return math.prod(loop.size(sizes) for loop in loops)
+
+
+def check_counted(name: str, loops: Loops, sizes: Mapping[Dim, int]) -> None:
+    """Raise FusionError where several loops have more indices together than kernels of tiles count."""
+    sides = (loops.rows, *(loops.parts or (loops.columns,)), loops.batch, loops.contracted, loops.source, loops.rank)
+    for side in sides:
+        if len(side) > 1 and count(side, sizes) > MOST_INDICES:
+            shape = " x ".join(str(loop.size(sizes)) for loop in side)
+            raise FusionError(f"{name}: {shape} indices along one side of its tiles, {MOST_INDICES} at most")
 
 
 def widths(loops: Loops, sizes: Mapping[Dim, int]) -> list[int]:
