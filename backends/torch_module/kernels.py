@@ -105,8 +105,11 @@ class KernelOperator:
         return getattr(torch.ops.regauge_kernels, self.name).default
 
     def launch(self, *tensors: torch.Tensor) -> Any:
-        """What the kernel gives for the arguments of the operator; of many rows what the library gives."""
+        """What the kernel gives for the arguments of the operator; of many rows what the library gives, and of other
+        types than the region has (a module that was converted, or runs under autocast) what torch gives."""
         given = dict(zip(self.reads, tensors, strict=True))
+        if any(tensor.dtype != value.dtype for value, tensor in given.items()):
+            return _without_views(self.body)(*tensors)
         sizes = sizes_of(self.kernel.region, self.kernel.source().reads, given) if self.rows else {}
         if self.rows and math.prod(sizes[dim] for dim in self.rows) > MOST_ROWS:
             return _without_views(self.body)(*tensors)
