@@ -67,7 +67,7 @@ def launch_of_attention(
     else:
         most, deep, warps = (64, 32, 4) if width <= 128 else (64, 32, 8)
     high = min(16 if form == "combine" else most, max(16, power_above(rows)))
-    more = len(of_heads) > 2 if coded else more
+    more = (len(of_heads) > 2 or width > 64) if coded else more  # more threads share what is taken apart
     warps = 4 if high == 16 and width <= 128 and not more else warps
     wide = min(WIDE_COLUMNS if columns > WIDEST else WIDEST, max(16, power_above(columns)))
     constants = {"BLOCK_M": high, "BLOCK_N": wide}
@@ -79,7 +79,7 @@ def launch_of_attention(
     constants |= {"BLOCK_K": 64 if head > WIDEST else max(16, power_above(head)), "BLOCK_S": deep}
     if loops.rank:  # there is a tile of keys for each product, too
         constants["BLOCK_S"] = deep if width <= 64 else 32
-        constants["BLOCK_R"] = min(64, max(16, power_above(count(loops.rank, sizes))))
+        constants["BLOCK_R"] = min(64 if width <= 64 else 32, max(16, power_above(count(loops.rank, sizes))))
     if form == "split":
         constants["SPLITS"], programs = splits, programs * splits
     return Launch(programs, constants, warps, stages=2)
@@ -110,13 +110,16 @@ def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops
     return Launch(programs, {**constants, "BLOCK_S": deep}, warps, stages=1 if crowded else 2)
 
 
-def launch_of_bias(reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
-    """Programs have a tile of the bias; where tiles are too few, PARTS programs share what leads to each."""
+def launch_of_bias(
+    reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: Mapping[Dim, int], architecture: str = ""
+) -> Launch:
+    """Programs have a tile of the bias; where tiles are too few, PARTS programs share what leads to each. Tensor cores
+    that read factors from shared memory take 64 rows at a time."""
     rows, columns, head, source = (
         count(one, sizes) for one in (loops.rows[-1:], loops.columns, loops.contracted, loops.source)
     )
     single = any(tensor.value.dtype == torch.float32 for tensor in reads)
-    high, deep, warps = (32, 32, 4) if single else (64, 32, 8)
+    high, deep, warps = (64, 32, 8) if is_at_least(architecture, 90) and not single else (32, 32, 4)
     high, deep = min(high, max(16, power_above(rows))), min(deep, max(16, power_above(source)))
     tiles, steps = Shares(bias, loops).counts(sizes, high, deep)
     most = min(BUSY // max(tiles, 1), steps)
@@ -125,8 +128,10 @@ def launch_of_bias(reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: M
     return Launch(tiles * parts, {**constants, "BLOCK_S": deep, "PARTS": parts}, warps, stages=1)
 
 
-def launch_of_total(reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
+def launch_of_total(
+    reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: Mapping[Dim, int], architecture: str = ""
+) -> Launch:
     """Programs add up the parts of some entries; there are none where a bias has but one part."""
-    parts = launch_of_bias(reads, bias, loops, sizes).constants["PARTS"]
+    parts = launch_of_bias(reads, bias, loops, sizes, architecture).constants["PARTS"]
     programs = -(-count(bias.loops(loops.all), sizes) // ENTRIES) if parts > 1 else 0
     return Launch(programs, {"BLOCK": ENTRIES, "PARTS": parts}, 4)
