@@ -6,8 +6,8 @@
 
 Files: what ``simplify`` writes, against what torch's exporter writes (optimised, ``dynamo``, or not, ``raw``),
 both with all of onnxruntime's optimisations. Modules: captured, simplified and emitted, plain or with the kernels of
-oneDNN, against the network in eager mode and compiled by inductor. One thread, processor time, medians of the ratios of
-runs in turns: above 1 is faster. Each is given for the first and the second half of the turns: what differs is noise.
+oneDNN, against the network in eager mode and compiled by inductor. One thread, processor time, the least of
+runs in turns, as ratios: above 1 is faster. The median of several openings, with the least and the most of them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from benchmarks.report import append_table, environment
 from benchmarks.zoo import import_torchvision
 from regauge.backends.run_onnxruntime import Session
 
-SECONDS, FEWEST, MOST = 6.0, 20, 1500  # of all runs in turns together; rounds
-OPENINGS = 6  # of files
+OPENINGS = 7  # of what is run
+SECONDS, FEWEST, MOST = 7.0, 8, 1500  # of all runs in turns together; turns of an opening at least, of all at most
 Run = Callable[[], Any]
 
 
@@ -79,33 +79,34 @@ NETWORKS = [
 # -- what is timed -----------------------------------------------------------------------------------------------------
 
 
-def in_turns(open_runs: Callable[[bool], Mapping[str, Run]], openings: int) -> dict[str, list[float]]:
-    """Milliseconds of processor time of each run, in turns: entry i of all are of one turn.
+def in_turns(open_runs: Callable[[bool], Mapping[str, Run]]) -> dict[str, list[float]]:
+    """Least milliseconds of processor time of each run, in turns: entry i of all are of one opening.
 
-    What is run is opened several times, in one order and the other: where memory happens to lie is worth 2 %.
+    What is run is opened several times, in one order and the other: where memory happens to lie is worth 2 %. The least
+    of an opening is what a busy machine leaves alone.
     """
-    times: dict[str, list[float]] = {}
-    for opening in range(openings):
+    found: dict[str, list[float]] = {}
+    for opening in range(OPENINGS):
         runs = open_runs(opening % 2 == 1)
+        times: dict[str, list[float]] = {name: [] for name in runs}
         start = 0.0
-        for turn in range(-3, MOST // openings):
+        for turn in range(-3, MOST // OPENINGS):
             start = time.perf_counter() if turn == 0 else start
             for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
                 before = time.thread_time()
                 run()
-                if turn >= 0:
-                    times.setdefault(name, []).append((time.thread_time() - before) * 1e3)
-            if turn >= FEWEST / openings and time.perf_counter() - start > SECONDS / openings:
+                times[name].append((time.thread_time() - before) * 1e3)
+            if turn >= FEWEST and time.perf_counter() - start > SECONDS / OPENINGS:
                 break
-    return times
+        for name, own in times.items():
+            found.setdefault(name, []).append(min(own[3:]))
+    return found
 
 
 def faster(times: Mapping[str, list[float]], name: str, than: str) -> str:
-    """How many times faster one is, the median of the turns: of all, of the first half and of the second."""
-    ratios = [b / a for a, b in zip(times[name], times[than], strict=True)]
-    half = len(ratios) // 2
-    whole, first, second = map(statistics.median, (ratios, ratios[:half], ratios[half:]))
-    return f"{whole:.2f} ({first:.2f}, {second:.2f})"
+    """How many times faster one is: the median of the openings, and the least and the most of them."""
+    ratios = sorted(b / a for a, b in zip(times[name], times[than], strict=True))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f})"
 
 
 def files(network: Network, flavour: str, folder: Path, inputs: tuple[torch.Tensor, ...]) -> dict[str, Path] | None:
@@ -143,10 +144,6 @@ def module_runs(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[st
     return {name: partial(module, *inputs) for name, module in modules.items()}
 
 
-def middle(times: list[float]) -> str:
-    return f"{statistics.median(times):.3g}"
-
-
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
@@ -157,8 +154,13 @@ def file_rows(networks: list[Network]) -> Iterator[list[str]]:
             with tempfile.TemporaryDirectory() as folder:
                 paths = files(network, flavour, Path(folder), inputs)
                 if paths is not None:
-                    times = in_turns(partial(file_runs, paths, inputs), OPENINGS)
-                    yield [network.name, flavour, middle(times["original"]), faster(times, "emitted", "original")]
+                    times = in_turns(partial(file_runs, paths, inputs))
+                    yield [
+                        network.name,
+                        flavour,
+                        f"{statistics.median(times['original']):.3g}",
+                        faster(times, "emitted", "original"),
+                    ]
 
 
 def module_rows(networks: list[Network]) -> Iterator[list[str]]:
@@ -167,12 +169,12 @@ def module_rows(networks: list[Network]) -> Iterator[list[str]]:
         model, inputs = network.make()
         torch._dynamo.reset()
         runs = module_runs(model.eval(), inputs)
-        times = in_turns(lambda _, runs=runs: runs, 1)
+        times = in_turns(lambda _, runs=runs: runs)
         ratios = [faster(times, name, "eager") for name in times if name != "eager"]
-        yield [network.name, middle(times["eager"]), *ratios, faster(times, "onednn", "inductor")]
+        yield [network.name, f"{statistics.median(times['eager']):.3g}", *ratios, faster(times, "onednn", "inductor")]
 
 
-FILES = ["network", "export", "original, ms", "emitted, times as fast (halves)"]
+FILES = ["network", "export", "original, ms", "emitted, times as fast (least, most)"]
 MODULES = ["network", "eager, ms", "inductor", "emitted", "emitted, onednn", "onednn beside inductor"]
 
 

@@ -66,9 +66,9 @@ class Loops:
 
     Of a contraction rows are those of its left factor and columns those of its right one; both factors have ``batch``
     and what is ``contracted``. Of attention these are queries, columns of values, heads, and what scores are summed
-    over; keys and values have ``source``, and keys may be made of what has a ``rank``. Of ``measured`` axes, which are
-    no loops, only the sizes are asked for. ``parts`` are the columns of products that lie beside one another: one after
-    the other, each in tiles of its own.
+    over; keys and values have ``source``, and may be made of what has a ``rank`` and a ``value_rank``. Of ``measured``
+    axes, which are no loops, only the sizes are asked for. ``parts`` are the columns of products that lie beside one
+    another: one after the other, each in tiles of its own.
     """
 
     rows: tuple[Loop, ...]
@@ -79,10 +79,12 @@ class Loops:
     measured: tuple[Loop, ...] = ()
     rank: tuple[Loop, ...] = ()
     parts: tuple[tuple[Loop, ...], ...] = ()
+    value_rank: tuple[Loop, ...] = ()
 
     @cached_property
     def all(self) -> tuple[Loop, ...]:
-        return (*self.batch, *self.rows, *self.columns, *self.contracted, *self.source, *self.rank)
+        inner = (*self.contracted, *self.source, *self.rank, *self.value_rank)
+        return (*self.batch, *self.rows, *self.columns, *inner)
 
     @property
     def sized(self) -> tuple[Loop, ...]:
@@ -136,7 +138,8 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool, swe
         columns, parts = merged("n"), tuple[tuple[Loop, ...], ...]()
         if region.kind == "contraction" and len(region.parts) > 1:
             parts = tuple(tuple(loop for loop in columns if loop.dims[0] in part[0].axes) for part in region.parts)
-        return Loops(merged("m"), columns, merged("b"), merged("k"), merged("s"), measured, merged("r"), parts)
+        ranks = {"rank": merged("r"), "value_rank": merged("v")}
+        return Loops(merged("m"), columns, merged("b"), merged("k"), merged("s"), measured, parts=parts, **ranks)
     rows, columns = merged("i"), merged("r")
     if region.reduced and not sweep:
         return Loops(rows, columns, measured=measured)

@@ -79,6 +79,7 @@ class TileBase(Writer):
         """The address of an entry of a tile, and the mask."""
         loops = self.loops
         axes = {"m": loops.rows, "n": loops.columns, "k": self.inner, "s": loops.source, "r": loops.rank}
+        axes["v"] = loops.value_rank
         masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
         return self.address(tensor, self.loops, picks), " & ".join(masks)
 

@@ -196,6 +196,25 @@ def test_many_random_regions_keep_the_contract(graph: Graph, rounding: Rounding,
 
 
 @pytest.mark.parametrize("form", ["attention", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_latents_are_mixed_where_nothing_is_read_and_where_much_is(dtype: torch.dtype, form: Form) -> None:
+    """A row without a key has no bias either; sums of large latents over many places stay within half precision."""
+    graph = Graph("g")
+    build = Builder(graph)
+    q, k, latents = (build.input(n, s, dtype) for n, s in (("q", (3, 16)), ("k", (300, 16)), ("l", (300, 20))))
+    mask = build.input("mask", (3, 300), torch.bool)
+    weight, bias = build.parameter("w", torch.randn(24, 20).to(dtype)), build.parameter("b", torch.randn(24).to(dtype))
+    graph.outputs = [build.attention(q, k, build.linear(latents, weight, bias), mask, scale=0.0)]
+    tensors = dict(drawn(graph))
+    tensors[latents] = 300 + 100 * tensors[latents]
+    tensors[mask][:] = True
+    tensors[mask][1] = False
+    check_kernel(graph, tensors, form=form)
+    (own,) = triton_kernel(trace(graph.nodes, graph.outputs)).launch(tensors, form).values()  # type: ignore[arg-type]
+    assert not own[1].any() and bool(own.isfinite().all())
+
+
+@pytest.mark.parametrize("form", ["attention", "split"])
 @pytest.mark.parametrize("op", ["attention", "capped_attention"])
 def test_a_query_without_any_key_gets_what_its_operator_says(op: str, form: Form) -> None:
     """Zero of attention, and of one that is written out what is not a number; minus infinity is as good as a mask."""

@@ -94,6 +94,11 @@ def test_text_of_attention_with_keys_of_latents(golden: object) -> None:
     golden("kernel_latent_attention", kernel.source().text.rstrip("\n"))  # type: ignore[operator]
 
 
+def test_text_of_attention_with_values_of_latents(golden: object) -> None:
+    kernel = kernel_of(form_graph("latent_values_attention", torch.float16), "attention")
+    golden("kernel_latent_values", kernel.source("split").text.rstrip("\n"))  # type: ignore[operator]
+
+
 def test_text_of_the_gradients_of_attention(golden: object) -> None:
     graph = form_graph("causal_attention", torch.float16)
     found = attention_gradient(graph, trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
@@ -240,6 +245,16 @@ def test_attention_spills_nothing(architecture: str) -> None:
     for source in (kernel.source(), split, split.then):
         assert source is not None
         assert compile_kernel(source, sizes, architecture).spilled == 0
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ["latent_values_attention", "latent_pair_attention"])
+def test_attention_with_values_of_latents_spills_nothing(name: str, architecture: str) -> None:
+    kernel = kernel_of(form_graph(name, torch.bfloat16, 16, 4096), name)
+    sizes = {dim: int(dim.size) for dim in kernel.region.sized}
+    for form in kernel.forms:
+        assert compile_kernel(kernel.source(form), sizes, architecture).spilled == 0
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
