@@ -1,9 +1,9 @@
 """Which nodes of a graph become one kernel, and what is refused.
 
 Edges between nodes are tried once each, those that save most bytes first (what nothing else reads need not be written,
-either): the regions at both ends become one where
-that is legal (:mod:`regauge.ir.fusion.legality`), where no path leaves the union and comes back, and where a roofline
-of the device says that it gains. What is refused is kept with its reason and the bytes that it goes on to move.
+either): the regions at both ends become one where that is legal (:mod:`regauge.ir.fusion.legality`), where no path
+leaves the union and comes back, and where a roofline of the device says that it gains. What is refused is kept with its
+reason and the bytes that it goes on to move.
 A softmax between two contractions becomes one region with both (attention), though with neither alone it could be one.
 Then regions that have the same loops, but nothing between them, become one (horizontal fusion): rotary codes of queries
 and keys, norms of several streams. A launch is saved, and what both read is read once.
