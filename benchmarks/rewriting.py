@@ -161,7 +161,7 @@ REMAT = [
 
 DERIVE_NOTE = (
     "`derive` on ONNX files of random weights; medians of the processor time of runs in turns in onnxruntime, with one "
-    "thread and all of its optimisations. The encoder layer has nothing to choose, and stays as it is."
+    "thread and all of its optimisations. Of the encoder layer one permute goes; there is nothing else to choose."
 )
 REMAT_NOTE = (
     "`remat{memory=BUDGET,solver=SOLVER,seconds=30}` on captured float32 graphs. Peak: of values, as planned, inputs "

@@ -15,6 +15,9 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
+OVERFLOWING = (torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+"""Floats of 8 bits in which what is too large is infinite in torch, or no number where there is no infinity."""
+
 
 def is_real(dtype: Dtype) -> bool:
     """Whether a type holds real or complex numbers, not integers, truths or what torch does not have."""

@@ -93,6 +93,18 @@ class Scalar:
     def __neg__(self) -> Scalar:
         return _call("neg", self)
 
+    def __abs__(self) -> Scalar:
+        return _call("abs", self)
+
+    def __pow__(self, exponent: Number) -> Scalar:
+        found = power(self, number(exponent))
+        if found is None:
+            raise TypeError(f"{exponent} is no power without a logarithm: write exp({exponent} * log(x))")
+        return found
+
+    def __bool__(self) -> bool:
+        raise TypeError("what is computed for each index is neither true nor false: choose by regauge.scalars.where")
+
     def __lt__(self, other: Operand) -> Scalar:
         return _call("lt", self, other)
 
@@ -308,9 +320,18 @@ sigmoid, tanh, erf = _function("sigmoid"), _function("tanh"), _function("erf")
 sin, cos, floor, ceil = _function("sin"), _function("cos"), _function("floor"), _function("ceil")
 real, code, round_ = _function("real"), _function("code"), _function("round")
 power_of_two = _function("power_of_two")
-eq, ne, where = _function("eq"), _function("ne"), _function("where")
+eq, ne = _function("eq"), _function("ne")
 logical_and, logical_or, logical_not = _function("logical_and"), _function("logical_or"), _function("logical_not")
 sum_, amax, amin = _reduction("sum"), _reduction("amax"), _reduction("amin")
+
+
+def where(condition: Operand, x: Operand, y: Operand) -> Scalar:
+    """The second argument where the first one is not zero, else the third one."""
+    if isinstance(condition, bool):
+        raise TypeError(
+            "where takes a condition of each index: x == y tells if two expressions are one, write eq(x, y)"
+        )
+    return _call("where", condition, x, y)
 
 
 def float8(x: Scalar, dtype: torch.dtype) -> Scalar | None:

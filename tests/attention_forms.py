@@ -153,6 +153,23 @@ def latent_keys_with_bias_attention(f: Form, rows: Any, columns: int) -> Any:
     return b.attention(q, b.mul(keys, f.w(64)), f.x(3, columns, 64), f.x(rows, columns, dtype=torch.bool), scale=0.02)
 
 
+def latent_values_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Two heads of values are products with latents that they share, and have a bias, as ``kv-latent{joint=true}``
+    leaves them; two heads of queries read each."""
+    b, width, rank = f.build, 128 if columns >= 512 else 32, 192 if columns >= 512 else 40
+    q, keys, latents = f.x(2, 4, min(rows, 16), width), f.x(2, 2, columns, width), f.x(2, columns, rank)
+    values = b.reshape(b.linear(latents, f.w(2 * width, rank), f.w(2 * width)), shape=(2, columns, 2, width))
+    return b.attention(q, keys, b.permute(values, dims=(0, 2, 1, 3)), scale=width**-0.5, enable_gqa=True)
+
+
+def latent_pair_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Keys and values of each head are made of latents of their own, which differ in rank; a mask hides some."""
+    b, q = f.build, f.x(3, min(rows, 16), 64)
+    keys = b.matmul(f.x(3, columns, 40), b.permute(f.w(3, 64, 40), dims=(0, 2, 1)))
+    values = b.mul(b.matmul(f.x(3, columns, 24), f.w(3, 24, 48)), f.w(48))
+    return b.attention(q, keys, values, f.x(min(rows, 16), columns, dtype=torch.bool), scale=0.02)
+
+
 def written_out_attention(f: Form, rows: Any, columns: int) -> Any:
     """Node by node, with heads behind positions, and a width that is no power of two."""
     b, q, k, v = f.build, f.x(2, rows, 3, 40), f.x(2, columns, 3, 40), f.x(2, columns, 3, 72)
@@ -188,6 +205,6 @@ ATTENTION_FORMS = (
     causal_attention, later_causal_attention, masked_attention, biased_attention, rotary_attention, capped_attention,
     decoding_attention, latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding,
     int2_cache_decoding, int4_groups_attention, int8_cache_attention, turned_latents_attention,
-    latent_keys_with_bias_attention, written_out_attention, wide_attention,
-    position_bias_attention, sloped_attention,
+    latent_keys_with_bias_attention, latent_values_attention, latent_pair_attention, written_out_attention,
+    wide_attention, position_bias_attention, sloped_attention,
 )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import settings
@@ -23,6 +25,21 @@ def same_random_numbers() -> None:
 def translations_read_once() -> Iterator[None]:
     """Tests that call torch's ONNX exporter themselves save half of its time too."""
     with kept_registry():
+        yield
+
+
+class _OneThread(onnxruntime.InferenceSession):  # type: ignore[misc]
+    def __init__(self, model: Any, sess_options: Any = None, *rest: Any, **named: Any) -> None:
+        options = sess_options or onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.intra_op_num_threads or 1
+        super().__init__(model, options, *rest, **named)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sessions_of_one_thread() -> Iterator[None]:
+    """Threads of onnxruntime spin while they wait, and would take the cores of the other test processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "InferenceSession", _OneThread)
         yield
 
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from regauge.backends.onnx_model.bits import FOUR_BITS_SINCE, pack_initializers
 from regauge.backends.onnx_model.registry import kept_registry
+from regauge.ir.dtypes import OVERFLOWING
 from regauge.ir.errors import EmitError, RegaugeError
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.node_order import IN_ORDER
@@ -191,9 +192,10 @@ def _optimise(model: onnx_ir.Model, small: set[str], *, merges: bool) -> None:
 
 
 def _let_overflow(model: onnx_ir.Model) -> None:
-    """Casts to float8_e5m2 overflow to infinity, as in torch; the exporter leaves them to saturate."""
+    """What is too large for a float of 8 bits overflows as in torch; the exporter leaves casts to saturate."""
+    codes = {int(onnx_ir.tensor_adapters.from_torch_dtype(dtype)) for dtype in OVERFLOWING}
     for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.op_type == "Cast" and node.attributes["to"].as_int() == onnx_ir.DataType.FLOAT8E5M2:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in codes:
             node.attributes["saturate"] = onnx_ir.AttrInt64("saturate", 0)
 
 

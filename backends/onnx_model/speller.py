@@ -15,7 +15,7 @@ from regauge.backends.onnx_model.bits import packed, stored_type
 from regauge.backends.onnx_model.carrier import Carrier
 from regauge.backends.onnx_model.size_nodes import SizeSource, build_vector
 from regauge.backends.onnx_model.write import ChangedTensor
-from regauge.ir.dtypes import dtype_name
+from regauge.ir.dtypes import OVERFLOWING, dtype_name
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Node, Operand, Parameter, Value
 from regauge.ir.sizes.expressions import Size
@@ -186,7 +186,7 @@ class OnnxSpeller:
         if dtype.itemsize == 1 and dtype.is_floating_point and self.opset < FLOAT8_SINCE:
             raise self.refusal(f"{dtype_name(dtype)} needs opset {FLOAT8_SINCE}, and the model has {self.opset}")
         code = int(onnx_ir.tensor_adapters.from_torch_dtype(dtype))
-        overflows = {"saturate": 0} if dtype == torch.float8_e5m2 else {}  # to infinity, as in torch
+        overflows = {"saturate": 0} if dtype in OVERFLOWING else {}  # as in torch
         return self("Cast", value, to=code, **overflows)
 
     def sizes(self, sizes: Sequence[Size]) -> onnx_ir.Value:

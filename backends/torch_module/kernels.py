@@ -105,11 +105,14 @@ class KernelOperator:
         return getattr(torch.ops.regauge_kernels, self.name).default
 
     def launch(self, *tensors: torch.Tensor) -> Any:
-        """What the kernel gives for the arguments of the operator; of many rows what the library gives."""
+        """What the kernel gives for the arguments of the operator; of many rows what the library gives, and of other
+        types than the region has (a module that was converted, or runs under autocast) what torch gives."""
         given = dict(zip(self.reads, tensors, strict=True))
+        if any(tensor.dtype != value.dtype for value, tensor in given.items()):
+            return without_views(self.body)(*tensors)
         sizes = sizes_of(self.kernel.region, self.kernel.source().reads, given) if self.rows else {}
         if self.rows and math.prod(sizes[dim] for dim in self.rows) > MOST_ROWS:
-            return _without_views(self.body)(*tensors)
+            return without_views(self.body)(*tensors)
         found = self.kernel.launch(given)
         results = tuple(found[value] for value in self.writes)
         return results if len(results) > 1 else results[0]
@@ -213,14 +216,14 @@ def _register(made: KernelOperator) -> None:
     library = _library()
     library.define(f"{made.name}{tensor_schema(len(made.reads), len(made.writes))}")  # type: ignore[no-untyped-call]
     full_name = f"{NAMESPACE}::{made.name}"
-    fresh = _without_views(made.body)
+    fresh = without_views(made.body)
     library.impl(made.name, fresh, "CPU")  # type: ignore[no-untyped-call]
     library.impl(made.name, made.launch, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(full_name, fresh, lib=library)
     torch.library.register_autograd(full_name, _backward(made), setup_context=_keep, lib=library)
 
 
-def _without_views(body: Body) -> Body:
+def without_views(body: Body) -> Body:
     """The body with results in memory of their own without gaps, as the kernel gives them."""
 
     def call(*tensors: torch.Tensor) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from regauge.backends.torch_module.kernels import NAMESPACE, registered
+from regauge.backends.torch_module.kernels import NAMESPACE, registered, without_views
 from regauge.ir.errors import PassError
 
 
@@ -24,6 +24,6 @@ def lower(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
             "without kernels has no operators of its own, and loads the state_dict of one that has"
         )
     used = {node.target for node in program.graph.nodes if getattr(node.target, "namespace", None) == NAMESPACE}
-    bodies = {made.overload: made.body for made in registered() if made.overload in used}
+    bodies = {made.overload: without_views(made.body) for made in registered() if made.overload in used}
     lowered: torch.export.ExportedProgram = program.run_decompositions(bodies)
     return lowered

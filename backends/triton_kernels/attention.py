@@ -8,7 +8,7 @@ FlashAttention, algorithm 1; Dao 2023, FlashAttention-2, with the division at th
 of the same program. Behind the last place that a causal mask leaves to a tile nothing is read.
 
 Keys and values of few bits are multiplied as codes (:mod:`triton_coded`), keys that are products with latents computed
-tile by tile (:mod:`triton_latent`).
+tile by tile (:mod:`triton_latent`). Where values are, latents are mixed, and the mixture multiplied behind the loop.
 
 Heads of more than 256 numbers are read in parts: scores are added up, and each part of values has programs of its own.
 
@@ -56,6 +56,7 @@ class AttentionKernel(LatentFactors):
             self.known[getattr(self.parts, own)] = self.names.unique(own)
         self.peak, self.total = self.known[self.parts.peak], self.known[self.parts.total]
         self.mixed = self.known[self.parts.mixed]
+        self.mixture = self.names.unique("mixture")
         self.sums: list[str] = []  # of queries, for shifts of keys
         self.shifts: list[str] = []  # of values, mixed
 
@@ -82,6 +83,8 @@ class AttentionKernel(LatentFactors):
         constants = _CONSTANTS[self.form]
         if self.loops.rank and self.form != "combine":
             constants = (*constants, "BLOCK_R")
+        if self.loops.value_rank and self.form != "combine":
+            constants = (*constants, "BLOCK_V")
         head = self.signature(name, self.arguments(self.loops, self.scratch), constants)
         return self.finished([*head, *self.docstring(name, _TITLES[self.form], self.loops.all)])
 
@@ -147,7 +150,10 @@ class AttentionKernel(LatentFactors):
     def _start(self) -> None:
         self.line(f'{self.peak} = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)')
         self.line(f"{self.total} = tl.zeros([BLOCK_M, 1], tl.float32)")
-        self.line(f"{self.mixed} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
+        if self.parts.latent_values is None or self.form == "combine":
+            self.line(f"{self.mixed} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
+        else:
+            self.line(f"{self.mixture} = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)  # of latents")
         coded = self.parts.coded_values if self.form != "combine" else None
         for shift in coded.shifts if coded is not None else ():
             if of_places(shift, self.parts.source):
@@ -172,12 +178,15 @@ class AttentionKernel(LatentFactors):
         self.raise_peak(self.peak, f"tl.reduce({logits}, 1, maximum, keep_dims=True)")
         self.line(f"weights = tl.exp({logits} - shift)")
         self.line(f"{self.total} = {self.total} * kept + tl.sum(weights, axis=1, keep_dims=True)")
-        kind = type_of(self.parts.values)
+        latents = self.parts.latent_values
+        kind = type_of(self.parts.values if latents is None else latents.latents)
         values = self._values(kind)
-        weights = f"weights.to({TRITON_TYPES[kind]})"
-        self.line(f'{self.mixed} = tl.dot({weights}, {values}, {self.mixed} * kept, input_precision="ieee")')
+        weights, mixed = f"weights.to({TRITON_TYPES[kind]})", self.mixed if latents is None else self.mixture
+        self.line(f'{mixed} = tl.dot({weights}, {values}, {mixed} * kept, input_precision="ieee")')
         self.line(f"{self.peak} = highest")
         self.indent = self.indent[4:]
+        if latents is not None:
+            self.values_of_latents(latents, self.mixture, self.total, self.mixed)
         if self.parts.coded_values is not None:
             self._shift()
 
@@ -189,6 +198,8 @@ class AttentionKernel(LatentFactors):
                 text = f"weights{self.shifted(shift)}"
                 self.line(f"{name} = {name} * kept + tl.sum({text}, axis=1, keep_dims=True)")
         self._source("[:, None]")
+        if self.parts.latent_values is not None:
+            return self.latents_of_values(self.parts.latent_values, kind)
         if coded is None:
             return self.factor("values", self.parts.values, kind, "s_ok & n_ok")
         self.needed(coded.places)

@@ -256,9 +256,9 @@ class AttentionGradientKernel(LatentFactors):
         leaves something of."""
         *outer, _ = self.loops.rows or (None,)
         if outer:
-            name = self.joint("outer", outer)
-            self.line(f"for {name} in range(0, {self.joint_size(outer)}):")
+            self.line(f"for head in range(0, {self.joint_size(outer)}):")
             self.indent += "    "
+            self.line(f"{self.joint('outer', outer)} = tl.cast(head, tl.int64)")
             self.take_apart("outer", outer)
         last = self.loops.rows[-1:]
         bound, first = causal_bound(self.parts), "0"

@@ -1,6 +1,7 @@
 """How large the tiles of attention are, and among how many programs its places are shared out.
 
-Tiles are found by compiling for sm_80 and sm_90: none spills registers (benchmarks/kernel_resources.py).
+Tiles are found by compiling for sm_80 and sm_90 with all versions of Triton that are supported: none spills registers
+(benchmarks/kernel_resources.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from regauge.backends.triton_kernels.attention import AttentionForm
 from regauge.backends.triton_kernels.attention_gradient import GradientForm
 from regauge.backends.triton_kernels.bias_gradient import ENTRIES, Shares
-from regauge.backends.triton_kernels.launch import Launch, power_above
+from regauge.backends.triton_kernels.launch import Launch, is_at_least, power_above
 from regauge.backends.triton_kernels.loops import Loops, Tensor, count
 from regauge.ir.dims.extents import Dim
 from regauge.ir.fusion.attention import WIDEST
@@ -43,15 +44,19 @@ def scratch_sizes(form: str, loops: Loops, sizes: Mapping[Dim, int], splits: int
     return [rows, rows, rows * count(loops.columns, sizes)]
 
 
-def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
+def launch_of_attention(
+    form: AttentionForm, reads: Sequence[Tensor], loops: Loops, sizes: Mapping[Dim, int], architecture: str = ""
+) -> Launch:
     """Of wide heads, and where masks are read, a program has fewer queries and places at a time, so that none of its
-    registers are spilled; a factor of a product is never below 16."""
+    registers are spilled; a factor of a product is never below 16. Tensor cores that read factors from shared memory
+    leave registers for more places."""
     rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
-    width = max(columns, count(loops.contracted, sizes))
+    latents = count(loops.value_rank, sizes) if loops.value_rank else 0
+    width = max(columns, count(loops.contracted, sizes), latents)
     of_places = [tensor for tensor in reads if tensor.loops(loops.source)]
     masks = [tensor for tensor in of_places if tensor.loops(loops.rows)]
     more = len(of_places) - len(masks) > 2  # is read of each place than keys and values
-    of_heads = [tensor for tensor in of_places if tensor.loops((*loops.contracted, *loops.columns))]
+    of_heads = [tensor for tensor in of_places if tensor.loops((*loops.contracted, *loops.columns, *loops.value_rank))]
     coded = any(tensor.value.dtype in CODES for tensor in of_heads)
     warps = 8
     if any(tensor.value.dtype == torch.float32 for tensor in reads if tensor in of_heads or tensor.loops(loops.rows)):
@@ -59,11 +64,13 @@ def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loo
     elif coded:
         most, deep = 64, 64 if rows <= 16 and len(of_heads) == 2 else 32
     elif width <= 64 or width <= 128 and not masks:
-        most, deep = MOST_ROWS, 64
+        most, deep = MOST_ROWS, 64 if width <= 64 or is_at_least(architecture, 90) else 32
     else:
         most, deep, warps = (64, 32, 4) if width <= 128 else (64, 32, 8)
+    if latents:  # there is a mixture of them for each row
+        most = 16 if latents > WIDE_COLUMNS or loops.rank else min(most, 64)
     high = min(16 if form == "combine" else most, max(16, power_above(rows)))
-    more = len(of_heads) > 2 if coded else more
+    more = len(of_heads) > 2 if coded else more or bool(latents and loops.rank)
     warps = 4 if high == 16 and width <= 128 and not more else warps
     wide = min(WIDE_COLUMNS if columns > WIDEST else WIDEST, max(16, power_above(columns)))
     constants = {"BLOCK_M": high, "BLOCK_N": wide}
@@ -74,8 +81,13 @@ def launch_of_attention(form: AttentionForm, reads: Sequence[Tensor], loops: Loo
     head = count(loops.contracted, sizes)
     constants |= {"BLOCK_K": 64 if head > WIDEST else max(16, power_above(head)), "BLOCK_S": deep}
     if loops.rank:  # there is a tile of keys for each product, too
-        constants["BLOCK_S"] = deep if width <= 64 else 32
-        constants["BLOCK_R"] = min(64, max(16, power_above(count(loops.rank, sizes))))
+        constants["BLOCK_S"] = deep if width <= 64 and not latents else 32
+        rank = count(loops.rank, sizes)
+        # what does not begin at a multiple of 16 is read one by one
+        most = (16 if latents and width > 64 else 32) if rank % 16 or latents % 16 else 64
+        constants["BLOCK_R"] = min(most, max(16, power_above(rank)))
+    if latents:
+        constants["BLOCK_V"] = max(16, power_above(latents))
     if form == "split":
         constants["SPLITS"], programs = splits, programs * splits
     return Launch(programs, constants, warps, stages=2)

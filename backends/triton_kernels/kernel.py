@@ -35,6 +35,7 @@ from regauge.backends.triton_kernels.loops import (
     Loop,
     Loops,
     Tensor,
+    check_counted,
     count,
     fits,
     sizes_of,
@@ -42,7 +43,7 @@ from regauge.backends.triton_kernels.loops import (
     strides_of,
     widths,
 )
-from regauge.backends.triton_kernels.rows import RowForm, RowKernel
+from regauge.backends.triton_kernels.rows import ROW_FORMS, RowForm, RowKernel
 from regauge.backends.triton_kernels.source import Rounding
 from regauge.backends.triton_kernels.split import TOTAL, SplitKernel
 from regauge.backends.triton_kernels.tile_sizes import launch_of_tiles, multiplies_float8, parts_of
@@ -282,6 +283,8 @@ def config_for(
 
 def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None, architecture: str = "") -> Launch:
     """How a kernel is started for given sizes: tiles of the configuration, smaller where there is less."""
+    if source.form not in ROW_FORMS:
+        check_counted(source.name, source.loops, sizes)
     if config is None and source.tiling is not None:
         native = multiplies_float8(architecture)
         return launch_of_tiles(source.loops, source.tiling, sizes, split=source.form == "split", float8=native)
@@ -293,7 +296,7 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None, a
         return launch_of_gradient(source.form, source.reads, source.loops, sizes)
     if config is None:
         assert source.form == "attention" or source.form == "split" or source.form == "combine"
-        return launch_of_attention(source.form, source.reads, source.loops, sizes)
+        return launch_of_attention(source.form, source.reads, source.loops, sizes, architecture)
     rows, columns, contracted = case_of(source, sizes).sizes
     tile, warps = config.tile, config.warps
     if source.form == "contraction":
@@ -314,7 +317,7 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None, a
     programs = math.prod(sum(-(-count(loops, sizes) // per) for loops, per in factor) for factor in grid)
     kept = columns if source.totals else 0
     programs = min(programs, MOST_SUMMED) if source.totals else programs
-    return Launch(programs if columns else 0, constants, warps, config.stages, kept=kept)
+    return Launch(programs, constants, warps, config.stages, kept=kept)
 
 
 def grid_of(source: Source, constants: Mapping[str, int]) -> list[list[tuple[tuple[Loop, ...], int]]]:

@@ -1,7 +1,8 @@
-"""Keys that are made of latents in kernels of attention (:mod:`regauge.ir.fusion.latent`).
+"""Keys and values that are made of latents in kernels of attention (:mod:`regauge.ir.fusion.latent`).
 
 For each tile of places latents are read BLOCK_R numbers at a time and multiplied by the same part of each weight; the
-products are scaled where they are summed, and keys are rounded to the type of queries as if they had been stored.
+products are scaled where they are summed, and keys are rounded to the type of queries as if they had been stored. Of
+values the latents are mixed, and their mean is multiplied by the weight behind the loop.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from regauge.backends.triton_kernels.coded import CodedFactors
 from regauge.backends.triton_kernels.contraction import type_of
 from regauge.backends.triton_kernels.expressions import TRITON_TYPES, outermost
 from regauge.ir.fusion.attention import Attention, causal_bound
-from regauge.ir.fusion.latent import Latents
+from regauge.ir.fusion.latent import Latents, Mixed
 from regauge.ir.fusion.region import Term, below_results, terms_below
 
 
@@ -79,6 +80,29 @@ class LatentFactors(CodedFactors):
             texts.append(" * ".join([*first, *map(self.text, part.scales)]))
         self.line(f"keys = tl.where(k_ok & s_ok, {' + '.join(texts)}, 0.0).to({TRITON_TYPES[kind]})")
         return "keys"
+
+    def latents_of_values(self, latent: Mixed, kind: torch.dtype) -> str:
+        """The lines that read or compute a tile of latents, places by their rank; its name."""
+        self._rank("[None, :]")
+        return self.factor("values", latent.latents, kind, "s_ok & v_ok")
+
+    def values_of_latents(self, latent: Mixed, mixture: str, total: str, mixed: str) -> None:
+        """Lines that make of a mixture of latents that of values. Its mean is what is rounded for the product: no
+        number of places brings it out of the range of the latents."""
+        types = {type_of(latent.latents), self._stored(latent.weight)}
+        kind = types.pop() if len(types) == 1 else torch.float32
+        self._rank("[:, None]")
+        weight = self.factor("weight", latent.weight, kind, "v_ok & n_ok")
+        self.line(f"{mixture} = {mixture} / tl.where({total} == 0.0, 1.0, {total})")
+        cast = "" if kind == torch.float32 else f".to({TRITON_TYPES[kind]})"
+        self.line(f'{mixed} = tl.dot({mixture}{cast}, {weight}, input_precision="ieee")')
+        self.here.clear()
+        self.needed([*latent.scales, *(term for shift in latent.shifts for term in shift)])
+        texts = [self.product(mixed, latent.scales), *(" * ".join(map(self.text, shift)) for shift in latent.shifts)]
+        self.line(f"{mixed} = ({' + '.join(texts)}) * {total}")
+
+    def _rank(self, way: str) -> None:
+        self.axis("v", f"tl.arange(0, BLOCK_V).to(tl.int64){way}", self.loops.value_rank)
 
     def _stored(self, weight: Term) -> torch.dtype:
         """The type of what a weight is chosen from, if it is one, else that of its sum: swapped and negated entries

@@ -39,3 +39,9 @@ class Launch:
 def power_above(number: int) -> int:
     """The least power of two that is not below a number."""
     return 1 << max(0, number - 1).bit_length()
+
+
+def is_at_least(architecture: str, number: int) -> bool:
+    """Whether an architecture, such as ``sm_90``, is known, and no older than one of this number."""
+    version = architecture.removeprefix("sm_")
+    return version.isdecimal() and int(version) >= number

@@ -56,15 +56,19 @@ class Tensor:
         return [loop for loop in loops if loop.dims[0] in self.axes]
 
 
+MOST_INDICES = 2**31 - 1
+"""Indices that several loops of one side of a tile have together: the joint one is taken apart in 32 bits."""
+
+
 @dataclass(frozen=True, eq=False)
 class Loops:
     """The loops of a kernel: ``rows``, and ``columns``, which are reduced where anything is.
 
     Of a contraction rows are those of its left factor and columns those of its right one; both factors have ``batch``
     and what is ``contracted``. Of attention these are queries, columns of values, heads, and what scores are summed
-    over; keys and values have ``source``, and keys may be made of what has a ``rank``. Of ``measured`` axes, which are
-    no loops, only the sizes are asked for. ``parts`` are the columns of products that lie beside one another: one after
-    the other, each in tiles of its own.
+    over; keys and values have ``source``, and may be made of what has a ``rank`` and a ``value_rank``. Of ``measured``
+    axes, which are no loops, only the sizes are asked for. ``parts`` are the columns of products that lie beside one
+    another: one after the other, each in tiles of its own.
     """
 
     rows: tuple[Loop, ...]
@@ -75,10 +79,12 @@ class Loops:
     measured: tuple[Loop, ...] = ()
     rank: tuple[Loop, ...] = ()
     parts: tuple[tuple[Loop, ...], ...] = ()
+    value_rank: tuple[Loop, ...] = ()
 
     @cached_property
     def all(self) -> tuple[Loop, ...]:
-        return (*self.batch, *self.rows, *self.columns, *self.contracted, *self.source, *self.rank)
+        inner = (*self.contracted, *self.source, *self.rank, *self.value_rank)
+        return (*self.batch, *self.rows, *self.columns, *inner)
 
     @property
     def sized(self) -> tuple[Loop, ...]:
@@ -89,6 +95,15 @@ class Loops:
 def count(loops: Iterable[Loop], sizes: Mapping[Dim, int]) -> int:
     """How many indices loops have together."""
     return math.prod(loop.size(sizes) for loop in loops)
+
+
+def check_counted(name: str, loops: Loops, sizes: Mapping[Dim, int]) -> None:
+    """Raise FusionError where several loops have more indices together than kernels of tiles count."""
+    sides = (loops.rows, *(loops.parts or (loops.columns,)), loops.batch, loops.contracted, loops.source, loops.rank)
+    for side in sides:
+        if len(side) > 1 and count(side, sizes) > MOST_INDICES:
+            shape = " x ".join(str(loop.size(sizes)) for loop in side)
+            raise FusionError(f"{name}: {shape} indices along one side of its tiles, {MOST_INDICES} at most")
 
 
 def widths(loops: Loops, sizes: Mapping[Dim, int]) -> list[int]:
@@ -123,7 +138,8 @@ def loops_of(region: Region, tensors: Sequence[Tensor], *, contiguous: bool, swe
         columns, parts = merged("n"), tuple[tuple[Loop, ...], ...]()
         if region.kind == "contraction" and len(region.parts) > 1:
             parts = tuple(tuple(loop for loop in columns if loop.dims[0] in part[0].axes) for part in region.parts)
-        return Loops(merged("m"), columns, merged("b"), merged("k"), merged("s"), measured, merged("r"), parts)
+        ranks = {"rank": merged("r"), "value_rank": merged("v")}
+        return Loops(merged("m"), columns, merged("b"), merged("k"), merged("s"), measured, parts=parts, **ranks)
     rows, columns = merged("i"), merged("r")
     if region.reduced and not sweep:
         return Loops(rows, columns, measured=measured)

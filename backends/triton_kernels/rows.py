@@ -12,7 +12,7 @@ rows, adds up what it met, and leaves it for a sum over programs (``summed``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from regauge.backends.triton_kernels.expressions import outermost
 from regauge.backends.triton_kernels.loops import Loop, Tensor, loops_of
@@ -21,6 +21,7 @@ from regauge.ir.fusion.online import online_sums, passes
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 
 RowForm = Literal["pointwise", "rows", "looped", "swept", "summed"]
+ROW_FORMS: tuple[RowForm, ...] = get_args(RowForm)
 CONSTANTS = ("ROWS", "BLOCK")
 
 _TITLE: dict[RowForm, str] = {

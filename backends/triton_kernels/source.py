@@ -253,9 +253,9 @@ class Writer:
         return found
 
     def _of_mask(self, term: Term) -> str:
-        """A bit of a mask, or the number of the entry that it stands for."""
+        """A bit of a mask, or the number of the entry that it stands for; places of bits have 32 bits, as masks do."""
         *starts, mask = map(self.text, term.args)
-        place = self.region.names[term.value.loop]
+        place = f"{self.region.names[term.value.loop]}.to(tl.int32)"
         if term.op == "bit":
             return f"((({mask} >> {place}) & 1) != 0)"
         self.functions["set_below"] = None

@@ -1,7 +1,7 @@
 """How large the tiles of contractions are, and how many programs share one.
 
-Tiles that more than one of these holds for are found by compiling for sm_80 and sm_90: what spills registers is left
-out (benchmarks/kernel_resources.py).
+Tiles that more than one of these holds for are found by compiling for sm_80 and sm_90 with all versions of Triton that
+are supported: what spills registers with one of them is left out (benchmarks/kernel_resources.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from regauge.backends.triton_kernels.launch import Launch, power_above
+from regauge.backends.triton_kernels.launch import Launch, is_at_least, power_above
 from regauge.backends.triton_kernels.loops import Loops, count, widths
 from regauge.backends.triton_kernels.tiles import FLOAT8, Tiling
 from regauge.ir.dims.extents import Dim
@@ -23,8 +23,7 @@ LEAST_STEPS = 4
 
 def multiplies_float8(architecture: str) -> bool:
     """Whether tensor cores of an architecture multiply floats of 8 bits: all from sm_90 on are tried."""
-    version = architecture.removeprefix("sm_")
-    return version.isdecimal() and int(version) >= 90
+    return is_at_least(architecture, 90)
 
 
 def launch_of_tiles(
@@ -40,7 +39,11 @@ def launch_of_tiles(
     if tiling.float8:
         constants[FLOAT8] = int(float8 and depth >= 32)
     warps = 8 if high * wide * _held(tiling) > 64 * 128 or tiling.products > 1 and high > 16 else 4
+    if tiling.bitmap or tiling.digits and not _many(tiling) and high <= 16:  # more threads share what is taken apart
+        warps = 8
     stages = 2 if tiling.bytes == 4 or _many(tiling) else 3
+    if _many(tiling) and tiling.products > 1 and high > 16:  # no room for what is read ahead of two weights
+        stages = 1
     if not split:
         return Launch(tiles, constants, warps, stages)
     parts = max(2, parts_of(loops, tiling, sizes))
@@ -91,7 +94,9 @@ def _tile(loops: Loops, tiling: Tiling, sizes: Mapping[Dim, int]) -> tuple[int, 
     held = _held(tiling)
     if _many(tiling):  # each digit meets another tile of the left factor, and all of these are in registers at once
         return (high, 32, 32) if high <= 16 else (32, 64, least)
+    shallow = bool(tiling.digits) and high > 16  # tiles of the left factor are read for each digit, and so are places
+    deep = min(deep, 32) if shallow or tiling.bitmap else deep  # a mask has the bits of 32 entries
     if held > 1:
-        high, wide = min(high, 64 if held < 4 else 32), min(wide, 128 if held == 2 else 64)
+        high, wide = min(high, 64 if held < 4 else 32), min(wide, 128 if held == 2 or held == 3 and shallow else 64)
         deep = min(deep, 32) if held > 3 else deep
     return high, wide, min(deep, max(least, power_above(_run(loops, tiling, sizes))))

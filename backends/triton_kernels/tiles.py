@@ -61,10 +61,25 @@ class TileBase(Writer):
         self.line(f"{axis}_ok = {joint} < {self.joint_size(loops)}")
         self.take_apart(axis, loops)
 
+    def take_apart(self, axis: str, loops: Sequence[Loop]) -> None:
+        """As of rows, but in 32 bits, in which joint sizes are computed, too (MOST_INDICES): a division of 64 bits is
+        a call of many instructions, around which registers are spilled."""
+        total, rest = axis, f"{axis}_rest"
+        if len(loops) > 1:
+            self.line(f"{rest} = {axis}.to(tl.int32)")
+        for loop in loops[:0:-1]:
+            size = self.bits.get(loop.dims, f"size_{loop.name}")
+            self.line(f"{loop.name} = ({rest} % {size}).to(tl.int64)")
+            self.line(f"{rest} = {rest} // {size}")
+            total = f"{rest}.to(tl.int64)"
+        if len(loops) > 1:
+            self.line(f"{loops[0].name} = {total}")
+
     def entry(self, tensor: Tensor, picks: Sequence[Term] = ()) -> tuple[str, str]:
         """The address of an entry of a tile, and the mask."""
         loops = self.loops
         axes = {"m": loops.rows, "n": loops.columns, "k": self.inner, "s": loops.source, "r": loops.rank}
+        axes["v"] = loops.value_rank
         masks = [f"{axis}_ok" for axis, loops in axes.items() if tensor.loops(loops)]
         return self.address(tensor, self.loops, picks), " & ".join(masks)
 

@@ -3,7 +3,7 @@
     scores[m, s]   sum over k of queries[m, k] * keys[s, k], where keys may be products themselves (:mod:`latent`)
     logits[m, s]   scores, scaled, masked, biased: whatever stands between, index by index
     weights[m, s]  exp(logits - peak), where peak is the greatest of the logits over s; total is their sum over s
-    mixed[m, n]    sum over s of weights / total * values[s, n]
+    mixed[m, n]    sum over s of weights / total * values[s, n], where values may be products with latents, too
 
 What has no loop ``s`` commutes with the last sum, the total above all, and the shift by the peak may be any number as
 long as both sums take the same one. So one loop over s keeps the peak, the total and the mixture of what it has met,
@@ -21,7 +21,7 @@ from functools import cached_property
 from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.coded import Coded, coded
-from regauge.ir.fusion.latent import Latents, latents_of
+from regauge.ir.fusion.latent import Latents, Mixed, latents_of, mixed_latents
 from regauge.ir.fusion.online import is_shifted
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.fusion.terms import PLACES
@@ -89,6 +89,20 @@ class Attention:
         """How keys are made of latents; None where no product makes them."""
         return latents_of(self.keys, self.source)
 
+    @cached_property
+    def latent_values(self) -> Mixed | None:
+        """The latents that are mixed in place of values; None where no product makes these."""
+        return mixed_latents(self.values, self.source, self.columns)
+
+    @property
+    def value_rank(self) -> frozenset[Dim]:
+        """What values are summed over where they are made of latents."""
+        return frozenset() if self.latent_values is None else self.latent_values.over
+
+    @property
+    def of_latents(self) -> bool:
+        return self.latent_keys is not None or self.latent_values is not None
+
     @property
     def rank(self) -> frozenset[Dim]:
         """What keys are summed over where they are made of latents."""
@@ -107,6 +121,7 @@ class Attention:
     def letter(self, dim: Dim) -> str:
         """What loops of its kind are called (:attr:`Region.names`)."""
         kinds = {"s": self.source, "k": self.head, "b": self.batch, "n": self.columns, "r": self.rank}
+        kinds["v"] = self.value_rank
         return next((letter for letter, dims in kinds.items() if dim in dims), "m")
 
     def behind(self, region: Region) -> list[Term]:
@@ -138,6 +153,8 @@ def find_attention(region: Region) -> Attention:
     first, rest = [term for term in sums if term in inside], [term for term in sums if term not in inside]
     deeper = {one for term in first for one in terms_below(term)}
     (scores, *others) = [term for term in first if term not in deeper] or [peak]
+    if len(rest) > 2:  # values may be sums themselves
+        rest = [term for term in rest if term.over == peak.over]
     if others or len(rest) != 2 or below_results(scores.args[0]).op != "mul":
         raise FusionError("it would have two contractions, and no softmax between them")
     weights, total = _weights(rest, logits, peak)
@@ -147,6 +164,9 @@ def find_attention(region: Region) -> Attention:
     keys, queries = (left, right) if left.axes & mixed.over else (right, left)
     if deeper.intersection(sums) - terms_below(keys) or deeper.intersection(sums) & terms_below(queries):
         raise FusionError("its queries are computed by products")
+    inner = {*deeper, *terms_below(values), values}
+    if not inner.issuperset({*sums} - {scores, total, mixed}):
+        raise FusionError("it would reduce rows beside attention")
     found = Attention(queries, keys, values, scores, logits, peak, weights, total, mixed, factors)
     _check_loops(region, found)
     return found
@@ -190,9 +210,11 @@ def _check_loops(region: Region, found: Attention) -> None:
     source, head = found.source, found.head
     if not source <= found.keys.axes or source & found.queries.axes or not source <= found.values.axes:
         raise FusionError("its keys and values have not the same places")
-    if (head | found.rank) & (found.logits.axes | found.values.axes) or head & found.rank:
+    kinds = (head, found.rank, found.value_rank)
+    inner = frozenset[Dim]().union(*kinds)
+    if inner & (found.logits.axes | found.values.axes) or len(inner) < sum(map(len, kinds)):
         raise FusionError("an axis that is contracted goes on behind it")
-    if any(term.axes & (source | head | found.rank) for term in found.behind(region)):
+    if any(term.axes & (source | inner) for term in found.behind(region)):
         raise FusionError("its weights are read behind the second contraction")
     given = found.batch | found.rows | found.columns
     for value in region.outputs:
@@ -202,7 +224,9 @@ def _check_loops(region: Region, found: Attention) -> None:
         sizes = [dim.size for dim in side]
         if not all(map(is_static, sizes)) or int(product(sizes)) > MOST_NUMBERS:
             raise FusionError(f"heads have {MOST_NUMBERS} numbers at most, and not a dynamic number")
-    made = found.coded_keys or found.coded_values or found.latent_keys
+    if not all(is_static(dim.size) for dim in found.value_rank) or _numbers(found.value_rank) > WIDEST:
+        raise FusionError(f"latents of values have {WIDEST} numbers at most, and not a dynamic number")
+    made = found.coded_keys or found.coded_values or found.latent_keys or found.latent_values
     if made is not None and (found.wide_head or found.wide_columns):
         raise FusionError(f"a program holds heads of {WIDEST} numbers at most where they are made of codes or latents")
 

@@ -8,6 +8,7 @@ from itertools import takewhile
 
 from regauge.ir.cost import FUSED
 from regauge.ir.edit import Builder, set_input
+from regauge.ir.errors import FusionError
 from regauge.ir.fusion.fused import Rounding, named_sizes, replace_everywhere
 from regauge.ir.fusion.plan import Plan, moves_nothing, plan_fusion
 from regauge.ir.fusion.region import Region
@@ -62,10 +63,19 @@ def fuse_graph(graph: Graph, device: Device | None = None, *, rounding: Rounding
 
 
 def fuse(build: Builder, region: Region, rounding: Rounding) -> Node:
-    """Put a fused node in the place of the nodes of a region."""
+    """Put a fused node in the place of the nodes of a region; raises FusionError where they are another graph's, or
+    the region lacks a result that the graph returns."""
     graph, nodes = build.graph, region.nodes
     writes, reads = region.outputs, _read_by(nodes)
     inside = set(nodes)
+    stranger = next((node for node in nodes if node not in graph._nodes), None)
+    if stranger is not None:
+        raise FusionError(f"{stranger.label} is no node of this graph {graph.name!r}: a copy has nodes of its own")
+    missing = next(
+        (v for v in graph.outputs if isinstance(v, Value) and v.producer in inside and v not in writes), None
+    )
+    if missing is not None:
+        raise FusionError(f"the graph returns {missing.name}: trace its nodes with the outputs of the graph")
     body = Graph(region_name(nodes))
     build.scope = _common_scope(nodes)
     results = [(value.shape, value.dtype) for value in writes]

@@ -1,4 +1,4 @@
-"""Keys of attention that are made of latents of low rank, and turned behind that: products of weights with latents.
+"""Keys and values of attention that are made of latents of low rank: products of weights with latents.
 
     keys[k, s]  =  sum over i of scales_i[k, s] * (sum over r of weights_i[k, r] * latents[r, s])
 
@@ -6,6 +6,11 @@ What is linear in a product goes into its weight: rotary halves that are swapped
 and negated rows of the weight, which every place has in common. So a tile of latents is read once, multiplied by each
 weight, and the products are scaled (by cosines and sines of places) and added up (Chang et al. 2024, Palu, section 3.3:
 keys are computed from latents where scores are).
+
+    mixed[m, n]  =  sum over r of weights[n, r] * (sum over s of shares[m, s] * latents[s, r])
+
+Values need not be computed: where their weight has no places, latents are mixed in place of them, and the mixture is
+multiplied by it once (section 3.1 there puts the weight into that of the output, which then has all heads' ranks).
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from regauge.ir.fusion.region import Term, below_results, terms_below
 MOST_PRODUCTS = 3
 """Products with the same latents: a program has a tile of each in registers."""
 
-_REASON = "its keys are computed by products, and not as sums of products of the same latents"
+_REASON = "its keys or values are computed by products, and not as sums of products of the same latents"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """Keys as sums of ``parts``: products with ``latents``, which are summed ``over`` their rank."""
+    """Keys, or values, as sums of ``parts``: products with ``latents``, which are summed ``over`` their rank."""
 
     latents: Term
     over: frozenset[Dim]
@@ -44,8 +49,38 @@ class Latents:
         return [part for part in self.parts if part.weight is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """Values as one product of a ``weight`` with ``latents``, times ``scales``, and more by products (``shifts``): but
+    for the latents nothing differs by place, and they are summed ``over`` their rank behind the sum over places."""
+
+    latents: Term
+    over: frozenset[Dim]
+    weight: Term
+    scales: tuple[Term, ...]
+    shifts: tuple[tuple[Term, ...], ...]
+
+
+def mixed_latents(values: Term, source: frozenset[Dim], columns: frozenset[Dim]) -> Mixed | None:
+    """How values are made of latents that may be mixed in place of them; None where no product makes them.
+
+    Raises FusionError with the reason where products do whose latents may not.
+    """
+    made = latents_of(values, source)
+    if made is None:
+        return None
+    (first, *others) = made.products
+    if others or any(scale.axes & source for part in made.parts for scale in part.scales):
+        raise FusionError("its values are computed by products, and scaled by place")
+    if made.latents.axes & columns:
+        raise FusionError("its values are computed by products with latents of their own")
+    assert first.weight is not None
+    shifts = tuple(part.scales for part in made.parts if part.weight is None)
+    return Mixed(made.latents, made.over, first.weight, first.scales, shifts)
+
+
 def latents_of(keys: Term, source: frozenset[Dim]) -> Latents | None:
-    """How keys are made of latents that have the places ``source``; None where no product makes them.
+    """How keys, or values, are made of latents that have the places ``source``; None where no product makes them.
 
     Raises FusionError with the reason where other products do.
     """

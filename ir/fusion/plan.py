@@ -1,9 +1,9 @@
 """Which nodes of a graph become one kernel, and what is refused.
 
 Edges between nodes are tried once each, those that save most bytes first (what nothing else reads need not be written,
-either): the regions at both ends become one where
-that is legal (:mod:`regauge.ir.fusion.legality`), where no path leaves the union and comes back, and where a roofline
-of the device says that it gains. What is refused is kept with its reason and the bytes that it goes on to move.
+either): the regions at both ends become one where that is legal (:mod:`regauge.ir.fusion.legality`), where no path
+leaves the union and comes back, and where a roofline of the device says that it gains. What is refused is kept with its
+reason and the bytes that it goes on to move.
 A softmax between two contractions becomes one region with both (attention), though with neither alone it could be one.
 Then regions that have the same loops, but nothing between them, become one (horizontal fusion): rotary codes of queries
 and keys, norms of several streams. A launch is saved, and what both read is read once.
@@ -248,8 +248,8 @@ class _Planner:
         return union if union.seconds <= sum(part.seconds for part in parts) else None
 
     def _join_latents(self) -> set[Group]:
-        """Let attention compute keys that are products with latents; the groups made. Products are left to a library
-        otherwise, and so are the views that stand between."""
+        """Let attention compute keys that are products with latents, and mix the latents of values; the groups made.
+        Products are left to a library otherwise, and so are the views that stand between."""
         made: set[Group] = set()
         for group in list(dict.fromkeys(self.group.values())):
             if group.region is None or group.region.kind != "attention":
@@ -260,7 +260,7 @@ class _Planner:
                     continue
                 nodes = sorted({*above.nodes, *views, *below.nodes}, key=self.place.__getitem__)
                 union = self._as_attention(nodes, above, below)
-                if union is not None and union.region.attention.latent_keys is not None:  # type: ignore[union-attr]
+                if union is not None and union.region.attention.of_latents:  # type: ignore[union-attr]
                     self._become_one(union)
                     made.discard(below)
                     made.add(union)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from regauge.ir.dims.extents import Dim
 from regauge.ir.fusion.attention import Attention
 from regauge.ir.fusion.products import CODES, few_bit_sides
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
@@ -38,13 +39,22 @@ def again(region: Region, bound: Callable[[Size], int]) -> str:
 
 def _again_in_attention(parts: Attention, bound: Callable[[Size], int]) -> str:
     """Queries are computed once, keys and values for each tile of rows; of those that are stored in few bits it is only
-    codes that become floats again. Keys are products of latents that have fewer numbers for a place than they."""
-    if parts.latent_keys is not None:
-        numbers = parts.keys.axes - parts.source - parts.latent_keys.latents.axes
-        if product(bound(dim.size) for dim in parts.rank) >= product(bound(dim.size) for dim in numbers):
-            return "what keys are made of has more numbers than they"
-    rows = int(product(bound(dim.size) for dim in parts.rows))
-    codes = ((parts.keys, parts.coded_keys), (parts.values, parts.coded_values))
+    codes that become floats again. Keys, and values, are products of latents that have fewer numbers for a place
+    than they; latents are mixed for each row, where values would be computed once."""
+
+    def count(dims: Iterable[Dim]) -> int:
+        return int(product(bound(dim.size) for dim in dims))
+
+    rows, made_of = count(parts.rows), ((parts.keys, parts.latent_keys), (parts.values, parts.latent_values))
+    for name, (factor, latents) in zip(("keys", "values"), made_of, strict=True):
+        if latents is not None and count(latents.over) >= count(factor.axes - parts.source - latents.latents.axes):
+            return f"what {name} are made of has more numbers than they"
+    codes = [(parts.keys, parts.coded_keys), (parts.values, parts.coded_values)]
+    if parts.latent_values is not None:
+        rank, width = count(parts.value_rank), count(parts.columns)
+        if rows > TILE or rows * rank > (rows + rank) * width:
+            return "it would take more multiplications to mix what values are made of than to compute these once"
+        del codes[1]
     made = [code for factor, code in codes if below_results(factor).op != "load"]
     if made and all(made):
         return f"with more than {MOST_ROWS} rows numbers of keys and values are faster" if rows > MOST_ROWS else ""

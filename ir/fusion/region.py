@@ -209,7 +209,7 @@ class Region:
 
         Of contractions: ``b0`` where both factors have them, ``m0`` of the left one, ``n0`` of the right one, and
         ``k0`` for what is contracted. Of attention ``k0`` is contracted first and ``s0`` then, ``n0`` are of values,
-        and ``r0`` of the latents that keys are made of.
+        and ``r0`` and ``v0`` of the latents that keys and values are made of.
         """
         names: dict[Dim, str] = {}
         counts: dict[str, int] = {}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, randn
 
 from regauge.ir import scalars
+from regauge.ir.dtypes import OVERFLOWING
 from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, Symmetry, sample
@@ -81,9 +82,9 @@ def _onnx_cast_like(build: Any, call: Any) -> Any:
 
 def _cast_as_onnx_does(build: Any, call: Any, dtype: torch.dtype) -> Any:
     """What is too large for floats of 8 bits is their largest number in ONNX, unless ``saturate`` is 0; in torch so it
-    is of e4m3fn, while that of e5m2 is infinite."""
+    is of e4m3fn alone."""
     x, saturates = call.operand(0), call.attribute("saturate", 1)
-    if dtype == torch.float8_e5m2 and saturates:
+    if dtype in OVERFLOWING and saturates:
         largest = torch.finfo(dtype).max
         x = build.clamp(x, -largest, largest)
     elif dtype == torch.float8_e4m3fn and not saturates:  # what would not be rounded to 448 is not a number

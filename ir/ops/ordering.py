@@ -59,7 +59,9 @@ def _onnx_running_sum(build: Any, call: Any) -> Any:
     backwards, exclusive = call.attribute("reverse", 0), call.attribute("exclusive", 0)
     ordered = build.flip(x, dims=(axis,)) if backwards else x
     result = as_dtype(build, build.cumsum(ordered, dim=axis), x.dtype)
-    result = build.sub(result, ordered) if exclusive else result
+    if exclusive:  # not the sum less the entry, which may be so great that nothing is left of the others
+        moved = build.pad(result, pads=tuple((int(at == axis), 0) for at in range(x.rank)), value=0)
+        result = build.slice(moved, dim=axis, start=0, end=x.shape[axis])
     return build.flip(result, dims=(axis,)) if backwards else result
 
 

@@ -48,7 +48,8 @@ class _Product:
 
     def axis(self, dim: int, tap_dim: int, window: Any, *, spread: bool) -> None:
         """One axis that windows slide over: dimension ``dim`` of the operand, ``tap_dim`` of the kernel."""
-        if all(same(*pair) for pair in ((window.stride, 1), (window.start, 0), (window.taps, 1))):
+        ones = ((window.stride, 1), (window.start, 0), (window.taps, 1), (window.wide, window.out))
+        if all(same(*pair) for pair in ones):
             self.results.append(self.x.axes[dim])
             return
         if not all(isinstance(size, int) for size in (window.wide, window.out, window.taps)):

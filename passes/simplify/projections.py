@@ -327,18 +327,25 @@ def _parts(build: Builder, fused: _Fused) -> list[Value]:
 def _lay_part(graph: Graph, build: Builder, fused: _Fused, part: Value, output: Value) -> tuple[Value, str]:
     """Lay a part out as the heads that the split gave in its place, without an axis of size one that goes at once;
     returns them, and the name of what they stand for."""
-    axis, dims = fused.axis, positive_dims(fused.permute)
+    axis, dims, place = fused.axis, positive_dims(fused.permute), axis_of(fused.split)
     shape = list(fused.reshape.output.shape)
-    shape[axis] = output.shape[axis_of(fused.split)]
-    target, squeeze = output, _reader(output, "squeeze", build)
-    if squeeze is not None and squeeze.attributes["dims"] == (axis_of(fused.split),):
-        target, dims = squeeze.output, tuple(dim - (dim > axis) for dim in dims if dim != axis)
+    shape[axis] = output.shape[place]
+    squeeze = _reader(output, "squeeze", build)
+    direct = squeeze is not None and squeeze.attributes["dims"] == (place,)
+    behind = squeeze is not None or _reader(output, "permute", build) is not None
+    behind = behind and not direct and same(shape[axis], 1)  # it is left to rules how the axis goes
+    if direct or behind:
+        dims = tuple(dim - (dim > axis) for dim in dims if dim != axis)
         del shape[axis]
     with build.at(fused.permute):
         build.origin = None
         turned = permuted(build, build.reshape(part, shape=tuple(shape)), dims)
-    turned.producer.metadata["regauge.replaces"] = f"{fused.map.node.name}, {fused.split.name}"  # type: ignore
+        turned = build.unsqueeze(turned, dim=place) if behind else turned
+    made = turned.producer
+    assert made is not None
+    made.metadata["regauge.replaces"] = f"{fused.map.node.name}, {fused.split.name}"
+    target = squeeze.output if squeeze is not None and direct else output
     replace_uses(graph, target, turned)
-    if squeeze is not None and target is squeeze.output:
+    if squeeze is not None and direct:
         remove_node(graph, squeeze)
     return turned, target.name

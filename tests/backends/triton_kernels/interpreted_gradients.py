@@ -1,5 +1,8 @@
 """Kernels of gradients in Triton's interpreter: test_gradients.py runs these tests in a process of their own."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
@@ -23,6 +26,15 @@ NAMES = ("swiglu", "geglu", "masked_softmax", "log_softmax", "layer_norm", "gate
          "group_norm_silu", "turned", "rotary_inside", "cross_entropy", "smooth_cross_entropy")  # fmt: skip
 
 
+def in_turn(names: Sequence[str]) -> list[Any]:
+    """By day each name in one of the types in turn, at night in all of them."""
+    return [
+        pytest.param(name, dtype, marks=[] if kind == place % len(DTYPES) else [pytest.mark.nightly])
+        for place, name in enumerate(names)
+        for kind, dtype in enumerate(DTYPES)
+    ]
+
+
 def by_torch(
     made: KernelOperator, tensors: list[torch.Tensor], seeds: list[torch.Tensor], of: list[int]
 ) -> tuple[torch.Tensor, ...]:
@@ -43,8 +55,7 @@ def drawn_operator(name: str, dtype: torch.dtype) -> tuple[KernelOperator, list[
     return made, read, [torch.randn([*value.shape], generator=generator).to(dtype) for value in made.writes]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(NAMES))
 def test_gradients_keep_the_contract(name: str, dtype: torch.dtype) -> None:
     made, read, seeds = drawn_operator(name, dtype)
     wide = [[t.double() if t.is_floating_point() else t for t in some] for some in (read, seeds)]
@@ -59,8 +70,7 @@ def test_gradients_keep_the_contract(name: str, dtype: torch.dtype) -> None:
                 check(found[value], exact, other)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["layer_norm", "gated_rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize(("name", "dtype"), in_turn(["layer_norm", "gated_rms_norm", "add_rms_norm"]))
 def test_programs_add_up_what_rows_share(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three programs go through five or ten rows, one after the other."""
     monkeypatch.setattr(kernels, "MOST_SUMMED", 3)
@@ -83,8 +93,7 @@ ATTENTION = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(ATTENTION))
 def test_gradients_of_attention_keep_the_contract(name: str, dtype: torch.dtype) -> None:
     made, read, seeds = drawn_operator(name, dtype)
     assert not made.gradients.left

@@ -33,16 +33,19 @@ triton_interpreter.repair()
 ROUNDINGS: tuple[Rounding, ...] = ("fused", "eager")
 
 
-# By day one way for each type, and bfloat16 in the one that rounds what each node gives; at night all of them.
-WAYS = [(torch.float32, "fused", False), (torch.float16, "fused", False), (torch.bfloat16, "eager", True)]
+# By day float32 and one of the shorter types in turn, bfloat16 in the way that rounds each node; at night all ways.
+SHORT = [(torch.float16, "fused", False), (torch.bfloat16, "eager", True)]
 EVERY = [(dtype, *way) for dtype in DTYPES for way in (("fused", False), ("eager", True))]
-AT_NIGHT = [way for way in EVERY if way not in WAYS]
+
+
+def _ways(place: int, name: str) -> list[Any]:
+    by_day = [(torch.float32, "fused", False), SHORT[place % 2]]
+    return [pytest.param(name, *way, marks=[] if way in by_day else [pytest.mark.nightly]) for way in EVERY]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rounding", "spread"), [*WAYS, *(pytest.param(*way, marks=pytest.mark.nightly) for way in AT_NIGHT)]
+    ("name", "dtype", "rounding", "spread"), [one for place, name in enumerate(FORMS) for one in _ways(place, name)]
 )
-@pytest.mark.parametrize("name", FORMS)
 def test_form_keeps_the_contract(name: str, dtype: torch.dtype, rounding: Rounding, spread: bool) -> None:
     graph = form_graph(name, dtype)
     kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
@@ -193,6 +196,25 @@ def test_many_random_regions_keep_the_contract(graph: Graph, rounding: Rounding,
 
 
 @pytest.mark.parametrize("form", ["attention", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_latents_are_mixed_where_nothing_is_read_and_where_much_is(dtype: torch.dtype, form: Form) -> None:
+    """A row without a key has no bias either; sums of large latents over many places stay within half precision."""
+    graph = Graph("g")
+    build = Builder(graph)
+    q, k, latents = (build.input(n, s, dtype) for n, s in (("q", (3, 16)), ("k", (300, 16)), ("l", (300, 20))))
+    mask = build.input("mask", (3, 300), torch.bool)
+    weight, bias = build.parameter("w", torch.randn(24, 20).to(dtype)), build.parameter("b", torch.randn(24).to(dtype))
+    graph.outputs = [build.attention(q, k, build.linear(latents, weight, bias), mask, scale=0.0)]
+    tensors = dict(drawn(graph))
+    tensors[latents] = 300 + 100 * tensors[latents]
+    tensors[mask][:] = True
+    tensors[mask][1] = False
+    check_kernel(graph, tensors, form=form)
+    (own,) = triton_kernel(trace(graph.nodes, graph.outputs)).launch(tensors, form).values()  # type: ignore[arg-type]
+    assert not own[1].any() and bool(own.isfinite().all())
+
+
+@pytest.mark.parametrize("form", ["attention", "split"])
 @pytest.mark.parametrize("op", ["attention", "capped_attention"])
 def test_a_query_without_any_key_gets_what_its_operator_says(op: str, form: Form) -> None:
     """Zero of attention, and of one that is written out what is not a number; minus infinity is as good as a mask."""
@@ -257,6 +279,29 @@ def test_one_kernel_serves_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {form for form, _ in kernel._sources} == {"rows", "looped"}
 
 
+@pytest.mark.parametrize("op", ["sum", "mean", "logsumexp"])
+def test_rows_without_any_number_are_reduced_to_what_torch_says(op: str) -> None:
+    rows, columns = symbol("rows"), symbol("columns")
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (rows, columns), torch.float32)
+    double = build.mul(x, 2.0)
+    graph.outputs = [build.mul(build(op, double, dims=(1,)), 0.5), build.neg(double)]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    for form in kernel.forms:
+        for shape in ((3, 0), (0, 4), (0, 0)):
+            check_kernel(graph, {x: torch.empty(shape)}, form=form)
+
+
+def test_a_batch_of_none_is_summed_to_zero() -> None:
+    graph = Graph("g")
+    build = Builder(graph)
+    x = build.input("x", (symbol("rows"), symbol("columns")), torch.float32)
+    graph.outputs = [build.mul(build.sum(build.exp(x), dims=None), 0.5)]
+    for shape in ((0, 5), (3, 0)):
+        check_kernel(graph, {x: torch.empty(shape)})
+
+
 def test_places_follow_from_sizes_that_are_known_when_it_runs() -> None:
     """Segments, a flip and windows with padding, of a batch and a length that are symbols."""
     batch, length = symbol("batch"), symbol("length")
@@ -299,6 +344,14 @@ def test_what_an_operator_launches_is_what_it_computes_in_torch() -> None:
     for operator in with_kernels(decoder_block(tokens=8, width=16, heads=2, hidden=24, dtype=torch.float32)).operators:
         tensors = [torch.randn([int(size) for size in value.shape]) for value in operator.reads]
         torch.testing.assert_close(operator.launch(*tensors), operator.body(*tensors))
+
+
+def test_of_other_types_an_operator_gives_what_torch_does() -> None:
+    """As a module that was converted to halves, or to double precision, runs on a CPU."""
+    for operator in with_kernels(decoder_block(tokens=8, width=16, heads=2, hidden=24, dtype=torch.float32)).operators:
+        for dtype in (torch.float64, torch.bfloat16):
+            tensors = [torch.randn([int(size) for size in value.shape], dtype=dtype) for value in operator.reads]
+            torch.testing.assert_close(operator.launch(*tensors), operator.body(*tensors), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "softmax", "silu"])

@@ -24,8 +24,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_interpreted_gradients() -> None:
+@pytest.mark.parametrize("when", ["by day", pytest.param("nightly", marks=pytest.mark.nightly)])
+def test_interpreted_gradients(when: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_gradients.py")]
+    command += ["-m", when] if when == "nightly" else []
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[2])
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"

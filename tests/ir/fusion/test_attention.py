@@ -14,6 +14,7 @@ from regauge.ir.errors import FusionError
 from regauge.ir.fusion.attention import find_attention
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.plan import Plan, plan_fusion
+from regauge.ir.fusion.prologues import again
 from regauge.ir.fusion.region import Region
 from regauge.ir.fusion.splits import slice_splits
 from regauge.ir.fusion.tracing import trace
@@ -108,8 +109,10 @@ def test_rotated_keys_are_computed_from_latents_where_scores_are() -> None:
         latents, *_ = region.attention.latent_keys.latents.value.value.shape[2:]
         assert [dim.size for dim in region.attention.rank] == [latents] and latents < 2 * 64
         assert len(region.attention.latent_keys.products) == 2  # as they are, and with halves swapped
+        assert region.attention.latent_values is not None and not region.attention.latent_values.shifts
+        assert region.attention.value_rank.isdisjoint(region.attention.rank)
     linear = [step.op for step in plan.kernels if not isinstance(step, Region)].count("linear")
-    assert linear == sum(node.op == "linear" for node in graph.nodes) - 2
+    assert linear == sum(node.op == "linear" for node in graph.nodes) - 4  # of keys, and of values
 
 
 def latent_attention(rows: int, *, rank: int = 24, turned: bool = True, other: bool = False) -> Graph:
@@ -143,8 +146,70 @@ def test_keys_may_be_products_with_one_tensor_of_latents() -> None:
         graph = latent_attention(2, **options)
         assert fault(trace(graph.nodes, graph.outputs)) is None  # type: ignore[arg-type]
     graph = latent_attention(2, other=True)
-    with pytest.raises(FusionError, match="not as sums of products of the same latents"):
+    with pytest.raises(FusionError, match="keys or values are .* not as sums of products of the same latents"):
         find_attention(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+
+
+def latent_values(rows: int, rank: int, *, heads: int = 8, scaled: str = "") -> Graph:
+    """Heads of 64 values that are products with latents of all heads."""
+    graph, build = built()
+    q = build.input("q", (heads, rows, 64), torch.float16)
+    k, latents = (build.input(n, s, torch.float16) for n, s in (("k", (heads, 999, 64)), ("l", (999, rank))))
+    if scaled == "before":
+        latents = build.mul(latents, build.input("s", (999, 1), torch.float16))
+    weight = build.parameter("w", torch.zeros(heads * 64, rank, dtype=torch.float16))
+    values = build.linear(latents, weight, build.parameter("b", torch.zeros(heads * 64, dtype=torch.float16)))
+    values = build.permute(build.reshape(values, shape=(999, heads, 64)), dims=(1, 0, 2))
+    if scaled == "behind":
+        values = build.mul(values, build.input("s", (999, 1), torch.float16))
+    graph.outputs = [build.attention(q, k, values, scale=0.125)]
+    return graph
+
+
+def test_latents_are_mixed_in_place_of_values() -> None:
+    (region,) = plan_fusion(latent_values(1, 96), contractions=False).regions
+    parts = region.attention
+    assert parts is not None and parts.latent_values is not None
+    assert [load.value.value.name for load in region.loads] == ["l", "w", "b", "q", "k"]
+    assert [[term.value.value.name for term in shift] for shift in parts.latent_values.shifts] == [["b"]]
+    assert [dim.size for dim in parts.value_rank] == [96] and [dim.size for dim in parts.batch] == [8]
+    places, heads = 999, 8 * 64
+    moved = bytes_moved(region, lambda v: prod(v.shape) * item_size(v.dtype), lambda size: size)
+    assert moved == 2 * (places * 96 + heads * 96 + heads + places * heads + 2 * heads)  # values are not there
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "reason"),
+    [
+        (128, 64, ""),
+        (96, 192, ""),  # as many multiplications for each place: 96 x 192 with latents, (96 + 192) x 64 apart
+        (97, 192, "it would take more multiplications to mix what values are made of than to compute these once"),
+        (129, 64, "it would take more multiplications to mix what values are made of than to compute these once"),
+        (1, 257, "latents of values have 256 numbers at most, and not a dynamic number"),
+    ],
+)
+def test_values_are_computed_where_that_takes_fewer_multiplications(rows: int, rank: int, reason: str) -> None:
+    graph = latent_values(rows, rank)
+    region = trace(graph.nodes, graph.outputs)  # type: ignore[arg-type]
+    kernels = plan_fusion(graph, contractions=False).kernels
+    assert len(kernels) == (2 if reason else 1)
+    if "256" in reason:
+        with pytest.raises(FusionError, match=reason):
+            find_attention(region)
+    else:
+        assert again(region, int) == reason
+
+
+def test_latents_that_are_no_fewer_than_values_are_not_read_for_them() -> None:
+    assert len(plan_fusion(latent_values(1, 64, heads=1), contractions=False).kernels) == 2
+
+
+def test_values_that_are_scaled_by_place_behind_their_product_are_computed() -> None:
+    found = {scaled: latent_values(1, 48, scaled=scaled) for scaled in ("before", "behind")}
+    regions = {scaled: trace(graph.nodes, graph.outputs) for scaled, graph in found.items()}  # type: ignore[arg-type]
+    assert find_attention(regions["before"]).latent_values is not None
+    with pytest.raises(FusionError, match="its values are computed by products, and scaled by place"):
+        find_attention(regions["behind"])
 
 
 def test_heads_that_are_repeated_are_read_once_in_attention() -> None:

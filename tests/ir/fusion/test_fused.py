@@ -10,11 +10,13 @@ from random_graphs import graphs
 from regauge.ir.cost import figures
 from regauge.ir.dims.resize import resize
 from regauge.ir.edit import Builder
+from regauge.ir.errors import FusionError
 from regauge.ir.fusion import legality
-from regauge.ir.fusion.fuse import fuse_graph, traced
+from regauge.ir.fusion.fuse import fuse, fuse_graph, traced
 from regauge.ir.fusion.fused import body_of, canonical, fused_nodes, unfuse, without_fused
 from regauge.ir.fusion.legality import fault
 from regauge.ir.fusion.plan import plan_fusion
+from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
 from regauge.ir.memory.activations import activation_bytes
 from regauge.ir.printing.parse import parse_graph
@@ -112,6 +114,21 @@ def test_a_graph_without_regions_is_itself() -> None:
     graph = gate()
     assert without_fused(graph) is graph
     assert len(without_fused(fused(graph))) == len(graph)
+
+
+def test_a_pass_makes_a_region_of_nodes_of_its_own_graph() -> None:
+    graph = gate()
+    copy = graph.copy()
+    chosen = [node for node in copy.nodes if node.op in ("silu", "mul")]
+    with pytest.raises(FusionError, match="silu is no node of this graph 'g': a copy has nodes of its own"):
+        fuse(Builder(graph), trace(chosen, copy.outputs), "fused")  # type: ignore[arg-type]
+    copy.outputs = [*copy.outputs, chosen[0].output]
+    with pytest.raises(FusionError, match="the graph returns silu: trace its nodes with the outputs of the graph"):
+        fuse(Builder(copy), trace(chosen), "fused")
+    node = fuse(Builder(copy), trace(chosen, copy.outputs), "fused")  # type: ignore[arg-type]
+    assert [value.name for value in node.outputs] == ["silu", "mul"] and fused_nodes(copy) == [node]
+    inputs = sample_inputs(graph)
+    torch.testing.assert_close(copy.run(inputs)[0], graph.run(inputs)[0])
 
 
 @hypothesis_settings(max_examples=25)

@@ -122,6 +122,28 @@ def test_an_element_with_an_axis_too_many_is_told(register: Register) -> None:
         regauge.check_operator(name)
 
 
+ELEMENTS = {
+    "if": (lambda x: x if x > 0 else -x, "neither true nor false: choose by regauge.scalars.where"),
+    "==": (lambda x: scalars.where(x == 0, 1.0, x), r"write eq\(x, y\)"),
+    "power": (lambda x: x**2.5, r"write exp\(2.5 \* log\(x\)\)"),
+}
+
+
+@pytest.mark.parametrize("way", ELEMENTS)
+def test_an_element_that_asks_python_is_told(register: Register, way: str) -> None:
+    element, reason = ELEMENTS[way]
+    with pytest.raises(OperatorError, match=f"operator squashed, its element: TypeError: .*{reason}"):
+        regauge.check_operator(register(squashed, "... c -> ... c", regauge.sample(rows()), element=element))
+
+
+def test_an_element_may_be_written_with_powers(register: Register) -> None:
+    def measured(x: torch.Tensor) -> torch.Tensor:
+        return x.abs() + x**2
+
+    name = register(measured, "... c -> ... c", regauge.sample(rows()), element=lambda x: abs(x) + x**2)
+    regauge.check_operator(name)
+
+
 def test_an_element_may_be_a_reduction(register: Register) -> None:
     regauge.check_operator(register(summed, "... c -> ...", regauge.sample(rows()), element=scalars.sum_))
 

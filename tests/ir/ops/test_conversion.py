@@ -12,8 +12,13 @@ from onnx import TensorProto, helper
 import regauge
 from regauge.backends.run_onnxruntime import Session
 
-LARGE = torch.tensor([1e6, -1e6, 60000.0, 465.0, 500.0, 3.3, -0.0, 1e-9])
-TYPES = {torch.float8_e5m2: TensorProto.FLOAT8E5M2, torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN}
+LARGE = torch.tensor([1e6, -1e6, 60000.0, 465.0, 500.0, 240.0, 247.0, 249.0, 3.3, -0.0, 1e-9])
+TYPES = {
+    torch.float8_e5m2: TensorProto.FLOAT8E5M2,
+    torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
+    torch.float8_e5m2fnuz: TensorProto.FLOAT8E5M2FNUZ,
+    torch.float8_e4m3fnuz: TensorProto.FLOAT8E4M3FNUZ,
+}
 
 
 def _rounded_file(path: Path, code: int, **attributes: int) -> Path:
@@ -55,4 +60,4 @@ def test_modules_round_in_files_as_in_torch(dtype: torch.dtype, tmp_path: Path) 
     graph = regauge.capture(module, (LARGE,))
     graph.to_onnx(tmp_path / "m.onnx")
     (found,) = Session(tmp_path / "m.onnx").run([LARGE])
-    torch.testing.assert_close(found, module(LARGE), rtol=0, atol=0)
+    torch.testing.assert_close(found, module(LARGE), rtol=0, atol=0, equal_nan=True)

@@ -136,6 +136,8 @@ def test_onnx_sums_keep_the_type_of_small_integers() -> None:
 @pytest.mark.parametrize("options", [{}, {"reverse": 1}, {"exclusive": 1}, {"reverse": 1, "exclusive": 1}])
 def test_onnx_running_sums(options: dict[str, int]) -> None:
     check_node("CumSum", [X, np.int64(1)], constants={1}, **options)
+    uneven = np.array([[1e-3, 1e8, 2.0, np.inf, 3.0]], np.float32)
+    check_node("CumSum", [uneven, np.int64(1)], constants={1}, **options)
 
 
 def test_onnx_positions() -> None:

@@ -15,6 +15,7 @@ import regauge
 from decoders import LONGEST, Attention, Placed, Rotary, characters, decoder, of_rank, stepped
 from regauge.ir.edit import remove_dead
 from regauge.ir.errors import PassError
+from regauge.ir.graph import Graph
 from regauge.ir.states import Steps
 from regauge.ir.verify import verify
 from regauge.passes.attention.assembled import assembled
@@ -88,13 +89,22 @@ def test_what_is_written_is_the_same_function(kind: str, whole: bool) -> None:
     assert float((wanted - found).abs().max()) < 1e-9 * float(wanted.abs().max())
 
 
-def test_layers_make_what_is_rotated_alone(tmp_path: Path) -> None:
-    """The steps of the ONNX file are those of the graph, too."""
+def half_in_latents() -> tuple[Graph, torch.Tensor]:
     torch.manual_seed(0)
     graph, tokens = decoder(Rotary("shared")), characters(40, LONGEST)
-    cached = regauge.optimize(graph, "kv-latent{method=elitekv,bytes=0.5,pairs=1},kv-cache", data=[tokens])
+    passes = "kv-latent{method=elitekv,bytes=0.5,pairs=1},kv-cache"
+    return regauge.optimize(graph, passes, data=[tokens]), tokens
+
+
+def test_layers_make_what_is_rotated_alone() -> None:
+    cached, _ = half_in_latents()
     shapes = {name: tuple(own.shape) for name, own in cached.parameters.items() if "attentions.0" in name}
     assert shapes["attentions.0.k.rotated.weight"] == (4, 32) and shapes["attentions.0.q.rotated.weight"] == (8, 32)
+
+
+@pytest.mark.sweep
+def test_steps_of_a_file_are_those_of_the_graph(tmp_path: Path) -> None:
+    cached, tokens = half_in_latents()
     loaded = regauge.load(cached.to_onnx(tmp_path / "small.onnx"))
     wanted = stepped(Steps(cached), tokens[:2, :9], (4, 1, 4))
     torch.testing.assert_close(stepped(Steps(loaded), tokens[:2, :9], (4, 1, 4)), wanted, rtol=1e-4, atol=1e-4)

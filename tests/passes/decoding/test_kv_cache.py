@@ -59,6 +59,7 @@ def test_keys_and_values_are_kept_before_heads_are_repeated(graphs: dict[str, tu
     assert f"{cache_bytes(cached):.0f} bytes for each position" in str(cached.report)
 
 
+@pytest.mark.sweep
 def test_files_get_caches_in_front_of_heads_that_are_folded_into_the_batch(
     graphs: dict[str, tuple[Graph, Graph]], tmp_path: Path
 ) -> None:
@@ -78,7 +79,7 @@ def test_states_stand_behind_inputs_and_outputs_under_their_modules(graphs: dict
     assert [output.name for output in cached.outputs][1:] == [f"{name}.next" for name in names]
 
 
-@pytest.mark.parametrize("name", ["places", "shared"])
+@pytest.mark.parametrize("name", [pytest.param("places", marks=pytest.mark.sweep), "shared"])
 def test_modules_and_files_take_and_give_the_states(
     graphs: dict[str, tuple[Graph, Graph]], name: str, tmp_path: Path
 ) -> None:

@@ -42,10 +42,8 @@ SIZES = {  # bytes of a position; two attentions of 32 channels of keys and of v
 }
 
 
-@pytest.mark.parametrize(  # each takes long in onnxruntime: one by day
-    ("kind", "options"),
-    [pytest.param(*key, marks=[pytest.mark.sweep] if key[0] == "shared" else []) for key in SIZES],
-)
+@pytest.mark.sweep  # each takes torch's exporter ten seconds
+@pytest.mark.parametrize(("kind", "options"), SIZES)
 def test_steps_give_what_the_whole_gives(kind: str, options: str, tmp_path: Path) -> None:
     whole = rounded(kind, options)
     cached = regauge.optimize(whole, "kv-cache")

@@ -118,6 +118,7 @@ def test_channels_go_back_to_the_places_that_the_layer_has_for_them() -> None:
     torch.testing.assert_close(small.run(tokens)[0], graph.run(tokens)[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.sweep
 def test_maps_of_groups_run_in_onnxruntime(tmp_path: Path) -> None:
     torch.manual_seed(0)
     cached = regauge.optimize(decoder(Rotary("shared", 32, 8, 4)), "kv-latent{joint=true,group=2},kv-cache")

@@ -19,14 +19,19 @@ from regauge.ir.graph import Graph
 from regauge.ir.states import Steps, carried
 from regauge.passes.decoding.cache_bytes import cache_bytes
 
-transformers = pytest.importorskip("transformers")
-sys.path.append(str(Path(__file__).resolve().parents[4] / "shared" / "tools"))
-with contextlib.suppress(ImportError):  # transformers imports torchvision where it is installed, beside any torch
-    import torchvision_on_cpu  # noqa: F401
-try:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-except (ImportError, RuntimeError) as reason:
-    pytest.skip(f"transformers does not load here: {reason}", allow_module_level=True)
+
+@pytest.fixture(autouse=True, scope="module")
+def transformers_loads() -> None:
+    """Here and not above: it takes seconds, and would take them of every run that only collects."""
+    pytest.importorskip("transformers")
+    sys.path.append(str(Path(__file__).resolve().parents[4] / "shared" / "tools"))
+    with contextlib.suppress(ImportError):  # transformers imports torchvision where it is installed, beside any torch
+        import torchvision_on_cpu  # noqa: F401
+    try:
+        from transformers import GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
+    except (ImportError, RuntimeError) as reason:
+        pytest.skip(f"transformers does not load here: {reason}")
+
 
 PLACES = {"vocab_size": 23, "bos_token_id": 0, "eos_token_id": 0}
 KINDS = ["llama", "gpt2"]
@@ -35,6 +40,8 @@ Past = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def model(kind: str) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(**PLACES, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
@@ -50,7 +57,9 @@ class WithPast(nn.Module):
         self.inner = inner
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None, past: Past) -> Any:
-        cache = transformers.DynamicCache(list(past))
+        from transformers import DynamicCache
+
+        cache = DynamicCache(list(past))
         found = self.inner(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
         return found.logits, [(layer.keys, layer.values) for layer in found.past_key_values.layers]
 

@@ -14,7 +14,9 @@ from regauge.ir.edit import Builder
 from regauge.ir.errors import PassError
 from regauge.ir.graph import Graph
 from regauge.ir.roofline import DEVICES
+from regauge.passes.base import Context
 from regauge.passes.deriving.costs import Costs
+from regauge.passes.deriving.derive import _Derivation
 from regauge.passes.deriving.libraries import LIBRARIES
 from regauge.passes.deriving.lowering import Lowering
 from regauge.passes.deriving.reading import Reading
@@ -92,6 +94,51 @@ def test_every_way_to_compute_a_convolution_is_that_of_torch(case: tuple[Graph, 
         assert torch.equal(result, of_torch(x))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_convolutions_amid_other_products_are_equal_however_they_are_computed(data: st.DataObject) -> None:
+    """Sums, scales, zeros, slices, permutes, products and convolutions in a row, whatever the search puts in place."""
+    graph = Graph("g")
+    build = Builder(graph)
+    number = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    weight = lambda *shape: build.parameter(f"w{len(graph.parameters)}", whole(shape, number(0, 5)))  # noqa: E731
+    value = build.input("x", (number(1, 2), 4, number(4, 6), number(4, 6)), torch.float64)
+    for _ in range(number(1, 4)):
+        kind = data.draw(st.sampled_from(("conv", "conv", "conv_transpose", "add", "mul", "pad", "slice", "permute")))
+        batch, channels, height, width = map(int, value.shape)
+        if kind in ("conv", "conv_transpose"):
+            taps, out, groups = (number(1, 3), number(1, min(3, height))), 2 * number(1, 2), number(1, 2)
+            groups = groups if channels % 2 == 0 else 1
+            padding = (number(0, taps[0] // 2), number(0, taps[1] // 2))
+            if taps[0] > height + 2 * padding[0] or taps[1] > width + 2 * padding[1] or height > 12:
+                continue
+            options: dict[str, Any] = {"stride": (number(1, 2),) * 2, "padding": padding, "dilation": (1, 1)}
+            shape = (channels, out // groups) if kind == "conv_transpose" else (out, channels // groups)
+            if kind == "conv_transpose":
+                options["output_padding"] = (0, 0)
+                if min(height, width) < 2:
+                    continue
+            value = build(kind, value, weight(*shape, *taps), weight(out), groups=groups, **options)
+        elif kind in ("add", "mul"):
+            other = data.draw(st.sampled_from(((channels, 1, 1), (height, width), tuple(map(int, value.shape)))))
+            value = build(kind, value, weight(*other))
+        elif kind == "pad":
+            value = build.pad(value, pads=((0, 0), (0, 0), (number(0, 2), number(0, 2)), (0, number(0, 1))))
+        elif kind == "slice" and height > 2:
+            start = number(0, height - 2)
+            value = build.slice(value, dim=2, start=start, end=number(start + 2, height), step=1)
+        elif kind == "permute":
+            value = build.permute(value, dims=(0, 1, 3, 2))
+    graph.outputs = [value]
+    result = graph.copy()
+    work = _Derivation(result, DEVICES["cpu"], Limit(30, float("inf")), gain=-1e12, context=Context())
+    for node in list(result.nodes):
+        if node in result._nodes:
+            work.visit(node)
+    x = whole(tuple(map(int, graph.inputs[0].shape)), 2)
+    assert torch.equal(result.run([x])[0], graph.run([x])[0])
+
+
 def one(op: str, x: tuple[int, ...], weight: tuple[int, ...], **options: Any) -> Graph:
     """A graph of one convolution, of what is not said as usual."""
     rank = len(weight) - 2
@@ -113,6 +160,14 @@ def test_all_ways_are_found() -> None:
     spread = one("conv_transpose", (1, 4, 5, 5), (4, 3, 2, 2), stride=(2, 2), output_padding=(0, 0))
     assert {ORDER} in add_ways(spread)  # one linear map, and its results laid out beside one another
     assert add_ways(one("conv", (2, 4, 3, 3), (5, 4, 3, 3))) == [{ORDER}]  # one window: nothing else is there
+
+
+def test_a_transposed_kernel_of_one_tap_may_give_more_than_it_reads() -> None:
+    graph = one("conv_transpose", (1, 2, 4), (2, 3, 1), dilation=(2,), output_padding=(1,))
+    add_ways(graph)
+    x = whole((1, 2, 4), 1)
+    assert all(torch.equal(result, graph.run([x])[0]) for result in graph.run([x]))
+    assert graph.outputs[0].shape == (1, 3, 5)
 
 
 def derived(module: torch.nn.Module, *shape: int, options: str = "") -> Graph:

@@ -113,3 +113,33 @@ def test_what_lies_with_positions_first_stays(tmp_path: Path) -> None:
     again = simplified(once, tmp_path, ALONE)
     assert [node.op_type for node in again.graph.node] == [node.op_type for node in once.graph.node]
     assert permutes(tmp_path / "small.onnx") == [[1, 2, 0, 3], [1, 2, 3, 0], [1, 2, 0, 3]]
+
+
+FUSED = """<ir_version: 8, opset_import: ["" : 17]>
+net (float[1, 640, 12] x) => (float[1, 2, 640, 6] y) {
+  whole = MatMul (x, weight)
+  parts = Reshape (whole, shape)
+  turned = Transpose <perm = [2, 0, 3, 1, 4]> (parts)
+  q1, k1, v1 = Split <axis = 0> (turned)
+  q = Squeeze (q1, first)
+  v = Squeeze (v1, first)
+  k = Squeeze (k1, both)
+  k3 = Transpose <perm = [0, 2, 1]> (k)
+  kt = Unsqueeze (k3, first)
+  s = MatMul (q, kt)
+  p = Softmax <axis = -1> (s)
+  y = MatMul (p, v)
+}
+"""
+
+
+def test_a_fused_projection_of_one_sequence_is_neither_split_nor_permuted(tmp_path: Path) -> None:
+    """Of the keys the axis of the batch goes, too, before they are turned."""
+    shape, first, both = (np.array(numbers, dtype=np.int64) for numbers in ([1, 640, 3, 2, 6], [0], [0, 1]))
+    source = parsed(FUSED, weight=normal(12, 36) / 5, shape=shape, first=first, both=both)
+    small = simplified(source, tmp_path)
+    kinds = [node.op_type for node in small.graph.node]
+    assert kinds.count("MatMul") + kinds.count("Gemm") == 5 and "Split" not in kinds and "Squeeze" not in kinds
+    optimised_file(tmp_path / "small.onnx", tmp_path / "fused.onnx")
+    assert not permutes(tmp_path / "fused.onnx")
+    assert_equal_runs(source, small, {"x": np.random.default_rng(0).standard_normal((1, 640, 12)).astype(np.float32)})
