@@ -66,6 +66,8 @@ def chosen() -> Iterator[Case]:
     yield "(1, 3, 3), 64 channels, 8 x 14 x 14", nn.Conv3d(64, 64, (1, 3, 3), padding=(0, 1, 1)), (1, 64, 8, 14, 14)
     yield "(3, 3, 3), 32 channels, 8 x 14 x 14", nn.Conv3d(32, 32, 3, padding=1), (1, 32, 8, 14, 14)
     yield "4 x 4 over 4 x 4, 256 channels, 8 examples", nn.Conv2d(256, 256, 4), (8, 256, 4, 4)
+    yield "3 x 3 over 1 x 1, 512 channels", nn.Conv2d(512, 512, 3, padding=1), (1, 512, 1, 1)
+    yield "3 x 3, dilation 12, 256 channels, 12 x 12", nn.Conv2d(256, 256, 3, 1, 12, 12), (1, 256, 12, 12)
     yield "a layer of R(2+1)D, 64 channels, 8 x 14 x 14", video_block(64), (1, 64, 8, 14, 14)
     yield "SRResNet of 3 layers, 40 x 40", super_resolution(), (1, 3, 40, 40)
 
@@ -74,6 +76,7 @@ def of_torch() -> Iterator[Case]:
     """What pays in torch alone."""
     yield "transposed 4 x 4, stride 2, 256 -> 1", nn.ConvTranspose2d(256, 1, 4, stride=2, padding=1), (1, 256, 32, 32)
     yield "transposed 4 x 4, stride 2, 64 -> 3", nn.ConvTranspose2d(64, 3, 4, stride=2, padding=1), (1, 64, 32, 32)
+    yield "transposed 2 x 2, stride 2, 64 -> 32, 64 x 64", nn.ConvTranspose2d(64, 32, 2, stride=2), (1, 64, 64, 64)
 
 
 def left() -> Iterator[tuple[str, nn.Module, nn.Module, tuple[int, ...]]]:
@@ -102,7 +105,7 @@ def left() -> Iterator[tuple[str, nn.Module, nn.Module, tuple[int, ...]]]:
     up = 0.05 * torch.randn(64, 32, 2, 2)
     rows = up.permute(1, 2, 3, 0).reshape(-1, 64, 1, 1).contiguous()
     yield (
-        "transposed 2 x 2, stride 2, as a product",
+        "transposed 2 x 2, stride 2, 64 -> 32, as a product",
         Function(lambda x: F.conv_transpose2d(x, up, stride=2)),
         Function(lambda x: F.pixel_shuffle(F.conv2d(x, rows), 2)),
         (1, 64, 64, 64),

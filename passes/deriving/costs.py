@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from regauge.ir.cost import item_size, node_macs, smallest_sizes
-from regauge.ir.graph import Graph, Node, Parameter, Value
+from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.roofline import VIEWS, Device, local_seconds
 from regauge.ir.sizes.expressions import Size, product
+from regauge.passes.deriving.layouts import is_weight
 from regauge.passes.deriving.libraries import Library
 
 _COPIED = frozenset({"permute", "slice"})
@@ -72,7 +73,9 @@ class Costs:
         return sum(self._node(node, graph, at) for node in nodes)
 
     def _node(self, node: Node, graph: Graph, at: Mapping[Any, int] | None) -> float:
-        if node.op in _COPIED and not isinstance(node.inputs[0], Parameter):  # of weights it is computed once
+        if node.op in _COPIED:
+            if is_weight(node.inputs[0]):
+                return self.start  # computed early, or a view that a kernel reads once
             written = self._bytes(node.output)
             return self.moved(written, written / (self.library.permuted if self._scattered(node) else 1.0))
         if node.op not in _CONVOLUTIONS:

@@ -22,6 +22,7 @@ from regauge.passes.allocation.latency import device_of
 from regauge.passes.base import Context, Contract, Pass
 from regauge.passes.deriving.costs import Costs
 from regauge.passes.deriving.expressions import Expression
+from regauge.passes.deriving.layouts import cut_weights
 from regauge.passes.deriving.libraries import LIBRARIES, Library, libraries_of
 from regauge.passes.deriving.lowering import Lowering
 from regauge.passes.deriving.readers import PRODUCTS, is_moved_kernel
@@ -44,7 +45,8 @@ class Derive(Pass):
         split, merge        of iterators, where reshapes do so; windows side by side are one split index
         stage split, merge  stages are merged to one, and split again by contracting two tensors at a time, in any
                             order; common factors are taken out of sums
-        relaxed ranges      zeros around a tensor and slices go before or behind a product, or to its other factor
+        relaxed ranges      zeros around a tensor and slices go before or behind a product, or to its other factor; taps
+                            that meet nothing but zeros are left out
         variable            what windows read becomes an index of taps beside that of windows (part of a convolution's
         substitution        channels); taps of a product are added up from their places (its convolution to a product
                             and offset adds, its transposed convolution to a product and selective adds)
@@ -56,7 +58,7 @@ class Derive(Pass):
     Not done: what the paper generates kernels for (its eOperators are chains of slices, pads and sums here; ``fuse``
     makes kernels of such), its products of bands (G2BMM: no operator of ours is one, so no gain can be had), and a
     dilated convolution as a dense one of phases, and a convolution with steps as one of phases as channels: these take
-    as many operations or more, and dilated ones were measured 1.5 to 8.7 times slower on a CPU so.
+    as many operations or more, and dilated ones take 1.4 and 2.4 times as long so on a CPU (docs/benchmarks.md).
 
     The search goes from the cheapest state on, by a roofline of the ``device``, every dynamic size at its least or as
     in the first batch of data, with the shares of it that the ``library`` reaches; with ``any`` what is chosen has to
@@ -64,10 +66,10 @@ class Derive(Pass):
     are few and no rule has to be applied to what another one made of the same: 13 of the 132 states of a chain of six
     matmuls were looked at until the cheapest was known to be, 11 of 72 of a convolution over three axes, in 0.03 s.
 
-    What is read more than once is computed once, and weights are not multiplied ahead: ``simplify`` does that where it
-    makes the model smaller, ``unfactorize`` where it is faster. Each result is proved equal on integers, to the last
-    bit where no other numbers occur. The report says what each expression was and is, its rules, MACs, bytes and
-    predicted times, and how many were left alone, and why.
+    What is read more than once is computed once. Weights are cut where a part is all that is read, and are not
+    multiplied ahead: ``simplify`` does that where it makes the model smaller, ``unfactorize`` where it is faster. Each
+    result is proved equal on integers, to the last bit where no other numbers occur. The report says what each
+    expression was and is, its rules, MACs, bytes and predicted times, and how many were left alone, and why.
     """
 
     name: ClassVar[str] = "derive"
@@ -187,6 +189,7 @@ class _Derivation:
             remove_node(self.graph, gone)
         if old in self.held:
             self.held.add(new)
+        added = cut_weights(build, added)
         new.name = old.name
         for made in added:
             made.metadata["regauge.replaces"] = ", ".join(n.name for n in nodes)

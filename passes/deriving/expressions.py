@@ -272,9 +272,12 @@ def plus(first: Expression, second: Expression) -> Expression:
     return Expression(broadcast(a.axes, b.axes), (*a.terms, *b.terms))
 
 
-def in_range(x: Expression, dim: int, start: Size, size: Size, *, wider: bool) -> Expression:
-    """The expression with an axis of another size, times the range that says which index is which."""
-    if len(x.axes[dim]) != 1 or same(size, 1):
+def in_range(x: Expression, dim: int, start: Size, size: Size, *, wider: bool, one: bool = False) -> Expression:
+    """The expression with an axis of another size, times the range that says which index is which.
+
+    Where ``one`` is allowed an axis of size 1 keeps an index, too.
+    """
+    if len(x.axes[dim]) != 1 or (same(size, 1) and not one):
         raise Outside("a range of several indices, or of none")
     (old,) = x.axes[dim]
     new = Index(size)

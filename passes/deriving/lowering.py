@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from regauge.ir.edit import Builder
-from regauge.ir.graph import Parameter, Value
+from regauge.ir.graph import Value
 from regauge.ir.sizes.expressions import Size, product, same
 from regauge.passes.deriving.expressions import Axes, Axis, Index, Range
-from regauge.passes.deriving.layouts import Laid, has_whole
+from regauge.passes.deriving.layouts import Laid, has_whole, is_weight
 from regauge.passes.deriving.sources import (
     Contracted,
     Convolved,
@@ -111,12 +111,17 @@ class Lowering:
         return Laid(value, (*laid.axes[:dim], (new,), *laid.axes[dim + 1 :]))
 
     def bias(self, source: Source, columns: Axis) -> Value | None:
-        """The bias of a product, where it has one that lies as its columns do."""
+        """The bias of a product, where it has one that lies as its columns do; repeated along those that it lacks."""
         found = self._biases.get(source)
-        if found is None or found.indices != columns:
+        if found is None or found.indices != tuple(index for index in columns if index in found.indices):
             return None
         del self._biases[source]
-        return self.arranged(self.tensor(found), (columns,))
+        laid = self.tensor(found)
+        if found.indices == _of_several(columns):
+            return self._shaped(laid.value, (columns,))
+        axes = tuple((index,) for index in columns)
+        whole = self.build.expand(self.arranged(laid, axes), shape=tuple(index.size for index in columns))
+        return self._shaped(whole, (columns,))
 
     # -- sums and elementwise products -------------------------------------------------------------------------------
 
@@ -190,7 +195,7 @@ class Lowering:
         A weight stands right. Else what is summed should lie last in the left one, and first or last in the right one;
         and rows come before columns in the result.
         """
-        weights = [isinstance(laid.value, Parameter) for laid in (left, right)]
+        weights = [is_weight(laid.value) for laid in (left, right)]
         if weights[0] != weights[1]:
             return weights[0]
 
@@ -220,7 +225,7 @@ class Lowering:
         if laid.axes == wanted:
             return laid.value
         value, order = laid.value, tuple(index for axis in wanted for index in axis)
-        if order != laid.flat:
+        if _of_several(order) != _of_several(laid.flat):
             before, after = _pieces(laid.axes, wanted), _pieces(wanted, laid.axes)
             value = self._shaped(value, before)
             value = self.build.permute(value, dims=tuple(before.index(piece) for piece in after))
@@ -231,6 +236,11 @@ class Lowering:
         fits = value.rank == len(shape) and all(map(same, value.shape, shape))
         result: Any = value if fits else self.build.reshape(value, shape=shape)
         return result  # type: ignore[no-any-return]
+
+
+def _of_several(indices: Axis) -> Axis:
+    """Indices without those of size 1, which lie anywhere."""
+    return tuple(index for index in indices if not same(index.size, 1))
 
 
 def _groups(axes: Axes, indices: Axis) -> Axes:

@@ -38,6 +38,7 @@ from regauge.passes.deriving.sources import (
     State,
     Unfolded,
     biases,
+    is_part,
     places_of,
     range_of,
     read_by,
@@ -151,6 +152,8 @@ class Search:
         if isinstance(source, Convolved):
             return costs.convolution(self._call(source), sum(read) + kept)
         if isinstance(source, Contracted) and range_of(source.right) is not None:
+            if is_part(source):
+                return costs.start
             return costs.moved(min(read[0], kept), kept)  # entries are moved: all of the smaller tensor are read
         macs = 0.0
         if isinstance(source, Contracted) and source.right is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from regauge.ir.graph import Value
+from regauge.ir.graph import Parameter, Value
 from regauge.passes.deriving.expressions import Axes, Index, Places, Range
 
 
@@ -123,6 +123,16 @@ def read_by(source: Source) -> tuple[Tensor, ...]:
     return tuple(tensor for tensor in given if tensor is not None and places_of(tensor) is None)
 
 
+def is_part(source: Source) -> bool:
+    """Whether a source is a part of a weight, of which nothing has to be copied at a run; not zeros around one."""
+    while isinstance(source, Contracted):
+        found = range_of(source.right)
+        if found is None or source.right is None or source.right.indices[0] in source.kept:  # the wide one
+            return False
+        source = source.left.source
+    return isinstance(source, Leaf) and isinstance(source.value, Parameter)
+
+
 def computed_for(sources: Iterable[Source]) -> Iterator[Source]:
     """These sources and all that they are computed from, each once for each that reads it."""
     for source in sources:
@@ -131,7 +141,7 @@ def computed_for(sources: Iterable[Source]) -> Iterator[Source]:
 
 
 def biases(terms: Products) -> dict[int, int]:
-    """Terms that are products, with the terms that are a bias of their columns."""
+    """Terms that are products, with the terms that are a bias of their columns, or alike for some of them."""
     every = [source for _, tensors in terms for source in computed_for(tensor.source for tensor in tensors)]
     found: dict[int, int] = {}
     for place, (scale, tensors) in enumerate(terms):
@@ -144,7 +154,7 @@ def biases(terms: Products) -> dict[int, int]:
             continue
         for other, (size, others) in enumerate(terms):
             flat = len(others) == 1 and size == 1 and isinstance(others[0].source, Leaf)
-            if flat and other not in found.values() and set(others[0].indices) == own:
+            if flat and other not in found.values() and others[0].indices and set(others[0].indices) <= own:
                 found[place] = other
                 break
     return found

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from regauge.ir.graph import Parameter, Value
+from regauge.ir.graph import Value
 from regauge.ir.sizes.expressions import Size, product
 from regauge.passes.deriving.expressions import Axes, Axis, Index, Window
-from regauge.passes.deriving.layouts import Laid, has_whole
+from regauge.passes.deriving.layouts import Laid, has_whole, is_weight
 from regauge.passes.deriving.sources import Convolved, Shifted, Source, Tensor, Unfolded, places_of, turned
 
 Part = tuple[int, int, int]
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 def is_image(left: Laid, right: Laid, summed: Axis) -> bool:
     """Whether channels that are summed with a weight lie before other axes, as a convolution wants them."""
-    weights = isinstance(right.value, Parameter)
-    return weights and 3 <= len(left.axes) <= 5 and bool(summed) and set(left.axes[1]) == set(summed)
+    return is_weight(right.value) and 3 <= len(left.axes) <= 5 and bool(summed) and set(left.axes[1]) == set(summed)
 
 
 def pointwise(lowering: Lowering, source: Source, left: Laid, right: Laid, columns: Axis) -> Laid:

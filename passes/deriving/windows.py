@@ -1,5 +1,6 @@
 """Convolutions as sums of products: their windows are factors of ones and zeros, or no factors where they need none.
 
+    taps over nothing but zeros around         a range of the kernel, which lacks them
     one tap, one step                          the index of the operand is that of the result
     one window over the whole axis             the index of the operand is the tap
     windows side by side, where read is split  the index of the operand is (window, tap)
@@ -26,6 +27,7 @@ from regauge.passes.deriving.expressions import (
     Read,
     Window,
     few,
+    in_range,
     matched,
     plus,
     regrouped,
@@ -54,6 +56,11 @@ class _Product:
             return
         if not all(isinstance(size, int) for size in (window.wide, window.out, window.taps)):
             raise Outside("windows over a dynamic size")
+        if not spread:
+            window = self._without_idle(tap_dim, window)
+            if window.wide == window.out == 1:
+                self.results.append(self.kernel.axes[tap_dim])
+                return
         dense = window.start == 0 and window.dilation == 1
         if not spread and dense and window.out == 1 and window.taps == window.wide:
             self._unify(matched(self.x.axes[dim], self.kernel.axes[tap_dim]))
@@ -62,6 +69,17 @@ class _Product:
             self._side_by_side(dim, tap_dim, window, spread=spread)
         else:
             self._window(dim, tap_dim, window, spread=spread)
+
+    def _without_idle(self, tap_dim: int, window: Window) -> Window:
+        """The window with a kernel without taps that only ever meet zeros: those at the ends, more than is read."""
+        live = [tap for tap, (_, low, high) in enumerate(window.parts(spread=False)) if low < high]
+        if not live:
+            raise Outside("windows over nothing but zeros")
+        count = live[-1] - live[0] + 1
+        if count == window.taps:
+            return window
+        self.kernel = in_range(self.kernel, tap_dim, live[0], count, wider=False, one=True)
+        return replace(window, start=window.start + window.dilation * live[0], taps=count)
 
     def _unify(self, new: dict[Index, Axis]) -> None:
         self.x, self.kernel = self.x.with_indices(new), self.kernel.with_indices(new)

@@ -67,8 +67,10 @@ def convolutions(draw: Callable[[Any], Any], *, transposed: bool) -> tuple[Graph
     per_group, outputs = inputs // groups if not transposed else draw(number(1, 2)), groups * draw(number(1, 2))
     taps = tuple(draw(number(1, 3)) for _ in range(rank))
     stride, dilation = (tuple(draw(number(1, most)) for _ in range(rank)) for most in (3, 2))
-    padding = tuple(draw(number(0, min(2, d * (k - 1)))) for d, k in zip(dilation, taps, strict=True))
-    sizes = tuple(draw(number(d * (k - 1) + 1, 7 - rank + d * (k - 1))) for d, k in zip(dilation, taps, strict=True))
+    reach = tuple(d * (k - 1) for d, k in zip(dilation, taps, strict=True))
+    padding = tuple(draw(number(0, min(2, most) if transposed else most)) for most in reach)
+    least = [most if transposed else max(0, most - 2 * pad) for most, pad in zip(reach, padding, strict=True)]
+    sizes = tuple(draw(number(low + 1, 7 - rank + low)) for low in least)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if transposed:
         options["output_padding"] = tuple(draw(number(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
@@ -222,6 +224,39 @@ def test_what_pays_in_one_library_alone_is_asked_for() -> None:
     assert ops(done) != ["conv_transpose"] and ADDED in done.report.passes[0].notes[0]
     with pytest.raises(PassError, match="library=numpy is unknown"):
         derived(module, 1, 128, 20, 20, options="{library=numpy}")
+
+
+def test_a_transposed_kernel_as_large_as_its_steps_is_a_product_with_its_bias() -> None:
+    """Each entry gives a patch of its own: channels and taps are columns, and the bias is repeated for the taps."""
+    done = derived(torch.nn.ConvTranspose2d(64, 32, 2, stride=2), 1, 64, 24, 24, options="{library=torch}")
+    (conv,) = [node for node in done.nodes if node.op == "conv"]
+    assert conv.inputs[1].shape == (32 * 4, 64, 1, 1) and conv.inputs[2].shape == (32 * 4,) and "add" not in ops(done)
+
+
+def test_taps_over_zeros_alone_are_left_out() -> None:
+    """All but one of nine meet only what is around an image of one entry, and of one as large as the dilation."""
+    for size, dilation in ((1, 1), (6, 6)):
+        done = derived(torch.nn.Conv2d(256, 192, 3, padding=dilation, dilation=dilation), 1, 256, size, size)
+        before, after = done.report.passes[0].before, done.report.passes[0].after
+        assert after.macs * 9 == before.macs == 256 * 192 * 9 * size**2
+        assert ops(done) == ["conv"] and done.parameters["weight"].shape == (192, 256, 1, 1)
+    done = derived(torch.nn.Conv3d(128, 128, (3, 1, 1), padding=(1, 0, 0)), 1, 128, 1, 7, 7)
+    assert done.report.passes[0].after.macs == 128 * 128 * 49
+
+
+def test_a_kernel_that_others_read_is_not_cut() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(256, 256, 3, 3) / 50)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return F.relu(F.conv2d(x, self.weight, padding=1)) + F.relu(F.conv2d(y, self.weight))
+
+    given = (torch.randn(1, 256, 1, 1), torch.randn(1, 256, 3, 3))
+    done = regauge.optimize(regauge.capture(Model(), given), "derive")
+    assert done.parameters["weight"].shape == (256, 256, 3, 3) and "slice" in ops(done)
+    torch.testing.assert_close(done.to_torch()(*given), Model.forward(done.to_torch(), *given), rtol=1e-4, atol=1e-4)
 
 
 def test_two_kernels_over_one_tensor_are_one() -> None:
