@@ -209,8 +209,9 @@ class Kernel:
 
 
 def _start(source: Source, start: Launch, arguments: Sequence[Any]) -> None:
-    for name, grid in zip(source.kernels, start.grids, strict=True):
-        source.function(name)[grid](*arguments, **start.constants, **start.options(source.rounding))
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current GPU, wherever its arguments lie
+        for name, grid in zip(source.kernels, start.grids, strict=True):
+            source.function(name)[grid](*arguments, **start.constants, **start.options(source.rounding))
 
 
 def triton_kernel(

@@ -21,7 +21,7 @@ from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
 
 HERE = Path(__file__).parent
-INTERPRETED = HERE / "interpreted_kernels.py"
+INTERPRETED = [HERE / "interpreted_kernels.py", HERE / "interpreted_limits.py"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -31,7 +31,7 @@ def kernel_of(graph: Graph, name: str = "kernel", **options: object) -> Kernel:
 
 def run_interpreted(*options: str) -> None:
     """The tests of kernels in a process in which Triton interprets: wrong addresses end it, repairs stay in it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED), *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, INTERPRETED), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[2])
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
