@@ -70,7 +70,8 @@ def launch_of_attention(
     if latents:  # there is a mixture of them for each row
         most = 16 if latents > WIDE_COLUMNS or loops.rank else min(most, 64)
     high = min(16 if form == "combine" else most, max(16, power_above(rows)))
-    more = len(of_heads) > 2 if coded else more or bool(latents and loops.rank)
+    more = (len(of_heads) > 2 or width > 64) if coded else more  # more threads share what is taken apart
+    more = more or bool(latents and loops.rank and not coded)
     warps = 4 if high == 16 and width <= 128 and not more else warps
     wide = min(WIDE_COLUMNS if columns > WIDEST else WIDEST, max(16, power_above(columns)))
     constants = {"BLOCK_M": high, "BLOCK_N": wide}
@@ -82,9 +83,9 @@ def launch_of_attention(
     constants |= {"BLOCK_K": 64 if head > WIDEST else max(16, power_above(head)), "BLOCK_S": deep}
     if loops.rank:  # there is a tile of keys for each product, too
         constants["BLOCK_S"] = deep if width <= 64 and not latents else 32
-        rank = count(loops.rank, sizes)
-        # what does not begin at a multiple of 16 is read one by one
-        most = (16 if latents and width > 64 else 32) if rank % 16 or latents % 16 else 64
+        rank, most = count(loops.rank, sizes), 64 if width <= 64 else 32
+        if rank % 16 or latents % 16:  # what does not begin at a multiple of 16 is read one by one
+            most = 16 if latents and width > 64 else 32
         constants["BLOCK_R"] = min(most, max(16, power_above(rank)))
     if latents:
         constants["BLOCK_V"] = max(16, power_above(latents))
@@ -118,13 +119,16 @@ def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops
     return Launch(programs, {**constants, "BLOCK_S": deep}, warps, stages=1 if crowded else 2)
 
 
-def launch_of_bias(reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
-    """Programs have a tile of the bias; where tiles are too few, PARTS programs share what leads to each."""
+def launch_of_bias(
+    reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: Mapping[Dim, int], architecture: str = ""
+) -> Launch:
+    """Programs have a tile of the bias; where tiles are too few, PARTS programs share what leads to each. Tensor cores
+    that read factors from shared memory take 64 rows at a time."""
     rows, columns, head, source = (
         count(one, sizes) for one in (loops.rows[-1:], loops.columns, loops.contracted, loops.source)
     )
     single = any(tensor.value.dtype == torch.float32 for tensor in reads)
-    high, deep, warps = (32, 32, 4) if single else (64, 32, 8)
+    high, deep, warps = (64, 32, 8) if is_at_least(architecture, 90) and not single else (32, 32, 4)
     high, deep = min(high, max(16, power_above(rows))), min(deep, max(16, power_above(source)))
     tiles, steps = Shares(bias, loops).counts(sizes, high, deep)
     most = min(BUSY // max(tiles, 1), steps)
@@ -133,8 +137,10 @@ def launch_of_bias(reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: M
     return Launch(tiles * parts, {**constants, "BLOCK_S": deep, "PARTS": parts}, warps, stages=1)
 
 
-def launch_of_total(reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: Mapping[Dim, int]) -> Launch:
+def launch_of_total(
+    reads: Sequence[Tensor], bias: Tensor, loops: Loops, sizes: Mapping[Dim, int], architecture: str = ""
+) -> Launch:
     """Programs add up the parts of some entries; there are none where a bias has but one part."""
-    parts = launch_of_bias(reads, bias, loops, sizes).constants["PARTS"]
+    parts = launch_of_bias(reads, bias, loops, sizes, architecture).constants["PARTS"]
     programs = -(-count(bias.loops(loops.all), sizes) // ENTRIES) if parts > 1 else 0
     return Launch(programs, {"BLOCK": ENTRIES, "PARTS": parts}, 4)

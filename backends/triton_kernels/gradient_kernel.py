@@ -62,13 +62,13 @@ class GradientKernel(Kernel):
             return [AttentionGradientKernel(gradient, name, form, contiguous=contiguous) for form in GRADIENT_FORMS]
         return [BiasGradientKernel(gradient, name, form, contiguous=contiguous) for form in BIAS_FORMS]
 
-    def scratch(self, source: Source, sizes: Mapping[Dim, int], start: Launch) -> list[int]:
+    def scratch(self, source: Source, sizes: Mapping[Dim, int], start: Launch, architecture: str) -> list[int]:
         """Of the gradient of a bias also the parts that are added up, if there are several."""
-        rows = super().scratch(source, sizes, start)
+        rows = super().scratch(source, sizes, start, architecture)
         if self.gradient is None or self.gradient.bias is None:
             return rows
         (bias,), loops = source.writes, source.loops
-        parts = launch_of_bias(source.reads, bias, loops, sizes).constants["PARTS"]
+        parts = launch_of_bias(source.reads, bias, loops, sizes, architecture).constants["PARTS"]
         return [*rows, parts * count(bias.loops(loops.all), sizes) if parts > 1 else 1]
 
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:

@@ -166,7 +166,7 @@ class Kernel:
         reads, writes = tuple(writer.reads), tuple(writer.writes)
         return Source(writer.source(), name, form, rounding, reads, writes, writer.loops, tiling, scratch, then, totals)
 
-    def scratch(self, source: Source, sizes: Mapping[Dim, int], start: Launch) -> list[int]:
+    def scratch(self, source: Source, sizes: Mapping[Dim, int], start: Launch, architecture: str) -> list[int]:
         """How many numbers the kernels of a source hand on, in each piece of memory."""
         return scratch_sizes(source.form, source.loops, sizes, start.constants.get("SPLITS", 1))
 
@@ -193,13 +193,13 @@ class Kernel:
             if start.partials:
                 pointers.append(torch.empty(start.partials, dtype=torch.float32, device=device))
             if source.scratch:
-                handed = self.scratch(source, sizes, start)
+                handed = self.scratch(source, sizes, start, architecture)
                 pointers += [torch.empty(size, dtype=torch.float32, device=device) for size in handed]
             arguments = [*pointers, *numbers(source, sizes, starts, steps)]
             _start(source, start, arguments)
             following = source.then
             while following is not None:  # its arguments are the same
-                next_ = launch_of(following, sizes, None)
+                next_ = launch_of(following, sizes, None, architecture)
                 if next_.programs:
                     _start(following, next_, arguments)
                 following = following.then
@@ -290,9 +290,9 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None, a
         native = multiplies_float8(architecture)
         return launch_of_tiles(source.loops, source.tiling, sizes, split=source.form == "split", float8=native)
     if source.form == "of_bias":
-        return launch_of_bias(source.reads, source.writes[0], source.loops, sizes)
+        return launch_of_bias(source.reads, source.writes[0], source.loops, sizes, architecture)
     if source.form == "total":
-        return launch_of_total(source.reads, source.writes[0], source.loops, sizes)
+        return launch_of_total(source.reads, source.writes[0], source.loops, sizes, architecture)
     if source.form == "statistics" or source.form == "of_queries" or source.form == "of_keys":
         return launch_of_gradient(source.form, source.reads, source.loops, sizes)
     if config is None:

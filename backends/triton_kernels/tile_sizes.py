@@ -39,7 +39,8 @@ def launch_of_tiles(
     if tiling.float8:
         constants[FLOAT8] = int(float8 and depth >= 32)
     warps = 8 if high * wide * _held(tiling) > 64 * 128 or tiling.products > 1 and high > 16 else 4
-    if tiling.bitmap or tiling.digits and not _many(tiling) and high <= 16:  # more threads share what is taken apart
+    apart = tiling.digits and not _many(tiling) and high <= 16  # more threads share what is taken apart
+    if apart or tiling.bitmap or tiling.parts > 1 and high <= 32:  # or what is computed ahead of all parts
         warps = 8
     stages = 2 if tiling.bytes == 4 or _many(tiling) else 3
     if _many(tiling) and tiling.products > 1 and high > 16:  # no room for what is read ahead of two weights

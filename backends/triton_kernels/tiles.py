@@ -39,7 +39,7 @@ class Tiling:
     @property
     def plain(self) -> bool:
         """Whether this is one product of floats: what tables of configurations are made for."""
-        apart = self.groups or self.digits or self.float8
+        apart = self.groups or self.digits or self.float8 or self.bitmap
         return self.products == 1 == self.parts and self.bytes > 1 and not apart
 
 

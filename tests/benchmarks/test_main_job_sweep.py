@@ -1,6 +1,7 @@
 """Whole networks through the main job in one call, verified at each step: ``pytest -m sweep``.
 
-Minutes each, most of them where convolutions are factorized. They need what ``test_coverage_sweep`` needs.
+Minutes each, most of them where channels are pruned and convolutions factorized. They need what
+``test_coverage_sweep`` needs.
 """
 
 from pathlib import Path

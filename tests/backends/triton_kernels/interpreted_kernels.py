@@ -57,6 +57,10 @@ def _possible(rounding: Rounding, region: Region) -> Rounding:
     return "fused" if region.kind == "attention" else rounding
 
 
+def every_region() -> st.SearchStrategy[Graph]:
+    return regions() | products() | windows() | few_bit_products() | attentions()
+
+
 def check_random(graph: Graph, rounding: Rounding, seed: int) -> None:
     kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
     rounding = _possible(rounding, kernel.region)
@@ -186,11 +190,7 @@ def test_programs_that_share_a_tile_give_the_same_sums_each_time() -> None:
 
 @pytest.mark.nightly
 @hypothesis_settings(max_examples=1000)
-@given(
-    regions() | products() | windows() | few_bit_products() | attentions(),
-    st.sampled_from(ROUNDINGS),
-    st.integers(0, 99),
-)
+@given(every_region(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
 def test_many_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)
 

@@ -191,6 +191,7 @@ PRODUCTS = [
     ("sparse_24_weight", 16),
     ("int4_neighbours", 16),
     ("bitmap_weight", 16),
+    ("bitmap_weight", 4096),
     ("bitmap_of_codes", 4096),
     ("dense_in_heads", 16),
     ("grouped_queries", 1024),
