@@ -172,6 +172,11 @@ def attention_to_turned_latents(q: Any, latents: Any, weight: Any, cos: Any, sin
     return F.scaled_dot_product_attention(q, keys, v, enable_gqa=True)
 
 
+def attention_to_latents_of_values(q: Any, k: Any, latents: Any, weight: Any) -> Any:
+    """Values of all heads come from the same latents (Palu), which are mixed in place of them."""
+    return F.scaled_dot_product_attention(q, k, latents[:, None] @ weight, enable_gqa=True)
+
+
 def cross_entropy(x: Any, labels: Any) -> Any:
     return F.cross_entropy(x, labels.abs().long(), reduction="none")
 
@@ -210,6 +215,8 @@ CASES = [
     Case("attention of wide heads", causal_attention, ((4, 8, 2048, 512),) * 3),
     Case("attention of one query to turned latents", attention_to_turned_latents,
          ((8, 32, 1, 128), (8, 8192, 256), (8, 128, 256), (8192, 128), (8192, 128), (8, 8, 8192, 128))),
+    Case("attention of one query to latents of values", attention_to_latents_of_values,
+         ((8, 32, 1, 128), (8, 8, 8192, 128), (8, 8192, 256), (8, 256, 128))),
     Case("cross entropy", cross_entropy, ((4096, V), (4096,)), types={1: torch.int64}),
     Case("gradients of a layer norm", layer_norm, ((T, D), (D,), (D,)), trains=True),
     Case("gradients of a cross entropy", cross_entropy, ((4096, V), (4096,)), types={1: torch.int64}, trains=True),

@@ -7,11 +7,13 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from regauge.backends.onnx_model.registry import kept_registry
 
-settings.register_profile("regauge", deadline=None, max_examples=50, derandomize=True)
+settings.register_profile(
+    "regauge", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("regauge")
 
 

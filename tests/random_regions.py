@@ -277,10 +277,24 @@ def attentions(draw: Callable[[Any], Any]) -> Graph:
     return graph
 
 
+def _of_latents(draw: Callable[[Any], Any], build: Builder, name: str, shape: tuple[int, ...], dtype: Any) -> Value:
+    """Keys or values of heads that are products with latents, of each head or of all, with a bias or a scale or not."""
+    batch, heads, source, size = shape
+    own, rank = draw(st.sampled_from((1, heads))), draw(st.sampled_from((1, 8, 17)))
+    latents = build.input(f"{name}_latents", (batch, own, source, rank), dtype)
+    found = build.matmul(latents, build.input(f"{name}_weight", (heads, rank, size), dtype))
+    if draw(st.booleans()):
+        found = build.add(found, build.input(f"{name}_bias", (heads, 1, size), dtype))
+    return build.mul(found, build.input(f"{name}_scale", (size,), dtype)) if draw(st.booleans()) else found
+
+
 def _read_back(draw: Callable[[Any], Any], build: Builder, name: str, shape: tuple[int, ...], dtype: Any) -> Value:
-    """Keys or values as they are, or of codes of any number of bits, scaled and shifted by place or by channel."""
+    """Keys or values as they are, products with latents, or of codes of any number of bits, scaled and shifted by place
+    or by channel."""
     *outer, source, size = shape
-    bits = draw(st.sampled_from((0, 0, 2, 4, 8, -8)))
+    bits = draw(st.sampled_from((0, 0, 1, 2, 4, 8, -8)))
+    if bits == 1:
+        return _of_latents(draw, build, name, shape, dtype)
     if not bits or size * bits % 8:
         return build.input(name, shape, dtype)
     stored = build.input(name, (*outer, source, size * abs(bits) // 8), torch.int8 if bits < 0 else torch.uint8)

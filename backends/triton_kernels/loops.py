@@ -169,6 +169,9 @@ def sizes_of(region: Region, tensors: Iterable[Tensor], given: Mapping[Value, to
     found = {dim: int(dim.size) for dim in region.sized if is_static(dim.size)}
     bindings: dict[Any, int] = {}
     for tensor in read:
+        if given[tensor.value].dim() != len(tensor.layout):
+            axes = f"{given[tensor.value].dim()} axes where its kernel expects {len(tensor.layout)}"
+            raise FusionError(f"{tensor.name} has {axes}")
         solve_bindings(tensor.value.shape, given[tensor.value].shape, bindings)
         for axis, size in zip(tensor.layout, given[tensor.value].shape, strict=True):
             unknown = [dim for dim in axis if dim not in found]

@@ -57,6 +57,10 @@ def _possible(rounding: Rounding, region: Region) -> Rounding:
     return "fused" if region.kind == "attention" else rounding
 
 
+def every_region() -> st.SearchStrategy[Graph]:
+    return regions() | products() | windows() | few_bit_products() | attentions()
+
+
 def check_random(graph: Graph, rounding: Rounding, seed: int) -> None:
     kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
     rounding = _possible(rounding, kernel.region)
@@ -186,11 +190,7 @@ def test_programs_that_share_a_tile_give_the_same_sums_each_time() -> None:
 
 @pytest.mark.nightly
 @hypothesis_settings(max_examples=1000)
-@given(
-    regions() | products() | windows() | few_bit_products() | attentions(),
-    st.sampled_from(ROUNDINGS),
-    st.integers(0, 99),
-)
+@given(every_region(), st.sampled_from(ROUNDINGS), st.integers(0, 99))
 def test_many_random_regions_keep_the_contract(graph: Graph, rounding: Rounding, seed: int) -> None:
     check_random(graph, rounding, seed)
 
@@ -303,8 +303,12 @@ def test_shapes_that_do_not_fit_are_told() -> None:
     graph = form_graph("broadcast", torch.float32)
     tensors = dict(drawn(graph))
     tensors[graph.inputs[0]] = tensors[graph.inputs[0]][:, :, 1:]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
     with pytest.raises(FusionError, match="x has 36 indices where its kernel expects 37"):
-        triton_kernel(trace(graph.nodes, graph.outputs)).launch(tensors)  # type: ignore[arg-type]
+        kernel.launch(tensors)
+    tensors[graph.inputs[0]] = tensors[graph.inputs[0]][0]
+    with pytest.raises(FusionError, match="x has 2 axes where its kernel expects 3"):
+        kernel.launch(tensors)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
