@@ -99,7 +99,15 @@ def count(loops: Iterable[Loop], sizes: Mapping[Dim, int]) -> int:
 
 def check_counted(name: str, loops: Loops, sizes: Mapping[Dim, int]) -> None:
     """Raise FusionError where several loops have more indices together than kernels of tiles count."""
-    sides = (loops.rows, *(loops.parts or (loops.columns,)), loops.batch, loops.contracted, loops.source, loops.rank)
+    sides = (
+        loops.rows,
+        *(loops.parts or (loops.columns,)),
+        loops.batch,
+        loops.contracted,
+        loops.source,
+        loops.rank,
+        loops.value_rank,
+    )
     for side in sides:
         if len(side) > 1 and count(side, sizes) > MOST_INDICES:
             shape = " x ".join(str(loop.size(sizes)) for loop in side)
