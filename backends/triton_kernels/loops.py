@@ -99,7 +99,15 @@ def count(loops: Iterable[Loop], sizes: Mapping[Dim, int]) -> int:
 
 def check_counted(name: str, loops: Loops, sizes: Mapping[Dim, int]) -> None:
     """Raise FusionError where several loops have more indices together than kernels of tiles count."""
-    sides = (loops.rows, *(loops.parts or (loops.columns,)), loops.batch, loops.contracted, loops.source, loops.rank)
+    sides = (
+        loops.rows,
+        *(loops.parts or (loops.columns,)),
+        loops.batch,
+        loops.contracted,
+        loops.source,
+        loops.rank,
+        loops.value_rank,
+    )
     for side in sides:
         if len(side) > 1 and count(side, sizes) > MOST_INDICES:
             shape = " x ".join(str(loop.size(sizes)) for loop in side)
@@ -161,6 +169,9 @@ def sizes_of(region: Region, tensors: Iterable[Tensor], given: Mapping[Value, to
     found = {dim: int(dim.size) for dim in region.sized if is_static(dim.size)}
     bindings: dict[Any, int] = {}
     for tensor in read:
+        if given[tensor.value].dim() != len(tensor.layout):
+            axes = f"{given[tensor.value].dim()} axes where its kernel expects {len(tensor.layout)}"
+            raise FusionError(f"{tensor.name} has {axes}")
         solve_bindings(tensor.value.shape, given[tensor.value].shape, bindings)
         for axis, size in zip(tensor.layout, given[tensor.value].shape, strict=True):
             unknown = [dim for dim in axis if dim not in found]

@@ -303,8 +303,12 @@ def test_shapes_that_do_not_fit_are_told() -> None:
     graph = form_graph("broadcast", torch.float32)
     tensors = dict(drawn(graph))
     tensors[graph.inputs[0]] = tensors[graph.inputs[0]][:, :, 1:]
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
     with pytest.raises(FusionError, match="x has 36 indices where its kernel expects 37"):
-        triton_kernel(trace(graph.nodes, graph.outputs)).launch(tensors)  # type: ignore[arg-type]
+        kernel.launch(tensors)
+    tensors[graph.inputs[0]] = tensors[graph.inputs[0]][0]
+    with pytest.raises(FusionError, match="x has 2 axes where its kernel expects 3"):
+        kernel.launch(tensors)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
