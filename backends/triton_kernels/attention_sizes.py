@@ -85,7 +85,7 @@ def launch_of_attention(
         constants["BLOCK_S"] = deep if width <= 64 and not latents else 32
         rank, most = count(loops.rank, sizes), 64 if width <= 64 else 32
         if rank % 16 or latents % 16:  # what does not begin at a multiple of 16 is read one by one
-            most = 16 if latents and width > 64 else 32
+            most = 16 if latents else 32
         constants["BLOCK_R"] = min(most, max(16, power_above(rank)))
     if latents:
         constants["BLOCK_V"] = max(16, power_above(latents))
