@@ -209,7 +209,8 @@ class Kernel:
 
 
 def _start(source: Source, start: Launch, arguments: Sequence[Any]) -> None:
-    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current GPU, wherever its arguments lie
+    # Triton launches on the current GPU, wherever its arguments lie.
+    with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
         for name, grid in zip(source.kernels, start.grids, strict=True):
             source.function(name)[grid](*arguments, **start.constants, **start.options(source.rounding))
 
