@@ -30,9 +30,9 @@ class OnnxSpeller:
     """Writes one node into an ONNX graph: ``onnx.Relu(x)`` adds a node and gives its result, a tuple where it has more.
 
     Inputs are ONNX values, None for an absent one, or Python numbers, which become constants of ``dtype``: the type of
-    the node's result where that is a floating-point one, else of its first tensor. Attributes are plain Python values;
-    those that are None are left out. Names of what is added come from the node's. Raises EmitError for an operator or
-    an attribute that ``opset`` does not have.
+    the node's result where that is a floating-point one that ONNX computes in (of more than 8 bits), else of its first
+    tensor. Attributes are plain Python values; those that are None are left out. Names of what is added come from the
+    node's. Raises EmitError for an operator or an attribute that ``opset`` does not have.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class OnnxSpeller:
     def dtype(self) -> torch.dtype:
         """The type of numbers that stand beside the node's tensors."""
         result = self.node.outputs[0].dtype
-        if isinstance(result, torch.dtype) and result.is_floating_point:
+        if isinstance(result, torch.dtype) and result.is_floating_point and result.itemsize > 1:
             return result
         first = next((value.dtype for _, value in self.node.operands()), result)
         if not isinstance(first, torch.dtype):
