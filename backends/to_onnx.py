@@ -9,6 +9,7 @@ byte where nothing was touched at all. A graph that was captured from torch goes
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +25,7 @@ from regauge.backends.onnx_model.emit import patched_model
 from regauge.backends.onnx_model.kernels import add_functions, as_calls
 from regauge.backends.onnx_model.write import Check, copy_model, external_locations, write_model
 from regauge.ir.collection import without_collection
-from regauge.ir.errors import EmitError
+from regauge.ir.errors import EmitError, RegaugeWarning
 from regauge.ir.folding.limits import BYTES_BEFORE, BYTES_PROPERTY
 from regauge.ir.graph import Graph
 from regauge.ir.node_order import IN_ORDER
@@ -53,12 +54,14 @@ def to_onnx(
     once they are loaded. With ``verify`` the finished file is run in onnxruntime and compared with the graph, on
     ``inputs`` or on made-up ones; a ``check`` of one's own is called with its path, unless it is a copy of the source.
     With ``functions`` fused nodes are calls of local functions (:mod:`regauge.ir.onnx_kernels`), else their nodes.
-    The file appears whole or not at all. Raises EmitError when something cannot be expressed, written, or computes
+    Buffers that runs write stay as they are in a file, with a RegaugeWarning: a file has no memory. The file appears
+    whole or not at all. Raises EmitError when something cannot be expressed, written, or computes
     something else.
     """
     target = Path(path)
     if external_data is not None and not isinstance(external_data, bool | str):
         raise EmitError(f"external_data is {external_data!r}: give True, False, or the name of a file beside the model")
+    _warn_of_memory(graph)
     audit = audit_of(graph)
     checks: list[Check] = [Checker(graph, inputs), *([] if audit is None else [audit])] if verify else []
     checks += [] if check is None else [check]
@@ -102,6 +105,18 @@ def to_onnx(
         sparse_weights=sparse_weights,
     )
     return target
+
+
+def _warn_of_memory(graph: Graph) -> None:
+    lost = [state.name for state in graph.states if not state.returned]
+    if lost:
+        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        warnings.warn(
+            f"each run of the module writes {names}; an ONNX file keeps nothing between runs, so that each run begins "
+            "with what is stored now: return what it writes, and take it as an input, where the next run needs it",
+            RegaugeWarning,
+            stacklevel=4,
+        )
 
 
 def _imported(graph: Graph) -> Graph:

@@ -89,9 +89,7 @@ class Spectrum:
         if any(count and band not in kept for band, count in self.counts.items()):
             for band, total in self.sums.items():
                 if band not in kept:
-                    metric = total.clone()
-                    metric.diagonal().add_(share * float(total.diagonal().mean()))
-                    found[band] = Gram.of(metric)
+                    found[band] = Gram.of(_ridged(total, share))
         return dict(sorted(found.items()))
 
 
@@ -145,11 +143,21 @@ def _has_places(layer: Layer) -> bool:
 
 
 def metrics_in_bands(inputs: Spectrum, outputs: Spectrum, share: float) -> Bands:
-    """The metrics of each band; those of inputs get a ridge of a ``share`` of the mean square of a column."""
+    """The metrics of each band; both get a ridge, of a ``share`` of the mean square of a column.
+
+    Of few examples moments have no full rank, and rounded ones, or what is left of others, may have less than nothing
+    there: an error that could be lowered without end.
+    """
     given = outputs.sums
     found = [
-        (metric, given[band] / max(outputs.counts[band], 1.0))
+        (metric, _ridged(given[band] / max(outputs.counts[band], 1.0), share))
         for band, metric in inputs.grams(share).items()
         if band in given
     ]
     return found if len(found) > 1 else []
+
+
+def _ridged(metric: torch.Tensor, share: float) -> torch.Tensor:
+    found = metric.clone()
+    found.diagonal().add_(share * float(metric.diagonal().mean()))
+    return found

@@ -10,7 +10,7 @@ from torch import nn
 from onnx_models import pruned
 from regauge.backends.run_onnxruntime import Session
 from regauge.frontends.capture import capture
-from regauge.ir.errors import EmitError
+from regauge.ir.errors import EmitError, RegaugeWarning
 from regauge.ir.graph import Graph
 
 
@@ -147,3 +147,21 @@ def test_an_lstm_with_projected_states_is_refused_by_name(tmp_path: Path) -> Non
     network = nn.LSTM(6, 8, proj_size=4, batch_first=True).eval()
     with pytest.raises(EmitError, match="lstm.*projects its states"):
         capture(network, (torch.randn(2, 5, 6),)).to_onnx(tmp_path / "projected.onnx")
+
+
+class Counting(nn.Module):
+    total: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.total.add_(x.mean(0))
+        return x + self.total
+
+
+def test_a_file_that_forgets_what_runs_write_says_so(tmp_path: Path) -> None:
+    graph = capture(Counting().eval(), (torch.randn(2, 4),))
+    with pytest.warns(RegaugeWarning, match="each run of the module writes total; an ONNX file keeps nothing"):
+        graph.to_onnx(tmp_path / "counting.onnx")

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+import regauge
 from layer_kinds import drawn
 from regauge.passes.factorization.bands import EDGES, Spectrum
 
@@ -30,3 +32,18 @@ def test_bands_are_those_of_the_fourier_transform(places: tuple[int, ...], most:
         gram = spectrum.grams(0.0)[band]
         assert (gram.rows is not None) == (spectrum.counts[band] <= most and (few or band < len(EDGES)))
         torch.testing.assert_close(gram.matrix(), found, rtol=1e-6, atol=1e-5)
+
+
+def test_few_examples_do_not_let_errors_fall_below_nothing() -> None:
+    """Moments of gradients of eight examples have no full rank, and rounded ones less than nothing: links grew by turns
+    until they gave a thousand times what the layers did."""
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(128, 128, 3, padding=1) for _ in range(2)]
+    network = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), nn.Conv2d(128, 128, 1)).eval()
+    graph = regauge.capture(network, (torch.randn(2, 128, 2, 2),), dynamic={0: {0: "batch"}})
+    seen, fresh = torch.randn(8, 128, 2, 2).relu(), torch.randn(64, 128, 2, 2).relu()
+    small = regauge.optimize(graph, "factorize{form=tucker,params=0.8}", data=[seen])
+    assert small.report.passes[0].cuts
+    for images, most in ((seen, 1e-6), (fresh, 0.2)):
+        (wanted,), (found,) = graph.run(images), small.run(images)
+        assert float((found - wanted).square().mean()) < most * float(wanted.var())
