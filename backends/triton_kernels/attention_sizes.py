@@ -1,6 +1,7 @@
 """How large the tiles of attention are, and among how many programs its places are shared out.
 
-Tiles are found by compiling for sm_80 and sm_90 with all versions of Triton that are supported: none spills registers
+Tiles are found by compiling for sm_80 and sm_90 with all versions of Triton that are supported: none spills registers,
+but 8 bytes where places of codes of 4 bits in groups are shared out, with Triton 3.8 on sm_80
 (benchmarks/kernel_resources.py).
 """
 
