@@ -114,36 +114,31 @@ class _Product:
 
 def convolution(node: Node, read: Read) -> Expression:
     """A convolution: a product over channels and taps, of what windows read."""
-    x, kernel, geometry = _operands(node, read)
-    groups = node.attributes["groups"]
-    if groups == 1:
-        x, kernel = unified(x, kernel, lambda a, b: [(a[1], b[1])])
-    else:
-        x, kernel = _grouped(node, x, kernel, groups)
-        x, kernel = unified(x, kernel, lambda a, b: [(a[1], b[0]), (a[2], b[2])])
-    made, first = _Product(x, kernel, read.split), 2 if groups == 1 else 3
-    for place, (size, out, taps, stride, padding, dilation) in enumerate(geometry):
-        window = Window(stride, dilation, -padding, size, out, taps)
-        made.axis(first + place, first + place, window, spread=False)
-    axes = made.kernel.axes
-    return _biased(node, read, made.result(axes[0] if groups == 1 else (*axes[0], *axes[1])))
+    return _convolution(node, read, spread=False)
 
 
 def transposed_convolution(node: Node, read: Read) -> Expression:
     """A transposed convolution: products over channels, added up where windows of the result lie."""
+    return _convolution(node, read, spread=True)
+
+
+def _convolution(node: Node, read: Read, *, spread: bool) -> Expression:
+    """Either; a transposed one has its input channels before its output channels in the kernel, and wide results."""
     x, kernel, geometry = _operands(node, read)
     groups = node.attributes["groups"]
+    given, made_of = (0, 1) if spread else (1, 0)  # axes of the kernel, in each group
     if groups == 1:
-        x, kernel = unified(x, kernel, lambda a, b: [(a[1], b[0])])
+        x, kernel = unified(x, kernel, lambda a, b: [(a[1], b[given])])
     else:
         x, kernel = _grouped(node, x, kernel, groups)
-        x, kernel = unified(x, kernel, lambda a, b: [(a[1], b[0]), (a[2], b[1])])
+        x, kernel = unified(x, kernel, lambda a, b: [(a[1], b[0]), (a[2], b[1 + given])])
     made, first = _Product(x, kernel, read.split), 2 if groups == 1 else 3
     for place, (size, out, taps, stride, padding, dilation) in enumerate(geometry):
-        window = Window(stride, dilation, -padding, out, size, taps)
-        made.axis(first + place, first + place, window, spread=True)
+        wide, narrow = (out, size) if spread else (size, out)
+        window = Window(stride, dilation, -padding, wide, narrow, taps)
+        made.axis(first + place, first + place, window, spread=spread)
     axes = made.kernel.axes
-    return _biased(node, read, made.result(axes[1] if groups == 1 else (*axes[0], *axes[2])))
+    return _biased(node, read, made.result(axes[made_of] if groups == 1 else (*axes[0], *axes[1 + made_of])))
 
 
 def _operands(node: Node, read: Read) -> tuple[Expression, Expression, Sequence[tuple[Any, ...]]]:
