@@ -30,9 +30,9 @@ import torch
 from torch import nn
 
 import regauge
+from benchmarks.model_case import import_torchvision
 from benchmarks.onnx_exports import IMAGE, TOKENS, Network, Positional, export, timm_network
 from benchmarks.report import append_table, environment
-from benchmarks.zoo import import_torchvision
 from regauge.backends.run_onnxruntime import Session
 
 OPENINGS = 7  # of what is run
