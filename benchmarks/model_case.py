@@ -90,7 +90,7 @@ def import_torchvision() -> None:
 def float64_reference(model: nn.Module) -> nn.Module:
     """A copy of a float64 model that runs: torch has no grouped product in float64, so experts run one by one."""
     reference = copy.deepcopy(model)
-    config = getattr(reference, "config", None)
+    config: Any = getattr(reference, "config", None)
     if getattr(config, "_experts_implementation", None) is not None:
         config._experts_implementation = "eager"
     return reference
