@@ -39,7 +39,7 @@ from regauge.ir.fusion.splits import slice_splits
 from regauge.ir.graph import Graph, Value
 
 TITLE = "Kernels on a GPU"
-COMPILERS = {"compile": {}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
+COMPILERS: dict[str, dict[str, Any]] = {"compile": {}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
 HEADS = ["case", "kernels", "floor, us", "bound", "regauge", "x floor", "eager", *COMPILERS, "Liger"]
 RESERVE = 75  # seconds that must be left for a compiler to be tried
 
@@ -80,7 +80,7 @@ class Ours:
         read = [value for value in self.graph.inputs if value.uses]
         values = [value for value in (*read, *self.graph.outputs) if isinstance(value, Value)]
         moved = sum(torch.empty(value.shape, dtype=value.dtype, device="meta").nbytes for value in values)  # type: ignore
-        macs = figures(self.graph).macs
+        macs: float = figures(self.graph).macs
         if self.trained is not None:  # what is read and given has a gradient; a product has two, and attention one more
             moved, macs = 2 * moved, 3.5 * macs
         memory, products = moved / bandwidth, 2 * macs / flops
