@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -30,7 +31,7 @@ class GradientKernel(Kernel):
     gradient: AttentionGradient | None = None
     graph: Graph | None = None
 
-    @property
+    @cached_property
     def forms(self) -> tuple[Form, ...]:
         return ("statistics",)
 
