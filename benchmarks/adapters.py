@@ -79,7 +79,7 @@ class Task:
             if step == self.steps // 4:
                 early = self.loss(module)
             inputs, wanted = (part[batch] for part in self.training)
-            F.cross_entropy(module(inputs).flatten(0, 1), wanted.flatten()).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(module(inputs).flatten(0, 1), wanted.flatten()).backward()
             optimizer.step()
             optimizer.zero_grad()
         return module, early, self.loss(module)
