@@ -93,8 +93,8 @@ def _perceptrons(pairs: int) -> list[list[str]]:
                 shares = [right(graph) for graph in (graphs[front], graphs[back], own)]
                 found.setdefault((front, back, cut), []).append(shares)
     rows = []
-    for (front, back, cut), shares in found.items():
-        means = [f"{statistics.mean(own):.3f}" for own in zip(*shares, strict=True)]
+    for (front, back, cut), each in found.items():
+        means = [f"{statistics.mean(own):.3f}" for own in zip(*each, strict=True)]
         rows.append([f"perceptron {front}", f"perceptron {back}", f"hidden layer {cut + 1}", *means])
     return rows
 
