@@ -24,6 +24,7 @@ from regauge.ir.errors import FusionError
 from regauge.ir.fusion.attention_gradients import attention_gradient, bias_gradient, biases_of
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
+from regauge.ir.scalars import ROUNDED_8
 
 HERE = Path(__file__).parent
 INTERPRETED = [HERE / "interpreted_kernels.py", HERE / "interpreted_limits.py"]
@@ -296,3 +297,15 @@ def test_text_of_many_nodes_that_read_twice_takes_no_longer_for_their_paths() ->
         x = build.silu(x)
     graph.outputs = [x]
     assert kernel_of(graph).source().text.count("sigmoid(") == 40
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", ROUNDED_8, ids=str)
+def test_floats_of_8_bits_compile_where_a_gpu_has_none(dtype: torch.dtype) -> None:
+    graph = Graph("floats")
+    build = Builder(graph)
+    x = build.cast(build.input("x", (64, 512), dtype), dtype=torch.float32)
+    graph.outputs = [build.quantize(build.silu(x), build.parameter("s", torch.tensor(0.5)), dtype=dtype)]
+    kernel = kernel_of(graph)
+    sizes = {dim: int(dim.size) for dim in kernel.region.sized}
+    assert compile_kernel(kernel.source(), sizes, "sm_80").spilled == 0
