@@ -31,6 +31,7 @@ import regauge
 from benchmarks.gpu_cases import CASES, Case, Function, inputs, small, sparse_graph, with_gradients
 from benchmarks.report import append_table, section
 from regauge.backends.gpu_timing import Spread, rotating, times
+from regauge.backends.triton_kernels.footprint import footprint
 from regauge.backends.triton_kernels.kernel import Kernel, triton_kernel
 from regauge.ir.cost import figures
 from regauge.ir.fusion.plan import moves_nothing, plan_fusion
@@ -55,7 +56,7 @@ class Ours:
         )
         slice_splits(self.graph)
         self.trained = with_gradients(self.graph.to_torch(kernels="triton")) if case.trains else None
-        self.plan = plan_fusion(self.graph)
+        self.plan = plan_fusion(self.graph, footprints=footprint)
         self.kernels: dict[Region, Kernel] = {
             step: triton_kernel(step, f"kernel_{place}")
             for place, step in enumerate(self.plan.steps)

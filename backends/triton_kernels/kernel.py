@@ -121,6 +121,7 @@ class Kernel:
     rounding: Rounding
     tuned: Table | None = None
     _sources: dict[tuple[Form, bool], Source] = field(default_factory=dict, init=False)
+    _outlines: dict[Form, Source] = field(default_factory=dict, init=False)
     _prepared: dict[Key, Prepared] = field(default_factory=dict, init=False)
 
     def source(self, form: Form | None = None, *, contiguous: bool = True) -> Source:
@@ -141,7 +142,7 @@ class Kernel:
     def form_for(self, sizes: Mapping[Dim, int], *, single: bool = False) -> Form:
         """The form for these sizes: rows that a program cannot hold are reduced in a loop, and tiles that are too few
         to keep a device busy are shared out, which takes two kernels, and is not done for a ``single`` one."""
-        form, source = self.forms[0], self.source()
+        form, source = self.forms[0], self.outline(self.forms[0])
         if form == "rows" and count(source.loops.columns, sizes) > PERSISTENT:
             return "looped"
         if single or form not in ("contraction", "attention"):
@@ -149,7 +150,13 @@ class Kernel:
         parts = parts_of(source.loops, source.tiling, sizes) if source.tiling else splits_of(source.loops, sizes)
         return "split" if parts > 1 else form
 
-    def _write(self, form: Form, contiguous: bool) -> Source:
+    def outline(self, form: Form) -> Source:
+        """What a form reads, writes and goes through, without the text."""
+        if form not in self._outlines:
+            self._outlines[form] = self._write(form, contiguous=True, text=False)
+        return self._outlines[form]
+
+    def _write(self, form: Form, contiguous: bool, *, text: bool = True) -> Source:
         region, name, rounding = self.region, self.name, self.rounding
         writer: RowKernel | ContractionKernel | AttentionKernel
         tiling, scratch, then = None, tuple[str, ...](), None
@@ -157,7 +164,7 @@ class Kernel:
         if form == "attention" or form == "combine" or form == "split" and self.region.attention is not None:
             writer = AttentionKernel(region, name, form, contiguous=contiguous)
             name, scratch = writer.name_of_kernel, writer.scratch
-            then = self._write("combine", contiguous) if form == "split" else None
+            then = self._write("combine", contiguous, text=text) if form == "split" else None
         elif form == "contraction" or form == "split":
             kind = ContractionKernel if form == "contraction" else SplitKernel
             writer = kind(region, name, rounding, contiguous=contiguous)
@@ -166,7 +173,8 @@ class Kernel:
             writer = RowKernel(region, name, cast(RowForm, form), rounding, contiguous=contiguous)
             totals = tuple(writer.totals)
         reads, writes = tuple(writer.reads), tuple(writer.writes)
-        return Source(writer.source(), name, form, rounding, reads, writes, writer.loops, tiling, scratch, then, totals)
+        made = writer.source() if text else ""
+        return Source(made, name, form, rounding, reads, writes, writer.loops, tiling, scratch, then, totals)
 
     def scratch(self, source: Source, sizes: Mapping[Dim, int], start: Launch, architecture: str) -> list[int]:
         """How many numbers the kernels of a source hand on, in each piece of memory."""
