@@ -51,6 +51,7 @@ TITLE = "What generated kernels take of a GPU"
 GRADIENTS = (
     "swiglu", "masked_softmax", "layer_norm", "add_rms_norm", "cross_entropy", "smooth_cross_entropy",
     "causal_attention", "masked_attention", "capped_attention", "position_bias_attention", "sloped_attention",
+    "large_heads_attention",
 )  # fmt: skip
 """Forms whose gradients have kernels of several kinds: pointwise, rows, sums over rows, and attention."""
 
@@ -77,7 +78,7 @@ def cases(names: Sequence[str]) -> Iterator[Case]:
         more = [MORE[name]] if name in MORE else []
         for rows, columns in dict.fromkeys([(ROWS, COLUMNS), (ROWS, PERSISTENT), (FEW_ROWS, COLUMNS), *more]):
             graph = form_graph(name, torch.bfloat16, rows, columns)
-            region = trace(graph.nodes, graph.outputs)  # type: ignore[arg-type]
+            region = trace(graph.nodes, graph.outputs)
             if (columns > COLUMNS) > (region.kind == "row reduction") or (rows < ROWS) > (region.kind == "contraction"):
                 continue
             kernel = triton_kernel(region, name)
@@ -96,7 +97,7 @@ def gradient_cases(names: Sequence[str]) -> Iterator[Case]:
     sizes_of = {name: [(ROWS, COLUMNS), *([MORE[name]] if name in MORE else [])] for name in names}
     for name, (rows, columns) in ((name, one) for name, each in sizes_of.items() for one in each):
         graph = form_graph(name, torch.bfloat16, rows, columns)
-        node = fuse(Builder(graph), trace(graph.nodes, graph.outputs), "fused")  # type: ignore[arg-type]
+        node = fuse(Builder(graph), trace(graph.nodes, graph.outputs), "fused")
         body = canonical(body_of(node))
         for _, operator in kernel_operator(body, "fused", to_torch(body)).backward:
             kernel = operator.kernel

@@ -412,7 +412,7 @@ def _check_all_read(call: OnnxCall) -> None:
         if name not in _WITHOUT_EFFECT and value != _schema_default(call, name):
             raise OperatorError(f"its attribute {name}={value!r} is not supported")
     for index in call.unread_inputs:
-        raise OperatorError(f"its input {index} ({call.node.inputs[index].name}) is not supported")
+        raise OperatorError(f"its input {index} ({call.operand(index).name}) is not supported")
 
 
 _WITHOUT_EFFECT = ("seed", "consumed_inputs")  # what is drawn is the runtime's; before opset 6, buffers to reuse

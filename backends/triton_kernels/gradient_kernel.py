@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from regauge.backends.triton_kernels.attention_gradient import (
     BIAS_FORMS,
     GRADIENT_FORMS,
+    WIDE_FORMS,
     AttentionGradientKernel,
 )
 from regauge.backends.triton_kernels.attention_sizes import launch_of_bias
@@ -30,19 +32,19 @@ class GradientKernel(Kernel):
     gradient: AttentionGradient | None = None
     graph: Graph | None = None
 
-    @property
+    @cached_property
     def forms(self) -> tuple[Form, ...]:
         return ("statistics",)
 
     def form_for(self, sizes: Mapping[Dim, int], *, single: bool = False) -> Form:
         return "statistics"
 
-    def _write(self, form: Form, contiguous: bool) -> Source:
+    def _write(self, form: Form, contiguous: bool, *, text: bool = True) -> Source:
         then: Source | None = None
         for writer in reversed(self._writers(contiguous)):
-            text, reads, writes = writer.source(), tuple(writer.reads), tuple(writer.writes)
+            made, reads, writes = writer.source() if text else "", tuple(writer.reads), tuple(writer.writes)
             then = Source(
-                text,
+                made,
                 writer.name_of_kernel,
                 writer.form,
                 self.rounding,
@@ -59,7 +61,8 @@ class GradientKernel(Kernel):
         gradient, name = self.gradient, self.name
         assert gradient is not None
         if gradient.bias is None:
-            return [AttentionGradientKernel(gradient, name, form, contiguous=contiguous) for form in GRADIENT_FORMS]
+            forms = WIDE_FORMS if gradient.parts.wide_head or gradient.parts.wide_columns else GRADIENT_FORMS
+            return [AttentionGradientKernel(gradient, name, form, contiguous=contiguous) for form in forms]
         return [BiasGradientKernel(gradient, name, form, contiguous=contiguous) for form in BIAS_FORMS]
 
     def scratch(self, source: Source, sizes: Mapping[Dim, int], start: Launch, architecture: str) -> list[int]:
