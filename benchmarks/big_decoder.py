@@ -113,7 +113,7 @@ def fill_matrix(matrix: torch.Tensor, generator: torch.Generator) -> None:
         part.copy_(made.addmm_(torch.randn(len(part), rank, generator=generator), right))
 
 
-def mapped(model: nn.Module, path: Path, *, fill: bool) -> nn.Module:
+def mapped(model: Decoder, path: Path, *, fill: bool) -> Decoder:
     """The model, built on the meta device, with its parameters in a mapped file; random where it is to be filled."""
     count = sum(parameter.numel() for parameter in model.parameters())
     flat = torch.from_file(str(path), shared=True, size=count, dtype=torch.bfloat16)

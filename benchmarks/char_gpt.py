@@ -85,7 +85,11 @@ def _vocabulary() -> str:
     return vocabulary
 
 
-def _text() -> torch.Tensor:
+def as_numbers(text: str) -> torch.Tensor:
+    """The characters of a text that the model knows, in order, as it numbers them."""
     index = {character: number for number, character in enumerate(_vocabulary())}
-    text = (CORPUS / "data" / "tinyshakespeare.txt").read_text(encoding="utf-8")
-    return torch.tensor([index[character] for character in text])
+    return torch.tensor([index[character] for character in text if character in index])
+
+
+def _text() -> torch.Tensor:
+    return as_numbers((CORPUS / "data" / "tinyshakespeare.txt").read_text(encoding="utf-8"))

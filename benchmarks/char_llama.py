@@ -31,7 +31,7 @@ class Attention(nn.Module):
         size = WIDTH // HEADS
         self.q, self.o = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
         self.k, self.v = (nn.Linear(WIDTH, GROUPS * size, bias=False) for _ in range(2))
-        self.register_buffer("speeds", 10000.0 ** -torch.arange(0, 1, 2 / size))
+        self.speeds = nn.Buffer(10000.0 ** -torch.arange(0, 1, 2 / size))
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
         angles = torch.arange(x.shape[-2]).float()[:, None] * self.speeds

@@ -31,8 +31,9 @@ from torch import nn
 from benchmarks import wide_models
 from benchmarks.isolated import Unfinished, isolated
 from benchmarks.mask_oracle import masked_error, relative_error
+from benchmarks.model_case import Case, float64_reference, redraw
 from benchmarks.report import append_table, environment
-from benchmarks.zoo import Case, build, float64_reference, names, redraw
+from benchmarks.zoo import build, names
 
 EXACT = 1e-6
 RATIO = 0.5

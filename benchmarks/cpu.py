@@ -30,9 +30,9 @@ import torch
 from torch import nn
 
 import regauge
+from benchmarks.model_case import import_torchvision
 from benchmarks.onnx_exports import IMAGE, TOKENS, Network, Positional, export, timm_network
 from benchmarks.report import append_table, environment
-from benchmarks.zoo import import_torchvision
 from regauge.backends.run_onnxruntime import Session
 
 OPENINGS = 7  # of what is run
@@ -169,7 +169,7 @@ def module_rows(networks: list[Network]) -> Iterator[list[str]]:
         model, inputs = network.make()
         torch._dynamo.reset()
         runs = module_runs(model.eval(), inputs)
-        times = in_turns(lambda _, runs=runs: runs)
+        times = in_turns(partial(lambda found, _: found, runs))
         ratios = [faster(times, name, "eager") for name in times if name != "eager"]
         yield [network.name, f"{statistics.median(times['eager']):.3g}", *ratios, faster(times, "onednn", "inductor")]
 

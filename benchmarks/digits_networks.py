@@ -103,7 +103,7 @@ def _train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, steps: 
     for _ in range(steps):
         batch = torch.randint(len(images), (BATCH,))
         shifts = torch.randint(-SHIFT, SHIFT + 1, (2,)).tolist()
-        F.cross_entropy(model(images[batch].roll(shifts, (2, 3))), labels[batch]).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(images[batch].roll(shifts, (2, 3))), labels[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.utils import _pytree as pytree
 
-from benchmarks.zoo import build, names, redraw
+from benchmarks.model_case import redraw
+from benchmarks.zoo import build, names
 from regauge.backends.to_torch import to_torch
 from regauge.backends.torch_module.runtime import source_of
 from regauge.frontends.capture import capture

@@ -23,7 +23,8 @@ from torch.utils import _pytree
 import regauge
 from benchmarks.isolated import Unfinished, isolated
 from benchmarks.mask_oracle import relative_error
-from benchmarks.zoo import build, names, redraw
+from benchmarks.model_case import redraw
+from benchmarks.zoo import build, names
 from regauge.ir.edit import remove_dead
 from regauge.ir.graph import Graph
 from regauge.ir.running.interpret import run

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import regauge
+from benchmarks.model_case import redraw
 from benchmarks.report import append_table
-from benchmarks.zoo import build, redraw
+from benchmarks.zoo import build
 
 NETWORKS = ["timm:resnet18:32", "timm:resnet50:64", "timm:vit_base_patch16_224:224"]
 TITLE = "Time of factorize on networks of full width"

@@ -31,6 +31,7 @@ import regauge
 from benchmarks.gpu_cases import CASES, Case, Function, inputs, small, sparse_graph, with_gradients
 from benchmarks.report import append_table, section
 from regauge.backends.gpu_timing import Spread, rotating, times
+from regauge.backends.triton_kernels.footprint import footprint
 from regauge.backends.triton_kernels.kernel import Kernel, triton_kernel
 from regauge.ir.cost import figures
 from regauge.ir.fusion.plan import moves_nothing, plan_fusion
@@ -39,7 +40,7 @@ from regauge.ir.fusion.splits import slice_splits
 from regauge.ir.graph import Graph, Value
 
 TITLE = "Kernels on a GPU"
-COMPILERS = {"compile": {}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
+COMPILERS: dict[str, dict[str, Any]] = {"compile": {}, "max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
 HEADS = ["case", "kernels", "floor, us", "bound", "regauge", "x floor", "eager", *COMPILERS, "Liger"]
 RESERVE = 75  # seconds that must be left for a compiler to be tried
 
@@ -55,7 +56,7 @@ class Ours:
         )
         slice_splits(self.graph)
         self.trained = with_gradients(self.graph.to_torch(kernels="triton")) if case.trains else None
-        self.plan = plan_fusion(self.graph)
+        self.plan = plan_fusion(self.graph, footprints=footprint)
         self.kernels: dict[Region, Kernel] = {
             step: triton_kernel(step, f"kernel_{place}")
             for place, step in enumerate(self.plan.steps)
@@ -80,7 +81,7 @@ class Ours:
         read = [value for value in self.graph.inputs if value.uses]
         values = [value for value in (*read, *self.graph.outputs) if isinstance(value, Value)]
         moved = sum(torch.empty(value.shape, dtype=value.dtype, device="meta").nbytes for value in values)  # type: ignore
-        macs = figures(self.graph).macs
+        macs: float = figures(self.graph).macs
         if self.trained is not None:  # what is read and given has a gradient; a product has two, and attention one more
             moved, macs = 2 * moved, 3.5 * macs
         memory, products = moved / bandwidth, 2 * macs / flops

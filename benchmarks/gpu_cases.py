@@ -97,8 +97,8 @@ def inputs(
 def sparse_graph(tensors: Sequence[torch.Tensor], pattern: tuple[int, int]) -> Graph:
     """The linear map of a weight with a pattern of zeros, as kernels read it."""
     build = Builder(Graph("sparse"))
-    x, _, *parts = (build.input(name, t.shape, t.dtype) for name, t in zip("xwvm", tensors, strict=True))
-    build.graph.outputs = [build.linear(x, dense_of(build, *parts, *pattern))]
+    x, _, values, mask = (build.input(name, t.shape, t.dtype) for name, t in zip("xwvm", tensors, strict=True))
+    build.graph.outputs = [build.linear(x, dense_of(build, values, mask, *pattern))]
     return build.graph
 
 

@@ -73,7 +73,7 @@ def main() -> None:
     made = list(entries(given.only))
     kept = [entry for entry in shipped().entries if given.only not in (None, entry.case.form)]
     if given.write:
-        order = {form: place for place, form in enumerate(SIZES)}
+        order: dict[str, int] = {form: place for place, form in enumerate(SIZES)}
         whole = sorted([*kept, *made], key=lambda entry: (entry.architecture, order[entry.case.form]))
         Table(whole).write(SHIPPED, NOTE)
 

@@ -84,7 +84,7 @@ def cases(names: Sequence[str]) -> Iterator[Case]:
         more = [MORE[name]] if name in MORE else []
         for rows, columns in dict.fromkeys([(ROWS, COLUMNS), (ROWS, PERSISTENT), (FEW_ROWS, COLUMNS), *more]):
             graph = form_graph(name, torch.bfloat16, rows, columns)
-            region = trace(graph.nodes, graph.outputs)  # type: ignore[arg-type]
+            region = trace(graph.nodes, graph.outputs)
             if (columns > COLUMNS) > (region.kind == "row reduction") or (rows < ROWS) > (region.kind == "contraction"):
                 continue
             kernel = triton_kernel(region, name)
@@ -103,7 +103,7 @@ def gradient_cases(names: Sequence[str]) -> Iterator[Case]:
     sizes_of = {name: [(ROWS, COLUMNS), *([MORE[name]] if name in MORE else [])] for name in names}
     for name, (rows, columns) in ((name, one) for name, each in sizes_of.items() for one in each):
         graph = form_graph(name, torch.bfloat16, rows, columns)
-        node = fuse(Builder(graph), trace(graph.nodes, graph.outputs), "fused")  # type: ignore[arg-type]
+        node = fuse(Builder(graph), trace(graph.nodes, graph.outputs), "fused")
         body = canonical(body_of(node))
         for _, operator in kernel_operator(body, "fused", to_torch(body)).backward:
             kernel = operator.kernel

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import regauge
+from benchmarks.model_case import redraw
 from benchmarks.report import append_table
-from benchmarks.zoo import build, redraw
+from benchmarks.zoo import build
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.graph import Graph
 from regauge.ir.verify import verify

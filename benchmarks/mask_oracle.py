@@ -57,7 +57,7 @@ def _present(x: Tensor, axes: Iterable[int]) -> Tensor:
     remembered = getattr(x, "remembered", None)
     keep = {axis % x.dim() for axis in axes}
     if remembered is not None and [a for a in range(x.dim()) if remembered.shape[a] > 1] == sorted(keep):
-        return remembered  # type: ignore[no-any-return]
+        return remembered
     others = [axis for axis in range(x.dim()) if axis not in keep]
     found = x != 0
     return (found.any(dim=others, keepdim=True) if others else found).to(x.dtype)
@@ -173,8 +173,8 @@ def _shifted(x: Tensor, y: Any, **_: Any) -> Tensor | None:
     present = mean if mean is not None else maximum
     if present is None:
         return None
-    result = (x - y) * present if mean is not None else x - y
-    result.remembered = present  # type: ignore[attr-defined]
+    result: Any = (x - y) * present if mean is not None else x - y
+    result.remembered = present
     return result
 
 
@@ -197,18 +197,20 @@ def _std(*args: Any, **kwargs: Any) -> Any:
     return None if variance is None else variance.sqrt()
 
 
-def _var_mean(x: Tensor, dim: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any) -> Any:
-    variance = _var(x, dim, *args, keepdim=keepdim, **kwargs)
+def _var_mean(
+    x: Tensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *, correction: Any = None
+) -> Any:
+    variance = _var(x, dim, unbiased, keepdim, correction=correction)
     return None if variance is None else (variance, _mean(x, dim, keepdim))
 
 
-def _amax(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | None:
+def _amax(x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
     axes = _axes(x, dim)
     present = _present(x, axes)
     if not present.any() or not x.is_floating_point():
         return None
-    y = x.masked_fill(present == 0, -math.inf).amax(dim=axes, keepdim=keepdim)
-    y.maximum_over = present  # type: ignore[attr-defined]
+    y: Any = x.masked_fill(present == 0, -math.inf).amax(dim=axes, keepdim=keepdim)
+    y.maximum_over = present
     return y
 
 
@@ -216,6 +218,7 @@ def _max(x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
     present = _present(x, [dim]) if isinstance(dim, int) else None
     if present is None or not present.any() or not x.is_floating_point():
         return None
+    values: Any
     values, indices = x.masked_fill(present == 0, -math.inf).max(dim, keepdim)
     values.maximum_over = present
     return torch.return_types.max((values, indices))

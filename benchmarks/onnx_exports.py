@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.zoo import SHARED, import_torchvision, redraw
+from benchmarks.model_case import SHARED, import_torchvision, redraw
 from benchmarks.zoo import build as build_case
 
 FLAVOURS = ("dynamo", "raw", "dynamic", "torchscript")

@@ -33,9 +33,9 @@ import torch
 from torch import nn
 
 import regauge
+from benchmarks.model_case import redraw
 from benchmarks.report import append_table, environment
 from benchmarks.zoo import build as build_case
-from benchmarks.zoo import redraw
 
 MODELS = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "bert", "gpt2", "llama", "lstm")
 EXPORTS = ("dynamo", "raw", "torchscript")

@@ -34,8 +34,9 @@ import torch
 
 from benchmarks.isolated import Unfinished, isolated
 from benchmarks.mask_oracle import masked_error, relative_error
+from benchmarks.model_case import Case, float64_reference, redraw
 from benchmarks.report import append_table, environment
-from benchmarks.zoo import Case, build, float64_reference, names, redraw
+from benchmarks.zoo import build, names
 
 EXACT = 1e-6
 CLOSE = 0.01
@@ -199,7 +200,11 @@ def _unmet(before: Any, after: Any, text: str) -> str:
     if not text.startswith("prune"):
         return ""
     old, new = figures(before), figures(after)
-    shares = {"params": (new.parameters, old.parameters), "macs": (new.macs, old.macs), "bytes": (new.bytes, old.bytes)}
+    shares: dict[str, tuple[float, float]] = {
+        "params": (new.parameters, old.parameters),
+        "macs": (new.macs, old.macs),
+        "bytes": (new.bytes, old.bytes),
+    }
     asked = {name: float(share) for name, share in re.findall(r"(params|macs|bytes|peak)=([0-9.]+)", text)}
     if "peak" in asked:
         shares["peak"] = (PeakMemory(cost(after)).total, PeakMemory(cost(before)).total)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,20 @@ def makers(path: Path, chosen: Sequence[Batch], folder: Path, *, transformer: bo
     """What makes each contender, by name; the float file comes first."""
     found: dict[str, Maker] = {FLOAT: lambda: of_file(path)}
     for scheme in SCHEMES:
-        found[f"regauge, {scheme}"] = lambda scheme=scheme: of_regauge(path, chosen, folder, scheme)
+        found[f"regauge, {scheme}"] = partial(of_regauge, path, chosen, folder, scheme)
     found["onnxruntime, static"] = lambda: _made(folder, lambda target: onnxruntime_static(path, target, chosen))
     found["onnxruntime, dynamic"] = lambda: _made(folder, lambda target: onnxruntime_dynamic(path, target))
     if find_spec("nncf"):
         for kind in ("", "TRANSFORMER") if transformer else ("",):
             tool = f"NNCF, {kind.lower() or 'default'}"
-            found[tool] = lambda kind=kind: _made(folder, lambda target: nncf_static(path, target, chosen, kind))
+            found[tool] = partial(_made, folder, partial(nncf_static, path, batches=chosen, model_type=kind))
         found["NNCF, weights"] = lambda: _made(folder, lambda target: nncf_weights(path, target))
     if find_spec("torchao"):
         for name in ("Int8DynamicActivationInt8Weight", "Int8WeightOnly"):
-            found[f"torchao, {name}"] = lambda name=name: torchao_layers(path, name)
+            found[f"torchao, {name}"] = partial(torchao_layers, path, name)
         for dynamic in (False, True):
             tool = f"torchao, exported, {'dynamic' if dynamic else 'static'}, Inductor"
-            found[tool] = lambda dynamic=dynamic: torchao_exported(path, chosen, dynamic=dynamic)
+            found[tool] = partial(torchao_exported, path, chosen, dynamic=dynamic)
     return found
 
 
@@ -171,7 +172,7 @@ def onnxruntime_dynamic(source: Path, target: Path) -> None:
 
 
 def nncf_static(source: Path, target: Path, batches: Sequence[Batch], model_type: str) -> None:
-    import nncf  # type: ignore[import-not-found]
+    import nncf
     import onnx
 
     kind = getattr(nncf.ModelType, model_type) if model_type else None
@@ -188,7 +189,7 @@ def nncf_weights(source: Path, target: Path) -> None:
 
 def torchao_layers(path: Path, name: str) -> Contender:
     """Linear layers by one of torchao's configurations, in eager mode."""
-    import torchao.quantization as torchao  # type: ignore[import-not-found]
+    import torchao.quantization as torchao
 
     graph = regauge.load(path)
     model = graph.to_torch().eval()
@@ -202,8 +203,8 @@ def torchao_layers(path: Path, name: str) -> Contender:
 def torchao_exported(path: Path, chosen: Sequence[Batch], *, dynamic: bool) -> Contender:
     """The exported module, annotated for x86, calibrated, and compiled by Inductor with its weights frozen."""
     import torch._inductor.config as inductor
-    from torchao.quantization.pt2e import quantize_pt2e  # type: ignore[import-not-found]
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86  # type: ignore[import-not-found]
+    from torchao.quantization.pt2e import quantize_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     graph = regauge.load(path)
     names = _names(graph)

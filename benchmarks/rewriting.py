@@ -172,7 +172,7 @@ REMAT_NOTE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", help="derive, remat; both where none is named")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()

@@ -52,7 +52,8 @@ def main() -> None:
     for name, step in STEPS.items():
         if options.only and not any(text in name for text in options.only):
             continue
-        judged, after = [], before
+        judged: list[str] = []
+        after = before
         for more in ("",) if "codebook" in step else ("", ",align=false"):
             for data in (None, batches):
                 found = regauge.optimize(graph, f"{step}{more}}}", data=data)

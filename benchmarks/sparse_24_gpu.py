@@ -36,9 +36,10 @@ HEADS = ["width", "rows", "type", "backend", "error", "dense ms", "sparse ms", "
 def sparse_stack(width: int, layers: int) -> nn.Sequential:
     """Linear layers without biases, 2:4 by the pass; scaled so that the result stays near one."""
     torch.manual_seed(0)
-    stack = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    linears = [nn.Linear(width, width, bias=False) for _ in range(layers)]
+    stack = nn.Sequential(*linears)
     with torch.no_grad():
-        for layer in stack:
+        for layer in linears:
             layer.weight.normal_(std=(2 / width) ** 0.5)
     graph = regauge.capture(stack.eval(), (torch.randn(8, width),), dynamic={0: {0: "rows"}})
     module = regauge.optimize(graph, "sparsify{pattern=2:4}").to_torch()
@@ -87,7 +88,7 @@ def choose_backend(name: str) -> None:
 @torch.inference_mode()
 def measure(stack: nn.Sequential, rows: int, kind: str) -> list[list[str]]:
     """One line for each backend; what a backend does not take is told and left out."""
-    dtype, width = TYPES[kind], stack[0].in_features
+    dtype, width = TYPES[kind], stack.get_parameter("0.weight").shape[1]
     dense = copy.deepcopy(stack).to("cuda", dtype)
     x = torch.randn(rows, width, device="cuda", dtype=dtype)
     wanted, dense_time = dense(x), milliseconds(lambda: dense(x))

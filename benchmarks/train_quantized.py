@@ -140,7 +140,7 @@ def sparse_first(network: Network, scheme: str) -> tuple[float, float]:
     model = copy.deepcopy(network.model)
     sparsifier = training.NMSparsity(model, network.graph)
     half.train(model, lambda step: sparsifier.step(), DISTILLED)
-    options = {} if scheme.endswith("a8") else {"symmetric": True}
+    options: dict[str, Any] = {} if scheme.endswith("a8") else {"symmetric": True}
     sparse = sparsifier.finish()
     qat = training.Qat(sparse, scheme, data=network.data, target="reference", keep_zeros=True, **options)
     before = network.judge(qat.finish().to_torch())

@@ -16,6 +16,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +141,13 @@ class Run:
         }
         if self.share == 0.5:
             for recipe in ("sr-ste", "linear", "structure"):
-                sparse[f"zeros: 2:4, {recipe}"] = lambda m, g, recipe=recipe: training.NMSparsity(
-                    m, g, recipe=recipe, steps=early
-                )
+                sparse[f"zeros: 2:4, {recipe}"] = partial(training.NMSparsity, recipe=recipe, steps=early)
         return {
             "dense, trained on": self.dense_on,
             "pruned at once": lambda: self.pruned(False, False),
             "pruned at once, fine-tuned": lambda: self.pruned(True, False),
             "pruned at once, distilled": lambda: self.pruned(True, True),
-            **{name: lambda make=make: self.sparsified(make) for name, make in sparse.items()},
+            **{name: partial(self.sparsified, make) for name, make in sparse.items()},
             "elastic, trained nested": self.nested,
         }
 
@@ -187,7 +186,7 @@ class Run:
         for _ in range(self.steps):
             batch = torch.randint(len(self.digits.images), (BATCH,), generator=generator)
             labels = self.digits.labels[batch]
-            net.sandwich((self.digits.images[batch],), lambda out, y=labels: F.cross_entropy(out, y)).backward()
+            net.sandwich((self.digits.images[batch],), partial(F.cross_entropy, target=labels)).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import wide_transformers
-from benchmarks.zoo import Case, import_torchvision
+from benchmarks.model_case import Case, import_torchvision
 
 _TIMM = {
     64: """regnetz_b16 resnest14d skresnet18 eca_resnext26ts ecaresnet26t cspresnet50 darknet17

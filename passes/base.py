@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from regauge.ir.errors import PassError
+from regauge.ir.fusion.footprint import Footprints
 from regauge.ir.graph import Graph
 from regauge.ir.running.given_inputs import fitted
 from regauge.ir.running.interpret import Interpreter, inputs_of
@@ -73,6 +74,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)  # why things were left alone: reason -> how many
     measure: Measure | None = None  # times graphs in a runtime; None where nothing can
+    footprints: Footprints | None = None  # says what kernels take of a GPU; None where nothing does
     original: Graph | None = None  # what the pipeline began with
     made_up: bool = False  # whether a pass made the data itself, so that its size says nothing of what runs will get
 

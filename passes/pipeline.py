@@ -14,6 +14,7 @@ import torch
 from regauge.ir.cost import Figures, figures
 from regauge.ir.edit import dead_nodes, record, remove_dead
 from regauge.ir.errors import EquivalenceError, PassError, RegaugeError, RegaugeWarning
+from regauge.ir.fusion.footprint import Footprints
 from regauge.ir.fusion.fused import fused_nodes
 from regauge.ir.graph import Graph
 from regauge.ir.running.interpret import device_of, run_seeded
@@ -41,26 +42,26 @@ def run_passes(
     *,
     after: AfterPass | None = None,
     measure: Measure | None = None,
+    footprints: Footprints | None = None,
 ) -> Graph:
     """The graph after all passes, with its ``report``; the given graph is not changed.
 
-    ``after(index, graph)`` is called with the result of each pass; ``measure`` times graphs for passes that ask for it.
-    A graph on a GPU is brought to the CPU for it, and the result back. Raises PassError where a pass lacks what it
-    needs or breaks its contract, naming the pass.
+    ``after(index, graph)`` is called with the result of each pass; ``measure`` times graphs for passes that ask for it,
+    and ``footprints`` says what kernels take of a GPU. A graph on a GPU is brought to the CPU for it, and the result
+    back. Raises PassError where a pass lacks what it needs or breaks its contract, naming the pass.
     """
     if not isinstance(graph, Graph):
         raise PassError(f"passes run on a Graph, not a {type(graph).__name__}: make one by regauge.capture or load")
     if isinstance(data, Iterator):
         data = Replayed(data)
     if device_of(graph).type not in ("cpu", "meta"):
-        return _run_from(device_of(graph), graph, passes, data, after, measure)
+        return _run_from(device_of(graph), graph, passes, data, after, measure, footprints)
     result, entries, originals = graph, [], on_floats.Originals()
     known = figures(graph)
     for index, one in enumerate(passes):
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode: passes compute gradients
-            result, entry = _run_pass(
-                result, one, Context(data=data, measure=measure, original=graph), known, originals
-            )
+            context = Context(data=data, measure=measure, footprints=footprints, original=graph)
+            result, entry = _run_pass(result, one, context, known, originals)
         known = entry.after
         entries.append(entry)
         if after is not None:
@@ -78,6 +79,7 @@ def _run_from(
     data: Any,
     after: AfterPass | None,
     measure: Measure | None,
+    footprints: Footprints | None,
 ) -> Graph:
     """:func:`run_passes` for a graph on another device than the CPU; passes compute with arrays that are there."""
     here, origin = on_device(graph, torch.device("cpu"))
@@ -91,6 +93,7 @@ def _run_from(
         data,
         after=None if after is None else lambda index, found: after(index, back(found)),
         measure=None if measure is None else lambda graphs, inputs: measure([back(g) for g in graphs], inputs),
+        footprints=footprints,
     )
     found = back(result)
     found.report = result.report

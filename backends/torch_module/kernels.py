@@ -23,7 +23,6 @@ from regauge.backends.to_torch import to_torch
 from regauge.backends.triton_kernels.configs import Table
 from regauge.backends.triton_kernels.gradient_kernel import GradientKernel
 from regauge.backends.triton_kernels.kernel import Kernel, triton_kernel
-from regauge.backends.triton_kernels.loops import sizes_of
 from regauge.backends.triton_kernels.weights import for_kernels
 from regauge.ir.cost import smallest_sizes
 from regauge.ir.dims.extents import Dim
@@ -110,8 +109,7 @@ class KernelOperator:
         given = dict(zip(self.reads, tensors, strict=True))
         if any(tensor.dtype != value.dtype for value, tensor in given.items()):
             return without_views(self.body)(*tensors)
-        sizes = sizes_of(self.kernel.region, self.kernel.source().reads, given) if self.rows else {}
-        if self.rows and math.prod(sizes[dim] for dim in self.rows) > MOST_ROWS:
+        if self.rows and math.prod(self.kernel.prepared(given).sizes[dim] for dim in self.rows) > MOST_ROWS:
             return without_views(self.body)(*tensors)
         found = self.kernel.launch(given)
         results = tuple(found[value] for value in self.writes)

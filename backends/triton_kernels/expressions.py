@@ -203,9 +203,12 @@ def constant(term: Term) -> float | None:
         return constant(term.args[0])
     if term.op not in PRIMITIVES:
         return None
-    args = [constant(arg) for arg in term.args]
-    if any(arg is None for arg in args):
-        return None
+    args = list[float]()
+    for arg in term.args:
+        number = constant(arg)
+        if number is None:  # at once: there may be many paths to what lies below
+            return None
+        args.append(number)
     return float(PRIMITIVES[term.op](*(torch.tensor(arg, dtype=torch.float64) for arg in args)))
 
 

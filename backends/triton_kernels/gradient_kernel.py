@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -30,19 +31,19 @@ class GradientKernel(Kernel):
     gradient: AttentionGradient | None = None
     graph: Graph | None = None
 
-    @property
+    @cached_property
     def forms(self) -> tuple[Form, ...]:
         return ("statistics",)
 
     def form_for(self, sizes: Mapping[Dim, int], *, single: bool = False) -> Form:
         return "statistics"
 
-    def _write(self, form: Form, contiguous: bool) -> Source:
+    def _write(self, form: Form, contiguous: bool, *, text: bool = True) -> Source:
         then: Source | None = None
         for writer in reversed(self._writers(contiguous)):
-            text, reads, writes = writer.source(), tuple(writer.reads), tuple(writer.writes)
+            made, reads, writes = writer.source() if text else "", tuple(writer.reads), tuple(writer.writes)
             then = Source(
-                text,
+                made,
                 writer.name_of_kernel,
                 writer.form,
                 self.rounding,

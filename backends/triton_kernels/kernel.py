@@ -11,8 +11,9 @@ behind the other in memory, one for any strides, and of reductions each at once 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -43,6 +44,7 @@ from regauge.backends.triton_kernels.loops import (
     strides_of,
     widths,
 )
+from regauge.backends.triton_kernels.prepared import MOST_PREPARED, Call, Key, Prepared, key_of
 from regauge.backends.triton_kernels.row_sizes import holds_rows, tile_of_rows
 from regauge.backends.triton_kernels.rows import ROW_FORMS, RowForm, RowKernel
 from regauge.backends.triton_kernels.source import Rounding
@@ -52,7 +54,6 @@ from regauge.backends.triton_kernels.tiles import Tiling
 from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.legality import fault
-from regauge.ir.fusion.products import FLOAT8
 from regauge.ir.fusion.region import Kind, Layout, Region
 from regauge.ir.fusion.traffic import PERSISTENT
 from regauge.ir.graph import Value
@@ -121,6 +122,8 @@ class Kernel:
     rounding: Rounding
     tuned: Table | None = None
     _sources: dict[tuple[Form, bool], Source] = field(default_factory=dict, init=False)
+    _outlines: dict[Form, Source] = field(default_factory=dict, init=False)
+    _prepared: dict[Key, Prepared] = field(default_factory=dict, init=False)
 
     def source(self, form: Form | None = None, *, contiguous: bool = True) -> Source:
         """The text of a form, by default of rows at once, for axes one behind the other or for any strides."""
@@ -131,7 +134,7 @@ class Kernel:
             self._sources[form, contiguous] = self._write(form, contiguous)
         return self._sources[form, contiguous]
 
-    @property
+    @cached_property
     def forms(self) -> tuple[Form, ...]:
         if self.region.totals:
             return ("summed",)
@@ -140,7 +143,7 @@ class Kernel:
     def form_for(self, sizes: Mapping[Dim, int], *, single: bool = False) -> Form:
         """The form for these sizes: rows that a program cannot hold are reduced in a loop, and tiles that are too few
         to keep a device busy are shared out, which takes two kernels, and is not done for a ``single`` one."""
-        form, source = self.forms[0], self.source()
+        form, source = self.forms[0], self.outline(self.forms[0])
         if form == "rows":
             long = count(source.loops.columns, sizes) > PERSISTENT
             return "looped" if long or not holds_rows(source.loops, case_of(source, sizes)) else form
@@ -149,7 +152,13 @@ class Kernel:
         parts = parts_of(source.loops, source.tiling, sizes) if source.tiling else splits_of(source.loops, sizes)
         return "split" if parts > 1 else form
 
-    def _write(self, form: Form, contiguous: bool) -> Source:
+    def outline(self, form: Form) -> Source:
+        """What a form reads, writes and goes through, without the text."""
+        if form not in self._outlines:
+            self._outlines[form] = self._write(form, contiguous=True, text=False)
+        return self._outlines[form]
+
+    def _write(self, form: Form, contiguous: bool, *, text: bool = True) -> Source:
         region, name, rounding = self.region, self.name, self.rounding
         writer: RowKernel | ContractionKernel | AttentionKernel
         tiling, scratch, then = None, tuple[str, ...](), None
@@ -157,7 +166,7 @@ class Kernel:
         if form == "attention" or form == "combine" or form == "split" and self.region.attention is not None:
             writer = AttentionKernel(region, name, form, contiguous=contiguous)
             name, scratch = writer.name_of_kernel, writer.scratch
-            then = self._write("combine", contiguous) if form == "split" else None
+            then = self._write("combine", contiguous, text=text) if form == "split" else None
         elif form == "contraction" or form == "split":
             kind = ContractionKernel if form == "contraction" else SplitKernel
             writer = kind(region, name, rounding, contiguous=contiguous)
@@ -166,7 +175,8 @@ class Kernel:
             writer = RowKernel(region, name, cast(RowForm, form), rounding, contiguous=contiguous)
             totals = tuple(writer.totals)
         reads, writes = tuple(writer.reads), tuple(writer.writes)
-        return Source(writer.source(), name, form, rounding, reads, writes, writer.loops, tiling, scratch, then, totals)
+        made = writer.source() if text else ""
+        return Source(made, name, form, rounding, reads, writes, writer.loops, tiling, scratch, then, totals)
 
     def scratch(self, source: Source, sizes: Mapping[Dim, int], start: Launch, architecture: str) -> list[int]:
         """How many numbers the kernels of a source hand on, in each piece of memory."""
@@ -174,6 +184,18 @@ class Kernel:
 
     def launch(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> dict[Value, torch.Tensor]:
         """The results of the region for the tensors that it reads, on their device; ``form`` None: by the sizes."""
+        return self.prepared(given, form).run(given)
+
+    def prepared(self, given: Mapping[Value, torch.Tensor], form: Form | None = None) -> Prepared:
+        """The launch for tensors of these shapes and strides. Raises FusionError where they do not fit one another."""
+        key = form, *key_of([given[tensor.value] for tensor in self.source(form).reads])
+        if key not in self._prepared:
+            if len(self._prepared) >= MOST_PREPARED:
+                self._prepared.clear()
+            self._prepared[key] = self._prepare(given, form)
+        return self._prepared[key]
+
+    def _prepare(self, given: Mapping[Value, torch.Tensor], form: Form | None) -> Prepared:
         source = self.source(form)
         sizes = sizes_of(self.region, source.reads, given)
         source = source if form else self.source(self.form_for(sizes))
@@ -181,40 +203,41 @@ class Kernel:
         if not all(fits(loop, steps[t], sizes) for t in source.reads for loop in t.loops(source.loops.all)):
             source = self.source(source.form, contiguous=False)
             steps = {tensor: strides_of(tensor, given[tensor.value], sizes) for tensor in source.reads}
-        device = next(iter(given.values())).device
-        results = {tensor.value: _empty(tensor, sizes, device) for tensor in source.writes}
-        steps.update((tensor, strides_of(tensor, results[tensor.value], sizes)) for tensor in source.writes)
+        device = given[source.reads[0].value].device
         architecture = architecture_of(device)
+        shapes = [(tensor, shape_of(tensor.layout, sizes)) for tensor in source.writes]
+        for tensor, shape in shapes:
+            steps[tensor] = strides_of(tensor, torch.empty(shape, device="meta"), sizes)
         start = launch_of(source, sizes, config_for(source, sizes, architecture, self.tuned), architecture)
-        parts = [torch.empty(start.programs, start.kept, dtype=torch.float32, device=device) for _ in source.totals]
+        scratch = [start.partials] if start.partials else []
+        if source.scratch:
+            scratch += self.scratch(source, sizes, start, architecture)
+        starts = [start_of(t, given[t.value], sizes) for t in source.reads if t.shifts]
+        return Prepared(
+            sizes,
+            device,
+            tuple(tensor.value for tensor in source.reads),
+            tuple((tensor.value, shape) for tensor, shape in shapes),
+            tuple((t, [start.programs, start.kept], shape_of(t.layout, sizes)) for t in source.totals),
+            tuple(scratch),
+            numbers(source, sizes, starts, steps),
+            tuple(_calls(source, start, sizes, architecture)),
+        )
+
+
+def _calls(source: Source, start: Launch, sizes: Mapping[Dim, int], architecture: str) -> Iterator[Call]:
+    """The kernels of a source, then of those behind it: their arguments are the same. None where there is nothing."""
+    if not start.programs:
+        return
+    following: Source | None = source
+    while following is not None:
         if start.programs:
-            tensors = [*(given[tensor.value] for tensor in source.reads), *results.values()]
-            pointers = [*map(_as_stored, tensors)]
-            starts = [start_of(t, given[t.value], sizes) for t in source.reads if t.shifts]
-            pointers += parts
-            if start.partials:
-                pointers.append(torch.empty(start.partials, dtype=torch.float32, device=device))
-            if source.scratch:
-                handed = self.scratch(source, sizes, start, architecture)
-                pointers += [torch.empty(size, dtype=torch.float32, device=device) for size in handed]
-            arguments = [*pointers, *numbers(source, sizes, starts, steps)]
-            _start(source, start, arguments)
-            following = source.then
-            while following is not None:  # its arguments are the same
-                next_ = launch_of(following, sizes, None, architecture)
-                if next_.programs:
-                    _start(following, next_, arguments)
-                following = following.then
-        for tensor, part in zip(source.totals, parts, strict=True):
-            results[tensor.value] = part.sum(0).to(tensor.value.dtype).reshape(shape_of(tensor.layout, sizes))
-        return results
-
-
-def _start(source: Source, start: Launch, arguments: Sequence[Any]) -> None:
-    # Triton launches on the current GPU, wherever its arguments lie.
-    with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
-        for name, grid in zip(source.kernels, start.grids, strict=True):
-            source.function(name)[grid](*arguments, **start.constants, **start.options(source.rounding))
+            told = {**start.constants, **start.options(following.rounding)}
+            for name, grid in zip(following.kernels, start.grids, strict=True):
+                yield Call(following.function(name), grid, told)
+        following = following.then
+        if following is not None:
+            start = launch_of(following, sizes, None, architecture)
 
 
 def triton_kernel(
@@ -233,15 +256,6 @@ def triton_kernel(
     if not name.isidentifier():
         raise FusionError(f"a kernel cannot be called {name!r}: give a name that Python can have")
     return Kernel(region, name, rounding, tuned)
-
-
-def _empty(tensor: Tensor, sizes: Mapping[Dim, int], device: torch.device) -> torch.Tensor:
-    assert isinstance(tensor.value.dtype, torch.dtype)
-    return torch.empty(shape_of(tensor.layout, sizes), dtype=tensor.value.dtype, device=device)
-
-
-def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8) if tensor.dtype in FLOAT8 else tensor
 
 
 def shape_of(layout: Layout, sizes: Mapping[Dim, int]) -> list[int]:

@@ -12,15 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from regauge.backends.triton_kernels.configs import Case, Config
-from regauge.backends.triton_kernels.launch import power_above
+from regauge.backends.triton_kernels.launch import MOST_REGISTERS, REGISTERS, power_above
 from regauge.backends.triton_kernels.loops import Loops, Tensor
 from regauge.backends.triton_kernels.rows import RowForm
 
 ALWAYS, ADDRESS = 24, 2
 """Registers that a thread has beside those of its entries, and those of an address."""
-
-REGISTERS, MOST_REGISTERS = 65536, 255
-"""What the threads of a program have together, and one of them at most."""
 
 MOST_WARPS = 32
 

@@ -20,7 +20,7 @@ from typing import TypeAlias
 from regauge.backends.triton_kernels.compile import Compiled, compile_kernel
 from regauge.backends.triton_kernels.configs import Case, Config, power_above
 from regauge.backends.triton_kernels.kernel import Source, case_of, launch_of
-from regauge.backends.triton_kernels.launch import Launch
+from regauge.backends.triton_kernels.launch import REGISTERS, Launch
 from regauge.backends.triton_kernels.loops import count
 from regauge.ir.cost import item_size
 from regauge.ir.dims.extents import Dim
@@ -36,7 +36,7 @@ class Gpu:
 
     ``tensor`` and ``plain``: FLOP/s of half precision with tensor cores and of single precision without; ``small``: the
     part of ``tensor`` that tiles of less than 64 rows reach. ``memory`` and ``cache`` (the second level): bytes/s.
-    ``shared``: bytes of a multiprocessor.
+    ``shared``: bytes of a multiprocessor, and ``registers`` of its register file, of which a thread has 255 at most.
     """
 
     processors: int
@@ -46,6 +46,7 @@ class Gpu:
     memory: float
     cache: float
     shared: int
+    registers: int = REGISTERS
 
 
 GPUS: Mapping[str, Gpu] = {
@@ -58,7 +59,7 @@ PORT = 1.1e11
 """Bytes/s that one multiprocessor reads at most, of the cache or of memory: 64 in each cycle."""
 START = 2e-6
 """Seconds that programs take before their first and behind their last step."""
-REGISTERS, THREADS, PROGRAMS, RESERVED = 65536, 2048, 32, 1024
+THREADS, PROGRAMS, RESERVED = 2048, 32, 1024
 """What a multiprocessor has for programs, and bytes of shared memory that each takes beside its own."""
 
 Sized: TypeAlias = tuple[Source, Mapping[Dim, int]]
@@ -193,5 +194,5 @@ class Model:
 def resident(start: Launch, registers: int, shared: int, gpu: Gpu) -> int:
     """How many programs a multiprocessor holds at a time."""
     of_program = -(-registers // 8) * 8 * 32 * start.warps
-    by_threads, by_registers = THREADS // (32 * start.warps), REGISTERS // of_program
+    by_threads, by_registers = THREADS // (32 * start.warps), gpu.registers // of_program
     return max(1, min(PROGRAMS, by_threads, by_registers, gpu.shared // (shared + RESERVED)))

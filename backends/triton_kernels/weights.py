@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 
 from regauge.backends.torch_module.packing import pack
+from regauge.backends.triton_kernels.footprint import footprint
 from regauge.backends.triton_kernels.sparsity import leave_dense, pack_zeros
 from regauge.ir.edit import Builder, remove_dead, replace_uses, set_input
 from regauge.ir.fusion.causal import mark_causal
@@ -38,11 +39,11 @@ def for_kernels(graph: Graph, *, rounding: Rounding = "fused") -> Graph:
     slice_splits(result)
     mark_causal(result)
     sparse = pack_zeros(result)
-    regions = plan_fusion(result, contractions=False).regions
+    regions = plan_fusion(result, contractions=False, footprints=footprint).regions
     inside = [node for region in regions if region.contractions for node in region.nodes]
     leave_dense(result, sparse, inside)
     pack_weights(result, inside)
-    fuse_graph(result, rounding=rounding)
+    fuse_graph(result, rounding=rounding, footprints=footprint)
     return result
 
 

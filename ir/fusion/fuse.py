@@ -9,6 +9,7 @@ from itertools import takewhile
 from regauge.ir.cost import FUSED
 from regauge.ir.edit import Builder, set_input
 from regauge.ir.errors import FusionError
+from regauge.ir.fusion.footprint import Footprints
 from regauge.ir.fusion.fused import Rounding, named_sizes, replace_everywhere
 from regauge.ir.fusion.plan import Plan, moves_nothing, plan_fusion
 from regauge.ir.fusion.region import Region
@@ -40,14 +41,22 @@ class Fusion:
     left: tuple[str, ...]
 
 
-def fuse_graph(graph: Graph, device: Device | None = None, *, rounding: Rounding = "fused", by: str = "fuse") -> Fusion:
+def fuse_graph(
+    graph: Graph,
+    device: Device | None = None,
+    *,
+    rounding: Rounding = "fused",
+    by: str = "fuse",
+    footprints: Footprints | None = None,
+) -> Fusion:
     """Fuse all regions of a graph that gain on a device, by default a GPU, but for products, which are left to the
     library of the runtime, and for regions of one node, for which the runtime has a kernel.
 
     Attention as one node becomes a region on a GPU: torch's kernels there take only some masks and types.
+    ``footprints`` says what kernels take of the device.
     """
     alone = ("attention",) if device is None or device == DEVICES["gpu"] else ()
-    plan = plan_fusion(graph, device, contractions=False, attention=rounding == "fused")
+    plan = plan_fusion(graph, device, contractions=False, attention=rounding == "fused", footprints=footprints)
     build = Builder(graph, by=by)
     nodes: list[Node] = []
     left: list[str] = []

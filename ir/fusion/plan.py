@@ -2,8 +2,9 @@
 
 Edges between nodes are tried once each, those that save most bytes first (what nothing else reads need not be written,
 either): the regions at both ends become one where that is legal (:mod:`regauge.ir.fusion.legality`), where no path
-leaves the union and comes back, and where a roofline of the device says that it gains. What is refused is kept with its
-reason and the bytes that it goes on to move.
+leaves the union and comes back, and where a roofline of the device says that it gains, and what a kernel takes of it
+(:mod:`regauge.ir.fusion.footprint`), where that is known. What is refused is kept with its reason and the bytes that it
+goes on to move.
 A softmax between two contractions becomes one region with both (attention), though with neither alone it could be one.
 Then regions that have the same loops, but nothing between them, become one (horizontal fusion): rotary codes of queries
 and keys, norms of several streams. A launch is saved, and what both read is read once.
@@ -11,6 +12,7 @@ and keys, norms of several streams. A launch is saved, and what both read is rea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from graphlib import TopologicalSorter
 from itertools import pairwise
@@ -18,8 +20,9 @@ from itertools import product as product_of
 
 from regauge.ir.cost import item_size, node_macs, smallest_sizes
 from regauge.ir.errors import FusionError
+from regauge.ir.fusion.footprint import Footprints
 from regauge.ir.fusion.legality import NO_FLOAT, computed_in_windows, fault
-from regauge.ir.fusion.plan_groups import Group, before_views, kept_apart, steps_of, whole
+from regauge.ir.fusion.plan_groups import Group, before_views, kept_apart, steps_of, trimmed, whole
 from regauge.ir.fusion.planned import Plan as Plan
 from regauge.ir.fusion.planned import Refusal as Refusal
 from regauge.ir.fusion.planned import moves_nothing as moves_nothing
@@ -56,20 +59,29 @@ def plan_fusion(
     *,
     contractions: bool = True,
     attention: bool = True,
+    footprints: Footprints | None = None,
 ) -> Plan:
     """The plan for a device, by default a GPU; dynamic sizes are as ``at`` gives them, or the least they may be.
 
     Without ``contractions`` these are left to the library of the runtime, but for those with factors of few bits, and
-    for attention, as long as that is wanted.
+    for attention, as long as that is wanted. ``footprints`` says what kernels take of the device: what would spill
+    registers is refused; by default only the roofline counts.
     """
-    return _Planner(graph, DEVICES["gpu"] if device is None else device, at, contractions, attention).plan()
+    device = DEVICES["gpu"] if device is None else device
+    return _Planner(graph, device, at, contractions, attention, footprints).plan()
 
 
 class _Planner:
     def __init__(
-        self, graph: Graph, device: Device, at: Mapping[object, int] | None, contractions: bool, attention: bool
+        self,
+        graph: Graph,
+        device: Device,
+        at: Mapping[object, int] | None,
+        contractions: bool,
+        attention: bool,
+        footprints: Footprints | None,
     ) -> None:
-        self.graph, self.device = graph, device
+        self.graph, self.device, self.footprints = graph, device, footprints
         self.contractions, self.attention = contractions, attention
         self.bound = smallest_sizes(graph, at)
         self.place = {node: place for place, node in enumerate(graph.nodes)}
@@ -103,7 +115,7 @@ class _Planner:
 
     def _become_region(self, group: Group) -> None:
         try:
-            region = trace(self._trimmed(group.nodes), self.returned, group.beside)
+            region = trace(trimmed(group.nodes), self.returned, group.beside)
         except FusionError as error:
             group.why = str(error)
             return
@@ -121,22 +133,6 @@ class _Planner:
         left = region.contractions and not self.contractions and not any(map(any, few_bit_sides(region)))
         return LIBRARY if left else ""
 
-    def _trimmed(self, nodes: list[Node]) -> list[Node]:
-        """Without views at the ends: torch hands on in another layout for nothing."""
-        kept = list(nodes)
-        while True:
-            inside = set(kept)
-            rest = [
-                node
-                for node in kept
-                if not is_view(node)
-                or any(value.producer in inside for _, value in node.operands())
-                and any(user in inside for user, _ in node.output.uses)
-            ]
-            if len(rest) == len(kept):
-                return kept
-            kept = rest
-
     def _cost(self, group: Group, moved: float) -> None:
         """A node by itself is computed as its runtime likes; a program of a kernel that reduces rows has whole rows."""
         macs = sum(node_macs(node, self.bound) for node in group.nodes)
@@ -144,9 +140,23 @@ class _Planner:
         if group.region is not None and len(group.region.nodes) > 1 and group.region.kind == "row reduction":
             rows = int(product(self.bound(dim.size) for dim in group.region.loops if dim not in group.region.reduced))
             busy = min(1.0, max(1, rows) / self.device.programs)
+        launches, reached = (1, 1.0) if group.footprint is None else (group.footprint.launches, group.footprint.reached)
         group.bytes = moved
-        transfer = moved / (self.device.bandwidth * busy)
-        group.seconds = self.device.overhead + max(2 * macs / self.device.flops, transfer)
+        transfer = moved / (self.device.bandwidth * min(busy, reached))
+        group.seconds = launches * self.device.overhead + max(2 * macs / (self.device.flops * reached), transfer)
+
+    def _takes_too_much(self, union: Group, most: float) -> str:
+        """Why a kernel of a group would spill, or take more than so many seconds for what it takes of the device."""
+        if self.footprints is None or union.region is None or len(union.region.nodes) < 2:
+            return ""
+        try:
+            union.footprint = self.footprints(union.region, {d: int(self.bound(d.size)) for d in union.region.sized})
+        except FusionError as error:
+            return str(error)
+        if union.footprint is None:
+            return ""
+        self._cost(union, union.bytes)
+        return union.footprint.too_much() or (union.footprint.slow() if union.seconds > most else "")
 
     def readers(self, node: Node) -> list[Node]:
         """The nodes of the graph that read a result of a node, themselves or in their regions."""
@@ -198,7 +208,8 @@ class _Planner:
         steps = [step for group in groups for step in steps_of(group)]
         after = sum(group.bytes for group in groups)
         alone = sum(not moves_nothing(node) for node in self.graph.nodes)
-        return Plan(self.graph, tuple(steps), tuple(apart), int(after), int(before), alone)
+        known = {group.region: group.footprint for group in groups if group.region is not None and group.footprint}
+        return Plan(self.graph, tuple(steps), tuple(apart), int(after), int(before), alone, known)
 
     def _ends(self, value: Value, reader: Node) -> tuple[Group, Group]:
         assert value.producer is not None
@@ -245,7 +256,8 @@ class _Planner:
         self._become_region(union)
         if union.region is None or union.region.kind != "attention" or again(union.region, self.bound):
             return None
-        return union if union.seconds <= sum(part.seconds for part in parts) else None
+        apart = sum(part.seconds for part in parts)
+        return None if union.seconds > apart or self._takes_too_much(union, apart) else union
 
     def _join_latents(self) -> set[Group]:
         """Let attention compute keys that are products with latents, and mix the latents of values; the groups made.
@@ -321,8 +333,10 @@ class _Planner:
         self._become_region(union)
         if union.region is None:
             return union.why
-        gains = union.seconds < SHORTER * (first.seconds + second.seconds)
-        return union if gains else f"it would take more than {SHORTER:.0%} of the time"
+        most = SHORTER * (first.seconds + second.seconds)
+        if union.seconds >= most:
+            return f"it would take more than {SHORTER:.0%} of the time"
+        return self._takes_too_much(union, most) or union
 
     def _apart_beside(self) -> list[Refusal]:
         """What neighbours that read the same values, but not each other, go on to read twice."""
@@ -390,9 +404,11 @@ class _Planner:
         if computed_in_windows(region) and int(product(self.bound(dim.size) for dim in region.reduced)) > WINDOW:
             return f"what stands before windows would be computed again for more than {WINDOW} indices"
         if not (above.bytes and below.bytes):  # a view goes along with what reads or writes it
+            self._takes_too_much(union, math.inf)
             return ""
-        if union.bytes < above.bytes + below.bytes and union.seconds <= above.seconds + below.seconds:
-            return ""
+        apart = above.seconds + below.seconds
+        if union.bytes < above.bytes + below.bytes and union.seconds <= apart:
+            return self._takes_too_much(union, apart)
         return "it would take longer: rows are read again, or too few to keep the device busy"
 
     def _comes_back(self, union: Group) -> str:

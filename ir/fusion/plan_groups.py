@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from regauge.ir.fusion.footprint import Footprint
 from regauge.ir.fusion.region import Region, below_results, is_view
 from regauge.ir.graph import Node, Value
 
@@ -11,15 +12,17 @@ from regauge.ir.graph import Node, Value
 class Group:
     """Nodes that are one kernel so far; ``region`` is None where they are no region, ``why`` says the reason.
 
-    ``beside`` are results of parts that nothing else connects: they have the same loops.
+    ``beside`` are results of parts that nothing else connects: they have the same loops. ``footprint`` is what the
+    kernel takes of the device, where that is known.
     """
 
-    __slots__ = ("nodes", "beside", "first", "last", "region", "why", "bytes", "seconds")
+    __slots__ = ("nodes", "beside", "first", "last", "region", "footprint", "why", "bytes", "seconds")
 
     def __init__(self, nodes: list[Node], first: int, last: int, beside: tuple[Value, ...] = ()) -> None:
         self.nodes, self.beside = nodes, beside
         self.first, self.last = first, last  # positions in the graph
         self.region: Region | None = None
+        self.footprint: Footprint | None = None
         self.why = ""
         self.bytes = 0.0
         self.seconds = 0.0
@@ -47,6 +50,23 @@ def steps_of(group: Group) -> list[Region | Node]:
         return list(group.nodes)
     inside = set(group.region.nodes)
     return [group.region, *(node for node in group.nodes if node not in inside)]
+
+
+def trimmed(nodes: Sequence[Node]) -> list[Node]:
+    """Without views at the ends: torch hands on in another layout for nothing."""
+    kept = list(nodes)
+    while True:
+        inside = set(kept)
+        rest = [
+            node
+            for node in kept
+            if not is_view(node)
+            or any(value.producer in inside for _, value in node.operands())
+            and any(user in inside for user, _ in node.output.uses)
+        ]
+        if len(rest) == len(kept):
+            return kept
+        kept = rest
 
 
 def before_views(nodes: Sequence[Node]) -> Iterator[tuple[Node, list[Node]]]:

@@ -11,15 +11,27 @@ from regauge.ir.sizes.expressions import format_size
 
 
 def plan_rows(plan: Plan) -> list[list[str]]:
-    """A row for each kernel, in an order in which they can run; ``other`` is what fusion leaves to the runtime."""
-    rows = [["kernel", "loops", "nodes", "results"]]
+    """A row for each kernel, in an order in which they can run; ``other`` is what fusion leaves to the runtime.
+
+    Where it is known what kernels take of a device, there are columns for registers of a thread, and for the programs
+    that a processor holds.
+    """
+    figures = ["registers", "programs"] if plan.footprints else []
+    rows = [["kernel", "loops", *figures, "nodes", "results"]]
     for step in plan.kernels:
+        results = ", ".join(value.name for value in step.outputs)
         if isinstance(step, Region):
-            results = ", ".join(value.name for value in step.outputs)
-            rows.append([step.kind, _loops(step), " ".join(node.op for node in step.nodes), results])
+            nodes = " ".join(node.op for node in step.nodes)
+            rows.append([step.kind, _loops(step), *_figures(plan, step, len(figures)), nodes, results])
         else:
-            rows.append(["other", "", step.op, ", ".join(value.name for value in step.outputs)])
+            rows.append(["other", "", *[""] * len(figures), step.op, results])
     return rows
+
+
+def _figures(plan: Plan, region: Region, count: int) -> list[str]:
+    found = plan.footprints.get(region)
+    known = [str(found.registers), str(found.resident)] if found is not None and found.registers else ["", ""]
+    return known[:count]
 
 
 def _loops(region: Region) -> str:

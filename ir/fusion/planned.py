@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from regauge.ir.fusion.footprint import Footprint
 from regauge.ir.fusion.region import Region, is_view
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.roofline import VIEWS
@@ -28,7 +30,8 @@ class Plan:
 
     ``bytes`` are those that regions and other nodes read and write, ``bytes_before`` and ``kernels_before`` what it is
     with each node by itself.
-    Nodes that torch gives as views move none, and are no kernels.
+    Nodes that torch gives as views move none, and are no kernels. ``footprints`` are what kernels of several nodes take
+    of the device, where that is known.
     """
 
     graph: Graph
@@ -37,6 +40,7 @@ class Plan:
     bytes: int
     bytes_before: int
     kernels_before: int
+    footprints: Mapping[Region, Footprint] = field(default_factory=dict)
 
     @property
     def regions(self) -> list[Region]:

@@ -41,7 +41,8 @@ class Fuse(Pass):
         result = graph.copy()
         if self.target == "gpu":  # a kernel that knows the order of positions skips what it hides
             mark_causal(result)
-        found = fuse_graph(result, DEVICES[self.target], rounding=self.rounding, by=self.name)
+        takes = context.footprints if self.target == "gpu" else None
+        found = fuse_graph(result, DEVICES[self.target], rounding=self.rounding, by=self.name, footprints=takes)
         refusals = found.plan.refusals
         context.left.update([*(refusal.reason for refusal in refusals), *found.left])
         if not found.nodes:

@@ -31,6 +31,7 @@ from regauge.ir.dims.groups import Group
 from regauge.ir.dims.kept import numbered
 from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.running.lockstep import HELD, Lockstep
+from regauge.passes.allocation.choices import Counts
 from regauge.passes.calibration.batches import examples_in
 from regauge.passes.calibration.gradients import visit_gradients
 from regauge.passes.calibration.layers import Layer, contracting, layer_of
@@ -43,7 +44,9 @@ from regauge.passes.pruning.weight_scores import magnitudes
 _READ = 4 << 30  # bytes of weights that are read to measure the Dims of a kind: of a large model only a few are
 
 
-def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[Any], seed: int = 0) -> Scores:
+def distortion_scores(
+    graph: Graph, groups: Sequence[Group], batches: Sequence[Any], seed: int = 0, counts: Counts | None = None
+) -> Scores:
     """One score per index of each group's Dim: the squared change of the outputs that its removal adds, per example.
 
     Of a group with majors for each index in each index of these, [*sizes of the majors, size]. Within a Dim, in each
@@ -51,12 +54,14 @@ def distortion_scores(graph: Graph, groups: Sequence[Group], batches: Sequence[A
     Dim is taken apart as soon as the last layer that contracts it has been fed. Memory: what one batch needs with
     gradients, the moments of the layers that are still needed (in temporary files where they are many), and
     :data:`regauge.passes.pruning.surgeon.MEMORY` for the Dim that is taken apart.
+
+    Where it is known how many indices each Dim keeps, ``counts``, scores say which these are, and nothing else.
     """
     layers = [layer for _, node in graph.walk() if (layer := layer_of(node, blocks=True, shared=True, turned=True))]
     readers = contracting(graph, [group.dim for group in groups], layers)
     groups = _told_apart(graph, groups, readers)
     sensitivity, first_order = _gradients(graph, groups, readers, batches, seed)
-    found = _Ordering(graph, groups, readers, sensitivity, first_order, batches).run()
+    found = _Ordering(graph, groups, readers, sensitivity, first_order, batches, counts).run()
     unseen = [group for group in groups if group.dim not in found]
     if unseen:  # what data says nothing about goes by its weights, at the scale of the others
         typical = float(np.mean([profile(scores).mean() for scores in found.values()])) if found else 1.0
@@ -77,12 +82,13 @@ class _Ordering:
         sensitivity: dict[Layer, torch.Tensor],
         first_order: Scores,
         batches: Sequence[Any],
+        counts: Counts | None = None,
     ) -> None:
         self.graph, self.readers, self.sensitivity, self.first_order = graph, readers, sensitivity, first_order
         self.groups = {group.dim: group for group in groups}
-        self.batches = batches
+        self.batches, self.counts = batches, counts
         self.probe = Probe(graph, batches[:1])
-        self.measured = self._measured()
+        self.measured = self._measured() if counts is None else set()  # which go within a Dim no factor says
         self.moments: dict[Hashable, list[Moments]] = {}
         self.wanted = Counter(layer.source for layers in readers.values() for layer in layers)
         self.waiting = {dim: {layer.node for layer in layers} for dim, layers in readers.items() if layers}
@@ -147,7 +153,9 @@ class _Ordering:
         ]
         if shares:
             change = self.probe.change if dim in self.measured and dim not in self.first_order else None
-            scores, self.factors[dim] = taken_apart(shares, choices[-1], change, int(np.prod(choices[:-1])))
+            known = self.counts is not None and dim not in self.first_order  # else more is added to the scores
+            enough = choices[-1] - self.counts[dim] if self.counts is not None and known else None
+            scores, self.factors[dim] = taken_apart(shares, choices[-1], change, int(np.prod(choices[:-1])), enough)
             self.found[dim] = scores.reshape(choices)
             if dim in self.first_order:
                 self._add_first_order(dim, shares)

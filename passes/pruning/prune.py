@@ -242,9 +242,14 @@ class Prune(Pass):
         if self.separate:
             majors = majors_of(graph, [group.dim for group in groups])
             groups = [replace(group, majors=majors[group.dim]) for group in groups]
+        if counts is not None:
+            groups = [group for group in groups if counts[group.dim] < group.dim.size]
         batches = self._batches(graph, context)
         name = self.score or ("l2" if batches is None else "distortion")
-        scores = self._scores(graph, groups, name, batches, context)
+        scores = score(
+            graph, groups, name, self.seed, batches=batches or (), loss=self.loss, reduce=self.reduce,
+            normalise=self.normalise, notes=context.notes, counts=counts,
+        )  # fmt: skip
         inputs = None if batches is None else [batch.inputs for batch in batches]
         counts = counts or self._counts(graph, groups, scores, name, inputs, context)
         cut = [group for group in groups if counts[group.dim] < group.dim.size]
@@ -297,15 +302,6 @@ class Prune(Pass):
         batches = labelled_batches(graph, context)
         check_examples([batch.inputs for batch in batches])
         return batches
-
-    def _scores(
-        self, graph: Graph, groups: Sequence[Group], name: str, batches: Sequence[Labelled] | None, context: Context
-    ) -> Scores:
-        """Scores to rank by."""
-        return score(
-            graph, groups, name, self.seed, batches=batches or (), loss=self.loss, reduce=self.reduce,
-            normalise=self.normalise, notes=context.notes,
-        )  # fmt: skip
 
     def _counts(
         self,

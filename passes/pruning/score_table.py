@@ -14,6 +14,7 @@ from regauge.ir.dims.groups import Group
 from regauge.ir.errors import PassError
 from regauge.ir.gauge.classes import Gauge, gauges
 from regauge.ir.graph import Graph
+from regauge.passes.allocation.choices import Counts
 from regauge.passes.base import GIVE_DATA
 from regauge.passes.calibration.losses import Labelled, Loss
 from regauge.passes.pruning.activation_scores import activation, activation_norm, wanda
@@ -38,6 +39,7 @@ class Request:
     reduce: Reduce | None = None
     seed: int = 0
     notes: list[str] = field(default_factory=list)
+    counts: Counts | None = None
 
     @property
     def inputs(self) -> list[Any]:
@@ -103,7 +105,7 @@ def _with_l2(request: Request, members: MemberScores, without: str) -> Scores:
 
 SCORES: Mapping[str, Criterion] = {
     "distortion": Criterion(
-        lambda r: distortion_scores(r.graph, r.groups, r.inputs, r.seed),
+        lambda r: distortion_scores(r.graph, r.groups, r.inputs, r.seed, r.counts),
         "data", "change of the outputs that is left when the layers behind make up for it", "none",
     ),
     "l1": Criterion(lambda r: _norms(r, 1), "nothing", "sum of |w|"),
@@ -167,18 +169,20 @@ def score(
     reduce: Reduce | None = None,
     normalise: Normalise | None = None,
     notes: list[str] | None = None,
+    counts: Counts | None = None,
 ) -> Scores:
     """One score per index of each group's Dim, higher is more important, finite; [*sizes of the majors, size] of a
     group with majors, where the score tells indices of these apart.
 
     ``reduce`` says how what the members of a Dim say becomes one score, where they say it one by one (sum by default);
-    ``normalise`` what is done within each Dim. ``notes`` gets what a user should know. Raises PassError for an unknown
-    name, and where batches are missing.
+    ``normalise`` what is done within each Dim. ``notes`` gets what a user should know. With ``counts``, how many
+    indices each Dim keeps, scores need not say more than which these are. Raises PassError for an unknown name, and
+    where batches are missing.
     """
     entry = criterion(name)
     if entry.needs != "nothing" and not batches:
         raise PassError(f"score={name} needs data: {GIVE_DATA}")
     told = groups if entry.apart else [replace(group, majors=()) for group in groups]
-    request = Request(graph, told, batches, loss, reduce, seed, [] if notes is None else notes)
+    request = Request(graph, told, batches, loss, reduce, seed, [] if notes is None else notes, counts)
     found = entry.compute(request)
     return {group.dim: normalised(found[group.dim], normalise or entry.normalise) for group in groups}

@@ -33,6 +33,7 @@ _SMALL = 96  # a Dim of so many indices loses one in each step
 _NEAR = 3  # times the indices that go in a step: so many of the cheapest are looked at
 _SUBSTEPS = 8  # a step removes its indices in about so many turns
 _DOUBLE = 1024  # matrices up to this size are handled in double precision
+_WORTH = 0.8  # of the columns left: then matrices are copied without the others
 _SKETCH = 768  # rows that the outputs of larger ones are added up to: their squares are right to a twentieth
 
 Change = Callable[[dict[str, torch.Tensor]], float]
@@ -40,11 +41,14 @@ Change = Callable[[dict[str, torch.Tensor]], float]
 
 @dataclass
 class Part:
-    """The state of the surgeon on some columns of a :class:`Share`: their inverse Hessian and their scaled weights."""
+    """The state of the surgeon on some columns of a :class:`Share`: their inverse Hessian and their scaled weights.
+
+    What goes is taken out in place; the matrices are copied without it only once it is a part of them worth that.
+    """
 
     columns: torch.Tensor  # [indices, columns each]: where each index is in the matrices; -1 where it is not
     inverse: InverseHessian
-    rows: torch.Tensor  # [r, columns], of which only rows'rows counts
+    weights: torch.Tensor  # [columns, r], of which only the products of columns count
 
     def costs(self, alive: torch.Tensor) -> torch.Tensor:
         """dE of each index in ``alive``, were it to go next; nothing for those that the block lacks."""
@@ -56,28 +60,29 @@ class Part:
             return total
         if columns.shape[1] == 1:
             columns = columns[:, 0]
-            square: torch.Tensor = self.rows.square().sum(0)[columns]  # far quicker than a norm over the first axis
+            square = self.weights.square().sum(1)[columns]
             return (square / self.inverse.diagonal()[columns].clamp(min=1e-30)).double()
-        blocks = self.inverse.blocks(columns)
-        own = self.rows[:, columns].permute(1, 2, 0)  # index, column, row
-        half: torch.Tensor = torch.linalg.solve_triangular(factors(blocks), own, upper=False)
+        factor = factors(self.inverse.blocks(columns))
+        # W_P' L^-T: solved from this side nothing is transposed in memory
+        half = torch.linalg.solve_triangular(factor.mT, self.weights[columns].mT, upper=True, left=False)
         return half.square().sum((1, 2)).double()
 
     def remove(self, gone: torch.Tensor) -> None:
-        """Take indices out and let the other columns make up for them; what is left gets smaller, and so faster."""
+        """Take indices out and let the other columns make up for them."""
         columns = _present(self.columns[gone])
         if not len(columns):
             return
-        kept = _without(columns, len(self.inverse))
-        left = kept.nonzero()[:, 0]
-        removal = self.inverse.removal(columns, left)
-        self.rows, self.inverse = removal.made_up(self.rows), removal.inverse()
-        self.columns = torch.where(self.columns < 0, -1, (torch.cumsum(kept, 0) - 1)[self.columns])
+        self.inverse.take_out(columns, self.weights)
+        self.columns[gone] = -1
+        left = _present(self.columns)
+        if len(left) < _WORTH * len(self.inverse):
+            self.columns = _places(self.columns)
+            self.inverse, self.weights = self.inverse.at(left), self.weights[left]
 
     def near(self, indices: torch.Tensor) -> Part:
         """The same of a few indices alone: what goes among them changes the others of them exactly so."""
         flat = _present(self.columns[indices])
-        return Part(_places(self.columns[indices]), self.inverse.matrix_at(flat), self.rows[:, flat])
+        return Part(_places(self.columns[indices]), self.inverse.matrix_at(flat), self.weights[flat])
 
 
 def _present(columns: torch.Tensor) -> torch.Tensor:
@@ -143,9 +148,12 @@ class Share:
         return self.dtype.itemsize * columns * (wide + outputs)
 
     def part(self, indices: torch.Tensor, whole: InverseHessian, *, lasting: bool = True) -> Part:
-        """The matrices of the given indices; ``whole`` is :meth:`inverse`. One that is not lasting is used once."""
+        """The matrices of the given indices; ``whole`` is :meth:`inverse`. One that is not lasting is used once.
+
+        Of all columns it has ``whole`` itself.
+        """
         places, flat = _places(self.columns[indices]), _present(self.columns[indices])
-        return Part(places, whole.at(flat), self._rows(flat, lasting))
+        return Part(places, whole.at(flat), self._weights(flat, lasting))
 
     def inverse(self) -> InverseHessian:
         """H^-1 of all columns; few rows could be made up for by any columns, and more is added to their H."""
@@ -162,8 +170,8 @@ class Share:
             total[indices] = part.costs(torch.arange(len(indices)))
         return total
 
-    def _rows(self, columns: torch.Tensor, lasting: bool) -> torch.Tensor:
-        """Scaled weights [outputs, columns] of all layers, or fewer rows with the same products or nearly these.
+    def _weights(self, columns: torch.Tensor, lasting: bool) -> torch.Tensor:
+        """Scaled weights [columns, outputs] of all layers, or fewer numbers with the same products or nearly these.
 
         Up to :data:`_DOUBLE` columns the square root of their products, else a sketch: see :meth:`_sketch`.
         """
@@ -171,11 +179,11 @@ class Share:
         if lasting and len(columns) > _DOUBLE and outputs > _SKETCH:
             return self._sketch(columns)
         if outputs <= 1.5 * len(columns) or not lasting:
-            return torch.cat([part for _, part in self._scaled(columns)])
+            return torch.cat([part.t() for _, part in self._scaled(columns)], 1)
         square = torch.zeros(len(columns), len(columns), dtype=self.dtype)
         for _, part in self._scaled(columns):
             square.addmm_(part.t(), part)
-        return factors(square).mT
+        return factors(square).contiguous()
 
     def _scaled(self, columns: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """The scaled weights of each layer [outputs, columns], and how many outputs came before them."""
@@ -185,7 +193,7 @@ class Share:
             before += layer.outputs
 
     def _sketch(self, columns: torch.Tensor) -> torch.Tensor:
-        """S W [_SKETCH, columns] with E[S'S] = 1: every output is added to one of the rows, with a random sign.
+        """W S' [columns, _SKETCH] with E[S'S] = 1: every output is added to one of S's rows, with a random sign.
 
         Squares of columns are right on average, and to sqrt(2 / rows) of themselves (Charikar, Chen and Farach-Colton
         2002, count sketch). With all outputs of all layers, a Dim that a large model reads everywhere would take longer
@@ -197,7 +205,7 @@ class Share:
             order = torch.randperm(len(part), generator=generator)
             signs = 1 - 2 * torch.randint(0, 2, (len(part), 1), generator=generator).to(self.dtype)
             found.index_add_(0, (before + order) % _SKETCH, part.mul_(signs))
-        return found
+        return found.t().contiguous()
 
     def _matrix(self, layer: Layer) -> torch.Tensor:
         return layer.matrices(layer.weight.tensor.detach())[self.block]
@@ -215,7 +223,9 @@ class Share:
             yield layer, after, (before - after) @ means
 
 
-def taken_apart(shares: Sequence[Share], size: int, change: Change | None, majors: int = 1) -> tuple[np.ndarray, float]:
+def taken_apart(
+    shares: Sequence[Share], size: int, change: Change | None, majors: int = 1, enough: int | None = None
+) -> tuple[np.ndarray, float]:
     """Scores of all indices by taking one after the other out, and the factor to multiply them by.
 
     A score is the loss that the index adds when it goes, never less than that of one which went before it in the same
@@ -223,6 +233,9 @@ def taken_apart(shares: Sequence[Share], size: int, change: Change | None, major
 
     ``change`` measures how much the outputs change with other weights. What was added up is brought to that at a
     quarter and at half of the indices: errors at different places of an image may add up or cancel behind the layer.
+
+    Where only the ``enough`` lowest scores of each major are wanted, the search ends once no other can be among them;
+    all that are left then have the same.
     """
     scores, pool, parts, wholes = _opened(shares, size, majors, keep=change is not None)
     major = pool // size
@@ -230,7 +243,7 @@ def taken_apart(shares: Sequence[Share], size: int, change: Change | None, major
     highest, total, corrections = np.zeros(majors), 0.0, list[float]()
     marks = [majors * (size // 4), majors * (size - size // 2)] if change is not None else []
     many = 1 if size <= _SMALL else size // _STEPS
-    while int(alive.sum()) > majors:
+    while int(alive.sum()) > majors and not _settled(scores, pool[~alive], highest, size, enough):
         left = alive.nonzero()[:, 0]
         for place, cost in _next(parts, left, min(many, len(left) // majors - 1), major, majors):
             own = int(major[place])
@@ -245,13 +258,22 @@ def taken_apart(shares: Sequence[Share], size: int, change: Change | None, major
             marks.pop(0)
             corrections.append(change(weights_without(shares, pool[~alive], wholes)) / total)
     last = alive.nonzero()[:, 0]
-    ends = np.zeros(majors)
-    ends[major[last].numpy()] = np.maximum(highest[major[last].numpy()], _costs(parts, last).numpy())
-    scores[pool[last].numpy()] = ends[major[last].numpy()]
+    if len(last) == majors:
+        highest[major[last].numpy()] = np.maximum(highest[major[last].numpy()], _costs(parts, last).numpy())
+    scores[pool[last].numpy()] = highest[major[last].numpy()]
     rest = np.ones(len(scores), dtype=bool)
     rest[pool.numpy()] = False
-    scores[rest] = np.maximum(scores, ends.repeat(size))[rest]
+    scores[rest] = np.maximum(scores, highest.repeat(size))[rest]
     return scores, float(np.median(corrections)) if corrections else 1.0
+
+
+def _settled(scores: np.ndarray, gone: torch.Tensor, highest: np.ndarray, size: int, enough: int | None) -> bool:
+    """Whether so many indices of each major have gone with less than the ``highest`` score, which others will have."""
+    if enough is None:
+        return False
+    which = gone.numpy()
+    below = which[scores[which] < highest[which // size]]
+    return int(np.bincount(below // size, minlength=len(highest)).min()) >= enough
 
 
 def _opened(
@@ -271,7 +293,10 @@ def _opened(
     keep = keep and 2 * needed <= MEMORY
     for share in shares:
         whole = share.inverse()
-        parts.append(share.part(pool, whole))
+        part = share.part(pool, whole)
+        if keep and part.inverse is whole:
+            part.inverse = whole.copy()
+        parts.append(part)
         wholes.append(whole if keep else None)
     return costs.numpy(), pool, parts, wholes
 
@@ -288,7 +313,8 @@ def _next(
     if count == majors == 1:
         place = int(costs.argmin())
         return [(int(left[place]), float(costs[place]))]
-    near = left[_first_of_each(torch.argsort(costs), major[left], [_NEAR * count] * majors)]
+    nearest = _first_of_each(torch.argsort(costs), major[left], [_NEAR * count] * majors)
+    near, costs = left[nearest], costs[nearest]
     local = [part.near(near) for part in parts]
     alive = torch.ones(len(near), dtype=torch.bool)
     found: list[tuple[int, float]] = []
@@ -296,7 +322,7 @@ def _next(
     many = max(1, total // _SUBSTEPS)
     while len(found) < total:
         here = alive.nonzero()[:, 0]
-        costs = _costs(local, here)
+        costs = _costs(local, here) if found else costs
         cheapest = _first_of_each(torch.argsort(costs), major[near[here]], wanted)[: min(many, total - len(found))]
         found += [(int(near[here[place]]), float(costs[place])) for place in cheapest]
         for place in cheapest:
@@ -310,6 +336,8 @@ def _next(
 
 def _first_of_each(order: torch.Tensor, major: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """Of places in an order the first so many of each major, in that order."""
+    if len(counts) == 1:
+        return order[: counts[0]]
     own = major[order]
     taken = torch.zeros(len(order), dtype=torch.bool)
     for which, count in enumerate(counts):

@@ -21,9 +21,9 @@ class Dlrt(BondSparsifier):
     Low-rank lottery tickets (Schotthöfer et al. 2022), and its version for convolutions as Tucker (Zangrando et al.
     2023): see :mod:`regauge.passes.training.factor_integrator`. Three calls of :meth:`step`, each behind a backward
     pass, make one step of the weights at ``rate``: two of bases, one of the core, which is then truncated to the
-    fewest directions that lose at most ``tolerance`` of its norm. Bonds have room for twice the rank: at first half of
-    their directions are in use, the greatest ones. Biases, norms and all other layers are the optimizer's; it may hold
-    the factors too, what it does to them is overwritten. After ``learning`` steps ranks and factors are fixed.
+    fewest directions that lose at most ``tolerance`` of its norm. Ranks begin as those of the factors, and are at most
+    as large as the bonds. Biases, norms and all other layers are the optimizer's; it may hold the factors too, what it
+    does to them is overwritten. After ``learning`` steps ranks and factors are fixed.
 
     Deviations: each of the three gradients is of the batch of its own step; other parameters move in between.
     """

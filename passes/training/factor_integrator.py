@@ -4,9 +4,10 @@
 
 A gradient step of W is made within its rank, without an inverse of small singular values: first the basis of each mode
 takes a step, the rest of W being orthonormal (K_m = U_m R', Mat_m(C)' = Q R); then bases hold the old and the new
-directions, and the core takes one; last the core is truncated. Schotthöfer et al. 2022 (Low-rank lottery tickets,
-algorithm 1) for matrices, where C is S and the steps are called K, L and S; Zangrando et al. 2023 (Geometry-aware
-training of factorized layers in tensor Tucker format) for Tucker.
+directions, and the core takes one; last the core is truncated. Where a bond has no room for both, bases hold the new
+directions, and of the old ones those of most weight (with none of them this is the integrator of fixed rank).
+Schotthöfer et al. 2022 (Low-rank lottery tickets, algorithm 1) for matrices, where C is S and the steps are called K, L
+and S; Zangrando et al. 2023 (Geometry-aware training of factorized layers in tensor Tucker format) for Tucker.
 """
 
 from __future__ import annotations
@@ -78,10 +79,12 @@ class Integrator:
         self.write((phase + 1) % PHASES)
 
     def _augment(self) -> None:
-        """Bases of the old and the new directions, and the core in these."""
+        """Bases of the new and the old directions, where there is room for both, and the core in these."""
         core = self.core
         for mode, (moved, old) in enumerate(zip(self.moved, self.bases, strict=True)):
             basis, _ = torch.linalg.qr(torch.cat([moved, old], 1))
+            if basis.shape[1] > self.chain.sizes[mode]:
+                basis = _with_most(moved, old @ _unfolded(core, mode), self.chain.sizes[mode])
             core = _times(basis.mT @ old, core, mode)
             self.bases = (basis, self.bases[1]) if mode == 0 else (self.bases[0], basis)
         self.core, self.moved = core, []
@@ -96,15 +99,15 @@ class Integrator:
 
     def truncate(self, tolerance: float) -> None:
         """Keep of each mode the fewest singular directions that lose at most this share of the norm, all modes
-        together; at most half of those that there is room for, so that bases may double."""
+        together."""
         modes = 1 if self.chain.core is None else 2
         allowed = tolerance * float(self.core.norm()) / math.sqrt(modes)
         found = []
         for mode in (0, 1):
             left, values, _ = torch.linalg.svd(_unfolded(self.core, mode), full_matrices=False)
             tails = values.square().flip(0).cumsum(0).flip(0).sqrt()
-            rank = min(max(1, int((tails > max(allowed, 1e-7 * float(values[0]))).sum())), self.chain.sizes[mode] // 2)
-            found.append(left[:, : max(1, rank)])
+            rank = int((tails > max(allowed, 1e-7 * float(values[0]))).sum())
+            found.append(left[:, : min(max(1, rank), self.chain.sizes[mode])])
         for mode, basis in enumerate(found):
             self.core = _times(basis.mT, self.core, mode)
         self.bases = (self.bases[0] @ found[0], self.bases[1] @ found[1])
@@ -133,6 +136,14 @@ class Integrator:
         else:
             matrix[: part.shape[0], : part.shape[1]] = part
         held.copy_(layer.stored(matrix))
+
+
+def _with_most(moved: torch.Tensor, old: torch.Tensor, room: int) -> torch.Tensor:
+    """An orthonormal basis of ``moved`` and of what it leaves most of in ``old``, [indices, room]."""
+    basis, _ = torch.linalg.qr(moved)
+    rest, _, _ = torch.linalg.svd(old - basis @ (basis.mT @ old), full_matrices=False)
+    whole, _ = torch.linalg.qr(torch.cat([basis, rest[:, : room - basis.shape[1]]], 1))
+    return whole
 
 
 def _unfolded(core: torch.Tensor, mode: int) -> torch.Tensor:

@@ -28,8 +28,8 @@ from regauge.cli_files import (
     read_batches,
     written_model,
 )
-from regauge.cli_inspect import explain, fusion, groups, inspect, memory, scales
-from regauge.cli_kernels import autotune, kernels
+from regauge.cli_inspect import explain, groups, inspect, memory, scales
+from regauge.cli_kernels import autotune, fusion, kernels
 from regauge.cli_run import run
 from regauge.ir.errors import PipelineError, RegaugeError
 from regauge.terminal import print_prose, print_table, print_text

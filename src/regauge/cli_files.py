@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -26,6 +26,16 @@ data_option = click.option(
     "--data", metavar="FILE", type=PATH, multiple=True, help="an .npz file, one array per input; may be repeated"
 )
 at_option = click.option("--at", metavar="SYMBOL=SIZE", multiple=True, help="the value of a dynamic size")
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def most_option(flag: str, default: int, help: str) -> Callable[[Command], Command]:
+    """An option for how many rows of a table are shown at most."""
+    return click.option(
+        flag, "most", type=click.IntRange(min=0), default=default, show_default=True, metavar="N", help=help
+    )
+
 
 OF_TORCH = (".pt", ".pth", ".ckpt", ".safetensors")  # files of weights, or of programs in forms that are not read
 

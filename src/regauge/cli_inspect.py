@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-from regauge.cli_files import at_option, dynamic_sizes, model_argument, open_file
+from regauge.cli_files import at_option, dynamic_sizes, model_argument, most_option, open_file
 from regauge.cli_tables import group_state, member_rows, summary_rows
-from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_table, print_text
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def most_option(flag: str, default: int, help: str) -> Callable[[Command], Command]:
-    """An option for how many rows of a table are shown at most."""
-    return click.option(
-        flag, "most", type=click.IntRange(min=0), default=default, show_default=True, metavar="N", help=help
-    )
 
 
 @click.command()
@@ -105,43 +94,6 @@ def scales(model: Path, everything: bool) -> None:
     found = find_scales(open_file(model))
     print_table(scale_rows(found, everything=everything))
     print(f"\n{scale_counts(found)}")
-
-
-@click.command()
-@model_argument
-@click.option("--target", metavar="TARGET", default="gpu", help="for what kernels have to gain, as of fuse: gpu or cpu")
-@at_option
-@most_option("--refusals", 20, "list so many of the refusals")
-def fusion(model: Path, target: str, at: Sequence[str], most: int) -> None:
-    """Plan which nodes of a model become one kernel.
-
-    What is refused is listed below the kernels, with the reason and the bytes that this costs.
-
-    \b
-    regauge fusion model.onnx
-    regauge fusion model.onnx --at batch=8 --refusals 50
-    """
-    from regauge.ir.fusion.causal import mark_causal
-    from regauge.ir.fusion.fused import without_fused
-    from regauge.ir.fusion.plan import plan_fusion
-    from regauge.ir.fusion.plan_rows import plan_rows, plan_summary, refusal_rows
-    from regauge.ir.fusion.splits import slice_splits
-    from regauge.ir.roofline import DEVICES
-
-    if target not in DEVICES:
-        raise RegaugeError(f"there is no target {target!r}: give {' or '.join(sorted(DEVICES))}")
-    graph = without_fused(open_file(model))
-    if target == "gpu":  # as graphs are made ready for kernels
-        slice_splits(graph)
-        mark_causal(graph)
-    plan = plan_fusion(graph, DEVICES[target], dynamic_sizes(graph, at))
-    print_table(plan_rows(plan))
-    print(f"\n{plan_summary(plan)}")
-    if plan.refusals and most:
-        print()
-        print_table(refusal_rows(plan.refusals[:most]))
-        if len(plan.refusals) > most:
-            print(f"{len(plan.refusals) - most} more were refused")
 
 
 @click.command()

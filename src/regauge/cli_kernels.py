@@ -1,4 +1,4 @@
-"""Commands for kernels: tables of their configurations, and kernels compiled into files."""
+"""Commands for kernels: which ones a model has, tables of their configurations, and kernels compiled into files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,52 @@ from pathlib import Path
 
 import click
 
-from regauge.cli_files import PATH, at_option, check_output, dynamic_sizes, model_argument, open_file
+from regauge.cli_files import PATH, at_option, check_output, dynamic_sizes, model_argument, most_option, open_file
 from regauge.ir.errors import RegaugeError
 from regauge.terminal import print_table
 
 architectures_option = click.option(
     "--arch", "architectures", metavar="ARCH", multiple=True, help="sm_80 or sm_90; may be repeated"
 )
+
+
+@click.command()
+@model_argument
+@click.option("--target", metavar="TARGET", default="gpu", help="for what kernels have to gain, as of fuse: gpu or cpu")
+@at_option
+@most_option("--refusals", 20, "list so many of the refusals")
+def fusion(model: Path, target: str, at: Sequence[str], most: int) -> None:
+    """Plan which nodes of a model become one kernel.
+
+    What is refused is listed below the kernels, with the reason and the bytes that this costs.
+
+    \b
+    regauge fusion model.onnx
+    regauge fusion model.onnx --at batch=8 --refusals 50
+    """
+    from regauge.backends.triton_kernels.footprint import footprint
+    from regauge.ir.fusion.causal import mark_causal
+    from regauge.ir.fusion.fused import without_fused
+    from regauge.ir.fusion.plan import plan_fusion
+    from regauge.ir.fusion.plan_rows import plan_rows, plan_summary, refusal_rows
+    from regauge.ir.fusion.splits import slice_splits
+    from regauge.ir.roofline import DEVICES
+
+    if target not in DEVICES:
+        raise RegaugeError(f"there is no target {target!r}: give {' or '.join(sorted(DEVICES))}")
+    graph = without_fused(open_file(model))
+    if target == "gpu":  # as graphs are made ready for kernels
+        slice_splits(graph)
+        mark_causal(graph)
+    takes = footprint if target == "gpu" else None
+    plan = plan_fusion(graph, DEVICES[target], dynamic_sizes(graph, at), footprints=takes)
+    print_table(plan_rows(plan))
+    print(f"\n{plan_summary(plan)}")
+    if plan.refusals and most:
+        print()
+        print_table(refusal_rows(plan.refusals[:most]))
+        if len(plan.refusals) > most:
+            print(f"{len(plan.refusals) - most} more were refused")
 
 
 @click.command()

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from regauge.ir.dims.extents import Dim
+    from regauge.ir.fusion.footprint import Footprint
+    from regauge.ir.fusion.region import Region
     from regauge.ir.graph import Graph
     from regauge.ir.timing import Timing
     from regauge.passes.catalog import Passes
@@ -27,7 +32,7 @@ def optimize(graph: Graph, passes: Passes, data: Any = None) -> Graph:
     from regauge.passes.catalog import as_passes
     from regauge.passes.pipeline import run_passes
 
-    return run_passes(graph, as_passes(passes), data, measure=_measure)
+    return run_passes(graph, as_passes(passes), data, measure=_measure, footprints=_footprint)
 
 
 def _measure(graphs: Sequence[Graph], inputs: Any) -> list[Timing]:
@@ -35,3 +40,10 @@ def _measure(graphs: Sequence[Graph], inputs: Any) -> list[Timing]:
     from regauge.backends.latency import measure
 
     return measure(graphs, inputs)
+
+
+def _footprint(region: Region, sizes: Mapping[Dim, int]) -> Footprint | None:
+    """For passes that plan kernels."""
+    from regauge.backends.triton_kernels.footprint import footprint
+
+    return footprint(region, sizes)

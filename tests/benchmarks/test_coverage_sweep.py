@@ -10,8 +10,8 @@ import sys
 import pytest
 from benchmarks.coverage import EXACT, measure
 from benchmarks.isolated import isolated
+from benchmarks.model_case import SHARED
 from benchmarks.wide_models import NAMES, REFUSED, build
-from benchmarks.zoo import SHARED
 
 from benchmarks import factorize_exact
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.zoo import SHARED, build, redraw
+from benchmarks.model_case import SHARED, redraw
+from benchmarks.zoo import build
 
 import regauge
 from main_job import STEPS, Seen, agreed, regions_come_along

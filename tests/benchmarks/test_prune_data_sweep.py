@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.zoo import SHARED, build, redraw
+from benchmarks.model_case import SHARED, redraw
+from benchmarks.zoo import build
 
 import regauge
 from regauge.frontends.capture import capture

@@ -6,8 +6,9 @@ Slow: run it with ``pytest -m sweep``. It needs what ``test_coverage_sweep`` nee
 import sys
 
 import pytest
+from benchmarks.model_case import SHARED
 from benchmarks.pruning_options import TRIALS, rows_of
-from benchmarks.zoo import SHARED, names
+from benchmarks.zoo import names
 
 from regauge.passes.pruning.score_table import SCORES
 

@@ -17,6 +17,7 @@ from regauge.passes.calibration.layers import layer_of
 from regauge.passes.calibration.moments import Halves, Moments, inverse, least_squares
 from regauge.passes.calibration.probe import Probe
 from regauge.passes.pruning import distortion, surgeon
+from regauge.passes.pruning.selection import best
 from regauge.passes.pruning.surgeon import Share, taken_apart
 
 
@@ -152,6 +153,55 @@ def test_scores_rise_in_the_order_in_which_indices_go() -> None:
     _, share, _, _ = wide_layer(40)
     scores, factor = taken_apart([share], 256, None)
     assert factor == 1.0 and np.isfinite(scores).all() and (scores > 0).all()
+
+
+def test_a_part_stays_as_it_is_when_its_near_columns_are_taken_out() -> None:
+    _, share, _, _ = wide_layer()
+    whole = share.inverse()
+    part = share.part(torch.arange(256), whole.copy())
+    costs = part.costs(torch.arange(256))
+    part.near(torch.arange(256)).remove(torch.tensor([0, 7]))
+    torch.testing.assert_close(part.costs(torch.arange(256)), costs, rtol=0, atol=0)
+    for gone in range(200):  # in place, and anew where much is gone
+        part.remove(torch.tensor([gone]))
+    assert len(part.inverse) == len(part.weights) < 72
+    left = torch.arange(200, 256)
+    removal = whole.removal(torch.arange(200), left)
+    weights = removal.made_up(share.part(torch.arange(256), whole).weights.t())
+    hessian = torch.linalg.inv(whole.matrix_at(torch.arange(256)).matrix)[left][:, left]
+    torch.testing.assert_close(part.costs(left), weights.square().sum(0) / torch.linalg.inv(hessian).diagonal())
+
+
+def test_the_search_ends_when_the_lowest_scores_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, share, _, _ = wide_layer()
+    taken: list[int] = []
+    remove = surgeon.Part.remove
+
+    def counted(part: surgeon.Part, gone: torch.Tensor) -> None:
+        taken.append(len(gone))
+        remove(part, gone)
+
+    monkeypatch.setattr(surgeon.Part, "remove", counted)
+    whole, _ = taken_apart([share], 256, None)
+    every = sum(taken)
+    for enough in (1, 60, 255):
+        taken.clear()
+        found, _ = taken_apart([share], 256, None, enough=enough)
+        np.testing.assert_array_equal(best(found, 256 - enough), best(whole, 256 - enough))
+        assert sum(taken) < every * (enough + 30) / 256
+
+
+def test_scores_for_counts_that_are_known_say_the_same_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 100), nn.ReLU(), nn.Linear(100, 8)).eval()
+    x = rows(200, 24)
+    graph = capture(model, (x,))
+    groups = [group for group in graph.groups() if group.free]
+    whole = distortion.distortion_scores(graph, groups, [(x,)])
+    monkeypatch.setattr(Probe, "change", None)
+    found = distortion.distortion_scores(graph, groups, [(x,)], counts={group.dim: 30 for group in groups})
+    for dim, scores in found.items():
+        np.testing.assert_array_equal(best(scores, 30), best(whole[dim], 30))
 
 
 def test_of_large_models_two_dims_of_a_kind_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,3 +282,14 @@ def test_an_unknown_architecture_is_told() -> None:
     kernel = kernel_of(form_graph("swiglu", torch.float16))
     with pytest.raises(FusionError, match="no architecture 'sm_1': give sm_80 or sm_90"):
         compile_kernel(kernel.source(), {}, "sm_1")
+
+
+def test_text_of_many_nodes_that_read_twice_takes_no_longer_for_their_paths() -> None:
+    """silu reads its operand twice: of 40 there are 2^40 paths."""
+    graph = Graph("chain")
+    build = Builder(graph)
+    x = build.input("x", (4, 8), torch.float32)
+    for _ in range(40):
+        x = build.silu(x)
+    graph.outputs = [x]
+    assert kernel_of(graph).source().text.count("sigmoid(") == 40

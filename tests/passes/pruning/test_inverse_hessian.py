@@ -40,9 +40,14 @@ def test_columns_of_few_rows_are_removed_as_from_the_matrix() -> None:
     weights, gone = rows(5, 40, seed=1), torch.tensor([1, 4, 9])
     for _ in range(2):  # the second removal starts from what the first has left
         left = torch.tensor([column for column in range(len(few)) if column not in gone.tolist()])
-        one, other = few.removal(gone, left), matrix.removal(gone, left)
-        torch.testing.assert_close(one.made_up(weights), other.made_up(weights))
-        few, matrix, weights = one.inverse(), other.inverse(), one.made_up(weights)
+        wanted = few.removal(gone, left).made_up(weights)
+        torch.testing.assert_close(matrix.removal(gone, left).made_up(weights), wanted)
+        one, other = weights.t().contiguous(), weights.t().contiguous()
+        few.take_out(gone, one)
+        matrix.take_out(gone, other)
+        torch.testing.assert_close(one[left].t(), wanted)
+        torch.testing.assert_close(other[left].t(), wanted)
+        few, matrix, weights = few.at(left), matrix.at(left), wanted
         torch.testing.assert_close(few.diagonal(), matrix.diagonal())
 
 
@@ -61,11 +66,11 @@ def test_a_sketch_of_many_outputs_has_the_squares_of_the_columns(monkeypatch: py
     exact = taken_apart([share], 256, None)[0]
     every = torch.arange(256)
     whole = model[2].weight.detach().double().square().sum(0)
-    torch.testing.assert_close(share.part(every, share.inverse()).rows.square().sum(0), whole)
+    torch.testing.assert_close(share.part(every, share.inverse()).weights.square().sum(1), whole)
     monkeypatch.setattr(surgeon, "_DOUBLE", 200)
     part = share.part(every, share.inverse())
-    assert part.rows.shape == (768, 256) and share.bytes(256) == 4 * 256 * (2 * 100 + 768)
-    ratio = part.rows.square().sum(0).double() / whole
+    assert part.weights.shape == (256, 768) and share.bytes(256) == 4 * 256 * (2 * 100 + 768)
+    ratio = part.weights.square().sum(1).double() / whole
     assert abs(float(ratio.mean()) - 1) < 0.01 and 0.03 < float(ratio.std()) < 0.08
     sketched = taken_apart([share], 256, None)[0]
     y, lost = hidden @ model[2].weight.detach().double().t(), []

@@ -37,6 +37,25 @@ def test_factors_of_full_rank_compute_the_same() -> None:
     torch.testing.assert_close(found.run(x)[0], graph.run(x)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_tucker_factors_of_full_rank_compute_the_same() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 5))
+    x = torch.randn(2, 4, 6, 6)
+    graph = regauge.capture(model.eval(), (x,), dynamic={0: {0: "batch"}})
+    found = full_rank_factors(graph, form="tucker")
+    assert [tuple(n.inputs[1].shape) for n in found.nodes if n.op == "conv"] == [
+        (4, 4, 1, 1),
+        (6, 4, 3, 3),
+        (6, 6, 1, 1),
+    ]
+    torch.testing.assert_close(found.run(x)[0], graph.run(x)[0], rtol=1e-4, atol=1e-5)
+    half = full_rank_factors(graph, form="tucker", share=0.5)
+    assert [tuple(n.inputs[1].shape) for n in half.nodes if n.op == "conv"] == [
+        (2, 4, 1, 1),
+        (3, 2, 3, 3),
+        (6, 3, 1, 1),
+    ]
+
+
 @pytest.mark.parametrize("rank", [2, 5])
 def test_ordered_dropout_finds_the_rank(rank: int) -> None:
     x, y = planted(rank)
@@ -59,8 +78,9 @@ def test_ordered_dropout_finds_the_rank(rank: int) -> None:
     torch.testing.assert_close(values, torch.linspace(3, 1.5, rank), rtol=1e-3, atol=1e-3)  # singular, in order
 
 
-@pytest.mark.parametrize("rank", [2, 4])
+@pytest.mark.parametrize("rank", [2, 4, 8, 10])
 def test_dlrt_finds_the_rank_of_a_matrix(rank: int) -> None:
+    """Also one above half of the room there is, where old directions and new ones do not both fit in."""
     x, y = planted(rank)
     model, graph = factored()
     sparsifier = Dlrt(model, graph, learning=600, rate=0.5, tolerance=0.03)
@@ -76,10 +96,15 @@ def test_dlrt_finds_the_rank_of_a_matrix(rank: int) -> None:
     assert relative(found.run(x)[0], y) < 1e-4
 
 
-def test_dlrt_finds_the_ranks_of_a_kernel() -> None:
-    """A convolution of Tucker ranks two (inputs) and three (outputs), from six and eight."""
-    down, core, up = torch.randn(2, 6, 1, 1), torch.randn(3, 2, 3, 3), torch.randn(8, 3, 1, 1)
-    kernel = torch.einsum("oa,abhw,bi->oihw", up[..., 0, 0], core, down[..., 0, 0]) / 4
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 3), (5, 6)])
+def test_dlrt_finds_the_ranks_of_a_kernel(inputs: int, outputs: int) -> None:
+    """A convolution of these Tucker ranks, from six and eight."""
+    down, core, up = (
+        torch.linalg.qr(torch.randn(*shape))[0] for shape in ((6, inputs), (9 * inputs, outputs), (8, outputs))
+    )
+    down, up = 3 * down.t()[..., None, None], up[..., None, None]
+    core = core.t().reshape(outputs, inputs, 3, 3)
+    kernel = torch.einsum("oa,abhw,bi->oihw", up[..., 0, 0], core, down[..., 0, 0])
     x = torch.randn(64, 6, 6, 6)
     y = nn.functional.conv2d(x, kernel)
     chain = [nn.Conv2d(6, 6, 1, bias=False), nn.Conv2d(6, 8, 3, bias=False), nn.Conv2d(8, 8, 1)]
@@ -94,7 +119,8 @@ def test_dlrt_finds_the_ranks_of_a_kernel() -> None:
         optimizer.step()
         sparsifier.step()
     found = sparsifier.finish()
-    assert found.find("1.weight").shape == (3, 2, 3, 3) and found.find("0.weight").shape == (2, 6, 1, 1)
+    assert found.find("1.weight").shape == (outputs, inputs, 3, 3)
+    assert found.find("0.weight").shape == (inputs, 6, 1, 1)
     assert relative(found.run(x)[0], y) < 1e-4
 
 
