@@ -1,8 +1,14 @@
-"""What the average of two networks that were trained apart is worth, with and without weight matching.
+"""What the average of two networks that were trained apart is worth, with and without weight matching; and stitching.
 
     python benchmarks/merge.py [--pairs 3] [--write]
 
 Perceptrons with two hidden layers on scikit-learn's digits, from different seeds; shares of test digits that are right.
+
+    python benchmarks/merge.py --stitch [--write]
+
+joins the front of one network and the back of another by what least squares makes of each other's values, without
+training: perceptrons of other widths (cut behind the hidden layers, on all training digits), and the character models
+of char_gpt.py and char_llama.py, whose blocks differ (perplexities, on 64 windows of text).
 """
 
 from __future__ import annotations
@@ -19,9 +25,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import regauge
+from benchmarks import char_gpt, char_llama
 from benchmarks.report import append_table, environment
 from regauge.demo import load_digits
+from regauge.ir.graph import Graph
 
+STITCHED_HEADS = ["front", "back", "cut behind", "front alone", "back alone", "stitched"]
 HEADS = ["hidden", "norms", "alone", "average", "average after matching"]
 STEPS, BATCH, RATE = 1500, 64, 1e-3
 
@@ -59,12 +68,72 @@ def row(width: int, norms: bool, pairs: int) -> list[str]:
     return [str(width), "yes" if norms else "no", *(f"{statistics.mean(shares):.3f}" for shares in found.values())]
 
 
+def stitched(pairs: int) -> list[list[str]]:
+    return [*_perceptrons(pairs), *_characters()]
+
+
+def _perceptrons(pairs: int) -> list[list[str]]:
+    digits = load_digits()
+    found: dict[tuple[int, int, int], list[list[float]]] = {}
+
+    def right(graph: Graph) -> float:
+        return float((graph.run(digits.test_images)[0].argmax(1) == digits.test_labels).double().mean())
+
+    for seed in range(pairs):
+        torch.manual_seed(seed)
+        graphs = {}
+        for width in (32, 128):
+            model = perceptron(width, norms=False)
+            train(model, digits.images, digits.labels)
+            graphs[width] = regauge.capture(model.eval(), (digits.images[:2],), dynamic={0: {0: "batch"}})
+        for front, back in ((32, 128), (128, 32)):
+            for cut in (0, 1):
+                names = [[node.name for node in graphs[own].nodes if node.op == "relu"][cut] for own in (front, back)]
+                own = regauge.stitch(graphs[front], graphs[back], (names[0], names[1]), [digits.images])
+                shares = [right(graph) for graph in (graphs[front], graphs[back], own)]
+                found.setdefault((front, back, cut), []).append(shares)
+    rows = []
+    for (front, back, cut), each in found.items():
+        means = [f"{statistics.mean(own):.3f}" for own in zip(*each, strict=True)]
+        rows.append([f"perceptron {front}", f"perceptron {back}", f"hidden layer {cut + 1}", *means])
+    return rows
+
+
+def _characters() -> list[list[str]]:
+    windows = char_gpt.calibration_windows(64)
+    models = {"char_gpt": char_gpt.trained(), "char_llama": char_llama.trained()}
+    graphs = {name: regauge.capture(own, (windows[:2],), dynamic={0: {0: "batch"}}) for name, own in models.items()}
+    alone = {name: f"{char_gpt.perplexity(graph.to_torch()):.3f}" for name, graph in graphs.items()}
+    rows = []
+    for front, back in (("char_gpt", "char_llama"), ("char_llama", "char_gpt")):
+        for block in range(char_gpt.BLOCKS):
+            names = [_result(graphs[name], f"blocks.{block}") for name in (front, back)]
+            data = [(part,) for part in windows.split(32)]
+            own = regauge.stitch(graphs[front], graphs[back], (names[0], names[1]), data)
+            judged = f"{char_gpt.perplexity(own.to_torch()):.3f}"
+            rows.append([front, back, f"block {block + 1}", alone[front], alone[back], judged])
+    return rows
+
+
+def _result(graph: Graph, block: str) -> str:
+    """The last sum of a block, which is what the next one reads."""
+    return [node.name for node in graph.nodes if node.op == "add" and node.scope and node.scope[-1][0] == block][-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--stitch", action="store_true")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.stitch:
+        rows = stitched(options.pairs)
+        print("\n".join("  ".join(own) for own in rows), environment(), sep="\n")
+        if options.write:
+            note = "`python benchmarks/merge.py --stitch`: shares of digits that are right, and perplexities of text."
+            append_table("Networks stitched together, no fine-tuning", STITCHED_HEADS, rows, note)
+        return
     rows = []
     for width in (64, 256):
         for norms in (False, True):

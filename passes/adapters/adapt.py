@@ -52,7 +52,9 @@ class Adapt(Pass):
         "lora", "svfit", "tensor-train", "lotr", "tucker", "kronecker", "compacter", "bone", "dora", "s2ft"
     ] = option("lora", "what is added to a weight, or s2ft: columns of it that train themselves")
     rank: int = option(
-        8, "the rank of an adapter, its number of terms, the width of its block, or the channels that train", at_least=1
+        8,
+        "rank of an adapter, its number of terms, the width of its block, or channels that train (or heads of as many)",
+        at_least=1,
     )
     init: Literal["auto", "zero", "principal", "eva"] = option(
         "auto",

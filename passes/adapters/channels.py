@@ -4,8 +4,8 @@
     after   y = linear(h[:, :k], selected) + linear(h[:, k:], w', b)       w' frozen; what writes h is reordered
 
 Channels and heads are selected at random, as S2FT-R does (Yang et al. 2024). They are those of Dims that a single layer
-reads: the hidden channels of feed-forward blocks, and the heads in front of output projections. Streams, which many
-layers read, stay as they are.
+reads: the hidden channels of feed-forward blocks, and the heads in front of output projections, of these as many as
+have about so many channels, at least one. Streams, which many layers read, stay as they are.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ SELECTED = "selected"  # what the weight that trains is called, below its layer
 def split_channels(
     graph: Graph, layers: Collection[str], count: int, seed: int, left: Counter[str], *, by: str
 ) -> tuple[Graph, int]:
-    """A copy in which ``count`` channels of what each of these layers (by name of weight) reads have a weight apart.
+    """A copy in which about ``count`` channels that each of these layers (by name of weight) reads have a weight apart.
 
     Returns how many layers were split as well.
     """
     chosen = _chosen(graph, layers, count, left)
     generator = np.random.default_rng(seed)
     orders = {}
-    for dim, _ in chosen:
+    for dim, _, indices in chosen:
         order = generator.permutation(int(dim.size))
-        orders[dim] = [*sorted(order[:count]), *sorted(order[count:])]
-    columns = {layer.weight.name: _columns(graph, layer, dim, count) for dim, layer in chosen}
+        orders[dim] = [*sorted(order[:indices]), *sorted(order[indices:])]
+    columns = {layer.weight.name: _channels(graph, layer, dim, indices) for dim, layer, indices in chosen}
     result = reorder(graph, orders, by=by) if orders else graph.copy()
     for node in list(result.nodes):
         layer = layer_of(node)
@@ -47,21 +47,22 @@ def split_channels(
     return result, len(chosen)
 
 
-def _chosen(graph: Graph, names: Collection[str], count: int, left: Counter[str]) -> list[tuple[Dim, Layer]]:
-    """Dims of more than ``count`` indices with the only layer that reads each, one for a layer."""
+def _chosen(graph: Graph, names: Collection[str], count: int, left: Counter[str]) -> list[tuple[Dim, Layer, int]]:
+    """Dims with the only layer that reads each, one for a layer, and as how many indices ``count`` channels count."""
     every = [layer for node in graph.nodes if (layer := layer_of(node)) is not None]
     dims = may_be_reordered(graph, [group.dim for group in graph.groups() if group.free])
-    found: dict[str, tuple[Dim, Layer]] = {}
+    found: dict[str, tuple[Dim, Layer, int]] = {}
     for dim, readers in contracting(graph, dims, every).items():
         layer = readers[0] if len(readers) == 1 else None
-        if layer is None or layer.weight.name not in names or int(dim.size) <= count:
+        if layer is None or layer.weight.name not in names or layer.node.op == "conv_transpose":
             continue
-        if layer.node.op == "conv_transpose":
+        indices = max(1, round(count / _channels(graph, layer, dim, 1)))
+        if int(dim.size) <= indices:
             continue
         # The slowest Dim of the axis, so that its first indices are the first columns.
         first = leaves(graph.axes.of[layer.weight][layer.contracted])[0]
-        if dim is first and _is_front(layer.columns_of(graph, dim)[:count]):
-            found[layer.weight.name] = dim, layer
+        if dim is first and _is_front(layer.columns_of(graph, dim)[:indices]):
+            found[layer.weight.name] = dim, layer, indices
     left["what it reads is read elsewhere too, not to be reordered, or no more channels than train"] += len(
         names
     ) - len(found)
@@ -72,9 +73,9 @@ def _is_front(columns: np.ndarray) -> bool:
     return bool((np.sort(columns.reshape(-1)) == np.arange(columns.size)).all())
 
 
-def _columns(graph: Graph, layer: Layer, dim: Dim, count: int) -> int:
+def _channels(graph: Graph, layer: Layer, dim: Dim, indices: int) -> int:
     """Input channels of the layer that the first indices of a Dim are."""
-    return layer.columns_of(graph, dim)[:count].size // layer.taps
+    return layer.columns_of(graph, dim)[:indices].size // layer.taps
 
 
 def _split(graph: Graph, layer: Layer, count: int, by: str) -> None:

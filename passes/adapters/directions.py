@@ -18,18 +18,18 @@ _MOST = 2  # times the rank that was asked for, that one layer may have: what th
 def input_directions(
     graph: Graph, chosen: Sequence[Site], batches: Sequence[Any], rank: int, left: Counter[str]
 ) -> dict[Parameter, torch.Tensor]:
-    """[rank of the layer, columns] by weight: the first right singular vectors of the inputs (Paischer et al. 2024).
+    """[rank of the layer, columns] by weight: the first principal directions of the inputs (Paischer et al. 2024).
 
     The ranks sum up to ``rank`` for each layer at most; those directions are taken that explain the greatest shares of
-    the squares of their layer's inputs. Instead of from batches one after the other, the singular vectors are computed
-    of the second moments of all.
+    the variance of their layer's inputs, which is about their mean, as in the authors' code. Instead of from batches
+    one after the other, the directions are computed of the moments of all.
     """
     layers = [site.layer for site in chosen if site.layer is not None and site.blocks == 1]
     left["no single matrix that inputs have directions for"] += len(chosen) - len(layers)
     found: dict[Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
     for layer, moments in visit_moments(graph, layers, batches):
-        gram = moments.gram[:-1, :-1]
-        values, vectors = torch.linalg.eigh(gram)
+        sums = moments.gram[-1, :-1]
+        values, vectors = torch.linalg.eigh(moments.gram[:-1, :-1] - torch.outer(sums, sums) / moments.rows)
         most = min(_MOST * rank, layer.outputs, layer.columns)
         shares = values.flip(0).clamp(min=0) / values.sum().clamp(min=1e-300)
         found[layer.weight] = shares[:most], vectors.flip(1).t()[:most]

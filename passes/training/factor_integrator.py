@@ -142,7 +142,7 @@ def _with_most(moved: torch.Tensor, old: torch.Tensor, room: int) -> torch.Tenso
     """An orthonormal basis of ``moved`` and of what it leaves most of in ``old``, [indices, room]."""
     basis, _ = torch.linalg.qr(moved)
     rest, _, _ = torch.linalg.svd(old - basis @ (basis.mT @ old), full_matrices=False)
-    whole, _ = torch.linalg.qr(torch.cat([basis, rest[:, : room - basis.shape[1]]], 1))
+    whole: torch.Tensor = torch.linalg.qr(torch.cat([basis, rest[:, : room - basis.shape[1]]], 1))[0]
     return whole
 
 

@@ -134,13 +134,13 @@ def test_channels_and_heads_that_train_themselves() -> None:
     x = torch.randn(2, 3, 20, dtype=torch.float64)
     graph = regauge.capture(Feed().double().eval(), (x,), dynamic={0: {0: "batch"}})
     (wanted,) = graph.run(x)
-    adapted = regauge.optimize(graph, "adapt{form=s2ft,rank=2}")
+    adapted = regauge.optimize(graph, "adapt{form=s2ft,rank=7}")
     assert (adapted.run(x)[0] - wanted).abs().max() < 1e-12
     shapes = {name: tuple(p.shape) for name, p in adapted.parameters.items() if p.trainable}
     assert shapes == {
-        "patches.selected.weight": (16, 2, 3),  # two channels
-        "proj.selected.weight": (16, 8),  # two heads of four
-        "down.selected.weight": (16, 2),
+        "patches.selected.weight": (16, 7, 3),  # channels
+        "proj.selected.weight": (16, 8),  # two heads of four: heads are as many as come nearest
+        "down.selected.weight": (16, 7),
     }
     module = trained(adapted, x)
     learned = module(x).detach()
@@ -178,6 +178,15 @@ def test_eva_gives_ranks_where_inputs_vary() -> None:
     assert abs(float(torch.cosine_similarity(down[:1], basis))) > 1 - 1e-9
     torch.testing.assert_close(down @ down.t(), torch.eye(len(down), dtype=torch.float64))
     assert sum(len(adapted.parameters[f"{n}.down.weight"].tensor) for n in (0, 2)) == 4
+
+
+def test_eva_looks_for_what_varies_not_for_what_is_large() -> None:
+    torch.manual_seed(0)
+    basis, mean = torch.linalg.qr(torch.randn(12, 2, dtype=torch.float64))[0].t()
+    x = 100 * mean + torch.randn(256, 1, dtype=torch.float64) * basis
+    graph = regauge.capture(nn.Sequential(nn.Linear(12, 12)).double().eval(), (x[:2],), dynamic={0: {0: "batch"}})
+    down = regauge.optimize(graph, "adapt{init=eva,rank=1}", data=[x]).find("0.down.weight").tensor
+    assert abs(float(down @ basis)) > 1 - 1e-6
 
 
 def test_the_module_is_readable() -> None:
