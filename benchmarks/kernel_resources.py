@@ -55,6 +55,7 @@ TITLE = "What generated kernels take of a GPU"
 GRADIENTS = (
     "swiglu", "masked_softmax", "layer_norm", "add_rms_norm", "cross_entropy", "smooth_cross_entropy",
     "causal_attention", "masked_attention", "capped_attention", "position_bias_attention", "sloped_attention",
+    "large_heads_attention",
 )  # fmt: skip
 """Forms whose gradients have kernels of several kinds: pointwise, rows, sums over rows, and attention."""
 

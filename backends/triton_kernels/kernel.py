@@ -20,7 +20,7 @@ import torch
 
 from regauge.backends.torch_module.runtime import import_source
 from regauge.backends.triton_kernels.attention import AttentionForm, AttentionKernel
-from regauge.backends.triton_kernels.attention_gradient import BIAS_FORMS, GRADIENT_FORMS, GradientForm
+from regauge.backends.triton_kernels.attention_gradient import BIAS_FORMS, WIDE_FORMS, GradientForm
 from regauge.backends.triton_kernels.attention_sizes import (
     launch_of_attention,
     launch_of_bias,
@@ -291,7 +291,7 @@ def config_for(
     """The configuration for given sizes; None for tiles that no table holds (:mod:`triton_tile_sizes`, and
     :mod:`triton_attention_sizes`)."""
     if (
-        source.form in ("split", "attention", "combine", *GRADIENT_FORMS, *BIAS_FORMS)
+        source.form in ("split", "attention", "combine", *WIDE_FORMS, *BIAS_FORMS)
         or source.tiling is not None
         and not source.tiling.plain
     ):
@@ -310,8 +310,8 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None, a
         return launch_of_bias(source.reads, source.writes[0], source.loops, sizes, architecture)
     if source.form == "total":
         return launch_of_total(source.reads, source.writes[0], source.loops, sizes, architecture)
-    if source.form == "statistics" or source.form == "of_queries" or source.form == "of_keys":
-        return launch_of_gradient(source.form, source.reads, source.loops, sizes)
+    if source.form in WIDE_FORMS:
+        return launch_of_gradient(cast(GradientForm, source.form), source.reads, source.loops, sizes)
     if config is None:
         assert source.form == "attention" or source.form == "split" or source.form == "combine"
         return launch_of_attention(source.form, source.reads, source.loops, sizes, architecture)
