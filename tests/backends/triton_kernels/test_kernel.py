@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from kernel_forms import FORMS, form_graph
-from regauge.backends.triton_kernels.attention_gradient import BIAS_FORMS, GRADIENT_FORMS, AttentionGradientKernel
+from regauge.backends.triton_kernels.attention_gradient import (
+    BIAS_FORMS,
+    GRADIENT_FORMS,
+    WIDE_FORMS,
+    AttentionGradientKernel,
+)
 from regauge.backends.triton_kernels.bias_gradient import BiasGradientKernel
 from regauge.backends.triton_kernels.compile import compile_kernel
 from regauge.backends.triton_kernels.kernel import Form, Kernel, launch_of, triton_kernel
@@ -106,6 +111,14 @@ def test_text_of_the_gradients_of_attention(golden: object) -> None:
     kernels = [AttentionGradientKernel(found, "attention", form, contiguous=True) for form in GRADIENT_FORMS]
     texts = [one.source().rpartition("\n\n\n")[2].rstrip("\n") for one in kernels]
     golden("kernel_attention_gradients", "\n\n\n".join(texts))  # type: ignore[operator]
+
+
+def test_text_of_the_gradients_of_wide_heads(golden: object) -> None:
+    graph = form_graph("wide_attention", torch.float16)
+    found = attention_gradient(graph, trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    kernels = [AttentionGradientKernel(found, "attention", form, contiguous=True) for form in WIDE_FORMS[1:3]]
+    texts = [one.source().rpartition("\n\n\n")[2].rstrip("\n") for one in kernels]
+    golden("kernel_wide_attention_gradients", "\n\n\n".join(texts))  # type: ignore[operator]
 
 
 def test_text_of_the_gradient_of_a_bias(golden: object) -> None:
@@ -256,6 +269,16 @@ def test_attention_with_values_of_latents_spills_nothing(name: str, architecture
     sizes = {dim: int(dim.size) for dim in kernel.region.sized}
     for form in kernel.forms:
         assert compile_kernel(kernel.source(form), sizes, architecture).spilled == 0
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_codes_in_groups_leave_registers(architecture: str) -> None:
+    kernel = kernel_of(form_graph("int4_groups_attention", torch.bfloat16, 4096, 4096), "attention")
+    sizes = {dim: int(dim.size) for dim in kernel.region.sized}
+    for form in kernel.forms:
+        compiled = compile_kernel(kernel.source(form), sizes, architecture)
+        assert compiled.spilled == 0 and compiled.registers <= (128 if architecture == "sm_90" else 216)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
