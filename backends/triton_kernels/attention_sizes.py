@@ -1,8 +1,7 @@
 """How large the tiles of attention are, and among how many programs its places are shared out.
 
-Tiles are found by compiling for sm_80 and sm_90 with all versions of Triton that are supported: none spills registers,
-but 8 bytes where places of codes of 4 bits in groups are shared out, with Triton 3.8 on sm_80
-(benchmarks/kernel_resources.py).
+Tiles are found by compiling for sm_80 and sm_90 with all versions of Triton that are supported: what spills registers
+with one of them is left out (benchmarks/kernel_resources.py).
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ def launch_of_attention(
     crowded = bool(loops.rank) and (single or head > 128)  # a tile of keys for each product is most of the registers
     if single or crowded:
         most, deep = (32 if width <= 128 and not crowded else 16), 32  # there are no tensor cores for single precision
-    elif coded:
-        most, deep = 64, 64 if rows <= 16 and len(of_heads) == 2 else 32
+    elif coded:  # of groups of channels each number has a range, and an address of it, of its own
+        most, deep = 64, 16 if len(of_heads) > 2 else 64 if rows <= 16 and len(of_heads) == 2 else 32
     elif width <= 64 or width <= 128 and not masks:
         most, deep = MOST_ROWS, 64 if width <= 64 or is_at_least(architecture, 90) else 32
     else:

@@ -272,6 +272,16 @@ def test_attention_with_values_of_latents_spills_nothing(name: str, architecture
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_codes_in_groups_leave_registers(architecture: str) -> None:
+    kernel = kernel_of(form_graph("int4_groups_attention", torch.bfloat16, 4096, 4096), "attention")
+    sizes = {dim: int(dim.size) for dim in kernel.region.sized}
+    for form in kernel.forms:
+        compiled = compile_kernel(kernel.source(form), sizes, architecture)
+        assert compiled.spilled == 0 and compiled.registers <= (128 if architecture == "sm_90" else 216)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_a_binary_is_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = kernel_of(form_graph("swiglu", torch.float16, 64, 64), "swiglu")
     sizes = {dim: int(dim.size) for dim in kernel.region.loops}
