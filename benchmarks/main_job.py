@@ -15,11 +15,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
 
@@ -27,28 +26,14 @@ import regauge
 from benchmarks.model_case import redraw
 from benchmarks.report import append_table
 from benchmarks.zoo import build
+from main_job_steps import STEPS, Seen
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.graph import Graph
 from regauge.ir.verify import verify
 
-STEPS = ("simplify", "prune{params=0.7}", "factorize{params=0.8}", "quantize{scheme=w8}", "fuse")
 NETWORKS = ["timm:resnet18:32", "timm:mobilenetv3_small_100:64"]
 TITLE = "The main job in one call"
 HEADS = ["network", "step", "parameters", "bytes", "MACs", "module", "file", "change of outputs", "seconds"]
-
-
-@dataclass(frozen=True)
-class Seen(regauge.Pass):
-    """Changes nothing; keeps the graph that it is given and when it was."""
-
-    name = "seen"
-    contract = "exact"
-    takes_fused = True
-    graphs: Any
-
-    def call(self, graph: Graph, context: regauge.Context) -> Graph:
-        self.graphs.append((graph, time.process_time()))
-        return graph
 
 
 def rows(name: str) -> Iterator[list[str]]:
@@ -61,7 +46,8 @@ def rows(name: str) -> Iterator[list[str]]:
     seen: list[tuple[Graph, float]] = []
     data = [torch.randn(4, 3, size, size) for _ in range(2)]
     start = time.process_time()
-    small = regauge.optimize(graph, [one for text in STEPS for one in (text, Seen(seen))], data=data)
+    timed = Seen(lambda graph: seen.append((graph, time.process_time())))
+    small = regauge.optimize(graph, [one for text in STEPS for one in (text, timed)], data=data)
     before, inputs = small.report.before, torch.randn(3, 3, size, size)
     (whole,) = graph.run(inputs)
     for number, (step, (own, end)) in enumerate(zip(STEPS, seen, strict=True)):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from regauge.ir.errors import FusionError
-from regauge.ir.scalars import REDUCTIONS, Scalar, cos, eq, exp, sin, sum_, where
+from regauge.ir.scalars import REDUCTIONS, ROUNDED_8, Scalar, cos, eq, exp, sin, sum_, where
 
 Part: TypeAlias = Scalar | None
 Axes: TypeAlias = Callable[[Scalar], frozenset[int]]
@@ -69,7 +69,7 @@ GRADIENTS: Mapping[str, Callable[..., Sequence[Part]]] = {
     "sin": lambda g, r, x: (g * cos(x),),
     "cos": lambda g, r, x: (-(g * sin(x)),),
     "where": lambda g, r, condition, x, y: (None, where(condition, g, 0.0), where(condition, 0.0, g)),
-    **dict.fromkeys(("real", "code", "e4m3", "e5m2"), lambda g, r, x: (g,)),  # torch's casts of floats pass it on
+    **dict.fromkeys(("real", "code", *ROUNDED_8.values()), lambda g, r, x: (g,)),  # torch's casts of floats pass it on
     "sum": lambda g, r, x: (g,),
     "amax": lambda g, r, x: _extreme(g, r, x),
     "amin": lambda g, r, x: _extreme(g, r, x),

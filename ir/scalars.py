@@ -281,6 +281,10 @@ def _power_of_two(x: torch.Tensor) -> torch.Tensor:
     return torch.where((fraction > 0.5) & x.isfinite(), x / fraction, x).detach()
 
 
+def _to(kind: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x.to(kind).to(x.dtype)
+
+
 PRIMITIVES: Mapping[str, Callable[..., Any]] = {
     "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "div": lambda x, y: x / y,
     "neg": lambda x: -x, "abs": torch.abs, "maximum": _pairwise(torch.maximum), "minimum": _pairwise(torch.minimum),
@@ -293,16 +297,21 @@ PRIMITIVES: Mapping[str, Callable[..., Any]] = {
     "logical_and": lambda x, y: (x != 0) & (y != 0), "logical_or": lambda x, y: (x != 0) | (y != 0),
     "logical_not": lambda x: x == 0,
     "round": torch.round, "code": lambda x: x, "power_of_two": _power_of_two,
-    "e4m3": lambda x: x.to(torch.float8_e4m3fn).to(x.dtype), "e5m2": lambda x: x.to(torch.float8_e5m2).to(x.dtype),
+    "e4m3": _to(torch.float8_e4m3fn), "e5m2": _to(torch.float8_e5m2),
+    "e4m3fnuz": _to(torch.float8_e4m3fnuz), "e5m2fnuz": _to(torch.float8_e5m2fnuz),
     "real": lambda x: x if x.is_floating_point() and x.itemsize > 1 else x.double(),
 }  # fmt: skip
 """What each primitive is in torch. ``maximum`` and ``minimum`` are NaN where an operand is, as torch's are;
 ``real`` of an integer, or of a float of 8 bits, is that number in a type that holds what is computed of it; ``code``
 says of a number that it is one that the type of the result has. Halves are rounded to even. ``e4m3`` and ``e5m2`` are
 the nearest floats of 8 bits as casts of torch 2.13 give them: what is beyond the greatest e4m3 is that, and beyond the
-greatest e5m2 infinite. ``power_of_two`` is the least one that is not below a normal number, which is greater than 0."""
+greatest e5m2 infinite; of the two with ``fnuz``, which have neither infinity nor a negative zero, it is no number.
+``power_of_two`` is the least one that is not below a normal number, which is greater than 0."""
 
-ROUNDED_8: Mapping[torch.dtype, str] = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+ROUNDED_8: Mapping[torch.dtype, str] = {
+    torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2",
+    torch.float8_e4m3fnuz: "e4m3fnuz", torch.float8_e5m2fnuz: "e5m2fnuz",
+}  # fmt: skip
 """The floats of 8 bits that elements round to, and the primitive that does."""
 
 REDUCTIONS: Mapping[str, Callable[..., Any]] = {

@@ -185,6 +185,12 @@ def wide_attention(f: Form, rows: Any, columns: int) -> Any:
     return f.build.attention(q, k, v, scale=width**-0.5, is_causal=True)
 
 
+def large_heads_attention(f: Form, rows: Any, columns: int) -> Any:
+    """Four heads of queries share one of keys and values, of 512 numbers each, which also gradients take in parts."""
+    q, k, v = f.x(2, 4, rows, 512), f.x(2, 1, columns, 512), f.x(2, 1, columns, 512)
+    return f.build.attention(q, k, v, scale=512**-0.5, is_causal=True, enable_gqa=True)
+
+
 def position_bias_attention(f: Form, rows: Any, columns: int) -> Any:
     """A bias for each head and pair of places, as T5 has it, of queries that are the last of the positions."""
     q, k, v = f.x(2, 4, min(rows, columns), 64), f.x(2, 2, columns, 64), f.x(2, 2, columns, 64)
@@ -206,5 +212,5 @@ ATTENTION_FORMS = (
     decoding_attention, latent_attention, quantized_cache_attention, int4_cache_attention, int4_cache_decoding,
     int2_cache_decoding, int4_groups_attention, int8_cache_attention, turned_latents_attention,
     latent_keys_with_bias_attention, latent_values_attention, latent_pair_attention, written_out_attention,
-    wide_attention, position_bias_attention, sloped_attention,
+    wide_attention, large_heads_attention, position_bias_attention, sloped_attention,
 )  # fmt: skip

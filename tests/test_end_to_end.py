@@ -14,7 +14,7 @@ import torch
 import regauge
 from decoders import Rotary, characters, decoder, stepped
 from layered_networks import ResidualNetwork, images, redrawn
-from main_job import STEPS, Seen, agreed, regions_come_along
+from main_job_steps import STEPS, Seen, agreed, regions_come_along
 from regauge.backends.run_onnxruntime import Session
 from regauge.cli import main
 from regauge.ir.cost import figures
@@ -52,7 +52,7 @@ def network_job() -> Job:
 def test_torch_and_files_agree_at_every_step(make: Callable[[], Job], tmp_path: Path) -> None:
     job = make()
     seen: list[Graph] = []
-    passes = [one for text in STEPS for one in (text, Seen(seen))]
+    passes = [one for text in STEPS for one in (text, Seen(seen.append))]
     small = regauge.optimize(job.graph, passes, data=job.data)
     (wanted,) = job.graph.run(job.inputs)
     for number, (graph, (parameters, size, most)) in enumerate(zip(seen, job.steps, strict=True)):

@@ -206,9 +206,9 @@ def _output_names(graph: Graph) -> list[str]:
     taken = {value.name for value in graph.inputs}
     names = []
     for place, output in enumerate(graph.outputs):
-        if output is None:
+        if not isinstance(output, Value):  # a number, a text, nothing: no result of a file
             continue
-        name = keys[place] or (output.name if isinstance(output, Value) else f"output_{place}")
+        name = keys[place] or output.name
         names.append(f"{name}_{place}" if name in taken else name)
         taken.add(names[-1])
     return names

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +18,7 @@ import onnx_ir
 from regauge.backends.onnx_model.carrier import Carrier
 from regauge.backends.onnx_model.size_nodes import SizeSource
 from regauge.backends.onnx_model.speller import OnnxSpeller, spell
-from regauge.ir.errors import EmitError, FusionError
+from regauge.ir.errors import EmitError, FusionError, RegaugeWarning
 from regauge.ir.fusion.fused import body_of, canonical, content, fused_nodes, unfuse, without_fused
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, KERNEL, REGION, ROUNDING, VERSION, function_hash
@@ -51,21 +53,29 @@ def as_calls(graph: Graph, *, functions: bool) -> Calls:
 
 
 def _spellable(graph: Graph) -> Graph:
-    """The graph, or a copy in which fused nodes that no function can be written of are the nodes that they hold."""
+    """The graph, or a copy in which fused nodes that no function can be written of are the nodes that they hold, of
+    which a RegaugeWarning tells the reasons."""
     model = graph.metadata.get("onnx")
     opset = model.opset_imports.get("", RMS_NORM_OPSET) if isinstance(model, onnx_ir.Model) else RMS_NORM_OPSET
 
-    def has_no_spelling(node: Node) -> bool:
+    why: dict[Node, str] = {}
+    for node in fused_nodes(graph):
         try:
             spelled_region(canonical(body_of(node)), opset)
-        except EmitError:
-            return True
-        return False
-
-    if not any(map(has_no_spelling, fused_nodes(graph))):
+        except EmitError as error:
+            why[node] = str(error)
+    if not why:
         return graph
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in Counter(why.values()).most_common())
+    warnings.warn(
+        f"{len(why)} of {len(fused_nodes(graph))} regions are written as their nodes, not as functions: {reasons}",
+        RegaugeWarning,
+        stacklevel=4,
+    )
     result = graph.copy()
-    unfuse(result, has_no_spelling)
+    pairs = zip(fused_nodes(graph), fused_nodes(result), strict=True)
+    left = {copied for own, copied in pairs if own in why}
+    unfuse(result, left.__contains__)
     return result
 
 

@@ -8,6 +8,11 @@
 Weights are computed again, of what the statistics say. Each program has its own entries of a gradient, also where
 several heads of queries share keys: nothing is added up in memory, and each time alike. With a causal mask what it
 leaves nothing of is skipped on both ways (Dao 2023, FlashAttention-2, algorithm 2 and section 3.2).
+
+Of heads of more than 256 numbers scores, and gradients of weights, are added up BLOCK_D numbers at a time. Keys and
+values have a kernel each (``of_values``), so that a program keeps one gradient in registers: BLOCK_K numbers of a head,
+or BLOCK_N of values. Where these are not all, several programs compute the same scores, which
+:mod:`regauge.ir.fusion.wide_gradients` counts.
 """
 
 from __future__ import annotations
@@ -25,10 +30,12 @@ from regauge.ir.fusion.attention_gradients import AttentionGradient
 from regauge.ir.fusion.region import Layout, Term, terms_below
 from regauge.ir.graph import Value
 
-GradientForm = Literal["statistics", "of_queries", "of_keys", "of_bias", "total"]
+GradientForm = Literal["statistics", "of_queries", "of_keys", "of_values", "of_bias", "total"]
 GRADIENT_FORMS: tuple[GradientForm, ...] = ("statistics", "of_queries", "of_keys")
+WIDE_FORMS: tuple[GradientForm, ...] = (*GRADIENT_FORMS, "of_values")
 BIAS_FORMS: tuple[GradientForm, ...] = ("statistics", "of_bias", "total")
-"""The kernels of the gradients of factors, and of that of a bias (:mod:`bias_gradient`), one after the other."""
+"""The kernels of the gradients of factors, also of wide heads, and of that of a bias (:mod:`bias_gradient`), one after
+the other."""
 
 STATISTICS = ("sums_ptr", "deltas_ptr")
 """What the first kernel hands on: two numbers for each row, in single precision."""
@@ -38,6 +45,7 @@ _TITLES: Mapping[GradientForm, str] = {
     "statistics": "what gradients of attention need of each row",
     "of_queries": "the gradient of queries",
     "of_keys": "the gradients of keys and values",
+    "of_values": "the gradient of values",
     "of_bias": "the gradient of a bias",
     "total": "the sums of all parts of the gradient of a bias",
 }
@@ -68,6 +76,9 @@ class AttentionGradientKernel(LatentFactors):
         self.known[gradient.seed] = self.names.unique("slopes")
         self.scores, self.slopes = self.known[self.parts.scores], self.known[gradient.seed]
         self.kind = type_of(self.parts.queries)
+        self.in_parts = self.parts.wide_head or self.parts.wide_columns
+        self.has_block = self.in_parts and form in ("of_queries", "of_keys", "of_values")
+        self.program = "program" if self.has_block else "tl.program_id(0)"
 
     def _own(self, name: str, value: Value, layout: Layout) -> Tensor:
         places = {dim: index_of(dim) for axis in layout for dim in axis}
@@ -84,11 +95,18 @@ class AttentionGradientKernel(LatentFactors):
         return self.finished([*head, *self.docstring(self.name_of_kernel, _TITLES[self.form], self.loops.all)])
 
     def _body(self) -> None:
-        {"statistics": self._statistics, "of_queries": self._of_queries, "of_keys": self._of_keys}[self.form]()
+        if self.form == "statistics":
+            self._statistics()
+        elif self.form == "of_queries":
+            self._of_queries()
+        elif self.in_parts:
+            self._of_places_in_parts()
+        else:
+            self._of_keys()
 
     @property
     def constants(self) -> tuple[str, ...]:
-        return _CONSTANTS
+        return (*_CONSTANTS, "BLOCK_D") if self.in_parts else _CONSTANTS
 
     def text(self, term: Term) -> str:
         return self.slopes if term is self.gradient.seed else super().text(term)
@@ -99,15 +117,22 @@ class AttentionGradientKernel(LatentFactors):
         return super().joint(axis, loops) if loops else axis
 
     def _batch(self, tiles: str) -> None:
+        if self.has_block:
+            size, block = self.joint_size(self.loops.contracted), "BLOCK_K"
+            if self.form == "of_values":
+                size, block = self.joint_size(self.loops.columns), "BLOCK_N"
+            self.line(f"blocks = tl.cdiv({size}, {block})  # of numbers of a head")
+            self.line("program = tl.program_id(0) // blocks")
+            self.line("block = (tl.program_id(0) % blocks).to(tl.int64)")
         self.line(f"tiles = {tiles}")
         batch = self.joint("batch", self.loops.batch)
-        self.line(f"{batch} = (tl.program_id(0) // tiles).to(tl.int64)")
+        self.line(f"{batch} = ({self.program} // tiles).to(tl.int64)")
         self.take_apart("batch", self.loops.batch)
 
     def _rows(self) -> None:
         """A program has a tile of rows."""
         self._batch(f"tl.cdiv({self.joint_size(self.loops.rows)}, BLOCK_M)")
-        tile = "(tl.program_id(0) % tiles).to(tl.int64)"
+        tile = f"({self.program} % tiles).to(tl.int64)"
         self.axis("m", f"({tile} * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]", self.loops.rows)
         self._place(self.joint("m", self.loops.rows))
 
@@ -117,7 +142,9 @@ class AttentionGradientKernel(LatentFactors):
         self.line(f"place = {batch} * {f'({size})' if ' ' in size else size} + {row}")
 
     def _along(self, axis: str, block: str, way: str, loops: Sequence[Loop]) -> None:
-        self.axis(axis, f"tl.arange(0, {block}).to(tl.int64){way}", loops)
+        index = f"tl.arange(0, {block}).to(tl.int64)"
+        index = f"(block * {block} + {index})" if self.has_block else index
+        self.axis(axis, f"{index}{way}", loops)
 
     def _head(self, way: str) -> None:
         self._along("k", "BLOCK_K", way, self.loops.contracted)
@@ -127,6 +154,13 @@ class AttentionGradientKernel(LatentFactors):
 
     def _source(self, way: str) -> None:
         self.axis("s", f"(start + tl.arange(0, BLOCK_S)).to(tl.int64){way}", self.loops.source)
+
+    def entry(self, tensor: Tensor, picks: Sequence[Term] = ()) -> tuple[str, str]:
+        """As of all tiles, but that programs of places, and of a bias, go through all rows but the last one by one."""
+        address, mask = super().entry(tensor, picks)
+        if self.form in ("of_keys", "of_values", "of_bias") and not tensor.loops(self.loops.rows[-1:]):
+            mask = " & ".join(one for one in mask.split(" & ") if one != "m_ok")
+        return address, mask
 
     # -- tiles -------------------------------------------------------------------------------------------------------
 
@@ -159,6 +193,34 @@ class AttentionGradientKernel(LatentFactors):
     def _dot(self, first: str, second: str, total: str = "") -> str:
         return f'tl.dot({first}, {second}{f", {total}" if total else ""}, input_precision="ieee")'
 
+    def _in_parts(self, name: str, axis: Literal["k", "n"], *, turned: bool = False) -> str:
+        """Lines that add up scores (``k``), or gradients of weights (``n``), BLOCK_D numbers of a head at a time, as
+        rows by places, or with ``turned`` the other way; their name."""
+        loops = self.loops.contracted if axis == "k" else self.loops.columns
+        self.line(f"{name} = tl.zeros([{'BLOCK_S, BLOCK_M' if turned else 'BLOCK_M, BLOCK_S'}], tl.float32)")
+        self.line(f"for low in range(0, {self.joint_size(loops)}, BLOCK_D):")
+        outer, self.indent = self.indent, self.indent + "    "
+        index = "(low + tl.arange(0, BLOCK_D)).to(tl.int64)"
+        self.axis(axis, f"{index}[None, :]", loops)
+        first = self._of_place(axis) if turned else self._of_row(axis)
+        self.axis(axis, f"{index}[:, None]", loops)
+        second = self._of_row(axis) if turned else self._of_place(axis)
+        self.line(f"{name} = {self._dot(first, second, name)}")
+        self.indent = outer
+        return name
+
+    def _of_row(self, axis: Literal["k", "n"]) -> str:
+        """Lines that read a tile of queries, or of the gradient of their result; its name."""
+        if axis == "n":
+            return self._tile_of(self.given)
+        return self.factor("queries", self.parts.queries, self.kind, "m_ok & k_ok")
+
+    def _of_place(self, axis: Literal["k", "n"]) -> str:
+        """Lines that read a tile of keys, or of values; its name."""
+        if axis == "n":
+            return self._values()
+        return self.factor("keys", self.parts.keys, self.kind, "k_ok & s_ok")
+
     def _places(self) -> None:
         """The head of the loop over keys."""
         end = self.joint_size(self.loops.source)
@@ -176,13 +238,12 @@ class AttentionGradientKernel(LatentFactors):
         self.line("total = tl.zeros([BLOCK_M, 1], tl.float32)")
         self.line("mixed = tl.zeros([BLOCK_M, 1], tl.float32)")
         self._places()
-        keys = self.factor("keys", self.parts.keys, self.kind, "k_ok & s_ok")
-        self.line(f"{self.scores} = {self._dot(queries, keys)}")
+        self._scores_of(queries)
         self._logits()
         self.raise_peak("peak", "tl.reduce(logits, 1, maximum, keep_dims=True)")
         self.line("powers = tl.exp(logits - shift)")
         self.line("total = total * kept + tl.sum(powers, axis=1, keep_dims=True)")
-        of_weights = self._dot(given, self._values())
+        of_weights = self._of_weights(given)
         self.line(f"mixed = mixed * kept + tl.sum(powers * {of_weights}, axis=1, keep_dims=True)")
         self.line("peak = highest")
         self.indent = self.indent[4:]
@@ -195,8 +256,10 @@ class AttentionGradientKernel(LatentFactors):
 
     def _of_rows(self) -> tuple[str, str]:
         """Lines that read a tile of queries and of the gradient of their result, and lay what keys and values are
-        contracted over across; their names."""
+        contracted over across; their names. In parts they are read with keys and values."""
         self._rows()
+        if self.in_parts:
+            return "", ""
         self._head("[None, :]")
         queries = self.factor("queries", self.parts.queries, self.kind, "m_ok & k_ok")
         self._columns("[None, :]")
@@ -204,6 +267,19 @@ class AttentionGradientKernel(LatentFactors):
         self._head("[:, None]")
         self._columns("[:, None]")
         return queries, given
+
+    def _scores_of(self, queries: str) -> str:
+        """Lines that read keys and compute scores, rows by places; the name of the keys, if they are read at once."""
+        if self.in_parts:
+            self._in_parts(self.scores, "k")
+            return ""
+        keys = self._of_place("k")
+        self.line(f"{self.scores} = {self._dot(queries, keys)}")
+        return keys
+
+    def _of_weights(self, given: str) -> str:
+        """Lines that read values; what computes the gradients of weights."""
+        return self._in_parts("of_weights", "n") if self.in_parts else self._dot(given, self._values())
 
     def _values(self) -> str:
         kind = self.given.value.dtype
@@ -214,20 +290,26 @@ class AttentionGradientKernel(LatentFactors):
         self._statistics_of_rows()
         self.line("found = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)")
         self._places()
-        keys = self.factor("keys", self.parts.keys, self.kind, "k_ok & s_ok")
-        self.line(f"{self.scores} = {self._dot(queries, keys)}")
+        keys = self._scores_of(queries)
         self._logits()
         self.line("weights = tl.exp(logits - sums)")
-        steep = self._slopes(self._dot(given, self._values()))
+        steep = self._slopes(self._of_weights(given))
+        if self.in_parts:
+            self._head("[:, None]")
+            keys = self._of_place("k")
         self.line(f"found = {self._dot(steep, f'tl.trans({keys})', 'found')}")
         self.indent = self.indent[4:]
         self._head("[None, :]")
         self._store(self.writes[0], "found", "m_ok & k_ok")
 
-    def _of_keys(self) -> None:
+    def _tile_of_places(self) -> None:
+        """A program has a tile of places."""
         self._batch(f"tl.cdiv({self.joint_size(self.loops.source)}, BLOCK_S)")
-        self.line("begin = (tl.program_id(0) % tiles) * BLOCK_S")
+        self.line(f"begin = ({self.program} % tiles) * BLOCK_S")
         self.axis("s", "(begin + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None]", self.loops.source)
+
+    def _of_keys(self) -> None:
+        self._tile_of_places()
         self._head("[None, :]")
         self._columns("[None, :]")
         kind = self.given.value.dtype
@@ -236,20 +318,42 @@ class AttentionGradientKernel(LatentFactors):
         self.line("of_keys = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)")
         self.line("of_values = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)")
         self._row_loops()
-        queries = self.factor("queries", self.parts.queries, self.kind, "m_ok & k_ok")
-        given = self._tile_of(self.given)
+        self._rows_from_start("[:, None]")
+        queries, given = self._of_row("k"), self._of_row("n")
         self._rows_from_start("[None, :]")
         self._statistics_of_rows()
         self.line(f"{self.scores} = {self._dot(keys, f'tl.trans({queries})')}")
         self._logits()
         self.line("weights = tl.exp(logits - sums)")
-        rounded = f"weights.to({TRITON_TYPES[kind]})"  # type: ignore[index]
-        self.line(f"of_values = {self._dot(rounded, given, 'of_values')}")
+        self.line(f"of_values = {self._dot(self._rounded_weights(), given, 'of_values')}")
         steep = self._slopes(self._dot(values, f"tl.trans({given})"))
         self.line(f"of_keys = {self._dot(steep, queries, 'of_keys')}")
         self.indent = "    "
         self._store(self.writes[1], "of_keys", "s_ok & k_ok")
         self._store(self.writes[2], "of_values", "s_ok & n_ok")
+
+    def _of_places_in_parts(self) -> None:
+        """The gradient of keys, or that of values."""
+        keys = self.form == "of_keys"
+        self._tile_of_places()
+        self.line(f"found = tl.zeros([BLOCK_S, {'BLOCK_K' if keys else 'BLOCK_N'}], tl.float32)")
+        self._row_loops()
+        self._rows_from_start("[None, :]")
+        self._statistics_of_rows()
+        self._in_parts(self.scores, "k", turned=True)
+        self._logits()
+        self.line("weights = tl.exp(logits - sums)")
+        own = self._slopes(self._in_parts("of_weights", "n", turned=True)) if keys else self._rounded_weights()
+        self._rows_from_start("[:, None]")
+        along = self._head if keys else self._columns
+        along("[None, :]")
+        self.line(f"found = {self._dot(own, self._of_row('k' if keys else 'n'), 'found')}")
+        self.indent = "    "
+        along("[None, :]")
+        self._store(self.writes[1 if keys else 2], "found", "s_ok & k_ok" if keys else "s_ok & n_ok")
+
+    def _rounded_weights(self) -> str:
+        return f"weights.to({TRITON_TYPES[self.given.value.dtype]})"  # type: ignore[index]
 
     def _row_loops(self) -> None:
         """The heads of the loops over rows: the last of them BLOCK_M at a time, from the first one that a causal mask
@@ -270,7 +374,6 @@ class AttentionGradientKernel(LatentFactors):
             first = f"{place} // BLOCK_M * BLOCK_M"  # before it all is masked
         self.line(f"for start in range({first}, {self.joint_size(last)}, BLOCK_M):")
         self.indent += "    "
-        self._rows_from_start("[:, None]")
 
     def _rows_from_start(self, way: str) -> None:
         *outer, _ = self.loops.rows or (None,)

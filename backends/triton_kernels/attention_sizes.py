@@ -1,8 +1,7 @@
 """How large the tiles of attention are, and among how many programs its places are shared out.
 
-Tiles are found by compiling for sm_80 and sm_90 with all versions of Triton that are supported: none spills registers,
-but 8 bytes where places of codes of 4 bits in groups are shared out, with Triton 3.8 on sm_80
-(benchmarks/kernel_resources.py).
+Tiles are found by compiling for sm_80 and sm_90 with all versions of Triton that are supported: what spills registers
+with one of them is left out (benchmarks/kernel_resources.py).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from regauge.backends.triton_kernels.loops import Loops, Tensor, count
 from regauge.ir.dims.extents import Dim
 from regauge.ir.fusion.attention import WIDEST
 from regauge.ir.fusion.products import CODES
+from regauge.ir.fusion.wide_gradients import block_of
 
 WIDE_COLUMNS = 128
 """Columns of values that a program has where they are too many for one."""
@@ -62,8 +62,8 @@ def launch_of_attention(
     warps = 8
     if any(tensor.value.dtype == torch.float32 for tensor in reads if tensor in of_heads or tensor.loops(loops.rows)):
         most, deep = (32 if width <= 128 else 16), 32  # there are no tensor cores for it
-    elif coded:
-        most, deep = 64, 64 if rows <= 16 and len(of_heads) == 2 else 32
+    elif coded:  # of groups of channels each number has a range, and an address of it, of its own
+        most, deep = 64, 16 if len(of_heads) > 2 else 64 if rows <= 16 and len(of_heads) == 2 else 32
     elif width <= 64 or width <= 128 and not masks:
         most, deep = MOST_ROWS, 64 if width <= 64 or is_at_least(architecture, 90) else 32
     else:
@@ -103,10 +103,12 @@ def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops
     )
     width = max(columns, head)
     single = any(tensor.value.dtype == torch.float32 for tensor in reads)
+    masks = [tensor for tensor in reads if tensor.loops(loops.rows) and tensor.loops(loops.source)]
+    if width > WIDEST:
+        return _launch_in_parts(form, loops, sizes, single=single, masked=bool(masks))
     own, other = (32, 16) if single else (64, 32)
     if width <= 64 and not single:
         own = 128 if form != "of_keys" else own
-    masks = [tensor for tensor in reads if tensor.loops(loops.rows) and tensor.loops(loops.source)]
     crowded = form == "of_keys" and bool(masks)  # no room for what is read ahead
     biased = any(tensor.value.dtype != torch.bool for tensor in masks)  # four warps would spill biases
     own = (64 if biased and width <= 128 and not single else 32) if crowded else own
@@ -118,6 +120,30 @@ def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops
     warps = 4 if single or crowded and not biased else 8
     programs = tiles * count(loops.batch, sizes)
     return Launch(programs, {**constants, "BLOCK_S": deep}, warps, stages=1 if crowded else 2)
+
+
+def _launch_in_parts(
+    form: GradientForm, loops: Loops, sizes: Mapping[Dim, int], *, single: bool, masked: bool
+) -> Launch:
+    """Of wide heads a program keeps one gradient in registers, of 32 queries or places (of 16 without tensor cores):
+    what leads to it is read again, a few numbers of a head at a time."""
+    rows, columns, head, source = (
+        count(one, sizes) for one in (loops.rows, loops.columns, loops.contracted, loops.source)
+    )
+    of_places = form in ("of_keys", "of_values")
+    own, other, deep = (16, 16, 32) if single else (32, 32, 64)
+    own *= 2 if form == "statistics" else 1
+    high, wide = (other, own) if of_places else (own, other)
+    last = count(loops.rows[-1:], sizes) if of_places else rows
+    high, wide = min(high, max(16, power_above(last))), min(wide, max(16, power_above(source)))
+    tiles = -(-source // wide) if of_places else -(-rows // high)
+    blocks = {"BLOCK_N": block_of(columns), "BLOCK_K": block_of(head)}
+    if form == "of_values":
+        tiles *= -(-columns // blocks["BLOCK_N"])
+    elif form != "statistics":
+        tiles *= -(-head // blocks["BLOCK_K"])
+    constants = {"BLOCK_M": high, **blocks, "BLOCK_S": wide, "BLOCK_D": deep}
+    return Launch(tiles * count(loops.batch, sizes), constants, 8, stages=1 if single or of_places and masked else 2)
 
 
 def launch_of_bias(
@@ -135,7 +161,10 @@ def launch_of_bias(
     most = min(BUSY // max(tiles, 1), steps)
     parts = 1 << most.bit_length() - 1 if most > 1 else 1
     constants = {"BLOCK_M": high, "BLOCK_N": max(16, power_above(columns)), "BLOCK_K": max(16, power_above(head))}
-    return Launch(tiles * parts, {**constants, "BLOCK_S": deep, "PARTS": parts}, warps, stages=1)
+    constants |= {"BLOCK_S": deep, "PARTS": parts}
+    if max(columns, head) > WIDEST:
+        constants["BLOCK_D"], warps = 32 if single else 64, 4
+    return Launch(tiles * parts, constants, warps, stages=1)
 
 
 def launch_of_total(

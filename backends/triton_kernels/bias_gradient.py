@@ -146,20 +146,28 @@ class BiasGradientKernel(AttentionGradientKernel):
 
     def _add(self) -> None:
         """Lines that add the derivative at a step."""
-        self._head("[None, :]")
-        queries = self.factor("queries", self.parts.queries, self.kind, "m_ok & k_ok")
-        self._head("[:, None]")
-        keys = self.factor("keys", self.parts.keys, self.kind, "k_ok & s_ok")
-        self.line(f"{self.scores} = {self._dot(queries, keys)}")
-        self._columns("[None, :]")
-        given = self._tile_of(self.given)
-        self._columns("[:, None]")
-        values = self.factor("values", self.parts.values, self.given.value.dtype, "n_ok & s_ok")  # type: ignore[arg-type]
+        if self.in_parts:
+            self._in_parts(self.scores, "k")
+            of_weights = self._in_parts("of_weights", "n")
+        else:
+            of_weights = self._products()
         self._statistics_of_rows()
         self._logits()
         self.line("weights = tl.exp(logits - sums)")
-        self.line(f"{self.slopes} = weights * ({self._dot(given, values)} - delta)")
+        self.line(f"{self.slopes} = weights * ({of_weights} - delta)")
         self.line(f"found += tl.where(m_ok & s_ok, {outermost(self.text(self.gradient.slope))}, 0.0)")
+
+    def _products(self) -> str:
+        """Lines that read factors at once, and compute scores; what computes the gradients of weights."""
+        self._head("[None, :]")
+        queries = self._of_row("k")
+        self._head("[:, None]")
+        keys = self._of_place("k")
+        self.line(f"{self.scores} = {self._dot(queries, keys)}")
+        self._columns("[None, :]")
+        given = self._of_row("n")
+        self._columns("[:, None]")
+        return self._dot(given, self._values())
 
     def _leave(self) -> None:
         """Lines that write the tile, or leave it as a part."""

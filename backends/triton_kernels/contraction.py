@@ -241,7 +241,11 @@ def type_of(factor: Term) -> torch.dtype:
 
 
 def _both_float8(product: Product) -> bool:
-    return all(side.few_bits and is_float8(side.core) for side in (product.left, product.right))
+    """Whether both factors are floats of 8 bits of which tensor cores know how to multiply them."""
+    return all(
+        side.few_bits and is_float8(side.core) and codes_of(side.core).value.value.dtype in NATIVE8
+        for side in (product.left, product.right)
+    )
 
 
 def _types(side: Side) -> set[torch.dtype]:

@@ -24,18 +24,31 @@ TEXT: Mapping[str, str] = {
     "ge": "({} >= {})", "where": "tl.where({}, {}, {})",
     "logical_and": "(({} != 0) & ({} != 0))", "logical_or": "(({} != 0) | ({} != 0))", "logical_not": "({} == 0)",
     "real": "{}", "code": "{}", "round": "round({})",
-    "e4m3": "e4m3({})", "e5m2": "e5m2({})", "power_of_two": "power_of_two({})",
+    **{name: f"{name}({{}})" for name in ROUNDED_8.values()}, "power_of_two": "power_of_two({})",
 }  # fmt: skip
 """How each primitive is written; names without ``tl.`` are in FUNCTIONS."""
 
 
+_ONE_ZERO = "tl.where(near == 0, 0, bits ^ size)"
+
+
 def _rounded_8(
-    name: str, fraction: int, *, fixed: str, least: int, apart: int, beyond: str, greatest: int, at_most: int
+    name: str,
+    fraction: int,
+    *,
+    fixed: str,
+    least: int,
+    apart: int,
+    beyond: str,
+    greatest: int,
+    at_most: int,
+    sign: str = "bits ^ size",
 ) -> str:
     """A function that rounds to a float of 8 bits with so many bits of ``fraction``.
 
     In bits of single precision ``least`` is the least normal one and ``greatest`` the greatest, beyond which it gives
     ``at_most``. Subnormal ones are 2^``apart`` from each other: added to ``fixed``, single precision has such steps.
+    ``sign`` is that of the result, which zero may not have.
     """
     cut = 23 - fraction
     half, kept = (1 << (cut - 1)) - 1, 0x7FFFFFFF & ~((1 << cut) - 1)
@@ -50,7 +63,7 @@ def {name}(x):
     near = tl.where(size < 0x{least:X}, fixed, near)
     near = tl.where(near > 0x{greatest:X}, 0x{at_most:X}, near)
     near = tl.where(size > 0x7F800000, 0x7FC00000, near)
-    return ((bits ^ size) | near).to(tl.float32, bitcast=True)
+    return (({sign}) | near).to(tl.float32, bitcast=True)
 '''
 
 
@@ -113,6 +126,28 @@ def round(x):
         greatest=0x47600000,
         at_most=0x7F800000,
     ),
+    "e4m3fnuz": _rounded_8(
+        "e4m3fnuz",
+        3,
+        fixed="12288.0",
+        least=0x3C000000,
+        apart=-10,
+        beyond="no number for",
+        greatest=0x43700000,
+        at_most=0x7FC00000,
+        sign=_ONE_ZERO,
+    ),
+    "e5m2fnuz": _rounded_8(
+        "e5m2fnuz",
+        2,
+        fixed="96.0",
+        least=0x38000000,
+        apart=-17,
+        beyond="no number for",
+        greatest=0x47600000,
+        at_most=0x7FC00000,
+        sign=_ONE_ZERO,
+    ),
     "power_of_two": '''@triton.jit
 def power_of_two(x):
     """The least power of two that is not below a normal number greater than 0: what has a fraction goes up."""
@@ -132,6 +167,24 @@ def bits_of_e5m2(x):
     size = tl.abs(x).to(tl.float16).to(tl.uint16, bitcast=True) >> 8
     sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
     return (sign | tl.where(x != x, 0x7F, size)).to(tl.uint8)
+''',
+    "bits_of_e4m3fnuz": '''@triton.jit
+def bits_of_e4m3fnuz(x):
+    """The 8 bits of a number that is such a float: those of it in half precision, whose exponents are 7 greater; those
+    of a negative zero are no number."""
+    size = (tl.abs(x) * 0.0078125).to(tl.float16).to(tl.uint16, bitcast=True) >> 7
+    sign = tl.where(size == 0, 0, (x.to(tl.uint32, bitcast=True) >> 24) & 0x80)
+    return tl.where(x != x, 0x80, sign | size).to(tl.uint8)
+''',
+    "bits_of_e5m2fnuz": '''@triton.jit
+def bits_of_e5m2fnuz(x):
+    """The 8 bits of a number that is such a float: the upper ones of it in half precision, whose exponents are 1 less,
+    or of its double where that is subnormal; those of a negative zero are no number."""
+    own = tl.abs(x).to(tl.float16).to(tl.uint16, bitcast=True) >> 8
+    double = (tl.abs(x) * 2.0).to(tl.float16).to(tl.uint16, bitcast=True) >> 8
+    size = tl.where(own >= 4, own + 4, double)
+    sign = tl.where(size == 0, 0, (x.to(tl.uint32, bitcast=True) >> 24) & 0x80)
+    return tl.where(x != x, 0x80, sign | size).to(tl.uint8)
 ''',
     "bits_below": '''@triton.jit
 def bits_below(mask, place):
@@ -163,6 +216,24 @@ def from_e5m2(bits):
     """The number in half precision whose upper 8 bits are these."""
     return (bits.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
 ''',
+    "from_e4m3fnuz": '''@triton.jit
+def from_e4m3fnuz(bits):
+    """The number in half precision that 8 bits are: 1 for the sign, 4 of exponent, which half precision has 7 more of,
+    and 3 of fraction; the bits of a negative zero are no number."""
+    wide = bits.to(tl.uint16)
+    number = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 128.0
+    return tl.where(wide == 0x80, float("nan"), number).to(tl.float16)
+''',
+    "from_e5m2fnuz": '''@triton.jit
+def from_e5m2fnuz(bits):
+    """The number in half precision that 8 bits are: half of the one whose upper bits they are, which has an exponent 1
+    less, but for the least exponents; the bits of a negative zero are no number."""
+    wide = bits.to(tl.uint16)
+    size, sign = wide & 0x7F, (wide & 0x80) << 8
+    large = (sign | ((size - 4) << 8)).to(tl.float16, bitcast=True)
+    small = (sign | (size << 8)).to(tl.float16, bitcast=True) * 0.5
+    return tl.where(wide == 0x80, float("nan"), tl.where(size >= 8, large, small)).to(tl.float16)
+''',
 }
 
 ROUNDED = {"div": "tl.div_rn({}, {})"}
@@ -175,7 +246,7 @@ BITS8: Mapping[Dtype, str] = {dtype: f"bits_of_{name}" for dtype, name in ROUNDE
 """What makes the bytes that kernels write of them."""
 
 NATIVE8: Mapping[Dtype, str] = {torch.float8_e4m3fn: "tl.float8e4nv", torch.float8_e5m2: "tl.float8e5"}
-"""Floats of 8 bits as Triton calls them."""
+"""Floats of 8 bits that GPUs multiply as such, as Triton calls them."""
 
 TRITON_TYPES = {
     torch.float32: "tl.float32",

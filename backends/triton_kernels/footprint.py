@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 
 from regauge.backends.triton_kernels.kernel import Kernel, Source, config_for, launch_of
-from regauge.backends.triton_kernels.launch import Launch
+from regauge.backends.triton_kernels.launch import MOST_REGISTERS, Launch
 from regauge.backends.triton_kernels.screen import GPUS, LATENCY, Gpu, resident
 from regauge.ir.cost import item_size
 from regauge.ir.dims.extents import Dim
@@ -28,9 +28,8 @@ from regauge.ir.fusion.region import Region, Term
 ARCHITECTURE = "sm_80"
 """What plans are made for: the oldest that tables are shipped for, so that a plan is the same everywhere."""
 
-MOST_REGISTERS, OWN_REGISTERS, OF_TILE = 255, 16, 0.75
-"""Registers that a thread may have, those that it has beside entries of values, and those of an entry of a result of
-a product."""
+OWN_REGISTERS, OF_TILE = 16, 0.75
+"""Registers that a thread has beside entries of values, and those of an entry of a result of a product."""
 
 LEAST_SPILLED = 32
 """Bytes of a thread from which a kernel counts as one that spills: fewer are let pass, as torch's inductor does."""

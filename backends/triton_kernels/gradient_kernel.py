@@ -11,6 +11,7 @@ import torch
 from regauge.backends.triton_kernels.attention_gradient import (
     BIAS_FORMS,
     GRADIENT_FORMS,
+    WIDE_FORMS,
     AttentionGradientKernel,
 )
 from regauge.backends.triton_kernels.attention_sizes import launch_of_bias
@@ -60,7 +61,8 @@ class GradientKernel(Kernel):
         gradient, name = self.gradient, self.name
         assert gradient is not None
         if gradient.bias is None:
-            return [AttentionGradientKernel(gradient, name, form, contiguous=contiguous) for form in GRADIENT_FORMS]
+            forms = WIDE_FORMS if gradient.parts.wide_head or gradient.parts.wide_columns else GRADIENT_FORMS
+            return [AttentionGradientKernel(gradient, name, form, contiguous=contiguous) for form in forms]
         return [BiasGradientKernel(gradient, name, form, contiguous=contiguous) for form in BIAS_FORMS]
 
     def scratch(self, source: Source, sizes: Mapping[Dim, int], start: Launch, architecture: str) -> list[int]:

@@ -20,7 +20,7 @@ import torch
 
 from regauge.backends.torch_module.runtime import import_source
 from regauge.backends.triton_kernels.attention import AttentionForm, AttentionKernel
-from regauge.backends.triton_kernels.attention_gradient import BIAS_FORMS, GRADIENT_FORMS, GradientForm
+from regauge.backends.triton_kernels.attention_gradient import BIAS_FORMS, WIDE_FORMS, GradientForm
 from regauge.backends.triton_kernels.attention_sizes import (
     launch_of_attention,
     launch_of_bias,
@@ -45,6 +45,7 @@ from regauge.backends.triton_kernels.loops import (
     widths,
 )
 from regauge.backends.triton_kernels.prepared import MOST_PREPARED, Call, Key, Prepared, key_of
+from regauge.backends.triton_kernels.row_sizes import holds_rows, tile_of_rows
 from regauge.backends.triton_kernels.rows import ROW_FORMS, RowForm, RowKernel
 from regauge.backends.triton_kernels.source import Rounding
 from regauge.backends.triton_kernels.split import TOTAL, SplitKernel
@@ -143,8 +144,9 @@ class Kernel:
         """The form for these sizes: rows that a program cannot hold are reduced in a loop, and tiles that are too few
         to keep a device busy are shared out, which takes two kernels, and is not done for a ``single`` one."""
         form, source = self.forms[0], self.outline(self.forms[0])
-        if form == "rows" and count(source.loops.columns, sizes) > PERSISTENT:
-            return "looped"
+        if form == "rows":
+            long = count(source.loops.columns, sizes) > PERSISTENT
+            return "looped" if long or not holds_rows(source.loops, case_of(source, sizes)) else form
         if single or form not in ("contraction", "attention"):
             return form
         parts = parts_of(source.loops, source.tiling, sizes) if source.tiling else splits_of(source.loops, sizes)
@@ -289,7 +291,7 @@ def config_for(
     """The configuration for given sizes; None for tiles that no table holds (:mod:`triton_tile_sizes`, and
     :mod:`triton_attention_sizes`)."""
     if (
-        source.form in ("split", "attention", "combine", *GRADIENT_FORMS, *BIAS_FORMS)
+        source.form in ("split", "attention", "combine", *WIDE_FORMS, *BIAS_FORMS)
         or source.tiling is not None
         and not source.tiling.plain
     ):
@@ -308,13 +310,13 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None, a
         return launch_of_bias(source.reads, source.writes[0], source.loops, sizes, architecture)
     if source.form == "total":
         return launch_of_total(source.reads, source.writes[0], source.loops, sizes, architecture)
-    if source.form == "statistics" or source.form == "of_queries" or source.form == "of_keys":
-        return launch_of_gradient(source.form, source.reads, source.loops, sizes)
+    if source.form in WIDE_FORMS:
+        return launch_of_gradient(cast(GradientForm, source.form), source.reads, source.loops, sizes)
     if config is None:
         assert source.form == "attention" or source.form == "split" or source.form == "combine"
         return launch_of_attention(source.form, source.reads, source.loops, sizes, architecture)
-    rows, columns, contracted = case_of(source, sizes).sizes
-    tile, warps = config.tile, config.warps
+    case = case_of(source, sizes)
+    (rows, columns, contracted), tile, warps = case.sizes, config.tile, config.warps
     if source.form == "contraction":
         columns = max(widths(source.loops, sizes))
         high, wide = (min(tile[n], max(16, power_above(m))) for n, m in (("BLOCK_M", rows), ("BLOCK_N", columns)))
@@ -323,10 +325,8 @@ def launch_of(source: Source, sizes: Mapping[Dim, int], config: Config | None, a
         depth = min(tile["BLOCK_K"], max(16, power_above(contracted)))
         constants = {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": depth, "GROUP": tile["GROUP"]}
     else:
-        whole = source.form in ("rows", "summed")
-        block = power_above(columns) if whole else min(power_above(columns), tile["ENTRIES"])
-        together = max(1, min(tile["ENTRIES"] // block, power_above(rows)))
-        constants = {"ROWS": together, "BLOCK": block}
+        form = cast(RowForm, source.form)
+        constants, warps = tile_of_rows(form, source.loops, source.tensors, config, case)
         if source.shared_out and not source.loops.rows:
             del constants["ROWS"]
     grid = grid_of(source, constants)

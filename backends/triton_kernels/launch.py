@@ -8,6 +8,9 @@ from typing import Any
 
 from regauge.backends.triton_kernels.source import Rounding
 
+REGISTERS, MOST_REGISTERS = 65536, 255
+"""Registers of a multiprocessor, and those that a thread has at most."""
+
 
 @dataclass(frozen=True)
 class Launch:

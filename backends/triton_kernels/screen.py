@@ -20,7 +20,7 @@ from typing import TypeAlias
 from regauge.backends.triton_kernels.compile import Compiled, compile_kernel
 from regauge.backends.triton_kernels.configs import Case, Config, power_above
 from regauge.backends.triton_kernels.kernel import Source, case_of, launch_of
-from regauge.backends.triton_kernels.launch import Launch
+from regauge.backends.triton_kernels.launch import REGISTERS, Launch
 from regauge.backends.triton_kernels.loops import count
 from regauge.ir.cost import item_size
 from regauge.ir.dims.extents import Dim
@@ -46,7 +46,7 @@ class Gpu:
     memory: float
     cache: float
     shared: int
-    registers: int = 65536
+    registers: int = REGISTERS
 
 
 GPUS: Mapping[str, Gpu] = {

@@ -38,7 +38,7 @@ _TAKEN = {
     "begin", "end", "part", "entries", "partials", "each", "blocks", "program", "first", "high", "batch", "m", "n",
     "k", "s", "r", "low", "tiles", "share", "highest", "shift", "kept", "weights", "logits", "place", "places", "float",
     "range", "sums", "deltas", "delta", "found", "steep", "of_keys", "of_values", "more", "rest", "stop", "parts",
-    "begin_m", "begin_s", "tiles_m", "tiles_s",
+    "begin_m", "begin_s", "tiles_m", "tiles_s", "block", "of_weights",
     *FUNCTIONS,
 }  # fmt: skip
 _WIDTH = 112

@@ -31,16 +31,14 @@ from regauge.ir.derivatives import gradients
 from regauge.ir.dims.extents import Dim
 from regauge.ir.edit import Builder
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.attention import WIDEST, Attention
+from regauge.ir.fusion.attention import Attention
 from regauge.ir.fusion.gradient_frames import is_float, primitive
 from regauge.ir.fusion.region import Layout, Region, Term, below_results, terms_below
 from regauge.ir.fusion.terms import PLACES
+from regauge.ir.fusion.wide_gradients import loss_of
 from regauge.ir.graph import Graph, Node, Value
 from regauge.ir.scalars import PRIMITIVES, Scalar
 from regauge.ir.sizes.expressions import product
-
-FEWEST = 16
-"""Places of a tile at least: tensor cores multiply no fewer."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +145,12 @@ def _check(body: Graph, region: Region, parts: Attention) -> None:
             )
     if any(load.args or load.value.moved or load.value.picked for load in region.loads):
         raise FusionError(f"{body.name}: it reads at other places")
-    if parts.wide_head or parts.wide_columns:
-        sizes = [int(product(dim.size for dim in dims)) for dims in (parts.head, parts.columns)]
-        held = 2 * FEWEST * sum(sizes) * 4
-        raise FusionError(
-            f"{body.name}: heads of {sizes[0]} and values of {sizes[1]} numbers, of which a program holds {WIDEST}: "
-            f"for {FEWEST} keys it would keep up to {held} bytes of keys, values and both gradients"
-        )
     if len(region.outputs) != 1:
         raise FusionError(f"{body.name}: it has several results")
+    if parts.wide_head or parts.wide_columns:
+        reason = loss_of(parts, region.outputs[0].dtype)
+        if reason:
+            raise FusionError(f"{body.name}: {reason}")
 
 
 def _is_guarded(region: Region, parts: Attention) -> bool:

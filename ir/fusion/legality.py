@@ -78,7 +78,9 @@ def _wrong_type(region: Region) -> str | None:
 
 
 def _no_type(value: Value) -> str:
-    return f"kernels compute in half and single precision, {value.name} is {value.signature.partition('[')[0]}"
+    """What a kernel has no such type for, and what to do where it is a float."""
+    convert = ": convert the model, .float() or .half()" if value.dtype == torch.float64 else ""
+    return f"kernels compute in half and single precision, {value.name} is {value.signature.partition('[')[0]}{convert}"
 
 
 def _is_read_otherwise(region: Region, number: Term) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor, rand, randn
 
 from regauge.ir import scalars
 from regauge.ir.operator import Adapter, Speller, Symmetry, sample
+from regauge.ir.ops import spell_arithmetic as spelling
 from regauge.ir.ops.elementwise import Function, pointwise, positive
-from regauge.ir.ops.spell_arithmetic import truncated
 from regauge.ir.scalars import Element
 from regauge.ir.scales.scaling import Scaling
 
@@ -91,7 +91,7 @@ def exp2(x: Tensor) -> Tensor:
     return torch.exp2(x)
 
 
-@elementary(element=scalars.expm1)
+@elementary(spell=spelling.expm1, element=scalars.expm1)
 def expm1(x: Tensor) -> Tensor:
     return torch.expm1(x)
 
@@ -111,7 +111,7 @@ def log10(x: Tensor) -> Tensor:
     return torch.log10(x)
 
 
-@elementary(draw=positive, element=scalars.log1p)
+@elementary(draw=positive, spell=spelling.log1p, element=scalars.log1p)
 def log1p(x: Tensor) -> Tensor:
     return torch.log1p(x)
 
@@ -224,12 +224,12 @@ def ceil(x: Tensor) -> Tensor:
     return torch.ceil(x)
 
 
-@elementary(aliases=["fix"], symmetry=Symmetry.ODD, spell=_of(truncated))
+@elementary(aliases=["fix"], symmetry=Symmetry.ODD, spell=_of(spelling.truncated))
 def trunc(x: Tensor) -> Tensor:
     return torch.trunc(x)
 
 
-@elementary(symmetry=Symmetry.ODD, spell=_of(lambda onnx, x: onnx.Sub(x, truncated(onnx, x))))
+@elementary(symmetry=Symmetry.ODD, spell=_of(lambda onnx, x: onnx.Sub(x, spelling.truncated(onnx, x))))
 def frac(x: Tensor) -> Tensor:
     return torch.frac(x)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, rand, randn
 
 from regauge.ir.operator import Sample, Symmetry, operator, sample
+from regauge.ir.ops import spell_arithmetic as spelling
 from regauge.ir.ops.elementwise import aten_binary, pointwise, positive, power_scaling
 from regauge.ir.scales.scaling import Scaling
 
@@ -19,12 +20,20 @@ def _pairs() -> list[Sample]:
 # -- functions of one value --------------------------------------------------------------------------------------------
 
 
-@pointwise(aten=["sinc", "special_sinc"], samples=lambda: [sample(randn(2, 3))])
+@pointwise(
+    aten=["sinc", "special_sinc"],
+    samples=lambda: [sample(randn(2, 3)), sample(torch.tensor([0.0, -1e-9, 1e-4]))],
+    spell=spelling.sinc,
+)
 def sinc(x: Tensor) -> Tensor:
     return torch.sinc(x)
 
 
-@pointwise(aten=["logit", "special_logit"], samples=lambda: [sample(rand(2, 3) * 0.9 + 0.05), sample(rand(3), eps=0.1)])
+@pointwise(
+    aten=["logit", "special_logit"],
+    samples=lambda: [sample(rand(2, 3) * 0.9 + 0.05), sample(rand(3), eps=0.1)],
+    spell=spelling.logit,
+)
 def logit(x: Tensor, *, eps: float | None = None) -> Tensor:
     return torch.logit(x, eps)
 

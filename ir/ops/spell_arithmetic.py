@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,6 +45,35 @@ def log_add_exp(onnx: Any, node: Node) -> Any:
     """The larger one, and what the smaller adds to it: softplus(-|x - y|)."""
     x, y = onnx.operands(2, onnx.common_type)
     return onnx.Add(onnx.Max(x, y), onnx.Softplus(onnx.Neg(onnx.Abs(onnx.Sub(x, y)))))
+
+
+def expm1(onnx: Any, node: Node) -> Any:
+    """exp(x) - 1; near zero, where that cancels, 2 t / (1 - t) with t = tanh(x / 2)."""
+    x = onnx.operand(0, onnx.common_type)
+    half = onnx.Tanh(onnx.Mul(x, 0.5))
+    near = onnx.Div(onnx.Mul(half, 2.0), onnx.Sub(1.0, half))
+    return onnx.Where(onnx.Less(onnx.Abs(x), 1.0), near, onnx.Sub(onnx.Exp(x), 1.0))
+
+
+def log1p(onnx: Any, node: Node) -> Any:
+    """log(1 + x); near zero what rounding loses in 1 + x is made good by a factor (Kahan)."""
+    x = onnx.operand(0, onnx.common_type)
+    above = onnx.Add(x, 1.0)
+    logarithm, kept = onnx.Log(above), onnx.Sub(above, 1.0)
+    near = onnx.Where(onnx.Greater(onnx.Abs(kept), 0.0), onnx.Mul(logarithm, onnx.Div(x, kept)), x)
+    return onnx.Where(onnx.Less(onnx.Abs(x), 1.0), near, logarithm)
+
+
+def logit(onnx: Any, node: Node) -> Any:
+    x, eps = onnx.operand(0, onnx.common_type), node.attributes["eps"]
+    x = x if eps is None else onnx.Max(onnx.Min(x, 1.0 - eps), eps)
+    return onnx.Log(onnx.Div(x, onnx.Sub(1.0, x)))
+
+
+def sinc(onnx: Any, node: Node) -> Any:
+    """sin(pi x) / (pi x), and 1 so near to zero that it is that in all types."""
+    angle = onnx.Mul(onnx.operand(0, onnx.common_type), math.pi)
+    return onnx.Where(onnx.Less(onnx.Abs(angle), 5e-8), 1.0, onnx.Div(onnx.Sin(angle), angle))
 
 
 def hypotenuse(onnx: Any, node: Node) -> Any:

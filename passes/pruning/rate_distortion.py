@@ -9,6 +9,7 @@ those that contract the Dim are, by least squares on the inputs that the whole g
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,14 @@ def measured_curves(
         for choice in part:
             counts = options(choice)[:-1]
             counts = np.unique(counts[np.linspace(0, len(counts) - 1, _GRID - 1).round().astype(int)])
+            within = scores[choice.dim].ndim > 1
+            mine = [_Reader.of(graph, choice.dim, within, layer, moments[layer]) for layer in readers[choice.dim]]
             losses = []
             for count in counts.tolist():
                 kept = best(scores[choice.dim], count)
                 small = resize(graph, {choice.dim: kept})
-                for layer in readers[choice.dim]:
-                    _refit(graph, small, layer, moments[layer], choice.dim, kept)
+                for reader in mine:
+                    reader.refit(small, int(choice.dim.size), kept)
                 losses.append(probe.change(graph=small))
             falling = np.maximum.accumulate([0.0, *losses[::-1]])[::-1]  # noise aside, more indices lose less
             curves[choice.dim] = Curve(np.array([*counts.tolist(), choice.size]), falling)
@@ -83,26 +86,41 @@ def _parts(choices: Sequence[Choice], readers: Mapping[Dim, Sequence[Layer]]) ->
     yield part
 
 
-def _refit(graph: Graph, small: Graph, layer: Layer, moments: Moments, dim: Dim, kept: np.ndarray) -> None:
-    """Give the layer of the smaller graph the weight that comes nearest to its old outputs."""
-    twin = next(own for node in small.nodes if node.name == layer.node.name and (own := layer_of(node, turned=True)))
-    majors = majors_of(graph, [dim])[dim] if kept.ndim > 1 else ()
-    columns = layer.columns_within(graph, (*majors, dim), 0) if majors else layer.columns_of(graph, dim)
-    goes = np.ones((*kept.shape[:-1], int(dim.size)), dtype=bool)
-    np.put_along_axis(goes, kept, False, -1)
-    left = np.ones(layer.columns + 1, dtype=bool)
-    left[columns[goes.reshape(-1)].reshape(-1)] = False
-    left_columns = torch.from_numpy(np.flatnonzero(left))
-    matrix = layer.matrix(layer.weight.tensor.detach()).double()
-    whole = torch.cat([matrix, matrix.new_zeros(len(matrix), 1)], 1)  # the outputs without their bias
-    gram = moments.gram
-    cross = whole.to(gram.dtype) @ gram[:, left_columns]
-    found = Moments.of(gram[left_columns][:, left_columns], cross, moments.rows)
-    free = layer.bias is not None or layer.norm is not None
-    solved = least_squares(found, whole[:, left_columns], RIDGE, bias=free)
-    if twin.outputs != layer.outputs:  # the Dim is on both axes
-        return
-    set_weight(small, twin.weight, twin.stored(solved[:, :-1]), by="measured")
-    shifted = twin.shifted(solved[:, -1])
-    if shifted is not None:
-        set_weight(small, *shifted, by="measured")
+@dataclass
+class _Reader:
+    """A layer that contracts a Dim, with what its refits to any number of indices have in common."""
+
+    layer: Layer
+    moments: Moments
+    places: np.ndarray  # [indices, columns each]: the columns of each index
+    whole: torch.Tensor  # [outputs, columns + 1]: its weight, and no bias
+    cross: torch.Tensor  # [outputs, columns + 1]: Y'X, of the outputs without their bias
+
+    @classmethod
+    def of(cls, graph: Graph, dim: Dim, within: bool, layer: Layer, moments: Moments) -> _Reader:
+        majors = majors_of(graph, [dim])[dim] if within else ()
+        places = layer.columns_within(graph, (*majors, dim), 0) if majors else layer.columns_of(graph, dim)
+        matrix = layer.matrix(layer.weight.tensor.detach()).double()
+        whole = torch.cat([matrix, matrix.new_zeros(len(matrix), 1)], 1)
+        return cls(layer, moments, places, whole, whole @ moments.gram)
+
+    def refit(self, small: Graph, size: int, kept: np.ndarray) -> None:
+        """Give the layer of the smaller graph the weight that comes nearest to its old outputs."""
+        layer = self.layer
+        same = (node for node in small.nodes if node.name == layer.node.name)
+        twin = next(own for node in same if (own := layer_of(node, turned=True)))
+        if twin.outputs != layer.outputs:  # the Dim is on both axes
+            return
+        goes = np.ones((*kept.shape[:-1], size), dtype=bool)
+        np.put_along_axis(goes, kept, False, -1)
+        left = np.ones(layer.columns + 1, dtype=bool)
+        left[self.places[goes.reshape(-1)].reshape(-1)] = False
+        columns = torch.from_numpy(np.flatnonzero(left))
+        gram = self.moments.sums()[0][columns][:, columns]
+        found = Moments.of(gram, self.cross[:, columns], self.moments.rows)
+        free = layer.bias is not None or layer.norm is not None
+        solved = least_squares(found, self.whole[:, columns], RIDGE, bias=free)
+        set_weight(small, twin.weight, twin.stored(solved[:, :-1]), by="measured")
+        shifted = twin.shifted(solved[:, -1])
+        if shifted is not None:
+            set_weight(small, *shifted, by="measured")

@@ -60,11 +60,11 @@ class Part:
             return total
         if columns.shape[1] == 1:
             columns = columns[:, 0]
-            square = self.weights.square().sum(1)[columns]
+            square: torch.Tensor = self.weights.square().sum(1)[columns]
             return (square / self.inverse.diagonal()[columns].clamp(min=1e-30)).double()
         factor = factors(self.inverse.blocks(columns))
         # W_P' L^-T: solved from this side nothing is transposed in memory
-        half = torch.linalg.solve_triangular(factor.mT, self.weights[columns].mT, upper=True, left=False)
+        half: torch.Tensor = torch.linalg.solve_triangular(factor.mT, self.weights[columns].mT, upper=True, left=False)
         return half.square().sum((1, 2)).double()
 
     def remove(self, gone: torch.Tensor) -> None:

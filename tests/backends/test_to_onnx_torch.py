@@ -165,3 +165,15 @@ def test_a_file_that_forgets_what_runs_write_says_so(tmp_path: Path) -> None:
     graph = capture(Counting().eval(), (torch.randn(2, 4),))
     with pytest.warns(RegaugeWarning, match="each run of the module writes total; an ONNX file keeps nothing"):
         graph.to_onnx(tmp_path / "counting.onnx")
+
+
+class Shifted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x >> 2
+
+
+def test_a_file_that_gives_another_type_is_refused(tmp_path: Path) -> None:
+    """torch's exporter casts shifted bytes to signed ones; only their values were held to the graph's."""
+    graph = capture(Shifted(), (torch.arange(6, dtype=torch.uint8),))
+    with pytest.raises(EmitError, match="the type torch.int8, the graph gives torch.uint8"):
+        graph.to_onnx(tmp_path / "shifted.onnx")

@@ -12,7 +12,7 @@ from benchmarks.model_case import SHARED, redraw
 from benchmarks.zoo import build
 
 import regauge
-from main_job import STEPS, Seen, agreed, regions_come_along
+from main_job_steps import STEPS, Seen, agreed, regions_come_along
 from regauge.ir.graph import Graph
 
 # What parameters and bytes are left behind each step, shares of those of the original.
@@ -32,7 +32,7 @@ def test_a_network_goes_through_all_of_it(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     graph = regauge.capture(model, (torch.randn(2, 3, size, size),), dynamic={0: {0: "batch"}})
     seen: list[Graph] = []
-    passes = [one for text in STEPS for one in (text, Seen(seen))]
+    passes = [one for text in STEPS for one in (text, Seen(seen.append))]
     small = regauge.optimize(graph, passes, data=[torch.randn(4, 3, size, size) for _ in range(2)])
     before, inputs = small.report.before, torch.randn(3, 3, size, size)
     for number, own in enumerate(seen):

@@ -1,5 +1,7 @@
 """Fused nodes in ONNX files: local functions that onnxruntime runs, and that are fused nodes again once loaded."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from layered_networks import ResidualNetwork, images, redrawn
 from random_regions import regions as regions_drawn
 from regauge.backends.onnx_model.kernels import Calls, add_functions
 from regauge.backends.run_onnxruntime import Session
+from regauge.ir import operator as registry
 from regauge.ir.edit import Builder, set_weight
 from regauge.ir.fusion.fuse import fuse
 from regauge.ir.fusion.fused import body_of, canonical, content, fused_nodes
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph, Value
 from regauge.ir.onnx_kernels import AXES, DOMAIN, HASH, REGION, ROUNDING
+from regauge.ir.operator import get_operator
 from regauge.ir.running.sample_inputs import sample_inputs
 from regauge.ir.sizes.expressions import symbol
 
@@ -168,6 +172,37 @@ def test_a_convolution_whose_window_is_one_entry_has_a_function(tmp_path: Path) 
     graph = regauge.optimize(regauge.capture(layers.eval(), torch.randn(2, 4, 8, 8)), "fuse")
     model = written(graph, tmp_path / "m.onnx", functions=True)
     assert notes(model.functions[0])[AXES] == "input: i0 i1 x0 x1, weight: i1 -> gelu: i0 i1 i2 i3"
+
+
+class Logarithms(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.log1p(torch.relu(x)) * x, torch.tanh(x.sum(0)) * 2
+
+
+def test_logarithms_near_one_are_part_of_functions(tmp_path: Path) -> None:
+    """No small number is lost, as it would be in log(1 + x)."""
+    graph = regauge.optimize(regauge.capture(Logarithms(), torch.rand(4, 6)), "fuse")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", regauge.RegaugeWarning)
+        assert calls(written(graph, tmp_path / "m.onnx", functions=True))
+    x = torch.rand(4, 6) * 10.0 ** torch.arange(-8, 16).reshape(4, 6)
+    for own, other in zip(Session(tmp_path / "m.onnx").run([x]), graph.run(x), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-6, atol=0)
+
+
+def test_a_region_without_a_spelling_stays_nodes_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = regauge.optimize(regauge.capture(Logarithms(), torch.rand(4, 6)), "fuse")
+    regions_before = len(fused_nodes(graph))
+    monkeypatch.setitem(registry._BY_NAME, "log1p", replace(get_operator("log1p"), spell=None))
+    reason = "1 x log1p = log1p, part of the region .*, cannot be written to ONNX: log1p has no spelling there yet"
+    with pytest.warns(regauge.RegaugeWarning, match=f"^1 of {regions_before} regions are written as .*: {reason}"):
+        model = written(graph, tmp_path / "m.onnx", functions=True)
+    assert len(calls(model)) == regions_before - 1
+    x = torch.randn(4, 6)
+    for own, other in zip(Session(tmp_path / "m.onnx").run([x]), graph.run(x), strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_other_passes_go_on_from_a_file_with_functions(tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ def test_what_has_no_kernel_is_a_function_only() -> None:
     for value in (*silu.regions[0].inputs, *(value for node in silu.regions[0].nodes for value in node.outputs)):
         value.dtype = torch.float64
     assert source_of(graph.to_torch(kernels="triton")).count("@kernel") == 1
-    assert with_kernels(graph).left == ("silu_mul: kernels compute in half and single precision, silu is f64",)
+    reason = "kernels compute in half and single precision, silu is f64: convert the model, .float() or .half()"
+    assert with_kernels(graph).left == (f"silu_mul: {reason}",)
 
 
 WITHOUT = """

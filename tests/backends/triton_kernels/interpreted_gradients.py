@@ -15,9 +15,11 @@ from regauge.backends.triton_kernels import attention_sizes
 from regauge.backends.triton_kernels import kernel as kernels
 from regauge.backends.triton_kernels.configs import Config
 from regauge.ir.edit import Builder
+from regauge.ir.fusion import attention_gradients
 from regauge.ir.fusion.fuse import fuse
 from regauge.ir.fusion.fused import body_of, canonical
 from regauge.ir.fusion.tracing import trace
+from regauge.ir.graph import Graph
 
 triton_interpreter.repair()
 
@@ -45,14 +47,17 @@ def by_torch(
 
 def drawn_operator(name: str, dtype: torch.dtype) -> tuple[KernelOperator, list[torch.Tensor], list[torch.Tensor]]:
     """The operator of a form, what it reads, and gradients of its results."""
-    graph = form_graph(name, dtype)
+    return operator_of(form_graph(name, dtype))
+
+
+def operator_of(graph: Graph) -> tuple[KernelOperator, list[torch.Tensor], list[torch.Tensor]]:
     tensors = drawn(graph)
     node = fuse(Builder(graph), trace(graph.nodes, graph.outputs), "fused")  # type: ignore[arg-type]
     body = canonical(body_of(node))
     made = kernel_operator(body, "fused", to_torch(body))
     read = [tensors[value] for value in node.inputs]  # type: ignore[index]
     generator = torch.Generator().manual_seed(1)
-    return made, read, [torch.randn([*value.shape], generator=generator).to(dtype) for value in made.writes]
+    return made, read, [torch.randn([*v.shape], generator=generator).to(v.dtype) for v in made.writes]
 
 
 @pytest.mark.parametrize(("name", "dtype"), in_turn(NAMES))
@@ -95,8 +100,11 @@ ATTENTION = (
 
 @pytest.mark.parametrize(("name", "dtype"), in_turn(ATTENTION))
 def test_gradients_of_attention_keep_the_contract(name: str, dtype: torch.dtype) -> None:
-    made, read, seeds = drawn_operator(name, dtype)
-    assert not made.gradients.left
+    check_attention(*drawn_operator(name, dtype))
+
+
+def check_attention(made: KernelOperator, read: list[torch.Tensor], seeds: list[torch.Tensor]) -> None:
+    assert made.backward and not made.gradients.left
     sums: dict[int, torch.Tensor] = {}  # of latents that are keys and values, too
     for one, operator in made.backward:
         given = [read[place] for place in one.reads] + seeds
@@ -107,6 +115,56 @@ def test_gradients_of_attention_keep_the_contract(name: str, dtype: torch.dtype)
     true, eager = (by_torch(made, *some, [*sums]) for some in (wide, (read, seeds)))
     for gradient, exact, other in zip(sums.values(), true, eager, strict=True):
         check(gradient, exact, other)
+
+
+WIDE = {
+    "causal": (320, 320), "more_numbers_than_a_block": (576, 520), "masked": (320, 264), "biased": (320, 272),
+    "capped": (264, 48), "sharpened": (40, 320),
+}  # fmt: skip
+"""Numbers of heads and of values, of which at least one are more than a program holds."""
+
+
+def shared_attention(kind: str, dtype: torch.dtype, head: int, columns: int) -> Graph:
+    """Two heads of queries share one of keys and values; of several tiles of queries and of places the last are cut."""
+    rows, places = 17, 33
+    graph = Graph(kind)
+    build = Builder(graph)
+    q, k, v = (
+        build.input(name, (2, heads, size, width), dtype)
+        for name, heads, size, width in (("q", 2, rows, head), ("k", 1, places, head), ("v", 1, places, columns))
+    )
+    scale = head**-0.5
+    if kind == "masked":
+        mask = build.input("mask", (rows, places), torch.bool)
+        y = build.attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    elif kind == "biased":
+        bias = build.input("bias", (2, rows, places), dtype)
+        y = build.attention(q, k, v, bias, scale=scale, is_causal=True, lower_right=True, enable_gqa=True)
+    elif kind == "capped":
+        y = build.capped_attention(q, k, v, build.input("bias", (rows, places), dtype), scale=scale, softcap=5.0)
+    elif kind == "sharpened":
+        scores = build.mul(build.matmul(q, build.permute(k, dims=(0, 1, 3, 2))), scale)
+        y = build.matmul(build.softmax(build.mul(scores, build.input("gain", (2, 1, 1), dtype)), dim=3), v)
+    else:
+        y = build.attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
+    graph.outputs = [y]
+    return graph
+
+
+@pytest.mark.parametrize(("kind", "dtype"), in_turn([*WIDE]))
+def test_gradients_of_wide_heads_keep_the_contract(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they would not gain: each program reads what leads to its part of a gradient again."""
+    monkeypatch.setattr(attention_gradients, "loss_of", lambda *_: "")
+    made, read, seeds = operator_of(shared_attention(kind, dtype, *WIDE[kind]))
+    _, operator = made.backward[0]
+    assert operator.kernel.source().then.then.then.form == "of_values"
+    check_attention(made, read, seeds)
+
+
+def test_each_head_of_queries_that_share_keys_may_have_a_scale() -> None:
+    check_attention(*operator_of(shared_attention("sharpened", torch.float32, 40, 24)))
 
 
 @pytest.mark.parametrize("name", ["capped_attention", "position_bias_attention", "sloped_attention"])

@@ -26,6 +26,7 @@ from regauge.ir.fusion.plan import plan_fusion
 from regauge.ir.fusion.region import Region
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
+from regauge.ir.scalars import ROUNDED_8
 from regauge.ir.sizes.expressions import symbol
 
 triton_interpreter.repair()
@@ -116,7 +117,7 @@ def _around(dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("op", ["cast", "quantize", "read back"])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", ROUNDED_8, ids=str)
 def test_floats_of_8_bits_are_rounded_as_by_torch(dtype: torch.dtype, op: str) -> None:
     """Each bit, of numbers of every kind; what is read back in the same kernel is rounded, too."""
     numbers = _around(dtype)
@@ -139,7 +140,7 @@ def test_floats_of_8_bits_are_rounded_as_by_torch(dtype: torch.dtype, op: str) -
 
 
 @pytest.mark.parametrize("form", ["rows", "looped"])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", ROUNDED_8, ids=str)
 def test_rows_of_floats_of_8_bits_are_rounded_as_by_torch(dtype: torch.dtype, form: Form) -> None:
     """Each bit of scales and codes, where the greatest entry is next to a power of two, nothing, or tiny."""
     graph = Graph("g")
@@ -159,7 +160,7 @@ def test_rows_of_floats_of_8_bits_are_rounded_as_by_torch(dtype: torch.dtype, fo
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0)), value
 
 
-@pytest.mark.parametrize("scheme", ["w4", "w3", "w8", "w8a8", "fp8", "fp8,activations=dynamic"])
+@pytest.mark.parametrize("scheme", ["w4", "w3", "w8", "w8a8", "fp8", "fp8,activations=dynamic", "e4m3fnuz", "e5m2fnuz"])
 def test_a_quantized_module_has_kernels_of_its_products(scheme: str) -> None:
     for operator in with_kernels(quantized(scheme)).operators:
         tensors = [random_tensor(value) for value in operator.reads]

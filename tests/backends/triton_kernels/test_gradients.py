@@ -12,8 +12,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decoder_block import decoder_block
+from kernel_forms import form_graph
 from regauge.backends.torch_module.kernels import KernelOperator, with_kernels
 from regauge.backends.triton_kernels.compile import compile_kernel
+from regauge.backends.triton_kernels.kernel import Source
 from regauge.ir.edit import Builder
 from regauge.ir.fusion import legality
 from regauge.ir.graph import Graph
@@ -266,3 +268,15 @@ def test_gradients_compile_ahead_of_time_without_spills() -> None:
             for form in kernel.forms:
                 compiled = compile_kernel(kernel.source(form), sizes, "sm_90")
                 assert compiled.spilled == 0 and compiled.registers <= 64
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize(("dtype", "architecture"), [(torch.bfloat16, "sm_90"), (torch.float32, "sm_80")])
+def test_gradients_of_wide_heads_compile_without_spills(dtype: torch.dtype, architecture: str) -> None:
+    (made,) = with_kernels(form_graph("large_heads_attention", dtype, 256, 256)).operators
+    ((_, operator),) = made.backward
+    sizes = {dim: int(dim.size) for dim in operator.kernel.region.sized}
+    source: Source | None = operator.kernel.source()
+    while source is not None:
+        assert compile_kernel(source, sizes, architecture).spilled == 0, source.form
+        source = source.then

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from kernel_forms import FORMS, form_graph
-from regauge.backends.triton_kernels.attention_gradient import BIAS_FORMS, GRADIENT_FORMS, AttentionGradientKernel
+from regauge.backends.triton_kernels.attention_gradient import (
+    BIAS_FORMS,
+    GRADIENT_FORMS,
+    WIDE_FORMS,
+    AttentionGradientKernel,
+)
 from regauge.backends.triton_kernels.bias_gradient import BiasGradientKernel
 from regauge.backends.triton_kernels.compile import compile_kernel
 from regauge.backends.triton_kernels.kernel import Form, Kernel, launch_of, triton_kernel
@@ -19,6 +24,7 @@ from regauge.ir.errors import FusionError
 from regauge.ir.fusion.attention_gradients import attention_gradient, bias_gradient, biases_of
 from regauge.ir.fusion.tracing import trace
 from regauge.ir.graph import Graph
+from regauge.ir.scalars import ROUNDED_8
 
 HERE = Path(__file__).parent
 INTERPRETED = [HERE / "interpreted_kernels.py", HERE / "interpreted_limits.py"]
@@ -105,6 +111,14 @@ def test_text_of_the_gradients_of_attention(golden: object) -> None:
     kernels = [AttentionGradientKernel(found, "attention", form, contiguous=True) for form in GRADIENT_FORMS]
     texts = [one.source().rpartition("\n\n\n")[2].rstrip("\n") for one in kernels]
     golden("kernel_attention_gradients", "\n\n\n".join(texts))  # type: ignore[operator]
+
+
+def test_text_of_the_gradients_of_wide_heads(golden: object) -> None:
+    graph = form_graph("wide_attention", torch.float16)
+    found = attention_gradient(graph, trace(graph.nodes, graph.outputs))  # type: ignore[arg-type]
+    kernels = [AttentionGradientKernel(found, "attention", form, contiguous=True) for form in WIDE_FORMS[1:3]]
+    texts = [one.source().rpartition("\n\n\n")[2].rstrip("\n") for one in kernels]
+    golden("kernel_wide_attention_gradients", "\n\n\n".join(texts))  # type: ignore[operator]
 
 
 def test_text_of_the_gradient_of_a_bias(golden: object) -> None:
@@ -258,6 +272,16 @@ def test_attention_with_values_of_latents_spills_nothing(name: str, architecture
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_codes_in_groups_leave_registers(architecture: str) -> None:
+    kernel = kernel_of(form_graph("int4_groups_attention", torch.bfloat16, 4096, 4096), "attention")
+    sizes = {dim: int(dim.size) for dim in kernel.region.sized}
+    for form in kernel.forms:
+        compiled = compile_kernel(kernel.source(form), sizes, architecture)
+        assert compiled.spilled == 0 and compiled.registers <= (128 if architecture == "sm_90" else 216)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_a_binary_is_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = kernel_of(form_graph("swiglu", torch.float16, 64, 64), "swiglu")
     sizes = {dim: int(dim.size) for dim in kernel.region.loops}
@@ -283,3 +307,15 @@ def test_text_of_many_nodes_that_read_twice_takes_no_longer_for_their_paths() ->
         x = build.silu(x)
     graph.outputs = [x]
     assert kernel_of(graph).source().text.count("sigmoid(") == 40
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", ROUNDED_8, ids=str)
+def test_floats_of_8_bits_compile_where_a_gpu_has_none(dtype: torch.dtype) -> None:
+    graph = Graph("floats")
+    build = Builder(graph)
+    x = build.cast(build.input("x", (64, 512), dtype), dtype=torch.float32)
+    graph.outputs = [build.quantize(build.silu(x), build.parameter("s", torch.tensor(0.5)), dtype=dtype)]
+    kernel = kernel_of(graph)
+    sizes = {dim: int(dim.size) for dim in kernel.region.sized}
+    assert compile_kernel(kernel.source(), sizes, "sm_80").spilled == 0
