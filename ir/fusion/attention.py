@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.coded import Coded, coded
@@ -229,6 +231,26 @@ def _check_loops(region: Region, found: Attention) -> None:
     made = found.coded_keys or found.coded_values or found.latent_keys or found.latent_values
     if made is not None and (found.wide_head or found.wide_columns):
         raise FusionError(f"a program holds heads of {WIDEST} numbers at most where they are made of codes or latents")
+
+
+def crowded(found: Attention) -> str:
+    """Why a program cannot hold a tile of keys for each of the products that make them; nothing where it can. In single
+    precision it has the factors in registers, too."""
+    latent = found.latent_keys
+    if latent is None:
+        return ""
+    head = _numbers(found.head)
+    held = len(latent.products) * head
+    factors = [latent.latents, *(part.weight for part in latent.products if part.weight is not None)]
+    loads = [term for factor in factors for term in (factor, *terms_below(factor)) if term.op == "load"]
+    single = any(load.value.value.dtype == torch.float32 for load in loads)
+    if held <= WIDEST or not single and all(dim.size % 16 == 0 for dim in latent.over):
+        return ""
+    why = "in single precision" if single else "of latents whose rank is no multiple of 16"
+    return (
+        f"its keys are {len(latent.products)} products of {head} numbers of a head, {held} together: a program holds "
+        f"{WIDEST} {why}"
+    )
 
 
 def causal_bound(found: Attention) -> Term | None:
