@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch.utils._pytree import tree_flatten
 
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.errors import EquivalenceError, RegaugeError, first_line
-from regauge.ir.graph import Graph
+from regauge.ir.graph import Graph, Value
 from regauge.ir.printing.tables import format_table
 from regauge.ir.running.interpret import describe, run
-from regauge.ir.running.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import fitting_inputs
 
 Runner = Callable[[Any], Any]
 
@@ -81,14 +82,16 @@ def compare(a: Any, b: Any, inputs: Any = None, *, seeds: Sequence[int] = (0,)) 
 
     Raises RegaugeError where a model cannot be run on the inputs, or none are given and none can be made up.
     """
-    (run_a, names_a), (run_b, names_b) = _prepared(a), _prepared(b)
+    numbers = not any(isinstance(model, str | os.PathLike) for model in (a, b))  # no file has them among its outputs
+    (run_a, names_a), (run_b, names_b) = _prepared(a, numbers), _prepared(b, numbers)
     batches = _batches(inputs) if inputs is not None else [_made_up(a, b, seed) for seed in seeds]
     worst: list[Difference] = []
     for batch in batches:
         arguments = (
             batch if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, list | tuple) else (batch,)
         )
-        found = list(_differences(run_a(arguments), run_b(arguments), names_a or names_b))
+        left, right = (_tensors(runner(arguments), numbers) for runner in (run_a, run_b))
+        found = list(_differences(left, right, names_a or names_b))
         worst = found if not worst else [max(p, key=lambda d: d.relative) for p in zip(worst, found, strict=True)]
     return Comparison(tuple(worst), len(batches))
 
@@ -125,10 +128,10 @@ def _batches(inputs: Any) -> list[Any]:
     return batches
 
 
-def _prepared(model: Any) -> tuple[Runner, list[str]]:
+def _prepared(model: Any, numbers: bool) -> tuple[Runner, list[str]]:
     """How a model is run, and the names of its outputs where it has any."""
     if isinstance(model, Graph):
-        return lambda inputs: run(model, inputs), output_names(model)
+        return lambda inputs: run(model, inputs), output_names(model, numbers=numbers)
     if isinstance(model, torch.nn.Module):
         return lambda inputs: _run_module(model, inputs), []
     if isinstance(model, str | os.PathLike):
@@ -141,12 +144,16 @@ def _prepared(model: Any) -> tuple[Runner, list[str]]:
     )
 
 
-def output_names(graph: Graph) -> list[str]:
-    """Of a loaded graph those of the file's outputs: one may be a copy of another value, whose name it has not."""
+def output_names(graph: Graph, *, numbers: bool = False) -> list[str]:
+    """Names of the outputs that are tensors, with ``numbers`` also of Python's; of what is no result there are none.
+
+    Of a loaded graph they are those of the file's outputs: one may be a copy of another value, whose name it has not.
+    """
     carried = graph.metadata.get("onnx")
     if carried is not None and len(carried.graph.outputs) == len(graph.outputs):
         return [output.name or f"output_{i}" for i, output in enumerate(carried.graph.outputs)]
-    return [getattr(output, "name", f"output_{i}") for i, output in enumerate(graph.outputs)]
+    named = [(output, getattr(output, "name", f"output_{i}")) for i, output in enumerate(graph.outputs)]
+    return [name for output, name in named if isinstance(output, Value) or (numbers and isinstance(output, Number))]
 
 
 def _run_module(model: torch.nn.Module, inputs: Any) -> Any:
@@ -175,7 +182,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 def _made_up(a: Any, b: Any, seed: int) -> Any:
     graph = next((model for model in (a, b) if isinstance(model, Graph)), None)
     if graph is not None:
-        return tuple(sample_inputs(graph, seed=seed))
+        return tuple(fitting_inputs(graph, seed=seed))
     path = next((model for model in (a, b) if isinstance(model, str | os.PathLike)), None)
     if path is not None:
         return _made_up_for(Session(path, optimisation="off"), seed)
@@ -203,8 +210,9 @@ def _made_up_for(session: Session, seed: int) -> dict[str, torch.Tensor]:
     return result
 
 
-def _differences(a: Any, b: Any, names: Sequence[str]) -> Iterator[Difference]:
-    left, right = _tensors(a), _tensors(b)
+def _differences(
+    left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], names: Sequence[str]
+) -> Iterator[Difference]:
     for index in range(max(len(left), len(right))):
         name = names[index] if index < len(names) else f"output {index}"
         if index >= len(left) or index >= len(right):
@@ -215,12 +223,12 @@ def _differences(a: Any, b: Any, names: Sequence[str]) -> Iterator[Difference]:
         yield _difference(name, left[index], right[index])
 
 
-def _tensors(outputs: Any) -> list[torch.Tensor]:
+def _tensors(outputs: Any, numbers: bool) -> list[torch.Tensor]:
     found = []
     for leaf in tree_flatten(outputs)[0]:
         if isinstance(leaf, torch.Tensor):
             found.append(leaf.detach().cpu())
-        elif isinstance(leaf, bool | int | float | complex):
+        elif numbers and isinstance(leaf, Number):
             found.append(torch.as_tensor(leaf))
     return found
 

@@ -11,17 +11,10 @@ from typing import Any, Literal
 import torch
 
 from regauge.ir.errors import RegaugeError, first_line
+from regauge.ir.ops.onnx_opaque import run_session, to_runtime
 
 Optimisation = Literal["off", "all"]
 Inputs = Sequence[Any] | Mapping[str, Any]
-
-_EIGHTHS = {
-    "tensor(float8e4m3fn)": torch.float8_e4m3fn,
-    "tensor(float8e4m3fnuz)": torch.float8_e4m3fnuz,
-    "tensor(float8e5m2)": torch.float8_e5m2,
-    "tensor(float8e5m2fnuz)": torch.float8_e5m2fnuz,
-}
-
 
 # Types of inputs, as onnxruntime calls them; of others nothing is said.
 INPUT_TYPES = {
@@ -65,7 +58,6 @@ class Session:
         self.inputs: list[str] = [i.name for i in self._session.get_inputs()]
         self.overridable: list[str] = [i.name for i in self._session.get_overridable_initializers()]
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
-        self._kinds: list[str] = [o.type for o in self._session.get_outputs()]
         self.input_types: dict[str, str] = {i.name: i.type for i in self._session.get_inputs()}
         self.input_shapes: dict[str, list[Any]] = {i.name: list(i.shape) for i in self._session.get_inputs()}
 
@@ -73,10 +65,9 @@ class Session:
         """Results in order, as torch tensors (numpy arrays for strings); inputs in order or by name."""
         feeds = self.feeds(inputs)
         try:
-            results = self._session.run(None, feeds)
-            return [_to_torch(result, _EIGHTHS.get(kind)) for result, kind in zip(results, self._kinds, strict=True)]
+            return run_session(self._session, feeds)
         except Exception as error:  # onnxruntime raises its own types, one per status code
-            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
+            shapes = ", ".join(f"{name} {_shape(array)}" for name, array in feeds.items())
             raise RegaugeError(f"onnxruntime failed on inputs {shapes}: {first_line(error)}") from error
 
     def feeds(self, inputs: Inputs) -> dict[str, Any]:
@@ -89,7 +80,7 @@ class Session:
         wrong = (set(inputs) - set(self.overridable)) ^ set(self.inputs)
         if wrong:
             raise RegaugeError(f"inputs differ in {sorted(wrong)[0]!r}: the model takes {', '.join(self.inputs)}")
-        return {name: _to_numpy(value) for name, value in inputs.items()}
+        return {name: to_runtime(value) for name, value in inputs.items()}
 
     def milliseconds(self, feeds: Mapping[str, Any]) -> float:
         """Time of one run on prepared feeds: of the processor where it has one thread, else on the wall.
@@ -170,17 +161,6 @@ def _open(
         raise RegaugeError(f"onnxruntime cannot load the model: {first_line(error)}") from error
 
 
-def _to_numpy(value: Any) -> Any:
-    import numpy as np
-
-    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-
-
-def _to_torch(result: Any, bits_of: torch.dtype | None = None) -> Any:
-    """A result as a tensor; ``bits_of`` is the type that onnxruntime gives as bits."""
-    if isinstance(result, list):  # a sequence of tensors
-        return [_to_torch(part) for part in result]
-    if getattr(result, "dtype", None) is None or result.dtype.kind in "OUS":
-        return result
-    tensor = torch.as_tensor(result)
-    return tensor if bits_of is None or tensor.dtype != torch.uint8 else tensor.view(bits_of)
+def _shape(fed: Any) -> tuple[int, ...]:
+    """Of an array, or of an OrtValue, which holds types that numpy lacks."""
+    return tuple(fed.shape() if callable(fed.shape) else fed.shape)

@@ -1,10 +1,10 @@
 """What training that finds ranks ends with, beside factors of the same size that are trained plainly.
 
-    python benchmarks/train_ranks.py [--networks NAME ...] [--seeds 3] [--steps 600] [--write]
+    python benchmarks/train_ranks.py [--networks NAME ...] [--seeds 2] [--steps 600] [--write]
 
 Networks on scikit-learn's digits, all from the same first weights, with as many steps of one optimizer; DLRT takes
 three of these for one of its own. Shown are parameters as a share of the dense network's, and of held-out digits the
-share that is right and the cross-entropy, means over seeds.
+share that is right and the cross-entropy, means over seeds. The last layer, of ten classes, stays whole.
 
 dense                    trained as it is
 trained, then factorized that, without further steps, at the size that Maestro found
@@ -39,6 +39,7 @@ from benchmarks.train_sparse import Transformer, convolutional
 from regauge.demo import Digits, load_digits
 from regauge.ir.cost import figures
 from regauge.ir.graph import Graph
+from regauge.passes.calibration.layers import layer_of
 from regauge.training import Dlrt, OrderedDropout, SelfGuided, full_rank_factors
 
 BATCH, RATE = 64, 3e-3
@@ -56,8 +57,8 @@ class Network:
 
 NETWORKS = {
     "perceptron": Network(lambda: perceptron(256, norms=False), "low-rank", 1e-4, 0.5, 0.1),
-    "transformer": Network(Transformer, "low-rank", 1e-4, 0.5, 0.1),
-    "convolutional, tucker": Network(convolutional, "tucker", 1e-4, 0.5, 0.1),
+    "transformer": Network(Transformer, "low-rank", 1e-3, 0.1, 0.25),
+    "convolutional, tucker": Network(convolutional, "tucker", 1e-3, 0.5, 0.2),
 }
 
 
@@ -68,13 +69,14 @@ class Run:
         torch.manual_seed(seed)
         self.network, self.digits, self.steps, self.seed = network, digits, steps, seed
         self.start = self.captured(network.build())
+        self.head = [layer.weight.name for node in self.start.nodes if (layer := layer_of(node)) is not None][-1]
         self.found: dict[str, tuple[float, float, float]] = {}
 
     def captured(self, model: nn.Module) -> Graph:
         return regauge.capture(model.eval(), (self.digits.images[:2],), dynamic={0: {0: "batch"}})
 
     def factors(self, share: float) -> Graph:
-        return full_rank_factors(self.start, form=self.network.form, share=share)
+        return full_rank_factors(self.start, form=self.network.form, share=share, exclude=(self.head,))
 
     def of_size(self, parameters: int) -> Graph:
         """Factors with the greatest share of ranks that has no more parameters."""
@@ -122,7 +124,9 @@ class Run:
             self.factors(1.0), lambda m, g: OrderedDropout(m, g, learning=learning, penalty=own.penalty, tolerance=0.01)
         )
         size = figures(maestro).parameters
-        self.note("trained, then factorized", regauge.optimize(dense, f"factorize{{params={size}}}"))
+        self.note(
+            "trained, then factorized", regauge.optimize(dense, f"factorize{{params={size},exclude={self.head}}}")
+        )
         self.note("Maestro", maestro)
         self.note("plain factors", self.trained(self.of_size(size)))
         if own.form == "low-rank":
@@ -140,7 +144,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()

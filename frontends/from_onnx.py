@@ -295,6 +295,7 @@ class _Importer:
             operator, form = found
             call = OnnxCall(node, scope)
             results = form.read(scope.build, call) if form.read is not None else _direct(scope.build, call, operator)
+            _check_all_read(call)
             self.bind(scope, node, results if isinstance(results, tuple | list) else (results,))
 
     def bind(self, scope: Scope, node: onnx_ir.Node, results: Sequence[Value | None]) -> None:
@@ -401,6 +402,20 @@ def _direct(build: Builder, call: OnnxCall, operator: Operator) -> Any:
     while inputs and inputs[-1] is None:
         inputs.pop()
     return build(operator.name, *inputs, **attributes)
+
+
+def _check_all_read(call: OnnxCall) -> None:
+    """Raise OperatorError where a node says what its reader did not ask for, as readers do of operators that are given
+    new attributes or operands in a later opset: what it computes would be something else."""
+    for name in call.unread_attributes:
+        value = call.attribute(name)
+        if name not in _WITHOUT_EFFECT and value != _schema_default(call, name):
+            raise OperatorError(f"its attribute {name}={value!r} is not supported")
+    for index in call.unread_inputs:
+        raise OperatorError(f"its input {index} ({call.operand(index).name}) is not supported")
+
+
+_WITHOUT_EFFECT = ("seed", "consumed_inputs")  # what is drawn is the runtime's; before opset 6, buffers to reuse
 
 
 def _schema_default(call: OnnxCall, name: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from regauge.backends.onnx_model.write import external_locations, with_nested
 from regauge.backends.run_onnxruntime import Session
 from regauge.ir.errors import EmitError, RegaugeError, RegaugeWarning
-from regauge.ir.graph import Graph
+from regauge.ir.graph import Graph, Value
 from regauge.ir.running.interpret import run
 from regauge.ir.running.sample_inputs import input_symbols, remembered_runs, sample_runs
 from regauge.ir.sizes.onnx_contents import constant_tensor
@@ -70,7 +70,8 @@ class Checker:
         random = any(node.operator.random for _, node in self.graph.walk())
         coarse = coarsest(self.graph)
         steps = quantization_steps(self.graph)
-        for name, ours, theirs in zip(session.outputs, results, found, strict=True):
+        written = [ours for ours, output in zip(results, self.graph.outputs, strict=True) if isinstance(output, Value)]
+        for name, ours, theirs in zip(session.outputs, written, found, strict=True):
             compare_result(name, ours, theirs, values=not random, step=steps.get(name), coarse=coarse)
         return True
 
@@ -158,6 +159,8 @@ def compare_result(
     """
     if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
         return
+    if ours.dtype != theirs.dtype:
+        raise EmitError(f"the written model gives {name} the type {theirs.dtype}, the graph gives {ours.dtype}")
     if ours.shape != theirs.shape:
         was, now = tuple(ours.shape), tuple(theirs.shape)
         raise EmitError(f"the written model gives {name} the shape {now}, the graph gives {was}")

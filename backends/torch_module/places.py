@@ -159,7 +159,10 @@ def _is_inside(parameter: Parameter, tensors: set[str]) -> bool:
 
 def _content(weight: Weight) -> object:
     """What makes two constants one; a large constant is compared by identity."""
-    tensor = weight.load().detach().cpu().contiguous()
+    tensor = weight.load()
+    if not isinstance(tensor, torch.Tensor):  # of a type that torch lacks
+        return id(weight)
+    tensor = tensor.detach().cpu().contiguous()
     if tensor.numel() > LARGEST_COMPARED:
         return id(weight)
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""

@@ -11,7 +11,9 @@ from regauge.backends.torch_module.literals import literal, read_name
 from regauge.ir.cost import FUSED
 from regauge.ir.errors import EmitError
 from regauge.ir.graph import Graph, Node, Value
+from regauge.ir.operator import Symmetry
 from regauge.ir.ops.torch_opaque import OPERAND, find_target, plain_numbers, replace_slots, written_arguments
+from regauge.ir.roofline import VIEWS
 
 if TYPE_CHECKING:
     from regauge.backends.torch_module.statements import Statements
@@ -29,7 +31,8 @@ def special_lines(statements: Statements, node: Node) -> list[Line] | None:
         return [Line(statements.targets(node.outputs), text, unpacks=len(node.outputs) > 1)]
     if not node.regions:
         return None
-    functions = [_local_function(statements, region, f"branch_{i}") for i, region in enumerate(node.regions)]
+    apart = node.op == "cond"
+    functions = [_local_function(statements, region, f"branch_{i}", apart) for i, region in enumerate(node.regions)]
     names = [name for name, _ in functions]
     operands = [statements.reference(operand) for operand in node.inputs]
     if node.op == "cond":
@@ -43,8 +46,12 @@ def special_lines(statements: Statements, node: Node) -> list[Line] | None:
     return [Line(statements.targets(node.outputs), text, unpacks=True, functions=bodies)]
 
 
-def _local_function(statements: Statements, region: Graph, hint: str) -> tuple[str, list[str]]:
-    """The name and the lines of a function inside forward that runs a region."""
+def _local_function(statements: Statements, region: Graph, hint: str, apart: bool) -> tuple[str, list[str]]:
+    """The name and the lines of a function inside forward that runs a region.
+
+    Where results have to lie ``apart``, and in one order for all regions, as torch's operators of functions want it,
+    what may lie in the memory of what the region reads is copied, and what may lie in another order.
+    """
     name = variable(statements.fresh(hint))
     parameters = ", ".join(variable(statements.number(value)) for value in region.inputs)
     statements.forward.needed.update(output for output in region.outputs if isinstance(output, Value))
@@ -55,16 +62,30 @@ def _local_function(statements: Statements, region: Graph, hint: str) -> tuple[s
     lines = [f"def {name}({parameters}):"]
     for line in inner:
         lines.extend(f"    {text}" for text in (*line.functions, line.text()))
-    results = ", ".join(statements.text(output) for output in region.outputs)
+    texts = [statements.text(output) for output in region.outputs]
+    for i, output in enumerate(region.outputs):
+        if apart and isinstance(output, Value):
+            shared = _may_share(output) or output in region.outputs[:i]
+            texts[i] += ".clone(memory_format=torch.contiguous_format)" if shared else ".contiguous()"
+    results = ", ".join(texts)
     lines.append(f"    return ({results},)" if len(region.outputs) == 1 else f"    return {results}")
     return name, lines
+
+
+def _may_share(value: Value) -> bool:
+    """Whether a result of a region may lie in the memory of a weight or an operand: one of them, or a view."""
+    node = value.producer
+    return node is None or node.op in _VIEWS or node.operator.symmetry is Symmetry.LAYOUT
+
+
+_VIEWS = VIEWS | {"cast"}
 
 
 def _torch_call(statements: Statements, node: Node) -> list[Line]:
     """A call of ``torch.ops``; a tensor that the operator writes into is cloned first and the clone is a result."""
     target = node.attributes["target"]
     operator = find_target(target)
-    functions = [_local_function(statements, region, f"branch_{i}") for i, region in enumerate(node.regions)]
+    functions = [_local_function(statements, region, f"branch_{i}", True) for i, region in enumerate(node.regions)]
     operands = [statements.reference(operand) for operand in node.inputs]
     schema = getattr(operator, "_schema", None)
     results = len(schema.returns) if schema is not None else len(node.outputs)

@@ -51,17 +51,19 @@ def launch_of_attention(
     """Of wide heads, and where masks are read, a program has fewer queries and places at a time, so that none of its
     registers are spilled; a factor of a product is never below 16. Tensor cores that read factors from shared memory
     leave registers for more places."""
-    rows, columns = count(loops.rows, sizes), count(loops.columns, sizes)
+    rows, columns, head = (count(one, sizes) for one in (loops.rows, loops.columns, loops.contracted))
     latents = count(loops.value_rank, sizes) if loops.value_rank else 0
-    width = max(columns, count(loops.contracted, sizes), latents)
+    width = max(columns, head, latents)
     of_places = [tensor for tensor in reads if tensor.loops(loops.source)]
     masks = [tensor for tensor in of_places if tensor.loops(loops.rows)]
     more = len(of_places) - len(masks) > 2  # is read of each place than keys and values
     of_heads = [tensor for tensor in of_places if tensor.loops((*loops.contracted, *loops.columns, *loops.value_rank))]
     coded = any(tensor.value.dtype in CODES for tensor in of_heads)
-    warps = 8
-    if any(tensor.value.dtype == torch.float32 for tensor in reads if tensor in of_heads or tensor.loops(loops.rows)):
-        most, deep = (32 if width <= 128 else 16), 32  # there are no tensor cores for it
+    factors = [tensor for tensor in reads if tensor in of_heads or tensor.loops(loops.rows)]
+    single, warps = any(tensor.value.dtype == torch.float32 for tensor in factors), 8
+    crowded = bool(loops.rank) and (single or head > 128)  # a tile of keys for each product is most of the registers
+    if single or crowded:
+        most, deep = (32 if width <= 128 and not crowded else 16), 32  # there are no tensor cores for single precision
     elif coded:  # of groups of channels each number has a range, and an address of it, of its own
         most, deep = 64, 16 if len(of_heads) > 2 else 64 if rows <= 16 and len(of_heads) == 2 else 32
     elif width <= 64 or width <= 128 and not masks:
@@ -72,7 +74,7 @@ def launch_of_attention(
         most = 16 if latents > WIDE_COLUMNS or loops.rank else min(most, 64)
     high = min(16 if form == "combine" else most, max(16, power_above(rows)))
     more = (len(of_heads) > 2 or width > 64) if coded else more  # more threads share what is taken apart
-    more = more or bool(latents and loops.rank and not coded)
+    more = more or bool(crowded or latents and loops.rank and not coded)
     warps = 4 if high == 16 and width <= 128 and not more else warps
     wide = min(WIDE_COLUMNS if columns > WIDEST else WIDEST, max(16, power_above(columns)))
     constants = {"BLOCK_M": high, "BLOCK_N": wide}
@@ -80,7 +82,6 @@ def launch_of_attention(
     splits = max(2, splits_of(loops, sizes))
     if form == "combine":
         return Launch(programs, {**constants, "SPLITS": splits}, warps)
-    head = count(loops.contracted, sizes)
     constants |= {"BLOCK_K": 64 if head > WIDEST else max(16, power_above(head)), "BLOCK_S": deep}
     if loops.rank:  # there is a tile of keys for each product, too
         constants["BLOCK_S"] = deep if width <= 64 and not latents else 32
@@ -88,11 +89,13 @@ def launch_of_attention(
         if rank % 16 or latents % 16:  # what does not begin at a multiple of 16 is read one by one
             most = 16 if latents else 32
         constants["BLOCK_R"] = min(most, max(16, power_above(rank)))
+        if crowded:  # nothing is read ahead
+            constants |= {"BLOCK_S": 32 if head <= 64 else 16, "BLOCK_R": 16}
     if latents:
         constants["BLOCK_V"] = max(16, power_above(latents))
     if form == "split":
         constants["SPLITS"], programs = splits, programs * splits
-    return Launch(programs, constants, warps, stages=2)
+    return Launch(programs, constants, warps, stages=1 if crowded else 2)
 
 
 def launch_of_gradient(form: GradientForm, reads: Sequence[Tensor], loops: Loops, sizes: Mapping[Dim, int]) -> Launch:

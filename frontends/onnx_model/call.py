@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from regauge.frontends.onnx_model.scope import Entry, Scope
 from regauge.frontends.onnx_model.weights import dtype_of, read_tensor, torch_from_array
-from regauge.ir.errors import LoadError
+from regauge.ir.errors import LoadError, OperatorError
 from regauge.ir.graph import Value
 from regauge.ir.sizes.expressions import Size
 
@@ -50,6 +50,7 @@ class OnnxCall:
         self.domain = "" if node.domain == "ai.onnx" else node.domain
         self.scope = scope
         self._attributes: Mapping[str, onnx_ir.Attr] = resolved_attributes(node, scope)
+        self._asked: set[str | int] = set()  # names of attributes and numbers of inputs that a reader has looked at
 
     @property
     def opset(self) -> int:
@@ -72,14 +73,17 @@ class OnnxCall:
         return [self.operand(i) if self.has(i) else None for i in range(len(self.node.inputs))]
 
     def has(self, index: int) -> bool:
+        self._asked.add(index)
         return index < len(self.node.inputs) and self.node.inputs[index] is not None
 
     def entry(self, index: int) -> Entry | None:
+        self._asked.add(index)
         onnx = self.node.inputs[index] if index < len(self.node.inputs) else None
         return None if onnx is None else self.scope.find(onnx)
 
     def operand(self, index: int) -> Value:
         """An input as a Value of the graph; raises LoadError when it is absent."""
+        self._asked.add(index)
         onnx = self.node.inputs[index] if index < len(self.node.inputs) else None
         if onnx is None:
             raise LoadError(
@@ -89,13 +93,36 @@ class OnnxCall:
 
     def codes(self, index: int) -> tuple[Value | None, int | None]:
         """An input that is dequantized, None where it is absent, and its bits where they are fewer than a byte has."""
+        self._asked.add(index)
         onnx = self.node.inputs[index] if index < len(self.node.inputs) else None
         return (None, None) if onnx is None else self.scope.codes(onnx)
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """An attribute as a plain Python value or torch tensor; the default where it is not given."""
+        self._asked.add(name)
         attribute = self._attributes.get(name)
         return default if attribute is None else plain_attribute(attribute)
+
+    def check_restated(self, name: str, sizes: Sequence[Size] | Size) -> None:
+        """Raise OperatorError where an attribute that says sizes of operands again says others."""
+        given = self.attribute(name)
+        if given is not None and given != (tuple(sizes) if isinstance(sizes, Sequence) else sizes):
+            raise OperatorError(f"its attribute {name}={given!r} is not what its operands say, {sizes}")
+
+    def passes_over(self, *names: str | int) -> None:
+        """Attributes (names) and inputs (numbers) that say nothing in the form of the node that is at hand."""
+        self._asked.update(names)
+
+    @property
+    def unread_attributes(self) -> list[str]:
+        """Attributes that no reader has asked for yet."""
+        return [name for name in self._attributes if name not in self._asked]
+
+    @property
+    def unread_inputs(self) -> list[int]:
+        """Inputs that are there and that no reader has asked for yet."""
+        inputs = enumerate(self.node.inputs)
+        return [index for index, value in inputs if value is not None and index not in self._asked]
 
     @property
     def attribute_names(self) -> tuple[str, ...]:

@@ -218,7 +218,9 @@ def _infer(scope: Scope, proto: Any, onnx_operands: list[onnx_ir.Value]) -> dict
                 dimension.dim_param = format_size(size)
         if not entry.shape:
             shape.SetInParent()
-        if entry.tensor is not None and entry.tensor.nbytes <= SMALL and info.name == onnx_value.name:
+        if entry.tensor is None or entry.tensor.dtype == onnx_ir.DataType.STRING:  # texts decide no size
+            continue
+        if entry.tensor.nbytes <= SMALL and info.name == onnx_value.name:
             tensor = onnx_ir.to_proto(
                 onnx_ir.Tensor(entry.tensor.numpy(), dtype=entry.tensor.dtype, name=onnx_value.name)
             )

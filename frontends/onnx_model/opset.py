@@ -61,6 +61,8 @@ def _without_weights(model: onnx_ir.Model) -> tuple[onnx_ir.Model, list[str]]:
     weights = []
     for name, value in list(copied.graph.initializers.items()):
         tensor = value.const_value
+        if tensor is not None and tensor.dtype == onnx_ir.DataType.STRING:
+            continue
         if tensor is not None and tensor.nbytes <= DENSE_BYTES:
             value.const_value = onnx_ir.Tensor(tensor.numpy(), name=name)  # not one beside the file
         elif tensor is not None:

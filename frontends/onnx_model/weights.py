@@ -86,6 +86,9 @@ def _shared(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 def read_tensor(tensor: onnx_ir.TensorProtocol) -> Any:
     """The data of an ONNX tensor: a copy for external data, so that no file stays mapped; shared memory otherwise."""
     dtype = dtype_of(tensor.dtype)
+    if isinstance(tensor, onnx_ir.StringTensor):  # onnxruntime takes bytes for what Python prints of them
+        texts = [text.decode() for text in tensor.string_data()]
+        return np.array(texts, dtype=object).reshape(tensor.shape.numpy())
     if not isinstance(tensor, onnx_ir.ExternalTensor):
         return torch_from_array(np.asarray(tensor.numpy()), dtype)
     fresh = onnx_ir.ExternalTensor(

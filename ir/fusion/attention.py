@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from regauge.ir.dims.extents import Dim
 from regauge.ir.errors import FusionError
 from regauge.ir.fusion.coded import Coded, coded
@@ -229,6 +231,30 @@ def _check_loops(region: Region, found: Attention) -> None:
     made = found.coded_keys or found.coded_values or found.latent_keys or found.latent_values
     if made is not None and (found.wide_head or found.wide_columns):
         raise FusionError(f"a program holds heads of {WIDEST} numbers at most where they are made of codes or latents")
+
+
+def crowded(found: Attention) -> str:
+    """Why a program cannot hold a tile of keys for each of the products that make them; nothing where it can. In single
+    precision it has the factors in registers, too, and of ranks that 16 does not divide the addresses of numbers."""
+    latent = found.latent_keys
+    if latent is None:
+        return ""
+    head = _numbers(found.head)
+    held = len(latent.products) * (1 << (head - 1).bit_length())  # tiles are powers of two
+    factors = [latent.latents, *(part.weight for part in latent.products if part.weight is not None)]
+    loads = [term for factor in factors for term in (factor, *terms_below(factor)) if term.op == "load"]
+    reasons = {
+        "in single precision": any(load.value.value.dtype == torch.float32 for load in loads),
+        "where 16 does not divide their rank": any(dim.size % 16 != 0 for dim in latent.over),
+    }
+    most = 2 * WIDEST >> sum(reasons.values())
+    if held <= most:
+        return ""
+    why = " and ".join(reason for reason, holds in reasons.items() if holds)
+    return (
+        f"its keys are {len(latent.products)} products of heads of {head} numbers: of those a program holds "
+        f"{most // len(latent.products)}{f' {why}' if why else ''}"
+    )
 
 
 def causal_bound(found: Attention) -> Term | None:

@@ -14,6 +14,11 @@ Low-Precision Transformer Training Fails). Here the gradients of the logits of a
 else logits are made of: what is added to scores (Raffel et al. 2020, T5, section 2.1; Liu et al. 2021, Swin, equation
 4), the slope that distances are multiplied by (Press et al. 2022, ALiBi), a learned scale. Its gradient stands apart
 from the other ones, as a mask of floats is seldom trained.
+
+Queries, keys and values are read. Where a region computes them, of latents say, it has no gradient of its own: the
+backward pass computes them once, calls the gradients of the attention inside (:func:`core_of`), and torch goes on. For
+n places, a rank of r and heads of d numbers that is n r d products and n d numbers kept, beside 9 n n d products of the
+gradients; keys that are computed again for each tile of 64 queries would take (n / 64) n r d.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from regauge.ir.errors import FusionError
-from regauge.ir.fusion.attention import find_attention
+from regauge.ir.fusion.attention import crowded, find_attention
 from regauge.ir.fusion.products import FLOAT8, products_of, same_left
 from regauge.ir.fusion.region import Region, Term, below_results, terms_below
 from regauge.ir.fusion.terms import DIGITS
@@ -45,9 +45,11 @@ def fault(region: Region) -> str | None:
     if len(region.nodes) > MOST_NODES:
         return f"a region has {MOST_NODES} nodes at most"
     reason = _wrong_type(region) or _unread_loop(region)
-    if not reason and region.attention is None:
-        reason = _wrong_tile(region) if region.contractions else _wrong_rows(region)
-    return reason
+    if reason:
+        return reason
+    if region.attention is not None:
+        return crowded(region.attention) or None
+    return _wrong_tile(region) if region.contractions else _wrong_rows(region)
 
 
 def _wrong_type(region: Region) -> str | None:

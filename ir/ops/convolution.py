@@ -132,6 +132,7 @@ def _conv_tbc(build: Builder, x: Value, weight: Value, bias: Value, pad: int = 0
 
 def _onnx_geometry(call: Any) -> tuple[Value, Value, Value | None, dict[str, Any]]:
     x, weight = call.operand(0), call.operand(1)
+    call.check_restated("kernel_shape", weight.shape[2:])
     rank = weight.rank - 2
     geometry = {
         "stride": tuple(call.attribute("strides") or (1,) * rank),

@@ -18,7 +18,9 @@ from regauge.ir.graph import Node, Parameter, Value
 from regauge.ir.operator import OnnxForm, Symmetry, operator, sample
 from regauge.ir.ops.broadcasting import broadcast_shape, expand_to
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
+from regauge.ir.ops.onnx_indices import counted_from_the_start, counts_from_start, is_torch_embedding
 from regauge.ir.ops.shuffling import groups_of, shuffled_places
+from regauge.ir.scalars import Scalar
 from regauge.ir.sizes.expressions import Size, product, same
 
 # -- embedding ---------------------------------------------------------------------------------------------------------
@@ -32,7 +34,9 @@ def _embedding(
     return build.embedding(weight, indices, padding_idx=padding)  # type: ignore[no-any-return]
 
 
-def _embedding_layer(node: Node) -> str:
+def _embedding_layer(node: Node) -> str | None:
+    if node.attributes["from_end"]:
+        return None
     entries, width = node.inputs[0].shape  # type: ignore[union-attr]
     padding = node.attributes["padding_idx"]
     return f"nn.Embedding({entries}, {width}{'' if padding is None else f', padding_idx={padding}'})"
@@ -52,25 +56,35 @@ def _embedding_rule(call: Call) -> Axes:
     return [*call.operand(1), *carried(call, [width])]
 
 
-def _embedding_shape(weight: Value, indices: Value, *, padding_idx: int | None) -> tuple[Size, ...] | None:
+def _embedding_shape(weight: Value, indices: Value, *, padding_idx: int | None, **_: Any) -> tuple[Size, ...] | None:
     return (*indices.shape, weight.shape[1]) if weight.rank == 2 and padding_idx is None else None
+
+
+def _embedding_element(weight: Scalar, indices: Scalar, *, padding_idx: int | None, from_end: bool) -> Scalar | None:
+    return None if from_end else scalars.picked(weight, 0, indices, padding_idx)
 
 
 @operator(
     rule=_embedding_rule,
     shape=_embedding_shape,
     aten={"embedding": _embedding},
-    element=lambda weight, indices, padding_idx: scalars.picked(weight, 0, indices, padding_idx),
+    element=_embedding_element,
     spell=lambda onnx, node: onnx.Gather(*onnx.operands(2), axis=0),
     samples=lambda: [
         sample(randn(7, 4), randint(0, 7, (2, 3))),
         sample(randn(5, 3), randint(0, 5, (4,)), padding_idx=0),
         sample(randn(5, 3), torch.tensor(2)),
+        sample(randn(5, 3), torch.tensor([4, -1, -5, 0]), from_end=True),
     ],
     symmetry=Symmetry.LINEAR,
     layer=_embedding_layer,
 )
-def embedding(weight: torch.Tensor, indices: torch.Tensor, *, padding_idx: int | None = None) -> torch.Tensor:
+def embedding(
+    weight: torch.Tensor, indices: torch.Tensor, *, padding_idx: int | None = None, from_end: bool = False
+) -> torch.Tensor:
+    """With ``from_end`` negative indices count from the end, as in ONNX; else there are none."""
+    if from_end:
+        return F.embedding(torch.where(indices < 0, indices + weight.shape[0], indices), weight, padding_idx)
     return F.embedding(indices, weight, padding_idx)
 
 
@@ -157,8 +171,9 @@ def _onnx_gather(build: Builder, call: Any) -> Value:
         return build.select(x, dim=axis, index=int(known))  # type: ignore[no-any-return]
     is_table = isinstance(x, Parameter) and x.kind == "parameter" and x.rank == 2 and axis == 0
     # a table stays one where the positions are known, so that all exports of it have the same groups
-    if is_table and (call.constant(1) is None or bool((call.constant(1) >= 0).all())):
-        return build.embedding(x, call.operand(1))  # type: ignore[no-any-return]
+    if is_table and (call.constant(1) is None or counts_from_start(call, 1)):
+        from_end = not counts_from_start(call, 1) and not is_torch_embedding(build, call, x)
+        return build.embedding(x, call.operand(1), from_end=from_end)  # type: ignore[no-any-return]
     if known is not None and known.dim() == 1 and _is_run(known):
         start = int(known[0])
         return build.slice(x, dim=axis, start=start, end=start + len(known))  # type: ignore[no-any-return]
@@ -276,20 +291,6 @@ def _take_along_dim(build: Builder, x: Value, indices: Value, dim: int | None = 
     x = expand_to(build, x, (*others[:dim], x.shape[dim], *others[dim + 1 :]))
     indices = expand_to(build, indices, (*others[:dim], indices.shape[dim], *others[dim + 1 :]))
     return build.gather(x, indices, dim=dim)  # type: ignore[no-any-return]
-
-
-NEVER_NEGATIVE = {"argmax", "argmin", "topk", "sort", "argsort", "one_hot"}
-
-
-def counted_from_the_start(build: Builder, call: Any, slot: int, x: Value, axis: int) -> Value:
-    """ONNX lets indices count from the end, ``torch.gather`` and ``scatter`` do not."""
-    index: Value = call.operand(slot)
-    known = call.constant(slot)
-    if known is not None and bool((known >= 0).all()):
-        return index
-    if index.producer is not None and index.producer.op in NEVER_NEGATIVE:
-        return index
-    return build.remainder(index, x.shape[axis])  # type: ignore[no-any-return]
 
 
 def as_int64(build: Builder, index: Value) -> Value:

@@ -148,6 +148,7 @@ def read_contrib_attention(build: Builder, call: Any) -> Value:
     """Attention(x, weights, bias, mask_index, past, attention_bias): one projection to q, k and v, then attention."""
     if call.has(4) or call.wanted(1) or call.attribute("do_rotary", 0):
         raise OperatorError("com.microsoft Attention with a cache or a rotation has no rule")
+    call.passes_over("past_present_share_buffer", "rotary_embedding_dim")  # of the cache and the rotation
     x, weight = call.operand(0), call.operand(1)
     heads = call.attribute("num_heads")
     third = floor_divide(weight.shape[1], 3)

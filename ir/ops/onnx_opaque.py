@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.dlpack
 
 from regauge.ir.axis_rules.rules import Axes, Call
 from regauge.ir.errors import OperatorError, first_line
@@ -46,7 +47,7 @@ def _session(model: bytes) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _to_runtime(operand: Any) -> Any:
+def to_runtime(operand: Any) -> Any:
     import onnxruntime
 
     if isinstance(operand, torch.Tensor):
@@ -57,7 +58,7 @@ def _to_runtime(operand: Any) -> Any:
             return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element_type)
         operand = operand.numpy()
     if isinstance(operand, list):
-        return [_to_runtime(part) for part in operand]
+        return [to_runtime(part) for part in operand]
     array = np.asarray(operand)
     # types below eight bits come as ml_dtypes arrays; the model takes them as bytes, or as float32, and casts
     wider = {"int4": np.int8, "int2": np.int8, "uint4": np.uint8, "uint2": np.uint8, "float4_e2m1fn": np.float32}
@@ -72,12 +73,11 @@ def _from_runtime(result: Any) -> Any:
     return result
 
 
-def _run(session: Any, feeds: dict[str, Any]) -> list[Any]:
+def run_session(session: Any, feeds: dict[str, Any]) -> list[Any]:
     import onnxruntime
 
     described = [output.type for output in session.get_outputs()]
-    special = any(kind in _FROM_TYPE for kind in described)
-    if not special and not any(isinstance(v, onnxruntime.OrtValue) for v in feeds.values()):
+    if not any(kind in _FROM_TYPE for kind in described):
         return [_from_runtime(result) for result in session.run(None, feeds)]
     values = {
         name: v if isinstance(v, onnxruntime.OrtValue) else onnxruntime.OrtValue.ortvalue_from_numpy(v)
@@ -85,9 +85,18 @@ def _run(session: Any, feeds: dict[str, Any]) -> list[Any]:
     }
     results = session.run_with_ort_values(None, values)
     return [
-        torch.utils.dlpack.from_dlpack(result) if kind in _FROM_TYPE else _from_runtime(result.numpy())
+        _from_memory(result, _FROM_TYPE[kind]) if kind in _FROM_TYPE else _from_runtime(result.numpy())
         for result, kind in zip(results, described, strict=True)
     ]
+
+
+def _from_memory(value: Any, dtype: torch.dtype) -> torch.Tensor:
+    """An OrtValue of a type that numpy lacks, and DLPack where it has 8 bits."""
+    shape = tuple(value.shape())
+    if not math.prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    data = bytearray(ctypes.string_at(value.data_ptr(), math.prod(shape) * dtype.itemsize))
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape)
 
 
 def _rule(call: Call) -> list[Axes]:
@@ -103,4 +112,4 @@ def onnx_call(*operands, op_type, model, reason=""):  # type: ignore[no-untyped-
         first = first_line(error)
         raise OperatorError(f"onnxruntime cannot run {op_type}: {first}; register the operator's library") from error
     names = [value.name for value in session.get_inputs()]
-    return tuple(_run(session, {name: _to_runtime(o) for name, o in zip(names, operands, strict=True)}))
+    return tuple(run_session(session, {name: to_runtime(o) for name, o in zip(names, operands, strict=True)}))

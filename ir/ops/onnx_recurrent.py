@@ -114,6 +114,7 @@ def _read(build: Builder, call: Any, op: str, states: int, **attributes: Any) ->
     initial = [_initial_state(call, slot) for slot in range(5, 5 + states)]
     initial = [None if state is None else _swapped(build, state, (1, 0, 2), batch_first) for state in initial]
     hidden = r.shape[2]
+    call.check_restated("hidden_size", hidden)
     shapes = [(x.shape[0], w.shape[0], x.shape[1], hidden)] + [(w.shape[0], x.shape[1], hidden)] * states
     direction = call.attribute("direction", "forward")
     found = build(

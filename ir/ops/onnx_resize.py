@@ -77,8 +77,9 @@ def read_resize(build: Any, call: Any) -> Any:
         return _resized(build, call, Target(shape, None, _scales(call, 1)), "asymmetric", "floor")
     if call.attribute("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise _refuse("a Resize that keeps the aspect ratio")
-    sizes = _sizes(call)
-    target = Target(shape, sizes, None if sizes is not None else _scales(call, 2))
+    sizes, scales = _sizes(call), _scales(call, 2)
+    target = Target(shape, sizes, None if sizes is not None else scales)
+    call.passes_over(1)  # regions belong to coordinates that are refused
     where = call.attribute("coordinate_transformation_mode", "half_pixel")
     return _resized(build, call, target, where, call.attribute("nearest_mode", "round_prefer_floor"))
 

@@ -20,7 +20,7 @@ from regauge.ir.ops.conversion import as_dtype
 from regauge.ir.ops.elementwise import Function
 from regauge.ir.ops.layout import axis_number
 from regauge.ir.scales.scaling import Scaling
-from regauge.ir.sizes.expressions import Size
+from regauge.ir.sizes.expressions import Size, same
 
 
 def _along(call: Call, role: str) -> Axes:
@@ -346,12 +346,21 @@ def _topk(build: Any, x: Any, k: Any, dim: int = -1, largest: bool = True, sorte
 
 
 def _onnx_topk(build: Any, call: Any) -> Any:
-    """The number of entries is an attribute up to opset 9 and an input from 10 on."""
+    """The number of entries is an attribute up to opset 9 and an input from 10 on.
+
+    Of equal entries ONNX gives those that stand first, and torch any: where positions are read, all are sorted.
+    """
     k = call.attribute("k") if call.opset < 10 else call.number(1)
     if k is None:
         raise OperatorError("the number of entries of TopK is computed when it runs: the node is kept as it is")
     largest, ordered = bool(call.attribute("largest", 1)), bool(call.attribute("sorted", 1))
-    return _topk(build, call.operand(0), k, call.attribute("axis", -1), largest, ordered)
+    x, axis = call.operand(0), call.attribute("axis", -1)
+    if not call.wanted(1) or not x.rank:
+        return _topk(build, x, k, axis, largest, ordered)
+    axis = _axis(x, axis)
+    ranked = build.sort(x, dim=axis, descending=largest, stable=True)
+    whole = same(k, x.shape[axis])
+    return ranked if whole else tuple(build.slice(part, dim=axis, start=0, end=k) for part in ranked)
 
 
 @operator(

@@ -83,11 +83,15 @@ def depth_to_space(x: torch.Tensor, *, factor: int) -> torch.Tensor:
     return blocks.permute(0, 3, 4, 1, 5, 2).reshape(n, c // factor**2, h * factor, w * factor)
 
 
+def _onnx_space_to_depth(build: Builder, call: Any) -> Any:
+    """Mode CRD (opset 28) is torch's pixel unshuffle; DCR, the only one before, keeps the channels minor."""
+    name = "pixel_unshuffle" if call.attribute("mode", "DCR") == "CRD" else "space_to_depth"
+    return build(name, call.operand(0), factor=call.attribute("blocksize"))
+
+
 @operator(
     rule=_blocks("n c (h p) (w q) -> n (p q c) h w"),
-    onnx={
-        "SpaceToDepth": lambda build, call: build.space_to_depth(call.operand(0), factor=call.attribute("blocksize"))
-    },
+    onnx={"SpaceToDepth": _onnx_space_to_depth},
     spell=_spell_blocks("SpaceToDepth"),
     samples=lambda: [sample(randn(2, 3, 4, 6), factor=2)],
     symmetry=Symmetry.LAYOUT,

@@ -53,7 +53,8 @@ def _read(build: Any, call: Any) -> tuple[Value, Value, Value | None, dict[str, 
         raise OperatorError("its zero points have other bits: the node is kept as it is")
     block = call.attribute("block_size", 0)
     single = all(same(size, 1) for size in scale.shape) and not block
-    axis = None if single else axis_number(call.attribute("axis", 1), x.rank)
+    given = call.attribute("axis", 1)
+    axis = None if single else axis_number(given, x.rank)
     if single and scale.rank:
         scale, zero_point = (None if v is None else build.reshape(v, shape=()) for v in (scale, zero_point))
     if block and (axis is None or divide(x.shape[axis], block) is None):

@@ -392,10 +392,11 @@ def _cosine_similarity(build: Any, x: Any, y: Any, dim: int = 1, eps: float = 1e
 
 
 def _onnx_normalise(build: Any, call: Any) -> Any:
-    """LpNormalization: every vector along ``axis`` divided by its length."""
+    """LpNormalization: every vector along ``axis`` divided by its length; one of zeros stays as it is."""
     x = call.operand(0)
     order, dims = call.attribute("p", 2), dims_of(x, call.attribute("axis", -1))
-    return build.div(x, build.vector_norm(x, ord=order, dims=dims, keepdim=True))
+    length = build.vector_norm(x, ord=order, dims=dims, keepdim=True)
+    return build.div(x, build.clamp(length, torch.finfo(x.dtype).tiny))
 
 
 def _global_lp_pool(build: Any, call: Any) -> Any:

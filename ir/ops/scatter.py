@@ -15,7 +15,8 @@ from regauge.ir.graph import Node, Value
 from regauge.ir.operator import OnnxForm, Sample, Symmetry, operator, sample
 from regauge.ir.ops.broadcasting import expand_to
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
-from regauge.ir.ops.lookup import as_int64, carried, carry, counted_from_the_start
+from regauge.ir.ops.lookup import as_int64, carried, carry
+from regauge.ir.ops.onnx_indices import counted_from_the_start
 from regauge.ir.sizes.expressions import same
 
 # -- one place per entry -----------------------------------------------------------------------------------------------

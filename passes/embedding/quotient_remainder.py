@@ -99,6 +99,7 @@ class QuotientRemainder(Pass):
         for node in list(table.consumers()):
             with build.at(node):
                 index, name = node.inputs[1], node.output.name
+                index = build.remainder(index, len(whole)) if node.attributes["from_end"] else index
                 quotient = build.div(index, size, rounding_mode="floor")
                 remainder = build.sub(index, build.mul(quotient, size))
                 found = [build.embedding(own, at) for own, at in zip(held, (quotient, remainder), strict=True)]

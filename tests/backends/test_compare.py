@@ -9,8 +9,10 @@ from torch import nn
 
 from regauge.backends.compare import check_equal, compare
 from regauge.backends.run_onnxruntime import Session
+from regauge.backends.run_torch import run_in_torch
 from regauge.frontends.capture import capture
 from regauge.ir.errors import EquivalenceError, RegaugeError
+from regauge.ir.graph import Value
 from regauge.ir.running.interpret import run
 from small_graphs import multilayer_perceptron, residual_network
 
@@ -95,6 +97,25 @@ def test_wrong_inputs_are_told_in_one_line_without_their_elements():
             with pytest.raises(RegaugeError) as caught:
                 compare(first, graph, wrong)
             assert len(str(caught.value).splitlines()) == 1 and "tensor(" not in str(caught.value)
+
+
+class Mixed(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[int, torch.Tensor, None, torch.Tensor]:
+        return 3, x + 1, None, torch.cat([x, x])
+
+
+def test_results_that_are_no_tensors_move_no_names(tmp_path: Path) -> None:
+    """The file has two outputs: they were held against the number and the first tensor."""
+    model, x = Mixed(), torch.randn(2, 3)
+    graph = capture(model, (x,))
+    path = graph.to_onnx(tmp_path / "m.onnx")
+    names = [output.name for output in graph.outputs if isinstance(output, Value)]
+    assert Session(path).outputs == names
+    for a, b in [(graph, path), (model, path), (path, graph)]:
+        found = compare(a, b, x)
+        assert found.equal(0) and [output.name for output in found.outputs] == names
+    assert [output.name for output in compare(graph, model, x).outputs] == ["output_0", *names]
+    assert list(run_in_torch(graph, (x,))) == names
 
 
 def test_undefined_entries_of_both_are_told() -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import onnx.parser
 import onnx_ir
 import pytest
 import torch
@@ -46,3 +47,16 @@ def test_latency_is_a_median_per_session() -> None:
     sessions = {"off": Session(MODEL, optimisation="off", threads=1), "all": Session(MODEL, threads=1)}
     found = latency(sessions, INPUTS, repeats=5, warmup=1)
     assert set(found) == {"off", "all"} and all(0 < value < 1000 for value in found.values())
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_types_that_numpy_lacks_go_in_and_come_out(kind: str) -> None:
+    dtype, name = getattr(torch, kind), kind.replace("float8_e", "float8e")
+    text = f"""
+    <ir_version: 9, opset_import: ["" : 19]>
+    short ({name}[3] x) => (float[3] y, {name}[3] z) {{ y = Cast <to = 1> (x) z = CastLike (y, x) }}
+    """
+    x = torch.tensor([1.0, -2.0, 0.5]).to(dtype)
+    y, z = Session(onnx.parser.parse_model(text)).run([x])
+    assert y.tolist() == [1.0, -2.0, 0.5]
+    assert z.dtype == dtype and z.float().tolist() == y.tolist()

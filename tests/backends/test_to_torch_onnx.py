@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import onnx
+import onnx.parser
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import nn
 
 import regauge
 from regauge.backends.to_torch import emit, to_torch
+from regauge.ir.errors import EmitError, RegaugeWarning
 from regauge.ir.graph import Graph
 
 EXPORTS = {"default": {"dynamo": True}, "raw": {"dynamo": True, "optimize": False}, "torchscript": {"dynamo": False}}
@@ -207,3 +209,37 @@ def test_weight_names_give_the_hierarchy_where_nothing_else_does() -> None:
     assert graph.nodes[0].scope[-1] == ("body.conv", "Conv2d")
     shown = [line.strip() for line in str(graph).splitlines() if line.strip().startswith("#")]
     assert shown == ["# body.conv: Conv2d", "# root", "# fc: Linear"]
+
+
+def test_branches_that_give_weights_and_views_are_apart() -> None:
+    """torch.cond takes no result that lies in the memory of what a branch reads."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    choice (bool flag, float[2, 3] x) => (float[3, 2] y, float[3, 2] z) {
+      y, z = If (flag) <
+        then_branch = first () => (float[3, 2] a, float[3, 2] b) { a = Transpose (x) b = Identity (a) },
+        else_branch = second () => (float[3, 2] c, float[3, 2] d) { c = Identity (w) d = Neg (c) }
+      >
+    }
+    """
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(numpy_helper.from_array(torch.arange(6.0).reshape(3, 2).numpy(), "w"))
+    graph = regauge.load(model)
+    module, x = graph.to_torch(), torch.randn(2, 3)
+    for flag in (torch.tensor(True), torch.tensor(False)):
+        for found, wanted in zip(module(flag, x), graph.run([flag, x]), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_integers_that_torch_lacks_are_told() -> None:
+    small = helper.make_tensor("w", TensorProto.INT4, [2], [1, -1])
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["w"], ["f"], to=1), helper.make_node("Add", ["x", "f"], ["y"])],
+        "few_bits",
+        [helper.make_tensor_value_info("x", 1, [2])],
+        [helper.make_tensor_value_info("y", 1, [2])],
+        [small],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    with pytest.warns(RegaugeWarning), pytest.raises(EmitError, match="without a torch form"):
+        regauge.load(model).to_torch()

@@ -228,6 +228,26 @@ def test_strings_flow_through_opaque_nodes() -> None:
     assert list(result) == ["aa", "bb"]
 
 
+def test_texts_among_the_initializers(tmp_path: Path) -> None:
+    """Nothing knows their bytes, and those of an empty tensor have no type: the file was not loaded."""
+    for texts in ([b"a", b"c", b"c"], []):
+        graph = helper.make_graph(
+            [helper.make_node("Equal", ["s", "known"], ["y"])],
+            "text",
+            [helper.make_tensor_value_info("s", TensorProto.STRING, [len(texts)])],
+            [helper.make_tensor_value_info("y", TensorProto.BOOL, [len(texts)])],
+            [helper.make_tensor("known", TensorProto.STRING, [len(texts)], texts)],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+        loaded = quietly_loaded(model)
+        assert opaque(loaded) == ["Equal"]
+        if texts:
+            (result,) = run(loaded, [np.array(["a", "b", "c"], dtype=object)])
+            assert result.tolist() == [True, False, True]
+        converted = quietly_loaded(loaded.to_onnx(tmp_path / "again.onnx", overwrite=True))
+        assert opaque(converted) == ["Equal"]
+
+
 def test_constants_that_became_numbers_are_no_parameters(tmp_path: Path) -> None:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])

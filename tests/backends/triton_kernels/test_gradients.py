@@ -12,13 +12,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decoder_block import decoder_block
+from kernel_contract import drawn
 from kernel_forms import form_graph
-from regauge.backends.torch_module.kernels import KernelOperator, with_kernels
+from regauge.backends.to_torch import to_torch
+from regauge.backends.torch_module.kernels import KernelOperator, kernel_operator, with_kernels
 from regauge.backends.triton_kernels.compile import compile_kernel
 from regauge.backends.triton_kernels.kernel import Source
 from regauge.ir.edit import Builder
 from regauge.ir.fusion import legality
-from regauge.ir.graph import Graph
+from regauge.ir.fusion.fuse import fuse
+from regauge.ir.fusion.fused import body_of, canonical
+from regauge.ir.fusion.tracing import trace
+from regauge.ir.graph import Graph, Value
 from regauge.ir.sizes.expressions import symbol
 
 HERE = Path(__file__).parent
@@ -144,6 +149,71 @@ def test_operators_compute_the_gradients_of_attention(called: list[str], turned:
     assert called == ["attention"] * turned + ["attention_gradient"]
     (made,) = with_kernels(graph).operators
     assert bool(made.gradients.kernels) == (not turned) and (made.in_stages is made.body) == (not turned)
+
+
+def attention_of_latents(tokens: int, dtype: torch.dtype) -> Graph:
+    """Attention as a factorized decoder has it: keys and values of two heads are products with latents of rank 8."""
+    graph = Graph("factorized")
+    build = Builder(graph)
+    generator = torch.Generator().manual_seed(0)
+    x = build.input("x", (1, tokens, 32), dtype)
+
+    def linear(name: str, given: Value, size: int) -> Value:
+        weight = torch.randn(size, int(given.shape[2]), generator=generator) / int(given.shape[2]) ** 0.5
+        return build.linear(given, build.parameter(name, weight.to(dtype)))  # type: ignore[no-any-return]
+
+    def heads(value: Value) -> Value:
+        return build.permute(build.reshape(value, shape=(1, tokens, 2, 16)), dims=(0, 2, 1, 3))  # type: ignore[no-any-return]
+
+    q = heads(linear("q", x, 32))
+    k, v = (heads(linear(f"{name}_up", linear(f"{name}_down", x, 8), 32)) for name in "kv")
+    y = build.permute(build.attention(q, k, v, scale=0.25, is_causal=True), dims=(0, 2, 1, 3))
+    graph.outputs = [build.reshape(y, shape=(1, tokens, 32))]
+    return graph
+
+
+@pytest.mark.parametrize(("tokens", "joined"), [(6, True), (200, False)])
+def test_factorized_attention_is_trained_by_the_kernels_of_its_gradients(
+    called: list[str], tokens: int, joined: bool
+) -> None:
+    """Few queries mix latents in place of values; backward these are computed once, and so are keys, and attention that
+    reads them has its kernels, from which torch goes on to latents and weights."""
+    x = torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(1))
+    found = []
+    for dtype, kernels in ((torch.float32, "triton"), (torch.float32, None), (torch.float64, None)):
+        module = attention_of_latents(tokens, dtype).to_torch(kernels=kernels)
+        called.clear()
+        given = x.to(dtype, copy=True).requires_grad_()
+        module(given).sin().sum().backward()
+        found.append([given.grad, *(parameter.grad for parameter in module.parameters())])
+        if kernels:
+            assert called == [*["attention"] * joined, "attention_gradient"]
+    assert len(found[0]) == 6
+    for own, other, true in zip(*found, strict=True):
+        errors = [float((one.double() - true).abs().max() / true.abs().max()) for one in (own, other)]
+        assert errors[0] <= max(2 * errors[1], 2e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["turned_latents_attention", "latent_keys_with_bias_attention", "latent_values_attention",
+             "latent_pair_attention"],
+)  # fmt: skip
+def test_gradients_of_latents_go_through_those_of_attention(called: list[str], name: str) -> None:
+    graph = form_graph(name, torch.float32)
+    tensors = drawn(graph)
+    node = fuse(Builder(graph), trace(graph.nodes, graph.outputs), "fused")  # type: ignore[arg-type]
+    body = canonical(body_of(node))
+    made = kernel_operator(body, "fused", to_torch(body))
+    read = [tensors[value] for value in node.inputs]  # type: ignore[index]
+    called.clear()
+    found = []
+    for call, dtype in ((made.overload, torch.float32), (made.body, torch.float64)):
+        given = [one.to(dtype).requires_grad_() if one.is_floating_point() else one for one in read]
+        wanted = [one for one in given if one.requires_grad]
+        found.append(torch.autograd.grad(call(*given).sin().sum(), wanted))
+    assert called == [body.name, "attention", "attention_gradient"]
+    for own, true in zip(*found, strict=True):
+        torch.testing.assert_close(own.double(), true, rtol=1e-4, atol=1e-4)  # of shifts of whole rows it is zero
 
 
 def test_torch_finds_no_fault_with_the_operators_of_attention_and_its_gradients() -> None:

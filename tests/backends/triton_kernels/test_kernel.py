@@ -319,3 +319,14 @@ def test_floats_of_8_bits_compile_where_a_gpu_has_none(dtype: torch.dtype) -> No
     kernel = kernel_of(graph)
     sizes = {dim: int(dim.size) for dim in kernel.region.sized}
     assert compile_kernel(kernel.source(), sizes, "sm_80").spilled == 0
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("name", ["turned_latents_attention", "latent_keys_with_bias_attention"])
+def test_keys_of_latents_in_single_precision_spill_nothing(name: str) -> None:
+    graph = form_graph(name, torch.float32, 16, 512)
+    kernel = triton_kernel(trace(graph.nodes, graph.outputs), name)  # type: ignore[arg-type]
+    sizes = {dim: int(dim.size) for dim in kernel.region.sized}
+    for architecture in ("sm_80", "sm_90"):
+        compiled = compile_kernel(kernel.source(), sizes, architecture)
+        assert compiled.spilled == 0 and compiled.registers <= 224

@@ -141,6 +141,44 @@ def test_keys_of_many_queries_are_computed_once() -> None:
     assert len(plan_fusion(latent_attention(2, rank=64), contractions=False).kernels) == 2  # latents are no fewer
 
 
+def turned_keys(width: int, dtype: torch.dtype, rank: int) -> Graph:
+    graph, build = built()
+    q, latents, v, cos, sin = (
+        build.input(name, shape, dtype)
+        for name, shape in {
+            "q": (2, width), "l": (999, rank), "v": (999, width), "cos": (999, width), "sin": (999, width)
+        }.items()
+    )  # fmt: skip
+    keys = build.linear(latents, build.parameter("w", torch.zeros(width, rank, dtype=dtype)))
+    low, high = (build.slice(keys, dim=1, start=s, end=s + width // 2, step=1) for s in (0, width // 2))
+    keys = build.add(build.mul(keys, cos), build.mul(build.concat(build.neg(high), low, dim=1), sin))
+    graph.outputs = [build.attention(q, keys, v, scale=0.125)]
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "rank", "why"),
+    [
+        (256, torch.float32, 32, "128 in single precision"),
+        (256, torch.bfloat16, 40, "128 where 16 does not divide their rank"),
+        (128, torch.float32, 40, "64 in single precision and where 16 does not divide their rank"),
+        (256, torch.bfloat16, 32, None),
+        (128, torch.float32, 32, None),
+        (64, torch.float32, 40, None),
+    ],
+)
+def test_keys_of_more_products_than_a_program_holds_are_computed_before(
+    width: int, dtype: torch.dtype, rank: int, why: str | None
+) -> None:
+    """Such kernels would spill registers: the plan has a product for the keys, and attention that reads them."""
+    graph = turned_keys(width, dtype, rank)
+    reason = why and f"its keys are 2 products of heads of {width} numbers: of those a program holds {why}"
+    assert fault(trace(graph.nodes, graph.outputs)) == reason  # type: ignore[arg-type]
+    plan = plan_fusion(graph, contractions=False)
+    attention = [region for region in plan.regions if region.kind == "attention"]
+    assert [region.attention.latent_keys is None for region in attention] == [why is not None]  # type: ignore[union-attr]
+
+
 def test_keys_may_be_products_with_one_tensor_of_latents() -> None:
     for options in ({}, {"turned": False}):
         graph = latent_attention(2, **options)

@@ -229,6 +229,7 @@ def test_an_onnx_batch_norm_by_computed_statistics_has_gradients_to_them() -> No
         ("SkipSimplifiedLayerNormalization", [TOKENS, TOKENS, normal(8), normal(8)], {"domain": "com.microsoft"}),
         ("LRN", [X], {"size": 5, "alpha": 0.01}),
         ("LpNormalization", [X], {"axis": 1, "p": 1}),
+        ("LpNormalization", [np.array([[3, 4], [0, 0]], np.float32)], {}),  # zeros stay zeros
         ("MeanVarianceNormalization", [X], {}),
     ],
 )

@@ -146,6 +146,10 @@ def test_onnx_positions() -> None:
         check_node(op, [X], axis=-1, keepdims=0)
     check_node("TopK", [X, np.array([3])], constants={1}, results=2, axis=1)
     check_node("TopK", [X, np.array([3])], constants={1}, results=2, largest=0)
+    ties = np.random.default_rng(0).integers(0, 3, (4, 40)).astype(np.float32)
+    for k in (1, 7, 40):  # torch gives any of equal entries, ONNX those that stand first
+        check_node("TopK", [ties, np.array([k])], constants={1}, results=2)
+        check_node("TopK", [ties, np.array([k])], constants={1}, results=2, largest=0, axis=0 if k == 1 else 1)
 
 
 @pytest.mark.filterwarnings("ignore")
