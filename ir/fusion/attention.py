@@ -235,21 +235,25 @@ def _check_loops(region: Region, found: Attention) -> None:
 
 def crowded(found: Attention) -> str:
     """Why a program cannot hold a tile of keys for each of the products that make them; nothing where it can. In single
-    precision it has the factors in registers, too."""
+    precision it has the factors in registers, too, and of ranks that 16 does not divide the addresses of numbers."""
     latent = found.latent_keys
     if latent is None:
         return ""
     head = _numbers(found.head)
-    held = len(latent.products) * head
+    held = len(latent.products) * (1 << (head - 1).bit_length())  # tiles are powers of two
     factors = [latent.latents, *(part.weight for part in latent.products if part.weight is not None)]
     loads = [term for factor in factors for term in (factor, *terms_below(factor)) if term.op == "load"]
-    single = any(load.value.value.dtype == torch.float32 for load in loads)
-    if held <= WIDEST or not single and all(dim.size % 16 == 0 for dim in latent.over):
+    reasons = {
+        "in single precision": any(load.value.value.dtype == torch.float32 for load in loads),
+        "where 16 does not divide their rank": any(dim.size % 16 != 0 for dim in latent.over),
+    }
+    most = 2 * WIDEST >> sum(reasons.values())
+    if held <= most:
         return ""
-    why = "in single precision" if single else "of latents whose rank is no multiple of 16"
+    why = " and ".join(reason for reason, holds in reasons.items() if holds)
     return (
-        f"its keys are {len(latent.products)} products of {head} numbers of a head, {held} together: a program holds "
-        f"{WIDEST} {why}"
+        f"its keys are {len(latent.products)} products of heads of {head} numbers: of those a program holds "
+        f"{most // len(latent.products)}{f' {why}' if why else ''}"
     )
 
 

@@ -159,10 +159,12 @@ def turned_keys(width: int, dtype: torch.dtype, rank: int) -> Graph:
 @pytest.mark.parametrize(
     ("width", "dtype", "rank", "why"),
     [
-        (256, torch.float32, 32, "in single precision"),
-        (256, torch.bfloat16, 40, "of latents whose rank is no multiple of 16"),
+        (256, torch.float32, 32, "128 in single precision"),
+        (256, torch.bfloat16, 40, "128 where 16 does not divide their rank"),
+        (128, torch.float32, 40, "64 in single precision and where 16 does not divide their rank"),
         (256, torch.bfloat16, 32, None),
-        (128, torch.float32, 40, None),
+        (128, torch.float32, 32, None),
+        (64, torch.float32, 40, None),
     ],
 )
 def test_keys_of_more_products_than_a_program_holds_are_computed_before(
@@ -170,7 +172,7 @@ def test_keys_of_more_products_than_a_program_holds_are_computed_before(
 ) -> None:
     """Such kernels would spill registers: the plan has a product for the keys, and attention that reads them."""
     graph = turned_keys(width, dtype, rank)
-    reason = why and f"its keys are 2 products of {width} numbers of a head, 512 together: a program holds 256 {why}"
+    reason = why and f"its keys are 2 products of heads of {width} numbers: of those a program holds {why}"
     assert fault(trace(graph.nodes, graph.outputs)) == reason  # type: ignore[arg-type]
     plan = plan_fusion(graph, contractions=False)
     attention = [region for region in plan.regions if region.kind == "attention"]
