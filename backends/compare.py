@@ -17,7 +17,7 @@ from regauge.ir.errors import EquivalenceError, RegaugeError, first_line
 from regauge.ir.graph import Graph, Value
 from regauge.ir.printing.tables import format_table
 from regauge.ir.running.interpret import describe, run
-from regauge.ir.running.sample_inputs import sample_inputs
+from regauge.ir.running.sample_inputs import fitting_inputs
 
 Runner = Callable[[Any], Any]
 
@@ -182,7 +182,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 def _made_up(a: Any, b: Any, seed: int) -> Any:
     graph = next((model for model in (a, b) if isinstance(model, Graph)), None)
     if graph is not None:
-        return tuple(sample_inputs(graph, seed=seed))
+        return tuple(fitting_inputs(graph, seed=seed))
     path = next((model for model in (a, b) if isinstance(model, str | os.PathLike)), None)
     if path is not None:
         return _made_up_for(Session(path, optimisation="off"), seed)

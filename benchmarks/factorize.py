@@ -13,10 +13,11 @@ resnet*     share of crops in the same class at half of the multiplications, of 
 digits-cnn  the same of the digits' test images
 time        onnxruntime's for one batch, of the whole network's; medians in turns, one thread
 
-    python benchmarks/factorize.py --forms [NAME ...] [--examples 64] [--write]
+    python benchmarks/factorize.py --forms [NAME ...] [--examples 64] [--alone] [--write]
 
 compares forms of linear layers by char_gpt: for the layers of its second block at half of their parameters what is
-lost of their outputs, weighed as the pass does, with factors of weights alone and with those of data; and perplexity.
+lost of their outputs, weighed as the pass does, with factors of weights alone and with those of data; and perplexity,
+unless ``--alone`` leaves it out, which takes most of the time.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def heads(examples: int) -> Iterator[list[str]]:
             yield [name, first.strip(",") or "as they are", share, _perplexity(without), _perplexity(found)]
 
 
-def of_forms(examples: int, forms: Sequence[str]) -> Iterator[list[str]]:
+def of_forms(examples: int, forms: Sequence[str], alone: bool) -> Iterator[list[str]]:
     model, windows = char_gpt.trained(), char_gpt.calibration_windows(examples)
     graph = regauge.capture(model, (windows[:2],), dynamic={0: {0: "batch"}})
     batches = [(part,) for part in windows.split(32)]
@@ -94,11 +95,11 @@ def of_forms(examples: int, forms: Sequence[str]) -> Iterator[list[str]]:
         errors = [_errors_at_half(FORMS[name], problem, graph) for problem in problems]
         lost = [f"{sum(column) / len(column):.4f}" for column in zip(*errors, strict=True)]
         shown = []
-        for share in (0.8, 0.6):
+        for share in () if alone else (0.8, 0.6):
             budget = round(figures(graph).parameters - (1 - share) * own)
             found = regauge.optimize(graph, f"factorize{{params={budget},form={name}}}", data=batches)
             shown += [_perplexity(found), f"{figures(found).macs / figures(graph).macs:.2f}"]
-        yield [name, *lost, *shown]
+        yield [name, *lost, *(shown or [""] * 4)]
 
 
 def _errors_at_half(form: Form, problem: Problem, graph: Graph) -> tuple[float, float]:
@@ -180,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="names of networks")
     parser.add_argument("--forms", nargs="*", help="compare these forms of linear layers instead; all if none is named")
+    parser.add_argument("--alone", action="store_true", help="with --forms: what single layers lose, no perplexity")
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--vary", action="store_true", help="change colours and light of half of the photographs")
     parser.add_argument("--cifar", type=Path, help="a folder of CIFAR-10, binary version, for the residual networks")
@@ -189,7 +191,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.forms is not None:
         names = options.forms or ["low-rank", *(name for name in FORMS if name not in UNASKED)]
-        _shown(of_forms(options.examples, names), FORM_TITLE, FORM_HEADS, options)
+        _shown(of_forms(options.examples, names, options.alone), FORM_TITLE, FORM_HEADS, options)
         return
 
     def residual_rows(depth: int) -> Iterator[list[str]]:

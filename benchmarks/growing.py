@@ -64,8 +64,8 @@ def coalesced(steps: int, seeds: int) -> list[list[str]]:
             last = _ended(back, digits, round(steps - steps // 10 - spent))
             size = figures(small).parameters / figures(start).parameters
             losses = [_judged(own, digits)[1] for own in (first, small, back)]
-            found.setdefault(f"half the {of}", []).append([size, *losses, *_loss(last, digits)])
-            print(seed, of, found[f"half the {of}"][-1], flush=True)
+            found.setdefault(f"half: {of}", []).append([size, *losses, *_loss(last, digits)])
+            print(seed, of, found[f"half: {of}"][-1], flush=True)
     rows = []
     for name, runs in found.items():
         means = [f"{statistics.mean(own):.3f}" for own in zip(*runs, strict=True)]

@@ -25,10 +25,10 @@ from regauge.frontends.from_export import Imported, from_export
 from regauge.frontends.module_options import note_options, traceable_statistics
 from regauge.frontends.outputs import plain_outputs
 from regauge.frontends.pytrees import Leaf, argument_names, distinct, flatten_call, flatten_outputs, tensors_of
-from regauge.frontends.recurrent_shapes import stated_shapes
 from regauge.frontends.tracing import bind_arguments, explain_run, export_module, in_mode
 from regauge.ir.errors import CaptureError, RegaugeWarning, first_line
 from regauge.ir.graph import Graph
+from regauge.ir.recurrent_shapes import stated_shapes
 
 MAX_REPAIRS = 8  # operators whose records may turn out wrong in one model before capture gives up
 

@@ -17,8 +17,8 @@ from regauge.frontends.from_fx import trace
 from regauge.frontends.numeric_check import run_module
 from regauge.frontends.outputs import plain_outputs
 from regauge.frontends.provenance import source_of_error
-from regauge.frontends.recurrent_shapes import stated_shapes
 from regauge.ir.errors import CaptureError
+from regauge.ir.recurrent_shapes import stated_shapes
 
 _ADVICE = (
     (("DynamicCache", "EncoderDecoderCache"),

@@ -81,6 +81,8 @@ class Context:
     def batches(self) -> Iterator[Any]:
         """The batches of ``data``, labels and all; raises PassError where there is none. See :meth:`inputs`."""
         given = self.data() if callable(self.data) else self.data
+        if given is None:
+            raise PassError(f"it needs data: {GIVE_DATA}")
         if isinstance(given, torch.Tensor | np.ndarray):
             raise PassError(f"data is one array of shape {tuple(given.shape)}: give a list of batches, data=[x]")
         if isinstance(given, Mapping | str):

@@ -24,7 +24,8 @@ from regauge.ir.graph import Graph, Node, Parameter, Value
 from regauge.ir.node_order import IN_ORDER
 from regauge.ir.onnx_places import CLASSES, PATHS
 from regauge.ir.ops.spell_normalisation import RMS_NORM_OPSET
-from regauge.ir.running.sample_inputs import sample_inputs
+from regauge.ir.recurrent_shapes import stated_shapes
+from regauge.ir.running.sample_inputs import fitting_inputs
 
 Bodies: TypeAlias = Mapping[str, tuple[Graph, str]]
 _PREFIX = "module."  # what the wrapper adds to every name
@@ -45,7 +46,7 @@ def exported_model(graph: Graph, bodies: Bodies | None = None) -> onnx_ir.Model:
     module = to_torch(graph, integers=False)
     described = graph.metadata.get("torch") or {}
     module.train(bool(described.get("training", False)))
-    inputs = sample_inputs(graph)
+    inputs = fitting_inputs(graph, least=2)  # torch.export takes a size of 1 for a constant
     flat = _FlatModule(module, described.get("in_spec"), len(inputs))
     axes = tuple(_dynamic_axes(value) for value in graph.inputs)
     least = RMS_NORM_OPSET if len(operators.translations) > len(operators.spelled) else 0  # of functions
@@ -120,7 +121,7 @@ def _export(
     try:
         # The exporter takes attention apart as the plain kernel computes it. Traced with another one, whose results lie
         # otherwise in memory, reshapes behind it became views that do not fit: of biased attention on a dynamic batch.
-        with _quiet(), kept_registry(), sdpa_kernel(SDPBackend.MATH):
+        with _quiet(), kept_registry(), stated_shapes(), sdpa_kernel(SDPBackend.MATH):
             whole = not small and not in_order
             program: Any = torch.onnx.export(module, inputs, dynamo=True, verbose=False, optimize=whole, **options)
             if not whole:

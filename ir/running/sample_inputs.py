@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import sympy
@@ -42,6 +43,24 @@ def sample_runs(graph: Graph) -> Iterator[tuple[list[Any], list[Any]]]:
         except (RegaugeError, RuntimeError):
             continue
         yield inputs, results
+
+
+def fitting_inputs(graph: Graph, *, seed: int = 0, least: int = 1) -> list[Any]:
+    """Made-up inputs of dynamic sizes, none below ``least``, that the graph can be run on, as a window has to fit.
+
+    Where no such sizes are found, or there are none that vary, they are :func:`sample_inputs`.
+    """
+    symbols = input_symbols(graph)
+    for inputs, _ in chain(remembered_runs(graph), sample_runs(graph)) if symbols else ():
+        pairs = [
+            pair
+            for value, x in zip(graph.inputs, inputs, strict=True)
+            for pair in zip(value.shape, x.shape, strict=True)
+        ]
+        sizes = {size: number for size, number in pairs if isinstance(size, sympy.Symbol)}
+        if min(sizes.values(), default=least) >= least:
+            return inputs if seed == 0 else sample_inputs(graph, seed=seed, sizes=sizes)
+    return sample_inputs(graph, seed=seed)
 
 
 def remember_runs(graph: Graph, runs: list[tuple[list[Any], list[Any]]]) -> None:

@@ -253,13 +253,13 @@ def compare(first: Path, second: Path, data: Sequence[Path], tolerance: float, s
     regauge compare model.onnx small.onnx --data images.npz --tolerance 1e-3
     """
     from regauge.backends.compare import compare as run_compare
-    from regauge.ir.running.sample_inputs import sample_inputs
+    from regauge.ir.running.sample_inputs import fitting_inputs
 
     models: list[Any] = [path if is_onnx(path) else open_file(path) for path in (first, second)]
     batches: list[Any] | None = read_batches(data, models[0])
     if batches is None:
         graph = open_file(first) if is_onnx(first) else models[0]
-        batches = [sample_inputs(graph, seed=seed) for seed in range(seeds)]
+        batches = [fitting_inputs(graph, seed=seed) for seed in range(seeds)]
     equal = True
     for batch in batches:
         found = run_compare(models[0], models[1], batch)

@@ -30,14 +30,14 @@ def run(model: Path, device: str, inputs: Path | None, kernels: bool, output: Pa
     regauge run model.onnx --device cuda --kernels --inputs images.npz -o results.npz
     """
     from regauge.backends.run_torch import found_device, run_in_torch
-    from regauge.ir.running.sample_inputs import sample_inputs
+    from regauge.ir.running.sample_inputs import fitting_inputs
 
     if output is not None:
         check_output(output, ".npz")
     found_device(device)  # a missing one is told before a large file is read
     graph = open_file(model)
     batches = read_batches(None if inputs is None else [inputs], graph)
-    given = sample_inputs(graph) if batches is None else batches[0]
+    given = fitting_inputs(graph) if batches is None else batches[0]
     results = run_in_torch(graph, given, device=device, kernels="triton" if kernels else None)
     print_table([["output", "type", "shape", "least", "mean", "greatest"], *map(_row, results, results.values())])
     if batches is None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from onnx_models import pruned
+from regauge.backends.compare import compare
 from regauge.backends.run_onnxruntime import Session
 from regauge.frontends.capture import capture
 from regauge.ir.errors import EmitError, RegaugeWarning
@@ -177,3 +178,21 @@ def test_a_file_that_gives_another_type_is_refused(tmp_path: Path) -> None:
     graph = capture(Shifted(), (torch.arange(6, dtype=torch.uint8),))
     with pytest.raises(EmitError, match="the type torch.int8, the graph gives torch.uint8"):
         graph.to_onnx(tmp_path / "shifted.onnx")
+
+
+def test_windows_of_a_dynamic_size_fit_what_the_exporter_traces(tmp_path: Path) -> None:
+    """It was given two entries, on which a kernel of five does not fit; so was ``compare``."""
+    graph = capture(nn.Conv1d(3, 4, 5), (torch.randn(2, 3, 20),), dynamic={0: {2: "length"}})
+    path = graph.to_onnx(tmp_path / "window.onnx")
+    x = torch.randn(2, 3, 9)
+    torch.testing.assert_close(Session(path).run([x])[0], graph.run([x])[0], rtol=1e-5, atol=1e-5)
+    assert compare(graph, path).equal()
+
+
+def test_recurrent_layers_stay_dynamic_in_every_export(tmp_path: Path) -> None:
+    """torch's exporter unrolls all but the first of a process, which fixes the length of the sequence."""
+    graph = capture(nn.GRU(3, 4, batch_first=True), (torch.randn(2, 5, 3),), dynamic={0: {0: "batch", 1: "length"}})
+    for name in ("first", "second"):
+        path = graph.to_onnx(tmp_path / f"{name}.onnx")
+        x = torch.randn(3, 7, 3)
+        torch.testing.assert_close(Session(path).run([x])[0], graph.run([x])[0], rtol=1e-5, atol=1e-5)

@@ -153,3 +153,10 @@ def test_one_array_is_no_list_of_batches() -> None:
     with pytest.raises(PassError, match=r"data is one array of shape \(5, 4\): give a list of batches"):
         list(Context(data=torch.zeros(5, 4)).batches())
     assert len(list(Context(data=[torch.zeros(5, 4)]).batches())) == 1
+
+
+def test_no_data_is_told_apart_from_data_without_a_batch() -> None:
+    with pytest.raises(PassError, match="it needs data: give batches"):
+        list(Context().batches())
+    with pytest.raises(PassError, match="data has no batch"):
+        list(Context(data=[]).batches())
