@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 
-from regauge.backends.torch_module.sizes import Read, size_expression
+from regauge.backends.torch_module.sizes import Read, number_expression, size_expression
 from regauge.ir.errors import EmitError
 
 
@@ -25,12 +25,15 @@ def read_attribute(owner: ast.expr, name: str) -> ast.Attribute:
     return ast.Attribute(owner, name, ast.Load())
 
 
-def literal(value: Any, read: Read | None = None) -> ast.expr:
-    """The expression of an attribute; ``read`` spells the symbols of sizes. Raises EmitError for other objects."""
+def literal(value: Any, read: Read | None = None, *, number: bool = False) -> ast.expr:
+    """The expression of an attribute; ``read`` spells the symbols of sizes. Raises EmitError for other objects.
+
+    An expression of sizes is a size itself, an integer, or a ``number``, which may have a fraction.
+    """
     if isinstance(value, sympy.Basic):
         if read is None:
             raise EmitError(f"the dynamic size {value} stands where only a fixed size can")
-        return size_expression(value, read)
+        return number_expression(value, read) if number else size_expression(value, read)
     if value is None or value is Ellipsis or isinstance(value, bool | int | str | bytes):
         return _signed(value)
     if isinstance(value, float):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import TYPE_CHECKING, Any
 
 from regauge.backends.torch_module.code import Line, variable
@@ -104,11 +105,13 @@ def _torch_call(statements: Statements, node: Node) -> list[Line]:
     def fill(sign: str, index: int) -> Any:
         return _Marker(operands[index] if sign == OPERAND else read_name(functions[index][0]))
 
-    numbers = plain_numbers(schema)
-    positional = [
-        _written(replace_slots(value, fill), statements, place in numbers) for place, value in enumerate(arguments)
-    ]
-    named = [f"{k}={_written(replace_slots(v, fill), statements, k in numbers)}" for k, v in node.attributes["options"]]
+    numbers, fractions = plain_numbers(schema), _fractions(schema)
+
+    def written(key: int | str, value: Any) -> str:
+        return _written(replace_slots(value, fill), statements, key in numbers, key in fractions)
+
+    positional = [written(place, value) for place, value in enumerate(arguments)]
+    named = [f"{key}={written(key, value)}" for key, value in node.attributes["options"]]
     text = f"torch.ops.{target}({', '.join([*positional, *named])})"
     own = list(node.outputs[: len(node.outputs) - len(clone_names)])
     bodies = [line for _, lines in functions for line in lines]
@@ -127,10 +130,17 @@ class _Marker:
         self.expression = expression
 
 
-def _written(value: Any, statements: Statements, as_number: bool) -> str:
+def _fractions(schema: Any) -> set[int | str]:
+    """Positions and names of the arguments that take numbers which are no sizes."""
+    arguments = enumerate(schema.arguments if schema is not None else ())
+    taken = [(at, given.name) for at, given in arguments if re.search("number|float", str(given.type))]
+    return {key for place in taken for key in place}
+
+
+def _written(value: Any, statements: Statements, as_number: bool, fraction: bool) -> str:
     """An argument as source; where the operator takes numbers, a computed one is read off its tensor."""
     if isinstance(value, _Marker):
         return ast.unparse(value.expression) + (".item()" if as_number else "")
     if isinstance(value, tuple):
-        return "[" + ", ".join(_written(part, statements, as_number) for part in value) + "]"
-    return ast.unparse(literal(value, statements.symbol))
+        return "[" + ", ".join(_written(part, statements, as_number, fraction) for part in value) + "]"
+    return ast.unparse(literal(value, statements.symbol, number=fraction))

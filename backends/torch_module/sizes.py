@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import sympy
 
@@ -29,6 +29,37 @@ def size_expression(size: Size, read: Read) -> ast.expr:
     if isinstance(size, sympy.Pow) and size.exp.is_Integer and size.exp > 0:
         return ast.BinOp(size_expression(size.base, read), ast.Pow(), ast.Constant(int(size.exp)))
     return _function(size, read)
+
+
+def number_expression(number: Size, read: Read) -> ast.expr:
+    """The Python expression of a number computed from sizes: ``s/2`` is ``s / 2``, where a size is ``s // 2``."""
+    if isinstance(number, int) or number.is_integer:
+        return size_expression(number, read)
+    if isinstance(number, sympy.Float):
+        return ast.Constant(float(number)) if number >= 0 else ast.UnaryOp(ast.USub(), ast.Constant(-float(number)))
+    if isinstance(number, sympy.Pow) and not number.exp.is_negative:
+        return ast.BinOp(number_expression(number.base, read), ast.Pow(), number_expression(number.exp, read))
+    if isinstance(number, sympy.Add):
+        return _joined(ast.Add(), number.args, read)
+    above, below = number.as_numer_denom()
+    if below != 1:
+        return ast.BinOp(number_expression(above, read), ast.Div(), number_expression(below, read))
+    if isinstance(number, sympy.Mul):
+        return _joined(ast.Mult(), number.args, read)
+    return size_expression(number, read)
+
+
+def _joined(operator: ast.operator, parts: Sequence[sympy.Expr], read: Read) -> ast.expr:
+    result = number_expression(parts[0], read)
+    for part in parts[1:]:
+        result = ast.BinOp(result, operator, number_expression(part, read))
+    return result
+
+
+def _rounded(function: str, number: sympy.Expr, read: Read) -> ast.expr:
+    """``math.floor`` or ``math.ceil`` of a number that is no quotient of integers, as behind a scale of 1.7."""
+    name = ast.Attribute(ast.Name("math", ast.Load()), function, ast.Load())
+    return ast.Call(name, [number_expression(number, read)], [])
 
 
 def _sum(size: sympy.Add, read: Read) -> ast.expr:
@@ -62,6 +93,10 @@ def _quotient(size: sympy.Expr, read: Read) -> ast.expr:
 
 def _function(size: sympy.Expr, read: Read) -> ast.expr:
     match size:
+        case sympy.floor() if size.has(sympy.Float):
+            return _rounded("floor", size.args[0], read)
+        case sympy.ceiling() if size.has(sympy.Float):
+            return _rounded("ceil", size.args[0], read)
         case sympy.floor():
             return _quotient(size.args[0], read)
         case sympy.ceiling():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ class Statements:
     def reference(self, operand: Operand) -> ast.expr:
         """The expression of an operand: a variable, a tensor of the module, a number or a size."""
         if not isinstance(operand, Value):
-            return literal(operand, self.symbol)
+            return literal(operand, self.symbol, number=True)
         if operand in self.alias:
             return self.alias[operand]
         own = self._own(operand)
@@ -210,7 +211,9 @@ class Statements:
             if node.op == "dropout" and node.attributes.get("p") == 0:
                 return self.reference(node.inputs[0])
             operands = [self.reference(operand) for operand in node.inputs]
-            attributes: dict[str, Any] = {k: literal(v, self.symbol) for k, v in node.attributes.items()}
+            attributes: dict[str, Any] = {
+                k: literal(v, self.symbol, number=_is_number(node, k)) for k, v in node.attributes.items()
+            }
             if node in self.forward.norms:
                 attributes["training"] = following(False, "self.training")
             elif self._follows(node):
@@ -224,6 +227,12 @@ class Statements:
             return place_new_tensors(found, self._device())
         except EmitError as error:
             raise EmitError(f"{node.label} cannot be written as torch source: {error}") from error
+
+
+def _is_number(node: Node, attribute: str) -> bool:
+    """Whether an attribute may have a fraction, as its operator's signature says."""
+    parameter = inspect.signature(node.operator.evaluate).parameters.get(attribute)
+    return parameter is not None and "float" in str(parameter.annotation)
 
 
 def _showing(symbol: sympy.Symbol, values: Sequence[Flowing | None]) -> tuple[Value, int, Size] | None:

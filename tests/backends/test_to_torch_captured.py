@@ -191,3 +191,32 @@ def test_a_cut_that_leaves_a_batch_norm_one_value_per_channel_is_an_error_of_our
     optimize(graph, "prune{ratio=0.97, minimum=2}").to_torch()
     with pytest.raises(EmitError, match=r"batch_norm in 1 cannot run on the sizes it has: .*minimum="):
         optimize(graph, "prune{ratio=0.97}").to_torch()
+
+
+class Computed(nn.Module):
+    def forward(self, x):
+        batch, length = x.shape[:2]
+        x = x * (length / 2) / length**0.5 + length * 1.5 - 1 / batch
+        return x.clamp(max=length / 4 + 1) + torch.full((1,), length / 2) + (batch / length - 0.25)
+
+
+def test_numbers_computed_from_dynamic_sizes_keep_their_fractions():
+    """Half of a length was written as ``length // 2``, as sizes are, and powers and factors were refused."""
+    model = Computed()
+    module = capture(model, (torch.randn(2, 4, 3),), dynamic={0: {0: "batch", 1: "length"}}).to_torch()
+    for shape in [(2, 4, 3), (3, 7, 3), (5, 9, 3)]:
+        x = torch.randn(shape)
+        torch.testing.assert_close(module(x), model(x))
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.interpolate(x, scale_factor=1.7, recompute_scale_factor=True)
+
+
+def test_sizes_behind_a_fraction_are_rounded_as_torch_rounds_them():
+    model = Scaled()
+    module = capture(model, (torch.randn(2, 3, 8),), dynamic={0: {2: "length"}}).to_torch()
+    for length in (8, 11, 20):
+        x = torch.randn(2, 3, length)
+        torch.testing.assert_close(module(x), model(x))
