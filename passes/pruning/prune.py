@@ -390,5 +390,6 @@ def _first(graph: Graph, batches: Sequence[Any] | None, context: Context) -> Any
 
 def _made_up(graph: Graph, batches: Sequence[Any]) -> str:
     count, norms = sum(map(examples_in, batches)), len(statistics_in(graph))
-    source = f"from the statistics of {norms} batch norms" if norms else "as noise, since there is no batch norm"
+    held = f"{norms} batch norm{'s' if norms > 1 else ''}"
+    source = f"from the statistics of {held}" if norms else "as noise, since there is no batch norm"
     return f"no data: {count} inputs are made up {source}; compensate=false only removes indices"

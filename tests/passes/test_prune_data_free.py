@@ -93,6 +93,12 @@ def test_refitted_without_data_is_nearer_than_masked() -> None:
     assert "layers refitted on 64 examples" in str(refitted.report)
 
 
+def test_a_single_batch_norm_is_told_as_one() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    report = regauge.optimize(captured(model), "prune{ratio=0.5,examples=8,steps=1}").report
+    assert "from the statistics of 1 batch norm;" in str(report)
+
+
 def test_what_can_be_told_at_once_is_told_before_inputs_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     from regauge.passes.pruning import prune
 
