@@ -122,7 +122,8 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
         (("optimize", "MODEL", "-o", "OUT", "--pases", "x"), "No such option '--pases'"),
         (("optimise", "MODEL"), "No such command 'optimise'"),
         (("groups", "MODEL", "--of", "nothing:0"), "no Dim or parameter axis is called 'nothing:0'"),
-        (("explain", "MODEL", "nothing"), "nothing"),
+        (("explain", "MODEL", "nothing"), "no Dim, parameter axis, parameter or value is called 'nothing'; `reg"),
+        (("explain", "MODEL", "linera"), "is called 'linera'; did you mean linear"),
         (("passes", "prun"), "did you mean 'prune'"),
         (("compare", "MODEL", "BROKEN"), ""),
         (("inspect", "BROKEN"), ""),
@@ -186,6 +187,9 @@ def test_arrays_are_held_to_the_inputs_with_their_file(
         assert run(*arguments) == 2
         message = f"regauge: {data}: {name} is {what}, the model takes f32[2,6]: give it in that {how}\n"
         assert capsys.readouterr().err == message
+    np.savez(data, **{name: np.array(["a", "b"])})
+    assert run(*arguments) == 2
+    assert f"{data}: {name} holds <U1, which is no type of numbers" in capsys.readouterr().err
 
 
 def test_data_of_passes_may_hold_labels(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

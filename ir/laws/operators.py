@@ -155,7 +155,7 @@ def _cut(case: Case) -> None:
         if "contract" in roles:
             full = case.evaluate(case.silenced(keep), case.node.attributes, f"cut {dim}")
         verb = "contracts" if "contract" in roles else "maps over"
-        law = f"cut {dim}, which the rule {verb},"
+        law = f"cut {dim} (the rule {verb} it)"
         case.expect_same(actual, case.cut_results(full, keep), law, ADVICE_ROLE)
 
 

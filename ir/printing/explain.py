@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from regauge.ir.dims.extents import Dim, format_extent, leaves
 from regauge.ir.dims.groups import Group
 from regauge.ir.dims.majors import majors_of
@@ -26,10 +28,15 @@ def explain(graph: Graph, what: str) -> str:
         return _explain_axis(graph, value, int(axis), groups)
     value = _value(graph, what)
     if value is None:
-        from regauge.ir.dims.groups import find_group
-
-        return explain_group(graph, find_group(graph, what))  # raises with a suggestion
+        raise _unknown(graph, what, groups)
     return _explain_value(graph, value, groups)
+
+
+def _unknown(graph: Graph, what: str, groups: dict[str, Group]) -> ExplainError:
+    close = get_close_matches(what, dict.fromkeys([*groups, *(value.name for value in graph.values())]), 3)
+    others = "`regauge groups` lists Dims, `regauge inspect --text` values"
+    hint = f"did you mean {' or '.join(close)}?" if close else others
+    return ExplainError(f"no Dim, parameter axis, parameter or value is called {what!r}; {hint}")
 
 
 def _value(graph: Graph, name: str) -> Value | None:

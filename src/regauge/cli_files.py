@@ -13,7 +13,9 @@ import click
 from regauge.ir.errors import RegaugeError, RegaugeWarning, first_line
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir
+    import torch
 
     from regauge.ir.graph import Graph
 
@@ -126,7 +128,6 @@ def _fitted(path: Path, batch: dict[str, Any], inputs: dict[str, tuple[Any, Any]
 def _read_npz(path: Path) -> dict[str, Any]:
     """Arrays by name; raises RegaugeError for anything that is not a plain .npz file."""
     import numpy as np
-    import torch
 
     if not path.exists():
         raise RegaugeError(f"there is no file {path}")
@@ -135,9 +136,17 @@ def _read_npz(path: Path) -> dict[str, Any]:
         if isinstance(found, np.ndarray):
             raise RegaugeError(f"{path} holds one array without a name: save it by numpy.savez, under that of an input")
         with found as file:
-            return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
+            return {name: _tensor(path, name, np.array(file[name])) for name in file.files}
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise RegaugeError(f"{path} is not an .npz file of arrays: save one by numpy.savez") from error
+
+
+def _tensor(path: Path, name: str, array: np.ndarray) -> torch.Tensor:
+    import torch
+
+    if array.dtype.kind not in "biufc":
+        raise RegaugeError(f"{path}: {name} holds {array.dtype}, which is no type of numbers: save numbers under it")
+    return torch.from_numpy(array)
 
 
 def written_model(path: Path) -> onnx_ir.Model:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @model_argument
 @click.option("--device", default="cpu", metavar="DEVICE", help="where: cpu, cuda, or one of several as cuda:1")
 @click.option("--inputs", metavar="FILE", type=PATH, help="an .npz file, one array per input. None: they are made up")
-@click.option("--kernels", is_flag=True, help="run fused regions as Triton kernels on a GPU")
+@click.option("--kernels", is_flag=True, help="run fused regions as Triton kernels on a GPU, elsewhere as torch does")
 @click.option("-o", "--output", metavar="OUT", type=PATH, help="an .npz file for the results")
 def run(model: Path, device: str, inputs: Path | None, kernels: bool, output: Path | None) -> None:
     """Run a model in torch and show, or save, what it gives.
