@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regauge.ir.axis_rules.notation import PINNING_ROLES, Pattern, Rule, names_of, parse_rule
-from regauge.ir.errors import OperatorError
+from regauge.ir.errors import OperatorError, RuleSyntaxError
 
 if TYPE_CHECKING:
     from regauge.ir.operator import Operator
@@ -24,7 +24,10 @@ def check_record(record: Operator) -> None:
     _check_function(record.name, record.evaluate)
     _check_fields(record)
     if isinstance(record.rule, str):
-        rule = parse_rule(record.rule)
+        try:
+            rule = parse_rule(record.rule)
+        except RuleSyntaxError as error:  # several may be registered at once
+            raise RuleSyntaxError(f"the rule of {record.name}: {error}") from None
         _check_operands(record, rule)
         _check_results(record, rule)
     elif not callable(record.rule):

@@ -49,6 +49,7 @@ def refused(function: Callable[..., Any], rule: Any, **fields: Any) -> str:
         (one, "a b -> (a c) b", "the axis 'c' in a result of one is in no operand"),
         (biased, "... c, c? -> ... c ; group = c", "says group = ..., but its function has no such attribute (groups)"),
         (one, "a -> a ; wholly a", "unknown annotation 'wholly'"),
+        (one, "a a", "the rule of one: expected '->'"),
         (one, 3, "the rule of one is a string in rule notation or a function of a Call"),
     ],
 )
