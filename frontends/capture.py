@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from regauge.frontends import numeric_check as check
 from regauge.frontends.aliasing import NeedsDecomposition
 from regauge.frontends.aten_call import Refusal
-from regauge.frontends.dynamic import Requests, export_spec, read_requests, widen_examples
+from regauge.frontends.dynamic import Requests, export_spec, read_requests, warn_of_guards, widen_examples
 from regauge.frontends.from_export import Imported, from_export
 from regauge.frontends.module_options import note_options, traceable_statistics
 from regauge.frontends.outputs import plain_outputs
@@ -72,6 +72,7 @@ def capture(
     imported = _import_checked(traced) if verify else import_traced(traced)
     graph = imported.graph
     graph.metadata["torch"] = _metadata(traced)
+    warn_of_guards(traced.program)
     if traced.module is not None:
         _report_lost(note_options(graph, traced.module, training=traced.training))
     _report_opaque(graph, imported.trail.refusals)

@@ -7,6 +7,7 @@ Keys are names (or positions) of forward's arguments, paths into nested ones, or
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -186,6 +187,26 @@ def name_symbols(
     for _, node in inputs:
         _keep_own_symbols(node, names, ranges)
     return names, ranges
+
+
+def warn_of_guards(program: Any) -> None:
+    """Warn of dynamic sizes that tracing took for those of the example, as ``int(0.5 * length)`` does in torch.
+
+    Such a program holds for sizes of one result alone, and nothing in its graph says so. That sizes are divisible is
+    no such thing: where they are not, the reshape that wants it fails.
+    """
+    guards = [text for text in getattr(program, "_guards_code", None) or () if " == " in text and "%" not in text]
+    if guards:
+        plain = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1.shape[\2]", guards[0]).replace(
+            "torch.sym_float", "float"
+        )
+        more = f" (and {len(guards) - 1} more)" if len(guards) > 1 else ""
+        warnings.warn(
+            f"the graph is right only where {plain}{more}, as for the example: the model makes Python numbers of "
+            "dynamic sizes; compute them with integers, as in length // 2",
+            RegaugeWarning,
+            stacklevel=4,
+        )
 
 
 def _keep_own_symbols(

@@ -126,3 +126,14 @@ def test_recurrent_layers_take_any_length(layer: nn.Module) -> None:
     assert graph.inputs[0].shape == (symbol("batch"), symbol("length"), 4)
     x = torch.randn(2, 11, 4)
     torch.testing.assert_close(run(graph, [x])[0], layer(x)[0].detach())
+
+
+class Half(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, : int(x.shape[1] * 0.5)] * 2
+
+
+def test_a_size_that_python_rounded_is_told() -> None:
+    """torch keeps the example's: the graph gave two steps of any length, in silence."""
+    with pytest.warns(RegaugeWarning, match=r"right only where math.trunc\(0.5\*float\(x.shape\[1\]\)\) == 2"):
+        capture(Half(), (torch.randn(3, 4, 6),), dynamic={0: {1: "length"}})
