@@ -176,7 +176,7 @@ class Call:
 
 
 def broadcast_rule(call: Call) -> list[Axes]:
-    """The axis rule of every pointwise operator: the broadcast of all operands."""
+    """The axes of all operands, broadcast."""
     return [call.pointwise()]
 
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import accumulate
 
 from regauge.ir.errors import OperatorError
 from regauge.ir.operator import Operator, Symmetry, all_operators
 
+_WIDTH = 40
+"""Characters of names of one kind that the table of all operators has; the facts of one operator have them all."""
+
 
 def operator_rows() -> list[list[str]]:
-    """Every record: its name, axis rule, and names in torch and ONNX."""
+    """Every record: its name, axis rule, and the first of its names in torch and ONNX."""
     rows = [["operator", "axis rule", "torch", "ONNX"]]
     return rows + [
-        [name, _rule(record), " ".join(record.aten), " ".join(record.onnx)]
+        [name, _rule(record), _first(record.aten), _first(record.onnx)]
         for name, record in sorted(all_operators().items())
     ]
+
+
+def _first(mapping: Iterable[str]) -> str:
+    names = list(mapping)
+    fit = max(1, sum(length + place <= _WIDTH for place, length in enumerate(accumulate(map(len, names)))))
+    return " ".join(names[:fit]) + (f" and {len(names) - fit} more" if names[fit:] else "")
 
 
 def described(name: str) -> list[list[list[str]]]:
@@ -35,7 +46,6 @@ def _names(record: Operator) -> set[str]:
 
 
 def _facts(record: Operator) -> list[list[str]]:
-
     symmetry = record.symmetry.value if isinstance(record.symmetry, Symmetry) else "depends on the node"
     return [
         ["operator", record.name],
