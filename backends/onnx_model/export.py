@@ -16,6 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from regauge.backends.onnx_model.attribute_names import readable_attributes
 from regauge.backends.onnx_model.bits import FOUR_BITS_SINCE, pack_initializers
 from regauge.backends.onnx_model.registry import kept_registry
 from regauge.ir.dtypes import OVERFLOWING
@@ -121,7 +122,7 @@ def _export(
     try:
         # The exporter takes attention apart as the plain kernel computes it. Traced with another one, whose results lie
         # otherwise in memory, reshapes behind it became views that do not fit: of biased attention on a dynamic batch.
-        with _quiet(), kept_registry(), stated_shapes(), sdpa_kernel(SDPBackend.MATH):
+        with _quiet(), kept_registry(), stated_shapes(), readable_attributes(), sdpa_kernel(SDPBackend.MATH):
             whole = not small and not in_order
             program: Any = torch.onnx.export(module, inputs, dynamo=True, verbose=False, optimize=whole, **options)
             if not whole:
