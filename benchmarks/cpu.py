@@ -1,13 +1,15 @@
 """Speed on a CPU: emitted ONNX files beside onnxruntime on the originals, emitted modules beside torch's own ways.
 
     python benchmarks/cpu.py                              all networks; minutes, most of them torch's compiler
-    python benchmarks/cpu.py --networks bert_4x256 --no-torch
+    python benchmarks/cpu.py --networks bert_4x256 --no-torch --threads 2
     python benchmarks/cpu.py --write                      also put the tables into docs/benchmarks.md
 
 Files: what ``simplify`` writes, against what torch's exporter writes (optimised, ``dynamo``, or not, ``raw``),
 both with all of onnxruntime's optimisations. Modules: captured, simplified and emitted, plain or with the kernels of
 oneDNN, against the network in eager mode and compiled by inductor. One thread, processor time, the least of
 runs in turns, as ratios: above 1 is faster. The median of several openings, with the least and the most of them.
+Files may also be run with more ``--threads``, by the clock on the wall then, which wants a machine with nothing else;
+these do not spin while they wait, for they would take cores from those of the other file.
 """
 
 from __future__ import annotations
@@ -79,8 +81,10 @@ NETWORKS = [
 # -- what is timed -----------------------------------------------------------------------------------------------------
 
 
-def in_turns(open_runs: Callable[[bool], Mapping[str, Run]]) -> dict[str, list[float]]:
-    """Least milliseconds of processor time of each run, in turns: entry i of all are of one opening.
+def in_turns(
+    open_runs: Callable[[bool], Mapping[str, Run]], clock: Callable[[], float] = time.thread_time
+) -> dict[str, list[float]]:
+    """Least milliseconds of each run by a clock, in turns: entry i of all are of one opening.
 
     What is run is opened several times, in one order and the other: where memory happens to lie is worth 2 %. The least
     of an opening is what a busy machine leaves alone.
@@ -93,9 +97,9 @@ def in_turns(open_runs: Callable[[bool], Mapping[str, Run]]) -> dict[str, list[f
         for turn in range(-3, MOST // OPENINGS):
             start = time.perf_counter() if turn == 0 else start
             for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
-                before = time.thread_time()
+                before = clock()
                 run()
-                times[name].append((time.thread_time() - before) * 1e3)
+                times[name].append((clock() - before) * 1e3)
             if turn >= FEWEST and time.perf_counter() - start > SECONDS / OPENINGS:
                 break
         for name, own in times.items():
@@ -123,9 +127,11 @@ def files(network: Network, flavour: str, folder: Path, inputs: tuple[torch.Tens
     return found
 
 
-def file_runs(paths: Mapping[str, Path], inputs: tuple[torch.Tensor, ...], turned: bool) -> dict[str, Run]:
+def file_runs(
+    paths: Mapping[str, Path], inputs: tuple[torch.Tensor, ...], threads: int, turned: bool
+) -> dict[str, Run]:
     names = list(paths)[:: -1 if turned else 1]
-    sessions = {name: Session(paths[name], threads=1) for name in names}
+    sessions = {name: Session(paths[name], threads=threads, spin=False) for name in names}
     return {name: partial(session.milliseconds, session.feeds(inputs)) for name, session in sessions.items()}
 
 
@@ -147,14 +153,15 @@ def module_runs(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[st
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def file_rows(networks: list[Network]) -> Iterator[list[str]]:
+def file_rows(networks: list[Network], threads: int) -> Iterator[list[str]]:
+    clock = time.thread_time if threads == 1 else time.perf_counter
     for network in networks:
         inputs = network.make()[1]
         for flavour in ("dynamo", "raw"):
             with tempfile.TemporaryDirectory() as folder:
                 paths = files(network, flavour, Path(folder), inputs)
                 if paths is not None:
-                    times = in_turns(partial(file_runs, paths, inputs))
+                    times = in_turns(partial(file_runs, paths, inputs, threads), clock)
                     yield [
                         network.name,
                         flavour,
@@ -195,6 +202,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*")
     parser.add_argument("--no-files", action="store_true")
     parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -204,10 +212,11 @@ def main() -> None:
     print(environment())
     with torch.no_grad():
         if not options.no_files:
-            rows = shown(file_rows(networks))
+            rows = shown(file_rows(networks, options.threads))
             print("geometric mean", overall(rows, 3))
             if options.write:
-                append_table("Emitted ONNX files on a CPU", FILES, rows)
+                threads = f", {options.threads} threads" if options.threads > 1 else ""
+                append_table(f"Emitted ONNX files on a CPU{threads}", FILES, rows)
         if not options.no_torch:
             rows = shown(module_rows(networks))
             if options.write:
