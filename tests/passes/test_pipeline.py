@@ -262,7 +262,7 @@ def test_weights_that_no_pass_changed_come_back_from_the_cpu_as_they_were() -> N
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     graph = capture(model, (torch.randn(2, 4),))
     passes = as_passes("prune{ratio=0.5,include=[2.weight:0]}")
-    found = pipeline._run_from(torch.device("cpu"), graph, passes, None, None, None)
+    found = pipeline._run_from(torch.device("cpu"), graph, passes, None, None, None, footprints=None)
     expected = run_passes(graph, passes)
     assert found.report.passes[0].cuts == expected.report.passes[0].cuts
     x = torch.randn(2, 4)
