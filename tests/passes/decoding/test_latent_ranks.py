@@ -88,6 +88,7 @@ def test_one_rank_for_all_heads_is_worse() -> None:
     assert float((even.run(tokens)[0] - graph.run(tokens)[0]).abs().max()) > 1e-3
 
 
+@pytest.mark.sweep
 def test_heads_of_their_own_ranks_run_in_onnxruntime(tmp_path: Path) -> None:
     torch.manual_seed(0)
     graph = decoder(uneven(Placed(), 4).float())
