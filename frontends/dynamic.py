@@ -189,13 +189,16 @@ def name_symbols(
     return names, ranges
 
 
+_IS_A_NUMBER = re.compile(r"^[^%]* == -?[0-9.]+$|^-?[0-9.]+ == [^%]*$")
+
+
 def warn_of_guards(program: Any) -> None:
     """Warn of dynamic sizes that tracing took for those of the example, as ``int(0.5 * length)`` does in torch.
 
-    Such a program holds for sizes of one result alone, and nothing in its graph says so. That sizes are divisible is
-    no such thing: where they are not, the reshape that wants it fails.
+    Such a program holds for sizes of one result alone, and nothing in its graph says so. That sizes are equal or
+    divisible is no such thing: where they are not, the sum or the reshape that wants it fails.
     """
-    guards = [text for text in getattr(program, "_guards_code", None) or () if " == " in text and "%" not in text]
+    guards = [text for text in getattr(program, "_guards_code", None) or () if _IS_A_NUMBER.search(text)]
     if guards:
         plain = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1.shape[\2]", guards[0]).replace(
             "torch.sym_float", "float"

@@ -1,5 +1,6 @@
 """Dynamic axes: named by the user, kept through the graph, and said when a model fixes them."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -137,3 +138,16 @@ def test_a_size_that_python_rounded_is_told() -> None:
     """torch keeps the example's: the graph gave two steps of any length, in silence."""
     with pytest.warns(RegaugeWarning, match=r"right only where math.trunc\(0.5\*float\(x.shape\[1\]\)\) == 2"):
         capture(Half(), (torch.randn(3, 4, 6),), dynamic={0: {1: "length"}})
+
+
+class Sum(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(x[..., ::2], scale_factor=2.0) + y
+
+
+def test_sizes_that_have_to_be_equal_are_no_cause_to_warn() -> None:
+    """Of two inputs, and of what is halved and doubled again: where they are not, the sum fails."""
+    axes = {0: "batch", 2: "length"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RegaugeWarning)
+        capture(Sum(), (torch.randn(2, 3, 8), torch.randn(2, 3, 8)), dynamic={0: axes, 1: axes})
