@@ -101,6 +101,7 @@ def _gemm(build: Builder, call: Any) -> Any:
     x, weight = call.operand(0), call.operand(1)
     bias = call.operand(2) if call.has(2) else None
     alpha, beta = call.attribute("alpha", 1.0), call.attribute("beta", 1.0)
+    call.passes_over("broadcast")  # before opset 7; since then C always is
     if call.attribute("transA", 0):
         x = build.permute(x, dims=(1, 0))
     transposed = bool(call.attribute("transB", 0))

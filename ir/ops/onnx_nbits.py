@@ -24,6 +24,9 @@ def read_matmul_nbits(build: Builder, call: Any) -> Value:
     """MatMulNBits(x, weight, scales, zero_points, g_idx, bias)."""
     bits, block = call.attribute("bits", 4), call.attribute("block_size")
     outputs, inputs = call.attribute("N"), call.attribute("K")
+    call.passes_over("accuracy_level")  # how roughly a runtime may multiply
+    if call.attribute("weight_prepacked", 0):
+        raise OperatorError("MatMulNBits with a weight that is laid out for one device has no rule")
     if bits not in _BITS or call.has(4):
         raise OperatorError(f"MatMulNBits of {bits} bits{' and an order of inputs' if call.has(4) else ''} has no rule")
     x, stored, scale = (call.operand(slot) for slot in range(3))

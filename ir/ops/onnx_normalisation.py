@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from regauge.ir.errors import OperatorError
 from regauge.ir.graph import Node, Value
 from regauge.ir.operator import Adapter, OnnxForm
 from regauge.ir.ops.layout import axis_number, holds_no_sizes
 from regauge.ir.sizes.expressions import divide, same
+
+_FLOAT = 1  # TensorProto.FLOAT
 
 
 def _normalised(build: Any, op: str, x: Value, axis: int, weight: Value | None, bias: Value | None, eps: float) -> Any:
@@ -43,6 +46,7 @@ def _operand(call: Any, index: int) -> Value | None:
 
 
 def _layer_norm(build: Any, call: Any) -> Any:
+    _check_statistics(call)
     x, axis, eps = call.operand(0), call.attribute("axis", -1), call.attribute("epsilon", 1e-5)
     y = _normalised(build, "layer_norm", x, axis, call.operand(1), _operand(call, 2), eps)
     return (y, *_statistics(build, call, x, axis, eps)) if call.outputs > 1 else y
@@ -50,12 +54,19 @@ def _layer_norm(build: Any, call: Any) -> Any:
 
 def _rms_norm(build: Any, call: Any) -> Any:
     """RMSNormalization of opset 23, and SimplifiedLayerNormalization, its older name in onnxruntime."""
+    _check_statistics(call)
     x, axis, eps = call.operand(0), call.attribute("axis", -1), call.attribute("epsilon", 1e-5)
     y = _normalised(build, "rms_norm", x, axis, call.operand(1), None, eps)
     if not call.wanted(1):
         return (y, None) if call.outputs > 1 else y
     dims = tuple(range(axis_number(axis, x.rank), x.rank))
     return y, build.rsqrt(build.add(build.mean(build.mul(x, x), dims=dims, keepdim=True), eps))
+
+
+def _check_statistics(call: Any) -> None:
+    """Refuse norms whose means are in another type than single precision, which is the default."""
+    if call.attribute("stash_type", _FLOAT) != _FLOAT:
+        raise OperatorError(f"statistics of another type (stash_type={call.attribute('stash_type')}) have no rule")
 
 
 def _skip_norm(op: str, *, bias_at: int) -> Adapter:

@@ -62,3 +62,20 @@ def test_channels_major_space_to_depth() -> None:
     assert opaque(graph) == []
     wanted = torch.from_numpy(ReferenceEvaluator(model).run(None, {"x": x})[0])
     torch.testing.assert_close(run(graph, [torch.from_numpy(x)])[0], wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", ["com.microsoft::MatMulNBits", "SimplifiedLayerNormalization", "Gemm"])
+def test_what_tools_write_without_any_effect_is_passed_over(op: str) -> None:
+    """Of operators without a schema that onnx knows, attributes that have their default; hints for a runtime; and what
+    has become the rule."""
+    domain, _, name = op.rpartition("::")
+    arrays, attributes, opset = {
+        "MatMulNBits": (
+            [normal(2, 32), np.zeros((4, 1, 16), np.uint8), normal(4)],
+            {"K": 32, "N": 4, "bits": 4, "block_size": 32, "accuracy_level": 4, "weight_prepacked": 0},
+            17,
+        ),
+        "SimplifiedLayerNormalization": ([normal(2, 8), normal(8)], {"axis": -1, "stash_type": 1}, 17),
+        "Gemm": ([normal(2, 3), normal(3, 4), normal(4)], {"broadcast": 1}, 6),
+    }[name]
+    assert opaque(quietly_loaded(node_model(name, arrays, opset, (), domain, 1, **attributes))) == []
