@@ -80,7 +80,7 @@ class Mlp(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("loaded", [pytest.param(False, marks=pytest.mark.sweep), True])
 def test_split_experts_is_written(tmp_path: Path, loaded: bool) -> None:
     torch.manual_seed(0)
     model, data = Mlp().eval(), [(randn(3, 20, 8),)]

@@ -98,6 +98,7 @@ def test_caches_of_a_captured_model_become_states(kind: str) -> None:
     torch.testing.assert_close(stepped(Steps(found), tokens, (4, 1, 1, 3)), wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.sweep
 def test_files_in_the_layout_of_optimum_keep_their_names(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     kind = "gpt2"
